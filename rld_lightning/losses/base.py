@@ -1,0 +1,127 @@
+"""What every distillation loss has in common: what it may look at, the cross-entropy beside it, the warm-up."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rld_lightning.losses.numerics import check_weights
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass gave.
+
+    Attributes:
+        logits: ``(B, C)`` or ``(B, C, *)``.
+        features: intermediate tensors by tap path; holds only what the loss asked for.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Everything a loss may look at in one step.
+
+    Attributes:
+        student: the student's output; carries the gradient.
+        teacher: the teacher's output, without gradient; ``None`` for losses that need no teacher.
+        label: ``(B,)`` or ``(B, *)`` class indices.
+        index: ``(B,)`` position of each sample in the training split, for losses with a memory.
+        epoch: the epoch counted from 1, for warm-up; ``None`` means that warm-up is over.
+    """
+
+    student: ModelOutput
+    teacher: ModelOutput | None
+    label: Tensor
+    index: Tensor | None = None
+    epoch: int | None = None
+
+
+class DistillationLoss(nn.Module):
+    """Base of all losses: ``ce_weight * cross_entropy + warmup(epoch) * (the method's own terms)``.
+
+    A subclass gives :meth:`terms`, and where it needs them :attr:`student_taps`, :attr:`teacher_taps` and
+    :meth:`statistics`. Called with a :class:`StepContext` by the training step, or directly in a loop of your own::
+
+        terms = RLDLoss()(student_logits, teacher_logits, label)
+        sum(terms.values()).backward()
+
+    Args:
+        ce_weight: weight of the plain cross-entropy with the labels; 0 leaves it out (it is then not computed).
+        warmup_epochs: the method's own terms are multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted
+            from 1, constant within an epoch; 1 is no warm-up.
+        ignore_index: label of samples that count for nothing.
+
+    Raises:
+        ValueError: a hyper-parameter outside its range.
+    """
+
+    needs_teacher: bool = True
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+
+    def __init__(self, *, ce_weight: float = 1.0, warmup_epochs: int = 1, ignore_index: int = -100) -> None:
+        super().__init__()
+        check_weights(ce_weight=ce_weight)
+        if warmup_epochs < 1:
+            raise ValueError(f"warmup_epochs={warmup_epochs!r} is not allowed; it must be >= 1 (1 is no warm-up).")
+        self.ce_weight = ce_weight
+        self.warmup_epochs = warmup_epochs
+        self.ignore_index = ignore_index
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """The method's own scalar terms by name, each with its weight on, without warm-up."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms(step).")
+
+    def statistics(self, step: StepContext) -> dict[str, Tensor]:
+        """Scalars worth watching that are not minimised (percent or nats), by name; called without gradient."""
+        return {}
+
+    def warmup(self, epoch: int | None) -> float:
+        """Factor on the method's own terms at an epoch counted from 1."""
+        return 1.0 if epoch is None else min(epoch / self.warmup_epochs, 1.0)
+
+    def forward(
+        self, student: StepContext | Tensor, teacher: Tensor | None = None, label: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Named terms whose sum is to be minimised.
+
+        Args:
+            student: the whole context of a step, or the student's logits ``(B, C)`` or ``(B, C, *)``.
+            teacher: the teacher's logits, when the first argument is a tensor.
+            label: ``(B,)`` or ``(B, *)``, when the first argument is a tensor.
+
+        Returns:
+            ``"ce"`` (when its weight is not 0) and the method's own terms, scalars in nats, weights and warm-up on.
+        """
+        step = student if isinstance(student, StepContext) else _context(student, teacher, label)
+        if self.needs_teacher and step.teacher is None:
+            raise ValueError(f"{type(self).__name__} needs the teacher's logits; pass them, or use CELoss.")
+        # Half precision loses what distillation is about: the small probabilities.
+        with torch.autocast(step.label.device.type, enabled=False):
+            terms = {}
+            if self.ce_weight:
+                terms["ce"] = self.ce_weight * cross_entropy(step.student.logits, step.label, self.ignore_index)
+            factor = self.warmup(step.epoch)
+            terms |= {name: factor * term if factor != 1.0 else term for name, term in self.terms(step).items()}
+        return terms
+
+    def extra_repr(self) -> str:
+        """All scalar hyper-parameters, so that ``print(loss)`` tells what is minimised."""
+        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
+
+
+def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy of ``(B, C)`` or ``(B, C, *)`` logits, in float32 or better."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(dtype), label, ignore_index=ignore_index)
+
+
+def _context(student: Tensor, teacher: Tensor | None, label: Tensor | None) -> StepContext:
+    if label is None:
+        raise ValueError("call the loss with (student_logits, teacher_logits, label) or with a StepContext.")
+    return StepContext(ModelOutput(student), None if teacher is None else ModelOutput(teacher), label)

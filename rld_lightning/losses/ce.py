@@ -1,0 +1,18 @@
+"""Cross-entropy with the labels alone: how teachers are trained, and the baseline of every distillation."""
+
+from torch import Tensor
+
+from rld_lightning.losses.base import DistillationLoss, StepContext
+
+
+class CELoss(DistillationLoss):
+    """``ce_weight * CE``, no teacher: it is neither loaded nor run."""
+
+    needs_teacher = False
+
+    def __init__(self, *, ce_weight: float = 1.0, ignore_index: int = -100) -> None:
+        super().__init__(ce_weight=ce_weight, ignore_index=ignore_index)
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """Nothing beside the cross-entropy of the base class."""
+        return {}
