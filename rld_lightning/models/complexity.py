@@ -1,0 +1,42 @@
+"""How large a network is and how much it computes."""
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rld_lightning.models.taps import unwrap
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of weights, trainable or not; buffers such as running statistics do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> int:
+    """Multiply-accumulate operations for one image, in evaluation mode.
+
+    Convolutions, matrix products and attention count, as in published tables; normalisation, activations and pooling do
+    not. One forward of zeros runs on the model's own device and type; training modes, statistics, gradients and the
+    random state are left as they were.
+
+    Args:
+        model: any network that takes one batch of images.
+        image_shape: channels, height and width.
+
+    Returns:
+        half the floating-point operations that PyTorch counts, as one multiply-accumulate is two of them.
+    """
+    model = unwrap(model)
+    like = next(model.parameters(), torch.empty(0))
+    images = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
+    training = {module: module.training for module in model.modules()}
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    try:
+        with torch.no_grad(), counter:
+            model(images)
+    finally:
+        # Module by module: a part of the model may have been frozen on purpose.
+        for module, mode in training.items():
+            module.training = mode
+    return counter.get_total_flops() // 2

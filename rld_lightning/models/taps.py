@@ -1,0 +1,143 @@
+"""Intermediate tensors of any network by module path, read with forward hooks."""
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from rld_lightning.models.suggestions import did_you_mean
+
+
+class FeatureTaps:
+    """Captures what named modules give or get while the context is open.
+
+    A path names a module as ``named_modules()`` does and stands for its output: ``"layer1"``. With ``:in`` it stands
+    for the module's first positional input: ``"layer1.2.relu:in"``. Hooks exist only inside the ``with`` block and are
+    removed however it ends::
+
+        with FeatureTaps(model, ["layer1", "fc:in"]) as taps:
+            logits = model(images)
+        taps.features["layer1"]
+
+    Of a module that runs several times in a forward, or in several forwards, the last call counts. Tensors are captured
+    as they are: with their gradient, and without a copy.
+
+    The taps of a ``DistributedDataParallel`` or ``torch.compile`` wrapper are those of the module inside. Code compiled
+    before the taps were opened does not run them (:attr:`features` then raises); open them before the first call.
+
+    Args:
+        model: the network whose forward is watched; it is not changed.
+        paths: tap paths; repeated ones count once.
+
+    Raises:
+        ValueError: a path that names no module of the model.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+        self._paths = tuple(dict.fromkeys(paths))
+        self._modules = _tapped_modules(unwrap(model), self._paths)
+        self._captured: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self._captured.clear()
+        for path, module in self._modules.items():
+            if path.endswith(":in"):
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(path)))
+            else:
+                self._handles.append(module.register_forward_hook(self._output_hook(path)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """The captured tensors by path, in the order asked for.
+
+        Raises:
+            RuntimeError: a tapped module did not run, or its tensor was later overwritten by an in-place operation.
+        """
+        for path in self._paths:
+            if path not in self._captured:
+                raise RuntimeError(
+                    f"tap {path!r} saw nothing: its module did not run inside the `with` block, or the model was "
+                    "compiled before the taps were opened (compile inside the block, or tap the uncompiled model)."
+                )
+            tensor = self._captured[path]
+            if not tensor.is_inference() and tensor._version != self._versions[path]:
+                raise RuntimeError(
+                    f"tap {path!r} was overwritten in place after it was captured; tap a later module, or switch the "
+                    "in-place operation off (inplace=False)."
+                )
+        return {path: self._captured[path] for path in self._paths}
+
+    def _output_hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _args, output: self._capture(path, output)
+
+    def _input_hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, args: self._capture(path, args[0] if args else None)
+
+    def _capture(self, path: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"tap {path!r} meets a {type(value).__name__}, not a tensor; name a module further inside.")
+        self._captured[path] = value
+        # Inference tensors carry no version counter.
+        self._versions[path] = 0 if value.is_inference() else value._version
+
+
+def forward_with_taps(model: nn.Module, images: Tensor, paths: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+    """One forward pass, and the tensors at the tap paths.
+
+    Args:
+        model: any network that maps a batch of images to logits.
+        images: ``(B, 3, H, W)``.
+        paths: tap paths, see :class:`FeatureTaps`; without any, no hook is registered.
+
+    Returns:
+        logits ``(B, C)``, and the captured tensors by path.
+
+    Raises:
+        ValueError: a path that names no module of the model; nothing has run then.
+    """
+    paths = tuple(paths)
+    if not paths:
+        return model(images), {}
+    with FeatureTaps(model, paths) as taps:
+        logits = model(images)
+    return logits, taps.features
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _tapped_modules(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    tapped = {}
+    for path in paths:
+        name, colon, side = path.partition(":")
+        if colon and side != "in":
+            raise ValueError(f"tap path {path!r} ends in {colon + side!r}; only ':in' (the module's input) is known.")
+        if name not in modules:
+            raise ValueError(
+                f"tap path {path!r} names no module of {type(model).__name__}.{did_you_mean(name, modules)} "
+                "model.named_modules() lists all."
+            )
+        tapped[path] = modules[name]
+    return tapped
