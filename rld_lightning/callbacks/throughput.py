@@ -1,0 +1,52 @@
+"""How fast a run trains, in images per second over all processes."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Logs the epoch's mean so far as ``images/s`` (progress bar) and at its end as ``train/images_per_s``.
+
+    Only training steps count: validation, checkpoints and the start of each epoch lie outside the clock.
+
+    Args:
+        window: steps between two readings of the clock; on an accelerator each reading waits for the device.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        self.window = window
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of an epoch."""
+        self.seconds, self.images, self.pending = 0.0, 0, 0
+        self.since = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Reads the clock after every ``window`` steps."""
+        if self.since is None:  # the first step pays for warm-up and loader start
+            self.since = _now(trainer)
+            return
+        self.pending += len(batch.label) * trainer.world_size
+        if (batch_idx + 1) % self.window and batch_idx + 1 < trainer.num_training_batches:
+            return
+        now = _now(trainer)
+        self.seconds += now - self.since
+        self.images += self.pending
+        self.since, self.pending = now, 0
+        pl_module.log("images/s", self.images / self.seconds, prog_bar=True, logger=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's mean."""
+        if self.seconds:
+            pl_module.log("train/images_per_s", self.images / self.seconds)
+
+
+def _now(trainer: Trainer) -> float:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+    return time.perf_counter()

@@ -1,0 +1,75 @@
+"""What a run prints: the configuration as a tree, one line a part, a table at the end."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+console = Console(highlight=False)
+
+# Said by a run's own lines, or by design: checkpoints, metrics and configuration share the run folder.
+_NOISE = (
+    ".*treespec, LeafSpec.*",
+    "Experiment logs directory .* exists and is not empty.*",
+    "Checkpoint directory .* exists and is not empty.*",
+    "The number of training batches .* is smaller than the logging interval.*",
+    ".*does not have many workers which may be a bottleneck.*",
+)
+
+
+def quiet_lightning() -> None:
+    """Silences what Lightning prints at every start and that says nothing about this run."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(
+        lambda record: not record.getMessage().startswith(("💡", "GPU available", "TPU available", "Loading `"))
+    )
+
+
+@rank_zero_only
+def print_config(cfg: DictConfig) -> None:
+    """Prints the resolved configuration as a tree."""
+    tree = Tree("[bold]configuration")
+    _grow(tree, OmegaConf.to_container(cfg, resolve=True))
+    console.print(tree, soft_wrap=True)
+
+
+def _grow(tree: Tree, values: Mapping) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping | DictConfig) and value:
+            _grow(tree.add(f"[cyan]{key}"), value)
+        else:
+            shown = list(value) if isinstance(value, ListConfig) else value
+            tree.add(f"[cyan]{key}[/]: {shown}")
+
+
+@rank_zero_only
+def print_line(name: str, text: str) -> None:
+    """Prints one line about a part of the run: ``name`` in a column of its own."""
+    console.print(f"[bold]{name:>8}[/]  {text}", soft_wrap=True)
+
+
+@rank_zero_only
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table; the first column is left-aligned, the others right-aligned."""
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(f"\n[bold]{title}", soft_wrap=True)
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

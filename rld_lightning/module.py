@@ -1,0 +1,183 @@
+"""The training step: student, optional teacher, loss and optimiser as one LightningModule."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics.classification import MulticlassAccuracy
+
+from rld_lightning.data.base import Batch
+from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
+from rld_lightning.models.taps import forward_with_taps
+from rld_lightning.models.teacher import FrozenTeacher, hold_outside
+
+
+class DistillationModule(LightningModule):
+    """Trains a student with a distillation loss, from a frozen teacher where the loss needs one.
+
+    Only the student and the learnable parts of the loss are submodules: they alone are optimised, checkpointed and
+    synchronised. The teacher is held outside and follows the student to its device.
+
+    Logged, accuracy in percent: ``train/loss`` and one ``train/<term>`` for each term of the loss, ``train/top1``,
+    ``train/top5``, the loss's own statistics; ``val/ce``, ``val/top1`` and ``val/top5`` of each epoch, and
+    ``val/top1_best``, the largest ``val/top1`` so far. (With fewer than six classes there is no top-5.)
+
+    Args:
+        student: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
+        loss: what is minimised.
+        optimizer: called with the parameters to train.
+        scheduler: called with the optimizer; if it takes ``total_steps`` and has none, it is given the run's.
+        teacher: required when ``loss.needs_teacher``, unused otherwise.
+        num_classes: C.
+        scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler steps.
+        info: plain facts (strings and numbers) saved in each checkpoint, such as the student's name.
+
+    Raises:
+        ValueError: the loss needs a teacher and there is none, or ``scheduler_interval`` is unknown.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        loss: DistillationLoss,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        *,
+        teacher: FrozenTeacher | None = None,
+        num_classes: int,
+        scheduler_interval: str = "epoch",
+        info: Mapping[str, str | int | float] | None = None,
+    ) -> None:
+        super().__init__()
+        if loss.needs_teacher and teacher is None:
+            raise ValueError(f"{type(loss).__name__} needs a teacher; name one (model.teacher.name), or use loss=ce.")
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"scheduler_interval={scheduler_interval!r} is unknown; choose 'epoch' or 'step'.")
+        self.save_hyperparameters({"num_classes": num_classes, **(info or {})})
+        self.student = student
+        self.loss = loss
+        hold_outside(self, "teacher", teacher if loss.needs_teacher else None)
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self.best_top1 = float("-inf")
+        top_k = (1, 5) if num_classes > 5 else (1,)
+        self.accuracies = nn.ModuleDict(
+            {
+                split: nn.ModuleDict(
+                    {
+                        f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
+                        for k in top_k
+                    }
+                )
+                for split in ("train_split", "val_split", "test_split")
+            }
+        )
+
+    def setup(self, stage: str) -> None:
+        """Brings the teacher to the student's device."""
+        if self.teacher is not None:
+            self.teacher.to(self.trainer.strategy.root_device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The student's logits ``(B, C)``."""
+        return self.student(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One step: both forward passes and the loss.
+
+        Returns:
+            ``loss``, and without gradient ``student_logits``, ``label`` and, where there is a teacher,
+            ``teacher_logits``, for callbacks that watch.
+        """
+        teacher = None
+        if self.teacher is not None:
+            teacher = ModelOutput(*self.teacher(batch.images, self.loss.teacher_taps))
+        student = ModelOutput(*forward_with_taps(self.student, batch.images, self.loss.student_taps))
+        step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1)
+        terms = self.loss(step)
+        total = torch.stack(list(terms.values())).sum()
+
+        with torch.no_grad():
+            watched = {"loss": total, **terms, **self.loss.statistics(step)}
+        self.log_dict(
+            {f"train/{name}": value for name, value in watched.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch.label),
+        )
+        self.log("loss", total, prog_bar=True, batch_size=len(batch.label))
+        self._update("train", student.logits.detach(), batch.label)
+        outputs = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
+        return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's training accuracy."""
+        self._log_accuracies("train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Student only; the teacher's share of the evaluation is a callback's."""
+        return self._evaluation_step("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the epoch's validation accuracy and the best so far."""
+        top1 = self._log_accuracies("val")
+        if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.best_top1 = max(self.best_top1, top1)
+        self.log("val/top1_best", self.best_top1)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As :meth:`validation_step`, on the test split."""
+        return self._evaluation_step("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test accuracy."""
+        self._log_accuracies("test")
+
+    def _evaluation_step(self, split: str, batch: Batch) -> dict[str, Tensor]:
+        logits = self.student(batch.images)
+        self._update(split, logits, batch.label)
+        if len(batch.label):
+            ce = cross_entropy(logits, batch.label)
+            self.log(f"{split}/ce", ce, on_epoch=True, sync_dist=True, batch_size=len(batch.label))
+        return {"student_logits": logits, "label": batch.label}
+
+    def _update(self, split: str, logits: Tensor, label: Tensor) -> None:
+        for accuracy in self.accuracies[f"{split}_split"].values():
+            accuracy.update(logits, label)
+
+    def _log_accuracies(self, split: str) -> float:
+        # The metrics synchronise themselves over the ranks, so the values are the same on all.
+        values = {}
+        for name, accuracy in self.accuracies[f"{split}_split"].items():
+            values[name] = 100 * accuracy.compute()
+            accuracy.reset()
+        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=split == "val")
+        return float(values["top1"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return {"optimizer": optimizer}
+        parameters = inspect.signature(self.make_scheduler).parameters
+        wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
+        steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if wants_steps else {}
+        scheduler = self.make_scheduler(optimizer, **steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the best accuracy over a resume."""
+        checkpoint["best_top1"] = self.best_top1
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the best accuracy."""
+        self.best_top1 = checkpoint["best_top1"]

@@ -1,0 +1,81 @@
+"""Learning curves of a run as one picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # runs have no display
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def read_metrics(run: Path) -> pd.DataFrame:
+    """The values logged at the end of epochs, one row an epoch (counted from 1), one column a metric.
+
+    Args:
+        run: a run folder with a ``metrics.csv``.
+    """
+    rows = pd.read_csv(run / "metrics.csv")
+    columns = [name for name in rows if name.startswith(("train/", "val/", "lr"))]
+    epochs = rows.groupby("epoch")[columns].last()
+    epochs.index += 1
+    return epochs.dropna(axis=1, how="all")
+
+
+def plot_curves(run: Path, title: str) -> Path:
+    """Draws accuracy, loss terms, teacher and student, and learning rate over the epochs into ``curves.png``.
+
+    Args:
+        run: a run folder with a ``metrics.csv``.
+        title: heading of the picture.
+
+    Returns:
+        the picture's path.
+    """
+    metrics = read_metrics(run)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(title)
+    accuracy, loss, teacher, rate = figure.subplots(2, 2).flat
+    _lines(accuracy, metrics, {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"})
+    accuracy.set(title="Student accuracy", ylabel="%")
+    known = ("top", "teacher", "agreement", "masked", "images_per_s", "loss")
+    terms = {n: n.removeprefix("train/") for n in metrics if n.startswith("train/") and not _is_any(n, known)}
+    _lines(loss, metrics, {"train/loss": "sum", **terms, "val/ce": "val ce"})
+    loss.set(title="Loss terms (weighted) and validation cross-entropy", ylabel="nats")
+    _lines(
+        teacher,
+        metrics,
+        {
+            "val/teacher_top1": "teacher top-1, val",
+            "val/agreement": "student agrees with teacher, val",
+            "train/teacher_wrong": "teacher wrong, train",
+            "train/masked_classes": "masked classes, train",
+        },
+    )
+    teacher.set(title="Teacher and refinement", ylabel="%")
+    _lines(rate, metrics, {n: "learning rate" for n in metrics if n.startswith("lr")})
+    rate.set(title="Learning rate")
+    for axes in (accuracy, loss, teacher, rate):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.has_data():
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "no teacher in this run", ha="center", va="center", transform=axes.transAxes)
+    path = run / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _lines(axes: Axes, metrics: pd.DataFrame, labels: dict[str, str]) -> None:
+    for name, label in labels.items():
+        if name in metrics:
+            values = metrics[name].dropna()
+            axes.plot(values.index, values, label=label, marker="." if len(values) < 40 else None)
+
+
+def _is_any(name: str, prefixes: tuple[str, ...]) -> bool:
+    return name.removeprefix("train/").startswith(prefixes)
