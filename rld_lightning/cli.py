@@ -20,13 +20,16 @@ from rld_lightning.errors import UserError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def run_task(task: Callable[[DictConfig], float | None], config_name: str) -> None:
+def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
     """Runs ``task`` with the configuration of ``conf/<config_name>.yaml`` and the overrides on the command line.
+
+    ``overrides`` come before those, which therefore win.
 
     Exits with 2 and one sentence on a :class:`UserError`; ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
 
     quiet_lightning()
+    sys.argv[1:1] = overrides
 
     def guarded(cfg: DictConfig) -> float | None:
         try:
@@ -58,7 +61,7 @@ def _suggest(config_name: str) -> None:
                 return
             good = [o for o in overrides if o.lstrip("+~").split("=")[0] != unknown[1]]
             keys = _keys(hydra.compose(config_name, good))
-            near = difflib.get_close_matches(unknown[1], keys, n=3, cutoff=0.6)
+            near = difflib.get_close_matches(unknown[1], keys, n=3, cutoff=0.75)
             if near:
                 console.print(f"Did you mean {' or '.join(near)}?", soft_wrap=True)
 

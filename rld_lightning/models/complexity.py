@@ -1,5 +1,7 @@
 """How large a network is and how much it computes."""
 
+import time
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,3 +42,30 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
         for module, mode in training.items():
             module.training = mode
     return counter.get_total_flops() // 2
+
+
+def images_per_second(
+    model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32), *, batch_size: int = 64, seconds: float = 1.0
+) -> float:
+    """Forward passes in evaluation mode, measured on the model's device: the median batch of about ``seconds``.
+
+    Args:
+        model: any network that takes one batch of images; it is put in evaluation mode.
+        image_shape: channels, height and width.
+        batch_size: images a forward.
+        seconds: how long to measure.
+    """
+    model.eval()
+    like = next(model.parameters(), torch.empty(0))
+    images = torch.randn(batch_size, *image_shape, device=like.device, dtype=like.dtype)
+    durations = []
+    with torch.no_grad():
+        for _ in range(2):
+            model(images)
+        stop = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < stop or not durations:
+            model(images)
+            if like.is_cuda:
+                torch.cuda.synchronize(like.device)
+            durations.append(time.perf_counter() - start)
+    return batch_size / sorted(durations)[len(durations) // 2]

@@ -18,7 +18,7 @@ def read_metrics(run: Path) -> pd.DataFrame:
         run: a run folder with a ``metrics.csv``.
     """
     rows = pd.read_csv(run / "metrics.csv")
-    columns = [name for name in rows if name.startswith(("train/", "val/", "lr"))]
+    columns = [name for name in rows if name.startswith(("train/", "val/"))]
     epochs = rows.groupby("epoch")[columns].last()
     epochs.index += 1
     return epochs.dropna(axis=1, how="all")
@@ -55,19 +55,27 @@ def plot_curves(run: Path, title: str) -> Path:
         },
     )
     teacher.set(title="Teacher and refinement", ylabel="%")
-    _lines(rate, metrics, {n: "learning rate" for n in metrics if n.startswith("lr")})
-    rate.set(title="Learning rate")
-    for axes in (accuracy, loss, teacher, rate):
+    for axes in (accuracy, loss, teacher):
         axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.has_data():
             axes.legend()
         else:
             axes.text(0.5, 0.5, "no teacher in this run", ha="center", va="center", transform=axes.transAxes)
+    for name, values in _learning_rates(run).items():
+        rate.plot(values.index, values, label=name, drawstyle="steps-post")
+    rate.set(title="Learning rate", xlabel="step")
+    for axes in (accuracy, loss, teacher, rate):
+        axes.grid(alpha=0.3)
     path = run / "curves.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def _learning_rates(run: Path) -> pd.DataFrame:
+    """Learning rate of each parameter group by training step; its monitor writes rows without an epoch."""
+    rows = pd.read_csv(run / "metrics.csv").set_index("step")
+    return rows[[name for name in rows if name.startswith("lr")]].dropna(how="all")
 
 
 def _lines(axes: Axes, metrics: pd.DataFrame, labels: dict[str, str]) -> None:

@@ -73,7 +73,8 @@ def fit(cfg: DictConfig) -> Summary:
     with user_errors():
         _refuse_used_folder(run)
         seed_everything(cfg.seed, workers=True, verbose=False)
-        print_config(cfg)
+        if cfg.print_config:
+            print_config(cfg)
         data, trainer, module = _prepare(cfg)
         _refuse_multirun_launch(trainer)
         _describe(cfg, data, trainer, module)
@@ -168,6 +169,7 @@ def _fit_teacher(cfg: DictConfig, name: str, data: ImageDataModule, store: Teach
     own.model = OmegaConf.merge(cfg.model, {"tuned": None}, with_student)
     own.loss = {"_target_": "rld_lightning.losses.CELoss"}
     own.resume = None
+    own.print_config = False
     own.paths.run = str(Path(cfg.paths.run) / "teacher")
     summary = fit(own)
     path = store.path(data.name, name)
@@ -204,8 +206,8 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if "val/top1" not in metrics:
         raise UserError(
-            "training ended before the first validation, so there is nothing to report; let it run for an epoch, or
-            set " "trainer.val_check_interval."
+            "training ended before the first validation, so there is nothing to report; let it run for an epoch, "
+            "or set trainer.val_check_interval."
         )
     return Summary(
         model=cfg.model.student.name,

@@ -1,0 +1,161 @@
+"""Measures any checkpoint or export: accuracy, likelihood, calibration, and each class on its own."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
+
+from rld_lightning.console import console, print_line, print_table
+from rld_lightning.data.base import Batch, ImageDataModule
+from rld_lightning.errors import user_errors
+from rld_lightning.losses.base import cross_entropy
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.weights import Weights, load_weights, read_weights
+
+MOST_CLASSES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scored; written as ``evaluation.json``. Accuracies and calibration error in percent, NLL in nats.
+
+    ``ece`` is the expected calibration error over 15 bins of confidence (Guo et al., arXiv 1706.04599).
+    """
+
+    weights: str
+    model: str
+    dataset: str
+    split: str
+    images: int
+    top1: float
+    top5: float | None
+    nll: float
+    ece: float
+
+
+class EvaluationModule(LightningModule):
+    """Runs a model over a split once; every metric synchronises itself, so the result is exact on any number of ranks.
+
+    Args:
+        model: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
+        num_classes: C.
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.metrics = nn.ModuleDict(
+            {
+                "top1": MulticlassAccuracy(num_classes, average="micro"),
+                "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+                "per_class": MulticlassStatScores(num_classes, average=None),
+            }
+        )
+        if num_classes > 5:
+            self.metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        self.nll = MeanMetric()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts a batch."""
+        if not len(batch.label):
+            return
+        logits = self.model(batch.images).float()
+        for metric in self.metrics.values():
+            metric.update(logits, batch.label)
+        self.nll.update(cross_entropy(logits, batch.label), weight=len(batch.label))
+
+    def on_test_epoch_end(self) -> None:
+        """Computes everything, on all ranks in the same order."""
+        self.results: dict[str, Tensor] = {name: metric.compute() for name, metric in self.metrics.items()}
+        self.results["nll"] = self.nll.compute()
+
+
+def evaluate(cfg: DictConfig) -> Evaluation:
+    """Does what ``conf/eval.yaml`` describes, prints it, and leaves ``evaluation.json`` and ``per_class.csv``.
+
+    Args:
+        cfg: the composed configuration.
+
+    Raises:
+        UserError: the weights cannot be read or do not fit the model or the data.
+    """
+    with user_errors():
+        if cfg.split not in ("test", "val"):
+            raise ValueError(f"split={cfg.split!r} is unknown; choose test or val.")
+        weights = read_weights(cfg.weights)
+        name = cfg.name or _model_name(weights)
+        data: ImageDataModule = instantiate(cfg.data)
+        data.prepare_data()
+        data.setup()
+        print_line("data", data.describe())
+        model = create_model(name, data.num_classes)
+        load_weights(model, weights, name=name)
+        print_line("model", f"{name}, weights {weights.source}")
+        trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    module = EvaluationModule(model, data.num_classes)
+    data.trainer = trainer
+    loader = data.test_dataloader if cfg.split == "test" else data.val_dataloader
+    data.setup()
+    trainer.test(module, loader(), verbose=False)
+
+    percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
+    per_class = _per_class(module.results["per_class"], data.class_names)
+    evaluation = Evaluation(
+        weights=str(weights.source),
+        model=name,
+        dataset=data.name,
+        split=cfg.split,
+        images=int(per_class["images"].sum()),
+        nll=float(module.results["nll"]),
+        **{"top5": None, **percent},
+    )
+    _report(evaluation, per_class, Path(cfg.paths.run))
+    return evaluation
+
+
+def _model_name(weights: Weights) -> str:
+    name = weights.metadata.get("name") or weights.metadata.get("student")
+    if name is None:
+        raise ValueError(f"{weights.source} does not say which model it is of; add name=<model>.")
+    return name
+
+
+def _per_class(stat_scores: Tensor, class_names: list[str]) -> pd.DataFrame:
+    """One row a class, the least accurate first: images, recall (the class's accuracy) and precision in percent."""
+    true_positive, false_positive, _, _, support = stat_scores.cpu().T
+    return pd.DataFrame(
+        {
+            "class": class_names,
+            "images": support,
+            "accuracy": 100.0 * true_positive / support,
+            "precision": 100.0 * true_positive / (true_positive + false_positive),
+        }
+    ).sort_values("accuracy", kind="stable")
+
+
+@rank_zero_only
+def _report(evaluation: Evaluation, per_class: pd.DataFrame, run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    per_class.to_csv(run / "per_class.csv", index=False, float_format="%.4f")
+    print_table(
+        f"{evaluation.model} on {evaluation.images:,} {evaluation.split} images of {evaluation.dataset}",
+        ("top-1 %", "top-5 %", "NLL", "ECE %"),
+        [(f"{evaluation.top1:.2f}", evaluation.top5, f"{evaluation.nll:.4f}", evaluation.ece)],
+    )
+    shown = per_class.head(MOST_CLASSES_SHOWN)
+    title = (
+        "Classes" if len(shown) == len(per_class) else f"The {len(shown)} least accurate of {len(per_class)} classes"
+    )
+    rows = [(row[0], int(row[1]), *map(float, row[2:])) for row in shown.itertuples(index=False)]
+    print_table(title, ("class", "images", "accuracy %", "precision %"), rows)
+    for file, what in (("evaluation.json", "these numbers"), ("per_class.csv", "every class")):
+        console.print(f"  {run / file}  [dim]{what}", soft_wrap=True)
