@@ -17,12 +17,23 @@ def unique_name() -> str:
 
 
 def fast_precision(accelerator: str = "auto") -> str:
-    """Lightning's ``bf16-mixed`` where the accelerator computes it fast, ``32-true`` elsewhere.
+    """Lightning's ``bf16-mixed`` where bfloat16 has instructions of its own, ``32-true`` elsewhere.
 
-    That is NVIDIA GPUs from compute capability 8.0 on. CPUs stay in float32: few have fast bfloat16 convolutions.
+    That is NVIDIA GPUs from compute capability 8.0 on, and CPUs with AVX512-BF16 or AMX.
     """
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        fast = accelerator in ("auto", "cpu") and _cpu_has_bfloat16()
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _cpu_has_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
 
 
 def wandb_offline() -> bool:
