@@ -28,7 +28,9 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(
-        lambda record: not record.getMessage().startswith(("💡", "GPU available", "TPU available", "Loading `"))
+        lambda record: (
+            not record.getMessage().startswith(("💡", "GPU available", "TPU available", "Loading `", "Using bfloat16"))
+        )
     )
 
 

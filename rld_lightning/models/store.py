@@ -1,0 +1,242 @@
+"""A folder of trained teachers, and the published ones that can be downloaded into it.
+
+The published CIFAR-100 teachers are those that DKD, LSKD, RLD and others report with; mdistiller
+(https://github.com/megvii-research/mdistiller) released them as one tar archive of pickled checkpoints. They are read
+without executing anything, checked, and kept as safetensors with a note of where they came from.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor, nn
+
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.weights import (
+    Weights,
+    WeightsError,
+    read_checkpoint,
+    read_metadata,
+    save_weights,
+    verify_weights,
+)
+
+PUBLISHED_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
+
+PUBLISHED: Mapping[str, float] = {
+    "resnet56": 72.34,
+    "resnet110": 74.31,
+    "resnet32x4": 79.42,
+    "ResNet50": 79.34,
+    "wrn_40_2": 75.61,
+    "vgg13": 74.64,
+}
+"""The teachers in the archive, with their top-1 accuracy in percent as the papers that use them print it."""
+
+_PUBLISHED_DATASET = "cifar100"
+_PUBLISHED_CLASSES = 100
+_WAYS_OUT = (
+    "give a file with model.teacher.weights=/path/to/file, use a published teacher with "
+    f"model.teacher.weights=published ({_PUBLISHED_DATASET}: {', '.join(PUBLISHED)}), or train the teacher first with "
+    "model.teacher.weights=fit"
+)
+_TIMEOUT = 30  # seconds without an answer
+_BLOCK = 1 << 20
+
+
+class DownloadError(WeightsError):
+    """The published teachers could not be fetched, or are not what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}; {_WAYS_OUT}")
+
+
+@dataclass(frozen=True)
+class TeacherStore:
+    """Trained teachers, one safetensors file each: ``<root>/<dataset>/<name>.safetensors``.
+
+    The metadata of a file says ``dataset``, ``name``, ``num_classes``, ``top1`` and ``source``: ``fit`` for a teacher
+    trained here, ``published`` for a downloaded one, which also has the ``url`` and checksums of what was downloaded.
+    """
+
+    root: Path
+
+    def path(self, dataset: str, name: str) -> Path:
+        """Return where the teacher is, or would be."""
+        return Path(self.root).expanduser() / dataset / f"{name}.safetensors"
+
+    def find(self, dataset: str, name: str) -> Path | None:
+        """Return where the teacher is, or None if the store does not have it."""
+        path = self.path(dataset, name)
+        return path if path.is_file() else None
+
+    def save(
+        self, model: nn.Module | Mapping[str, Tensor], dataset: str, name: str, metadata: Mapping[str, object]
+    ) -> Path:
+        """Keep a teacher, in place of an earlier one; its ``source`` is ``fit`` unless ``metadata`` says otherwise."""
+        path = self.path(dataset, name)
+        save_weights(model, path, {"source": "fit", **metadata, "dataset": dataset, "name": name})
+        return path
+
+    def download_published(self, url: str = PUBLISHED_URL, dataset: str = _PUBLISHED_DATASET) -> list[Path]:
+        """Fetch the published teachers that the store lacks; teachers that were trained here are not replaced.
+
+        An interrupted download is continued by the next call where the server allows it, and of several processes
+        one downloads while the others wait. ``file://`` addresses work too.
+
+        Returns:
+            the files of all published teachers in the store.
+
+        Raises:
+            DownloadError: the archive cannot be fetched, or is not what was expected.
+        """
+        folder = self.path(dataset, "any").parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".published.lock"):
+            if missing := [name for name in PUBLISHED if self.find(dataset, name) is None]:
+                # The address is in the name, so that a download is not continued with another archive.
+                archive = folder / f".{_sha256(url.encode())[:16]}.partial"
+                _download(url, archive)
+                try:
+                    self._store_members(archive, url, dataset, missing)
+                finally:
+                    archive.unlink()
+        return [path for name in PUBLISHED if _is_published(path := self.path(dataset, name))]
+
+    def _store_members(self, archive: Path, url: str, dataset: str, names: Iterable[str]) -> None:
+        with archive.open("rb") as file:
+            provenance = {"source": "published", "url": url, "archive_sha256": _sha256(file)}
+        members = {name: f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth" for name in names}
+        for name, (member, content) in zip(members, _read_members(archive, url, members.values()), strict=True):
+            weights = _parse_published(name, member, content, url)
+            metadata = {
+                "num_classes": _PUBLISHED_CLASSES,
+                "top1": PUBLISHED[name],
+                **provenance,
+                "member": member,
+                "member_sha256": _sha256(content),
+            }
+            self.save(weights.state_dict, dataset, name, metadata)
+
+
+def resolve_teacher_weights(
+    spec: str | os.PathLike[str], *, name: str, dataset: str, store: TeacherStore, url: str = PUBLISHED_URL
+) -> Path | None:
+    """Find the weights file that ``spec`` asks for.
+
+    Args:
+        spec: a file; or ``published``, the published teacher, downloaded unless the store has it; or ``fit``, the
+            store's teacher, None if it has to be trained first; or ``auto``, the store's teacher, else the published.
+        name: the teacher's model name.
+        dataset: what the teacher was trained on.
+        store: where teachers are kept.
+        url: the archive of published teachers.
+
+    Returns:
+        the file, or None if the caller is to train the teacher and put it in the store.
+
+    Raises:
+        FileNotFoundError: ``spec`` is a path, and there is no such file.
+        ValueError: there is no such teacher, or it cannot be downloaded (``DownloadError``).
+    """
+    if spec not in ("auto", "published", "fit"):
+        path = Path(spec).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no teacher's weights file at {path}; {_WAYS_OUT}")
+        return path
+    stored = store.find(dataset, name)
+    if spec == "fit" or (stored and (spec == "auto" or _is_published(stored))):
+        return stored
+    if name not in PUBLISHED or dataset != _PUBLISHED_DATASET:
+        raise ValueError(
+            f"there are no published weights of {name} for {dataset}, nor any in {store.root}; {_WAYS_OUT}"
+        )
+    if stored:
+        raise ValueError(
+            f"{stored} was trained here and is not replaced by the published teacher: move it away, or use it with "
+            "model.teacher.weights=fit"
+        )
+    store.download_published(url, dataset)
+    return store.path(dataset, name)
+
+
+def _is_published(path: Path) -> bool:
+    return read_metadata(path).get("source") == "published"
+
+
+def _parse_published(name: str, member: str, content: bytes, url: str) -> Weights:
+    """Read one member of the archive, and make sure that it is the model that it should be."""
+    try:
+        weights = read_checkpoint(io.BytesIO(content), source=member)
+        with torch.device("meta"):
+            verify_weights(create_model(name, num_classes=_PUBLISHED_CLASSES), weights, name=name)
+    except WeightsError as error:
+        raise DownloadError(f"{url} has an unusable member: {error}") from error
+    if not all(value.isfinite().all() for value in weights.state_dict.values()):
+        raise DownloadError(f"{url} has an unusable member: {member} holds values that are not finite")
+    return weights
+
+
+def _read_members(archive: Path, url: str, paths: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Read members of a tar file by name; nothing is extracted, so it does not matter where the others point."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
+            if missing := [path for path in paths if path not in members]:
+                raise DownloadError(f"{url} lacks {', '.join(missing)}")
+            for path in paths:
+                yield path, tar.extractfile(members[path]).read()
+    except tarfile.TarError as error:
+        raise DownloadError(f"{url} is not the expected tar archive of teachers ({error})") from error
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch a file, continuing one that is partly there; what was received stays if the connection breaks."""
+    have = path.stat().st_size if path.exists() else 0
+    try:
+        total = _receive(url, path, have)
+    except (OSError, HTTPException, ValueError) as error:
+        if not (have and isinstance(error, HTTPError) and error.code == 416):
+            raise DownloadError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)})") from error
+        if error.headers["Content-Range"] != f"bytes */{have}":  # nothing is left to send, but of a shorter file
+            path.unlink()
+            _download(url, path)
+        return
+    received = path.stat().st_size
+    if total is not None and received != total:
+        raise DownloadError(f"the download of {url} broke off after {received} of {total} bytes, run again to continue")
+
+
+def _receive(url: str, path: Path, have: int) -> int | None:
+    """Append to the first ``have`` bytes of a file, or start over; return how long it should be now, if known."""
+    with urlopen(Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=_TIMEOUT) as response:
+        start = have if response.status == 206 else 0  # the server sends what was asked for, or else everything
+        length = response.headers["Content-Length"]
+        total = start + int(length) if length else None
+        with path.open("ab" if start else "wb") as file, _progress_bar() as progress:
+            task = progress.add_task(url.rpartition("/")[2], total=total, completed=start)
+            while block := response.read(_BLOCK):
+                file.write(block)
+                progress.advance(task, len(block))
+    return total
+
+
+def _progress_bar() -> Progress:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+
+
+def _sha256(data: bytes | io.BufferedReader) -> str:
+    digest = hashlib.sha256(data) if isinstance(data, bytes) else hashlib.file_digest(data, "sha256")
+    return digest.hexdigest()

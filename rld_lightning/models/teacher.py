@@ -1,0 +1,144 @@
+"""A teacher that stays as it is: never trained, never saved with the student, in a precision and layout of its own."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from rld_lightning.models.taps import forward_with_taps
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+class FrozenTeacher(nn.Module):
+    """A model in evaluation mode and without gradients, whatever is called on it.
+
+    The model is taken over, not copied: it is frozen, and converted if a dtype or layout is asked for. Its weights
+    under their own keys are ``teacher.model.state_dict()``. A training module keeps its teacher with ``hold_outside``.
+
+    Args:
+        model: the trained model, which maps images to logits.
+        dtype: what the teacher computes in, as a dtype or its name. It is then kept through ``.half()``,
+            ``.to(dtype)`` and the like, and autocast does not reach the teacher. None leaves the model as it is and
+            follows autocast.
+        channels_last: keep weights and images in channels-last layout.
+        fuse: fold every BatchNorm that follows a convolution into it; the logits are the same up to rounding, and
+            features can no longer be tapped. It pays together with ``channels_last``, and adds nothing to
+            ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | str | None = None,
+        channels_last: bool = False,
+        fuse: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dtype = _parse_dtype(dtype)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        model.eval()
+        executed = fuse_conv_bn(model) if fuse else model
+        self.fused = executed is not model
+        self.model = executed.to(dtype=self.dtype, memory_format=self.memory_format)
+        self.train()
+        self.requires_grad_()
+
+    def forward(self, images: Tensor, paths: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute logits, and the outputs of the submodules at ``paths``.
+
+        Args:
+            images: ``(B, C, H, W)``, floating-point; converted to the teacher's dtype and layout.
+            paths: submodules to tap, as ``forward_with_taps`` names them.
+
+        Returns:
+            logits ``(B, K)`` in float32, or float64 if computed in that, and the tapped features by path in the
+            dtype they were computed in.
+        """
+        if self.fused and paths:
+            raise ValueError(f"a teacher with fuse=True has no features to tap ({', '.join(paths)}); use fuse=False")
+        if self.model.training:  # someone reached past this class
+            self.model.eval()
+        own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype else nullcontext()
+        # Not inference_mode: the losses save the teacher's outputs for the backward pass, which it forbids.
+        with torch.no_grad(), own_precision:
+            images = images.to(dtype=self._input_dtype(images), memory_format=self.memory_format)
+            logits, features = forward_with_taps(self.model, images, paths)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)), features
+
+    def _input_dtype(self, images: Tensor) -> torch.dtype:
+        return self.dtype or next((p.dtype for p in self.model.parameters() if p.is_floating_point()), images.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never move."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Do nothing: a teacher never takes gradients."""
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to`, `.half`, `.cuda` and the like all end here: follow them to a device, but not to another precision.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep_dtype if self.dtype else fn, recurse)
+
+
+def hold_outside(module: nn.Module, name: str, value: nn.Module) -> None:
+    """Set ``module.<name> = value`` without making ``value`` a part of ``module``.
+
+    A submodule would be written to every checkpoint, handed to the optimizer, broadcast by DDP at every forward,
+    converted by ``sync_batchnorm``, ``.half()`` and the precision plugins, and put in train mode. Held like this it is
+    a plain attribute, which the owner has to move to its device itself.
+    """
+    object.__setattr__(module, name, value)  # nn.Module's own __setattr__ is what registers submodules
+
+
+def fuse_conv_bn(model: nn.Module) -> nn.Module:
+    """Fold each evaluation-mode BatchNorm into the convolution before it, where nothing else uses that convolution.
+
+    Returns:
+        a traced copy that shares the unfused weights with ``model``; or, with a warning, ``model`` itself if its
+        forward cannot be traced.
+    """
+    try:
+        traced = fx.symbolic_trace(model)
+    except Exception as error:  # tracing runs the model's own code on proxies, which can raise anything
+        warnings.warn(f"{type(model).__name__} cannot be traced and is not fused: {error}", stacklevel=3)
+        return model
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in traced.graph.nodes:
+        conv_node = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(conv_node, fx.Node) or conv_node.op != "call_module" or len(conv_node.users) > 1:
+            continue
+        conv, norm = traced.get_submodule(conv_node.target), traced.get_submodule(node.target)
+        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats):
+            continue
+        if calls[conv_node.target] > 1:  # shared weights: the other call has no BatchNorm, or another one
+            continue
+        traced.set_submodule(conv_node.target, fuse_conv_bn_eval(conv, norm))
+        node.replace_all_uses_with(conv_node)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    parsed = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if parsed is not None and parsed not in DTYPES.values():
+        raise ValueError(f"the teacher's dtype must be one of {', '.join(DTYPES)} or None, not {dtype!r}")
+    return parsed

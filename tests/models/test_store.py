@@ -1,0 +1,343 @@
+"""The store keeps, finds and downloads teachers; what goes wrong on the way says so in one sentence."""
+
+import argparse
+import hashlib
+import io
+import os
+import re
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from rld_lightning.models import store as store_module
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.store import PUBLISHED, DownloadError, TeacherStore, resolve_teacher_weights
+from rld_lightning.models.weights import WeightsError, load_weights, read_metadata, read_weights
+
+NAMES = ("resnet8", "wrn_16_1")
+WAYS_OUT = ("model.teacher.weights=/path/to/file", "model.teacher.weights=published", "model.teacher.weights=fit")
+
+
+@pytest.fixture(autouse=True)
+def small_archive(monkeypatch):
+    monkeypatch.setattr(store_module, "PUBLISHED", {"resnet8": 60.19, "wrn_16_1": 67.01})
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return TeacherStore(tmp_path / "teachers")
+
+
+def member_name(name):
+    return f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth"
+
+
+def checkpoint(name, seed=0, **extra):
+    torch.manual_seed(seed)
+    state_dict = create_model(name, 100).state_dict()
+    return {"opt": argparse.Namespace(model=name), "model": state_dict, "accuracy": np.float64(72.3), **extra}
+
+
+def pickled(content):
+    torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def archive(**members):
+    """A tar file like the published one, with some members replaced, or left out if None."""
+    contents = {name: pickled(checkpoint(name)) for name in NAMES} | members
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(link := tarfile.TarInfo("cifar_teachers/evil"))
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        for name, content in contents.items():
+            if content is not None:
+                info = tarfile.TarInfo(member_name(name))
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def member_bytes(content, name):
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return tar.extractfile(member_name(name)).read()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content` at every address; `ranges` and `cut` say how well."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.ranges, self.cut, self.status = archive(), True, None, 200
+        self.requests = []
+        self.url = f"http://127.0.0.1:{self.server_port}/cifar_teachers.tar"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, wanted = self.server, self.headers["Range"]
+        server.requests.append(wanted)
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        if server.status != 200:
+            self.send_error(server.status)
+            return
+        if start and start >= len(server.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.end_headers()
+            return
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if server.cut is None else body[: server.cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def files(store):
+    return sorted(str(path.relative_to(store.root)) for path in store.root.rglob("*") if path.is_file())
+
+
+DONE = ["cifar100/.published.lock", "cifar100/resnet8.safetensors", "cifar100/wrn_16_1.safetensors"]
+
+
+def assert_downloaded(store, paths):
+    assert files(store) == DONE, "nothing but the teachers is left"
+    assert paths == [store.path("cifar100", name) for name in NAMES]
+    for name, path in zip(NAMES, paths, strict=True):
+        state_dict = read_weights(path).state_dict
+        for key, value in checkpoint(name)["model"].items():
+            assert torch.equal(state_dict[key], value), key
+
+
+def test_published_names():
+    assert set(PUBLISHED) == {"resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13"}
+
+
+def test_saves_and_finds(store):
+    model = create_model("resnet8", 10)
+    assert store.find("cifar10", "resnet8") is None
+    path = store.save(model, "cifar10", "resnet8", {"num_classes": 10, "top1": 90.5, "epochs": 240})
+    assert path == store.find("cifar10", "resnet8") == store.path("cifar10", "resnet8")
+    assert path == store.root / "cifar10" / "resnet8.safetensors"
+    assert load_weights(create_model("resnet8", 10), path).metadata == {
+        "dataset": "cifar10",
+        "name": "resnet8",
+        "source": "fit",
+        "num_classes": "10",
+        "top1": "90.5",
+        "epochs": "240",
+    }
+
+
+def test_download(store, server):
+    assert_downloaded(store, store.download_published(server.url))
+    assert read_metadata(store.path("cifar100", "resnet8")) == {
+        "dataset": "cifar100",
+        "name": "resnet8",
+        "num_classes": "100",
+        "top1": "60.19",
+        "source": "published",
+        "url": server.url,
+        "archive_sha256": hashlib.sha256(server.content).hexdigest(),
+        "member": member_name("resnet8"),
+        "member_sha256": hashlib.sha256(member_bytes(server.content, "resnet8")).hexdigest(),
+    }
+    assert len(store.download_published(server.url)) == 2
+    assert server.requests == [None], "what is there is not downloaded again"
+
+
+def test_download_from_a_file(store, tmp_path):
+    (path := tmp_path / "local.tar").write_bytes(archive())
+    assert_downloaded(store, store.download_published(path.as_uri()))
+    assert path.exists()
+
+
+def test_a_broken_off_download_is_continued(store, server):
+    server.cut = half = len(server.content) // 2
+    with pytest.raises(DownloadError, match=f"broke off after {half} of {len(server.content)} bytes, run again"):
+        store.download_published(server.url)
+    server.cut = None
+    assert_downloaded(store, store.download_published(server.url))
+    assert server.requests == [None, f"bytes={half}-"]
+
+
+def test_a_broken_off_download_starts_over_where_the_server_cannot_continue(store, server):
+    server.cut, server.ranges = 5000, False
+    with pytest.raises(DownloadError, match="broke off"):
+        store.download_published(server.url)
+    server.cut = None
+    assert_downloaded(store, store.download_published(server.url))
+
+
+@pytest.mark.parametrize("surplus", [0, 10], ids=["complete", "too_long"])
+def test_a_partial_file_with_nothing_left_to_fetch(store, server, surplus):
+    server.cut = 5000
+    with pytest.raises(DownloadError):
+        store.download_published(server.url)
+    (partial,) = (store.root / "cifar100").glob("*.partial")
+    partial.write_bytes(server.content + bytes(surplus))
+    server.cut = None
+    assert_downloaded(store, store.download_published(server.url))
+    assert len(server.requests) == (3 if surplus else 2)
+
+
+def test_concurrent_calls_download_once(store, server):
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: store.download_published(server.url), range(3)))
+    for paths in results:
+        assert_downloaded(store, paths)
+    assert len(server.requests) == 1
+
+
+class Exploit:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def with_nan():
+    content = checkpoint("wrn_16_1")
+    content["model"]["fc.bias"][3] = torch.nan
+    return content
+
+
+BAD_ARCHIVES = {
+    "garbage": (lambda _: b"<html>please log in</html>" * 100, "is not the expected tar archive"),
+    "empty": (lambda _: b"", "is not the expected tar archive"),
+    "cut": (lambda _: archive()[:200_000], "is not the expected tar archive"),
+    "missing": (lambda _: archive(wrn_16_1=None), f"lacks {member_name('wrn_16_1')}"),
+    "damaged": (lambda _: archive(wrn_16_1=b"garbage"), "may be damaged"),
+    "other_model": (lambda _: archive(wrn_16_1=pickled(checkpoint("resnet14"))), "looks like resnet14"),
+    "other_classes": (
+        lambda _: archive(wrn_16_1=pickled({"model": create_model("wrn_16_1", 10).state_dict()})),
+        "the file has 10 classes, the model 100",
+    ),
+    "not_finite": (lambda _: archive(wrn_16_1=pickled(with_nan())), "not finite"),
+    "malicious": (
+        lambda marker: archive(wrn_16_1=pickled(checkpoint("wrn_16_1", extra=Exploit(marker)))),
+        r"was refused: it wants to run or build '\w+\.system'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARCHIVES)
+def test_wrong_content_is_refused(store, server, tmp_path, case):
+    build, expected = BAD_ARCHIVES[case]
+    server.content = build(marker := tmp_path / "executed")
+    with pytest.raises(DownloadError, match=expected) as caught:
+        store.download_published(server.url)
+    message = str(caught.value)
+    for part in (server.url, *WAYS_OUT):
+        assert part in message
+    assert "\n" not in message
+    assert not marker.exists()
+    assert not list(store.root.rglob("*.partial")), "the next call must not meet the bad archive again"
+    assert store.find("cifar100", "wrn_16_1") is None
+    server.content = archive()
+    assert_downloaded(store, store.download_published(server.url))
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:9/x.tar", "refused"),
+        ("file:///no/such/file.tar", "No such file"),
+        ("not an address", "unknown url type"),
+    ],
+)
+def test_an_address_that_does_not_answer(store, url, reason):
+    with pytest.raises(DownloadError, match=f"cannot be downloaded .*{reason}") as caught:
+        store.download_published(url)
+    for part in (url, *WAYS_OUT):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_an_http_error(store, server, status):
+    server.status = status
+    with pytest.raises(
+        DownloadError, match=rf"{re.escape(server.url)} cannot be downloaded \(.*(Not Found|Unavailable)"
+    ):
+        store.download_published(server.url)
+
+
+def test_a_teacher_trained_here_is_not_replaced(store, server):
+    path = store.save(create_model("resnet8", 100), "cifar100", "resnet8", {"top1": 1.0})
+    before = path.read_bytes()
+    assert store.download_published(server.url) == [store.path("cifar100", "wrn_16_1")]
+    assert path.read_bytes() == before
+
+
+def resolve(spec, store, name="resnet8", dataset="cifar100", **kwargs):
+    return resolve_teacher_weights(spec, name=name, dataset=dataset, store=store, **kwargs)
+
+
+def test_resolve_a_path(store, tmp_path, monkeypatch):
+    (path := tmp_path / "teacher.pth").touch()
+    assert resolve(str(path), store) == path
+    assert resolve(path, store) == path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/teacher.pth", store) == path
+    for wrong in (tmp_path / "gone.pth", tmp_path, "publisched"):
+        with pytest.raises(FileNotFoundError, match="no teacher's weights file at") as caught:
+            resolve(wrong, store)
+        assert all(way in str(caught.value) for way in WAYS_OUT)
+
+
+def test_resolve_published_and_auto_download_once(store, server):
+    path = store.path("cifar100", "resnet8")
+    assert resolve("published", store, url=server.url) == path
+    assert resolve("published", store, url=server.url) == path
+    assert resolve("auto", store, url=server.url) == path
+    assert resolve("auto", store, "wrn_16_1", url=server.url) == store.path("cifar100", "wrn_16_1")
+    assert len(server.requests) == 1
+
+
+def test_resolve_prefers_the_store(store):
+    path = store.save(create_model("resnet8", 100), "cifar100", "resnet8", {})
+    assert resolve("auto", store, url="http://127.0.0.1:9/") == path
+    assert resolve("fit", store) == path
+    with pytest.raises(ValueError, match="trained here and is not replaced"):
+        resolve("published", store, url="http://127.0.0.1:9/")
+
+
+def test_resolve_fit_is_for_the_caller_to_train(store):
+    assert resolve("fit", store, "any", "any") is None
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize("spec", ["auto", "published"])
+@pytest.mark.parametrize(("name", "dataset"), [("resnet14", "cifar100"), ("resnet8", "cifar10")])
+def test_resolve_names_the_ways_out(store, spec, name, dataset):
+    with pytest.raises(ValueError, match=f"no published weights of {name} for {dataset}") as caught:
+        resolve(spec, store, name, dataset)
+    assert all(way in str(caught.value) for way in WAYS_OUT)
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize("spec", ["auto", "published"])
+def test_resolve_names_the_ways_out_when_the_download_fails(store, spec):
+    with pytest.raises(WeightsError, match=r"127\.0\.0\.1:9") as caught:
+        resolve(spec, store, url="http://127.0.0.1:9/x.tar")
+    assert all(way in str(caught.value) for way in WAYS_OUT)
