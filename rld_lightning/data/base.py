@@ -1,0 +1,176 @@
+"""What every data set of this package offers to a training loop."""
+
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from rld_lightning.data.sampler import EpochSampler
+
+
+class Batch(NamedTuple):
+    """What a loader yields, ready for a model on the training device.
+
+    Attributes:
+        images: Normalised float32 images (B, 3, H, W) in ``channels_last`` memory format.
+        label: Classes, int64 (B,).
+        index: Positions in the split, int64 (B,); losses with a memory bank need them.
+    """
+
+    images: Tensor
+    label: Tensor
+    index: Tensor
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fraction") -> tuple[Tensor, Tensor]:
+    """Split samples in two so that both parts have the class frequencies of the whole.
+
+    Args:
+        labels: Classes, int64 (N,).
+        fraction: Share of the samples to hold out, in (0, 1).
+        seed: Seed of the split.
+        name: What the caller names the fraction, for the error message.
+
+    Returns:
+        The sorted positions of the kept and of the held-out samples, int64.
+    """
+    try:
+        kept, held_out = train_test_split(
+            torch.arange(len(labels)).numpy(), test_size=fraction, random_state=seed, stratify=labels.numpy()
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name}={fraction} of {len(labels)} images in {len(labels.unique())} classes cannot leave every class "
+            "an image on both sides: choose another fraction or add images."
+        ) from error
+    return torch.from_numpy(kept).sort().values, torch.from_numpy(held_out).sort().values
+
+
+class ImageDataModule(LightningDataModule):
+    """The common face of the data sets: splits, batch sizes and a description.
+
+    Args:
+        batch_size: Training batch over *all* processes; each takes ``batch_size / world_size`` of it.
+        eval_batch_size: Largest evaluation batch over all processes.
+        val_fraction: Share of the training split to hold out for validation, stratified, in [0, 1). With 0 validation
+            runs on the test split, as the literature does; tune with more than 0.
+        seed: Seed of the validation split, of the order of training samples and of their augmentation.
+        augment: Whether training images are augmented.
+        flip: Whether augmentation mirrors images with probability 1/2.
+        shuffle: Whether training samples are permuted anew in each epoch.
+        drop_last: Whether the last, smaller training batch of an epoch is left out.
+
+    Attributes:
+        name: Short name of the data set, such as ``"cifar100"``.
+        num_classes: C.
+        class_names: The C names, in the order of the labels.
+        image_shape: (3, H, W) of a batch's images.
+        mean: Mean of each channel that images are normalised with, for values in [0, 1].
+        std: Standard deviation of each channel, likewise.
+    """
+
+    name: str
+    num_classes: int
+    class_names: list[str]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        eval_batch_size: int = 512,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+        augment: bool = True,
+        flip: bool = True,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        for option, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"{option}={value} must be at least 1.")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={val_fraction} must be in [0, 1): 0 validates on the test split, "
+                "0.1 holds out a tenth of the training split."
+            )
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed={seed} must be in [0, 2**32), the range that scikit-learn accepts.")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.augment = augment
+        self.flip = flip
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self._sizes: tuple[int, int, int] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Position of this process among all processes of the attached trainer."""
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the attached trainer, 1 without one."""
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are delivered: the attached trainer's device, the CPU without one."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    @property
+    def train_size(self) -> int:
+        """Number of images that are trained on."""
+        return self._split_sizes()[0]
+
+    @property
+    def val_size(self) -> int:
+        """Number of images that are validated on."""
+        return self._split_sizes()[1]
+
+    @property
+    def test_size(self) -> int:
+        """Number of images in the test split."""
+        return self._split_sizes()[2]
+
+    def describe(self) -> str:
+        """Return one line for the console: name, classes, sizes and what validation runs on."""
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"{self.name}: {self.num_classes} classes, {shape}, {self.train_size:,} train and {self.test_size:,} test "
+            f"images, {self._describe_validation()}"
+        )
+
+    def train_sampler(self) -> EpochSampler:
+        """Make the sampler of this process's share of the training split."""
+        return EpochSampler.for_training(
+            self.train_size,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def eval_sampler(self, size: int) -> EpochSampler:
+        """Make the sampler of this process's share of an evaluation split of ``size`` images."""
+        return EpochSampler.for_evaluation(size, self.eval_batch_size, rank=self.rank, world_size=self.world_size)
+
+    def _describe_validation(self) -> str:
+        if self.val_fraction > 0:
+            return f"validation on {self.val_size:,} held-out training images (stratified, seed {self.seed})"
+        return "validation on the test split, as the literature does"
+
+    def _split_sizes(self) -> tuple[int, int, int]:
+        if self._sizes is None:
+            raise RuntimeError(f"The data set {self.name} is not loaded yet: call prepare_data() and setup() first.")
+        return self._sizes

@@ -1,0 +1,121 @@
+"""CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels in 100 classes."""
+
+import hashlib
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from rld_lightning.data.download import fetch, file_md5
+from rld_lightning.data.in_memory import InMemoryDataModule
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+ARCHIVE = "cifar-100-python.tar.gz"
+ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+FOLDER = "cifar-100-python"
+FILE_MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
+# In the order of the labels.
+FINE_LABELS = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+
+
+class CIFAR100DataModule(InMemoryDataModule):
+    """CIFAR-100 in torchvision's file layout, ``root/cifar-100-python/{train,test,meta}``.
+
+    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The files are pickles, so nothing
+    is read from them before their MD5 is the published one. Mean and standard deviation are those of the published
+    distillation code (mdistiller, after RepDistiller), so that their teachers see what they were trained on.
+
+    Args:
+        root: Folder of the data set.
+        download: Whether to download what is missing.
+        url: Address of ``cifar-100-python.tar.gz``, if not its home page; the same file is expected.
+        options: See :class:`~rld_lightning.data.in_memory.InMemoryDataModule`.
+    """
+
+    name = "cifar100"
+    num_classes = 100
+    class_names = FINE_LABELS.split()
+    image_shape = (3, 32, 32)
+    mean = (0.5071, 0.4867, 0.4408)
+    std = (0.2675, 0.2565, 0.2761)
+
+    def __init__(
+        self, root: str | Path = "data", *, download: bool = True, url: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.root = Path(root)
+        self.download = download
+        self.url = url or URL
+
+    def prepare_data(self) -> None:
+        """Download and unpack the data set if a file is missing, in one process at a time."""
+        if not self._missing():
+            return
+        if not self.download:
+            raise FileNotFoundError(f"CIFAR-100 is missing and download=False: {self._how_to_place()}")
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f"{FOLDER}.lock"):
+            if not self._missing():  # another process was faster
+                return
+            archive = self.root / ARCHIVE
+            if archive.exists():
+                _check_md5(archive, file_md5(archive), ARCHIVE_MD5)
+            else:
+                fetch(self.url, archive, ARCHIVE_MD5)
+            self._unpack(archive)
+
+    def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
+        """Read a split, images uint8 (N, 32, 32, 3) and fine labels int64 (N,), after checking its MD5."""
+        split = "train" if train else "test"
+        path = self.root / FOLDER / split
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: call prepare_data(), or {self._how_to_place()}")
+        # Checksum and pickle are taken from the same bytes: the file may not change in between.
+        content = path.read_bytes()
+        _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), FILE_MD5[split])
+        entry = pickle.loads(content, encoding="latin1")
+        images = entry["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(entry["fine_labels"])
+
+    def _missing(self) -> list[str]:
+        return [name for name in FILE_MD5 if not (self.root / FOLDER / name).exists()]
+
+    def _how_to_place(self) -> str:
+        return (
+            f"get {self.url}, place it at {self.root / ARCHIVE} and call prepare_data(), or unpack it in {self.root}."
+        )
+
+    def _unpack(self, archive: Path) -> None:
+        """Copy the three files out of the archive, each appearing under its name only when it is complete."""
+        folder = self.root / FOLDER
+        folder.mkdir(exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for name, md5 in FILE_MD5.items():
+                part = folder / f"{name}.part"
+                with tar.extractfile(f"{FOLDER}/{name}") as source, part.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                _check_md5(part, file_md5(part), md5)
+                part.replace(folder / name)
+
+
+def _check_md5(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{path} is damaged (MD5 {found} instead of {expected}): delete it and run again.")

@@ -1,0 +1,107 @@
+"""Finding the images, classes and splits in a folder of class folders."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from rld_lightning.data.base import stratified_split
+
+TRAIN_FOLDER = "train"
+VAL_FOLDERS = ("val", "valid", "validation")
+TEST_FOLDER = "test"
+# A flat folder is always split alike, whatever the seed of a run, so that results can be compared.
+TEST_SEED = 0
+
+
+class ImageList(NamedTuple):
+    """The files of a split.
+
+    ``paths`` is a NumPy array of bytes rather than a list of ``str``: worker processes share its memory, while counting
+    the references of a million strings would copy them into each worker. ``labels`` is int64 (N,).
+    """
+
+    class_names: list[str]
+    paths: np.ndarray
+    labels: Tensor
+
+    def take(self, index: Tensor) -> "ImageList":
+        """Return the files at ``index`` (M,) as a list of their own."""
+        return ImageList(self.class_names, self.paths[index.numpy()], self.labels[index])
+
+
+def list_images(folder: Path) -> ImageList:
+    """List the images in the class folders of ``folder``, sorted by class and name; hidden folders are left out."""
+    class_names = _folders_in(folder)
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{folder} has {len(class_names)} class folders, at least two are needed: "
+            "place the images of each class in a folder named after it."
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    samples = ImageFolder.make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    labels = torch.tensor([number for _, number in samples], dtype=torch.int64)
+    counts = torch.bincount(labels, minlength=len(class_names))
+    if empty := [name for name, count in zip(class_names, counts.tolist(), strict=True) if not count]:
+        raise ValueError(
+            f"{folder} has class folders without an image, {_quote(empty)}: add images "
+            f"({', '.join(IMG_EXTENSIONS)}) or remove these folders."
+        )
+    return ImageList(class_names, np.array([os.fsencode(path) for path, _ in samples]), labels)
+
+
+def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
+    """List the images of each split.
+
+    Args:
+        root: A folder of splits, or a flat folder of classes.
+        test_fraction: Share of the images that becomes the test split of a flat folder.
+
+    Returns:
+        The splits ``"train"``, ``"test"`` and, if the folder has one beside the test split, ``"val"``.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: set root to a folder of class folders of images.")
+    folders = _folders_in(root)
+    val = next((name for name in VAL_FOLDERS if name in folders), None)
+    test = TEST_FOLDER if TEST_FOLDER in folders else None
+    if val and test and not _folders_in(root / test):
+        test = None  # as in ImageNet, whose `test` holds images without classes
+    if TRAIN_FOLDER in folders and (val or test):
+        lists = {name: list_images(root / name) for name in (TRAIN_FOLDER, val, test) if name}
+        for name, images in lists.items():
+            _check_classes(lists[TRAIN_FOLDER].class_names, images.class_names, root / name)
+        splits = {"train": lists[TRAIN_FOLDER], "test": lists[test or val]}
+        return splits | ({"val": lists[val]} if val and test else {})
+    if TRAIN_FOLDER in folders and _folders_in(root / TRAIN_FOLDER):
+        raise ValueError(
+            f"{root} has {TRAIN_FOLDER}/ but none of {', '.join((*VAL_FOLDERS, TEST_FOLDER))} beside it: add one, or "
+            f"set root to {root / TRAIN_FOLDER} to hold out test_fraction of its images."
+        )
+    images = list_images(root)
+    kept, held_out = stratified_split(images.labels, test_fraction, TEST_SEED, "test_fraction")
+    return {"train": images.take(kept), "test": images.take(held_out)}
+
+
+def _check_classes(expected: list[str], found: list[str], folder: Path) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"{folder} has other classes than {TRAIN_FOLDER}/: missing {_quote(missing)}, unknown {_quote(unknown)}; "
+            "give both the same class folders."
+        )
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _quote(names: list[str], limit: int = 10) -> str:
+    """Write out at most ``limit`` names for an error message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(map(repr, names[:limit])) or "none") + more

@@ -1,0 +1,136 @@
+"""Small data sets: the whole split is one uint8 tensor on the training device, augmented a batch at a time."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rld_lightning.data.augment import CropFlip, Normalize, crop_flip, draw_crop_flip, pad_images
+from rld_lightning.data.base import Batch, ImageDataModule, stratified_split
+from rld_lightning.data.loader import EpochLoader
+from rld_lightning.data.sampler import EpochSampler
+
+
+class Split(NamedTuple):
+    """All images of a split, uint8 (N, H, W, 3), and their classes, int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def take(self, index: Tensor) -> "Split":
+        """Return the samples at ``index`` (M,) as a split of their own."""
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Split":
+        """Return the split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+class InMemoryLoader(EpochLoader):
+    """Yield the batches of a split that lives on the device.
+
+    The order, the crops and the flips of an epoch are drawn at its start and moved to the device once, so that a step
+    only launches kernels and never waits for the device.
+
+    Args:
+        split: The samples, their images padded by ``padding`` on each side.
+        sampler: Which samples this process takes.
+        normalize: Turns uint8 crops into the model's input, on the device of the split.
+        padding: The padding of the images, which is the largest shift of a crop.
+        flip: Whether crops are mirrored with probability 1/2.
+    """
+
+    def __init__(
+        self, split: Split, sampler: EpochSampler, normalize: Normalize, *, padding: int = 0, flip: bool = False
+    ) -> None:
+        super().__init__(sampler)
+        self.split = split
+        self.normalize = normalize
+        self.padding = padding
+        self.flip = flip
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        images, labels = self.split
+        order, generator = self.sampler.draw_order()
+        index = self._local(order)
+        label = labels[index]
+        draw = None
+        if self.padding or self.flip:
+            drawn = draw_crop_flip(self.sampler.size, padding=self.padding, flip=self.flip, generator=generator)
+            draw = CropFlip(*map(self._local, drawn))
+        height, width = (extent - 2 * self.padding for extent in images.shape[1:3])
+        for step in self.sampler.steps[start:]:
+            if draw is None:
+                pixels = images[index[step]]
+            else:
+                pixels = crop_flip(images, index[step], CropFlip(*(values[step] for values in draw)), height, width)
+            yield Batch(self.normalize(pixels), label[step], index[step])
+
+    def _local(self, values: Tensor) -> Tensor:
+        """Take this process's share of what was drawn for all positions (N,), on the device."""
+        return values[self.sampler.positions].to(self.split.images.device)
+
+
+class InMemoryDataModule(ImageDataModule):
+    """A data set that fits on the training device.
+
+    A subclass names the data set, downloads it in ``prepare_data`` and returns a split in ``read_split``.
+
+    Args:
+        padding: Black pixels around a training image, from which a crop of the original size is taken.
+        options: See :class:`~rld_lightning.data.base.ImageDataModule`.
+    """
+
+    def __init__(self, *, padding: int = 4, **options: Any) -> None:
+        super().__init__(**options)
+        if padding < 0:
+            raise ValueError(f"padding={padding} must not be negative: 0 switches cropping off.")
+        self.padding = padding if self.augment else 0
+        self._train: Split | None = None
+        self._val: Split | None = None
+        self._test: Split | None = None
+
+    def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
+        """Read a split from disk.
+
+        Args:
+            train: Whether to read the training or the test split.
+
+        Returns:
+            The images, uint8 (N, H, W, 3), and their classes, int64 (N,), both on the CPU.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all splits once, and move them to the trainer's device."""
+        if self._train is None or self._test is None:
+            train, self._test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
+            if self.val_fraction > 0:
+                kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
+                train, self._val = train.take(kept), train.take(held_out)
+            self._train = Split(pad_images(train.images, self.padding), train.labels)
+        self._train, self._test = self._train.to(self.device), self._test.to(self.device)
+        self._val = None if self._val is None else self._val.to(self.device)
+        self._sizes = tuple(len(split.labels) for split in (self._train, self._val or self._test, self._test))
+
+    def train_dataloader(self) -> InMemoryLoader:
+        """Return the augmented, shuffled training batches of this process."""
+        sampler = self.train_sampler()
+        flip = self.flip and self.augment
+        return InMemoryLoader(self._train, sampler, self._normalize(), padding=self.padding, flip=flip)
+
+    def val_dataloader(self) -> InMemoryLoader:
+        """Return the held-out training images, or the test split if none are held out."""
+        return self._eval_loader(self._val or self._test, self.val_size)
+
+    def test_dataloader(self) -> InMemoryLoader:
+        """Return the test split, each image exactly once over all processes."""
+        return self._eval_loader(self._test, self.test_size)
+
+    def _eval_loader(self, split: Split | None, size: int) -> InMemoryLoader:
+        return InMemoryLoader(split, self.eval_sampler(size), self._normalize())
+
+    def _normalize(self) -> Normalize:
+        _, height, width = self.image_shape
+        return Normalize(self.mean, self.std, height, width, self.device)

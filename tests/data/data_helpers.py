@@ -1,0 +1,40 @@
+"""What the tests of loaders share."""
+
+from types import SimpleNamespace
+
+import torch
+
+from rld_lightning.data import Batch
+
+
+def same(a, b):
+    """Whether two lists of tuples of tensors are equal bit for bit."""
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True)
+    )
+
+
+def merge(batches):
+    """Concatenate batches into one."""
+    return Batch(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def part(batch, *bounds):
+    """Slice all tensors of a batch."""
+    return Batch(*(values[slice(*bounds)] for values in batch))
+
+
+def ready(data, rank=0, world_size=1):
+    """Prepare and set up a data module as process ``rank`` of ``world_size`` would."""
+    if world_size > 1:
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def epoch_of(loader, epoch=0):
+    """List the batches of an epoch."""
+    loader.sampler.set_epoch(epoch)
+    return list(loader)

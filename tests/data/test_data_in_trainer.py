@@ -1,0 +1,128 @@
+"""What Lightning's loops do with the loaders: announce epochs, resume, share batches, leave samplers alone."""
+
+import pytest
+import torch
+from data_helpers import same
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch import nn
+
+from rld_lightning.data import DigitsDataModule, ImageFolderDataModule
+
+
+class Recorder(LightningModule):
+    """A linear classifier that remembers which samples it saw."""
+
+    def __init__(self, save_at=None):
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+        self.model(torch.zeros(1, 3, 8, 8))
+        self.save_at = save_at
+        self.trained, self.announced, self.evaluated = [], [], []
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            self.announced.append(self.trainer.train_dataloader.sampler.epoch)
+        self.trained.append((batch.index, batch.images))
+        return nn.functional.cross_entropy(self.model(batch.images), batch.label)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.save_at and self.save_at[0] == self.trainer.global_step:
+            self.trainer.save_checkpoint(self.save_at[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated.append(batch.index)
+
+    def test_step(self, batch, batch_idx):
+        self.evaluated.append(batch.index)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def trainer(epochs=2, **options):
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def digits(**options):
+    return DigitsDataModule(**{"batch_size": 500} | options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, count in (("train", 5), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (12, 10), (number * 40, 9, 9)).save(tmp_path / split / name / f"{number}.png")
+    return ImageFolderDataModule(tmp_path, image_size=8, batch_size=4, num_workers=2)
+
+
+@pytest.fixture(params=["memory", "stream"])
+def data(request):
+    return digits() if request.param == "memory" else request.getfixturevalue("folder")
+
+
+def test_epochs_are_announced_and_differ(data):
+    model = Recorder()
+    trainer().fit(model, data)
+    assert model.announced == [0, 1]
+    assert len(model.trained) == 6
+    assert not same(model.trained[:3], model.trained[3:])
+    for epoch in (model.trained[:3], model.trained[3:]):
+        assert sorted(torch.cat([index for index, _ in epoch]).tolist()) == list(range(data.train_size))
+
+
+def test_every_test_image_is_evaluated_once(data):
+    model = Recorder()
+    runner = trainer(limit_train_batches=1, num_sanity_val_steps=0)
+    runner.fit(model, data)
+    model.evaluated.clear()
+    runner.test(model, data, verbose=False)
+    assert torch.equal(torch.cat(model.evaluated), torch.arange(data.test_size))
+
+
+@pytest.mark.parametrize("step", [2, 3, 4], ids=["mid-epoch", "end of epoch", "mid second epoch"])
+def test_a_resumed_run_sees_the_same_batches(data, step, tmp_path):
+    checkpoint = tmp_path / "run.ckpt"
+    whole = Recorder(save_at=(step, checkpoint))
+    trainer(3).fit(whole, data)
+
+    resumed = Recorder()
+    trainer(3).fit(resumed, data, ckpt_path=checkpoint)
+    assert same(resumed.trained, whole.trained[step:])
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_checkpoint_of_a_finished_epoch_continues_with_the_next(data, tmp_path):
+    first = trainer(1)
+    first.fit(Recorder(), data)
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    whole, resumed = Recorder(), Recorder()
+    trainer(2).fit(whole, data)
+    trainer(2).fit(resumed, data, ckpt_path=tmp_path / "run.ckpt")
+    assert resumed.announced == [1]
+    assert same(resumed.trained, whole.trained[3:])
+
+
+def test_validation_does_not_change_training():
+    with_validation, without = Recorder(), Recorder()
+    trainer().fit(with_validation, digits(val_fraction=0.2))
+    trainer(limit_val_batches=0).fit(without, digits(val_fraction=0.2))
+    assert same(with_validation.trained, without.trained)
+
+
+def test_rank_and_device_are_the_trainers():
+    data = digits()
+    data.trainer = trainer()
+    assert (data.rank, data.world_size, data.device) == (0, 1, torch.device("cpu"))

@@ -1,0 +1,281 @@
+import gc
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import epoch_of, merge, part, ready, same
+from PIL import Image
+from torchvision import transforms
+
+from rld_lightning.data import Batch, ImageFolderDataModule
+from rld_lightning.data.imagefolder import read_image
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def write_image(path, seed=0, mode="RGB"):
+    """Save smooth noise of a size and aspect that depend on the seed."""
+    generator = np.random.default_rng(seed)
+    noise = generator.integers(256, size=(4, 5, 4), dtype=np.uint8)
+    size = tuple(generator.integers(20, 60, size=2).tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(noise).resize(size)
+    image = image if mode == "RGBA" else image.convert("RGB").convert(mode)
+    image.save(path)
+
+
+def write_classes(folder, counts=(8, 6, 7), names=CLASSES):
+    modes = [("jpg", "RGB"), ("png", "RGB"), ("png", "L"), ("png", "RGBA"), ("png", "P"), ("jpeg", "CMYK")]
+    for name, count in zip(names, counts, strict=True):
+        for number in range(count):
+            suffix, mode = modes[number % len(modes)]
+            write_image(folder / name / f"{number:02d}.{suffix}", seed=10 * ord(name[0]) + number, mode=mode)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with 21 training and 10 test images."""
+    folder = tmp_path_factory.mktemp("pets")
+    write_classes(folder / "train")
+    write_classes(folder / "val", counts=(4, 3, 3))
+    return folder
+
+
+def folder_data(root, rank=0, world_size=1, **options):
+    options = {"image_size": 16, "batch_size": 6, "eval_batch_size": 4, "num_workers": 0} | options
+    return ready(ImageFolderDataModule(root, **options), rank, world_size)
+
+
+def train_epoch(root, epoch=0, **options):
+    return epoch_of(folder_data(root, **options).train_dataloader(), epoch)
+
+
+def test_batches_are_what_the_loops_expect(root):
+    data = folder_data(root)
+    batch = next(iter(data.train_dataloader()))
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (6, 3, 16, 16)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.label.dtype == batch.index.dtype == torch.int64
+    epoch = merge(data.train_dataloader())
+    assert sorted(epoch.index.tolist()) == list(range(21))
+    assert torch.equal(epoch.label, data.splits["train"].labels[epoch.index])
+    assert torch.bincount(epoch.label).tolist() == [8, 6, 7]
+
+
+def test_classes_are_known_before_setup(root):
+    data = ImageFolderDataModule(root)
+    assert data.num_classes == 3
+    assert data.class_names == list(CLASSES)
+    assert data.image_shape == (3, 224, 224)
+    assert data.resize == 256
+
+
+def test_evaluation_is_resize_and_centre_crop(root):
+    data = folder_data(root)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(18),
+            transforms.CenterCrop(16),
+            transforms.ToTensor(),
+            transforms.Normalize(data.mean, data.std),
+        ]
+    )
+    batch = merge(data.test_dataloader())
+    assert torch.equal(batch.index, torch.arange(10))
+    for image, path in zip(batch.images, data.splits["test"].paths, strict=True):
+        expected = reference(Image.open(path.decode()).convert("RGB"))
+        # Resizing rounds to uint8; tensors and Pillow may differ by one of 255 steps.
+        assert (image - expected).abs().max() < 1.01 / 255 / min(data.std)
+
+
+def test_training_crops_are_random_and_seeded(root):
+    assert same(train_epoch(root, 1, seed=3), train_epoch(root, 1, seed=3))
+    assert not same(train_epoch(root, 1, seed=3), train_epoch(root, 2, seed=3))
+    assert not same(train_epoch(root, 1, seed=3), train_epoch(root, 1, seed=4))
+    plain = merge(train_epoch(root, augment=False, shuffle=False))
+    evaluated = folder_data(root, eval_batch_size=21)
+    evaluated.splits["test"] = evaluated.splits["train"]
+    evaluated.setup()
+    assert torch.equal(plain.images, next(iter(evaluated.test_dataloader())).images)
+
+
+def test_flip_can_be_switched_off(root):
+    whole = {"scale": (1.0, 1.0), "shuffle": False}
+    flipped, plain = merge(train_epoch(root, **whole)), merge(train_epoch(root, flip=False, **whole))
+    mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(flipped.images, plain.images, strict=True)]
+    same_way = [torch.equal(a, b) for a, b in zip(flipped.images, plain.images, strict=True)]
+    assert all(a or b for a, b in zip(mirrored, same_way, strict=True))
+    assert 0 < sum(mirrored) < 21
+
+
+def test_batches_do_not_depend_on_the_workers(root):
+    alone = folder_data(root).train_dataloader()
+    with_workers = folder_data(root, num_workers=2).train_dataloader()
+    for epoch in (0, 1):
+        for loader in (alone, with_workers):
+            loader.sampler.set_epoch(epoch)
+        assert same(list(with_workers), list(alone))
+    # An epoch that was left early does not leak into the next one.
+    next(iter(with_workers))
+    assert same(list(with_workers), list(alone))
+
+
+def test_workers_stop_at_once_when_the_loader_is_garbage(root):
+    loader = folder_data(root, num_workers=2).train_dataloader()
+    list(loader)
+    workers = loader._workers._iterator._workers
+    loader.cycle = loader
+    del loader
+    start = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - start < 4
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch(root):
+    loader = folder_data(root).train_dataloader()
+    iterator = iter(loader)
+    loader.sampler.set_epoch(3)
+    assert same(list(iterator), train_epoch(root, 3))
+
+
+def test_loader_continues_in_the_middle_of_an_epoch(root):
+    loader = folder_data(root).train_dataloader()
+    loader.load_state_dict({"epoch": 2, "batch": 3})
+    loader.sampler.set_epoch(2)
+    assert same(list(loader), train_epoch(root, 2)[3:])
+    loader.sampler.set_epoch(3)
+    assert same(list(loader), train_epoch(root, 3))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_see_the_batches_of_a_single_process(root, world_size):
+    alone = train_epoch(root, 1)
+    ranks = [train_epoch(root, 1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [merge(step) for step in zip(*ranks, strict=True)]
+    assert same(together[:-1], alone[:-1])
+    assert same([part(together[-1], 3)], alone[-1:])
+
+    tests = [list(folder_data(root, rank=rank, world_size=world_size).test_dataloader()) for rank in range(world_size)]
+    assert sorted(torch.cat([batch.index for rank in tests for batch in rank]).tolist()) == list(range(10))
+    assert len({len(rank) for rank in tests}) == 1
+
+
+def test_loading_consumes_no_global_randomness(root):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    data = folder_data(root)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        list(loader)
+    list(folder_data(root, num_workers=1).val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_with_three_splits(root, tmp_path):
+    shutil.copytree(root, tmp_path / "pets")
+    write_classes(tmp_path / "pets" / "test", counts=(2, 2, 1))
+    data = folder_data(tmp_path / "pets")
+    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 5)
+    assert data.describe() == (
+        "pets: 3 classes, 3x16x16, 21 train and 5 test images, "
+        "validation on the 10 images of the folder's own validation split"
+    )
+    assert len(merge(data.val_dataloader()).label) == 10
+
+
+@pytest.mark.parametrize("folder", ["val", "valid", "validation", "test"])
+def test_a_folder_with_two_splits(root, tmp_path, folder):
+    shutil.copytree(root / "train", tmp_path / "train")
+    shutil.copytree(root / "val", tmp_path / folder)
+    data = folder_data(tmp_path, name="mine")
+    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 10)
+    assert data.describe().startswith("mine: 3 classes")
+    assert data.describe().endswith("validation on the test split, as the literature does")
+
+
+def test_imagenets_test_folder_without_classes_is_left_alone(root, tmp_path):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    write_image(tmp_path / "test" / "0.png")
+    assert folder_data(tmp_path).test_size == 10
+
+
+def test_a_flat_folder_is_split_alike_for_every_seed(root):
+    data = folder_data(root / "train", test_fraction=0.3, seed=1)
+    assert (data.train_size, data.test_size) == (14, 7)
+    train, test = data.splits["train"], data.splits["test"]
+    assert set(train.paths) | set(test.paths) == set(folder_data(root).splits["train"].paths)
+    assert torch.bincount(test.labels).tolist() in ([3, 2, 2], [2, 2, 3])
+    assert np.array_equal(folder_data(root / "train", test_fraction=0.3, seed=2).splits["test"].paths, test.paths)
+
+
+def test_validation_can_be_held_out(root):
+    data = folder_data(root, val_fraction=0.3, seed=2)
+    assert (data.train_size, data.val_size, data.test_size) == (14, 7, 10)
+    assert not set(data.splits["train"].paths) & set(data.splits["val"].paths)
+    assert "7 held-out training images" in data.describe()
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGB", "png"), ("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"), ("1", "bmp")]
+)
+def test_images_of_every_mode_are_read_as_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"image.{suffix}"
+    write_image(path, mode=mode)
+    image = read_image(str(path))
+    assert image.dtype == torch.uint8
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_unreadable_images_are_named(tmp_path):
+    broken, deep = tmp_path / "broken.jpg", tmp_path / "deep.png"
+    write_image(broken)
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"broken.jpg cannot be read as an image .* replace or delete it"):
+        read_image(str(broken))
+    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(deep)
+    with pytest.raises(ValueError, match=r"deep.png .* more than 8 bits"):
+        read_image(str(deep))
+
+
+def test_folder_errors_come_at_setup_and_name_the_culprit(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder: set root"):
+        folder_data(tmp_path / "nowhere")
+
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="bare has 0 class folders, at least two are needed"):
+        folder_data(tmp_path / "bare")
+
+    shutil.copytree(root, tmp_path / "empty")
+    (tmp_path / "empty" / "train" / "fox").mkdir()
+    (tmp_path / "empty" / "train" / "fox" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="train has class folders without an image, 'fox': add images"):
+        folder_data(tmp_path / "empty")
+
+    shutil.copytree(root, tmp_path / "differ")
+    (tmp_path / "differ" / "val" / "owl").rename(tmp_path / "differ" / "val" / "elk")
+    with pytest.raises(ValueError, match="val has other classes than train/: missing 'owl', unknown 'elk'; give both"):
+        folder_data(tmp_path / "differ")
+
+    shutil.copytree(root / "train", tmp_path / "lonely" / "train")
+    with pytest.raises(ValueError, match=r"lonely has train/ but none of val, .*, test beside it: .* set root to"):
+        folder_data(tmp_path / "lonely")
+
+    write_classes(tmp_path / "few", counts=(1, 5, 5))
+    with pytest.raises(ValueError, match=r"test_fraction=0.2 of 11 images in 3 classes cannot leave every class"):
+        folder_data(tmp_path / "few")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 32, "resize": 16}, "image_size=32 and resize=16 do not fit"),
+        ({"test_fraction": 0}, r"test_fraction=0 must be in \(0, 1\)"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFolderDataModule("somewhere", **options)

@@ -1,0 +1,254 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from data_helpers import epoch_of, merge, part, ready, same
+from torchvision import transforms
+
+from rld_lightning.data import Batch, InMemoryDataModule
+from rld_lightning.data.base import ImageDataModule, stratified_split
+
+
+class Toy(InMemoryDataModule):
+    """103 training and 41 test images of 6x5 pixels in three classes of different size."""
+
+    name = "toy"
+    num_classes = 3
+    class_names = ("a", "b", "c")
+    image_shape = (3, 6, 5)
+    mean = (0.5, 0.4, 0.3)
+    std = (0.2, 0.3, 0.4)
+
+    def __init__(self, **options):
+        super().__init__(**{"batch_size": 12, "eval_batch_size": 10, "padding": 2} | options)
+
+    def read_split(self, train):
+        size = 103 if train else 41
+        generator = torch.Generator().manual_seed(size)
+        images = torch.randint(256, (size, 6, 5, 3), dtype=torch.uint8, generator=generator)
+        return images, torch.arange(size) % 6 // 3 + torch.arange(size) % 2
+
+
+def toy(rank=0, world_size=1, **options):
+    return ready(Toy(**options), rank, world_size)
+
+
+def train_epoch(epoch=0, **options):
+    return epoch_of(toy(**options).train_dataloader(), epoch)
+
+
+def test_batches_are_what_the_loops_expect():
+    data = toy()
+    batch = next(iter(data.train_dataloader()))
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (12, 3, 6, 5)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.label.dtype == batch.index.dtype == torch.int64
+    assert torch.equal(batch.label, data.read_split(train=True)[1][batch.index])
+    loader = data.train_dataloader()
+    assert len(loader) == len(list(loader)) == 9
+    assert loader.batch_size == 12
+    assert (data.train_size, data.val_size, data.test_size) == (103, 41, 41)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_without_augmentation_images_are_torchvision_normalised(train):
+    data = toy(augment=False)
+    images, labels = data.read_split(train=train)
+    batch = merge(data.train_dataloader() if train else data.test_dataloader())
+    reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
+    assert torch.equal(batch.images, torch.stack([reference(images[i].numpy()) for i in batch.index]))
+    assert torch.equal(batch.label, labels[batch.index])
+    if not train:
+        assert torch.equal(batch.index, torch.arange(41))
+
+
+def test_training_images_are_shifted_and_mirrored_originals():
+    data = toy()
+    originals, _ = data.read_split(train=True)
+    padded = torch.nn.functional.pad(originals, (0, 0, 2, 2, 2, 2))
+    seen = set()
+    for images, _, index in data.train_dataloader():
+        pixels = (images.permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)) * 255
+        for image, i in zip(pixels.round().byte(), index, strict=True):
+            matches = [
+                (top, left, flip)
+                for top in range(5)
+                for left in range(5)
+                for flip in (False, True)
+                if torch.equal(image.flip(1) if flip else image, padded[i, top : top + 6, left : left + 5])
+            ]
+            assert len(matches) == 1
+            seen.update(matches)
+    assert len(seen) > 35
+
+
+def test_flip_and_padding_can_be_switched_off():
+    plain = train_epoch(augment=False)
+    assert same(train_epoch(padding=0, flip=False), plain)
+    assert not same(train_epoch(padding=0), plain)
+    assert not same(train_epoch(flip=False), plain)
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    assert same(train_epoch(2, seed=7), train_epoch(2, seed=7))
+    assert not same(train_epoch(2, seed=7), train_epoch(3, seed=7))
+    assert not same(train_epoch(2, seed=7), train_epoch(2, seed=8))
+    assert not same(train_epoch(1, seed=0), train_epoch(0, seed=1))
+
+
+def test_jumping_to_an_epoch_equals_running_through():
+    loader = toy().train_dataloader()
+    through = [epoch_of(loader, epoch) for epoch in range(4)]
+    assert same(epoch_of(toy().train_dataloader(), 3), through[3])
+
+
+def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch():
+    loader = toy().train_dataloader()
+    iterator = iter(loader)
+    loader.sampler.set_epoch(3)
+    assert same(list(iterator), train_epoch(3))
+
+
+def test_loader_continues_in_the_middle_of_an_epoch():
+    loader = toy().train_dataloader()
+    loader.sampler.set_epoch(2)
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    state = loader.state_dict()
+
+    resumed = toy().train_dataloader()
+    resumed.load_state_dict(state)
+    assert same(epoch_of(resumed, 2), train_epoch(2)[4:])
+    assert same(epoch_of(resumed, 3), train_epoch(3))
+
+    at_the_end = toy().train_dataloader()
+    at_the_end.load_state_dict({"epoch": 2, "batch": len(at_the_end)})
+    assert same(epoch_of(at_the_end, 3), train_epoch(3))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_see_the_batches_of_a_single_process(world_size):
+    alone = train_epoch(1)
+    ranks = [train_epoch(1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [merge(step) for step in zip(*ranks, strict=True)]
+    assert same(together[:-1], alone[:-1])
+    size = len(alone[-1].label)
+    assert same([part(together[-1], size)], alone[-1:])
+    filling = part(together[-1], size, None)
+    assert same([filling], [part(alone[0], len(filling.label))])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_test_split_exactly(world_size):
+    ranks = [list(toy(rank=rank, world_size=world_size).test_dataloader()) for rank in range(world_size)]
+    index = torch.cat([batch.index for rank in ranks for batch in rank])
+    assert sorted(index.tolist()) == list(range(41))
+    assert len({len(rank) for rank in ranks}) == 1
+
+
+def test_loading_consumes_no_global_randomness():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    data = toy(val_fraction=0.3)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_validation_split_is_stratified_disjoint_and_seeded():
+    data = toy(val_fraction=0.3, augment=False)
+    _, labels = data.read_split(train=True)
+    kept, held_out = stratified_split(labels, 0.3, 0)
+
+    assert sorted(torch.cat([kept, held_out]).tolist()) == list(range(103))
+    assert (data.train_size, data.val_size, data.test_size) == (len(kept), len(held_out), 41)
+    train, val = merge(data.train_dataloader()), merge(data.val_dataloader())
+    assert torch.equal(torch.bincount(train.label), torch.bincount(labels[kept]))
+    assert torch.equal(val.label, labels[held_out])
+    assert torch.equal(val.index, torch.arange(len(held_out)))
+    share = torch.bincount(val.label) / torch.bincount(labels)
+    assert torch.allclose(share, torch.full((3,), 0.3), atol=0.03)
+
+    assert torch.equal(stratified_split(labels, 0.3, 0)[1], held_out)
+    assert not torch.equal(stratified_split(labels, 0.3, 1)[1], held_out)
+
+
+def test_validation_is_the_test_split_unless_some_is_held_out():
+    data = toy()
+    assert same(list(data.val_dataloader()), list(data.test_dataloader()))
+    assert data.describe() == (
+        "toy: 3 classes, 3x6x5, 103 train and 41 test images, validation on the test split, as the literature does"
+    )
+    held_out = toy(val_fraction=0.3, seed=4).describe()
+    assert held_out.endswith(
+        "72 train and 41 test images, validation on 31 held-out training images (stratified, seed 4)"
+    )
+    assert "\n" not in held_out
+
+
+def test_setup_reads_once():
+    data = toy()
+    data.read_split = None
+    data.setup("test")
+    assert len(list(data.test_dataloader())) == 5
+
+
+def test_options_of_the_training_loader():
+    assert len(train_epoch(drop_last=True)) == 8
+    assert torch.equal(merge(train_epoch(shuffle=False)).index, torch.arange(103))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": 1.0}, r"val_fraction=1.0 must be in \[0, 1\)"),
+        ({"val_fraction": -0.1}, r"val_fraction=-0.1 must be in \[0, 1\)"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be in"),
+        ({"padding": -1}, "padding=-1 must not be negative"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Toy(**options)
+
+
+def test_split_that_cannot_be_stratified_is_refused():
+    with pytest.raises(ValueError, match=r"val_fraction=0.01 of 103 images in 3 classes .* choose another fraction"):
+        toy(val_fraction=0.01)
+
+
+def test_batch_must_be_shared_equally():
+    with pytest.raises(ValueError, match="batch_size=12 is the global batch and cannot be shared by 5 processes"):
+        toy(world_size=5).train_dataloader()
+
+
+def test_sizes_before_setup_say_what_to_call():
+    with pytest.raises(RuntimeError, match=r"toy is not loaded yet: call prepare_data\(\) and setup\(\)"):
+        Toy().describe()
+    assert issubclass(Toy, ImageDataModule)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait():
+    data = toy()
+    expected = epoch_of(data.train_dataloader(), 1)
+    data.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cuda", 0))
+    )
+    data.setup()
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    batches = iter(loader)
+    first = next(batches)  # moves the draws of the epoch to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rest = list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert first.images.is_contiguous(memory_format=torch.channels_last)
+    assert same([Batch(*(values.cpu() for values in batch)) for batch in [first, *rest]], expected)
