@@ -1,0 +1,48 @@
+# Every target makes its own virtual environment when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# What stands behind a target as name=value is an override for the script: make quickstart loss=dkd seed=1
+OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow test-lowest lint format build clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+install: $(INSTALLED) ## make .venv with the tested versions
+
+quickstart: $(INSTALLED) ## teacher, student alone and student distilled on real digits, in a minute (loss=dkd ...)
+	$(RUN) scripts/quickstart.py $(OVERRIDES)
+
+test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
+	$(RUN) -m pytest -q
+
+test-slow: $(INSTALLED) ## the slow tests
+	$(RUN) -m pytest -q -m slow
+
+test-lowest: ## the default tests with the lowest supported versions, in .venv-lowest
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	.venv-lowest/bin/python -m pytest -q
+
+lint: $(INSTALLED) ## ruff check and ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: $(INSTALLED) ## let ruff put the style right
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+build: $(INSTALLED) ## the wheel, in dist/
+	$(RUN) -m build --wheel
+
+clean: ## remove what was built (not data, teachers or runs)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,178 @@
+"""The configuration: everything composes, what it names exists, and mistakes are explained."""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from omegaconf import OmegaConf
+
+import rld_lightning.config
+from rld_lightning.losses import DistillationLoss
+from rld_lightning.models import list_models
+from rld_lightning.models.store import PUBLISHED_URL
+
+CONF = Path(__file__).parents[1] / "conf"
+PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]
+SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - {"pair", "single"})
+LOSSES = [path.stem for path in sorted((CONF / "loss").glob("*.yaml"))]
+MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
+
+
+def compose(*overrides, name="fit"):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose(name, ["paths.run=/run", *overrides])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+@cache
+def pair(name):
+    return compose(f"model={name}")
+
+
+def test_the_fourteen_pairs_of_the_benchmark_are_there():
+    teachers_and_students = {(pair(name).model.teacher.name, pair(name).model.student.name) for name in PAIRS}
+    assert teachers_and_students == {
+        ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("wrn_40_2", "wrn_16_2"),
+        ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("resnet110", "resnet20"),
+        ("resnet32x4", "ShuffleV2"), ("resnet32x4", "wrn_16_2"), ("resnet32x4", "wrn_40_2"),
+        ("wrn_40_2", "resnet8x4"), ("wrn_40_2", "MobileNetV2"), ("vgg13", "MobileNetV2"), ("ResNet50", "MobileNetV2"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("model", PAIRS)
+def test_every_pair_with_every_loss(model, loss):
+    cfg = compose(f"model={model}", f"loss={loss}")
+    assert isinstance(instantiate(cfg.loss), DistillationLoss)
+    assert cfg.model.label == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+
+
+@pytest.mark.parametrize("model", SINGLES)
+def test_every_single_model(model):
+    cfg = compose(f"model={model}", "loss=ce")
+    assert cfg.model.student.name in list_models()
+    assert cfg.model.teacher is None
+    assert cfg.recipe.optimizer.lr == (0.01 if cfg.model.student.name in MOBILE else 0.05)
+
+
+def test_every_published_model_has_a_configuration():
+    assert {compose(f"model={model}").model.student.name for model in SINGLES} == set(list_models())
+
+
+def test_what_a_pair_needs_stands_in_one_place_and_yields_to_the_command_line():
+    mobile = compose("model=wrn40_2_to_mobilenetv2", "loss=dkd")
+    assert (mobile.recipe.optimizer.lr, mobile.loss.beta) == (0.01, 6.0)
+    assert compose("model=wrn40_2_to_mobilenetv2", "loss=dkd", "loss.beta=3", "recipe.optimizer.lr=0.1").loss.beta == 3
+    assert compose("model=resnet56_to_resnet20", "loss=dkd").loss.beta == 2.0
+    assert compose("model=resnet32x4_to_resnet8x4", "loss=dkd").loss.beta == 8.0
+
+
+def test_rld_takes_one_temperature_and_the_reference_takes_two():
+    assert compose("loss=rld").loss.confidence_temperature is None
+    assert compose("loss=rld_reference").loss.confidence_temperature == 1.0
+    loss = instantiate(compose("loss=rld", "loss.alpha=2", "loss.beta=4", "loss.temperature=3").loss)
+    assert (loss.alpha, loss.beta, loss.temperature, loss.warmup_epochs) == (2, 4, 3, 20)
+
+
+def test_cifar240_is_the_literatures_recipe():
+    recipe = compose("recipe=cifar240").recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (240, 64, 20)
+    assert dict(recipe.optimizer) == {
+        "_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
+    }  # fmt: skip
+    assert (recipe.scheduler.milestones, recipe.scheduler.gamma) == ([150, 180, 210], 0.1)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONF / "data").glob("*.yaml")])
+def test_every_data_set(name):
+    data = instantiate(compose(f"data={name}", "data.root=/data" if name != "digits" else "seed=1").data)
+    assert data.batch_size == 64
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in (CONF / "recipe").glob("*.yaml")])
+def test_every_recipe(recipe):
+    import torch
+
+    cfg = compose(f"recipe={recipe}")
+    optimizer = instantiate(cfg.recipe.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = instantiate(cfg.recipe.scheduler)
+    assert scheduler(optimizer, **({"total_steps": 10} if recipe == "quick" else {}))
+    assert cfg.trainer.max_epochs == cfg.recipe.epochs
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "ddp_cpu"])
+def test_every_trainer_without_a_gpu(name):
+    trainer = instantiate(compose(f"trainer={name}").trainer, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer, Trainer)
+    assert trainer.world_size == (2 if name == "ddp_cpu" else 1)
+
+
+@pytest.mark.parametrize("name", ["gpu", "ddp"])
+def test_gpu_trainers(name):
+    cfg = compose(f"trainer={name}").trainer
+    assert cfg.accelerator == "gpu"
+    assert cfg.use_distributed_sampler is False
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONF / "callbacks").glob("*.yaml")])
+def test_every_callback(name):
+    assert all(map(instantiate, compose(f"callbacks={name}").callbacks.values()))
+
+
+def test_csv_is_always_logged():
+    for name in ("csv", "tensorboard"):
+        assert "csv" in compose(f"logger={name}").logger
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("fit", ["logger=wandb"])  # resolving needs a run
+    assert set(cfg.logger) == {"csv", "wandb"}
+
+
+def test_wandb_is_offline_without_a_key_or_a_network(monkeypatch):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
+    assert rld_lightning.config.wandb_offline()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(rld_lightning.config, "WANDB_HOST", ("127.0.0.1", 9))
+    assert rld_lightning.config.wandb_offline()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert not rld_lightning.config.wandb_offline()
+
+
+def test_experiments():
+    cfg = compose("experiment=quickstart")
+    assert (cfg.data._target_.split(".")[-1], cfg.model.teacher.weights) == ("DigitsDataModule", "fit")
+
+
+def test_the_published_teachers_have_one_address():
+    assert pair(PAIRS[0]).model.teacher.published_url == PUBLISHED_URL
+
+
+def fit_help(*arguments):
+    script = Path(__file__).parents[1] / "scripts" / "fit.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_typo_in_a_key_is_an_error_with_near_matches():
+    result = fit_help("loss.alhpa=2", "--cfg", "job")
+    assert result.returncode == 1
+    assert "Could not override 'loss.alhpa'" in result.stderr
+    assert "Did you mean loss.alpha?" in result.stdout
+
+
+def test_a_typo_in_a_group_lists_the_options():
+    result = fit_help("data=cifar10", "--cfg", "job")
+    assert result.returncode == 1
+    assert "Could not find 'data/cifar10'" in result.stderr
+    assert all(name in result.stderr for name in ("cifar100", "digits", "imagefolder"))

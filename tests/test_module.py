@@ -1,0 +1,217 @@
+"""The training step: what is trained, what is saved, what is logged, what is resumed."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss
+from rld_lightning.data import DigitsDataModule
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def network(width=4, seed=0):
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    model = nn.Sequential(*layers)
+    model(torch.zeros(2, 3, 8, 8))
+    model[1].reset_running_stats()
+    return model
+
+
+def module(loss=None, **options):
+    teacher = FrozenTeacher(network(8, seed=1))
+    return DistillationModule(
+        network(), RLDLoss() if loss is None else loss, SGD, teacher=teacher, num_classes=10, **options
+    )
+
+
+def trainer(tmp_path, **options):
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+    }
+    return Trainer(**{**defaults, **options})
+
+
+def digits(**options):
+    return DigitsDataModule(batch_size=128, **options)
+
+
+class LearnableLoss(CELoss):
+    """A loss with a parameter of its own."""
+
+    needs_teacher = True
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def terms(self, step):
+        return {"scaled": self.log_scale.exp() * (step.student.logits - step.teacher.logits).square().mean()}
+
+
+def test_only_the_student_and_the_loss_are_saved_and_optimised(tmp_path):
+    job = module(LearnableLoss(), info={"student": "tiny"})
+    fitted = trainer(tmp_path)
+    fitted.fit(job, digits())
+
+    optimised = {id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in [*job.student.parameters(), job.loss.log_scale]}
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    students = {f"student.{key}" for key in job.student.state_dict()}
+    assert set(checkpoint["state_dict"]) == students | {"loss.log_scale"}
+    assert checkpoint["hyper_parameters"] == {"num_classes": 10, "student": "tiny"}
+    assert job.loss.log_scale != 0
+
+
+def test_teacher_is_bit_identical_after_training(tmp_path):
+    job = module()
+    before = {key: value.clone() for key, value in job.teacher.model.state_dict().items()}
+    trainer(tmp_path).fit(job, digits())
+
+    for key, value in job.teacher.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not job.teacher.training
+    assert not any(p.requires_grad or p.grad is not None for p in job.teacher.parameters())
+    assert not any(module is job.teacher.model for module in job.modules())
+
+
+def test_a_loss_that_needs_no_teacher_does_not_run_it(tmp_path):
+    job = module(CELoss())
+    assert job.teacher is None
+    trainer(tmp_path, max_epochs=1).fit(job, digits())
+
+
+def test_a_loss_that_needs_a_teacher_says_so():
+    with pytest.raises(ValueError, match=r"RLDLoss needs a teacher.*loss=ce"):
+        DistillationModule(network(), RLDLoss(), SGD, num_classes=10)
+
+
+def test_unknown_scheduler_interval():
+    with pytest.raises(ValueError, match=r"'epochs' is unknown; choose 'epoch' or 'step'"):
+        module(scheduler_interval="epochs")
+
+
+class Watch(Callback):
+    """Recounts what the module logs."""
+
+    def __init__(self):
+        self.right = self.seen = self.wrong_teacher = 0
+        self.history = []
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.right = self.seen = 0
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.right += (outputs["student_logits"].argmax(1) == batch.label).sum().item()
+        self.seen += len(batch.label)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.wrong_teacher = self.masked = self.trained = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        teacher = outputs["teacher_logits"]
+        self.wrong_teacher += (teacher.argmax(1) != batch.label).sum().item()
+        self.masked += (
+            (teacher >= teacher[torch.arange(len(teacher)), batch.label][:, None]).float().mean(1).sum().item()
+        )
+        self.trained += len(batch.label)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.history.append((metrics, self.right / self.seen, self.seen))
+
+
+def test_logged_accuracies_and_statistics_are_exact_and_in_percent(tmp_path):
+    watch = Watch()
+    job = module()
+    trainer(tmp_path, max_epochs=3, callbacks=[watch]).fit(job, digits())
+
+    assert [seen for *_, seen in watch.history] == [360] * 3
+    for metrics, top1, _ in watch.history:
+        assert metrics["val/top1"] == pytest.approx(100 * top1)
+    assert metrics["val/top1_best"] == pytest.approx(100 * max(top1 for _, top1, _ in watch.history))
+    assert metrics["train/teacher_wrong"] == pytest.approx(100 * watch.wrong_teacher / watch.trained, rel=1e-5)
+    assert metrics["train/masked_classes"] == pytest.approx(100 * watch.masked / watch.trained, rel=1e-5)
+    assert metrics["train/loss"] == pytest.approx(
+        sum(metrics[f"train/{term}"] for term in ("ce", "scd", "mcd")), rel=1e-5
+    )
+    assert watch.trained == 1437
+
+
+def test_warm_up_counts_epochs_from_one(tmp_path):
+    seen = []
+
+    class Epochs(KDLoss):
+        def terms(self, step):
+            seen.append(step.epoch)
+            return super().terms(step)
+
+    trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module(Epochs()), digits())
+    assert seen == [1, 2]
+
+
+def test_one_cycle_is_told_the_number_of_steps(tmp_path):
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
+    job = module(scheduler_interval="step")
+    job.make_scheduler = schedule
+    fitted = trainer(tmp_path)
+    fitted.fit(job, digits())
+    assert fitted.lr_scheduler_configs[0].scheduler.total_steps == fitted.global_step == 24
+
+
+def test_milestones_take_effect_after_their_epoch(tmp_path):
+    rates = []
+
+    class Rates(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    job = module()
+    job.make_scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2], gamma=0.1)
+    trainer(tmp_path, max_epochs=4, limit_train_batches=1, callbacks=[Rates()]).fit(job, digits())
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_training_repeats_bit_for_bit(tmp_path):
+    states = []
+    for _ in range(2):
+        job = module()
+        trainer(tmp_path).fit(job, digits(seed=3))
+        states.append(job.student.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+    def checkpoint():
+        return ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
+
+    whole = module()
+    trainer(tmp_path, max_epochs=3).fit(whole, digits())
+
+    trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[checkpoint()]).fit(module(), digits())
+    assert (tmp_path / "last.ckpt").exists()
+    torch.manual_seed(123)  # nothing may depend on the state of the global generators
+    resumed = module()
+    trainer(tmp_path, max_epochs=3).fit(resumed, digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+    assert resumed.best_top1 == whole.best_top1
+    for key, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def test_fewer_than_six_classes_have_no_top5():
+    job = DistillationModule(network(), CELoss(), SGD, num_classes=5)
+    assert set(job.accuracies["val_split"]) == {"top1"}
