@@ -1,5 +1,8 @@
 """Refined Logit Distillation and the methods it is compared to, on PyTorch Lightning and Hydra."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rld_lightning.losses import (
     CELoss,
     DistillationLoss,
@@ -12,9 +15,11 @@ from rld_lightning.losses import (
     kd_loss,
     rld_loss,
 )
-from rld_lightning.models import create_model, list_models
-from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.module import DistillationModule
+
+if TYPE_CHECKING:
+    from rld_lightning.models import create_model, list_models
+    from rld_lightning.models.teacher import FrozenTeacher
+    from rld_lightning.module import DistillationModule
 
 __version__ = "0.1.0"
 
@@ -34,3 +39,17 @@ __all__ = [
     "list_models",
     "rld_loss",
 ]
+
+# Imported on first use: who wants a loss for a loop of their own should not wait for Lightning and torchvision.
+_HOMES = {
+    "DistillationModule": "rld_lightning.module",
+    "FrozenTeacher": "rld_lightning.models.teacher",
+    "create_model": "rld_lightning.models",
+    "list_models": "rld_lightning.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

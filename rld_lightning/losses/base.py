@@ -67,7 +67,7 @@ class DistillationLoss(nn.Module):
     def __init__(self, *, ce_weight: float = 1.0, warmup_epochs: int = 1, ignore_index: int = -100) -> None:
         super().__init__()
         check_weights(ce_weight=ce_weight)
-        if warmup_epochs < 1:
+        if not warmup_epochs >= 1:
             raise ValueError(f"warmup_epochs={warmup_epochs!r} is not allowed; it must be >= 1 (1 is no warm-up).")
         self.ce_weight = ce_weight
         self.warmup_epochs = warmup_epochs
@@ -103,11 +103,13 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"{type(self).__name__} needs the teacher's logits; pass them, or use CELoss.")
         # Half precision loses what distillation is about: the small probabilities.
         with torch.autocast(step.label.device.type, enabled=False):
+            # First, because what it says about a label that does not fit is clearer than what cross-entropy says.
+            method = self.terms(step)
             terms = {}
             if self.ce_weight:
                 terms["ce"] = self.ce_weight * cross_entropy(step.student.logits, step.label, self.ignore_index)
             factor = self.warmup(step.epoch)
-            terms |= {name: factor * term if factor != 1.0 else term for name, term in self.terms(step).items()}
+            terms |= {name: factor * term if factor != 1.0 else term for name, term in method.items()}
         return terms
 
     def extra_repr(self) -> str:
@@ -116,9 +118,12 @@ class DistillationLoss(nn.Module):
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy of ``(B, C)`` or ``(B, C, *)`` logits, in float32 or better."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(dtype), label, ignore_index=ignore_index)
+    """Mean cross-entropy of ``(B, C)`` or ``(B, C, *)`` logits, in float32 or better; 0 if every label is ignored."""
+    if label.is_floating_point() or label.dtype == torch.bool:
+        raise ValueError(f"label must hold class indices (integers), got {label.dtype} {tuple(label.shape)}.")
+    dtype, label = torch.promote_types(logits.dtype, torch.float32), label.long()
+    total = F.cross_entropy(logits.to(dtype), label, ignore_index=ignore_index, reduction="sum")
+    return total / (label != ignore_index).sum().clamp(min=1)
 
 
 def _context(student: Tensor, teacher: Tensor | None, label: Tensor | None) -> StepContext:

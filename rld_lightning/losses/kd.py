@@ -10,10 +10,12 @@ from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_w
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    label: Tensor | None = None,
     *,
     temperature: float,
     weight: float = 1.0,
     logit_standardization: bool = False,
+    ignore_index: int = -100,
     reduction: str = "mean",
 ) -> dict[str, Tensor]:
     """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of teacher logits t and student logits s, averaged over the batch.
@@ -21,20 +23,29 @@ def kd_loss(
     Args:
         student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
         teacher_logits: the same shape; never receives a gradient.
+        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         temperature: softmax temperature of both.
         weight: factor on the term.
         logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
+        ignore_index: label of samples that count for nothing.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then the term is ``(B, *)``).
 
     Returns:
         ``{"kd": weight * KD}`` in nats.
 
     Raises:
-        ValueError: shapes, class counts or hyper-parameters that do not fit.
+        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
     check_positive(temperature=temperature)
     check_weights(weight=weight)
-    rows = logit_rows(student_logits, teacher_logits, reduction=reduction, logit_standardization=logit_standardization)
+    rows = logit_rows(
+        student_logits,
+        teacher_logits,
+        label,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        logit_standardization=logit_standardization,
+    )
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
         return (kl_rows(F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)),)
@@ -72,7 +83,9 @@ class KDLoss(DistillationLoss):
         return kd_loss(
             step.student.logits,
             step.teacher.logits,
+            step.label,
             temperature=self.temperature,
             weight=self.weight,
             logit_standardization=self.logit_standardization,
+            ignore_index=self.ignore_index,
         )

@@ -241,8 +241,10 @@ class _RowBlocks(torch.autograd.Function):
         return tuple(torch.cat(parts) for parts in zip(*values, strict=True))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        # ``once_differentiable`` would let this pass, and the second derivative would silently be without this loss.
+        if torch.is_grad_enabled():
+            raise RuntimeError("a batch this large has no second derivative (create_graph=True); split the batch.")
         result = None
         for weight, gradient in zip(outer, ctx.saved_tensors, strict=True):
             weight = weight.unsqueeze(-1)

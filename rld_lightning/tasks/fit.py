@@ -211,7 +211,7 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
         )
     return Summary(
         model=cfg.model.student.name,
-        loss=cfg.loss._target_.rsplit(".", 1)[-1],
+        loss=type(module.loss).__name__.removesuffix("Loss"),
         dataset=data.name,
         validated_on=f"{data.val_fraction:.0%} of the training split" if data.val_fraction else "test split",
         epochs=trainer.current_epoch,

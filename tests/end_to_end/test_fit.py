@@ -1,0 +1,185 @@
+"""The main job as a user runs it: scripts/fit.py on the digits, then scripts/eval.py on what it left."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from rld_lightning import create_model
+from rld_lightning.data import DigitsDataModule
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn_16_2", "model.student.name=wrn_16_1", "recipe=quick")
+
+
+def run(script, *arguments, folder, check=True):
+    paths = (f"paths.runs={folder / 'runs'}", f"paths.teachers={folder / 'teachers'}", "trainer=cpu")
+    command = [sys.executable, SCRIPTS / script, *arguments, *paths]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose teacher had to be trained first, and its output."""
+    folder = tmp_path_factory.mktemp("fit")
+    options = (*PAIR, "model.teacher.weights=fit", "recipe.epochs=2", f"hydra.run.dir={folder / 'run'}")
+    result = run("fit.py", *options, folder=folder)
+    return folder, result.stdout
+
+
+def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
+    _, output = finished
+    for expected in (
+        "├── seed: 0",
+        "data  digits: 10 classes, 3x8x8, 1,437 train and 360 test images, validation on the test split",
+        "training it first, with cross-entropy",
+        "teacher  wrn_16_2, 0.69 M parameters, 6.3 M MACs",
+        "student  wrn_16_1, 0.18 M parameters, 1.7 M MACs",
+        "loss  RLDLoss(ce_weight=1.0",
+        "SGD, learning rate 0.05, batch 64 = 1 x 64 on cpu",
+        "images/s",
+        "top-1, last epoch",
+        "top-1, best epoch",
+        "agreement with teacher",
+    ):
+        assert expected in output
+    assert "Traceback" not in output
+
+
+def test_leaves_a_folder_that_explains_itself(finished):
+    folder, _ = finished
+    files = {path.name for path in (folder / "run").iterdir()}
+    expected = (
+        "config.yaml environment.json metrics.csv summary.json student.safetensors curves.png last.ckpt best.ckpt"
+    )
+    assert set(expected.split()) <= files
+    assert (folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "teachers" / "digits" / "wrn_16_2.safetensors") in (folder / "run" / "config.yaml").read_text()
+
+
+def test_summary_metrics_and_export_tell_the_same(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    metrics = pd.read_csv(folder / "run" / "metrics.csv")
+    assert metrics["val/top1"].dropna().tolist()[-1] == pytest.approx(summary["top1"])
+    assert metrics["val/top1"].max() == pytest.approx(summary["top1_best"])
+    assert summary["validated_on"] == "test split"
+    with safe_open(folder / "run" / "student.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("wrn_16_1", "10", "digits")
+    assert float(facts["top1"]) == pytest.approx(summary["top1"])
+
+
+def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
+    folder, _ = finished
+    checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"student"}
+    assert checkpoint["hyper_parameters"] == {"num_classes": 10, "student": "wrn_16_1", "dataset": "digits"}
+
+
+def test_eval_of_export_and_checkpoint_equals_a_plain_loop(finished):
+    folder, _ = finished
+    data = DigitsDataModule()
+    data.setup()
+    model = create_model("wrn_16_1", 10).eval()
+    model.load_state_dict(load_file(folder / "run" / "student.safetensors"))
+    with torch.no_grad():
+        batches = [(model(batch.images), batch.label) for batch in data.test_dataloader()]
+    logits, label = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    nll = torch.nn.functional.cross_entropy(logits, label).item()
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == label).float()
+    bins = (confidence * 15).ceil().clamp(1, 15)
+    ece = sum(
+        (right[bins == b].mean() - confidence[bins == b].mean()).abs().item() * (bins == b).float().mean().item()
+        for b in bins.unique()
+    )
+    for weights in ("student.safetensors", "last.ckpt"):
+        target = folder / f"eval_{weights}"
+        options = ("data=digits", f"weights={folder / 'run' / weights}", f"hydra.run.dir={target}")
+        output = run("eval.py", *options, folder=folder).stdout
+        found = json.loads((target / "evaluation.json").read_text())
+        assert found["images"] == 360
+        assert found["top1"] == pytest.approx(100 * right.mean().item(), abs=1e-4)
+        assert found["nll"] == pytest.approx(nll, rel=1e-4)
+        assert found["ece"] == pytest.approx(100 * ece, abs=1e-2)
+        per_class = pd.read_csv(target / "per_class.csv")
+        assert per_class["images"].tolist() == [int((label == c).sum()) for c in per_class["class"]]
+        assert "top-1 %" in output
+        assert "Classes" in output
+
+
+def test_the_same_command_gives_the_same_student_bit_for_bit(finished):
+    folder, _ = finished
+    target = folder / "again"
+    options = (*PAIR, "model.teacher.weights=auto", "recipe.epochs=2", f"hydra.run.dir={target}")
+    output = run("fit.py", *options, folder=folder).stdout
+    assert "training it first" not in output
+    assert "fit)" in output  # the stored teacher says where it comes from
+    first, again = (load_file(folder / name / "student.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    folder, _ = finished
+    before = (folder / "run" / "summary.json").read_text()
+    result = run("fit.py", *PAIR, f"hydra.run.dir={folder / 'run'}", folder=folder, check=False)
+    assert result.returncode == 2
+    assert "holds a finished run" in result.stdout
+    assert (folder / "run" / "summary.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("model.teacher.weights=/nowhere.pth",), "there is no teacher's weights file at /nowhere.pth"),
+        (("model.teacher.weights=auto", "model.teacher.name=wrn_28_2"), "model.teacher.weights=fit"),
+        (("model.label=wrn_16_1", "model.teacher=null"), "the loss needs a teacher and model=wrn_16_1 has none"),
+        (("loss.temperature=0",), "temperature=0 is not allowed"),
+        (("model.student.name=wrn_16_11",), "wrn_16_1"),
+        (("data.batch_size=0",), "batch_size=0"),
+        (("data.val_fraction=2",), "val_fraction=2"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, capsys, overrides, sentence):
+    from rld_lightning.cli import run_task
+    from rld_lightning.tasks.fit import fit
+
+    arguments = ("fit.py", *PAIR, *overrides, "print_config=false", "trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}")
+    monkeypatch.setattr(sys, "argv", [*arguments, f"paths.teachers={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        run_task(lambda cfg: fit(cfg).top1, "fit")
+    output = capsys.readouterr().out
+    assert stop.value.code == 2
+    assert sentence in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
+    folder, _ = finished
+    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn_16_2.safetensors'}"
+    paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
+    command = [sys.executable, SCRIPTS / "fit.py", *PAIR, teacher, "recipe.epochs=200", *paths]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (folder / "stopped" / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    last = folder / "stopped" / "last.ckpt"
+    assert f"resume={last}" in output
+    epoch = torch.load(last, weights_only=True)["epoch"]
+    options = (*PAIR, teacher, f"recipe.epochs={epoch + 2}", f"resume={last}", f"hydra.run.dir={folder / 'continued'}")
+    run("fit.py", *options, folder=folder)
+    assert json.loads((folder / "continued" / "summary.json").read_text())["epochs"] == epoch + 2

@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+# Their assertions are then explained on failure like those in test files.
+pytest.register_assert_rewrite("golden", "tester")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small only wait for a second thread."""
+    torch.set_num_threads(1)

@@ -1,0 +1,101 @@
+"""Every loss against the numbers of the reference implementations, see tests/golden/README.md.
+
+A new method with golden numbers is one line in ``LOGIT_METHODS``; one without is named in ``WITHOUT_GOLDEN``.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from golden import golden_cases
+
+import rld_lightning.losses
+from rld_lightning.losses import DistillationLoss, DKDLoss, KDLoss, RLDLoss
+
+
+@dataclass(frozen=True)
+class LogitMethod:
+    """How a golden logit method is called here.
+
+    Attributes:
+        module: our class.
+        terms: the golden name of each term, and ours.
+        hyper: golden names of hyper-parameters, and ours where they differ; ``None`` for a switch that ours lacks.
+    """
+
+    module: type[DistillationLoss]
+    terms: dict[str, str]
+    hyper: dict[str, str | None] = field(default_factory=dict)
+
+    def build(self, hyper):
+        assert not any(value for name, value in hyper.items() if self.hyper.get(name, name) is None)
+        return self.module(**{self.hyper.get(k, k): v for k, v in hyper.items() if self.hyper.get(k, k) is not None})
+
+
+LOGIT_METHODS = {
+    "kd": LogitMethod(KDLoss, {"kd": "kd"}, {"kd_weight": "weight"}),
+    "dkd": LogitMethod(DKDLoss, {"target_class": "tckd", "non_target_class": "nckd"}),
+    "rld": LogitMethod(RLDLoss, {"sample_confidence": "scd", "masked_correlation": "mcd"}),
+}
+WITHOUT_GOLDEN = {"CELoss"}
+
+NUMBER_OF_CASES = {
+    "kd": 28, "dkd": 28, "rld": 70, "swap": 28, "rc": 28, "mlkd_noaug": 28, "revision": 14, "at": 4, "nst": 3, "sp": 2,
+    "rkd": 4, "pkt": 2, "fitnet": 4, "vid": 2, "ofd": 2, "reviewkd": 2, "crd": 1, "kdsvd": 1,
+}  # fmt: skip
+
+CASES = [case for method in LOGIT_METHODS for case in golden_cases(method)]
+STRESS = golden_cases(name="rld_stress")
+
+
+def check(case, dtype):
+    method = LOGIT_METHODS[case.method]
+    tensors = case.tensors(dtype)
+    student = tensors["student_logits"].requires_grad_()
+    terms = method.build(case.hyper)(student, tensors["teacher_logits"], tensors["target"])
+    ce = terms.pop("ce", None)
+    (gradient,) = torch.autograd.grad(sum(terms.values()), student)
+    assert all(term.isfinite() for term in terms.values())
+    case.assert_terms({name: terms.pop(ours) for name, ours in method.terms.items()} | terms)
+    if "ce_weight" in case.hyper and "ce" in case.expected:
+        case.assert_value(ce, case.hyper["ce_weight"] * case.expected["ce"])
+    assert gradient.dtype == dtype
+    case.assert_gradient("student_logits", gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logit_method(case, dtype):
+    assert dtype in case.dtypes
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", STRESS, ids=str)
+def test_rld_where_the_reference_is_not_finite(case):
+    (dtype,) = case.dtypes
+    check(case, dtype)
+
+
+def test_every_case_of_an_implemented_method_is_run():
+    exported = {
+        name
+        for name, value in vars(rld_lightning.losses).items()
+        if isinstance(value, type) and issubclass(value, DistillationLoss) and value is not DistillationLoss
+    }
+    compared = {method.module.__name__ for method in LOGIT_METHODS.values()}
+    assert exported == compared | WITHOUT_GOLDEN, "name a new loss in LOGIT_METHODS or, without numbers, WITHOUT_GOLDEN"
+    wrongly_left_out = {name.removesuffix("Loss").lower() for name in WITHOUT_GOLDEN} & set(NUMBER_OF_CASES)
+    assert not wrongly_left_out
+
+    everything = golden_cases()
+    assert {name: len(golden_cases(name)) for name in {case.method for case in everything}} == NUMBER_OF_CASES
+    assert len({case.id for case in everything}) == len(everything) == sum(NUMBER_OF_CASES.values())
+    assert {case.id for case in CASES} == {case.id for case in everything if case.method in LOGIT_METHODS}
+    assert all(case.dtypes == (torch.float64, torch.float32) for case in CASES)
+    assert len(STRESS) == len({case.id for case in STRESS}) == 92
+    assert {case.dtypes[0] for case in STRESS} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+def test_every_golden_array_can_be_read():
+    for case in golden_cases() + STRESS:
+        assert set(case.tensors(torch.float64)) == set(case.arrays)

@@ -1,0 +1,59 @@
+"""Learning curves from a metrics file."""
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from rld_lightning.reporting import plot_curves, read_metrics
+
+METRICS = """epoch,step,loss,lr-SGD,train/loss,train/ce,train/kd,val/ce,val/top1,val/top5
+,0,,0.05,,,,,,
+0,9,3.5,,,,,,,
+0,10,,,,,,2.0,40.0,80.0
+0,10,,,3.0,2.0,1.0,,,
+,11,,0.005,,,,,,
+1,20,,,,,,1.5,50.0,90.0
+1,20,,,2.0,1.5,0.5,,,
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    return tmp_path
+
+
+def test_one_row_an_epoch_counted_from_one(run):
+    metrics = read_metrics(run)
+    assert metrics.index.tolist() == [1, 2]
+    assert metrics["val/top1"].tolist() == [40.0, 50.0]
+    assert metrics["train/kd"].tolist() == [1.0, 0.5]
+    assert "loss" not in metrics
+
+
+def test_the_picture_shows_each_term_and_the_schedule(run, monkeypatch):
+    drawn = {}
+
+    def keep(figure, path, **_options):
+        for axes in figure.axes:
+            drawn[axes.get_title()] = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        save(figure, path)
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", keep)
+    path = plot_curves(run, "title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert drawn["Student accuracy"]["val top-1"] == [40.0, 50.0]
+    assert drawn["Loss terms (weighted) and validation cross-entropy"] == {
+        "sum": [3.0, 2.0],
+        "ce": [2.0, 1.5],
+        "kd": [1.0, 0.5],
+        "val ce": [2.0, 1.5],
+    }
+    assert drawn["Teacher and refinement"] == {}
+    assert drawn["Learning rate"] == {"lr-SGD": [0.05, 0.005]}
+
+
+def test_metrics_without_rows_of_an_epoch(tmp_path):
+    pd.DataFrame({"epoch": [], "step": [], "val/top1": []}).to_csv(tmp_path / "metrics.csv", index=False)
+    assert read_metrics(tmp_path).empty
