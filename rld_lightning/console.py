@@ -12,8 +12,10 @@ from rich.tree import Tree
 
 console = Console(highlight=False)
 
-# Said by a run's own lines, or by design: checkpoints, metrics and configuration share the run folder.
+# Said by a run's own lines, or by design: checkpoints, metrics and configuration share the run folder, and what is
+# logged at the end of an epoch is already the same on all ranks.
 _NOISE = (
+    "It is recommended to use `self.log.*sync_dist=True.*",
     ".*treespec, LeafSpec.*",
     "Experiment logs directory .* exists and is not empty.*",
     "Checkpoint directory .* exists and is not empty.*",

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from rld_lightning.data.base import Batch
+from rld_lightning.epoch_means import EpochMeans
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
@@ -67,6 +68,7 @@ class DistillationModule(LightningModule):
         self.make_scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.best_top1 = float("-inf")
+        self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         top_k = (1, 5) if num_classes > 5 else (1,)
         self.accuracies = nn.ModuleDict(
             {
@@ -106,21 +108,15 @@ class DistillationModule(LightningModule):
 
         with torch.no_grad():
             watched = {"loss": total, **terms, **self.loss.statistics(step)}
-        self.log_dict(
-            {f"train/{name}": value for name, value in watched.items()},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(batch.label),
-        )
+        self.means["train"].update(watched, len(batch.label))
         self.log("loss", total, prog_bar=True, batch_size=len(batch.label))
         self._update("train", student.logits.detach(), batch.label)
         outputs = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
         return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's training accuracy."""
-        self._log_accuracies("train")
+        """Logs the epoch's means and training accuracy."""
+        self._log_epoch("train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Student only; the teacher's share of the evaluation is a callback's."""
@@ -128,7 +124,7 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's validation accuracy and the best so far."""
-        top1 = self._log_accuracies("val")
+        top1 = self._log_epoch("val")
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self.best_top1 = max(self.best_top1, top1)
@@ -140,27 +136,27 @@ class DistillationModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Logs the test accuracy."""
-        self._log_accuracies("test")
+        self._log_epoch("test")
 
     def _evaluation_step(self, split: str, batch: Batch) -> dict[str, Tensor]:
         logits = self.student(batch.images)
         self._update(split, logits, batch.label)
-        if len(batch.label):
-            ce = cross_entropy(logits, batch.label)
-            self.log(f"{split}/ce", ce, on_epoch=True, sync_dist=True, batch_size=len(batch.label))
+        self.means[split].update({"ce": cross_entropy(logits, batch.label)}, len(batch.label))
         return {"student_logits": logits, "label": batch.label}
 
     def _update(self, split: str, logits: Tensor, label: Tensor) -> None:
         for accuracy in self.accuracies[f"{split}_split"].values():
             accuracy.update(logits, label)
 
-    def _log_accuracies(self, split: str) -> float:
-        # The metrics synchronise themselves over the ranks, so the values are the same on all.
+    def _log_epoch(self, split: str) -> float:
+        # Metrics and means synchronise themselves over the ranks, in this order on all, so their values are the same.
         values = {}
         for name, accuracy in self.accuracies[f"{split}_split"].items():
             values[name] = 100 * accuracy.compute()
             accuracy.reset()
         self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=split == "val")
+        means = self.means[split].compute(self.trainer.strategy.reduce)
+        self.log_dict({f"{split}/{name}": value for name, value in means.items()})
         return float(values["top1"])
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -2,14 +2,11 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torchmetrics import MeanMetric
 
+from rld_lightning.epoch_means import EpochMeans
 from rld_lightning.module import DistillationModule
-
-METRICS = ("teacher_top1", "agreement")
 
 
 class TeacherMonitor(Callback):
@@ -19,10 +16,8 @@ class TeacherMonitor(Callback):
     every epoch, so the teacher runs on them once and its predictions are kept. Does nothing without a teacher.
     """
 
-    def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Makes the metrics on the module's device; they synchronise themselves over the ranks."""
-        device = trainer.strategy.root_device
-        self.metrics = {f"{split}/{name}": MeanMetric().to(device) for split in ("train", "val") for name in METRICS}
+    def __init__(self) -> None:
+        self.means = {split: EpochMeans() for split in ("train", "val")}
         self.predictions: dict[tuple[int, int], Tensor] = {}
 
     def on_train_batch_end(
@@ -34,7 +29,7 @@ class TeacherMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Logs the epoch's values."""
-        self._log("train", pl_module)
+        self._log("train", trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -46,26 +41,24 @@ class TeacherMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a validation batch, asking the teacher the first time."""
-        if pl_module.teacher is None or not len(batch.label):
+        if pl_module.teacher is None:
             return
         key = (dataloader_idx, batch_idx)
         if key not in self.predictions:
-            self.predictions[key] = pl_module.teacher(batch.images)[0].argmax(1)
+            with trainer.precision_plugin.forward_context():  # hooks run outside the step's own
+                self.predictions[key] = pl_module.teacher(batch.images)[0].argmax(1)
         self._update("val", self.predictions[key], outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Logs the epoch's values."""
-        self._log("val", pl_module)
+        self._log("val", trainer, pl_module)
 
     def _update(self, split: str, teacher: Tensor, outputs: dict[str, Tensor]) -> None:
-        student = outputs["student_logits"].argmax(1)
-        for name, hit in zip(METRICS, (teacher == outputs["label"], teacher == student), strict=True):
-            self.metrics[f"{split}/{name}"].update(hit.to(torch.float32))
+        right, agree = teacher == outputs["label"], teacher == outputs["student_logits"].argmax(1)
+        self.means[split].update(
+            {"teacher_top1": 100 * right.float().mean(), "agreement": 100 * agree.float().mean()}, len(teacher)
+        )
 
-    def _log(self, split: str, pl_module: DistillationModule) -> None:
-        if pl_module.teacher is None:
-            return
-        for name in METRICS:
-            metric = self.metrics[f"{split}/{name}"]
-            pl_module.log(f"{split}/{name}", 100 * metric.compute())
-            metric.reset()
+    def _log(self, split: str, trainer: Trainer, pl_module: DistillationModule) -> None:
+        means = self.means[split].compute(trainer.strategy.reduce)
+        pl_module.log_dict({f"{split}/{name}": value for name, value in means.items()})

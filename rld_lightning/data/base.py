@@ -82,7 +82,7 @@ class ImageDataModule(LightningDataModule):
         self,
         *,
         batch_size: int = 64,
-        eval_batch_size: int = 512,
+        eval_batch_size: int = 256,
         val_fraction: float = 0.0,
         seed: int = 0,
         augment: bool = True,

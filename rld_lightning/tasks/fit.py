@@ -19,7 +19,7 @@ from torch import nn
 
 from rld_lightning.console import console, print_config, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.errors import UserError, user_errors
+from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
@@ -179,6 +179,8 @@ def _fit_teacher(cfg: DictConfig, name: str, data: ImageDataModule, store: Teach
         load_weights(network, state, name=name)
         facts = {"num_classes": data.num_classes, "top1": summary.top1, "epochs": summary.epochs, "seed": summary.seed}
         store.save(network, data.name, name, facts)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other ranks read what rank 0 has stored
     return path
 
 
@@ -203,12 +205,12 @@ def _size(model: nn.Module, data: ImageDataModule) -> str:
 
 
 def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> Summary:
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if "val/top1" not in metrics:
-        raise UserError(
-            "training ended before the first validation, so there is nothing to report; let it run for an epoch, "
-            "or set trainer.val_check_interval."
-        )
+    metrics = dict(trainer.callback_metrics)
+    if "val/top1" not in metrics:  # trainer.max_steps ended training within the first epoch
+        trainer.validate(module, datamodule=data, verbose=False)
+        metrics |= trainer.callback_metrics
+        metrics["val/top1_best"] = metrics["val/top1"]
+    metrics = {name: float(value) for name, value in metrics.items()}
     return Summary(
         model=cfg.model.student.name,
         loss=type(module.loss).__name__.removesuffix("Loss"),

@@ -183,3 +183,37 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     options = (*PAIR, teacher, f"recipe.epochs={epoch + 2}", f"resume={last}", f"hydra.run.dir={folder / 'continued'}")
     run("fit.py", *options, folder=folder)
     assert json.loads((folder / "continued" / "summary.json").read_text())["epochs"] == epoch + 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_evaluate_every_image_once_and_leave_one_folder(finished):
+    folder, _ = finished
+    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn_16_2.safetensors'}"
+    target = folder / "ddp"
+    script = [sys.executable, SCRIPTS / "fit.py", *PAIR, teacher, "recipe.epochs=2", "trainer=ddp_cpu"]
+    options = (f"hydra.run.dir={target}", f"paths.teachers={folder / 'teachers'}", "trainer.precision=32-true")
+    result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "batch 64 = 2 x 32 on cpu" in result.stdout
+    assert result.stdout.count("top-1, last epoch") == 1  # rank 0 alone reports
+    summary = json.loads((target / "summary.json").read_text())
+    run("eval.py", "data=digits", f"weights={target / 'student.safetensors'}", f"hydra.run.dir={target}", folder=folder)
+    alone = json.loads((target / "evaluation.json").read_text())
+    assert summary["top1"] == pytest.approx(alone["top1"], abs=1e-4)
+    assert summary["ce"] == pytest.approx(alone["nll"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_teacher_first(tmp_path):
+    script = [
+        sys.executable,
+        SCRIPTS / "fit.py",
+        *PAIR,
+        "model.teacher.weights=fit",
+        "recipe.epochs=1",
+        "trainer=ddp_cpu",
+    ]
+    options = (f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}")
+    result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "digits" / "wrn_16_2.safetensors").exists()

@@ -1,0 +1,38 @@
+"""Means over an epoch and all ranks, with one collective at its end."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class EpochMeans:
+    """Weighted means of named scalars.
+
+    Not ``self.log(..., sync_dist=True)``: the progress bar, which lives on rank 0 alone, would start that reduction on
+    its own and leave the ranks waiting in different collectives. Not ``torchmetrics.MeanMetric`` either: it looks for
+    NaN at every update, which makes an accelerator wait. An update here only launches kernels.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._totals: Tensor | None = None
+
+    def update(self, values: Mapping[str, Tensor], weight: int) -> None:
+        """Counts scalars, the same names each time, as the means of ``weight`` samples."""
+        counted = torch.stack([*(value.detach() for value in values.values())]).double() * weight
+        counted = torch.cat([counted, counted.new_tensor([weight])])
+        self._names = tuple(values)
+        self._totals = counted if self._totals is None else self._totals + counted
+
+    def compute(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """The means since the last call, the same on all ranks; empty when nothing was counted.
+
+        Args:
+            reduce: sums a tensor over the ranks, as ``trainer.strategy.reduce(tensor, reduce_op="sum")`` does.
+        """
+        if self._totals is None:
+            return {}
+        *sums, weight = reduce(self._totals, reduce_op="sum").unbind()
+        self._totals = None
+        return {name: (total / weight).float() for name, total in zip(self._names, sums, strict=True)}
