@@ -1,0 +1,83 @@
+"""What the README says works: its code runs, its commands compose, its tables list what is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from test_config import CONF, LOSSES, compose
+
+from rld_lightning.models import factory
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(command, comments=True)
+    for command in re.findall(r"^    (python scripts/.*)$", README.replace("\\\n", ""), re.MULTILINE)
+]
+
+
+def block(text):
+    (found,) = [code for code in PYTHON if text in code]
+    return found
+
+
+def logits():
+    return torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), torch.arange(8)
+
+
+def test_a_loss_in_a_loop_of_your_own():
+    student, teacher, label = logits()
+    scope = {"student_logits": student, "teacher_logits": teacher, "label": label}
+    exec(block("criterion = RLDLoss"), scope)
+    assert set(scope["terms"]) == {"ce", "scd", "mcd"}
+    assert student.grad.abs().sum() > 0
+
+
+def test_adding_a_loss():
+    scope = {}
+    exec(block("class MSELoss"), scope)
+    student, teacher, label = logits()
+    terms = scope["MSELoss"]()(student, teacher, label)
+    assert terms["mse"].item() == pytest.approx(0.1 * torch.nn.functional.mse_loss(student, teacher).item())
+
+
+def test_adding_a_model(monkeypatch):
+    monkeypatch.setattr(factory, "_REGISTRY", dict(factory._REGISTRY))
+    exec(block("def tiny_cnn"), {"__name__": "readme"})
+    assert factory.create_model("tiny_cnn", 7)(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+
+
+def test_adding_a_data_set():
+    scope = {}
+    exec(block("class NoiseDataModule"), scope)
+    data = scope["NoiseDataModule"](batch_size=100)
+    data.setup()
+    assert [len(batch.label) for batch in data.train_dataloader()] == [100] * 10
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_composes(command):
+    _, script, *overrides = command
+    name = {"scripts/fit.py": "fit", "scripts/eval.py": "eval"}[script]
+    assert compose(*[o for o in overrides if not o.startswith("--")], name=name)
+
+
+def test_the_losses_table_is_complete():
+    table = README.split("## Losses")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(LOSSES)
+
+
+def test_options_that_are_named_exist():
+    table = README.split("| group | options |")[1].split("\n\n")[0]
+    for group in ("data", "recipe", "trainer", "logger"):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{group}`")]
+        files = {path.stem for path in (CONF / group).glob("*.yaml")}
+        assert set(re.findall(r"`(\w+)`", row)) - {group, "val_fraction"} == files
+
+
+def test_make_targets_that_are_named_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
