@@ -1,20 +1,52 @@
 """Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters."""
 
+from rld_lightning.losses.atkd import ATKDLoss, atkd_loss
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.ce import CELoss
+from rld_lightning.losses.ctkd import CTKDLoss, ctkd_loss
+from rld_lightning.losses.dist import DISTLoss, dist_loss
 from rld_lightning.losses.dkd import DKDLoss, dkd_loss
 from rld_lightning.losses.kd import KDLoss, kd_loss
+from rld_lightning.losses.mlkd_noaug import MLKDNoAugLoss, mlkd_noaug_loss
+from rld_lightning.losses.nkd import NKDLoss, nkd_loss
+from rld_lightning.losses.normkd import NormKDLoss, normkd_loss
+from rld_lightning.losses.rc import RCLoss, rc_loss
+from rld_lightning.losses.revision import RevisionLoss, revision_loss
 from rld_lightning.losses.rld import RLDLoss, rld_loss
+from rld_lightning.losses.swap import SwapLoss, swap_loss
+from rld_lightning.losses.ttm import TTMLoss, WTTMLoss, ttm_loss, wttm_loss
 
 __all__ = [
+    "ATKDLoss",
     "CELoss",
+    "CTKDLoss",
+    "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
     "KDLoss",
+    "MLKDNoAugLoss",
     "ModelOutput",
+    "NKDLoss",
+    "NormKDLoss",
+    "RCLoss",
     "RLDLoss",
+    "RevisionLoss",
     "StepContext",
+    "SwapLoss",
+    "TTMLoss",
+    "WTTMLoss",
+    "atkd_loss",
+    "ctkd_loss",
+    "dist_loss",
     "dkd_loss",
     "kd_loss",
+    "mlkd_noaug_loss",
+    "nkd_loss",
+    "normkd_loss",
+    "rc_loss",
+    "revision_loss",
     "rld_loss",
+    "swap_loss",
+    "ttm_loss",
+    "wttm_loss",
 ]

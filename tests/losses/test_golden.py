@@ -10,7 +10,16 @@ import torch
 from golden import golden_cases
 
 import rld_lightning.losses
-from rld_lightning.losses import DistillationLoss, DKDLoss, KDLoss, RLDLoss
+from rld_lightning.losses import (
+    DistillationLoss,
+    DKDLoss,
+    KDLoss,
+    MLKDNoAugLoss,
+    RCLoss,
+    RevisionLoss,
+    RLDLoss,
+    SwapLoss,
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,20 @@ LOGIT_METHODS = {
     "kd": LogitMethod(KDLoss, {"kd": "kd"}, {"kd_weight": "weight"}),
     "dkd": LogitMethod(DKDLoss, {"target_class": "tckd", "non_target_class": "nckd"}),
     "rld": LogitMethod(RLDLoss, {"sample_confidence": "scd", "masked_correlation": "mcd"}),
+    "swap": LogitMethod(SwapLoss, {"kd_swapped": "swap"}),
+    "rc": LogitMethod(RCLoss, {"kd": "kd", "rc": "rc"}),
+    "revision": LogitMethod(
+        RevisionLoss,
+        {"right_cross_entropy": "right_ce", "right_mse": "right_mse", "wrong_mse": "wrong_mse"},
+        {"lambda1": "right_mse_weight", "lambda2": "wrong_mse_weight", "logit_standardization": None},
+    ),
+    "mlkd_noaug": LogitMethod(
+        MLKDNoAugLoss,
+        {name: name for name in ("kd", "class_correlation", "batch_correlation")},
+        {"kd_weight": "weight"},
+    ),
 }
-WITHOUT_GOLDEN = {"CELoss"}
+WITHOUT_GOLDEN = {"ATKDLoss", "CELoss", "CTKDLoss", "DISTLoss", "NKDLoss", "NormKDLoss", "TTMLoss", "WTTMLoss"}
 
 NUMBER_OF_CASES = {
     "kd": 28, "dkd": 28, "rld": 70, "swap": 28, "rc": 28, "mlkd_noaug": 28, "revision": 14, "at": 4, "nst": 3, "sp": 2,

@@ -1,0 +1,147 @@
+"""Curriculum temperature for knowledge distillation (CTKD): Li et al., AAAI 2023, arXiv 2211.16231.
+
+The temperature is learned against the student: it climbs the distillation loss that the student descends, more
+eagerly from epoch to epoch. This is the paper's global version, with one temperature for all samples.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
+
+
+def ctkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor | None = None,
+    *,
+    temperature: Tensor,
+    weight: float = 1.0,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> dict[str, Tensor]:
+    """:func:`~rld_lightning.losses.kd.kd_loss`, differentiable with respect to the temperature.
+
+    ``T^2 KL( softmax(t / T) || softmax(s / T) )`` of teacher logits t and student logits s, averaged over the batch.
+    T has a gradient everywhere: in both distributions and in the factor.
+
+    Args:
+        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
+        teacher_logits: the same shape; never receives a gradient.
+        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
+        temperature: scalar tensor > 0 (not checked: that would wait for the device).
+        weight: factor on the term.
+        logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
+        ignore_index: label of samples that count for nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then the term is ``(B, *)``).
+
+    Returns:
+        ``{"ctkd": weight * KD}`` in nats.
+
+    Raises:
+        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+    """
+    if temperature.shape != ():
+        raise ValueError(f"temperature must be a scalar tensor, got shape {tuple(temperature.shape)}.")
+    check_weights(weight=weight)
+    rows = logit_rows(
+        student_logits,
+        teacher_logits,
+        label,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        logit_standardization=logit_standardization,
+    )
+    temperature = temperature.to(rows.student)
+
+    def row_losses(both: Tensor) -> tuple[Tensor]:
+        student, teacher = both.chunk(2, -1)
+        return (kl_rows(F.log_softmax(teacher, -1), F.log_softmax(student, -1)),)
+
+    # One tensor, because blocks pass a gradient to their first argument only, and here the teacher's half has one.
+    (divergence,) = by_row_blocks(row_losses, torch.cat([rows.student, rows.teacher], -1) / temperature)
+    return {"ctkd": weight * temperature.square() * rows.reduce(divergence, reduction)}
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number: with a negative one, descent becomes ascent."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        """Returns ``tensor``."""
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Multiplies by the factor."""
+        return ctx.factor * gradient, None
+
+
+class CTKDLoss(DistillationLoss):
+    """``ce_weight * CE + weight * KD`` at a learned temperature; see :func:`ctkd_loss`.
+
+    The temperature is ``lowest_temperature + temperature_range * sigmoid(theta)``; theta is the one parameter, starts
+    at 1 (a temperature of 15.6) and is trained by the student's optimiser, weight decay included. Its gradient is
+    multiplied by :meth:`curriculum`. :meth:`statistics` reports the temperature.
+
+    Defaults are those of CIFAR-100 in the paper's code. On ImageNet: ``curriculum_epochs=5, weight=1, ce_weight=1``.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.9,
+        lowest_temperature: float = 1.0,
+        temperature_range: float = 20.0,
+        curriculum_epochs: int = 10,
+        logit_standardization: bool = False,
+        *,
+        ce_weight: float = 0.1,
+        warmup_epochs: int = 1,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        check_weights(weight=weight)
+        check_positive(
+            lowest_temperature=lowest_temperature,
+            temperature_range=temperature_range,
+            curriculum_epochs=curriculum_epochs,
+        )
+        self.weight = weight
+        self.lowest_temperature = lowest_temperature
+        self.temperature_range = temperature_range
+        self.curriculum_epochs = curriculum_epochs
+        self.logit_standardization = logit_standardization
+        self.theta = nn.Parameter(torch.ones(()))
+
+    def curriculum(self, epoch: int | None) -> float:
+        """Factor on theta's gradient at an epoch counted from 1: from almost 0 down to -1 along a cosine."""
+        progress = 1.0 if epoch is None else min(epoch / self.curriculum_epochs, 1.0)
+        return -(1 - math.cos(math.pi * progress)) / 2
+
+    def temperature(self, epoch: int | None = None) -> Tensor:
+        """The scalar temperature; what is done with its gradient depends on the epoch."""
+        theta = ScaleGradient.apply(self.theta, self.curriculum(epoch))
+        return self.lowest_temperature + self.temperature_range * theta.sigmoid()
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """``ctkd``."""
+        return ctkd_loss(
+            step.student.logits,
+            step.teacher.logits,
+            step.label,
+            temperature=self.temperature(step.epoch),
+            weight=self.weight,
+            logit_standardization=self.logit_standardization,
+            ignore_index=self.ignore_index,
+        )
+
+    def statistics(self, step: StepContext) -> dict[str, Tensor]:
+        """``temperature``."""
+        return {"temperature": self.temperature().detach()}

@@ -1,0 +1,145 @@
+"""Multi-level logit distillation (MLKD) with a single view: Jin et al., CVPR 2023.
+
+The paper distils two views of each image, the second strongly augmented. This is the variant with one view that RLD
+(arXiv 2408.07703) is compared to, as its public code has it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.numerics import (
+    by_row_blocks,
+    check_positive,
+    check_weights,
+    kl_rows,
+    logit_rows,
+    margin,
+    standardize,
+)
+
+OTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
+
+
+def mlkd_noaug_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.9,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """Samples, relations of classes and relations of samples, each at five temperatures.
+
+    With teacher logits t, student logits s, ``P = softmax(t / T)`` and ``Q = softmax(s / T)``, both ``B x C``, summed
+    over the temperatures T (``temperature``, 3, 5, 2, 6; one that is there twice counts twice)::
+
+        KD                = f * T^2 KL( P || Q )                   averaged over the batch
+        batch correlation = f * || P P' - Q Q' ||^2 / B
+        class correlation = g * || P' P - Q' Q ||^2 / C
+
+    f is the fraction of samples whose largest teacher probability is at most the batch's median, g that of classes
+    whose teacher probability, summed over the batch, is at most the median of the classes. The paper means to leave
+    the other samples and classes out; its code multiplies sums that are already taken, so that both only scale, and
+    that is followed because the published numbers come from it. Medians are found in log space: probabilities that
+    all round to 1 are still told apart.
+
+    Args:
+        student_logits: ``(B, C)``, any floating type; float16 and bfloat16 are computed in float32. Of ``(B, C, *)``
+            every place is a sample, and the memory grows with the square of their number.
+        teacher_logits: the same shape; never receives a gradient.
+        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
+        temperature: the first of the five.
+        weight: factor on all terms.
+        logit_standardization: z-score both logits for KD (LSKD, arXiv 2403.01427); the correlations keep raw logits.
+        ignore_index: label of samples that count for nothing.
+
+    Returns:
+        ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on. There is no
+        ``reduction``, because they belong to the whole batch.
+
+    Raises:
+        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+    """
+    check_positive(temperature=temperature)
+    check_weights(weight=weight)
+    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
+    student, teacher, valid = rows.student, rows.teacher, rows.valid
+    if valid is None:
+        valid = torch.ones_like(student[:, 0], dtype=torch.bool)
+    # Whatever an ignored sample holds, neither products nor gradients may meet it.
+    student, teacher = (logits.masked_fill(~valid.unsqueeze(-1), 0.0) for logits in (student, teacher))
+    temperatures = (temperature, *OTHER_TEMPERATURES)
+
+    def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
+        if logit_standardization:
+            student, teacher = standardize(student), standardize(teacher)
+        return (
+            sum(T**2 * kl_rows(F.log_softmax(teacher / T, -1), F.log_softmax(student / T, -1)) for T in temperatures),
+        )
+
+    (divergence,) = by_row_blocks(row_losses, student, teacher)
+    class_correlation = batch_correlation = student.new_zeros(())
+    for T in temperatures:
+        p, q = (F.softmax(logits / T, -1) * valid.unsqueeze(-1) for logits in (teacher, student))
+        class_correlation = class_correlation + (p.T @ p - q.T @ q).square().sum()
+        batch_correlation = batch_correlation + (p @ p.T - q @ q.T).square().sum()
+    samples = valid.sum().clamp(min=1)
+    kept_samples, kept_classes = kept_fractions(teacher, valid)
+    return {
+        "kd": weight * kept_samples * rows.reduce(divergence, "mean"),
+        "class_correlation": weight * kept_classes * class_correlation / student.shape[1],
+        "batch_correlation": weight * kept_samples * batch_correlation / samples,
+    }
+
+
+def kept_fractions(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Fractions of samples and of classes of ``(N, C)`` logits in which the teacher's confidence is at most the median.
+
+    Args:
+        teacher: ``(N, C)``.
+        valid: ``(N,)`` bool, the samples that count.
+    """
+    confidence = margin(teacher, teacher.argmax(-1)).masked_fill(~valid, torch.nan)
+    kept = (confidence <= confidence.nanmedian()).to(teacher.dtype)
+    of_class = F.log_softmax(teacher, -1).masked_fill(~valid.unsqueeze(-1), -torch.inf).logsumexp(0)
+    return kept.sum() / valid.sum().clamp(min=1), (of_class <= of_class.median()).to(teacher.dtype).mean()
+
+
+class MLKDNoAugLoss(DistillationLoss):
+    """``ce_weight * CE + weight * (KD + class correlation + batch correlation)``; see :func:`mlkd_noaug_loss`.
+
+    Defaults are those of CIFAR-100 in the public code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        logit_standardization: bool = False,
+        *,
+        ce_weight: float = 0.1,
+        warmup_epochs: int = 1,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        check_positive(temperature=temperature)
+        check_weights(weight=weight)
+        self.temperature = temperature
+        self.weight = weight
+        self.logit_standardization = logit_standardization
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """``kd``, ``class_correlation`` and ``batch_correlation``."""
+        return mlkd_noaug_loss(
+            step.student.logits,
+            step.teacher.logits,
+            step.label,
+            temperature=self.temperature,
+            weight=self.weight,
+            logit_standardization=self.logit_standardization,
+            ignore_index=self.ignore_index,
+        )

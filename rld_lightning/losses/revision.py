@@ -1,0 +1,123 @@
+"""Label revision (LR): Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection".
+
+arXiv 2404.03693. Where the teacher is right the student copies its logits; where it is wrong, its probabilities are
+mixed with the label until the true class leads. The paper's data selection is not part of it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows
+
+
+def revision_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor,
+    *,
+    right_mse_weight: float = 4.0,
+    wrong_mse_weight: float = 1.0,
+    eta: float = 0.8,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """Cross-entropy and logits where the teacher is right, revised probabilities where it is wrong.
+
+    With teacher logits t and probabilities p, student logits s, label y::
+
+        right CE = CE(s, y),  right MSE = mean_k (s_k - t_k)^2       averaged over the samples with argmax t = y
+        wrong MSE = mean_k (softmax(s)_k - r_k)^2                    averaged over the others
+        r = b p + (1 - b) onehot(y),  b = eta / (max_k p_k - p_y + 1)
+
+    r is a distribution in which the true class leads by ``1 - eta``. There is no temperature, and a sample that the
+    teacher gets wrong has no cross-entropy. A group without samples adds exactly 0; the published code returns a
+    constant there, which cannot be differentiated.
+
+    Args:
+        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
+        teacher_logits: the same shape; never receives a gradient.
+        label: ``(B,)`` or ``(B, *)`` class indices.
+        right_mse_weight: weight of the error of logits (lambda 1 in the paper).
+        wrong_mse_weight: weight of the error of probabilities (lambda 2 in the paper).
+        eta: how much of the teacher is left in r; in (0, 1].
+        ignore_index: label of samples that count for nothing.
+
+    Returns:
+        ``right_ce`` (in nats), ``right_mse`` and ``wrong_mse``, scalars with their weights on. There is no
+        ``reduction``, because each is an average over its own samples.
+
+    Raises:
+        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+    """
+    check_weights(right_mse_weight=right_mse_weight, wrong_mse_weight=wrong_mse_weight)
+    _check_eta(eta)
+    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
+
+    def row_losses(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_probs = F.log_softmax(student, -1)
+        ce = -log_probs.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+        revised = revise(F.softmax(teacher, -1), label, eta)
+        return ce, (student - teacher).square().mean(-1), (log_probs.exp() - revised).square().mean(-1)
+
+    ce, logit_error, probability_error = by_row_blocks(row_losses, rows.student, rows.teacher, rows.label)
+    right = rows.teacher.argmax(-1) == rows.label
+    return {
+        "right_ce": _group_mean(ce, rows.valid & right),
+        "right_mse": right_mse_weight * _group_mean(logit_error, rows.valid & right),
+        "wrong_mse": wrong_mse_weight * _group_mean(probability_error, rows.valid & ~right),
+    }
+
+
+def revise(probs: Tensor, label: Tensor, eta: float) -> Tensor:
+    """``(N, C)`` probabilities mixed with each row's one-hot label until the true class leads by ``1 - eta``."""
+    true = label.unsqueeze(-1)
+    true_probs = probs.gather(-1, true)
+    share = eta / (probs.amax(-1, keepdim=True) - true_probs + 1)
+    return (share * probs).scatter(-1, true, share * true_probs + 1 - share)
+
+
+def _group_mean(per_row: Tensor, group: Tensor) -> Tensor:
+    return torch.where(group, per_row, 0.0).sum() / group.sum().clamp(min=1)
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta={eta!r} is not allowed; it must be > 0 and <= 1.")
+
+
+class RevisionLoss(DistillationLoss):
+    """``right CE + right_mse_weight * right MSE + wrong_mse_weight * wrong MSE``; see :func:`revision_loss`.
+
+    Defaults are those of the public code of RLD for CIFAR-100 and ImageNet. The cross-entropy of all samples stays
+    out (``ce_weight=0``): the method has its own.
+    """
+
+    def __init__(
+        self,
+        right_mse_weight: float = 4.0,
+        wrong_mse_weight: float = 1.0,
+        eta: float = 0.8,
+        *,
+        ce_weight: float = 0.0,
+        warmup_epochs: int = 1,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        check_weights(right_mse_weight=right_mse_weight, wrong_mse_weight=wrong_mse_weight)
+        _check_eta(eta)
+        self.right_mse_weight = right_mse_weight
+        self.wrong_mse_weight = wrong_mse_weight
+        self.eta = eta
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """``right_ce``, ``right_mse`` and ``wrong_mse``."""
+        return revision_loss(
+            step.student.logits,
+            step.teacher.logits,
+            step.label,
+            right_mse_weight=self.right_mse_weight,
+            wrong_mse_weight=self.wrong_mse_weight,
+            eta=self.eta,
+            ignore_index=self.ignore_index,
+        )

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from tester import LossTester, batch
+from torch.testing import assert_close
+
+from rld_lightning.losses import DISTLoss, dist_loss
+
+
+def correlation(x, y):
+    x, y = x - x.sum() / len(x), y - y.sum() / len(y)
+    return (x * y).sum() / (x.norm() * y.norm() + 1e-8)
+
+
+class TestDIST(LossTester):
+    function = staticmethod(dist_loss)
+    module = DISTLoss
+    settings = (
+        {"beta": 2.0, "gamma": 2.0, "temperature": 4.0},
+        {"beta": 1.0, "gamma": 0.5, "temperature": 1.0},
+    )
+    weights = ("beta", "gamma")
+    per_sample = False
+
+    def naive_batch(self, student, teacher, label, *, beta, gamma, temperature):
+        p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+        inter = sum(1 - correlation(p[i], q[i]) for i in range(len(p))) / len(p)
+        intra = sum(1 - correlation(p[:, k], q[:, k]) for k in range(p.shape[1])) / p.shape[1]
+        return {"inter": beta * temperature**2 * inter, "intra": gamma * temperature**2 * intra}
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_student_with_the_teachers_logits(self, dtype, hyper):
+        """Almost 0: the published 1e-8 in the denominator is left."""
+        _, teacher, label = batch("teacher_wrong")
+        teacher = teacher.to(dtype)
+        terms, gradient = self.value_and_gradient(self.call, teacher, teacher, label, **hyper)
+        assert sum(terms.values()).abs() < 1e-3
+        assert gradient.abs().max() < 1e-3
+
+
+class TestDISTWithoutLabels(TestDIST):
+    uses_labels = False
+
+
+def test_defaults_are_those_of_the_authors_code():
+    loss = DISTLoss()
+    assert (loss.beta, loss.gamma, loss.temperature, loss.ce_weight, loss.warmup_epochs) == (2.0, 2.0, 4.0, 1.0, 1)
+
+
+def test_linear_relations_are_enough():
+    """Probabilities mixed with the uniform ones correlate fully; at temperature 1 logits of them are their logs."""
+    _, teacher, label = batch()
+    p = teacher.softmax(-1)
+    terms = dist_loss((0.3 * p + 0.07).log(), teacher, label, temperature=1.0)
+    assert all(term < 1e-4 for term in terms.values())
+
+
+def test_reversed_relations_are_the_worst():
+    teacher = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], dtype=torch.float64).log()
+    terms = dist_loss(teacher.flip(0), teacher, beta=1.0, gamma=1.0, temperature=1.0)
+    # Rows: the centred (5, -1, -4)/30 against (-4, -1, 5)/30: -39/42. Columns: -1, nothing in the middle one, -1.
+    assert terms["inter"].item() == pytest.approx(1 + 39 / 42, rel=1e-6)
+    assert terms["intra"].item() == pytest.approx(5 / 3, rel=1e-6)
+
+
+def test_a_single_sample_has_no_relations_within_a_class():
+    student, teacher, label = batch("one_sample")
+    leaf = student.clone().requires_grad_()
+    terms = dist_loss(leaf, teacher, label, gamma=2.0, temperature=3.0)
+    (gradient,) = torch.autograd.grad(terms["intra"], leaf)
+    assert terms["intra"] == 18
+    assert (gradient == 0).all()
+
+
+def test_ignored_samples_count_for_nothing():
+    student, teacher, label = batch()
+    ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
+    label[ignored] = 255
+    student[1], student[3], teacher[7] = torch.nan, 1e30, torch.nan
+    actual = LossTester.value_and_gradient(dist_loss, student, teacher, label, ignore_index=255)
+    expected = LossTester.value_and_gradient(dist_loss, student[~ignored], teacher[~ignored], label[~ignored])
+    LossTester.assert_same((actual[0], actual[1][~ignored]), expected)
+    assert (actual[1][ignored] == 0).all()
+    terms, gradient = LossTester.value_and_gradient(dist_loss, *batch()[:2], label.fill_(-100))
+    assert all(term == 0 for term in terms.values())
+    assert (gradient == 0).all()
+
+
+def test_maps_are_batches_of_pixels():
+    student, teacher = torch.randn(2, 3, 7, 2, 4, dtype=torch.float64)
+    flat = (logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher))
+    assert_close(dist_loss(student, teacher), dist_loss(*flat))

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from tester import LossTester, batch, kl, zscore
+from torch.testing import assert_close
+
+from rld_lightning.losses import MLKDNoAugLoss, kd_loss, mlkd_noaug_loss
+from rld_lightning.losses.mlkd_noaug import kept_fractions
+
+
+def lower_half(values):
+    """Fraction of numbers that are at most their median (the mean of the two in the middle)."""
+    ordered = sorted(values)
+    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return sum(value <= median for value in values) / len(values)
+
+
+class TestMLKDNoAug(LossTester):
+    function = staticmethod(mlkd_noaug_loss)
+    module = MLKDNoAugLoss
+    settings = (
+        {"temperature": 4.0, "weight": 0.9},
+        {"temperature": 1.0, "weight": 0.5},
+        {"temperature": 2.0, "weight": 9.0, "logit_standardization": True},
+    )
+    weights = ("weight",)
+    per_sample = False
+
+    def naive_batch(self, student, teacher, label, *, temperature, weight, logit_standardization=False):
+        (size, classes), logs = teacher.shape, teacher.log_softmax(-1)
+        # Odds instead of probabilities, because many of those are 1 in a confident batch.
+        odds = [row.max() - torch.cat([row[: row.argmax()], row[row.argmax() + 1 :]]).logsumexp(-1) for row in teacher]
+        samples = lower_half([value.item() for value in odds])
+        of_class = lower_half([logs[:, k].logsumexp(-1).item() for k in range(classes)])
+        terms = dict.fromkeys(("kd", "class_correlation", "batch_correlation"), 0.0)
+        for T in (temperature, 3, 5, 2, 6):
+            divergences = []
+            for s, t in zip(student, teacher, strict=True):
+                z = (zscore(s), zscore(t)) if logit_standardization else (s, t)
+                divergences.append(kl(z[1] / T, z[0] / T))
+            terms["kd"] += weight * samples * T**2 * torch.stack(divergences).mean()
+            p, q = (teacher / T).softmax(-1), (student / T).softmax(-1)
+            by_class = torch.einsum("nj,nk->jk", p, p) - torch.einsum("nj,nk->jk", q, q)
+            by_sample = torch.einsum("mk,nk->mn", p, p) - torch.einsum("mk,nk->mn", q, q)
+            terms["class_correlation"] += weight * of_class * (by_class**2).sum() / classes
+            terms["batch_correlation"] += weight * samples * (by_sample**2).sum() / size
+        return terms
+
+
+class TestMLKDNoAugWithoutLabels(TestMLKDNoAug):
+    settings = TestMLKDNoAug.settings[-1:]
+    uses_labels = False
+
+
+def test_defaults_are_those_of_the_public_code():
+    loss = MLKDNoAugLoss()
+    assert (loss.temperature, loss.weight, loss.ce_weight, loss.warmup_epochs) == (4.0, 0.9, 0.1, 1)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_kd_is_plain_kd_scaled_by_the_kept_samples(standardize):
+    student, teacher, label = batch()
+    options = {"logit_standardization": standardize}
+    plain = sum(kd_loss(student, teacher, temperature=T, **options)["kd"] for T in (4.0, 3.0, 5.0, 2.0, 6.0))
+    terms = mlkd_noaug_loss(student, teacher, label, temperature=4.0, weight=1.0, **options)
+    assert_close(terms["kd"], plain / 2)  # four of the eight samples are at most the median
+
+
+def test_a_repeated_temperature_counts_twice():
+    student, teacher, _ = batch()
+    three = mlkd_noaug_loss(student, teacher, temperature=3.0)["kd"]
+    five = mlkd_noaug_loss(student, teacher, temperature=5.0)["kd"]
+    difference = [kd_loss(student, teacher, temperature=T)["kd"] for T in (3.0, 5.0)]
+    assert_close(five - three, 0.9 / 2 * (difference[1] - difference[0]))
+
+
+def test_correlations_keep_raw_logits():
+    student, teacher, _ = batch()
+    plain = mlkd_noaug_loss(student, teacher)
+    standardized = mlkd_noaug_loss(student, teacher, logit_standardization=True)
+    assert_close(standardized["class_correlation"], plain["class_correlation"], rtol=0, atol=0)
+    assert_close(standardized["batch_correlation"], plain["batch_correlation"], rtol=0, atol=0)
+    assert (standardized["kd"] - plain["kd"]).abs() > 0.1
+
+
+def test_kept_fractions():
+    everything = torch.ones(4, dtype=torch.bool)
+    # Confidence rises with the rows; class 0 leads in all, 1 and 2 share the rest.
+    teacher = torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [3.0, 0, 0], [4.0, 0, 0]])
+    samples, classes = kept_fractions(teacher, everything)
+    assert (samples.item(), classes.item()) == pytest.approx((1 / 2, 2 / 3))
+    # An odd number keeps the one in the middle.
+    assert kept_fractions(teacher[:3], everything[:3])[0].item() == pytest.approx(2 / 3)
+    # All alike: all are kept. A sample that is ignored is none of them.
+    assert [x.item() for x in kept_fractions(torch.zeros(4, 3), everything)] == [1, 1]
+    without_last = torch.tensor([True, True, True, False])
+    assert kept_fractions(teacher, without_last)[0].item() == pytest.approx(2 / 3)
+    # In float32 each of these is sure with probability 1.
+    assert kept_fractions(100 * teacher, everything)[0].item() == pytest.approx(1 / 2)
+
+
+def test_hand_worked_correlations():
+    """Two samples, two classes; the teacher is sure of one class each, the student knows nothing."""
+    teacher = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
+    terms = mlkd_noaug_loss(torch.zeros(2, 2), teacher, weight=1.0)
+    # P'P = PP' = identity, Q'Q = QQ' = all 1/2: four squares of 1/2, over 2, at five temperatures; all are kept.
+    assert terms["class_correlation"].item() == pytest.approx(2.5)
+    assert terms["batch_correlation"].item() == pytest.approx(2.5)
+
+
+def test_ignored_samples_count_for_nothing():
+    student, teacher, label = batch()
+    ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
+    label[ignored] = 255
+    student[1], student[3], teacher[7] = torch.nan, 1e30, torch.nan
+    actual = LossTester.value_and_gradient(mlkd_noaug_loss, student, teacher, label, ignore_index=255)
+    expected = LossTester.value_and_gradient(mlkd_noaug_loss, student[~ignored], teacher[~ignored], label[~ignored])
+    LossTester.assert_same((actual[0], actual[1][~ignored]), expected)
+    assert (actual[1][ignored] == 0).all()
+    terms, gradient = LossTester.value_and_gradient(mlkd_noaug_loss, *batch()[:2], label.fill_(-100))
+    assert all(term == 0 for term in terms.values())
+    assert (gradient == 0).all()
+
+
+def test_maps_are_batches_of_pixels():
+    student, teacher = torch.randn(2, 3, 7, 2, 4, dtype=torch.float64)
+    flat = (logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher))
+    assert_close(mlkd_noaug_loss(student, teacher), mlkd_noaug_loss(*flat))
