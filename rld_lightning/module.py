@@ -26,8 +26,8 @@ class DistillationModule(LightningModule):
     synchronised. The teacher is held outside and follows the student to its device.
 
     Logged, accuracy in percent: ``train/loss`` and one ``train/<term>`` for each term of the loss, ``train/top1``,
-    ``train/top5``, the loss's own statistics; ``val/ce``, ``val/top1`` and ``val/top5`` of each epoch, and
-    ``val/top1_best``, the largest ``val/top1`` so far. (With fewer than six classes there is no top-5.)
+    ``train/top5``, ``stats/<name>`` for what the loss tells about itself; ``val/ce``, ``val/top1`` and ``val/top5`` of
+    each epoch, and ``val/top1_best``, the largest ``val/top1`` so far. (With fewer than six classes there is no top-5.)
 
     Args:
         student: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
@@ -107,8 +107,9 @@ class DistillationModule(LightningModule):
         total = torch.stack(list(terms.values())).sum()
 
         with torch.no_grad():
-            watched = {"loss": total, **terms, **self.loss.statistics(step)}
-        self.means["train"].update(watched, len(batch.label))
+            statistics = {f"stats/{name}": value for name, value in self.loss.statistics(step).items()}
+        train = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()}
+        self.means["train"].update(train | statistics, len(batch.label))
         self.log("loss", total, prog_bar=True, batch_size=len(batch.label))
         self._update("train", student.logits.detach(), batch.label)
         outputs = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
@@ -141,7 +142,7 @@ class DistillationModule(LightningModule):
     def _evaluation_step(self, split: str, batch: Batch) -> dict[str, Tensor]:
         logits = self.student(batch.images)
         self._update(split, logits, batch.label)
-        self.means[split].update({"ce": cross_entropy(logits, batch.label)}, len(batch.label))
+        self.means[split].update({f"{split}/ce": cross_entropy(logits, batch.label)}, len(batch.label))
         return {"student_logits": logits, "label": batch.label}
 
     def _update(self, split: str, logits: Tensor, label: Tensor) -> None:
@@ -155,8 +156,7 @@ class DistillationModule(LightningModule):
             values[name] = 100 * accuracy.compute()
             accuracy.reset()
         self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=split == "val")
-        means = self.means[split].compute(self.trainer.strategy.reduce)
-        self.log_dict({f"{split}/{name}": value for name, value in means.items()})
+        self.log_dict(self.means[split].compute(self.trainer.strategy.reduce))
         return float(values["top1"])
 
     def configure_optimizers(self) -> dict[str, Any]:

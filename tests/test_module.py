@@ -144,8 +144,8 @@ def test_logged_accuracies_and_statistics_are_exact_and_in_percent(tmp_path):
         assert logged == pytest.approx(100 * top1)
     metrics = {name: float(value) for name, value in fitted.callback_metrics.items()}
     assert metrics["val/top1_best"] == pytest.approx(100 * max(top1 for _, top1, _ in watch.history))
-    assert metrics["train/teacher_wrong"] == pytest.approx(100 * watch.wrong_teacher / watch.trained, rel=1e-5)
-    assert metrics["train/masked_classes"] == pytest.approx(100 * watch.masked / watch.trained, rel=1e-5)
+    assert metrics["stats/teacher_wrong"] == pytest.approx(100 * watch.wrong_teacher / watch.trained, rel=1e-5)
+    assert metrics["stats/masked_classes"] == pytest.approx(100 * watch.masked / watch.trained, rel=1e-5)
     assert metrics["train/loss"] == pytest.approx(
         sum(metrics[f"train/{term}"] for term in ("ce", "scd", "mcd")), rel=1e-5
     )

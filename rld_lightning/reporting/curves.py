@@ -10,6 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# What is logged under train/ beside the terms of the loss.
+NO_TERMS = {f"train/{name}" for name in ("loss", "top1", "top5", "teacher_top1", "agreement", "images_per_s")}
+
 
 def read_metrics(run: Path) -> pd.DataFrame:
     """The values logged at the end of epochs, one row an epoch (counted from 1), one column a metric.
@@ -18,7 +21,7 @@ def read_metrics(run: Path) -> pd.DataFrame:
         run: a run folder with a ``metrics.csv``.
     """
     rows = pd.read_csv(run / "metrics.csv")
-    columns = [name for name in rows if name.startswith(("train/", "val/"))]
+    columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
     epochs = rows.groupby("epoch")[columns].last()
     epochs.index += 1
     return epochs.dropna(axis=1, how="all")
@@ -40,8 +43,7 @@ def plot_curves(run: Path, title: str) -> Path:
     accuracy, loss, teacher, rate = figure.subplots(2, 2).flat
     _lines(accuracy, metrics, {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"})
     accuracy.set(title="Student accuracy", ylabel="%")
-    known = ("top", "teacher", "agreement", "masked", "images_per_s", "loss")
-    terms = {n: n.removeprefix("train/") for n in metrics if n.startswith("train/") and not _is_any(n, known)}
+    terms = {n: n.removeprefix("train/") for n in metrics if n.startswith("train/") and n not in NO_TERMS}
     _lines(loss, metrics, {"train/loss": "sum", **terms, "val/ce": "val ce"})
     loss.set(title="Loss terms (weighted) and validation cross-entropy", ylabel="nats")
     _lines(
@@ -50,11 +52,10 @@ def plot_curves(run: Path, title: str) -> Path:
         {
             "val/teacher_top1": "teacher top-1, val",
             "val/agreement": "student agrees with teacher, val",
-            "train/teacher_wrong": "teacher wrong, train",
-            "train/masked_classes": "masked classes, train",
+            **{n: f"{n.removeprefix('stats/').replace('_', ' ')}, train" for n in metrics if n.startswith("stats/")},
         },
     )
-    teacher.set(title="Teacher and refinement", ylabel="%")
+    teacher.set(title="Teacher, and what the loss tells about itself", ylabel="%")
     for axes in (accuracy, loss, teacher):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -83,7 +84,3 @@ def _lines(axes: Axes, metrics: pd.DataFrame, labels: dict[str, str]) -> None:
         if name in metrics:
             values = metrics[name].dropna()
             axes.plot(values.index, values, label=label, marker="." if len(values) < 40 else None)
-
-
-def _is_any(name: str, prefixes: tuple[str, ...]) -> bool:
-    return name.removeprefix("train/").startswith(prefixes)
