@@ -1,7 +1,7 @@
 """Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters."""
 
 from rld_lightning.losses.atkd import ATKDLoss, atkd_loss
-from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
+from rld_lightning.losses.base import DistillationLoss, LogitLoss, ModelOutput, StepContext
 from rld_lightning.losses.ce import CELoss
 from rld_lightning.losses.ctkd import CTKDLoss, ctkd_loss
 from rld_lightning.losses.dist import DISTLoss, dist_loss
@@ -24,6 +24,7 @@ __all__ = [
     "DKDLoss",
     "DistillationLoss",
     "KDLoss",
+    "LogitLoss",
     "MLKDNoAugLoss",
     "ModelOutput",
     "NKDLoss",

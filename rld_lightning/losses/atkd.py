@@ -8,7 +8,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_weights, kl_rows, logit_rows
 
 SOURCES = ("both", "teacher")
@@ -81,8 +81,10 @@ def _check_source(source: str) -> None:
         raise ValueError(f"source={source!r} is unknown; choose 'both' (the published code) or 'teacher' (the paper).")
 
 
-class ATKDLoss(DistillationLoss):
+class ATKDLoss(LogitLoss):
     """``ce_weight * CE + weight * ATKD``; see :func:`atkd_loss`. Defaults are the published example on CIFAR-100."""
+
+    function = staticmethod(atkd_loss)
 
     def __init__(
         self,
@@ -98,14 +100,3 @@ class ATKDLoss(DistillationLoss):
         _check_source(source)
         self.weight = weight
         self.source = source
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``atkd``."""
-        return atkd_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            weight=self.weight,
-            source=self.source,
-            ignore_index=self.ignore_index,
-        )

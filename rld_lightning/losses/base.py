@@ -1,5 +1,7 @@
 """What every distillation loss has in common: what it may look at, the cross-entropy beside it, the warm-up."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -115,6 +117,33 @@ class DistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         """All scalar hyper-parameters, so that ``print(loss)`` tells what is minimised."""
         return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
+
+
+class LogitLoss(DistillationLoss):
+    """Base of the methods that are a function of both logits and the labels.
+
+    A subclass names its function and keeps each of its hyper-parameters as an attribute of the same name::
+
+        class KDLoss(LogitLoss):
+            function = staticmethod(kd_loss)
+
+    Attributes:
+        function: ``(student_logits, teacher_logits, label, *, <hyper-parameters>)`` to named terms, weights on.
+    """
+
+    function: Callable[..., dict[str, Tensor]]
+    _hyper_parameters: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        parameters = inspect.signature(cls.function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        cls._hyper_parameters = tuple(name for name in names if name != "reduction")
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """The function's terms, with this module's hyper-parameters."""
+        options = {name: getattr(self, name) for name in self._hyper_parameters}
+        return self.function(step.student.logits, step.teacher.logits, step.label, **options)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:

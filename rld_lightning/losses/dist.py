@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import check_positive, check_weights, logit_rows
 
 
@@ -68,12 +68,14 @@ def _correlation(p: Tensor, q: Tensor, valid: Tensor, dim: int) -> Tensor:
     return (p * q).sum(dim) / (p.norm(dim=dim) * q.norm(dim=dim) + 1e-8)
 
 
-class DISTLoss(DistillationLoss):
+class DISTLoss(LogitLoss):
     """``ce_weight * CE + beta * inter + gamma * intra``; see :func:`dist_loss`.
 
     Defaults are those of CIFAR-100 in the authors' code, which writes them as a weight of 2 on the sum. On ImageNet:
     ``temperature=1``.
     """
+
+    function = staticmethod(dist_loss)
 
     def __init__(
         self,
@@ -91,15 +93,3 @@ class DISTLoss(DistillationLoss):
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``inter`` and ``intra``."""
-        return dist_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            beta=self.beta,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
-        )

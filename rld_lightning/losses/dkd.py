@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import (
     binary_kl,
     by_row_blocks,
@@ -79,13 +79,15 @@ def dkd_loss(
     }
 
 
-class DKDLoss(DistillationLoss):
+class DKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * TCKD + beta * NCKD)``; see :func:`dkd_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code; it tunes ``beta`` (2, 6 or 8) for each teacher-student pair.
     On ImageNet: ``temperature=1, warmup_epochs=1``, ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2``
     (ResNet-50 to MobileNetV1).
     """
+
+    function = staticmethod(dkd_loss)
 
     def __init__(
         self,
@@ -105,16 +107,3 @@ class DKDLoss(DistillationLoss):
         self.beta = beta
         self.temperature = temperature
         self.logit_standardization = logit_standardization
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``tckd`` and ``nckd``."""
-        return dkd_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )

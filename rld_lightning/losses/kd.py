@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
 
 
@@ -54,12 +54,14 @@ def kd_loss(
     return {"kd": weight * temperature**2 * rows.reduce(divergence, reduction)}
 
 
-class KDLoss(DistillationLoss):
+class KDLoss(LogitLoss):
     """``ce_weight * CE + weight * KD``; see :func:`kd_loss`.
 
     Defaults are those of CIFAR-100 in the benchmark's code. On ImageNet: ``temperature=1, weight=0.5`` and
     ``ce_weight=1`` (ResNet-34 to ResNet-18) or ``0.5`` (ResNet-50 to MobileNetV1).
     """
+
+    function = staticmethod(kd_loss)
 
     def __init__(
         self,
@@ -77,15 +79,3 @@ class KDLoss(DistillationLoss):
         self.temperature = temperature
         self.weight = weight
         self.logit_standardization = logit_standardization
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``kd``."""
-        return kd_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            temperature=self.temperature,
-            weight=self.weight,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import (
     by_row_blocks,
     check_positive,
@@ -109,11 +109,13 @@ def kept_fractions(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return kept.sum() / valid.sum().clamp(min=1), (of_class <= of_class.median()).to(teacher.dtype).mean()
 
 
-class MLKDNoAugLoss(DistillationLoss):
+class MLKDNoAugLoss(LogitLoss):
     """``ce_weight * CE + weight * (KD + class correlation + batch correlation)``; see :func:`mlkd_noaug_loss`.
 
     Defaults are those of CIFAR-100 in the public code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
+
+    function = staticmethod(mlkd_noaug_loss)
 
     def __init__(
         self,
@@ -131,15 +133,3 @@ class MLKDNoAugLoss(DistillationLoss):
         self.temperature = temperature
         self.weight = weight
         self.logit_standardization = logit_standardization
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``kd``, ``class_correlation`` and ``batch_correlation``."""
-        return mlkd_noaug_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            temperature=self.temperature,
-            weight=self.weight,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )

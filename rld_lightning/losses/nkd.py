@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import (
     by_row_blocks,
     check_positive,
@@ -67,12 +67,14 @@ def nkd_loss(
     }
 
 
-class NKDLoss(DistillationLoss):
+class NKDLoss(LogitLoss):
     """``ce_weight * CE + target + gamma * non-target``; see :func:`nkd_loss`.
 
     Defaults are the paper's for ImageNet. Its one CIFAR-100 pair (ResNet-34 to ResNet-18) takes
     ``gamma=3.5, temperature=3``.
     """
+
+    function = staticmethod(nkd_loss)
 
     def __init__(
         self,
@@ -88,14 +90,3 @@ class NKDLoss(DistillationLoss):
         check_weights(gamma=gamma)
         self.gamma = gamma
         self.temperature = temperature
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``target`` and ``non_target``."""
-        return nkd_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
-        )

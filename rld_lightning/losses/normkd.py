@@ -7,7 +7,7 @@ student.
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import (
     by_row_blocks,
     check_positive,
@@ -64,11 +64,13 @@ def normkd_loss(
     return {"normkd": weight * rows.reduce(divergence, reduction)}
 
 
-class NormKDLoss(DistillationLoss):
+class NormKDLoss(LogitLoss):
     """``ce_weight * CE + weight * NormKD``; see :func:`normkd_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
+
+    function = staticmethod(normkd_loss)
 
     def __init__(
         self,
@@ -84,14 +86,3 @@ class NormKDLoss(DistillationLoss):
         check_weights(weight=weight)
         self.temperature = temperature
         self.weight = weight
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``normkd``."""
-        return normkd_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            temperature=self.temperature,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-        )

@@ -7,7 +7,7 @@ logits, in which the true class has been raised.
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
 
 
@@ -81,11 +81,13 @@ def correct_logits(student: Tensor, label: Tensor) -> Tensor:
     return student.scatter(-1, true, student.gather(-1, true) + student.amax(-1, keepdim=True))
 
 
-class RCLoss(DistillationLoss):
+class RCLoss(LogitLoss):
     """``ce_weight * CE + kd_weight * KD + rc_weight * RC``; see :func:`rc_loss`.
 
     Defaults are those of CIFAR-100 in the public code of RLD. On ImageNet: ``temperature=1``.
     """
+
+    function = staticmethod(rc_loss)
 
     def __init__(
         self,
@@ -105,16 +107,3 @@ class RCLoss(DistillationLoss):
         self.kd_weight = kd_weight
         self.rc_weight = rc_weight
         self.logit_standardization = logit_standardization
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``kd`` and ``rc``."""
-        return rc_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            rc_weight=self.rc_weight,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )

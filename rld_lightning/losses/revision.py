@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows
 
 
@@ -86,12 +86,14 @@ def _check_eta(eta: float) -> None:
         raise ValueError(f"eta={eta!r} is not allowed; it must be > 0 and <= 1.")
 
 
-class RevisionLoss(DistillationLoss):
+class RevisionLoss(LogitLoss):
     """``right CE + right_mse_weight * right MSE + wrong_mse_weight * wrong MSE``; see :func:`revision_loss`.
 
     Defaults are those of the public code of RLD for CIFAR-100 and ImageNet. The cross-entropy of all samples stays
     out (``ce_weight=0``): the method has its own.
     """
+
+    function = staticmethod(revision_loss)
 
     def __init__(
         self,
@@ -109,15 +111,3 @@ class RevisionLoss(DistillationLoss):
         self.right_mse_weight = right_mse_weight
         self.wrong_mse_weight = wrong_mse_weight
         self.eta = eta
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``right_ce``, ``right_mse`` and ``wrong_mse``."""
-        return revision_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            right_mse_weight=self.right_mse_weight,
-            wrong_mse_weight=self.wrong_mse_weight,
-            eta=self.eta,
-            ignore_index=self.ignore_index,
-        )

@@ -10,7 +10,7 @@ that was about), and how it ranks the classes that it rightly put below the true
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss, StepContext
 from rld_lightning.losses.numerics import (
     binary_kl,
     by_row_blocks,
@@ -115,13 +115,15 @@ def _check_mask(mask: str) -> None:
         raise ValueError(f"mask={mask!r} is unknown; choose 'ge' (the paper's) or 'g' (its ablation).")
 
 
-class RLDLoss(DistillationLoss):
+class RLDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * SCD + beta * MCD)``; see :func:`rld_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code, but for the confidence temperature, which equals the
     temperature. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to MobileNetV1),
     ``temperature=1``, ``warmup_epochs=1``.
     """
+
+    function = staticmethod(rld_loss)
 
     def __init__(
         self,
@@ -148,21 +150,6 @@ class RLDLoss(DistillationLoss):
         self.confidence_temperature = confidence_temperature
         self.logit_standardization = logit_standardization
         self.mask = mask
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``scd`` and ``mcd``."""
-        return rld_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            confidence_temperature=self.confidence_temperature,
-            logit_standardization=self.logit_standardization,
-            mask=self.mask,
-            ignore_index=self.ignore_index,
-        )
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
         """What the refinement did to this batch, in percent.

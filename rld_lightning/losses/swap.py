@@ -8,7 +8,7 @@ Supervision", arXiv 1911.07471.
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
 
 
@@ -69,12 +69,14 @@ def swap_logits(teacher: Tensor, label: Tensor) -> Tensor:
     return teacher.scatter(-1, top, teacher.gather(-1, true)).scatter(-1, true, teacher.gather(-1, top))
 
 
-class SwapLoss(DistillationLoss):
+class SwapLoss(LogitLoss):
     """``ce_weight * CE + weight * SWAP``; see :func:`swap_loss`.
 
     Defaults are those of CIFAR-100 in the public code of RLD, which adds no cross-entropy (``ce_weight=0``). On
     ImageNet: ``temperature=1``.
     """
+
+    function = staticmethod(swap_loss)
 
     def __init__(
         self,
@@ -92,15 +94,3 @@ class SwapLoss(DistillationLoss):
         self.temperature = temperature
         self.weight = weight
         self.logit_standardization = logit_standardization
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``swap``."""
-        return swap_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            temperature=self.temperature,
-            weight=self.weight,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )

@@ -7,7 +7,7 @@ weighted form listens more to a teacher that is unsure.
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_weights, kl_rows, logit_rows
 
 
@@ -104,11 +104,13 @@ def _check_gamma(gamma: float) -> None:
         raise ValueError(f"gamma={gamma!r} is not allowed; it must be > 0 and <= 1.")
 
 
-class TTMLoss(DistillationLoss):
+class TTMLoss(LogitLoss):
     """``ce_weight * CE + weight * TTM``; see :func:`ttm_loss`.
 
     Defaults are the one published example (vgg13 to vgg8 on CIFAR-100).
     """
+
+    function = staticmethod(ttm_loss)
 
     def __init__(
         self,
@@ -125,23 +127,14 @@ class TTMLoss(DistillationLoss):
         self.gamma = gamma
         self.weight = weight
 
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``ttm``."""
-        return ttm_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            gamma=self.gamma,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-        )
 
-
-class WTTMLoss(DistillationLoss):
+class WTTMLoss(LogitLoss):
     """``ce_weight * CE + weight * WTTM``; see :func:`wttm_loss`.
 
     Defaults are the one published example, which adds a contrastive loss to it.
     """
+
+    function = staticmethod(wttm_loss)
 
     def __init__(
         self,
@@ -157,14 +150,3 @@ class WTTMLoss(DistillationLoss):
         check_weights(weight=weight)
         self.gamma = gamma
         self.weight = weight
-
-    def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``wttm``."""
-        return wttm_loss(
-            step.student.logits,
-            step.teacher.logits,
-            step.label,
-            gamma=self.gamma,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-        )
