@@ -9,9 +9,10 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 
 import rld_lightning.config  # noqa: F401  (registers the resolvers that conf/ uses)
 from rld_lightning.console import console, quiet_lightning
@@ -38,7 +39,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             # In a sweep the failed trial is Hydra's to record.
             if os.environ.get("HYDRA_FULL_ERROR") or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            console.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             sys.exit(2)
 
     try:
@@ -50,20 +51,25 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
 
 def _suggest(config_name: str) -> None:
-    """Names the keys nearest to an override that the configuration does not know."""
+    """Names the keys nearest to the overrides that the configuration does not know."""
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    unknown = []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            hydra.compose(config_name, overrides)
-        except (ConfigCompositionException, HydraException) as error:
-            unknown = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
-            if not unknown:
-                return
-            good = [o for o in overrides if o.lstrip("+~").split("=")[0] != unknown[1]]
-            keys = _keys(hydra.compose(config_name, good))
-            near = difflib.get_close_matches(unknown[1], keys, n=3, cutoff=0.75)
-            if near:
-                console.print(f"Did you mean {' or '.join(near)}?", soft_wrap=True)
+        while True:
+            try:
+                keys = _keys(hydra.compose(config_name, overrides))
+                break
+            except HydraException as error:
+                found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
+                bad = [o for o in overrides if found and o.lstrip("+~").split("=")[0] == found[1]]
+                if not bad:  # not about a key: Hydra's own message has to do
+                    return
+                unknown.append(found[1])
+                overrides = [o for o in overrides if o not in bad]
+    for key in unknown:
+        near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all keys."
+        console.print(f"{key} is not known. {hint}", soft_wrap=True, markup=False)
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:

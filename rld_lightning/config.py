@@ -1,14 +1,15 @@
 """What the YAML files in ``conf/`` can call: resolvers, registered by importing this module."""
 
+import netrc
 import os
 import secrets
 import socket
 from datetime import datetime
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from omegaconf import OmegaConf
-
-WANDB_HOST = ("api.wandb.ai", 443)
 
 
 def unique_name() -> str:
@@ -36,23 +37,40 @@ def _cpu_has_bfloat16() -> bool:
     return any(probe() for probe in probes if probe is not None)
 
 
-def wandb_offline() -> bool:
-    """Whether W&B has to log offline: no key, or no way to its server within two seconds."""
-    import wandb
+def wandb_mode() -> str:
+    """W&B's mode: ``WANDB_MODE`` if set; ``offline`` without a key, or without a way to the server in two seconds.
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode:
-        return mode != "online"
-    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        return True
+    The key is looked for without asking wandb, which would start a session and then ignore the mode.
+    """
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if not (os.environ.get("WANDB_API_KEY") or _netrc_knows(server.hostname)):
+        return "offline"
+    if getproxies().get(server.scheme):  # the way leads through the proxy, which a plain connection does not show
+        return "online"
+    port = server.port or (443 if server.scheme == "https" else 80)
     try:
-        socket.create_connection(WANDB_HOST, timeout=2).close()
+        socket.create_connection((server.hostname, port), timeout=2).close()
     except OSError:
-        return True
-    return False
+        return "offline"
+    return "online"
+
+
+def _netrc_knows(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def class_name(target: str) -> str:
+    """``RLD`` of ``rld_lightning.losses.RLDLoss``: what a run is called after its loss."""
+    return target.rsplit(".", 1)[-1].removesuffix("Loss")
 
 
 # Cached, because a run has one folder, one precision and one answer of the network.
 OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("class_name", class_name, replace=True)

@@ -3,10 +3,12 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -41,7 +43,7 @@ def print_config(cfg: DictConfig) -> None:
     """Prints the resolved configuration as a tree."""
     tree = Tree("[bold]configuration")
     _grow(tree, OmegaConf.to_container(cfg, resolve=True))
-    console.print(tree, soft_wrap=True)
+    console.print(tree, no_wrap=True, overflow="ignore", crop=False)
 
 
 def _grow(tree: Tree, values: Mapping) -> None:
@@ -50,13 +52,20 @@ def _grow(tree: Tree, values: Mapping) -> None:
             _grow(tree.add(f"[cyan]{key}"), value)
         else:
             shown = list(value) if isinstance(value, ListConfig) else value
-            tree.add(f"[cyan]{key}[/]: {shown}")
+            tree.add(f"[cyan]{key}[/]: {escape(str(shown))}")
 
 
 @rank_zero_only
 def print_line(name: str, text: str) -> None:
     """Prints one line about a part of the run: ``name`` in a column of its own."""
-    console.print(f"[bold]{name:>8}[/]  {text}", soft_wrap=True)
+    console.print(f"[bold]{name:>8}[/]  {escape(text)}", soft_wrap=True)
+
+
+@rank_zero_only
+def print_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Prints the files that a run has left in its folder, each with what it holds."""
+    for file, what in files.items():
+        console.print(f"  {escape(str(folder / file))}  [dim]{what}", soft_wrap=True)
 
 
 @rank_zero_only
@@ -67,7 +76,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    console.print(f"\n[bold]{title}", soft_wrap=True)
+    console.print(f"\n[bold]{escape(title)}", soft_wrap=True)
     console.print(table)
 
 
@@ -76,4 +85,4 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))

@@ -20,8 +20,10 @@ class EpochMeans:
 
     def update(self, values: Mapping[str, Tensor], weight: int) -> None:
         """Counts scalars, the same names each time, as the means of ``weight`` samples."""
-        counted = torch.stack([*(value.detach() for value in values.values())]).double() * weight
-        counted = torch.cat([counted, counted.new_tensor([weight])])
+        counted = torch.stack([value.detach() for value in values.values()])
+        if counted.device.type != "mps":  # which has no float64
+            counted = counted.double()
+        counted = torch.cat([counted * weight, counted.new_full((1,), weight)])
         self._names = tuple(values)
         self._totals = counted if self._totals is None else self._totals + counted
 

@@ -1,5 +1,6 @@
 """The configuration: everything composes, what it names exists, and mistakes are explained."""
 
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -24,11 +25,12 @@ LOSSES = [path.stem for path in sorted((CONF / "loss").glob("*.yaml"))]
 MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
 
 
-def compose(*overrides, name="fit"):
+def compose(*overrides, name="fit", resolve=True):
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(name, ["paths.run=/run", *overrides])
-    OmegaConf.resolve(cfg)
+    if resolve:
+        OmegaConf.resolve(cfg)
     return cfg
 
 
@@ -136,18 +138,23 @@ def test_csv_is_always_logged():
     assert set(cfg.logger) == {"csv", "wandb"}
 
 
-def test_wandb_is_offline_without_a_key_or_a_network(monkeypatch):
-    import wandb
-
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
-    assert rld_lightning.config.wandb_offline()
+def test_wandb_is_offline_without_a_key_or_a_network(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    mode = rld_lightning.config.wandb_mode
+    assert mode() == "offline"  # no key
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setattr(rld_lightning.config, "WANDB_HOST", ("127.0.0.1", 9))
-    assert rld_lightning.config.wandb_offline()
-    monkeypatch.setenv("WANDB_MODE", "online")
-    assert not rld_lightning.config.wandb_offline()
+    assert mode() == "offline"  # nobody listens
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert mode() == "online"
+        monkeypatch.delenv("WANDB_API_KEY")
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password key")
+        assert mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert mode() == "disabled"
 
 
 def test_experiments():
@@ -165,10 +172,12 @@ def fit_help(*arguments):
 
 
 def test_a_typo_in_a_key_is_an_error_with_near_matches():
-    result = fit_help("loss.alhpa=2", "--cfg", "job")
+    result = fit_help("loss.alhpa=2", "data.batchsize=3", "--cfg", "job")
     assert result.returncode == 1
     assert "Could not override 'loss.alhpa'" in result.stderr
-    assert "Did you mean loss.alpha?" in result.stdout
+    assert "loss.alhpa is not known. Did you mean loss.alpha?" in result.stdout
+    assert "data.batchsize is not known. Did you mean data.batch_size" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_a_typo_in_a_group_lists_the_options():

@@ -57,6 +57,14 @@ def test_adding_a_data_set():
     assert [len(batch.label) for batch in data.train_dataloader()] == [100] * 10
 
 
+OPTIONS = set(re.findall(r"`([a-z]\w*(?:\.\w+)*=[^`\s]+)`", README.split("## Adding to it")[0]))
+
+
+@pytest.mark.parametrize("override", sorted(OPTIONS))
+def test_every_option_composes(override):
+    assert compose(override)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_composes(command):
     _, script, *overrides = command

@@ -146,7 +146,7 @@ class ImageDataModule(LightningDataModule):
         shape = "x".join(map(str, self.image_shape))
         return (
             f"{self.name}: {self.num_classes} classes, {shape}, {self.train_size:,} train and {self.test_size:,} test "
-            f"images, {self._describe_validation()}"
+            f"images, validated on {self.validated_on}"
         )
 
     def train_sampler(self) -> EpochSampler:
@@ -165,10 +165,17 @@ class ImageDataModule(LightningDataModule):
         """Make the sampler of this process's share of an evaluation split of ``size`` images."""
         return EpochSampler.for_evaluation(size, self.eval_batch_size, rank=self.rank, world_size=self.world_size)
 
-    def _describe_validation(self) -> str:
+    @property
+    def has_own_validation(self) -> bool:
+        """Whether validation runs on other images than the test split's."""
+        return self.val_fraction > 0
+
+    @property
+    def validated_on(self) -> str:
+        """What validation runs on, in words that complete "validated on"."""
         if self.val_fraction > 0:
-            return f"validation on {self.val_size:,} held-out training images (stratified, seed {self.seed})"
-        return "validation on the test split, as the literature does"
+            return f"{self.val_size:,} held-out training images (stratified, seed {self.seed})"
+        return "the test split, as the literature does"
 
     def _split_sizes(self) -> tuple[int, int, int]:
         if self._sizes is None:

@@ -241,7 +241,14 @@ class ImageFolderDataModule(ImageDataModule):
     def _val_name(self) -> str:
         return "val" if "val" in self.splits else "test"
 
-    def _describe_validation(self) -> str:
+    @property
+    def has_own_validation(self) -> bool:
+        """Whether validation runs on other images than the test split's."""
+        return super().has_own_validation or self._val_name == "val"
+
+    @property
+    def validated_on(self) -> str:
+        """What validation runs on, in words that complete "validated on"."""
         if self.val_fraction > 0 or self._val_name == "test":
-            return super()._describe_validation()
-        return f"validation on the {self.val_size:,} images of the folder's own validation split"
+            return super().validated_on
+        return f"the {self.val_size:,} images of the folder's own validation split"

@@ -85,6 +85,9 @@ class TeacherStore:
         self, model: nn.Module | Mapping[str, Tensor], dataset: str, name: str, metadata: Mapping[str, object]
     ) -> Path:
         """Keep a teacher, in place of an earlier one; its ``source`` is ``fit`` unless ``metadata`` says otherwise."""
+        state_dict = model.state_dict() if isinstance(model, nn.Module) else model
+        if not all(value.isfinite().all() for value in state_dict.values()):
+            raise WeightsError(f"{name} holds values that are not finite and is not stored as a teacher")
         path = self.path(dataset, name)
         save_weights(model, path, {"source": "fit", **metadata, "dataset": dataset, "name": name})
         return path

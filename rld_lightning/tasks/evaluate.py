@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
-from rld_lightning.console import console, print_line, print_table
+from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import cross_entropy
@@ -93,8 +93,11 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         weights = read_weights(cfg.weights)
         name = cfg.name or _model_name(weights)
         data: ImageDataModule = instantiate(cfg.data)
+        _check_data(weights, data)
         data.prepare_data()
         data.setup()
+        if cfg.split == "val" and not data.has_own_validation:
+            raise ValueError(f"{data.name} has no validation images of its own; hold some out with data.val_fraction.")
         print_line("data", data.describe())
         model = create_model(name, data.num_classes)
         load_weights(model, weights, name=name)
@@ -128,6 +131,17 @@ def _model_name(weights: Weights) -> str:
     return name
 
 
+def _check_data(weights: Weights, data: ImageDataModule) -> None:
+    """Before anything is downloaded: are these the classes that the model was trained on?"""
+    trained_on, classes = weights.metadata.get("dataset"), weights.metadata.get("num_classes")
+    if classes is not None and int(classes) != data.num_classes:
+        of = f" of {trained_on}" if trained_on else ""
+        raise ValueError(
+            f"{weights.source} knows the {classes} classes{of} and {data.name} has {data.num_classes}; choose the data "
+            f"it was trained on with data=."
+        )
+
+
 def _per_class(stat_scores: Tensor, class_names: list[str]) -> pd.DataFrame:
     """One row a class, the least accurate first: images, recall (the class's accuracy) and precision in percent."""
     true_positive, false_positive, _, _, support = stat_scores.cpu().T
@@ -157,5 +171,4 @@ def _report(evaluation: Evaluation, per_class: pd.DataFrame, run: Path) -> None:
     )
     rows = [(row[0], int(row[1]), *map(float, row[2:])) for row in shown.itertuples(index=False)]
     print_table(title, ("class", "images", "accuracy %", "precision %"), rows)
-    for file, what in (("evaluation.json", "these numbers"), ("per_class.csv", "every class")):
-        console.print(f"  {run / file}  [dim]{what}", soft_wrap=True)
+    print_files(run, {"evaluation.json": "these numbers", "per_class.csv": "every class"})

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from rld_lightning.console import console, print_config, print_line, print_table
+from rld_lightning.console import print_config, print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.errors import user_errors
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
@@ -67,68 +70,101 @@ def fit(cfg: DictConfig) -> Summary:
         the summary; on ranks other than 0 as well.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; raised before training starts.
+        UserError: something in the configuration or the files it names is wrong, raised before training starts; or
+            training diverged.
     """
+    summary, _ = _fit(cfg, resume_hint=True)
+    return summary
+
+
+def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationModule]:
     run = Path(cfg.paths.run)
     with user_errors():
-        _refuse_used_folder(run)
+        _check_start(cfg, run)
         seed_everything(cfg.seed, workers=True, verbose=False)
         if cfg.print_config:
             print_config(cfg)
-        data, trainer, module = _prepare(cfg)
+        data: ImageDataModule = instantiate(cfg.data)
+        data.prepare_data()
+        data.setup()
+        print_line("data", data.describe())
+        loss: DistillationLoss = instantiate(cfg.loss)
+        teacher_is_there = not loss.needs_teacher or _find_teacher(cfg, data)
+    if not teacher_is_there:
+        _fit_teacher(cfg, data)
+    with user_errors():
+        teacher = _build_teacher(cfg, data) if loss.needs_teacher else None
+        trainer, module = _build(cfg, data, loss, teacher)
         _refuse_multirun_launch(trainer)
         _describe(cfg, data, trainer, module)
     _write_provenance(run, cfg)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     except (Exception, SystemExit):
-        if (run / "last.ckpt").exists():
+        if resume_hint and (run / "last.ckpt").exists():
             print_line("stopped", f"continue with the same command and resume={run / 'last.ckpt'}")
         raise
+    finally:
+        _finish_wandb(trainer)
+        _join_metrics(run, cfg.resume)
+    _refuse_diverged(trainer, module, run)
     summary = _summarise(cfg, data, trainer, module)
     _leave_results(run, summary, data, module.student)
-    return summary
+    return summary, module
 
 
-def _prepare(cfg: DictConfig) -> tuple[ImageDataModule, Trainer, DistillationModule]:
-    data: ImageDataModule = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup()
-    print_line("data", data.describe())
-    loss: DistillationLoss = instantiate(cfg.loss)
-    student = create_model(cfg.model.student.name, data.num_classes)
-    if cfg.model.student.weights is not None:
-        load_weights(student, cfg.model.student.weights, name=cfg.model.student.name)
-    teacher = _build_teacher(cfg, data) if loss.needs_teacher else None
-    # Everything above may use random numbers; what follows starts from the seed whether or not there is a teacher.
+def _check_start(cfg: DictConfig, run: Path) -> None:
+    if rank_zero_only.rank == 0 and (run / "metrics.csv").exists():
+        raise ValueError(f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten.")
+    if cfg.resume is not None and not Path(cfg.resume).is_file():
+        raise FileNotFoundError(f"there is no checkpoint to resume from at {cfg.resume}.")
+    for role in ("teacher", "student"):
+        if cfg.model[role] is None:
+            continue
+        if cfg.model[role].name is None:
+            raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
+        with torch.device("meta"):
+            create_model(cfg.model[role].name)  # a wrong name should not wait for a download
+
+
+def _build(
+    cfg: DictConfig, data: ImageDataModule, loss: DistillationLoss, teacher: FrozenTeacher | None
+) -> tuple[Trainer, DistillationModule]:
+    # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
     seed_everything(cfg.seed, workers=True, verbose=False)
-    student = student.to(
-        memory_format=torch.channels_last if cfg.model.student.channels_last else torch.preserve_format
-    )
+    settings = cfg.model.student
+    student = create_model(settings.name, data.num_classes)
+    if settings.weights is not None:
+        load_weights(student, settings.weights, name=settings.name)
     module = DistillationModule(
-        student,
+        student.to(memory_format=torch.channels_last if settings.channels_last else torch.preserve_format),
         loss,
         instantiate(cfg.recipe.optimizer),
         instantiate(cfg.recipe.scheduler),
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=cfg.recipe.scheduler_interval,
-        info={"student": cfg.model.student.name, "dataset": data.name},
+        info={"student": settings.name, "dataset": data.name},
     )
     if cfg.model.compile:
         # In place, so that checkpoint keys stay those of the plain model.
         module.student.compile()
         if teacher is not None:
             teacher.model.compile()
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer: Trainer = instantiate(
         cfg.trainer,
         logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
-        callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback],
+        callbacks=callbacks,
+        # Lightning would put its own in the place of what callbacks.<name>=null has switched off.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
-    return data, trainer, module
+    return trainer, module
 
 
-def _build_teacher(cfg: DictConfig, data: LightningDataModule) -> FrozenTeacher:
+def _find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
+    """Puts the file of the teacher's weights in the configuration; False when the teacher has to be trained first."""
     settings = cfg.model.teacher
     if settings is None:
         raise ValueError(
@@ -136,52 +172,88 @@ def _build_teacher(cfg: DictConfig, data: LightningDataModule) -> FrozenTeacher:
             "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
         )
     if settings.weights == "pretrained":
-        network = create_model(settings.name, data.num_classes, pretrained=True)
-        origin = "pretrained"
+        return True
+    path = resolve_teacher_weights(
+        settings.weights,
+        name=settings.name,
+        dataset=data.name,
+        store=TeacherStore(Path(cfg.paths.teachers)),
+        url=settings.published_url,
+    )
+    if path is not None:
+        settings.weights = str(path)
+    return path is not None
+
+
+def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
+    """Trains the teacher with cross-entropy and the run's own recipe, in ``<run>/teacher``, and stores it."""
+    name = cfg.model.teacher.name
+    store = TeacherStore(Path(cfg.paths.teachers))
+    path = store.path(data.name, name)
+    print_line("teacher", f"{name} is not in {path}: training it first, with cross-entropy")
+    own = deepcopy(cfg)
+    student = {**cfg.model.student, "name": name, "weights": None}
+    own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
+    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
+    own.resume = None
+    own.print_config = False
+    own.paths.run = str(Path(cfg.paths.run) / "teacher")
+    summary, module = _fit(own, resume_hint=False)
+    if rank_zero_only.rank == 0:
+        facts = {
+            "num_classes": data.num_classes,
+            "class_names": list(data.class_names),
+            "top1": summary.top1,
+            "epochs": summary.epochs,
+            "seed": summary.seed,
+        }
+        store.save(module.student, data.name, name, facts)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other ranks read what rank 0 has stored
+    cfg.model.teacher.weights = str(path)
+
+
+def _build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
+    settings = cfg.model.teacher
+    if settings.weights == "pretrained":
+        network, origin = _pretrained(settings.name, data.num_classes), "pretrained"
     else:
         network = create_model(settings.name, data.num_classes)
-        store = TeacherStore(Path(cfg.paths.teachers))
-        path = resolve_teacher_weights(
-            settings.weights, name=settings.name, dataset=data.name, store=store, url=settings.published_url
-        )
-        path = path or _fit_teacher(cfg, settings.name, data, store)
-        weights = load_weights(network, path, name=settings.name)
-        OmegaConf.update(cfg, "model.teacher.weights", str(path))  # what was found is what the run's config says
-        origin = f"{path}{_known(weights.metadata)}"
+        facts = load_weights(network, settings.weights, name=settings.name).metadata
+        if "class_names" in facts and json.loads(facts["class_names"]) != list(data.class_names):
+            raise ValueError(
+                f"{settings.weights} was trained on other classes than those of {data.name}; move it away, or name "
+                "another file with model.teacher.weights=."
+            )
+        origin = f"{settings.weights}{_known(facts)}"
+    size = _size(network, data)  # before the teacher takes the network over
     teacher = FrozenTeacher(network, dtype=settings.dtype, channels_last=settings.channels_last, fuse=settings.fuse)
-    precision = settings.dtype or "the trainer's precision"
-    print_line("teacher", f"{settings.name}, {_size(network, data)}, {precision}, weights {origin}")
+    print_line("teacher", f"{settings.name}, {size}, {settings.dtype or 'precision of the run'}, weights {origin}")
     return teacher
+
+
+def _pretrained(name: str, num_classes: int) -> nn.Module:
+    if "/" not in name:
+        raise ValueError(
+            f"model.teacher.weights=pretrained is for torchvision/<name> and timm/<name>, not for {name}; "
+            "use a file, published or fit."
+        )
+    network = create_model(name, num_classes, pretrained=True)
+    known = getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
+    if known != num_classes:
+        raise ValueError(
+            f"the pretrained {name} knows {known:,} classes and the data has {num_classes}, so its classifier would be "
+            "random; fine-tune it on the data first (loss=ce) and give its file with model.teacher.weights=."
+        )
+    return network
 
 
 def _known(metadata: dict[str, str]) -> str:
     """What a weights file says about itself, for the console."""
     top1 = f"top-1 {float(metadata['top1']):.2f} %" if "top1" in metadata else ""
-    facts = ", ".join(filter(None, (top1, metadata.get("source"))))
+    epochs = f"{metadata['epochs']} epochs" if "epochs" in metadata else ""
+    facts = ", ".join(filter(None, (top1, epochs, metadata.get("source"))))
     return f" ({facts})" if facts else ""
-
-
-def _fit_teacher(cfg: DictConfig, name: str, data: ImageDataModule, store: TeacherStore) -> Path:
-    """Trains the teacher with cross-entropy and the run's own recipe, in ``<run>/teacher``, and stores it."""
-    print_line("teacher", f"{name} is not in {store.path(data.name, name)}: training it first, with cross-entropy")
-    own = deepcopy(cfg)
-    with_student = {"label": name, "teacher": None, "student": {**cfg.model.student, "name": name, "weights": None}}
-    own.model = OmegaConf.merge(cfg.model, {"tuned": None}, with_student)
-    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
-    own.resume = None
-    own.print_config = False
-    own.paths.run = str(Path(cfg.paths.run) / "teacher")
-    summary = fit(own)
-    path = store.path(data.name, name)
-    if rank_zero_only.rank == 0:
-        state = Path(summary.run) / "student.safetensors"
-        network = create_model(name, data.num_classes)
-        load_weights(network, state, name=name)
-        facts = {"num_classes": data.num_classes, "top1": summary.top1, "epochs": summary.epochs, "seed": summary.seed}
-        store.save(network, data.name, name, facts)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the other ranks read what rank 0 has stored
-    return path
 
 
 def _describe(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> None:
@@ -206,20 +278,19 @@ def _size(model: nn.Module, data: ImageDataModule) -> str:
 
 def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> Summary:
     metrics = dict(trainer.callback_metrics)
-    if "val/top1" not in metrics:  # trainer.max_steps ended training within the first epoch
+    if module.validated_step != trainer.global_step:  # training ended within an epoch, or between validations
         trainer.validate(module, datamodule=data, verbose=False)
         metrics |= trainer.callback_metrics
-        metrics["val/top1_best"] = metrics["val/top1"]
     metrics = {name: float(value) for name, value in metrics.items()}
     return Summary(
         model=cfg.model.student.name,
         loss=type(module.loss).__name__.removesuffix("Loss"),
         dataset=data.name,
-        validated_on=f"{data.val_fraction:.0%} of the training split" if data.val_fraction else "test split",
+        validated_on=data.validated_on,
         epochs=trainer.current_epoch,
         seed=cfg.seed,
         top1=metrics["val/top1"],
-        top1_best=metrics["val/top1_best"],
+        top1_best=max(module.best_top1, metrics["val/top1"]),
         top5=metrics.get("val/top5"),
         ce=metrics["val/ce"],
         teacher=cfg.model.teacher.name if module.teacher is not None else None,
@@ -259,17 +330,17 @@ def _leave_results(run: Path, summary: Summary, data: ImageDataModule, student: 
         ("training speed", f"{summary.images_per_s:,.0f} images/s" if summary.images_per_s else None),
     ]
     print_table(
-        f"{summary.model}{teacher}, {summary.loss}, {summary.dataset} (validated on the {summary.validated_on})",
+        f"{summary.model}{teacher}, {summary.loss}, {summary.dataset} (validated on {summary.validated_on})",
         ("", "student"),
         [row for row in rows if row[1]],
     )
-    for file, what in (
-        ("student.safetensors", "the student's weights"),
-        ("summary.json", "these numbers"),
-        ("metrics.csv", "every logged value"),
-        ("curves.png", "learning curves"),
-    ):
-        console.print(f"  {run / file}  [dim]{what}", soft_wrap=True)
+    files = {
+        "student.safetensors": "the student's weights",
+        "summary.json": "these numbers",
+        "metrics.csv": "every logged value",
+        "curves.png": "learning curves",
+    }
+    print_files(run, files)
 
 
 @rank_zero_only
@@ -289,9 +360,32 @@ def _write_provenance(run: Path, cfg: DictConfig) -> None:
     (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def _refuse_used_folder(run: Path) -> None:
-    if rank_zero_only.rank == 0 and (run / "summary.json").exists():
-        raise ValueError(f"{run} holds a finished run; choose another paths.run, nothing is overwritten.")
+def _finish_wandb(trainer: Trainer) -> None:
+    """Ends the W&B run, or the next fit of this process would log into it."""
+    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+        import wandb
+
+        wandb.finish()
+
+
+@rank_zero_only
+def _join_metrics(run: Path, resume: str | None) -> None:
+    """Puts what was logged before the checkpoint in front, so that a resumed run tells the whole story."""
+    before = Path(resume).parent / "metrics.csv" if resume else None
+    if before is None or not before.exists() or not (run / "metrics.csv").exists():
+        return
+    now = pd.read_csv(run / "metrics.csv")
+    earlier = pd.read_csv(before)
+    pd.concat([earlier[earlier["step"] < now["step"].min()], now]).to_csv(run / "metrics.csv", index=False)
+
+
+def _refuse_diverged(trainer: Trainer, module: DistillationModule, run: Path) -> None:
+    """A student that is no numbers any more is no result: it is neither exported nor stored as a teacher."""
+    if not all(value.isfinite().all() for value in module.student.state_dict().values()):
+        raise UserError(
+            f"training diverged in epoch {trainer.current_epoch}: the weights are not finite. Try a smaller "
+            f"recipe.optimizer.lr or trainer.gradient_clip_val; what was logged is in {run / 'metrics.csv'}."
+        )
 
 
 def _refuse_multirun_launch(trainer: Trainer) -> None:

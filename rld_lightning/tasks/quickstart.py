@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rld_lightning.console import console, print_table
+from rld_lightning.console import console, print_files, print_table
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights import read_weights
@@ -34,10 +34,10 @@ def quickstart(cfg: DictConfig) -> None:
     rows.append(_row("student, cross-entropy", alone.model, alone.top1, alone))
     rows.append(_row(f"student, {distilled.loss}", distilled.model, distilled.top1, distilled))
     columns = ("", "model", "top-1 %", "parameters", "M MACs", "images/s")
-    print_table(f"{distilled.dataset}, {distilled.validated_on}, last of {distilled.epochs} epochs", columns, rows)
+    print_table(f"{distilled.dataset}, last of {distilled.epochs} epochs", columns, rows)
     console.print("images/s: forward passes of 64 images on this machine", style="dim")
     for summary in (distilled, alone):
-        console.print(f"curves: {Path(summary.run) / 'curves.png'}", soft_wrap=True)
+        print_files(Path(summary.run), {"curves.png": f"learning curves, {summary.loss}"})
 
 
 def _fit_in(cfg: DictConfig, run: Path) -> Summary:

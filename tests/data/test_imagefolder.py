@@ -182,7 +182,7 @@ def test_a_folder_with_three_splits(root, tmp_path):
     assert (data.train_size, data.val_size, data.test_size) == (21, 10, 5)
     assert data.describe() == (
         "pets: 3 classes, 3x16x16, 21 train and 5 test images, "
-        "validation on the 10 images of the folder's own validation split"
+        "validated on the 10 images of the folder's own validation split"
     )
     assert len(merge(data.val_dataloader()).label) == 10
 
@@ -194,7 +194,7 @@ def test_a_folder_with_two_splits(root, tmp_path, folder):
     data = folder_data(tmp_path, name="mine")
     assert (data.train_size, data.val_size, data.test_size) == (21, 10, 10)
     assert data.describe().startswith("mine: 3 classes")
-    assert data.describe().endswith("validation on the test split, as the literature does")
+    assert data.describe().endswith("validated on the test split, as the literature does")
 
 
 def test_imagenets_test_folder_without_classes_is_left_alone(root, tmp_path):

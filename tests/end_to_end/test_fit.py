@@ -41,7 +41,7 @@ def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
     _, output = finished
     for expected in (
         "├── seed: 0",
-        "data  digits: 10 classes, 3x8x8, 1,437 train and 360 test images, validation on the test split",
+        "data  digits: 10 classes, 3x8x8, 1,437 train and 360 test images, validated on the test split",
         "training it first, with cross-entropy",
         "teacher  wrn_16_2, 0.69 M parameters, 6.3 M MACs",
         "student  wrn_16_1, 0.18 M parameters, 1.7 M MACs",
@@ -73,7 +73,7 @@ def test_summary_metrics_and_export_tell_the_same(finished):
     metrics = pd.read_csv(folder / "run" / "metrics.csv")
     assert metrics["val/top1"].dropna().tolist()[-1] == pytest.approx(summary["top1"])
     assert metrics["val/top1"].max() == pytest.approx(summary["top1_best"])
-    assert summary["validated_on"] == "test split"
+    assert summary["validated_on"] == "the test split, as the literature does"
     with safe_open(folder / "run" / "student.safetensors", "pt") as file:
         facts = file.metadata()
     assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("wrn_16_1", "10", "digits")
@@ -135,7 +135,7 @@ def test_a_finished_run_is_not_overwritten(finished):
     before = (folder / "run" / "summary.json").read_text()
     result = run("fit.py", *PAIR, f"hydra.run.dir={folder / 'run'}", folder=folder, check=False)
     assert result.returncode == 2
-    assert "holds a finished run" in result.stdout
+    assert "holds a run already" in result.stdout
     assert (folder / "run" / "summary.json").read_text() == before
 
 
@@ -148,6 +148,11 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("loss.temperature=0",), "temperature=0 is not allowed"),
         (("model.student.name=wrn_16_11",), "wrn_16_1"),
         (("data.batch_size=0",), "batch_size=0"),
+        (("model.student.name=null",), "model.student.name has no value"),
+        (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
+        (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
+        (("model.teacher.weights=pretrained",), "pretrained is for torchvision/<name> and timm/<name>"),
+        (("data=imagefolder",), "data.root has no value"),
         (("data.val_fraction=2",), "val_fraction=2"),
     ],
 )
@@ -163,6 +168,66 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, capsys, overrides
     assert stop.value.code == 2
     assert sentence in output
     assert "Traceback" not in output
+
+
+def in_process(tmp_path, *overrides):
+    """A short CE run on the digits through the task itself."""
+    from test_config import compose
+
+    from rld_lightning.tasks.fit import fit
+
+    cfg = compose("data=digits", "model=wrn16_1", "loss=ce", "recipe=quick", "trainer=cpu", *overrides, resolve=False)
+    cfg.paths.run, cfg.print_config = str(tmp_path), False
+    return fit(cfg)
+
+
+def test_a_diverged_run_is_an_error_and_leaves_no_student(tmp_path):
+    from rld_lightning.errors import UserError
+
+    with pytest.raises(UserError, match=r"training diverged in epoch 1.*recipe\.optimizer\.lr"):
+        in_process(tmp_path, "recipe.epochs=2", "recipe.optimizer.lr=1e30")
+    assert not (tmp_path / "student.safetensors").exists()
+    assert (tmp_path / "metrics.csv").exists()
+
+
+def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_path):
+    from rld_lightning.tasks.evaluate import EvaluationModule
+
+    summary = in_process(tmp_path, "recipe.epochs=3", "trainer.max_steps=30", "trainer.precision=32-true")
+    model = create_model("wrn_16_1", 10)
+    model.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    data = DigitsDataModule()
+    data.setup()
+    job = EvaluationModule(model.eval(), 10)
+    with torch.no_grad():
+        for i, batch in enumerate(data.test_dataloader()):
+            job.test_step(batch, i)
+    assert summary.top1 == pytest.approx(100 * job.metrics["top1"].compute().item(), abs=1e-4)
+    assert summary.top1_best >= summary.top1
+
+
+def test_switched_off_callbacks_stay_off(tmp_path, capsys):
+    off = [f"callbacks.{name}=null" for name in ("progress", "checkpoint_last", "checkpoint_best")]
+    in_process(tmp_path, "recipe.epochs=1", *off)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert "it/s" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_tells_the_whole_story(tmp_path):
+    in_process(tmp_path / "first", "recipe.epochs=1", "recipe.scheduler=null")
+    last = f"resume={tmp_path / 'first' / 'last.ckpt'}"
+    summary = in_process(tmp_path / "second", "recipe.epochs=2", "recipe.scheduler=null", last)
+    metrics = pd.read_csv(tmp_path / "second" / "metrics.csv")
+    assert metrics.dropna(subset=["val/top1"])["epoch"].tolist() == [0, 1]
+    assert summary.top1_best == pytest.approx(metrics["val/top1"].max())
+
+
+def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("a", "b"):
+        in_process(tmp_path / name, "recipe.epochs=1", "logger=wandb", "+trainer.limit_train_batches=2")
+        assert len(list((tmp_path / name / "wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.slow

@@ -8,16 +8,9 @@ from rld_lightning.tasks.quickstart import quickstart
 
 
 def test_quickstart_compares_teacher_student_and_distilled_student(tmp_path, capsys):
-    cfg = compose(
-        "experiment=quickstart", "recipe.epochs=1", "loss=dkd", "print_config=false", "callbacks.progress=null"
-    )
-    cfg.paths.run, cfg.paths.teachers = str(tmp_path / "run"), str(tmp_path / "teachers")
-    for part in (cfg.logger.csv, cfg.trainer):
-        for key in ("save_dir", "default_root_dir"):
-            if key in part:
-                part[key] = "${paths.run}"
-    for name in ("checkpoint_last", "checkpoint_best"):
-        cfg.callbacks[name].dirpath = "${paths.run}"
+    options = ("experiment=quickstart", "recipe.epochs=1", "loss=dkd", "callbacks.progress=null")
+    cfg = compose(*options, resolve=False)
+    cfg.paths.run, cfg.paths.teachers, cfg.print_config = str(tmp_path / "run"), str(tmp_path / "teachers"), False
 
     quickstart(cfg)
 
