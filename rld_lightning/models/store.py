@@ -13,15 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
+from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights import (
     Weights,
@@ -51,8 +48,6 @@ _WAYS_OUT = (
     f"model.teacher.weights=published ({_PUBLISHED_DATASET}: {', '.join(PUBLISHED)}), or train the teacher first with "
     "model.teacher.weights=fit"
 )
-_TIMEOUT = 30  # seconds without an answer
-_BLOCK = 1 << 20
 
 
 class DownloadError(WeightsError):
@@ -205,39 +200,10 @@ def _read_members(archive: Path, url: str, paths: Iterable[str]) -> Iterator[tup
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetch a file, continuing one that is partly there; what was received stays if the connection breaks."""
-    have = path.stat().st_size if path.exists() else 0
     try:
-        total = _receive(url, path, have)
+        download(url, path)
     except (OSError, HTTPException, ValueError) as error:
-        if not (have and isinstance(error, HTTPError) and error.code == 416):
-            raise DownloadError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)})") from error
-        if error.headers["Content-Range"] != f"bytes */{have}":  # nothing is left to send, but of a shorter file
-            path.unlink()
-            _download(url, path)
-        return
-    received = path.stat().st_size
-    if total is not None and received != total:
-        raise DownloadError(f"the download of {url} broke off after {received} of {total} bytes, run again to continue")
-
-
-def _receive(url: str, path: Path, have: int) -> int | None:
-    """Append to the first ``have`` bytes of a file, or start over; return how long it should be now, if known."""
-    with urlopen(Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=_TIMEOUT) as response:
-        start = have if response.status == 206 else 0  # the server sends what was asked for, or else everything
-        length = response.headers["Content-Length"]
-        total = start + int(length) if length else None
-        with path.open("ab" if start else "wb") as file, _progress_bar() as progress:
-            task = progress.add_task(url.rpartition("/")[2], total=total, completed=start)
-            while block := response.read(_BLOCK):
-                file.write(block)
-                progress.advance(task, len(block))
-    return total
-
-
-def _progress_bar() -> Progress:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+        raise DownloadError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)})") from error
 
 
 def _sha256(data: bytes | io.BufferedReader) -> str:

@@ -1,14 +1,8 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
-import json
-import platform
 from copy import deepcopy
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning
-import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -18,46 +12,19 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from rld_lightning.console import print_config, print_files, print_line, print_table
+from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
+from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.models.weights import load_weights, save_weights
+from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
-from rld_lightning.reporting.curves import plot_curves
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run came to; written as ``summary.json``. Accuracy in percent.
-
-    ``top1`` is the last epoch's, ``top1_best`` the best epoch's, on ``validated_on``; tables in the literature print
-    the best epoch on the test split.
-    """
-
-    model: str
-    loss: str
-    dataset: str
-    validated_on: str
-    epochs: int
-    seed: int
-    top1: float
-    top1_best: float
-    top5: float | None
-    ce: float
-    teacher: str | None
-    teacher_top1: float | None
-    agreement: float | None
-    parameters: int
-    macs: int
-    images_per_s: float | None
-    run: str
+from rld_lightning.tasks.run_folder import Summary, join_metrics, leave_results, write_provenance
+from rld_lightning.tasks.teacher import build_teacher, describe_size, find_teacher
 
 
 def fit(cfg: DictConfig) -> Summary:
@@ -89,15 +56,15 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
         data.setup()
         print_line("data", data.describe())
         loss: DistillationLoss = instantiate(cfg.loss)
-        teacher_is_there = not loss.needs_teacher or _find_teacher(cfg, data)
+        teacher_is_there = not loss.needs_teacher or find_teacher(cfg, data)
     if not teacher_is_there:
         _fit_teacher(cfg, data)
     with user_errors():
-        teacher = _build_teacher(cfg, data) if loss.needs_teacher else None
+        teacher = build_teacher(cfg, data) if loss.needs_teacher else None
         trainer, module = _build(cfg, data, loss, teacher)
         _refuse_multirun_launch(trainer)
         _describe(cfg, data, trainer, module)
-    _write_provenance(run, cfg)
+    write_provenance(run, cfg)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     except (Exception, SystemExit):
@@ -106,10 +73,10 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
         raise
     finally:
         _finish_wandb(trainer)
-        _join_metrics(run, cfg.resume)
+        join_metrics(run, cfg.resume)
     _refuse_diverged(trainer, module, run)
     summary = _summarise(cfg, data, trainer, module)
-    _leave_results(run, summary, data, module.student)
+    leave_results(run, summary, data, module.student)
     return summary, module
 
 
@@ -163,28 +130,6 @@ def _build(
     return trainer, module
 
 
-def _find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
-    """Puts the file of the teacher's weights in the configuration; False when the teacher has to be trained first."""
-    settings = cfg.model.teacher
-    if settings is None:
-        raise ValueError(
-            f"the loss needs a teacher and model={cfg.model.label} has none; choose a pair "
-            "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
-        )
-    if settings.weights == "pretrained":
-        return True
-    path = resolve_teacher_weights(
-        settings.weights,
-        name=settings.name,
-        dataset=data.name,
-        store=TeacherStore(Path(cfg.paths.teachers)),
-        url=settings.published_url,
-    )
-    if path is not None:
-        settings.weights = str(path)
-    return path is not None
-
-
 def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
     """Trains the teacher with cross-entropy and the run's own recipe, in ``<run>/teacher``, and stores it."""
     name = cfg.model.teacher.name
@@ -213,52 +158,9 @@ def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
     cfg.model.teacher.weights = str(path)
 
 
-def _build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
-    settings = cfg.model.teacher
-    if settings.weights == "pretrained":
-        network, origin = _pretrained(settings.name, data.num_classes), "pretrained"
-    else:
-        network = create_model(settings.name, data.num_classes)
-        facts = load_weights(network, settings.weights, name=settings.name).metadata
-        if "class_names" in facts and json.loads(facts["class_names"]) != list(data.class_names):
-            raise ValueError(
-                f"{settings.weights} was trained on other classes than those of {data.name}; move it away, or name "
-                "another file with model.teacher.weights=."
-            )
-        origin = f"{settings.weights}{_known(facts)}"
-    size = _size(network, data)  # before the teacher takes the network over
-    teacher = FrozenTeacher(network, dtype=settings.dtype, channels_last=settings.channels_last, fuse=settings.fuse)
-    print_line("teacher", f"{settings.name}, {size}, {settings.dtype or 'precision of the run'}, weights {origin}")
-    return teacher
-
-
-def _pretrained(name: str, num_classes: int) -> nn.Module:
-    if "/" not in name:
-        raise ValueError(
-            f"model.teacher.weights=pretrained is for torchvision/<name> and timm/<name>, not for {name}; "
-            "use a file, published or fit."
-        )
-    network = create_model(name, num_classes, pretrained=True)
-    known = getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
-    if known != num_classes:
-        raise ValueError(
-            f"the pretrained {name} knows {known:,} classes and the data has {num_classes}, so its classifier would be "
-            "random; fine-tune it on the data first (loss=ce) and give its file with model.teacher.weights=."
-        )
-    return network
-
-
-def _known(metadata: dict[str, str]) -> str:
-    """What a weights file says about itself, for the console."""
-    top1 = f"top-1 {float(metadata['top1']):.2f} %" if "top1" in metadata else ""
-    epochs = f"{metadata['epochs']} epochs" if "epochs" in metadata else ""
-    facts = ", ".join(filter(None, (top1, epochs, metadata.get("source"))))
-    return f" ({facts})" if facts else ""
-
-
 def _describe(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> None:
     """Prints one line for each part of the run that has not had its own yet."""
-    print_line("student", f"{cfg.model.student.name}, {_size(module.student, data)}")
+    print_line("student", f"{cfg.model.student.name}, {describe_size(module.student, data)}")
     print_line("loss", f"{module.loss}")
     optimizer = cfg.recipe.optimizer
     devices = trainer.world_size
@@ -269,11 +171,6 @@ def _describe(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: 
         f"precision {trainer.precision}, {trainer.max_epochs} epochs",
     )
     print_line("folder", str(cfg.paths.run))
-
-
-def _size(model: nn.Module, data: ImageDataModule) -> str:
-    parameters, macs = count_parameters(model), count_macs(model, data.image_shape)
-    return f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs"
 
 
 def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> Summary:
@@ -303,80 +200,12 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
     )
 
 
-@rank_zero_only
-def _leave_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
-    (run / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-    facts = {
-        "name": summary.model,
-        "dataset": summary.dataset,
-        "num_classes": data.num_classes,
-        "class_names": list(data.class_names),
-        "image_shape": list(data.image_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "loss": summary.loss,
-        "top1": summary.top1,
-        "source": "fit",
-    }
-    save_weights(student, run / "student.safetensors", facts)
-    teacher = f" from {summary.teacher}" if summary.teacher else ""
-    plot_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
-    rows = [
-        ("top-1, last epoch", f"{summary.top1:.2f} %"),
-        ("top-1, best epoch", f"{summary.top1_best:.2f} %"),
-        ("top-5, last epoch", f"{summary.top5:.2f} %" if summary.top5 is not None else None),
-        ("teacher top-1", f"{summary.teacher_top1:.2f} %" if summary.teacher_top1 is not None else None),
-        ("agreement with teacher", f"{summary.agreement:.2f} %" if summary.agreement is not None else None),
-        ("training speed", f"{summary.images_per_s:,.0f} images/s" if summary.images_per_s else None),
-    ]
-    print_table(
-        f"{summary.model}{teacher}, {summary.loss}, {summary.dataset} (validated on {summary.validated_on})",
-        ("", "student"),
-        [row for row in rows if row[1]],
-    )
-    files = {
-        "student.safetensors": "the student's weights",
-        "summary.json": "these numbers",
-        "metrics.csv": "every logged value",
-        "curves.png": "learning curves",
-    }
-    print_files(run, files)
-
-
-@rank_zero_only
-def _write_provenance(run: Path, cfg: DictConfig) -> None:
-    """Leaves the resolved configuration and the versions that the run used."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    environment: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
-    (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-
-
 def _finish_wandb(trainer: Trainer) -> None:
     """Ends the W&B run, or the next fit of this process would log into it."""
     if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
         import wandb
 
         wandb.finish()
-
-
-@rank_zero_only
-def _join_metrics(run: Path, resume: str | None) -> None:
-    """Puts what was logged before the checkpoint in front, so that a resumed run tells the whole story."""
-    before = Path(resume).parent / "metrics.csv" if resume else None
-    if before is None or not before.exists() or not (run / "metrics.csv").exists():
-        return
-    now = pd.read_csv(run / "metrics.csv")
-    earlier = pd.read_csv(before)
-    pd.concat([earlier[earlier["step"] < now["step"].min()], now]).to_csv(run / "metrics.csv", index=False)
 
 
 def _refuse_diverged(trainer: Trainer, module: DistillationModule, run: Path) -> None:

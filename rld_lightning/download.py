@@ -1,0 +1,54 @@
+"""Downloads that continue where they broke off."""
+
+from http import HTTPStatus
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+BLOCK_BYTES = 1 << 20
+TIMEOUT_SECONDS = 60.0
+
+
+def download(url: str, path: Path) -> None:
+    """Fetches ``url`` to ``path``, continuing a file that is partly there, with a progress bar.
+
+    What was received stays if the connection breaks, so that the next call can continue. Whether the content is the
+    right one is the caller's to check.
+
+    Raises:
+        OSError: the server cannot be reached, lacks the file, or stops before its end. (``http.client.HTTPException``
+            and ``ValueError`` for answers that are no HTTP and for addresses that are none.)
+    """
+    have = path.stat().st_size if path.exists() else 0
+    try:
+        total = _receive(url, path, have)
+    except HTTPError as error:
+        if not have or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        if error.headers["Content-Range"] != f"bytes */{have}":  # else all of it is here already
+            path.unlink()  # longer than the file: the rest of something else
+            download(url, path)
+        return
+    received = path.stat().st_size
+    if total is not None and received != total:  # a dropped connection ends the blocks without an error
+        raise ConnectionError(f"the connection broke off after {received} of {total} bytes, run again to continue")
+
+
+def _receive(url: str, path: Path, have: int) -> int | None:
+    """Appends to the first ``have`` bytes of a file, or starts over; returns how long it should be now, if known."""
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        start = have if response.status == HTTPStatus.PARTIAL_CONTENT else 0
+        length = response.headers["Content-Length"]
+        total = start + int(length) if length else None
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+        with path.open("ab" if start else "wb") as file, bar:
+            task = bar.add_task(f"downloading {url.rpartition('/')[2]}", total=total, completed=start)
+            while block := response.read(BLOCK_BYTES):
+                file.write(block)
+                bar.advance(task, len(block))
+    return total

@@ -1,0 +1,115 @@
+"""What a run leaves behind: a folder that explains itself."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pandas as pd
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from rld_lightning.console import print_files, print_table
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.models.weights import save_weights
+from rld_lightning.reporting.curves import plot_curves
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to; written as ``summary.json``. Accuracy in percent.
+
+    ``top1`` is the last epoch's, ``top1_best`` the best epoch's, on ``validated_on``; tables in the literature print
+    the best epoch on the test split.
+    """
+
+    model: str
+    loss: str
+    dataset: str
+    validated_on: str
+    epochs: int
+    seed: int
+    top1: float
+    top1_best: float
+    top5: float | None
+    ce: float
+    teacher: str | None
+    teacher_top1: float | None
+    agreement: float | None
+    parameters: int
+    macs: int
+    images_per_s: float | None
+    run: str
+
+
+@rank_zero_only
+def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
+    """Writes summary, student and curves, and prints the summary as a table."""
+    (run / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    facts = {
+        "name": summary.model,
+        "dataset": summary.dataset,
+        "num_classes": data.num_classes,
+        "class_names": list(data.class_names),
+        "image_shape": list(data.image_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "loss": summary.loss,
+        "top1": summary.top1,
+        "source": "fit",
+    }
+    save_weights(student, run / "student.safetensors", facts)
+    teacher = f" from {summary.teacher}" if summary.teacher else ""
+    plot_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
+    rows = [
+        ("top-1, last epoch", f"{summary.top1:.2f} %"),
+        ("top-1, best epoch", f"{summary.top1_best:.2f} %"),
+        ("top-5, last epoch", f"{summary.top5:.2f} %" if summary.top5 is not None else None),
+        ("teacher top-1", f"{summary.teacher_top1:.2f} %" if summary.teacher_top1 is not None else None),
+        ("agreement with teacher", f"{summary.agreement:.2f} %" if summary.agreement is not None else None),
+        ("training speed", f"{summary.images_per_s:,.0f} images/s" if summary.images_per_s else None),
+    ]
+    print_table(
+        f"{summary.model}{teacher}, {summary.loss}, {summary.dataset} (validated on {summary.validated_on})",
+        ("", "student"),
+        [row for row in rows if row[1]],
+    )
+    files = {
+        "student.safetensors": "the student's weights",
+        "summary.json": "these numbers",
+        "metrics.csv": "every logged value",
+        "curves.png": "learning curves",
+    }
+    print_files(run, files)
+
+
+@rank_zero_only
+def write_provenance(run: Path, cfg: DictConfig) -> None:
+    """Leaves the resolved configuration and the versions that the run used."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    environment: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+    (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+@rank_zero_only
+def join_metrics(run: Path, resume: str | None) -> None:
+    """Puts what was logged before the checkpoint in front, so that a resumed run tells the whole story."""
+    before = Path(resume).parent / "metrics.csv" if resume else None
+    if before is None or not before.exists() or not (run / "metrics.csv").exists():
+        return
+    now = pd.read_csv(run / "metrics.csv")
+    earlier = pd.read_csv(before)
+    pd.concat([earlier[earlier["step"] < now["step"].min()], now]).to_csv(run / "metrics.csv", index=False)

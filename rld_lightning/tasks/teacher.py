@@ -1,0 +1,87 @@
+"""The teacher of a run: where its weights are, and the frozen network they make."""
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch import nn
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.models.complexity import count_macs, count_parameters
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.weights import load_weights
+
+
+def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
+    """Puts the file of the teacher's weights in the configuration; False when the teacher has to be trained first."""
+    settings = cfg.model.teacher
+    if settings is None:
+        raise ValueError(
+            f"the loss needs a teacher and model={cfg.model.label} has none; choose a pair "
+            "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
+        )
+    if settings.weights == "pretrained":
+        return True
+    path = resolve_teacher_weights(
+        settings.weights,
+        name=settings.name,
+        dataset=data.name,
+        store=TeacherStore(Path(cfg.paths.teachers)),
+        url=settings.published_url,
+    )
+    if path is not None:
+        settings.weights = str(path)
+    return path is not None
+
+
+def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
+    """Loads and freezes the teacher that :func:`find_teacher` has put in the configuration, and prints its line."""
+    settings = cfg.model.teacher
+    if settings.weights == "pretrained":
+        network, origin = _pretrained(settings.name, data.num_classes), "pretrained"
+    else:
+        network = create_model(settings.name, data.num_classes)
+        facts = load_weights(network, settings.weights, name=settings.name).metadata
+        if "class_names" in facts and json.loads(facts["class_names"]) != list(data.class_names):
+            raise ValueError(
+                f"{settings.weights} was trained on other classes than those of {data.name}; move it away, or name "
+                "another file with model.teacher.weights=."
+            )
+        origin = f"{settings.weights}{_known(facts)}"
+    size = describe_size(network, data)  # before the teacher takes the network over
+    teacher = FrozenTeacher(network, dtype=settings.dtype, channels_last=settings.channels_last, fuse=settings.fuse)
+    print_line("teacher", f"{settings.name}, {size}, {settings.dtype or 'precision of the run'}, weights {origin}")
+    return teacher
+
+
+def _pretrained(name: str, num_classes: int) -> nn.Module:
+    if "/" not in name:
+        raise ValueError(
+            f"model.teacher.weights=pretrained is for torchvision/<name> and timm/<name>, not for {name}; "
+            "use a file, published or fit."
+        )
+    network = create_model(name, num_classes, pretrained=True)
+    known = getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
+    if known != num_classes:
+        raise ValueError(
+            f"the pretrained {name} knows {known:,} classes and the data has {num_classes}, so its classifier would be "
+            "random; fine-tune it on the data first (loss=ce) and give its file with model.teacher.weights=."
+        )
+    return network
+
+
+def _known(metadata: dict[str, str]) -> str:
+    """What a weights file says about itself, for the console."""
+    top1 = f"top-1 {float(metadata['top1']):.2f} %" if "top1" in metadata else ""
+    epochs = f"{metadata['epochs']} epochs" if "epochs" in metadata else ""
+    facts = ", ".join(filter(None, (top1, epochs, metadata.get("source"))))
+    return f" ({facts})" if facts else ""
+
+
+def describe_size(model: nn.Module, data: ImageDataModule) -> str:
+    """Parameters and multiply-accumulates of a model, for the console."""
+    parameters, macs = count_parameters(model), count_macs(model, data.image_shape)
+    return f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs"
