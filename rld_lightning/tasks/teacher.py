@@ -76,7 +76,7 @@ def _pretrained(name: str, num_classes: int) -> nn.Module:
 def _known(metadata: dict[str, str]) -> str:
     """What a weights file says about itself, for the console."""
     top1 = f"top-1 {float(metadata['top1']):.2f} %" if "top1" in metadata else ""
-    epochs = f"{metadata['epochs']} epochs" if "epochs" in metadata else ""
+    epochs = f"after {metadata['epochs']} epoch(s)" if "epochs" in metadata else ""
     facts = ", ".join(filter(None, (top1, epochs, metadata.get("source"))))
     return f" ({facts})" if facts else ""
 
