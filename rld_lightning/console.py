@@ -43,7 +43,8 @@ def print_config(cfg: DictConfig) -> None:
     """Prints the resolved configuration as a tree."""
     tree = Tree("[bold]configuration")
     _grow(tree, OmegaConf.to_container(cfg, resolve=True))
-    console.print(tree, no_wrap=True, overflow="ignore", crop=False)
+    # A tree is cropped at the console's width, and paths are there to be copied.
+    Console(width=1000, highlight=False).print(tree)
 
 
 def _grow(tree: Tree, values: Mapping) -> None:

@@ -38,9 +38,10 @@ def finished(tmp_path_factory):
 
 
 def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
-    _, output = finished
+    folder, output = finished
     for expected in (
         "├── seed: 0",
+        f"└── run: {folder / 'run'}\n",
         "data  digits: 10 classes, 3x8x8, 1,437 train and 360 test images, validated on the test split",
         "training it first, with cross-entropy",
         "teacher  wrn_16_2, 0.69 M parameters, 6.3 M MACs",
