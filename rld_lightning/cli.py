@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -57,7 +58,7 @@ def _suggest(config_name: str) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         while True:
             try:
-                keys = _keys(hydra.compose(config_name, overrides))
+                keys = _keys(OmegaConf.to_container(hydra.compose(config_name, overrides)))
                 break
             except HydraException as error:
                 found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
@@ -72,11 +73,10 @@ def _suggest(config_name: str) -> None:
         console.print(f"{key} is not known. {hint}", soft_wrap=True, markup=False)
 
 
-def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
-    for key in cfg:
+    for key, value in values.items():
         keys.append(f"{prefix}{key}")
-        child = OmegaConf.to_container(cfg, resolve=False).get(key)
-        if isinstance(child, dict):
-            keys += _keys(cfg._get_node(key), f"{prefix}{key}.")
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{key}.")
     return keys

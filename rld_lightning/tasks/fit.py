@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.config import class_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
@@ -66,16 +67,12 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
         _describe(cfg, data, trainer, module)
     write_provenance(run, cfg)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
-    except (Exception, SystemExit):
-        if resume_hint and (run / "last.ckpt").exists():
-            print_line("stopped", f"continue with the same command and resume={run / 'last.ckpt'}")
-        raise
-    finally:
+        _train(cfg, data, trainer, module, resume_hint=resume_hint)
+        _refuse_diverged(trainer, module, run)
+        summary = _summarise(cfg, data, trainer, module)
+    finally:  # only now: the summary may have to validate, which logs
         _finish_wandb(trainer)
         join_metrics(run, cfg.resume)
-    _refuse_diverged(trainer, module, run)
-    summary = _summarise(cfg, data, trainer, module)
     leave_results(run, summary, data, module.student)
     return summary, module
 
@@ -130,6 +127,18 @@ def _build(
     return trainer, module
 
 
+def _train(
+    cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule, *, resume_hint: bool
+) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
+    except (Exception, SystemExit):
+        last = Path(cfg.paths.run) / "last.ckpt"
+        if resume_hint and last.exists():
+            print_line("stopped", f"continue with the same command and resume={last}")
+        raise
+
+
 def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
     """Trains the teacher with cross-entropy and the run's own recipe, in ``<run>/teacher``, and stores it."""
     name = cfg.model.teacher.name
@@ -166,7 +175,7 @@ def _describe(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: 
     devices = trainer.world_size
     print_line(
         "training",
-        f"{optimizer._target_.rsplit('.', 1)[-1]}, learning rate {optimizer.lr:g}, batch {cfg.data.batch_size} = "
+        f"{class_name(optimizer._target_)}, learning rate {optimizer.lr:g}, batch {cfg.data.batch_size} = "
         f"{devices} x {cfg.data.batch_size // devices} on {trainer.strategy.root_device.type}, "
         f"precision {trainer.precision}, {trainer.max_epochs} epochs",
     )
@@ -181,7 +190,7 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
     metrics = {name: float(value) for name, value in metrics.items()}
     return Summary(
         model=cfg.model.student.name,
-        loss=type(module.loss).__name__.removesuffix("Loss"),
+        loss=class_name(cfg.loss._target_),
         dataset=data.name,
         validated_on=data.validated_on,
         epochs=trainer.current_epoch,

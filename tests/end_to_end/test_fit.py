@@ -226,8 +226,9 @@ def test_a_resumed_run_tells_the_whole_story(tmp_path):
 def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("a", "b"):
-        in_process(tmp_path / name, "recipe.epochs=1", "logger=wandb", "+trainer.limit_train_batches=2")
+    # The second ends within its epoch, so that the summary validates, and logs, after training.
+    for name, limit in (("a", "+trainer.limit_train_batches=2"), ("b", "trainer.max_steps=2")):
+        in_process(tmp_path / name, "recipe.epochs=1", "logger=wandb", limit)
         assert len(list((tmp_path / name / "wandb").glob("offline-run-*"))) == 1
 
 
