@@ -1,7 +1,7 @@
 """What every distillation loss has in common: what it may look at, the cross-entropy beside it, the warm-up."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,9 @@ class StepContext:
         label: ``(B,)`` or ``(B, *)`` class indices.
         index: ``(B,)`` position of each sample in the training split, for losses with a memory.
         epoch: the epoch counted from 1, for warm-up; ``None`` means that warm-up is over.
+        student_strong: the student's output for the strongly augmented view of the same images; only for losses that
+            need one.
+        teacher_strong: the teacher's, likewise.
     """
 
     student: ModelOutput
@@ -41,13 +44,14 @@ class StepContext:
     label: Tensor
     index: Tensor | None = None
     epoch: int | None = None
+    student_strong: ModelOutput | None = None
+    teacher_strong: ModelOutput | None = None
 
 
 class DistillationLoss(nn.Module):
     """Base of all losses: ``ce_weight * cross_entropy + warmup(epoch) * (the method's own terms)``.
 
-    A subclass gives :meth:`terms`, and where it needs them :attr:`student_taps`, :attr:`teacher_taps` and
-    :meth:`statistics`. Called with a :class:`StepContext` by the training step, or directly in a loop of your own::
+    A subclass gives :meth:`terms`, and where it needs them :meth:`statistics` and :meth:`connect`. Called with a :class:`StepContext` by the training step, or directly in a loop of your own::
 
         terms = RLDLoss()(student_logits, teacher_logits, label)
         sum(terms.values()).backward()
@@ -58,11 +62,21 @@ class DistillationLoss(nn.Module):
             from 1, constant within an epoch; 1 is no warm-up.
         ignore_index: label of samples that count for nothing.
 
+    Attributes:
+        needs_teacher: whether the loss looks at a teacher.
+        needs_strong_view: whether it looks at a second, strongly augmented view of each image.
+        reuses_classifier: whether the student is trained to end in the teacher's classifier, see
+            :func:`~rld_lightning.models.graft`.
+        student_taps: tap paths of the features of the student that it looks at.
+        teacher_taps: those of the teacher.
+
     Raises:
         ValueError: a hyper-parameter outside its range.
     """
 
     needs_teacher: bool = True
+    needs_strong_view: bool = False
+    reuses_classifier: bool = False
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
 
@@ -74,6 +88,23 @@ class DistillationLoss(nn.Module):
         self.ce_weight = ce_weight
         self.warmup_epochs = warmup_epochs
         self.ignore_index = ignore_index
+
+    def connect(
+        self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
+    ) -> None:
+        """Chooses what to tap and builds the learnable parts that depend on the networks, as far as the loss has any.
+
+        To be called once, before the optimiser, the device and checkpoints come into play.
+
+        Args:
+            student: the network that is trained.
+            teacher: the frozen network; ``None`` where there is none.
+            image_shape: channels, height and width of the images.
+            train_label: ``(N,)`` class of each training image, for losses with a memory.
+
+        Raises:
+            ValueError: the loss cannot work with these networks.
+        """
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The method's own scalar terms by name, each with its weight on, without warm-up."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rld_lightning.models.taps import unwrap
+from rld_lightning.models.taps import evaluation_mode, unwrap
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -31,16 +31,9 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
     model = unwrap(model)
     like = next(model.parameters(), torch.empty(0))
     images = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
-    training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
-    model.eval()
-    try:
-        with torch.no_grad(), counter:
-            model(images)
-    finally:
-        # Module by module: a part of the model may have been frozen on purpose.
-        for module, mode in training.items():
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad(), counter:
+        model(images)
     return counter.get_total_flops() // 2
 
 

@@ -28,6 +28,8 @@ class Stages:
         preactivations: the inputs of the ReLU that ends each stage or, in a pre-activation network, comes next; the
             stem's feature stands for itself. Empty when the family has none.
         pooled: the classifier's input, ``(B, D)``; ``(B, D, 1, 1)`` where a timm network classifies by convolution.
+        last_map: what is averaged over all positions into the classifier's input, ``(B, D, H, W)``; empty where the
+            classifier's input is made in another way.
         norms: the batch norm that ends each stage, without the stem: its output is the preactivation or its main
             summand. Paths of modules, for what is wanted is their scale and shift; empty when there is no single one.
     """
@@ -35,6 +37,7 @@ class Stages:
     features: tuple[str, ...]
     preactivations: tuple[str, ...]
     pooled: str
+    last_map: str = ""
     norms: tuple[str, ...] = ()
 
 
@@ -124,6 +127,22 @@ def stages_of(model: nn.Module) -> Stages:
     )
 
 
+def classifier_of(model: nn.Module) -> nn.Linear:
+    """The linear layer that turns the pooled features into logits.
+
+    Args:
+        model: a network whose stages are known, see :func:`stages_of`.
+
+    Raises:
+        ValueError: nothing is known about the network, or its classifier is not one linear layer.
+    """
+    path = stages_of(model).pooled.removesuffix(":in")
+    linear = [module for module in unwrap(model).get_submodule(path).modules() if isinstance(module, nn.Linear)]
+    if len(linear) != 1:
+        raise ValueError(f"the classifier of {type(unwrap(model)).__name__} ({path}) is not one linear layer.")
+    return linear[0]
+
+
 def _unknown(name: str, choices: list[str]) -> str:
     return (
         f"unknown model {name!r}.{did_you_mean(name, choices)} list_models() lists all; "
@@ -168,6 +187,7 @@ def _torchvision_resnet_stages(model: ResNet) -> Stages:
         features=("relu", "layer1", "layer2", "layer3", "layer4"),
         preactivations=("relu", *(f"{block}.relu:in" for block in last)),
         pooled="fc:in",
+        last_map="layer4",
         norms=tuple(f"{block}.{norm}" for block in last),
     )
 
@@ -197,4 +217,5 @@ def _timm_stages(model: nn.Module) -> Stages | None:
     classifier = paths.get(model.get_classifier())
     if classifier is None or not set(features) <= set(paths.values()):
         return None
-    return Stages(features, (), f"{classifier}:in")
+    averages = getattr(getattr(model, "global_pool", None), "pool_type", None) == "avg"
+    return Stages(features, (), f"{classifier}:in", "global_pool:in" if averages else "")

@@ -44,7 +44,7 @@ class MobileNetV1(nn.Module):
         """The last block at each of four resolutions."""
         blocks = ("model.3", "model.5", "model.11", "model.13")
         norms = tuple(f"{block}.4" for block in blocks)
-        return Stages(features=blocks, preactivations=norms, pooled="fc:in", norms=norms)
+        return Stages(features=blocks, preactivations=norms, pooled="fc:in", last_map="model", norms=norms)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to logits ``(B, num_classes)``."""

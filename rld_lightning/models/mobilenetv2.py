@@ -70,6 +70,7 @@ class MobileNetV2(nn.Module):
             features=("conv1", *(f"blocks.{i}" for i in groups)),
             preactivations=(),
             pooled="classifier:in",
+            last_map="conv2",
             norms=tuple(f"blocks.{i}.{len(self.blocks[i]) - 1}.conv.7" for i in groups),
         )
 

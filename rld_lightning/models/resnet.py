@@ -68,6 +68,7 @@ class ResNet(nn.Module):
             features=("relu", "layer1", "layer2", "layer3"),
             preactivations=("relu", *(f"{block}.relu:in" for block in last)),
             pooled="fc:in",
+            last_map="layer3",
             norms=tuple(f"{block}.bn2" for block in last),
         )
 

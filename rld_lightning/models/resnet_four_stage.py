@@ -89,6 +89,7 @@ class FourStageResNet(nn.Module):
             features=("relu", "layer1", "layer2", "layer3", "layer4"),
             preactivations=("relu", *(f"{block}.relu:in" for block in last)),
             pooled="linear:in",
+            last_map="layer4",
             norms=tuple(f"{block}.{self._last_norm}" for block in last),
         )
 

@@ -63,6 +63,7 @@ class ShuffleV1(nn.Module):
             features=("relu", "layer1", "layer2", "layer3"),
             preactivations=("relu", "layer1.3.relu:in", "layer2.7.relu:in", "layer3.3.relu:in"),
             pooled="linear:in",
+            last_map="layer3",
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class ShuffleV2(nn.Module):
         self.layer3 = _stage(4, 232, 464)
         self.conv2 = conv(464, 1024, 1)
         self.bn2 = nn.BatchNorm2d(1024)
+        self.last_relu = nn.ReLU()  # a module of its own, so that its output can be tapped
         self.linear = nn.Linear(1024, num_classes)
 
     @property
@@ -84,13 +85,14 @@ class ShuffleV2(nn.Module):
             features=("relu", "layer1", "layer2", "layer3"),
             preactivations=("relu", "layer1.3.relu:in", "layer2.7.relu:in", "layer3.3.relu:in"),
             pooled="linear:in",
+            last_map="last_relu",
         )
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to logits ``(B, num_classes)``."""
         out = self.relu(self.bn1(self.conv1(images)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.last_relu(self.bn2(self.conv2(out)))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 

@@ -1,9 +1,11 @@
 """Intermediate tensors of any network by module path, read with forward hooks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -114,6 +116,39 @@ def forward_with_taps(model: nn.Module, images: Tensor, paths: Iterable[str] = (
     with FeatureTaps(model, paths) as taps:
         logits = model(images)
     return logits, taps.features
+
+
+def feature_shapes(model: nn.Module, image_shape: Sequence[int], paths: Iterable[str]) -> dict[str, torch.Size]:
+    """The shapes at the tap paths for a batch of two images; the model is left as it was.
+
+    One forward of zeros runs in evaluation mode, on the model's own device and type.
+
+    Args:
+        model: any network that takes one batch of images.
+        image_shape: channels, height and width.
+        paths: tap paths, see :class:`FeatureTaps`.
+
+    Raises:
+        ValueError: a path that names no module of the model.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    images = torch.zeros(2, *image_shape, device=like.device, dtype=like.dtype)
+    with evaluation_mode(model), torch.no_grad():
+        _, features = forward_with_taps(model, images, paths)
+    return {path: feature.shape for path, feature in features.items()}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode and afterwards each of its modules back in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        # Module by module: a part of the model may have been frozen on purpose.
+        for module, mode in training.items():
+            module.training = mode
 
 
 def unwrap(model: nn.Module) -> nn.Module:

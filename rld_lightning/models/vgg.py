@@ -39,6 +39,7 @@ class VGG(nn.Module):
             features=("relu0", "relu1", "relu2", "relu3", "relu4"),
             preactivations=("relu0", *blocks),
             pooled="classifier:in",
+            last_map="relu4",
             norms=tuple(f"{block}.{len(getattr(self, block)) - 1}" for block in blocks),
         )
 

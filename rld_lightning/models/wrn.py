@@ -68,6 +68,7 @@ class WideResNet(nn.Module):
         self.block2 = Stage(blocks, 16 * width, 32 * width, stride=2)
         self.block3 = Stage(blocks, 32 * width, 64 * width, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * width)
+        self.relu = nn.ReLU()  # a module, so that its output can be tapped
         self.fc = nn.Linear(64 * width, num_classes)
         init_convs(self)
         nn.init.zeros_(self.fc.bias)
@@ -80,13 +81,14 @@ class WideResNet(nn.Module):
             features=("conv1", "block1", "block2", "block3"),
             preactivations=("conv1", *next_norms),
             pooled="fc:in",
+            last_map="relu",
             norms=next_norms,
         )
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to logits ``(B, num_classes)``."""
         out = self.block3(self.block2(self.block1(self.conv1(images))))
-        out = F.relu(self.bn1(out))
+        out = self.relu(self.bn1(out))
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 

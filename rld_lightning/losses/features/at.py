@@ -1,0 +1,71 @@
+"""Attention transfer (AT): Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.models.factory import Stages
+
+
+def at_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1000.0, power: float = 2.0
+) -> dict[str, Tensor]:
+    """Squared difference of where both networks look, mean over batch and positions, summed over the stages.
+
+    The attention of a map is the channel mean of ``|x|^power`` at each position, as a vector of length 1 (section 3.1;
+    the sum over channels there differs by a factor that the normalisation takes out).
+
+    Args:
+        student: maps ``(B, channels, H, W)``, shallow to deep.
+        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
+        weight: factor on the term.
+        power: > 0.
+
+    Returns:
+        ``{"at": weight * AT}``.
+
+    Raises:
+        ValueError: maps or hyper-parameters that do not fit.
+    """
+    check_weights(weight=weight)
+    check_positive(power=power)
+    check_pairs(student, teacher)
+    distances = []
+    for pair in zip(student, teacher, strict=True):
+        ours, theirs = (_attention(feature, power) for feature in pool_to_smaller(*pair))
+        distances.append((ours - theirs.detach()).square().mean())
+    return {"at": weight * sum(distances)}
+
+
+def _attention(feature: Tensor, power: float) -> Tensor:
+    return F.normalize(feature.abs().pow(power).mean(1).flatten(1))
+
+
+class ATLoss(FeatureLoss):
+    """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`.
+
+    Args:
+        weight: factor on the term.
+        power: of the absolute values.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 1000.0, power: float = 2.0, **options: Any) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        check_positive(power=power)
+        self.weight = weight
+        self.power = power
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The stages."""
+        return stages.features[1:]
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``at``."""
+        return at_loss(student, teacher, weight=self.weight, power=self.power)

@@ -1,0 +1,130 @@
+"""What every method that looks inside the networks has in common: where it looks, and its connectors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.models.factory import Stages, stages_of
+from rld_lightning.models.taps import feature_shapes
+
+
+class FeatureLoss(DistillationLoss):
+    """Base of the methods that compare features of student and teacher.
+
+    A subclass says where it looks with :meth:`paths`, builds its learnable connectors from the shapes found there in
+    :meth:`build`, applies them in :meth:`align` and compares in :meth:`feature_terms`; only the first and the last are
+    always needed. :meth:`connect` is called before training; in a loop of your own::
+
+        loss = ATLoss()
+        loss.connect(student, teacher, (3, 32, 32), train_label)
+        optimizer = SGD([*student.parameters(), *loss.parameters()], lr=0.05)
+        student_output = ModelOutput(*forward_with_taps(student, images, loss.student_taps))
+
+    Args:
+        student_taps: tap paths in the student; ``None`` chooses them from the network's stages.
+        teacher_taps: tap paths in the teacher, as many.
+        ce_weight: weight of the plain cross-entropy.
+        warmup_epochs: see :class:`~rld_lightning.losses.base.DistillationLoss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_taps: Sequence[str] | None = None,
+        teacher_taps: Sequence[str] | None = None,
+        ce_weight: float = 1.0,
+        warmup_epochs: int = 1,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs)
+        if student_taps and teacher_taps and len(student_taps) != len(teacher_taps):
+            raise ValueError(
+                f"student_taps {list(student_taps)} and teacher_taps {list(teacher_taps)} must be equally many."
+            )
+        self.student_taps = tuple(student_taps or ())
+        self.teacher_taps = tuple(teacher_taps or ())
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """Where to look in a network, shallow to deep; an empty path says that the network lacks the place."""
+        raise NotImplementedError(f"{type(self).__name__} must define paths(stages).")
+
+    def student_paths(self, stages: Stages) -> tuple[str, ...]:
+        """Where to look in the student, for methods that look elsewhere in the teacher."""
+        return self.paths(stages)
+
+    def teacher_paths(self, stages: Stages) -> tuple[str, ...]:
+        """Where to look in the teacher."""
+        return self.paths(stages)
+
+    def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
+        """Builds the connectors from the shapes at the taps, whose first dimension is the batch."""
+
+    def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Applies the connectors; runs in the precision that the features were computed in."""
+        return student, teacher
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """The terms from aligned features, in float32 or float64, in the order of the taps."""
+        raise NotImplementedError(f"{type(self).__name__} must define feature_terms(student, teacher, step).")
+
+    def connect(
+        self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
+    ) -> None:
+        """Chooses the taps, runs both networks once on zeros for the shapes there, and builds the connectors.
+
+        Where the networks have different numbers of stages, the deepest ones are compared.
+        """
+        assert teacher is not None  # the training module has asked for one
+        student_taps = self.student_taps or self._chosen(self.student_paths(stages_of(student)), student)
+        teacher_taps = self.teacher_taps or self._chosen(self.teacher_paths(stages_of(teacher)), teacher)
+        pairs = min(len(student_taps), len(teacher_taps))
+        self.student_taps, self.teacher_taps = student_taps[-pairs:], teacher_taps[-pairs:]
+        student_shapes = feature_shapes(student, image_shape, self.student_taps)
+        teacher_shapes = feature_shapes(teacher, image_shape, self.teacher_taps)
+        self.build([student_shapes[path] for path in self.student_taps], [teacher_shapes[p] for p in self.teacher_taps])
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """:meth:`feature_terms` of the aligned features."""
+        if not self.student_taps or not self.teacher_taps:
+            raise RuntimeError(f"{type(self).__name__} does not know the networks yet: call its connect(...) first.")
+        student = [step.student.features[path] for path in self.student_taps]
+        teacher = [step.teacher.features[path] for path in self.teacher_taps]
+        # Connectors are small networks, hence as tolerant of half precision as the ones that they connect.
+        half = student[0].dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(student[0].device.type, student[0].dtype if half else None, enabled=half):
+            student, teacher = self.align(student, teacher)
+        return self.feature_terms([_precise(one) for one in student], [_precise(one) for one in teacher], step)
+
+    def _chosen(self, paths: tuple[str, ...], network: nn.Module) -> tuple[str, ...]:
+        if not paths or not all(paths):
+            raise ValueError(
+                f"{type(network).__name__} does not have the features that {type(self).__name__} compares; choose "
+                "another network or loss, or name module paths (+loss.student_taps=[...] +loss.teacher_taps=[...])."
+            )
+        return paths
+
+
+def _precise(feature: Tensor) -> Tensor:
+    return feature.to(torch.promote_types(feature.dtype, torch.float32))
+
+
+def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+    """Raises ``ValueError`` unless both lists are equally long and not empty, with equal batch sizes."""
+    if not student or len(student) != len(teacher):
+        raise ValueError(f"there must be as many student features ({len(student)}) as teacher ones ({len(teacher)}).")
+    sizes = {len(feature) for feature in (*student, *teacher)}
+    if len(sizes) > 1:
+        raise ValueError(f"all features must be of the same batch, got batch sizes {sorted(sizes)}.")
+
+
+def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pools the larger of two maps ``(B, channels, H, W)`` to the other's height and width."""
+    for name, feature in (("student", student), ("teacher", teacher)):
+        if feature.ndim != 4:
+            raise ValueError(f"the {name}'s feature must be a map (B, channels, H, W), got {tuple(feature.shape)}.")
+    height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return tuple(
+        feature if feature.shape[2:] == (height, width) else nn.functional.adaptive_avg_pool2d(feature, (height, width))
+        for feature in (student, teacher)
+    )
