@@ -31,7 +31,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     """
 
     quiet_lightning()
-    sys.argv[1:1] = overrides
+    sys.argv[1:] = expand_combined_loss([*overrides, *sys.argv[1:]])
 
     def guarded(cfg: DictConfig) -> float | None:
         try:
@@ -49,6 +49,18 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         if stop.code == 1:  # Hydra has printed what is wrong with the command line, but not what was meant
             _suggest(config_name)
         raise
+
+
+def expand_combined_loss(overrides: list[str]) -> list[str]:
+    """Spells out ``loss=[rld,at]``, for which Hydra has no word of its own.
+
+    It becomes ``loss=combined``, each loss's options at ``loss.<name>`` and its weight, 1, at ``loss.weights.<name>``.
+    """
+    found = [(override, re.fullmatch(r"loss=\[([\w\s,]*)\]", override)) for override in overrides]
+    names = [name.strip() for _, match in found if match for name in match[1].split(",")]
+    expanded = [f"+loss@loss.{name}={name}" for name in names] + [f"+loss.weights.{name}=1.0" for name in names]
+    # In front, so that weights and options given anywhere on the command line find their keys.
+    return expanded + ["loss=combined" if match else override for override, match in found]
 
 
 def _suggest(config_name: str) -> None:

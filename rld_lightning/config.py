@@ -4,7 +4,9 @@ import netrc
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -65,12 +67,36 @@ def _netrc_knows(host: str) -> bool:
 
 
 def class_name(target: str) -> str:
-    """``RLD`` of ``rld_lightning.losses.RLDLoss``: what a run is called after its loss."""
-    return target.rsplit(".", 1)[-1].removesuffix("Loss")
+    """``SGD`` of ``torch.optim.SGD``."""
+    return target.rsplit(".", 1)[-1]
+
+
+def loss_choice(choice: str, loss: Mapping[str, Any]) -> str:
+    """The option of the loss group, for folders: ``rld``, or ``rld+at`` of a combination.
+
+    Args:
+        choice: ``hydra.runtime.choices.loss``.
+        loss: the loss's part of the configuration.
+    """
+    return "+".join(_parts(loss)) or choice
+
+
+def loss_name(loss: Mapping[str, Any]) -> str:
+    """What a run is called after its loss: ``RLD``, or ``RLD+AT`` of a combination.
+
+    Args:
+        loss: the loss's part of the configuration.
+    """
+    return "+".join(map(loss_name, _parts(loss).values())) or class_name(loss["_target_"]).removesuffix("Loss")
+
+
+def _parts(loss: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: part for name, part in loss.items() if isinstance(part, Mapping) and "_target_" in part}
 
 
 # Cached, because a run has one folder, one precision and one answer of the network.
 OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("class_name", class_name, replace=True)
+OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)
+OmegaConf.register_new_resolver("loss_name", loss_name, replace=True)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
@@ -31,7 +32,8 @@ class DistillationModule(LightningModule):
 
     Args:
         student: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
-        loss: what is minimised.
+        loss: what is minimised; one that looks inside the networks has been connected to them
+            (:meth:`~rld_lightning.losses.base.DistillationLoss.connect`).
         optimizer: called with the parameters to train.
         scheduler: called with the optimizer; if it takes ``total_steps`` and has none, it is given the run's.
         teacher: required when ``loss.needs_teacher``, unused otherwise.
@@ -60,9 +62,14 @@ class DistillationModule(LightningModule):
             raise ValueError(f"{type(loss).__name__} needs a teacher; name one (model.teacher.name), or use loss=ce.")
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval={scheduler_interval!r} is unknown; choose 'epoch' or 'step'.")
+        if teacher is not None and teacher.fused and loss.teacher_taps:
+            raise ValueError(f"{type(loss).__name__} looks at features of the teacher; set model.teacher.fuse=false.")
         self.save_hyperparameters({"num_classes": num_classes, **(info or {})})
         self.student = student
         self.loss = loss
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, [f"loss.{name}" for name in loss.own_buffers]
+        )
         hold_outside(self, "teacher", teacher if loss.needs_teacher else None)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -99,11 +106,9 @@ class DistillationModule(LightningModule):
             ``loss``, and without gradient ``student_logits``, ``label`` and, where there is a teacher,
             ``teacher_logits``, for callbacks that watch.
         """
-        teacher = None
-        if self.teacher is not None:
-            teacher = ModelOutput(*self.teacher(batch.images, self.loss.teacher_taps))
-        student = ModelOutput(*forward_with_taps(self.student, batch.images, self.loss.student_taps))
-        step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1)
+        student, teacher = self._outputs(batch.images)
+        strong = self._outputs(batch.strong) if self.loss.needs_strong_view else (None, None)
+        step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1, *strong)
         terms = self.loss(step)
         total = torch.stack(list(terms.values())).sum()
 
@@ -115,6 +120,13 @@ class DistillationModule(LightningModule):
         self._update("train", student.logits.detach(), batch.label)
         outputs = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
         return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
+
+    def _outputs(self, images: Tensor) -> tuple[ModelOutput, ModelOutput | None]:
+        """Both forward passes, with the features that the loss looks at."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps))
+        return ModelOutput(*forward_with_taps(self.student, images, self.loss.student_taps)), teacher
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means and training accuracy."""

@@ -1,10 +1,10 @@
-"""Measure by ratio: `python scripts/bench.py loss` (RLD's time and memory), `python scripts/bench.py step`."""
+"""Measure by ratio: `loss` (RLD's time and memory), `step` (a training step), `losses` (a step with each loss)."""
 
 import argparse
 
 import torch
 
-from rld_lightning.tasks.bench import bench_loss, bench_step
+from rld_lightning.tasks.bench import bench_loss, bench_losses, bench_step, configured_losses
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -14,14 +14,22 @@ if __name__ == "__main__":
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
-    step = what.add_parser("step", help="a training step against the plain eager float32 one")
-    step.add_argument("--teacher", default="wrn_40_2")
-    step.add_argument("--student", default="wrn_16_2")
-    step.add_argument("--batch", type=int, default=64)
-    step.add_argument("--size", type=int, default=32, help="height and width of the images")
+    for name, explanation, teacher, student in (
+        ("step", "a training step against the plain eager float32 one", "wrn_40_2", "wrn_16_2"),
+        ("losses", "a training step with each loss of conf/loss relative to kd's", "resnet20", "resnet8"),
+    ):
+        step = what.add_parser(name, help=explanation)
+        step.add_argument("--teacher", default=teacher)
+        step.add_argument("--student", default=student)
+        step.add_argument("--batch", type=int, default=64)
+        step.add_argument("--size", type=int, default=32, help="height and width of the images")
+    step.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
     options = parser.parse_args()
     if options.what == "loss":
         bench_loss(options.batch, options.classes, options.device, options.rounds)
     else:
-        shape = (3, options.size, options.size)
-        bench_step(options.teacher, options.student, options.batch, shape, options.device, options.rounds)
+        job = (options.teacher, options.student, options.batch, (3, options.size, options.size))
+        if options.what == "step":
+            bench_step(*job, options.device, options.rounds)
+        else:
+            bench_losses(configured_losses(options.names), *job, options.device, options.rounds)

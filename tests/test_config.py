@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 import rld_lightning.config
+from rld_lightning.cli import expand_combined_loss
 from rld_lightning.losses import DistillationLoss
 from rld_lightning.models import list_models
 from rld_lightning.models.store import PUBLISHED_URL
@@ -21,14 +22,14 @@ from rld_lightning.models.store import PUBLISHED_URL
 CONF = Path(__file__).parents[1] / "conf"
 PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]
 SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - {"pair", "single"})
-LOSSES = [path.stem for path in sorted((CONF / "loss").glob("*.yaml"))]
+LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
 MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
 
 
 def compose(*overrides, name="fit", resolve=True):
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose(name, ["paths.run=/run", *overrides])
+        cfg = hydra.compose(name, expand_combined_loss(["paths.run=/run", *overrides]))
     if resolve:
         OmegaConf.resolve(cfg)
     return cfg
@@ -50,11 +51,44 @@ def test_the_fourteen_pairs_of_the_benchmark_are_there():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss(loss):
+    assert isinstance(instantiate(compose(f"loss={loss}").loss), DistillationLoss)
+
+
 @pytest.mark.parametrize("model", PAIRS)
-def test_every_pair_with_every_loss(model, loss):
-    cfg = compose(f"model={model}", f"loss={loss}")
-    assert isinstance(instantiate(cfg.loss), DistillationLoss)
+def test_every_pair_with_the_losses_that_are_tuned_for_pairs(model):
+    cfg = compose(f"model={model}")
     assert cfg.model.label == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+    tuned = {path.stem for path in (CONF / "loss").glob("*.yaml") if "model.tuned" in path.read_text()}
+    assert tuned >= {"dkd"}
+    for loss in tuned:
+        assert isinstance(instantiate(compose(f"model={model}", f"loss={loss}").loss), DistillationLoss)
+
+
+def test_losses_combine_in_a_list():
+    cfg = compose("loss.weights.at=0.5", "loss=[rld_ls, at]", "loss.at.weight=10", "loss.ce_weight=0.5")
+    loss = instantiate(cfg.loss)
+    assert (loss.weights, loss.ce_weight) == ({"rld_ls": 1.0, "at": 0.5}, 0.5)
+    assert (loss.losses["rld_ls"].logit_standardization, loss.losses["at"].weight) == (True, 10)
+    assert rld_lightning.config.loss_name(cfg.loss) == "RLD+AT"
+    assert expand_combined_loss(["seed=1", "loss=rld"]) == ["seed=1", "loss=rld"]
+
+
+def test_a_run_folder_is_named_after_the_losses():
+    assert rld_lightning.config.loss_choice("rld_ls", compose("loss=rld_ls").loss) == "rld_ls"
+    assert rld_lightning.config.loss_choice("combined", compose("loss=[rld_ls, at]").loss) == "rld_ls+at"
+
+
+@pytest.mark.parametrize("name", ["rld_reviewkd", "rld_crd"])
+def test_experiments_with_features(name):
+    loss = instantiate(compose(f"experiment={name}", "recipe.warmup_epochs=7").loss)
+    assert list(loss.losses) == name.split("_")
+    assert (loss.ce_weight, loss.losses["rld"].warmup_epochs) == (1.0, 7)
+
+
+def test_reversed_distillation():
+    cfg = compose("experiment=reversed", "loss=dkd")
+    assert (cfg.model.teacher.name, cfg.model.student.name, cfg.loss.beta) == ("resnet56", "wrn_40_2", 8.0)
 
 
 @pytest.mark.parametrize("model", SINGLES)

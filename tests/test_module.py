@@ -1,6 +1,6 @@
 """The training step: what is trained, what is saved, what is logged, what is resumed."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss
+from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss, create_model
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.losses import CombinedLoss
+from rld_lightning.losses.features import CRDLoss, FitNetLoss, ReviewKDLoss
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -211,6 +213,84 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     assert resumed.best_top1 == whole.best_top1
     for key, value in whole.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def connected_module(loss):
+    """A module whose loss looks inside real networks."""
+    torch.manual_seed(5)
+    teacher, student = create_model("wrn_16_2", 10), create_model("wrn_16_1", 10)
+    loss.connect(student, teacher, (3, 8, 8), digits_label())
+    return DistillationModule(student, loss, SGD, teacher=FrozenTeacher(teacher), num_classes=10)
+
+
+@cache
+def digits_label():
+    data = digits()
+    data.setup()
+    return data.train_label
+
+
+def learning_loss():
+    """RLD and a method of each kind: connectors, fusion, memory."""
+    parts = {"fitnet": FitNetLoss(weight=1.0), "reviewkd": ReviewKDLoss(), "crd": CRDLoss(negatives=64)}
+    return CombinedLoss(rld=RLDLoss(), **parts)
+
+
+def test_learnable_parts_of_a_loss_are_optimised_saved_and_resumed(tmp_path):
+    options = {"limit_train_batches": 2, "limit_val_batches": 1}
+    last = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
+    whole = connected_module(learning_loss())
+    before = {name: value.clone() for name, value in whole.loss.named_parameters()}
+    trainer(tmp_path, **options).fit(whole, digits())
+    assert before
+    for name, value in whole.loss.named_parameters():
+        assert not torch.equal(value, before[name]), name
+
+    first = trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[last], **options)
+    first.fit(connected_module(learning_loss()), digits())
+    torch.manual_seed(123)
+    resumed = connected_module(learning_loss())
+    trainer(tmp_path, **options).fit(resumed, digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert set(resumed.state_dict()) == set(whole.state_dict())
+    for key, value in whole.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_buffers_that_a_loss_keeps_equal_itself_are_not_ddps():
+    job = connected_module(learning_loss())
+    ignored = set(job._ddp_params_and_buffers_to_ignore)
+    assert ignored
+    assert ignored <= {name for name, _ in job.named_buffers()}
+    assert all(name.startswith("loss.losses.crd.") for name in ignored)
+
+
+def test_the_strong_view_reaches_a_loss_that_needs_it(tmp_path):
+    seen = []
+
+    class Strong(KDLoss):
+        needs_strong_view = True
+
+        def terms(self, step):
+            seen.append((step.student.logits, step.student_strong.logits, step.teacher_strong.logits))
+            return super().terms(step)
+
+    fitted = trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fitted.fit(module(Strong()), digits(strong_view=True))
+    ((weak, strong, teacher),) = seen
+    assert strong.requires_grad
+    assert not teacher.requires_grad
+    assert not torch.equal(weak, strong)
+
+
+def test_a_fused_teacher_is_refused_where_its_features_are_needed():
+    teacher = FrozenTeacher(create_model("wrn_16_2", 10), fuse=True)
+    loss = FitNetLoss()
+    with pytest.raises(ValueError, match=r"model\.teacher\.fuse=false"):
+        loss.connect(create_model("wrn_16_1", 10), teacher.model, (3, 8, 8), digits_label())
+    loss.connect(create_model("wrn_16_1", 10), create_model("wrn_16_2", 10), (3, 8, 8), digits_label())
+    with pytest.raises(ValueError, match=r"model\.teacher\.fuse=false"):
+        DistillationModule(create_model("wrn_16_1", 10), loss, SGD, teacher=teacher, num_classes=10)
 
 
 def test_fewer_than_six_classes_have_no_top5():

@@ -17,11 +17,13 @@ class Batch(NamedTuple):
         images: Normalised float32 images (B, 3, H, W) in ``channels_last`` memory format.
         label: Classes, int64 (B,).
         index: Positions in the split, int64 (B,); losses with a memory bank need them.
+        strong: The same samples strongly augmented, otherwise like ``images``; ``None`` unless it was asked for.
     """
 
     images: Tensor
     label: Tensor
     index: Tensor
+    strong: Tensor | None = None
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fraction") -> tuple[Tensor, Tensor]:
@@ -61,6 +63,9 @@ class ImageDataModule(LightningDataModule):
         flip: Whether augmentation mirrors images with probability 1/2.
         shuffle: Whether training samples are permuted anew in each epoch.
         drop_last: Whether the last, smaller training batch of an epoch is left out.
+        strong_view: Whether training batches have a second view of their samples, which methods such as MLKD learn
+            from: augmented anew like the first and then by
+            :class:`~rld_lightning.data.randaugment.RandAugment`. The first view is the same with and without it.
 
     Attributes:
         name: Short name of the data set, such as ``"cifar100"``.
@@ -89,6 +94,7 @@ class ImageDataModule(LightningDataModule):
         flip: bool = True,
         shuffle: bool = True,
         drop_last: bool = False,
+        strong_view: bool = False,
     ) -> None:
         super().__init__()
         for option, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -109,6 +115,7 @@ class ImageDataModule(LightningDataModule):
         self.flip = flip
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.strong_view = strong_view
         self._sizes: tuple[int, int, int] | None = None
 
     @property
@@ -125,6 +132,14 @@ class ImageDataModule(LightningDataModule):
     def device(self) -> torch.device:
         """Where batches are delivered: the attached trainer's device, the CPU without one."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    @property
+    def train_label(self) -> Tensor:
+        """Class of each training image, int64 (N,), at the position that a batch calls its ``index``.
+
+        Losses with a memory look up in it which images are of one class.
+        """
+        raise NotImplementedError
 
     @property
     def train_size(self) -> int:

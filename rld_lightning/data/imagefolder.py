@@ -17,6 +17,7 @@ from rld_lightning.data.augment import Normalize
 from rld_lightning.data.base import Batch, ImageDataModule, stratified_split
 from rld_lightning.data.image_list import ImageList, find_splits
 from rld_lightning.data.loader import EpochLoader
+from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,13 +30,16 @@ class StreamedImages(Dataset):
     Args:
         images: The files.
         transform: Applied to each uint8 image (3, H, W); must give equal shapes.
+        strong: Applied to the same image for a second view, likewise.
     """
 
-    def __init__(self, images: ImageList, transform: v2.Transform) -> None:
+    def __init__(self, images: ImageList, transform: v2.Transform, strong: v2.Transform | None = None) -> None:
         self.images = images
-        self.transform = transform
+        # The second draws after the first, which is therefore the same with and without it.
+        self.transforms = [transform] if strong is None else [transform, strong]
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int, ...]:
+        """Return the first view, the class, the index and, where there is one, the second view."""
         index, seed = key
         image = read_image(os.fsdecode(self.images.paths[index]))
         # Transforms draw from the global generator. Seeding it for each image makes the result independent of which
@@ -43,8 +47,8 @@ class StreamedImages(Dataset):
         # common `torch.manual_seed` would touch CUDA's in every worker.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            image = self.transform(image)
-        return Batch(image, self.images.labels[index], index)
+            first, *second = (transform(image) for transform in self.transforms)
+        return first, self.images.labels[index], index, *second
 
     def __len__(self) -> int:
         return len(self.images.labels)
@@ -85,7 +89,7 @@ class StreamingLoader(EpochLoader):
     Images cross the process boundary and the bus as uint8, a quarter of their size as floats.
 
     Args:
-        dataset: Gives the uint8 image, the class and the index for a key.
+        dataset: Gives the uint8 image, the class, the index and perhaps a second view for a key.
         sampler: Which samples this process takes.
         normalize: Turns uint8 images into the model's input.
         device: Where batches are delivered.
@@ -121,8 +125,9 @@ class StreamingLoader(EpochLoader):
     def _batches(self, start: int) -> Iterator[Batch]:
         self._keys.start = start
         for batch in self._workers:
-            images, label, index = (values.to(self.device, non_blocking=True) for values in batch)
-            yield Batch(self.normalize(images.permute(0, 2, 3, 1).contiguous()), label, index)
+            images, label, index, *strong = (values.to(self.device, non_blocking=True) for values in batch)
+            images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in (images, *strong))
+            yield Batch(images, label, index, *strong)
 
 
 def _stop_workers(loader: DataLoader) -> None:
@@ -216,25 +221,35 @@ class ImageFolderDataModule(ImageDataModule):
         crop = v2.RandomResizedCrop(size, scale=self.scale, antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip()]) if self.flip else crop
 
+    def strong_transform(self) -> v2.Transform:
+        """Return what is done to a uint8 training image (3, H, W) for its strong view."""
+        return v2.Compose([self.train_transform(), randaugment_image])
+
     def eval_transform(self) -> v2.Transform:
         """Return what is done to a uint8 evaluation image (3, H, W)."""
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_shape[1:])])
 
+    @property
+    def train_label(self) -> Tensor:
+        """Class of each training image, int64 (N,), on the CPU."""
+        return self.splits["train"].labels
+
     def train_dataloader(self) -> StreamingLoader:
         """Return the augmented, shuffled training batches of this process."""
-        return self._loader("train", self.train_transform(), self.train_sampler())
+        strong = self.strong_transform() if self.strong_view else None
+        return self._loader("train", self.train_sampler(), self.train_transform(), strong)
 
     def val_dataloader(self) -> StreamingLoader:
         """Return the held-out training images, the folder's own validation split, or else the test split."""
-        return self._loader(self._val_name, self.eval_transform(), self.eval_sampler(self.val_size))
+        return self._loader(self._val_name, self.eval_sampler(self.val_size), self.eval_transform())
 
     def test_dataloader(self) -> StreamingLoader:
         """Return the test split, each image exactly once over all processes."""
-        return self._loader("test", self.eval_transform(), self.eval_sampler(self.test_size))
+        return self._loader("test", self.eval_sampler(self.test_size), self.eval_transform())
 
-    def _loader(self, split: str, transform: v2.Transform, sampler: EpochSampler) -> StreamingLoader:
+    def _loader(self, split: str, sampler: EpochSampler, *transforms: v2.Transform | None) -> StreamingLoader:
         normalize = Normalize(self.mean, self.std, *self.image_shape[1:], self.device)
-        dataset = StreamedImages(self.splits[split], transform)
+        dataset = StreamedImages(self.splits[split], *transforms)
         return StreamingLoader(dataset, sampler, normalize, device=self.device, num_workers=self.num_workers)
 
     @property

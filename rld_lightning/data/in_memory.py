@@ -9,6 +9,7 @@ from torch import Tensor
 from rld_lightning.data.augment import CropFlip, Normalize, crop_flip, draw_crop_flip, pad_images
 from rld_lightning.data.base import Batch, ImageDataModule, stratified_split
 from rld_lightning.data.loader import EpochLoader
+from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_randaugment
 from rld_lightning.data.sampler import EpochSampler
 
 
@@ -39,33 +40,60 @@ class InMemoryLoader(EpochLoader):
         normalize: Turns uint8 crops into the model's input, on the device of the split.
         padding: The padding of the images, which is the largest shift of a crop.
         flip: Whether crops are mirrored with probability 1/2.
+        strong_view: Whether each batch has a second, strongly augmented view.
     """
 
     def __init__(
-        self, split: Split, sampler: EpochSampler, normalize: Normalize, *, padding: int = 0, flip: bool = False
+        self,
+        split: Split,
+        sampler: EpochSampler,
+        normalize: Normalize,
+        *,
+        padding: int = 0,
+        flip: bool = False,
+        strong_view: bool = False,
     ) -> None:
         super().__init__(sampler)
         self.split = split
         self.normalize = normalize
         self.padding = padding
         self.flip = flip
+        self.strong_view = strong_view
 
     def _batches(self, start: int) -> Iterator[Batch]:
-        images, labels = self.split
         order, generator = self.sampler.draw_order()
         index = self._local(order)
-        label = labels[index]
-        draw = None
-        if self.padding or self.flip:
-            drawn = draw_crop_flip(self.sampler.size, padding=self.padding, flip=self.flip, generator=generator)
-            draw = CropFlip(*map(self._local, drawn))
-        height, width = (extent - 2 * self.padding for extent in images.shape[1:3])
-        for step in self.sampler.steps[start:]:
-            if draw is None:
-                pixels = images[index[step]]
-            else:
-                pixels = crop_flip(images, index[step], CropFlip(*(values[step] for values in draw)), height, width)
-            yield Batch(self.normalize(pixels), label[step], index[step])
+        label = self.split.labels[index]
+        draw = self._draw_crops(generator)
+        if self.strong_view:
+            # Last, so that the first view is the same with and without this one.
+            strong_draw, augment = self._draw_crops(generator), self._draw_randaugment(generator)
+        for number, step in enumerate(self.sampler.steps[start:], start):
+            images, strong = self.normalize(self._crop(index[step], draw, step)), None
+            if self.strong_view:
+                strong = self.normalize(augment(self._crop(index[step], strong_draw, step), number))
+            yield Batch(images, label[step], index[step], strong)
+
+    @property
+    def _crop_size(self) -> tuple[int, int]:
+        height, width = (extent - 2 * self.padding for extent in self.split.images.shape[1:3])
+        return height, width
+
+    def _draw_crops(self, generator: torch.Generator) -> CropFlip | None:
+        if not (self.padding or self.flip):
+            return None
+        drawn = draw_crop_flip(self.sampler.size, padding=self.padding, flip=self.flip, generator=generator)
+        return CropFlip(*map(self._local, drawn))
+
+    def _draw_randaugment(self, generator: torch.Generator) -> RandAugment:
+        drawn = draw_randaugment(self.sampler.size, *self._crop_size, generator)
+        local = RandAugmentDraw(*(values[self.sampler.positions] for values in drawn))
+        return RandAugment(local, self.sampler.steps, *self._crop_size, self.split.images.device)
+
+    def _crop(self, index: Tensor, draw: CropFlip | None, step: slice) -> Tensor:
+        if draw is None:
+            return self.split.images[index]
+        return crop_flip(self.split.images, index, CropFlip(*(values[step] for values in draw)), *self._crop_size)
 
     def _local(self, values: Tensor) -> Tensor:
         """Take this process's share of what was drawn for all positions (N,), on the device."""
@@ -114,11 +142,24 @@ class InMemoryDataModule(ImageDataModule):
         self._val = None if self._val is None else self._val.to(self.device)
         self._sizes = tuple(len(split.labels) for split in (self._train, self._val or self._test, self._test))
 
+    @property
+    def train_label(self) -> Tensor:
+        """Class of each training image, int64 (N,), on the trainer's device."""
+        self._split_sizes()  # which says what to call if nothing is loaded yet
+        return self._train.labels
+
     def train_dataloader(self) -> InMemoryLoader:
         """Return the augmented, shuffled training batches of this process."""
         sampler = self.train_sampler()
         flip = self.flip and self.augment
-        return InMemoryLoader(self._train, sampler, self._normalize(), padding=self.padding, flip=flip)
+        return InMemoryLoader(
+            self._train,
+            sampler,
+            self._normalize(),
+            padding=self.padding,
+            flip=flip,
+            strong_view=self.strong_view,
+        )
 
     def val_dataloader(self) -> InMemoryLoader:
         """Return the held-out training images, or the test split if none are held out."""

@@ -3,10 +3,16 @@
 from rld_lightning.losses.atkd import ATKDLoss, atkd_loss
 from rld_lightning.losses.base import DistillationLoss, LogitLoss, ModelOutput, StepContext
 from rld_lightning.losses.ce import CELoss
+from rld_lightning.losses.combined import CombinedLoss
 from rld_lightning.losses.ctkd import CTKDLoss, ctkd_loss
 from rld_lightning.losses.dist import DISTLoss, dist_loss
 from rld_lightning.losses.dkd import DKDLoss, dkd_loss
+from rld_lightning.losses.dtkd import DTKDLoss, dtkd_loss
+from rld_lightning.losses.eakd import EADKDLoss, EAKDLoss, eadkd_loss, eakd_loss
 from rld_lightning.losses.kd import KDLoss, kd_loss
+from rld_lightning.losses.kdg import KDGLogitLoss, kdg_logit_loss
+from rld_lightning.losses.ldrld import LDRLDLoss, ldrld_loss
+from rld_lightning.losses.mlkd import MLKDLoss, mlkd_loss
 from rld_lightning.losses.mlkd_noaug import MLKDNoAugLoss, mlkd_noaug_loss
 from rld_lightning.losses.nkd import NKDLoss, nkd_loss
 from rld_lightning.losses.normkd import NormKDLoss, normkd_loss
@@ -20,11 +26,18 @@ __all__ = [
     "ATKDLoss",
     "CELoss",
     "CTKDLoss",
+    "CombinedLoss",
     "DISTLoss",
     "DKDLoss",
+    "DTKDLoss",
     "DistillationLoss",
+    "EADKDLoss",
+    "EAKDLoss",
+    "KDGLogitLoss",
     "KDLoss",
+    "LDRLDLoss",
     "LogitLoss",
+    "MLKDLoss",
     "MLKDNoAugLoss",
     "ModelOutput",
     "NKDLoss",
@@ -40,7 +53,13 @@ __all__ = [
     "ctkd_loss",
     "dist_loss",
     "dkd_loss",
+    "dtkd_loss",
+    "eadkd_loss",
+    "eakd_loss",
     "kd_loss",
+    "kdg_logit_loss",
+    "ldrld_loss",
+    "mlkd_loss",
     "mlkd_noaug_loss",
     "nkd_loss",
     "normkd_loss",

@@ -5,11 +5,10 @@ Each sample has its own temperature, just high enough for the distillation loss 
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_weights, kl_rows, logit_rows
+from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, softmax_kl
 
 SOURCES = ("both", "teacher")
 
@@ -60,7 +59,7 @@ def atkd_loss(
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
         temperature = adaptive_temperature(student, teacher, source)
-        divergence = kl_rows(F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1))
+        divergence = softmax_kl(teacher / temperature, student / temperature)
         return (temperature.squeeze(-1).square() * divergence,)
 
     (divergence,) = by_row_blocks(row_losses, rows.student, rows.teacher)

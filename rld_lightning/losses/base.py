@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.numerics import check_weights, standardize
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class StepContext:
 class DistillationLoss(nn.Module):
     """Base of all losses: ``ce_weight * cross_entropy + warmup(epoch) * (the method's own terms)``.
 
-    A subclass gives :meth:`terms`, and where it needs them :meth:`statistics` and :meth:`connect`. Called with a :class:`StepContext` by the training step, or directly in a loop of your own::
+    A subclass gives :meth:`terms`, and where it needs them :meth:`statistics` and :meth:`connect`. Called with a
+    :class:`StepContext` by the training step, or directly in a loop of your own::
 
         terms = RLDLoss()(student_logits, teacher_logits, label)
         sum(terms.values()).backward()
@@ -69,6 +71,7 @@ class DistillationLoss(nn.Module):
             :func:`~rld_lightning.models.graft`.
         student_taps: tap paths of the features of the student that it looks at.
         teacher_taps: those of the teacher.
+        own_buffers: names of buffers that the loss itself keeps equal over all processes, so that nobody else has to.
 
     Raises:
         ValueError: a hyper-parameter outside its range.
@@ -79,6 +82,7 @@ class DistillationLoss(nn.Module):
     reuses_classifier: bool = False
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
+    own_buffers: tuple[str, ...] = ()
 
     def __init__(self, *, ce_weight: float = 1.0, warmup_epochs: int = 1, ignore_index: int = -100) -> None:
         super().__init__()
@@ -145,8 +149,13 @@ class DistillationLoss(nn.Module):
             terms |= {name: factor * term if factor != 1.0 else term for name, term in method.items()}
         return terms
 
+    def describe(self) -> str:
+        """One line for the console: hyper-parameters, and how much there is to learn."""
+        learnable = sum(parameter.numel() for parameter in self.parameters())
+        return f"{type(self).__name__}({self.extra_repr()})" + (f", {learnable:,} parameters" if learnable else "")
+
     def extra_repr(self) -> str:
-        """All scalar hyper-parameters, so that ``print(loss)`` tells what is minimised."""
+        """All hyper-parameters, so that ``print(loss)`` tells what is minimised."""
         return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
 
 
@@ -158,12 +167,21 @@ class LogitLoss(DistillationLoss):
         class KDLoss(LogitLoss):
             function = staticmethod(kd_loss)
 
+    Args:
+        logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427); the cross-entropy sees them as they
+            are. Done by the function where it takes an argument of that name, else here.
+        options: see :class:`DistillationLoss`.
+
     Attributes:
         function: ``(student_logits, teacher_logits, label, *, <hyper-parameters>)`` to named terms, weights on.
     """
 
     function: Callable[..., dict[str, Tensor]]
     _hyper_parameters: tuple[str, ...]
+
+    def __init__(self, *, logit_standardization: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.logit_standardization = logit_standardization
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -174,7 +192,10 @@ class LogitLoss(DistillationLoss):
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The function's terms, with this module's hyper-parameters."""
         options = {name: getattr(self, name) for name in self._hyper_parameters}
-        return self.function(step.student.logits, step.teacher.logits, step.label, **options)
+        student, teacher = step.student.logits, step.teacher.logits
+        if self.logit_standardization and "logit_standardization" not in options:
+            student, teacher = (standardize(logits.movedim(1, -1)).movedim(-1, 1) for logits in (student, teacher))
+        return self.function(student, teacher, step.label, **options)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:

@@ -8,11 +8,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
+from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
 
 
 def ctkd_loss(
@@ -62,7 +61,7 @@ def ctkd_loss(
 
     def row_losses(both: Tensor) -> tuple[Tensor]:
         student, teacher = both.chunk(2, -1)
-        return (kl_rows(F.log_softmax(teacher, -1), F.log_softmax(student, -1)),)
+        return (softmax_kl(teacher, student),)
 
     # One tensor, because blocks pass a gradient to their first argument only, and here the teacher's half has one.
     (divergence,) = by_row_blocks(row_losses, torch.cat([rows.student, rows.teacher], -1) / temperature)

@@ -86,8 +86,14 @@ class DISTLoss(LogitLoss):
         ce_weight: float = 1.0,
         warmup_epochs: int = 1,
         ignore_index: int = -100,
+        logit_standardization: bool = False,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        super().__init__(
+            ce_weight=ce_weight,
+            warmup_epochs=warmup_epochs,
+            ignore_index=ignore_index,
+            logit_standardization=logit_standardization,
+        )
         check_positive(temperature=temperature)
         check_weights(beta=beta, gamma=gamma)
         self.beta = beta

@@ -1,10 +1,9 @@
 """Knowledge distillation (KD): Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
+from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
 
 
 def kd_loss(
@@ -48,7 +47,7 @@ def kd_loss(
     )
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
-        return (kl_rows(F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)),)
+        return (softmax_kl(teacher / temperature, student / temperature),)
 
     (divergence,) = by_row_blocks(row_losses, rows.student, rows.teacher)
     return {"kd": weight * temperature**2 * rows.reduce(divergence, reduction)}

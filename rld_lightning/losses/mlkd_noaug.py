@@ -1,7 +1,7 @@
 """Multi-level logit distillation (MLKD) with a single view: Jin et al., CVPR 2023.
 
-The paper distils two views of each image, the second strongly augmented. This is the variant with one view that RLD
-(arXiv 2408.07703) is compared to, as its public code has it.
+The paper distils two views of each image, the second strongly augmented; that is :mod:`rld_lightning.losses.mlkd`. This
+is the variant with one view that RLD (arXiv 2408.07703) is compared to, as its public code has it.
 """
 
 import torch
@@ -66,47 +66,94 @@ def mlkd_noaug_loss(
     """
     check_positive(temperature=temperature)
     check_weights(weight=weight)
-    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
-    student, teacher, valid = rows.student, rows.teacher, rows.valid
-    if valid is None:
-        valid = torch.ones_like(student[:, 0], dtype=torch.bool)
-    # Whatever an ignored sample holds, neither products nor gradients may meet it.
-    student, teacher = (logits.masked_fill(~valid.unsqueeze(-1), 0.0) for logits in (student, teacher))
+    student, teacher, valid = valid_rows(student_logits, teacher_logits, label, ignore_index)
     temperatures = (temperature, *OTHER_TEMPERATURES)
+    (divergence,) = divergences(student, teacher, temperatures, logit_standardization=logit_standardization)
+    terms = one_view(divergence, student, teacher, valid, temperatures)
+    return {name: weight * term for name, term in terms.items()}
 
-    def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
+
+def valid_rows(
+    student_logits: Tensor, teacher_logits: Tensor, label: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked student and teacher rows ``(N, C)``, 0 where the label is ignored, and which count, ``(N,)`` bool."""
+    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
+    valid = torch.ones_like(rows.student[:, 0], dtype=torch.bool) if rows.valid is None else rows.valid
+    # Whatever an ignored sample holds, neither products nor gradients may meet it.
+    student, teacher = (logits.masked_fill(~valid.unsqueeze(-1), 0.0) for logits in (rows.student, rows.teacher))
+    return student, teacher, valid
+
+
+def divergences(
+    student: Tensor, teacher: Tensor, *groups: tuple[float, ...], logit_standardization: bool
+) -> tuple[Tensor, ...]:
+    """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of each row ``(N,)``, summed over each group of temperatures."""
+
+    def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         if logit_standardization:
             student, teacher = standardize(student), standardize(teacher)
-        return (
-            sum(T**2 * kl_rows(F.log_softmax(teacher / T, -1), F.log_softmax(student / T, -1)) for T in temperatures),
+        return tuple(
+            sum(T**2 * kl_rows(F.log_softmax(teacher / T, -1), F.log_softmax(student / T, -1)) for T in temperatures)
+            for temperatures in groups
         )
 
-    (divergence,) = by_row_blocks(row_losses, student, teacher)
+    return by_row_blocks(row_losses, student, teacher)
+
+
+def one_view(
+    divergence: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    temperatures: tuple[float, ...],
+    *,
+    leave_out: bool = False,
+) -> dict[str, Tensor]:
+    """The three terms of one view, without weight.
+
+    Args:
+        divergence: ``(N,)``, as :func:`divergences` gives it.
+        student: ``(N, C)``.
+        teacher: ``(N, C)``.
+        valid: ``(N,)`` bool, the samples that count.
+        temperatures: of the correlations.
+        leave_out: whether samples and classes of high confidence are left out, as the paper means it, or scale the
+            whole term by the fraction of the others, as its code does.
+    """
+    samples, classes = (kept.to(student.dtype) for kept in unsure(teacher, valid))
+    valid = valid.to(student.dtype)
+    kept_samples = kept_classes = 1.0
+    if not leave_out:
+        kept_samples, kept_classes = samples.sum() / valid.sum().clamp(min=1), classes.mean()
+        samples, classes = valid, torch.ones_like(classes)
+    of_class, of_sample = valid.unsqueeze(-1) * classes, samples.unsqueeze(-1)
     class_correlation = batch_correlation = student.new_zeros(())
     for T in temperatures:
-        p, q = (F.softmax(logits / T, -1) * valid.unsqueeze(-1) for logits in (teacher, student))
-        class_correlation = class_correlation + (p.T @ p - q.T @ q).square().sum()
-        batch_correlation = batch_correlation + (p @ p.T - q @ q.T).square().sum()
-    samples = valid.sum().clamp(min=1)
-    kept_samples, kept_classes = kept_fractions(teacher, valid)
+        p, q = (F.softmax(logits / T, -1) for logits in (teacher, student))
+        class_correlation = class_correlation + _gram_distance((of_class * p).T, (of_class * q).T)
+        batch_correlation = batch_correlation + _gram_distance(of_sample * p, of_sample * q)
+    size = samples.sum().clamp(min=1)
     return {
-        "kd": weight * kept_samples * rows.reduce(divergence, "mean"),
-        "class_correlation": weight * kept_classes * class_correlation / student.shape[1],
-        "batch_correlation": weight * kept_samples * batch_correlation / samples,
+        "kd": kept_samples * (samples * divergence).sum() / size,
+        "class_correlation": kept_classes * class_correlation / classes.sum(),
+        "batch_correlation": kept_samples * batch_correlation / size,
     }
 
 
-def kept_fractions(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Fractions of samples and of classes of ``(N, C)`` logits in which the teacher's confidence is at most the median.
+def _gram_distance(p: Tensor, q: Tensor) -> Tensor:
+    return (p @ p.T - q @ q.T).square().sum()
+
+
+def unsure(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and classes in which the teacher's confidence is at most the median: ``(N,)`` and ``(C,)`` bool.
 
     Args:
         teacher: ``(N, C)``.
-        valid: ``(N,)`` bool, the samples that count.
+        valid: ``(N,)`` bool, the samples that count; of the others none is kept.
     """
     confidence = margin(teacher, teacher.argmax(-1)).masked_fill(~valid, torch.nan)
-    kept = (confidence <= confidence.nanmedian()).to(teacher.dtype)
     of_class = F.log_softmax(teacher, -1).masked_fill(~valid.unsqueeze(-1), -torch.inf).logsumexp(0)
-    return kept.sum() / valid.sum().clamp(min=1), (of_class <= of_class.median()).to(teacher.dtype).mean()
+    return confidence <= confidence.nanmedian(), of_class <= of_class.median()
 
 
 class MLKDNoAugLoss(LogitLoss):

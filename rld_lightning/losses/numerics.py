@@ -149,17 +149,26 @@ def check_weights(**values: float) -> None:
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """Z-scores each row of ``(N, C)``: ``(x - mean) / (std + 1e-7)``, std with C - 1 in the denominator.
+    """Z-scores ``(*, C)`` along the last dimension: ``(x - mean) / (std + 1e-7)``, std with C - 1 in the denominator.
 
-    Logit standardization (LSKD, arXiv 2403.01427, Algorithm 1). The paper divides by C, its published code by C - 1;
-    the code is followed because the published numbers come from it.
+    In float32 or better. Logit standardization (LSKD, arXiv 2403.01427, Algorithm 1). The paper divides by C, its
+    published code by C - 1; the code is followed because the published numbers come from it.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
 
 def kl_rows(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
     """``KL(teacher || student)`` of each row of two ``(N, C)`` log-probability tensors, in nats: ``(N,)``."""
     return (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(-1)
+
+
+def softmax_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """``KL( softmax(teacher) || softmax(student) )`` of each row of two ``(N, C)`` logits, in nats: ``(N,)``.
+
+    The logits are already divided by their temperatures.
+    """
+    return kl_rows(F.log_softmax(teacher, -1), F.log_softmax(student, -1))
 
 
 def masked_log_softmax(logits: Tensor, drop: Tensor) -> Tensor:
@@ -188,7 +197,7 @@ def margin(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def binary_kl(teacher_margin: Tensor, student_margin: Tensor) -> Tensor:
-    """``KL([p, 1 - p] || [q, 1 - q])`` with ``p, q`` the sigmoids of two ``(N,)`` log-odds, in nats: ``(N,)``."""
+    """``KL([p, 1 - p] || [q, 1 - q])`` with ``p, q`` the sigmoids of two log-odds, in nats, element by element."""
     p, rest = teacher_margin.sigmoid(), (-teacher_margin).sigmoid()
     return p * (F.logsigmoid(teacher_margin) - F.logsigmoid(student_margin)) + rest * (
         F.logsigmoid(-teacher_margin) - F.logsigmoid(-student_margin)

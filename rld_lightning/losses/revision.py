@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows
+from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, standardize
 
 
 def revision_loss(
@@ -20,6 +20,7 @@ def revision_loss(
     right_mse_weight: float = 4.0,
     wrong_mse_weight: float = 1.0,
     eta: float = 0.8,
+    logit_standardization: bool = False,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
     """Cross-entropy and logits where the teacher is right, revised probabilities where it is wrong.
@@ -41,6 +42,7 @@ def revision_loss(
         right_mse_weight: weight of the error of logits (lambda 1 in the paper).
         wrong_mse_weight: weight of the error of probabilities (lambda 2 in the paper).
         eta: how much of the teacher is left in r; in (0, 1].
+        logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427), except for the cross-entropy.
         ignore_index: label of samples that count for nothing.
 
     Returns:
@@ -57,6 +59,9 @@ def revision_loss(
     def row_losses(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_probs = F.log_softmax(student, -1)
         ce = -log_probs.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+        if logit_standardization:
+            student, teacher = standardize(student), standardize(teacher)
+            log_probs = F.log_softmax(student, -1)
         revised = revise(F.softmax(teacher, -1), label, eta)
         return ce, (student - teacher).square().mean(-1), (log_probs.exp() - revised).square().mean(-1)
 
@@ -104,8 +109,14 @@ class RevisionLoss(LogitLoss):
         ce_weight: float = 0.0,
         warmup_epochs: int = 1,
         ignore_index: int = -100,
+        logit_standardization: bool = False,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        super().__init__(
+            ce_weight=ce_weight,
+            warmup_epochs=warmup_epochs,
+            ignore_index=ignore_index,
+            logit_standardization=logit_standardization,
+        )
         check_weights(right_mse_weight=right_mse_weight, wrong_mse_weight=wrong_mse_weight)
         _check_eta(eta)
         self.right_mse_weight = right_mse_weight

@@ -5,11 +5,10 @@ exchange is a "knowledge adjustment" in Wen et al., "Preparing Lessons: Improve 
 Supervision", arXiv 1911.07471.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
+from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
 
 
 def swap_loss(
@@ -57,7 +56,7 @@ def swap_loss(
 
     def row_losses(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor]:
         teacher = swap_logits(teacher, label)
-        return (kl_rows(F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)),)
+        return (softmax_kl(teacher / temperature, student / temperature),)
 
     (divergence,) = by_row_blocks(row_losses, rows.student, rows.teacher, rows.label)
     return {"swap": weight * temperature**2 * rows.reduce(divergence, reduction)}

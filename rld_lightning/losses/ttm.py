@@ -120,8 +120,14 @@ class TTMLoss(LogitLoss):
         ce_weight: float = 1.0,
         warmup_epochs: int = 1,
         ignore_index: int = -100,
+        logit_standardization: bool = False,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        super().__init__(
+            ce_weight=ce_weight,
+            warmup_epochs=warmup_epochs,
+            ignore_index=ignore_index,
+            logit_standardization=logit_standardization,
+        )
         _check_gamma(gamma)
         check_weights(weight=weight)
         self.gamma = gamma
@@ -144,8 +150,14 @@ class WTTMLoss(LogitLoss):
         ce_weight: float = 1.0,
         warmup_epochs: int = 1,
         ignore_index: int = -100,
+        logit_standardization: bool = False,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        super().__init__(
+            ce_weight=ce_weight,
+            warmup_epochs=warmup_epochs,
+            ignore_index=ignore_index,
+            logit_standardization=logit_standardization,
+        )
         _check_gamma(gamma)
         check_weights(weight=weight)
         self.gamma = gamma

@@ -9,15 +9,18 @@ from pkgutil import iter_modules
 
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import Stages, create_model, list_models, register_model, stages_of
+from rld_lightning.models.graft import GraftedStudent, graft
 from rld_lightning.models.taps import FeatureTaps, forward_with_taps
 
 __all__ = [
     "FeatureTaps",
+    "GraftedStudent",
     "Stages",
     "count_macs",
     "count_parameters",
     "create_model",
     "forward_with_taps",
+    "graft",
     "list_models",
     "register_model",
     "stages_of",

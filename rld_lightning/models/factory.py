@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any, TypeVar
 
+import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from rld_lightning.models.suggestions import did_you_mean
@@ -63,10 +64,12 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     In-place activations of torchvision and timm networks are switched off, for they would overwrite tapped features.
 
     Args:
-        name: a registered name (``"wrn_40_2"``), ``"torchvision/resnet34"`` or ``"timm/vit_tiny_patch16_224"``.
+        name: a registered name (``"wrn_40_2"``), ``"torchvision/resnet34"`` or ``"timm/vit_tiny_patch16_224"``; or two
+            of them, ``"resnet8@resnet32x4"``: the first, to be ended in the classifier of a trained second, see
+            :class:`~rld_lightning.models.graft.GraftedStudent`.
         num_classes: number of logits, at least 2.
-        **kwargs: passed to the builder. The two libraries take ``pretrained=True``: ImageNet weights, with a fresh
-            classifier when ``num_classes`` is not theirs. For torchvision these are the original ones
+        **kwargs: passed to the (first) builder. The two libraries take ``pretrained=True``: ImageNet weights, with a
+            fresh classifier when ``num_classes`` is not theirs. For torchvision these are the original ones
             (``IMAGENET1K_V1``, the teachers of the literature) where a network has several.
 
     Returns:
@@ -78,6 +81,9 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier needs at least 2.")
+    student, at, teacher = name.partition("@")
+    if at:
+        return _grafted_model(student, teacher, num_classes, **kwargs)
     library, slash, plain = name.partition("/")
     if slash and library == "torchvision":
         return _torchvision_model(plain, num_classes, **kwargs)
@@ -121,6 +127,8 @@ def stages_of(model: nn.Module) -> Stages:
         return _torchvision_resnet_stages(model)
     if (stages := _timm_stages(model)) is not None:
         return stages
+    if isinstance(model, fx.GraphModule):
+        raise ValueError("a fused network has lost its stages; use model.teacher.fuse=false (FrozenTeacher's fuse).")
     raise ValueError(
         f"{type(model).__name__} does not declare its stages; name the module paths explicitly (model.named_modules() "
         "lists them)."
@@ -159,6 +167,16 @@ def _without_inplace(model: nn.Module) -> nn.Module:
         if getattr(module, "inplace", False):
             module.inplace = False
     return model
+
+
+def _grafted_model(student: str, teacher: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    from rld_lightning.models.graft import GraftedStudent  # which itself needs this file
+
+    # Only the shape of the teacher's classifier is wanted.
+    with torch.device("meta"):
+        classifier = classifier_of(create_model(teacher, num_classes))
+    backbone = create_model(student, num_classes, **kwargs)
+    return GraftedStudent(backbone, nn.Linear(classifier.in_features, num_classes, classifier.bias is not None))
 
 
 def _torchvision_names() -> list[str]:
@@ -217,5 +235,7 @@ def _timm_stages(model: nn.Module) -> Stages | None:
     classifier = paths.get(model.get_classifier())
     if classifier is None or not set(features) <= set(paths.values()):
         return None
+    # Some make the average wider before they classify it.
     averages = getattr(getattr(model, "global_pool", None), "pool_type", None) == "avg"
+    averages = averages and getattr(model, "head_hidden_size", None) == model.num_features
     return Stages(features, (), f"{classifier}:in", "global_pool:in" if averages else "")

@@ -8,14 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hydra
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from rld_lightning.cli import CONF, expand_combined_loss
 from rld_lightning.config import fast_precision
 from rld_lightning.console import console, print_table
+from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.graft import graft
+from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher
 
 Step = Callable[[], object]
@@ -125,6 +131,75 @@ def bench_step(
         [(name, 1e3 * value, batch / value, base / value) for name, value in seconds.items()],
     )
     console.print(f"medians of {rounds} rounds in alternation", style="dim")
+
+
+def bench_losses(
+    losses: dict[str, DistillationLoss],
+    teacher_name: str,
+    student_name: str,
+    batch: int,
+    image_shape: Sequence[int],
+    device: torch.device,
+    rounds: int,
+) -> None:
+    """A whole training step with each loss, forward passes and optimiser included, relative to the first one."""
+    images, strong = (
+        torch.randn(batch, *image_shape, device=device).to(memory_format=torch.channels_last) for _ in range(2)
+    )
+    index, train_label = torch.arange(batch, device=device), torch.arange(50_000, device=device) % 100
+    autocast = fast_precision(device.type) == "bf16-mixed"
+    network = create_model(teacher_name).to(device)
+    teacher = FrozenTeacher(network, channels_last=True)
+
+    def training_step(loss: DistillationLoss) -> Step:
+        torch.manual_seed(0)
+        student = create_model(student_name)
+        if loss.reuses_classifier:
+            student = graft(student, network)
+        student = student.to(device, memory_format=torch.channels_last).train()
+        loss.connect(student, network, image_shape, train_label)
+        parameters = [p for p in [*student.parameters(), *loss.to(device).parameters()] if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=5e-4)
+
+        def outputs(images: Tensor) -> tuple[ModelOutput, ModelOutput | None]:
+            soft = ModelOutput(*teacher(images, loss.teacher_taps)) if loss.needs_teacher else None
+            return ModelOutput(*forward_with_taps(student, images, loss.student_taps)), soft
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                views = outputs(images)
+                second = outputs(strong) if loss.needs_strong_view else (None, None)
+                total = sum(loss(StepContext(*views, train_label[:batch], index, None, *second)).values())
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+
+        return step
+
+    seconds = time_in_turn({name: training_step(loss) for name, loss in losses.items()}, rounds, device)
+    base = next(iter(losses))
+    print_table(
+        f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))}, "
+        f"{'bfloat16 autocast' if autocast else 'float32'} on {_machine(device)}",
+        ("loss", "ms, median", f"time relative to {base}"),
+        [(name, 1e3 * value, value / seconds[base]) for name, value in seconds.items()],
+    )
+    console.print(f"medians of {rounds} rounds in alternation", style="dim")
+
+
+def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
+    """The losses of ``conf/loss`` by name, all for an empty list; ``kd`` comes first.
+
+    Args:
+        names: options of the group ``loss``, or lists such as ``[rld,at]``.
+    """
+    every = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        configurations = {
+            name: hydra.compose("fit", expand_combined_loss([f"loss={name}"])).loss
+            for name in dict.fromkeys(["kd", *(names or every)])
+        }
+    return {name: instantiate(configuration) for name, configuration in configurations.items()}
 
 
 def _log_space_rld(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:

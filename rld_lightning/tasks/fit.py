@@ -13,13 +13,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.config import class_name
+from rld_lightning.config import class_name, loss_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.graft import GraftedStudent, graft
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
@@ -57,6 +58,7 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
         data.setup()
         print_line("data", data.describe())
         loss: DistillationLoss = instantiate(cfg.loss)
+        data.strong_view = loss.needs_strong_view
         teacher_is_there = not loss.needs_teacher or find_teacher(cfg, data)
     if not teacher_is_there:
         _fit_teacher(cfg, data)
@@ -100,15 +102,21 @@ def _build(
     student = create_model(settings.name, data.num_classes)
     if settings.weights is not None:
         load_weights(student, settings.weights, name=settings.name)
+    name = settings.name
+    if teacher is not None:
+        if loss.reuses_classifier and not isinstance(student, GraftedStudent):
+            student, name = graft(student, teacher.model), f"{name}@{cfg.model.teacher.name}"
+        loss.connect(student, teacher.model, data.image_shape, data.train_label)
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
     module = DistillationModule(
-        student.to(memory_format=torch.channels_last if settings.channels_last else torch.preserve_format),
-        loss,
+        student.to(memory_format=layout),
+        loss.to(memory_format=layout),
         instantiate(cfg.recipe.optimizer),
         instantiate(cfg.recipe.scheduler),
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=cfg.recipe.scheduler_interval,
-        info={"student": settings.name, "dataset": data.name},
+        info={"student": name, "dataset": data.name},
     )
     if cfg.model.compile:
         # In place, so that checkpoint keys stay those of the plain model.
@@ -169,8 +177,8 @@ def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
 
 def _describe(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> None:
     """Prints one line for each part of the run that has not had its own yet."""
-    print_line("student", f"{cfg.model.student.name}, {describe_size(module.student, data)}")
-    print_line("loss", f"{module.loss}")
+    print_line("student", f"{module.hparams.student}, {describe_size(module.student, data)}")
+    print_line("loss", module.loss.describe())
     optimizer = cfg.recipe.optimizer
     devices = trainer.world_size
     print_line(
@@ -189,8 +197,8 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
         metrics |= trainer.callback_metrics
     metrics = {name: float(value) for name, value in metrics.items()}
     return Summary(
-        model=cfg.model.student.name,
-        loss=class_name(cfg.loss._target_),
+        model=module.hparams.student,
+        loss=loss_name(cfg.loss),
         dataset=data.name,
         validated_on=data.validated_on,
         epochs=trainer.current_epoch,

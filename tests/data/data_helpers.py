@@ -8,20 +8,22 @@ from rld_lightning.data import Batch
 
 
 def same(a, b):
-    """Whether two lists of tuples of tensors are equal bit for bit."""
+    """Whether two lists of tuples of tensors (or ``None``) are equal bit for bit."""
     return len(a) == len(b) and all(
-        torch.equal(x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True)
+        x is y if x is None or y is None else torch.equal(x, y)
+        for left, right in zip(a, b, strict=True)
+        for x, y in zip(left, right, strict=True)
     )
 
 
 def merge(batches):
     """Concatenate batches into one."""
-    return Batch(*map(torch.cat, zip(*batches, strict=True)))
+    return Batch(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*batches, strict=True)))
 
 
 def part(batch, *bounds):
     """Slice all tensors of a batch."""
-    return Batch(*(values[slice(*bounds)] for values in batch))
+    return Batch(*(None if values is None else values[slice(*bounds)] for values in batch))
 
 
 def ready(data, rank=0, world_size=1):

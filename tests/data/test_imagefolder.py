@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision import transforms
 
 from rld_lightning.data import Batch, ImageFolderDataModule
-from rld_lightning.data.imagefolder import read_image
+from rld_lightning.data.imagefolder import KeySampler, read_image
+from rld_lightning.data.randaugment import randaugment_image
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -62,7 +63,8 @@ def test_batches_are_what_the_loops_expect(root):
     assert batch.label.dtype == batch.index.dtype == torch.int64
     epoch = merge(data.train_dataloader())
     assert sorted(epoch.index.tolist()) == list(range(21))
-    assert torch.equal(epoch.label, data.splits["train"].labels[epoch.index])
+    assert torch.equal(epoch.label, data.train_label[epoch.index])
+    assert torch.equal(data.train_label, data.splits["train"].labels)
     assert torch.bincount(epoch.label).tolist() == [8, 6, 7]
 
 
@@ -112,9 +114,33 @@ def test_flip_can_be_switched_off(root):
     assert 0 < sum(mirrored) < 21
 
 
+def test_the_strong_view_leaves_the_first_alone(root):
+    one, two = train_epoch(root, 2), train_epoch(root, 2, strong_view=True)
+    assert same([batch[:3] for batch in two], [batch[:3] for batch in one])
+    first = two[0]
+    assert first.strong.shape == first.images.shape
+    assert first.strong.dtype == torch.float32
+    assert first.strong.is_contiguous(memory_format=torch.channels_last)
+    assert next(iter(folder_data(root, strong_view=True).val_dataloader())).strong is None
+
+
+def test_strong_view_is_randaugment_of_a_crop_of_its_own(root):
+    loader = folder_data(root, strong_view=True).train_dataloader()
+    data, batch = folder_data(root), next(iter(loader))
+    index, seed = next(iter(KeySampler(loader.sampler)))[0]
+    image = read_image(data.splits["train"].paths[index].decode())
+    torch.manual_seed(seed)
+    first, crop = data.train_transform()(image), data.train_transform()(image)
+    expected = randaugment_image(crop)
+    assert not torch.equal(first, crop)
+    assert not torch.equal(expected, crop)
+    for actual, pixels in ((batch.images, first), (batch.strong, expected)):
+        assert torch.equal(actual[:1], loader.normalize(pixels.permute(1, 2, 0)[None]))
+
+
 def test_batches_do_not_depend_on_the_workers(root):
-    alone = folder_data(root).train_dataloader()
-    with_workers = folder_data(root, num_workers=2).train_dataloader()
+    alone = folder_data(root, strong_view=True).train_dataloader()
+    with_workers = folder_data(root, num_workers=2, strong_view=True).train_dataloader()
     for epoch in (0, 1):
         for loader in (alone, with_workers):
             loader.sampler.set_epoch(epoch)
@@ -144,18 +170,18 @@ def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch(root
 
 
 def test_loader_continues_in_the_middle_of_an_epoch(root):
-    loader = folder_data(root).train_dataloader()
+    loader = folder_data(root, strong_view=True).train_dataloader()
     loader.load_state_dict({"epoch": 2, "batch": 3})
     loader.sampler.set_epoch(2)
-    assert same(list(loader), train_epoch(root, 2)[3:])
+    assert same(list(loader), train_epoch(root, 2, strong_view=True)[3:])
     loader.sampler.set_epoch(3)
-    assert same(list(loader), train_epoch(root, 3))
+    assert same(list(loader), train_epoch(root, 3, strong_view=True))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_see_the_batches_of_a_single_process(root, world_size):
-    alone = train_epoch(root, 1)
-    ranks = [train_epoch(root, 1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    alone = train_epoch(root, 1, strong_view=True)
+    ranks = [train_epoch(root, 1, rank=rank, world_size=world_size, strong_view=True) for rank in range(world_size)]
     together = [merge(step) for step in zip(*ranks, strict=True)]
     assert same(together[:-1], alone[:-1])
     assert same([part(together[-1], 3)], alone[-1:])
@@ -168,7 +194,7 @@ def test_ranks_see_the_batches_of_a_single_process(root, world_size):
 def test_loading_consumes_no_global_randomness(root):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    data = folder_data(root)
+    data = folder_data(root, strong_view=True)
     for loader in (data.train_dataloader(), data.val_dataloader()):
         list(loader)
     list(folder_data(root, num_workers=1).val_dataloader())

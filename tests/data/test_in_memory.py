@@ -6,7 +6,9 @@ from data_helpers import epoch_of, merge, part, ready, same
 from torchvision import transforms
 
 from rld_lightning.data import Batch, InMemoryDataModule
+from rld_lightning.data.augment import crop_flip, draw_crop_flip
 from rld_lightning.data.base import ImageDataModule, stratified_split
+from rld_lightning.data.randaugment import RandAugment, draw_randaugment
 
 
 class Toy(InMemoryDataModule):
@@ -37,6 +39,10 @@ def train_epoch(epoch=0, **options):
     return epoch_of(toy(**options).train_dataloader(), epoch)
 
 
+# An epoch with and without the strong view keeps the same promises.
+views = pytest.mark.parametrize("strong_view", [False, True], ids=["one view", "two views"])
+
+
 def test_batches_are_what_the_loops_expect():
     data = toy()
     batch = next(iter(data.train_dataloader()))
@@ -45,7 +51,9 @@ def test_batches_are_what_the_loops_expect():
     assert batch.images.dtype == torch.float32
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.label.dtype == batch.index.dtype == torch.int64
+    assert batch.strong is None
     assert torch.equal(batch.label, data.read_split(train=True)[1][batch.index])
+    assert torch.equal(data.train_label, data.read_split(train=True)[1])
     loader = data.train_dataloader()
     assert len(loader) == len(list(loader)) == 9
     assert loader.batch_size == 12
@@ -69,7 +77,7 @@ def test_training_images_are_shifted_and_mirrored_originals():
     originals, _ = data.read_split(train=True)
     padded = torch.nn.functional.pad(originals, (0, 0, 2, 2, 2, 2))
     seen = set()
-    for images, _, index in data.train_dataloader():
+    for images, _, index, _ in data.train_dataloader():
         pixels = (images.permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)) * 255
         for image, i in zip(pixels.round().byte(), index, strict=True):
             matches = [
@@ -91,11 +99,55 @@ def test_flip_and_padding_can_be_switched_off():
     assert not same(train_epoch(flip=False), plain)
 
 
-def test_an_epoch_is_a_function_of_seed_and_epoch():
-    assert same(train_epoch(2, seed=7), train_epoch(2, seed=7))
-    assert not same(train_epoch(2, seed=7), train_epoch(3, seed=7))
-    assert not same(train_epoch(2, seed=7), train_epoch(2, seed=8))
-    assert not same(train_epoch(1, seed=0), train_epoch(0, seed=1))
+def test_the_strong_view_leaves_the_first_alone():
+    one, two = train_epoch(2, seed=7), train_epoch(2, seed=7, strong_view=True)
+    assert same([batch[:3] for batch in two], [batch[:3] for batch in one])
+    evaluated = toy(strong_view=True, val_fraction=0.3)
+    assert all(batch.strong is None for batch in [*evaluated.val_dataloader(), *evaluated.test_dataloader()])
+
+
+def test_the_first_view_is_what_it_was_before_there_was_a_second():
+    """Numbers taken when batches had one view: published runs can be repeated."""
+    for batch, index, total in zip(
+        train_epoch(1), ([77, 42, 86, 91], [74, 99, 0, 29]), (-436.251618, -333.669920), strict=False
+    ):
+        assert batch.index[:4].tolist() == index
+        assert batch.images.double().sum().item() == pytest.approx(total, abs=1e-5)
+
+
+def test_strong_view_is_a_crop_flip_and_randaugment_of_the_same_samples():
+    loader = toy(strong_view=True).train_dataloader()
+    loader.sampler.set_epoch(2)
+    images = loader.split.images
+    batches = list(loader)
+    order, generator = loader.sampler.draw_order()
+    for _ in range(2):  # the crops of the first view come before
+        crops = draw_crop_flip(103, padding=2, flip=True, generator=generator)
+    draw = draw_randaugment(103, 6, 5, generator)
+    expected = RandAugment(draw, [slice(0, 103)], 6, 5)(crop_flip(images, order, crops, 6, 5), 0)
+    assert torch.equal(merge(batches).strong, loader.normalize(expected))
+    first = batches[0]
+    assert first.strong.shape == first.images.shape
+    assert first.strong.dtype == torch.float32
+    assert first.strong.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_strong_view_of_images_that_are_not_cropped():
+    batch = merge(train_epoch(strong_view=True, augment=False, shuffle=False))
+    kept = (batch.strong == batch.images).all(1).flatten(1).float().mean(1)
+    assert (kept < 1).all()  # for the hole
+    assert kept.max() > 0.5  # where what is drawn beside it changes little
+
+
+@views
+def test_an_epoch_is_a_function_of_seed_and_epoch(strong_view):
+    def views(epoch, seed):
+        return [batch[3 * strong_view :] for batch in train_epoch(epoch, seed=seed, strong_view=strong_view)]
+
+    assert same(views(2, seed=7), views(2, seed=7))
+    assert not same(views(2, seed=7), views(3, seed=7))
+    assert not same(views(2, seed=7), views(2, seed=8))
+    assert not same(views(1, seed=0), views(0, seed=1))
 
 
 def test_jumping_to_an_epoch_equals_running_through():
@@ -111,28 +163,34 @@ def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch():
     assert same(list(iterator), train_epoch(3))
 
 
-def test_loader_continues_in_the_middle_of_an_epoch():
-    loader = toy().train_dataloader()
+@views
+def test_loader_continues_in_the_middle_of_an_epoch(strong_view):
+    def train_loader():
+        return toy(strong_view=strong_view).train_dataloader()
+
+    whole = [epoch_of(train_loader(), epoch) for epoch in range(4)]
+    loader = train_loader()
     loader.sampler.set_epoch(2)
     iterator = iter(loader)
     for _ in range(4):
         next(iterator)
     state = loader.state_dict()
 
-    resumed = toy().train_dataloader()
+    resumed = train_loader()
     resumed.load_state_dict(state)
-    assert same(epoch_of(resumed, 2), train_epoch(2)[4:])
-    assert same(epoch_of(resumed, 3), train_epoch(3))
+    assert same(epoch_of(resumed, 2), whole[2][4:])
+    assert same(epoch_of(resumed, 3), whole[3])
 
-    at_the_end = toy().train_dataloader()
+    at_the_end = train_loader()
     at_the_end.load_state_dict({"epoch": 2, "batch": len(at_the_end)})
-    assert same(epoch_of(at_the_end, 3), train_epoch(3))
+    assert same(epoch_of(at_the_end, 3), whole[3])
 
 
+@views
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_see_the_batches_of_a_single_process(world_size):
-    alone = train_epoch(1)
-    ranks = [train_epoch(1, rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_ranks_see_the_batches_of_a_single_process(world_size, strong_view):
+    alone = train_epoch(1, strong_view=strong_view)
+    ranks = [train_epoch(1, rank=rank, world_size=world_size, strong_view=strong_view) for rank in range(world_size)]
     together = [merge(step) for step in zip(*ranks, strict=True)]
     assert same(together[:-1], alone[:-1])
     size = len(alone[-1].label)
@@ -152,7 +210,7 @@ def test_ranks_share_the_test_split_exactly(world_size):
 def test_loading_consumes_no_global_randomness():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    data = toy(val_fraction=0.3)
+    data = toy(val_fraction=0.3, strong_view=True)
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         list(loader)
     assert torch.equal(torch.get_rng_state(), before)
@@ -167,6 +225,8 @@ def test_validation_split_is_stratified_disjoint_and_seeded():
     assert (data.train_size, data.val_size, data.test_size) == (len(kept), len(held_out), 41)
     train, val = merge(data.train_dataloader()), merge(data.val_dataloader())
     assert torch.equal(torch.bincount(train.label), torch.bincount(labels[kept]))
+    assert torch.equal(data.train_label, labels[kept])
+    assert torch.equal(train.label, data.train_label[train.index])
     assert torch.equal(val.label, labels[held_out])
     assert torch.equal(val.index, torch.arange(len(held_out)))
     share = torch.bincount(val.label) / torch.bincount(labels)
@@ -230,12 +290,15 @@ def test_batch_must_be_shared_equally():
 def test_sizes_before_setup_say_what_to_call():
     with pytest.raises(RuntimeError, match=r"toy is not loaded yet: call prepare_data\(\) and setup\(\)"):
         Toy().describe()
+    with pytest.raises(RuntimeError, match=r"toy is not loaded yet"):
+        _ = Toy().train_label
     assert issubclass(Toy, ImageDataModule)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait():
-    data = toy()
+@views
+def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait(strong_view):
+    data = toy(strong_view=strong_view)
     expected = epoch_of(data.train_dataloader(), 1)
     data.trainer = SimpleNamespace(
         global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cuda", 0))
@@ -251,4 +314,5 @@ def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert first.images.is_contiguous(memory_format=torch.channels_last)
-    assert same([Batch(*(values.cpu() for values in batch)) for batch in [first, *rest]], expected)
+    on_cpu = [Batch(*(None if values is None else values.cpu() for values in batch)) for batch in [first, *rest]]
+    assert same(on_cpu, expected)

@@ -4,12 +4,14 @@ A new method with golden numbers is one line in ``LOGIT_METHODS``; one without i
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from golden import golden_cases
 
 import rld_lightning.losses
+import rld_lightning.losses.features
 from rld_lightning.losses import (
     DistillationLoss,
     DKDLoss,
@@ -21,6 +23,7 @@ from rld_lightning.losses import (
     RLDLoss,
     SwapLoss,
 )
+from rld_lightning.losses.features import FeatureLoss
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,16 @@ LOGIT_METHODS = {
         {"kd_weight": "weight"},
     ),
 }
-WITHOUT_GOLDEN = {"ATKDLoss", "CELoss", "CTKDLoss", "DISTLoss", "NKDLoss", "NormKDLoss", "TTMLoss", "WTTMLoss"}
+# Run by the tests of each method, tests/losses/features/test_<method>.py.
+FEATURE_METHODS = {
+    "at": "ATLoss", "nst": "NSTLoss", "sp": "SPLoss", "rkd": "RKDLoss", "pkt": "PKTLoss", "fitnet": "FitNetLoss",
+    "vid": "VIDLoss", "ofd": "OFDLoss", "reviewkd": "ReviewKDLoss", "crd": "CRDLoss", "kdsvd": "KDSVDLoss",
+}  # fmt: skip
+WITHOUT_GOLDEN = {
+    "ATKDLoss", "CATKDLoss", "CELoss", "CTKDLoss", "CombinedLoss", "DHKDLoss", "DISTLoss", "DTKDLoss", "EADKDLoss",
+    "EAKDLoss", "KDGLogitLoss", "KDGLoss", "LDRLDLoss", "MLKDLoss", "NKDLoss", "NormKDLoss", "SimKDLoss", "TTMLoss",
+    "WTTMLoss",
+}  # fmt: skip
 
 NUMBER_OF_CASES = {
     "kd": 28, "dkd": 28, "rld": 70, "swap": 28, "rc": 28, "mlkd_noaug": 28, "revision": 14, "at": 4, "nst": 3, "sp": 2,
@@ -101,20 +113,24 @@ def test_rld_where_the_reference_is_not_finite(case):
 def test_every_case_of_an_implemented_method_is_run():
     exported = {
         name
-        for name, value in vars(rld_lightning.losses).items()
+        for room in (rld_lightning.losses, rld_lightning.losses.features)
+        for name, value in vars(room).items()
         if isinstance(value, type)
         and issubclass(value, DistillationLoss)
-        and value not in (DistillationLoss, LogitLoss)
+        and value not in (DistillationLoss, LogitLoss, FeatureLoss)
     }
-    compared = {method.module.__name__ for method in LOGIT_METHODS.values()}
+    compared = {method.module.__name__ for method in LOGIT_METHODS.values()} | set(FEATURE_METHODS.values())
     assert exported == compared | WITHOUT_GOLDEN, "name a new loss in LOGIT_METHODS or, without numbers, WITHOUT_GOLDEN"
     wrongly_left_out = {name.removesuffix("Loss").lower() for name in WITHOUT_GOLDEN} & set(NUMBER_OF_CASES)
     assert not wrongly_left_out
+    for method in FEATURE_METHODS:
+        text = (Path(__file__).parent / "features" / f"test_{method}.py").read_text()
+        assert f'golden_method = "{method}"' in text
 
     everything = golden_cases()
     assert {name: len(golden_cases(name)) for name in {case.method for case in everything}} == NUMBER_OF_CASES
     assert len({case.id for case in everything}) == len(everything) == sum(NUMBER_OF_CASES.values())
-    assert {case.id for case in CASES} == {case.id for case in everything if case.method in LOGIT_METHODS}
+    assert {case.id for case in CASES} == {case.id for case in everything if case.method not in FEATURE_METHODS}
     assert all(case.dtypes == (torch.float64, torch.float32) for case in CASES)
     assert len(STRESS) == len({case.id for case in STRESS}) == 92
     assert {case.dtypes[0] for case in STRESS} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}

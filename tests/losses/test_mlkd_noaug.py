@@ -4,7 +4,7 @@ from tester import LossTester, batch, kl, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import MLKDNoAugLoss, kd_loss, mlkd_noaug_loss
-from rld_lightning.losses.mlkd_noaug import kept_fractions
+from rld_lightning.losses.mlkd_noaug import unsure
 
 
 def lower_half(values):
@@ -82,20 +82,21 @@ def test_correlations_keep_raw_logits():
     assert (standardized["kd"] - plain["kd"]).abs() > 0.1
 
 
-def test_kept_fractions():
+def test_unsure_samples_and_classes():
     everything = torch.ones(4, dtype=torch.bool)
     # Confidence rises with the rows; class 0 leads in all, 1 and 2 share the rest.
     teacher = torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [3.0, 0, 0], [4.0, 0, 0]])
-    samples, classes = kept_fractions(teacher, everything)
-    assert (samples.item(), classes.item()) == pytest.approx((1 / 2, 2 / 3))
+    samples, classes = unsure(teacher, everything)
+    assert samples.tolist() == [True, True, False, False]
+    assert classes.tolist() == [False, True, True]
     # An odd number keeps the one in the middle.
-    assert kept_fractions(teacher[:3], everything[:3])[0].item() == pytest.approx(2 / 3)
+    assert unsure(teacher[:3], everything[:3])[0].tolist() == [True, True, False]
     # All alike: all are kept. A sample that is ignored is none of them.
-    assert [x.item() for x in kept_fractions(torch.zeros(4, 3), everything)] == [1, 1]
+    assert all(kept.all() for kept in unsure(torch.zeros(4, 3), everything))
     without_last = torch.tensor([True, True, True, False])
-    assert kept_fractions(teacher, without_last)[0].item() == pytest.approx(2 / 3)
+    assert unsure(teacher, without_last)[0].tolist() == [True, True, False, False]
     # In float32 each of these is sure with probability 1.
-    assert kept_fractions(100 * teacher, everything)[0].item() == pytest.approx(1 / 2)
+    assert unsure(100 * teacher, everything)[0].tolist() == [True, True, False, False]
 
 
 def test_hand_worked_correlations():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import LossTester, batch
+from tester import LossTester, batch, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import RevisionLoss, revision_loss
@@ -12,18 +12,23 @@ class TestRevision(LossTester):
     module = RevisionLoss
     settings = (
         {"right_mse_weight": 4.0, "wrong_mse_weight": 1.0, "eta": 0.8},
-        {"right_mse_weight": 0.5, "wrong_mse_weight": 20.0, "eta": 0.3},
+        {"right_mse_weight": 0.5, "wrong_mse_weight": 20.0, "eta": 0.3, "logit_standardization": True},
     )
     positive = ("eta",)
     weights = ("right_mse_weight", "wrong_mse_weight")
     per_sample = False
     vanishes = "never"
 
-    def naive_batch(self, student, teacher, label, *, right_mse_weight, wrong_mse_weight, eta):
+    def naive_batch(
+        self, student, teacher, label, *, right_mse_weight, wrong_mse_weight, eta, logit_standardization=False
+    ):
         ce, logits, probabilities = [], [], []
         for s, t, y in zip(student, teacher, label.tolist(), strict=True):
             if t.tolist().index(t.max().item()) == y:
                 ce.append(s.logsumexp(-1) - s[y])
+            if logit_standardization:
+                s, t = zscore(s), zscore(t)
+            if t.tolist().index(t.max().item()) == y:
                 logits.append((s - t).square().sum() / len(s))
             else:
                 p = t.softmax(-1)

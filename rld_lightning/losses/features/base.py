@@ -118,12 +118,22 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
         raise ValueError(f"all features must be of the same batch, got batch sizes {sorted(sizes)}.")
 
 
-def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pools the larger of two maps ``(B, channels, H, W)`` to the other's height and width."""
+def pool_to_smaller(student: Tensor, teacher: Tensor, largest: int | None = None) -> tuple[Tensor, Tensor]:
+    """Average-pools the larger of two maps ``(B, channels, H, W)`` to the other's height and width.
+
+    Args:
+        student: any map.
+        teacher: any other.
+        largest: if given, both are pooled to at most this height and width.
+
+    Raises:
+        ValueError: one of them is not a map.
+    """
     for name, feature in (("student", student), ("teacher", teacher)):
         if feature.ndim != 4:
             raise ValueError(f"the {name}'s feature must be a map (B, channels, H, W), got {tuple(feature.shape)}.")
-    height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    allowed = student.shape[2:] if largest is None else (largest, largest)
+    height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], allowed, strict=True))
     return tuple(
         feature if feature.shape[2:] == (height, width) else nn.functional.adaptive_avg_pool2d(feature, (height, width))
         for feature in (student, teacher)

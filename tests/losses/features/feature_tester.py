@@ -105,6 +105,8 @@ class FeatureTester:
         sum(terms.values()).backward()
         # DDP hangs on a parameter that takes no part in a step.
         for name, parameter in [*student.named_parameters(), *loss.named_parameters()]:
+            if not parameter.requires_grad:
+                continue
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
         assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -117,7 +119,7 @@ class FeatureTester:
         for name, term in own.items():
             student.zero_grad()
             term.backward(retain_graph=True)
-            assert student.conv1.weight.grad.abs().sum() > 0, name
+            assert next(student.parameters()).grad.abs().sum() > 0, name
 
     def test_a_second_loss_takes_over_the_learned_state(self):
         teacher, student = self.networks()
@@ -147,10 +149,12 @@ class FeatureTester:
             assert_close(term, expected[name], rtol=0.15, atol=0.02)
 
     def test_a_student_that_is_the_teacher_has_no_loss(self):
+        if not self.vanishes:
+            pytest.skip("not a property of this loss")
         teacher, _ = self.networks()
         loss = self.connected(teacher, teacher)
-        if not self.vanishes or any(True for _ in loss.parameters()):
-            pytest.skip("not a property of this loss")
+        if any(True for _ in loss.parameters()):
+            pytest.skip("its connectors do not start as identities")
         own = loss(self.step(loss, teacher, teacher))
         own.pop("ce")
         assert_close(own, {name: torch.zeros(()) for name in own}, rtol=0, atol=1e-5)

@@ -1,0 +1,98 @@
+"""A weighted sum of losses that share one teacher's and one student's forward pass."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.numerics import check_weights
+
+
+class CombinedLoss(DistillationLoss):
+    """``ce_weight * CE + sum of weights[name] * (the terms of losses[name])``.
+
+    Each loss keeps its hyper-parameters and its own warm-up; the cross-entropy is the combination's, and ``ce_weight``
+    of the parts is not used. Features that several of them look at are collected once. Terms are named
+    ``<name>/<term>``, or ``<name>`` where the term is called like the loss::
+
+        loss = CombinedLoss(rld=RLDLoss(), at=ATLoss(), weights={"at": 0.5})  # ce, rld/scd, rld/mcd, at
+
+    On the command line: ``loss=[rld,at] loss.at.weight=500 loss.weights.rld=0.5``.
+
+    Args:
+        weights: factor on all terms of a loss by its name; 1 for those that are not named, 0 switches one off.
+        ce_weight: weight of the plain cross-entropy.
+        ignore_index: label of samples whose cross-entropy does not count.
+        **losses: at least two losses by name.
+
+    Raises:
+        ValueError: fewer than two losses, a weight for a loss that is not there, or a loss that cannot share a step.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Mapping[str, float] | None = None,
+        ce_weight: float = 1.0,
+        ignore_index: int = -100,
+        **losses: DistillationLoss,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, ignore_index=ignore_index)
+        if len(losses) < 2:
+            raise ValueError(f"a combination needs at least two losses, got {list(losses)}; try loss=[rld,at].")
+        unknown = sorted(set(weights or {}) - set(losses))
+        if unknown:
+            raise ValueError(f"weights names {unknown}, which are not among the losses {list(losses)}.")
+        for name, loss in losses.items():
+            if type(loss).forward is not DistillationLoss.forward:
+                raise ValueError(f"{name} treats its own cross-entropy in a special way and cannot be combined.")
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
+        check_weights(**self.weights)
+        # What is switched off is not there: DDP would wait for the gradients of its learnable parts.
+        losses = {name: loss for name, loss in losses.items() if self.weights[name]}
+        self.losses = nn.ModuleDict(losses)
+        self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
+        self.needs_strong_view = any(loss.needs_strong_view for loss in losses.values())
+        self.reuses_classifier = any(loss.reuses_classifier for loss in losses.values())
+        self.own_buffers = tuple(
+            f"losses.{name}.{buffer}" for name, loss in losses.items() for buffer in loss.own_buffers
+        )
+        self._collect_taps()
+
+    def connect(
+        self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
+    ) -> None:
+        """Connects each of the losses."""
+        for loss in self.losses.values():
+            loss.connect(student, teacher, image_shape, train_label)
+        self._collect_taps()
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """The terms of all losses, weights and each loss's own warm-up on."""
+        terms = {}
+        for name, loss in self.losses.items():
+            factor = self.weights[name] * loss.warmup(step.epoch)
+            own = {_joined(name, term): value for term, value in loss.terms(step).items()}
+            terms |= {term: factor * value if factor != 1.0 else value for term, value in own.items()}
+        return terms
+
+    def statistics(self, step: StepContext) -> dict[str, Tensor]:
+        """The statistics of all losses."""
+        return {
+            _joined(name, statistic): value
+            for name, loss in self.losses.items()
+            for statistic, value in loss.statistics(step).items()
+        }
+
+    def describe(self) -> str:
+        """One line: the sum."""
+        parts = [f"{self.weights[name]:g} * {loss.describe()}" for name, loss in self.losses.items()]
+        return " + ".join([f"{self.ce_weight:g} * CE", *parts])
+
+    def _collect_taps(self) -> None:
+        self.student_taps = tuple(dict.fromkeys(path for loss in self.losses.values() for path in loss.student_taps))
+        self.teacher_taps = tuple(dict.fromkeys(path for loss in self.losses.values() for path in loss.teacher_taps))
+
+
+def _joined(loss: str, term: str) -> str:
+    return loss if term == loss else f"{loss}/{term}"

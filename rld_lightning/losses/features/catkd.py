@@ -1,0 +1,124 @@
+"""Class attention transfer (CAT-KD): Guo et al., CVPR 2023, arXiv 2304.12777."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages, classifier_of
+from rld_lightning.models.teacher import hold_outside
+
+
+def catkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_classifier: Tensor,
+    teacher_classifier: Tensor,
+    *,
+    weight: float = 400.0,
+    pool_size: int = 2,
+    normalize: bool = True,
+) -> dict[str, Tensor]:
+    """Squared difference of the class activation maps, mean over samples, classes and positions.
+
+    A class activation map is what the classifier, without its bias, says about that class at each position: a 1x1
+    convolution of the last map. It is pooled first, which is the same and much cheaper, as both are linear.
+
+    The paper divides each map by its length; its published configurations do so for networks of different families
+    only, with other weights. In its code both networks lose the classifier's bias; here they keep it, the maps apart.
+
+    Args:
+        student: last map ``(B, channels, H, W)``.
+        teacher: likewise, of any size and number of channels.
+        student_classifier: weight ``(C, channels)`` of the student's classifier; takes part in the gradient.
+        teacher_classifier: the teacher's, likewise without gradient.
+        weight: factor on the term.
+        pool_size: height and width that the maps are average-pooled to; a smaller map is left as it is, and the other
+            pooled to its size.
+        normalize: bring the map of each class to length 1, so that only where the class is seen counts.
+
+    Returns:
+        ``{"catkd": weight * CAT}``.
+
+    Raises:
+        ValueError: maps, classifiers or hyper-parameters that do not fit.
+    """
+    _check(weight, pool_size)
+    check_pairs([student], [teacher])
+    if len(student_classifier) != len(teacher_classifier):
+        raise ValueError(
+            f"the student has {len(student_classifier)} classes and the teacher {len(teacher_classifier)}; "
+            "give both models the same num_classes."
+        )
+    student, teacher = pool_to_smaller(student, teacher, largest=pool_size)
+    ours = _activation_maps(student, student_classifier, normalize)
+    theirs = _activation_maps(teacher.detach(), teacher_classifier.detach(), normalize)
+    return {"catkd": weight * F.mse_loss(ours, theirs)}
+
+
+def _activation_maps(feature: Tensor, classifier: Tensor, normalize: bool) -> Tensor:
+    """``(B, channels, H, W)`` to ``(B, C, H * W)``."""
+    if feature.shape[1] != classifier.shape[1]:
+        raise ValueError(
+            f"a map of {feature.shape[1]} channels is not what a classifier of {classifier.shape[1]} features "
+            "classifies the average of; tap the last map."
+        )
+    maps = classifier.to(feature.dtype) @ feature.flatten(2)
+    if not normalize:
+        return maps
+    length = maps.norm(dim=-1, keepdim=True)
+    # With the usual small denominator instead, a map of zeros would have a gradient of 1e12.
+    return maps / length.masked_fill(length < 1e-12, torch.inf)
+
+
+def _check(weight: float, pool_size: int) -> None:
+    check_weights(weight=weight)
+    if not (isinstance(pool_size, int) and pool_size >= 1):
+        raise ValueError(f"pool_size={pool_size!r} is not allowed; it must be an integer >= 1.")
+
+
+class CATKDLoss(FeatureLoss):
+    """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`.
+
+    Args:
+        weight: factor on the term.
+        pool_size: height and width of the compared maps.
+        normalize: bring each map to length 1.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 400.0, pool_size: int = 2, normalize: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        _check(weight, pool_size)
+        self.weight = weight
+        self.pool_size = pool_size
+        self.normalize = normalize
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The map before the average."""
+        return (stages.last_map,)
+
+    def connect(
+        self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
+    ) -> None:
+        """Chooses the maps, and takes hold of both classifiers: the student's itself, a copy of the teacher's."""
+        super().connect(student, teacher, image_shape, train_label)
+        hold_outside(self, "_classifier", classifier_of(student))
+        self.register_buffer("teacher_classifier", classifier_of(teacher).weight.detach().clone(), persistent=False)
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``catkd``."""
+        return catkd_loss(
+            student[0],
+            teacher[0],
+            self._classifier.weight,
+            self.teacher_classifier,
+            weight=self.weight,
+            pool_size=self.pool_size,
+            normalize=self.normalize,
+        )

@@ -1,0 +1,157 @@
+"""Self-supervised distillation by singular value decomposition (KDSVD): Lee, Kim and Song, ECCV 2018."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages
+
+# A vector is aligned with one of this many more of the student's than are compared.
+SPARE_VECTORS = 3
+# Singular values whose squares differ by less than this part of the largest have directions made of rounding.
+SMALLEST_GAP = 1e-4
+
+
+def kdsvd_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1.0, num_vectors: int = 1
+) -> dict[str, Tensor]:
+    """Squared difference of how the singular vectors of neighbouring stages relate, over the batch size.
+
+    A map is taken as a matrix ``(channels * H, W)``. Its first right singular vectors, each times its singular value
+    (those as a vector of length 1), are compared with those of the next stage, element by element, by
+    ``exp(-(a - b)^2 / 8)``, and the student's results with the teacher's. Before that, each of the teacher's vectors is
+    given the most parallel of the student's first ``num_vectors + 3``, up to sign, and that one gets the teacher's
+    singular value.
+
+    This is mdistiller's arrangement; RepDistiller's matrices are ``(H * W, channels)``, which needs equally many
+    channels in both networks. Two things that the decomposition leaves open are settled here: a teacher's vector has
+    its largest element positive; and the gradient, infinite where singular values coincide, fades there instead.
+
+    Args:
+        student: at least two maps ``(B, channels, H, W)``, shallow to deep.
+        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
+        weight: factor on the term.
+        num_vectors: how many singular vectors of each map are compared; not more than the smallest map has.
+
+    Returns:
+        ``{"kdsvd": weight * KDSVD}``. It has no second derivative.
+
+    Raises:
+        ValueError: maps or hyper-parameters that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs(student, teacher)
+    _check_sizes([feature.shape for feature in (*student, *teacher)], len(student), num_vectors)
+    stages = [
+        _aligned_vectors(*pool_to_smaller(ours, theirs.detach()), num_vectors)
+        for ours, theirs in zip(student, teacher, strict=True)
+    ]
+    distances = []
+    for shallow, deep in pairwise(stages):
+        ours, theirs = (_relations(a, b) for a, b in zip(shallow, deep, strict=True))
+        distances.append((ours - theirs).square().sum() / len(ours))
+    return {"kdsvd": weight * sum(distances)}
+
+
+def _check_sizes(shapes: Sequence[torch.Size], num_stages: int, num_vectors: int) -> None:
+    if num_stages < 2:
+        raise ValueError("KDSVD relates neighbouring stages and needs at least two of them, got one.")
+    for shape in shapes:
+        if len(shape) != 4:
+            raise ValueError(f"KDSVD compares maps (B, channels, H, W), got {tuple(shape)}.")
+    fewest = min(min(channels * height, width) for _, channels, height, width in shapes)
+    if num_vectors > fewest:
+        raise ValueError(f"num_vectors={num_vectors!r} is not allowed; the smallest map has {fewest} singular vectors.")
+
+
+def _relations(shallow: Tensor, deep: Tensor) -> Tensor:
+    """``(B, W, n)`` and ``(B, V, n)`` to ``(B, V, W, n)``."""
+    return (-(deep.unsqueeze(2) - shallow.unsqueeze(1)).square() / 8).exp()
+
+
+def _aligned_vectors(student: Tensor, teacher: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's right singular vectors times the teacher's singular values, ``(B, W, n)``."""
+    # Right singular vectors are the eigenvectors of a small matrix (W, W); one decomposition for both networks.
+    gram, teacher_gram = (_columns_gram(feature) for feature in (student, teacher))
+    squares, vectors = torch.linalg.eigh(torch.cat([gram.detach(), teacher_gram]))
+    (squares, teacher_squares), (vectors, teacher_vectors) = squares.chunk(2), vectors.chunk(2)
+
+    # Eigenvalues come in ascending order.
+    theirs = teacher_vectors[..., -num_vectors:].flip(-1)
+    peak = theirs.gather(1, theirs.abs().argmax(1, keepdim=True))
+    theirs = torch.where(peak < 0, -theirs, theirs)
+    strength = F.normalize(teacher_squares[:, -num_vectors:].flip(-1).clamp(min=0).sqrt(), dim=1).unsqueeze(1)
+
+    rank = min(student.shape[1] * student.shape[2], student.shape[3])
+    candidates = slice(-min(num_vectors + SPARE_VECTORS, rank), None)
+    cosine = vectors[..., candidates].mT @ theirs
+    chosen = cosine.abs().argmax(1, keepdim=True)
+    ours = vectors[..., candidates].gather(2, chosen.expand_as(theirs))
+    ours = torch.where(cosine.gather(1, chosen) < 0, -ours, ours)
+    square = squares[:, candidates].gather(1, chosen.squeeze(1))
+    return _with_gradient(ours, square, gram, squares, vectors) * strength, theirs * strength
+
+
+def _columns_gram(feature: Tensor) -> Tensor:
+    matrix = feature.flatten(1, 2)
+    return matrix.mT @ matrix
+
+
+def _with_gradient(chosen: Tensor, square: Tensor, gram: Tensor, squares: Tensor, vectors: Tensor) -> Tensor:
+    """Eigenvectors with the gradient of ``gram`` attached.
+
+    To first order an eigenvector ``v`` of eigenvalue ``x`` moves by the sum over the others of
+    ``v_i (v_i . dG v) / (x - x_i)``. The derivative of ``eigh`` is the same, but infinite where two eigenvalues
+    coincide, as they do in every map with a dead part.
+
+    Args:
+        chosen: ``(B, W, n)`` eigenvectors.
+        square: ``(B, n)`` their eigenvalues.
+        gram: ``(B, W, W)``, carries the gradient.
+        squares: ``(B, W)`` all eigenvalues, ascending.
+        vectors: ``(B, W, W)`` all eigenvectors.
+    """
+    largest = squares[:, -1, None, None].clamp(min=torch.finfo(squares.dtype).tiny)
+    gap = (square.unsqueeze(1) - squares.unsqueeze(2)) / largest
+    inverse = gap / (gap.square() + SMALLEST_GAP**2) / largest
+    movement = (gram - gram.detach()) @ chosen  # a zero that carries the gradient
+    return chosen + vectors @ (inverse * (vectors.mT @ movement))
+
+
+class KDSVDLoss(FeatureLoss):
+    """``ce_weight * CE + weight * KDSVD`` on all stages but the stem; see :func:`kdsvd_loss`.
+
+    The decompositions make a GPU wait: they report to the host whether they succeeded.
+
+    Args:
+        weight: factor on the term.
+        num_vectors: how many singular vectors of each map are compared.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 1.0, num_vectors: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors={num_vectors!r} is not allowed; it must be an integer >= 1.")
+        self.weight = weight
+        self.num_vectors = num_vectors
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The stages."""
+        return stages.features[1:]
+
+    def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
+        """Has nothing to build; says at once that maps do not fit."""
+        _check_sizes([*student_shapes, *teacher_shapes], len(student_shapes), self.num_vectors)
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``kdsvd``."""
+        return kdsvd_loss(student, teacher, weight=self.weight, num_vectors=self.num_vectors)

@@ -1,0 +1,76 @@
+"""Neuron selectivity transfer (NST): Huang and Wang, 2017, arXiv 1707.01219."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages
+
+
+def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 50.0) -> dict[str, Tensor]:
+    """Maximum mean discrepancy between the channels of both networks, mean over the batch, summed over the stages.
+
+    Each channel of a map is a sample: a vector over the positions, of length 1. With the kernel
+    ``k(x, y) = (x . y)^2``, the paper's polynomial one, the squared discrepancy of a stage is::
+
+        mean k(t, t') + mean k(s, s') - 2 mean k(s, t)    over all pairs of channels
+
+    Args:
+        student: maps ``(B, channels, H, W)``, shallow to deep.
+        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
+        weight: factor on the term.
+
+    Returns:
+        ``{"nst": weight * NST}``.
+
+    Raises:
+        ValueError: maps or a weight that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs(student, teacher)
+    distances = []
+    for pair in zip(student, teacher, strict=True):
+        ours, theirs = (F.normalize(feature.flatten(2), dim=2) for feature in pool_to_smaller(*pair))
+        distances.append(_discrepancy(ours, theirs.detach()))
+    return {"nst": weight * sum(distances)}
+
+
+def _discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared discrepancy of two sets of channels ``(B, channels, positions)``, mean over the batch."""
+    if student.shape[2] <= min(student.shape[1], teacher.shape[1]):
+        # k is the inner product of x x^T and y y^T: the discrepancy is that of two matrices (positions, positions).
+        ours, theirs = (feature.mT @ feature / feature.shape[1] for feature in (student, teacher))
+        return (ours - theirs).square().sum((1, 2)).mean()
+    own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
+    return own - 2 * _mean_kernel(student, teacher)
+
+
+def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.mT).square().mean()
+
+
+class NSTLoss(FeatureLoss):
+    """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`.
+
+    Args:
+        weight: factor on the term.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 50.0, **options: Any) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        self.weight = weight
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The stages."""
+        return stages.features[1:]
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``nst``."""
+        return nst_loss(student, teacher, weight=self.weight)

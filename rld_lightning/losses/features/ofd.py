@@ -1,0 +1,156 @@
+"""Overhaul of feature distillation (OFD): Heo et al., ICCV 2019, arXiv 1904.01866."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages, stages_of
+from rld_lightning.models.taps import unwrap
+
+
+def ofd_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor], *, weight: float = 1e-3
+) -> dict[str, Tensor]:
+    """Squared difference of both networks before a ReLU, where it makes a difference after it.
+
+    With a map t of the teacher before its ReLU, s of the student and the margin m < 0 of each channel
+    (:func:`batch_norm_margin`)::
+
+        t' = max(t, m)                                  (margin ReLU)
+        d  = 0 if s <= t' <= 0, else (s - t')^2         (partial L2 distance)
+
+    Summed over channels and positions, averaged over the batch. The deepest stage counts whole, each shallower one half
+    of the next deeper, as in the published code.
+
+    Args:
+        student: maps ``(B, channels, H, W)``, shallow to deep, with the teacher's channels.
+        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller (before it is clipped).
+        margin: ``(channels,)`` of each stage, <= 0.
+        weight: factor on the term.
+
+    Returns:
+        ``{"ofd": weight * OFD}``.
+
+    Raises:
+        ValueError: maps, margins or hyper-parameters that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs(student, teacher)
+    total = 0.0
+    for depth, (*pair, low) in enumerate(zip(student, teacher, margin, strict=True), start=1):
+        ours, theirs = pool_to_smaller(*pair)
+        if ours.shape != theirs.shape or low.shape != theirs.shape[1:2]:
+            raise ValueError(
+                f"student map {tuple(ours.shape)}, teacher map {tuple(theirs.shape)} and margin {tuple(low.shape)} "
+                "must have the same channels; the student's go through a connector first."
+            )
+        theirs = torch.maximum(theirs.detach(), low.to(theirs).view(-1, 1, 1))
+        silent = (ours <= theirs) & (theirs <= 0)
+        distance = torch.where(silent, 0.0, ours - theirs).square().sum() / len(ours)
+        total = total + distance / 2 ** (len(student) - depth)
+    return {"ofd": weight * total}
+
+
+def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
+    """Expected value of what a ReLU cuts off after a batch norm: ``E[x | x < 0]`` of ``x ~ Normal(shift, scale^2)``.
+
+    Where almost nothing is negative (probability 0.001 or less) it is ``-3 |scale|`` instead, as in the published code.
+
+    Args:
+        scale: ``(channels,)``, the weight of the batch norm.
+        shift: ``(channels,)``, its bias.
+
+    Returns:
+        ``(channels,)``, at most 0, in the type of ``scale``.
+    """
+    # A scale of 0 is a constant: the limit is the shift if that is negative, and 0 otherwise.
+    sigma = scale.detach().double().abs().clamp(min=torch.finfo(torch.float64).tiny)
+    mean = shift.detach().double()
+    ratio = mean / sigma
+    negative = torch.special.ndtr(-ratio)
+    density = (-ratio.square() / 2).exp() / math.sqrt(2 * math.pi)
+    expected = mean - sigma * density / negative.clamp(min=1e-3)
+    return torch.where(negative > 1e-3, expected, -3 * sigma).to(scale)
+
+
+class OFDLoss(FeatureLoss):
+    """``ce_weight * CE + weight * OFD`` on all stages but the stem, before their ReLU; see :func:`ofd_loss`.
+
+    The student's maps go through a convolution and a batch norm each. The teacher runs in evaluation mode, as
+    everywhere here; the CIFAR code that published numbers come from leaves it in training mode. Refused are networks
+    whose stages do not end in a ReLU (MobileNetV2, timm's) and, as teachers, the ShuffleNets, where no single batch
+    norm comes before it.
+
+    Args:
+        weight: factor on the term; 1e-4 for ImageNet.
+        kernel_size: of the connectors' convolutions, odd.
+        teacher_norms: paths of the teacher's batch norms before its taps; ``None`` chooses them from its stages.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1e-3,
+        kernel_size: int = 1,
+        *,
+        teacher_norms: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size!r} is not allowed; it must be odd and >= 1 to keep the size.")
+        self.weight = weight
+        self.kernel_size = kernel_size
+        self.teacher_norms = tuple(teacher_norms or ())
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The inputs of the ReLUs that end the stages."""
+        return stages.preactivations[1:]
+
+    def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
+        """A convolution and a batch norm for each stage."""
+        pairs = zip(student_shapes, teacher_shapes, strict=True)
+        self.connectors = nn.ModuleList(_connector(ours[1], theirs[1], self.kernel_size) for ours, theirs in pairs)
+
+    def connect(
+        self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
+    ) -> None:
+        """As in the base; then reads the margins from the teacher's batch norms."""
+        super().connect(student, teacher, image_shape, train_label)
+        self.teacher_norms = (self.teacher_norms or stages_of(teacher).norms)[-len(self.teacher_taps) :]
+        if len(self.teacher_norms) < len(self.teacher_taps):
+            raise ValueError(
+                f"{type(unwrap(teacher)).__name__} has no single batch norm before the ReLUs of its stages; choose "
+                "another teacher or loss, or name one for each tap (+loss.teacher_norms=[...])."
+            )
+        for i, (path, connector) in enumerate(zip(self.teacher_norms, self.connectors, strict=True)):
+            norm = unwrap(teacher).get_submodule(path)
+            if getattr(norm, "num_features", None) != connector[0].out_channels or norm.weight is None:
+                raise ValueError(
+                    f"{path} is not a batch norm with {connector[0].out_channels} scales and shifts; name the one "
+                    f"before {self.teacher_taps[i]} (+loss.teacher_norms=[...])."
+                )
+            # Read anew from the teacher for each run, hence in no checkpoint.
+            self.register_buffer(f"margin{i}", batch_norm_margin(norm.weight, norm.bias), persistent=False)
+
+    def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's maps with the teacher's channels."""
+        return [connector(map_) for connector, map_ in zip(self.connectors, student, strict=True)], teacher
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``ofd``."""
+        margin = [getattr(self, f"margin{i}") for i in range(len(student))]
+        return ofd_loss(student, teacher, margin, weight=self.weight)
+
+
+def _connector(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))

@@ -1,0 +1,73 @@
+"""Probabilistic knowledge transfer (PKT): Passalis and Tefas, ECCV 2018, arXiv 1803.10837."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages
+
+EPS = 1e-7
+
+
+def pkt_loss(student: Tensor, teacher: Tensor, *, weight: float = 30000.0) -> dict[str, Tensor]:
+    """Divergence of the probabilities with which each sample of a batch picks the others as its neighbours.
+
+    The probabilities are the cosines of the features, brought to [0, 1] and divided by their sum over a row (section
+    3)::
+
+        mean over both i and j of p_ij log((p_ij + 1e-7) / (q_ij + 1e-7)),  p of the teacher, q of the student
+
+    The published code is followed: the diagonal, which the paper's sum leaves out, is kept, and the mean is over all
+    ``B^2`` entries. A sample without any feature has cosines of 0 and receives no gradient.
+
+    Args:
+        student: features ``(B, *)``.
+        teacher: features ``(B, *)``, of any other size; never receive a gradient.
+        weight: factor on the term.
+
+    Returns:
+        ``{"pkt": weight * PKT}``.
+
+    Raises:
+        ValueError: batch sizes or a weight that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs([student], [teacher])
+    q, p = _neighbour_probs(student), _neighbour_probs(teacher.detach())
+    return {"pkt": weight * (p * ((p + EPS).log() - (q + EPS).log())).mean()}
+
+
+def _neighbour_probs(feature: Tensor) -> Tensor:
+    feature = feature.flatten(1)
+    length = feature.norm(dim=1, keepdim=True)
+    # With the small denominator alone, a sample of zeros would have a gradient of 1e7.
+    unit = feature / (length + EPS).masked_fill(length == 0, torch.inf)
+    # Rounding can take the cosine of opposite features below -1, and the logarithm has no use for that.
+    similarity = (unit @ unit.mT + 1).clamp(min=0)
+    return similarity / similarity.sum(1, keepdim=True)
+
+
+class PKTLoss(FeatureLoss):
+    """``ce_weight * CE + weight * PKT`` of what the classifiers see; see :func:`pkt_loss`.
+
+    Args:
+        weight: factor on the term.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 30000.0, **options: Any) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        self.weight = weight
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The classifier's input."""
+        return (stages.pooled,)
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``pkt``."""
+        return pkt_loss(student[0], teacher[0], weight=self.weight)

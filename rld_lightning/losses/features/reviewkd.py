@@ -1,0 +1,162 @@
+"""Knowledge review (ReviewKD): Chen et al., CVPR 2021, arXiv 2104.09044."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages
+
+
+def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1.0) -> dict[str, Tensor]:
+    """Hierarchical context loss: squared differences of maps at several resolutions, summed over the stages.
+
+    Of each stage, the mean squared difference of the maps as they are, and average-pooled to 4 x 4, 2 x 2 and 1 x 1,
+    with weights 1, 1/2, 1/4, 1/8, divided by their sum. Resolutions that are not below the map's height
+    are left out, and the weights then move up.
+
+    Args:
+        student: maps ``(B, channels, H, W)``, after fusion.
+        teacher: as many maps of the same shapes.
+        weight: factor on the term.
+
+    Returns:
+        ``{"reviewkd": weight * HCL}``.
+
+    Raises:
+        ValueError: maps or hyper-parameters that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs(student, teacher)
+    total = 0.0
+    for ours, theirs in zip(student, teacher, strict=True):
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"student map {tuple(ours.shape)} and teacher map {tuple(theirs.shape)} must have the same shape; the "
+                "student's go through the fusion modules first."
+            )
+        difference = ours - theirs.detach()
+        # Pooling is linear, so that the difference can be pooled instead of both maps.
+        levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in (4, 2, 1) if size < ours.shape[2])]
+        shares = [0.5**level for level in range(len(levels))]
+        means = (share * level.square().mean() for share, level in zip(shares, levels, strict=True))
+        total = total + sum(means) / sum(shares)
+    return {"reviewkd": weight * total}
+
+
+class ReviewKDLoss(FeatureLoss):
+    """``ce_weight * CE + warmup * weight * HCL`` of fused features; see :func:`reviewkd_loss`.
+
+    The student's stages (stem left out) and its pooled features are fused from deep to shallow, each with what the
+    deeper ones have left, and compared with the teacher's stages before their ReLU and its pooled features. A teacher
+    without such places, like MobileNetV2 and timm's networks, shows its stages' outputs instead.
+
+    The published code tunes ``weight`` for each pair, from 0.6 to 8. It takes a width of fusion from its configuration
+    and ignores it; this follows what it does: the width of the student's pooled features, at most 512. Warm-up counts
+    epochs from 1 (the authors' own code counts from 0).
+
+    Args:
+        weight: factor on the term.
+        warmup_epochs: the term is multiplied by ``min(epoch / warmup_epochs, 1)``.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 1.0, *, warmup_epochs: int = 20, **options: Any) -> None:
+        super().__init__(warmup_epochs=warmup_epochs, **options)
+        check_weights(weight=weight)
+        self.weight = weight
+
+    def student_paths(self, stages: Stages) -> tuple[str, ...]:
+        """The stages and the pooled features."""
+        return *stages.features[1:], stages.pooled
+
+    def teacher_paths(self, stages: Stages) -> tuple[str, ...]:
+        """The stages before their ReLU, or as they are where there is none, and the pooled features."""
+        return *(stages.preactivations or stages.features)[1:], stages.pooled
+
+    def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
+        """One fusion module for each pair of features, deep to shallow."""
+        for shape in (*student_shapes, *teacher_shapes):
+            if len(shape) not in (2, 4):
+                raise ValueError(
+                    f"ReviewKD compares maps (B, channels, H, W) and vectors (B, D), not {tuple(shape)}; choose "
+                    "another network, or name module paths (+loss.student_taps=[...] +loss.teacher_taps=[...])."
+                )
+        width = min(512, student_shapes[-1][1])
+        pairs = reversed(list(zip(student_shapes, teacher_shapes, strict=True)))
+        self.fusions = nn.ModuleList(
+            Fusion(ours[1], width, theirs[1], has_deeper=i > 0) for i, (ours, theirs) in enumerate(pairs)
+        )
+
+    def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The fused maps, of the teacher's shapes; vectors become maps of one position."""
+        student, teacher = [_as_map(one) for one in student], [_as_map(one) for one in teacher]
+        fused, deeper = [], None
+        for fusion, ours, theirs in zip(self.fusions, reversed(student), reversed(teacher), strict=True):
+            out, deeper = fusion(ours, deeper, theirs.shape[2:])
+            fused.append(out)
+        return fused[::-1], teacher
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``reviewkd``."""
+        return reviewkd_loss(student, teacher, weight=self.weight)
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion (the paper's ABF) of one stage with what comes from the deeper ones.
+
+    Args:
+        in_channels: of the stage.
+        width: channels of what is passed on.
+        out_channels: of the teacher's stage.
+        has_deeper: whether there is anything deeper.
+    """
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, *, has_deeper: bool) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), _BatchNorm(width))
+        self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if has_deeper else None
+        self.widen = nn.Sequential(nn.Conv2d(width, out_channels, 3, padding=1, bias=False), _BatchNorm(out_channels))
+        nn.init.kaiming_uniform_(self.narrow[0].weight, a=1)
+        nn.init.kaiming_uniform_(self.widen[0].weight, a=1)
+
+    def forward(self, stage: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fuses.
+
+        Args:
+            stage: ``(B, in_channels, h, w)``.
+            deeper: ``(B, width, *, *)``, what the next deeper module passed on.
+            size: the teacher's height and width H, W.
+
+        Returns:
+            ``(B, out_channels, H, W)`` to compare, and ``(B, width, H, W)`` to pass on.
+        """
+        out = self.narrow(stage)
+        if self.attention is not None:
+            deeper = _resize(deeper, out.shape[2:])
+            ours, theirs = self.attention(torch.cat([out, deeper], 1)).split(1, 1)
+            out = ours * out + theirs * deeper
+        out = _resize(out, size)
+        return self.widen(out), out
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Takes a last batch of one vector too: it has no variance of its own, so the running statistics serve."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() > input.shape[1]:
+            return super().forward(input)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def _as_map(feature: Tensor) -> Tensor:
+    return feature if feature.ndim == 4 else feature[:, :, None, None]
+
+
+def _resize(map_: Tensor, size: Sequence[int]) -> Tensor:
+    return map_ if map_.shape[2:] == tuple(size) else F.interpolate(map_, tuple(size), mode="nearest")

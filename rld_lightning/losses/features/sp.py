@@ -1,0 +1,63 @@
+"""Similarity-preserving distillation (SP): Tung and Mori, ICCV 2019, arXiv 1907.09682."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs
+from rld_lightning.losses.numerics import check_weights
+from rld_lightning.models.factory import Stages
+
+
+def sp_loss(student: Tensor, teacher: Tensor, *, weight: float = 3000.0) -> dict[str, Tensor]:
+    """Squared difference of how similar both networks find the images of a batch, summed and divided by ``B^2``.
+
+    The similarities are the products of the flattened features, ``(B, B)``, each row as a vector of length 1
+    (section 3). A sample without any feature is similar to none, itself included.
+
+    Args:
+        student: features ``(B, *)``.
+        teacher: features ``(B, *)``, of any other size; never receive a gradient.
+        weight: factor on the term.
+
+    Returns:
+        ``{"sp": weight * SP}``.
+
+    Raises:
+        ValueError: batch sizes or a weight that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs([student], [teacher])
+    return {"sp": weight * (_similarities(student) - _similarities(teacher.detach())).square().mean()}
+
+
+def _similarities(feature: Tensor) -> Tensor:
+    feature = feature.flatten(1)
+    products = feature @ feature.mT
+    length = products.norm(dim=1, keepdim=True)
+    # With the usual small denominator instead, a sample of zeros would have a gradient of 1e12.
+    return products / length.masked_fill(length < 1e-12, torch.inf)
+
+
+class SPLoss(FeatureLoss):
+    """``ce_weight * CE + weight * SP`` on the last stage; see :func:`sp_loss`.
+
+    Args:
+        weight: factor on the term.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 3000.0, **options: Any) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        self.weight = weight
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The last stage."""
+        return stages.features[-1:]
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``sp``."""
+        return sp_loss(student[0], teacher[0], weight=self.weight)

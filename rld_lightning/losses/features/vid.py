@@ -1,0 +1,113 @@
+"""Variational information distillation (VID): Ahn et al., CVPR 2019, arXiv 1904.05835."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.models.factory import Stages
+
+# Added to every variance, so that a channel that is predicted perfectly keeps a finite loss.
+EPS = 1e-5
+
+
+def vid_loss(
+    mean: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor], *, weight: float = 1.0
+) -> dict[str, Tensor]:
+    """How unlikely the teacher's maps are under Gaussians around the predictions, summed over the stages.
+
+    Of each stage, with the predicted mean m and one variance v a channel, the constant left out::
+
+        mean over batch, channels and positions of ((t - m)^2 / v + log v) / 2
+
+    Args:
+        mean: predictions of the teacher's maps, ``(B, channels, H, W)`` each.
+        teacher: the maps, in the same shapes; never receive a gradient.
+        variance: ``(channels,)`` each, > 0.
+        weight: factor on the term.
+
+    Returns:
+        ``{"vid": weight * VID}`` in nats an element; negative where the predictions are good.
+
+    Raises:
+        ValueError: shapes or a weight that do not fit.
+    """
+    check_weights(weight=weight)
+    check_pairs(mean, teacher)
+    stages = []
+    for predicted, observed, spread in zip(mean, teacher, variance, strict=True):
+        if predicted.shape != observed.shape:
+            raise ValueError(
+                f"a prediction {tuple(predicted.shape)} and the teacher's map {tuple(observed.shape)} must have the "
+                "same shape."
+            )
+        # Averaged over batch and positions first: the rest has only one number a channel.
+        error = (observed.detach() - predicted).square().mean((0, 2, 3))
+        stages.append((error / spread + spread.log()).mean() / 2)
+    return {"vid": weight * sum(stages)}
+
+
+class VIDLoss(FeatureLoss):
+    """``ce_weight * CE + weight * VID`` on all stages but the stem; see :func:`vid_loss`.
+
+    Of each stage the mean comes from the student's map through a regressor (three 1x1 convolutions without bias, ReLU
+    between them), after the larger map has been average-pooled to the other's size; the variance is
+    ``softplus(log_scale) + 1e-5``, a learned number for each of the teacher's channels. Both are trained, as in the
+    paper and in RepDistiller; mdistiller keeps the variances out of reach of the optimiser, at their initial value.
+
+    Args:
+        weight: factor on the term.
+        init_variance: variance that training starts from.
+        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+    """
+
+    def __init__(self, weight: float = 1.0, init_variance: float = 5.0, **options: Any) -> None:
+        super().__init__(**options)
+        check_weights(weight=weight)
+        check_positive(init_variance=init_variance)
+        if init_variance <= EPS:
+            raise ValueError(f"init_variance={init_variance!r} is not allowed; it must be > {EPS}.")
+        self.weight = weight
+        self.init_variance = init_variance
+
+    def paths(self, stages: Stages) -> tuple[str, ...]:
+        """The stages."""
+        return stages.features[1:]
+
+    def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
+        """Makes the regressors and the parameters behind the variances."""
+        pairs = [(student[1], teacher[1]) for student, teacher in zip(student_shapes, teacher_shapes, strict=True)]
+        self.regressors = nn.ModuleList(_regressor(*channels) for channels in pairs)
+        softplus = self.init_variance - EPS
+        log_scale = softplus + math.log(-math.expm1(-softplus))
+        self.log_scales = nn.ParameterList(torch.full((theirs,), log_scale) for _, theirs in pairs)
+
+    def variances(self) -> list[Tensor]:
+        """The variances of each stage, ``(channels,)`` each."""
+        return [F.softplus(log_scale) + EPS for log_scale in self.log_scales]
+
+    def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The regressors on the student's maps; maps of one size."""
+        pooled = [pool_to_smaller(*pair) for pair in zip(student, teacher, strict=True)]
+        mean = [regressor(ours) for regressor, (ours, _) in zip(self.regressors, pooled, strict=True)]
+        return mean, [theirs for _, theirs in pooled]
+
+    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
+        """``vid``."""
+        return vid_loss(student, teacher, self.variances(), weight=self.weight)
+
+
+def _regressor(student: int, teacher: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(student, teacher, 1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(teacher, teacher, 1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(teacher, teacher, 1, bias=False),
+    )

@@ -1,0 +1,157 @@
+"""Multi-level logit distillation (MLKD): Jin et al., CVPR 2023, with both of its views.
+
+:mod:`rld_lightning.losses.mlkd_noaug` is the variant with a single view.
+"""
+
+from torch import Tensor
+
+from rld_lightning.losses.base import DistillationLoss, StepContext, cross_entropy
+from rld_lightning.losses.mlkd_noaug import OTHER_TEMPERATURES, divergences, one_view, valid_rows
+from rld_lightning.losses.numerics import check_positive, check_weights
+
+MODES = ("reference", "clean")
+
+
+def mlkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_strong: Tensor,
+    teacher_strong: Tensor,
+    label: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.9,
+    mode: str = "reference",
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """Samples of both views, relations of classes and relations of samples, each at five temperatures.
+
+    With teacher logits t, student logits s, ``P = softmax(t / T)`` and ``Q = softmax(s / T)``, both ``B x C``, of the
+    weak view unless it says strong, summed over the temperatures T (``temperature``, 3, 5, 2, 6)::
+
+        KD                = T^2 KL( P || Q )            averaged over the unsure samples
+        strong KD         = T^2 KL( P || Q ), strong    averaged over the batch
+        class correlation = || P' P - Q' Q ||^2 / n     among the n unsure classes
+        batch correlation = || P P' - Q Q' ||^2 / m     among the m unsure samples
+
+    A sample is unsure if its largest teacher probability is at most the batch's median, a class if its teacher
+    probability, summed over the batch, is at most the median of the classes. That is ``mode="clean"``.
+
+    The published code departs from this in three ways, and ``mode="reference"`` follows it, because the published
+    numbers come from it. It takes each sum over all samples or classes and multiplies it by the fraction of unsure ones
+    (which halves the terms of the weak view). Its strong KD takes the weak view at the temperatures 2 and 6. It
+    also computes correlations of the strong view, but adds them to nothing; they are left out in both modes.
+
+    Args:
+        student_logits: of the weak view, ``(B, C)``, any floating type; float16 and bfloat16 are computed in float32.
+            Of ``(B, C, *)`` every place is a sample, and the memory grows with the square of their number.
+        teacher_logits: the same shape; never receives a gradient.
+        student_strong: the student's logits of the strong view, the same shape.
+        teacher_strong: the teacher's, likewise; never receives a gradient.
+        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
+        temperature: the first of the five.
+        weight: factor on all terms.
+        mode: ``"reference"`` or ``"clean"``.
+        logit_standardization: z-score all logits for both KD (LSKD, arXiv 2403.01427); the correlations keep raw ones.
+        ignore_index: label of samples that count for nothing.
+
+    Returns:
+        ``kd`` and ``kd_strong`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
+        There is no ``reduction``, because they belong to the whole batch.
+
+    Raises:
+        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+    """
+    check_positive(temperature=temperature)
+    check_weights(weight=weight)
+    check_mode(mode)
+    if student_strong.shape != student_logits.shape:
+        raise ValueError(
+            f"student_strong {tuple(student_strong.shape)} must have the shape of student_logits "
+            f"{tuple(student_logits.shape)}: both are views of the same images."
+        )
+    student, teacher, valid = valid_rows(student_logits, teacher_logits, label, ignore_index)
+    strong = valid_rows(student_strong, teacher_strong, label, ignore_index)[:2]
+
+    first, others = (temperature, *OTHER_TEMPERATURES[:2]), OTHER_TEMPERATURES[2:]
+    options = {"logit_standardization": logit_standardization}
+    if mode == "reference":
+        of_first, of_others = divergences(student, teacher, first, others, **options)
+        (of_strong,) = divergences(*strong, first, **options)
+        divergence, of_strong = of_first + of_others, of_strong + of_others
+    else:
+        (divergence,) = divergences(student, teacher, (*first, *others), **options)
+        (of_strong,) = divergences(*strong, (*first, *others), **options)
+    terms = one_view(divergence, student, teacher, valid, (*first, *others), leave_out=mode == "clean")
+    # Samples that are ignored hold zeros: they diverge by nothing.
+    terms["kd_strong"] = of_strong.sum() / valid.sum().clamp(min=1)
+    return {name: weight * term for name, term in terms.items()}
+
+
+def check_mode(mode: str) -> None:
+    """Raises ``ValueError`` for a mode that :func:`mlkd_loss` does not have."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
+
+
+class MLKDLoss(DistillationLoss):
+    """``ce_weight * (CE + strong CE) + weight * (KD + strong KD + class correlation + batch correlation)``.
+
+    See :func:`mlkd_loss`. The cross-entropy of the strong view is the term ``ce_strong``; a warm-up, which the method
+    does not have, would scale it like the method's other terms. It reads both views from a :class:`StepContext`, so
+    that it cannot be called with two tensors of logits.
+
+    Defaults are those of CIFAR-100 in the public code, which trains for 480 epochs or more. On ImageNet:
+    ``temperature=1, weight=0.5, ce_weight=0.5``.
+    """
+
+    needs_strong_view = True
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        mode: str = "reference",
+        logit_standardization: bool = False,
+        *,
+        ce_weight: float = 0.1,
+        warmup_epochs: int = 1,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
+        check_positive(temperature=temperature)
+        check_weights(weight=weight)
+        check_mode(mode)
+        self.temperature = temperature
+        self.weight = weight
+        self.mode = mode
+        self.logit_standardization = logit_standardization
+
+    def terms(self, step: StepContext) -> dict[str, Tensor]:
+        """The terms of :func:`mlkd_loss`, and the cross-entropy of the strong view unless its weight is 0.
+
+        Raises:
+            ValueError: the step has no strong view, or as for :func:`mlkd_loss`.
+        """
+        if step.student_strong is None or step.teacher_strong is None:
+            raise ValueError(
+                "MLKDLoss needs a second, strongly augmented view of each image: give the data module strong_view=True "
+                "and the StepContext student_strong and teacher_strong, or use MLKDNoAugLoss."
+            )
+        terms = mlkd_loss(
+            step.student.logits,
+            step.teacher.logits,
+            step.student_strong.logits,
+            step.teacher_strong.logits,
+            step.label,
+            temperature=self.temperature,
+            weight=self.weight,
+            mode=self.mode,
+            logit_standardization=self.logit_standardization,
+            ignore_index=self.ignore_index,
+        )
+        if self.ce_weight:
+            strong = cross_entropy(step.student_strong.logits, step.label, self.ignore_index)
+            terms["ce_strong"] = self.ce_weight * strong
+        return terms

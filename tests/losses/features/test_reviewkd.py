@@ -1,0 +1,140 @@
+import pytest
+import torch
+from feature_tester import CLASSES, IMAGE_SHAPE, PAIRS, TRAIN_LABEL, FeatureTester
+from torch.testing import assert_close
+
+from rld_lightning.losses.features import ReviewKDLoss, reviewkd_loss
+from rld_lightning.models import create_model
+
+OUR_NAMES = {"conv1": "narrow", "att_conv": "attention", "conv2": "widen"}
+
+
+class TestReviewKD(FeatureTester):
+    module = ReviewKDLoss
+    settings = ({}, {"weight": 5.0})
+    golden_method = "reviewkd"
+    pairs = (*PAIRS, ("MobileNetV2", "resnet8"))
+
+    def golden(self, case, tensors):
+        if "student_maps" in tensors:
+            student, teacher = tensors["student_maps"], tensors["teacher_maps"]
+        else:
+            student = [*tensors["student_feats"], tensors["student_pooled"]]
+            teacher = [*tensors["teacher_preact"], tensors["teacher_pooled"]]
+            loss = ReviewKDLoss()
+            loss.build([one.shape for one in student], [one.shape for one in teacher])
+            parts = {key.split(".", 2)[1]: None for key in tensors["connector"]}
+            assert set(parts) == set(OUR_NAMES)
+            renamed = {
+                ".".join(OUR_NAMES.get(part, part) for part in key.split(".")): value
+                for key, value in tensors["connector"].items()
+            }
+            _, unexpected = loss.fusions.load_state_dict(renamed, strict=False)
+            assert not unexpected
+            student, teacher = loss.to(student[0].dtype).align(student, teacher)
+        return {"feature": reviewkd_loss(student, teacher, weight=case.hyper["feat_weight"])["reviewkd"]}
+
+
+def naive(student, teacher):
+    """One stage: a level, a sample, a channel and a cell at a time."""
+    size = student.shape[-1]
+    levels = [size, *(level for level in (4, 2, 1) if level < size)]
+    total, norm = 0.0, 0.0
+    for i, level in enumerate(levels):
+        cell = size // level
+        errors = []
+        for b in range(student.shape[0]):
+            for c in range(student.shape[1]):
+                for y in range(0, size, cell):
+                    for x in range(0, size, cell):
+                        window = (b, c, slice(y, y + cell), slice(x, x + cell))
+                        errors.append((student[window].mean() - teacher[window].mean()) ** 2)
+        total, norm = total + 0.5**i * torch.stack(errors).mean(), norm + 0.5**i
+    return total / norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_naive_formula(dtype):
+    torch.manual_seed(0)
+    student, teacher = ([torch.randn(2, 3, size, size).to(dtype) for size in (8, 4, 2, 1)] for _ in range(2))
+    expected = sum(naive(s.double(), t.double()) for s, t in zip(student, teacher, strict=True))
+    actual = reviewkd_loss(student, teacher, weight=3.0)["reviewkd"]
+    assert actual.dtype == dtype
+    assert_close(actual.double(), 3 * expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+def test_gradient():
+    student, teacher = torch.randn(2, 2, 2, 5, 5, dtype=torch.float64)
+    teacher.requires_grad_()
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: reviewkd_loss([s], [teacher.detach()])["reviewkd"], student)
+    reviewkd_loss([student], [teacher])["reviewkd"].backward()
+    assert teacher.grad is None
+
+
+def test_a_constant_difference_is_seen_alike_at_all_levels():
+    maps = [torch.randn(2, 3, size, size, dtype=torch.float64) for size in (32, 7, 3, 1)]
+    loss = reviewkd_loss([one + 0.5 for one in maps], maps)["reviewkd"]
+    assert_close(loss, torch.tensor(4 * 0.25, dtype=torch.float64))
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="same shape"):
+        reviewkd_loss([torch.randn(2, 3, 4, 4)], [torch.randn(2, 3, 8, 8)])
+    with pytest.raises(ValueError, match="vectors"):
+        ReviewKDLoss().build([torch.Size((2, 16, 8))], [torch.Size((2, 16, 8, 8))])
+
+
+def connected(teacher, student):
+    teacher, student = create_model(teacher, CLASSES).eval(), create_model(student, CLASSES)
+    loss = ReviewKDLoss()
+    loss.connect(student, teacher, IMAGE_SHAPE, TRAIN_LABEL)
+    return loss
+
+
+def test_places_and_width():
+    loss = connected("resnet14", "resnet8")
+    assert loss.student_taps == ("layer1", "layer2", "layer3", "fc:in")
+    assert loss.teacher_taps == ("layer1.1.relu:in", "layer2.1.relu:in", "layer3.1.relu:in", "fc:in")
+    assert [fusion.narrow[0].out_channels for fusion in loss.fusions] == [64] * 4
+    assert [fusion.widen[0].out_channels for fusion in loss.fusions] == [64, 64, 32, 16]
+    assert [fusion.attention is None for fusion in loss.fusions] == [True, False, False, False]
+    assert connected("vgg8", "MobileNetV2").fusions[0].narrow[0].out_channels == 512
+
+
+def test_a_teacher_without_preactivations_shows_its_stages():
+    assert connected("MobileNetV2", "resnet8").teacher_taps == ("blocks.2", "blocks.4", "blocks.6", "classifier:in")
+
+
+def test_fused_maps_have_the_teachers_shapes():
+    """ShuffleNets are half as large as their teachers throughout."""
+    loss = connected("resnet8x4", "ShuffleV1")
+    student = [torch.randn(2, channels, size, size) for channels, size in ((240, 16), (480, 8), (960, 4))]
+    teacher = [torch.randn(2, channels, size, size) for channels, size in ((64, 32), (128, 16), (256, 8))]
+    student, teacher = loss.align([*student, torch.randn(2, 960)], [*teacher, torch.randn(2, 256)])
+    assert [one.shape for one in student] == [one.shape for one in teacher]
+    assert teacher[-1].shape == (2, 256, 1, 1)
+
+
+def test_deeper_features_reach_shallower_maps_only():
+    loss = connected("resnet14", "resnet8").double().eval()
+    student = [torch.randn(2, channels, size, size) for channels, size in ((16, 32), (32, 16), (64, 8))]
+    teacher = [*student, torch.randn(2, 64)]
+    features = [one.double().requires_grad_() for one in (*student, torch.randn(2, 64))]
+    fused, _ = loss.align(features, teacher)
+    for i, one in enumerate(fused):
+        gradients = torch.autograd.grad(one.square().sum(), features, retain_graph=True, allow_unused=True)
+        assert [gradient is not None for gradient in gradients] == [j >= i for j in range(4)]
+
+
+def test_a_batch_of_one():
+    loss = connected("resnet14", "resnet8")
+    student = [torch.randn(1, channels, size, size) for channels, size in ((16, 32), (32, 16), (64, 8))]
+    fused, _ = loss.align([*student, torch.randn(1, 64)], [*student, torch.randn(1, 64)])
+    sum(one.square().sum() for one in fused).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
+
+
+def test_defaults_are_the_published_codes():
+    loss = ReviewKDLoss()
+    assert (loss.weight, loss.ce_weight, loss.warmup_epochs) == (1.0, 1.0, 20)
