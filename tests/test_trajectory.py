@@ -99,7 +99,7 @@ def deviation(found, expected, keys=LOSSES):
     return max(abs(found[key] - expected[key]) / abs(expected[key]) for key in keys)
 
 
-@pytest.mark.parametrize("method", ["rld", "kd"])
+@pytest.mark.parametrize("method", ["rld", pytest.param("kd", marks=pytest.mark.slow)])
 def test_float64_trajectory_is_the_references(method, tmp_path):
     facts, module, steps = train(method, torch.float64, tmp_path)
 

@@ -25,6 +25,8 @@ SCENARIOS = [
     "many_classes",
     "confident",
 ]
+# Half logits are computed in float32, so that a few scenarios tell whether they get there.
+RUNS = [(s, d) for d in DTYPES for s in SCENARIOS if d.itemsize > 2 or s in ("random", "ties", "confident")]
 SATURATED = [1e3, 1e4]
 
 
@@ -172,8 +174,7 @@ class LossTester:
 
     # Values
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("scenario", SCENARIOS)
+    @pytest.mark.parametrize(("scenario", "dtype"), RUNS, ids=str)
     def test_naive_formula(self, scenario, dtype, hyper):
         student, teacher, label = batch(scenario)
         self.assert_naive(student, teacher, label, hyper, dtype)
