@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 import rld_lightning.config
 from rld_lightning.cli import expand_combined_loss
-from rld_lightning.losses import DistillationLoss
+from rld_lightning.losses import DistillationLoss, LogitLoss
 from rld_lightning.models import list_models
 from rld_lightning.models.store import PUBLISHED_URL
 
@@ -50,9 +50,13 @@ def test_the_fourteen_pairs_of_the_benchmark_are_there():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss(loss):
-    assert isinstance(instantiate(compose(f"loss={loss}").loss), DistillationLoss)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(name):
+    cfg = compose(f"loss={name}").loss
+    loss = instantiate(cfg)
+    assert isinstance(loss, DistillationLoss)
+    if isinstance(loss, LogitLoss) and name != "atkd":  # which always does
+        assert isinstance(cfg.logit_standardization, bool)
 
 
 @pytest.mark.parametrize("model", PAIRS)

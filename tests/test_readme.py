@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_config import CONF, LOSSES, compose
 
-from rld_lightning.models import factory
+from rld_lightning.losses import ModelOutput, StepContext
+from rld_lightning.models import create_model, factory, forward_with_taps
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -33,6 +34,33 @@ def test_a_loss_in_a_loop_of_your_own():
     exec(block("criterion = RLDLoss"), scope)
     assert set(scope["terms"]) == {"ce", "scd", "mcd"}
     assert student.grad.abs().sum() > 0
+
+
+def pair():
+    return create_model("resnet14", 10).eval(), create_model("resnet8", 10)
+
+
+def test_a_loss_on_features_in_a_loop_of_your_own():
+    teacher, student = pair()
+    scope = {"torch": torch, "teacher": teacher, "student": student, "train_label": torch.arange(10)}
+    scope |= {"images": torch.randn(4, 3, 32, 32), "label": torch.arange(4)}
+    exec(block("criterion = ReviewKDLoss"), scope)
+    sum(scope["terms"].values()).backward()
+    assert all(p.grad is not None for p in [*student.parameters(), *scope["criterion"].parameters()])
+
+
+def test_adding_a_loss_on_features():
+    scope = {}
+    exec(block("class HintLoss"), scope)
+    teacher, student = pair()
+    loss = scope["HintLoss"]()
+    loss.connect(student, teacher, (3, 32, 32), torch.arange(10))
+    assert loss.widen.weight.shape == (64, 64, 1, 1)
+    images = torch.randn(4, 3, 32, 32)
+    outputs = [ModelOutput(*forward_with_taps(student, images, loss.student_taps))]
+    outputs.append(ModelOutput(*forward_with_taps(teacher, images, loss.teacher_taps)))
+    sum(loss(StepContext(*outputs, torch.arange(4))).values()).backward()
+    assert loss.widen.weight.grad.abs().sum() > 0
 
 
 def test_adding_a_loss():

@@ -61,11 +61,12 @@ def plot_curves(run: Path, title: str) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.has_data():
             axes.legend()
-        else:
-            axes.text(0.5, 0.5, "no teacher in this run", ha="center", va="center", transform=axes.transAxes)
     for name, values in _learning_rates(run).items():
         rate.plot(values.index, values, label=name, drawstyle="steps-post")
     rate.set(title="Learning rate", xlabel="step")
+    for axes, nothing in ((teacher, "no teacher in this run"), (rate, "too few steps to be logged")):
+        if not axes.has_data():
+            axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
     for axes in (accuracy, loss, teacher, rate):
         axes.grid(alpha=0.3)
     path = run / "curves.png"
