@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,21 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     """
 
     quiet_lightning()
-    sys.argv[1:] = expand_combined_loss([*overrides, *sys.argv[1:]])
+    try:
+        sys.argv[1:] = expand_combined_loss(_in_front(overrides, sys.argv[1:]))
+    except ValueError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
 
     def guarded(cfg: DictConfig) -> float | None:
         try:
             return task(cfg)
         except UserError as error:
-            # In a sweep the failed trial is Hydra's to record.
-            if os.environ.get("HYDRA_FULL_ERROR") or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the failed trial is the sweep's to record
             sys.exit(2)
 
     try:
@@ -51,16 +56,35 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         raise
 
 
-def expand_combined_loss(overrides: list[str]) -> list[str]:
+def expand_combined_loss(arguments: list[str]) -> list[str]:
     """Spells out ``loss=[rld,at]``, for which Hydra has no word of its own.
 
     It becomes ``loss=combined``, each loss's options at ``loss.<name>`` and its weight, 1, at ``loss.weights.<name>``.
+
+    Raises:
+        ValueError: a list of fewer than two losses, with one twice, or as one of several values of a sweep. Hydra would
+            take it for something else.
     """
-    found = [(override, re.fullmatch(r"loss=\[([\w\s,]*)\]", override)) for override in overrides]
-    names = [name.strip() for _, match in found if match for name in match[1].split(",")]
+    lists = [argument for argument in arguments if re.match(r"\+*loss=.*\[", argument)]
+    if not lists:
+        return arguments
+    match = re.fullmatch(r"loss=\[([\w\s,]*)\]", lists[0])
+    names = [name.strip() for name in match[1].split(",")] if match else []
+    if len(lists) > 1 or not all(names) or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"{' '.join(lists)} is not a combination of losses: write loss=[rld,at], two or more, each once. To sweep "
+            "over combinations, start one command for each."
+        )
     expanded = [f"+loss@loss.{name}={name}" for name in names] + [f"+loss.weights.{name}=1.0" for name in names]
-    # In front, so that weights and options given anywhere on the command line find their keys.
-    return expanded + ["loss=combined" if match else override for override, match in found]
+    # In front, so that weights and options given anywhere find their keys.
+    return _in_front(expanded, ["loss=combined" if argument in lists else argument for argument in arguments])
+
+
+def _in_front(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Puts overrides before those on a command line, but behind its flags, which must not stand between overrides."""
+    is_override = ["=" in argument and not argument.startswith("-") for argument in arguments]
+    first = is_override.index(True) if any(is_override) else len(arguments)
+    return [*arguments[:first], *overrides, *arguments[first:]]
 
 
 def _suggest(config_name: str) -> None:

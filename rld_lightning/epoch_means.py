@@ -23,7 +23,9 @@ class EpochMeans:
         counted = torch.stack([value.detach() for value in values.values()])
         if counted.device.type != "mps":  # which has no float64
             counted = counted.double()
-        counted = torch.cat([counted * weight, counted.new_full((1,), weight)])
+        # The means of no samples are NaN, and so is zero times that.
+        counted = counted * weight if weight else torch.zeros_like(counted)
+        counted = torch.cat([counted, counted.new_full((1,), weight)])
         self._names = tuple(values)
         self._totals = counted if self._totals is None else self._totals + counted
 

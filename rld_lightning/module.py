@@ -91,9 +91,10 @@ class DistillationModule(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Brings the teacher to the student's device."""
+        """Brings the teacher to the student's device, or its shares to the devices of this machine."""
         if self.teacher is not None:
-            self.teacher.to(self.trainer.strategy.root_device)
+            processes = self.trainer.world_size // self.trainer.num_nodes
+            self.teacher.place(self.trainer.strategy.root_device, processes)
 
     def forward(self, images: Tensor) -> Tensor:
         """The student's logits ``(B, C)``."""
@@ -154,8 +155,11 @@ class DistillationModule(LightningModule):
         self._log_epoch("test")
 
     def _evaluation_step(self, split: str, batch: Batch) -> dict[str, Tensor]:
-        logits = self.student(batch.images)
-        self._update(split, logits, batch.label)
+        if len(batch.label):
+            logits = self.student(batch.images)
+            self._update(split, logits, batch.label)
+        else:  # no image of the batch could be read; the other ranks wait for this one all the same
+            logits = batch.images.new_zeros(0, self.hparams.num_classes)
         self.means[split].update({f"{split}/ce": cross_entropy(logits, batch.label)}, len(batch.label))
         return {"student_logits": logits, "label": batch.label}
 

@@ -1,10 +1,11 @@
-"""Measure by ratio: `loss` (RLD's time and memory), `step` (a training step), `losses` (a step with each loss)."""
+"""Measure by ratio: `loss` (RLD's time and memory), `step` and `losses` (training steps), `data` (reading JPEGs)."""
 
 import argparse
 
 import torch
 
 from rld_lightning.tasks.bench import bench_loss, bench_losses, bench_step, configured_losses
+from rld_lightning.tasks.bench_data import bench_data
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -24,8 +25,16 @@ if __name__ == "__main__":
         step.add_argument("--batch", type=int, default=64)
         step.add_argument("--size", type=int, default=32, help="height and width of the images")
     step.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
+    data = what.add_parser("data", help="JPEG files to training crops on one core, against the usual Pillow pipeline")
+    data.add_argument("--images", type=int, default=64)
+    data.add_argument("--width", type=int, default=500)
+    data.add_argument("--height", type=int, default=375)
+    data.add_argument("--quality", type=int, default=90)
+    data.add_argument("--size", type=int, default=224, help="height and width of the crops")
     options = parser.parse_args()
-    if options.what == "loss":
+    if options.what == "data":
+        bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
+    elif options.what == "loss":
         bench_loss(options.batch, options.classes, options.device, options.rounds)
     else:
         job = (options.teacher, options.student, options.batch, (3, options.size, options.size))

@@ -1,5 +1,6 @@
 """The configuration: everything composes, what it names exists, and mistakes are explained."""
 
+import inspect
 import socket
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from rld_lightning.models.store import PUBLISHED_URL
 
 CONF = Path(__file__).parents[1] / "conf"
 PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]
-SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - {"pair", "single"})
+IMAGENET_PAIRS = ["resnet34_to_resnet18", "resnet50_to_mobilenetv1"]
+FRAMES = {"pair", "imagenet_pair", "single"}
+SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - FRAMES)
 LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
 MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
 
@@ -40,14 +43,38 @@ def pair(name):
     return compose(f"model={name}")
 
 
+@cache
+def unresolved(override):
+    return OmegaConf.to_container(compose(override, resolve=False))
+
+
+def loss_of(model, loss, recipe="cifar240"):
+    """The loss's settings for a model; every choice is composed once, which is what takes the time."""
+    choices = {"model": model, "loss": loss, "recipe": recipe}
+    cfg = OmegaConf.create({group: unresolved(f"{group}={choice}")[group] for group, choice in choices.items()})
+    OmegaConf.resolve(cfg)
+    return cfg.loss
+
+
+def teachers_and_students(names):
+    return {(pair(name).model.teacher.name, pair(name).model.student.name) for name in names}
+
+
 def test_the_fourteen_pairs_of_the_benchmark_are_there():
-    teachers_and_students = {(pair(name).model.teacher.name, pair(name).model.student.name) for name in PAIRS}
-    assert teachers_and_students == {
+    assert teachers_and_students(set(PAIRS) - set(IMAGENET_PAIRS)) == {
         ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("wrn_40_2", "wrn_16_2"),
         ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("resnet110", "resnet20"),
         ("resnet32x4", "ShuffleV2"), ("resnet32x4", "wrn_16_2"), ("resnet32x4", "wrn_40_2"),
         ("wrn_40_2", "resnet8x4"), ("wrn_40_2", "MobileNetV2"), ("vgg13", "MobileNetV2"), ("ResNet50", "MobileNetV2"),
     }  # fmt: skip
+
+
+def test_the_two_pairs_of_imagenet_are_there_with_torchvisions_teachers():
+    assert teachers_and_students(IMAGENET_PAIRS) == {
+        ("torchvision/resnet34", "torchvision/resnet18"), ("torchvision/resnet50", "MobileNetV1"),
+    }  # fmt: skip
+    assert {pair(name).model.teacher.weights for name in IMAGENET_PAIRS} == {"pretrained"}
+    assert {pair(name).model.teacher.weights for name in PAIRS if name not in IMAGENET_PAIRS} == {"auto"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -61,12 +88,14 @@ def test_every_loss(name):
 
 @pytest.mark.parametrize("model", PAIRS)
 def test_every_pair_with_the_losses_that_are_tuned_for_pairs(model):
-    cfg = compose(f"model={model}")
-    assert cfg.model.label == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+    cfg = pair(model)
+    # Names of the libraries' networks, without the library: labels are folders.
+    plain = [name.removeprefix("torchvision/") for name in (cfg.model.teacher.name, cfg.model.student.name)]
+    assert cfg.model.label == (model if model in IMAGENET_PAIRS else "_to_".join(plain))
     tuned = {path.stem for path in (CONF / "loss").glob("*.yaml") if "model.tuned" in path.read_text()}
     assert tuned >= {"dkd"}
     for loss in tuned:
-        assert isinstance(instantiate(compose(f"model={model}", f"loss={loss}").loss), DistillationLoss)
+        assert isinstance(instantiate(loss_of(model, loss)), DistillationLoss)
 
 
 def test_losses_combine_in_a_list():
@@ -74,8 +103,35 @@ def test_losses_combine_in_a_list():
     loss = instantiate(cfg.loss)
     assert (loss.weights, loss.ce_weight) == ({"rld_ls": 1.0, "at": 0.5}, 0.5)
     assert (loss.losses["rld_ls"].logit_standardization, loss.losses["at"].weight) == (True, 10)
-    assert rld_lightning.config.loss_name(cfg.loss) == "RLD+AT"
+    assert rld_lightning.config.loss_name(cfg.loss) == "rld_ls+at"
     assert expand_combined_loss(["seed=1", "loss=rld"]) == ["seed=1", "loss=rld"]
+
+
+@pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], []])
+def test_a_list_of_losses_stands_behind_the_flags(flags):
+    expanded = expand_combined_loss([*flags, "seed=1", "loss=[kd,at]"])
+    assert expanded[: len(flags)] == flags
+    names = ["+loss@loss.kd=kd", "+loss@loss.at=at", "+loss.weights.kd=1.0", "+loss.weights.at=1.0"]
+    assert expanded[len(flags) :] == [*names, "seed=1", "loss=combined"]
+
+
+@pytest.mark.parametrize(
+    "loss", ["loss=[]", "loss=[rld]", "loss=[rld,]", "loss=[rld,rld]", "loss=kd,[kd,swap]", 'loss=["kd","swap"]']
+)
+def test_what_hydra_would_take_for_another_loss_is_refused(loss):
+    with pytest.raises(ValueError, match=r"is not a combination of losses: write loss=\[rld,at\]"):
+        expand_combined_loss(["-m", loss])
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "_" not in name or name == "mlkd_noaug"])
+def test_configured_values_are_the_defaults_of_the_class(name):
+    cfg = compose("model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", f"loss={name}").loss
+    defaults = {}
+    for cls in reversed(type(instantiate(cfg)).__mro__):
+        if "__init__" in vars(cls):
+            defaults |= {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items()}
+    values = {key: value for key, value in cfg.items() if key not in ("_target_", "warmup_epochs")}
+    assert values == {key: defaults[key] for key in values}
 
 
 def test_a_run_folder_is_named_after_the_losses():
@@ -115,6 +171,66 @@ def test_what_a_pair_needs_stands_in_one_place_and_yields_to_the_command_line():
     assert compose("model=resnet32x4_to_resnet8x4", "loss=dkd").loss.beta == 8.0
 
 
+@pytest.mark.parametrize("model", [*PAIRS, "imagenet_pair"])
+def test_every_setting_of_a_pair_reaches_its_loss(model):
+    tuned = dict(pair(model).model.tuned or {})
+    assert tuned.pop("lr", 0.01) == 0.01
+    for name, settings in tuned.items():
+        loss = loss_of(model, name)
+        assert {key: loss[key] for key in settings} == settings, name
+
+
+# What METHODS and the methods' code say for ImageNet: both pairs, or one value for each.
+IMAGENET = {
+    "rld": {"alpha": 1, "beta": (0.5, 2), "temperature": 1, "ce_weight": 1, "confidence_temperature": None},
+    "rld_reference": {"beta": (0.5, 2), "temperature": 1, "confidence_temperature": 1},
+    "rld_scd": {"alpha": 1, "beta": 0, "temperature": 1},
+    "rld_ls": {"alpha": 9, "beta": (4.5, 18), "temperature": 2},
+    "kd": {"temperature": 1, "weight": 0.5, "ce_weight": (1, 0.5)},
+    "kd_ls": {"temperature": 2, "weight": 9, "ce_weight": 1},
+    "dkd": {"alpha": 1, "beta": (0.5, 2), "temperature": 1, "ce_weight": 1},
+    "dkd_ls": {"alpha": 9, "beta": (4.5, 18), "temperature": 2},
+    "nkd": {"gamma": 1.5, "temperature": 1},
+    "dist": {"beta": 2, "gamma": 2, "temperature": 1, "ce_weight": 1},
+    "ctkd": {"weight": 1, "ce_weight": 1, "curriculum_epochs": 5},
+    "normkd": {"temperature": 1, "weight": 0.5, "ce_weight": 0.5},
+    "mlkd": {"temperature": 1, "weight": 0.5, "ce_weight": 0.5},
+    "swap": {"temperature": 1, "weight": 1, "ce_weight": 0},
+    "rc": {"temperature": 1, "kd_weight": 1, "rc_weight": 0.1, "ce_weight": 1},
+    "ofd": {"weight": 1e-4},
+    "reviewkd": {"weight": (1, 8), "warmup_epochs": 1},
+    "crd": {"weight": 0.8},
+}
+IMAGENET_RESNETS = {  # published for this pair alone
+    "eakd": {"temperature": 1, "weight": 0.5, "entropy_temperature": 2, "ce_weight": 1},
+    "eadkd": {"beta": 0.5, "temperature": 1, "entropy_temperature": 3},
+    "dhkd": {"head": "linear", "align_gradients": False, "weight": 0.1, "temperature": 2},
+    "catkd": {"weight": 0.5, "pool_size": 4, "normalize": False},
+}
+
+
+@pytest.mark.parametrize("loss", [*IMAGENET, *IMAGENET_RESNETS])
+def test_losses_have_the_published_settings_on_imagenet(loss):
+    for position, model in enumerate(IMAGENET_PAIRS[: 2 if loss in IMAGENET else 1]):
+        expected = (IMAGENET | IMAGENET_RESNETS)[loss]
+        expected = {key: value[position] if isinstance(value, tuple) else value for key, value in expected.items()}
+        settings = loss_of(model, loss, "imagenet100")
+        assert {key: settings[key] for key in expected} == expected
+        assert settings.get("warmup_epochs", 1) == 1
+
+
+def test_imagenets_settings_yield_to_the_command_line_and_reach_combinations():
+    model = "model=resnet34_to_resnet18"
+    cfg = compose(model, "loss=rld", "loss.beta=3", "loss.temperature=2")
+    assert (cfg.loss.beta, cfg.loss.temperature) == (3, 2)
+    assert compose(model, "loss=rld", "model.tuned.rld.beta=3").loss.beta == 3
+    assert compose(model, "loss=[rld,ofd]").loss.rld.beta == 0.5
+    assert compose(model, "loss=[rld,ofd]").loss.ofd.weight == 1e-4
+    own = ("model.teacher.name=timm/convnext_tiny", "model.student.name=torchvision/resnet18")
+    cfg = compose("model=imagenet_pair", *own, "loss=rld")
+    assert (cfg.loss.temperature, cfg.loss.beta, cfg.model.teacher.weights) == (1, 8, "pretrained")
+
+
 def test_rld_takes_one_temperature_and_the_reference_takes_two():
     assert compose("loss=rld").loss.confidence_temperature is None
     assert compose("loss=rld_reference").loss.confidence_temperature == 1.0
@@ -129,6 +245,15 @@ def test_cifar240_is_the_literatures_recipe():
         "_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
     }  # fmt: skip
     assert (recipe.scheduler.milestones, recipe.scheduler.gamma) == ([150, 180, 210], 0.1)
+
+
+def test_imagenet100_is_the_literatures_recipe():
+    recipe = compose("recipe=imagenet100", "data=imagefolder", "data.root=/data").recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (100, 512, 1)
+    assert dict(recipe.optimizer) == {
+        "_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.2, "momentum": 0.9, "weight_decay": 1e-4,
+    }  # fmt: skip
+    assert (recipe.scheduler.milestones, recipe.scheduler.gamma) == ([30, 60, 90], 0.1)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (CONF / "data").glob("*.yaml")])

@@ -4,6 +4,7 @@ from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.data.cifar100 import CIFAR100DataModule
 from rld_lightning.data.digits import DigitsDataModule
 from rld_lightning.data.imagefolder import ImageFolderDataModule
+from rld_lightning.data.imagenet import ImageNetDataModule
 from rld_lightning.data.in_memory import InMemoryDataModule, InMemoryLoader
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "ImageNetDataModule",
     "InMemoryDataModule",
     "InMemoryLoader",
 ]

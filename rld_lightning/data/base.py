@@ -50,6 +50,27 @@ def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fr
     return torch.from_numpy(kept).sort().values, torch.from_numpy(held_out).sort().values
 
 
+def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Choose a fraction of the samples of each class, but at least one.
+
+    With one seed, a smaller fraction chooses among the samples of a larger one.
+
+    Args:
+        labels: Classes, int64 (N,).
+        fraction: Share of the samples to choose, in (0, 1].
+        seed: Seed of the choice.
+
+    Returns:
+        The sorted positions of the chosen samples, int64.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    chosen = (fraction * counts).round().clamp(min=1)
+    return order[place < chosen[labels[order]]].sort().values
+
+
 class ImageDataModule(LightningDataModule):
     """The common face of the data sets: splits, batch sizes and a description.
 
@@ -58,7 +79,9 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: Largest evaluation batch over all processes.
         val_fraction: Share of the training split to hold out for validation, stratified, in [0, 1). With 0 validation
             runs on the test split, as the literature does; tune with more than 0.
-        seed: Seed of the validation split, of the order of training samples and of their augmentation.
+        subset: Share of the training images to train on, stratified, in (0, 1], for quick trials; validation and test
+            images stay as they are.
+        seed: Seed of the validation split, of the subset, of the order of training samples and of their augmentation.
         augment: Whether training images are augmented.
         flip: Whether augmentation mirrors images with probability 1/2.
         shuffle: Whether training samples are permuted anew in each epoch.
@@ -89,6 +112,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         val_fraction: float = 0.0,
+        subset: float = 1.0,
         seed: int = 0,
         augment: bool = True,
         flip: bool = True,
@@ -105,11 +129,14 @@ class ImageDataModule(LightningDataModule):
                 f"val_fraction={val_fraction} must be in [0, 1): 0 validates on the test split, "
                 "0.1 holds out a tenth of the training split."
             )
+        if not 0 < subset <= 1:
+            raise ValueError(f"subset={subset} must be in (0, 1]: 1 trains on all images, 0.01 on a hundredth of them.")
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed={seed} must be in [0, 2**32), the range that scikit-learn accepts.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
+        self.subset = subset
         self.seed = seed
         self.augment = augment
         self.flip = flip
@@ -159,9 +186,10 @@ class ImageDataModule(LightningDataModule):
     def describe(self) -> str:
         """Return one line for the console: name, classes, sizes and what validation runs on."""
         shape = "x".join(map(str, self.image_shape))
+        subset = f" (subset {self.subset:g})" if self.subset < 1 else ""
         return (
-            f"{self.name}: {self.num_classes} classes, {shape}, {self.train_size:,} train and {self.test_size:,} test "
-            f"images, validated on {self.validated_on}"
+            f"{self.name}: {self.num_classes} classes, {shape}, {self.train_size:,} train{subset} and "
+            f"{self.test_size:,} test images, validated on {self.validated_on}"
         )
 
     def train_sampler(self) -> EpochSampler:

@@ -83,6 +83,10 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
             f"{root} has {TRAIN_FOLDER}/ but none of {', '.join((*VAL_FOLDERS, TEST_FOLDER))} beside it: add one, or "
             f"set root to {root / TRAIN_FOLDER} to hold out test_fraction of its images."
         )
+    if folders and set(folders) <= {*VAL_FOLDERS, TEST_FOLDER}:
+        raise ValueError(
+            f"{root} has {folders[0]}/ but no {TRAIN_FOLDER}/ beside it: add the class folders of the training images."
+        )
     images = list_images(root)
     kept, held_out = stratified_split(images.labels, test_fraction, TEST_SEED, "test_fraction")
     return {"train": images.take(kept), "test": images.take(held_out)}

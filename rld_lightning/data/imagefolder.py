@@ -1,137 +1,24 @@
 """Any folder of class folders, such as ImageNet: too big for the device, hence streamed by worker processes."""
 
-import os
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from rld_lightning.data.augment import Normalize
-from rld_lightning.data.base import Batch, ImageDataModule, stratified_split
+from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
+from rld_lightning.data.base import ImageDataModule, stratified_split, stratified_subset
+from rld_lightning.data.decode import DECODERS
 from rld_lightning.data.image_list import ImageList, find_splits
-from rld_lightning.data.loader import EpochLoader
-from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.data.streaming import RandomCropFlip, StreamedImages, StreamingLoader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class StreamedImages(Dataset):
-    """Decode and transform single images; a key is the index of an image and the seed of its augmentation.
-
-    Args:
-        images: The files.
-        transform: Applied to each uint8 image (3, H, W); must give equal shapes.
-        strong: Applied to the same image for a second view, likewise.
-    """
-
-    def __init__(self, images: ImageList, transform: v2.Transform, strong: v2.Transform | None = None) -> None:
-        self.images = images
-        # The second draws after the first, which is therefore the same with and without it.
-        self.transforms = [transform] if strong is None else [transform, strong]
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int, ...]:
-        """Return the first view, the class, the index and, where there is one, the second view."""
-        index, seed = key
-        image = read_image(os.fsdecode(self.images.paths[index]))
-        # Transforms draw from the global generator. Seeding it for each image makes the result independent of which
-        # worker loads it, and restoring it leaves the random state of training alone. Only the CPU generator: the
-        # common `torch.manual_seed` would touch CUDA's in every worker.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            first, *second = (transform(image) for transform in self.transforms)
-        return first, self.images.labels[index], index, *second
-
-    def __len__(self) -> int:
-        return len(self.images.labels)
-
-
-def read_image(path: str) -> Tensor:
-    """Read an image file of any mode of 8 bits (grey, palette, alpha, CMYK) as uint8 RGB (3, H, W)."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # which Pillow would clip to white
-                raise OSError(f"mode {image.mode} has more than 8 bits a channel")
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): replace or delete it.") from error
-
-
-class KeySampler:
-    """Yield, for each step of a sampler's epoch, the keys of the batch: pairs of an index and an augmentation seed."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-        self.start = 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, generator = self.sampler.draw_order()
-        seeds = torch.randint(1 << 32, order.shape, generator=generator)
-        keys = torch.stack([order, seeds], dim=1)[self.sampler.positions]
-        for step in self.sampler.steps[self.start :]:
-            yield keys[step].tolist()
-
-
-class StreamingLoader(EpochLoader):
-    """Yield batches that worker processes decode; they are normalised on the device.
-
-    Images cross the process boundary and the bus as uint8, a quarter of their size as floats.
-
-    Args:
-        dataset: Gives the uint8 image, the class, the index and perhaps a second view for a key.
-        sampler: Which samples this process takes.
-        normalize: Turns uint8 images into the model's input.
-        device: Where batches are delivered.
-        num_workers: Worker processes, 0 to decode in this one.
-    """
-
-    def __init__(
-        self,
-        dataset: StreamedImages,
-        sampler: EpochSampler,
-        normalize: Normalize,
-        *,
-        device: torch.device,
-        num_workers: int,
-    ) -> None:
-        super().__init__(sampler)
-        self.normalize = normalize
-        self.device = device
-        self._keys = KeySampler(sampler)
-        self._workers = DataLoader(
-            dataset,
-            batch_sampler=self._keys,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=device.type == "cuda",
-            # The base seed of the workers is drawn from here instead of the random state of training.
-            generator=torch.Generator(),
-        )
-        # The workers must be told to stop before the garbage collector gets to their queues: in a reference cycle, and
-        # trainers are full of them, it closes the queues first and then waits five seconds for each deaf worker.
-        weakref.finalize(self, _stop_workers, self._workers)
-
-    def _batches(self, start: int) -> Iterator[Batch]:
-        self._keys.start = start
-        for batch in self._workers:
-            images, label, index, *strong = (values.to(self.device, non_blocking=True) for values in batch)
-            images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in (images, *strong))
-            yield Batch(images, label, index, *strong)
-
-
-def _stop_workers(loader: DataLoader) -> None:
-    loader._iterator = None
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -150,6 +37,14 @@ class ImageFolderDataModule(ImageDataModule):
         scale: Range of the share of the area that a random training crop covers.
         test_fraction: Share of the images in the test split, if the folder does not say.
         num_workers: Decoding processes for each training process.
+        decode: ``"auto"`` decodes in the workers, with torchvision where it can and Pillow where it cannot, and large
+            JPEGs at a fraction of their size where the training crop allows; ``"pil"`` with Pillow alone, always at
+            full size; ``"cuda"`` has JPEGs decoded on the GPU by nvJPEG, which frees the workers and rounds
+            differently.
+        bad_images: What to do about files that cannot be read as an image of 8 bits. ``"replace"`` trains on the next
+            image of the same class in their place, leaves them out of evaluation, and reports each once; ``"error"``
+            ends the run.
+        bad_images_file: Where to list them, for all processes of a run; nowhere by default.
         mean: Mean of each channel; by default ImageNet's, as are its models.
         std: Standard deviation of each channel.
         name: Name of the data set, by default that of the folder.
@@ -165,6 +60,9 @@ class ImageFolderDataModule(ImageDataModule):
         scale: tuple[float, float] = (0.08, 1.0),
         test_fraction: float = 0.2,
         num_workers: int = 4,
+        decode: str = "auto",
+        bad_images: str = "replace",
+        bad_images_file: str | Path | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         name: str | None = None,
@@ -180,10 +78,18 @@ class ImageFolderDataModule(ImageDataModule):
             )
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction} must be in (0, 1), 0.2 for a fifth of the images.")
+        for option, value, allowed in (("decode", decode, DECODERS), ("bad_images", bad_images, BAD_IMAGES)):
+            if value not in allowed:
+                raise ValueError(f"{option}={value!r} is unknown; choose {' or '.join(allowed)}.")
+        if decode == "cuda" and not torch.cuda.is_available():
+            raise ValueError("decode=cuda is for NVIDIA GPUs and none is there; use decode=auto.")
         self.image_shape = (3, image_size, image_size)
         self.scale = tuple(scale)
         self.test_fraction = test_fraction
         self.num_workers = num_workers
+        self.decode = decode
+        self.bad_images = bad_images
+        self.bad_image_report = BadImageReport(None if bad_images_file is None else Path(bad_images_file))
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.name = self.root.resolve().name if name is None else name
@@ -196,6 +102,9 @@ class ImageFolderDataModule(ImageDataModule):
             train = splits["train"]
             kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
             splits |= {"train": train.take(kept), "val": train.take(held_out)}
+        if self.subset < 1:
+            train = splits["train"]
+            splits["train"] = train.take(stratified_subset(train.labels, self.subset, self.seed))
         return splits
 
     @property
@@ -217,13 +126,7 @@ class ImageFolderDataModule(ImageDataModule):
         """Return what is done to a uint8 training image (3, H, W)."""
         if not self.augment:
             return self.eval_transform()
-        size = self.image_shape[1:]
-        crop = v2.RandomResizedCrop(size, scale=self.scale, antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()]) if self.flip else crop
-
-    def strong_transform(self) -> v2.Transform:
-        """Return what is done to a uint8 training image (3, H, W) for its strong view."""
-        return v2.Compose([self.train_transform(), randaugment_image])
+        return RandomCropFlip(self.image_shape[1:], self.scale, self.flip)
 
     def eval_transform(self) -> v2.Transform:
         """Return what is done to a uint8 evaluation image (3, H, W)."""
@@ -236,8 +139,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def train_dataloader(self) -> StreamingLoader:
         """Return the augmented, shuffled training batches of this process."""
-        strong = self.strong_transform() if self.strong_view else None
-        return self._loader("train", self.train_sampler(), self.train_transform(), strong)
+        return self._loader("train", self.train_sampler(), self.train_transform(), training=True)
 
     def val_dataloader(self) -> StreamingLoader:
         """Return the held-out training images, the folder's own validation split, or else the test split."""
@@ -247,10 +149,27 @@ class ImageFolderDataModule(ImageDataModule):
         """Return the test split, each image exactly once over all processes."""
         return self._loader("test", self.eval_sampler(self.test_size), self.eval_transform())
 
-    def _loader(self, split: str, sampler: EpochSampler, *transforms: v2.Transform | None) -> StreamingLoader:
-        normalize = Normalize(self.mean, self.std, *self.image_shape[1:], self.device)
-        dataset = StreamedImages(self.splits[split], *transforms)
-        return StreamingLoader(dataset, sampler, normalize, device=self.device, num_workers=self.num_workers)
+    def _loader(
+        self, split: str, sampler: EpochSampler, transform: v2.Transform, *, training: bool = False
+    ) -> StreamingLoader:
+        if self.decode == "cuda" and self.device.type != "cuda":
+            raise ValueError(f"decode=cuda needs a run on a GPU, and this one is on {self.device}; use decode=auto.")
+        replace = training and self.bad_images == "replace"
+        dataset = StreamedImages(
+            self.splits[split],
+            transform,
+            strong=training and self.strong_view,
+            decode=self.decode,
+            replace=replace,
+        )
+        return StreamingLoader(
+            dataset,
+            sampler,
+            Normalize(self.mean, self.std, *self.image_shape[1:], self.device),
+            device=self.device,
+            num_workers=self.num_workers,
+            report=self.bad_image_report if self.bad_images == "replace" else None,
+        )
 
     @property
     def _val_name(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.data.augment import CropFlip, Normalize, crop_flip, draw_crop_flip, pad_images
-from rld_lightning.data.base import Batch, ImageDataModule, stratified_split
+from rld_lightning.data.base import Batch, ImageDataModule, stratified_split, stratified_subset
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_randaugment
 from rld_lightning.data.sampler import EpochSampler
@@ -137,6 +137,8 @@ class InMemoryDataModule(ImageDataModule):
             if self.val_fraction > 0:
                 kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
                 train, self._val = train.take(kept), train.take(held_out)
+            if self.subset < 1:
+                train = train.take(stratified_subset(train.labels, self.subset, self.seed))
             self._train = Split(pad_images(train.images, self.padding), train.labels)
         self._train, self._test = self._train.to(self.device), self._test.to(self.device)
         self._val = None if self._val is None else self._val.to(self.device)

@@ -120,7 +120,7 @@ def randaugment_image(image: Tensor) -> Tensor:
     """Augment one uint8 image (3, H, W) as drawn from the global CPU generator."""
     height, width = image.shape[1:]
     draw = draw_randaugment(1, height, width, torch.default_generator)
-    augment = RandAugment(draw, [slice(0, 1)], height, width)
+    augment = RandAugment(draw, [slice(0, 1)], height, width, image.device)
     return augment(image.permute(1, 2, 0).unsqueeze(0), 0).squeeze(0).permute(2, 0, 1)
 
 

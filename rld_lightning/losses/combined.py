@@ -11,8 +11,9 @@ from rld_lightning.losses.numerics import check_weights
 class CombinedLoss(DistillationLoss):
     """``ce_weight * CE + sum of weights[name] * (the terms of losses[name])``.
 
-    Each loss keeps its hyper-parameters and its own warm-up; the cross-entropy is the combination's, and ``ce_weight``
-    of the parts is not used. Features that several of them look at are collected once. Terms are named
+    Each loss keeps its hyper-parameters and its own warm-up, but for the cross-entropy, which is counted once and with
+    the combination's weight: theirs is overwritten. (Label revision brings cross-entropy terms of its own all the
+    same.) Features that several of them look at are collected once. Terms are named
     ``<name>/<term>``, or ``<name>`` where the term is called like the loss::
 
         loss = CombinedLoss(rld=RLDLoss(), at=ATLoss(), weights={"at": 0.5})  # ce, rld/scd, rld/mcd, at
@@ -45,7 +46,10 @@ class CombinedLoss(DistillationLoss):
             raise ValueError(f"weights names {unknown}, which are not among the losses {list(losses)}.")
         for name, loss in losses.items():
             if type(loss).forward is not DistillationLoss.forward:
-                raise ValueError(f"{name} treats its own cross-entropy in a special way and cannot be combined.")
+                raise ValueError(
+                    f"{name} weighs its gradient against that of its own cross-entropy and cannot be combined; take it "
+                    "alone, or leave it out."
+                )
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
         check_weights(**self.weights)
         # What is switched off is not there: DDP would wait for the gradients of its learnable parts.
@@ -54,10 +58,9 @@ class CombinedLoss(DistillationLoss):
         self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
         self.needs_strong_view = any(loss.needs_strong_view for loss in losses.values())
         self.reuses_classifier = any(loss.reuses_classifier for loss in losses.values())
-        self.own_buffers = tuple(
-            f"losses.{name}.{buffer}" for name, loss in losses.items() for buffer in loss.own_buffers
-        )
-        self._collect_taps()
+        for loss in losses.values():
+            loss.ce_weight = ce_weight
+        self._collect()
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
@@ -65,7 +68,7 @@ class CombinedLoss(DistillationLoss):
         """Connects each of the losses."""
         for loss in self.losses.values():
             loss.connect(student, teacher, image_shape, train_label)
-        self._collect_taps()
+        self._collect()
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The terms of all losses, weights and each loss's own warm-up on."""
@@ -89,7 +92,10 @@ class CombinedLoss(DistillationLoss):
         parts = [f"{self.weights[name]:g} * {loss.describe()}" for name, loss in self.losses.items()]
         return " + ".join([f"{self.ce_weight:g} * CE", *parts])
 
-    def _collect_taps(self) -> None:
+    def _collect(self) -> None:
+        self.own_buffers = tuple(
+            f"losses.{name}.{buffer}" for name, loss in self.losses.items() for buffer in loss.own_buffers
+        )
         self.student_taps = tuple(dict.fromkeys(path for loss in self.losses.values() for path in loss.student_taps))
         self.teacher_taps = tuple(dict.fromkeys(path for loss in self.losses.values() for path in loss.teacher_taps))
 

@@ -8,8 +8,10 @@ from typing import Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rld_lightning.models.sharding import shard_over_machine
 from rld_lightning.models.taps import forward_with_taps
 
 DTYPES = {
@@ -35,6 +37,11 @@ class FrozenTeacher(nn.Module):
         fuse: fold every BatchNorm that follows a convolution into it; the logits are the same up to rounding, and
             features can no longer be tapped. It pays together with ``channels_last``, and adds nothing to
             ``torch.compile``.
+        shard: share the weights out over the processes of each machine, for a teacher that does not fit one device;
+            :meth:`place` does it. Weights are then in contiguous layout. It cannot be fused.
+
+    Raises:
+        ValueError: an unknown dtype, or both ``fuse`` and ``shard``.
     """
 
     def __init__(
@@ -44,8 +51,14 @@ class FrozenTeacher(nn.Module):
         dtype: torch.dtype | str | None = None,
         channels_last: bool = False,
         fuse: bool = False,
+        shard: bool = False,
     ) -> None:
         super().__init__()
+        if fuse and shard:
+            raise ValueError(
+                "a fused teacher has no blocks to share out; set model.teacher.fuse=false or model.teacher.shard=false."
+            )
+        self.shard = shard
         self.dtype = _parse_dtype(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         model.eval()
@@ -79,6 +92,24 @@ class FrozenTeacher(nn.Module):
 
     def _input_dtype(self, images: Tensor) -> torch.dtype:
         return self.dtype or next((p.dtype for p in self.model.parameters() if p.is_floating_point()), images.dtype)
+
+    def place(self, device: torch.device, processes: int = 1) -> None:
+        """Brings the teacher to where it computes: all of it or, with ``shard``, this process's share.
+
+        Args:
+            device: this process's own.
+            processes: how many share the teacher out: all of this machine.
+
+        Raises:
+            ValueError: there is one process, and the teacher is to be shared out.
+        """
+        if not self.shard:
+            self.to(device)
+            return
+        if processes < 2:
+            raise ValueError(f"shard=True shares the teacher out over at least two processes, not {processes}.")
+        if not isinstance(self.model, FSDPModule):  # a run is set up again for each of its stages
+            shard_over_machine(self.model, device, processes)
 
     def train(self, mode: bool = True) -> Self:
         """Do nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never move."""

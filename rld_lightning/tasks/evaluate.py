@@ -19,6 +19,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights import Weights, load_weights, read_weights
+from rld_lightning.tasks.launch import processes_to_start, run_in_processes
 
 MOST_CLASSES_SHOWN = 20
 
@@ -87,6 +88,11 @@ def evaluate(cfg: DictConfig) -> Evaluation:
     Raises:
         UserError: the weights cannot be read or do not fit the model or the data.
     """
+    with user_errors():
+        processes = processes_to_start(cfg.trainer)
+    if processes > 1:
+        run_in_processes(processes, "rld_lightning.tasks.evaluate:evaluate", cfg)
+        return Evaluation(**json.loads((Path(cfg.paths.run) / "evaluation.json").read_text()))
     with user_errors():
         if cfg.split not in ("test", "val"):
             raise ValueError(f"split={cfg.split!r} is unknown; choose test or val.")

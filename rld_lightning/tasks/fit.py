@@ -1,11 +1,10 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -13,24 +12,26 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.callbacks import SameConfiguration
 from rld_lightning.config import class_name, loss_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
-from rld_lightning.models.factory import create_model
+from rld_lightning.models.factory import classifier_of, create_model
 from rld_lightning.models.graft import GraftedStudent, graft
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
+from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.run_folder import Summary, join_metrics, leave_results, write_provenance
 from rld_lightning.tasks.teacher import build_teacher, describe_size, find_teacher
 
 
 def fit(cfg: DictConfig) -> Summary:
-    """Runs the whole job that ``conf/fit.yaml`` describes.
+    """Runs the whole job that ``conf/fit.yaml`` describes, in as many processes as ``cfg.trainer`` wants.
 
     Args:
         cfg: the composed configuration.
@@ -40,9 +41,18 @@ def fit(cfg: DictConfig) -> Summary:
 
     Raises:
         UserError: something in the configuration or the files it names is wrong, raised before training starts; or
-            training diverged.
+            training diverged, or a process of several was lost.
     """
-    summary, _ = _fit(cfg, resume_hint=True)
+    run = Path(cfg.paths.run)
+    with user_errors():
+        processes = processes_to_start(cfg.trainer)
+        if processes > 1:
+            _check_start(cfg, run)  # one sentence is better early than from all ranks
+    if processes > 1:
+        run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
+        return Summary(**json.loads((run / "summary.json").read_text()))
+    # Where processes were started here, the one that has started them says how to continue.
+    summary, _ = _fit(cfg, resume_hint=not started_here())
     return summary
 
 
@@ -50,22 +60,30 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
     run = Path(cfg.paths.run)
     with user_errors():
         _check_start(cfg, run)
+        same_configuration = SameConfiguration(cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         if cfg.print_config:
             print_config(cfg)
+        loss: DistillationLoss = instantiate(cfg.loss)
+        if loss.needs_teacher and cfg.model.teacher is None:
+            raise ValueError(
+                f"the loss needs a teacher and model={cfg.model.label} has none; choose a pair "
+                "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
+            )
         data: ImageDataModule = instantiate(cfg.data)
         data.prepare_data()
         data.setup()
         print_line("data", data.describe())
-        loss: DistillationLoss = instantiate(cfg.loss)
         data.strong_view = loss.needs_strong_view
         teacher_is_there = not loss.needs_teacher or find_teacher(cfg, data)
     if not teacher_is_there:
+        with user_errors():
+            _try_to_connect(cfg, data)
         _fit_teacher(cfg, data)
     with user_errors():
         teacher = build_teacher(cfg, data) if loss.needs_teacher else None
         trainer, module = _build(cfg, data, loss, teacher)
-        _refuse_multirun_launch(trainer)
+        trainer.callbacks.append(same_configuration)
         _describe(cfg, data, trainer, module)
     write_provenance(run, cfg)
     try:
@@ -104,15 +122,18 @@ def _build(
         load_weights(student, settings.weights, name=settings.name)
     name = settings.name
     if teacher is not None:
-        if loss.reuses_classifier and not isinstance(student, GraftedStudent):
+        if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
+            student.classifier.load_state_dict(classifier_of(teacher.model).state_dict())
+        elif loss.reuses_classifier:
             student, name = graft(student, teacher.model), f"{name}@{cfg.model.teacher.name}"
         loss.connect(student, teacher.model, data.image_shape, data.train_label)
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    recipe = scale_learning_rate(cfg).recipe
     module = DistillationModule(
         student.to(memory_format=layout),
         loss.to(memory_format=layout),
-        instantiate(cfg.recipe.optimizer),
-        instantiate(cfg.recipe.scheduler),
+        instantiate(recipe.optimizer),
+        instantiate(recipe.scheduler),
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=cfg.recipe.scheduler_interval,
@@ -120,8 +141,9 @@ def _build(
     )
     if cfg.model.compile:
         # In place, so that checkpoint keys stay those of the plain model.
-        module.student.compile()
-        if teacher is not None:
+        if not loss.student_taps:  # whose hooks would send it back to eager at every step
+            module.student.compile()
+        if teacher is not None and not teacher.shard:  # the hooks that gather its weights are no matter for a compiler
             teacher.model.compile()
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer: Trainer = instantiate(
@@ -132,7 +154,29 @@ def _build(
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
+    if cfg.trainer.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
     return trainer, module
+
+
+def scale_learning_rate(cfg: DictConfig) -> DictConfig:
+    """Linear scaling (Goyal et al., arXiv 1706.02677): a recipe's rate times batch size over ``recipe.scale_lr_from``.
+
+    Returns:
+        a copy with the scaled ``recipe.optimizer.lr``, which schedulers that refer to it follow; ``cfg`` itself when
+        nothing is to be scaled.
+
+    Raises:
+        ValueError: the batch size to scale from is not positive.
+    """
+    reference = cfg.recipe.get("scale_lr_from")
+    if reference is None:
+        return cfg
+    if reference < 1:
+        raise ValueError(f"recipe.scale_lr_from={reference} must be a batch size, such as 256, or null for no scaling.")
+    scaled = deepcopy(cfg)
+    scaled.recipe.optimizer.lr = cfg.recipe.optimizer.lr * cfg.data.batch_size / reference
+    return scaled
 
 
 def _train(
@@ -145,6 +189,15 @@ def _train(
         if resume_hint and last.exists():
             print_line("stopped", f"continue with the same command and resume={last}")
         raise
+
+
+def _try_to_connect(cfg: DictConfig, data: ImageDataModule) -> None:
+    """Lets fresh networks show that the loss can work with them, before a teacher is trained for it."""
+    teacher, student = (create_model(cfg.model[role].name, data.num_classes) for role in ("teacher", "student"))
+    loss: DistillationLoss = instantiate(cfg.loss)
+    if loss.reuses_classifier and not isinstance(student, GraftedStudent):
+        student = graft(student, teacher)
+    loss.connect(student, teacher, data.image_shape, data.train_label)
 
 
 def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
@@ -180,10 +233,13 @@ def _describe(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module: 
     print_line("student", f"{module.hparams.student}, {describe_size(module.student, data)}")
     print_line("loss", module.loss.describe())
     optimizer = cfg.recipe.optimizer
+    rate = f"{scale_learning_rate(cfg).recipe.optimizer.lr:g}"
+    if cfg.recipe.get("scale_lr_from") is not None:
+        rate += f" = {optimizer.lr:g} x {cfg.data.batch_size} / {cfg.recipe.scale_lr_from}"
     devices = trainer.world_size
     print_line(
         "training",
-        f"{class_name(optimizer._target_)}, learning rate {optimizer.lr:g}, batch {cfg.data.batch_size} = "
+        f"{class_name(optimizer._target_)}, learning rate {rate}, batch {cfg.data.batch_size} = "
         f"{devices} x {cfg.data.batch_size // devices} on {trainer.strategy.root_device.type}, "
         f"precision {trainer.precision}, {trainer.max_epochs} epochs",
     )
@@ -231,13 +287,4 @@ def _refuse_diverged(trainer: Trainer, module: DistillationModule, run: Path) ->
         raise UserError(
             f"training diverged in epoch {trainer.current_epoch}: the weights are not finite. Try a smaller "
             f"recipe.optimizer.lr or trainer.gradient_clip_val; what was logged is in {run / 'metrics.csv'}."
-        )
-
-
-def _refuse_multirun_launch(trainer: Trainer) -> None:
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if multirun and trainer.world_size > 1:
-        raise ValueError(
-            f"--multirun with {trainer.world_size} processes a trial would train each process with other values; use "
-            "trainer.devices=1, or start one command a trial."
         )

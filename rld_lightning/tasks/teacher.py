@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import nn
 
+from rld_lightning.config import devices_per_node
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.complexity import count_macs, count_parameters
@@ -18,10 +19,10 @@ from rld_lightning.models.weights import load_weights
 def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
     """Puts the file of the teacher's weights in the configuration; False when the teacher has to be trained first."""
     settings = cfg.model.teacher
-    if settings is None:
+    if settings.shard and devices_per_node(1) < 2:
         raise ValueError(
-            f"the loss needs a teacher and model={cfg.model.label} has none; choose a pair "
-            "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
+            "model.teacher.shard=true shares the teacher out over the processes of a machine, and there is one; take "
+            "more devices (trainer=ddp trainer.devices=2), or model.teacher.shard=false."
         )
     if settings.weights == "pretrained":
         return True
@@ -52,8 +53,11 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
             )
         origin = f"{settings.weights}{_known(facts)}"
     size = describe_size(network, data)  # before the teacher takes the network over
-    teacher = FrozenTeacher(network, dtype=settings.dtype, channels_last=settings.channels_last, fuse=settings.fuse)
-    print_line("teacher", f"{settings.name}, {size}, {settings.dtype or 'precision of the run'}, weights {origin}")
+    options = {name: settings[name] for name in ("dtype", "channels_last", "fuse", "shard")}
+    teacher = FrozenTeacher(network, **options)
+    precision = settings.dtype or "precision of the run"
+    shares = f", shared out over {devices_per_node(1)} processes" if settings.shard else ""
+    print_line("teacher", f"{settings.name}, {size}, {precision}, weights {origin}{shares}")
     return teacher
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from torchvision import transforms
 
 from rld_lightning.data import Batch, ImageFolderDataModule
-from rld_lightning.data.imagefolder import KeySampler, read_image
+from rld_lightning.data.decode import read_image
 from rld_lightning.data.randaugment import randaugment_image
+from rld_lightning.data.streaming import KeySampler
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -245,6 +246,27 @@ def test_validation_can_be_held_out(root):
     assert "7 held-out training images" in data.describe()
 
 
+def test_a_subset_is_a_fraction_of_each_class_chosen_by_the_seed(root):
+    def paths(**options):
+        data = folder_data(root, **options)
+        assert torch.equal(data.train_label, data.splits["train"].labels)
+        return data.splits["train"].paths.tolist(), torch.bincount(data.train_label).tolist()
+
+    (half, counts), (few, fewer) = paths(subset=0.5, seed=1), paths(subset=0.01, seed=1)
+    assert (counts, fewer) == ([4, 3, 4], [1, 1, 1])
+    assert half == sorted(half)
+    assert set(few) < set(half)
+    assert paths(subset=0.5, seed=1)[0] == half
+    assert paths(subset=0.5, seed=2)[0] != half
+    data = folder_data(root, subset=0.5, val_fraction=0.3, seed=1)
+    whole = folder_data(root, val_fraction=0.3, seed=1)
+    assert data.splits["val"].paths.tolist() == whole.splits["val"].paths.tolist()
+    assert set(data.splits["train"].paths) < set(whole.splits["train"].paths)
+    assert f" classes, 3x16x16, {data.train_size} train (subset 0.5) and 10 test images" in data.describe()
+    batch = merge(epoch_of(data.train_dataloader()))
+    assert sorted(batch.index.tolist()) == list(range(data.train_size))
+
+
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("RGB", "png"), ("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"), ("1", "bmp")]
 )
@@ -289,6 +311,10 @@ def test_folder_errors_come_at_setup_and_name_the_culprit(root, tmp_path):
     shutil.copytree(root / "train", tmp_path / "lonely" / "train")
     with pytest.raises(ValueError, match=r"lonely has train/ but none of val, .*, test beside it: .* set root to"):
         folder_data(tmp_path / "lonely")
+
+    shutil.copytree(root / "val", tmp_path / "untrained" / "val")
+    with pytest.raises(ValueError, match=r"untrained has val/ but no train/ beside it: add the class folders"):
+        folder_data(tmp_path / "untrained")
 
     write_classes(tmp_path / "few", counts=(1, 5, 5))
     with pytest.raises(ValueError, match=r"test_fraction=0.2 of 11 images in 3 classes cannot leave every class"):

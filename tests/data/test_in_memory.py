@@ -236,6 +236,17 @@ def test_validation_split_is_stratified_disjoint_and_seeded():
     assert not torch.equal(stratified_split(labels, 0.3, 1)[1], held_out)
 
 
+def test_a_subset_is_a_fraction_of_the_training_split():
+    whole, few, fewer = (toy(val_fraction=0.3, seed=4, subset=subset) for subset in (1, 0.25, 0.01))
+    count, fewer_count = (torch.bincount(data.train_label) for data in (whole, few))
+    assert torch.equal(fewer_count, (0.25 * count).round().long())
+    assert torch.bincount(fewer.train_label).tolist() == [1, 1, 1]
+    images = {tuple(image.flatten().tolist()) for image in whole._train.images}
+    assert all(tuple(image.flatten().tolist()) in images for image in few._train.images)
+    assert same(list(few.val_dataloader()), list(whole.val_dataloader()))
+    assert sorted(merge(few.train_dataloader()).index.tolist()) == list(range(few.train_size))
+
+
 def test_validation_is_the_test_split_unless_some_is_held_out():
     data = toy()
     assert same(list(data.val_dataloader()), list(data.test_dataloader()))

@@ -56,6 +56,8 @@ class ATLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    maps = True
+
     def __init__(self, weight: float = 1000.0, power: float = 2.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(weight=weight)

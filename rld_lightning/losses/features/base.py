@@ -22,12 +22,19 @@ class FeatureLoss(DistillationLoss):
         optimizer = SGD([*student.parameters(), *loss.parameters()], lr=0.05)
         student_output = ModelOutput(*forward_with_taps(student, images, loss.student_taps))
 
+    Attributes:
+        single: whether one feature of each network is compared.
+        maps: whether all features must be maps ``(B, channels, H, W)``.
+
     Args:
         student_taps: tap paths in the student; ``None`` chooses them from the network's stages.
         teacher_taps: tap paths in the teacher, as many.
         ce_weight: weight of the plain cross-entropy.
         warmup_epochs: see :class:`~rld_lightning.losses.base.DistillationLoss`.
     """
+
+    single = False
+    maps = False
 
     def __init__(
         self,
@@ -80,9 +87,22 @@ class FeatureLoss(DistillationLoss):
         teacher_taps = self.teacher_taps or self._chosen(self.teacher_paths(stages_of(teacher)), teacher)
         pairs = min(len(student_taps), len(teacher_taps))
         self.student_taps, self.teacher_taps = student_taps[-pairs:], teacher_taps[-pairs:]
-        student_shapes = feature_shapes(student, image_shape, self.student_taps)
-        teacher_shapes = feature_shapes(teacher, image_shape, self.teacher_taps)
-        self.build([student_shapes[path] for path in self.student_taps], [teacher_shapes[p] for p in self.teacher_taps])
+        if self.single and pairs > 1:
+            raise ValueError(
+                f"{type(self).__name__} compares one feature of each network, got the taps {list(self.student_taps)} "
+                f"and {list(self.teacher_taps)}; name one each."
+            )
+        found = [
+            list(feature_shapes(network, image_shape, taps).values())
+            for network, taps in ((student, self.student_taps), (teacher, self.teacher_taps))
+        ]
+        for path, shape in zip((*self.student_taps, *self.teacher_taps), [*found[0], *found[1]], strict=True):
+            if self.maps and len(shape) != 4:
+                raise ValueError(
+                    f"{type(self).__name__} compares maps (B, channels, H, W), and {path} gives {tuple(shape)}; choose "
+                    "another network, loss or tap."
+                )
+        self.build(*found)
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """:meth:`feature_terms` of the aligned features."""
@@ -107,6 +127,26 @@ class FeatureLoss(DistillationLoss):
 
 def _precise(feature: Tensor) -> Tensor:
     return feature.to(torch.promote_types(feature.dtype, torch.float32))
+
+
+class _TakesOneVector(nn.Module):
+    """Lets a batch norm take a last batch of one vector: it has no variance, so the running statistics serve."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the batch norm."""
+        if input.numel() > input.shape[1]:
+            return super().forward(input)
+        return nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
+class BatchNorm1d(_TakesOneVector, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` for connectors, whose last batch of an epoch may be of one image."""
+
+
+class BatchNorm2d(_TakesOneVector, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` for connectors, whose last batch of an epoch may be of one image."""
 
 
 def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:

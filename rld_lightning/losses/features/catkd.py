@@ -92,6 +92,9 @@ class CATKDLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+    own_buffers = ("teacher_classifier",)  # a constant
+
     def __init__(self, weight: float = 400.0, pool_size: int = 2, normalize: bool = True, **options: Any) -> None:
         super().__init__(**options)
         _check(weight, pool_size)

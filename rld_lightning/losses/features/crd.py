@@ -129,6 +129,8 @@ class CRDLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     own_buffers = (
         "student_memory",
         "teacher_memory",
@@ -166,8 +168,6 @@ class CRDLoss(FeatureLoss):
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
         """Two linear embeddings."""
-        if len(student_shapes) != 1:
-            raise ValueError(f"CRD compares one feature of each network, got {len(student_shapes)} taps; name one.")
         self.student_embedding = nn.Linear(student_shapes[0][1:].numel(), self.dim)
         self.teacher_embedding = nn.Linear(teacher_shapes[0][1:].numel(), self.dim)
 

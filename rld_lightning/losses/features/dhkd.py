@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.features.base import BatchNorm1d
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
 from rld_lightning.models.factory import stages_of
 from rld_lightning.models.taps import feature_shapes
@@ -135,7 +136,7 @@ class DHKDLoss(DistillationLoss):
 
 def _nonlinear_head(width: int, classes: int, hidden: int = 200) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(width, hidden), nn.Dropout(0.1), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        nn.Linear(width, hidden), nn.Dropout(0.1), BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes)
     )
 
 
@@ -174,7 +175,8 @@ class _AlignedGradients(torch.autograd.Function):
         total = reference + align(_flat(second, ctx.parameters), reference)
         return None, *(
             # A parameter without any part keeps having no gradient, as without alignment.
-            None if a is None and b is None else part.view_as(parameter).to(parameter.dtype)
+            # In the parameter's own memory layout, which DDP's buckets have.
+            None if a is None and b is None else torch.empty_like(parameter).copy_(part.view_as(parameter))
             for parameter, part, a, b in zip(
                 ctx.parameters, total.split([p.numel() for p in ctx.parameters]), first, second, strict=True
             )

@@ -56,6 +56,8 @@ class FitNetLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     def __init__(self, weight: float = 100.0, hint_layer: int = 2, **options: Any) -> None:
         super().__init__(**options)
         check_weights(weight=weight)

@@ -106,6 +106,8 @@ class KDGLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     classifier: Tensor | None
     own_buffers = ("classifier",)  # a constant, the same wherever the teacher is
 

@@ -62,6 +62,8 @@ class NSTLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    maps = True
+
     def __init__(self, weight: float = 50.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(weight=weight)

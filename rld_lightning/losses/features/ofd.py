@@ -130,6 +130,7 @@ class OFDLoss(FeatureLoss):
                 f"{type(unwrap(teacher)).__name__} has no single batch norm before the ReLUs of its stages; choose "
                 "another teacher or loss, or name one for each tap (+loss.teacher_norms=[...])."
             )
+        self.own_buffers = tuple(f"margin{i}" for i in range(len(self.connectors)))  # constants
         for i, (path, connector) in enumerate(zip(self.teacher_norms, self.connectors, strict=True)):
             norm = unwrap(teacher).get_submodule(path)
             if getattr(norm, "num_features", None) != connector[0].out_channels or norm.weight is None:

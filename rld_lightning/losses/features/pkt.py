@@ -59,6 +59,8 @@ class PKTLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     def __init__(self, weight: float = 30000.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(weight=weight)

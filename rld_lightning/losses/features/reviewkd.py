@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
-from rld_lightning.losses.features.base import FeatureLoss, check_pairs
+from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import check_weights
 from rld_lightning.models.factory import Stages
 
@@ -119,9 +119,9 @@ class Fusion(nn.Module):
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, has_deeper: bool) -> None:
         super().__init__()
-        self.narrow = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), _BatchNorm(width))
+        self.narrow = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), BatchNorm2d(width))
         self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if has_deeper else None
-        self.widen = nn.Sequential(nn.Conv2d(width, out_channels, 3, padding=1, bias=False), _BatchNorm(out_channels))
+        self.widen = nn.Sequential(nn.Conv2d(width, out_channels, 3, padding=1, bias=False), BatchNorm2d(out_channels))
         nn.init.kaiming_uniform_(self.narrow[0].weight, a=1)
         nn.init.kaiming_uniform_(self.widen[0].weight, a=1)
 
@@ -143,15 +143,6 @@ class Fusion(nn.Module):
             out = ours * out + theirs * deeper
         out = _resize(out, size)
         return self.widen(out), out
-
-
-class _BatchNorm(nn.BatchNorm2d):
-    """Takes a last batch of one vector too: it has no variance of its own, so the running statistics serve."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.numel() > input.shape[1]:
-            return super().forward(input)
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def _as_map(feature: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class RKDLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     def __init__(
         self, distance_weight: float = 25.0, angle_weight: float = 50.0, squared: bool = False, **options: Any
     ) -> None:

@@ -53,6 +53,8 @@ class SimKDLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     reuses_classifier = True
 
     def __init__(self, weight: float = 1.0, *, ce_weight: float = 0.0, **options: Any) -> None:

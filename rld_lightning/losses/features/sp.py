@@ -49,6 +49,8 @@ class SPLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    single = True
+
     def __init__(self, weight: float = 3000.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(weight=weight)

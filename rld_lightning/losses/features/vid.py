@@ -67,6 +67,8 @@ class VIDLoss(FeatureLoss):
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
+    maps = True
+
     def __init__(self, weight: float = 1.0, init_variance: float = 5.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(weight=weight)

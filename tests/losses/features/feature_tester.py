@@ -167,6 +167,26 @@ class FeatureTester:
         assert student.training
         assert not teacher.training
 
+    def test_a_last_batch_of_one_image(self):
+        teacher, student = self.networks()
+        loss = self.connected(teacher, student)
+        loss(self.step(loss, teacher, student))
+        with torch.no_grad():
+            student.eval()  # whose own batch norms see maps
+        terms = loss(self.step(loss, teacher, student, size=1))
+        sum(terms.values()).backward()
+        assert all(term.isfinite() for term in terms.values())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in [*student.parameters(), *loss.parameters()])
+
+    def test_taps_that_it_cannot_compare_are_refused(self):
+        if not getattr(self.module, "single", False):
+            pytest.skip("compares any number of features")
+        taps = ["layer1", "layer2"]
+        loss = self.module(**self.settings[0], student_taps=taps, teacher_taps=taps)
+        teacher, student = self.networks()
+        with pytest.raises(ValueError, match="compares one feature of each network"):
+            loss.connect(student, teacher, IMAGE_SHAPE, TRAIN_LABEL)
+
     def test_warmup_scales_the_own_terms_only(self):
         teacher, student = self.networks()
         loss = self.connected(teacher, student, warmup_epochs=4)

@@ -298,8 +298,8 @@ def test_under_distributed_data_parallel(tmp_path):
 def test_heads_on_the_students_feature():
     teacher, student = TestDHKD.networks("wrn_16_2", "wrn_16_1")
     nonlinear = TestDHKD().connected(teacher, student)
-    kinds = [nn.Linear, nn.Dropout, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    assert [type(layer) for layer in nonlinear.auxiliary] == kinds
+    kinds = (nn.Linear, nn.Dropout, nn.BatchNorm1d, nn.ReLU, nn.Linear)
+    assert all(map(isinstance, nonlinear.auxiliary, kinds))
     assert [tuple(p.shape) for p in nonlinear.parameters()] == [(200, 64), (200,), (200,), (200,), (10, 200), (10,)]
     linear = TestDHKD().connected(teacher, student, head="linear")
     assert {name: tuple(p.shape) for name, p in linear.named_parameters()} == {

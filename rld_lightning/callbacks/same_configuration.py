@@ -1,0 +1,70 @@
+"""Do all processes of a run train the same thing?"""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.errors import UserError
+
+# What rightly differs between machines, or matters to rank 0 alone.
+_LOCAL = ("logger", "print_config")
+
+
+class SameConfiguration(Callback):
+    """Compares a hash of the resolved configuration over the ranks when fitting starts, and ends all on a mismatch.
+
+    Ranks with other hyper-parameters would train to the end, averaging gradients of different losses. Loggers, and
+    where data, teachers and runs lie, may differ between nodes; the run's own folder may not.
+
+    Args:
+        cfg: this process's configuration, as it is before the run puts anything in.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.values = _flat(_shared(cfg))
+        self.digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compares, with one small collective, and a second one only on a mismatch.
+
+        Raises:
+            UserError: on all ranks; names the values that differ.
+        """
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        if len(set(_gather(self.digest))) == 1:
+            return
+        first, *others = _gather(self.values)
+        for rank, values in enumerate(others, 1):
+            if keys := sorted(key for key in first | values if first.get(key) != values.get(key)):
+                told = ", ".join(f"{key}={values.get(key)} where process 0 has {first.get(key)}" for key in keys[:3])
+                raise UserError(
+                    f"the processes of this run have different configurations: process {rank} has {told}"
+                    f"{' ...' if len(keys) > 3 else ''}. Start all of them with the same command."
+                )
+
+
+def _gather(value: Any) -> list[Any]:
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _shared(cfg: DictConfig) -> dict[str, Any]:
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False) | {"run": str(cfg.paths.run)})
+    for name in cfg.paths:
+        cfg.paths[name] = f"<{name}>"  # and with it every path below it
+    for name in _LOCAL:
+        cfg.pop(name, None)
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat

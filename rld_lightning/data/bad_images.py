@@ -1,0 +1,67 @@
+"""Saying once which image files cannot be read."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+BAD_IMAGES = ("replace", "error")
+MOST_LOGGED = 20
+
+logger = logging.getLogger(__name__)
+
+
+class BadImage(NamedTuple):
+    """A file that cannot be read, and why."""
+
+    path: str
+    reason: str
+
+
+class BadImageReport:
+    """Logs each bad image once, however many workers, epochs and processes stumble over it.
+
+    Workers hand what they find to their training process, which reports it here. The processes of a run know of each
+    other's finds by a file of ``path<TAB>reason`` lines, which is also the list for the user. Only the first
+    ``MOST_LOGGED`` are logged one by one if there is a file.
+
+    Args:
+        file: Where to list the images; ``None`` lists them nowhere, and each process then reports for itself.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.known: set[str] = set()
+
+    def add(self, images: Iterable[BadImage], consequence: str) -> None:
+        """Report the images that are not known yet.
+
+        Args:
+            images: What was found.
+            consequence: What is done about them, which ends the message.
+        """
+        new = {image.path: image for image in images if image.path not in self.known}
+        if not new:
+            return
+        if self.file is not None:
+            new = self._enter(new)
+        for image in new.values():
+            self.known.add(image.path)
+            if self.file is None or len(self.known) <= MOST_LOGGED:
+                logger.warning("%s cannot be read as an image (%s): %s", *image, consequence)
+            elif len(self.known) == MOST_LOGGED + 1:
+                logger.warning("More than %d images cannot be read: see %s", MOST_LOGGED, self.file)
+
+    def _enter(self, new: dict[str, BadImage]) -> dict[str, BadImage]:
+        """Append to the file what no process has entered yet, and return that."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.file}.lock"):
+            if self.file.exists():
+                lines = self.file.read_text(errors="surrogateescape").splitlines()
+                self.known.update(line.split("\t")[0] for line in lines)
+            new = {path: image for path, image in new.items() if path not in self.known}
+            with self.file.open("a", errors="surrogateescape") as file:
+                file.writelines(f"{path}\t{' '.join(reason.split())}\n" for path, reason in new.values())
+        return new

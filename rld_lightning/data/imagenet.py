@@ -1,0 +1,142 @@
+"""ImageNet-1k: 1,281,167 training and 50,000 validation images in 1,000 classes."""
+
+import hashlib
+import shutil
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torchvision.datasets.imagenet import (
+    ARCHIVE_META,
+    META_FILE,
+    load_meta_file,
+    parse_devkit_archive,
+    parse_train_archive,
+    parse_val_archive,
+)
+from torchvision.models import ResNet18_Weights
+
+from rld_lightning.data.image_list import ImageList
+from rld_lightning.data.imagefolder import ImageFolderDataModule
+
+SPLITS = ("train", "val")
+# SHA-256 of the 1,000 WordNet ids, sorted, a line each: the classes that torchvision's and timm's models know.
+WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+
+
+class ImageNetDataModule(ImageFolderDataModule):
+    """ImageNet (ILSVRC 2012), as folders or as the archives that one downloads.
+
+    ``root/{train,val}/<WordNet id>/*``; ``val`` is the test split. Where one of the folders is missing, it is unpacked
+    from the archives that :class:`torchvision.datasets.ImageNet` knows, by torchvision's own functions: for ``train``
+    ``root/ILSVRC2012_img_train.tar``, for ``val`` ``root/ILSVRC2012_img_val.tar`` and
+    ``root/ILSVRC2012_devkit_t12.tar.gz``. Any subset of the classes will do, such as ImageNet-100's folders.
+
+    Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015, arXiv 1409.0575.
+
+    Args:
+        root: The folder.
+        name: Name of the data set.
+        options: See :class:`~rld_lightning.data.imagefolder.ImageFolderDataModule`.
+    """
+
+    def __init__(self, root: str | Path = "data/imagenet", *, name: str = "imagenet", **options: Any) -> None:
+        super().__init__(root, name=name, **options)
+
+    @cached_property
+    def splits(self) -> dict[str, ImageList]:
+        """The files of ``"train"``, ``"test"`` and, where training images are held out, ``"val"``."""
+        self.prepare_data()
+        return super().splits
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """English names of the classes, in the order of their WordNet ids.
+
+        Of the 1,000 classes these are the names that torchvision's models carry; of other choices of classes those in
+        the devkit, once it has been unpacked, or else the names of the folders.
+        """
+        wnids = super().class_names
+        if hashlib.sha256("\n".join(wnids).encode()).hexdigest() == WNIDS_SHA256:
+            return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+        if not (self.root / META_FILE).exists():
+            return wnids
+        names = self._read_meta()[0]
+        # Two classes may share their first name: there is a crane that flies.
+        return [f"{names[wnid][0]} ({wnid})" if wnid in names else wnid for wnid in wnids]
+
+    def prepare_data(self) -> None:
+        """Unpack what is missing, in one process at a time; an interrupted archive is started over."""
+        folders = [self.root / split for split in SPLITS if (self.root / split).is_dir()]
+        for folder in folders:
+            if not any(entry.is_dir() for entry in folder.iterdir()):
+                raise ValueError(
+                    f"{folder} has no class folders: sort its images into folders named after their WordNet ids, or "
+                    f"move it away and have it unpacked. {self._how_to_get()}"
+                )
+        if len(folders) == len(SPLITS):
+            return
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root} is not a folder: set root to ImageNet's. {self._how_to_get()}")
+        with FileLock(self.root / "imagenet.lock"):
+            missing = [split for split in SPLITS if not (self.root / split).is_dir()]
+            archives = [*missing, *(["devkit"] if "val" in missing and not (self.root / META_FILE).exists() else [])]
+            # All of them before the first hour of unpacking.
+            if absent := [self._archive(name).name for name in archives if not self._archive(name).exists()]:
+                raise FileNotFoundError(
+                    f"{self.root} has no {'/ and no '.join(missing)}/, nor {' and '.join(absent)} to unpack. "
+                    f"{self._how_to_get()}"
+                )
+            for split in missing:
+                self._check_space(split)
+                self._unpack(split)
+
+    def _unpack(self, split: str) -> None:
+        # A hidden folder, which no listing takes for a class; under its name a split is complete.
+        part = self.root / f".{split}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            if split == "train":
+                parse_train_archive(self.root, folder=part.name)
+            else:
+                self._unpack_devkit()
+                parse_val_archive(self.root, wnids=self._read_meta()[1], folder=part.name)
+        except RuntimeError as error:  # a wrong MD5
+            raise ValueError(f"{error} (to make {self.root / split}/)") from error
+        part.replace(self.root / split)
+
+    def _unpack_devkit(self) -> None:
+        if (self.root / META_FILE).exists():
+            return
+        with tempfile.TemporaryDirectory(dir=self.root) as folder:
+            parse_devkit_archive(folder, file=str(self._archive("devkit").resolve()))
+            (Path(folder) / META_FILE).replace(self.root / META_FILE)
+
+    def _read_meta(self) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+        """Return the names of each WordNet id and the WordNet id of each validation image."""
+        try:
+            return load_meta_file(self.root)
+        except Exception as error:  # unpicklers raise almost anything
+            raise ValueError(
+                f"{self.root / META_FILE}, which torchvision makes from {self._archive('devkit').name}, is damaged: "
+                "delete it and run again."
+            ) from error
+
+    def _check_space(self, split: str) -> None:
+        archive, free = self._archive(split), shutil.disk_usage(self.root).free
+        if (needed := archive.stat().st_size) > free:
+            raise ValueError(
+                f"unpacking {archive} takes {needed / 1e9:.0f} GB, and {self.root} has {free / 1e9:.0f} GB free."
+            )
+
+    def _archive(self, name: str) -> Path:
+        return self.root / ARCHIVE_META[name][0]
+
+    def _how_to_get(self) -> str:
+        archives = ", ".join(name for name, _ in ARCHIVE_META.values())
+        return (
+            f"Get {archives} at https://image-net.org, which asks for an account, and place them in {self.root}, or "
+            "set root to a folder that has train/ and val/ with class folders."
+        )

@@ -1,0 +1,319 @@
+"""Reading single images in worker processes, and putting them together to batches on the device."""
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+
+from rld_lightning.data.augment import Normalize
+from rld_lightning.data.bad_images import BadImage, BadImageReport
+from rld_lightning.data.base import Batch
+from rld_lightning.data.decode import REDUCTIONS, BadImageError, decode_image, decode_jpegs, jpeg_size, read_file
+from rld_lightning.data.image_list import ImageList
+from rld_lightning.data.loader import EpochLoader
+from rld_lightning.data.randaugment import randaugment_image
+from rld_lightning.data.sampler import EpochSampler
+
+# So many files of a class that cannot be read, one after the other, are no accident.
+MOST_REPLACEMENTS = 8
+# A crop of twice the size that it is resized to, or more, comes out the same (within half of 255 steps on average)
+# whether or not the image was decoded at a fraction of its size. Pillow's `thumbnail` has the same margin.
+REDUCING_GAP = 2
+
+Key = tuple[int, int]
+
+
+class RandomCropFlip(v2.RandomResizedCrop):
+    """``v2.RandomResizedCrop`` and then ``v2.RandomHorizontalFlip``, with the same draws.
+
+    Args:
+        size: Height and width of the result.
+        scale: Range of the share of the area that a crop covers.
+        flip: Whether crops are mirrored with probability 1/2.
+    """
+
+    def __init__(self, size: Sequence[int], scale: tuple[float, float], flip: bool) -> None:
+        super().__init__(size, scale=scale, antialias=True)
+        self.flip = flip
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the crop and the flip."""
+        crop = super().make_params(flat_inputs)
+        return crop | {"flip": self.flip and bool(torch.rand(1) < 0.5)}
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Cut out, resize and perhaps mirror."""
+        crop = super().transform(inpt, {name: value for name, value in params.items() if name != "flip"})
+        return v2.functional.horizontal_flip(crop) if params["flip"] else crop
+
+    def draw_reduction(self, height: int, width: int) -> int:
+        """Draw a crop of an image of this size and return by how much the image may be reduced before it is cut out.
+
+        The same draws give a crop of the same share of the reduced image.
+        """
+        crop = self.make_params([torch.empty(1).expand(3, height, width)])
+        target_height, target_width = (REDUCING_GAP * side for side in self.size)
+        spare = min(crop["height"] // target_height, crop["width"] // target_width)
+        return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
+
+
+class Sample(NamedTuple):
+    """What became of a key.
+
+    ``index`` is the position of the image that was read and ``label`` its class, ``views`` has one or two images
+    (3, H, W) or, if none could be read, nothing, and ``bad`` are the files that could not be read on the way.
+    """
+
+    index: int
+    label: Tensor
+    views: list[Tensor]
+    bad: list[BadImage]
+
+
+class Encoded(NamedTuple):
+    """A JPEG file that the device will decode."""
+
+    key: Key
+    content: Tensor
+
+
+class StreamedImages(Dataset):
+    """Decode and transform single images; a key is the index of an image and the seed of its augmentation.
+
+    Args:
+        images: The files.
+        transform: Applied to each uint8 image (3, H, W); must give equal shapes.
+        strong: Whether to transform the same image once more and augment it strongly for a second view.
+        decode: ``"auto"``, ``"pil"`` or ``"cuda"``; see
+            :class:`~rld_lightning.data.imagefolder.ImageFolderDataModule`.
+        replace: Whether the next readable image of the same class takes the place of one that cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        transform: v2.Transform,
+        *,
+        strong: bool = False,
+        decode: str = "auto",
+        replace: bool = False,
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.strong = strong
+        self.decode = decode
+        self.replace = replace
+
+    def __getitem__(self, key: Key) -> Sample | Encoded:
+        """Return an image, or the file of one that the device will decode."""
+        if self.decode == "cuda":
+            try:
+                content = read_file(self.path(key[0]))
+            except BadImageError:
+                return self.load(key)
+            if jpeg_size(content) is not None:
+                return Encoded(key, content)
+        return self.load(key)
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def path(self, index: int) -> str:
+        """Return the path of an image."""
+        return os.fsdecode(self.images.paths[index])
+
+    def load(self, key: Key) -> Sample:
+        """Read, decode and transform an image on the CPU."""
+        index, seed = key
+        bad = []
+        for candidate in self._candidates(index):
+            try:
+                content = read_file(self.path(candidate))
+                reduction = self._draw_reduction(content, seed)
+                image = decode_image(content, self.decode, reduction)
+            except BadImageError as error:
+                bad.append(BadImage(self.path(candidate), str(error)))
+            else:
+                return self.sample(candidate, self.views(image, seed), bad)
+        return self.sample(index, [], bad)
+
+    def sample(self, index: int, views: list[Tensor], bad: Sequence[BadImage] = ()) -> Sample:
+        """Put together what became of a key."""
+        return Sample(index, self.images.labels[index], views, list(bad))
+
+    def views(self, image: Tensor, seed: int) -> list[Tensor]:
+        """Transform a uint8 image (3, H, W), on the device where it is."""
+        # Transforms draw from the global generator. Seeding it for each image makes the result independent of which
+        # worker loads it, and restoring it leaves the random state of training alone. Only the CPU generator: the
+        # common `torch.manual_seed` would touch CUDA's in every worker.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            views = [self.transform(image)]
+            if self.strong:
+                # After the first, which is therefore the same with and without it.
+                views.append(randaugment_image(self.transform(image)))
+        return views
+
+    def _draw_reduction(self, content: Tensor, seed: int) -> int:
+        """Foresee the crops of a large JPEG and return by how much it may be reduced while it is decoded."""
+        if self.decode == "pil" or not isinstance(self.transform, RandomCropFlip):
+            return 1
+        size = jpeg_size(content)
+        if size is None or any(
+            image < REDUCTIONS[-1] * REDUCING_GAP * crop for image, crop in zip(size, self.transform.size, strict=True)
+        ):
+            return 1
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return min(self.transform.draw_reduction(*size) for _ in range(1 + self.strong))
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield index
+        if self.replace:
+            same_class = (self.images.labels == self.images.labels[index]).nonzero().squeeze(1)
+            same_class = same_class.roll(-int((same_class <= index).sum()))
+            yield from same_class[: min(MOST_REPLACEMENTS, len(same_class) - 1)].tolist()
+
+
+class Stacked(NamedTuple):
+    """The samples of a batch that could be read.
+
+    ``tensors`` are labels (B,), indices (B,) and one or two views (B, 3, H, W), or nothing if B is 0; ``bad`` are the
+    files that could not be read.
+    """
+
+    tensors: list[Tensor]
+    bad: list[BadImage]
+
+
+def stack(samples: Sequence[Sample]) -> Stacked:
+    """Stack what could be read."""
+    read = [(sample.label, sample.index, *sample.views) for sample in samples if sample.views]
+    bad = [image for sample in samples for image in sample.bad]
+    return Stacked(default_collate(read) if read else [], bad)
+
+
+class KeySampler:
+    """Yield, for each step of a sampler's epoch, the keys of the batch: pairs of an index and an augmentation seed."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, generator = self.sampler.draw_order()
+        seeds = torch.randint(1 << 32, order.shape, generator=generator)
+        keys = torch.stack([order, seeds], dim=1)[self.sampler.positions]
+        for step in self.sampler.steps[self.start :]:
+            yield keys[step].tolist()
+
+
+class StreamingLoader(EpochLoader):
+    """Yield batches that worker processes decode; they are normalised on the device.
+
+    Images cross the process boundary and the bus as uint8, a quarter of their size as floats.
+
+    An image that cannot be read is replaced where the data set says so, so that every batch keeps its size. Otherwise
+    it is left out: an evaluation sees each readable image once, whichever process it falls to, in as many batches as
+    before, some of which may then be empty.
+
+    Args:
+        dataset: Gives the uint8 views of a key's image.
+        sampler: Which samples this process takes.
+        normalize: Turns uint8 images into the model's input.
+        device: Where batches are delivered.
+        num_workers: Worker processes, 0 to decode in this one.
+        report: Is told of images that cannot be read; without it they are errors.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamedImages,
+        sampler: EpochSampler,
+        normalize: Normalize,
+        *,
+        device: torch.device,
+        num_workers: int,
+        report: BadImageReport | None = None,
+    ) -> None:
+        super().__init__(sampler)
+        self.dataset = dataset
+        self.normalize = normalize
+        self.device = device
+        self.report = report
+        self._keys = KeySampler(sampler)
+        on_device = dataset.decode == "cuda"
+        self._workers = DataLoader(
+            dataset,
+            batch_sampler=self._keys,
+            num_workers=num_workers,
+            collate_fn=list if on_device else stack,
+            persistent_workers=num_workers > 0,
+            pin_memory=device.type == "cuda" and not on_device,
+            # The base seed of the workers is drawn from here instead of the random state of training.
+            generator=torch.Generator(),
+        )
+        # The workers must be told to stop before the garbage collector gets to their queues: in a reference cycle, and
+        # trainers are full of them, it closes the queues first and then waits five seconds for each deaf worker.
+        weakref.finalize(self, _stop_workers, self._workers)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        self._keys.start = start
+        for delivered, step in zip(self._workers, self.sampler.steps[start:], strict=True):
+            stacked = delivered if isinstance(delivered, Stacked) else stack(self._decode(delivered))
+            if stacked.bad:
+                self._handle(stacked, step.stop - step.start)
+            if not stacked.tensors:
+                yield self._empty()
+                continue
+            label, index, *views = (values.to(self.device, non_blocking=True) for values in stacked.tensors)
+            images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in views)
+            yield Batch(images, label, index, *strong)
+
+    def _decode(self, delivered: list[Sample | Encoded]) -> list[Sample]:
+        """Decode on the device what the workers have left to it, and on the CPU what it refuses."""
+        encoded = [item for item in delivered if isinstance(item, Encoded)]
+        images = iter(decode_jpegs([item.content for item in encoded], self.device))
+        samples = []
+        for item in delivered:
+            image = next(images) if isinstance(item, Encoded) else None
+            if image is not None:
+                item = self.dataset.sample(item.key[0], self.dataset.views(image, item.key[1]))
+            elif isinstance(item, Encoded):
+                item = self.dataset.load(item.key)
+            samples.append(item._replace(views=[view.to(self.device) for view in item.views]))
+        return samples
+
+    def _handle(self, stacked: Stacked, expected: int) -> None:
+        path, reason = stacked.bad[-1]
+        if self.report is None:
+            raise ValueError(
+                f"{path} cannot be read as an image ({reason}): replace or delete it, or set bad_images=replace."
+            )
+        if not self.dataset.replace:
+            self.report.add(stacked.bad, "it is left out of the evaluation.")
+            return
+        self.report.add(stacked.bad, "another image of its class takes its place.")
+        if stacked.tensors and len(stacked.tensors[0]) == expected:
+            return
+        raise ValueError(
+            f"{path} cannot be read as an image ({reason}), nor can the images of its class that would take its place: "
+            "check the folder and its disk."
+        )
+
+    def _empty(self) -> Batch:
+        images = self.normalize(torch.empty(0, *self.normalize.mean.shape, dtype=torch.uint8, device=self.device))
+        label, index = torch.empty(2, 0, dtype=torch.int64, device=self.device)
+        return Batch(images, label, index)
+
+
+def _stop_workers(loader: DataLoader) -> None:
+    loader._iterator = None

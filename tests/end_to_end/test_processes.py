@@ -1,0 +1,187 @@
+"""Several processes: the same training as one, every image evaluated once, one folder, and nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from rld_lightning.tasks.launch import run_in_processes
+
+pytestmark = pytest.mark.slow  # each process imports Lightning
+
+HERE = Path(__file__).parent
+FIT = HERE.parents[1] / "scripts" / "fit.py"
+JOB = (
+    "data=digits", "model=wrn16_1", "loss=ce", "recipe=quick", "trainer=ddp_cpu", "trainer.precision=32-true",
+    "print_config=false", "callbacks.progress=null",
+)  # fmt: skip
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+
+def fit(*options, folder, check=True):
+    flags = [option for option in options if option == "-m"]  # which argparse wants in front
+    command = [sys.executable, FIT, *flags, *JOB, *(option for option in options if option not in flags)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env=environment(), timeout=400
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def alive(process):
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """What each rank of 1, 2 and 3 processes saw."""
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        for world in (1, 2, 3):
+            folder = tmp_path_factory.mktemp(f"world_{world}")
+            run_in_processes(world, "ddp_jobs:train_and_evaluate", OmegaConf.create({"paths": {"run": str(folder)}}))
+            seen[world] = [torch.load(folder / f"rank_{rank}.pt") for rank in range(world)]
+    return seen
+
+
+def largest_difference(ours, theirs):
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_train_as_one_with_the_same_global_batch(jobs, world):
+    (alone,), ranks = jobs[1], jobs[world]
+    moved = largest_difference(alone["weights"], alone["before"])
+    for rank in ranks:
+        assert largest_difference(rank["before"], alone["before"]) == 0
+        difference = largest_difference(rank["weights"], alone["weights"])
+        print(f"{world} processes, weights after 20 steps: {difference:.1e} apart, {moved:.1e} from the start")
+        assert difference < 2e-6
+        assert difference < 1e-4 * moved
+        for ours, theirs in zip(rank["gradients"], alone["gradients"], strict=True):  # of the first and the last step
+            assert largest_difference(ours, theirs) < 1e-5 * max(float(value.abs().max()) for value in theirs.values())
+    assert all(largest_difference(rank["weights"], ranks[0]["weights"]) == 0 for rank in ranks)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_one_of_10000_images_is_evaluated_once(jobs, world):
+    seen = torch.cat([rank["seen"] for rank in jobs[world]])
+    assert torch.equal(seen.sort().values, torch.arange(10_000))
+    print(f"world size {world}: top-1 {float(jobs[world][0]['top1']):.4f} %, ce {float(jobs[world][0]['ce']):.6f}")
+    for rank in jobs[world]:
+        assert float(rank["top1"]) == pytest.approx(float(jobs[1][0]["top1"]), abs=0.0101)  # one image, if any
+        assert float(rank["ce"]) == pytest.approx(float(jobs[1][0]["ce"]), rel=1e-5)
+        assert rank["top1"] == jobs[world][0]["top1"]
+
+
+def test_only_what_trains_is_wrapped_and_never_the_teacher(jobs):
+    for rank in jobs[2]:
+        assert rank["wrapped"] == 6
+        assert rank["only_what_trains"]
+        assert not rank["teacher_in_ddp"]
+        assert rank["buffers_in_ddp"] == 0
+
+
+def test_two_nodes_under_torchrun_leave_one_folder_and_the_result_of_one_command(tmp_path):
+    fit("recipe.epochs=2", f"hydra.run.dir={tmp_path / 'here'}", folder=tmp_path)
+    agents = []
+    for _ in range(2):
+        options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29617")
+        command = [sys.executable, "-m", "torch.distributed.run", *options, "--local-addr=127.0.0.1", FIT, *JOB]
+        agents.append(
+            subprocess.Popen([*command, "recipe.epochs=2", "paths.runs=nodes"], cwd=tmp_path, env=environment())
+        )
+    assert [agent.wait(400) for agent in agents] == [0, 0]
+    (summary,) = (tmp_path / "nodes").rglob("summary.json")
+    assert len(list((tmp_path / "nodes").rglob(".hydra"))) == 1
+    told, here = (json.loads(path.read_text()) for path in (summary, tmp_path / "here" / "summary.json"))
+    assert {**told, "run": None, "images_per_s": None} == {**here, "run": None, "images_per_s": None}
+    first, second = (load_file(folder / "student.safetensors") for folder in (summary.parent, tmp_path / "here"))
+    assert largest_difference(first, second) == 0
+    metrics = pd.read_csv(summary.parent / "metrics.csv")
+    assert metrics["val/top1"].dropna().size == 2  # an epoch's value is there once
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_failed_trial(tmp_path, sweeper):
+    choice = "recipe.optimizer.lr=0.02,0.03"
+    options = ["recipe.epochs=1", "recipe.scheduler=null", "+callbacks.witness._target_=ddp_jobs.Witness"]
+    if sweeper == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        choice = "recipe.optimizer.lr=choice(0.02,0.03)"
+        options += ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2"]
+        options += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=1.0", "hydra.sweeper.direction=maximize"]
+    result = fit("-m", choice, *options, f"hydra.sweep.dir={tmp_path / 'sweep'}", folder=tmp_path, check=False)
+    output = result.stdout + result.stderr
+    values, groups = [], []
+    for trial in ("0", "1"):
+        told = [json.loads((tmp_path / "sweep" / trial / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+        assert told[0] == told[1]
+        values.append(told[0]["lr"])
+        groups.append(told[0]["group"])
+    assert sorted(values) == [0.02, 0.03], output
+    assert groups[0] != groups[1]
+    assert "rank 1 of 2 failed with RuntimeError: the second rank of trial 0 fails" in output
+    assert not (tmp_path / "sweep" / "0" / "summary.json").exists()
+    summary = json.loads((tmp_path / "sweep" / "1" / "summary.json").read_text())
+    assert summary["run"] == str(tmp_path / "sweep" / "1")
+    if sweeper == "optuna":
+        assert result.returncode == 0, output
+        best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+        assert best.best_value == pytest.approx(summary["top1"])
+        assert float(best.best_params["recipe.optimizer.lr"]) == values[1]
+
+
+def test_ranks_with_different_configurations_end_before_the_first_step(tmp_path):
+    result = fit("+note=${oc.env:RANK}", f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, check=False)
+    assert result.returncode == 2
+    assert "process 1 has note=1 where process 0 has 0. Start all of them with the same command." in result.stdout
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("event", ["rank 0 dies", "rank 1 dies", "Ctrl-C", "SIGTERM", "the first process is killed"])
+def test_no_process_is_left(tmp_path, event):
+    run = tmp_path / "run"
+    command = [sys.executable, FIT, *JOB, "recipe.epochs=500", f"hydra.run.dir={run}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment()
+    )
+    while not (run / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(child) for child in children]
+    assert len(ranks) == 2
+    assert all(map(alive, ranks))
+    if event.startswith("rank"):
+        os.kill(ranks[int(event.split()[1])], signal.SIGKILL)
+    else:
+        names = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+        process.send_signal(names.get(event, signal.SIGKILL))
+    output, _ = process.communicate(timeout=60)  # which waits for all that hold its end of the pipe
+    print(output)
+    until = time.monotonic() + 20
+    while any(map(alive, ranks)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not any(map(alive, ranks))
+    assert "Traceback" not in output
+    if event.startswith("rank"):
+        assert f"error: {event[:6]} of 2 was killed by SIGKILL, and the others were ended with it" in output
+        assert process.returncode == 2
+    if event != "the first process is killed":
+        assert f"resume={run / 'last.ckpt'}" in output

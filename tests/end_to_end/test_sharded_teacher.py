@@ -1,0 +1,38 @@
+"""A run whose teacher is shared out over its processes gives the student that the whole teacher gives."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+
+from rld_lightning.models import create_model
+
+PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn_16_1", "model.student.name=resnet8", "loss=[rld,at]")
+
+
+def fit(folder, shard):
+    run = folder / f"shard-{shard}"
+    options = (f"model.teacher.weights={folder / 'teacher.pth'}", f"model.teacher.shard={shard}", f"paths.run={run}")
+    short = ("recipe=quick", "recipe.epochs=1", "trainer=ddp_cpu", "trainer.precision=32-true", f"hydra.run.dir={run}")
+    command = [sys.executable, REPOSITORY / "scripts" / "fit.py", *PAIR, *options, *short]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return run, json.loads((run / "summary.json").read_text()), result.stdout
+
+
+@pytest.mark.slow
+def test_the_student_is_that_of_the_whole_teacher(tmp_path):
+    torch.save(create_model("wrn_16_1", 10).state_dict(), tmp_path / "teacher.pth")
+    whole_run, whole, _ = fit(tmp_path, "false")
+    shared_run, shared, said = fit(tmp_path, "true")
+    assert "shared out over 2 processes" in said
+    student, expected = (load_file(run / "student.safetensors") for run in (shared_run, whole_run))
+    for key, value in expected.items():
+        torch.testing.assert_close(student[key], value, rtol=1e-4, atol=1e-5)
+    assert (shared["teacher_top1"], shared["agreement"]) == (whole["teacher_top1"], whole["agreement"])
+    checkpoint = torch.load(shared_run / "last.ckpt", weights_only=True)
+    assert all(key.startswith("student.") for key in checkpoint["state_dict"])

@@ -1,0 +1,231 @@
+"""Starting processes, watching over them, and saying what became of them."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from test_config import CONF, compose
+
+from rld_lightning.callbacks import SameConfiguration, same_configuration
+from rld_lightning.config import started_by, unique_name
+from rld_lightning.errors import UserError
+from rld_lightning.tasks import launch
+from rld_lightning.tasks.fit import scale_learning_rate
+from rld_lightning.tasks.launch import Failure, processes_to_start, started_here
+
+
+@pytest.fixture(autouse=True)
+def _started_by_nobody(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def torchrun(monkeypatch, nodes=2, local=1):
+    values = {"WORLD_SIZE": nodes * local, "LOCAL_WORLD_SIZE": local, "RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0}
+    for name, value in {**values, "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def srun(monkeypatch, nodes=2, local=4):
+    values = {"NTASKS": nodes * local, "NNODES": nodes, "NTASKS_PER_NODE": local, "JOB_ID": 71, "STEP_ID": 0}
+    for name, value in {**values, "JOB_NAME": "rld", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (["trainer=cpu"], 1),
+        (["trainer=ddp_cpu"], 2),
+        (["trainer=ddp_cpu", "trainer.devices=3"], 3),
+        (["trainer=ddp_cpu", "trainer.devices=1"], 1),
+        (["trainer=cpu", "trainer.devices=2"], 2),
+        (["trainer=ddp_cpu", "trainer.strategy=ddp_spawn"], 1),  # which starts its own
+    ],
+)
+def test_one_process_for_each_device(overrides, count):
+    assert processes_to_start(compose(*overrides, resolve=False).trainer) == count
+
+
+def test_torchrun_and_srun_say_how_many_devices_and_nodes(monkeypatch):
+    torchrun(monkeypatch, nodes=2, local=3)
+    trainer = compose("trainer=ddp_cpu").trainer
+    assert (trainer.devices, trainer.num_nodes) == (3, 2)
+    assert processes_to_start(trainer) == 1
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    srun(monkeypatch)
+    trainer = compose("trainer=ddp_cpu").trainer
+    assert (trainer.devices, trainer.num_nodes) == (4, 2)
+    assert processes_to_start(trainer) == 1
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert started_by() is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["trainer=ddp_cpu", "trainer.devices=2"], "torchrun has started 2 process.* wants 2 on 2 node"),
+        (["trainer=cpu", "trainer.num_nodes=1"], "wants 1 on 1 node.* choose trainer=ddp"),
+    ],
+)
+def test_another_number_of_processes_than_torchrun_has_started_is_refused(monkeypatch, overrides, sentence):
+    torchrun(monkeypatch)
+    with pytest.raises(ValueError, match=sentence):
+        processes_to_start(compose(*overrides, resolve=False).trainer)
+
+
+def test_several_nodes_need_torchrun_or_srun():
+    with pytest.raises(ValueError, match=r"num_nodes=2 has to be started on every node.*fit\.sbatch"):
+        processes_to_start(compose("trainer=ddp_cpu", "trainer.num_nodes=2", resolve=False).trainer)
+
+
+def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatch):
+    srun(monkeypatch)
+    monkeypatch.setattr(launch, "_is_sweep", lambda: True)
+    trainer = compose("trainer=ddp_cpu", resolve=False).trainer
+    with pytest.raises(ValueError, match="--multirun under srun would sweep once in each process"):
+        processes_to_start(trainer)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert processes_to_start(trainer) == 1
+
+
+def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkeypatch):
+    script = "from rld_lightning.config import unique_name; print(unique_name(), unique_name())"
+    start = subprocess.Popen
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, stdout=subprocess.PIPE, text=True, **k))
+        with launch._started((sys.executable, "-c", script), 2) as processes:
+            said = [process.communicate(timeout=100)[0].split() for process in processes]
+    assert len({name for names in said for name in names}) == 1
+    assert [len(names) for names in said] == [2, 2]
+    srun(monkeypatch)
+    assert unique_name() == "slurm-71.0.0"
+
+
+def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
+    script = (
+        "import os, subprocess, sys, time\n"
+        "if os.environ['RANK'] == '1': time.sleep(0.3); sys.exit(3)\n"
+        f"worker = subprocess.Popen(['sleep', '100']); open('{tmp_path}/worker', 'w').write(str(worker.pid))\n"
+        "time.sleep(100)\n"
+    )
+    with launch._started((sys.executable, "-c", script), 2) as processes:
+        while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+            time.sleep(0.01)
+        assert launch._wait(processes) == [1]
+        assert processes[0].poll() is None
+    assert [process.returncode for process in processes] == [-9, 3]
+    worker = int((tmp_path / "worker").read_text())
+    for _ in range(100):  # its end is not ours to wait for
+        if not (stat := Path(f"/proc/{worker}/stat")).exists() or " Z " in stat.read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the data loader's process is still there")
+
+
+def test_all_well_is_the_end_of_the_wait():
+    with launch._started((sys.executable, "-c", "pass"), 2) as processes:
+        assert launch._wait(processes) == []
+
+
+@pytest.mark.parametrize(
+    ("failed", "said", "sentence"),
+    [
+        ({1: -9}, {0: Failure("connection closed", "trace", 1)}, r"rank 1 of 2 was killed by SIGKILL, and the others"),
+        ({0: 1, 1: 1}, {0: Failure("late", "", 2), 1: Failure("Early: x", "", 1)}, "rank 1 of 2 failed with Early: x"),
+        ({0: 1, 1: 1}, {0: Failure("data.root is wrong", None, 1)}, r"^data\.root is wrong$"),
+        ({0: 7}, {}, "rank 0 of 2 ended with exit status 7"),
+    ],
+)
+def test_one_sentence_says_what_happened(tmp_path, failed, said, sentence):
+    last = tmp_path / "last.ckpt"
+    told = launch._explain(failed, said, 2, last)
+    assert re.search(sentence, told)
+    if "rank" in told:
+        assert "There is no checkpoint yet" in told
+        last.touch()
+        assert f"resume={last}" in launch._explain(failed, said, 2, last)
+
+
+def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydras():
+    OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
+    cfg = OmegaConf.create(
+        {"paths": {"run": "${hydra:runtime.output_dir}"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None}
+    )
+    assert launch._without_hydra(cfg) == {
+        "paths": {"run": "<runtime.output_dir>"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None,
+    }  # fmt: skip
+
+
+def test_only_our_own_ranks_are_started_here(monkeypatch):
+    assert not started_here()
+    torchrun(monkeypatch)
+    assert not started_here()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch.JOB)
+    assert started_here()
+
+
+def configuration(**values):
+    paths = {"run": "/run", "data": "/data", **values.pop("paths", {})}
+    return OmegaConf.create(
+        {"seed": 0, "data": {"root": "${paths.data}"}, "logger": {"x": 1}, "paths": paths, "lr": 0.1, **values}
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({}, None),
+        ({"logger": {"x": 2}}, None),
+        ({"paths": {"data": "/scratch"}}, None),
+        ({"paths": {"run": "/other"}}, "process 1 has run=/other where process 0 has /run"),
+        ({"lr": 0.2}, "process 1 has lr=0.2 where process 0 has 0.1. Start all of them with the same command."),
+        ({"extra": 1, "a": 1, "b": 1, "c": 1}, r"a=1 where process 0 has None, b=.*, c=.* \.\.\."),
+    ],
+)
+def test_ranks_compare_what_they_train_and_not_where_their_data_lies(monkeypatch, other, told):
+    mine, theirs = SameConfiguration(configuration()), SameConfiguration(configuration(**other))
+    answer = {mine.digest: theirs.digest}
+    monkeypatch.setattr(
+        same_configuration, "_gather", lambda value: [value, answer[value] if value is mine.digest else theirs.values]
+    )
+    trainer = SimpleNamespace(world_size=2)
+    if told is None:
+        mine.setup(trainer, None, "fit")
+        return
+    with pytest.raises(UserError, match=told):
+        mine.setup(trainer, None, "fit")
+    mine.setup(trainer, None, "validate")
+    mine.setup(SimpleNamespace(world_size=1), None, "fit")
+
+
+def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_with_it():
+    cfg = compose("recipe=quick", "data.batch_size=256", "recipe.optimizer.lr=0.1", resolve=False)
+    assert scale_learning_rate(cfg) is cfg
+    cfg.recipe.scale_lr_from = 64
+    scaled = scale_learning_rate(cfg)
+    assert scaled.recipe.optimizer.lr == pytest.approx(0.4)
+    assert scaled.recipe.scheduler.max_lr == pytest.approx(0.4)
+    assert cfg.recipe.optimizer.lr == 0.1
+    cfg.recipe.scale_lr_from = 0
+    with pytest.raises(ValueError, match=r"recipe\.scale_lr_from=0 must be a batch size"):
+        scale_learning_rate(cfg)
+
+
+def test_the_slurm_launcher_is_submitits_with_our_settings():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("fit", ["hydra/launcher=slurm", "hydra.launcher.nodes=2"], return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 1, 1)
+    assert launcher.setup == ["export SLURM_KILL_BAD_EXIT=1"]
