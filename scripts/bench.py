@@ -15,16 +15,14 @@ if __name__ == "__main__":
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
-    for name, explanation, teacher, student in (
-        ("step", "a training step against the plain eager float32 one", "wrn_40_2", "wrn_16_2"),
-        ("losses", "a training step with each loss of conf/loss relative to kd's", "resnet20", "resnet8"),
-    ):
-        step = what.add_parser(name, help=explanation)
-        step.add_argument("--teacher", default=teacher)
-        step.add_argument("--student", default=student)
-        step.add_argument("--batch", type=int, default=64)
-        step.add_argument("--size", type=int, default=32, help="height and width of the images")
-    step.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
+    step = what.add_parser("step", help="a training step against the plain eager float32 one")
+    losses = what.add_parser("losses", help="a training step with each loss of conf/loss relative to kd's")
+    losses.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
+    for steps, teacher, student in ((step, "wrn_40_2", "wrn_16_2"), (losses, "resnet20", "resnet8")):
+        steps.add_argument("--teacher", default=teacher)
+        steps.add_argument("--student", default=student)
+        steps.add_argument("--batch", type=int, default=64)
+        steps.add_argument("--size", type=int, default=32, help="height and width of the images")
     data = what.add_parser("data", help="JPEG files to training crops on one core, against the usual Pillow pipeline")
     data.add_argument("--images", type=int, default=64)
     data.add_argument("--width", type=int, default=500)
