@@ -1,5 +1,6 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
+import gc
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -58,6 +59,7 @@ def fit(cfg: DictConfig) -> Summary:
 
 def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationModule]:
     run = Path(cfg.paths.run)
+    gc.collect()  # an earlier run of this process, of a sweep say, leaves its data in reference cycles
     with user_errors():
         _check_start(cfg, run)
         same_configuration = SameConfiguration(cfg)
