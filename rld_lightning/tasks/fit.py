@@ -142,10 +142,11 @@ def _build(
         info={"student": name, "dataset": data.name},
     )
     if cfg.model.compile:
-        # In place, so that checkpoint keys stay those of the plain model.
-        if not loss.student_taps:  # whose hooks would send it back to eager at every step
+        # In place, so that checkpoint keys stay those of the plain model. Not where hooks would send it back to eager:
+        # those of taps, and those that gather the weights of a teacher that is shared out.
+        if not loss.student_taps:
             module.student.compile()
-        if teacher is not None and not teacher.shard:  # the hooks that gather its weights are no matter for a compiler
+        if teacher is not None and not teacher.shard and not loss.teacher_taps:
             teacher.model.compile()
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer: Trainer = instantiate(
