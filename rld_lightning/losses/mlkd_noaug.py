@@ -13,9 +13,9 @@ from rld_lightning.losses.numerics import (
     by_row_blocks,
     check_positive,
     check_weights,
-    kl_rows,
     logit_rows,
     margin,
+    softmax_kl,
     standardize,
 )
 
@@ -92,10 +92,7 @@ def divergences(
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         if logit_standardization:
             student, teacher = standardize(student), standardize(teacher)
-        return tuple(
-            sum(T**2 * kl_rows(F.log_softmax(teacher / T, -1), F.log_softmax(student / T, -1)) for T in temperatures)
-            for temperatures in groups
-        )
+        return tuple(sum(T**2 * softmax_kl(teacher / T, student / T) for T in temperatures) for temperatures in groups)
 
     return by_row_blocks(row_losses, student, teacher)
 

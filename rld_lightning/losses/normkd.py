@@ -4,7 +4,6 @@ Each sample has its own temperature, a multiple of the spread of its logits, one
 student.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
@@ -12,8 +11,8 @@ from rld_lightning.losses.numerics import (
     by_row_blocks,
     check_positive,
     check_weights,
-    kl_rows,
     logit_rows,
+    softmax_kl,
     standardize,
 )
 
@@ -58,7 +57,7 @@ def normkd_loss(
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
         scale = (temperature * teacher.std(-1)).square()
         student, teacher = standardize(student) / temperature, standardize(teacher) / temperature
-        return (scale * kl_rows(F.log_softmax(teacher, -1), F.log_softmax(student, -1)),)
+        return (scale * softmax_kl(teacher, student),)
 
     (divergence,) = by_row_blocks(row_losses, rows.student, rows.teacher)
     return {"normkd": weight * rows.reduce(divergence, reduction)}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_weights, kl_rows, logit_rows
+from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, softmax_kl
 
 
 def ttm_loss(
@@ -46,7 +46,7 @@ def ttm_loss(
     rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index, reduction=reduction)
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
-        return (kl_rows(F.log_softmax(gamma * teacher, -1), F.log_softmax(student, -1)),)
+        return (softmax_kl(gamma * teacher, student),)
 
     (divergence,) = by_row_blocks(row_losses, rows.student, rows.teacher)
     return {"ttm": weight * rows.reduce(divergence, reduction)}
@@ -87,7 +87,7 @@ def wttm_loss(
     rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index, reduction=reduction)
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
-        divergence = kl_rows(F.log_softmax(gamma * teacher, -1), F.log_softmax(student, -1))
+        divergence = softmax_kl(gamma * teacher, student)
         return (power_sum(teacher, gamma) * divergence,)
 
     (divergence,) = by_row_blocks(row_losses, rows.student, rows.teacher)
