@@ -20,9 +20,9 @@ from rld_lightning.console import console, print_table
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.graft import graft
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.tasks.teacher import connect
 
 Step = Callable[[], object]
 
@@ -153,11 +153,8 @@ def bench_losses(
 
     def training_step(loss: DistillationLoss) -> Step:
         torch.manual_seed(0)
-        student = create_model(student_name)
-        if loss.reuses_classifier:
-            student = graft(student, network)
-        student = student.to(device, memory_format=torch.channels_last).train()
-        loss.connect(student, network, image_shape, train_label)
+        student = connect(loss, create_model(student_name).to(device), network, image_shape, train_label)
+        student = student.to(memory_format=torch.channels_last).train()
         parameters = [p for p in [*student.parameters(), *loss.to(device).parameters()] if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=5e-4)
 

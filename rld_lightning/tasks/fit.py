@@ -20,15 +20,14 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
-from rld_lightning.models.factory import classifier_of, create_model
-from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.factory import create_model
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.run_folder import Summary, join_metrics, leave_results, write_provenance
-from rld_lightning.tasks.teacher import build_teacher, describe_size, find_teacher
+from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher
 
 
 def fit(cfg: DictConfig) -> Summary:
@@ -124,11 +123,9 @@ def _build(
         load_weights(student, settings.weights, name=settings.name)
     name = settings.name
     if teacher is not None:
-        if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
-            student.classifier.load_state_dict(classifier_of(teacher.model).state_dict())
-        elif loss.reuses_classifier:
-            student, name = graft(student, teacher.model), f"{name}@{cfg.model.teacher.name}"
-        loss.connect(student, teacher.model, data.image_shape, data.train_label)
+        plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
+        if student is not plain:
+            name = f"{name}@{cfg.model.teacher.name}"
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     recipe = scale_learning_rate(cfg).recipe
     module = DistillationModule(
@@ -197,10 +194,7 @@ def _train(
 def _try_to_connect(cfg: DictConfig, data: ImageDataModule) -> None:
     """Lets fresh networks show that the loss can work with them, before a teacher is trained for it."""
     teacher, student = (create_model(cfg.model[role].name, data.num_classes) for role in ("teacher", "student"))
-    loss: DistillationLoss = instantiate(cfg.loss)
-    if loss.reuses_classifier and not isinstance(student, GraftedStudent):
-        student = graft(student, teacher)
-    loss.connect(student, teacher, data.image_shape, data.train_label)
+    connect(instantiate(cfg.loss), student, teacher, data.image_shape, data.train_label)
 
 
 def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:

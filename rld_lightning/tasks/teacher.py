@@ -1,16 +1,19 @@
 """The teacher of a run: where its weights are, and the frozen network they make."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from rld_lightning.config import devices_per_node
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
-from rld_lightning.models.factory import create_model
+from rld_lightning.models.factory import classifier_of, create_model
+from rld_lightning.models.graft import GraftedStudent, graft
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
@@ -59,6 +62,22 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
     shares = f", shared out over {devices_per_node(1)} processes" if settings.shard else ""
     print_line("teacher", f"{settings.name}, {size}, {precision}, weights {origin}{shares}")
     return teacher
+
+
+def connect(
+    loss: DistillationLoss, student: nn.Module, teacher: nn.Module, image_shape: Sequence[int], train_label: Tensor
+) -> nn.Module:
+    """Connects a loss to both networks.
+
+    Returns:
+        the student to train: the one given or, for a loss that reuses the teacher's classifier, one that ends in it.
+    """
+    if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
+        student.classifier.load_state_dict(classifier_of(teacher).state_dict())
+    elif loss.reuses_classifier:
+        student = graft(student, teacher)
+    loss.connect(student, teacher, image_shape, train_label)
+    return student
 
 
 def _pretrained(name: str, num_classes: int) -> nn.Module:

@@ -158,6 +158,15 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
         raise ValueError(f"all features must be of the same batch, got batch sizes {sorted(sizes)}.")
 
 
+def unit_vectors(feature: Tensor) -> Tensor:
+    """Brings the vectors ``(*, D)`` along the last dimension to length 1; zeros stay zeros, without a gradient.
+
+    With the usual small denominator instead, a vector of zeros would have a gradient of 1e12.
+    """
+    length = feature.norm(dim=-1, keepdim=True)
+    return feature / length.masked_fill(length < 1e-12, torch.inf)
+
+
 def pool_to_smaller(student: Tensor, teacher: Tensor, largest: int | None = None) -> tuple[Tensor, Tensor]:
     """Average-pools the larger of two maps ``(B, channels, H, W)`` to the other's height and width.
 

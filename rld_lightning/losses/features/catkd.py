@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
-from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller, unit_vectors
 from rld_lightning.losses.numerics import check_weights
 from rld_lightning.models.factory import Stages, classifier_of
 from rld_lightning.models.teacher import hold_outside
@@ -69,11 +68,7 @@ def _activation_maps(feature: Tensor, classifier: Tensor, normalize: bool) -> Te
             "classifies the average of; tap the last map."
         )
     maps = classifier.to(feature.dtype) @ feature.flatten(2)
-    if not normalize:
-        return maps
-    length = maps.norm(dim=-1, keepdim=True)
-    # With the usual small denominator instead, a map of zeros would have a gradient of 1e12.
-    return maps / length.masked_fill(length < 1e-12, torch.inf)
+    return unit_vectors(maps) if normalize else maps
 
 
 def _check(weight: float, pool_size: int) -> None:

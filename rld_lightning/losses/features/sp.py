@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
-from rld_lightning.losses.features.base import FeatureLoss, check_pairs
+from rld_lightning.losses.features.base import FeatureLoss, check_pairs, unit_vectors
 from rld_lightning.losses.numerics import check_weights
 from rld_lightning.models.factory import Stages
 
@@ -35,10 +34,7 @@ def sp_loss(student: Tensor, teacher: Tensor, *, weight: float = 3000.0) -> dict
 
 def _similarities(feature: Tensor) -> Tensor:
     feature = feature.flatten(1)
-    products = feature @ feature.mT
-    length = products.norm(dim=1, keepdim=True)
-    # With the usual small denominator instead, a sample of zeros would have a gradient of 1e12.
-    return products / length.masked_fill(length < 1e-12, torch.inf)
+    return unit_vectors(feature @ feature.mT)
 
 
 class SPLoss(FeatureLoss):
