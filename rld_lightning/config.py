@@ -159,6 +159,20 @@ def _is_combined(loss: Mapping[str, Any]) -> bool:
     return class_name(loss["_target_"]) == "CombinedLoss"
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values by their full keys, as text: ``{"loss.alpha": "1.0", ...}``.
+
+    Args:
+        values: a resolved configuration.
+        prefix: what to put in front of each key.
+    """
+    pairs = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        pairs |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
+    return pairs
+
+
 # Cached, because a run has one folder, one precision and one answer of the network.
 OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("devices_per_node", devices_per_node, replace=True)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.config import flat
 from rld_lightning.errors import UserError
 
 # What rightly differs between machines, or matters to rank 0 alone.
@@ -25,7 +26,7 @@ class SameConfiguration(Callback):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.values = _flat(_shared(cfg))
+        self.values = flat(_shared(cfg))
         self.digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,10 +62,3 @@ def _shared(cfg: DictConfig) -> dict[str, Any]:
     for name in _LOCAL:
         cfg.pop(name, None)
     return OmegaConf.to_container(cfg, resolve=True)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-    return flat

@@ -1,5 +1,6 @@
 """Tables and figures from finished runs."""
 
-from rld_lightning.reporting.curves import plot_curves, read_metrics
+from rld_lightning.reporting.curves import plot_curves
+from rld_lightning.reporting.runs import Run, Summary, find_runs, find_unfinished, read_metrics, read_run
 
-__all__ = ["plot_curves", "read_metrics"]
+__all__ = ["Run", "Summary", "find_runs", "find_unfinished", "plot_curves", "read_metrics", "read_run"]

@@ -10,21 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rld_lightning.reporting.runs import read_metrics
+
 # What is logged under train/ beside the terms of the loss.
 NO_TERMS = {f"train/{name}" for name in ("loss", "top1", "top5", "teacher_top1", "agreement", "images_per_s")}
-
-
-def read_metrics(run: Path) -> pd.DataFrame:
-    """The values logged at the end of epochs, one row an epoch (counted from 1), one column a metric.
-
-    Args:
-        run: a run folder with a ``metrics.csv``.
-    """
-    rows = pd.read_csv(run / "metrics.csv")
-    columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
-    epochs = rows.groupby("epoch")[columns].last()
-    epochs.index += 1
-    return epochs.dropna(axis=1, how="all")
 
 
 def plot_curves(run: Path, title: str) -> Path:

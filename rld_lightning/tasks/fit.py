@@ -1,7 +1,6 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
 import gc
-import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
+from rld_lightning.reporting.runs import Summary, read_summary
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
-from rld_lightning.tasks.run_folder import Summary, join_metrics, leave_results, write_provenance
+from rld_lightning.tasks.run_folder import join_metrics, leave_results, write_provenance
 from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher
 
 
@@ -50,7 +50,7 @@ def fit(cfg: DictConfig) -> Summary:
             _check_start(cfg, run)  # one sentence is better early than from all ranks
     if processes > 1:
         run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
-        return Summary(**json.loads((run / "summary.json").read_text()))
+        return read_summary(run)
     # Where processes were started here, the one that has started them says how to continue.
     summary, _ = _fit(cfg, resume_hint=not started_here())
     return summary

@@ -10,8 +10,8 @@ from rld_lightning.console import console, print_files, print_table
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights import read_weights
+from rld_lightning.reporting.runs import Summary
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.run_folder import Summary
 
 
 def quickstart(cfg: DictConfig) -> None:

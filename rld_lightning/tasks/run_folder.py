@@ -2,7 +2,6 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,13 @@ from rld_lightning.console import print_files, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.weights import save_weights
 from rld_lightning.reporting.curves import plot_curves
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run came to; written as ``summary.json``. Accuracy in percent.
-
-    ``top1`` is the last epoch's, ``top1_best`` the best epoch's, on ``validated_on``; tables in the literature print
-    the best epoch on the test split.
-    """
-
-    model: str
-    loss: str
-    dataset: str
-    validated_on: str
-    epochs: int
-    seed: int
-    top1: float
-    top1_best: float
-    top5: float | None
-    ce: float
-    teacher: str | None
-    teacher_top1: float | None
-    agreement: float | None
-    parameters: int
-    macs: int
-    images_per_s: float | None
-    run: str
+from rld_lightning.reporting.runs import Summary
 
 
 @rank_zero_only
 def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
     """Writes summary, student and curves, and prints the summary as a table."""
-    (run / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    summary.write(run)
     facts = {
         "name": summary.model,
         "dataset": summary.dataset,

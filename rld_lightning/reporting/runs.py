@@ -1,0 +1,176 @@
+"""Finished runs as tables and figures read them: from their folders alone."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from rld_lightning.config import flat, loss_name
+
+SUMMARY = "summary.json"
+# What does not change what a run trains, so that runs which differ in it alone are repetitions of each other.
+_NOT_SETTINGS = ("seed", "paths", "logger", "callbacks", "print_config", "resume", "data.seed", "data.root")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to; written as ``summary.json``. Accuracy in percent.
+
+    ``top1`` is the last epoch's, ``top1_best`` the best epoch's, on ``validated_on``; tables in the literature print
+    the best epoch on the test split.
+    """
+
+    model: str
+    loss: str
+    dataset: str
+    validated_on: str
+    epochs: int
+    seed: int
+    top1: float
+    top1_best: float
+    top5: float | None
+    ce: float
+    teacher: str | None
+    teacher_top1: float | None
+    agreement: float | None
+    parameters: int
+    macs: int
+    images_per_s: float | None
+    run: str
+
+    def write(self, run: Path) -> None:
+        """Leaves it in the run's folder."""
+        (run / SUMMARY).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_summary(run: Path) -> Summary:
+    """Reads a run's summary; what other versions of this package have written beside is left out.
+
+    Raises:
+        ValueError: it is not a summary.
+    """
+    try:
+        values = json.loads((run / SUMMARY).read_text())
+        return Summary(**{field.name: values[field.name] for field in fields(Summary)})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: where it lies.
+        summary: what it came to.
+        config: its resolved configuration.
+    """
+
+    folder: Path
+    summary: Summary
+    config: dict[str, Any]
+
+    @property
+    def pair(self) -> str:
+        """What was trained: ``wrn40_2_to_wrn16_2``, or the name of a single model."""
+        return self.config["model"]["label"]
+
+    @cached_property
+    def method(self) -> str:
+        """The option of the loss group, such as ``rld_ls``; ``rld+at`` of a combination."""
+        name = loss_name(self.config["loss"])
+        choices = self.folder / ".hydra" / "hydra.yaml"
+        if "+" in name or not choices.exists():
+            return name.lower()
+        return OmegaConf.load(choices).hydra.runtime.choices.loss
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Everything that decides what was trained but the seed, as ``{"loss.alpha": "1.0", ...}``."""
+        return {
+            key: value
+            for key, value in flat(self.config).items()
+            if not any(f"{key}.".startswith(f"{name}.") for name in _NOT_SETTINGS)
+        }
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """:func:`read_metrics` of the folder."""
+        return read_metrics(self.folder)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions and hardware."""
+        return json.loads((self.folder / "environment.json").read_text())
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """What stood on the command line behind ``scripts/fit.py``; empty where that is not known."""
+        path = self.folder / ".hydra" / "overrides.yaml"
+        return list(OmegaConf.load(path)) if path.exists() else []
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a finished run.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or this is not the folder of one.
+        ValueError: its summary is not one.
+    """
+    for name in (SUMMARY, "config.yaml"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}.")
+    return Run(folder, read_summary(folder), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads the finished runs in and below some folders, ordered by path.
+
+    Args:
+        folders: where to look.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: a summary is not one.
+    """
+    return [read_run(path) for path in _below(folders) if (path / SUMMARY).exists()]
+
+
+def find_unfinished(folders: Sequence[Path]) -> list[Path]:
+    """The folders of runs that have begun and not ended, in and below some folders."""
+    return [path for path in _below(folders) if not (path / SUMMARY).exists()]
+
+
+def _below(folders: Sequence[Path]) -> Iterator[Path]:
+    """All folders of runs, each once."""
+    found = set()
+    for top in folders:
+        if not top.is_dir():
+            raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
+        for path, inner, files in os.walk(top):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            if "config.yaml" in files:
+                found.add(Path(path))
+    return iter(sorted(found))
+
+
+def read_metrics(run: Path) -> pd.DataFrame:
+    """The values logged at the end of epochs, one row an epoch (counted from 1), one column a metric.
+
+    Args:
+        run: a run folder with a ``metrics.csv``.
+    """
+    rows = pd.read_csv(run / "metrics.csv")
+    columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
+    epochs = rows.groupby("epoch")[columns].last()
+    epochs.index += 1
+    return epochs.dropna(axis=1, how="all")

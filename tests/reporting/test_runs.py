@@ -1,0 +1,87 @@
+"""Finding and reading finished runs."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from omegaconf import OmegaConf
+
+from rld_lightning.reporting import Summary, find_runs, find_unfinished, read_run
+
+SUMMARY = Summary(
+    model="resnet8", loss="RLD", dataset="cifar100", validated_on="test split", epochs=3, seed=1, top1=50.0,
+    top1_best=51.0, top5=80.0, ce=2.0, teacher="resnet20", teacher_top1=60.0, agreement=55.0, parameters=10, macs=20,
+    images_per_s=None, run="x",
+)  # fmt: skip
+
+
+def make(folder, *, seed=0, alpha=1.0, finished=True, choice="rld_ls", lr=0.1):
+    (folder / ".hydra").mkdir(parents=True)
+    config = {
+        "model": {"label": "resnet20_to_resnet8", "tuned": None},
+        "loss": {"_target_": "rld_lightning.losses.RLDLoss", "alpha": alpha},
+        "recipe": {"optimizer": {"lr": lr}},
+        "data": {"seed": seed, "root": str(folder), "batch_size": 64},
+        "seed": seed,
+        "paths": {"run": str(folder)},
+    }
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    OmegaConf.save(
+        OmegaConf.create({"hydra": {"runtime": {"choices": {"loss": choice}}}}), folder / ".hydra" / "hydra.yaml"
+    )
+    OmegaConf.save(OmegaConf.create(["loss=rld_ls", f"seed={seed}"]), folder / ".hydra" / "overrides.yaml")
+    if finished:
+        SUMMARY.write(folder)
+
+
+def test_finds_finished_and_unfinished_runs_each_once(tmp_path):
+    make(tmp_path / "a" / "1")
+    make(tmp_path / "a" / "1" / "teacher")
+    make(tmp_path / "a" / "2", finished=False)
+    runs = find_runs([tmp_path, tmp_path / "a"])
+    assert [run.folder for run in runs] == [tmp_path / "a" / "1", tmp_path / "a" / "1" / "teacher"]
+    assert runs[0].summary == SUMMARY
+    assert find_unfinished([tmp_path]) == [tmp_path / "a" / "2"]
+
+
+def test_knows_what_a_run_is(tmp_path):
+    make(tmp_path / "run", seed=3)
+    run = read_run(tmp_path / "run")
+    assert (run.pair, run.method) == ("resnet20_to_resnet8", "rld_ls")
+    assert run.overrides == ["loss=rld_ls", "seed=3"]
+
+
+def test_repetitions_have_the_same_settings_and_others_not(tmp_path):
+    make(tmp_path / "a", seed=0)
+    make(tmp_path / "b", seed=1)
+    make(tmp_path / "c", seed=0, alpha=2.0)
+    first, again, other = (read_run(tmp_path / name).settings for name in "abc")
+    assert first == again
+    assert {key for key in first if first[key] != other[key]} == {"loss.alpha"}
+
+
+def test_without_hydras_records_the_loss_gives_the_name(tmp_path):
+    make(tmp_path / "run")
+    (tmp_path / "run" / ".hydra" / "hydra.yaml").unlink()
+    assert read_run(tmp_path / "run").method == "rld"
+
+
+def test_what_a_later_version_adds_to_a_summary_is_left_out(tmp_path):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(asdict(SUMMARY) | {"new": 1}))
+    assert read_run(tmp_path / "run").summary == SUMMARY
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]"])
+def test_a_broken_summary_is_named(tmp_path, text):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/summary\.json is not the summary of a run"):
+        read_run(tmp_path / "run")
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        find_runs([tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match=r"has no summary\.json"):
+        read_run(tmp_path)
