@@ -4,20 +4,20 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 
 import rld_lightning.config  # noqa: F401  (registers the resolvers that conf/ uses)
-from rld_lightning.console import console, quiet_lightning
-from rld_lightning.errors import UserError
+from rld_lightning.console import console, print_error, quiet_lightning
+from rld_lightning.errors import UserError, user_errors
+from rld_lightning.tasks.launch import is_trial
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -34,7 +34,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     try:
         sys.argv[1:] = expand_combined_loss(_in_front(overrides, sys.argv[1:]))
     except ValueError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        print_error(str(error))
         sys.exit(2)
 
     def guarded(cfg: DictConfig) -> float | None:
@@ -43,10 +43,12 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         except UserError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
-            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the failed trial is the sweep's to record
-            sys.exit(2)
+            print_error(str(error))
+            if not is_trial():
+                sys.exit(2)
+            if "max_failure_rate" in HydraConfig.get().sweeper:
+                raise  # Optuna is to know
+            return None  # the trial has recorded it, and the others go on
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
@@ -54,6 +56,17 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         if stop.code == 1:  # Hydra has printed what is wrong with the command line, but not what was meant
             _suggest(config_name)
         raise
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """For scripts without Hydra: what :func:`user_errors` catches ends in one sentence and exit code 2."""
+    try:
+        with user_errors():
+            yield
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
 
 
 def expand_combined_loss(arguments: list[str]) -> list[str]:

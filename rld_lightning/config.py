@@ -1,15 +1,11 @@
 """What the YAML files in ``conf/`` can call: resolvers, registered by importing this module."""
 
-import netrc
 import os
 import secrets
-import socket
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from omegaconf import OmegaConf
@@ -102,33 +98,6 @@ def _cpu_has_bfloat16() -> bool:
     return any(probe() for probe in probes if probe is not None)
 
 
-def wandb_mode() -> str:
-    """W&B's mode: ``WANDB_MODE`` if set; ``offline`` without a key, or without a way to the server in two seconds.
-
-    The key is looked for without asking wandb, which would start a session and then ignore the mode.
-    """
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not (os.environ.get("WANDB_API_KEY") or _netrc_knows(server.hostname)):
-        return "offline"
-    if getproxies().get(server.scheme):  # the way leads through the proxy, which a plain connection does not show
-        return "online"
-    port = server.port or (443 if server.scheme == "https" else 80)
-    try:
-        socket.create_connection((server.hostname, port), timeout=2).close()
-    except OSError:
-        return "offline"
-    return "online"
-
-
-def _netrc_knows(host: str) -> bool:
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def class_name(target: str) -> str:
     """``SGD`` of ``torch.optim.SGD``."""
     return target.rsplit(".", 1)[-1]
@@ -173,11 +142,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return pairs
 
 
-# Cached, because a run has one folder, one precision and one answer of the network.
+# Cached, because a run has one folder and one precision.
 OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("devices_per_node", devices_per_node, replace=True)
 OmegaConf.register_new_resolver("nodes", nodes, replace=True)
 OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("wandb_mode", wandb_mode, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)
-OmegaConf.register_new_resolver("loss_name", loss_name, replace=True)

@@ -62,6 +62,11 @@ def print_line(name: str, text: str) -> None:
     console.print(f"[bold]{name:>8}[/]  {escape(text)}", soft_wrap=True)
 
 
+def print_error(text: str) -> None:
+    """Prints what is wrong, for a user to put right; from whatever process has found it."""
+    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+
 @rank_zero_only
 def print_files(folder: Path, files: Mapping[str, str]) -> None:
     """Prints the files that a run has left in its folder, each with what it holds."""

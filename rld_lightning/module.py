@@ -27,7 +27,8 @@ class DistillationModule(LightningModule):
     synchronised. The teacher is held outside and follows the student to its device.
 
     Logged, accuracy in percent: ``train/loss`` and one ``train/<term>`` for each term of the loss, ``train/top1``,
-    ``train/top5``, ``stats/<name>`` for what the loss tells about itself; ``val/ce``, ``val/top1`` and ``val/top5`` of
+    ``train/top5``, ``stats/<name>`` for what the loss tells about itself and, for a loss of several terms,
+    ``stats/<term>_share``, a term's part of the epoch's loss; ``val/ce``, ``val/top1`` and ``val/top5`` of
     each epoch, and ``val/top1_best``, the largest ``val/top1`` so far. (With fewer than six classes there is no top-5.)
 
     Args:
@@ -174,7 +175,8 @@ class DistillationModule(LightningModule):
             values[name] = 100 * accuracy.compute()
             accuracy.reset()
         self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=split == "val")
-        self.log_dict(self.means[split].compute(self.trainer.strategy.reduce))
+        means = self.means[split].compute(self.trainer.strategy.reduce)
+        self.log_dict(means | term_shares(means))
         return float(values["top1"])
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -195,3 +197,19 @@ class DistillationModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the best accuracy."""
         self.best_top1 = checkpoint["best_top1"]
+
+
+def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``stats/<term>_share`` of each ``train/<term>``, in percent of ``train/loss``.
+
+    Args:
+        means: the means over an epoch.
+
+    Returns:
+        nothing where the loss has a single term, or is 0.
+    """
+    terms = {name.removeprefix("train/"): mean for name, mean in means.items() if name.startswith("train/")}
+    total = terms.pop("loss", None)
+    if len(terms) < 2 or not total:
+        return {}
+    return {f"stats/{name}_share": 100 * mean / total for name, mean in terms.items()}

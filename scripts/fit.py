@@ -2,6 +2,8 @@
 
 from rld_lightning.cli import run_task
 from rld_lightning.tasks.fit import fit
+from rld_lightning.tasks.launch import is_trial
+from rld_lightning.tasks.trial import run_trial
 
 if __name__ == "__main__":
-    run_task(lambda cfg: fit(cfg).top1, "fit")
+    run_task(lambda cfg: (run_trial if is_trial() else fit)(cfg).top1, "fit")

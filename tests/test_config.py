@@ -1,7 +1,6 @@
 """The configuration: everything composes, what it names exists, and mistakes are explained."""
 
 import inspect
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -26,13 +25,15 @@ IMAGENET_PAIRS = ["resnet34_to_resnet18", "resnet50_to_mobilenetv1"]
 FRAMES = {"pair", "imagenet_pair", "single"}
 SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - FRAMES)
 LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
+# What is known only under Hydra.
+HYDRAS = {"fit": ["method=test"]}
 MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
 
 
 def compose(*overrides, name="fit", resolve=True):
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose(name, expand_combined_loss(["paths.run=/run", *overrides]))
+        cfg = hydra.compose(name, expand_combined_loss([*HYDRAS.get(name, ()), "paths.run=/run", *overrides]))
     if resolve:
         OmegaConf.resolve(cfg)
     return cfg
@@ -299,25 +300,8 @@ def test_csv_is_always_logged():
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("fit", ["logger=wandb"])  # resolving needs a run
     assert set(cfg.logger) == {"csv", "wandb"}
-
-
-def test_wandb_is_offline_without_a_key_or_a_network(monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    mode = rld_lightning.config.wandb_mode
-    assert mode() == "offline"  # no key
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert mode() == "offline"  # nobody listens
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert mode() == "online"
-        monkeypatch.delenv("WANDB_API_KEY")
-        (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password key")
-        assert mode() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert mode() == "disabled"
+    assert "wandb_examples" in cfg.callbacks
+    assert "wandb_examples" not in compose().callbacks
 
 
 def test_experiments():
@@ -348,3 +332,34 @@ def test_a_typo_in_a_group_lists_the_options():
     assert result.returncode == 1
     assert "Could not find 'data/cifar10'" in result.stderr
     assert all(name in result.stderr for name in ("cifar100", "digits", "imagefolder"))
+
+
+def compose_with_hydra(*overrides):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("fit", list(overrides), return_hydra_config=True)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "sweep").glob("*.yaml")))
+def test_every_sweep(name):
+    if "optuna" in name:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    cfg = compose_with_hydra(f"sweep={name}", "hydra.sweep.dir=/sweep")
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    for key in cfg.hydra.sweeper.params:
+        assert OmegaConf.select(cfg, key) is not None
+    if "optuna" in name:
+        sampler = instantiate(cfg.hydra.sweeper.sampler)
+        assert type(sampler).__name__ == "TPESampler"
+        assert cfg.hydra.sweeper.storage == "sqlite:////sweep/study.db"
+        assert cfg.hydra.sweeper.direction == "maximize"
+        assert cfg.hydra.sweeper.study_name
+        pruner = OmegaConf.to_container(cfg.callbacks.pruner, resolve=False)
+        assert type(instantiate(pruner["pruner"])).__name__ == "MedianPruner"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
+def test_every_launcher(name):
+    plugin = name.removesuffix("_slurm")
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    assert f"hydra_{plugin}_launcher" in compose_with_hydra(f"launcher={name}").hydra.launcher._target_

@@ -13,6 +13,7 @@ from rld_lightning.callbacks import EpochSeed
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
+from rld_lightning.module import term_shares
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -152,7 +153,16 @@ def test_logged_accuracies_and_statistics_are_exact_and_in_percent(tmp_path):
     assert metrics["train/loss"] == pytest.approx(
         sum(metrics[f"train/{term}"] for term in ("ce", "scd", "mcd")), rel=1e-5
     )
+    for term in ("ce", "scd", "mcd"):
+        assert metrics[f"stats/{term}_share"] == pytest.approx(100 * metrics[f"train/{term}"] / metrics["train/loss"])
     assert watch.trained == 1437
+
+
+def test_shares_are_for_losses_of_several_terms():
+    one, two = {"train/loss": torch.tensor(2.0), "train/a": torch.tensor(2.0)}, {"train/b/c": torch.tensor(-1.0)}
+    assert term_shares({"val/ce": torch.tensor(1.0)}) == term_shares(one | {"stats/s": torch.tensor(1.0)}) == {}
+    assert term_shares(one | two) == {"stats/a_share": 100.0, "stats/b/c_share": -50.0}
+    assert term_shares(one | two | {"train/loss": torch.tensor(0.0)}) == {}
 
 
 def test_warm_up_counts_epochs_from_one(tmp_path):

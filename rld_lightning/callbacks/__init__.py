@@ -1,8 +1,21 @@
 """What is watched while training."""
 
+from rld_lightning.callbacks.class_accuracy import ClassAccuracy
 from rld_lightning.callbacks.epoch_seed import EpochSeed
+from rld_lightning.callbacks.gradient_norm import GradientNorm
+from rld_lightning.callbacks.optuna_pruner import OptunaPruner
 from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
+from rld_lightning.callbacks.wandb_examples import WandbExamples
 
-__all__ = ["EpochSeed", "SameConfiguration", "TeacherMonitor", "Throughput"]
+__all__ = [
+    "ClassAccuracy",
+    "EpochSeed",
+    "GradientNorm",
+    "OptunaPruner",
+    "SameConfiguration",
+    "TeacherMonitor",
+    "Throughput",
+    "WandbExamples",
+]

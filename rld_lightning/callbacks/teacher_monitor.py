@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -10,10 +11,14 @@ from rld_lightning.module import DistillationModule
 
 
 class TeacherMonitor(Callback):
-    """Logs ``teacher_top1`` and ``agreement`` (samples of equal prediction), in percent, for ``train/`` and ``val/``.
+    """Logs ``teacher_top1``, ``agreement`` (samples of equal prediction) and ``top1_teacher_wrong``, in percent.
 
-    On the training batches both come from logits that the step has computed anyway. Validation batches are the same in
-    every epoch, so the teacher runs on them once and its predictions are kept. Does nothing without a teacher.
+    For ``train/`` and ``val/``; the last is the student's accuracy on the samples that the teacher gets wrong, and is
+    not there where it gets none wrong.
+
+    On the training batches they come from logits that the step has computed anyway. Validation batches are the same in
+    every epoch, so the teacher runs on them once and its predictions are kept; later callbacks find them in the outputs
+    of the validation step, as ``teacher_prediction``. Does nothing without a teacher.
     """
 
     def __init__(self) -> None:
@@ -49,6 +54,7 @@ class TeacherMonitor(Callback):
         if key not in self.predictions:
             with trainer.precision_plugin.forward_context():  # hooks run outside the step's own
                 self.predictions[key] = pl_module.teacher(batch.images)[0].argmax(1)
+        outputs["teacher_prediction"] = self.predictions[key]
         self._update("val", self.predictions[key], outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
@@ -56,11 +62,21 @@ class TeacherMonitor(Callback):
         self._log("val", trainer, pl_module)
 
     def _update(self, split: str, teacher: Tensor, outputs: dict[str, Tensor]) -> None:
-        right, agree = teacher == outputs["label"], teacher == outputs["student_logits"].argmax(1)
-        self.means[split].update(
-            {"teacher_top1": 100 * right.float().mean(), "agreement": 100 * agree.float().mean()}, len(teacher)
-        )
+        student, label = outputs["student_logits"].argmax(1), outputs["label"]
+        samples = {
+            "teacher_top1": teacher == label,
+            "agreement": teacher == student,
+            "teacher_wrong": teacher != label,
+            "right_alone": (teacher != label) & (student == label),
+        }
+        shares = 100 * torch.stack(list(samples.values())).float().mean(1)
+        self.means[split].update(dict(zip(samples, shares, strict=True)), len(teacher))
 
     def _log(self, split: str, trainer: Trainer, pl_module: DistillationModule) -> None:
         means = self.means[split].compute(trainer.strategy.reduce)
+        if means:
+            # A quotient of means over the same samples, and so of numbers of samples: exact over batches and ranks.
+            wrong, alone = means.pop("teacher_wrong"), means.pop("right_alone")
+            if wrong > 0:
+                means["top1_teacher_wrong"] = 100 * alone / wrong
         pl_module.log_dict({f"{split}/{name}": value for name, value in means.items()})

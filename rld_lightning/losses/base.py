@@ -118,6 +118,18 @@ class DistillationLoss(nn.Module):
         """Scalars worth watching that are not minimised (percent or nats), by name; called without gradient."""
         return {}
 
+    def refined(self, teacher: Tensor, label: Tensor) -> Tensor | None:
+        """The teacher's logits as the method passes them on, to look at.
+
+        Args:
+            teacher: the teacher's logits ``(N, C)``.
+            label: ``(N,)``.
+
+        Returns:
+            ``(N, C)``, -inf for classes that are left out; ``None`` for methods that pass them on as they are.
+        """
+        return None
+
     def warmup(self, epoch: int | None) -> float:
         """Factor on the method's own terms at an epoch counted from 1."""
         return 1.0 if epoch is None else min(epoch / self.warmup_epochs, 1.0)

@@ -87,6 +87,11 @@ class CombinedLoss(DistillationLoss):
             for statistic, value in loss.statistics(step).items()
         }
 
+    def refined(self, teacher: Tensor, label: Tensor) -> Tensor | None:
+        """That of the first loss that changes anything."""
+        views = (loss.refined(teacher, label) for loss in self.losses.values())
+        return next((view for view in views if view is not None), None)
+
     def describe(self) -> str:
         """One line: the sum."""
         parts = [f"{self.weights[name]:g} * {loss.describe()}" for name, loss in self.losses.items()]

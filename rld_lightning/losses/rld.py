@@ -162,3 +162,7 @@ class RLDLoss(LogitLoss):
         wrong = rows.reduce((rows.teacher.argmax(-1) != rows.label).to(dtype), "mean")
         masked = rows.reduce(dropped_classes(rows.teacher, rows.label, self.mask).to(dtype).mean(-1), "mean")
         return {"teacher_wrong": 100 * wrong, "masked_classes": 100 * masked}
+
+    def refined(self, teacher: Tensor, label: Tensor) -> Tensor:
+        """What MCD passes on: the teacher without the classes that it ranks at or above the true one."""
+        return teacher.masked_fill(dropped_classes(teacher, label, self.mask), -torch.inf)

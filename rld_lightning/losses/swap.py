@@ -93,3 +93,7 @@ class SwapLoss(LogitLoss):
         self.temperature = temperature
         self.weight = weight
         self.logit_standardization = logit_standardization
+
+    def refined(self, teacher: Tensor, label: Tensor) -> Tensor:
+        """With the largest logit and the true class's exchanged."""
+        return swap_logits(teacher, label)

@@ -8,7 +8,9 @@ without executing anything, checked, and kept as safetensors with a note of wher
 import hashlib
 import io
 import os
+import shutil
 import tarfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -85,6 +87,18 @@ class TeacherStore:
             raise WeightsError(f"{name} holds values that are not finite and is not stored as a teacher")
         path = self.path(dataset, name)
         save_weights(model, path, {"source": "fit", **metadata, "dataset": dataset, "name": name})
+        return path
+
+    def add(self, file: Path, dataset: str, name: str) -> Path:
+        """Keep the weights that a run has left as a teacher, the file as it is, in place of an earlier one."""
+        path = self.path(dataset, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, path)  # noqa: PTH105 -- atomic on every platform
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
     def download_published(self, url: str = PUBLISHED_URL, dataset: str = _PUBLISHED_DATASET) -> list[Path]:

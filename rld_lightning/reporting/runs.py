@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,12 @@ from omegaconf import OmegaConf
 from rld_lightning.config import flat, loss_name
 
 SUMMARY = "summary.json"
-# What does not change what a run trains, so that runs which differ in it alone are repetitions of each other.
-_NOT_SETTINGS = ("seed", "paths", "logger", "callbacks", "print_config", "resume", "data.seed", "data.root")
+# What does not decide what is trained: places, watching, and how the work is shared out.
+_NOT_SETTINGS = (
+    *("method", "paths", "logger", "callbacks", "print_config", "resume", "data.root"),
+    *(f"trainer.{key}" for key in ("accelerator", "default_root_dir", "devices", "log_every_n_steps", "num_nodes")),
+)
+_SEEDS = ("seed", "data.seed")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Run:
     @cached_property
     def method(self) -> str:
         """The option of the loss group, such as ``rld_ls``; ``rld+at`` of a combination."""
+        if "method" in self.config:
+            return self.config["method"]
         name = loss_name(self.config["loss"])
         choices = self.folder / ".hydra" / "hydra.yaml"
         if "+" in name or not choices.exists():
@@ -92,12 +99,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Everything that decides what was trained but the seed, as ``{"loss.alpha": "1.0", ...}``."""
-        return {
-            key: value
-            for key, value in flat(self.config).items()
-            if not any(f"{key}.".startswith(f"{name}.") for name in _NOT_SETTINGS)
-        }
+        """Everything that decides what was trained but the seed, as ``{"loss.alpha": "1", ...}``."""
+        return {key: value for key, value in _settings(self.config).items() if key not in _SEEDS}
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -114,6 +117,24 @@ class Run:
         """What stood on the command line behind ``scripts/fit.py``; empty where that is not known."""
         path = self.folder / ".hydra" / "overrides.yaml"
         return list(OmegaConf.load(path)) if path.exists() else []
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings, seeds included, in which two resolved configurations differ, with both values of each.
+
+    Where things lie, what watches a run and on how many devices it runs do not count; nor do settings that one of the
+    two does not have, which another version of this package may have added.
+    """
+    ours, theirs = _settings(first), _settings(second)
+    return {key: (ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: re.sub(r"^(-?\d+)\.0$", r"\1", value)  # alpha=1 on a command line is the alpha: 1.0 of a file
+        for key, value in flat(config).items()
+        if not any(f"{key}.".startswith(f"{name}.") for name in _NOT_SETTINGS)
+    }
 
 
 def read_run(folder: Path) -> Run:
@@ -158,7 +179,7 @@ def _below(folders: Sequence[Path]) -> Iterator[Path]:
             raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
         for path, inner, files in os.walk(top):
             inner[:] = [name for name in inner if not name.startswith(".")]
-            if "config.yaml" in files:
+            if "config.yaml" in files or "error.txt" in files:  # a trial may fail before it has written its settings
                 found.add(Path(path))
     return iter(sorted(found))
 

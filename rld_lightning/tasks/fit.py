@@ -1,6 +1,7 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
 import gc
+import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +17,7 @@ from rld_lightning.config import class_name, loss_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.loggers import wandb_run
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
@@ -26,7 +27,7 @@ from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.runs import Summary, read_summary
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
-from rld_lightning.tasks.run_folder import join_metrics, leave_results, write_provenance
+from rld_lightning.tasks.run_folder import join_metrics, keep_metrics, leave_results, write_provenance
 from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher
 
 
@@ -87,20 +88,26 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
         trainer.callbacks.append(same_configuration)
         _describe(cfg, data, trainer, module)
     write_provenance(run, cfg)
-    try:
-        _train(cfg, data, trainer, module, resume_hint=resume_hint)
-        _refuse_diverged(trainer, module, run)
-        summary = _summarise(cfg, data, trainer, module)
-    finally:  # only now: the summary may have to validate, which logs
-        _finish_wandb(trainer)
-        join_metrics(run, cfg.resume)
-    leave_results(run, summary, data, module.student)
+    keep_metrics(run, cfg.resume)
+    with wandb_run(trainer, cfg):
+        try:
+            _train(cfg, data, trainer, module, resume_hint=resume_hint)
+            _refuse_diverged(trainer, module, run)
+            summary = _summarise(cfg, data, trainer, module)
+        finally:  # only now: the summary may have to validate, which logs
+            join_metrics(run, cfg.resume)
+        leave_results(run, summary, data, module.student)
     return summary, module
 
 
 def _check_start(cfg: DictConfig, run: Path) -> None:
-    if rank_zero_only.rank == 0 and (run / "metrics.csv").exists():
-        raise ValueError(f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten.")
+    last = run / "last.ckpt"
+    goes_on = cfg.resume is not None and Path(cfg.resume).absolute() == last.absolute()
+    if rank_zero_only.rank == 0 and (run / "metrics.csv").exists() and not goes_on:
+        raise ValueError(
+            f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
+            f"on (resume={last})."
+        )
     if cfg.resume is not None and not Path(cfg.resume).is_file():
         raise FileNotFoundError(f"there is no checkpoint to resume from at {cfg.resume}.")
     for role in ("teacher", "student"):
@@ -207,19 +214,16 @@ def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
     student = {**cfg.model.student, "name": name, "weights": None}
     own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
     own.loss = {"_target_": "rld_lightning.losses.CELoss"}
-    own.resume = None
+    own.method = "ce"
     own.print_config = False
-    own.paths.run = str(Path(cfg.paths.run) / "teacher")
-    summary, module = _fit(own, resume_hint=False)
+    folder = Path(cfg.paths.run) / "teacher"
+    own.paths.run = str(folder)
+    own.resume = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None  # of this run, interrupted
+    if "WANDB_RUN_ID" in os.environ:  # a sweep agent's, for the student
+        own.logger.pop("wandb", None)
+    _fit(own, resume_hint=False)
     if rank_zero_only.rank == 0:
-        facts = {
-            "num_classes": data.num_classes,
-            "class_names": list(data.class_names),
-            "top1": summary.top1,
-            "epochs": summary.epochs,
-            "seed": summary.seed,
-        }
-        store.save(module.student, data.name, name, facts)
+        store.add(folder / "student.safetensors", data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks read what rank 0 has stored
     cfg.model.teacher.weights = str(path)
@@ -268,14 +272,6 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
         images_per_s=metrics.get("train/images_per_s"),
         run=str(cfg.paths.run),
     )
-
-
-def _finish_wandb(trainer: Trainer) -> None:
-    """Ends the W&B run, or the next fit of this process would log into it."""
-    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
-        import wandb
-
-        wandb.finish()
 
 
 def _refuse_diverged(trainer: Trainer, module: DistillationModule, run: Path) -> None:

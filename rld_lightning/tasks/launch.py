@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,10 +72,10 @@ def processes_to_start(trainer: DictConfig) -> int:
                 f"on {probe.num_nodes} node(s); leave trainer.devices and trainer.num_nodes away and choose "
                 "trainer=ddp, or trainer=ddp_cpu without GPUs, which take both from there."
             )
-        if _is_sweep() and started.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+        if is_trial() and started.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
             raise ValueError(
                 f"--multirun under {started.by} would sweep once in each process, each with other values; start it "
-                "without: every trial starts its own processes. On several nodes use hydra/launcher=slurm."
+                "without: every trial starts its own processes. On several nodes use launcher=submitit_slurm."
             )
         return 1
     if probe.num_nodes > 1:
@@ -91,6 +91,11 @@ def started_here() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
 
 
+def is_trial() -> bool:
+    """Whether Hydra runs this job as one of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def run_in_processes(count: int, task: str, cfg: DictConfig) -> None:
     """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
 
@@ -103,7 +108,7 @@ def run_in_processes(count: int, task: str, cfg: DictConfig) -> None:
         UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
         SystemExit: the run was interrupted; its processes had :data:`GRACE` seconds to leave their results.
     """
-    last = Path(cfg.paths.run).absolute() / "last.ckpt"
+    way_on = _way_on(Path(cfg.paths.run).absolute() / "last.ckpt")
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
@@ -113,14 +118,14 @@ def run_in_processes(count: int, task: str, cfg: DictConfig) -> None:
                 failed = _wait(processes)
             except (KeyboardInterrupt, SystemExit):
                 _interrupt(processes)
-                if last.exists():
-                    print_line("stopped", f"continue with the same command and resume={last}")
+                if hint := way_on():
+                    print_line("stopped", f"continue with the same command and {hint}")
                 sys.exit(130)
             if failed:
                 time.sleep(5 * POLL)
                 said = {rank: told for rank in range(count) if (told := _read_failure(folder, rank)) is not None}
         if failed:
-            raise UserError(_explain({rank: processes[rank].returncode for rank in failed}, said, count, last))
+            raise UserError(_explain({rank: processes[rank].returncode for rank in failed}, said, count, way_on()))
 
 
 @contextmanager
@@ -184,7 +189,15 @@ def _sigterm_ends() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _explain(failed: Mapping[int, int], said: Mapping[int, Failure], count: int, last: Path) -> str:
+def _way_on(last: Path) -> Callable[[], str | None]:
+    """What to add to the command to continue, asked when it is needed: the checkpoint may not be there yet."""
+    if is_trial():
+        folder = HydraConfig.get().sweep.dir  # trials go on by themselves
+        return lambda: f"hydra.sweep.dir={folder}"
+    return lambda: f"resume={last}" if last.exists() else None
+
+
+def _explain(failed: Mapping[int, int], said: Mapping[int, Failure], count: int, hint: str | None) -> str:
     """One sentence about what ended the run; the traceback of an exception goes to stderr."""
     killed = [rank for rank, code in failed.items() if code < 0]
     # The others may fail because of the first, and even end before it.
@@ -199,8 +212,9 @@ def _explain(failed: Mapping[int, int], said: Mapping[int, Failure], count: int,
         how = f"was killed by {signal.Signals(-failed[rank]).name}"
     else:
         how = f"ended with exit status {failed[rank]}"
-    resume = f"Continue with the same command and resume={last}"
-    way_on = resume if last.exists() else "There is no checkpoint yet to continue from"
+    way_on = f"Continue with the same command and {hint}" if hint else "There is no checkpoint yet to continue from"
+    if count == 1:
+        return f"the process of this run {how}. {way_on}."
     return f"rank {rank} of {count} {how}, and the others were ended with it: nothing is left running. {way_on}."
 
 
@@ -216,10 +230,6 @@ def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
         return raw
 
     return settle(OmegaConf.to_container(cfg, resolve=False), cfg)
-
-
-def _is_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _free_port() -> int:

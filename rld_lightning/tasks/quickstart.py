@@ -26,6 +26,7 @@ def quickstart(cfg: DictConfig) -> None:
     distilled = _fit_in(cfg, run / "distilled")
     alone = deepcopy(cfg)
     alone.loss = {"_target_": "rld_lightning.losses.CELoss"}
+    alone.method = "ce"
     alone.print_config = False
     alone = _fit_in(alone, run / "alone")
 

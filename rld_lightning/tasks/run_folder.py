@@ -14,9 +14,13 @@ from torch import nn
 
 from rld_lightning.console import print_files, print_table
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.loggers import wandb_facts
 from rld_lightning.models.weights import save_weights
+from rld_lightning.reporting.cost import processor_name
 from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.reporting.runs import Summary
+
+EARLIER = "metrics_earlier.csv"  # of a run that goes on in its own folder
 
 
 @rank_zero_only
@@ -33,7 +37,10 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         "std": list(data.std),
         "loss": summary.loss,
         "top1": summary.top1,
+        "epochs": summary.epochs,
+        "seed": summary.seed,
         "source": "fit",
+        **wandb_facts(run),
     }
     save_weights(student, run / "student.safetensors", facts)
     teacher = f" from {summary.teacher}" if summary.teacher else ""
@@ -55,9 +62,10 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         "student.safetensors": "the student's weights",
         "summary.json": "these numbers",
         "metrics.csv": "every logged value",
+        "classes.csv": "accuracy of each class",
         "curves.png": "learning curves",
     }
-    print_files(run, files)
+    print_files(run, {name: what for name, what in files.items() if (run / name).exists()})
 
 
 @rank_zero_only
@@ -71,6 +79,7 @@ def write_provenance(run: Path, cfg: DictConfig) -> None:
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "platform": platform.platform(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
@@ -78,11 +87,31 @@ def write_provenance(run: Path, cfg: DictConfig) -> None:
 
 
 @rank_zero_only
+def keep_metrics(run: Path, resume: str | None) -> None:
+    """Before a run goes on in its own folder: saves what was logged there from the logger, which begins a new file."""
+    if not _in_place(run, resume) or not (run / "metrics.csv").exists():
+        return
+    join_metrics(run, resume)  # of an attempt that was killed
+    (run / "metrics.csv").rename(run / EARLIER)
+
+
+@rank_zero_only
 def join_metrics(run: Path, resume: str | None) -> None:
     """Puts what was logged before the checkpoint in front, so that a resumed run tells the whole story."""
-    before = Path(resume).parent / "metrics.csv" if resume else None
-    if before is None or not before.exists() or not (run / "metrics.csv").exists():
+    if resume is None:
         return
-    now = pd.read_csv(run / "metrics.csv")
-    earlier = pd.read_csv(before)
-    pd.concat([earlier[earlier["step"] < now["step"].min()], now]).to_csv(run / "metrics.csv", index=False)
+    before = run / EARLIER if _in_place(run, resume) else Path(resume).parent / "metrics.csv"
+    if not before.exists():
+        return
+    if (run / "metrics.csv").exists():
+        now = pd.read_csv(run / "metrics.csv")
+        earlier = pd.read_csv(before)
+        pd.concat([earlier[earlier["step"] < now["step"].min()], now]).to_csv(run / "metrics.csv", index=False)
+        if _in_place(run, resume):
+            before.unlink()
+    elif _in_place(run, resume):
+        before.rename(run / "metrics.csv")
+
+
+def _in_place(run: Path, resume: str | None) -> bool:
+    return resume is not None and Path(resume).absolute().parent == run.absolute()

@@ -250,6 +250,11 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     options = (*PAIR, teacher, f"recipe.epochs={epoch + 2}", f"resume={last}", f"hydra.run.dir={folder / 'continued'}")
     run("fit.py", *options, folder=folder)
     assert json.loads((folder / "continued" / "summary.json").read_text())["epochs"] == epoch + 2
+    run("fit.py", *options[:-1], f"hydra.run.dir={folder / 'stopped'}", folder=folder)  # the same in its own folder
+    metrics = pd.read_csv(folder / "stopped" / "metrics.csv")
+    assert metrics.dropna(subset=["val/top1"])["epoch"].tolist() == list(range(epoch + 2))
+    weights = [load_file(folder / name / "student.safetensors") for name in ("continued", "stopped")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @pytest.mark.slow

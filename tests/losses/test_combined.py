@@ -105,3 +105,9 @@ def test_a_loss_with_a_cross_entropy_of_its_own_kind_is_refused():
 
     with pytest.raises(ValueError, match="cannot be combined"):
         CombinedLoss(special=Special(), rld=RLDLoss())
+
+
+def test_what_it_passes_on_is_that_of_the_first_loss_that_changes_anything():
+    teacher, label = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([1])
+    assert_close(CombinedLoss(kd=KDLoss(), rld=RLDLoss()).refined(teacher, label), RLDLoss().refined(teacher, label))
+    assert CombinedLoss(kd=KDLoss(), ce=CELoss()).refined(teacher, label) is None

@@ -213,3 +213,15 @@ def test_statistics_of_maps():
     statistics = RLDLoss().statistics(step)
     assert statistics["teacher_wrong"].item() == pytest.approx(100 / 3)
     assert statistics["masked_classes"].item() == pytest.approx(100 * (1 / 2 + 1 + 1) / 3)
+
+
+def test_what_is_passed_on_leaves_out_the_classes_at_or_above_the_true_one():
+    teacher = torch.tensor([[3.0, 1.0, 2.0, 1.0], [3.0, 1.0, 2.0, 1.0]])
+    label = torch.tensor([2, 0])
+    gone = -torch.inf
+    expected = torch.tensor([[gone, 1.0, gone, 1.0], [gone, 1.0, 2.0, 1.0]])
+    assert_close(RLDLoss().refined(teacher, label), expected)
+    assert_close(RLDLoss(mask="g").refined(teacher, label)[1], teacher[1])
+    # It is the distribution that MCD distils: a student with just that has none of it to learn.
+    terms = rld_loss(expected.nan_to_num(neginf=-50.0), teacher, label)
+    assert_close(terms["mcd"], torch.tensor(0.0))

@@ -65,3 +65,8 @@ def test_hand_worked():
     student = torch.tensor([[0.25, 0.25, 0.5]]).log()
     label = torch.tensor([1])
     assert swap_loss(student, teacher, label, temperature=1.0)["swap"].item() == pytest.approx(0.1732868, abs=1e-6)
+
+
+def test_what_it_passes_on_has_two_logits_exchanged():
+    passed_on = SwapLoss().refined(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([2, 2]))
+    assert passed_on.tolist() == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]

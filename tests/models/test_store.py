@@ -148,6 +148,16 @@ def test_saves_and_finds(store):
     }
 
 
+def test_keeps_the_file_that_a_run_has_left_as_it_is(store, tmp_path):
+    file = tmp_path / "student.safetensors"
+    for content in (b"one", b"another"):
+        file.write_bytes(content)
+        path = store.add(file, "cifar10", "resnet8")
+        assert path == store.find("cifar10", "resnet8")
+        assert path.read_bytes() == content
+    assert [path] == list(path.parent.iterdir())
+
+
 def test_download(store, server):
     assert_downloaded(store, store.download_published(server.url))
     assert read_metadata(store.path("cifar100", "resnet8")) == {

@@ -6,14 +6,15 @@ from matplotlib.figure import Figure
 
 from rld_lightning.reporting import plot_curves, read_metrics
 
-METRICS = """epoch,step,loss,lr-SGD,train/loss,train/ce,train/kd,stats/teacher_wrong,val/ce,val/top1,val/top5
-,0,,0.05,,,,,,,
-0,9,3.5,,,,,,,,
-0,10,,,,,,,2.0,40.0,80.0
-0,10,,,3.0,2.0,1.0,30.0,,,
-,11,,0.005,,,,,,,
-1,20,,,,,,,1.5,50.0,90.0
-1,20,,,2.0,1.5,0.5,20.0,,,
+METRICS = """epoch,step,loss,lr-SGD,train/loss,train/ce,train/kd,stats/teacher_wrong,val/ce,val/top1,val/top5,\
+stats/ce_share,stats/kd_share,train/grad_norm,train/top1_teacher_wrong,val/top1_teacher_wrong
+,0,,0.05,,,,,,,,,,,,
+0,9,3.5,,,,,,,,,,,,,
+0,10,,,,,,,2.0,40.0,80.0,,,,,12.0
+0,10,,,3.0,2.0,1.0,30.0,,,,60.0,40.0,1.5,11.0,
+,11,,0.005,,,,,,,,,,,,
+1,20,,,,,,,1.5,50.0,90.0,,,,,14.0
+1,20,,,2.0,1.5,0.5,20.0,,,,70.0,30.0,0.5,13.0,
 """
 
 
@@ -50,7 +51,12 @@ def test_the_picture_shows_each_term_and_the_schedule(run, monkeypatch):
         "kd": [1.0, 0.5],
         "val ce": [2.0, 1.5],
     }
-    assert drawn["Teacher, and what the loss tells about itself"] == {"teacher wrong, train": [30.0, 20.0]}
+    assert drawn["Share of each term in the loss"] == {"ce": [60.0, 70.0], "kd": [40.0, 30.0]}
+    assert drawn["Teacher, and what the loss tells about itself"] == {
+        "student right where teacher is wrong, val": [12.0, 14.0],
+        "teacher wrong, train": [30.0, 20.0],
+    }
+    assert drawn["Gradient norm, before clipping"] == {"mean over the epoch": [1.5, 0.5]}
     assert drawn["Learning rate"] == {"lr-SGD": [0.05, 0.005]}
 
 

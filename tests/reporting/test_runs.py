@@ -22,6 +22,7 @@ def make(folder, *, seed=0, alpha=1.0, finished=True, choice="rld_ls", lr=0.1):
         "loss": {"_target_": "rld_lightning.losses.RLDLoss", "alpha": alpha},
         "recipe": {"optimizer": {"lr": lr}},
         "data": {"seed": seed, "root": str(folder), "batch_size": 64},
+        "trainer": {"default_root_dir": str(folder)},
         "seed": seed,
         "paths": {"run": str(folder)},
     }
@@ -58,6 +59,12 @@ def test_repetitions_have_the_same_settings_and_others_not(tmp_path):
     first, again, other = (read_run(tmp_path / name).settings for name in "abc")
     assert first == again
     assert {key for key in first if first[key] != other[key]} == {"loss.alpha"}
+
+
+def test_whole_numbers_are_the_same_with_and_without_a_point(tmp_path):
+    make(tmp_path / "a", alpha=2.0)
+    make(tmp_path / "b", alpha=2)
+    assert read_run(tmp_path / "a").settings == read_run(tmp_path / "b").settings
 
 
 def test_without_hydras_records_the_loss_gives_the_name(tmp_path):

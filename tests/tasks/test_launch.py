@@ -88,7 +88,7 @@ def test_several_nodes_need_torchrun_or_srun():
 
 def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatch):
     srun(monkeypatch)
-    monkeypatch.setattr(launch, "_is_sweep", lambda: True)
+    monkeypatch.setattr(launch, "is_trial", lambda: True)
     trainer = compose("trainer=ddp_cpu", resolve=False).trainer
     with pytest.raises(ValueError, match="--multirun under srun would sweep once in each process"):
         processes_to_start(trainer)
@@ -146,13 +146,20 @@ def test_all_well_is_the_end_of_the_wait():
     ],
 )
 def test_one_sentence_says_what_happened(tmp_path, failed, said, sentence):
-    last = tmp_path / "last.ckpt"
-    told = launch._explain(failed, said, 2, last)
+    way_on = launch._way_on(tmp_path / "last.ckpt")
+    told = launch._explain(failed, said, 2, way_on())
     assert re.search(sentence, told)
     if "rank" in told:
         assert "There is no checkpoint yet" in told
-        last.touch()
-        assert f"resume={last}" in launch._explain(failed, said, 2, last)
+        (tmp_path / "last.ckpt").touch()
+        assert f"resume={tmp_path / 'last.ckpt'}" in launch._explain(failed, said, 2, way_on())
+
+
+def test_a_single_process_is_not_a_rank():
+    told = launch._explain({0: -9}, {}, 1, "hydra.sweep.dir=runs/sweeps/a")
+    assert told == "the process of this run was killed by SIGKILL. Continue with the same command and " + (
+        "hydra.sweep.dir=runs/sweeps/a."
+    )
 
 
 def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydras():
@@ -224,7 +231,7 @@ def test_the_slurm_launcher_is_submitits_with_our_settings():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("fit", ["hydra/launcher=slurm", "hydra.launcher.nodes=2"], return_hydra_config=True)
+        cfg = hydra.compose("fit", ["launcher=submitit_slurm", "hydra.launcher.nodes=2"], return_hydra_config=True)
     launcher = cfg.hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 1, 1)

@@ -1,0 +1,107 @@
+"""Which W&B server there is, which key it wants, and whether it answers; asked without starting wandb."""
+
+import base64
+import configparser
+import json
+import netrc
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+# Two names of the hosted service, the older one first; a key may be kept under either.
+HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")
+
+
+def wandb_mode() -> str:
+    """W&B's mode: ``WANDB_MODE`` if set, else ``online`` with a key and ``offline`` without.
+
+    The key is looked for without asking wandb, which would start a session and then ignore the mode.
+    """
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether there is a key for the server, or a token in its place."""
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key(server()))
+
+
+def server() -> str:
+    """The server's address, as wandb finds it: ``WANDB_BASE_URL``, or what ``wandb login --host`` has left."""
+    if os.environ.get("WANDB_BASE_URL"):
+        return os.environ["WANDB_BASE_URL"].rstrip("/")
+    settings = configparser.ConfigParser()
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    try:
+        settings.read([folder / "settings", Path("wandb") / "settings"])
+    except (OSError, configparser.Error):
+        return _default()
+    return settings.get("default", "base_url", fallback=_default()).rstrip("/")
+
+
+def _default() -> str:
+    """The hosted service by the name that the installed wandb has for it."""
+    try:
+        from wandb.sdk.lib.urls import DEFAULT_BASE_URL
+    except ImportError:  # before 0.30
+        return f"https://{HOSTED[0]}"
+    return DEFAULT_BASE_URL
+
+
+def trouble(timeout: float) -> str | None:
+    """Why the server cannot be used now, in words; None if it takes the key.
+
+    Args:
+        timeout: seconds to wait in all, whatever the server does.
+    """
+    found: list[str | None] = [f"does not answer within {timeout:g} s"]
+
+    def ask() -> None:
+        with suppress(TimeoutError):
+            found[0] = _ask(timeout)
+
+    # A thread, because a timeout of urllib's starts anew with each piece of a slow answer.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return found[0]
+
+
+def _ask(timeout: float) -> str | None:
+    """As :func:`trouble`, but for a time-out, which it raises."""
+    address = server()
+    headers = {"Content-Type": "application/json"}
+    if key := _key(address):
+        headers["Authorization"] = "Basic " + base64.b64encode(f"api:{key}".encode()).decode()
+    query = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    try:
+        with urlopen(Request(f"{address}/graphql", query, headers), timeout=timeout) as answer:
+            viewer = json.load(answer)["data"]["viewer"]
+    except HTTPError as error:
+        return "refuses the key" if error.code in (401, 403) else f"answers with an error ({error.code})"
+    except TimeoutError:
+        raise
+    except URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            raise error.reason from None
+        return f"cannot be reached ({error.reason})"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"does not answer as W&B does ({type(error).__name__})"
+    return "does not know the key" if key and viewer is None else None
+
+
+def _key(address: str) -> str | None:
+    if os.environ.get("WANDB_API_KEY"):
+        return os.environ["WANDB_API_KEY"]
+    host = urlsplit(address).hostname
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return None
+    found = (known.authenticators(name) for name in (HOSTED if host in HOSTED else (host,)))
+    return next((entry[2] for entry in found if entry), None)

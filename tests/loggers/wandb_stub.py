@@ -1,0 +1,111 @@
+"""A stand-in for W&B's server on this machine, and a reader of the files that offline runs leave."""
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+VIEWER = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
+BUCKET = {"id": "b", "displayName": "run", "config": "{}", "historyLineCount": 0, "project": PROJECT}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as ``server.behaviour`` says, one of the cases below; ``late`` is never."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
+        behaviour = self.server.behaviour
+        for text, later in self.server.after.items():
+            if text in body:
+                self.server.behaviour = later
+        match behaviour:
+            case "late":
+                self.server.closing.wait(600)
+            case "drip":
+                self.send_response(200)
+                self.end_headers()
+                while not self.server.closing.wait(0.05):
+                    self.wfile.write(b" ")
+            case "error":
+                self.answer(500, {"errors": [{"message": "broken"}]})
+            case "refuse":
+                self.answer(401, {"errors": [{"message": "who are you?"}]})
+            case "stranger":
+                self.answer(200, ["an", "other", "service"])
+            case "well":
+                self.answer(200, {"data": self.data(body)})
+
+    do_GET = do_PUT = do_HEAD = do_POST
+
+    def data(self, body):
+        if "UpsertBucket" in body:
+            name = json.loads(body)["variables"].get("name")
+            return {"upsertBucket": {"inserted": True, "bucket": BUCKET | {"name": name}}}
+        if "iewer" in body:
+            info = {"cliVersionInfo": {"max_cli_version": "9.9.9", "min_cli_version": "0.1.0"}, "features": []}
+            return {"viewer": VIEWER, "serverInfo": info}
+        return {}
+
+    def answer(self, status, content):
+        content = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_arguments):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_arguments):  # a client that has gone away
+        pass
+
+
+@contextmanager
+def serving(behaviour: str, after: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server on 127.0.0.1; after a request with one of some texts in it, it behaves in another way."""
+    server = Server(("127.0.0.1", 0), Handler)
+    server.behaviour, server.after, server.closing = behaviour, after or {}, threading.Event()
+    server.address = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+def read_run(folder) -> list[Record]:
+    """All records of the one W&B run in a run folder."""
+    (path,) = folder.glob("wandb/*run-*/run-*.wandb")
+    return read_file(path)
+
+
+def read_file(path) -> list[Record]:
+    """All records of a file, which is a log of LevelDB's with a header of seven bytes."""
+    data, place, parts, records = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:  # no room for a header in this block
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def values(items) -> dict:
+    """What a list of updates comes to, nested keys joined by dots."""
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}

@@ -1,0 +1,238 @@
+"""Sweeps: tuned on held-out images, continued where they were, and summed up in one line."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.trainer.states import TrainerFn
+from omegaconf import OmegaConf
+from reporting.run_factory import write_run
+from test_config import CONF, compose
+
+from rld_lightning.callbacks import OptunaPruner
+from rld_lightning.errors import UserError
+from rld_lightning.tasks import sweep, trial
+from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
+from rld_lightning.tasks.trial import run_trial
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a sweep with a command line, and gives its configuration back."""
+
+    def composed(*overrides):
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+            config = hydra.compose("fit", [folder, *(o for o in overrides if "," not in o)], return_hydra_config=True)
+            OmegaConf.set_readonly(config.hydra, False)
+            config.hydra.job.config_name = "fit"
+            config.hydra.overrides.task = [o for o in overrides if not o.startswith("hydra")]
+            Sweep(held_out=0.1).on_multirun_start(config)
+        return config
+
+    return composed
+
+
+@pytest.mark.parametrize(
+    ("command", "share"),
+    [
+        (["loss.alpha=1,2"], 0.1),
+        (["loss=rld,dkd", "seed=0,1"], 0.1),
+        (["sweep=rld_grid"], 0.1),
+        (["seed=0,1,2"], None),  # repetitions tune nothing
+        (["loss.alpha=1,2", "data.val_fraction=0.2"], None),  # the user's own
+        (["data.val_fraction=0.1,0.2"], None),
+        (["loss=rld,dkd", "data.val_fraction=0"], None),  # a comparison, as the literature has it
+    ],
+)
+def test_what_tunes_is_validated_on_held_out_images(start, command, share):
+    added = set(start(*command).hydra.overrides.task) - set(command)
+    assert added == ({f"{HELD_OUT}={share}"} if share else set())
+
+
+def test_tuning_on_the_test_split_is_refused(start, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        start("loss.alpha=1,2", "data.val_fraction=0")
+    assert (
+        "error: data.val_fraction=0 would tune loss.alpha on the test split; leave it away" in capsys.readouterr().out
+    )
+
+
+def test_trials_are_named_after_what_is_swept(start):
+    (rule,) = (o for o in start("loss.alpha=1,2", "recipe=quick").hydra.overrides.hydra if "exclude_keys" in o)
+    assert rule.endswith('.exclude_keys=["recipe","data.val_fraction"]')
+
+
+def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
+    start("loss.alpha=1,2", "recipe=quick")
+    start("loss.alpha=1,2,4", "recipe=quick")  # more values of the same
+    with pytest.raises(SystemExit, match="2"):
+        start("loss.alpha=1,2", "recipe=cifar240")
+    assert "they differ in recipe=cifar240, recipe=quick." in capsys.readouterr().out
+
+
+def trials(folder, values):
+    for alpha, seed, top1 in values:
+        path = write_run(
+            folder / f"loss.alpha={alpha},seed={seed}",
+            seed=seed,
+            top1=top1,
+            settings={"loss.alpha": alpha},
+            held_out=0.1,
+        )
+        overrides = [f"loss.alpha={alpha}", f"seed={seed}", "recipe=quick"]
+        OmegaConf.save(OmegaConf.create(overrides), path / ".hydra" / "overrides.yaml")
+
+
+VALUES = [(1, 0, 50.0), (1, 1, 54.0), (2, 0, 51.0), (2, 1, 52.0), (4, 0, 10.0)]
+
+
+def test_settings_are_means_over_seeds_the_best_first(tmp_path):
+    trials(tmp_path, VALUES)
+    trials(tmp_path / "inner", VALUES)  # a sweep of its own
+    (tmp_path / "inner" / "sweep.yaml").touch()
+    settings = settings_of(tmp_path, ["loss.alpha", "seed"])
+    assert [(s.values, s.top1, len(s.runs)) for s in settings] == [
+        (("loss.alpha=1",), 52.0, 2), (("loss.alpha=2",), 51.5, 2), (("loss.alpha=4",), 10.0, 1),
+    ]  # fmt: skip
+    assert settings[0].spread == pytest.approx(8**0.5)
+    assert settings[2].spread is None
+
+
+def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests_once(start, tmp_path, capsys):
+    config = start("loss.alpha=1,2,4", "seed=0,1", "recipe=quick", "launcher=joblib", "loss=rld_ls")
+    trials(tmp_path / "sweep", VALUES)
+    (tmp_path / "sweep" / "loss.alpha=4,seed=1").mkdir()
+    (tmp_path / "sweep" / "loss.alpha=4,seed=1" / "error.txt").write_text("out of memory\n")
+    Sweep(0.1).on_multirun_end(config)
+    *before, last = capsys.readouterr().out.strip().splitlines()
+    assert any("loss.alpha=4,seed=1: out of memory" in line for line in before)
+    assert last.split("loss.alpha=1: ")[1].startswith("52.00 ± 2.83 % on ")
+    command = last.split("n = 2; ")[1]
+    assert command == (
+        f"python {sys.argv[0]} recipe=quick loss=rld_ls loss.alpha=1 data.val_fraction=0 "
+        "trainer.check_val_every_n_epoch=30"
+    )
+    overrides = command.split()[2:]
+    assert compose(*overrides).data.val_fraction == 0
+
+
+def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
+    config = start("sweep=rld_grid", "model=vgg13_to_vgg8")
+    trials(tmp_path / "sweep", VALUES[:1])
+    (best,) = settings_of(tmp_path / "sweep", ["loss.alpha"])
+    assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in retrain_command(config, best, sweep._overrides(config)[1])
+
+
+def test_a_study_goes_on_where_it_was(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    config = {"storage": storage, "study_name": "fit", "direction": "maximize", "n_trials": 10, "max_failure_rate": 0.0}
+    sweeper = OmegaConf.create(config | {"sampler": {"seed": 3}})
+    sweep._continue_study(sweeper)  # a new one
+    assert (sweeper.n_trials, sweeper.sampler.seed, sweeper.max_failure_rate) == (10, 3, 1.0)
+
+    study = optuna.load_study(study_name="fit", storage=storage)
+    proposed = [study.ask() for _ in range(4)]
+    for number, asked in enumerate(proposed):
+        asked.suggest_float("loss.alpha", number, number + 1)
+    study.tell(0, 50.0)
+    study.tell(1, state=optuna.trial.TrialState.FAIL)
+    for _ in range(2):  # two trials were running, twice in a row
+        sweeper = OmegaConf.create(config | {"sampler": {"seed": 3}})
+        sweep._continue_study(sweeper)
+        assert sweeper.n_trials == 8  # one finished, one failed
+        assert sweeper.sampler.seed > 3
+    assert [study.ask().suggest_float("loss.alpha", 0, 4) for _ in range(2)] == [
+        asked.params["loss.alpha"] for asked in proposed[2:]
+    ]
+
+
+def test_the_pruner_reports_each_epoch_and_stops_a_trial_that_falls_behind(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="fit", storage=storage, direction="maximize")
+
+    def begin():
+        asked = study.ask()
+        value = asked.suggest_float("loss.alpha", 0, 1)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=0)
+        callback = OptunaPruner(storage, "fit", [f"loss.alpha={value}", "recipe=quick"], pruner)
+        trainer = SimpleNamespace(
+            is_global_zero=True, sanity_checking=False, state=SimpleNamespace(fn=TrainerFn.FITTING), should_stop=False,
+            strategy=SimpleNamespace(broadcast=lambda value: value), current_epoch=0, callback_metrics={},
+        )  # fmt: skip
+        callback.on_fit_start(trainer, None)
+        return asked, callback, trainer
+
+    def epoch(callback, trainer, top1):
+        trainer.callback_metrics["val/top1"] = top1
+        callback.on_validation_end(trainer, None)
+        trainer.current_epoch += 1
+
+    asked, callback, trainer = begin()
+    for top1 in (30.0, 50.0):
+        epoch(callback, trainer, top1)
+    assert not trainer.should_stop
+    study.tell(asked, 50.0)
+    reported = optuna.load_study(study_name="fit", storage=storage).trials[0]
+    assert reported.intermediate_values == {1: 30.0, 2: 50.0}
+
+    _, callback, trainer = begin()
+    epoch(callback, trainer, 31.0)
+    assert not trainer.should_stop
+    epoch(callback, trainer, 49.0)
+    assert trainer.should_stop
+
+    stranger = OptunaPruner(storage, "fit", ["loss.alpha=7"], optuna.pruners.NopPruner())
+    with pytest.raises(ValueError, match="no running trial of the study fit"):
+        stranger.on_fit_start(trainer, None)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return compose("data=digits", "model=resnet8", "loss=ce", f"paths.run={tmp_path / 'trial'}", resolve=False)
+
+
+def finish(cfg, top1=60.0):
+    folder = write_run(Path(cfg.paths.run), "ce", teacher=None, student="resnet8", top1=top1)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    return folder
+
+
+def test_a_finished_trial_is_not_repeated(cfg, monkeypatch):
+    finish(cfg)
+    monkeypatch.setattr(trial, "run_in_processes", lambda *_: pytest.fail("it was started again"))
+    assert run_trial(cfg).top1 == 60.0
+
+
+def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch):
+    folder = finish(cfg)
+    (folder / "summary.json").unlink()
+    (folder / "last.ckpt").touch()
+    resumed = []
+
+    def fails(_processes, _task, cfg):
+        resumed.append(cfg.resume)
+        raise UserError("out of memory.")
+
+    monkeypatch.setattr(trial, "run_in_processes", fails)
+    with pytest.raises(UserError, match="out of memory"):
+        run_trial(cfg)
+    assert (folder / "error.txt").read_text() == "out of memory.\n"
+    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg: finish(cfg, 70.0))
+    assert run_trial(cfg).top1 == 70.0
+    assert not (folder / "error.txt").exists()
+    assert resumed == [str(folder / "last.ckpt")]
+
+
+def test_a_folder_with_other_settings_is_left_alone(cfg):
+    folder = finish(cfg)
+    cfg.recipe.optimizer.lr = 0.7
+    with pytest.raises(UserError, match=r"holds a run with recipe\.optimizer\.lr=0\.05, and this one has .*lr=0\.7"):
+        run_trial(cfg)
+    assert not (folder / "error.txt").exists()
