@@ -96,11 +96,19 @@ def test_every_option_composes(override):
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_composes(command):
     _, script, *overrides = command
+    if script == "scripts/compare.py":
+        own = dict(o.split("=") for o in overrides if o.startswith(("losses=", "seeds=")))
+        losses = [f"loss={loss}" for loss in own["losses"].split(",")]
+        for loss in losses:
+            assert compose(loss, *(o for o in overrides if o.partition("=")[0] not in own))
+        return
     name = {"scripts/fit.py": "fit", "scripts/eval.py": "eval"}[script]
-    overrides = [o for o in overrides if not o.startswith(("-", "hydra/"))]
+    overrides = [o for o in overrides if not o.startswith("-")]
+    if any(o.startswith("sweep=") for o in overrides):  # Hydra's own part is tested with the configuration
+        overrides = [o for o in overrides if not o.startswith("hydra.")]
     if "-m" in command:  # of the values of a sweep, the first
         overrides = [o.split(",")[0] for o in overrides]
-    assert compose(*overrides, name=name)
+    assert compose(*overrides, name=name, resolve=not any("optuna" in o for o in overrides))
 
 
 def test_the_losses_table_is_complete():

@@ -1,0 +1,139 @@
+"""RLD on one sample as a picture: the teacher's logits, the mask, SCD and MCD, the student beside them."""
+
+import textwrap
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from rld_lightning.reporting.figures.logits import RunLogits
+from rld_lightning.reporting.figures.refine import Refinement
+from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, STUDENT, TEACHER, TRUE_CLASS, styled
+
+MOST_CLASSES = 12
+
+
+def telling_sample(logits: RunLogits) -> tuple[int, str]:
+    """Where RLD differs from plain distillation: the first sample that the teacher gets wrong and the student right.
+
+    Returns:
+        its place in the logits, and why it was chosen; the first that the teacher gets wrong where the student is
+        right about none of them, and the one that the teacher is least sure of where it gets none wrong.
+    """
+    teacher_wrong = logits.teacher.argmax(-1) != logits.label
+    both = teacher_wrong & (logits.student.argmax(-1) == logits.label)
+    if both.any():
+        return int(both.nonzero()[0]), "the first image that the teacher gets wrong and the student right"
+    if teacher_wrong.any():
+        return int(teacher_wrong.nonzero()[0]), "the first image that the teacher gets wrong"
+    probs = logits.teacher.softmax(-1).gather(-1, logits.label[:, None])
+    return int(probs.argmin()), "the image that the teacher is least sure of, as it gets none wrong"
+
+
+def shown_classes(sample: Refinement) -> list[int]:
+    """The classes with a row of their own, by falling teacher logit: all, or as many as fit.
+
+    Then the true class and both favourites are among them, half of the others come from the top, and half from below
+    the true class, where MCD looks.
+    """
+    order = sample.teacher_logits.argsort(descending=True, stable=True).tolist()
+    if len(order) <= MOST_CLASSES:
+        return order
+    chosen = {sample.label, sample.favourite, int(sample.student_logits.argmax())}
+    below = order[order.index(sample.label) + 1 :]
+    half = (MOST_CLASSES - len(chosen)) // 2
+    candidates = order[: half + 1] + below[:half] + order
+    for index in candidates:
+        if len(chosen) < MOST_CLASSES:
+            chosen.add(index)
+    return [index for index in order if index in chosen]
+
+
+@styled
+def draw_refinement(sample: Refinement, class_names: Sequence[str], title: str, image: Tensor | None = None) -> Figure:
+    """Draws one sample as RLD sees it.
+
+    Panels: logits of both networks; their probabilities, which plain distillation compares; SCD's two outcomes; MCD's
+    distributions. Rows are classes by falling teacher logit, those that MCD leaves out on grey.
+
+    Args:
+        sample: see :func:`~rld_lightning.reporting.figures.refine.refine`.
+        class_names: the C names.
+        title: heading.
+        image: ``(H, W, 3)`` in [0, 1], if there is one.
+    """
+    rows = shown_classes(sample)
+    rest = len(class_names) - len(rows)
+    figure = Figure(figsize=(11.5, 1.6 + 0.24 * max(len(rows) + bool(rest), 9)), layout="constrained")
+    figure.suptitle(title)
+    widths = {"picture": 1.3, "logits": 3, "probs": 3, "confidence": 1.9, "correlation": 3}
+    if image is None:
+        del widths["picture"]
+    panels = figure.subplot_mosaic([list(widths)], width_ratios=list(widths.values()))
+    if image is not None:
+        panels["picture"].imshow(image.numpy(), interpolation="nearest")
+        panels["picture"].set_axis_off()
+    logits, correlation = panels["logits"], panels["correlation"]
+    _pairs(logits, sample.teacher_logits, sample.student_logits, rows)
+    logits.axvline(0, color=GREY, linewidth=0.8)
+    logits.set_title("Logits")
+    _pairs(panels["probs"], sample.teacher_probs, sample.student_probs, rows)
+    panels["probs"].set_title("KD compares all classes")
+    _pairs(correlation, sample.teacher_correlation, sample.student_correlation, rows)
+    correlation.set_title("RLD, MCD: what is left")
+    _confidence(panels["confidence"], sample)
+    for axes in (panels["probs"], correlation):
+        axes.set(xlabel="probability", xlim=(0, None))
+    for axes in (logits, panels["probs"], correlation):
+        axes.set_yticks(range(len(rows)), [_name(class_names[index], index, sample) for index in rows])
+        axes.tick_params(left=False, labelleft=axes is logits)
+        axes.set_ylim(len(rows) + (0.6 if rest else -0.4), -0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="x")
+        for place, index in enumerate(rows):
+            if sample.masked[index]:
+                axes.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
+                if axes is correlation:
+                    _write(axes, place, "masked")
+    if rest:
+        _write(logits, len(rows), f"and {rest} others")
+        sides = {
+            panels["probs"]: (sample.teacher_probs, sample.student_probs),
+            correlation: (sample.teacher_correlation, sample.student_correlation),
+        }
+        for axes, values in sides.items():
+            teacher, student = (float(side.sum() - side[rows].sum()) for side in values)
+            told = f"others: teacher {teacher:.2f}, student {student:.2f}" if values[0].any() else "others: masked, too"
+            _write(axes, len(rows), told)
+    logits.get_yticklabels()[rows.index(sample.label)].set(color=TRUE_CLASS, fontweight="bold")
+    figure.legend(*logits.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _name(name: str, index: int, sample: Refinement) -> str:
+    roles = {"true": sample.label, "teacher": sample.favourite, "student": int(sample.student_logits.argmax())}
+    marks = ", ".join(role for role, who in roles.items() if who == index)
+    name = textwrap.shorten(name.replace("_", " "), 24, placeholder="...")
+    return f"{name} ({marks})" if marks else name
+
+
+def _pairs(axes: Axes, teacher: Tensor, student: Tensor, rows: list[int]) -> None:
+    for shift, values, colour, name in ((-0.19, teacher, TEACHER, "teacher"), (0.19, student, STUDENT, "student")):
+        places = [place + shift for place in range(len(rows))]
+        axes.barh(places, values[rows].tolist(), 0.36, color=colour, label=name)
+
+
+def _write(axes: Axes, place: int, text: str) -> None:
+    axes.text(0.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=DARK_GREY)
+
+
+def _confidence(axes: Axes, sample: Refinement) -> None:
+    sides = ((-0.18, sample.teacher_confidence, TEACHER), (0.18, sample.student_confidence, STUDENT))
+    for shift, sure, colour in sides:
+        bars = axes.bar([shift, 1 + shift], [sure, 1 - sure], 0.34, color=colour)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    favourite = "true class" if sample.teacher_is_right else "favourite /\ntrue class"
+    axes.set_xticks([0, 1], [favourite, "all others"])
+    axes.set(title="RLD, SCD: how sure", ylim=(0, 1.1), ylabel="probability")

@@ -1,0 +1,139 @@
+"""What the networks of a finished run say about the images that the run validated on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.weights import load_weights, read_weights
+from rld_lightning.reporting.runs import Run
+
+
+@dataclass(frozen=True)
+class RunLogits:
+    """Logits of both networks of a run.
+
+    Attributes:
+        student: ``(N, C)`` float32.
+        teacher: ``(N, C)`` float32.
+        label: ``(N,)`` int64.
+        index: ``(N,)`` int64, positions in the split.
+        class_names: the C names.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    label: Tensor
+    index: Tensor
+    class_names: list[str]
+
+
+class LogitReader:
+    """Runs students and teachers over their validation images, each once, in float32.
+
+    Args:
+        data_root: where the data lies, if not where it lay when the runs were trained.
+        teacher: the teacher's weights, if not where they lay then.
+    """
+
+    def __init__(self, data_root: Path | None = None, teacher: Path | None = None) -> None:
+        self.data_root = data_root
+        self.teacher = teacher
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._data: dict[str, ImageDataModule] = {}
+        self._logits: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def read(self, run: Run) -> RunLogits:
+        """Computes the logits of a run's student and teacher on what it was validated on.
+
+        Raises:
+            FileNotFoundError: weights or data are not where they were.
+            ValueError: the run has no teacher, or weights do not fit.
+        """
+        data = self.data(run)
+        student_path = run.folder / "student.safetensors"
+        teacher_path, name = self._teacher_of(run)
+        student, label, index = self._of(
+            run, student_path, lambda: _load(student_path, run.summary.model, data.num_classes)
+        )
+        teacher, _, _ = self._of(run, teacher_path, lambda: _load(teacher_path, name, data.num_classes))
+        return RunLogits(student, teacher, label, index, list(data.class_names))
+
+    def data(self, run: Run) -> ImageDataModule:
+        """The data of a run, loaded."""
+        settings = dict(run.config["data"])
+        if self.data_root is not None and "root" in settings:
+            settings["root"] = str(self.data_root)
+        # What has no part in the images that are validated on; the seed has where they are held out.
+        unimportant = {"batch_size", "subset", "augment"} | (set() if settings.get("val_fraction") else {"seed"})
+        key = str({name: value for name, value in settings.items() if name not in unimportant})
+        if key not in self._data:
+            data: ImageDataModule = instantiate(settings)
+            data.prepare_data()
+            data.setup()
+            self._data[key] = data
+        return self._data[key]
+
+    def image(self, run: Run, index: int) -> Tensor:
+        """One validation image of a run, ``(H, W, 3)`` with values in [0, 1].
+
+        Raises:
+            ValueError: there is no image of this index.
+        """
+        data = self.data(run)
+        for batch in data.val_dataloader():
+            for image in batch.images[batch.index == index]:
+                mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+                return (image * std + mean).clamp(0, 1).permute(1, 2, 0)
+        raise ValueError(f"there is no validation image {index} in {data.name}; choose 0 to {data.val_size - 1}.")
+
+    def _teacher_of(self, run: Run) -> tuple[str | Path, str | None]:
+        """Its weights, and its name where the run's configuration is about them."""
+        settings: dict[str, Any] | None = run.config["model"]["teacher"]
+        if self.teacher is not None:
+            return self.teacher, None
+        if run.summary.teacher is None or settings is None:
+            raise ValueError(
+                f"{run.folder} was trained without a teacher; choose a distilled run, or add --teacher FILE."
+            )
+        return settings["weights"], settings["name"]
+
+    def _of(self, run: Run, weights: str | Path, make: Callable[[], nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
+        data = self.data(run)
+        key = (str(weights), f"{id(data)}")
+        if key not in self._logits:
+            model = make().to(self.device).eval()
+            print_line("logits", f"{weights} on the {data.val_size:,} validation images of {data.name}")
+            logits, label, index = [], [], []
+            with torch.inference_mode():
+                for batch in data.val_dataloader():
+                    logits.append(model(batch.images.to(self.device)).float().cpu())
+                    label.append(batch.label.cpu())
+                    index.append(batch.index.cpu())
+            self._logits[key] = torch.cat(logits), torch.cat(label), torch.cat(index)
+        return self._logits[key]
+
+
+def _load(path: str | Path, name: str | None, num_classes: int) -> nn.Module:
+    """A network with its weights; by the name that the file knows, else by ``name``."""
+    if path == "pretrained":
+        return create_model(name, num_classes, pretrained=True)
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there are no weights at {path}; run from the folder that the run was started in, or give the teacher's "
+            "with --teacher FILE."
+        )
+    weights = read_weights(path)
+    name = weights.metadata.get("name") or weights.metadata.get("student") or name
+    if name is None:
+        raise ValueError(f"{path} does not say which model it is of; give weights that this package has written.")
+    model = create_model(name, num_classes)
+    load_weights(model, weights, name=name)
+    return model

@@ -1,0 +1,108 @@
+"""RLD taken apart for one sample: what the teacher says, what of it is passed on, and what the student says to that."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rld_lightning.losses.base import cross_entropy
+from rld_lightning.losses.kd import kd_loss
+from rld_lightning.losses.numerics import margin, masked_log_softmax, standardize
+from rld_lightning.losses.rld import RLDLoss, dropped_classes, rld_loss
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """One sample as RLD sees it.
+
+    Attributes:
+        label: the true class.
+        favourite: the class of the teacher's largest logit.
+        rank: place of the true class among the teacher's logits, from 1.
+        teacher_logits: ``(C,)``.
+        student_logits: ``(C,)``.
+        teacher_probs: ``(C,)`` softmax at RLD's temperature, which plain distillation compares.
+        student_probs: the same of the student.
+        masked: ``(C,)`` bool, the classes that MCD leaves out.
+        teacher_confidence: SCD's probability of the teacher's favourite.
+        student_confidence: SCD's probability of the true class, which the student is to raise or lower to the former.
+        teacher_correlation: ``(C,)`` MCD's distribution over the classes that are left; 0 at the others.
+        student_correlation: the same of the student.
+        terms: ``ce`` and the weighted ``scd`` and ``mcd`` of this sample, and ``kd`` of weight 1 to compare, in nats.
+    """
+
+    label: int
+    favourite: int
+    rank: int
+    teacher_logits: Tensor
+    student_logits: Tensor
+    teacher_probs: Tensor
+    student_probs: Tensor
+    masked: Tensor
+    teacher_confidence: float
+    student_confidence: float
+    teacher_correlation: Tensor
+    student_correlation: Tensor
+    terms: dict[str, float]
+
+    @property
+    def teacher_is_right(self) -> bool:
+        """Whether its favourite is the true class."""
+        return self.favourite == self.label
+
+
+def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLDLoss) -> Refinement:
+    """Takes RLD apart for one sample.
+
+    Args:
+        student_logits: ``(C,)``.
+        teacher_logits: ``(C,)``.
+        label: the true class.
+        loss: holds alpha, beta, temperatures and mask; its warm-up is taken to be over.
+
+    Raises:
+        ValueError: the logits do not fit each other or the label.
+    """
+    student, teacher, true = student_logits[None], teacher_logits[None], torch.tensor([label])
+    temperature = loss.temperature
+    confidence_temperature = loss.confidence_temperature or temperature
+    options = {"temperature": temperature, "logit_standardization": loss.logit_standardization}
+    terms = rld_loss(
+        student,
+        teacher,
+        true,
+        alpha=loss.alpha,
+        beta=loss.beta,
+        confidence_temperature=confidence_temperature,
+        mask=loss.mask,
+        **options,
+    )
+    terms |= {"ce": cross_entropy(student, true), **kd_loss(student, teacher, **options)}
+    if loss.logit_standardization:
+        student, teacher = standardize(student), standardize(teacher)
+    masked = dropped_classes(teacher, true, loss.mask)
+    favourite = teacher.argmax(-1)
+    confidence = [
+        margin(logits / confidence_temperature, index).sigmoid().item()
+        for logits, index in ((teacher, favourite), (student, true))
+    ]
+    correlation = [
+        masked_log_softmax(logits / temperature, masked).exp().masked_fill(masked, 0.0)[0]
+        for logits in (teacher, student)
+    ]
+    return Refinement(
+        label=label,
+        favourite=int(favourite),
+        rank=1 + int((teacher > teacher[0, label]).sum()),
+        teacher_logits=teacher_logits,
+        student_logits=student_logits,
+        teacher_probs=F.softmax(teacher / temperature, -1)[0],
+        student_probs=F.softmax(student / temperature, -1)[0],
+        masked=masked[0],
+        teacher_confidence=confidence[0],
+        student_confidence=confidence[1],
+        teacher_correlation=correlation[0],
+        student_correlation=correlation[1],
+        terms={name: float(term) for name, term in terms.items()},
+    )

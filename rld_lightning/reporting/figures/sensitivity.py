@@ -1,0 +1,114 @@
+"""How accuracy depends on the hyper-parameters that a sweep has varied: one panel each."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rld_lightning.reporting.labels import short_key
+from rld_lightning.reporting.runs import Run
+from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, RED, styled
+from rld_lightning.reporting.sweeps import FinishedSweep
+from rld_lightning.reporting.tables import sections
+
+MOST_LINES = len(PALETTE)
+MOST_TICKS = 10
+
+
+def swept(runs: Sequence[Run], method: str | None = None, pair: str | None = None) -> FinishedSweep:
+    """The runs that differ in hyper-parameters, as one sweep.
+
+    Args:
+        runs: finished runs, of one sweep or of several commands.
+        method: an option of the loss group; not needed where one was swept.
+        pair: likewise, ``resnet20_to_resnet8``.
+
+    Raises:
+        ValueError: nothing was swept, or several things were and it is not said which to draw.
+    """
+    groups = defaultdict(list)
+    for section in sections(runs)[0]:
+        for row in section.rows:
+            here = [run for run in row.runs if run.summary.teacher and pair in (None, run.pair)]
+            if here and method in (None, row.method):
+                groups[(row.method, here[0].pair, section.dataset, section.split)] += here
+    sweeps = {key: FinishedSweep(group[0].folder.parent, tuple(group)) for key, group in groups.items()}
+    sweeps = {key: sweep for key, sweep in sweeps.items() if _numeric(sweep)}
+    if not sweeps:
+        raise ValueError(
+            "no hyper-parameter has several values in the finished runs of these folders; sweep one first, such as "
+            "fit.py -m loss.alpha=1,2,4."
+        )
+    if len(sweeps) > 1:
+        told = "; ".join(", ".join(key) for key in sweeps)
+        raise ValueError(
+            f"several things were swept: {told}. Choose with --method and --pair, or give one sweep's folder."
+        )
+    return next(iter(sweeps.values()))
+
+
+def _numeric(sweep: FinishedSweep) -> list[str]:
+    """The swept keys whose values are numbers, which have an axis."""
+    return [key for key in sweep.keys if pd.api.types.is_numeric_dtype(sweep.trials[key])]
+
+
+@styled
+def draw_sensitivity(sweep: FinishedSweep) -> Figure:
+    """Draws accuracy over each swept number, with a line for each setting of the others, means and deviations.
+
+    With more settings than colours they are grey but the best one's. The last epoch counts, on whatever the sweep was
+    measured on.
+    """
+    keys = _numeric(sweep)
+    trials = sweep.trials
+    figure = Figure(figsize=(max(4.6 * len(keys), 5.5), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, keys, strict=True):
+        others = [other for other in sweep.keys if other != key]
+        lines = trials.groupby(others, sort=True, dropna=False) if others else [((), trials)]
+        _panel(axes, key, others, {_setting(others, values): line.sort_values(key) for values, line in lines})
+    panels[0].set_ylabel("top-1 of the last epoch, %")
+    counts = ", ".join(str(n) for n in sorted(set(trials["n"])))
+    figure.suptitle(f"{sweep.runs[0].method}, {sweep.runs[0].pair}, {sweep.runs[0].summary.dataset}")
+    bars = "bars: standard deviation over seeds" if trials["n"].max() > 1 else "single seeds"
+    figure.supxlabel(f"Measured on {sweep.split}; {bars} (n = {counts}).", fontsize=8)
+    return figure
+
+
+def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFrame]) -> None:
+    best = max(lines, key=lambda name: lines[name]["mean"].max())
+    many = len(lines) > MOST_LINES
+    for place, (name, line) in enumerate(lines.items()):
+        plain = many and name != best
+        axes.errorbar(
+            line[key],
+            line["mean"],
+            yerr=None if plain else line["std"],
+            marker="os^DvPX"[0 if many else place % 7],
+            capsize=3,
+            color=GREY if plain else RED if many else PALETTE[place],
+            alpha=0.45 if plain else 1.0,
+            linewidth=1 if plain else 1.8,
+            zorder=2 if plain else 3,
+            label="_" if plain or not others else f"best: {name}" if many else name,
+        )
+    values = sorted({value for line in lines.values() for value in line[key]})
+    if min(values) > 0 and max(values) / min(values) >= 8:
+        axes.set_xscale("log", base=2)
+    if len(values) <= MOST_TICKS:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+    axes.set(xlabel=short_key(key))
+    axes.grid()
+    if others:
+        axes.legend(labelcolor=DARK_GREY)
+
+
+def _setting(keys: list[str], values: tuple | object) -> str:
+    values = values if isinstance(values, tuple) else (values,)
+    return ", ".join(
+        f"{short_key(key)}={value:.4g}" if isinstance(value, int | float) else f"{short_key(key)}={value}"
+        for key, value in zip(keys, values, strict=True)
+    )

@@ -1,0 +1,126 @@
+"""The toy example: what methods that correct a teacher make of one wrong prediction, and what RLD passes on instead."""
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rld_lightning.losses.rc import correct_logits
+from rld_lightning.losses.revision import RevisionLoss, revise
+from rld_lightning.losses.rld import RLDLoss
+from rld_lightning.losses.swap import swap_logits
+from rld_lightning.reporting.figures.refine import refine
+from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, SKY, TRUE_CLASS, styled
+from rld_lightning.reporting.style import STUDENT as STUDENT_COLOUR
+from rld_lightning.reporting.style import TEACHER as TEACHER_COLOUR
+
+# The situation of the paper's Figure 1, an image of a lion that the teacher takes for a forest; the logits are ours.
+CLASSES = ("lion", "forest", "tiger", "leopard", "grass", "truck")
+TEACHER = (3.0, 4.0, 2.6, 1.8, 1.2, -1.0)
+STUDENT = (2.0, 2.2, 1.4, 0.6, 1.6, 0.0)
+LION, FOREST, TIGER, LEOPARD = 0, 1, 2, 3
+
+
+def toy_targets(temperature: float = 1.0, eta: float = 0.8) -> dict[str, list[float]]:
+    """What each method makes of the toy logits, as probabilities.
+
+    Args:
+        temperature: softmax temperature of all methods but label revision, which has none.
+        eta: label revision's.
+
+    Returns:
+        a distribution over :data:`CLASSES` for ``teacher``, ``student``, ``swap``, ``revision``, ``rc`` (a correction
+        of the student's own prediction, not of the teacher's) and ``mcd`` (0 where masked); ``scd`` and ``scd_student``
+        are over two outcomes, the teacher's favourite or the true class, and all others.
+    """
+    RevisionLoss(eta=eta)  # which says what is allowed
+    teacher, student, true = torch.tensor([TEACHER]), torch.tensor([STUDENT]), torch.tensor([LION])
+    rld = refine(student[0], teacher[0], LION, RLDLoss(temperature=temperature))
+    targets = {
+        "teacher": rld.teacher_probs,
+        "student": rld.student_probs,
+        "swap": F.softmax(swap_logits(teacher, true) / temperature, -1)[0],
+        "revision": revise(F.softmax(teacher, -1), true, eta)[0],
+        "rc": F.softmax(correct_logits(student, true) / temperature, -1)[0],
+        "mcd": rld.teacher_correlation,
+    }
+    b, q = rld.teacher_confidence, rld.student_confidence
+    return {name: values.tolist() for name, values in targets.items()} | {"scd": [b, 1 - b], "scd_student": [q, 1 - q]}
+
+
+@styled
+def draw_toy(temperature: float = 1.0, eta: float = 0.8) -> Figure:
+    """Draws :func:`toy_targets` as bars, one panel a method; outlines are what the method started from.
+
+    Args:
+        temperature: see :func:`toy_targets`.
+        eta: see :func:`toy_targets`.
+    """
+    targets = toy_targets(temperature, eta)
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure.suptitle("An image of a lion that the teacher takes for a forest: what the student is told")
+    *corrections, confidence, correlation = figure.subplots(2, 3, sharey=True).flat
+    teacher, student = targets["teacher"], targets["student"]
+    titles = {
+        "teacher": ("KD: the teacher as it is", TEACHER_COLOUR, None),
+        "swap": ("LA: two logits swapped", SKY, teacher),
+        "revision": ("LR: mixed with the label", SKY, teacher),
+        "rc": ("RC: the student's own, corrected", STUDENT_COLOUR, student),
+    }
+    for axes, (name, (title, colour, before)) in zip(corrections, titles.items(), strict=True):
+        _bars(axes, targets[name], colour, before)
+        axes.set_title(title)
+        _say(axes, _relations(targets[name], None if name in ("teacher", "rc") else teacher))
+    _confidence(confidence, targets["scd"], targets["scd_student"])
+    _bars(correlation, targets["mcd"], TEACHER_COLOUR, None)
+    correlation.set_title("RLD, masked correlation (MCD)")
+    for index, value in enumerate(targets["mcd"]):
+        if value == 0:
+            correlation.bar(index, 0.78, 1, color=PALE, zorder=0)
+            correlation.text(index, 0.39, "masked", rotation=90, ha="center", va="center", color=DARK_GREY)
+    before, after = (_ratio(values, TIGER, LEOPARD) for values in (teacher, targets["mcd"]))
+    _say(correlation, f"tiger : leopard = {after:.1f}, the teacher's {before:.1f}\nnothing about lion and forest")
+    figure.supxlabel(
+        "Dotted: before the correction. RC corrects the student's own prediction, beside KD. Green: the true class.",
+        fontsize=8,
+    )
+    for axes in (corrections[0], corrections[3]):
+        axes.set_ylabel("probability")
+    return figure
+
+
+def _bars(axes: Axes, values: list[float], colour: str, before: list[float] | None) -> None:
+    places = range(len(CLASSES))
+    bars = axes.bar(places, values, 0.7, color=colour)
+    axes.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], fontsize=7, padding=1)
+    if before:
+        axes.bar(places, before, 0.86, fill=False, edgecolor=GREY, linestyle=":", linewidth=1.2)
+    axes.set_xticks(places, CLASSES, fontsize=7.5)
+    axes.get_xticklabels()[LION].set(color=TRUE_CLASS, fontweight="bold")
+    axes.set_ylim(0, 1)
+
+
+def _confidence(axes: Axes, teacher: list[float], student: list[float]) -> None:
+    sides = {"teacher": (-0.18, teacher, TEACHER_COLOUR), "student": (0.18, student, STUDENT_COLOUR)}
+    for name, (shift, values, colour) in sides.items():
+        bars = axes.bar([shift, 1 + shift], values, 0.34, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axes.set_xticks([0, 1], ["teacher's favourite /\nstudent's true class", "all others"])
+    axes.set_title("RLD, sample confidence (SCD)")
+    axes.legend(loc="upper center", ncols=2)
+
+
+def _relations(values: list[float], teacher: list[float] | None) -> str:
+    lines = []
+    for name, pair in (("lion : tiger", (LION, TIGER)), ("forest : tiger", (FOREST, TIGER))):
+        told = f"{name} = {_ratio(values, *pair):.1f}"
+        lines.append(told if teacher is None else f"{told}, the teacher's {_ratio(teacher, *pair):.1f}")
+    return "\n".join(lines)
+
+
+def _ratio(values: list[float], one: int, other: int) -> float:
+    return values[one] / values[other]
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.98, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=8)

@@ -1,0 +1,62 @@
+"""What tells runs apart, in as few words as will do: ``alpha=2, lr=0.1``."""
+
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+from rld_lightning.config import class_name
+
+
+def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashable] = ()) -> list[str]:
+    """The fewest keys that tell all settings apart, the loss's first; a key that says nothing new is left out.
+
+    Args:
+        settings: to be told apart.
+        known: something that the reader is told of each already.
+    """
+    classes: list[Hashable] = list(known) or [0] * len(settings)
+    keys = []
+    for key in differing(settings):
+        refined = list(zip(classes, (values.get(key) for values in settings), strict=True))
+        if len(set(refined)) > len(set(classes)):
+            keys.append(key)
+            classes = refined
+    return keys
+
+
+def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys in which some settings differ: the loss's first, then the recipe's, the data's and the others."""
+    rooms = ("loss", "recipe.epochs", "recipe.optimizer", "recipe", "data", "model", "trainer")
+
+    def place(key: str) -> tuple[bool, int, str]:  # a loss's warm-up follows the recipe
+        return (
+            key.endswith("warmup_epochs"),
+            next((i for i, r in enumerate(rooms) if key.startswith(r)), len(rooms)),
+            key,
+        )
+
+    keys = {key for values in settings for key in values}
+    return sorted((key for key in keys if len({values.get(key) for values in settings}) > 1), key=place)
+
+
+def describe(settings: Mapping[str, str], keys: Iterable[str]) -> str:
+    """``alpha=2, lr=0.1``."""
+    return ", ".join(f"{short_key(key)}={short_value(settings[key])}" for key in dict.fromkeys(keys) if key in settings)
+
+
+def short_key(key: str) -> str:
+    """``alpha`` of ``loss.alpha``; two parts where the last one alone would not do."""
+    *rooms, name = key.split(".")
+    if name in ("_target_", "weights", "name", "channels_last") and rooms:
+        return rooms[-1] if name == "_target_" else f"{rooms[-1]} {name}".replace("_", " ")
+    return name
+
+
+def short_value(value: str) -> str:
+    """``4`` of ``4.0``, ``SGD`` of ``torch.optim.SGD``, the end of a path."""
+    if re.fullmatch(r"-?\d+\.0", value):
+        return value[:-2]
+    if "/" in value:
+        return "/".join(value.split("/")[-3:])
+    if re.fullmatch(r"[a-z_]\w*(\.\w+)+", value):
+        return class_name(value)
+    return value if len(value) <= 40 else f"{value[:37]}..."

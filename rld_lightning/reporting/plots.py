@@ -1,0 +1,345 @@
+"""The panels of a report: each small enough for a phone, in the page's own text and colours."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from rld_lightning.reporting.cost import Cost
+from rld_lightning.reporting.labels import short_key
+from rld_lightning.reporting.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SEQUENTIAL, SKY, STYLE
+from rld_lightning.reporting.sweeps import FinishedSweep, HeatMap, plain_number
+from rld_lightning.reporting.tables import Row, Section
+
+# Stand for the text's colour and for that of faint lines; in the page, light and dark mode choose.
+INK, FAINT = "#1a1b1c", "#d8d9da"
+# The methods that everything is compared to look the same in every figure.
+_OWN_COLOURS = {"ce": GREY, "kd": BLUE, "dkd": GREEN, "rld": RED}
+_COLOURS = (PINK, ORANGE, SKY, "#8B6FC6", "#9A6B3F", "#7A9A1F", "#179A9A", "#4F5FB5")  # as many as are ever coloured
+MAX_COLOURED = len(_COLOURS)
+PALE_LINE = "#b9bdc2"
+_PAGE_STYLE = STYLE | {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "grid.alpha": 1.0,
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+def page_colour(colour: str) -> str:
+    """What a page calls a colour, where light and dark mode choose it."""
+    return {INK: "currentColor", FAINT: "var(--line)", PALE_LINE: "var(--pale)"}.get(colour, colour)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small figure.
+
+    Args:
+        title: its heading.
+        alt: what it shows, in a sentence, for those who cannot see it.
+        draw: draws it.
+        size: width and height in inches.
+    """
+
+    title: str
+    alt: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (4.4, 3.1)
+
+    def svg(self) -> str:
+        """The panel for a page: scalable, its text in the page's font, its lines in the page's colours."""
+        with matplotlib.rc_context(_PAGE_STYLE | {"svg.hashsalt": self.alt}):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.subplots())
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+        text = text[text.index("<svg") :]
+        for colour in (INK, FAINT, PALE_LINE):
+            text = text.replace(colour, page_colour(colour))
+        return text.replace("<svg", f'<svg role="img" aria-label="{escape(self.alt)}"', 1)
+
+
+@dataclass(frozen=True)
+class FigureOfPanels:
+    """Panels side by side that share a legend.
+
+    Args:
+        name: of its file.
+        caption: what to know to read it.
+        panels: from left to right.
+        legend: label, colour and style of each: ``-`` and ``--`` are lines, ``o`` and ``s`` points.
+    """
+
+    name: str
+    caption: str
+    panels: tuple[Panel, ...]
+    legend: tuple[tuple[str, str, str], ...] = ()
+
+    def write_png(self, folder: Path) -> Path:
+        """Writes it as one picture, for Markdown and slides."""
+        columns = min(3, len(self.panels))
+        rows = -(-len(self.panels) // columns)
+        width = sum(panel.size[0] for panel in self.panels[:columns])
+        height = rows * max(panel.size[1] for panel in self.panels) + 0.25 * -(-len(self.legend) // 4)
+        with matplotlib.rc_context(_PAGE_STYLE):
+            figure = Figure(figsize=(max(width, 4.4), height), layout="constrained")
+            axes = figure.subplots(rows, columns, squeeze=False).flat
+            for place, panel in zip(axes, self.panels, strict=False):
+                panel.draw(place)
+                place.set_title(panel.title)
+            for place in list(axes)[len(self.panels) :]:
+                place.set_axis_off()
+            if self.legend:
+                handles = [_handle(*entry) for entry in self.legend]
+                figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+            path = folder / f"{self.name}.png"
+            figure.savefig(path, dpi=200)
+        return path
+
+
+def coloured(methods: Mapping[str, Row]) -> dict[str, str]:
+    """A colour for each of some lines: those that others are compared to, then the best; the rest stays grey.
+
+    Args:
+        methods: a row for each label.
+    """
+    own = [label for label, row in methods.items() if row.method in _OWN_COLOURS]
+    others = sorted((label for label in methods if label not in own), key=lambda label: -methods[label].mean())
+    colours, free = {}, iter(_COLOURS)
+    for label in [*own, *others][:MAX_COLOURED]:
+        colour = _OWN_COLOURS.get(methods[label].method)
+        colours[label] = next(free) if colour is None or colour in colours.values() else colour
+    return colours
+
+
+def curves(section: Section, name: str) -> FigureOfPanels | None:
+    """Validation accuracy over the epochs: the mean over the seeds, and from the lowest to the highest of them.
+
+    Returns:
+        None if no run has logged any.
+    """
+    logged = {row.name: frame for row in section.rows if (frame := _accuracy(row)) is not None}
+    if not logged:
+        return None
+    colours = coloured({row.name: row for row in section.rows if row.name in logged})
+    last = max(frame.index.max() for frame in logged.values())
+    zoom = 1 + int(last * 2 / 3)
+
+    def draw(axes: Axes, first: int) -> None:
+        for label in sorted(logged, key=lambda label: label in colours):
+            frame = logged[label]
+            frame = frame[frame.index >= first]
+            mean, colour = frame.mean(axis=1), colours.get(label, PALE_LINE)
+            few = len(frame) < 8
+            axes.plot(frame.index, mean, color=colour, lw=1.6 if label in colours else 0.8, marker="." if few else None)
+            if label in colours and frame.shape[1] > 1:
+                axes.fill_between(frame.index, frame.min(axis=1), frame.max(axis=1), color=colour, alpha=0.18, lw=0)
+        if section.teacher_top1 is not None and first == 1:
+            axes.axhline(section.teacher_top1, color=INK, ls="--", lw=1)
+        axes.set(xlabel="epoch", ylabel="top-1 (%)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+
+    ends = ", ".join(f"{label} {frame.mean(axis=1).iloc[-1]:.1f} %" for label, frame in list(logged.items())[:12])
+    alt = f"Learning curves of {section.title} on {section.dataset}. Last epoch: {ends}."
+    panels = [Panel("All epochs", alt, lambda axes: draw(axes, 1))]
+    if last >= 6:
+        panels.append(Panel(f"From epoch {zoom}", f"{alt} The last third.", lambda axes: draw(axes, zoom)))
+    legend = [(label, colour, "-") for label, colour in colours.items()]
+    if len(logged) > len(colours):
+        legend.append((f"{len(logged) - len(colours)} more", PALE_LINE, "-"))
+    if section.teacher_top1 is not None:
+        legend.append((f"teacher ({section.teacher_top1:.1f} %)", INK, "--"))
+    caption = "Top-1 on " + section.split + "; line: mean over seeds, band: lowest to highest seed."
+    return FigureOfPanels(name, caption, tuple(panels), tuple(legend))
+
+
+def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: str, machine: str) -> FigureOfPanels:
+    """Accuracy of teachers and students of one data set over parameters, multiply-accumulates and latency."""
+    rows = sorted((row for section in sections for row in section.rows), key=Row.mean)
+    colours = coloured({row.method: row for row in rows})
+    points: list[tuple[str, float, str, str]] = []  # network, accuracy, colour, marker
+    for section in sections:
+        for row in section.rows:
+            marker = "o" if section.teacher else "D"
+            points.append((row.student, row.mean(), colours.get(row.method, PALE_LINE), marker))
+        own = [row.mean() for row in section.teachers] or [section.teacher_top1]
+        points += [(section.teacher, value, INK, "s") for value in own if section.teacher and value is not None]
+    points = [point for point in dict.fromkeys(points) if point[0] in costs]
+    quantities = [("Parameters", "parameters", lambda cost: cost.parameters)]
+    quantities.append(("Multiply-accumulates", "MACs per image", lambda cost: cost.macs))
+    if any(cost.milliseconds for cost in costs.values()):
+        quantities.append(("Latency", "milliseconds per image", lambda cost: cost.milliseconds))
+
+    def draw(axes: Axes, label: str, of: Callable[[Cost], float | None]) -> None:
+        shown = [(network, of(costs[network]), *rest) for network, *rest in points if of(costs[network])]
+        for _, x, y, colour, marker in sorted(shown, key=lambda point: point[3] != PALE_LINE):
+            axes.plot(x, y, marker, color=colour, markersize=7, alpha=0.85, mew=0)
+        for network in dict.fromkeys(point[0] for point in shown):
+            x, y = max((point[1:3] for point in shown if point[0] == network), key=lambda place: place[1])
+            axes.annotate(network, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5)
+        axes.set(xlabel=label, ylabel="top-1 (%)", xscale="log")
+        axes.margins(0.25, 0.18)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _in_units(value)))
+        axes.grid()
+
+    size = "{}: {} parameters, {} MACs"
+    networks = "; ".join(size.format(n, _in_units(c.parameters), _in_units(c.macs)) for n, c in costs.items())
+    panels = tuple(
+        Panel(
+            title,
+            f"Last-epoch accuracy over {label}. {networks}.",
+            lambda axes, u=label, q=of: draw(axes, u, q),
+            (3.5, 2.9),
+        )
+        for title, label, of in quantities
+    )
+    legend = [(label, colour, "o") for label, colour in colours.items()]
+    if others := {row.method for row in rows} - colours.keys():
+        legend.append((f"{len(others)} more", PALE_LINE, "o"))
+    if any(section.teacher for section in sections):
+        legend.append(("teacher", INK, "s"))
+    caption = "Mean last-epoch top-1 over seeds."
+    if len(quantities) == 3:
+        caption += f" Latency: one image at a time, measured for this report on {machine}."
+    return FigureOfPanels(name, caption, panels, tuple(legend))
+
+
+def heat_map_figure(maps: Sequence[HeatMap], sweep: FinishedSweep, name: str) -> FigureOfPanels:
+    """A sweep's grid: one panel a value of the third key, one colour scale for all, the value in each cell."""
+    cells = np.stack([grid.cells for grid in maps])
+    low, high = float(np.nanmin(cells)), float(np.nanmax(cells))
+
+    def draw(axes: Axes, grid: HeatMap) -> None:
+        colours = colormaps[SEQUENTIAL]
+        axes.set_facecolor("none")
+        axes.pcolormesh(np.ma.masked_invalid(grid.cells), cmap=colours, vmin=low, vmax=max(high, low + 1e-6))
+        for (row, column), value in np.ndenumerate(grid.cells):
+            if np.isnan(value):
+                axes.text(column + 0.5, row + 0.5, "-", ha="center", va="center", color=GREY)
+                continue
+            best = value == high
+            red, green, blue, _ = colours((value - low) / max(high - low, 1e-6))
+            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5  # luminance, as the eye weighs the channels
+            style = {"color": "white" if dark else "black", "fontsize": 10 if len(grid.x) < 8 else 8}
+            weight = "bold" if best else "normal"
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", weight=weight, **style)
+            if best:
+                axes.add_patch(matplotlib.patches.Rectangle((column, row), 1, 1, fill=False, ec=RED, lw=3, zorder=5))
+        axes.set_xticks(np.arange(len(grid.x)) + 0.5, [plain_number(value) for value in grid.x])
+        axes.set_yticks(
+            np.arange(len(grid.y)) + 0.5, ["" if value is None else plain_number(value) for value in grid.y]
+        )
+        axes.set(xlabel=short_key(grid.x_key), ylabel=short_key(grid.y_key) if grid.y_key else "")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+
+    panels = []
+    for grid in maps:
+        size = (max(2.6, 1.0 + 0.62 * len(grid.x)), max(1.5, 0.75 + 0.5 * len(grid.y)))
+        if np.isnan(grid.cells).all():
+            continue
+        row, column = np.unravel_index(np.nanargmax(grid.cells), grid.cells.shape)
+        place = f"{short_key(grid.x_key)} {plain_number(grid.x[column])}"
+        place += f", {short_key(grid.y_key)} {plain_number(grid.y[row])}" if grid.y_key else ""
+        alt = f"Heat map{' at ' + grid.title if grid.title else ''}: best {np.nanmax(grid.cells):.2f} % at {place}."
+        panels.append(Panel(grid.title, alt, lambda axes, g=grid: draw(axes, g), size))
+    caption = (
+        f"Last-epoch top-1 (%) on {sweep.split}, mean over seeds; one colour scale for all panels, from {low:.2f} "
+        f"to {high:.2f}. The best cell is outlined; - was not run or failed."
+    )
+    if len(sweep.keys) > 3:
+        caption += f" Each cell is the best over {', '.join(short_key(key) for key in _hidden(sweep, maps))}."
+    return FigureOfPanels(name, caption, tuple(panels))
+
+
+def value_scatter(sweep: FinishedSweep, name: str) -> FigureOfPanels:
+    """A sweep whose values are no grid: accuracy over each key, one point a setting."""
+    trials = sweep.trials
+
+    def draw(axes: Axes, key: str) -> None:
+        values = trials[key] if _numeric(trials[key]) else trials[key].astype(str)
+        axes.plot(values, trials["mean"], "o", color=BLUE, alpha=0.6, mew=0)
+        axes.plot(values.iloc[:1], trials["mean"].iloc[:1], "o", color=RED, markersize=9, mew=0)
+        axes.set(xlabel=short_key(key), ylabel="top-1 (%)")
+        if _numeric(values) and values.min() > 0 and values.max() / values.min() > 20:
+            axes.set_xscale("log")
+        axes.grid()
+
+    def panel(key: str) -> Panel:
+        alt = f"Accuracy over {short_key(key)}; the best setting has {plain_number(trials[key].iloc[0])}."
+        return Panel(short_key(key), alt, lambda axes: draw(axes, key), (3.5, 2.7))
+
+    caption = f"Last-epoch top-1 (%) on {sweep.split}, one point a setting, mean over seeds; the best one in red."
+    return FigureOfPanels(name, caption, tuple(panel(key) for key in sweep.keys))
+
+
+def importance_bars(importances: Mapping[str, float], how: str, name: str) -> FigureOfPanels:
+    """How much of the spread of the trials each parameter explains."""
+
+    def draw(axes: Axes) -> None:
+        keys = list(importances)[::-1]
+        bars = axes.barh([short_key(key) for key in keys], [importances[key] for key in keys], color=BLUE, height=0.6)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.set(xlabel="share of the spread explained", xlim=(0, 1.12 * max(importances.values())))
+        axes.grid(axis="x")
+
+    alt = "Importance: " + ", ".join(f"{short_key(key)} {value:.2f}" for key, value in importances.items())
+    panel = Panel("Importance", alt, draw, (4.4, 0.9 + 0.36 * len(importances)))
+    return FigureOfPanels(name, f"Importance of the swept parameters: {how}.", (panel,))
+
+
+def _handle(label: str, colour: str, style: str) -> Line2D:
+    if style in ("o", "s"):
+        return Line2D([], [], color=colour, marker=style, ls="", mew=0, markersize=7, label=label)
+    return Line2D([], [], color=colour, ls=style, label=label)
+
+
+def _accuracy(row: Row) -> pd.DataFrame | None:
+    """``val/top1`` of each run by epoch, one column a run; None if there is none."""
+    columns = []
+    for run in row.runs:
+        if (run.folder / "metrics.csv").exists() and "val/top1" in run.metrics:
+            columns.append(run.metrics["val/top1"].rename(run.summary.seed))
+    return pd.concat(columns, axis=1).dropna(how="all") if columns else None
+
+
+def _hidden(sweep: FinishedSweep, maps: Sequence[HeatMap]) -> list[str]:
+    shown = {maps[0].x_key, maps[0].y_key}
+    return [key for key in sweep.keys if key not in shown and not maps[0].title.startswith(f"{short_key(key)} =")]
+
+
+def _numeric(values: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(values)
+
+
+def _in_units(value: float) -> str:
+    """``1.2 M``."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

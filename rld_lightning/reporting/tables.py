@@ -1,0 +1,332 @@
+"""Finished runs as the rows of results tables: repetitions together, everything else apart."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+
+import pandas as pd
+
+from rld_lightning.reporting.labels import describe, distinguishing
+from rld_lightning.reporting.runs import Run
+from rld_lightning.reporting.significance import PairedDifference, holm, paired_difference
+
+LAST, BEST = "top1", "top1_best"
+TEST_SPLIT = "the test split"
+# What a configuration says beside what trains the student.
+_NO_EFFECT = (
+    *("model.label", "model.tuned", "model.teacher.published_url", "loss._target_"),
+    *("data.num_workers", "data.bad_images_file", "data.eval_batch_size", "trainer.check_val_every_n_epoch"),
+    *("trainer.log_every_n_steps", "trainer.enable_model_summary", "trainer.num_sanity_val_steps"),
+)
+_WITHOUT_TEACHER = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one setting on one pair: the runs differ in their seed only.
+
+    Args:
+        runs: one a seed, in the order of the seeds.
+        settings: what trained them, seeds aside.
+        label: in what it differs from the other rows of its method, such as ``alpha=2``; empty if there are none.
+    """
+
+    runs: tuple[Run, ...]
+    settings: Mapping[str, str]
+    label: str = ""
+
+    @property
+    def method(self) -> str:
+        """The option of the loss group."""
+        return self.runs[0].method
+
+    @property
+    def name(self) -> str:
+        """Method and label."""
+        return f"{self.method} ({self.label})" if self.label else self.method
+
+    @property
+    def student(self) -> str:
+        """The network that was trained."""
+        return _network(self.runs[0], "student")
+
+    @property
+    def teacher(self) -> str | None:
+        """The network that it was distilled from; None of cross-entropy alone."""
+        return _network(self.runs[0], "teacher") if self.runs[0].summary.teacher else None
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data set."""
+        return self.runs[0].summary.dataset
+
+    @property
+    def n(self) -> int:
+        """The number of seeds."""
+        return len(self.runs)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in order."""
+        return [run.summary.seed for run in self.runs]
+
+    @property
+    def epochs(self) -> str:
+        """How many epochs were run."""
+        return "/".join(str(epochs) for epochs in sorted({run.summary.epochs for run in self.runs}))
+
+    def values(self, metric: str = LAST) -> dict[int, float]:
+        """Accuracy by seed, in percent; ``metric`` is :data:`LAST` or :data:`BEST`."""
+        return {run.summary.seed: getattr(run.summary, metric) for run in self.runs}
+
+    def mean(self, metric: str = LAST) -> float:
+        """Mean over the seeds, in percent."""
+        return mean(self.values(metric).values())
+
+    def std(self, metric: str = LAST) -> float | None:
+        """Sample standard deviation over the seeds (n - 1); None of a single one."""
+        return stdev(self.values(metric).values()) if self.n > 1 else None
+
+    def recipe(self, *, with_teacher: bool = True) -> dict[str, str]:
+        """Its settings but for the loss's own: where these are equal, two methods can be compared.
+
+        Args:
+            with_teacher: whether the teacher counts.
+        """
+        left_out = ("loss", "recipe.warmup_epochs", *(() if with_teacher else _WITHOUT_TEACHER))
+        return _without(self.settings, left_out)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What was measured about a pair on one split; or, without a teacher, about one network.
+
+    Args:
+        dataset: name of the data set.
+        split: what accuracy was measured on, such as ``the test split``.
+        teacher: the teacher's network; None of a single network.
+        student: the student's.
+        rows: the student alone first, then kd, then the others, the best first.
+        teachers: runs that trained the teacher's network with cross-entropy.
+    """
+
+    dataset: str
+    split: str
+    teacher: str | None
+    student: str
+    rows: tuple[Row, ...]
+    teachers: tuple[Row, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Teacher and student."""
+        return f"{self.teacher} → {self.student}" if self.teacher else self.student
+
+    @property
+    def on_test(self) -> bool:
+        """Whether this is the test split, which published numbers are about."""
+        return self.split == TEST_SPLIT
+
+    @property
+    def teacher_top1(self) -> float | None:
+        """The teacher's own accuracy as its students' runs have measured it, else as its own have, in percent."""
+        measured = [run.summary.teacher_top1 for row in self.rows for run in row.runs]
+        found = [value for value in measured if value is not None] or [row.mean() for row in self.teachers]
+        return mean(found) if found else None
+
+    def baseline(self, row: Row, method: str) -> Row | None:
+        """The row of ``ce`` or ``kd`` with the same recipe; the strongest, if there are several."""
+        with_teacher = method != "ce"
+        recipe = row.recipe(with_teacher=with_teacher)
+        found = [
+            other
+            for other in self.rows
+            if other is not row and other.method == method and other.recipe(with_teacher=with_teacher) == recipe
+        ]
+        return max(found, key=Row.mean) if found and row.method != method else None
+
+    def gain(self, row: Row, method: str, metric: str = LAST) -> PairedDifference | None:
+        """How much a row is ahead of ``ce`` or ``kd`` with the same recipe, over the seeds in common."""
+        base = self.baseline(row, method)
+        return paired_difference(row.values(metric), base.values(metric)) if base else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows with the same recipe, compared seed by seed.
+
+    Args:
+        first: the row that is ahead if the difference is positive.
+        second: the other one.
+        difference: what the test says.
+        p_holm: its p, corrected for all comparisons of the section.
+    """
+
+    first: Row
+    second: Row
+    difference: PairedDifference
+    p_holm: float | None
+
+    @property
+    def verdict(self) -> str:
+        """In words, at the level of 5 %."""
+        if self.p_holm is None:
+            return self.difference.reason
+        if self.p_holm >= 0.05:
+            return "not significant"
+        return "ahead" if self.difference.mean > 0 else "behind"
+
+
+def compare(section: Section, metric: str = LAST) -> list[Comparison]:
+    """Every row against ``ce`` and ``kd``, and ``rld`` against every row, where the recipe is the same.
+
+    The p values are corrected for all comparisons of this list.
+    """
+    pairs: dict[frozenset[int], tuple[Row, Row]] = {}
+    order = {"ce": 0, "kd": 1, "rld": 3}
+    rows = sorted(section.rows, key=lambda row: (-order.get(row.method, 2), -row.mean()))
+    for i, first in enumerate(rows):
+        for second in rows[i + 1 :]:
+            wanted = second.method in ("ce", "kd") or first.method == "rld"
+            with_teacher = "ce" not in (first.method, second.method)
+            if wanted and first.recipe(with_teacher=with_teacher) == second.recipe(with_teacher=with_teacher):
+                pairs.setdefault(frozenset((id(first), id(second))), (first, second))
+    differences = [paired_difference(first.values(metric), second.values(metric)) for first, second in pairs.values()]
+    corrected = holm([difference.p for difference in differences])
+    return [Comparison(*pair, *found) for pair, *found in zip(pairs.values(), differences, corrected, strict=True)]
+
+
+def sections(runs: Sequence[Run]) -> tuple[list[Section], list[tuple[Run, str]]]:
+    """Sorts finished runs into results tables.
+
+    Cross-entropy looks at no teacher: such runs stand in the table of each pair with their student, and in those of the
+    pairs with their network as the teacher.
+
+    Args:
+        runs: as :func:`~rld_lightning.reporting.find_runs` gives them.
+
+    Returns:
+        one section a pair and split, the test split first; and the runs that do not count, each with the reason.
+    """
+    rows, left_out = _one_a_seed(runs)
+    pairs = {
+        (run.summary.dataset, split_of(run), _network(run, "teacher"), _network(run, "student"))
+        for row in rows
+        for run in row.runs
+        if run.config["model"].get("teacher")
+    }
+    alone = {(row.dataset, split_of(row.runs[0]), row.student) for row in rows if row.teacher is None}
+    paired = {(d, s, network) for d, s, *networks in pairs for network in networks}
+    pairs |= {(dataset, split, None, network) for dataset, split, network in alone - paired}
+    order = sorted(pairs, key=lambda p: (p[1] != TEST_SPLIT, p[0], p[1], p[2] is None, p[2] or "", p[3]))
+    return [_section(*pair, rows) for pair in order], left_out
+
+
+def _section(dataset: str, split: str, teacher: str | None, student: str, rows: Sequence[Row]) -> Section:
+    here = [row for row in rows if (row.dataset, split_of(row.runs[0])) == (dataset, split)]
+    own = [row for row in here if row.student == student and row.teacher in (None, teacher)]
+    teachers = [row for row in here if teacher is not None and row.student == teacher and row.teacher is None]
+    place = {"ce": 0, "kd": 1}
+    own.sort(key=lambda row: (place.get(row.method, 2), -row.mean()))
+    return Section(dataset, split, teacher, student, tuple(_label(own)), tuple(_label(teachers)))
+
+
+def _label(rows: Sequence[Row]) -> list[Row]:
+    """Names what tells rows of one method apart, and recipes that are not the same throughout, epochs aside."""
+    shared = distinguishing([row.recipe(with_teacher=False) for row in rows], known=[row.epochs for row in rows])
+    by_method = defaultdict(list)
+    for row in rows:
+        by_method[row.method].append(row)
+    own = {method: distinguishing([row.settings for row in same]) for method, same in by_method.items()}
+    labelled, taken = [], defaultdict(int)
+    for row in rows:
+        label = describe(row.settings, [*own[row.method], *shared])
+        taken[row.method, label] += 1
+        again = taken[row.method, label]  # values may look the same when they are shortened
+        labelled.append(replace(row, label=f"{label} #{again}".strip() if again > 1 else label))
+    return labelled
+
+
+def _one_a_seed(runs: Sequence[Run]) -> tuple[list[Row], list[tuple[Run, str]]]:
+    """Groups repetitions; of runs with the same seed the last folder counts, as its name tells the time."""
+    groups: dict[Hashable, dict[int, Run]] = defaultdict(dict)
+    known: dict[Hashable, dict[str, str]] = {}
+    left_out = []
+    for run, settings in sorted(zip(runs, trained_with(runs), strict=True), key=lambda pair: pair[0].folder):
+        if not math.isfinite(run.summary.top1):
+            left_out.append((run, "its accuracy is not a number"))
+            continue
+        networks = (_network(run, "student"), _network(run, "teacher") if run.summary.teacher else None)
+        key = (run.summary.dataset, split_of(run), *networks, run.method, frozenset(settings.items()))
+        known[key] = settings
+        if before := groups[key].get(run.summary.seed):
+            left_out.append((before, f"repeated with the same settings and seed in {run.folder}"))
+        groups[key][run.summary.seed] = run
+    rows = [Row(tuple(group[seed] for seed in sorted(group)), known[key]) for key, group in groups.items()]
+    return rows, left_out
+
+
+def trained_with(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The settings of each run that have an effect on what it trains, but the seed.
+
+    A setting that other runs on the data set do not know, because another version of this package wrote them, tells
+    nothing apart; unless it was asked for on the command line.
+    """
+    own = [_without(run.settings, _NO_EFFECT if run.summary.teacher else _WITHOUT_TEACHER) for run in runs]
+    peers: Counter[Hashable] = Counter()
+    knowing: Counter[Hashable] = Counter()
+    for run, settings in zip(runs, own, strict=True):
+        peers.update({_peers("loss.", run), _peers("model.teacher.", run), _peers("", run)})
+        knowing.update((key, _peers(key, run)) for key in settings)
+    return [
+        {
+            key: value
+            for key, value in settings.items()
+            if knowing[key, _peers(key, run)] == peers[_peers(key, run)] or key in _asked_for(run)
+        }
+        for run, settings in zip(runs, own, strict=True)
+    ]
+
+
+def _peers(key: str, run: Run) -> Hashable:
+    """The runs that should know a key: of the same loss, with a teacher, or all on the data set."""
+    room = run.method if key.startswith("loss.") else run.summary.teacher and key.startswith("model.teacher.")
+    return run.summary.dataset, room or ""
+
+
+def _asked_for(run: Run) -> set[str]:
+    return {override.lstrip("+~").split("=")[0] for override in run.overrides}
+
+
+def split_of(run: Run) -> str:
+    """What accuracy was measured on, the same words with every seed: ``the test split``."""
+    words = run.summary.validated_on.split(", as the literature")[0]
+    return re.sub(r",? ?seed \d+", "", words)
+
+
+def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """One line a run, for people who compute on: its names, its summary, its settings and its command."""
+    lines = [
+        {
+            "dataset": run.summary.dataset, "split": split_of(run), "pair": run.pair, "method": run.method,
+            "seed": run.summary.seed, "epochs": run.summary.epochs, "top1_last": run.summary.top1,
+            "top1_best": run.summary.top1_best, "top5_last": run.summary.top5, "ce_last": run.summary.ce,
+            "teacher": run.summary.teacher, "teacher_top1": run.summary.teacher_top1,
+            "agreement": run.summary.agreement, "parameters": run.summary.parameters, "macs": run.summary.macs,
+            "folder": str(run.folder), "overrides": " ".join(run.overrides),
+        }
+        for run in runs
+    ]  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def _network(run: Run, role: str) -> str:
+    return run.config["model"][role]["name"]
+
+
+def _without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    starts = tuple(f"{name}." for name in names)
+    return {key: value for key, value in settings.items() if not f"{key}.".startswith(starts)}

@@ -1,0 +1,28 @@
+"""Save the W&B project's dashboards: views of its workspace and a report; or, with --dry-run, their JSON."""
+
+import argparse
+from pathlib import Path
+
+from rld_lightning.cli import exit_on_user_error
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Run again, it overwrites what it has saved before, edits made in the browser included: a view is found "
+        "by its internal name, the report by its title. Copies under other names are left alone.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--entity", help="user or team; the key's default, when not given")
+    parser.add_argument("--project", default="rld-lightning")
+    parser.add_argument(
+        "--pair",
+        nargs="+",
+        default=[],
+        help="pairs such as wrn40_2_to_wrn16_2, each with views and a run set of its own",
+    )
+    parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the JSON here; needs no key and no network")
+    options = parser.parse_args()
+    with exit_on_user_error():
+        from rld_lightning.reporting.dashboard import save_dashboard  # needs an extra, and takes seconds to import
+
+        save_dashboard(options.entity, options.project, options.pair, options.dry_run)

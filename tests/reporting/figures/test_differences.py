@@ -1,0 +1,110 @@
+"""Heat maps of students and teachers: the numbers are those of a loop over the samples."""
+
+import numpy as np
+import pytest
+import torch
+
+from rld_lightning.reporting import find_runs
+from rld_lightning.reporting.figures.differences import (
+    DifferenceMap,
+    difference_maps,
+    draw_differences,
+    logit_differences,
+)
+from rld_lightning.reporting.figures.explain import telling_sample
+from rld_lightning.reporting.figures.logits import LogitReader, RunLogits
+from rld_lightning.reporting.figures.write import write_differences, write_explanation
+from rld_lightning.reporting.tables import sections
+
+
+def test_differences_are_those_of_the_published_loop():
+    student, teacher, label = torch.randn(40, 5), torch.randn(40, 5), torch.arange(40) % 5
+    expected = np.zeros((2, 5, 5))
+    for logits, matrix in zip((student, teacher), expected, strict=True):
+        for row, true in zip(logits.numpy(), label.tolist(), strict=True):
+            matrix[true] += row / 8
+    expected = np.abs(expected[0] - expected[1])
+    cells = logit_differences(student, teacher, label)
+    off = ~torch.eye(5, dtype=torch.bool)
+    np.testing.assert_allclose(cells[off], expected[off.numpy()], rtol=1e-5, atol=1e-7)
+    assert cells.diagonal().isnan().all()
+    assert DifferenceMap("rld", 1, cells, list("abcde")).mean == pytest.approx(expected[off.numpy()].mean(), rel=1e-5)
+
+
+def test_standardized_differences_know_no_scale():
+    student, teacher, label = torch.randn(40, 5), torch.randn(40, 5), torch.arange(40) % 5
+    one = logit_differences(student, teacher, label, standardized=True)
+    other = logit_differences(3 * student + 1, teacher, label, standardized=True)
+    torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_without_samples_counts_for_nothing():
+    cells = logit_differences(torch.ones(3, 3), torch.zeros(3, 3), torch.tensor([0, 0, 2]))
+    assert cells[1].isnan().all()
+    assert DifferenceMap("rld", 1, cells, list("abc")).mean == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_panels_share_a_scale_and_two_have_their_difference(count):
+    maps = [
+        DifferenceMap(f"m{i}", 1, (i + 1) * torch.rand(4, 4).fill_diagonal_(torch.nan), list("abcd"))
+        for i in range(count)
+    ]
+    figure = draw_differences(maps, "title")
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == (3 if count == 2 else count)
+    for one, image in zip(maps, images, strict=False):
+        np.testing.assert_array_equal(image.get_array().filled(np.nan), one.cells.numpy())
+        assert image.get_clim() == (0, pytest.approx(max(np.nanquantile(m.cells.numpy(), 0.995) for m in maps)))
+    if count == 2:
+        np.testing.assert_allclose(images[2].get_array().filled(np.nan), (maps[1].cells - maps[0].cells).numpy())
+        assert images[2].get_clim()[0] == -images[2].get_clim()[1]
+
+
+def test_reads_networks_once_and_averages_over_seeds(make_run, save_networks, tmp_path, capsys):
+    for method, seed in (("dkd", 0), ("rld", 0), ("rld", 1)):
+        save_networks(make_run(method, seed=seed), seed)
+    runs = find_runs([tmp_path / "runs"])
+    reader = LogitReader()
+    section = sections(runs)[0][0]
+    maps = difference_maps(section, ["dkd", "rld"], reader)
+    assert capsys.readouterr().out.count("validation images") == 4  # three students and one teacher
+    assert [(one.name, one.n) for one in maps] == [("dkd", 1), ("rld", 2)]
+    read = [reader.read(run) for run in runs if run.method == "rld"]
+    cells = [logit_differences(one.student, one.teacher, one.label) for one in read]
+    torch.testing.assert_close(maps[1].cells, (cells[0] + cells[1]) / 2, equal_nan=True)
+    with pytest.raises(ValueError, match=r"no finished run of resnet14 . resnet8 with loss=kd; choose among dkd, rld"):
+        write_differences(tmp_path, runs, methods=["kd"], reader=reader)
+
+
+def test_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
+    run, reader = make_run("rld"), LogitReader()
+    save_networks(run)
+    logits = reader.read(run)
+    assert len(logits.label) == reader.data(run).val_size
+    image = reader.image(run, 7)
+    data = reader.data(run)
+    split = data._val or data._test
+    torch.testing.assert_close(image, split.images[7].float() / 255, atol=1e-5, rtol=0)
+    page = write_explanation(tmp_path, run=run.folder, index=7, reader=reader)[-1].read_text()
+    assert "validation image 7 of digits" in page
+    with pytest.raises(ValueError, match="no validation image --index 9999; choose 0 to"):
+        write_explanation(tmp_path, run=run.folder, index=9999, reader=reader)
+
+
+def test_the_sample_to_explain_is_one_where_the_methods_differ():
+    def logits(student, teacher):
+        to_logits = lambda classes: torch.eye(3)[torch.tensor(classes)] * 5  # noqa: E731
+        return RunLogits(to_logits(student), to_logits(teacher), torch.zeros(4).long(), torch.arange(4), list("abc"))
+
+    assert telling_sample(logits([0, 1, 0, 0], [0, 1, 1, 0]))[0] == 2
+    assert telling_sample(logits([0, 1, 1, 0], [0, 1, 1, 0]))[0] == 1
+    assert "gets none wrong" in telling_sample(logits([0, 1, 1, 0], [0, 0, 0, 0]))[1]
+
+
+def test_missing_weights_are_named(make_run):
+    run = make_run("rld")
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*student.safetensors"):
+        LogitReader().read(run)
+    with pytest.raises(ValueError, match="trained without a teacher"):
+        LogitReader().read(make_run("ce"))

@@ -1,0 +1,138 @@
+"""RLD taken apart for one sample, the toy example and the page: what is drawn is what the losses compute."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rld_lightning.losses import RLDLoss, rld_loss, swap_loss
+from rld_lightning.losses.dkd import dkd_loss
+from rld_lightning.reporting.figures import toy
+from rld_lightning.reporting.figures.explain import MOST_CLASSES, draw_refinement, shown_classes
+from rld_lightning.reporting.figures.explain_page import explain_in_words, write_page
+from rld_lightning.reporting.figures.refine import refine
+from rld_lightning.reporting.figures.write import write_explanation
+
+
+def kl(p, q):
+    kept = p > 0
+    return float((p[kept] * (p[kept] / q[kept]).log()).sum())
+
+
+def sample(label, classes=6, **options):
+    student, teacher = torch.randn(2, classes, dtype=torch.float64)
+    return refine(student, teacher, label, RLDLoss(**options)), student, teacher
+
+
+@pytest.mark.parametrize("label", range(6))
+@pytest.mark.parametrize("options", [{}, {"confidence_temperature": 1.0}, {"mask": "g", "alpha": 3.0, "beta": 2.0}])
+def test_the_distributions_drawn_give_the_losses(label, options):
+    own, student, teacher = sample(label, **options)
+    loss = RLDLoss(**options)
+    cold, warm = loss.confidence_temperature or loss.temperature, loss.temperature
+    expected = rld_loss(
+        student[None], teacher[None], torch.tensor([label]), alpha=loss.alpha, beta=loss.beta, temperature=warm,
+        confidence_temperature=cold, mask=loss.mask,
+    )  # fmt: skip
+    b, q = own.teacher_confidence, own.student_confidence
+    scd = kl(torch.tensor([b, 1 - b]), torch.tensor([q, 1 - q]))
+    mcd = kl(own.teacher_correlation, own.student_correlation)
+    assert loss.alpha * cold**2 * scd == pytest.approx(float(expected["scd"]), abs=1e-5)
+    assert loss.beta * warm**2 * mcd == pytest.approx(float(expected["mcd"]), abs=1e-9)
+    assert own.terms["scd"] == pytest.approx(float(expected["scd"]))
+    assert own.terms["kd"] == pytest.approx(warm**2 * kl(own.teacher_probs, own.student_probs))
+    assert own.terms["ce"] == pytest.approx(-float(student.log_softmax(-1)[label]))
+
+
+def test_knows_ranks_and_masks():
+    own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, RLDLoss())
+    assert (own.rank, own.favourite, own.teacher_is_right) == (2, 0, False)
+    assert own.masked.tolist() == [True, False, True, False]
+    torch.testing.assert_close(own.teacher_correlation[[1, 3]], torch.tensor([0.25, 0.0]).softmax(-1))
+    assert own.teacher_correlation[own.masked].tolist() == [0, 0]
+
+
+def test_a_true_class_that_is_last_leaves_nothing():
+    own = refine(torch.randn(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 3, RLDLoss())
+    assert own.masked.all()
+    assert not own.teacher_correlation.any()
+    assert own.terms["mcd"] == 0
+    assert "nothing left to compare" in explain_in_words(own, list("abcd"), RLDLoss())[2]
+
+
+def test_toy_targets_are_those_of_the_losses():
+    targets = toy.toy_targets(temperature=2.0)
+    student, teacher, label = (torch.tensor([values]) for values in (toy.STUDENT, toy.TEACHER, toy.LION))
+    probs = {name: torch.tensor(values) for name, values in targets.items()}
+    assert probs["teacher"].argmax() == toy.FOREST  # the example is about a mistake
+    swapped = swap_loss(student, teacher, label, temperature=2.0)["swap"]
+    assert 4 * kl(probs["swap"], probs["student"]) == pytest.approx(float(swapped), rel=1e-5)
+    terms = rld_loss(student, teacher, label, temperature=2.0, beta=1.0)
+    assert 4 * kl(probs["scd"], probs["scd_student"]) == pytest.approx(float(terms["scd"]), rel=1e-4)
+    left = probs["mcd"] > 0
+    own = F.softmax(student[0][left] / 2, -1)
+    assert 4 * kl(probs["mcd"][left], own) == pytest.approx(float(terms["mcd"]), rel=1e-4)
+    assert probs["revision"].argmax() == toy.LION
+    assert float(probs["revision"].max() - probs["revision"][toy.FOREST]) == pytest.approx(1 - 0.8)
+    assert all(values.sum() == pytest.approx(1) for values in probs.values())
+
+
+def test_rld_equals_dkd_on_a_sample_that_the_teacher_gets_right():
+    _, student, teacher = sample(0)
+    label = torch.tensor([int(teacher.argmax())])
+    right = refine(student, teacher, int(label), RLDLoss(beta=1.0))
+    dkd = dkd_loss(student[None], teacher[None], label, alpha=1.0, beta=1.0, temperature=4.0)
+    assert [right.terms["scd"], right.terms["mcd"]] == pytest.approx([float(term) for term in dkd.values()])
+    assert "is right" in explain_in_words(right, list("abcdef"), RLDLoss())[0]
+
+
+def heights(axes):
+    return [[bar.get_height() for bar in container] for container in axes.containers]
+
+
+def test_toy_bars_are_the_targets():
+    figure, targets = toy.draw_toy(), toy.toy_targets()
+    panels = dict(zip(("teacher", "swap", "revision", "rc", "scd", "mcd"), figure.axes, strict=True))
+    for name in ("teacher", "swap", "revision", "rc"):
+        assert heights(panels[name])[0] == targets[name]
+    assert heights(panels["swap"])[1] == targets["teacher"]  # the outline
+    assert heights(panels["scd"]) == [targets["scd"], targets["scd_student"]]
+    assert heights(panels["mcd"])[0] == targets["mcd"]
+
+
+def widths(axes):
+    return [[bar.get_width() for bar in container] for container in axes.containers]
+
+
+@pytest.mark.parametrize("classes", [6, 100])
+def test_bars_of_a_sample_are_its_values(classes):
+    own, student, teacher = sample(3, classes)
+    figure = draw_refinement(own, [f"class_{i}" for i in range(classes)], "title")
+    logits, probs, confidence, correlation = figure.axes
+    rows = shown_classes(own)
+    assert len(rows) == min(classes, MOST_CLASSES)
+    assert {own.label, own.favourite, int(student.argmax())} <= set(rows)
+    assert teacher[rows].diff().le(0).all()
+    assert widths(logits) == [teacher[rows].tolist(), student[rows].tolist()]
+    assert widths(probs) == [own.teacher_probs[rows].tolist(), own.student_probs[rows].tolist()]
+    assert widths(correlation)[:2] == [own.teacher_correlation[rows].tolist(), own.student_correlation[rows].tolist()]
+    b, q = own.teacher_confidence, own.student_confidence
+    assert [height for container in heights(confidence) for height in container] == [b, 1 - b, q, 1 - q]
+    others = [text.get_text() for text in probs.texts if text.get_text().startswith("others")]
+    assert others == ([] if classes == 6 else [f"others: teacher {1 - own.teacher_probs[rows].sum():.2f}, student "
+                                               f"{1 - own.student_probs[rows].sum():.2f}"])  # fmt: skip
+
+
+def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):
+    own, *_ = sample(3)
+    names = ["<b>", "a&b", "c", 'd"', "e", "f"]
+    figure = draw_refinement(own, names, "t")
+    page = write_page(tmp_path / "x" / "page.html", figure, own, names, RLDLoss(), title="<t>", origin="o").read_text()
+    assert "<b>" not in page
+    assert "http" not in page
+    assert page.count("<li>") == 3
+    assert f"{own.terms['mcd']:.4f}" in page
+
+
+def test_without_runs_a_page_explains_the_toy_example(tmp_path):
+    assert [path.name for path in write_explanation(tmp_path)] == ["explain.png", "explain.pdf", "explain.html"]
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())

@@ -1,0 +1,208 @@
+"""The page as a whole: what stands in it, what does not, and that awkward input is no trouble."""
+
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY
+from run_factory import write_comparison, write_run, write_sweep
+
+from rld_lightning.reporting.report import write_report
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Tables(HTMLParser):
+    """Collects the text of table rows, and checks that tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.rows, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [value for name, value in attrs if name == "id" and "svg" not in self.open]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+def parse(path):
+    page = Tables()
+    page.feed(path.read_text())
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    return page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    runs = root / "runs"
+    write_comparison(
+        runs / "pair", {"ce": 73.2, "kd": 74.9, "rld": 76.0}, 3,
+        teacher="wrn_40_2", student="wrn_16_2", epochs=240, teacher_top1=75.6,
+    )  # fmt: skip
+    write_comparison(runs / "quick", {"rld": 70.0}, 2, teacher="wrn_40_2", student="wrn_16_2", with_teacher=False)
+    write_sweep(runs / "sweeps" / "grid", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
+    write_run(runs / "sweeps" / "grid" / "bad", error="training diverged in <epoch> 3", held_out=0.1)
+    write_run(runs / "interrupted", finished=False)
+    return write_report([runs], root / "out", title="Title & more", latency=False)
+
+
+def test_the_results_table(report):
+    rows = {row[0]: row for row in parse(report.html).rows}
+    results = pd.read_csv(report.html.parent / "results.csv").set_index("method")
+    rld = results.loc["rld (epochs=240)"]
+    cells = rows["rld (epochs=240)"]
+    assert cells[1:4] == ["240", "3", f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"]
+    assert cells[-1].startswith("76.02")  # the paper's, marked as second-hand, and as comparable
+    assert "†" in cells[-1]
+    assert "‡" not in cells[-1]
+    assert "‡" in rows["rld (epochs=30)"][-1]  # trained otherwise
+    assert rld["published_second_hand"] in (True, "True")
+    assert "iversonshao/DSKD" in rld["published_source"]
+    assert rows["cestudent alone"][2] == "3"
+    assert any("wrn_40_2" in name and name.endswith("teacher") for name in rows)
+
+
+def test_gains_and_tests_are_those_of_the_runs(report):
+    runs = pd.read_csv(report.html.parent / "runs.csv")
+    runs = runs[(runs["epochs"] == 240) & (runs["pair"] == "wrn_40_2_to_wrn_16_2")]
+    top1 = runs.pivot_table(index="seed", columns="method", values="top1_last")
+    results = pd.read_csv(report.html.parent / "results.csv").set_index("method")
+    gain = (top1["rld"] - top1["kd"]).mean()
+    assert results.loc["rld (epochs=240)", "last_over_kd"] == pytest.approx(gain)
+    comparisons = pd.read_csv(report.html.parent / "comparisons.csv")
+    assert set(comparisons["epoch"]) == {"last", "best"}
+    row = comparisons.query("epoch == 'last' and first == 'rld (epochs=240)' and second == 'kd'").iloc[0]
+    assert row["difference"] == pytest.approx(gain)
+    assert row["p_holm"] >= row["p"]
+
+
+def test_a_sweep_stays_out_of_the_results(report):
+    results = pd.read_csv(report.html.parent / "results.csv")
+    assert set(results["split"]) == {"the test split"}
+    assert len(pd.read_csv(report.html.parent / "sweeps.csv")) == 4
+    text = report.html.read_text()
+    assert "Not the test split." in text
+    assert "58.00" in text
+
+
+def test_failed_and_unfinished_runs_are_named(report):
+    page = report.html.read_text()
+    assert "training diverged in &lt;epoch&gt; 3" in page
+    assert "running or interrupted" in page
+    assert "1 failed or unfinished" in page
+
+
+def test_the_page_needs_nothing_else(report):
+    page = report.html.read_text()
+    assert "<title>Title &amp; more</title>" in page
+    assert not re.search(r"(src|href)=\"(?!#)", page.split("<main>")[0])
+    assert "@import" not in page
+    svgs = re.findall(r"<svg[^>]*>", page)
+    assert len(svgs) >= 4
+    assert all('role="img" aria-label="' in svg for svg in svgs)
+    assert 'content="width=device-width' in page
+
+
+def test_the_exact_commands_are_there(report):
+    assert (
+        "python scripts/fit.py model=wrn_40_2_to_wrn_16_2 loss=rld seed=1 recipe.epochs=240" in report.html.read_text()
+    )
+
+
+def test_markdown_says_the_same_and_shows_the_figures(report):
+    text = report.markdown.read_text()
+    assert "76.02<sup>" in text
+    pictures = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
+    assert len(pictures) == len(report.figures)
+    for picture in pictures:
+        assert (report.markdown.parent / picture).read_bytes().startswith(b"\x89PNG")
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert tables
+    for table in tables:
+        bare = [re.sub(r"\\\|", "", line) for line in table.splitlines()]
+        assert len({line.count("|") for line in bare}) == 1
+        assert set(bare[1]) <= set("|-:")
+
+
+def test_one_run_and_nothing_else(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").unlink()
+    (tmp_path / "run" / "environment.json").unlink()
+    files = write_report([tmp_path / "run"], tmp_path / "out", latency=False)
+    assert ["rld", "30", "1", "60.00", "60.10"] in parse(files.html).rows
+
+
+def test_more_rows_than_colours(tmp_path):
+    for alpha in range(12):
+        write_run(tmp_path / str(alpha), "at", top1=50 + alpha, settings={"loss.weight": alpha})
+    page = write_report([tmp_path], tmp_path / "out", latency=False).html
+    assert "4 more" in page.read_text()
+    assert len({row[0] for row in parse(page).rows if row[0].startswith("at (weight=")}) == 12
+
+
+def test_networks_that_are_gone_and_html_in_names(tmp_path):
+    write_run(tmp_path / "a", student="<gone>", teacher="no_such_network")
+    page = write_report([tmp_path], tmp_path / "out", latency=True).html
+    assert "&lt;gone&gt;" in page.read_text()
+    parse(page)
+
+
+def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
+    measured = []
+
+    def speed(network, image_shape, *, batch_size, seconds):
+        measured.append((type(network).__name__, image_shape, batch_size))
+        return 200.0
+
+    monkeypatch.setattr("rld_lightning.reporting.cost.images_per_second", speed)
+    write_run(tmp_path / "run")
+    page = write_report([tmp_path], tmp_path / "out").html.read_text()
+    assert [shape for _, *shape in measured] == [[(3, 32, 32), 1]] * 2
+    assert "Latency" in page
+    assert "one image at a time, measured for this report on" in page
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda folder: None, "there are no runs in"),
+        (lambda folder: write_run(folder / "a", error="out of memory"), "none of the 1 runs"),
+        (lambda folder: (write_run(folder / "a") / "summary.json").write_text("{"), "is not the summary of a run"),
+    ],
+)
+def test_nothing_to_report_is_one_sentence(tmp_path, prepare, words):
+    prepare(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        write_report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / "scripts" / "report.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert "nowhere is not a folder" in "".join(capsys.readouterr())
+
+
+def test_the_script_writes_into_the_first_folder_by_itself(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--no-latency", "--title", "Mine"])
+    runpy.run_path(str(REPOSITORY / "scripts" / "report.py"), run_name="__main__")
+    assert "<h1>Mine</h1>" in (tmp_path / "report" / "report.html").read_text()

@@ -1,0 +1,141 @@
+"""Sweeps: their trials in order, the cells of their heat maps, and Optuna's importances."""
+
+import builtins
+
+import numpy as np
+import pytest
+from run_factory import write_run, write_sweep
+
+from rld_lightning.reporting import find_runs
+from rld_lightning.reporting.plots import heat_map_figure
+from rld_lightning.reporting.sweeps import heat_maps, importances, split_sweeps
+
+
+@pytest.fixture
+def grid(tmp_path):
+    folder = tmp_path / "sweeps" / "grid"
+    write_sweep(folder, alphas=(0.5, 1, 2), betas=(4, 8), temperatures=(2, 4), seeds=(0, 1))
+    return folder
+
+
+def test_trials_are_pooled_over_seeds_and_ordered(grid):
+    (sweep,), others = split_sweeps(find_runs([grid]))
+    assert others == []  # held out: none for the results tables
+    assert sweep.held_out
+    assert sweep.keys == ["loss.alpha", "loss.beta", "loss.temperature"]
+    trials = sweep.trials
+    assert len(trials) == 12
+    best = trials.iloc[0]
+    assert (best["loss.alpha"], best["loss.beta"], best["loss.temperature"], best["n"]) == (2, 8, 4, 2)
+    assert best["mean"] == pytest.approx(58.05)  # 58.0 and 58.1
+    assert best["std"] == pytest.approx(0.1 / np.sqrt(2))
+    assert best["best"] == pytest.approx(58.15)
+    assert trials["mean"].is_monotonic_decreasing
+
+
+def test_one_heat_map_a_temperature(grid):
+    (sweep,), _ = split_sweeps(find_runs([grid]))
+    cold, warm = heat_maps(sweep)
+    assert (cold.title, warm.title) == ("temperature = 2", "temperature = 4")
+    assert (warm.x_key, warm.y_key, warm.x, warm.y) == ("loss.alpha", "loss.beta", (0.5, 1, 2), (4, 8))
+    # 58 less |log2(alpha/2)| and 0.7 |log2(beta/8)|, plus 0.05 for the mean of seeds 0 and 1; a degree costs 0.5
+    expected = np.array([[55.35, 56.35, 57.35], [56.05, 57.05, 58.05]])
+    np.testing.assert_allclose(warm.cells, expected)
+    np.testing.assert_allclose(cold.cells, expected - 1.0)
+    figure = heat_map_figure([cold, warm], sweep, "name")
+    assert "55.35" not in figure.caption
+    assert "from 54.35 to 58.05" in figure.caption
+    texts = [text for panel in figure.panels for text in (">58.05<", ">54.35<") if text in panel.svg()]
+    assert texts == [">54.35<", ">58.05<"]
+
+
+def test_a_trial_that_is_missing_leaves_a_hole(grid):
+    for seed in (0, 1):
+        (grid / f"loss.alpha=2,loss.beta=8,loss.temperature=4,seed={seed}" / "summary.json").unlink()
+    (sweep,), _ = split_sweeps(find_runs([grid]))
+    warm = heat_maps(sweep)[1]
+    assert np.isnan(warm.cells[1, 2])
+    assert np.isnan(warm.cells).sum() == 1
+    assert heat_map_figure(heat_maps(sweep), sweep, "name").panels[1].svg()
+
+
+@pytest.mark.parametrize("settings", [["recipe.optimizer.lr"], ["recipe.optimizer.lr", "loss.weight"]])
+def test_any_one_or_two_keys(tmp_path, settings):
+    for i, value in enumerate((0.01, 0.1)):
+        for j in (0, 1) if len(settings) > 1 else (0,):
+            values = dict(zip(settings, (value, 0.5 + j), strict=False))
+            write_run(tmp_path / "sweeps" / "s" / f"{i}{j}", "kd", top1=50 + 10 * i + j, held_out=0.1, settings=values)
+    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    (one,) = heat_maps(sweep)
+    if len(settings) == 1:
+        np.testing.assert_allclose(one.cells, [[50, 60]])
+    else:
+        np.testing.assert_allclose(np.sort(one.cells.ravel()), [50, 51, 60, 61])
+
+
+def test_epochs_that_follow_one_another_are_one_key(tmp_path):
+    for epochs in (2, 4):
+        write_run(tmp_path / "sweeps" / "s" / str(epochs), held_out=0.1, epochs=epochs)
+    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    assert sweep.keys == ["recipe.epochs"]
+
+
+def test_random_values_are_no_grid(tmp_path):
+    for i in range(9):
+        values = {"loss.alpha": 1 + 0.1 * i, "loss.beta": 2 + 0.3 * (i * 4 % 9)}
+        write_run(tmp_path / "sweeps" / "s" / str(i), top1=50 + i, held_out=0.1, settings=values)
+    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    assert heat_maps(sweep) == []
+
+
+def test_a_sweep_on_the_test_split_is_compared_as_well(tmp_path):
+    (tmp_path / "multirun.yaml").write_text("{}")
+    for alpha in (1.0, 2.0):
+        write_run(tmp_path / str(alpha), settings={"loss.alpha": alpha})
+    runs = find_runs([tmp_path])
+    (sweep,), others = split_sweeps(runs)
+    assert not sweep.held_out
+    assert others == runs
+
+
+def test_seeds_alone_are_no_sweep(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "sweeps" / "s" / str(seed), seed=seed)
+    assert split_sweeps(find_runs([tmp_path]))[0] == []
+
+
+def test_importances_of_a_study(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{tmp_path}/study.db", sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize"
+    )
+
+    def objective(trial):
+        alpha, beta = trial.suggest_float("loss.alpha", 0, 4), trial.suggest_float("loss.beta", 0, 4)
+        return 50 + 2 * alpha + 0.001 * beta
+
+    study.optimize(objective, n_trials=10)
+    before = (tmp_path / "study.db").read_bytes()
+    shares, how = importances(tmp_path / "study.db")
+    assert list(shares) == ["loss.alpha", "loss.beta"]
+    assert shares["loss.alpha"] > 0.5
+    assert sum(shares.values()) == pytest.approx(1)
+    assert "10 complete trials" in how
+    assert (tmp_path / "study.db").read_bytes() == before
+
+
+def test_studies_that_say_nothing(tmp_path, monkeypatch):
+    (tmp_path / "study.db").write_text("not a database")
+    shares, why = importances(tmp_path / "study.db")
+    assert shares == {}
+    assert why
+
+    def without(name, *args, **kwargs):
+        if name == "optuna":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert 'pip install "rld-lightning[sweep]"' in importances(tmp_path / "study.db")[1]

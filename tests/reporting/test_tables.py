@@ -1,0 +1,167 @@
+"""Rows of results tables: what is pooled, what is kept apart, and what they are called."""
+
+import math
+
+import pytest
+from run_factory import write_comparison, write_run
+
+from rld_lightning.reporting import find_runs
+from rld_lightning.reporting.labels import describe, distinguishing
+from rld_lightning.reporting.tables import BEST, compare, sections
+
+
+def read(folder):
+    return sections(find_runs([folder]))
+
+
+def named(section):
+    return {row.name: row for row in section.rows}
+
+
+def test_mean_and_sample_deviation_over_seeds(tmp_path):
+    for seed, top1 in enumerate((60.0, 61.0, 63.0)):
+        write_run(tmp_path / str(seed), "rld", seed=seed, top1=top1, best=top1 + 1)
+    (section,), left_out = read(tmp_path)
+    (row,) = section.rows
+    assert left_out == []
+    assert (row.name, row.n, row.seeds) == ("rld", 3, [0, 1, 2])
+    assert row.mean() == pytest.approx(184 / 3)
+    assert row.std() == pytest.approx(math.sqrt(7 / 3))  # (16 + 1 + 25) / 9 over n - 1 = 2
+    assert (row.mean(BEST), row.std(BEST)) == pytest.approx((187 / 3, math.sqrt(7 / 3)))
+    assert section.title == "resnet20 → resnet8"
+    assert section.teacher_top1 == 68.0
+
+
+def test_one_run_has_no_deviation(tmp_path):
+    write_run(tmp_path / "one")
+    (section,), _ = read(tmp_path)
+    assert section.rows[0].std() is None
+    assert compare(section) == []
+
+
+def test_settings_tell_rows_apart_by_what_differs(tmp_path):
+    for alpha in (1.0, 2.0):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{alpha}-{seed}", seed=seed, settings={"loss.alpha": alpha})
+    write_run(tmp_path / "long", seed=0, epochs=240, settings={"loss.alpha": 2.0, "loss.beta": 4.0})
+    (section,), _ = read(tmp_path)
+    # The longer run's beta is told by nothing else; its epochs follow from it and are not said again.
+    assert {name: row.n for name, row in named(section).items()} == {
+        "rld (alpha=1, beta=8)": 2,
+        "rld (alpha=2, beta=8)": 2,
+        "rld (alpha=2, beta=4)": 1,
+    }
+
+
+def test_epochs_and_recipes_are_told(tmp_path):
+    write_run(tmp_path / "a", epochs=30)
+    write_run(tmp_path / "b", epochs=240)
+    write_run(tmp_path / "c", "kd", settings={"recipe.optimizer.lr": 0.1})
+    (section,), _ = read(tmp_path)
+    assert set(named(section)) == {"rld (epochs=30, lr=0.05)", "rld (epochs=240, lr=0.05)", "kd (lr=0.1)"}
+    assert compare(section) == []  # no two have the same recipe
+    assert all(section.gain(row, "kd") is None for row in section.rows)
+
+
+def test_gains_are_over_the_baselines_with_the_same_recipe(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"ce{seed}", "ce", seed=seed, top1=58.0 + seed)
+        write_run(tmp_path / f"kd{seed}", "kd", seed=seed, top1=59.0 + seed)
+        write_run(tmp_path / f"kd-better{seed}", "kd", seed=seed, top1=60.0 + seed, settings={"loss.weight": 0.5})
+        write_run(tmp_path / f"rld{seed}", seed=seed, top1=61.5 + 2 * seed)
+    write_run(tmp_path / "long", "ce", seed=0, top1=70.0, epochs=100)
+    (section,), _ = read(tmp_path)
+    row = named(section)["rld"]
+    assert section.gain(row, "ce").mean == pytest.approx(4.0)  # 3.5 and 4.5
+    assert section.gain(row, "kd").mean == pytest.approx(2.0)  # the stronger kd: 1.5 and 2.5
+    assert section.gain(section.rows[0], "ce") is None
+
+
+def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
+    write_run(tmp_path / "pair", "ce", seed=0)
+    write_run(tmp_path / "single", "ce", seed=1, teacher=None)
+    write_run(tmp_path / "teacher", "ce", teacher=None, student="resnet20", top1=68.5)
+    write_run(tmp_path / "rld")
+    (section,), _ = read(tmp_path)
+    assert [(row.method, row.n) for row in section.rows] == [("ce", 2), ("rld", 1)]
+    assert [(row.student, row.mean()) for row in section.teachers] == [("resnet20", 68.5)]
+
+
+def test_single_models_without_a_pair_have_sections_of_their_own(tmp_path):
+    write_run(tmp_path / "a", "ce", teacher=None, student="wrn_16_2")
+    write_run(tmp_path / "b", dataset="digits")
+    found, _ = read(tmp_path)
+    assert [(section.dataset, section.title) for section in found] == [
+        ("cifar100", "wrn_16_2"),
+        ("digits", "resnet20 → resnet8"),
+    ]
+
+
+def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
+    write_run(tmp_path / "test", seed=0, top1=60.0)
+    write_run(tmp_path / "held0", seed=0, top1=70.0, held_out=0.1)
+    write_run(tmp_path / "held1", seed=1, top1=71.0, held_out=0.1)
+    found, _ = read(tmp_path)
+    assert [(s.on_test, s.split, s.rows[0].n) for s in found] == [
+        (True, "the test split", 1),
+        (False, "5,000 held-out training images (stratified)", 2),  # one split, whatever its seed
+    ]
+
+
+def test_what_does_not_count_is_named(tmp_path):
+    write_run(tmp_path / "a", seed=0, top1=60.0)
+    write_run(tmp_path / "b", seed=0, top1=61.0)
+    write_run(tmp_path / "c", seed=1, top1=math.nan)
+    (section,), left_out = read(tmp_path)
+    assert section.rows[0].values() == {0: 61.0}
+    assert {run.folder.name: reason.split(" in ")[0] for run, reason in left_out} == {
+        "a": "repeated with the same settings and seed",
+        "c": "its accuracy is not a number",
+    }
+
+
+def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
+    write_run(tmp_path / "old", seed=0)
+    new = write_run(tmp_path / "new", seed=1)
+    text = (new / "config.yaml").read_text().replace("trainer:\n", "trainer:\n  new_option: 3\n")
+    (new / "config.yaml").write_text(text)
+    (section,), _ = read(tmp_path)
+    assert [row.n for row in section.rows] == [2]
+    write_run(tmp_path / "asked", seed=0, settings={"trainer.gradient_clip_val": 1.0})
+    (section,), _ = read(tmp_path)
+    assert sorted(row.n for row in section.rows) == [1, 2]
+
+
+def test_comparisons_are_corrected_for_their_number(tmp_path):
+    write_comparison(tmp_path, {"ce": 57.0, "kd": 59.0, "dkd": 60.0, "rld": 61.0}, seeds=4)
+    (section,), _ = read(tmp_path)
+    found = {(c.first.method, c.second.method): c for c in compare(section)}
+    assert set(found) == {
+        *(("rld", "dkd"), ("rld", "kd"), ("rld", "ce"), ("dkd", "kd"), ("dkd", "ce"), ("kd", "ce")),
+    }
+    smallest = min(found.values(), key=lambda c: c.difference.p)
+    assert smallest.p_holm == pytest.approx(min(1, 6 * smallest.difference.p))
+    assert found["rld", "ce"].verdict == "ahead"
+
+
+def test_of_many_methods_only_those_that_matter_are_compared(tmp_path):
+    write_comparison(tmp_path, {"ce": 57.0, "kd": 59.0, "rld": 61.0, "at": 58.0, "crd": 58.5}, seeds=3)
+    (section,), _ = read(tmp_path)
+    pairs = {frozenset((c.first.method, c.second.method)) for c in compare(section)}
+    assert len(pairs) == 9
+    assert frozenset(("at", "crd")) not in pairs
+
+
+def test_labels_say_as_little_as_will_do():
+    settings = [
+        {"loss.alpha": "1", "recipe.epochs": "30", "trainer.max_epochs": "30"},
+        {"loss.alpha": "1", "recipe.epochs": "60", "trainer.max_epochs": "60"},
+    ]
+    assert distinguishing(settings) == ["recipe.epochs"]
+    assert distinguishing(settings, known=["30", "60"]) == []
+    values = {
+        "loss.alpha": "2.0",
+        "recipe.scheduler._target_": "torch.optim.lr_scheduler.OneCycleLR",
+        "model.teacher.weights": "/a/b/runs/teacher/best.safetensors",
+    }
+    assert describe(values, values) == ("alpha=2, scheduler=OneCycleLR, teacher weights=runs/teacher/best.safetensors")
