@@ -106,7 +106,7 @@ def test_every_command_composes(command):
         for loss in losses:
             assert compose(loss, *(o for o in overrides if o.partition("=")[0] not in own))
         return
-    name = {"scripts/fit.py": "fit", "scripts/eval.py": "eval"}[script]
+    name = {"scripts/fit.py": "fit", "scripts/eval.py": "eval", "scripts/shards.py": "shards"}[script]
     overrides = [o for o in overrides if not o.startswith("-")]
     if any(o.startswith("sweep=") for o in overrides):  # Hydra's own part is tested with the configuration
         overrides = [o for o in overrides if not o.startswith("hydra.")]

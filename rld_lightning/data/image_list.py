@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rld_lightning.data.base import stratified_split
+from rld_lightning.data.decode import read_file
 
 TRAIN_FOLDER = "train"
 VAL_FOLDERS = ("val", "valid", "validation")
@@ -33,6 +34,14 @@ class ImageList(NamedTuple):
     def take(self, index: Tensor) -> "ImageList":
         """Return the files at ``index`` (M,) as a list of their own."""
         return ImageList(self.class_names, self.paths[index.numpy()], self.labels[index])
+
+    def path(self, index: int) -> str:
+        """Return the path of an image."""
+        return os.fsdecode(self.paths[index])
+
+    def read(self, index: int) -> Tensor:
+        """Return the bytes of an image's file, uint8 (N,); see :func:`~rld_lightning.data.decode.read_file`."""
+        return read_file(self.path(index))
 
 
 def list_images(folder: Path) -> ImageList:

@@ -45,11 +45,10 @@ class ImageNetDataModule(ImageFolderDataModule):
     def __init__(self, root: str | Path = "data/imagenet", *, name: str = "imagenet", **options: Any) -> None:
         super().__init__(root, name=name, **options)
 
-    @cached_property
-    def splits(self) -> dict[str, ImageList]:
-        """The files of ``"train"``, ``"test"`` and, where training images are held out, ``"val"``."""
+    def find_splits(self) -> dict[str, ImageList]:
+        """List the files of ``"train"`` and ``"test"``, unpacked if they were not."""
         self.prepare_data()
-        return super().splits
+        return super().find_splits()
 
     @cached_property
     def class_names(self) -> list[str]:

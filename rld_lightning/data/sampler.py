@@ -6,6 +6,7 @@ run sees the batches it would have seen, and evaluation never touches the random
 """
 
 import hashlib
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -22,6 +23,10 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+def _permute(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(size, generator=generator)
+
+
 class EpochSampler:
     """The positions of an epoch that one process visits, step by step.
 
@@ -35,6 +40,8 @@ class EpochSampler:
         positions: The positions of all steps, one after the other, int64 (M,).
         steps: For each step, its slice of ``positions``.
         epoch: The epoch that the next iteration draws.
+        permute: How samples are permuted: given N and a generator, an order (N,) int64. Any order is as likely as any
+            other, unless a data set replaces this.
     """
 
     def __init__(self, size: int, batches: list[Tensor], *, seed: int = 0, shuffle: bool = False) -> None:
@@ -45,6 +52,7 @@ class EpochSampler:
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self.permute: Callable[[int, torch.Generator], Tensor] = _permute
 
     @classmethod
     def for_training(
@@ -112,5 +120,5 @@ class EpochSampler:
             The order (N,) int64, and the generator to draw the augmentation of the N positions from.
         """
         generator = epoch_generator(self.seed, self.epoch)
-        order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
+        order = self.permute(self.size, generator) if self.shuffle else torch.arange(self.size)
         return order, generator

@@ -1,9 +1,8 @@
 """Reading single images in worker processes, and putting them together to batches on the device."""
 
-import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from torchvision.transforms import v2
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImage, BadImageReport
 from rld_lightning.data.base import Batch
-from rld_lightning.data.decode import REDUCTIONS, BadImageError, decode_image, decode_jpegs, jpeg_size, read_file
-from rld_lightning.data.image_list import ImageList
+from rld_lightning.data.decode import REDUCTIONS, BadImageError, decode_image, decode_jpegs, jpeg_size
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.data.shard_store import ShardError
 
 # So many files of a class that cannot be read, one after the other, are no accident.
 MOST_REPLACEMENTS = 8
@@ -26,6 +25,26 @@ MOST_REPLACEMENTS = 8
 REDUCING_GAP = 2
 
 Key = tuple[int, int]
+
+
+class Images(Protocol):
+    """The encoded images of a split, wherever they are; ``labels`` is int64 (N,)."""
+
+    class_names: list[str]
+    labels: Tensor
+
+    def take(self, index: Tensor) -> "Images":
+        """Return the images at ``index`` (M,) as a list of their own."""
+
+    def path(self, index: int) -> str:
+        """Return what an image is called in messages."""
+
+    def read(self, index: int) -> Tensor:
+        """Return the bytes of an image's file, uint8 (N,).
+
+        Raises:
+            BadImageError: If this image cannot be read, while others may.
+        """
 
 
 class RandomCropFlip(v2.RandomResizedCrop):
@@ -86,17 +105,17 @@ class StreamedImages(Dataset):
     """Decode and transform single images; a key is the index of an image and the seed of its augmentation.
 
     Args:
-        images: The files.
+        images: The images.
         transform: Applied to each uint8 image (3, H, W); must give equal shapes.
         strong: Whether to transform the same image once more and augment it strongly for a second view.
         decode: ``"auto"``, ``"pil"`` or ``"cuda"``; see
-            :class:`~rld_lightning.data.imagefolder.ImageFolderDataModule`.
+            :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
         replace: Whether the next readable image of the same class takes the place of one that cannot be read.
     """
 
     def __init__(
         self,
-        images: ImageList,
+        images: Images,
         transform: v2.Transform,
         *,
         strong: bool = False,
@@ -113,7 +132,7 @@ class StreamedImages(Dataset):
         """Return an image, or the file of one that the device will decode."""
         if self.decode == "cuda":
             try:
-                content = read_file(self.path(key[0]))
+                content = self.images.read(key[0])
             except BadImageError:
                 return self.load(key)
             if jpeg_size(content) is not None:
@@ -123,9 +142,9 @@ class StreamedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images.labels)
 
-    def path(self, index: int) -> str:
-        """Return the path of an image."""
-        return os.fsdecode(self.images.paths[index])
+    def key_sampler(self, sampler: EpochSampler) -> "KeySampler":
+        """Make what asks for the batches of a sampler's epoch."""
+        return KeySampler(sampler)
 
     def load(self, key: Key) -> Sample:
         """Read, decode and transform an image on the CPU."""
@@ -133,11 +152,11 @@ class StreamedImages(Dataset):
         bad = []
         for candidate in self._candidates(index):
             try:
-                content = read_file(self.path(candidate))
+                content = self.images.read(candidate)
                 reduction = self._draw_reduction(content, seed)
                 image = decode_image(content, self.decode, reduction)
             except BadImageError as error:
-                bad.append(BadImage(self.path(candidate), str(error)))
+                bad.append(BadImage(self.images.path(candidate), str(error)))
             else:
                 return self.sample(candidate, self.views(image, seed), bad)
         return self.sample(index, [], bad)
@@ -208,10 +227,14 @@ class KeySampler:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def draw(self) -> Tensor:
+        """Draw the keys of all steps of this process, one after the other, int64 (M, 2)."""
         order, generator = self.sampler.draw_order()
         seeds = torch.randint(1 << 32, order.shape, generator=generator)
-        keys = torch.stack([order, seeds], dim=1)[self.sampler.positions]
+        return torch.stack([order, seeds], dim=1)[self.sampler.positions]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = self.draw()
         for step in self.sampler.steps[self.start :]:
             yield keys[step].tolist()
 
@@ -249,7 +272,7 @@ class StreamingLoader(EpochLoader):
         self.normalize = normalize
         self.device = device
         self.report = report
-        self._keys = KeySampler(sampler)
+        self._keys = dataset.key_sampler(sampler)
         on_device = dataset.decode == "cuda"
         self._workers = DataLoader(
             dataset,
@@ -267,7 +290,7 @@ class StreamingLoader(EpochLoader):
 
     def _batches(self, start: int) -> Iterator[Batch]:
         self._keys.start = start
-        for delivered, step in zip(self._workers, self.sampler.steps[start:], strict=True):
+        for delivered, step in zip(self._deliveries(), self.sampler.steps[start:], strict=True):
             stacked = delivered if isinstance(delivered, Stacked) else stack(self._decode(delivered))
             if stacked.bad:
                 self._handle(stacked, step.stop - step.start)
@@ -277,6 +300,14 @@ class StreamingLoader(EpochLoader):
             label, index, *views = (values.to(self.device, non_blocking=True) for values in stacked.tensors)
             images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in views)
             yield Batch(images, label, index, *strong)
+
+    def _deliveries(self) -> Iterator[Stacked | list[Sample | Encoded]]:
+        try:
+            yield from self._workers
+        except ShardError as error:
+            # What a worker raises comes as its traceback, which ends in the name of the error and its text.
+            text = str(error).rstrip().rpartition("\n")[2]
+            raise ShardError(text.removeprefix(f"{ShardError.__module__}.{ShardError.__name__}: ")) from None
 
     def _decode(self, delivered: list[Sample | Encoded]) -> list[Sample]:
         """Decode on the device what the workers have left to it, and on the CPU what it refuses."""

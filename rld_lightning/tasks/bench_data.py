@@ -1,5 +1,6 @@
 """How many images a second one core prepares for training: ours against the usual Pillow pipeline."""
 
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from torchvision.transforms import v2
 from rld_lightning.console import console, print_table
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.image_list import ImageList
-from rld_lightning.data.imagefolder import IMAGENET_MEAN, IMAGENET_STD
-from rld_lightning.data.streaming import RandomCropFlip, StreamedImages, stack
+from rld_lightning.data.shard_index import Samples, ShardList
+from rld_lightning.data.shard_store import LocalShards
+from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, stack
+from rld_lightning.data.streaming_module import IMAGENET_MEAN, IMAGENET_STD
 from rld_lightning.tasks.bench import time_in_turn
 
 SCALE = (0.08, 1.0)
@@ -76,16 +79,32 @@ def pipelines(paths: list[Path], size: int) -> dict[str, Callable[[], object]]:
     crop = RandomCropFlip((size, size), SCALE, flip=True)
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, size, size)
 
-    def ours(decode: str) -> Tensor:
-        dataset = StreamedImages(listed, crop, decode=decode)
+    packed = _pack(paths)
+
+    def ours(decode: str, images: Images = listed) -> Tensor:
+        dataset = StreamedImages(images, crop, decode=decode)
         return stack([dataset[index, index] for index in range(len(dataset))]).tensors[2]
 
     return {
         "Pillow, float tensors": pillow,
         "ours, decode=pil": lambda: ours("pil"),
         "ours, decode=auto": lambda: ours("auto"),
+        "ours, auto, from a shard": lambda: ours("auto", packed),
         "ours, auto, normalised": lambda: normalize(ours("auto").permute(0, 2, 3, 1).contiguous()),
     }
+
+
+def _pack(paths: list[Path]) -> ShardList:
+    """Put the files into a shard beside them."""
+    shard = paths[0].with_name("shard.tar")
+    with tarfile.open(shard, "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    with tarfile.open(shard) as tar:
+        members = [(member.offset_data, member.size, 0, member.name.encode()) for member in tar]
+    samples = Samples(*map(np.array, zip(*members, strict=True)))
+    store = LocalShards([str(shard)], [shard.stat().st_size])
+    return ShardList(["image"], samples, np.zeros(len(paths), np.int32), store)
 
 
 def write_jpegs(folder: Path, images: int, width: int, height: int, quality: int) -> list[Path]:

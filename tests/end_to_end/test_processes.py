@@ -124,8 +124,8 @@ def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_faile
     if sweeper == "optuna":
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
         choice = "recipe.optimizer.lr=choice(0.02,0.03)"
-        options += ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2"]
-        options += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize"]
+        options += ["hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=2"]
+        options += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0"]
     result = fit("-m", choice, *options, f"hydra.sweep.dir={tmp_path / 'sweep'}", folder=tmp_path, check=False)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output

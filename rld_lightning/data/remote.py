@@ -1,0 +1,102 @@
+"""Files in local folders and in stores: ``s3://``, ``gs://``, ``http://`` and what else fsspec has a package for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+# Between bytes; a shard as a whole may take as long as it takes.
+SILENCE_SECONDS = 60
+
+
+def local_path(address: str) -> Path | None:
+    """Return the local path that an address is or ``file://`` names, ``None`` for one of a store."""
+    if address.startswith("file://"):
+        return Path(unquote(urlsplit(address).path))
+    return None if "://" in address else Path(address).expanduser()
+
+
+def join(root: str, path: str) -> str:
+    """Return the address of ``path``, which may be absolute, as seen from ``root``."""
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return f"{root.rstrip('/')}/{path}"
+
+
+def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of an address and the address's path in it.
+
+    The file system must not be kept: fsspec makes another one in a forked worker.
+
+    Args:
+        address: What to open.
+        options: Options of the file system, such as ``endpoint_url`` for S3.
+
+    Raises:
+        ImportError: If the file system's package is not installed.
+        ValueError: If there is no such kind of address.
+    """
+    options = dict(options or {})
+    protocol = address.partition("://")[0]
+    if protocol in ("http", "https"):
+        import aiohttp  # a tenth of a second that only these addresses are worth
+
+        # As curl does: through the proxy that the environment names.
+        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        options["client_kwargs"] = {"trust_env": True, "timeout": silence} | dict(options.get("client_kwargs", {}))
+    try:
+        return fsspec.url_to_fs(address, **options)
+    except ImportError as error:
+        raise ImportError(f"{protocol}:// needs another package: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{address} cannot be opened: {error}") from error
+
+
+@contextmanager
+def store_errors(address: str) -> Iterator[None]:
+    """Turn what a store raises, each its own kinds, into ``OSError`` with the address; a missing file stays one.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If something else went wrong.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{address} is missing.") from error
+    except Exception as error:
+        why = f"{address} cannot be reached ({reason(error)}): check the address and the access to it."
+        raise OSError(why) from error
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, on one line, or else its name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        OSError: If the store does not give it for another reason.
+    """
+    if (path := local_path(address)) is not None:
+        return path.read_bytes()
+    store, path = open_store(address, options)
+    with store_errors(address):
+        return store.cat_file(path)
+
+
+def write_bytes(address: str, content: bytes, options: dict[str, Any] | None = None) -> None:
+    """Write a small file."""
+    if (path := local_path(address)) is not None:
+        path.write_bytes(content)
+        return
+    store, path = open_store(address, options)
+    with store_errors(address):
+        store.pipe_file(path, content)

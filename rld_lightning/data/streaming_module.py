@@ -1,0 +1,190 @@
+"""What data sets share whose images worker processes read one by one: folders and shards."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from rld_lightning.data.augment import Normalize
+from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
+from rld_lightning.data.base import ImageDataModule, stratified_split, stratified_subset
+from rld_lightning.data.decode import DECODERS
+from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, StreamingLoader
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class StreamingDataModule(ImageDataModule):
+    """Images too many for the device, decoded by worker processes.
+
+    Args:
+        name: Name of the data set.
+        image_size: Side of the square images that the model sees.
+        resize: Shorter side that evaluation images are resized to before the centre is cropped; by default
+            ``image_size / 0.875``, 256 for 224.
+        scale: Range of the share of the area that a random training crop covers.
+        num_workers: Decoding processes for each training process.
+        decode: ``"auto"`` decodes in the workers, with torchvision where it can and Pillow where it cannot, and large
+            JPEGs at a fraction of their size where the training crop allows; ``"pil"`` with Pillow alone, always at
+            full size; ``"cuda"`` has JPEGs decoded on the GPU by nvJPEG, which frees the workers and rounds
+            differently.
+        bad_images: What to do about files that cannot be read as an image of 8 bits. ``"replace"`` trains on the next
+            image of the same class in their place, leaves them out of evaluation, and reports each once; ``"error"``
+            ends the run.
+        bad_images_file: Where to list them, for all processes of a run; nowhere by default.
+        mean: Mean of each channel; by default ImageNet's, as are its models.
+        std: Standard deviation of each channel.
+        options: See :class:`~rld_lightning.data.base.ImageDataModule`.
+    """
+
+    # What the workers read from, and what the user calls it.
+    _dataset: type[StreamedImages] = StreamedImages
+    _kind = "folder"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        image_size: int = 224,
+        resize: int | None = None,
+        scale: tuple[float, float] = (0.08, 1.0),
+        num_workers: int = 4,
+        decode: str = "auto",
+        bad_images: str = "replace",
+        bad_images_file: str | Path | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        for option, value, allowed in (("decode", decode, DECODERS), ("bad_images", bad_images, BAD_IMAGES)):
+            if value not in allowed:
+                raise ValueError(f"{option}={value!r} is unknown; choose {' or '.join(allowed)}.")
+        if decode == "cuda" and not torch.cuda.is_available():
+            raise ValueError("decode=cuda is for NVIDIA GPUs and none is there; use decode=auto.")
+        self.name = name
+        self._set_look(image_size, resize, mean, std)
+        self.scale = tuple(scale)
+        self.num_workers = num_workers
+        self.decode = decode
+        self.bad_images = bad_images
+        self.bad_image_report = BadImageReport(None if bad_images_file is None else Path(bad_images_file))
+
+    def _set_look(
+        self,
+        image_size: int = 224,
+        resize: int | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        self.resize = round(image_size / 0.875) if resize is None else resize
+        if not 0 < image_size <= self.resize:
+            raise ValueError(
+                f"image_size={image_size} and resize={self.resize} do not fit: the centre crop must be positive and "
+                "not larger than the resized image."
+            )
+        self.image_shape = (3, image_size, image_size)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def find_splits(self) -> Mapping[str, Images]:
+        """Find the images of ``"train"``, ``"test"`` and, where there is one of its own, ``"val"``."""
+        raise NotImplementedError
+
+    @cached_property
+    def splits(self) -> dict[str, Images]:
+        """The images of ``"train"``, ``"test"`` and, where it is not the test split, ``"val"``."""
+        splits = dict(self.find_splits())
+        if self.val_fraction > 0:
+            train = splits["train"]
+            kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
+            splits |= {"train": train.take(kept), "val": train.take(held_out)}
+        if self.subset < 1:
+            train = splits["train"]
+            splits["train"] = train.take(stratified_subset(train.labels, self.subset, self.seed))
+        return splits
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of the labels."""
+        return self.splits["train"].class_names
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images."""
+        splits = self.splits
+        self._sizes = tuple(len(splits[name].labels) for name in ("train", self._val_name, "test"))
+
+    def train_transform(self) -> v2.Transform:
+        """Return what is done to a uint8 training image (3, H, W)."""
+        if not self.augment:
+            return self.eval_transform()
+        return RandomCropFlip(self.image_shape[1:], self.scale, self.flip)
+
+    def eval_transform(self) -> v2.Transform:
+        """Return what is done to a uint8 evaluation image (3, H, W)."""
+        return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_shape[1:])])
+
+    @property
+    def train_label(self) -> Tensor:
+        """Class of each training image, int64 (N,), on the CPU."""
+        return self.splits["train"].labels
+
+    def train_dataloader(self) -> StreamingLoader:
+        """Return the augmented, shuffled training batches of this process."""
+        return self._loader("train", self.train_sampler(), self.train_transform(), training=True)
+
+    def val_dataloader(self) -> StreamingLoader:
+        """Return the held-out training images, the data set's own validation split, or else the test split."""
+        return self._loader(self._val_name, self.eval_sampler(self.val_size), self.eval_transform())
+
+    def test_dataloader(self) -> StreamingLoader:
+        """Return the test split, each image exactly once over all processes."""
+        return self._loader("test", self.eval_sampler(self.test_size), self.eval_transform())
+
+    def _loader(
+        self, split: str, sampler: EpochSampler, transform: v2.Transform, *, training: bool = False
+    ) -> StreamingLoader:
+        if self.decode == "cuda" and self.device.type != "cuda":
+            raise ValueError(f"decode=cuda needs a run on a GPU, and this one is on {self.device}; use decode=auto.")
+        dataset = self._dataset(
+            self.splits[split],
+            transform,
+            strong=training and self.strong_view,
+            decode=self.decode,
+            replace=training and self.bad_images == "replace",
+        )
+        return StreamingLoader(
+            dataset,
+            sampler,
+            Normalize(self.mean, self.std, *self.image_shape[1:], self.device),
+            device=self.device,
+            num_workers=self.num_workers,
+            report=self.bad_image_report if self.bad_images == "replace" else None,
+        )
+
+    @property
+    def _val_name(self) -> str:
+        return "val" if "val" in self.splits else "test"
+
+    @property
+    def has_own_validation(self) -> bool:
+        """Whether validation runs on other images than the test split's."""
+        return super().has_own_validation or self._val_name == "val"
+
+    @property
+    def validated_on(self) -> str:
+        """What validation runs on, in words that complete "validated on"."""
+        if self.val_fraction > 0 or self._val_name == "test":
+            return super().validated_on
+        return f"the {self.val_size:,} images of the {self._kind}'s own validation split"
