@@ -1,13 +1,9 @@
 """Pieces that tests of several rooms share."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden"
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Two threads fighting a busy machine for two cores are several times slower than one.

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from safetensors.torch import load_file
 
 from rld_lightning.models import create_model
+
+REPOSITORY = Path(__file__).parents[2]
 
 PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn_16_1", "model.student.name=resnet8", "loss=[rld,at]")
 

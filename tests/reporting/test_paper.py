@@ -1,9 +1,12 @@
 """Published numbers: found by our names, each with its source."""
 
+from pathlib import Path
+
 import pytest
-from conftest import REPOSITORY
 
 from rld_lightning.reporting.paper import METHODS, TEACHER, published_for_pair, published_numbers, published_top1
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def top1(dataset, teacher, student, method, **options):

@@ -4,13 +4,15 @@ import re
 import runpy
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import REPOSITORY
 from run_factory import write_comparison, write_run, write_sweep
 
 from rld_lightning.reporting.report import write_report
+
+REPOSITORY = Path(__file__).parents[2]
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
