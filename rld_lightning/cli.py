@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 import rld_lightning.config  # noqa: F401  (registers the resolvers that conf/ uses)
 from rld_lightning.console import console, print_error, quiet_lightning
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.tasks.launch import is_trial
+from rld_lightning.tasks.launch import is_trial, sigterm_ends
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -51,7 +51,10 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             return None  # the trial has recorded it, and the others go on
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+        with sigterm_ends():  # launchers of trials, too, clear up behind them
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except SystemExit as stop:
         if stop.code == 1:  # Hydra has printed what is wrong with the command line, but not what was meant
             _suggest(config_name)

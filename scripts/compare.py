@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from rld_lightning.cli import exit_on_user_error
-from rld_lightning.tasks.compare import compare, split_list
+from rld_lightning.tasks.compare import compare, split_list, split_seeds
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     with exit_on_user_error():
         compare(
             split_list(own["losses"]),
-            [int(seed) for seed in split_list(own["seeds"])],
+            split_seeds(own["seeds"]),
             [option for option in given if option.partition("=")[0] not in own],
             Path(own["folder"]) if own["folder"] else None,
         )

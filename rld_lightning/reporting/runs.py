@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
+import yaml
 
 from rld_lightning.config import flat, loss_name
 
@@ -92,10 +92,13 @@ class Run:
         if "method" in self.config:
             return self.config["method"]
         name = loss_name(self.config["loss"])
-        choices = self.folder / ".hydra" / "hydra.yaml"
-        if "+" in name or not choices.exists():
-            return name.lower()
-        return OmegaConf.load(choices).hydra.runtime.choices.loss
+        return name.lower() if "+" in name else self.choices.get("loss", name.lower())
+
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The options of the configuration groups, such as ``{"recipe": "cifar240"}``; empty if they are not known."""
+        path = self.folder / ".hydra" / "hydra.yaml"
+        return _read_yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -116,7 +119,7 @@ class Run:
     def overrides(self) -> list[str]:
         """What stood on the command line behind ``scripts/fit.py``; empty where that is not known."""
         path = self.folder / ".hydra" / "overrides.yaml"
-        return list(OmegaConf.load(path)) if path.exists() else []
+        return _read_yaml(path) if path.exists() else []
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -129,11 +132,16 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     return {key: (ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]}
 
 
+def decides(key: str) -> bool:
+    """Whether a key of the configuration decides what is trained, as ``loss.alpha`` does and ``logger`` does not."""
+    return not any(f"{key}.".startswith(f"{name}.") for name in _NOT_SETTINGS)
+
+
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: re.sub(r"^(-?\d+)\.0$", r"\1", value)  # alpha=1 on a command line is the alpha: 1.0 of a file
         for key, value in flat(config).items()
-        if not any(f"{key}.".startswith(f"{name}.") for name in _NOT_SETTINGS)
+        if decides(key)
     }
 
 
@@ -150,7 +158,7 @@ def read_run(folder: Path) -> Run:
     for name in (SUMMARY, "config.yaml"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}.")
-    return Run(folder, read_summary(folder), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    return Run(folder, read_summary(folder), _read_yaml(folder / "config.yaml"))
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -163,12 +171,23 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         FileNotFoundError: a folder is not there.
         ValueError: a summary is not one.
     """
-    return [read_run(path) for path in _below(folders) if (path / SUMMARY).exists()]
+    return find_all(folders)[0]
 
 
-def find_unfinished(folders: Sequence[Path]) -> list[Path]:
-    """The folders of runs that have begun and not ended, in and below some folders."""
-    return [path for path in _below(folders) if not (path / SUMMARY).exists()]
+def find_all(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
+    """:func:`find_runs`, and the folders of runs that have begun and not ended."""
+    runs, unfinished = [], []
+    for path in _below(folders):
+        if (path / SUMMARY).exists():
+            runs.append(read_run(path))
+        else:
+            unfinished.append(path)
+    return runs, unfinished
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a run has written, resolved: OmegaConf would take three times as long to read it."""
+    return yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _below(folders: Sequence[Path]) -> Iterator[Path]:

@@ -1,20 +1,18 @@
 """One command from nothing to a report: a teacher, and a student for each loss and seed, in one folder."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.cli import CONF
 from rld_lightning.console import print_files, print_line
 from rld_lightning.reporting.report import write_report
-
-FIT = CONF.parent / "scripts" / "fit.py"
+from rld_lightning.tasks.start import run_sweep, train_teacher
 
 
 def compare(losses: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], folder: Path | None = None) -> Path:
@@ -35,7 +33,8 @@ def compare(losses: Sequence[str], seeds: Sequence[int], overrides: Sequence[str
 
     Raises:
         ValueError: an option is wrong; before anything starts.
-        SystemExit: the teacher failed, or the comparison was interrupted.
+        UserError: the teacher could not be trained.
+        SystemExit: no student finished, or the comparison was interrupted.
     """
     _refuse(overrides)
     for loss in losses:
@@ -45,12 +44,18 @@ def compare(losses: Sequence[str], seeds: Sequence[int], overrides: Sequence[str
     if not any(override.startswith("data.val_fraction=") for override in overrides):
         fixed.append("data.val_fraction=0")
     if cfg.model.teacher is not None and cfg.model.teacher.weights == "fit":
-        _fit(_for_teacher(fixed, cfg.model.teacher.name), [f"seed={seeds[0]}"], folder / "teacher", ".")
-        weights = f"model.teacher.weights={folder / 'teacher' / 'student.safetensors'}"
-        fixed = [o for o in fixed if not o.startswith("model.teacher.weights=")] + [weights]
-    # The seed in front: after the first few runs there is one of each loss to look at.
-    swept = [f"seed={','.join(map(str, seeds))}", f"loss={','.join(losses)}"]
-    _fit(fixed, swept, folder, "${hydra:runtime.choices.loss}/seed${seed}")
+        begun = folder / "teacher" / "config.yaml"  # perhaps for other students' seeds
+        seed = OmegaConf.load(begun).seed if begun.exists() else seeds[0]
+        weights = train_teacher(fixed, cfg.model.teacher.name, seed, folder / "teacher")
+        fixed = [o for o in fixed if not o.startswith("model.teacher.weights=")] + [f"model.teacher.weights={weights}"]
+    # Choices, so that a single one is swept as well, and more can follow. The seed in front: after the first few runs
+    # there is one of each loss to look at.
+    swept = [f"seed=choice({','.join(map(str, seeds))})", f"loss=choice({','.join(losses)})"]
+    status = run_sweep([*fixed, *swept], folder, "${hydra:runtime.choices.loss}/seed${seed}")
+    if status == 130:
+        print_line("stopped", "the same command goes on from here; finished runs are not repeated")
+    if status:
+        sys.exit(status)
     files = write_report([folder], folder / "report", title=f"{cfg.model.label}: {', '.join(losses)}")
     print_files(folder / "report", {files.html.name: "the results", files.markdown.name: "the same as Markdown"})
     return files.html
@@ -68,6 +73,18 @@ def split_list(text: str) -> list[str]:
             f"{text} is not a list: write names or numbers with commas between, each once, such as ce,rld."
         )
     return entries
+
+
+def split_seeds(text: str) -> list[int]:
+    """``0,1,2`` as ``[0, 1, 2]``.
+
+    Raises:
+        ValueError: an entry is no number, or there twice.
+    """
+    entries = split_list(text)
+    if not all(entry.isdecimal() for entry in entries):
+        raise ValueError(f"seeds={text} must be whole numbers with commas between, such as seeds=0,1,2.")
+    return [int(entry) for entry in entries]
 
 
 def _refuse(overrides: Sequence[str]) -> None:
@@ -91,27 +108,3 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
             return hydra.compose("fit", [o for o in overrides if not o.startswith(("hydra.", "hydra/", "launcher="))])
     except HydraException as error:
         raise ValueError(f"{str(error).splitlines()[0]} (scripts/fit.py --help lists the options)") from error
-
-
-def _for_teacher(overrides: Sequence[str], name: str) -> list[str]:
-    """The overrides of the runs, for a run that trains their teacher with cross-entropy."""
-    others = [
-        override
-        for override in overrides
-        if not re.match(r"[+~]*(model|loss|launcher|hydra)\b", override) and not override.startswith("experiment=")
-    ]
-    return ["model=single", f"model.student.name={name}", "loss=ce", *others]
-
-
-def _fit(fixed: Sequence[str], swept: Sequence[str], folder: Path, subfolder: str) -> None:
-    """Runs ``scripts/fit.py`` as a sweep: its trials are processes of their own that go on where they were."""
-    places = [f"hydra.sweep.dir={folder}", f"hydra.sweep.subdir='{subfolder}'"]
-    try:
-        status = subprocess.run([sys.executable, FIT, "-m", *fixed, *swept, *places], check=False).returncode
-    except KeyboardInterrupt:
-        status = 130
-    if status:
-        print_line("stopped", "the same command goes on from here; finished runs are not repeated")
-        sys.exit(status)
-    if subfolder == "." and not (folder / "summary.json").exists():
-        sys.exit(2)  # the trial has said why

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.callbacks import SameConfiguration
-from rld_lightning.config import class_name, loss_name
+from rld_lightning.config import class_name, loss_name, started_by
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
@@ -27,7 +28,14 @@ from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.runs import Summary, read_summary
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
-from rld_lightning.tasks.run_folder import join_metrics, keep_metrics, leave_results, write_provenance
+from rld_lightning.tasks.run_folder import (
+    held,
+    join_metrics,
+    keep_metrics,
+    leave_results,
+    refuse_other_settings,
+    write_provenance,
+)
 from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher
 
 
@@ -50,10 +58,12 @@ def fit(cfg: DictConfig) -> Summary:
         if processes > 1:
             _check_start(cfg, run)  # one sentence is better early than from all ranks
     if processes > 1:
-        run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
+        with held(run):
+            run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
         return read_summary(run)
-    # Where processes were started here, the one that has started them says how to continue.
-    summary, _ = _fit(cfg, resume_hint=not started_here())
+    # Where processes were started here, the one that has started them holds the folder and says how to continue.
+    with held(run) if started_by() is None else nullcontext():
+        summary, _ = _fit(cfg, resume_hint=not started_here())
     return summary
 
 
@@ -103,7 +113,9 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
 def _check_start(cfg: DictConfig, run: Path) -> None:
     last = run / "last.ckpt"
     goes_on = cfg.resume is not None and Path(cfg.resume).absolute() == last.absolute()
-    if rank_zero_only.rank == 0 and (run / "metrics.csv").exists() and not goes_on:
+    if goes_on:
+        refuse_other_settings(run, cfg, may_differ=("recipe.epochs", "trainer.max_epochs", "trainer.max_steps"))
+    elif rank_zero_only.rank == 0 and any((run / name).exists() for name in ("metrics.csv", "last.ckpt")):
         raise ValueError(
             f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
             f"on (resume={last})."

@@ -113,7 +113,7 @@ def run_in_processes(count: int, task: str, cfg: DictConfig) -> None:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
         command = (sys.executable, "-m", "rld_lightning.tasks.launch", task, str(folder))
-        with _sigterm_ends(), _started(command, count) as processes:
+        with sigterm_ends(), _started(command, count) as processes:
             try:
                 failed = _wait(processes)
             except (KeyboardInterrupt, SystemExit):
@@ -177,8 +177,8 @@ def _interrupt(processes: Sequence[subprocess.Popen]) -> None:
 
 
 @contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """Lets SIGTERM end this process as Ctrl-C does, and not without its ranks."""
+def sigterm_ends() -> Iterator[None]:
+    """Lets SIGTERM end this process as Ctrl-C does, and not without the processes that it has started."""
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield
         return

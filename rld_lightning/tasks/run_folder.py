@@ -2,23 +2,27 @@
 
 import json
 import platform
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from rld_lightning.console import print_files, print_table
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.loggers import wandb_facts
 from rld_lightning.models.weights import save_weights
 from rld_lightning.reporting.cost import processor_name
 from rld_lightning.reporting.curves import plot_curves
-from rld_lightning.reporting.runs import Summary
+from rld_lightning.reporting.runs import Summary, differences
 
 EARLIER = "metrics_earlier.csv"  # of a run that goes on in its own folder
 
@@ -111,6 +115,53 @@ def join_metrics(run: Path, resume: str | None) -> None:
             before.unlink()
     elif _in_place(run, resume):
         before.rename(run / "metrics.csv")
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keeps a run's folder to this process and those that it starts.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    lock = FileLock(run / ".lock")
+    try:
+        with user_errors():
+            run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run} is being trained in by another process; wait for it, or end it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:
+    """Looks whether a folder that has a run is this run's.
+
+    Args:
+        run: the folder; one without a run suits any.
+        cfg: the run's configuration.
+        may_differ: settings that may be others.
+
+    Raises:
+        ValueError: a setting is another one.
+    """
+    if not (run / "config.yaml").exists():
+        return
+    there = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    here = OmegaConf.to_container(cfg, resolve=True)
+    teachers = here["model"]["teacher"], there["model"]["teacher"]
+    if all(teachers) and teachers[0]["weights"] in ("auto", "fit", "published"):
+        teachers[0]["weights"] = teachers[1]["weights"]  # which file that was
+    changed = {key: values for key, values in differences(there, here).items() if key not in may_differ}
+    if changed:
+        key, (before, now) = next(iter(changed.items()))
+        raise ValueError(
+            f"{run} holds a run with {key}={before}, and this one has {key}={now}: continue it with the command that "
+            "began it, or choose another folder."
+        )
 
 
 def _in_place(run: Path, resume: str | None) -> bool:

@@ -1,29 +1,34 @@
 """A sweep from its first line to its last; in between, Hydra runs the trials (:mod:`rld_lightning.tasks.trial`)."""
 
 import logging
+import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from rld_lightning.config import loss_name
 from rld_lightning.console import print_error, print_line, print_table
-from rld_lightning.reporting.runs import Run, find_runs
+from rld_lightning.errors import UserError, user_errors
+from rld_lightning.models.store import TeacherStore
+from rld_lightning.reporting.runs import SUMMARY, Run, decides, find_runs
+from rld_lightning.tasks.start import train_teacher
 from rld_lightning.tasks.trial import ERROR
 
 HELD_OUT = "data.val_fraction"
+INTERRUPTED = "interrupted"  # a trial of Optuna's that was tried again as another one
 RECORD = "sweep.yaml"  # of what a sweep varies and what it does not, in its folder
 
 
@@ -45,34 +50,65 @@ class Sweep(Callback):
         """Puts in what makes a sweep a clean one.
 
         Raises:
-            SystemExit: hyper-parameters would be tuned on the test split; with one sentence, as other mistakes.
+            SystemExit: the sweep is a mistake, or cannot start; with one sentence.
         """
-        swept, fixed = _overrides(config)
-        tuned = [key for key in swept if "." in key and key != HELD_OUT]
-        if set(swept) - {"seed", HELD_OUT} and HELD_OUT not in swept and not _held_out(config, fixed):
-            if HELD_OUT not in fixed:
-                config.hydra.overrides.task.append(f"{HELD_OUT}={self.held_out}")
-                fixed[HELD_OUT] = self.held_out
-            elif tuned:
-                print_error(
-                    f"{HELD_OUT}=0 would tune {', '.join(tuned)} on the test split; leave it away (a sweep holds out "
-                    f"{self.held_out:g} of the training images), or give another share."
-                )
-                sys.exit(2)
-        if swept:
-            others = ",".join(f'"{key}"' for key in fixed)
-            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{others}]")
-        folder = Path(config.hydra.sweep.dir)
-        _same_sweep(folder, swept, fixed)
-        if "max_failure_rate" in config.hydra.sweeper:
-            _continue_study(config.hydra.sweeper)
-        print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
+        with _ends_the_sweep(config):
+            self._begin(config)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the trials, the best first, and how to train with its setting."""
+        with _ends_the_sweep(config):
+            _report(config, *_overrides(config))
+
+    def _begin(self, config: DictConfig) -> None:
+        folder = Path(config.hydra.sweep.dir)
         swept, fixed = _overrides(config)
-        if swept:
-            _report(config, swept, fixed)
+        if set(swept) - {"seed", HELD_OUT} and HELD_OUT not in swept and not config.data.val_fraction:
+            tuned = [key for key in swept if "." in key]
+            if HELD_OUT not in fixed:
+                _add(config, fixed, HELD_OUT, str(self.held_out))
+            elif tuned:
+                raise UserError(
+                    f"{HELD_OUT}=0 would tune {', '.join(tuned)} on the test split; leave it away (a sweep holds out "
+                    f"{self.held_out:g} of the training images), or give another share."
+                )
+        optuna = "max_failure_rate" in config.hydra.sweeper
+        if optuna and "seed" in swept:
+            raise UserError(
+                "Optuna would choose the luckiest seed; sweep with one, then repeat the best setting with seed=0,1,2."
+            )
+        _same_sweep(folder, swept, fixed, values_too=optuna)
+        if _lacks_teacher(config, swept, folder):
+            name = config.model.teacher.name
+            weights = train_teacher(list(fixed.values()), name, config.seed, folder / "teacher")
+            _add(config, fixed, "model.teacher.weights", str(weights))
+        others = ",".join(f'"{key}"' for key in fixed)
+        config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{others}]")
+        if optuna:
+            _continue_study(config.hydra.sweeper)
+        print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
+
+
+@contextmanager
+def _ends_the_sweep(config: DictConfig) -> Iterator[None]:
+    """What a callback raises ends the sweep; Hydra would make a warning of it and go on without what it does."""
+    try:
+        with user_errors():
+            yield
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            traceback.print_exc()
+        print_error(f"the sweep in {config.hydra.sweep.dir} ends: {type(error).__name__}: {error}")
+        sys.exit(2)
+
+
+def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str) -> None:
+    """Adds an override for all trials, as if it stood at the end of the command."""
+    fixed[key] = f"{key}={value}"
+    config.hydra.overrides.task.append(fixed[key])
 
 
 def _overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
@@ -84,30 +120,43 @@ def _overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
     return swept, {key: override.input_line for key, override in overrides.items() if key not in swept}
 
 
-def _held_out(config: DictConfig, fixed: Mapping[str, str]) -> float:
-    """The share of the training split that the configuration holds out by itself."""
-    loader = GlobalHydra.instance().config_loader()
-    try:
-        composed = loader.load_configuration(config.hydra.job.config_name, list(fixed.values()), RunMode.RUN)
-        return OmegaConf.select(composed, HELD_OUT) or 0.0
-    except (HydraException, OmegaConfBaseException):  # what is fixed may need what is swept
-        return 0.0
+def _lacks_teacher(config: DictConfig, swept: Collection[str], folder: Path) -> bool:
+    """Whether a teacher is to be trained for all trials, before the first one would do it with its own values."""
+    if any(key.split(".")[0] == "model" for key in swept):  # each its own
+        return False
+    teacher = config.model.teacher
+    if teacher is None or teacher.weights != "fit" or ("loss" not in swept and loss_name(config.loss) == "CE"):
+        return False
+    stored = TeacherStore(Path(config.paths.teachers)).path(config.hydra.runtime.choices.data, teacher.name)
+    return (folder / "teacher").exists() or not stored.exists()
 
 
-def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]) -> None:
-    """Leaves :data:`RECORD`, and ends a command that would mix other trials with those of a folder."""
+def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
+    """Leaves :data:`RECORD`, and refuses a command that would mix other trials with those of a folder.
+
+    Args:
+        folder: the sweep's.
+        swept: overrides that are swept, by key.
+        fixed: overrides that are not.
+        values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
+    """
     record = folder / RECORD
+    mine = {line for key, line in fixed.items() if decides(key) and key != "launcher"}
+    mine |= set(swept.values()) if values_too else set(swept)
     if record.exists():
-        there = OmegaConf.to_container(OmegaConf.load(record))
-        mine, theirs = set(fixed.values()) | set(swept), set(there["fixed"].values()) | set(there["swept"])
+        theirs = set(OmegaConf.load(record))
         if changed := sorted(theirs ^ mine):
-            print_error(
-                f"{folder} holds a sweep of another command: they differ in {', '.join(changed)}. Continue it with its "
-                "own, in which only the values of what is swept may change, or choose another hydra.sweep.dir."
+            values = (
+                "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"
             )
-            sys.exit(2)
+            raise UserError(
+                f"{folder} holds a sweep of another command: they differ in {', '.join(changed)}. Continue it with its "
+                f"own{values}, or choose another hydra.sweep.dir."
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create({"swept": dict(swept), "fixed": dict(fixed)}), record)
+    temporary = record.with_suffix(".tmp")
+    OmegaConf.save(OmegaConf.create(sorted(mine)), temporary)
+    temporary.replace(record)
 
 
 def _continue_study(sweeper: DictConfig) -> None:
@@ -118,32 +167,24 @@ def _continue_study(sweeper: DictConfig) -> None:
     sweeper.max_failure_rate = 1.0
     if sweeper.storage is None:
         return
+    for logger in ("optuna", "alembic"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
     import optuna
 
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    for logger in ("optuna", "alembic"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
     study = optuna.create_study(
         study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction, load_if_exists=True
     )
     trials = study.get_trials(deepcopy=False)
-    states = optuna.trial.TrialState
-    again = set()
     for trial in trials:
-        if trial.state == states.RUNNING:
-            study.tell(trial.number, state=states.FAIL)
+        if trial.state == optuna.trial.TrialState.RUNNING:
+            optuna.Trial(study, trial._trial_id).set_user_attr(INTERRUPTED, True)
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params)  # with the same values, and so in the same folder
-            again.add(_values(trial.params))
-        elif trial.state == states.WAITING:  # since an earlier time
-            again.add(_values(trial.system_attrs["fixed_params"]))
-    known = {_values(trial.params) for trial in trials if trial.state != states.WAITING}
-    sweeper.n_trials = max(0, sweeper.n_trials - len(known - again))
+    done = [trial for trial in trials if trial.state.is_finished() and INTERRUPTED not in trial.user_attrs]
+    sweeper.n_trials = max(0, sweeper.n_trials - len(done))
     if sweeper.sampler.get("seed") is not None:
         sweeper.sampler.seed += len(trials)  # or it would propose the first ones again
-
-
-def _values(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(params.items()))
 
 
 @dataclass(frozen=True)
@@ -179,12 +220,11 @@ def settings_of(folder: Path, swept: Collection[str]) -> list[Setting]:
     parser = OverridesParser.create()
     groups = defaultdict(list)
     for run in find_runs([folder]):
-        overrides = parser.parse_overrides(run.overrides)
-        # A teacher that a trial has trained, or a sweep within, such as the one run of a comparison's teacher.
-        if not overrides or any((path / RECORD).exists() for path in _up_to(run.folder, folder)):
+        values = {override.key_or_group: override.input_line for override in parser.parse_overrides(run.overrides)}
+        inner = any((path / RECORD).exists() for path in _up_to(run.folder, folder))  # a sweep within
+        if inner or not set(swept) <= set(values) or not isfinite(run.summary.top1):
             continue
-        values = {override.key_or_group: override.input_line for override in overrides}
-        groups[tuple(values[key] for key in swept if key in values and key != "seed")].append(run)
+        groups[tuple(values[key] for key in swept if key != "seed")].append(run)
     return sorted((Setting(values, tuple(runs)) for values, runs in groups.items()), key=lambda s: -s.top1)
 
 
@@ -196,12 +236,11 @@ def _up_to(folder: Path, top: Path) -> list[Path]:
 def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]) -> None:
     folder = Path(config.hydra.sweep.dir)
     settings = settings_of(folder, swept)
-    failed = sorted(path.parent for path in folder.rglob(ERROR))
+    failed = sorted(path.parent for path in folder.rglob(ERROR) if not (path.parent / SUMMARY).exists())
     for path in failed:
         print_line("failed", f"{path}: {(path / ERROR).read_text().strip()}")
     if not settings:
-        print_line("sweep", "no trial has finished")
-        return
+        raise UserError(f"no trial has finished in {folder}; what went wrong is in its {ERROR} files.")
     keys = [key for key in swept if key != "seed"]
     rows = [
         (
@@ -215,7 +254,7 @@ def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]
     ]
     best = settings[0]
     validated_on = best.runs[0].summary.validated_on.split(" (")[0]  # the seed of the split is a trial's own
-    columns = (*keys, "top-1 %, last epoch", "n", "best epoch", "epochs")
+    columns = (*keys, "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
     print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:20])
     if len(rows) > 20:
         print_line("", f"and {len(rows) - 20} more in {folder}")
@@ -242,6 +281,8 @@ def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str])
     """
     gone = ("sweep", "launcher", "seed", HELD_OUT)
     settled = {key: line for key, line in fixed.items() if key not in gone and not key.startswith("callbacks.pruner")}
+    if "model.teacher.weights" in settled and f"{config.hydra.sweep.dir}/" in settled["model.teacher.weights"]:
+        settled["model.teacher.weights"] = "model.teacher.weights=fit"  # the sweep's own has not seen all images
     if not any(key == "loss" or key.startswith("loss@") for key in (*settled, *best.values)):
         settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
     epochs = best.runs[0].config["recipe"]["epochs"]

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rld_lightning.config import started_by
 from rld_lightning.console import print_line
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.reporting.runs import SUMMARY, Summary, differences, read_summary
+from rld_lightning.reporting.runs import SUMMARY, Summary, read_summary
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
+from rld_lightning.tasks.run_folder import held, refuse_other_settings
 
 ERROR = "error.txt"
 
@@ -19,18 +20,27 @@ def run_trial(cfg: DictConfig) -> Summary:
     """Runs :func:`~rld_lightning.tasks.fit.fit` in fresh processes, once: a finished trial is only read.
 
     A trial that was interrupted goes on from its ``last.ckpt``. One that fails leaves ``error.txt`` in its folder, and
-    is tried again when the sweep is continued.
+    is tried again when a grid is continued; Optuna proposes another.
 
     Args:
         cfg: the composed configuration; ``paths.run`` is the trial's folder.
 
     Raises:
-        UserError: the trial failed, or its folder holds one with other settings.
+        UserError: the trial failed, its folder holds one with other settings, or another process is at it.
     """
     run = Path(cfg.paths.run)
     cfg.print_config = False
+    _name_in_wandb(cfg, run)
+    if started_by() is not None:  # one of the processes that SLURM has started for this trial
+        return _run(cfg, run)
+    with held(run):
+        return _run(cfg, run)
+
+
+def _run(cfg: DictConfig, run: Path) -> Summary:
     with user_errors():
-        if _is_finished(cfg, run):
+        refuse_other_settings(run, cfg)
+        if (run / SUMMARY).exists():
             print_line("trial", f"{run} is finished")
             return read_summary(run)
     _prepare(cfg, run)
@@ -39,7 +49,7 @@ def run_trial(cfg: DictConfig) -> Summary:
             processes = processes_to_start(cfg.trainer)
         if started_by() is None:
             run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
-        else:  # one of the processes that SLURM has started for this trial
+        else:
             fit(cfg)
         return read_summary(run)
     except UserError as error:
@@ -47,20 +57,12 @@ def run_trial(cfg: DictConfig) -> Summary:
         raise
 
 
-def _is_finished(cfg: DictConfig, run: Path) -> bool:
-    if not (run / "config.yaml").exists():
-        return False
-    there = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    here = OmegaConf.to_container(cfg, resolve=True)
-    if here["model"]["teacher"] and here["model"]["teacher"]["weights"] in ("auto", "fit", "published"):
-        here["model"]["teacher"]["weights"] = there["model"]["teacher"]["weights"]  # which file that was
-    if changed := differences(there, here):
-        key, (before, now) = next(iter(changed.items()))
-        raise ValueError(
-            f"{run} holds a run with {key}={before}, and this one has {key}={now}: continue it with the command that "
-            "began it, or choose another folder."
-        )
-    return (run / SUMMARY).exists()
+def _name_in_wandb(cfg: DictConfig, run: Path) -> None:
+    """Trials have the same pair, method and, often, seed; and students of 90 % of the images are no results."""
+    if wandb := cfg.logger.get("wandb"):
+        wandb.name = f"{cfg.model.label}-{cfg.method}-{run.name}"
+        if cfg.data.val_fraction:
+            wandb.artifact = f"{wandb.artifact}-tuning"
 
 
 @rank_zero_only

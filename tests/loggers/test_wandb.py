@@ -33,7 +33,7 @@ def train(folder, *overrides):
     """A short run through the task itself; returns what it printed."""
     import wandb
 
-    cfg = compose(*PAIR, *overrides, resolve=False)
+    cfg = compose("method=rld", *PAIR, *overrides, resolve=False)
     cfg.paths.run, cfg.paths.teachers, cfg.print_config = str(folder), str(folder.parent / "teachers"), False
     try:
         with console.capture() as printed:
@@ -98,9 +98,9 @@ def test_the_configuration_is_the_runs_nested_and_resolved(finished):
     assert config["model"]["teacher"]["name"] == "wrn_16_1"
     assert config["recipe"]["epochs"] == 2
     assert config["dataset"] == "digits"
-    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn_16_1_to_wrn_16_1", "RLD")
-    assert run.display_name == "wrn_16_1_to_wrn_16_1-RLD-seed0"
-    assert list(run.tags) == ["wrn_16_1_to_wrn_16_1", "RLD"]
+    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn_16_1_to_wrn_16_1", "rld")
+    assert run.display_name == "wrn_16_1_to_wrn_16_1-rld-seed0"
+    assert list(run.tags) == ["wrn_16_1_to_wrn_16_1", "rld"]
 
 
 def test_metrics_have_the_trainers_step_and_accuracy_is_summarised_by_its_best_and_last(finished):
@@ -137,7 +137,7 @@ def test_tables(finished):
 def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finished):
     folder, _, records = finished
     artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact")}
-    student, teacher = artifacts["wrn_16_1_to_wrn_16_1-RLD"], artifacts["wrn_16_1-CE"]
+    student, teacher = artifacts["wrn_16_1_to_wrn_16_1-rld"], artifacts["wrn_16_1-ce"]
     assert (student.type, teacher.type) == ("model", "model")
     assert json.loads(student.metadata)["top1"] == json.loads((folder / "summary.json").read_text())["top1"]
     assert {"latest", "seed0"} == set(student.aliases)
@@ -147,7 +147,7 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
     assert teacher.use_after_commit
     # The same content is the same version: the one that the teacher's own run has left.
     own = {r.artifact.name: r.artifact for r in read_run(folder / "teacher") if r.HasField("artifact")}
-    assert own["wrn_16_1-CE"].digest == teacher.digest
+    assert own["wrn_16_1-ce"].digest == teacher.digest
     assert teacher.manifest.contents[0].ref.startswith("file://")
 
 

@@ -6,58 +6,75 @@ from types import SimpleNamespace
 import pytest
 from reporting.run_factory import write_run
 
+from rld_lightning.errors import UserError
 from rld_lightning.tasks import compare as module
-from rld_lightning.tasks.compare import compare, split_list
+from rld_lightning.tasks import start
+from rld_lightning.tasks.compare import compare, split_list, split_seeds
 
 PAIR = ["model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", "recipe=quick"]
 
 
 @pytest.fixture
-def commands(monkeypatch):
-    """The commands that a comparison runs, instead of what they do."""
+def sweeps(monkeypatch):
+    """The sweeps that a comparison runs, instead of what they do: overrides, folder, subfolder."""
     seen = []
 
-    def run(command, check):
-        assert Path(command[1]).name == "fit.py"
-        seen.append(command[2:])
-        folder = Path(next(o for o in command[2:] if o.startswith("hydra.sweep.dir=")).partition("=")[2])
+    def run_sweep(overrides, folder, subfolder):
+        seen.append((overrides, folder, subfolder))
         if folder.name == "teacher":
-            write_run(folder, "ce", teacher=None, student="resnet20")
-        return SimpleNamespace(returncode=0)
+            write_run(folder, "ce", teacher=None, student="resnet20", seed=7)
+        return 0
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(start, "run_sweep", run_sweep)
+    monkeypatch.setattr(module, "run_sweep", run_sweep)
     report = SimpleNamespace(html=Path("report.html"), markdown=Path("report.md"))
     monkeypatch.setattr(module, "write_report", lambda *_args, **_options: report)
     return seen
 
 
-def test_the_teacher_first_then_a_student_for_each_seed_and_loss(commands, tmp_path):
+def test_the_teacher_first_then_a_student_for_each_seed_and_loss(sweeps, tmp_path):
     options = [*PAIR, "model.teacher.weights=fit", "launcher=joblib", "hydra.launcher.n_jobs=2"]
-    compare(["ce", "rld"], [0, 1], options, tmp_path)
-    teacher, students = commands
-    assert teacher == [
-        "-m", "model=single", "model.student.name=resnet20", "loss=ce", "recipe=quick", "data.val_fraction=0", "seed=0",
-        f"hydra.sweep.dir={tmp_path / 'teacher'}", "hydra.sweep.subdir='.'",
-    ]  # fmt: skip
-    assert students == [
-        "-m", *PAIR, "launcher=joblib", "hydra.launcher.n_jobs=2", "data.val_fraction=0",
-        f"model.teacher.weights={tmp_path / 'teacher' / 'student.safetensors'}", "seed=0,1", "loss=ce,rld",
-        f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir='${hydra:runtime.choices.loss}/seed${seed}'",
-    ]  # fmt: skip
+    compare(["ce", "rld"], [7, 1], options, tmp_path)
+    teacher, students = sweeps
+    own = ["model=single", "model.student.name=resnet20", "loss=ce", "seed=7"]
+    assert teacher == ([*own, "recipe=quick", "data.val_fraction=0"], tmp_path / "teacher", ".")
+    weights = f"model.teacher.weights={tmp_path / 'teacher' / 'student.safetensors'}"
+    assert students == (
+        [*options[:4], *options[5:], "data.val_fraction=0", weights, "seed=choice(7,1)", "loss=choice(ce,rld)"],
+        tmp_path,
+        "${hydra:runtime.choices.loss}/seed${seed}",
+    )
 
 
-def test_a_teacher_that_is_there_is_used_as_it_is(commands):
+def test_more_seeds_keep_the_teacher(sweeps, tmp_path):
+    options = [*PAIR, "model.teacher.weights=fit"]
+    compare(["rld"], [7], options, tmp_path)
+    compare(["rld"], [1, 2], options, tmp_path)
+    assert "seed=7" in sweeps[2][0]
+    assert sweeps[3][0][-2:] == ["seed=choice(1,2)", "loss=choice(rld)"]
+
+
+def test_a_teacher_that_is_there_is_used_as_it_is(sweeps):
     compare(["kd"], [3], [*PAIR, "model.teacher.weights=/my/teacher.pth", "data.val_fraction=0.1"])
-    (students,) = commands
-    assert "model.teacher.weights=/my/teacher.pth" in students
-    assert "data.val_fraction=0" not in students
-    assert "hydra.sweep.dir=runs/compare/resnet20_to_resnet8" in students
+    ((overrides, folder, _),) = sweeps
+    assert "model.teacher.weights=/my/teacher.pth" in overrides
+    assert "data.val_fraction=0" not in overrides
+    assert folder == Path("runs/compare/resnet20_to_resnet8")
 
 
-def test_without_its_teacher_a_comparison_ends(commands, monkeypatch, tmp_path):
-    monkeypatch.setattr(module.subprocess, "run", lambda *_args, **_options: SimpleNamespace(returncode=0))
-    with pytest.raises(SystemExit, match="2"):
+def test_without_its_teacher_a_comparison_ends(sweeps, monkeypatch, tmp_path):
+    monkeypatch.setattr(start, "run_sweep", lambda *_: 2)
+    with pytest.raises(UserError, match="the teacher resnet20 could not be trained in"):
         compare(["kd"], [0], [*PAIR, "model.teacher.weights=fit"], tmp_path)
+    assert not sweeps
+
+
+@pytest.mark.parametrize("status", [2, 130])
+def test_without_students_there_is_no_report(sweeps, monkeypatch, tmp_path, status):
+    monkeypatch.setattr(module, "run_sweep", lambda *_: status)
+    monkeypatch.setattr(module, "write_report", lambda *_args, **_options: pytest.fail("there is nothing to report"))
+    with pytest.raises(SystemExit, match=str(status)):
+        compare(["kd"], [0], PAIR, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +88,10 @@ def test_without_its_teacher_a_comparison_ends(commands, monkeypatch, tmp_path):
         (["rld"], ["recipe.epoch=3"], "epoch"),
     ],
 )
-def test_mistakes_end_in_one_sentence_before_anything_starts(commands, losses, options, sentence):
+def test_mistakes_end_in_one_sentence_before_anything_starts(sweeps, losses, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         compare(losses, [0], [*PAIR, *options])
-    assert not commands
+    assert not sweeps
 
 
 def test_lists():
@@ -82,3 +99,6 @@ def test_lists():
     for text in ("", "ce,,kd", "ce,ce", "[rld,at]"):
         with pytest.raises(ValueError, match="is not a list"):
             split_list(text)
+    assert split_seeds("0,12") == [0, 12]
+    with pytest.raises(ValueError, match="seeds=0,b must be whole numbers"):
+        split_seeds("0,b")

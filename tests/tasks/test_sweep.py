@@ -1,5 +1,6 @@
 """Sweeps: tuned on held-out images, continued where they were, and summed up in one line."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from test_config import CONF, compose
 from rld_lightning.callbacks import OptunaPruner
 from rld_lightning.errors import UserError
 from rld_lightning.tasks import sweep, trial
+from rld_lightning.tasks.run_folder import held
 from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
 from rld_lightning.tasks.trial import run_trial
 
@@ -62,6 +64,46 @@ def test_tuning_on_the_test_split_is_refused(start, capsys):
     )
 
 
+def test_optuna_is_not_given_seeds_to_choose_from(start, capsys):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with pytest.raises(SystemExit, match="2"):
+        start("sweep=rld_optuna", "seed=0,1,2")
+    assert "Optuna would choose the luckiest seed" in capsys.readouterr().out
+
+
+def test_whatever_goes_wrong_at_the_start_ends_the_sweep(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_same_sweep", lambda *_args, **_options: 1 / 0)
+    with pytest.raises(SystemExit, match="2"):  # of anything else Hydra would make a warning
+        start("loss.alpha=1,2")
+    assert f"error: the sweep in {tmp_path / 'sweep'} ends: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_the_teacher_of_all_trials_is_trained_first(start, tmp_path, monkeypatch):
+    asked = []
+
+    def train_teacher(overrides, name, seed, folder):
+        asked.append((name, seed, folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / "student.safetensors"
+
+    monkeypatch.setattr(sweep, "train_teacher", train_teacher)
+    pair = ["model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "model.teacher.weights=fit"]
+    pair.append(f"paths.teachers={tmp_path / 'store'}")
+    folder = tmp_path / "sweep" / "teacher"
+    for _ in range(2):  # when it goes on, the same
+        added = start("loss.alpha=1,2", *pair).hydra.overrides.task[-1]
+        assert added == f"model.teacher.weights={folder / 'student.safetensors'}"
+    assert asked == [("resnet14", 0, folder)] * 2
+    start("model.teacher.name=resnet14,resnet20", *pair[:1], *pair[2:], f"hydra.sweep.dir={tmp_path / 'other'}")
+    assert len(asked) == 2  # each trial its own
+    stored = tmp_path / "store" / "cifar100" / "resnet14.safetensors"
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    shutil.rmtree(tmp_path / "sweep")
+    start("loss.alpha=1,2", *pair)
+    assert len(asked) == 2  # it is there
+
+
 def test_trials_are_named_after_what_is_swept(start):
     (rule,) = (o for o in start("loss.alpha=1,2", "recipe=quick").hydra.overrides.hydra if "exclude_keys" in o)
     assert rule.endswith('.exclude_keys=["recipe","data.val_fraction"]')
@@ -69,7 +111,7 @@ def test_trials_are_named_after_what_is_swept(start):
 
 def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
     start("loss.alpha=1,2", "recipe=quick")
-    start("loss.alpha=1,2,4", "recipe=quick")  # more values of the same
+    start("loss.alpha=1,2,4", "recipe=quick", "launcher=joblib", "print_config=false")  # more values of the same
     with pytest.raises(SystemExit, match="2"):
         start("loss.alpha=1,2", "recipe=cifar240")
     assert "they differ in recipe=cifar240, recipe=quick." in capsys.readouterr().out
@@ -228,6 +270,12 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     assert run_trial(cfg).top1 == 70.0
     assert not (folder / "error.txt").exists()
     assert resumed == [str(folder / "last.ckpt")]
+
+
+def test_two_processes_do_not_train_in_one_folder(cfg):
+    with held(Path(cfg.paths.run)), pytest.raises(UserError, match="is being trained in by another process"):
+        run_trial(cfg)
+    assert not (Path(cfg.paths.run) / "error.txt").exists()
 
 
 def test_a_folder_with_other_settings_is_left_alone(cfg):
