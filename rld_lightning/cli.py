@@ -38,6 +38,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         sys.exit(2)
 
     def guarded(cfg: DictConfig) -> float | None:
+        quiet_lightning()  # also where a launcher has started another process
         try:
             return task(cfg)
         except UserError as error:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,8 +27,9 @@ _NOISE = (
 )
 
 
+@cache
 def quiet_lightning() -> None:
-    """Silences what Lightning prints at every start and that says nothing about this run."""
+    """Silences, once a process, what Lightning prints at every start and that says nothing about this run."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")

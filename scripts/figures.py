@@ -23,8 +23,6 @@ if __name__ == "__main__":
 
     toy = figures.add_parser("toy", parents=[shared], help="one wrong prediction: corrections and RLD")
     toy.set_defaults(write=write.write_toy)
-    toy.add_argument("--temperature", type=float, default=1.0)
-    toy.add_argument("--eta", type=float, default=0.8, help="label revision's")
 
     explain = figures.add_parser("explain", parents=[shared, networks], help="RLD on one sample: a picture and a page")
     explain.set_defaults(write=write.write_explanation)

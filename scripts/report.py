@@ -1,11 +1,10 @@
 """Write what finished runs came to as a page: `python scripts/report.py runs/` (HTML, Markdown, CSV; no W&B needed)."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from rld_lightning.console import print_error, print_line
-from rld_lightning.errors import UserError, user_errors
+from rld_lightning.cli import exit_on_user_error
+from rld_lightning.console import print_line
 from rld_lightning.reporting.report import write_report
 
 if __name__ == "__main__":
@@ -16,11 +15,7 @@ if __name__ == "__main__":
     parser.add_argument("--no-latency", action="store_true", help="do not measure the networks on this machine")
     options = parser.parse_args()
     out = options.out or options.folders[0] / "report"
-    try:
-        with user_errors():
-            files = write_report(options.folders, out, title=options.title, latency=not options.no_latency)
-    except UserError as error:
-        print_error(str(error))
-        sys.exit(2)
+    with exit_on_user_error():
+        files = write_report(options.folders, out, title=options.title, latency=not options.no_latency)
     for path in (files.html, files.markdown, *files.tables):
         print_line("report", str(path))

@@ -1,16 +1,23 @@
 """The chapters of a report: what its templates show of each pair, and of each sweep."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 
-import pandas as pd
-
+from rld_lightning.models.weights import read_metadata
 from rld_lightning.reporting import plots
 from rld_lightning.reporting.cost import Cost, network_cost, this_machine
-from rld_lightning.reporting.paper import EPOCHS, TEACHER, Published, published_for_pair, published_top1
+from rld_lightning.reporting.labels import mean_and_std, short_value
+from rld_lightning.reporting.paper import (
+    TEACHER,
+    Published,
+    is_published_method,
+    published_for_pair,
+    published_top1,
+    trained_as_published,
+)
 from rld_lightning.reporting.plots import FigureOfPanels
 from rld_lightning.reporting.significance import PairedDifference
 from rld_lightning.reporting.sweeps import FinishedSweep, heat_maps, importances
@@ -25,7 +32,7 @@ class PublishedCell:
         number: the one that is shown.
         marks: footnote letters of the sources that print it.
         others: what other sources print instead, in percent.
-        comparable: whether our row has the epochs and the data of the published ones.
+        comparable: whether our row is known to be trained as the published one.
     """
 
     number: Published
@@ -35,8 +42,42 @@ class PublishedCell:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How far a line is ahead of ``ce`` or ``kd``.
+
+    Args:
+        difference: over the seeds in common.
+        base: the row that it is ahead of, by name; empty if there is no other.
+        seeds: how many are in common, ``n = 2``; empty if all of the line's are.
+    """
+
+    difference: PairedDifference
+    base: str
+    seeds: str
+
+    @property
+    def note(self) -> str:
+        """What to know beside the number."""
+        return ", ".join(part for part in (self.seeds, self.base and f"to {self.base}") if part)
+
+
+@dataclass(frozen=True)
 class Line:
-    """A line of a results table."""
+    """A line of a results table.
+
+    Args:
+        role: ``teacher``, ``student alone`` or empty.
+        name: of the method.
+        epochs: how many.
+        seeds: all of them, as text.
+        n: how many; 0 of a teacher's accuracy that its students' runs have measured.
+        last: mean and standard deviation of the last epoch.
+        best: of the best epoch.
+        over_ce: how far it is ahead of the student alone.
+        over_kd: how far it is ahead of KD.
+        published: what others have measured.
+        row: the runs; None without any.
+    """
 
     role: str
     name: str
@@ -45,9 +86,18 @@ class Line:
     n: int
     last: tuple[float, float | None]
     best: tuple[float, float | None] | None
-    over_ce: PairedDifference | None
-    over_kd: PairedDifference | None
+    over_ce: Gain | None
+    over_kd: Gain | None
     published: PublishedCell | None
+    row: Row | None = None
+
+    @property
+    def few_seeds(self) -> str:
+        """The seeds in short, ``0-4``; empty without any."""
+        seeds = self.row.seeds if self.row else []
+        if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+            return f"{seeds[0]}-{seeds[-1]}"
+        return ", ".join(map(str, seeds))
 
 
 @dataclass(frozen=True)
@@ -58,6 +108,7 @@ class Chapter:
     anchor: str
     lines: list[Line]
     comparisons: list[Comparison]
+    untested: int
     figures: list[FigureOfPanels]
     published: list[Published]
 
@@ -72,15 +123,24 @@ class Chapter:
         return any(line.published for line in self.lines)
 
     @property
-    def tested(self) -> int:
-        """How many comparisons have a p value."""
-        return sum(found.p_holm is not None for found in self.comparisons)
+    def peers(self) -> list[Line]:
+        """The lines with the most common recipe, and of those the ones with the most seeds that two of them have."""
+        recipes = {
+            id(line): frozenset(line.row.recipe(with_teacher=False).items())
+            for line in self.lines
+            if line.row and line.role != "teacher"
+        }
+        if not recipes:
+            return []
+        common = Counter(recipes.values()).most_common(1)[0][0]
+        lines = [line for line in self.lines if recipes.get(id(line)) == common]
+        seeds = sorted((line.n for line in lines), reverse=True)
+        return [line for line in lines if line.n >= seeds[:2][-1]]
 
     @property
     def leader(self) -> Line | None:
-        """The line with the highest accuracy in the last epoch, the teacher's aside, if there is something to lead."""
-        lines = [line for line in self.lines if line.role != "teacher"]
-        return max(lines, key=lambda line: line.last[0]) if len(lines) > 1 else None
+        """Of :attr:`peers` the one with the highest accuracy in the last epoch, if there is something to lead."""
+        return max(self.peers, key=lambda line: line.last[0]) if len(self.peers) > 1 else None
 
     @property
     def notes(self) -> list[str]:
@@ -99,25 +159,22 @@ class Chapter:
     @property
     def finding(self) -> str | None:
         """The table in a sentence."""
-        if self.leader is None or not self.section.on_test:
+        leader, peers = self.leader, self.peers
+        if leader is None or not self.section.on_test:
             return None
-        last = f"{self.leader.last[0]:.2f}" + (f" ± {self.leader.last[1]:.2f}" if self.leader.last[1] else "")
-        gains = [
-            f"{difference.mean:+.2f} over {base}"
-            for base, difference in (("ce", self.leader.over_ce), ("kd", self.leader.over_kd))
-            if difference and difference.mean is not None
-        ]
-        text = f"{self.section.title} on {self.section.dataset}: {self.leader.name} is highest in the last epoch with "
-        text += f"{last} % (n = {self.leader.n}){', ' + ' and '.join(gains) if gains else ''}."
-        certain = [found for found in self.comparisons if found.verdict in ("ahead", "behind")]
-        if self.comparisons:
-            text += f" {len(certain)} of {len(self.comparisons)} differences are significant at 5 %"
-            text += (
-                f"; {len(self.comparisons) - self.tested} cannot be tested."
-                if self.tested < len(self.comparisons)
-                else "."
-            )
-        return text
+        text = f"{self.section.title} on {self.section.dataset}: "
+        if len(peers) < sum(line.row is not None and line.role != "teacher" for line in self.lines):
+            text += f"of the {len(peers)} rows with one recipe and n ≥ {min(line.n for line in peers)}, "
+        text += f"{leader.name} is highest in the last epoch with {mean_and_std(*leader.last)} % (n = {leader.n})"
+        for base, gain in (("ce", leader.over_ce), ("kd", leader.over_kd)):
+            if gain and gain.difference.mean is not None:
+                text += f", {gain.difference.mean:+.2f} over {gain.base or base}"
+                text += f" ({gain.seeds})" if gain.seeds else ""
+        own = [found for found in self.comparisons if leader.row in (found.first, found.second)]
+        if not own:
+            return f"{text}; not tested against any other."
+        beaten = sum(found.verdict == ("ahead" if found.first is leader.row else "behind") for found in own)
+        return f"{text}; ahead of {beaten} of the {len(own)} that it was tested against at 5 % (Holm)."
 
 
 @dataclass(frozen=True)
@@ -126,8 +183,6 @@ class SweepChapter:
 
     sweep: FinishedSweep
     anchor: str
-    keys: list[str]
-    trials: pd.DataFrame
     figures: list[FigureOfPanels]
     notes: list[str]
     failed: int
@@ -160,13 +215,16 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
     """
     published = published_for_pair(section.dataset, section.teacher, section.student) if section.on_test else []
     lines = [_line(row, section, published, sources, role="teacher") for row in section.teachers]
-    if not lines and section.teacher_top1 is not None:
-        cell = _published(None, TEACHER, section, published, sources)
-        name, measured = section.teacher, (section.teacher_top1, None)
-        lines = [Line("teacher", name, "-", "as measured in these runs", 0, measured, None, None, None, cell)]
+    for weights, top1 in section.teacher_top1.items():
+        cell = _published(TEACHER, section, published, sources, comparable=_are_published(weights))
+        name = section.teacher + (f", {short_value(weights)}" if len(section.teacher_top1) > 1 else "")
+        lines.append(Line("teacher", name, "-", "as measured in these runs", 0, (top1, None), None, None, None, cell))
     lines += [_line(row, section, published, sources) for row in section.rows]
+    comparisons = compare(section)
+    tested = [found for found in comparisons if found.p_holm is not None]
     figure = plots.curves(section, f"{anchor}-curves")
-    return Chapter(section, anchor, lines, compare(section), [figure] if figure else [], published)
+    untested = len(comparisons) - len(tested)
+    return Chapter(section, anchor, lines, tested, untested, [figure] if figure else [], published)
 
 
 def _line(row: Row, section: Section, published: Sequence[Published], sources: Sources, role: str = "") -> Line:
@@ -176,27 +234,43 @@ def _line(row: Row, section: Section, published: Sequence[Published], sources: S
         name = f"{section.teacher}, {row.name}"
     elif alone:
         role = "student alone"
-    cell = _published(row, TEACHER if role == "teacher" else row.method, section, published, sources)
-    gains = (section.gain(row, "ce"), section.gain(row, "kd")) if role != "teacher" else (None, None)
+    cell = None
+    if is_published_method(row.method, row.runs[0].settings):
+        method = TEACHER if role == "teacher" else row.method
+        comparable = all(trained_as_published(run) for run in row.runs)
+        cell = _published(method, section, published, sources, comparable=comparable)
+    gains = (_gain(row, section, "ce"), _gain(row, section, "kd")) if role != "teacher" else (None, None)
     seeds = ", ".join(str(seed) for seed in row.seeds)
     last, best = ((row.mean(metric), row.std(metric)) for metric in (LAST, BEST))
-    return Line(role, name, row.epochs, seeds, row.n, last, best, *gains, cell)
+    return Line(role, name, row.epochs, seeds, row.n, last, best, *gains, cell, row)
+
+
+def _gain(row: Row, section: Section, method: str) -> Gain | None:
+    difference, base = section.gain(row, method), section.baseline(row, method)
+    if difference is None or base is None:
+        return None
+    several = len(section.baselines(row, method)) > 1
+    return Gain(difference, base.name if several else "", f"n = {difference.n}" if difference.n < row.n else "")
 
 
 def _published(
-    row: Row | None, method: str, section: Section, published: Sequence[Published], sources: Sources
+    method: str, section: Section, published: Sequence[Published], sources: Sources, *, comparable: bool
 ) -> PublishedCell | None:
-    standardized = row is not None and row.settings.get("loss.logit_standardization") == "True"
-    numbers = published_top1(list(published), method, standardized=standardized)
+    numbers = published_top1(list(published), method)
     if not numbers:
         return None
-    same = [number for number in numbers if number.value == numbers[0].value]
-    others = sorted({number.value for number in numbers} - {numbers[0].value})
-    comparable = row is None or (
-        row.epochs == str(EPOCHS.get(section.dataset)) and float(row.settings.get("data.subset", 1)) == 1
-    )
+    first = numbers[0]
+    same = [number for number in numbers if number.value == first.value]
+    others = sorted({number.value for number in numbers if not number.other_recipe} - {first.value})
     # One or two sources say enough; the table of all published numbers has the rest.
-    return PublishedCell(numbers[0], tuple(sources.mark(number) for number in same[:2]), tuple(others), comparable)
+    marks = tuple(sources.mark(number) for number in same[:2])
+    return PublishedCell(first, marks, tuple(others), comparable and not first.other_recipe)
+
+
+def _are_published(weights: str) -> bool:
+    """Whether a teacher's weights are known to be those that the tables are about."""
+    file = Path(weights)
+    return weights == "pretrained" or (file.is_file() and read_metadata(file).get("source") == "published")
 
 
 def make_sweep_chapter(sweep: FinishedSweep, anchor: str, unfinished: Sequence[Path]) -> SweepChapter:
@@ -217,7 +291,7 @@ def make_sweep_chapter(sweep: FinishedSweep, anchor: str, unfinished: Sequence[P
         else:
             notes.append(how)
     failed = sum(sweep.folder in folder.parents for folder in unfinished)
-    return SweepChapter(sweep, anchor, sweep.keys, sweep.trials, figures, notes, failed)
+    return SweepChapter(sweep, anchor, figures, notes, failed)
 
 
 def cost_figures(found: Sequence[Section], *, latency: bool) -> list[FigureOfPanels]:

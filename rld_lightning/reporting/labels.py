@@ -51,12 +51,21 @@ def short_key(key: str) -> str:
     return name
 
 
-def short_value(value: str) -> str:
-    """``4`` of ``4.0``, ``SGD`` of ``torch.optim.SGD``, the end of a path."""
-    if re.fullmatch(r"-?\d+\.0", value):
-        return value[:-2]
+def short_value(value: object) -> str:
+    """``4`` of 4.0, ``0.3333`` of 1/3, ``SGD`` of ``torch.optim.SGD``, the end of a path; a number or its text."""
+    value = str(value)
+    try:
+        number = float(value)
+        return str(int(number)) if number.is_integer() and abs(number) < 1e15 else f"{number:.4g}"
+    except ValueError:
+        pass
     if "/" in value:
         return "/".join(value.split("/")[-3:])
     if re.fullmatch(r"[a-z_]\w*(\.\w+)+", value):
         return class_name(value)
     return value if len(value) <= 40 else f"{value[:37]}..."
+
+
+def mean_and_std(mean: float, std: float | None) -> str:
+    """``60.12 ± 0.34``, or the mean alone."""
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")

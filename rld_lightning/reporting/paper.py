@@ -2,14 +2,17 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from rld_lightning.reporting.runs import Run
+
 TEACHER = "Teacher"
 
 # Options of conf/loss, and what the published tables call them. What is not here has no published row: variants of ours
-# (rld_reference, kdg...), and mlkd_noaug, because the published MLKD trains longer and with two views.
+# (rld_reference, kdg...), and mlkd, whose published rows are of 480 epochs or more.
 METHODS = {
     "ce": "Student (CE)",
     "kd": "KD",
@@ -24,11 +27,9 @@ METHODS = {
     "swap": "LA (SWAP)",
     "rc": "RC",
     "revision": "LR",
-    "mlkd": "MLKD",
     "nkd": "NKD",
     "ttm": "TTM",
     "wttm": "WTTM",
-    "wttm+crd": "WTTM+CRD",
     "dist": "DIST",
     "ctkd": "CTKD",
     "ldrld": "LDRLD",
@@ -47,10 +48,18 @@ METHODS = {
     "catkd": "CAT-KD",
 }
 DATASETS = {"cifar100": "cifar100", "imagenet": "imagenet1k"}
-# Epochs of the published rows, by our name of the data set; other rows say so in their note.
+# Epochs and recipe of the published rows, by our name of the data set; other rows say so in their note.
 EPOCHS = {"cifar100": 240, "imagenet": 100}
+RECIPES = {"cifar100": "cifar240", "imagenet": "imagenet100"}
+# Overrides that leave what is published as it is: the split is known otherwise, the rest trains nothing.
+_HARMLESS = (
+    *("data.root", "data.seed", "data.num_workers", "data.eval_batch_size", "data.bad_images_file"),
+    *("data.val_fraction", "recipe.epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps", "trainer.num_sanity_val_steps"),
+    *("trainer.enable_model_summary", "trainer.default_root_dir"),
+)
 # Where several sources print a number, the first of these stands in the table; those that are not here follow.
-_PREFERRED = ("LSKD-paper", "RLD-note+DSKD", "RLD-note", "DSKD-readme")
+_PREFERRED = ("LSKD-paper", "RLD-note+DSKD", "RLD-note", "DSKD-readme", "DIST-readme", "NKD-readme")
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,12 @@ class Published:
         """Whether it was read in somebody else's summary, not in the paper or its code."""
         return self.source.startswith("SECOND-HAND")
 
+    @property
+    def other_recipe(self) -> bool:
+        """Whether it was trained otherwise than most of its table, as its note or its source says."""
+        text = f"{self.note} {self.source}"
+        return bool(re.search(r"own training setup|training recipe|not comparable|(480|960) epochs|reproduction", text))
+
 
 @cache
 def published_numbers() -> tuple[Published, ...]:
@@ -96,24 +111,54 @@ def published_for_pair(dataset: str, teacher: str | None, student: str) -> list[
     """
     if teacher is None or dataset not in DATASETS:
         return []
-    wanted = (DATASETS[dataset], _plain(teacher), _plain(student))
-    return [n for n in published_numbers() if (n.dataset, _plain(n.teacher), _plain(n.student)) == wanted]
+    wanted = [_plain(network, dataset) for network in (teacher, student)]
+    numbers = [number for number in published_numbers() if number.dataset == DATASETS[dataset]]
+    return [n for n in numbers if [_plain(network, dataset) for network in (n.teacher, n.student)] == wanted]
 
 
-def published_top1(numbers: list[Published], method: str, *, standardized: bool = False) -> list[Published]:
+def published_top1(numbers: list[Published], method: str) -> list[Published]:
     """The published top-1 of one of our losses, or of :data:`TEACHER`, the preferred source first.
 
     Args:
         numbers: of one pair.
         method: an option of the loss group, or :data:`TEACHER`.
-        standardized: whether it was run with ``loss.logit_standardization=true``, which the tables call LSKD.
     """
     name = TEACHER if method == TEACHER else METHODS.get(method, "")
-    if standardized and not name.endswith("+LSKD"):
-        name += "+LSKD"
     return [number for number in numbers if number.method == name and number.metric == "top1"]
 
 
-def _plain(network: str) -> str:
-    """``wrn402`` of ``wrn_40_2``; torchvision's networks are those of the ImageNet tables, timm's weights are not."""
-    return re.sub(r"[^a-z0-9/]", "", network.lower().removeprefix("torchvision/"))
+def is_published_method(method: str, settings: Mapping[str, str]) -> bool:
+    """Whether a loss still is what its option is called: RLD with another mask, say, is not RLD of the tables.
+
+    Args:
+        method: the option of the loss group.
+        settings: of a run, as :attr:`Run.settings`.
+    """
+    mask, standardized = "g" if method.endswith("_g") else "ge", str(method.endswith("_ls"))
+    return (
+        settings.get("loss.mask", mask) == mask
+        and settings.get("loss.logit_standardization", standardized) == standardized
+        and settings.get("loss.confidence_temperature", "None") == "None"
+        and (settings.get("loss.alpha") == "0") == method.startswith("rld_mcd")
+        and (settings.get("loss.beta") == "0") == (method == "rld_scd")
+    )
+
+
+def trained_as_published(run: Run) -> bool:
+    """Whether a run is known to have had the epochs, the recipe and the hyper-parameters of the published rows."""
+    dataset, networks = run.summary.dataset, run.config["model"]
+    if run.summary.epochs != EPOCHS.get(dataset) or run.choices.get("recipe") != RECIPES[dataset]:
+        return False
+    if run.method == "nkd" and dataset != "imagenet":
+        return False  # the option's values are those of ImageNet
+    if run.method == "ttm" and (networks["teacher"]["name"], networks["student"]["name"]) != ("vgg13", "vgg8"):
+        return False
+    keys = {override.lstrip("+~").split("=")[0] for override in run.overrides} - set(_HARMLESS)
+    rooms = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
+    return not any(key.startswith(rooms) for key in keys)
+
+
+def _plain(network: str, dataset: str) -> str:
+    """``wrn402`` of ``wrn_40_2``; torchvision's networks are those of the ImageNet tables alone, timm's of none."""
+    name = network.lower()
+    return re.sub(r"[^a-z0-9/]", "", name.removeprefix("torchvision/") if dataset == "imagenet" else name)

@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rld_lightning.reporting.cost import Cost
-from rld_lightning.reporting.labels import short_key
+from rld_lightning.reporting.labels import short_key, short_value
 from rld_lightning.reporting.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SEQUENTIAL, SKY, STYLE
-from rld_lightning.reporting.sweeps import FinishedSweep, HeatMap, plain_number
+from rld_lightning.reporting.sweeps import FinishedSweep, HeatMap
 from rld_lightning.reporting.tables import Row, Section
 
 # Stand for the text's colour and for that of faint lines; in the page, light and dark mode choose.
@@ -28,6 +28,7 @@ INK, FAINT = "#1a1b1c", "#d8d9da"
 _OWN_COLOURS = {"ce": GREY, "kd": BLUE, "dkd": GREEN, "rld": RED}
 _COLOURS = (PINK, ORANGE, SKY, "#8B6FC6", "#9A6B3F", "#7A9A1F", "#179A9A", "#4F5FB5")  # as many as are ever coloured
 MAX_COLOURED = len(_COLOURS)
+MAX_NAMED = 4  # networks whose names have room beside their points
 PALE_LINE = "#b9bdc2"
 _PAGE_STYLE = STYLE | {
     "svg.fonttype": "none",
@@ -144,8 +145,9 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
     if not logged:
         return None
     colours = coloured({row.name: row for row in section.rows if row.name in logged})
-    last = max(frame.index.max() for frame in logged.values())
-    zoom = 1 + int(last * 2 / 3)
+    shortest = min(frame.index.max() for frame in logged.values())
+    zoom = 1 + int(shortest * 2 / 3)  # nobody's end is left out
+    teachers = list(section.teacher_top1.values())
 
     def draw(axes: Axes, first: int) -> None:
         for label in sorted(logged, key=lambda label: label in colours):
@@ -156,8 +158,8 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
             axes.plot(frame.index, mean, color=colour, lw=1.6 if label in colours else 0.8, marker="." if few else None)
             if label in colours and frame.shape[1] > 1:
                 axes.fill_between(frame.index, frame.min(axis=1), frame.max(axis=1), color=colour, alpha=0.18, lw=0)
-        if section.teacher_top1 is not None and first == 1:
-            axes.axhline(section.teacher_top1, color=INK, ls="--", lw=1)
+        for top1 in teachers if first == 1 else ():
+            axes.axhline(top1, color=INK, ls="--", lw=1)
         axes.set(xlabel="epoch", ylabel="top-1 (%)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
@@ -165,13 +167,14 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
     ends = ", ".join(f"{label} {frame.mean(axis=1).iloc[-1]:.1f} %" for label, frame in list(logged.items())[:12])
     alt = f"Learning curves of {section.title} on {section.dataset}. Last epoch: {ends}."
     panels = [Panel("All epochs", alt, lambda axes: draw(axes, 1))]
-    if last >= 6:
-        panels.append(Panel(f"From epoch {zoom}", f"{alt} The last third.", lambda axes: draw(axes, zoom)))
+    if shortest >= 6:
+        panels.append(Panel(f"From epoch {zoom}", f"{alt} From epoch {zoom}.", lambda axes: draw(axes, zoom)))
     legend = [(label, colour, "-") for label, colour in colours.items()]
     if len(logged) > len(colours):
         legend.append((f"{len(logged) - len(colours)} more", PALE_LINE, "-"))
-    if section.teacher_top1 is not None:
-        legend.append((f"teacher ({section.teacher_top1:.1f} %)", INK, "--"))
+    if teachers:
+        told = ", ".join(f"{top1:.1f} %" for top1 in sorted(teachers))
+        legend.append((f"teacher{'s' if len(teachers) > 1 else ''} ({told})", INK, "--"))
     caption = "Top-1 on " + section.split + "; line: mean over seeds, band: lowest to highest seed."
     return FigureOfPanels(name, caption, tuple(panels), tuple(legend))
 
@@ -185,9 +188,11 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
         for row in section.rows:
             marker = "o" if section.teacher else "D"
             points.append((row.student, row.mean(), colours.get(row.method, PALE_LINE), marker))
-        own = [row.mean() for row in section.teachers] or [section.teacher_top1]
-        points += [(section.teacher, value, INK, "s") for value in own if section.teacher and value is not None]
+        points += [(section.teacher, value, INK, "s") for value in section.teacher_top1.values()]
     points = [point for point in dict.fromkeys(points) if point[0] in costs]
+    by_size = sorted({point[0] for point in points}, key=lambda network: (costs[network].parameters, network))
+    numbers = {network: number for number, network in enumerate(by_size, 1)}
+    many = len(by_size) > MAX_NAMED
     quantities = [("Parameters", "parameters", lambda cost: cost.parameters)]
     quantities.append(("Multiply-accumulates", "MACs per image", lambda cost: cost.macs))
     if any(cost.milliseconds for cost in costs.values()):
@@ -197,12 +202,34 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
         shown = [(network, of(costs[network]), *rest) for network, *rest in points if of(costs[network])]
         for _, x, y, colour, marker in sorted(shown, key=lambda point: point[3] != PALE_LINE):
             axes.plot(x, y, marker, color=colour, markersize=7, alpha=0.85, mew=0)
-        for network in dict.fromkeys(point[0] for point in shown):
-            x, y = max((point[1:3] for point in shown if point[0] == network), key=lambda place: place[1])
-            axes.annotate(network, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5)
         axes.set(xlabel=label, ylabel="top-1 (%)", xscale="log")
-        axes.margins(0.25, 0.18)
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.margins(0.25, 0.22)
+        (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        xs = {network: x for network, x, *_ in shown}
+        highest = {network: max(y for name, _, y, *_ in shown if name == network) for network in xs}
+        groups: list[list[str]] = []  # labels that would lie on each other are one
+        for network in sorted(xs, key=lambda network: (xs[network], numbers[network])):
+            near = [
+                group
+                for group in groups
+                if xs[network] <= xs[group[0]] * (high / low) ** 0.06
+                and abs(highest[network] - highest[group[0]]) < 0.07 * (top - bottom)
+            ]
+            if many and near:
+                near[0].append(network)
+            else:
+                groups.append([network])
+        for place, networks in enumerate(groups):
+            own = [point[2] for point in shown if point[0] in networks]
+            above = many or place % 2 == 0  # neighbours' names would run into each other
+            told = ", ".join(map(str, sorted(numbers[network] for network in networks))) if many else networks[0]
+            axes.annotate(
+                told, (xs[networks[0]], max(own) if above else min(own)),
+                xytext=(0, 8 if above else -8), textcoords="offset points", fontsize=8.5,
+                ha="center", va="bottom" if above else "top",
+            )  # fmt: skip
+        subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,)  # as many as have room
+        axes.xaxis.set_major_locator(LogLocator(10, subs=subs))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _in_units(value)))
         axes.grid()
@@ -224,6 +251,8 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
     if any(section.teacher for section in sections):
         legend.append(("teacher", INK, "s"))
     caption = "Mean last-epoch top-1 over seeds."
+    if many:
+        caption += f" Networks: {', '.join(f'{number} {network}' for network, number in numbers.items())}."
     if len(quantities) == 3:
         caption += f" Latency: one image at a time, measured for this report on {machine}."
     return FigureOfPanels(name, caption, panels, tuple(legend))
@@ -250,10 +279,8 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: FinishedSweep, name: str) ->
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", weight=weight, **style)
             if best:
                 axes.add_patch(matplotlib.patches.Rectangle((column, row), 1, 1, fill=False, ec=RED, lw=3, zorder=5))
-        axes.set_xticks(np.arange(len(grid.x)) + 0.5, [plain_number(value) for value in grid.x])
-        axes.set_yticks(
-            np.arange(len(grid.y)) + 0.5, ["" if value is None else plain_number(value) for value in grid.y]
-        )
+        axes.set_xticks(np.arange(len(grid.x)) + 0.5, [short_value(value) for value in grid.x])
+        axes.set_yticks(np.arange(len(grid.y)) + 0.5, ["" if value is None else short_value(value) for value in grid.y])
         axes.set(xlabel=short_key(grid.x_key), ylabel=short_key(grid.y_key) if grid.y_key else "")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -264,8 +291,8 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: FinishedSweep, name: str) ->
         if np.isnan(grid.cells).all():
             continue
         row, column = np.unravel_index(np.nanargmax(grid.cells), grid.cells.shape)
-        place = f"{short_key(grid.x_key)} {plain_number(grid.x[column])}"
-        place += f", {short_key(grid.y_key)} {plain_number(grid.y[row])}" if grid.y_key else ""
+        place = f"{short_key(grid.x_key)} {short_value(grid.x[column])}"
+        place += f", {short_key(grid.y_key)} {short_value(grid.y[row])}" if grid.y_key else ""
         alt = f"Heat map{' at ' + grid.title if grid.title else ''}: best {np.nanmax(grid.cells):.2f} % at {place}."
         panels.append(Panel(grid.title, alt, lambda axes, g=grid: draw(axes, g), size))
     caption = (
@@ -291,7 +318,7 @@ def value_scatter(sweep: FinishedSweep, name: str) -> FigureOfPanels:
         axes.grid()
 
     def panel(key: str) -> Panel:
-        alt = f"Accuracy over {short_key(key)}; the best setting has {plain_number(trials[key].iloc[0])}."
+        alt = f"Accuracy over {short_key(key)}; the best setting has {short_value(trials[key].iloc[0])}."
         return Panel(short_key(key), alt, lambda axes: draw(axes, key), (3.5, 2.7))
 
     caption = f"Last-epoch top-1 (%) on {sweep.split}, one point a setting, mean over seeds; the best one in red."

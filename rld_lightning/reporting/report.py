@@ -1,6 +1,7 @@
 """One page that says what finished runs came to: HTML, Markdown, and CSV to compute on."""
 
 import json
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,21 +13,21 @@ import jinja2
 import pandas as pd
 
 from rld_lightning.reporting.chapters import Chapter, Sources, cost_figures, make_chapter, make_sweep_chapter
-from rld_lightning.reporting.labels import short_key
+from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.reporting.paper import EPOCHS
 from rld_lightning.reporting.plots import FigureOfPanels, page_colour
-from rld_lightning.reporting.runs import Run, find_runs, find_unfinished
-from rld_lightning.reporting.sweeps import FinishedSweep, plain_number, split_sweeps
+from rld_lightning.reporting.runs import Run, find_all
+from rld_lightning.reporting.sweeps import FinishedSweep, split_sweeps
 from rld_lightning.reporting.tables import BEST, LAST, compare, runs_table, sections
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
-
+TABLES = ("results", "comparisons", "sweeps", "runs")
 
 READING = (
     "Accuracy is top-1 in percent; ± is the sample standard deviation (n - 1) over seeds. The best epoch is chosen on "
     "the images it is measured on, as in published tables, which flatters it; differences are of the last epoch. "
     "vs ce and vs kd are mean differences over the seeds in common with the student alone and with plain KD, where "
-    "those were trained with the same recipe; with the strongest one, if there are several.",
+    "those were trained with the same recipe; of several, with the strongest of those that share the most seeds.",
 )
 
 
@@ -58,15 +59,18 @@ def write_report(
         ValueError: there is no finished run, or the summary of one is broken.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
-    runs, unfinished = find_runs(folders), find_unfinished(folders)
+    runs, unfinished = find_all(folders)
     if not runs:
         raise ValueError(_nothing_finished(folders, unfinished))
     sweeps, to_compare = split_sweeps(runs)
     found, left_out = sections(to_compare)
     out.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(out)
     sources = Sources()
-    chapters = [make_chapter(section, f"pair-{i}", sources) for i, section in enumerate(found)]
-    sweep_chapters = [make_sweep_chapter(sweep, f"sweep-{i}", unfinished) for i, sweep in enumerate(sweeps)]
+    pairs = _anchors(f"pair {s.title} {s.dataset}{'' if s.on_test else ' held out'}" for s in found)
+    chapters = [make_chapter(section, anchor, sources) for section, anchor in zip(found, pairs, strict=True)]
+    names = _anchors(f"sweep {sweep.title}" for sweep in sweeps)
+    sweep_chapters = [make_sweep_chapter(*pair, unfinished) for pair in zip(sweeps, names, strict=True)]
     scatters = cost_figures([section for section in found if section.on_test] or found, latency=latency)
     context = {
         "title": title,
@@ -92,6 +96,26 @@ def write_report(
         _write_tables(chapters, sweeps, runs, out),
         _write_pngs(figures, out / "figures"),
     )
+
+
+def _remove_earlier(out: Path) -> None:
+    """Removes the tables and figures of an earlier report in the same folder, which may have had more of them."""
+    page = out / "report.md"
+    if not page.exists():
+        return
+    pictures = re.findall(r"\]\((figures/[^()/]+\.png)\)", page.read_text(encoding="utf-8"))
+    for name in (*pictures, *(f"{table}.csv" for table in TABLES)):
+        (out / name).unlink(missing_ok=True)
+
+
+def _anchors(titles: Iterable[str]) -> list[str]:
+    """A name for links and files for each title, such as ``pair-resnet20-to-resnet8-cifar100``; no two are alike."""
+    anchors: list[str] = []
+    for title in titles:
+        name = re.sub(r"[^a-z0-9_]+", "-", title.lower().replace("→", "to")).strip("-")[:80]
+        taken = sum(anchor == name or re.fullmatch(rf"{name}-\d+", anchor) is not None for anchor in anchors)
+        anchors.append(f"{name}-{taken + 1}" if taken else name)
+    return anchors
 
 
 def _nothing_finished(folders: Sequence[Path], unfinished: Sequence[Path]) -> str:
@@ -148,8 +172,10 @@ def _write_tables(
                     **where, "role": line.role, "method": line.name, "epochs": line.epochs, "n": line.n,
                     "seeds": line.seeds, "last_mean": line.last[0], "last_std": line.last[1],
                     "best_mean": line.best[0] if line.best else None, "best_std": line.best[1] if line.best else None,
-                    "last_over_ce": line.over_ce.mean if line.over_ce else None,
-                    "last_over_kd": line.over_kd.mean if line.over_kd else None,
+                    "last_over_ce": line.over_ce.difference.mean if line.over_ce else None,
+                    "last_over_ce_n": line.over_ce.difference.n if line.over_ce else None,
+                    "last_over_kd": line.over_kd.difference.mean if line.over_kd else None,
+                    "last_over_kd_n": line.over_kd.difference.n if line.over_kd else None,
                     "published_top1": shown.number.value if shown else None,
                     "published_method": shown.number.method if shown else None,
                     "published_source": shown.number.source if shown else None,
@@ -175,8 +201,8 @@ def _write_tables(
             {**names, "pair": first.pair, "method": first.method} | line for line in sweep.trials.to_dict("records")
         ]
     written = []
-    tables = {"results": results, "comparisons": comparisons, "sweeps": trials}
-    for name, table in (*((name, pd.DataFrame(lines)) for name, lines in tables.items()), ("runs", runs_table(runs))):
+    tables = (*(pd.DataFrame(lines) for lines in (results, comparisons, trials)), runs_table(runs))
+    for name, table in zip(TABLES, tables, strict=True):
         if not table.empty:
             written.append(out / f"{name}.csv")
             table.to_csv(written[-1], index=False)
@@ -186,6 +212,13 @@ def _write_tables(
 def _write_pngs(figures: Iterable[FigureOfPanels], folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     return [figure.write_png(folder) for figure in figures]
+
+
+def _signed(value: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _render(template: str, context: dict, path: Path) -> Path:
@@ -198,11 +231,11 @@ def _render(template: str, context: dict, path: Path) -> Path:
     )
     environment.filters |= {
         "percent": lambda value: "-" if value is None or pd.isna(value) else f"{value:.2f}",
-        "spread": lambda pair: f"{pair[0]:.2f}" + (f" ± {pair[1]:.2f}" if pair[1] is not None else ""),
-        "signed": lambda value: "-" if value is None else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+        "spread": lambda pair: mean_and_std(*pair),
+        "signed": _signed,
         "p_value": lambda p: "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "short_key": short_key,
-        "plain": plain_number,
+        "plain": short_value,
         "page_colour": page_colour,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }

@@ -1,5 +1,6 @@
 """Sweeps as tables and heat maps: what each setting came to on the images held out for tuning."""
 
+import math
 import shutil
 import tempfile
 from collections import defaultdict
@@ -114,11 +115,12 @@ def split_sweeps(runs: Sequence[Run]) -> tuple[list[FinishedSweep], list[Run]]:
     (over losses and seeds, say) is one of both: its runs stand in results tables as well.
 
     Returns:
-        the sweeps; and the runs for the results tables.
+        the sweeps; and the runs for the results tables, with trials whose accuracy is not a number, which no table
+        counts and :func:`~rld_lightning.reporting.tables.sections` names.
     """
     groups: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
-        if folder := _sweep_folder(run):
+        if math.isfinite(run.summary.top1) and (folder := _sweep_folder(run)):
             groups[(folder, run.summary.dataset, split_of(run), run.pair, run.method)].append(run)
     sweeps = [FinishedSweep(key[0], tuple(group)) for key, group in groups.items()]
     sweeps = [sweep for sweep in sweeps if sweep.keys]
@@ -146,7 +148,7 @@ def heat_maps(sweep: FinishedSweep) -> list[HeatMap]:
         for row, column in np.ndindex(values.shape):
             place = [v for v, key in ((x[column], x_key), (y[row], y_key), (panel, panel_key)) if key]
             values[row, column] = cells.get(tuple(place) if len(place) > 1 else place[0], np.nan)
-        title = f"{short_key(panel_key)} = {plain_number(panel)}" if panel_key else ""
+        title = f"{short_key(panel_key)} = {short_value(panel)}" if panel_key else ""
         maps.append(HeatMap(title, x_key, y_key or "", x, y, values))
     return maps
 
@@ -188,11 +190,6 @@ def _evaluate(study: "optuna.Study") -> tuple[dict[str, float], str]:
     except ValueError:
         evaluator = importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)
         return importance.get_param_importances(study, evaluator=evaluator), "mean decrease of impurity"
-
-
-def plain_number(value: object) -> str:
-    """``2`` of 2.0, ``0.3333`` of 1/3; other values as they are."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sweep_folder(run: Run) -> Path | None:

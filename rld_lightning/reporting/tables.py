@@ -5,13 +5,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean, stdev
 
 import pandas as pd
 
-from rld_lightning.reporting.labels import describe, distinguishing
-from rld_lightning.reporting.runs import Run
-from rld_lightning.reporting.significance import PairedDifference, holm, paired_difference
+from rld_lightning.reporting.labels import describe, distinguishing, mean_and_std
+from rld_lightning.reporting.runs import SUMMARY, Run
+from rld_lightning.reporting.significance import MIN_PAIRS, PairedDifference, holm, paired_difference
 
 LAST, BEST = "top1", "top1_best"
 TEST_SPLIT = "the test split"
@@ -90,6 +91,10 @@ class Row:
         """Sample standard deviation over the seeds (n - 1); None of a single one."""
         return stdev(self.values(metric).values()) if self.n > 1 else None
 
+    def spread(self, metric: str = LAST) -> str:
+        """Both as text, ``60.12 ± 0.34``."""
+        return mean_and_std(self.mean(metric), self.std(metric))
+
     def recipe(self, *, with_teacher: bool = True) -> dict[str, str]:
         """Its settings but for the loss's own: where these are equal, two methods can be compared.
 
@@ -110,7 +115,7 @@ class Section:
         teacher: the teacher's network; None of a single network.
         student: the student's.
         rows: the student alone first, then kd, then the others, the best first.
-        teachers: runs that trained the teacher's network with cross-entropy.
+        teachers: runs that trained the teacher, those whose folder its weights are from.
     """
 
     dataset: str
@@ -131,26 +136,35 @@ class Section:
         return self.split == TEST_SPLIT
 
     @property
-    def teacher_top1(self) -> float | None:
-        """The teacher's own accuracy as its students' runs have measured it, else as its own have, in percent."""
-        measured = [run.summary.teacher_top1 for row in self.rows for run in row.runs]
-        found = [value for value in measured if value is not None] or [row.mean() for row in self.teachers]
-        return mean(found) if found else None
+    def teacher_top1(self) -> dict[str, float]:
+        """Each teacher's own accuracy, in percent, by its weights, as its students' runs have measured it."""
+        measured = defaultdict(list)
+        for run in (run for row in self.rows for run in row.runs):
+            if run.summary.teacher_top1 is not None:
+                measured[_teacher_weights(run)].append(run.summary.teacher_top1)
+        return {weights: mean(values) for weights, values in measured.items()}
 
-    def baseline(self, row: Row, method: str) -> Row | None:
-        """The row of ``ce`` or ``kd`` with the same recipe; the strongest, if there are several."""
+    def baselines(self, row: Row, method: str) -> list[Row]:
+        """The rows of ``ce`` or ``kd`` with the same recipe, the plain ones: standardized logits are another method."""
         with_teacher = method != "ce"
         recipe = row.recipe(with_teacher=with_teacher)
-        found = [
+        return [
             other
             for other in self.rows
-            if other is not row and other.method == method and other.recipe(with_teacher=with_teacher) == recipe
+            if other.method == method != row.method
+            and other.recipe(with_teacher=with_teacher) == recipe
+            and (method.endswith("_ls") or other.settings.get("loss.logit_standardization") != "True")
         ]
-        return max(found, key=Row.mean) if found and row.method != method else None
+
+    def baseline(self, row: Row, method: str, metric: str = LAST) -> Row | None:
+        """Of :meth:`baselines` the one with the most seeds in common; of those the strongest."""
+        seeds = set(row.seeds)
+        found = self.baselines(row, method)
+        return max(found, key=lambda other: (len(seeds & set(other.seeds)), other.mean(metric)), default=None)
 
     def gain(self, row: Row, method: str, metric: str = LAST) -> PairedDifference | None:
-        """How much a row is ahead of ``ce`` or ``kd`` with the same recipe, over the seeds in common."""
-        base = self.baseline(row, method)
+        """How much a row is ahead of its :meth:`baseline`, over the seeds in common."""
+        base = self.baseline(row, method, metric)
         return paired_difference(row.values(metric), base.values(metric)) if base else None
 
 
@@ -181,16 +195,16 @@ class Comparison:
 
 
 def compare(section: Section, metric: str = LAST) -> list[Comparison]:
-    """Every row against ``ce`` and ``kd``, and ``rld`` against every row, where the recipe is the same.
+    """Every row against ``ce`` and ``kd``, and ``rld`` with enough seeds against every row, with the same recipe.
 
-    The p values are corrected for all comparisons of this list.
+    The p values are corrected for all comparisons of this list that have one.
     """
     pairs: dict[frozenset[int], tuple[Row, Row]] = {}
     order = {"ce": 0, "kd": 1, "rld": 3}
     rows = sorted(section.rows, key=lambda row: (-order.get(row.method, 2), -row.mean()))
     for i, first in enumerate(rows):
         for second in rows[i + 1 :]:
-            wanted = second.method in ("ce", "kd") or first.method == "rld"
+            wanted = second.method in ("ce", "kd") or (first.method == "rld" and first.n >= MIN_PAIRS)
             with_teacher = "ce" not in (first.method, second.method)
             if wanted and first.recipe(with_teacher=with_teacher) == second.recipe(with_teacher=with_teacher):
                 pairs.setdefault(frozenset((id(first), id(second))), (first, second))
@@ -203,7 +217,7 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[tuple[Run, str]]]
     """Sorts finished runs into results tables.
 
     Cross-entropy looks at no teacher: such runs stand in the table of each pair with their student, and in those of the
-    pairs with their network as the teacher.
+    pairs whose teacher they have trained.
 
     Args:
         runs: as :func:`~rld_lightning.reporting.find_runs` gives them.
@@ -218,17 +232,28 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[tuple[Run, str]]]
         for run in row.runs
         if run.config["model"].get("teacher")
     }
-    alone = {(row.dataset, split_of(row.runs[0]), row.student) for row in rows if row.teacher is None}
-    paired = {(d, s, network) for d, s, *networks in pairs for network in networks}
-    pairs |= {(dataset, split, None, network) for dataset, split, network in alone - paired}
-    order = sorted(pairs, key=lambda p: (p[1] != TEST_SPLIT, p[0], p[1], p[2] is None, p[2] or "", p[3]))
-    return [_section(*pair, rows) for pair in order], left_out
+    found = [_section(*pair, rows) for pair in pairs]
+    shown = {run.folder for section in found for row in (*section.rows, *section.teachers) for run in row.runs}
+    alone = {
+        (row.dataset, split_of(row.runs[0]), None, row.student)
+        for row in rows
+        if any(run.folder not in shown for run in row.runs)
+    }
+    found += [_section(*single, rows) for single in alone]
+    found.sort(key=lambda s: (not s.on_test, s.dataset, s.split, s.teacher is None, s.teacher or "", s.student))
+    return found, left_out
 
 
 def _section(dataset: str, split: str, teacher: str | None, student: str, rows: Sequence[Row]) -> Section:
     here = [row for row in rows if (row.dataset, split_of(row.runs[0])) == (dataset, split)]
     own = [row for row in here if row.student == student and row.teacher in (None, teacher)]
-    teachers = [row for row in here if teacher is not None and row.student == teacher and row.teacher is None]
+    homes = {folder for row in own if row.teacher for run in row.runs for folder in _teacher_folders(run)}
+    teachers = [
+        replace(row, runs=trained)
+        for row in here
+        if row.student == teacher and row.teacher is None
+        if (trained := tuple(run for run in row.runs if homes & {run.folder.resolve(), Path(run.summary.run)}))
+    ]
     place = {"ce": 0, "kd": 1}
     own.sort(key=lambda row: (place.get(row.method, 2), -row.mean()))
     return Section(dataset, split, teacher, student, tuple(_label(own)), tuple(_label(teachers)))
@@ -251,11 +276,11 @@ def _label(rows: Sequence[Row]) -> list[Row]:
 
 
 def _one_a_seed(runs: Sequence[Run]) -> tuple[list[Row], list[tuple[Run, str]]]:
-    """Groups repetitions; of runs with the same seed the last folder counts, as its name tells the time."""
+    """Groups repetitions; of runs with the same seed the one that was finished last counts."""
     groups: dict[Hashable, dict[int, Run]] = defaultdict(dict)
     known: dict[Hashable, dict[str, str]] = {}
     left_out = []
-    for run, settings in sorted(zip(runs, trained_with(runs), strict=True), key=lambda pair: pair[0].folder):
+    for run, settings in sorted(zip(runs, trained_with(runs), strict=True), key=lambda pair: _finished(pair[0])):
         if not math.isfinite(run.summary.top1):
             left_out.append((run, "its accuracy is not a number"))
             continue
@@ -266,7 +291,21 @@ def _one_a_seed(runs: Sequence[Run]) -> tuple[list[Row], list[tuple[Run, str]]]:
             left_out.append((before, f"repeated with the same settings and seed in {run.folder}"))
         groups[key][run.summary.seed] = run
     rows = [Row(tuple(group[seed] for seed in sorted(group)), known[key]) for key, group in groups.items()]
-    return rows, left_out
+    return sorted(rows, key=lambda row: row.runs[0].folder), left_out
+
+
+def _finished(run: Run) -> tuple[int, Path]:
+    """When; the folder decides between copies of the same time."""
+    return (run.folder / SUMMARY).stat().st_mtime_ns, run.folder
+
+
+def _teacher_weights(run: Run) -> str:
+    return str(run.config["model"]["teacher"].get("weights"))
+
+
+def _teacher_folders(run: Run) -> tuple[Path, Path]:
+    """Where a run's teacher may have been trained: beside its weights, or by the run itself, which then stored it."""
+    return Path(_teacher_weights(run)).resolve().parent, run.folder.resolve() / "teacher"
 
 
 def trained_with(runs: Sequence[Run]) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from rld_lightning.config import loss_name
 from rld_lightning.console import print_error, print_line, print_table
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.models.store import TeacherStore
+from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.runs import SUMMARY, Run, decides, find_runs
 from rld_lightning.tasks.start import train_teacher
 from rld_lightning.tasks.trial import ERROR
@@ -244,8 +245,8 @@ def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]
     keys = [key for key in swept if key != "seed"]
     rows = [
         (
-            *(_short(value.split("=", 1)[1]) for value in setting.values),
-            f"{setting.top1:.2f}" + (f" ± {setting.spread:.2f}" if setting.spread is not None else ""),
+            *(short_value(value.split("=", 1)[1]) for value in setting.values),
+            mean_and_std(setting.top1, setting.spread),
             len(setting.runs),
             mean(run.summary.top1_best for run in setting.runs),
             max(run.summary.epochs for run in setting.runs),
@@ -262,13 +263,6 @@ def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]
         return
     score = f"{rows[0][len(keys)]} % on {validated_on}, n = {len(best.runs)}"
     print_line("best", f"{' '.join(best.values)}: {score}; {retrain_command(config, best, fixed)}")
-
-
-def _short(value: str) -> str:
-    try:
-        return f"{float(value):.4g}"
-    except ValueError:
-        return value
 
 
 def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str]) -> str:

@@ -34,6 +34,7 @@ def write_run(
     dataset: str = "cifar100",
     held_out: float = 0.0,
     teacher_top1: float | None = 68.0,
+    weights: str = "teachers/teacher.safetensors",
     settings: dict[str, object] | None = None,
     finished: bool = True,
     error: str | None = None,
@@ -52,6 +53,7 @@ def write_run(
         dataset: its name.
         held_out: ``data.val_fraction``; with more than 0 the accuracy is one on held-out training images.
         teacher_top1: accuracy that the run has measured of its teacher.
+        weights: the teacher's file.
         settings: values by full key, such as ``{"loss.alpha": 2.0}``.
         finished: False leaves the summary away.
         error: what ``error.txt`` says; the run is then a failed one.
@@ -65,7 +67,7 @@ def write_run(
         | {"subset": 1.0, "seed": seed, "root": "data"},
         "model": {
             "label": f"{teacher}_to_{student}" if teacher else student,
-            "teacher": {"name": teacher, "weights": "teachers/teacher.safetensors"} if teacher else None,
+            "teacher": {"name": teacher, "weights": weights} if teacher else None,
             "student": {"name": student, "weights": None},
             "tuned": None,
         },
@@ -83,7 +85,7 @@ def write_run(
             inner = inner.setdefault(room, {})
         inner[name] = value
         overrides.append(f"{key}={value}")
-    hydra = {"hydra": {"runtime": {"choices": {"loss": method}}}}
+    hydra = {"hydra": {"runtime": {"choices": {"loss": method, "recipe": "cifar240" if epochs == 240 else "quick"}}}}
     environment = {"python": "3.11.7", "torch": "2.15.0", "platform": "Linux-x86_64", "threads": 1, "gpus": []}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
@@ -109,6 +111,8 @@ def write_comparison(
     root: Path, means: dict[str, float], seeds: int = 3, *, spread: float = 0.3, with_teacher: bool = True, **options
 ) -> None:
     """Writes ``<root>/<method>/seed<k>`` for each method, around its mean accuracy, and ``<root>/teacher``."""
+    if with_teacher:
+        options.setdefault("weights", str(root.resolve() / "teacher" / "student.safetensors"))
     for method, mean in means.items():
         for seed in range(seeds):
             luck = random.Random(f"{method} {seed}").gauss(0, spread) + 0.4 * math.sin(seed)

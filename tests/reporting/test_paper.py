@@ -3,14 +3,33 @@
 from pathlib import Path
 
 import pytest
+from run_factory import write_run
 
-from rld_lightning.reporting.paper import METHODS, TEACHER, published_for_pair, published_numbers, published_top1
+from rld_lightning.reporting import read_run
+from rld_lightning.reporting.chapters import Sources, make_chapter
+from rld_lightning.reporting.paper import (
+    METHODS,
+    TEACHER,
+    published_for_pair,
+    published_numbers,
+    published_top1,
+    trained_as_published,
+)
+from rld_lightning.reporting.tables import sections
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def top1(dataset, teacher, student, method, **options):
-    return published_top1(published_for_pair(dataset, teacher, student), method, **options)
+def top1(dataset, teacher, student, method):
+    return published_top1(published_for_pair(dataset, teacher, student), method)
+
+
+def cell(folder, method, *, teacher="wrn_40_2", student="wrn_16_2", epochs=240, **options):
+    """The published number beside a run, and whether the two compare; None without a number."""
+    folder = write_run(folder, method, teacher=teacher, student=student, epochs=epochs, **options)
+    ((section,), _) = sections([read_run(folder)])
+    (line,) = [line for line in make_chapter(section, "pair", Sources()).lines if line.row]
+    return line.published and (line.published.number.value, line.published.comparable)
 
 
 @pytest.mark.parametrize(
@@ -32,17 +51,82 @@ def test_our_names_find_the_published_number(dataset, teacher, student, method, 
     assert first.source
 
 
-def test_standardized_logits_are_another_method():
+def test_numbers_of_longer_training_are_shown_beside_none_of_ours():
     pair = ("cifar100", "resnet32x4", "resnet8x4")
-    assert top1(*pair, "mlkd")[0].value == 77.08
-    assert top1(*pair, "mlkd", standardized=True)[0].value == 78.28
-    assert top1(*pair, "kd_ls", standardized=True)[0].value == top1(*pair, "kd_ls")[0].value == 76.62
+    assert top1(*pair, "kd_ls")[0].value == 76.62
+    assert top1(*pair, "mlkd") == []  # 480 epochs and more
+    papers = [number for number in published_numbers() if number.source_key == "LSKD-paper"]
+    long = [number for number in papers if number.method.startswith("MLKD") and number.dataset == "cifar100"]
+    assert long
+    assert all(number.other_recipe for number in long)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("rld", {"loss.mask": "g"}),
+        ("rld", {"loss.alpha": 0.0}),
+        ("rld", {"loss.beta": 0}),
+        ("rld", {"loss.confidence_temperature": 1.0}),
+        ("kd", {"loss.logit_standardization": True}),
+        ("rld_scd", {}),  # the factory's has no beta of 0
+    ],
+)
+def test_a_loss_that_is_not_the_published_one_has_no_published_number(tmp_path, method, settings):
+    assert cell(tmp_path, method, settings=settings) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "value"),
+    [("rld", {"loss.mask": "ge"}, 76.02), ("kd_ls", {"loss.logit_standardization": True}, 76.11)],
+)
+def test_the_options_own_settings_keep_the_number(tmp_path, method, settings, value):
+    assert cell(tmp_path, method, settings=settings)[0] == value
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "comparable"),
+    [
+        ("rld", {}, True),
+        ("rld", {"settings": {"data.root": "/data", "trainer.check_val_every_n_epoch": 240}}, True),
+        ("rld", {"settings": {"loss.alpha": 99.0}}, False),
+        ("rld", {"settings": {"data.augment": False}}, False),
+        ("rld", {"settings": {"recipe.optimizer.lr": 0.5}}, False),
+        ("kd", {"settings": {"loss.temperature": 1.0}}, False),
+        ("rld", {"epochs": 30}, False),
+        ("ttm", {}, False),  # its values are of vgg13 to vgg8
+        ("ttm", {"teacher": "vgg13", "student": "vgg8"}, True),
+        ("nkd", {}, False),  # its values are of ImageNet
+    ],
+)
+def test_only_runs_with_the_published_recipe_compare(tmp_path, method, options, comparable):
+    assert cell(tmp_path, method, **options)[1] is comparable
+
+
+def test_another_recipe_or_one_that_is_not_known_does_not_compare(tmp_path):
+    choices = tmp_path / ".hydra" / "hydra.yaml"
+    write_run(tmp_path, "rld", teacher="wrn_40_2", student="wrn_16_2", epochs=240)
+    assert trained_as_published(read_run(tmp_path))
+    choices.write_text(choices.read_text().replace("cifar240", "quick"))
+    assert not trained_as_published(read_run(tmp_path))
+    choices.unlink()
+    assert not trained_as_published(read_run(tmp_path))
+
+
+def test_other_recipes_are_no_disagreement():
+    numbers = top1("imagenet", "torchvision/resnet34", "torchvision/resnet18", "kd")
+    assert {70.83, 71.37} <= {number.value for number in numbers if number.other_recipe}  # CTKD's, torchdistill's
+    assert not numbers[0].other_recipe
+    first = top1("cifar100", "wrn_40_2", "wrn_40_1", "dist")[0]
+    assert (first.value, first.source_key) == (74.43, "DIST-readme")  # not what TTM's authors print of it
 
 
 def test_nothing_where_nothing_is_published():
     assert published_for_pair("cifar100", "resnet20", "resnet8") == []
     assert published_for_pair("digits", "wrn_40_2", "wrn_16_2") == []
     assert published_for_pair("imagenet", "timm/resnet34", "torchvision/resnet18") == []  # other weights
+    assert published_for_pair("cifar100", "torchvision/resnet50", "vgg8") == []  # another network than CIFAR's
+    assert published_for_pair("cifar100", "ResNet50", "vgg8")
     assert top1("cifar100", "wrn_40_2", "wrn_16_2", "rld_reference") == []
 
 

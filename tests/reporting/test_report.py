@@ -69,15 +69,16 @@ def test_the_results_table(report):
     results = pd.read_csv(report.html.parent / "results.csv").set_index("method")
     rld = results.loc["rld (epochs=240)"]
     cells = rows["rld (epochs=240)"]
-    assert cells[1:4] == ["240", "3", f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"]
+    assert cells[1:4] == ["240", "3seeds 0-2", f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"]
     assert cells[-1].startswith("76.02")  # the paper's, marked as second-hand, and as comparable
     assert "†" in cells[-1]
     assert "‡" not in cells[-1]
     assert "‡" in rows["rld (epochs=30)"][-1]  # trained otherwise
     assert rld["published_second_hand"] in (True, "True")
     assert "iversonshao/DSKD" in rld["published_source"]
-    assert rows["cestudent alone"][2] == "3"
-    assert any("wrn_40_2" in name and name.endswith("teacher") for name in rows)
+    assert rows["cestudent alone"][2] == "3seeds 0-2"
+    assert rows["wrn_40_2, ceteacher"][3] == "68.20"  # trained in the folder that the weights are from
+    assert rows["wrn_40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][3] == "75.60"
 
 
 def test_gains_and_tests_are_those_of_the_runs(report):
@@ -147,7 +148,7 @@ def test_one_run_and_nothing_else(tmp_path):
     (tmp_path / "run" / "metrics.csv").unlink()
     (tmp_path / "run" / "environment.json").unlink()
     files = write_report([tmp_path / "run"], tmp_path / "out", latency=False)
-    assert ["rld", "30", "1", "60.00", "60.10"] in parse(files.html).rows
+    assert ["rld", "30", "1seed 0", "60.00", "60.10"] in parse(files.html).rows
 
 
 def test_more_rows_than_colours(tmp_path):
@@ -178,6 +179,43 @@ def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
     assert [shape for _, *shape in measured] == [[(3, 32, 32), 1]] * 2
     assert "Latency" in page
     assert "one image at a time, measured for this report on" in page
+
+
+def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path):
+    write_comparison(tmp_path / "runs" / "a", {"kd": 59.0, "rld": 61.0})
+    write_sweep(tmp_path / "runs" / "sweeps" / "s", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
+    out = tmp_path / "out"
+    before = write_report([tmp_path / "runs"], out, latency=False)
+    (out / "figures" / "mine.png").write_bytes(b"of somebody else")
+    (out / "mine.csv").write_text("likewise")
+    write_run(tmp_path / "one")
+    after = write_report([tmp_path / "one"], out, latency=False)
+    assert {path.name for path in before.tables} > {path.name for path in after.tables}
+    assert {path.name for path in out.glob("*.csv")} == {*(path.name for path in after.tables), "mine.csv"}
+    figures = {path.name for path in (out / "figures").iterdir()}
+    assert figures == {*(path.name for path in after.figures), "mine.png"}
+    assert "pair-resnet20-to-resnet8-cifar100-curves.png" in figures
+
+
+def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
+    means = {"ce": 57.0, "kd": 59.0, "dkd": 59.1, "rld": 61.0}
+    write_comparison(tmp_path / "a", means, seeds=4, spread=0.05)
+    write_run(tmp_path / "lucky", "kd", seed=7, top1=75.0, settings={"loss.temperature": 9.0})
+    write_run(tmp_path / "long", "rld", top1=80.0, epochs=240)
+    text = write_report([tmp_path], tmp_path / "out", latency=False).markdown.read_text()
+    (headline,) = [line for line in text.splitlines() if line.startswith("- resnet20 → resnet8 on cifar100")]
+    assert "of the 4 rows with one recipe and n ≥ 4, rld (epochs=30) is highest" in headline
+    assert "(n = 4), " in headline
+    assert headline.endswith("ahead of 3 of the 3 that it was tested against at 5 % (Holm).")
+
+
+def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
+    for method, top1 in (("ce", 50.0), ("kd", 52.0), ("rld", 53.0)):
+        for seed in range(3):
+            write_run(tmp_path / f"{method}{seed}", method, seed=seed, top1=top1 + 0.5 * seed)
+    page = write_report([tmp_path], tmp_path / "out", latency=False).html.read_text()
+    assert "The 3 differences cannot be tested" in page
+    assert "corrected for the" not in page
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from omegaconf import OmegaConf
 
-from rld_lightning.reporting import Summary, find_runs, find_unfinished, read_run
+from rld_lightning.reporting import Summary, find_all, find_runs, read_run
 
 SUMMARY = Summary(
     model="resnet8", loss="RLD", dataset="cifar100", validated_on="test split", epochs=3, seed=1, top1=50.0,
@@ -42,7 +42,7 @@ def test_finds_finished_and_unfinished_runs_each_once(tmp_path):
     runs = find_runs([tmp_path, tmp_path / "a"])
     assert [run.folder for run in runs] == [tmp_path / "a" / "1", tmp_path / "a" / "1" / "teacher"]
     assert runs[0].summary == SUMMARY
-    assert find_unfinished([tmp_path]) == [tmp_path / "a" / "2"]
+    assert find_all([tmp_path])[1] == [tmp_path / "a" / "2"]
 
 
 def test_knows_what_a_run_is(tmp_path):

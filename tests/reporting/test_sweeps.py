@@ -9,6 +9,7 @@ from run_factory import write_run, write_sweep
 from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.plots import heat_map_figure
 from rld_lightning.reporting.sweeps import heat_maps, importances, split_sweeps
+from rld_lightning.reporting.tables import sections
 
 
 @pytest.fixture
@@ -57,6 +58,19 @@ def test_a_trial_that_is_missing_leaves_a_hole(grid):
     assert np.isnan(warm.cells[1, 2])
     assert np.isnan(warm.cells).sum() == 1
     assert heat_map_figure(heat_maps(sweep), sweep, "name").panels[1].svg()
+
+
+def test_a_trial_whose_accuracy_is_not_a_number_counts_nowhere(grid):
+    write_run(
+        grid / "diverged", seed=2, top1=float("nan"), best=58.0, held_out=0.1, epochs=10,
+        settings={"loss.alpha": 2, "loss.beta": 8, "loss.temperature": 4},
+    )  # fmt: skip
+    (sweep,), others = split_sweeps(find_runs([grid]))
+    best = sweep.trials.iloc[0]
+    assert (best["mean"], best["n"]) == (pytest.approx(58.05), 2)
+    found, left_out = sections(others)
+    assert found == []
+    assert [(run.folder.name, why) for run, why in left_out] == [("diverged", "its accuracy is not a number")]
 
 
 @pytest.mark.parametrize("settings", [["recipe.optimizer.lr"], ["recipe.optimizer.lr", "loss.weight"]])

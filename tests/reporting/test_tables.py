@@ -1,12 +1,14 @@
 """Rows of results tables: what is pooled, what is kept apart, and what they are called."""
 
 import math
+import os
 
 import pytest
 from run_factory import write_comparison, write_run
 
 from rld_lightning.reporting import find_runs
-from rld_lightning.reporting.labels import describe, distinguishing
+from rld_lightning.reporting.chapters import Sources, make_chapter
+from rld_lightning.reporting.labels import describe, distinguishing, short_value
 from rld_lightning.reporting.tables import BEST, compare, sections
 
 
@@ -29,7 +31,8 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path):
     assert row.std() == pytest.approx(math.sqrt(7 / 3))  # (16 + 1 + 25) / 9 over n - 1 = 2
     assert (row.mean(BEST), row.std(BEST)) == pytest.approx((187 / 3, math.sqrt(7 / 3)))
     assert section.title == "resnet20 → resnet8"
-    assert section.teacher_top1 == 68.0
+    assert row.spread() == "61.33 ± 1.53"
+    assert section.teacher_top1 == {"teachers/teacher.safetensors": pytest.approx(68.0)}
 
 
 def test_one_run_has_no_deviation(tmp_path):
@@ -77,11 +80,81 @@ def test_gains_are_over_the_baselines_with_the_same_recipe(tmp_path):
     assert section.gain(section.rows[0], "ce") is None
 
 
+def test_the_baseline_is_the_plain_one_with_the_most_seeds_in_common(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"kd{seed}", "kd", seed=seed, top1=59.0 + seed, best=62.0)
+        write_run(tmp_path / f"rld{seed}", seed=seed, top1=61.0 + seed)
+    write_run(tmp_path / "odd", "kd", seed=7, top1=80.0, settings={"loss.temperature": 9.0})
+    for seed in (0, 1, 2):
+        settings = {"loss.logit_standardization": True}
+        write_run(tmp_path / f"ls{seed}", "kd", seed=seed, top1=90.0, settings=settings)
+    (section,), _ = read(tmp_path)
+    (row,) = [row for row in section.rows if row.method == "rld"]
+    assert section.baseline(row, "kd").seeds == [0, 1, 2]
+    assert (section.gain(row, "kd").n, section.gain(row, "kd").mean) == (3, pytest.approx(2.0))
+
+
+def test_the_strongest_baseline_is_that_of_the_metric(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", "kd", seed=seed, top1=60.0, best=61.0, settings={"loss.weight": 0.1})
+        write_run(tmp_path / f"b{seed}", "kd", seed=seed, top1=59.0, best=63.0, settings={"loss.weight": 0.5})
+        write_run(tmp_path / f"rld{seed}", seed=seed, top1=64.0, best=64.0)
+    (section,), _ = read(tmp_path)
+    (row,) = [row for row in section.rows if row.method == "rld"]
+    assert section.gain(row, "kd").mean == pytest.approx(4.0)
+    assert section.gain(row, "kd", BEST).mean == pytest.approx(1.0)
+
+
+def test_cells_tell_which_baseline_and_how_many_seeds(tmp_path):
+    for seed in (0, 1):
+        for weight in (0.1, 0.5):
+            write_run(tmp_path / f"{weight}{seed}", "kd", seed=seed, settings={"loss.weight": weight}, top1=50 + weight)
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"ce{seed}", "ce", seed=seed, top1=45.0)
+        write_run(tmp_path / f"rld{seed}", seed=seed, top1=60.0)
+    (section,), _ = read(tmp_path)
+    (line,) = [line for line in make_chapter(section, "pair", Sources()).lines if line.name == "rld"]
+    assert line.over_kd.note == "n = 2, to kd (weight=0.5)"
+    assert line.over_ce.note == ""
+
+
+def test_each_teacher_has_its_own_accuracy(tmp_path):
+    for name, top1 in (("a", 60.0), ("b", 70.0)):
+        weights = str(tmp_path / name / "student.safetensors")
+        for seed in (0, 1):
+            write_run(tmp_path / f"rld-{name}{seed}", seed=seed, teacher_top1=top1, weights=weights)
+    (section,), _ = read(tmp_path)
+    assert sorted(section.teacher_top1.values()) == [60.0, 70.0]
+    lines = [line for line in make_chapter(section, "pair", Sources()).lines if line.role == "teacher"]
+    assert [line.last for line in lines] == [(60.0, None), (70.0, None)]
+
+
+def test_a_run_of_the_teachers_network_is_not_the_teacher_by_that(tmp_path):
+    # The student of one pair is the network of the other's teacher, whose weights are from somewhere else.
+    write_run(tmp_path / "first", "ce", teacher="resnet56", student="resnet20", top1=69.0)
+    write_run(tmp_path / "first-rld", teacher="resnet56", student="resnet20", top1=71.0)
+    write_run(tmp_path / "second", teacher="resnet20", student="resnet8")
+    write_run(tmp_path / "stray", "ce", teacher=None, student="resnet56", top1=72.0)
+    found, _ = read(tmp_path)
+    assert [(section.title, section.teachers) for section in found] == [
+        ("resnet20 → resnet8", ()),
+        ("resnet56 → resnet20", ()),
+        ("resnet56", ()),
+    ]
+
+
+def test_a_teacher_that_its_run_has_trained_and_stored(tmp_path):
+    write_run(tmp_path / "run", weights="/somewhere/teachers/cifar100/resnet20.safetensors")
+    write_run(tmp_path / "run" / "teacher", "ce", teacher=None, student="resnet20", top1=66.0)
+    (section,), _ = read(tmp_path)
+    assert [row.mean() for row in section.teachers] == [66.0]
+
+
 def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
     write_run(tmp_path / "pair", "ce", seed=0)
     write_run(tmp_path / "single", "ce", seed=1, teacher=None)
     write_run(tmp_path / "teacher", "ce", teacher=None, student="resnet20", top1=68.5)
-    write_run(tmp_path / "rld")
+    write_run(tmp_path / "rld", weights=str(tmp_path / "teacher" / "student.safetensors"))
     (section,), _ = read(tmp_path)
     assert [(row.method, row.n) for row in section.rows] == [("ce", 2), ("rld", 1)]
     assert [(row.student, row.mean()) for row in section.teachers] == [("resnet20", 68.5)]
@@ -106,6 +179,20 @@ def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
         (True, "the test split", 1),
         (False, "5,000 held-out training images (stratified)", 2),  # one split, whatever its seed
     ]
+
+
+def test_of_repetitions_the_one_that_finished_last_counts(tmp_path):
+    for name, top1, time in (("a-new", 61.0, 2000), ("z-old", 60.0, 1000)):
+        os.utime(write_run(tmp_path / name, seed=0, top1=top1) / "summary.json", (time, time))
+    (section,), left_out = read(tmp_path)
+    assert section.rows[0].values() == {0: 61.0}
+    assert [run.folder.name for run, _ in left_out] == ["z-old"]
+
+
+def test_rld_with_few_seeds_is_compared_with_ce_and_kd_alone(tmp_path):
+    write_comparison(tmp_path, {"kd": 59.0, "rld": 61.0, "at": 58.0}, seeds=2)
+    (section,), _ = read(tmp_path)
+    assert {(c.first.method, c.second.method) for c in compare(section)} == {("rld", "kd"), ("at", "kd")}
 
 
 def test_what_does_not_count_is_named(tmp_path):
@@ -165,3 +252,11 @@ def test_labels_say_as_little_as_will_do():
         "model.teacher.weights": "/a/b/runs/teacher/best.safetensors",
     }
     assert describe(values, values) == ("alpha=2, scheduler=OneCycleLR, teacher weights=runs/teacher/best.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.0, "2"), (1 / 3, "0.3333"), ("4.0", "4"), (16384, "16384"), ("1e-05", "1e-05"), ("True", "True"), ("-", "-")],
+)
+def test_numbers_in_short(value, text):
+    assert short_value(value) == text

@@ -1,34 +1,27 @@
 """RLD's parts switched on one by one, beside the paper's numbers."""
 
 import textwrap
+from collections import defaultdict
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from rld_lightning.reporting.figures.refine import rld_of, usual_rld
 from rld_lightning.reporting.paper import Published, published_numbers
 from rld_lightning.reporting.significance import PairedDifference
 from rld_lightning.reporting.style import PALE, styled
 from rld_lightning.reporting.tables import BEST, LAST, Row, Section
 
-# Options of the loss group: SCD, and MCD's mask.
+# Options of the loss group: whether SCD is on, and MCD's mask.
 PARTS = {
-    "ce": ("", ""),
-    "rld_scd": ("yes", ""),
-    "rld_mcd_g": ("", "M_g"),
-    "rld_mcd": ("", "M_ge"),
-    "rld_g": ("yes", "M_g"),
-    "rld": ("yes", "M_ge"),
+    "ce": (False, ""),
+    "rld_scd": (True, ""),
+    "rld_mcd_g": (False, "M_g"),
+    "rld_mcd": (False, "M_ge"),
+    "rld_g": (True, "M_g"),
+    "rld": (True, "M_ge"),
 }
-# What paper_tables.json calls them; of this pair alone the paper prints the ablation.
-PUBLISHED = {
-    "ce": "CE only",
-    "rld_scd": "CE+SCD",
-    "rld_mcd_g": "CE+MCD(M_g)",
-    "rld_mcd": "CE+MCD(M_ge)",
-    "rld_g": "CE+SCD+MCD(M_g)",
-    "rld": "CE+SCD+MCD(M_ge)",
-}
-PAPERS_PAIR = "resnet32x4 \u2192 resnet8x4"
+PAPERS_PAIR = "resnet32x4 \u2192 resnet8x4"  # of this one alone the paper prints the ablation
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class AblationRow:
         mask: MCD's, or empty without MCD.
         ours: our runs of it; None if there are none.
         over_ce: how far they are ahead of the student alone, over the seeds in common and with the same recipe.
-        paper: what the paper prints for its own pair; None if it was not found.
+        paper: what the paper prints for its own pair; None if it was not found, or does not belong to these settings.
     """
 
     name: str
@@ -55,18 +48,49 @@ class AblationRow:
 def ablation(section: Section | None) -> list[AblationRow]:
     """The rows of the table, those that were not run among them.
 
+    What a run switched on is read from its own settings, whichever option they were given to. The paper's number stands
+    beside the settings that the option itself has, once; in a row of its own if only others were run.
+
     Args:
         section: the pair; None gives the paper's numbers alone.
     """
     published = {number.method: number for number in published_numbers()}
+    ours = defaultdict(list)
+    for row in section.rows if section else ():
+        if row.method in PARTS:
+            ours[_parts(row)].append(row)
     rows = []
-    for method, (scd, mask) in PARTS.items():
-        paper = published.get(f"RLD ablation: {PUBLISHED[method]}")
-        found = [row for row in section.rows if row.method == method] if section else []
-        for row in found or [None]:
-            over_ce = section.gain(row, "ce") if row else None
-            rows.append(AblationRow(row.name if row else method, bool(scd), mask, row, over_ce, paper))
+    for option, (scd, mask) in PARTS.items():
+        terms = "+".join(["CE", *(["SCD"] if scd else []), *([f"MCD({mask})"] if mask else [])])
+        paper = published.get(f"RLD ablation: {'CE only' if terms == 'CE' else terms}")
+        found = sorted(ours[scd, mask], key=_as_published, reverse=True)
+        if not found or not _as_published(found[0]):
+            rows.append(AblationRow(option, scd, mask, None, None, paper))
+            paper = None
+        for row in found:
+            rows.append(AblationRow(row.name, scd, mask, row, section.gain(row, "ce"), paper))
+            paper = None
     return rows
+
+
+def _parts(row: Row) -> tuple[bool, str]:
+    loss = rld_of(row.runs[0])
+    if loss is None:
+        return False, ""
+    return loss.alpha > 0, f"M_{loss.mask}" if loss.beta > 0 else ""
+
+
+def _as_published(row: Row) -> bool:
+    """Whether what is on of RLD has the weights and temperatures of ``loss=rld``, and nothing else is added."""
+    loss, usual = rld_of(row.runs[0]), usual_rld(row.runs[0])
+    if loss is None:
+        return True
+    weights = [weight for weight in ((loss.alpha, usual.alpha), (loss.beta, usual.beta)) if weight[0] > 0]
+    rest = [
+        (one.temperature, one.confidence_temperature or one.temperature, one.logit_standardization, one.ce_weight)
+        for one in (loss, usual)
+    ]
+    return bool(weights) and all(own == its for own, its in weights) and rest[0] == rest[1]
 
 
 def ablation_cells(rows: list[AblationRow]) -> tuple[list[str], list[list[str]]]:
@@ -76,15 +100,10 @@ def ablation_cells(rows: list[AblationRow]) -> tuple[list[str], list[list[str]]]
     for row in rows:
         ours = ["-", "-", "-", "-"]
         if row.ours is not None:
-            ours = [_spread(row.ours, LAST), _spread(row.ours, BEST), str(row.ours.n), _ahead(row)]
+            ours = [row.ours.spread(LAST), row.ours.spread(BEST), str(row.ours.n), _ahead(row)]
         paper = f"{row.paper.value:.2f}" if row.paper else "-"
         cells.append([row.name, "\u2713" if row.scd else "", row.mask, *ours, paper])
     return heading, cells
-
-
-def _spread(row: Row, metric: str) -> str:
-    std = row.std(metric)
-    return f"{row.mean(metric):.2f}" + ("" if std is None else f" \u00b1 {std:.2f}")
 
 
 def _ahead(row: AblationRow) -> str:

@@ -129,14 +129,15 @@ def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None
         location="bottom",
         aspect=50,
         extend="max",
-        label="|student - teacher|, logits",
+        label="|student \u2212 teacher|, logits",
     )
     if len(maps) == 2:
         first, second = maps
         change = second.cells - first.cells
         end = float(change.abs().nanquantile(0.995)) or 1.0
         shown = _show(panels[2], change, first.class_names, cmap=DIVERGING, vmin=-end, vmax=end)
-        panels[2].set_title(f"{second.name} - {first.name}\nmean {float(change.nanmean()):+.3f}")
+        mean = f"{float(change.nanmean()):+.3f}".replace("-", "\u2212")
+        panels[2].set_title(f"{second.name} \u2212 {first.name}\nmean {mean}")
         figure.colorbar(
             shown, ax=panels[2], location="bottom", aspect=25, extend="both", label="orange: the second is further away"
         )

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.reporting.figures.logits import RunLogits
 from rld_lightning.reporting.figures.refine import Refinement
 from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, STUDENT, TEACHER, TRUE_CLASS, styled
@@ -52,7 +53,9 @@ def shown_classes(sample: Refinement) -> list[int]:
 
 
 @styled
-def draw_refinement(sample: Refinement, class_names: Sequence[str], title: str, image: Tensor | None = None) -> Figure:
+def draw_refinement(
+    sample: Refinement, class_names: Sequence[str], loss: RLDLoss, title: str = "", image: Tensor | None = None
+) -> Figure:
     """Draws one sample as RLD sees it.
 
     Panels: logits of both networks; their probabilities, which plain distillation compares; SCD's two outcomes; MCD's
@@ -61,13 +64,15 @@ def draw_refinement(sample: Refinement, class_names: Sequence[str], title: str, 
     Args:
         sample: see :func:`~rld_lightning.reporting.figures.refine.refine`.
         class_names: the C names.
-        title: heading.
+        loss: says what is switched off.
+        title: heading; empty for none.
         image: ``(H, W, 3)`` in [0, 1], if there is one.
     """
     rows = shown_classes(sample)
     rest = len(class_names) - len(rows)
     figure = Figure(figsize=(11.5, 1.6 + 0.24 * max(len(rows) + bool(rest), 9)), layout="constrained")
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     widths = {"picture": 1.3, "logits": 3, "probs": 3, "confidence": 1.9, "correlation": 3}
     if image is None:
         del widths["picture"]
@@ -82,8 +87,9 @@ def draw_refinement(sample: Refinement, class_names: Sequence[str], title: str, 
     _pairs(panels["probs"], sample.teacher_probs, sample.student_probs, rows)
     panels["probs"].set_title("KD compares all classes")
     _pairs(correlation, sample.teacher_correlation, sample.student_correlation, rows)
-    correlation.set_title("RLD, MCD: what is left")
+    correlation.set_title("RLD, MCD: what is left" if loss.beta else "MCD: switched off")
     _confidence(panels["confidence"], sample)
+    panels["confidence"].set_title("RLD, SCD: how sure" if loss.alpha else "SCD: switched off")
     for axes in (panels["probs"], correlation):
         axes.set(xlabel="probability", xlim=(0, None))
     for axes in (logits, panels["probs"], correlation):
@@ -133,7 +139,7 @@ def _confidence(axes: Axes, sample: Refinement) -> None:
     sides = ((-0.18, sample.teacher_confidence, TEACHER), (0.18, sample.student_confidence, STUDENT))
     for shift, sure, colour in sides:
         bars = axes.bar([shift, 1 + shift], [sure, 1 - sure], 0.34, color=colour)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        axes.bar_label(bars, fmt="%.3f", fontsize=6.5, padding=1)  # of many classes both may be small
     favourite = "true class" if sample.teacher_is_right else "favourite /\ntrue class"
     axes.set_xticks([0, 1], [favourite, "all others"])
-    axes.set(title="RLD, SCD: how sure", ylim=(0, 1.1), ylabel="probability")
+    axes.set(ylim=(0, 1.1), ylabel="probability")

@@ -1,106 +1,102 @@
 """RLD on one sample as a page: the picture, three sentences and the numbers, in one HTML file without outside parts."""
 
-import base64
 import io
+import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 
-from matplotlib.figure import Figure
+import jinja2
+import matplotlib
+from torch import Tensor
 
 from rld_lightning.losses.rld import RLDLoss
+from rld_lightning.reporting.figures.explain import draw_refinement
 from rld_lightning.reporting.figures.refine import Refinement
-from rld_lightning.reporting.style import styled
+from rld_lightning.reporting.plots import INK, page_colour
+from rld_lightning.reporting.style import DARK_GREY, PALE, styled
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-  body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1.5rem;
-         max-width: 72rem; }
-  h1 { font-size: 1.4rem; margin: 0 0 .3rem; }
-  .origin { color: #5a5a5a; margin: 0 0 1.2rem; overflow-wrap: anywhere; }
-  .figure { overflow-x: auto; }
-  img { width: 100%; min-width: 46rem; height: auto; display: block; }
-  ol { max-width: 46rem; padding-left: 1.2rem; }
-  li { margin: .6rem 0; }
-  table { border-collapse: collapse; font-size: .92rem; }
-  td { padding: .25rem .8rem .25rem 0; border-top: 1px solid #ddd; vertical-align: top; }
-  td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-</style>
-<h1>$title</h1>
-<p class="origin">$origin</p>
-<div class="figure"><img alt="$alternative" src="data:image/svg+xml;base64,$svg"></div>
-<ol>
-$sentences
-</ol>
-<table>
-$numbers
-</table>
-</html>
-""")
+# Where the picture has its text and lines in the page's ink, light and dark mode choose the colour.
+_IN_INK = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+_PAGE_COLOURS = {INK: page_colour(INK), PALE: "var(--masked)", DARK_GREY: "var(--soft)"}
 
 
 def explain_in_words(sample: Refinement, class_names: Sequence[str], loss: RLDLoss) -> list[str]:
     """Three sentences: what plain distillation would pass on of a sample, what SCD does, and what MCD does."""
-
-    def quoted(index: int) -> str:
-        return f"\u201c{class_names[index].replace('_', ' ')}\u201d"
-
-    def percent(probability: float) -> str:
-        return f"{100 * probability:.1f}\u00a0%"
-
-    true, favourite = quoted(sample.label), quoted(sample.favourite)
-    probs = [percent(float(sample.teacher_probs[index])) for index in (sample.label, sample.favourite)]
+    names = [f"\u201c{name.replace('_', ' ')}\u201d" for name in class_names]
+    true, favourite = names[sample.label], names[sample.favourite]
+    probs = [_percent(float(sample.teacher_probs[index])) for index in (sample.label, sample.favourite)]
     if sample.teacher_is_right:
-        teacher = f"The teacher is right about this image and gives {true} {probs[0]}"
+        teacher = (
+            f"The teacher is right about this image and gives {true} {probs[0]} at temperature {loss.temperature:g}"
+        )
     else:
         teacher = (
-            f"The teacher takes this {true} for {favourite}: it gives {favourite} {probs[1]} and the true class "
-            f"{probs[0]} (place {sample.rank} of {len(class_names)})"
+            f"The teacher takes this {true} for {favourite}: at temperature {loss.temperature:g} it gives {favourite} "
+            f"{probs[1]} and the true class {probs[0]} (place {sample.rank} of {len(names)})"
         )
     kd = f"{teacher}, and plain distillation would pass exactly that on."
     direction = "raise" if sample.teacher_confidence > sample.student_confidence else "lower"
     scd = (
-        f"SCD passes on only how sure the teacher is of its favourite, {percent(sample.teacher_confidence)}, whichever "
-        f"class that is: the student is to {direction} its probability of {true}, now "
-        f"{percent(sample.student_confidence)}, to that."
+        f"SCD passes on only how sure the teacher is of its favourite, {_percent(sample.teacher_confidence)}, "
+        f"whichever class that is: the student is to {direction} its probability of {true}, now "
+        f"{_percent(sample.student_confidence)}, to that."
     )
-    left = int((~sample.masked).sum())
-    above = [quoted(index) for index in sample.masked.nonzero().flatten().tolist() if index != sample.label]
-    named = ", ".join(above) if len(above) <= 3 else f"{len(above)} others"
-    own = [] if loss.mask == "g" else ["the true class"]
-    what = " and ".join(own + ([f"{named}, which the teacher put above it"] if above else [])) or "nothing"
-    if left > 1:
+    return [
+        kd,
+        scd if loss.alpha else "SCD is switched off (alpha = 0): how sure the teacher is does not count.",
+        _masking(sample, names) if loss.beta else "MCD is switched off (beta = 0): the other classes do not count.",
+    ]
+
+
+def _masking(sample: Refinement, names: Sequence[str]) -> str:
+    left = len(names) - int(sample.masked.sum())
+    masked = [index for index in sample.masked.nonzero().flatten().tolist() if index != sample.label]
+    if len(masked) > 3:
+        above = f"{len(masked)} others"
+    else:
+        *first, last = [names[index] for index in masked] or [""]
+        above = f"{', '.join(first)} and {last}" if first else last
+    level = any(sample.teacher_logits[index] == sample.teacher_logits[sample.label] for index in masked)
+    if sample.masked[sample.label]:
+        joined = " as well as " if " and " in above else " and "
+        what = "the true class" + (f"{joined}{above}, which the teacher put above it" if masked else "")
+    else:
+        what = f"{above}, which the teacher put above the true class" if masked else "nothing"
+    if level:
+        what += " or level with it"
+    if left == len(names):
+        rest = f"the student is to copy the teacher's proportions among all {left} classes"
+    elif left > 1:
         rest = f"the student is to copy the teacher's proportions among the other {left} alone"
     else:
         rest = "there is nothing left to compare, so that it adds nothing"
-    return [kd, scd, f"MCD masks {what}: {rest}."]
+    return f"MCD masks {what}: {rest}."
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.1f}\u00a0%"
 
 
 def numbers_of(sample: Refinement, loss: RLDLoss) -> dict[str, str]:
-    """What stands behind the sentences: probabilities and this sample's losses in nats."""
-    terms, cold = sample.terms, loss.confidence_temperature or loss.temperature
+    """What stands behind the sentences: probabilities and this sample's losses, weights and T\u00b2 included."""
+    terms, warm, cold = sample.terms, loss.temperature, loss.confidence_temperature or loss.temperature
     return {
         f"Teacher's probability of its favourite (temperature {cold:g})": f"{sample.teacher_confidence:.4f}",
         f"Student's probability of the true class (temperature {cold:g})": f"{sample.student_confidence:.4f}",
         "Classes masked": f"{int(sample.masked.sum())} of {len(sample.masked)}",
         "Cross-entropy, nats": f"{terms['ce']:.4f}",
-        f"SCD, with its weight alpha = {loss.alpha:g}, nats": f"{terms['scd']:.4f}",
-        f"MCD, with its weight beta = {loss.beta:g} (temperature {loss.temperature:g}), nats": f"{terms['mcd']:.4f}",
-        f"For comparison, plain KD with weight 1 (temperature {loss.temperature:g}), nats": f"{terms['kd']:.4f}",
+        f"SCD, nats \u00d7 T\u00b2 ({cold**2:g}) \u00d7 alpha ({loss.alpha:g})": f"{terms['scd']:.4f}",
+        f"MCD, nats \u00d7 T\u00b2 ({warm**2:g}) \u00d7 beta ({loss.beta:g})": f"{terms['mcd']:.4f}",
+        f"For comparison, plain KD, nats \u00d7 T\u00b2 ({warm**2:g})": f"{terms['kd']:.4f}",
     }
 
 
 def write_page(
     path: Path,
-    figure: Figure,
     sample: Refinement,
     class_names: Sequence[str],
     loss: RLDLoss,
+    image: Tensor | None = None,
     *,
     title: str,
     origin: str,
@@ -109,27 +105,29 @@ def write_page(
 
     Args:
         path: the HTML file.
-        figure: the picture of the sample.
-        sample: what is on it.
+        sample: what it is about.
         class_names: the C names.
         loss: holds the hyper-parameters.
+        image: ``(H, W, 3)`` in [0, 1], if there is one.
         title: heading.
         origin: a line about where the sample comes from.
 
     Returns:
         the page's path.
     """
-    sentences = explain_in_words(sample, class_names, loss)
-    rows = (
-        f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in numbers_of(sample, loss).items()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rld_lightning.reporting.figures", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    page = PAGE.substitute(
-        title=escape(title),
-        origin=escape(origin),
-        alternative=escape(" ".join(sentences), quote=True),
-        svg=base64.b64encode(_svg(figure)).decode(),
-        sentences="\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences),
-        numbers="\n".join(rows),
+    page = environment.get_template("explain.html.j2").render(
+        title=title,
+        origin=origin,
+        sentences=explain_in_words(sample, class_names, loss),
+        svg=_svg(sample, class_names, loss, image),
+        numbers=numbers_of(sample, loss),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -137,7 +135,14 @@ def write_page(
 
 
 @styled
-def _svg(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+def _svg(sample: Refinement, class_names: Sequence[str], loss: RLDLoss, image: Tensor | None) -> str:
+    """The picture without its heading, in colours that the page chooses."""
+    file = io.StringIO()
+    with matplotlib.rc_context(_IN_INK):
+        figure = draw_refinement(sample, class_names, loss, image=image)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for colour, name in _PAGE_COLOURS.items():
+        text = text.replace(colour.lower(), name)
+    return text

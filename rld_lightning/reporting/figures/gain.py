@@ -4,16 +4,15 @@ In the RLD paper the gain over DKD grows as the teacher's training accuracy fall
 there is to refine.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import mean
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.runs import Run
-from rld_lightning.reporting.style import BLACK, PALETTE, styled
-from rld_lightning.reporting.tables import BEST, LAST, Row, sections
+from rld_lightning.reporting.style import BLACK, GREY, PALETTE, styled
+from rld_lightning.reporting.tables import BEST, LAST, sections
 
 TEACHER_TOP1 = "train/teacher_top1"
 REFERENCES = ("ce", "kd", "dkd")
@@ -21,7 +20,7 @@ REFERENCES = ("ce", "kd", "dkd")
 
 def gains(
     runs: Sequence[Run], method: str = "rld", references: Sequence[str] = REFERENCES, *, best: bool = False
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, list[str]]:
     """One line a pair and reference: how much the method is ahead, seed by seed.
 
     Only runs with the same recipe are compared, and only seeds that both were run with.
@@ -33,94 +32,106 @@ def gains(
         best: compare best epochs, not last ones.
 
     Returns:
-        ``pair``, ``reference``, ``teacher_top1`` (on augmented training images, mean of the epochs), ``gain`` (percent
-        points), ``std`` of the differences (n - 1; NaN of one), ``n``.
+        the lines: ``pair``, ``reference``, ``teacher_top1`` (on augmented training images, mean of the epochs),
+        ``gain`` (mean over the seeds in common, percent points), ``low`` and ``high`` (ends of its 95 % confidence
+        interval; NaN where it cannot be told), ``n``; and what was left out, a sentence each.
 
     Raises:
         ValueError: there is nothing to compare.
     """
-    lines = []
-    found, _ = sections(runs)
+    lines, left_out = [], []
     metric = BEST if best else LAST
-    for section in found:
+    for section in sections(runs)[0]:
         for row in section.rows:
             if row.method != method or row.teacher is None:
                 continue
-            for reference in references:
-                base = section.baseline(row, reference)
-                ahead = _differences(row, base, metric) if base else []
-                if ahead:
-                    lines.append(
-                        {
-                            "pair": f"{section.title}, {section.dataset}" + (f" ({row.label})" if row.label else ""),
-                            "reference": reference,
-                            "teacher_top1": _teacher_top1(row),
-                            "gain": mean(ahead),
-                            "std": stdev(ahead) if len(ahead) > 1 else float("nan"),
-                            "n": len(ahead),
-                        }
-                    )
+            found = {reference: section.gain(row, reference, metric) for reference in references}
+            found = {reference: gain for reference, gain in found.items() if gain and gain.n}
+            if found and (unknown := [run for run in row.runs if TEACHER_TOP1 not in run.metrics]):
+                left_out.append(
+                    f"{section.title}, {row.name}: {unknown[0].folder}/metrics.csv has no {TEACHER_TOP1}; train it "
+                    "with callbacks.teacher on."
+                )
+                continue
+            lines += [
+                {
+                    "pair": f"{section.title}, {section.dataset}" + (f" ({row.label})" if row.label else ""),
+                    "reference": reference,
+                    "teacher_top1": mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row.runs),
+                    "gain": gain.mean,
+                    "low": gain.low,
+                    "high": gain.high,
+                    "n": gain.n,
+                }
+                for reference, gain in found.items()
+            ]
+    if not lines and left_out:
+        raise ValueError(f"no pair can be drawn. {left_out[0]}")
     if not lines:
         raise ValueError(
             f"no pair has finished runs of loss={method} and of {' or '.join(references)} with the same recipe and "
             "seed; run both, or choose others with --method and --over."
         )
-    return pd.DataFrame(sorted(lines, key=lambda line: list(references).index(line["reference"])))
-
-
-def _differences(row: Row, base: Row, metric: str) -> list[float]:
-    ours, theirs = row.values(metric), base.values(metric)
-    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-
-
-def _teacher_top1(row: Row) -> float:
-    for run in row.runs:
-        if TEACHER_TOP1 not in run.metrics:
-            raise ValueError(f"{run.folder}/metrics.csv has no {TEACHER_TOP1}; train it with callbacks.teacher on.")
-    return mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row.runs)
+    lines.sort(key=lambda line: list(references).index(line["reference"]))
+    return pd.DataFrame(lines).astype({"low": float, "high": float}), left_out
 
 
 @styled
 def draw_gain(table: pd.DataFrame, method: str) -> Figure:
-    """Draws :func:`gains`, a point with its deviation for each pair and reference."""
-    pairs = list(table.sort_values("teacher_top1")["pair"].drop_duplicates())
+    """Draws :func:`gains`, a point with its confidence interval for each pair and reference.
+
+    Points of teachers that are as good as the same stand beside each other.
+    """
+    table = table.sort_values(["teacher_top1", "pair"], kind="stable", ignore_index=True)
+    table["x"] = _beside_each_other(table["teacher_top1"])
+    pairs = list(table["pair"].drop_duplicates())
     figure = Figure(figsize=(6.4, 4.4 + 0.17 * len(pairs)), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color=BLACK, linewidth=0.8)
-    spread = table["teacher_top1"].max() - table["teacher_top1"].min()
-    step = 0.012 * (spread or 1.0)
-    references = list(table["reference"].unique())
-    for place, reference in enumerate(references):
-        points = table[table["reference"] == reference]
+    moved = bool((table["x"] != table["teacher_top1"]).any())
+    for true_place in table["teacher_top1"].unique() if moved else ():
+        axes.axvline(true_place, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    for place, (reference, points) in enumerate(table.groupby("reference", sort=False)):
         counts = ", ".join(map(str, sorted(set(points["n"]))))
         axes.errorbar(
-            points["teacher_top1"] + step * (place - (len(references) - 1) / 2),  # beside each other, to be told apart
+            points["x"],
             points["gain"],
-            yerr=points["std"],
+            yerr=(points["high"] - points["gain"]) if points["high"].notna().any() else None,
             fmt="os^Dv"[place % 5],
             capsize=3,
             color=PALETTE[place % len(PALETTE)],
             label=f"over {reference} (n = {counts})",
         )
-    axes.margins(x=0.12)
-    if not spread:
-        axes.set_xlim(table["teacher_top1"].iloc[0] - 1, table["teacher_top1"].iloc[0] + 1)
-    axes.margins(y=0.2)
-    numbers = defaultdict(list)  # of pairs whose teachers are as good as the same, over the highest of their points
     for number, pair in enumerate(pairs, 1):
-        numbers[round((table.loc[table["pair"] == pair, "teacher_top1"].iloc[0]) / (4 * step))].append(number)
-    for together in numbers.values():
-        points = table[table["pair"].isin([pairs[number - 1] for number in together])]
-        where = (points["teacher_top1"].mean(), (points["gain"] + points["std"].fillna(0)).max())
-        told = ", ".join(map(str, together))
-        axes.annotate(told, where, (0, 6), textcoords="offset points", ha="center", fontweight="bold")
+        points = table[table["pair"] == pair]
+        where = (points["x"].mean(), points["high"].fillna(points["gain"]).max())
+        box = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # over the dotted line
+        axes.annotate(str(number), where, (0, 7), textcoords="offset points", ha="center", fontweight="bold", bbox=box)
+    axes.margins(x=0.12, y=0.2)
+    if table["teacher_top1"].nunique() == 1:
+        axes.set_xlim(table["teacher_top1"].iloc[0] - 1, table["teacher_top1"].iloc[0] + 1)
     axes.set(
         xlabel="teacher's top-1 on the augmented training images, %",
         ylabel=f"gain of {method}, percent points of top-1",
         title=f"What {method} gains, by its teacher's training accuracy",
     )
-    axes.grid()
+    axes.grid(axis="y")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
-    key = "\n".join(f"{number}  {pair}" for number, pair in enumerate(pairs, 1))
-    figure.supxlabel(f"{key}\nBars: standard deviation over seeds.", fontsize=8, x=0.02, ha="left")
+    notes = [f"{number}  {pair}" for number, pair in enumerate(pairs, 1)]
+    if table["low"].notna().any():
+        notes.append("Bars: 95 % confidence interval of the mean over seeds, from three seeds on.")
+    if moved:
+        notes.append("Points of one teacher are set beside each other; dotted lines: its accuracy.")
+    figure.supxlabel("\n".join(notes), fontsize=8, x=0.02, ha="left")
     return figure
+
+
+def _beside_each_other(places: pd.Series) -> pd.Series:
+    """Moves ascending places that are as good as the same apart, each group about its own place."""
+    width = (places.max() - places.min()) or 2.0
+    gaps = places.diff()
+    group = (gaps > 0.03 * width).cumsum()
+    sizes = places.groupby(group).transform("size")
+    between = gaps[gaps > 0.03 * width].min()  # NaN of a single group
+    step = min(0.018 * width, 0.7 * (width if pd.isna(between) else between) / sizes.max())
+    return places + step * (places.groupby(group).cumcount() - (sizes - 1) / 2)

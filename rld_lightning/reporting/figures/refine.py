@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import Tensor
 
+from rld_lightning.config import class_name
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.losses.kd import kd_loss
 from rld_lightning.losses.numerics import margin, masked_log_softmax, standardize
 from rld_lightning.losses.rld import RLDLoss, dropped_classes, rld_loss
+from rld_lightning.reporting.runs import Run
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Refinement:
         student_confidence: SCD's probability of the true class, which the student is to raise or lower to the former.
         teacher_correlation: ``(C,)`` MCD's distribution over the classes that are left; 0 at the others.
         student_correlation: the same of the student.
-        terms: ``ce`` and the weighted ``scd`` and ``mcd`` of this sample, and ``kd`` of weight 1 to compare, in nats.
+        terms: ``ce`` and the weighted ``scd`` and ``mcd`` of this sample, and ``kd`` of weight 1 to compare, in nats
+            and with T^2, as the losses have it.
     """
 
     label: int
@@ -106,3 +110,17 @@ def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLD
         student_correlation=correlation[1],
         terms={name: float(term) for name, term in terms.items()},
     )
+
+
+def rld_of(run: Run) -> RLDLoss | None:
+    """The RLD that a run was distilled with, alone or among other losses; None where there was none."""
+    settings = run.config["loss"]
+    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        if class_name(part.get("_target_", "")) == "RLDLoss":
+            return instantiate(part)
+    return None
+
+
+def usual_rld(run: Run) -> RLDLoss:
+    """What ``loss=rld`` is on a run's pair: the defaults, but for what the pair's option of the model group tunes."""
+    return RLDLoss(**((run.config["model"].get("tuned") or {}).get("rld") or {}))

@@ -1,5 +1,6 @@
 """How accuracy depends on the hyper-parameters that a sweep has varied: one panel each."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -7,13 +8,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.labels import short_key
+from rld_lightning.reporting.labels import describe, short_key
 from rld_lightning.reporting.runs import Run
 from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, RED, styled
 from rld_lightning.reporting.sweeps import FinishedSweep
 from rld_lightning.reporting.tables import sections
 
-MOST_LINES = len(PALETTE)
+MOST_LINES = 4  # with more, all are grey but the best
 MOST_TICKS = 10
 
 
@@ -58,8 +59,8 @@ def _numeric(sweep: FinishedSweep) -> list[str]:
 def draw_sensitivity(sweep: FinishedSweep) -> Figure:
     """Draws accuracy over each swept number, with a line for each setting of the others, means and deviations.
 
-    With more settings than colours they are grey but the best one's. The last epoch counts, on whatever the sweep was
-    measured on.
+    With more than :data:`MOST_LINES` settings they are grey but the best one's. The last epoch counts, on whatever the
+    sweep was measured on.
     """
     keys = _numeric(sweep)
     trials = sweep.trials
@@ -85,8 +86,8 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
         axes.errorbar(
             line[key],
             line["mean"],
-            yerr=None if plain else line["std"],
-            marker="os^DvPX"[0 if many else place % 7],
+            yerr=None if plain or line["std"].isna().all() else line["std"],
+            marker="o" if many else "os^D"[place],
             capsize=3,
             color=GREY if plain else RED if many else PALETTE[place],
             alpha=0.45 if plain else 1.0,
@@ -95,7 +96,7 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
             label="_" if plain or not others else f"best: {name}" if many else name,
         )
     values = sorted({value for line in lines.values() for value in line[key]})
-    if min(values) > 0 and max(values) / min(values) >= 8:
+    if min(values) > 0 and (max(values) / min(values) >= 8 or all(math.frexp(value)[0] == 0.5 for value in values)):
         axes.set_xscale("log", base=2)
     if len(values) <= MOST_TICKS:
         axes.set_xticks(values, [f"{value:g}" for value in values])
@@ -103,12 +104,8 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
     axes.set(xlabel=short_key(key))
     axes.grid()
     if others:
-        axes.legend(labelcolor=DARK_GREY)
+        axes.legend(labelcolor=DARK_GREY, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if many else 2)
 
 
 def _setting(keys: list[str], values: tuple | object) -> str:
-    values = values if isinstance(values, tuple) else (values,)
-    return ", ".join(
-        f"{short_key(key)}={value:.4g}" if isinstance(value, int | float) else f"{short_key(key)}={value}"
-        for key, value in zip(keys, values, strict=True)
-    )
+    return describe(dict(zip(keys, values if isinstance(values, tuple) else (values,), strict=True)), keys)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rld_lightning.losses.rc import correct_logits
-from rld_lightning.losses.revision import RevisionLoss, revise
+from rld_lightning.losses.revision import revise
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.losses.swap import swap_logits
 from rld_lightning.reporting.figures.refine import refine
@@ -19,29 +19,26 @@ CLASSES = ("lion", "forest", "tiger", "leopard", "grass", "truck")
 TEACHER = (3.0, 4.0, 2.6, 1.8, 1.2, -1.0)
 STUDENT = (2.0, 2.2, 1.4, 0.6, 1.6, 0.0)
 LION, FOREST, TIGER, LEOPARD = 0, 1, 2, 3
+TEMPERATURE = 1.0
+ETA = 0.8  # label revision's, its default
 
 
-def toy_targets(temperature: float = 1.0, eta: float = 0.8) -> dict[str, list[float]]:
-    """What each method makes of the toy logits, as probabilities.
-
-    Args:
-        temperature: softmax temperature of all methods but label revision, which has none.
-        eta: label revision's.
+def toy_targets() -> dict[str, list[float]]:
+    """What each method makes of the toy logits, as probabilities at temperature 1.
 
     Returns:
         a distribution over :data:`CLASSES` for ``teacher``, ``student``, ``swap``, ``revision``, ``rc`` (a correction
         of the student's own prediction, not of the teacher's) and ``mcd`` (0 where masked); ``scd`` and ``scd_student``
         are over two outcomes, the teacher's favourite or the true class, and all others.
     """
-    RevisionLoss(eta=eta)  # which says what is allowed
     teacher, student, true = torch.tensor([TEACHER]), torch.tensor([STUDENT]), torch.tensor([LION])
-    rld = refine(student[0], teacher[0], LION, RLDLoss(temperature=temperature))
+    rld = refine(student[0], teacher[0], LION, RLDLoss(temperature=TEMPERATURE))
     targets = {
         "teacher": rld.teacher_probs,
         "student": rld.student_probs,
-        "swap": F.softmax(swap_logits(teacher, true) / temperature, -1)[0],
-        "revision": revise(F.softmax(teacher, -1), true, eta)[0],
-        "rc": F.softmax(correct_logits(student, true) / temperature, -1)[0],
+        "swap": F.softmax(swap_logits(teacher, true) / TEMPERATURE, -1)[0],
+        "revision": revise(F.softmax(teacher, -1), true, ETA)[0],
+        "rc": F.softmax(correct_logits(student, true) / TEMPERATURE, -1)[0],
         "mcd": rld.teacher_correlation,
     }
     b, q = rld.teacher_confidence, rld.student_confidence
@@ -49,14 +46,9 @@ def toy_targets(temperature: float = 1.0, eta: float = 0.8) -> dict[str, list[fl
 
 
 @styled
-def draw_toy(temperature: float = 1.0, eta: float = 0.8) -> Figure:
-    """Draws :func:`toy_targets` as bars, one panel a method; outlines are what the method started from.
-
-    Args:
-        temperature: see :func:`toy_targets`.
-        eta: see :func:`toy_targets`.
-    """
-    targets = toy_targets(temperature, eta)
+def draw_toy() -> Figure:
+    """Draws :func:`toy_targets` as bars, one panel a method; outlines are what the method started from."""
+    targets = toy_targets()
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     figure.suptitle("An image of a lion that the teacher takes for a forest: what the student is told")
     *corrections, confidence, correlation = figure.subplots(2, 3, sharey=True).flat

@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 
-from rld_lightning.config import class_name
 from rld_lightning.console import console, print_line
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.reporting.figures import toy
@@ -16,25 +14,23 @@ from rld_lightning.reporting.figures.explain import draw_refinement, telling_sam
 from rld_lightning.reporting.figures.explain_page import write_page
 from rld_lightning.reporting.figures.gain import REFERENCES, draw_gain, gains
 from rld_lightning.reporting.figures.logits import LogitReader
-from rld_lightning.reporting.figures.refine import refine
+from rld_lightning.reporting.figures.refine import refine, rld_of, usual_rld
 from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept
 from rld_lightning.reporting.runs import Run, read_run
 from rld_lightning.reporting.style import save_figure
 from rld_lightning.reporting.tables import Section, sections
 
 
-def write_toy(out: Path, *, temperature: float = 1.0, eta: float = 0.8) -> list[Path]:
+def write_toy(out: Path) -> list[Path]:
     """What methods that correct the teacher make of one wrong prediction, and what RLD passes on.
 
     Args:
         out: folder for the files.
-        temperature: softmax temperature.
-        eta: label revision's.
 
     Returns:
         the files.
     """
-    return save_figure(toy.draw_toy(temperature, eta), out, "toy")
+    return save_figure(toy.draw_toy(), out, "toy")
 
 
 def write_explanation(
@@ -57,13 +53,14 @@ def write_explanation(
     if run is None:
         if index is not None:
             raise ValueError("--index is of a validation image of a run; add --run FOLDER.")
-        loss, names, image = RLDLoss(temperature=1.0), list(toy.CLASSES), None
+        loss, names, image = RLDLoss(temperature=toy.TEMPERATURE), list(toy.CLASSES), None
         sample = refine(torch.tensor(toy.STUDENT), torch.tensor(toy.TEACHER), toy.LION, loss)
         title = "RLD on one sample: an image of a lion that the teacher takes for a forest"
         origin = "The logits are made up; --run FOLDER takes those of a finished run."
     else:
         reader, finished = reader or LogitReader(), read_run(run)
-        loss, logits = _rld_of(finished), reader.read(finished)
+        own, logits = rld_of(finished), reader.read(finished)
+        loss = own or usual_rld(finished)
         if index is None:
             place, why = telling_sample(logits)
         else:
@@ -78,14 +75,17 @@ def write_explanation(
         image, summary = reader.image(finished, number), finished.summary
         true = names[sample.label].replace("_", " ")
         title = f"RLD on validation image {number} of {summary.dataset}: \u201c{true}\u201d"
+        if own is None:
+            title = f"What RLD would pass on of validation image {number} of {summary.dataset}: \u201c{true}\u201d"
         origin = (
             f"{summary.model} distilled from {summary.teacher} with loss={finished.method}, {summary.epochs} epochs, "
             f"seed {summary.seed}, validated on {summary.validated_on}; {why}. {finished.folder}"
         )
-    figure = draw_refinement(sample, names, title, image)
-    files = save_figure(figure, out, "explain")
-    figure.suptitle("")  # the page has it as its heading
-    return [*files, write_page(out / "explain.html", figure, sample, names, loss, title=title, origin=origin)]
+        if own is None:
+            origin = f"These networks were trained without RLD: shown is what loss=rld would pass on. {origin}"
+    files = save_figure(draw_refinement(sample, names, loss, title, image), out, "explain")
+    page = write_page(out / "explain.html", sample, names, loss, image, title=title, origin=origin)
+    return [*files, page]
 
 
 def write_differences(
@@ -142,7 +142,9 @@ def write_gain(
     Returns:
         the files, the numbers as CSV among them.
     """
-    table = gains(runs, method, over, best=best)
+    table, left_out = gains(runs, method, over, best=best)
+    for reason in left_out:
+        print_line("left out", f"gain: {reason}")
     files = save_figure(draw_gain(table, method), out, "gain")
     table.to_csv(out / "gain.csv", index=False, float_format="%.4f")
     return [*files, out / "gain.csv"]
@@ -241,12 +243,3 @@ def _choose(runs: Sequence[Run], pair: str | None) -> Section:
     if len(data) > 1:
         raise ValueError(f"{told} was trained on {' and '.join(sorted(data))}; give the folders of one of them.")
     return candidates[0]  # the test split's, where it was measured on that and on held-out images
-
-
-def _rld_of(run: Run) -> RLDLoss:
-    """The run's own RLD, or one with the defaults where it was distilled with something else."""
-    settings = run.config["loss"]
-    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-        if class_name(part.get("_target_", "")) == "RLDLoss":
-            return instantiate(part)
-    return RLDLoss()

@@ -13,6 +13,7 @@ from rld_lightning.reporting.figures.differences import (
 )
 from rld_lightning.reporting.figures.explain import telling_sample
 from rld_lightning.reporting.figures.logits import LogitReader, RunLogits
+from rld_lightning.reporting.figures.refine import rld_of, usual_rld
 from rld_lightning.reporting.figures.write import write_differences, write_explanation
 from rld_lightning.reporting.tables import sections
 
@@ -87,9 +88,27 @@ def test_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
     split = data._val or data._test
     torch.testing.assert_close(image, split.images[7].float() / 255, atol=1e-5, rtol=0)
     page = write_explanation(tmp_path, run=run.folder, index=7, reader=reader)[-1].read_text()
-    assert "validation image 7 of digits" in page
+    assert "RLD on validation image 7 of digits" in page
+    assert "without RLD" not in page
     with pytest.raises(ValueError, match="no validation image --index 9999; choose 0 to"):
         write_explanation(tmp_path, run=run.folder, index=9999, reader=reader)
+
+
+def test_says_that_a_run_was_distilled_with_something_else(make_run, save_networks, tmp_path):
+    run = make_run("kd")
+    save_networks(run)
+    page = write_explanation(tmp_path, run=run.folder, index=7)[-1].read_text()
+    assert "What RLD would pass on of validation image 7 of digits" in page
+    assert "These networks were trained without RLD: shown is what loss=rld would pass on." in page
+
+
+def test_the_usual_rld_of_a_run_is_what_its_pair_tunes(make_run):
+    run = make_run("kd")
+    assert rld_of(run) is None
+    assert (usual_rld(run).beta, usual_rld(run).temperature) == (8, 4)
+    run.config["model"]["tuned"] = {"lr": 0.1, "rld": {"beta": 0.5, "temperature": 1.0}}
+    assert (usual_rld(run).beta, usual_rld(run).temperature) == (0.5, 1)
+    assert rld_of(make_run("rld", loss={"alpha": 3.0})).alpha == 3
 
 
 def test_the_sample_to_explain_is_one_where_the_methods_differ():

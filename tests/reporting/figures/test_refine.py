@@ -1,5 +1,7 @@
 """RLD taken apart for one sample, the toy example and the page: what is drawn is what the losses compute."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from rld_lightning.losses import RLDLoss, rld_loss, swap_loss
 from rld_lightning.losses.dkd import dkd_loss
 from rld_lightning.reporting.figures import toy
 from rld_lightning.reporting.figures.explain import MOST_CLASSES, draw_refinement, shown_classes
-from rld_lightning.reporting.figures.explain_page import explain_in_words, write_page
+from rld_lightning.reporting.figures.explain_page import explain_in_words, numbers_of, write_page
 from rld_lightning.reporting.figures.refine import refine
 from rld_lightning.reporting.figures.write import write_explanation
 
@@ -60,17 +62,17 @@ def test_a_true_class_that_is_last_leaves_nothing():
 
 
 def test_toy_targets_are_those_of_the_losses():
-    targets = toy.toy_targets(temperature=2.0)
+    targets = toy.toy_targets()
     student, teacher, label = (torch.tensor([values]) for values in (toy.STUDENT, toy.TEACHER, toy.LION))
     probs = {name: torch.tensor(values) for name, values in targets.items()}
     assert probs["teacher"].argmax() == toy.FOREST  # the example is about a mistake
-    swapped = swap_loss(student, teacher, label, temperature=2.0)["swap"]
-    assert 4 * kl(probs["swap"], probs["student"]) == pytest.approx(float(swapped), rel=1e-5)
-    terms = rld_loss(student, teacher, label, temperature=2.0, beta=1.0)
-    assert 4 * kl(probs["scd"], probs["scd_student"]) == pytest.approx(float(terms["scd"]), rel=1e-4)
+    swapped = swap_loss(student, teacher, label, temperature=1.0)["swap"]
+    assert kl(probs["swap"], probs["student"]) == pytest.approx(float(swapped), rel=1e-5)
+    terms = rld_loss(student, teacher, label, temperature=1.0, beta=1.0)
+    assert kl(probs["scd"], probs["scd_student"]) == pytest.approx(float(terms["scd"]), rel=1e-4)
     left = probs["mcd"] > 0
-    own = F.softmax(student[0][left] / 2, -1)
-    assert 4 * kl(probs["mcd"][left], own) == pytest.approx(float(terms["mcd"]), rel=1e-4)
+    own = F.softmax(student[0][left], -1)
+    assert kl(probs["mcd"][left], own) == pytest.approx(float(terms["mcd"]), rel=1e-4)
     assert probs["revision"].argmax() == toy.LION
     assert float(probs["revision"].max() - probs["revision"][toy.FOREST]) == pytest.approx(1 - 0.8)
     assert all(values.sum() == pytest.approx(1) for values in probs.values())
@@ -106,7 +108,7 @@ def widths(axes):
 @pytest.mark.parametrize("classes", [6, 100])
 def test_bars_of_a_sample_are_its_values(classes):
     own, student, teacher = sample(3, classes)
-    figure = draw_refinement(own, [f"class_{i}" for i in range(classes)], "title")
+    figure = draw_refinement(own, [f"class_{i}" for i in range(classes)], RLDLoss(), "title")
     logits, probs, confidence, correlation = figure.axes
     rows = shown_classes(own)
     assert len(rows) == min(classes, MOST_CLASSES)
@@ -125,12 +127,66 @@ def test_bars_of_a_sample_are_its_values(classes):
 def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):
     own, *_ = sample(3)
     names = ["<b>", "a&b", "c", 'd"', "e", "f"]
-    figure = draw_refinement(own, names, "t")
-    page = write_page(tmp_path / "x" / "page.html", figure, own, names, RLDLoss(), title="<t>", origin="o").read_text()
+    image = torch.rand(4, 4, 3)
+    page = write_page(tmp_path / "x" / "page.html", own, names, RLDLoss(), image, title="<t>", origin="o").read_text()
     assert "<b>" not in page
-    assert "http" not in page
+    assert "<t>" not in page
+    assert not re.search(r"(src|href)=.(?!#|data:)", page)
     assert page.count("<li>") == 3
     assert f"{own.terms['mcd']:.4f}" in page
+
+
+def test_the_page_chooses_the_colours_of_the_picture(tmp_path):
+    own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, RLDLoss())
+    page = write_page(tmp_path / "page.html", own, list("abcd"), RLDLoss(), title="t", origin="o").read_text()
+    assert "prefers-color-scheme: dark" in page
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    assert not re.search(r"#(1a1b1c|e8e8e8|5a5a5a|ffffff|000000)", svg)
+    assert "fill: currentColor" in svg
+    assert svg.count("fill: var(--masked)") == 6  # two classes on three panels
+
+
+def words(teacher, label, **options):
+    loss = RLDLoss(**options)
+    return explain_in_words(refine(torch.zeros(4), torch.tensor(teacher), label, loss), list("abcd"), loss)
+
+
+WRONG = [3.0, 1.0, 2.0, 0.0]
+COPY = "the student is to copy the teacher's proportions among"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "label", "options", "sentence"),
+    [
+        (WRONG, 2, {}, f"the true class and \u201ca\u201d, which the teacher put above it: {COPY} the other 2 alone."),
+        (WRONG, 2, {"mask": "g"}, f"masks \u201ca\u201d, which the teacher put above the true class: {COPY} the other"),
+        (WRONG, 1, {}, "the true class as well as \u201ca\u201d and \u201cc\u201d, which the teacher put above it: "),
+        (WRONG, 0, {}, f"masks the true class: {COPY} the other 3 alone."),
+        (WRONG, 0, {"mask": "g"}, f"masks nothing: {COPY} all 4 classes."),
+        ([2.0, 1.0, 2.0, 0.0], 2, {}, "which the teacher put above it or level with it: "),
+        (WRONG, 2, {"beta": 0.0}, "is switched off (beta = 0)"),
+    ],
+)
+def test_says_what_mcd_masks(teacher, label, options, sentence):
+    assert words(teacher, label, **options)[2].startswith("MCD ")
+    assert sentence in words(teacher, label, **options)[2]
+
+
+def test_says_what_is_switched_off():
+    _, scd, mcd = words([3.0, 1.0, 2.0, 0.0], 2, alpha=0.0)
+    assert scd.startswith("SCD is switched off (alpha = 0)")
+    assert mcd.startswith("MCD masks")
+    own, *_ = sample(3)
+    titles = [axes.get_title() for axes in draw_refinement(own, list("abcdef"), RLDLoss(alpha=0.0)).axes]
+    assert titles[2:] == ["SCD: switched off", "RLD, MCD: what is left"]
+
+
+def test_numbers_say_what_multiplies_them():
+    loss = RLDLoss(alpha=2.0, beta=3.0, temperature=4.0, confidence_temperature=1.5)
+    own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, loss)
+    numbers = numbers_of(own, loss)
+    assert numbers["SCD, nats \u00d7 T\u00b2 (2.25) \u00d7 alpha (2)"] == f"{own.terms['scd']:.4f}"
+    assert numbers["MCD, nats \u00d7 T\u00b2 (16) \u00d7 beta (3)"] == f"{own.terms['mcd']:.4f}"
 
 
 def test_without_runs_a_page_explains_the_toy_example(tmp_path):

@@ -4,12 +4,16 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.figures.ablation import ablation, ablation_cells, ablation_markdown, draw_ablation
 from rld_lightning.reporting.figures.gain import draw_gain, gains
 from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept
+from rld_lightning.reporting.figures.write import write_gain
 from rld_lightning.reporting.tables import sections
 
 REPOSITORY = Path(__file__).parents[3]
@@ -23,16 +27,63 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
     make_run("dkd", seed=1, top1=62.5)
     make_run("kd", seed=0, top1=1.0, epochs=99)  # another recipe: not to be compared
     make_run("rld", teacher="resnet20", seed=0, top1=58.0, teacher_train=(80.0,))
-    table = gains(find_runs([tmp_path / "runs"])).sort_values(["teacher_top1", "reference"]).reset_index(drop=True)
+    table, left_out = gains(find_runs([tmp_path / "runs"]))
+    assert not left_out
+    table = table.sort_values(["teacher_top1", "reference"]).reset_index(drop=True)
     assert table["reference"].tolist() == ["ce", "ce", "dkd"]
     assert table["teacher_top1"].tolist() == [80, 91, 91]
     assert table["gain"].tolist() == [3, 6, 0.5]
     assert table["n"].tolist() == [1, 2, 1]
-    assert table["std"][1] == pytest.approx(2**0.5)
+    assert table["low"].isna().all()  # of fewer than three seeds
     figure = draw_gain(table, "rld")
     drawn = [container.lines[0].get_xydata()[:, 1].tolist() for container in figure.axes[0].containers]
     assert drawn == [[3, 6], [0.5]]
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["1", "2"]
+
+
+def test_the_bars_are_confidence_intervals(make_run, tmp_path):
+    for seed, ahead in enumerate((1.0, 2.0, 6.0)):
+        make_run("rld", seed=seed, top1=50.0 + ahead)
+        make_run("ce", seed=seed, top1=50.0)
+    table, _ = gains(find_runs([tmp_path / "runs"]))
+    half = stats.t.ppf(0.975, 2) * 7**0.5 / 3**0.5
+    assert table[["gain", "low", "high", "n"]].iloc[0].tolist() == pytest.approx([3, 3 - half, 3 + half, 3])
+    figure = draw_gain(table, "rld")
+    (bar,) = figure.axes[0].containers[0].lines[2][0].get_segments()
+    assert bar[:, 1].tolist() == pytest.approx([3 - half, 3 + half])
+    assert "95 % confidence interval" in figure.get_supxlabel()
+
+
+def test_a_pair_whose_teacher_was_not_watched_is_left_out(make_run, tmp_path, capsys):
+    make_run("ce", top1=50.0)
+    make_run("rld", top1=53.0)
+    unwatched = make_run("rld", teacher="resnet20")
+    frame = pd.read_csv(unwatched.folder / "metrics.csv").drop(columns="train/teacher_top1")
+    frame.to_csv(unwatched.folder / "metrics.csv")
+    write_gain(tmp_path / "out", find_runs([tmp_path / "runs"]))
+    assert pd.read_csv(tmp_path / "out" / "gain.csv")["pair"].tolist() == ["resnet14 \u2192 resnet8, digits"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "left out gain: resnet20 \u2192 resnet8, rld: " in told
+    assert "has no train/teacher_top1; train it with callbacks.teacher on." in told
+    with pytest.raises(ValueError, match=r"no pair can be drawn. resnet20 . resnet8, rld: .* no train/teacher_top1"):
+        gains(
+            [run for run in find_runs([tmp_path / "runs"]) if run.pair == "resnet20_to_resnet8" or run.method == "ce"]
+        )
+
+
+def test_points_of_one_teacher_stand_beside_each_other(make_run, tmp_path):
+    for alpha in (1.0, 2.0, 3.0):
+        make_run("rld", top1=50 + alpha, loss={"alpha": alpha})
+    make_run("ce", top1=50.0)
+    make_run("kd", top1=50.5)
+    figure = draw_gain(gains(find_runs([tmp_path / "runs"]))[0], "rld")
+    drawn = [container.lines[0].get_xydata() for container in figure.axes[0].containers]
+    places = sorted(float(x) for points in drawn for x, _ in points)
+    assert len(places) == len(set(places)) == 6
+    assert np.mean(places) == pytest.approx(91)
+    assert sorted(float(y) for points in drawn for _, y in points) == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2", "3"]
+    assert "set beside each other" in figure.get_supxlabel()
 
 
 def test_nothing_to_compare_is_said(make_run, tmp_path):
@@ -61,9 +112,14 @@ def test_sensitivity_draws_means_and_deviations(make_run, tmp_path):
 
 
 def test_many_settings_are_grey_but_the_best(make_run, tmp_path):
-    sweep(make_run, (1.0, 2.0), range(1, 10), (0,))
-    alpha, beta = draw_sensitivity(swept(find_runs([tmp_path / "runs"]))).axes
-    assert len(alpha.containers) == 9
+    sweep(make_run, (1.0, 2.0), range(1, 6), (0,))
+    figure = draw_sensitivity(swept(find_runs([tmp_path / "runs"])))
+    alpha, beta = figure.axes
+    assert len(alpha.containers) == 5
+    figure.canvas.draw()
+    for axes in figure.axes:  # the legend covers no curve
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+    assert (alpha.get_xscale(), beta.get_xscale()) == ("log", "linear")
     assert [text.get_text() for text in alpha.get_legend().get_texts()] == ["best: beta=1"]
     assert len(beta.get_legend().get_texts()) == 2
 
@@ -104,6 +160,25 @@ def test_ablation_has_our_runs_and_the_papers_numbers_apart(make_run, tmp_path):
     assert [line for line in range(1, 7) if drawn[line, 7].get_text().get_fontweight() == "bold"] == [6]
 
 
+def test_ablation_reads_the_parts_from_the_settings(make_run, tmp_path):
+    for top1, loss in ((60.0, {"alpha": 1.0}), (61.0, {"alpha": 4.0}), (62.0, {"beta": 1.0}), (63.0, {"mask": "g"}),
+                       (64.0, {"alpha": 0.0, "mask": "g"}), (65.0, {"beta": 0.0, "temperature": 2.0})):  # fmt: skip
+        make_run("rld", top1=top1, loss={"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "mask": "ge"} | loss)
+    rows = ablation(sections(find_runs([tmp_path / "runs"]))[0][0])
+    table = [(row.scd, row.mask, row.ours and row.ours.mean(), row.paper and row.paper.value) for row in rows]
+    assert table == [
+        (False, "", None, 72.5),
+        (True, "", None, 73.55),  # of T = 4, as ours is not
+        (True, "", 65.0, None),
+        (False, "M_g", 64.0, 75.5),
+        (False, "M_ge", None, 75.64),
+        (True, "M_g", 63.0, 75.53),
+        (True, "M_ge", 60.0, 76.64),
+        (True, "M_ge", 62.0, None),
+        (True, "M_ge", 61.0, None),
+    ]
+
+
 @pytest.fixture
 def figures(monkeypatch, capsys):
     """Runs ``scripts/figures.py`` in this process: exit code and what it prints."""
@@ -138,8 +213,6 @@ def test_the_script_leaves_files_and_says_what_is_missing(make_run, tmp_path, fi
         (["gain", "nowhere"], "nowhere is not a folder"),
         (["explain", "--index", "1"], "add --run FOLDER"),
         (["explain", "--run", "nowhere"], "nowhere is not the folder of a finished run"),
-        (["toy", "--temperature", "0"], "temperature=0.0 is not allowed"),
-        (["toy", "--eta", "3"], "eta=3.0 is not allowed"),
         (["scatter"], "invalid choice"),
     ],
 )
