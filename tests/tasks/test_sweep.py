@@ -272,6 +272,19 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     assert resumed == [str(folder / "last.ckpt")]
 
 
+def test_a_teachers_file_may_be_written_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair = ["data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "loss=kd"]
+    written = [
+        compose(*pair, f"model.teacher.weights={weights}", f"paths.run={tmp_path / 'trial'}", resolve=False)
+        for weights in ("t.safetensors", tmp_path / "t.safetensors", "fit", "other.safetensors")
+    ]
+    finish(written[0])
+    assert [run_trial(cfg).top1 for cfg in written[:3]] == [60.0] * 3
+    with pytest.raises(UserError, match=r"model\.teacher\.weights"):
+        run_trial(written[3])
+
+
 def test_two_processes_do_not_train_in_one_folder(cfg):
     with held(Path(cfg.paths.run)), pytest.raises(UserError, match="is being trained in by another process"):
         run_trial(cfg)
