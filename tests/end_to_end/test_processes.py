@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -97,14 +98,43 @@ def test_only_what_trains_is_wrapped_and_never_the_teacher(jobs):
         assert rank["buffers_in_ddp"] == 0
 
 
-def test_two_nodes_under_torchrun_leave_one_folder_and_the_result_of_one_command(tmp_path):
+@pytest.fixture
+def machines():
+    """Two network namespaces with a cable between them: how a command runs in each, its address, and its device."""
+    names = [f"rld{os.getpid()}{end}" for end in "ab"]
+    first, second = names
+    commands = [f"netns add {name}" for name in names]
+    commands.append(f"link add {first} netns {first} type veth peer name {second} netns {second}")
+    for i, name in enumerate(names, 1):
+        commands += [f"-n {name} addr add 10.77.0.{i}/24 dev {name}", f"-n {name} link set {name} up"]
+        commands.append(f"-n {name} link set lo up")
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+        yield [(["ip", "netns", "exec", name], f"10.77.0.{i}", name) for i, name in enumerate(names, 1)]
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for name in names:
+            with suppress(FileNotFoundError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize("place", ["loopback", "namespaces"])
+def test_two_nodes_under_torchrun_leave_one_folder_and_the_result_of_one_command(tmp_path, place, request):
+    nodes = [([], "127.0.0.1", "lo")] * 2 if place == "loopback" else request.getfixturevalue("machines")
     fit("recipe.epochs=2", f"hydra.run.dir={tmp_path / 'here'}", folder=tmp_path)
     agents = []
-    for _ in range(2):
-        options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29617")
-        command = [sys.executable, "-m", "torch.distributed.run", *options, "--local-addr=127.0.0.1", FIT, *JOB]
+    for i, (prefix, address, device) in enumerate(nodes):
+        options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0][1]}:29617"]
+        options += [f"--local-addr={address}", *([f"--rdzv-conf=is_host={1 - i}"] if prefix else [])]
+        command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, FIT, *JOB]
         agents.append(
-            subprocess.Popen([*command, "recipe.epochs=2", "paths.runs=nodes"], cwd=tmp_path, env=environment())
+            subprocess.Popen(
+                [*command, "recipe.epochs=2", "paths.runs=nodes"],
+                cwd=tmp_path,
+                env=environment() | {"GLOO_SOCKET_IFNAME": device},
+            )
         )
     assert [agent.wait(400) for agent in agents] == [0, 0]
     (summary,) = (tmp_path / "nodes").rglob("summary.json")
