@@ -327,6 +327,7 @@ def test_a_typo_in_a_key_is_an_error_with_near_matches():
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_typo_in_a_group_lists_the_options():
     result = fit_help("data=cifar10", "--cfg", "job")
     assert result.returncode == 1

@@ -88,6 +88,7 @@ def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
     assert checkpoint["hyper_parameters"] == {"num_classes": 10, "student": "wrn_16_1", "dataset": "digits"}
 
 
+@pytest.mark.slow
 def test_eval_of_export_and_checkpoint_equals_a_plain_loop(finished):
     folder, _ = finished
     data = DigitsDataModule()
@@ -120,6 +121,7 @@ def test_eval_of_export_and_checkpoint_equals_a_plain_loop(finished):
         assert "Classes" in output
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_student_bit_for_bit(finished):
     folder, _ = finished
     target = folder / "again"

@@ -96,6 +96,7 @@ def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatc
     assert processes_to_start(trainer) == 1
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkeypatch):
     script = "from rld_lightning.config import unique_name; print(unique_name(), unique_name())"
     start = subprocess.Popen
