@@ -16,7 +16,7 @@ from rld_lightning.reporting.chapters import Chapter, Sources, cost_figures, mak
 from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.reporting.paper import EPOCHS
 from rld_lightning.reporting.plots import FigureOfPanels, page_colour
-from rld_lightning.reporting.runs import Run, find_all
+from rld_lightning.reporting.runs import ERROR, Run, find_all
 from rld_lightning.reporting.sweeps import FinishedSweep, split_sweeps
 from rld_lightning.reporting.tables import BEST, LAST, compare, runs_table, sections
 
@@ -127,7 +127,7 @@ def _nothing_finished(folders: Sequence[Path], unfinished: Sequence[Path]) -> st
 
 
 def _reason(folder: Path) -> str:
-    error = folder / "error.txt"
+    error = folder / ERROR
     if error.exists():
         return " ".join(error.read_text(errors="replace").split())[:400] or "failed, and says nothing"
     return "running or interrupted"

@@ -15,6 +15,7 @@ import yaml
 from rld_lightning.config import flat, loss_name
 
 SUMMARY = "summary.json"
+ERROR = "error.txt"  # of a trial that failed
 # What does not decide what is trained: places, watching, and how the work is shared out.
 _NOT_SETTINGS = (
     *("method", "paths", "logger", "callbacks", "print_config", "resume", "data.root"),
@@ -198,7 +199,7 @@ def _below(folders: Sequence[Path]) -> Iterator[Path]:
             raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
         for path, inner, files in os.walk(top):
             inner[:] = [name for name in inner if not name.startswith(".")]
-            if "config.yaml" in files or "error.txt" in files:  # a trial may fail before it has written its settings
+            if "config.yaml" in files or ERROR in files:  # a trial may fail before it has written its settings
                 found.add(Path(path))
     return iter(sorted(found))
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.callbacks import SameConfiguration
-from rld_lightning.config import class_name, loss_name, started_by
+from rld_lightning.config import class_name, loss_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
@@ -57,12 +56,11 @@ def fit(cfg: DictConfig) -> Summary:
         processes = processes_to_start(cfg.trainer)
         if processes > 1:
             _check_start(cfg, run)  # one sentence is better early than from all ranks
-    if processes > 1:
-        with held(run):
+    with held(run):
+        if processes > 1:
             run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
-        return read_summary(run)
-    # Where processes were started here, the one that has started them holds the folder and says how to continue.
-    with held(run) if started_by() is None else nullcontext():
+            return read_summary(run)
+        # Where processes were started here, the one that has started them says how to continue.
         summary, _ = _fit(cfg, resume_hint=not started_here())
     return summary
 

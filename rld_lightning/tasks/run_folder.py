@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from rld_lightning.config import started_by
 from rld_lightning.console import print_files, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, user_errors
@@ -119,11 +120,14 @@ def join_metrics(run: Path, resume: str | None) -> None:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keeps a run's folder to this process and those that it starts.
+    """Keeps a run's folder to this process and those that it starts; does nothing in one of a group.
 
     Raises:
         UserError: another process trains in it.
     """
+    if started_by() is not None:
+        yield
+        return
     lock = FileLock(run / ".lock")
     try:
         with user_errors():

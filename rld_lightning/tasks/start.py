@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rld_lightning.errors import UserError
+from rld_lightning.reporting.runs import SUMMARY
 from rld_lightning.tasks.launch import sigterm_ends
 
 FIT = Path(__file__).resolve().parents[2] / "scripts" / "fit.py"
@@ -63,6 +64,6 @@ def train_teacher(overrides: Sequence[str], name: str, seed: int, folder: Path) 
     if status == 130:
         sys.exit(status)
     weights = folder / "student.safetensors"
-    if status or not (folder / "summary.json").exists():
+    if status or not (folder / SUMMARY).exists():
         raise UserError(f"the teacher {name} could not be trained in {folder}.")
     return weights

@@ -19,14 +19,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.cli import exit_on_user_error
 from rld_lightning.config import loss_name
 from rld_lightning.console import print_error, print_line, print_table
-from rld_lightning.errors import UserError, user_errors
+from rld_lightning.errors import UserError
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.reporting.labels import mean_and_std, short_value
-from rld_lightning.reporting.runs import SUMMARY, Run, decides, find_runs
+from rld_lightning.reporting.runs import ERROR, SUMMARY, Run, decides, find_runs
 from rld_lightning.tasks.start import train_teacher
-from rld_lightning.tasks.trial import ERROR
 
 HELD_OUT = "data.val_fraction"
 INTERRUPTED = "interrupted"  # a trial of Optuna's that was tried again as another one
@@ -94,11 +94,8 @@ class Sweep(Callback):
 def _ends_the_sweep(config: DictConfig) -> Iterator[None]:
     """What a callback raises ends the sweep; Hydra would make a warning of it and go on without what it does."""
     try:
-        with user_errors():
+        with exit_on_user_error():
             yield
-    except UserError as error:
-        print_error(str(error))
-        sys.exit(2)
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             traceback.print_exc()

@@ -8,12 +8,10 @@ from omegaconf import DictConfig
 from rld_lightning.config import started_by
 from rld_lightning.console import print_line
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.reporting.runs import SUMMARY, Summary, read_summary
+from rld_lightning.reporting.runs import ERROR, SUMMARY, Summary, read_summary
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
 from rld_lightning.tasks.run_folder import held, refuse_other_settings
-
-ERROR = "error.txt"
 
 
 def run_trial(cfg: DictConfig) -> Summary:
@@ -31,8 +29,6 @@ def run_trial(cfg: DictConfig) -> Summary:
     run = Path(cfg.paths.run)
     cfg.print_config = False
     _name_in_wandb(cfg, run)
-    if started_by() is not None:  # one of the processes that SLURM has started for this trial
-        return _run(cfg, run)
     with held(run):
         return _run(cfg, run)
 
@@ -49,7 +45,7 @@ def _run(cfg: DictConfig, run: Path) -> Summary:
             processes = processes_to_start(cfg.trainer)
         if started_by() is None:
             run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
-        else:
+        else:  # one of the processes that SLURM has started for this trial
             fit(cfg)
         return read_summary(run)
     except UserError as error:

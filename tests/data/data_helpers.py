@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
 
 from rld_lightning.data import Batch
 
@@ -40,3 +42,15 @@ def epoch_of(loader, epoch=0):
     """List the batches of an epoch."""
     loader.sampler.set_epoch(epoch)
     return list(loader)
+
+
+def write_jpegs(root, counts, *, size, ending):
+    """Three classes a split, of colour, grey and CMYK images in turn."""
+    generator = np.random.default_rng(0)
+    for split, count in counts.items():
+        for name in "abc":
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                noise = Image.fromarray(generator.integers(256, size=(5, 4, 3), dtype=np.uint8))
+                mode = ("RGB", "L", "CMYK")[number % 3]
+                noise.resize(size).convert(mode).save(root / split / name / f"{number}{ending}")

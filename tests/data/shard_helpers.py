@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
-from data_helpers import ready
-from PIL import Image
+from data_helpers import ready, write_jpegs
 
 from rld_lightning.data import ImageFolderDataModule, ShardsDataModule
 from rld_lightning.data.shard_writer import pack
@@ -17,14 +15,7 @@ LOOK = {"image_size": 16, "resize": 18, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.
 
 
 def write_images(root):
-    generator = np.random.default_rng(0)
-    for split, count in COUNTS.items():
-        for name in "abc":
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                noise = Image.fromarray(generator.integers(256, size=(5, 4, 3), dtype=np.uint8))
-                mode = ("RGB", "L", "CMYK")[number % 3]
-                noise.resize((30, 24)).convert(mode).save(root / split / name / f"{number}.a b.JPEG")
+    write_jpegs(root, COUNTS, size=(30, 24), ending=".a b.JPEG")
 
 
 def folder_data(root, rank=0, world_size=1, **options):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data_helpers import epoch_of, merge, part, ready, same
+from data_helpers import epoch_of, merge, part, ready, same, write_jpegs
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
@@ -31,21 +31,10 @@ def spoil(path, how):
         path.write_bytes(content)
 
 
-def write(root, counts):
-    generator = np.random.default_rng(0)
-    for split, count in counts.items():
-        for name in "abc":
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                noise = Image.fromarray(generator.integers(256, size=(5, 4, 3), dtype=np.uint8))
-                mode = ("RGB", "L", "CMYK")[number % 3]
-                noise.resize((30, 40)).convert(mode).save(root / split / name / f"{number}.jpg")
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     root = tmp_path_factory.mktemp("good")
-    write(root, {"train": 6, "val": 4})
+    write_jpegs(root, {"train": 6, "val": 4}, size=(30, 40), ending=".jpg")
     return root
 
 
