@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 
-from rld_lightning.models.weights import read_metadata
 from rld_lightning.reporting import plots
 from rld_lightning.reporting.cost import Cost, network_cost, this_machine
 from rld_lightning.reporting.labels import mean_and_std, short_value
@@ -14,6 +13,7 @@ from rld_lightning.reporting.paper import (
     TEACHER,
     Published,
     is_published_method,
+    is_published_teacher,
     published_for_pair,
     published_top1,
     trained_as_published,
@@ -216,7 +216,7 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
     published = published_for_pair(section.dataset, section.teacher, section.student) if section.on_test else []
     lines = [_line(row, section, published, sources, role="teacher") for row in section.teachers]
     for weights, top1 in section.teacher_top1.items():
-        cell = _published(TEACHER, section, published, sources, comparable=_are_published(weights))
+        cell = _published(TEACHER, section, published, sources, comparable=is_published_teacher(published, top1))
         name = section.teacher + (f", {short_value(weights)}" if len(section.teacher_top1) > 1 else "")
         lines.append(Line("teacher", name, "-", "as measured in these runs", 0, (top1, None), None, None, None, cell))
     lines += [_line(row, section, published, sources) for row in section.rows]
@@ -267,12 +267,6 @@ def _published(
     return PublishedCell(first, marks, tuple(others), comparable and not first.other_recipe)
 
 
-def _are_published(weights: str) -> bool:
-    """Whether a teacher's weights are known to be those that the tables are about."""
-    file = Path(weights)
-    return weights == "pretrained" or (file.is_file() and read_metadata(file).get("source") == "published")
-
-
 def make_sweep_chapter(sweep: FinishedSweep, anchor: str, unfinished: Sequence[Path]) -> SweepChapter:
     """Tells of a sweep: the heat maps, or points where its values are no grid; and Optuna's importances.
 
@@ -302,7 +296,8 @@ def cost_figures(found: Sequence[Section], *, latency: bool) -> list[FigureOfPan
         by_data[section.dataset].append(section)
     for dataset, own in by_data.items():
         runs = [run for section in own for row in (*section.rows, *section.teachers) for run in row.runs]
-        names = dict.fromkeys(name for section in own for name in (section.teacher, section.student) if name)
+        exported = [row.exported for section in own for row in section.rows]
+        names = dict.fromkeys([*(section.teacher for section in own if section.teacher), *exported])
         costs = {name: network_cost(name, runs, latency=latency) for name in names}
         costs: dict[str, Cost] = {name: cost for name, cost in costs.items() if cost is not None}
         if costs:

@@ -11,7 +11,7 @@ import torch
 
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights import read_metadata
+from rld_lightning.models.weights import WeightsError, read_metadata
 from rld_lightning.reporting.runs import Run
 
 
@@ -72,7 +72,10 @@ def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:
     """Number of classes and shape of the images, from an exported student; else what the configuration says."""
     for run in runs:
         weights = run.folder / "student.safetensors"
-        facts = read_metadata(weights) if weights.exists() else {}
+        try:
+            facts = read_metadata(weights)
+        except (WeightsError, OSError):  # moved away, or left in part
+            continue
         if "num_classes" in facts and "image_shape" in facts:
             return int(facts["num_classes"]), tuple(json.loads(facts["image_shape"]))
     size = runs[0].config["data"].get("image_size", 32)

@@ -187,7 +187,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
     for section in sections:
         for row in section.rows:
             marker = "o" if section.teacher else "D"
-            points.append((row.student, row.mean(), colours.get(row.method, PALE_LINE), marker))
+            points.append((row.exported, row.mean(), colours.get(row.method, PALE_LINE), marker))
         points += [(section.teacher, value, INK, "s") for value in section.teacher_top1.values()]
     points = [point for point in dict.fromkeys(points) if point[0] in costs]
     by_size = sorted({point[0] for point in points}, key=lambda network: (costs[network].parameters, network))
@@ -309,7 +309,7 @@ def value_scatter(sweep: FinishedSweep, name: str) -> FigureOfPanels:
     trials = sweep.trials
 
     def draw(axes: Axes, key: str) -> None:
-        values = trials[key] if _numeric(trials[key]) else trials[key].astype(str)
+        values = trials[key] if _numeric(trials[key]) else trials[key].map(short_value)
         axes.plot(values, trials["mean"], "o", color=BLUE, alpha=0.6, mew=0)
         axes.plot(values.iloc[:1], trials["mean"].iloc[:1], "o", color=RED, markersize=9, mew=0)
         axes.set(xlabel=short_key(key), ylabel="top-1 (%)")
@@ -367,6 +367,6 @@ def _numeric(values: pd.Series) -> bool:
 def _in_units(value: float) -> str:
     """``1.2 M``."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
+        if value >= 0.9995 * size:  # or it would round to "1e+03 k"
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

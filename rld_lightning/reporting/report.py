@@ -237,6 +237,7 @@ def _render(template: str, context: dict, path: Path) -> Path:
         "short_key": short_key,
         "plain": short_value,
         "page_colour": page_colour,
+        "text": lambda text: text.replace("<", "&lt;"),
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     path.write_text(environment.get_template(template).render(**context, max_trials=MAX_TRIALS), encoding="utf-8")

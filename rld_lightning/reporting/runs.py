@@ -22,6 +22,8 @@ _NOT_SETTINGS = (
     *(f"trainer.{key}" for key in ("accelerator", "default_root_dir", "devices", "log_every_n_steps", "num_nodes")),
 )
 _SEEDS = ("seed", "data.seed")
+_FILES = ("model.teacher.weights", "model.student.weights")
+_NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,12 @@ class Run:
 
     @cached_property
     def overrides(self) -> list[str]:
-        """What stood on the command line behind ``scripts/fit.py``; empty where that is not known."""
+        """What stood on the command line behind ``scripts/fit.py``; empty where that is not known.
+
+        Paths below the current folder are relative to it, as one would write them.
+        """
         path = self.folder / ".hydra" / "overrides.yaml"
-        return _read_yaml(path) if path.exists() else []
+        return [line.replace(f"={Path.cwd()}/", "=") for line in _read_yaml(path)] if path.exists() else []
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -139,11 +144,14 @@ def decides(key: str) -> bool:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        key: re.sub(r"^(-?\d+)\.0$", r"\1", value)  # alpha=1 on a command line is the alpha: 1.0 of a file
-        for key, value in flat(config).items()
-        if decides(key)
-    }
+    return {key: _as_one_writes_it(key, value) for key, value in flat(config).items() if decides(key)}
+
+
+def _as_one_writes_it(key: str, value: str) -> str:
+    """The same text for the same value: ``alpha=1`` of a command line is ``alpha: 1.0`` of a file."""
+    if key in _FILES and value not in _NO_FILES:
+        return str(Path(value).absolute())
+    return re.sub(r"^(-?\d+)\.0$", r"\1", value)
 
 
 def read_run(folder: Path) -> Run:
@@ -199,6 +207,8 @@ def _below(folders: Sequence[Path]) -> Iterator[Path]:
             raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
         for path, inner, files in os.walk(top):
             inner[:] = [name for name in inner if not name.startswith(".")]
+            if "config.yaml" in files and "wandb" in inner:  # where W&B keeps a config.yaml of its own
+                inner.remove("wandb")
             if "config.yaml" in files or ERROR in files:  # a trial may fail before it has written its settings
                 found.add(Path(path))
     return iter(sorted(found))

@@ -217,5 +217,5 @@ def _number(value: str) -> float | int | str:
     try:
         number = float(value)
     except ValueError:
-        return short_value(value)
+        return value
     return int(number) if number.is_integer() else number

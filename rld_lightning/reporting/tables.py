@@ -55,6 +55,11 @@ class Row:
         return _network(self.runs[0], "student")
 
     @property
+    def exported(self) -> str:
+        """The network that came out; SimKD's ends in the teacher's classifier."""
+        return self.runs[0].summary.model
+
+    @property
     def teacher(self) -> str | None:
         """The network that it was distilled from; None of cross-entropy alone."""
         return _network(self.runs[0], "teacher") if self.runs[0].summary.teacher else None
@@ -141,7 +146,7 @@ class Section:
         measured = defaultdict(list)
         for run in (run for row in self.rows for run in row.runs):
             if run.summary.teacher_top1 is not None:
-                measured[_teacher_weights(run)].append(run.summary.teacher_top1)
+                measured[run.settings["model.teacher.weights"]].append(run.summary.teacher_top1)
         return {weights: mean(values) for weights, values in measured.items()}
 
     def baselines(self, row: Row, method: str) -> list[Row]:
@@ -299,41 +304,43 @@ def _finished(run: Run) -> tuple[int, Path]:
     return (run.folder / SUMMARY).stat().st_mtime_ns, run.folder
 
 
-def _teacher_weights(run: Run) -> str:
-    return str(run.config["model"]["teacher"].get("weights"))
-
-
 def _teacher_folders(run: Run) -> tuple[Path, Path]:
     """Where a run's teacher may have been trained: beside its weights, or by the run itself, which then stored it."""
-    return Path(_teacher_weights(run)).resolve().parent, run.folder.resolve() / "teacher"
+    return Path(run.settings["model.teacher.weights"]).resolve().parent, run.folder.resolve() / "teacher"
 
 
 def trained_with(runs: Sequence[Run]) -> list[dict[str, str]]:
     """The settings of each run that have an effect on what it trains, but the seed.
 
-    A setting that other runs on the data set do not know, because another version of this package wrote them, tells
-    nothing apart; unless it was asked for on the command line.
+    A setting that a run's peers do not know, because another version of this package wrote them, tells nothing apart;
+    unless it was asked for on the command line.
     """
     own = [_without(run.settings, _NO_EFFECT if run.summary.teacher else _WITHOUT_TEACHER) for run in runs]
-    peers: Counter[Hashable] = Counter()
-    knowing: Counter[Hashable] = Counter()
-    for run, settings in zip(runs, own, strict=True):
-        peers.update({_peers("loss.", run), _peers("model.teacher.", run), _peers("", run)})
-        knowing.update((key, _peers(key, run)) for key in settings)
+    peers = [{key: _peers(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)]
+    size = Counter(group for groups in peers for group in set(groups.values()))
+    knowing = Counter((key, group) for groups in peers for key, group in groups.items())
     return [
         {
             key: value
             for key, value in settings.items()
-            if knowing[key, _peers(key, run)] == peers[_peers(key, run)] or key in _asked_for(run)
+            if knowing[key, groups[key]] == size[groups[key]] or key in _asked_for(run)
         }
-        for run, settings in zip(runs, own, strict=True)
+        for run, settings, groups in zip(runs, own, peers, strict=True)
     ]
 
 
-def _peers(key: str, run: Run) -> Hashable:
-    """The runs that should know a key: of the same loss, with a teacher, or all on the data set."""
-    room = run.method if key.startswith("loss.") else run.summary.teacher and key.startswith("model.teacher.")
-    return run.summary.dataset, room or ""
+def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
+    """The runs that should know a key: of the same loss, with a teacher, with the same class, or on the data set."""
+    if key.startswith("loss."):
+        return run.summary.dataset, run.method
+    if key.startswith("model.teacher."):
+        return run.summary.dataset, "teacher"
+    rooms = key.split(".")[:-1]
+    for end in range(len(rooms), 0, -1):  # the milestones of one scheduler are nothing that another one has
+        target = ".".join((*rooms[:end], "_target_"))
+        if target in settings and target != key:
+            return run.summary.dataset, target, settings[target]
+    return run.summary.dataset, ""
 
 
 def _asked_for(run: Run) -> set[str]:

@@ -157,10 +157,8 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     there = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     here = OmegaConf.to_container(cfg, resolve=True)
     teachers = here["model"]["teacher"], there["model"]["teacher"]
-    if all(teachers):
-        files = [Path(teacher["weights"]).absolute() for teacher in teachers]
-        if files[0] == files[1] or teachers[0]["weights"] in ("auto", "fit", "published"):  # which file that was
-            teachers[0]["weights"] = teachers[1]["weights"]
+    if all(teachers) and teachers[0]["weights"] in ("auto", "fit", "published"):
+        teachers[0]["weights"] = teachers[1]["weights"]  # which file that was
     changed = {key: values for key, values in differences(there, here).items() if key not in may_differ}
     if changed:
         key, (before, now) = next(iter(changed.items()))

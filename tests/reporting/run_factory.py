@@ -36,6 +36,8 @@ def write_run(
     teacher_top1: float | None = 68.0,
     weights: str = "teachers/teacher.safetensors",
     settings: dict[str, object] | None = None,
+    model: str | None = None,
+    tuned: dict[str, dict[str, object]] | None = None,
     finished: bool = True,
     error: str | None = None,
 ) -> Path:
@@ -55,6 +57,8 @@ def write_run(
         teacher_top1: accuracy that the run has measured of its teacher.
         weights: the teacher's file.
         settings: values by full key, such as ``{"loss.alpha": 2.0}``.
+        model: option of the model group; the pair's own by itself.
+        tuned: what the pair's file sets for losses.
         finished: False leaves the summary away.
         error: what ``error.txt`` says; the run is then a failed one.
     """
@@ -69,7 +73,7 @@ def write_run(
             "label": f"{teacher}_to_{student}" if teacher else student,
             "teacher": {"name": teacher, "weights": weights} if teacher else None,
             "student": {"name": student, "weights": None},
-            "tuned": None,
+            "tuned": tuned,
         },
         "loss": dict(LOSSES.get(method, {"_target_": target})),
         "recipe": {"epochs": epochs, "batch_size": 64, "warmup_epochs": 1}
@@ -85,7 +89,9 @@ def write_run(
             inner = inner.setdefault(room, {})
         inner[name] = value
         overrides.append(f"{key}={value}")
-    hydra = {"hydra": {"runtime": {"choices": {"loss": method, "recipe": "cifar240" if epochs == 240 else "quick"}}}}
+    choices = {"loss": method, "recipe": "cifar240" if epochs == 240 else "quick"}
+    choices["model"] = model or config["model"]["label"]
+    hydra = {"hydra": {"runtime": {"choices": choices}}}
     environment = {"python": "3.11.7", "torch": "2.15.0", "platform": "Linux-x86_64", "threads": 1, "gpus": []}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))

@@ -24,9 +24,10 @@ def top1(dataset, teacher, student, method):
     return published_top1(published_for_pair(dataset, teacher, student), method)
 
 
-def cell(folder, method, *, teacher="wrn_40_2", student="wrn_16_2", epochs=240, **options):
+def cell(folder, method, *, teacher="wrn_40_2", student="wrn_16_2", epochs=240, teacher_top1=75.61, **options):
     """The published number beside a run, and whether the two compare; None without a number."""
-    folder = write_run(folder, method, teacher=teacher, student=student, epochs=epochs, **options)
+    options |= {"teacher": teacher, "student": student, "epochs": epochs, "teacher_top1": teacher_top1}
+    folder = write_run(folder, method, **options)
     ((section,), _) = sections([read_run(folder)])
     (line,) = [line for line in make_chapter(section, "pair", Sources()).lines if line.row]
     return line.published and (line.published.number.value, line.published.comparable)
@@ -87,15 +88,22 @@ def test_the_options_own_settings_keep_the_number(tmp_path, method, settings, va
 @pytest.mark.parametrize(
     ("method", "options", "comparable"),
     [
-        ("rld", {}, True),
-        ("rld", {"settings": {"data.root": "/data", "trainer.check_val_every_n_epoch": 240}}, True),
-        ("rld", {"settings": {"loss.alpha": 99.0}}, False),
-        ("rld", {"settings": {"data.augment": False}}, False),
-        ("rld", {"settings": {"recipe.optimizer.lr": 0.5}}, False),
+        ("ce", {}, True),
+        ("kd", {}, True),
+        ("kd", {"settings": {"data.root": "/data", "trainer.check_val_every_n_epoch": 240}}, True),
+        ("dkd", {"settings": {"loss.alpha": 99.0}}, False),
+        ("kd", {"settings": {"data.augment": False}}, False),
+        ("kd", {"settings": {"recipe.optimizer.lr": 0.5}}, False),
         ("kd", {"settings": {"loss.temperature": 1.0}}, False),
-        ("rld", {"epochs": 30}, False),
+        ("kd", {"epochs": 30}, False),
+        ("kd", {"teacher_top1": 75.4}, False),  # another teacher
+        ("kd", {"model": "pair"}, False),  # whose settings are those of most pairs
+        ("rld", {}, False),  # its alpha and beta are not printed
+        ("wttm", {}, False),
+        ("reviewkd", {}, False),  # has others for each pair
+        ("reviewkd", {"tuned": {"reviewkd": {"weight": 5.0}}}, True),
         ("ttm", {}, False),  # its values are of vgg13 to vgg8
-        ("ttm", {"teacher": "vgg13", "student": "vgg8"}, True),
+        ("ttm", {"teacher": "vgg13", "student": "vgg8", "teacher_top1": 74.64}, True),
         ("nkd", {}, False),  # its values are of ImageNet
     ],
 )
@@ -105,7 +113,7 @@ def test_only_runs_with_the_published_recipe_compare(tmp_path, method, options, 
 
 def test_another_recipe_or_one_that_is_not_known_does_not_compare(tmp_path):
     choices = tmp_path / ".hydra" / "hydra.yaml"
-    write_run(tmp_path, "rld", teacher="wrn_40_2", student="wrn_16_2", epochs=240)
+    write_run(tmp_path, "kd", teacher="wrn_40_2", student="wrn_16_2", epochs=240, teacher_top1=75.61)
     assert trained_as_published(read_run(tmp_path))
     choices.write_text(choices.read_text().replace("cifar240", "quick"))
     assert not trained_as_published(read_run(tmp_path))

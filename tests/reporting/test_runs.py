@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from run_factory import write_run
 
 from rld_lightning.reporting import Summary, find_all, find_runs, read_run
 
@@ -65,6 +67,25 @@ def test_whole_numbers_are_the_same_with_and_without_a_point(tmp_path):
     make(tmp_path / "a", alpha=2.0)
     make(tmp_path / "b", alpha=2)
     assert read_run(tmp_path / "a").settings == read_run(tmp_path / "b").settings
+
+
+def test_files_are_the_same_however_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, weights in (("a", "teachers/t.pth"), ("b", f"{tmp_path}/teachers/t.pth"), ("c", "auto")):
+        write_run(Path(name), weights=weights)
+    first, again, other = (read_run(Path(name)).settings["model.teacher.weights"] for name in "abc")
+    assert (first, other) == (again, "auto")
+    lines = ["paths.data=/mnt/data", f"model.teacher.weights={tmp_path}/teachers/t.pth"]
+    Path("a/.hydra/overrides.yaml").write_text(json.dumps(lines))
+    assert read_run(Path("a")).overrides == ["paths.data=/mnt/data", "model.teacher.weights=teachers/t.pth"]
+
+
+def test_wandbs_own_files_are_no_run(tmp_path):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "wandb" / "run-1" / "files").mkdir(parents=True)
+    (tmp_path / "run" / "wandb" / "run-1" / "files" / "config.yaml").write_text("loss: {}")
+    runs, unfinished = find_all([tmp_path])
+    assert ([run.folder.name for run in runs], unfinished) == (["run"], [])
 
 
 def test_without_hydras_records_the_loss_gives_the_name(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -38,6 +39,15 @@ def test_what_cannot_be_told():
     same = paired_difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.5, 1: 1.5, 2: 2.5})
     assert (same.mean, same.p) == (0.5, None)
     assert "same difference" in same.reason
+
+
+def test_float32s_rounding_is_no_spread():
+    accuracy = np.float32([55.51, 61.27, 58.13])
+    ahead = {seed: float(value + np.float32(0.2)) for seed, value in enumerate(accuracy)}
+    same = paired_difference(ahead, {seed: float(value) for seed, value in enumerate(accuracy)})
+    assert same.p is None
+    one_image = paired_difference({0: 75.0, 1: 75.002, 2: 75.0}, {0: 74.0, 1: 74.0, 2: 74.0})  # of ImageNet's 50,000
+    assert one_image.p is not None
 
 
 def test_swapping_changes_the_sign_alone():

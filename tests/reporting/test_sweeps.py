@@ -87,6 +87,14 @@ def test_any_one_or_two_keys(tmp_path, settings):
         np.testing.assert_allclose(np.sort(one.cells.ravel()), [50, 51, 60, 61])
 
 
+def test_long_values_are_told_apart_by_their_beginning(tmp_path):
+    for name, top1 in (("a", 50.0), ("b", 60.0)):
+        settings = {"model.teacher.weights": f"/{name}/best/teacher/student.safetensors"}
+        write_run(tmp_path / "sweeps" / "s" / name, "kd", top1=top1, held_out=0.1, settings=settings)
+    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    assert list(sweep.trials["mean"]) == [60, 50]
+
+
 def test_epochs_that_follow_one_another_are_one_key(tmp_path):
     for epochs in (2, 4):
         write_run(tmp_path / "sweeps" / "s" / str(epochs), held_out=0.1, epochs=epochs)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 from run_factory import write_comparison, write_run
@@ -32,7 +33,7 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path):
     assert (row.mean(BEST), row.std(BEST)) == pytest.approx((187 / 3, math.sqrt(7 / 3)))
     assert section.title == "resnet20 → resnet8"
     assert row.spread() == "61.33 ± 1.53"
-    assert section.teacher_top1 == {"teachers/teacher.safetensors": pytest.approx(68.0)}
+    assert section.teacher_top1 == {str(Path("teachers/teacher.safetensors").absolute()): pytest.approx(68.0)}
 
 
 def test_one_run_has_no_deviation(tmp_path):
@@ -217,6 +218,20 @@ def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
     write_run(tmp_path / "asked", seed=0, settings={"trainer.gradient_clip_val": 1.0})
     (section,), _ = read(tmp_path)
     assert sorted(row.n for row in section.rows) == [1, 2]
+
+
+def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
+    def write(name, seed, milestones):
+        scheduler = {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": milestones}
+        settings = {f"recipe.scheduler.{key}": value for key, value in scheduler.items()}
+        folder = write_run(tmp_path / name, "kd", seed=seed, settings=settings)
+        (folder / ".hydra" / "overrides.yaml").write_text("[]")  # as from a recipe of one's own
+
+    write("early", 0, [30, 60])
+    write("late", 1, [150, 180])
+    write_run(tmp_path / "other", settings={"recipe.scheduler._target_": "torch.optim.lr_scheduler.OneCycleLR"})
+    (section,), _ = read(tmp_path)
+    assert sorted((row.method, row.n) for row in section.rows) == [("kd", 1), ("kd", 1), ("rld", 1)]
 
 
 def test_comparisons_are_corrected_for_their_number(tmp_path):

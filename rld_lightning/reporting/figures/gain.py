@@ -53,9 +53,10 @@ def gains(
                     "with callbacks.teacher on."
                 )
                 continue
+            pair = f"{section.title}, {section.dataset}" + ("" if section.on_test else f", {section.split}")
             lines += [
                 {
-                    "pair": f"{section.title}, {section.dataset}" + (f" ({row.label})" if row.label else ""),
+                    "pair": pair + (f" ({row.label})" if row.label else ""),
                     "reference": reference,
                     "teacher_top1": mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row.runs),
                     "gain": gain.mean,

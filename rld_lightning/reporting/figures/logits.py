@@ -98,7 +98,7 @@ class LogitReader:
         """Its weights, and its name where the run's configuration is about them."""
         settings: dict[str, Any] | None = run.config["model"]["teacher"]
         if self.teacher is not None:
-            return self.teacher, None
+            return self.teacher, settings["name"] if settings else None
         if run.summary.teacher is None or settings is None:
             raise ValueError(
                 f"{run.folder} was trained without a teacher; choose a distilled run, or add --teacher FILE."

@@ -166,7 +166,7 @@ def write_sensitivity(
     """
     sweep = swept(runs, method, pair)
     files = save_figure(draw_sensitivity(sweep), out, "sensitivity")
-    sweep.trials.to_csv(out / "sensitivity.csv", index=False, float_format="%.4f")
+    sweep.trials.round({"mean": 4, "std": 4, "best": 4}).to_csv(out / "sensitivity.csv", index=False)
     return [*files, out / "sensitivity.csv"]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rld_lightning.models.weights import read_weights
 from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.figures.differences import (
     DifferenceMap,
@@ -119,6 +120,15 @@ def test_the_sample_to_explain_is_one_where_the_methods_differ():
     assert telling_sample(logits([0, 1, 0, 0], [0, 1, 1, 0]))[0] == 2
     assert telling_sample(logits([0, 1, 1, 0], [0, 1, 1, 0]))[0] == 1
     assert "gets none wrong" in telling_sample(logits([0, 1, 1, 0], [0, 0, 0, 0]))[1]
+
+
+def test_a_published_checkpoint_can_be_the_teacher(make_run, save_networks, tmp_path):
+    run = make_run("rld")
+    save_networks(run)
+    weights = {"model": read_weights(tmp_path / "resnet14.safetensors").state_dict}  # without its name
+    torch.save(weights, tmp_path / "ckpt_epoch_240.pth")
+    moved = LogitReader(teacher=tmp_path / "ckpt_epoch_240.pth").read(run)
+    torch.testing.assert_close(moved.teacher, LogitReader().read(run).teacher)
 
 
 def test_missing_weights_are_named(make_run):

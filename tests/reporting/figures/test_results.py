@@ -13,7 +13,7 @@ from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.figures.ablation import ablation, ablation_cells, ablation_markdown, draw_ablation
 from rld_lightning.reporting.figures.gain import draw_gain, gains
 from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept
-from rld_lightning.reporting.figures.write import write_gain
+from rld_lightning.reporting.figures.write import write_gain, write_sensitivity
 from rld_lightning.reporting.tables import sections
 
 REPOSITORY = Path(__file__).parents[3]
@@ -39,6 +39,15 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
     drawn = [container.lines[0].get_xydata()[:, 1].tolist() for container in figure.axes[0].containers]
     assert drawn == [[3, 6], [0.5]]
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["1", "2"]
+
+
+def test_held_out_images_and_the_test_split_are_told_apart(make_run, tmp_path):
+    for words in ("the test split", "144 held-out training images (stratified, seed 0)"):
+        for method in ("rld", "ce"):
+            folder = make_run(method, validated_on=words).folder
+            folder.rename(tmp_path / "runs" / f"{method}-{len(words)}")
+    table, _ = gains(find_runs([tmp_path / "runs"]))
+    assert [pair.split(", ", 2)[2:] for pair in table["pair"]] == [[], ["144 held-out training images (stratified)"]]
 
 
 def test_the_bars_are_confidence_intervals(make_run, tmp_path):
@@ -109,6 +118,15 @@ def test_sensitivity_draws_means_and_deviations(make_run, tmp_path):
     assert [c.lines[0].get_xydata()[0].tolist() for c in beta.containers] == [[4, 51.6], [4, 52.6]]
     bars = alpha.containers[0].lines[2][0].get_segments()[0]
     assert bars[1, 1] - bars[0, 1] == pytest.approx(2 * 2**0.5)
+
+
+def test_small_values_keep_their_digits(make_run, tmp_path):
+    for beta in (2e-5, 4e-5):
+        make_run("rld", loss={"beta": beta}, top1=50.123456)
+    write_sensitivity(tmp_path, find_runs([tmp_path / "runs"]))
+    table = pd.read_csv(tmp_path / "sensitivity.csv")
+    assert sorted(table["loss.beta"]) == [2e-5, 4e-5]
+    assert set(table["mean"]) == {50.1235}
 
 
 def test_many_settings_are_grey_but_the_best(make_run, tmp_path):
