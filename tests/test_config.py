@@ -61,12 +61,13 @@ def teachers_and_students(names):
     return {(pair(name).model.teacher.name, pair(name).model.student.name) for name in names}
 
 
-def test_the_fourteen_pairs_of_the_benchmark_are_there():
+def test_the_fourteen_pairs_of_the_benchmark_are_there_and_two_of_older_tables():
     assert teachers_and_students(set(PAIRS) - set(IMAGENET_PAIRS)) == {
         ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("wrn_40_2", "wrn_16_2"),
         ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("resnet110", "resnet20"),
         ("resnet32x4", "ShuffleV2"), ("resnet32x4", "wrn_16_2"), ("resnet32x4", "wrn_40_2"),
         ("wrn_40_2", "resnet8x4"), ("wrn_40_2", "MobileNetV2"), ("vgg13", "MobileNetV2"), ("ResNet50", "MobileNetV2"),
+        ("resnet32x4", "ShuffleV1"), ("wrn_40_2", "ShuffleV1"),
     }  # fmt: skip
 
 
@@ -76,6 +77,12 @@ def test_the_two_pairs_of_imagenet_are_there_with_torchvisions_teachers():
     }  # fmt: skip
     assert {pair(name).model.teacher.weights for name in IMAGENET_PAIRS} == {"pretrained"}
     assert {pair(name).model.teacher.weights for name in PAIRS if name not in IMAGENET_PAIRS} == {"auto"}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_small_students_start_at_a_small_learning_rate(name):
+    lr = 0.01 if pair(name).model.student.name in MOBILE else 0.05
+    assert pair(name).recipe.optimizer.lr == lr
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -181,6 +188,58 @@ def test_every_setting_of_a_pair_reaches_its_loss(model):
         assert {key: loss[key] for key in settings} == settings, name
 
 
+# METHODS C2, from the names of LSKD's released logs: KD's temperature and weight; DKD's, and its beta.
+LSKD = {
+    "resnet32x4_to_resnet8x4": ((2, 9), (2, 9, 8)),
+    "vgg13_to_vgg8": ((3, 9), (2, 15, 2)),
+    "wrn40_2_to_wrn40_1": ((2, 9), (2, 12, 2)),
+    "wrn40_2_to_wrn16_2": ((2, 9), (2, 12, 2)),
+    "resnet56_to_resnet20": ((2, 9), (3, 18, 2)),
+    "resnet110_to_resnet32": ((2, 9), (2, 15, 2)),
+    "resnet110_to_resnet20": ((4, 12), (2, 15, 2)),
+    "resnet32x4_to_shufflev2": ((2, 9), (2, 9, 8)),
+    "resnet32x4_to_wrn16_2": ((3, 9), (2, 9, 2)),
+    "resnet32x4_to_wrn40_2": ((3, 9), (2, 9, 8)),
+    "wrn40_2_to_resnet8x4": ((2, 9), (2, 18, 2)),
+    "wrn40_2_to_mobilenetv2": ((3, 9), (2, 15, 2)),
+    "vgg13_to_mobilenetv2": ((3, 9), (3, 9, 2)),
+    "resnet50_to_mobilenetv2": ((3, 1), (2, 15, 2)),
+}
+
+
+@pytest.mark.parametrize("model", sorted(set(PAIRS) - set(IMAGENET_PAIRS)))
+def test_standardized_logits_have_the_settings_of_the_released_logs(model):
+    kd, (temperature, weight, beta) = LSKD.get(model, ((2, 9), (2, 9, 8)))
+    settings = loss_of(model, "kd_ls")
+    assert (settings.temperature, settings.weight, settings.ce_weight) == (*kd, 0.1)
+    settings = loss_of(model, "dkd_ls")
+    assert (settings.temperature, settings.alpha, settings.beta) == (temperature, weight, weight * beta)
+    settings = loss_of(model, "rld_ls")
+    assert (settings.temperature, settings.alpha, settings.beta) == (2, 9, 72)
+    # Only what differs from the option's values stands in the file.
+    default = {name: loss_of("pair", name) for name in ("kd_ls", "dkd_ls")}
+    for name in default:
+        tuned = (pair(model).model.tuned or {}).get(name, {})
+        assert not {key: value for key, value in tuned.items() if value == default[name][key]}
+
+
+OLDER_PAIRS = {  # METHODS D and the code of CAT-KD, ReviewKD and DTKD
+    "resnet32x4_to_shufflev1": {"catkd": {"weight": 600, "pool_size": 4, "normalize": True}, "reviewkd": {"weight": 5}},
+    "wrn40_2_to_shufflev1": {
+        "catkd": {"weight": 80, "pool_size": 4, "normalize": True},
+        "reviewkd": {"weight": 5},
+        "dtkd": {"dtkd_weight": 2, "kd_weight": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("model", OLDER_PAIRS)
+def test_pairs_with_shufflev1_have_the_published_settings(model):
+    for name, expected in (OLDER_PAIRS[model] | {"dkd": {"alpha": 1, "beta": 8, "temperature": 4}}).items():
+        settings = loss_of(model, name)
+        assert {key: settings[key] for key in expected} == expected
+
+
 # What METHODS and the methods' code say for ImageNet: both pairs, or one value for each.
 IMAGENET = {
     "rld": {"alpha": 1, "beta": (0.5, 2), "temperature": 1, "ce_weight": 1, "confidence_temperature": None},
@@ -199,7 +258,7 @@ IMAGENET = {
     "swap": {"temperature": 1, "weight": 1, "ce_weight": 0},
     "rc": {"temperature": 1, "kd_weight": 1, "rc_weight": 0.1, "ce_weight": 1},
     "ofd": {"weight": 1e-4},
-    "reviewkd": {"weight": (1, 8), "warmup_epochs": 1},
+    "reviewkd": {"weight": (1, 8), "warmup_epochs": 1, "student_preactivations": True},
     "crd": {"weight": 0.8},
 }
 IMAGENET_RESNETS = {  # published for this pair alone
@@ -229,7 +288,24 @@ def test_imagenets_settings_yield_to_the_command_line_and_reach_combinations():
     assert compose(model, "loss=[rld,ofd]").loss.ofd.weight == 1e-4
     own = ("model.teacher.name=timm/convnext_tiny", "model.student.name=torchvision/resnet18")
     cfg = compose("model=imagenet_pair", *own, "loss=rld")
-    assert (cfg.loss.temperature, cfg.loss.beta, cfg.model.teacher.weights) == (1, 8, "pretrained")
+    assert (cfg.loss.temperature, cfg.loss.beta, cfg.model.teacher.weights) == (1, 0.5, "pretrained")
+
+
+# Any pair: what both have, beta as for ResNet34 > ResNet18, and as for the other the cross-entropy's weight beside KD.
+ANY_IMAGENET_PAIR = {
+    name: {key: value[name == "kd"] if isinstance(value, tuple) else value for key, value in settings.items()}
+    for name, settings in IMAGENET.items()
+}
+
+
+@pytest.mark.parametrize("loss", ANY_IMAGENET_PAIR)
+def test_any_pair_on_imagenet_has_settings_of_imagenet(loss):
+    settings = loss_of("imagenet_pair", loss, "imagenet100")
+    assert {key: settings[key] for key in ANY_IMAGENET_PAIR[loss]} == ANY_IMAGENET_PAIR[loss]
+
+
+def test_the_student_is_looked_at_before_its_relu_on_imagenet_only():
+    assert not any(loss_of(model, "reviewkd").student_preactivations for model in set(PAIRS) - set(IMAGENET_PAIRS))
 
 
 def test_rld_takes_one_temperature_and_the_reference_takes_two():

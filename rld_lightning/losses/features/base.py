@@ -51,6 +51,7 @@ class FeatureLoss(DistillationLoss):
             )
         self.student_taps = tuple(student_taps or ())
         self.teacher_taps = tuple(teacher_taps or ())
+        self._connected = False
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """Where to look in a network, shallow to deep; an empty path says that the network lacks the place."""
@@ -103,13 +104,13 @@ class FeatureLoss(DistillationLoss):
                     "another network, loss or tap."
                 )
         self.build(*found)
+        self._connected = True
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """:meth:`feature_terms` of the aligned features."""
-        if not self.student_taps or not self.teacher_taps:
+        if not self._connected:
             raise RuntimeError(f"{type(self).__name__} does not know the networks yet: call its connect(...) first.")
-        student = [step.student.features[path] for path in self.student_taps]
-        teacher = [step.teacher.features[path] for path in self.teacher_taps]
+        student, teacher = tapped(self, step)
         # Connectors are small networks, hence as tolerant of half precision as the ones that they connect.
         half = student[0].dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(student[0].device.type, student[0].dtype if half else None, enabled=half):
@@ -123,6 +124,24 @@ class FeatureLoss(DistillationLoss):
                 "another network or loss, or name module paths (+loss.student_taps=[...] +loss.teacher_taps=[...])."
             )
         return paths
+
+
+def tapped(loss: DistillationLoss, step: StepContext) -> tuple[list[Tensor], list[Tensor]]:
+    """The features that a connected loss looks at: the student's and the teacher's, in the order of its taps.
+
+    Raises:
+        ValueError: the step does not hold all of them.
+    """
+    sides = (step.student, loss.student_taps, "student"), (step.teacher, loss.teacher_taps, "teacher")
+    missing = [f"{path} of the {side}" for output, taps, side in sides for path in taps if path not in output.features]
+    if missing:
+        raise ValueError(
+            f"{type(loss).__name__} looks inside the networks and misses {', '.join(missing)}; call it with a "
+            "StepContext of ModelOutput(*forward_with_taps(student, images, loss.student_taps)) and the same of the "
+            "teacher."
+        )
+    student, teacher = ([output.features[path] for path in taps] for output, taps, _ in sides)
+    return student, teacher
 
 
 def _precise(feature: Tensor) -> Tensor:

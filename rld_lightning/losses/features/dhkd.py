@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.losses.features.base import BatchNorm1d
+from rld_lightning.losses.features.base import BatchNorm1d, tapped
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
 from rld_lightning.models.factory import stages_of
 from rld_lightning.models.taps import feature_shapes
@@ -117,8 +117,8 @@ class DHKDLoss(DistillationLoss):
         """``dhkd``."""
         if not self.student_taps:
             raise RuntimeError("DHKDLoss does not know the student yet: call its connect(...) first.")
-        pooled = step.student.features[self.student_taps[0]].flatten(1)
-        logits = self.auxiliary(pooled.to(next(self.auxiliary.parameters()).dtype))
+        (pooled,), _ = tapped(self, step)
+        logits = self.auxiliary(pooled.flatten(1).to(next(self.auxiliary.parameters()).dtype))
         return dhkd_loss(logits, step.teacher.logits, temperature=self.temperature, weight=self.weight)
 
     def forward(

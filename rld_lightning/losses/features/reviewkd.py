@@ -54,7 +54,8 @@ class ReviewKDLoss(FeatureLoss):
 
     The student's stages (stem left out) and its pooled features are fused from deep to shallow, each with what the
     deeper ones have left, and compared with the teacher's stages before their ReLU and its pooled features. A teacher
-    without such places, like MobileNetV2 and timm's networks, shows its stages' outputs instead.
+    without such places, like MobileNetV2 and timm's networks, shows its stages' outputs instead. On ImageNet, the
+    published code looks at the student before its ReLU too.
 
     The published code tunes ``weight`` for each pair, from 0.6 to 8. It takes a width of fusion from its configuration
     and ignores it; this follows what it does: the width of the student's pooled features, at most 512. Warm-up counts
@@ -62,18 +63,25 @@ class ReviewKDLoss(FeatureLoss):
 
     Args:
         weight: factor on the term.
+        student_preactivations: compare the student's stages before their ReLU, too, as far as it has such places.
         warmup_epochs: the term is multiplied by ``min(epoch / warmup_epochs, 1)``.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
-    def __init__(self, weight: float = 1.0, *, warmup_epochs: int = 20, **options: Any) -> None:
+    def __init__(
+        self, weight: float = 1.0, *, student_preactivations: bool = False, warmup_epochs: int = 20, **options: Any
+    ) -> None:
         super().__init__(warmup_epochs=warmup_epochs, **options)
         check_weights(weight=weight)
         self.weight = weight
+        self.student_preactivations = student_preactivations
 
     def student_paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages and the pooled features."""
-        return *stages.features[1:], stages.pooled
+        """The stages, as they are or before their ReLU, and the pooled features."""
+        places = (stages.preactivations if self.student_preactivations else ()) or stages.features
+        # A norm for each stage, none for the stem: as many norms as features say that there is no stem (MobileNetV1).
+        has_stem = len(stages.norms) != len(stages.features)
+        return *(places[1:] if has_stem else places), stages.pooled
 
     def teacher_paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages before their ReLU, or as they are where there is none, and the pooled features."""

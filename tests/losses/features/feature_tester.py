@@ -211,5 +211,19 @@ class FeatureTester:
     def test_unconnected_it_says_what_to_do(self):
         teacher, student = self.networks()
         loss = self.module(**self.settings[0])
-        with pytest.raises(RuntimeError, match="connect"):
+        with pytest.raises(RuntimeError, match=r"call its connect\(\.\.\.\) first"):
             loss(self.step(loss, teacher, student))
+
+    def test_logits_alone_are_refused_and_the_missing_features_named(self):
+        teacher, student = self.networks()
+        loss = self.connected(teacher, student)
+        missing = [f"{path} of the student" for path in loss.student_taps]
+        missing += [f"{path} of the teacher" for path in loss.teacher_taps]
+        logits, label = torch.randn(4, CLASSES), torch.arange(4)
+        for arguments in [(logits, logits, label), (StepContext(ModelOutput(logits), ModelOutput(logits), label),)]:
+            with pytest.raises(ValueError, match="looks inside the networks") as error:
+                loss(*arguments)
+            said = str(error.value)
+            assert all(one in said for one in missing)
+            assert "StepContext" in said
+            assert "forward_with_taps(student, images, loss.student_taps)" in said

@@ -3,8 +3,9 @@ import torch
 from feature_tester import CLASSES, IMAGE_SHAPE, PAIRS, TRAIN_LABEL, FeatureTester
 from torch.testing import assert_close
 
-from rld_lightning.losses.features import ReviewKDLoss, reviewkd_loss
-from rld_lightning.models import create_model
+from rld_lightning.losses.features import ATLoss, ReviewKDLoss, reviewkd_loss
+from rld_lightning.models import create_model, list_models, stages_of
+from rld_lightning.models.taps import feature_shapes
 
 OUR_NAMES = {"conv1": "narrow", "att_conv": "attention", "conv2": "widen"}
 
@@ -85,9 +86,9 @@ def test_other_shapes_are_refused():
         ReviewKDLoss().build([torch.Size((2, 16, 8))], [torch.Size((2, 16, 8, 8))])
 
 
-def connected(teacher, student):
+def connected(teacher, student, **hyper):
     teacher, student = create_model(teacher, CLASSES).eval(), create_model(student, CLASSES)
-    loss = ReviewKDLoss()
+    loss = ReviewKDLoss(**hyper)
     loss.connect(student, teacher, IMAGE_SHAPE, TRAIN_LABEL)
     return loss
 
@@ -100,6 +101,63 @@ def test_places_and_width():
     assert [fusion.widen[0].out_channels for fusion in loss.fusions] == [64, 64, 32, 16]
     assert [fusion.attention is None for fusion in loss.fusions] == [True, False, False, False]
     assert connected("vgg8", "MobileNetV2").fusions[0].narrow[0].out_channels == 512
+
+
+def test_named_places_do_not_replace_connecting():
+    loss = ReviewKDLoss(student_taps=["layer1"], teacher_taps=["layer1"])
+    with pytest.raises(RuntimeError, match="ReviewKDLoss does not know the networks yet"):
+        loss(torch.randn(2, 4), torch.randn(2, 4), torch.arange(2))
+
+
+def test_a_student_before_its_relu():
+    loss = connected("resnet14", "resnet8", student_preactivations=True)
+    assert loss.student_taps == ("layer1.0.relu:in", "layer2.0.relu:in", "layer3.0.relu:in", "fc:in")
+    assert loss.teacher_taps == connected("resnet14", "resnet8").teacher_taps
+    # As of a teacher: what has no such places shows its stages.
+    assert connected("vgg8", "MobileNetV2", student_preactivations=True).student_taps[0] == "blocks.1"
+
+
+IMAGENET = {
+    ("torchvision/resnet50", "MobileNetV1"): (
+        ("model.3.4", "model.5.4", "model.11.4", "model.13.4", "fc:in"),
+        ("layer1.2.relu:in", "layer2.3.relu:in", "layer3.5.relu:in", "layer4.2.relu:in", "fc:in"),
+        ([128, 256, 512, 1024, 1024], [256, 512, 1024, 2048, 2048]),
+    ),
+    ("torchvision/resnet34", "torchvision/resnet18"): (
+        ("layer1.1.relu:in", "layer2.1.relu:in", "layer3.1.relu:in", "layer4.1.relu:in", "fc:in"),
+        ("layer1.2.relu:in", "layer2.3.relu:in", "layer3.5.relu:in", "layer4.2.relu:in", "fc:in"),
+        ([64, 128, 256, 512, 512], [64, 128, 256, 512, 512]),
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", IMAGENET, ids=" > ".join)
+def test_imagenets_pairs_are_compared_where_the_published_code_compares_them(pair):
+    """mdistiller's configs/imagenet/{r50_mv1,r34_r18}/reviewkd.yaml: STU_PREACT, SHAPES, IN_CHANNELS, OUT_CHANNELS."""
+    student_taps, teacher_taps, channels = IMAGENET[pair]
+    with torch.device("meta"):
+        teacher, student = (create_model(name, 1000).eval() for name in pair)
+        loss = ReviewKDLoss(weight=8.0, student_preactivations=True)
+        loss.connect(student, teacher, (3, 224, 224), TRAIN_LABEL)
+    assert (loss.student_taps, loss.teacher_taps) == (student_taps, teacher_taps)
+    for network, taps, widths in zip((student, teacher), (student_taps, teacher_taps), channels, strict=True):
+        shapes = feature_shapes(network, (3, 224, 224), taps).values()
+        assert [list(shape[1:]) for shape in shapes] == [
+            *([width, size, size] for width, size in zip(widths, (56, 28, 14, 7), strict=False)),
+            [widths[-1]],
+        ]
+    assert [fusion.narrow[0].in_channels for fusion in loss.fusions] == channels[0][::-1]
+    assert [fusion.widen[0].out_channels for fusion in loss.fusions] == channels[1][::-1]
+    assert {fusion.narrow[0].out_channels for fusion in loss.fusions} == {512}
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_only_mobilenetv1_has_no_stem_to_leave_out(name):
+    with torch.device("meta"):
+        stages = stages_of(create_model(name))
+    expected = stages.features[0 if name == "MobileNetV1" else 1 :]
+    assert ReviewKDLoss().student_paths(stages) == (*expected, stages.pooled)
+    assert ATLoss().paths(stages) == stages.features[1:]  # MobileNetV1's too, as in the published code
 
 
 def test_a_teacher_without_preactivations_shows_its_stages():
@@ -138,3 +196,4 @@ def test_a_batch_of_one():
 def test_defaults_are_the_published_codes():
     loss = ReviewKDLoss()
     assert (loss.weight, loss.ce_weight, loss.warmup_epochs) == (1.0, 1.0, 20)
+    assert loss.student_preactivations is False
