@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss, create_model
-from rld_lightning.callbacks import EpochSeed
+from rld_lightning.callbacks import EpochSeed, TeacherMonitor
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
@@ -101,6 +101,25 @@ def test_a_loss_that_needs_no_teacher_does_not_run_it(tmp_path):
 def test_a_loss_that_needs_a_teacher_says_so():
     with pytest.raises(ValueError, match=r"RLDLoss needs a teacher.*loss=ce"):
         DistillationModule(network(), RLDLoss(), SGD, num_classes=10)
+
+
+def test_accuracy_is_measured_in_float32_whatever_training_uses(tmp_path):
+    measured = []
+
+    class Watch(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            measured.append((outputs["student_logits"], outputs["teacher_prediction"], batch.images))
+
+    job = module()
+    mixed = trainer(tmp_path, precision="bf16-mixed", callbacks=[TeacherMonitor(), Watch()])
+    mixed.validate(job, digits(), verbose=False)
+    job.eval()
+    with torch.inference_mode():
+        for logits, teacher, images in measured:
+            assert torch.equal(logits, job.student(images))
+            assert torch.equal(teacher, job.teacher(images)[0].argmax(1))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(measured[0][0], job.student(measured[0][2]).float())
 
 
 def test_unknown_scheduler_interval():

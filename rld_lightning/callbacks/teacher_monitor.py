@@ -52,8 +52,8 @@ class TeacherMonitor(Callback):
         if not len(batch.label) and not pl_module.teacher.shard:  # one that is shared out runs in all processes or none
             self.predictions[key] = batch.label
         if key not in self.predictions:
-            with trainer.precision_plugin.forward_context():  # hooks run outside the step's own
-                self.predictions[key] = pl_module.teacher(batch.images)[0].argmax(1)
+            # Hooks run outside the step's autocast, so this is measured in float32, as the student is.
+            self.predictions[key] = pl_module.teacher(batch.images)[0].argmax(1)
         outputs["teacher_prediction"] = self.predictions[key]
         self._update("val", self.predictions[key], outputs)
 
