@@ -18,7 +18,8 @@ if __name__ == "__main__":
         "--pair",
         nargs="+",
         default=[],
-        help="pairs such as wrn40_2_to_wrn16_2, each with views and a run set of its own",
+        help="pairs, each with views and a run set of its own: options of model= such as wrn40_2_to_wrn16_2, or what "
+        "runs have as their group, such as resnet20_to_resnet8",
     )
     parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the JSON here; needs no key and no network")
     options = parser.parse_args()

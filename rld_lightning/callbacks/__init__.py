@@ -1,5 +1,6 @@
 """What is watched while training."""
 
+from rld_lightning.callbacks.best_checkpoint import BestCheckpoint
 from rld_lightning.callbacks.class_accuracy import ClassAccuracy
 from rld_lightning.callbacks.epoch_seed import EpochSeed
 from rld_lightning.callbacks.gradient_norm import GradientNorm
@@ -10,6 +11,7 @@ from rld_lightning.callbacks.throughput import Throughput
 from rld_lightning.callbacks.wandb_examples import WandbExamples
 
 __all__ = [
+    "BestCheckpoint",
     "ClassAccuracy",
     "EpochSeed",
     "GradientNorm",

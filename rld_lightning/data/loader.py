@@ -13,6 +13,9 @@ class EpochLoader(ABC):
 
     It is no ``torch.utils.data.DataLoader``, so Lightning neither replaces its sampler nor pads its batches. Its
     ``batch_size`` is the largest batch that this process sees.
+
+    A loop of one's own gets the next epoch from each iteration: one that was run to its end moves the sampler on, one
+    that was left before begins its epoch anew. ``loader.sampler.set_epoch(epoch)`` chooses another, as Lightning does.
     """
 
     batch_sampler = None  # Lightning looks for one beside ``sampler``
@@ -20,7 +23,7 @@ class EpochLoader(ABC):
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
         self.batch_size = max(step.stop - step.start for step in sampler.steps)
-        self._progress = {"epoch": 0, "batch": 0}
+        self._progress: dict[str, int] | None = None
         self._resume: dict[str, int] | None = None
 
     def __len__(self) -> int:
@@ -35,14 +38,20 @@ class EpochLoader(ABC):
         for step, batch in enumerate(self._batches(start), start + 1):
             self._progress = {"epoch": epoch, "batch": step}
             yield batch
+        # Lightning stops at the last batch without coming here, and announces each epoch itself.
+        self.sampler.set_epoch(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch of the last batch and how many batches of it were handed out."""
-        return dict(self._progress)
+        return dict(self._progress or {"epoch": self.sampler.epoch, "batch": 0})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration skip the batches that were already seen, if it is of the same epoch."""
+        """Continue where the state was taken, with the next epoch if that was at the end of one.
+
+        Batches that were already seen are skipped only if the next iteration is of the same epoch.
+        """
         self._resume = dict(state_dict)
+        self.sampler.set_epoch(state_dict["epoch"] + (state_dict["batch"] >= len(self)))
 
     @abstractmethod
     def _batches(self, start: int) -> Iterator[Batch]:

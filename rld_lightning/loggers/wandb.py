@@ -174,7 +174,8 @@ class WandbLogger(LightningWandbLogger):
 def wandb_run(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
     """The W&B run of a run, if it logs to W&B: its configuration at the start, its results and its end at the end.
 
-    Results are read from the run folder: tables and the student, see :mod:`~rld_lightning.loggers.wandb_results`.
+    Results are read from the run folder: tables and the student, see :mod:`~rld_lightning.loggers.wandb_results`. The
+    student of a run that holds training images out is no result and becomes an artifact of its own, ``...-tuning``.
 
     Args:
         trainer: has the loggers.
@@ -184,6 +185,8 @@ def wandb_run(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
     if logger is None or not trainer.is_global_zero:
         yield
         return
+    if cfg.data.val_fraction:
+        logger.artifact = wandb_results.plain_name(f"{logger.artifact}-tuning")
     run = Path(cfg.paths.run)
     logger.continue_run(Path(cfg.resume).parent if cfg.resume else run)
     succeeded = False

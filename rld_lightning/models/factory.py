@@ -19,6 +19,11 @@ ModelBuilder = TypeVar("ModelBuilder", bound=Callable[..., nn.Module])
 
 _REGISTRY: dict[str, Callable[..., nn.Module]] = {}
 
+# With auxiliary classifiers these two return a tuple while they train. Their published weights were trained on images
+# in [-1, 1], to which `transform_input` converts; always, because no file of weights would say whether to.
+_INCEPTIONS = ("googlenet", "inception_v3")
+_INCEPTION_OPTIONS = {"aux_logits": False, "transform_input": True, "init_weights": True}
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -61,7 +66,8 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
 def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     """A network by name, freshly initialised.
 
-    In-place activations of torchvision and timm networks are switched off, for they would overwrite tapped features.
+    In-place activations of torchvision and timm networks are switched off, for they would overwrite tapped features,
+    and the auxiliary classifiers of torchvision's ``googlenet`` and ``inception_v3`` are left out.
 
     Args:
         name: a registered name (``"wrn_40_2"``), ``"torchvision/resnet34"`` or ``"timm/vit_tiny_patch16_224"``; or two
@@ -76,7 +82,7 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         the network; maps ``(B, 3, H, W)`` to ``(B, num_classes)``.
 
     Raises:
-        ValueError: an unknown name, or fewer than two classes.
+        ValueError: an unknown name, fewer than two classes, or ``pretrained`` weights that timm does not have.
         ImportError: a ``timm/`` name without timm.
     """
     if num_classes < 2:
@@ -186,13 +192,14 @@ def _torchvision_names() -> list[str]:
 def _torchvision_model(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if name not in _torchvision_names():
         raise ValueError(_unknown(f"torchvision/{name}", list_models("torchvision/*")))
+    options = (_INCEPTION_OPTIONS if name in _INCEPTIONS else {}) | kwargs
     if not pretrained:
-        return _without_inplace(torchvision.models.get_model(name, num_classes=num_classes, **kwargs))
+        return _without_inplace(torchvision.models.get_model(name, num_classes=num_classes, **options))
     published = torchvision.models.get_model_weights(name)
     weights = published.__members__.get("IMAGENET1K_V1", published.DEFAULT)
     model = torchvision.models.get_model(name, weights=weights, **kwargs)
-    if num_classes != len(weights.meta["categories"]):
-        source, model = model.state_dict(), torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
+    if num_classes != len(weights.meta["categories"]) or name in _INCEPTIONS:
+        source, model = model.state_dict(), torchvision.models.get_model(name, num_classes=num_classes, **options)
         fitting = {key: source[key] for key, value in model.state_dict().items() if value.shape == source[key].shape}
         model.load_state_dict(fitting, strict=False)
     return _without_inplace(model)
@@ -222,6 +229,8 @@ def _timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     timm = _import_timm()
     if not timm.is_model(name):
         raise ValueError(_unknown(f"timm/{name}", list_models("timm/*")))
+    if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would go on with random ones
+        raise ValueError(f"timm has no pretrained weights of {name}; timm.list_pretrained() lists the models that do.")
     return _without_inplace(timm.create_model(name, num_classes=num_classes, **kwargs))
 
 

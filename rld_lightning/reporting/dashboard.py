@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import wandb
 from pydantic import BaseModel
 
@@ -39,6 +40,7 @@ try:
 except ImportError as error:
     raise ImportError("dashboards need wandb-workspaces: pip install 'rld-lightning[dashboard]'.") from error
 
+from rld_lightning.cli import CONF
 from rld_lightning.console import print_line
 from rld_lightning.errors import UserError
 from rld_lightning.loggers.wandb_server import has_key, server, trouble
@@ -247,18 +249,37 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
     return [view.url for view in dashboard.views] + [report.url]
 
 
+def label_of(pair: str) -> str:
+    """What runs of a pair have as their group: ``wrn_40_2_to_wrn_16_2`` of the option ``wrn40_2_to_wrn16_2``.
+
+    Args:
+        pair: an option of ``conf/model``, or a label, which is returned as it is.
+
+    Raises:
+        ValueError: the option leaves its networks open.
+    """
+    if not (CONF / "model" / f"{pair}.yaml").is_file():
+        return pair
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        model = hydra.compose("fit", [f"model={pair}"]).model
+    if model.student.name is None:
+        raise ValueError(f"model={pair} is any pair; give the label of yours, such as resnet20_to_resnet8.")
+    return model.label
+
+
 def save_dashboard(entity: str | None, project: str, pairs: Sequence[str], dry_run: Path | None = None) -> None:
     """What ``scripts/dashboard.py`` does: builds the dashboard, and saves it in W&B or writes it to a file.
 
     Args:
         entity: user or team; None for the default one of the key.
         project: the W&B project.
-        pairs: see :func:`build_dashboard`.
+        pairs: see :func:`label_of`.
         dry_run: a file to write instead; then neither a key nor a network is needed.
 
     Raises:
         UserError: there is no key, W&B cannot be reached, or it refuses.
     """
+    pairs = [label_of(pair) for pair in pairs]
     if dry_run is not None:
         write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs), dry_run)
         print_line("written", str(dry_run))

@@ -16,6 +16,7 @@ from rld_lightning.config import flat, loss_name
 
 SUMMARY = "summary.json"
 ERROR = "error.txt"  # of a trial that failed
+RECORD = "sweep.yaml"  # of what a sweep varies and what it does not, in its folder
 # What does not decide what is trained: places, watching, and how the work is shared out.
 _NOT_SETTINGS = (
     *("method", "paths", "logger", "callbacks", "print_config", "resume", "data.root"),

@@ -37,16 +37,16 @@ def compare(losses: Sequence[str], seeds: Sequence[int], overrides: Sequence[str
         SystemExit: no student finished, or the comparison was interrupted.
     """
     _refuse(overrides)
-    for loss in losses:
-        cfg = _compose([*overrides, f"loss={loss}"])
-    folder = folder or Path(cfg.paths.runs) / "compare" / cfg.model.label
     fixed = list(overrides)
     if not any(override.startswith("data.val_fraction=") for override in overrides):
         fixed.append("data.val_fraction=0")
+    for loss in losses:
+        cfg = _compose([*fixed, f"loss={loss}"])
+    folder = folder or Path(cfg.paths.runs) / "compare" / cfg.model.label
     if cfg.model.teacher is not None and cfg.model.teacher.weights == "fit":
         begun = folder / "teacher" / "config.yaml"  # perhaps for other students' seeds
-        seed = OmegaConf.load(begun).seed if begun.exists() else seeds[0]
-        weights = train_teacher(fixed, cfg.model.teacher.name, seed, folder / "teacher")
+        cfg.seed = OmegaConf.load(begun).seed if begun.exists() else seeds[0]
+        weights = train_teacher(cfg, folder / "teacher", f"folder={folder}")
         fixed = [o for o in fixed if not o.startswith("model.teacher.weights=")] + [f"model.teacher.weights={weights}"]
     # Choices, so that a single one is swept as well, and more can follow. The seed in front: after the first few runs
     # there is one of each loss to look at.

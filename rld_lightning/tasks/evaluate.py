@@ -19,6 +19,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights import Weights, load_weights, read_weights
+from rld_lightning.tasks.check import adopt_split, check_classes, check_network, check_split, fact
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
 
 MOST_CLASSES_SHOWN = 20
@@ -98,15 +99,17 @@ def evaluate(cfg: DictConfig) -> Evaluation:
             raise ValueError(f"split={cfg.split!r} is unknown; choose test or val.")
         weights = read_weights(cfg.weights)
         name = cfg.name or _model_name(weights)
+        adopt_split(cfg.data, weights)
         data: ImageDataModule = instantiate(cfg.data)
-        _check_data(weights, data)
+        _check_number_of_classes(weights, data)
+        check_split(weights, data, cfg.split)
         data.prepare_data()
         data.setup()
-        if cfg.split == "val" and not data.has_own_validation:
-            raise ValueError(f"{data.name} has no validation images of its own; hold some out with data.val_fraction.")
+        _check_data(weights, data, cfg.split)
         print_line("data", data.describe())
         model = create_model(name, data.num_classes)
         load_weights(model, weights, name=name)
+        check_network(name, data, cfg.data, model)
         print_line("model", f"{name}, weights {weights.source}")
         trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, data.num_classes)
@@ -137,14 +140,35 @@ def _model_name(weights: Weights) -> str:
     return name
 
 
-def _check_data(weights: Weights, data: ImageDataModule) -> None:
-    """Before anything is downloaded: are these the classes that the model was trained on?"""
+def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
+    """Before anything is downloaded: can these be the classes that the model was trained on?"""
     trained_on, classes = weights.metadata.get("dataset"), weights.metadata.get("num_classes")
     if classes is not None and int(classes) != data.num_classes:
         of = f" of {trained_on}" if trained_on else ""
         raise ValueError(
             f"{weights.source} knows the {classes} classes{of} and {data.name} has {data.num_classes}; choose the data "
             f"it was trained on with data=."
+        )
+
+
+def _check_data(weights: Weights, data: ImageDataModule, split: str) -> None:
+    """Once the data are there: are they what the model was trained for, and not what it was trained on?"""
+    check_classes(weights, data, "choose the data it was trained on with data=")
+    for name in ("image_shape", "mean", "std"):
+        known, ours = fact(weights, name), list(getattr(data, name))
+        if known not in (None, ours):
+            print_line("caution", f"{weights.source} was trained with {name} {known}, and is measured with {ours}")
+    if split != "val":
+        return
+    known = fact(weights, "val_fraction")
+    if not data.has_own_validation:
+        way_out = "hold some out with data.val_fraction" if known is None else "its run held none out; use split=test"
+        raise ValueError(f"{data.name} has no validation images of its own; {way_out}.")
+    if known is None and data.val_fraction > 0:
+        print_line(
+            "caution",
+            f"{weights.source} does not say what was held out when it was trained, so that these images may be among "
+            "those it was trained on",
         )
 
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rld_lightning.callbacks import SameConfiguration
 from rld_lightning.config import class_name, loss_name
@@ -25,17 +25,18 @@ from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
-from rld_lightning.reporting.runs import Summary, read_summary
+from rld_lightning.reporting.runs import SUMMARY, Summary, read_summary
+from rld_lightning.tasks.check import check_network, split_facts
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
+from rld_lightning.tasks.preflight import check_batch_size, check_start, check_trainer
 from rld_lightning.tasks.run_folder import (
     held,
     join_metrics,
     keep_metrics,
     leave_results,
-    refuse_other_settings,
     write_provenance,
 )
-from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher
+from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher, teacher_config
 
 
 def fit(cfg: DictConfig) -> Summary:
@@ -55,7 +56,8 @@ def fit(cfg: DictConfig) -> Summary:
     with user_errors():
         processes = processes_to_start(cfg.trainer)
         if processes > 1:
-            _check_start(cfg, run)  # one sentence is better early than from all ranks
+            check_batch_size(cfg, processes)
+            check_start(cfg, run)  # one sentence is better early than from all ranks
     with held(run):
         if processes > 1:
             run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
@@ -69,7 +71,7 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
     run = Path(cfg.paths.run)
     gc.collect()  # an earlier run of this process, of a sweep say, leaves its data in reference cycles
     with user_errors():
-        _check_start(cfg, run)
+        check_start(cfg, run)
         same_configuration = SameConfiguration(cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         if cfg.print_config:
@@ -85,6 +87,8 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
         data.setup()
         print_line("data", data.describe())
         data.strong_view = loss.needs_strong_view
+        for role in ("student", "teacher") if loss.needs_teacher else ("student",):
+            check_network(cfg.model[role].name, data, cfg.data)
         teacher_is_there = not loss.needs_teacher or find_teacher(cfg, data)
     if not teacher_is_there:
         with user_errors():
@@ -108,35 +112,15 @@ def _fit(cfg: DictConfig, *, resume_hint: bool) -> tuple[Summary, DistillationMo
     return summary, module
 
 
-def _check_start(cfg: DictConfig, run: Path) -> None:
-    last = run / "last.ckpt"
-    goes_on = cfg.resume is not None and Path(cfg.resume).absolute() == last.absolute()
-    if goes_on:
-        refuse_other_settings(run, cfg, may_differ=("recipe.epochs", "trainer.max_epochs", "trainer.max_steps"))
-    elif rank_zero_only.rank == 0 and any((run / name).exists() for name in ("metrics.csv", "last.ckpt")):
-        raise ValueError(
-            f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
-            f"on (resume={last})."
-        )
-    if cfg.resume is not None and not Path(cfg.resume).is_file():
-        raise FileNotFoundError(f"there is no checkpoint to resume from at {cfg.resume}.")
-    for role in ("teacher", "student"):
-        if cfg.model[role] is None:
-            continue
-        if cfg.model[role].name is None:
-            raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
-        with torch.device("meta"):
-            create_model(cfg.model[role].name)  # a wrong name should not wait for a download
-
-
 def _build(
     cfg: DictConfig, data: ImageDataModule, loss: DistillationLoss, teacher: FrozenTeacher | None
 ) -> tuple[Trainer, DistillationModule]:
     # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
     seed_everything(cfg.seed, workers=True, verbose=False)
     settings = cfg.model.student
-    student = create_model(settings.name, data.num_classes)
-    if settings.weights is not None:
+    pretrained = {"pretrained": True} if settings.weights == "pretrained" else {}
+    student = create_model(settings.name, data.num_classes, **pretrained)
+    if settings.weights not in (None, "pretrained"):
         load_weights(student, settings.weights, name=settings.name)
     name = settings.name
     if teacher is not None:
@@ -153,7 +137,7 @@ def _build(
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=cfg.recipe.scheduler_interval,
-        info={"student": name, "dataset": data.name},
+        info={"student": name, "dataset": data.name, **split_facts(data)},
     )
     if cfg.model.compile:
         # In place, so that checkpoint keys stay those of the plain model. Not where hooks would send it back to eager:
@@ -171,8 +155,7 @@ def _build(
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
-    if cfg.trainer.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-        raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
+    check_trainer(trainer, cfg)
     return trainer, module
 
 
@@ -215,24 +198,25 @@ def _try_to_connect(cfg: DictConfig, data: ImageDataModule) -> None:
 
 
 def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
-    """Trains the teacher with cross-entropy and the run's own recipe, in ``<run>/teacher``, and stores it."""
+    """Trains the teacher with cross-entropy and the run's own recipe, in ``<run>/teacher``, and stores it.
+
+    One that has not seen all training images is no teacher for other runs, and stays there.
+    """
     name = cfg.model.teacher.name
     store = TeacherStore(Path(cfg.paths.teachers))
     path = store.path(data.name, name)
-    print_line("teacher", f"{name} is not in {path}: training it first, with cross-entropy")
-    own = deepcopy(cfg)
-    student = {**cfg.model.student, "name": name, "weights": None}
-    own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
-    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
-    own.method = "ce"
-    own.print_config = False
-    folder = Path(cfg.paths.run) / "teacher"
-    own.paths.run = str(folder)
-    own.resume = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None  # of this run, interrupted
-    if "WANDB_RUN_ID" in os.environ:  # a sweep agent's, for the student
-        own.logger.pop("wandb", None)
-    _fit(own, resume_hint=False)
-    if rank_zero_only.rank == 0:
+    folders = [run / "teacher" for run in (Path(cfg.paths.run), *([Path(cfg.resume).parent] if cfg.resume else ()))]
+    folder = next((folder for folder in folders if (folder / SUMMARY).exists()), folders[0])
+    if not (folder / SUMMARY).exists():
+        print_line("teacher", f"{name} is not in {path}: training it first, with cross-entropy")
+        own = teacher_config(cfg, folder)
+        own.resume = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None  # of this run, interrupted
+        if "WANDB_RUN_ID" in os.environ:  # a sweep agent's, for the student
+            own.logger.pop("wandb", None)
+        _fit(own, resume_hint=False)
+    if data.val_fraction > 0 or data.subset < 1:
+        path = folder / "student.safetensors"
+    elif rank_zero_only.rank == 0:
         store.add(folder / "student.safetensors", data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks read what rank 0 has stored

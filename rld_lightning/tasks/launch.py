@@ -96,19 +96,21 @@ def is_trial() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def run_in_processes(count: int, task: str, cfg: DictConfig) -> None:
+def run_in_processes(count: int, task: str, cfg: DictConfig, *, way_on: str | None = None) -> None:
     """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
 
     Args:
         count: number of processes on this machine.
         task: a function that takes the configuration, as ``package.module:function``.
         cfg: the configuration; ``paths.run`` is the folder that all of them share.
+        way_on: what continues an interrupted run when it is added to the command; by default what the command's kind
+            of run takes, a sweep or a single one.
 
     Raises:
         UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
         SystemExit: the run was interrupted; its processes had :data:`GRACE` seconds to leave their results.
     """
-    way_on = _way_on(Path(cfg.paths.run).absolute() / "last.ckpt")
+    find_way_on = (lambda: way_on) if way_on else _way_on(Path(cfg.paths.run).absolute() / "last.ckpt")
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
@@ -118,14 +120,14 @@ def run_in_processes(count: int, task: str, cfg: DictConfig) -> None:
                 failed = _wait(processes)
             except (KeyboardInterrupt, SystemExit):
                 _interrupt(processes)
-                if hint := way_on():
+                if hint := find_way_on():
                     print_line("stopped", f"continue with the same command and {hint}")
                 sys.exit(130)
             if failed:
                 time.sleep(5 * POLL)
                 said = {rank: told for rank in range(count) if (told := _read_failure(folder, rank)) is not None}
         if failed:
-            raise UserError(_explain({rank: processes[rank].returncode for rank in failed}, said, count, way_on()))
+            raise UserError(_explain({rank: processes[rank].returncode for rank in failed}, said, count, find_way_on()))
 
 
 @contextmanager

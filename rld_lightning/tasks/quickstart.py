@@ -1,17 +1,37 @@
 """The main job in miniature: a teacher, its student trained alone, and the student distilled, side by side."""
 
 import json
+import sys
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from rld_lightning.console import console, print_files, print_table
+from rld_lightning.console import console, print_error, print_files, print_table
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights import read_weights
 from rld_lightning.reporting.runs import Summary
 from rld_lightning.tasks.fit import fit
+
+NO_SWEEP = "hydra.callbacks.sweep._target_=rld_lightning.tasks.quickstart.NoSweep"
+
+
+class NoSweep(Callback):
+    """In the place of :class:`~rld_lightning.tasks.sweep.Sweep`, whose options it takes: ends a sweep at its start."""
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Says how to sweep.
+
+        Raises:
+            SystemExit: always.
+        """
+        print_error("the quickstart is one comparison and no sweep: use scripts/fit.py -m experiment=quickstart ...")
+        sys.exit(2)
 
 
 def quickstart(cfg: DictConfig) -> None:

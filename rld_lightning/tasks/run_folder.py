@@ -24,6 +24,7 @@ from rld_lightning.models.weights import save_weights
 from rld_lightning.reporting.cost import processor_name
 from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.reporting.runs import Summary, differences
+from rld_lightning.tasks.check import split_facts
 
 EARLIER = "metrics_earlier.csv"  # of a run that goes on in its own folder
 
@@ -44,6 +45,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         "top1": summary.top1,
         "epochs": summary.epochs,
         "seed": summary.seed,
+        **split_facts(data),
         "source": "fit",
         **wandb_facts(run),
     }
@@ -164,7 +166,7 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
         key, (before, now) = next(iter(changed.items()))
         raise ValueError(
             f"{run} holds a run with {key}={before}, and this one has {key}={now}: continue it with the command that "
-            "began it, or choose another folder."
+            "began it, or begin another run in another folder."
         )
 
 

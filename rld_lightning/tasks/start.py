@@ -1,16 +1,19 @@
-"""Starting ``scripts/fit.py`` from a program: a sweep as a process of its own, and a teacher that others wait for."""
+"""Starting runs from a program: a sweep as a process of its own, and a teacher that others wait for."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import DictConfig
+
+from rld_lightning.config import started_by
 from rld_lightning.errors import UserError
-from rld_lightning.reporting.runs import SUMMARY
 from rld_lightning.tasks.launch import sigterm_ends
+from rld_lightning.tasks.teacher import teacher_config
+from rld_lightning.tasks.trial import run_trial
 
 FIT = Path(__file__).resolve().parents[2] / "scripts" / "fit.py"
 
@@ -21,7 +24,7 @@ def run_sweep(overrides: Sequence[str], folder: Path, subfolder: str) -> int:
     Args:
         overrides: those of the sweep.
         folder: where it lies.
-        subfolder: of a trial in it, with Hydra's interpolations; ``.`` for a single one.
+        subfolder: of a trial in it, with Hydra's interpolations.
 
     Returns:
         the exit status; 130 when it was interrupted.
@@ -38,32 +41,26 @@ def run_sweep(overrides: Sequence[str], folder: Path, subfolder: str) -> int:
             return 130
 
 
-def train_teacher(overrides: Sequence[str], name: str, seed: int, folder: Path) -> Path:
-    """Trains a teacher with cross-entropy, as a run of its own, or goes on with it, or finds it finished.
+def train_teacher(cfg: DictConfig, folder: Path, way_on: str) -> Path:
+    """Trains the teacher of runs to come, as a run of its own, or goes on with it, or finds it finished.
 
     Args:
-        overrides: those of the runs that it is for; what is about their model, loss and launcher is left out.
-        name: its network's.
-        seed: its seed.
-        folder: its run folder.
+        cfg: the configuration of the runs that it is for.
+        folder: its own run folder.
+        way_on: what continues an interrupted one when it is added to the command.
 
     Returns:
         the file of its weights.
 
     Raises:
-        UserError: it failed, and has said why.
+        UserError: it failed.
         SystemExit: it was interrupted.
     """
-    others = [
-        override
-        for override in overrides
-        if not re.match(r"[+~]*(model|loss|launcher|hydra|seed|sweep|experiment)\b", override)
-    ]
-    own = ["model=single", f"model.student.name={name}", "loss=ce", f"seed={seed}"]
-    status = run_sweep([*own, *others], folder, ".")
-    if status == 130:
-        sys.exit(status)
-    weights = folder / "student.safetensors"
-    if status or not (folder / SUMMARY).exists():
-        raise UserError(f"the teacher {name} could not be trained in {folder}.")
-    return weights
+    name = cfg.model.teacher.name
+    if (started := started_by()) is not None and started.processes > 1:
+        raise UserError(f"the teacher {name} starts its own processes; start this without {started.by}.")
+    try:
+        run_trial(teacher_config(cfg, folder.absolute()), way_on)
+    except UserError as error:
+        raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
+    return folder / "student.safetensors"

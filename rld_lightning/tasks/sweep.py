@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -15,22 +16,26 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.cli import exit_on_user_error
-from rld_lightning.config import loss_name
+from rld_lightning.config import loss_name, started_by
 from rld_lightning.console import print_error, print_line, print_table
 from rld_lightning.errors import UserError
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.reporting.labels import mean_and_std, short_value
-from rld_lightning.reporting.runs import ERROR, SUMMARY, Run, decides, find_runs
+from rld_lightning.reporting.runs import ERROR, RECORD, SUMMARY, Run, decides, find_runs
 from rld_lightning.tasks.start import train_teacher
+from rld_lightning.tasks.teacher import teacher_config
 
 HELD_OUT = "data.val_fraction"
+TEACHER = "teacher"  # folder of the teacher that the trials share
 INTERRUPTED = "interrupted"  # a trial of Optuna's that was tried again as another one
-RECORD = "sweep.yaml"  # of what a sweep varies and what it does not, in its folder
 
 
 class Sweep(Callback):
@@ -46,6 +51,11 @@ class Sweep(Callback):
 
     def __init__(self, held_out: float) -> None:
         self.held_out = held_out
+        self._lock: FileLock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: launchers send callbacks along to the processes of trials."""
+        return {**vars(self), "_lock": None}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Puts in what makes a sweep a clean one.
@@ -67,7 +77,7 @@ class Sweep(Callback):
         if set(swept) - {"seed", HELD_OUT} and HELD_OUT not in swept and not config.data.val_fraction:
             tuned = [key for key in swept if "." in key]
             if HELD_OUT not in fixed:
-                _add(config, fixed, HELD_OUT, str(self.held_out))
+                _add(config, fixed, HELD_OUT, self.held_out)
             elif tuned:
                 raise UserError(
                     f"{HELD_OUT}=0 would tune {', '.join(tuned)} on the test split; leave it away (a sweep holds out "
@@ -78,16 +88,30 @@ class Sweep(Callback):
             raise UserError(
                 "Optuna would choose the luckiest seed; sweep with one, then repeat the best setting with seed=0,1,2."
             )
+        self._hold(folder)
         _same_sweep(folder, swept, fixed, values_too=optuna)
         if _lacks_teacher(config, swept, folder):
-            name = config.model.teacher.name
-            weights = train_teacher(list(fixed.values()), name, config.seed, folder / "teacher")
+            weights = train_teacher(config, folder / TEACHER, f"hydra.sweep.dir={folder}")
             _add(config, fixed, "model.teacher.weights", str(weights))
-        others = ",".join(f'"{key}"' for key in fixed)
-        config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{others}]")
+        varied = {_group(key) for key in swept}
+        others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
+        config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
         if optuna:
             _continue_study(config.hydra.sweeper)
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
+
+    def _hold(self, folder: Path) -> None:
+        """Keeps the folder to this sweep until its process ends; trials have locks of their own."""
+        if started_by() is not None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".sweep.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{folder} is being swept in by another process; wait for it, end it, or choose another folder."
+            ) from None
 
 
 @contextmanager
@@ -103,30 +127,43 @@ def _ends_the_sweep(config: DictConfig) -> Iterator[None]:
         sys.exit(2)
 
 
-def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str) -> None:
+def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float) -> None:
     """Adds an override for all trials, as if it stood at the end of the command."""
+    OmegaConf.update(config, key, value)
     fixed[key] = f"{key}={value}"
     config.hydra.overrides.task.append(fixed[key])
 
 
 def _overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """What is swept and what is fixed, by key, as written: the sweeper's own parameters and the command line."""
+    """What is swept and what is fixed, by :func:`_key`, as written: the sweeper's own parameters and the command."""
     own = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*own, *config.hydra.overrides.task])
-    overrides = {override.key_or_group: override for override in parsed}  # the last one wins
+    overrides = {_key(override): override for override in parsed}  # the last one wins
     swept = {key: override.input_line for key, override in overrides.items() if override.is_sweep_override()}
     return swept, {key: override.input_line for key, override in overrides.items() if key not in swept}
 
 
+def _key(override: Override) -> str:
+    """What an override is for: ``loss.alpha``, ``loss``, or ``loss@loss.at`` of one in another place."""
+    return override.get_key_element().lstrip("+~")
+
+
+def _group(key: str) -> str:
+    """A key as Hydra compares it to those that it leaves out of folder names: ``loss`` of ``loss@loss.at``."""
+    return key.split("@")[0]
+
+
 def _lacks_teacher(config: DictConfig, swept: Collection[str], folder: Path) -> bool:
     """Whether a teacher is to be trained for all trials, before the first one would do it with its own values."""
-    if any(key.split(".")[0] == "model" for key in swept):  # each its own
+    if not all(re.match(r"(loss|seed|model\.student)\b", key) for key in swept):  # each its own
         return False
     teacher = config.model.teacher
     if teacher is None or teacher.weights != "fit" or ("loss" not in swept and loss_name(config.loss) == "CE"):
         return False
-    stored = TeacherStore(Path(config.paths.teachers)).path(config.hydra.runtime.choices.data, teacher.name)
-    return (folder / "teacher").exists() or not stored.exists()
+    if (folder / TEACHER).exists():
+        return True
+    data = instantiate(teacher_config(config, folder / TEACHER).data)
+    return TeacherStore(Path(config.paths.teachers)).find(data.name, teacher.name) is None
 
 
 def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
@@ -218,9 +255,9 @@ def settings_of(folder: Path, swept: Collection[str]) -> list[Setting]:
     parser = OverridesParser.create()
     groups = defaultdict(list)
     for run in find_runs([folder]):
-        values = {override.key_or_group: override.input_line for override in parser.parse_overrides(run.overrides)}
+        values = {_key(override): override.input_line for override in parser.parse_overrides(run.overrides)}
         inner = any((path / RECORD).exists() for path in _up_to(run.folder, folder))  # a sweep within
-        if inner or not set(swept) <= set(values) or not isfinite(run.summary.top1):
+        if inner or run.folder == folder / TEACHER or not set(swept) <= set(values) or not isfinite(run.summary.top1):
             continue
         groups[tuple(values[key] for key in swept if key != "seed")].append(run)
     return sorted((Setting(values, tuple(runs)) for values, runs in groups.items()), key=lambda s: -s.top1)
@@ -262,6 +299,16 @@ def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]
     print_line("best", f"{' '.join(best.values)}: {score}; {retrain_command(config, best, fixed)}")
 
 
+def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:
+    """``loss=[rld,at]`` as the user has written it, of what :func:`~rld_lightning.cli.expand_combined_loss` makes."""
+    names = [match[1] for line in fixed.values() if (match := re.fullmatch(r"\+loss@loss\.(\w+)=\1", line))]
+    if fixed.get("loss") != "loss=combined" or len(names) < 2:
+        return dict(fixed)
+    expanded = [line for name in names for line in (f"+loss@loss.{name}={name}", f"+loss.weights.{name}=1.0")]
+    kept = {key: line for key, line in fixed.items() if line not in expanded}
+    return kept | {"loss": f"loss=[{','.join(names)}]"}
+
+
 def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str]) -> str:
     """The command that trains with a sweep's best setting on the whole training split, and tests once, at the end.
 
@@ -272,9 +319,10 @@ def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str])
     """
     gone = ("sweep", "launcher", "seed", HELD_OUT)
     settled = {key: line for key, line in fixed.items() if key not in gone and not key.startswith("callbacks.pruner")}
+    settled = _as_a_list(settled)
     if "model.teacher.weights" in settled and f"{config.hydra.sweep.dir}/" in settled["model.teacher.weights"]:
         settled["model.teacher.weights"] = "model.teacher.weights=fit"  # the sweep's own has not seen all images
-    if not any(key == "loss" or key.startswith("loss@") for key in (*settled, *best.values)):
+    if not any(re.match(r"\+?loss[=@]", line) for line in (*settled.values(), *best.values)):
         settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
     epochs = best.runs[0].config["recipe"]["epochs"]
     last = [f"{HELD_OUT}=0", f"trainer.check_val_every_n_epoch={epochs}"]

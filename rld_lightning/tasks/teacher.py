@@ -1,10 +1,10 @@
 """The teacher of a run: where its weights are, and the frozen network they make."""
 
-import json
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from rld_lightning.config import devices_per_node
@@ -17,6 +17,7 @@ from rld_lightning.models.graft import GraftedStudent, graft
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
+from rld_lightning.tasks.check import check_classes
 
 
 def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
@@ -27,6 +28,8 @@ def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
             "model.teacher.shard=true shares the teacher out over the processes of a machine, and there is one; take "
             "more devices (trainer=ddp trainer.devices=2), or model.teacher.shard=false."
         )
+    if settings.weights is None:
+        raise ValueError("model.teacher.weights has no value; give a file, auto, fit, published or pretrained.")
     if settings.weights == "pretrained":
         return True
     path = resolve_teacher_weights(
@@ -41,6 +44,28 @@ def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
     return path is not None
 
 
+def teacher_config(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The configuration of a run that trains a run's teacher: with cross-entropy, and that run's data and recipe.
+
+    Args:
+        cfg: the run's, which stays as it is.
+        folder: the folder for the teacher's.
+    """
+    own = deepcopy(cfg)
+    OmegaConf.set_struct(own, False)
+    own.pop("hydra", None)
+    name = cfg.model.teacher.name
+    student = {**cfg.model.student, "name": name, "weights": None}
+    own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
+    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
+    own.method = "ce"
+    own.print_config = False
+    own.paths.run = str(folder)
+    own.resume = None
+    own.callbacks.pop("pruner", None)  # which would take it for a trial
+    return own
+
+
 def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
     """Loads and freezes the teacher that :func:`find_teacher` has put in the configuration, and prints its line."""
     settings = cfg.model.teacher
@@ -48,13 +73,9 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
         network, origin = _pretrained(settings.name, data.num_classes), "pretrained"
     else:
         network = create_model(settings.name, data.num_classes)
-        facts = load_weights(network, settings.weights, name=settings.name).metadata
-        if "class_names" in facts and json.loads(facts["class_names"]) != list(data.class_names):
-            raise ValueError(
-                f"{settings.weights} was trained on other classes than those of {data.name}; move it away, or name "
-                "another file with model.teacher.weights=."
-            )
-        origin = f"{settings.weights}{_known(facts)}"
+        weights = load_weights(network, settings.weights, name=settings.name)
+        check_classes(weights, data, "move it away, or name another file with model.teacher.weights=")
+        origin = f"{settings.weights}{_known(weights.metadata)}"
     size = describe_size(network, data)  # before the teacher takes the network over
     options = {name: settings[name] for name in ("dtype", "channels_last", "fuse", "shard")}
     teacher = FrozenTeacher(network, **options)
@@ -81,17 +102,13 @@ def connect(
 
 
 def _pretrained(name: str, num_classes: int) -> nn.Module:
-    if "/" not in name:
-        raise ValueError(
-            f"model.teacher.weights=pretrained is for torchvision/<name> and timm/<name>, not for {name}; "
-            "use a file, published or fit."
-        )
     network = create_model(name, num_classes, pretrained=True)
     known = getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
     if known != num_classes:
         raise ValueError(
             f"the pretrained {name} knows {known:,} classes and the data has {num_classes}, so its classifier would be "
-            "random; fine-tune it on the data first (loss=ce) and give its file with model.teacher.weights=."
+            f"random; fine-tune it on the data first (model=single model.student.name={name} "
+            "model.student.weights=pretrained loss=ce) and give its file with model.teacher.weights=."
         )
     return network
 

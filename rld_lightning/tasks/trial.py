@@ -14,7 +14,7 @@ from rld_lightning.tasks.launch import processes_to_start, run_in_processes
 from rld_lightning.tasks.run_folder import held, refuse_other_settings
 
 
-def run_trial(cfg: DictConfig) -> Summary:
+def run_trial(cfg: DictConfig, way_on: str | None = None) -> Summary:
     """Runs :func:`~rld_lightning.tasks.fit.fit` in fresh processes, once: a finished trial is only read.
 
     A trial that was interrupted goes on from its ``last.ckpt``. One that fails leaves ``error.txt`` in its folder, and
@@ -22,6 +22,7 @@ def run_trial(cfg: DictConfig) -> Summary:
 
     Args:
         cfg: the composed configuration; ``paths.run`` is the trial's folder.
+        way_on: what continues an interrupted one when it is added to the command; by default that of a sweep.
 
     Raises:
         UserError: the trial failed, its folder holds one with other settings, or another process is at it.
@@ -30,23 +31,25 @@ def run_trial(cfg: DictConfig) -> Summary:
     cfg.print_config = False
     _name_in_wandb(cfg, run)
     with held(run):
-        return _run(cfg, run)
+        return _run(cfg, run, way_on)
 
 
-def _run(cfg: DictConfig, run: Path) -> Summary:
+def _run(cfg: DictConfig, run: Path, way_on: str | None) -> Summary:
     with user_errors():
         refuse_other_settings(run, cfg)
         if (run / SUMMARY).exists():
             print_line("trial", f"{run} is finished")
             return read_summary(run)
-    _prepare(cfg, run)
+    last = run / "last.ckpt"
+    if last.exists():
+        cfg.resume = str(last)
+    _clear(run, goes_on=last.exists())
     try:
         with user_errors():
             processes = processes_to_start(cfg.trainer)
-        if started_by() is None:
-            run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
-        else:  # one of the processes that SLURM has started for this trial
-            fit(cfg)
+        if started_by() is not None:  # one of the processes that SLURM has started for this trial
+            return fit(cfg)
+        run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg, way_on=way_on)
         return read_summary(run)
     except UserError as error:
         (run / ERROR).write_text(f"{error}\n")
@@ -54,18 +57,14 @@ def _run(cfg: DictConfig, run: Path) -> Summary:
 
 
 def _name_in_wandb(cfg: DictConfig, run: Path) -> None:
-    """Trials have the same pair, method and, often, seed; and students of 90 % of the images are no results."""
+    """Trials have the same pair, method and, often, seed; a teacher that one trains has another label and method."""
     if wandb := cfg.logger.get("wandb"):
-        wandb.name = f"{cfg.model.label}-{cfg.method}-{run.name}"
-        if cfg.data.val_fraction:
-            wandb.artifact = f"{wandb.artifact}-tuning"
+        wandb.name = f"${{model.label}}-${{method}}-{run.name}"
 
 
 @rank_zero_only
-def _prepare(cfg: DictConfig, run: Path) -> None:
-    """Sets ``cfg.resume`` where there is something to go on from, and clears what a failed attempt has left."""
+def _clear(run: Path, *, goes_on: bool) -> None:
+    """Clears what a failed attempt has left."""
     (run / ERROR).unlink(missing_ok=True)
-    if (run / "last.ckpt").exists():
-        cfg.resume = str(run / "last.ckpt")
-    else:
+    if not goes_on:
         (run / "metrics.csv").unlink(missing_ok=True)  # the beginning of an epoch

@@ -1,3 +1,4 @@
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -119,12 +120,12 @@ def test_strong_view_is_a_crop_flip_and_randaugment_of_the_same_samples():
     loader = toy(strong_view=True).train_dataloader()
     loader.sampler.set_epoch(2)
     images = loader.split.images
-    batches = list(loader)
     order, generator = loader.sampler.draw_order()
     for _ in range(2):  # the crops of the first view come before
         crops = draw_crop_flip(103, padding=2, flip=True, generator=generator)
     draw = draw_randaugment(103, 6, 5, generator)
     expected = RandAugment(draw, [slice(0, 103)], 6, 5)(crop_flip(images, order, crops, 6, 5), 0)
+    batches = list(loader)
     assert torch.equal(merge(batches).strong, loader.normalize(expected))
     first = batches[0]
     assert first.strong.shape == first.images.shape
@@ -154,6 +155,39 @@ def test_jumping_to_an_epoch_equals_running_through():
     loader = toy().train_dataloader()
     through = [epoch_of(loader, epoch) for epoch in range(4)]
     assert same(epoch_of(toy().train_dataloader(), 3), through[3])
+
+
+def test_a_loop_of_ones_own_gets_the_next_epoch_each_time():
+    loader = toy().train_dataloader()
+    assert loader.state_dict() == {"epoch": 0, "batch": 0}
+    passes = [list(loader) for _ in range(3)]
+    assert all(same(batches, train_epoch(epoch)) for epoch, batches in enumerate(passes))
+    next(iter(loader))  # an iteration that is left early is begun anew
+    assert same(list(loader), train_epoch(3))
+
+
+@pytest.mark.parametrize("batches", [1, 5, 9, 10], ids=["begin", "middle", "end", "next"])
+def test_a_loop_of_ones_own_goes_on_where_its_state_was_taken(batches):
+    def endless(loader):
+        while True:
+            yield from loader
+
+    loader = toy().train_dataloader()
+    loader.sampler.set_epoch(1)
+    whole = [batch for epoch in (1, 2, 3) for batch in train_epoch(epoch)]
+    assert same(list(islice(endless(loader), batches)), whole[:batches])
+
+    resumed = toy().train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert same(list(islice(endless(resumed), 27 - batches)), whole[batches:])
+
+
+def test_evaluation_is_the_same_each_time():
+    loader = toy().test_dataloader()
+    assert same(list(loader), list(loader))
+    resumed = toy().test_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert same(list(resumed), list(loader))
 
 
 def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -78,6 +79,7 @@ def test_summary_metrics_and_export_tell_the_same(finished):
     with safe_open(folder / "run" / "student.safetensors", "pt") as file:
         facts = file.metadata()
     assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("wrn_16_1", "10", "digits")
+    assert (facts["data_seed"], facts["val_fraction"]) == ("0", "0.0")
     assert float(facts["top1"]) == pytest.approx(summary["top1"])
 
 
@@ -85,7 +87,8 @@ def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
     folder, _ = finished
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"student"}
-    assert checkpoint["hyper_parameters"] == {"num_classes": 10, "student": "wrn_16_1", "dataset": "digits"}
+    facts = {"num_classes": 10, "student": "wrn_16_1", "dataset": "digits", "data_seed": 0, "val_fraction": 0.0}
+    assert checkpoint["hyper_parameters"] == facts
 
 
 @pytest.mark.slow
@@ -155,6 +158,13 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
         (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
         (("model.teacher.weights=pretrained",), "pretrained is for torchvision/<name> and timm/<name>"),
+        (("model.student.weights=pretrained",), "is for torchvision/<name> and timm/<name>, not for wrn_16_1"),
+        (("model.student.name=torchvision/alexnet",), "torchvision/alexnet cannot take images of 3x8x8"),
+        (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),
+        (("model.teacher.weights=null",), "model.teacher.weights has no value"),
+        (("+trainer.limit_val_batches=0", "loss=ce"), "trainer.limit_val_batches=0 leaves no accuracy to report"),
+        (("+trainer.fast_dev_run=true", "loss=ce"), "take trainer.max_steps=10 and data.subset=0.01"),
+        (("trainer=ddp_cpu", "trainer.devices=3"), "choose a multiple of 3"),
         (("data=imagefolder",), "data.root has no value"),
         (("data.val_fraction=2",), "val_fraction=2"),
     ],
@@ -209,6 +219,17 @@ def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_p
     assert summary.top1_best >= summary.top1
 
 
+def test_a_student_may_start_from_pretrained_weights(tmp_path, monkeypatch):
+    name = "torchvision/shufflenet_v2_x0_5"
+    published = create_model(name, 1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published)
+    student = (f"model.student.name={name}", "model.student.weights=pretrained")
+    in_process(tmp_path, "recipe.epochs=1", "recipe.optimizer.lr=0", "+trainer.limit_train_batches=1", *student)
+    left = load_file(tmp_path / "student.safetensors")
+    assert torch.equal(left["conv5.0.weight"], published["conv5.0.weight"])
+    assert left["fc.weight"].shape == (10, 1024)
+
+
 def test_switched_off_callbacks_stay_off(tmp_path, capsys):
     off = [f"callbacks.{name}=null" for name in ("progress", "checkpoint_last", "checkpoint_best")]
     in_process(tmp_path, "recipe.epochs=1", *off)
@@ -223,6 +244,17 @@ def test_a_resumed_run_tells_the_whole_story(tmp_path):
     metrics = pd.read_csv(tmp_path / "second" / "metrics.csv")
     assert metrics.dropna(subset=["val/top1"])["epoch"].tolist() == [0, 1]
     assert summary.top1_best == pytest.approx(metrics["val/top1"].max())
+    best = torch.load(tmp_path / "second" / "best.ckpt", weights_only=True)["epoch"]
+    assert best == metrics.dropna(subset=["val/top1"]).set_index("epoch")["val/top1"].idxmax()
+
+
+def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
+    pair = (*PAIR[1:], "loss=kd", "model.teacher.weights=fit", f"paths.teachers={tmp_path / 'teachers'}")
+    in_process(tmp_path / "run", *pair, "recipe.epochs=1", "data.val_fraction=0.5")
+    assert not list((tmp_path / "teachers").rglob("*.safetensors"))
+    weights = OmegaConf.load(tmp_path / "run" / "config.yaml").model.teacher.weights
+    assert weights == str(tmp_path / "run" / "teacher" / "student.safetensors")
+    assert Path(weights).exists()
 
 
 def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
@@ -239,7 +271,8 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     folder, _ = finished
     teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn_16_2.safetensors'}"
     paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
-    command = [sys.executable, SCRIPTS / "fit.py", *PAIR, teacher, "recipe.epochs=200", *paths]
+    pair = (*PAIR, "recipe.scheduler=null")  # one cycle has its length from the beginning
+    command = [sys.executable, SCRIPTS / "fit.py", *pair, teacher, "recipe.epochs=200", *paths]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (folder / "stopped" / "last.ckpt").exists():
         assert process.poll() is None
@@ -249,7 +282,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     last = folder / "stopped" / "last.ckpt"
     assert f"resume={last}" in output
     epoch = torch.load(last, weights_only=True)["epoch"]
-    options = (*PAIR, teacher, f"recipe.epochs={epoch + 2}", f"resume={last}", f"hydra.run.dir={folder / 'continued'}")
+    options = (*pair, teacher, f"recipe.epochs={epoch + 2}", f"resume={last}", f"hydra.run.dir={folder / 'continued'}")
     run("fit.py", *options, folder=folder)
     assert json.loads((folder / "continued" / "summary.json").read_text())["epochs"] == epoch + 2
     run("fit.py", *options[:-1], f"hydra.run.dir={folder / 'stopped'}", folder=folder)  # the same in its own folder

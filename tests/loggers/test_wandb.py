@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from test_config import compose
 from wandb_stub import read_file, read_run, serving, values
 
 from rld_lightning.console import console
 from rld_lightning.loggers import WandbLogger
-from rld_lightning.loggers.wandb import STEP, wandb_facts
+from rld_lightning.loggers.wandb import STEP, wandb_facts, wandb_run
 from rld_lightning.tasks.fit import fit
 
 PAIR = (
@@ -154,7 +156,7 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, monkeypatch, tmp_path):
     folder, _, records = finished
     monkeypatch.setenv("WANDB_MODE", "offline")
-    weights = f"model.teacher.weights={folder / 'teacher' / 'student.safetensors'}"
+    weights = f"model.teacher.weights={folder.parent / 'teachers' / 'digits' / 'wrn_16_1.safetensors'}"
     printed = train(tmp_path / "run", weights, "recipe.epochs=2", f"resume={folder / 'last.ckpt'}")
     before, after = (next(r.run for r in file if r.HasField("run")) for file in (records, read_run(tmp_path / "run")))
     assert after.run_id == before.run_id == json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
@@ -185,6 +187,17 @@ def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_p
     wandb.teardown()
     (run,) = (record.run for record in read_run(tmp_path) if record.HasField("run"))
     assert (run.run_id, run.project, run.display_name) == ("trial", "sweeps", "name")
+
+
+@pytest.mark.parametrize(("share", "artifact"), [(0.0, "a_to_b-rld"), (0.1, "a_to_b-rld-tuning")])
+def test_a_student_of_a_part_of_the_images_is_an_artifact_of_its_own(offline, tmp_path, share, artifact):
+    logger = offline(artifact="a_to_b-rld")
+    module = SimpleNamespace(teacher=None)
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True, lightning_module=module)
+    cfg = {"paths": {"run": str(tmp_path)}, "resume": None, "data": {"val_fraction": share}, "model": {"teacher": None}}
+    with console.capture(), wandb_run(trainer, OmegaConf.create(cfg)):
+        pass
+    assert wandb_facts(tmp_path) == {"wandb_artifact": artifact}
 
 
 def test_a_crash_of_wandb_ends_its_logging_and_nothing_else(offline, monkeypatch):

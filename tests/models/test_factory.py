@@ -197,6 +197,28 @@ class TestTorchvision:
         assert model.fc.out_features == num_classes
         assert torch.equal(model.fc.bias, published["fc.bias"]) == same_classifier
 
+    @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+    def test_auxiliary_classifiers_are_left_out(self, monkeypatch, name):
+        with torch.device("meta"):
+            model = create_model(f"torchvision/{name}", num_classes=7)
+            logits = model(torch.empty(2, 3, 96, 96))
+            plain = getattr(torchvision.models, name)(init_weights=False)
+        assert model.training
+        assert logits.shape == (2, 7)
+
+        published = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in plain.state_dict().items()}
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published)
+        monkeypatch.setattr(factory, "_INCEPTION_OPTIONS", factory._INCEPTION_OPTIONS | {"init_weights": False})
+        for num_classes in (1000, 7):
+            pretrained = create_model(f"torchvision/{name}", num_classes=num_classes, pretrained=True)
+            state = pretrained.state_dict()
+            assert not [key for key in state if "aux" in key.casefold()]
+            fresh = {key for key, value in state.items() if not (value == 1).all()}
+            assert fresh == (set() if num_classes == 1000 else {"fc.weight", "fc.bias"})
+            # Weights that were fine-tuned are read back into a network that was not made as pretrained.
+            assert pretrained.transform_input
+            assert model.transform_input
+
     def test_resnets_have_stages(self):
         with torch.device("meta"):
             basic, bottleneck = create_model("torchvision/resnet34"), create_model("torchvision/resnet50")
@@ -226,6 +248,11 @@ class TestTimm:
         _, features = models.forward_with_taps(model, images, (*stages.features, stages.pooled))
         assert len(stages.features) >= 4
         assert features[stages.pooled].ndim == 2
+
+    def test_pretrained_weights_that_are_not_there_are_not_replaced_by_random_ones(self, monkeypatch):
+        monkeypatch.setattr("timm.is_model_pretrained", lambda name: False)
+        with pytest.raises(ValueError, match="timm has no pretrained weights of resnet10t"):
+            create_model("timm/resnet10t", pretrained=True)
 
     def test_several_classifiers_are_not_guessed_at(self):
         with torch.device("meta"):

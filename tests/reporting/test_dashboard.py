@@ -23,7 +23,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.losses import DKDLoss, KDLoss
 from rld_lightning.models import create_model
 from rld_lightning.models.weights import save_weights
-from rld_lightning.reporting.dashboard import build_dashboard, save_dashboard, write_json
+from rld_lightning.reporting.dashboard import build_dashboard, label_of, save_dashboard, write_json
 from rld_lightning.reporting.dashboard_panels import comparison_parts, tuning_part
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +168,15 @@ def test_pairs_get_views_and_run_sets_of_their_own_and_all_pairs_are_kept_apart(
     assert ["group", "jobType"] in grouping
     assert not any("groupBy" in panel["config"] for panel in panels(content))
     assert len(build_dashboard("me", pairs=[f"long_name_{i}_to_another" for i in range(9)]).report.title) <= 128
+
+
+def test_a_pair_is_given_as_an_option_or_as_what_runs_have_as_their_group(tmp_path):
+    save_dashboard("me", "p", ["wrn40_2_to_wrn16_2", PAIR], tmp_path / "board.json")
+    content = json.loads((tmp_path / "board.json").read_text())
+    groups = [f["value"] for s in run_sets(content) for f in s["filters"]["filters"] if f["key"]["name"] == "group"]
+    assert set(groups) == {"wrn_40_2_to_wrn_16_2", PAIR}
+    with pytest.raises(ValueError, match=r"model=pair is any pair; give the label of yours"):
+        label_of("pair")
 
 
 def test_tuning_shows_settings_against_the_result():

@@ -190,6 +190,14 @@ def test_files_that_are_no_safetensors_stop_nothing(tmp_path):
     assert write_report([tmp_path], tmp_path / "out").html.exists()
 
 
+def test_the_teacher_of_a_sweep_has_no_command_of_its_own(tmp_path):
+    write_comparison(tmp_path / "pair", {"kd": 60.0}, 1)
+    (tmp_path / "pair" / "teacher" / ".hydra" / "overrides.yaml").unlink()
+    (tmp_path / "pair" / "sweep.yaml").write_text("[]")
+    page = write_report([tmp_path], tmp_path / "out", latency=False).markdown.read_text()
+    assert f"the teacher of all runs in {tmp_path / 'pair'}, trained before them" in page
+
+
 def test_a_grafted_student_has_its_own_cost(tmp_path):
     folder = write_run(tmp_path / "run", "simkd")
     summary = json.loads((folder / "summary.json").read_text())

@@ -4,9 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from reporting.run_factory import write_run
+from test_config import compose
 
 from rld_lightning.errors import UserError
+from rld_lightning.reporting.runs import differences
 from rld_lightning.tasks import compare as module
 from rld_lightning.tasks import start
 from rld_lightning.tasks.compare import compare, split_list, split_seeds
@@ -16,17 +20,15 @@ PAIR = ["model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    """The sweeps that a comparison runs, instead of what they do: overrides, folder, subfolder."""
+    """What a comparison starts, instead of what that does: a teacher's configuration; a sweep's three arguments."""
     seen = []
 
-    def run_sweep(overrides, folder, subfolder):
-        seen.append((overrides, folder, subfolder))
-        if folder.name == "teacher":
-            write_run(folder, "ce", teacher=None, student="resnet20", seed=7)
-        return 0
+    def run_trial(cfg, _way_on):
+        seen.append(cfg)
+        write_run(Path(cfg.paths.run), "ce", teacher=None, student="resnet20", seed=7)
 
-    monkeypatch.setattr(start, "run_sweep", run_sweep)
-    monkeypatch.setattr(module, "run_sweep", run_sweep)
+    monkeypatch.setattr(start, "run_trial", run_trial)
+    monkeypatch.setattr(module, "run_sweep", lambda *arguments: seen.append(arguments) or 0)
     report = SimpleNamespace(html=Path("report.html"), markdown=Path("report.md"))
     monkeypatch.setattr(module, "write_report", lambda *_args, **_options: report)
     return seen
@@ -36,8 +38,9 @@ def test_the_teacher_first_then_a_student_for_each_seed_and_loss(sweeps, tmp_pat
     options = [*PAIR, "model.teacher.weights=fit", "launcher=joblib", "hydra.launcher.n_jobs=2"]
     compare(["ce", "rld"], [7, 1], options, tmp_path)
     teacher, students = sweeps
-    own = ["model=single", "model.student.name=resnet20", "loss=ce", "seed=7"]
-    assert teacher == ([*own, "recipe=quick", "data.val_fraction=0"], tmp_path / "teacher", ".")
+    own = compose("model=single", "model.student.name=resnet20", "loss=ce", "seed=7", "recipe=quick", "method=ce")
+    assert not differences(OmegaConf.to_container(teacher, resolve=True), OmegaConf.to_container(own))
+    assert teacher.paths.run == str(tmp_path / "teacher")
     weights = f"model.teacher.weights={tmp_path / 'teacher' / 'student.safetensors'}"
     assert students == (
         [*options[:4], *options[5:], "data.val_fraction=0", weights, "seed=choice(7,1)", "loss=choice(ce,rld)"],
@@ -50,7 +53,7 @@ def test_more_seeds_keep_the_teacher(sweeps, tmp_path):
     options = [*PAIR, "model.teacher.weights=fit"]
     compare(["rld"], [7], options, tmp_path)
     compare(["rld"], [1, 2], options, tmp_path)
-    assert "seed=7" in sweeps[2][0]
+    assert sweeps[2].seed == 7
     assert sweeps[3][0][-2:] == ["seed=choice(1,2)", "loss=choice(rld)"]
 
 
@@ -62,9 +65,27 @@ def test_a_teacher_that_is_there_is_used_as_it_is(sweeps):
     assert folder == Path("runs/compare/resnet20_to_resnet8")
 
 
+@pytest.mark.parametrize(
+    ("experiment", "trained"),
+    [
+        ("experiment=quickstart", ("digits", "wrn_16_2", 15)),
+        ("experiment=rld_crd", ("cifar100", "wrn_40_2", 240)),  # which brings losses that cross-entropy does not take
+    ],
+)
+def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(sweeps, tmp_path, experiment, trained):
+    compare(["kd"], [0], [experiment, "model.teacher.weights=fit"], tmp_path)
+    cfg = OmegaConf.create(OmegaConf.to_container(sweeps[0], resolve=True))
+    assert (instantiate(cfg.data).name, cfg.model.student.name, cfg.recipe.epochs) == trained
+    assert (cfg.model.teacher, cfg.model.tuned) == (None, None)
+    instantiate(cfg.loss)
+
+
 def test_without_its_teacher_a_comparison_ends(sweeps, monkeypatch, tmp_path):
-    monkeypatch.setattr(start, "run_sweep", lambda *_: 2)
-    with pytest.raises(UserError, match="the teacher resnet20 could not be trained in"):
+    def fails(*_):
+        raise UserError("out of memory.")
+
+    monkeypatch.setattr(start, "run_trial", fails)
+    with pytest.raises(UserError, match=r"the teacher resnet20 could not be trained in .*teacher: out of memory\."):
         compare(["kd"], [0], [*PAIR, "model.teacher.weights=fit"], tmp_path)
     assert not sweeps
 

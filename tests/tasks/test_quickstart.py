@@ -1,11 +1,13 @@
 """The quickstart and the bench as functions."""
 
+import hydra
 import pytest
 import torch
-from test_config import compose
+from hydra._internal.callbacks import Callbacks
+from test_config import CONF, compose
 
 from rld_lightning.tasks import bench
-from rld_lightning.tasks.quickstart import quickstart
+from rld_lightning.tasks.quickstart import NO_SWEEP, quickstart
 
 
 def test_quickstart_compares_teacher_student_and_distilled_student(tmp_path, capsys):
@@ -21,6 +23,15 @@ def test_quickstart_compares_teacher_student_and_distilled_student(tmp_path, cap
     assert (tmp_path / "teachers" / "digits" / "wrn_16_2.safetensors").exists()
     assert (tmp_path / "run" / "distilled" / "curves.png").exists()
     assert (tmp_path / "run" / "alone" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", [["seed=1"], ["sweep=rld_grid"]])
+def test_quickstart_is_no_sweep_and_says_so_before_anything_runs(command, capsys):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("fit", ["experiment=quickstart", NO_SWEEP, *command], return_hydra_config=True)
+    with pytest.raises(SystemExit, match="2"):
+        Callbacks(config).on_multirun_start(config=config, config_name="fit")
+    assert "error: the quickstart is one comparison and no sweep: use scripts/fit.py -m" in capsys.readouterr().out
 
 
 def test_the_plain_formula_of_the_bench_is_rld():

@@ -1,5 +1,7 @@
 """Sweeps: tuned on held-out images, continued where they were, and summed up in one line."""
 
+import pickle
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,13 +11,17 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from reporting.run_factory import write_run
 from test_config import CONF, compose
 
 from rld_lightning.callbacks import OptunaPruner
+from rld_lightning.cli import expand_combined_loss
+from rld_lightning.config import Started
 from rld_lightning.errors import UserError
-from rld_lightning.tasks import sweep, trial
+from rld_lightning.tasks import run_folder, sweep, trial
+from rld_lightning.tasks import start as starting
 from rld_lightning.tasks.run_folder import held
 from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
 from rld_lightning.tasks.trial import run_trial
@@ -78,30 +84,78 @@ def test_whatever_goes_wrong_at_the_start_ends_the_sweep(start, tmp_path, monkey
     assert f"error: the sweep in {tmp_path / 'sweep'} ends: ZeroDivisionError" in capsys.readouterr().out
 
 
-def test_the_teacher_of_all_trials_is_trained_first(start, tmp_path, monkeypatch):
+PAIR = ["model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "model.teacher.weights=fit"]
+
+
+@pytest.fixture
+def teachers(monkeypatch):
+    """The configurations of the teachers that sweeps train, instead of doing it."""
     asked = []
 
-    def train_teacher(overrides, name, seed, folder):
-        asked.append((name, seed, folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / "student.safetensors"
+    def run_trial(cfg, way_on):
+        assert way_on == f"hydra.sweep.dir={Path(cfg.paths.run).parent}"
+        Path(cfg.paths.run).mkdir(parents=True, exist_ok=True)
+        asked.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
 
-    monkeypatch.setattr(sweep, "train_teacher", train_teacher)
-    pair = ["model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "model.teacher.weights=fit"]
-    pair.append(f"paths.teachers={tmp_path / 'store'}")
+    monkeypatch.setattr(starting, "run_trial", run_trial)
+    return asked
+
+
+def test_the_teacher_of_all_trials_is_trained_first(start, teachers, tmp_path):
+    pair = [*PAIR, f"paths.teachers={tmp_path / 'store'}", "seed=3"]
     folder = tmp_path / "sweep" / "teacher"
     for _ in range(2):  # when it goes on, the same
         added = start("loss.alpha=1,2", *pair).hydra.overrides.task[-1]
         assert added == f"model.teacher.weights={folder / 'student.safetensors'}"
-    assert asked == [("resnet14", 0, folder)] * 2
-    start("model.teacher.name=resnet14,resnet20", *pair[:1], *pair[2:], f"hydra.sweep.dir={tmp_path / 'other'}")
-    assert len(asked) == 2  # each trial its own
+    assert teachers[0] == teachers[1]
+    (cfg, _) = teachers
+    assert (cfg.model.student.name, cfg.model.teacher, cfg.model.label, cfg.seed) == ("resnet14", None, "resnet14", 3)
+    assert (cfg.loss._target_, cfg.method, cfg.paths.run) == ("rld_lightning.losses.CELoss", "ce", str(folder))
+    assert cfg.data.val_fraction == 0.1  # held out for the trials
     stored = tmp_path / "store" / "cifar100" / "resnet14.safetensors"
     stored.parent.mkdir(parents=True)
     stored.touch()
     shutil.rmtree(tmp_path / "sweep")
     start("loss.alpha=1,2", *pair)
-    assert len(asked) == 2  # it is there
+    assert len(teachers) == 2  # it is there
+
+
+def test_several_students_have_one_teacher(start, teachers, tmp_path):
+    start(*PAIR, "model.student.name=resnet8,resnet20", "loss=kd,rld", "seed=0,1", f"paths.teachers={tmp_path}")
+    assert [cfg.model.student.name for cfg in teachers] == ["resnet14"]
+
+
+@pytest.mark.parametrize(
+    "varied",
+    [
+        "model.teacher.name=resnet14,resnet20",
+        "data=digits,cifar100",
+        "recipe.epochs=1,2",
+        "+experiment=reversed,quickstart",
+    ],
+)
+def test_trials_that_need_teachers_of_their_own_are_given_none(start, teachers, tmp_path, varied):
+    start(*PAIR, varied, f"paths.teachers={tmp_path}")
+    assert not teachers
+
+
+def test_the_teacher_is_trained_as_the_trials_are_and_watched_by_no_pruner(start, teachers, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pruner = ["sweep=rld_optuna", "callbacks.pruner.pruner.n_warmup_steps=5"]
+    start(*pruner, "experiment=quickstart", "logger=wandb", f"paths.teachers={tmp_path}")
+    (cfg,) = teachers
+    assert (cfg.data._target_, cfg.recipe.epochs) == ("rld_lightning.data.DigitsDataModule", 15)
+    assert cfg.model.student.name == "wrn_16_2"
+    assert {"checkpoint_last", "wandb_examples"} < set(cfg.callbacks)
+    assert "pruner" not in cfg.callbacks
+
+
+def test_a_stored_teacher_is_found_by_the_name_of_its_data(start, teachers, tmp_path):
+    stored = tmp_path / "photos" / "resnet14.safetensors"
+    stored.parent.mkdir()
+    stored.touch()
+    start("loss.alpha=1,2", *PAIR, "data=imagefolder", "data.root=/my/photos", f"paths.teachers={tmp_path}")
+    assert not teachers
 
 
 def test_trials_are_named_after_what_is_swept(start):
@@ -115,6 +169,21 @@ def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
     with pytest.raises(SystemExit, match="2"):
         start("loss.alpha=1,2", "recipe=cifar240")
     assert "they differ in recipe=cifar240, recipe=quick." in capsys.readouterr().out
+
+
+def test_a_folder_is_one_running_sweeps_until_that_ends(start, tmp_path, capsys, monkeypatch):
+    optuna = pytest.importorskip("hydra_plugins.hydra_optuna_sweeper") and pytest.importorskip("optuna")
+    first = Sweep(held_out=0.1)
+    first._hold(tmp_path / "sweep")
+    pickle.loads(pickle.dumps(first))  # as launchers do, for the processes of trials
+    study = optuna.create_study(study_name="fit", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
+    study.ask()
+    with pytest.raises(SystemExit, match="2"):
+        start("sweep=rld_optuna", "hydra.sweeper.study_name=fit")
+    assert f"error: {tmp_path / 'sweep'} is being swept in by another process; wait for it" in capsys.readouterr().out
+    assert study.trials[0].state == optuna.trial.TrialState.RUNNING
+    del first
+    start("loss.alpha=1,2")
 
 
 def trials(folder, values):
@@ -168,6 +237,40 @@ def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
     trials(tmp_path / "sweep", VALUES[:1])
     (best,) = settings_of(tmp_path / "sweep", ["loss.alpha"])
     assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in retrain_command(config, best, sweep._overrides(config)[1])
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "printed"),
+    [
+        (["loss=[rld,at]"], "loss.rld.alpha=2", "'loss=[rld,at]' loss.rld.alpha=2 "),
+        (["loss.weights.at=0.5", "loss=[rld,at]"], "loss.rld.alpha=2", "loss.weights.at=0.5 'loss=[rld,at]' "),
+        (["loss=[rld,at]"], "loss.weights.at=2", "'loss=[rld,at]' loss.weights.at=2 "),
+        (["experiment=rld_crd"], "loss.rld.alpha=2", "experiment=rld_crd loss=combined loss.rld.alpha=2 "),
+        (["+loss@loss.mine=rld", "loss=combined"], "loss.mine.alpha=2", "+loss@loss.mine=rld loss=combined "),
+    ],
+)
+def test_the_command_of_a_combination_composes_to_what_was_tried(start, tmp_path, command, value, printed):
+    key, tried = value.split("=")
+    expanded = expand_combined_loss([*command, f"{key}=1,{tried}"])
+    config = start(*expanded)
+    (rule,) = (o for o in config.hydra.overrides.hydra if "exclude_keys" in o)
+    assert "@" not in rule
+    run = write_run(tmp_path / "sweep" / value, settings={}, held_out=0.1)
+    trial_overrides = [*(o for o in expanded if "," not in o), value]
+    OmegaConf.save(OmegaConf.create(trial_overrides), run / ".hydra" / "overrides.yaml")
+    swept, fixed = sweep._overrides(config)
+    (best,) = settings_of(tmp_path / "sweep", swept)
+    line = retrain_command(config, best, fixed)
+    assert printed in line
+    assert compose(*shlex.split(line)[2:]).loss == compose(*trial_overrides).loss
+
+
+def test_a_loss_that_was_swept_is_named_once(start, tmp_path):
+    config = start("loss=rld,dkd", "recipe=quick")
+    run = write_run(tmp_path / "sweep" / "loss=dkd", "dkd", held_out=0.1)
+    OmegaConf.save(OmegaConf.create(["loss=dkd", "recipe=quick"]), run / ".hydra" / "overrides.yaml")
+    (best,) = settings_of(tmp_path / "sweep", ["loss"])
+    assert " recipe=quick loss=dkd data.val_fraction=0 " in retrain_command(config, best, sweep._overrides(config)[1])
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):
@@ -258,7 +361,7 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     (folder / "last.ckpt").touch()
     resumed = []
 
-    def fails(_processes, _task, cfg):
+    def fails(_processes, _task, cfg, way_on):
         resumed.append(cfg.resume)
         raise UserError("out of memory.")
 
@@ -266,10 +369,30 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     with pytest.raises(UserError, match="out of memory"):
         run_trial(cfg)
     assert (folder / "error.txt").read_text() == "out of memory.\n"
-    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg: finish(cfg, 70.0))
+    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg, way_on: finish(cfg, 70.0))
     assert run_trial(cfg).top1 == 70.0
     assert not (folder / "error.txt").exists()
     assert resumed == [str(folder / "last.ckpt")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_of_a_slurm_job_goes_on_and_returns_what_it_has(cfg, monkeypatch, rank):
+    monkeypatch.setattr(trial, "started_by", lambda: Started("srun", 2, 1))
+    monkeypatch.setattr(run_folder, "started_by", lambda: Started("srun", 2, 1))
+    monkeypatch.setattr(trial, "processes_to_start", lambda _trainer: 1)
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    resumed = []
+    summary = SimpleNamespace(top1=60.0)  # rank 0 may not have written it yet
+    monkeypatch.setattr(trial, "fit", lambda cfg: resumed.append(cfg.resume) or summary)
+    folder = Path(cfg.paths.run)
+    folder.mkdir()
+    (folder / "error.txt").touch()
+    (folder / "metrics.csv").touch()
+    assert run_trial(cfg) is summary
+    assert (folder / "metrics.csv").exists() == (folder / "error.txt").exists() == (rank == 1)
+    (folder / "last.ckpt").touch()
+    run_trial(cfg)
+    assert resumed == [None, str(folder / "last.ckpt")]
 
 
 def test_a_teachers_file_may_be_written_in_another_way(tmp_path, monkeypatch):

@@ -1,0 +1,116 @@
+"""Whether a network, a file of weights and the data belong together, and one sentence where they do not."""
+
+import json
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.taps import evaluation_mode
+from rld_lightning.models.weights import Weights
+
+# What decides which images are trained on and which are held out: in files of weights, and as an option of the data.
+_SPLIT = {"data_seed": "seed", "val_fraction": "val_fraction", "test_fraction": "test_fraction"}
+
+
+def check_network(name: str, data: ImageDataModule, settings: DictConfig, network: nn.Module | None = None) -> None:
+    """Has a network show that it turns two images of the data into logits.
+
+    Args:
+        name: the model's name.
+        data: the data, set up.
+        settings: their configuration, which says whether the image size can be chosen.
+        network: the network, on the CPU; by default a fresh one of this name.
+
+    Raises:
+        ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
+    """
+    network = create_model(name, data.num_classes) if network is None else network
+    shape = "x".join(map(str, data.image_shape))
+    try:
+        with evaluation_mode(network), torch.no_grad():
+            logits = network(torch.zeros(2, *data.image_shape))
+    except Exception as error:  # each library refuses images in its own way
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        size = "another size with data.image_size=, or " if "image_size" in settings else ""
+        raise ValueError(f"{name} cannot take images of {shape} ({reason}); choose {size}another model.") from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != (2, data.num_classes):
+        raise ValueError(
+            f"{name} makes {found} of two images of {shape}, not logits {(2, data.num_classes)}; choose another model."
+        )
+
+
+def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None:
+    """Refuses weights of other classes, where their file names its own.
+
+    Args:
+        weights: the weights and what their file says about them.
+        data: the data, set up.
+        way_out: what the user can do, to end the sentence.
+
+    Raises:
+        ValueError: the classes are others, or in another order.
+    """
+    known, classes = fact(weights, "class_names"), list(data.class_names)
+    if known is not None and known != classes:
+        raise ValueError(
+            f"{weights.source} was trained on other classes than those of {data.name}{_first_other(known, classes)}; "
+            f"{way_out}."
+        )
+
+
+def split_facts(data: ImageDataModule) -> dict[str, int | float]:
+    """What decides which images are held out, for the files that a run leaves."""
+    return {name: getattr(data, option) for name, option in _SPLIT.items() if hasattr(data, option)}
+
+
+def adopt_split(settings: DictConfig, weights: Weights) -> None:
+    """Has the data hold out what the run of a file has held out, where their configuration leaves it open (null)."""
+    for name, otherwise in (("data_seed", 0), ("val_fraction", 0.0)):
+        if settings[_SPLIT[name]] is None:
+            known = fact(weights, name)
+            settings[_SPLIT[name]] = otherwise if known is None else known
+
+
+def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
+    """Refuses to measure weights on images that they were trained on, as far as their file says what was held out.
+
+    Args:
+        weights: the weights and what their file says about them.
+        data: the data.
+        split: ``"test"`` or ``"val"``.
+
+    Raises:
+        ValueError: other images were held out when they were trained.
+    """
+    if weights.metadata.get("dataset") != data.name:
+        return
+    facts = split_facts(data)
+    if split == "test":
+        decisive = ["test_fraction"]
+    else:
+        decisive = ["test_fraction", "val_fraction", *(["data_seed"] if data.val_fraction > 0 else [])]
+    for name in decisive:
+        known, option = fact(weights, name), f"data.{_SPLIT[name]}"
+        if name in facts and known not in (None, facts[name]):
+            raise ValueError(
+                f"{weights.source} was trained with {option}={known}, and with {option}={facts[name]} it would be "
+                f"measured on images that it was trained on; add {option}={known}."
+            )
+
+
+def fact(weights: Weights, name: str) -> Any:
+    """What a file of weights says under this name; None where it says nothing, or in a way that is not ours."""
+    try:
+        return json.loads(weights.metadata[name])
+    except (KeyError, json.JSONDecodeError):
+        return None
+
+
+def _first_other(known: list[str], classes: list[str]) -> str:
+    pairs = enumerate(zip(known, classes, strict=False))
+    return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

@@ -1,0 +1,110 @@
+"""Networks, files and data that do not belong together."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from rld_lightning.models.weights import Weights
+from rld_lightning.tasks import check
+
+
+def data(**options):
+    facts = {"name": "toy", "num_classes": 3, "class_names": ["a", "b", "c"], "image_shape": (3, 8, 8)}
+    return SimpleNamespace(**facts | {"seed": 1, "val_fraction": 0.1} | options)
+
+
+def weights(**facts):
+    return Weights({}, {"dataset": "toy"} | {key: json.dumps(value) for key, value in facts.items()}, Path("w"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("torchvision/alexnet", {"image_size": 8}, r"cannot take images of 3x8x8 \(.*another size with data\.im"),
+        ("torchvision/alexnet", {}, r"alexnet cannot take images of 3x8x8 \(.*; choose another model\."),
+    ],
+)
+def test_images_that_a_network_cannot_take(name, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check.check_network(name, data(), OmegaConf.create(settings))
+
+
+def test_transformers_have_an_image_size_of_their_own():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot take images of 3x8x8 \(Input height"):
+        check.check_network("timm/vit_tiny_patch16_224", data(), OmegaConf.create({}))
+
+
+class Tuple(nn.Module):
+    def forward(self, images):
+        return images, images
+
+
+@pytest.mark.parametrize(
+    ("network", "found"), [(Tuple(), "a tuple"), (nn.Flatten(), r"\(2, 192\)"), (nn.Identity(), r"\(2, 3, 8, 8\)")]
+)
+def test_what_is_not_logits(network, found):
+    with pytest.raises(ValueError, match=rf"net makes {found} of two images of 3x8x8, not logits \(2, 3\)"):
+        check.check_network("net", data(), OmegaConf.create({}), network)
+
+
+def test_a_network_is_left_as_it_was():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 3))
+    state, random = {key: value.clone() for key, value in network.state_dict().items()}, torch.get_rng_state()
+    check.check_network("net", data(), OmegaConf.create({}), network)
+    assert network.training
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_other_classes_or_another_order_of_them():
+    check.check_classes(weights(class_names=["a", "b", "c"]), data(), "go")
+    check.check_classes(weights(), data(), "go")
+    with pytest.raises(ValueError, match=r"other classes than those of toy \(class 0 is 'b' there and 'a' here\); go"):
+        check.check_classes(weights(class_names=["b", "a", "c"]), data(), "go")
+
+
+def test_what_a_file_of_others_says_is_not_taken_for_ours():
+    theirs = Weights({}, {"dataset": "toy", "class_names": "['a']", "val_fraction": "None"}, Path("w"))
+    check.check_classes(theirs, data(), "go")
+    check.check_split(theirs, data(), "val")
+
+
+@pytest.mark.parametrize(
+    ("facts", "seed", "val_fraction"),
+    [({"data_seed": 3, "val_fraction": 0.2}, 3, 0.2), ({}, 0, 0.0), ({"val_fraction": 0.2}, 0, 0.2)],
+)
+def test_what_is_held_out_follows_the_file_where_it_is_left_open(facts, seed, val_fraction):
+    settings = OmegaConf.create({"seed": None, "val_fraction": None})
+    check.adopt_split(settings, weights(**facts))
+    assert settings == {"seed": seed, "val_fraction": val_fraction}
+    chosen = OmegaConf.create({"seed": 5, "val_fraction": 0.5})
+    check.adopt_split(chosen, weights(**facts))
+    assert chosen == {"seed": 5, "val_fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("split", "facts", "options", "refused"),
+    [
+        ("val", {}, {}, None),
+        ("val", {"data_seed": 1, "val_fraction": 0.1}, {}, None),
+        ("val", {"data_seed": 0, "val_fraction": 0.1}, {}, r"data\.seed=0, and with data\.seed=1"),
+        ("val", {"data_seed": 1, "val_fraction": 0.2}, {}, r"val_fraction=0\.2, and with data\.val_fraction=0\.1"),
+        # A folder's own validation split does not depend on the seed, nor does the test split.
+        ("val", {"data_seed": 0, "val_fraction": 0.0}, {"val_fraction": 0.0}, None),
+        ("test", {"data_seed": 0, "val_fraction": 0.2}, {}, None),
+        ("test", {"test_fraction": 0.3}, {"test_fraction": 0.2}, r"data\.test_fraction=0\.3, and with"),
+        ("test", {"test_fraction": 0.3}, {"test_fraction": 0.2, "name": "another"}, None),
+    ],
+)
+def test_images_that_a_model_was_trained_on(split, facts, options, refused):
+    if refused is None:
+        check.check_split(weights(**facts), data(**options), split)
+        return
+    with pytest.raises(ValueError, match=refused):
+        check.check_split(weights(**facts), data(**options), split)

@@ -1,0 +1,58 @@
+"""What a run may go on from, and what a trainer must do."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rld_lightning.tasks.preflight import check_resume
+
+CONFIG = {
+    "seed": 0,
+    "model": {"teacher": None, "student": {"name": "resnet8", "weights": None}},
+    "recipe": {"epochs": 3, "optimizer": {"lr": 0.1}},
+    "trainer": {"max_epochs": "${recipe.epochs}"},
+    "resume": None,
+}
+CHECKPOINT = {"optimizer_states": [{}], "lr_schedulers": [], "hyper_parameters": {"student": "resnet8"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Leaves a run that was interrupted; calls ``check_resume`` with changes to its configuration."""
+
+    def check(changes=(), checkpoint=None, file="last.ckpt"):
+        OmegaConf.save(OmegaConf.create(CONFIG), tmp_path / "config.yaml", resolve=True)
+        torch.save(CHECKPOINT | (checkpoint or {}), tmp_path / "last.ckpt")
+        (tmp_path / "student.safetensors").write_bytes(b"no pickle")
+        cfg = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(changes)), {"resume": str(tmp_path / file)})
+        check_resume(cfg)
+
+    return check
+
+
+def test_the_same_settings_and_other_places_and_lengths(run):
+    run()
+    run(["recipe.epochs=5", "paths.runs=/elsewhere", "trainer.devices=2"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"changes": ["recipe.optimizer.lr=0.5"]},
+            "optimizer.lr=0.1, and this one has .*lr=0.5",
+        ),
+        ({"changes": ["model.student.name=resnet14"]}, "is of a run with resnet8, and this one trains resnet14"),
+        # a one-cycle schedule ends where it was told to
+        ({"changes": ["recipe.epochs=5"], "checkpoint": {"lr_schedulers": [{"total_steps": 9}]}}, "recipe.epochs=3"),
+        ({"checkpoint": {"optimizer_states": []}}, "has weights alone.*model.student.weights="),
+        ({"file": "student.safetensors"}, "no checkpoint to resume from; take a run's last.ckpt"),
+    ],
+)
+def test_what_a_run_cannot_go_on_from(run, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(**options)
+
+
+def test_simkds_student_is_known_by_its_own_part(run):
+    run(checkpoint={"hyper_parameters": {"student": "resnet8@resnet20"}})
