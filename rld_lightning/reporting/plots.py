@@ -103,7 +103,8 @@ class FigureOfPanels:
         columns = min(3, len(self.panels))
         rows = -(-len(self.panels) // columns)
         width = sum(panel.size[0] for panel in self.panels[:columns])
-        height = rows * max(panel.size[1] for panel in self.panels) + 0.25 * -(-len(self.legend) // 4)
+        across = min(6 if width > 8 else 4, len(self.legend))  # entries of the legend in a row
+        height = rows * max(panel.size[1] for panel in self.panels) + 0.25 * -(-len(self.legend) // max(1, across))
         with matplotlib.rc_context(_PAGE_STYLE):
             figure = Figure(figsize=(max(width, 4.4), height), layout="constrained")
             axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -114,7 +115,7 @@ class FigureOfPanels:
                 place.set_axis_off()
             if self.legend:
                 handles = [_handle(*entry) for entry in self.legend]
-                figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+                figure.legend(handles=handles, loc="outside lower center", ncols=across)
             path = folder / f"{self.name}.png"
             figure.savefig(path, dpi=200)
         return path

@@ -145,11 +145,11 @@ def decides(key: str) -> bool:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    return {key: _as_one_writes_it(key, value) for key, value in flat(config).items() if decides(key)}
+    return {key: canonical(key, value) for key, value in flat(config).items() if decides(key)}
 
 
-def _as_one_writes_it(key: str, value: str) -> str:
-    """The same text for the same value: ``alpha=1`` of a command line is ``alpha: 1.0`` of a file."""
+def canonical(key: str, value: str) -> str:
+    """The same text for the same value: ``1`` for the ``1.0`` of a file, a whole path for a file of weights."""
     if key in _FILES and value not in _NO_FILES:
         return str(Path(value).absolute())
     return re.sub(r"^(-?\d+)\.0$", r"\1", value)

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -29,7 +29,7 @@ from rld_lightning.console import print_error, print_line, print_table
 from rld_lightning.errors import UserError
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.reporting.labels import mean_and_std, short_value
-from rld_lightning.reporting.runs import ERROR, RECORD, SUMMARY, Run, decides, find_runs
+from rld_lightning.reporting.runs import ERROR, RECORD, SUMMARY, Run, canonical, decides, find_runs
 from rld_lightning.tasks.start import train_teacher
 from rld_lightning.tasks.teacher import teacher_config
 
@@ -178,8 +178,9 @@ def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]
     record = folder / RECORD
     mine = {line for key, line in fixed.items() if decides(key) and key != "launcher"}
     mine |= set(swept.values()) if values_too else set(swept)
+    mine = _canonical(mine)
     if record.exists():
-        theirs = set(OmegaConf.load(record))
+        theirs = _canonical(OmegaConf.load(record))
         if changed := sorted(theirs ^ mine):
             values = (
                 "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"
@@ -192,6 +193,12 @@ def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]
     temporary = record.with_suffix(".tmp")
     OmegaConf.save(OmegaConf.create(sorted(mine)), temporary)
     temporary.replace(record)
+
+
+def _canonical(lines: Iterable[str]) -> set[str]:
+    """Overrides, and keys, as the same texts however they were written."""
+    parts = (line.partition("=") for line in lines)
+    return {f"{key}={canonical(key, value)}" if equals else key for key, equals, value in parts}
 
 
 def _continue_study(sweeper: DictConfig) -> None:

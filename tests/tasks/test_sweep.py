@@ -171,6 +171,11 @@ def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
     assert "they differ in recipe=cifar240, recipe=quick." in capsys.readouterr().out
 
 
+def test_a_teachers_file_is_the_same_however_its_path_is_written(start):
+    start("loss.alpha=1,2", "model.teacher.weights=teachers/t.pth")
+    start("loss.alpha=1,2", f"model.teacher.weights={Path('teachers/t.pth').absolute()}")
+
+
 def test_a_folder_is_one_running_sweeps_until_that_ends(start, tmp_path, capsys, monkeypatch):
     optuna = pytest.importorskip("hydra_plugins.hydra_optuna_sweeper") and pytest.importorskip("optuna")
     first = Sweep(held_out=0.1)
