@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rld_lightning.tasks.preflight import check_resume
+from rld_lightning.tasks.preflight import check_resume, check_start
 
 CONFIG = {
     "seed": 0,
@@ -56,3 +56,11 @@ def test_what_a_run_cannot_go_on_from(run, options, words):
 
 def test_simkds_student_is_known_by_its_own_part(run):
     run(checkpoint={"hyper_parameters": {"student": "resnet8@resnet20"}})
+
+
+def test_a_network_that_is_not_built_without_memory_is_not_refused_for_it(tmp_path):
+    cfg = OmegaConf.merge(CONFIG, {"model": {"student": {"name": "torchvision/regnet_y_400mf"}}})
+    check_start(cfg, tmp_path)
+    cfg.model.student.name = "torchvision/regnet_y_401mf"
+    with pytest.raises(ValueError, match="regnet_y_400mf"):
+        check_start(cfg, tmp_path)
