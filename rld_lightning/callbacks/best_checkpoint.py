@@ -14,6 +14,11 @@ class BestCheckpoint(ModelCheckpoint):
     Lightning's forgets the best score there, so that whatever epoch comes next is the best one.
     """
 
+    @property
+    def state_key(self) -> str:
+        """As Lightning's own, whose state it takes over."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Brings the file along, and with it what is known of it; without the file the search begins anew."""
         before = Path(state_dict["best_model_path"])

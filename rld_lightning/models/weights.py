@@ -12,7 +12,7 @@ import pickle
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -191,10 +191,18 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, 
         FileNotFoundError: as ``read_weights``.
         WeightsError: as ``read_weights``, or the weights are another model's.
     """
-    weights = source if isinstance(source, Weights) else read_weights(source)
+    weights = _without_auxiliary(source if isinstance(source, Weights) else read_weights(source), model)
     verify_weights(model, weights, name=name)
     unwrap(model).load_state_dict(weights.state_dict)
     return weights
+
+
+def _without_auxiliary(weights: Weights, model: nn.Module) -> Weights:
+    """Leaves out torchvision's auxiliary classifiers, which serve training alone, where the model has none."""
+    wanted = unwrap(model).state_dict()
+    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
+    kept = {key: v for key, v in weights.state_dict.items() if key in wanted or not key.startswith(auxiliary)}
+    return replace(weights, state_dict=kept)
 
 
 def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from rld_lightning.reporting.runs import Run
+from rld_lightning.reporting.runs import Run, decides
 
 TEACHER = "Teacher"
 
@@ -51,13 +51,8 @@ DATASETS = {"cifar100": "cifar100", "imagenet": "imagenet1k"}
 # Epochs and recipe of the published rows, by our name of the data set; other rows say so in their note.
 EPOCHS = {"cifar100": 240, "imagenet": 100}
 RECIPES = {"cifar100": "cifar240", "imagenet": "imagenet100"}
-# Overrides that leave what is published as it is: the split is known otherwise, the rest trains nothing.
-_HARMLESS = (
-    *("data.root", "data.seed", "data.num_workers", "data.eval_batch_size", "data.bad_images_file"),
-    *("data.val_fraction", "recipe.epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
-    *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps", "trainer.num_sanity_val_steps"),
-    *("trainer.enable_model_summary", "trainer.default_root_dir"),
-)
+# Overrides that decide something, and leave what is published as it is: split and length are known otherwise.
+_HARMLESS = ("data.seed", "data.val_fraction", "recipe.epochs")
 # Methods whose hyper-parameters behind the printed numbers are not known, and those that have others for each pair.
 _NOT_PRINTED = {
     "cifar100": ("rld", "rld_scd", "rld_mcd", "rld_mcd_g", "rld_g", "nkd", "wttm", "ldrld"),
@@ -178,7 +173,7 @@ def trained_as_published(run: Run) -> bool:
             return False
     keys = {override.lstrip("+~").split("=")[0] for override in run.overrides} - set(_HARMLESS)
     rooms = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
-    return not any(key.startswith(rooms) for key in keys)
+    return not any(key.startswith(rooms) and decides(key) for key in keys)
 
 
 def _plain(network: str, dataset: str) -> str:

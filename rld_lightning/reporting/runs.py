@@ -19,8 +19,11 @@ ERROR = "error.txt"  # of a trial that failed
 RECORD = "sweep.yaml"  # of what a sweep varies and what it does not, in its folder
 # What does not decide what is trained: places, watching, and how the work is shared out.
 _NOT_SETTINGS = (
-    *("method", "paths", "logger", "callbacks", "print_config", "resume", "data.root"),
-    *(f"trainer.{key}" for key in ("accelerator", "default_root_dir", "devices", "log_every_n_steps", "num_nodes")),
+    *("method", "paths", "logger", "callbacks", "print_config", "resume"),
+    *(f"data.{key}" for key in ("root", "cache", "cache_gb", "bad_images_file", "num_workers", "eval_batch_size")),
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "default_root_dir")),
+    *(f"trainer.{key}" for key in ("check_val_every_n_epoch", "log_every_n_steps", "num_sanity_val_steps")),
+    "trainer.enable_model_summary",
 )
 _SEEDS = ("seed", "data.seed")
 _FILES = ("model.teacher.weights", "model.student.weights")

@@ -17,11 +17,7 @@ from rld_lightning.reporting.significance import MIN_PAIRS, PairedDifference, ho
 LAST, BEST = "top1", "top1_best"
 TEST_SPLIT = "the test split"
 # What a configuration says beside what trains the student.
-_NO_EFFECT = (
-    *("model.label", "model.tuned", "model.teacher.published_url", "loss._target_"),
-    *("data.num_workers", "data.bad_images_file", "data.eval_batch_size", "trainer.check_val_every_n_epoch"),
-    *("trainer.log_every_n_steps", "trainer.enable_model_summary", "trainer.num_sanity_val_steps"),
-)
+_NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
 _WITHOUT_TEACHER = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
 
 

@@ -153,7 +153,11 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
 
 def _check_data(weights: Weights, data: ImageDataModule, split: str) -> None:
     """Once the data are there: are they what the model was trained for, and not what it was trained on?"""
-    check_classes(weights, data, "choose the data it was trained on with data=")
+    known = fact(weights, "class_names")
+    if known is None or set(known) == set(data.class_names):
+        check_classes(weights, data, "choose the data it was trained on with data=")
+    else:  # perhaps the same ones by other names
+        print_line("caution", f"{weights.source} knows other class names than {data.name}, such as {known[0]!r}")
     for name in ("image_shape", "mean", "std"):
         known, ours = fact(weights, name), list(getattr(data, name))
         if known not in (None, ours):

@@ -205,8 +205,7 @@ def _fit_teacher(cfg: DictConfig, data: ImageDataModule) -> None:
     name = cfg.model.teacher.name
     store = TeacherStore(Path(cfg.paths.teachers))
     path = store.path(data.name, name)
-    folders = [run / "teacher" for run in (Path(cfg.paths.run), *([Path(cfg.resume).parent] if cfg.resume else ()))]
-    folder = next((folder for folder in folders if (folder / SUMMARY).exists()), folders[0])
+    folder = Path(cfg.paths.run) / "teacher"
     if not (folder / SUMMARY).exists():
         print_line("teacher", f"{name} is not in {path}: training it first, with cross-entropy")
         own = teacher_config(cfg, folder)

@@ -12,8 +12,6 @@ from omegaconf import DictConfig
 from rld_lightning.models.factory import create_model
 from rld_lightning.tasks.run_folder import refuse_other_settings
 
-LENGTH = ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
-
 
 def check_start(cfg: DictConfig, run: Path) -> None:
     """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
@@ -98,7 +96,8 @@ def check_resume(cfg: DictConfig) -> None:
         raise ValueError(f"{path} is of a run with {student}, and this one trains {cfg.model.student.name}.")
     # One-cycle schedules have their length from the beginning.
     fixed = any("total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
-    refuse_other_settings(path.parent, cfg, may_differ=() if fixed else LENGTH)
+    length = () if fixed else ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
+    refuse_other_settings(path.parent, cfg, may_differ=(*length, "trainer.precision"))  # the machine's, by itself
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -155,8 +155,8 @@ def _group(key: str) -> str:
 
 def _lacks_teacher(config: DictConfig, swept: Collection[str], folder: Path) -> bool:
     """Whether a teacher is to be trained for all trials, before the first one would do it with its own values."""
-    if not all(re.match(r"(loss|seed|model\.student)\b", key) for key in swept):  # each its own
-        return False
+    if any(re.match(r"(data|recipe|model|experiment)$|data\.|model\.teacher\b", key) for key in swept):
+        return False  # each its own
     teacher = config.model.teacher
     if teacher is None or teacher.weights != "fit" or ("loss" not in swept and loss_name(config.loss) == "CE"):
         return False

@@ -32,6 +32,9 @@ def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
         raise ValueError("model.teacher.weights has no value; give a file, auto, fit, published or pretrained.")
     if settings.weights == "pretrained":
         return True
+    if settings.weights in ("auto", "fit", "published") and (before := _teacher_of(cfg.resume, settings.name)):
+        settings.weights = before
+        return True
     path = resolve_teacher_weights(
         settings.weights,
         name=settings.name,
@@ -42,6 +45,15 @@ def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
     if path is not None:
         settings.weights = str(path)
     return path is not None
+
+
+def _teacher_of(resume: str | None, name: str) -> str | None:
+    """The weights of the teacher that a run had before it goes on, if they are still there."""
+    if resume is None or not (config := Path(resume).parent / "config.yaml").is_file():
+        return None
+    teacher = OmegaConf.load(config).model.teacher
+    same = teacher is not None and teacher.name == name and teacher.weights is not None
+    return teacher.weights if same and Path(teacher.weights).is_file() else None
 
 
 def teacher_config(cfg: DictConfig, folder: Path) -> DictConfig:

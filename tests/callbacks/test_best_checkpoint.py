@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rld_lightning.callbacks import BestCheckpoint
 
@@ -23,6 +24,7 @@ def test_the_best_epoch_moves_with_its_score(tmp_path, file_is_there):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert after.check_monitor_top_k(trainer, torch.tensor(97.2)) is not file_is_there
     assert after.check_monitor_top_k(trainer, torch.tensor(97.6))
+    assert after.state_key == ModelCheckpoint(**options).state_key  # of runs that Lightning's own has watched
     if file_is_there:
         assert after.best_model_path == str(tmp_path / "after" / "best.ckpt")
         assert (tmp_path / "after" / "best.ckpt").read_bytes() == b"weights"

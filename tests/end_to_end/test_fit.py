@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -246,15 +248,34 @@ def test_a_resumed_run_tells_the_whole_story(tmp_path):
     assert summary.top1_best == pytest.approx(metrics["val/top1"].max())
     best = torch.load(tmp_path / "second" / "best.ckpt", weights_only=True)["epoch"]
     assert best == metrics.dropna(subset=["val/top1"]).set_index("epoch")["val/top1"].idxmax()
+    callbacks = torch.load(tmp_path / "first" / "last.ckpt", weights_only=True)["callbacks"]
+    (known,) = (state for key, state in callbacks.items() if "'val/top1'" in key)
+    assert float(known["best_model_score"]) == pytest.approx(metrics["val/top1"].dropna().iloc[0], abs=1e-4)
 
 
 def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
     pair = (*PAIR[1:], "loss=kd", "model.teacher.weights=fit", f"paths.teachers={tmp_path / 'teachers'}")
-    in_process(tmp_path / "run", *pair, "recipe.epochs=1", "data.val_fraction=0.5")
+    options = (*pair, "recipe.scheduler=null", "data.val_fraction=0.5")
+    in_process(tmp_path / "1", *options, "recipe.epochs=1")
     assert not list((tmp_path / "teachers").rglob("*.safetensors"))
-    weights = OmegaConf.load(tmp_path / "run" / "config.yaml").model.teacher.weights
-    assert weights == str(tmp_path / "run" / "teacher" / "student.safetensors")
-    assert Path(weights).exists()
+    weights = tmp_path / "1" / "teacher" / "student.safetensors"
+    assert weights.exists()
+    for epochs in (2, 3):  # goes on with it, however often
+        resume = f"resume={tmp_path / str(epochs - 1) / 'last.ckpt'}"
+        in_process(tmp_path / str(epochs), *options, f"recipe.epochs={epochs}", resume)
+        assert OmegaConf.load(tmp_path / str(epochs) / "config.yaml").model.teacher.weights == str(weights)
+
+
+def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    for image in (f"{split}/{name}/{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):
+        (tmp_path / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / image)
+    data = ("data=imagefolder", f"data.root={tmp_path / 'images'}", "data.image_size=32", "data.batch_size=4")
+    options = (*data, "recipe.epochs=1", "recipe.scheduler=null", "data.num_workers=0")
+    in_process(tmp_path / "first", *options)
+    resume = (f"resume={tmp_path / 'first' / 'last.ckpt'}", "recipe.epochs=2", "data.eval_batch_size=2")
+    assert in_process(tmp_path / "second", *options, *resume).epochs == 2
 
 
 def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):

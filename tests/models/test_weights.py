@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from rld_lightning.models.factory import create_model
@@ -336,3 +337,11 @@ def test_save_is_all_or_nothing(model, tmp_path, monkeypatch):
         save_weights(tiny(), path, {})
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["reference", "tiny.safetensors"]
+
+
+def test_torchvisions_files_with_auxiliary_classifiers_fit():
+    whole = torchvision.models.googlenet(num_classes=10, aux_logits=True, init_weights=False)
+    weights = Weights(whole.state_dict(), {}, Path("googlenet.pth"))
+    model = create_model("torchvision/googlenet", 10)
+    load_weights(model, weights)
+    assert torch.equal(model.fc.weight, whole.fc.weight)

@@ -63,6 +63,11 @@ def test_classes_are_compared_by_name(measure):
         measure(facts={"class_names": names[::-1]})
 
 
+def test_classes_of_other_names_may_be_the_same_ones(measure, capsys):
+    assert measure(facts={"class_names": [f"n{digit}" for digit in range(10)]})[1].images == 360
+    assert "knows other class names than digits, such as 'n0'" in capsys.readouterr().out
+
+
 def test_another_look_of_the_images_is_told(measure, capsys):
     measure(facts={"image_shape": [3, 8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.3760, 0.3760, 0.3760]})
     output = capsys.readouterr().out

@@ -120,8 +120,9 @@ def test_the_teacher_of_all_trials_is_trained_first(start, teachers, tmp_path):
     assert len(teachers) == 2  # it is there
 
 
-def test_several_students_have_one_teacher(start, teachers, tmp_path):
-    start(*PAIR, "model.student.name=resnet8,resnet20", "loss=kd,rld", "seed=0,1", f"paths.teachers={tmp_path}")
+@pytest.mark.parametrize("varied", ["model.student.name=resnet8,resnet20", "recipe.optimizer.lr=0.05,0.1"])
+def test_students_of_several_kinds_have_one_teacher(start, teachers, tmp_path, varied):
+    start(*PAIR, varied, "loss=kd,rld", "seed=0,1", f"paths.teachers={tmp_path}")
     assert [cfg.model.student.name for cfg in teachers] == ["resnet14"]
 
 
@@ -130,7 +131,7 @@ def test_several_students_have_one_teacher(start, teachers, tmp_path):
     [
         "model.teacher.name=resnet14,resnet20",
         "data=digits,cifar100",
-        "recipe.epochs=1,2",
+        "recipe=quick,cifar240",
         "+experiment=reversed,quickstart",
     ],
 )
