@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 # What stands behind a target as name=value is an override for the script: make quickstart loss=dkd seed=1
 OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 
+# Files of tests, one a core; torch gets one thread in each.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-lowest lint format build clean
 
@@ -23,7 +26,7 @@ quickstart: $(INSTALLED) ## teacher, student alone and student distilled on real
 	$(RUN) scripts/quickstart.py $(OVERRIDES)
 
 test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(SIDE_BY_SIDE)
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(RUN) -m pytest -q -m slow
@@ -31,7 +34,7 @@ test-slow: $(INSTALLED) ## the slow tests
 test-lowest: ## the default tests with the lowest supported versions, in .venv-lowest
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
-	.venv-lowest/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 lint: $(INSTALLED) ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check
