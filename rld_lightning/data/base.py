@@ -1,6 +1,6 @@
 """What every data set of this package offers to a training loop."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -97,8 +97,10 @@ class ImageDataModule(LightningDataModule):
         image_shape: (3, H, W) of a batch's images.
         mean: Mean of each channel that images are normalised with, for values in [0, 1].
         std: Standard deviation of each channel, likewise.
+        split_options: The options that decide which images are held out, by what files of weights call them.
     """
 
+    split_options: ClassVar[dict[str, str]] = {"data_seed": "seed", "val_fraction": "val_fraction"}
     name: str
     num_classes: int
     class_names: list[str]
@@ -207,6 +209,11 @@ class ImageDataModule(LightningDataModule):
     def eval_sampler(self, size: int) -> EpochSampler:
         """Make the sampler of this process's share of an evaluation split of ``size`` images."""
         return EpochSampler.for_evaluation(size, self.eval_batch_size, rank=self.rank, world_size=self.world_size)
+
+    @property
+    def split_facts(self) -> dict[str, int | float]:
+        """What decides which images are held out, for the files that a run leaves."""
+        return {name: getattr(self, option) for name, option in self.split_options.items()}
 
     @property
     def has_own_validation(self) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.image_list import ImageList, find_splits
 from rld_lightning.data.streaming_module import StreamingDataModule
 
@@ -21,6 +22,8 @@ class ImageFolderDataModule(StreamingDataModule):
         name: Name of the data set, by default that of the folder.
         options: See :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """
+
+    split_options = ImageDataModule.split_options | {"test_fraction": "test_fraction"}
 
     def __init__(
         self, root: str | Path, *, test_fraction: float = 0.2, name: str | None = None, **options: Any

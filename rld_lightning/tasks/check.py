@@ -12,9 +12,6 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.models.weights import Weights
 
-# What decides which images are trained on and which are held out: in files of weights, and as an option of the data.
-_SPLIT = {"data_seed": "seed", "val_fraction": "val_fraction", "test_fraction": "test_fraction"}
-
 
 def check_network(name: str, data: ImageDataModule, settings: DictConfig, network: nn.Module | None = None) -> None:
     """Has a network show that it turns two images of the data into logits.
@@ -63,17 +60,11 @@ def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None
         )
 
 
-def split_facts(data: ImageDataModule) -> dict[str, int | float]:
-    """What decides which images are held out, for the files that a run leaves."""
-    return {name: getattr(data, option) for name, option in _SPLIT.items() if hasattr(data, option)}
-
-
 def adopt_split(settings: DictConfig, weights: Weights) -> None:
     """Has the data hold out what the run of a file has held out, where their configuration leaves it open (null)."""
-    for name, otherwise in (("data_seed", 0), ("val_fraction", 0.0)):
-        if settings[_SPLIT[name]] is None:
-            known = fact(weights, name)
-            settings[_SPLIT[name]] = otherwise if known is None else known
+    for name, option in ImageDataModule.split_options.items():
+        if settings[option] is None:
+            settings[option] = fact(weights, name) or 0
 
 
 def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
@@ -89,17 +80,14 @@ def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
     """
     if weights.metadata.get("dataset") != data.name:
         return
-    facts = split_facts(data)
-    if split == "test":
-        decisive = ["test_fraction"]
-    else:
-        decisive = ["test_fraction", "val_fraction", *(["data_seed"] if data.val_fraction > 0 else [])]
-    for name in decisive:
-        known, option = fact(weights, name), f"data.{_SPLIT[name]}"
-        if name in facts and known not in (None, facts[name]):
+    # How the training split is cut up does not change the test split; and where nothing is cut off, no seed counts.
+    harmless = ImageDataModule.split_options if split == "test" else () if data.val_fraction else ("data_seed",)
+    for name, value in data.split_facts.items():
+        known, option = fact(weights, name), f"data.{data.split_options[name]}"
+        if name not in harmless and known not in (None, value):
             raise ValueError(
-                f"{weights.source} was trained with {option}={known}, and with {option}={facts[name]} it would be "
-                f"measured on images that it was trained on; add {option}={known}."
+                f"{weights.source} was trained with {option}={known}, and with {option}={value} it would be measured "
+                f"on images that it was trained on; add {option}={known}."
             )
 
 

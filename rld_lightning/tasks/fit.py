@@ -26,7 +26,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.weights import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.runs import SUMMARY, Summary, read_summary
-from rld_lightning.tasks.check import check_network, split_facts
+from rld_lightning.tasks.check import check_network
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.preflight import check_batch_size, check_start, check_trainer
 from rld_lightning.tasks.run_folder import (
@@ -137,7 +137,7 @@ def _build(
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=cfg.recipe.scheduler_interval,
-        info={"student": name, "dataset": data.name, **split_facts(data)},
+        info={"student": name, "dataset": data.name, **data.split_facts},
     )
     if cfg.model.compile:
         # In place, so that checkpoint keys stay those of the plain model. Not where hooks would send it back to eager:

@@ -24,7 +24,6 @@ from rld_lightning.models.weights import save_weights
 from rld_lightning.reporting.cost import processor_name
 from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.reporting.runs import Summary, differences
-from rld_lightning.tasks.check import split_facts
 
 EARLIER = "metrics_earlier.csv"  # of a run that goes on in its own folder
 
@@ -45,7 +44,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         "top1": summary.top1,
         "epochs": summary.epochs,
         "seed": summary.seed,
-        **split_facts(data),
+        **data.split_facts,
         "source": "fit",
         **wandb_facts(run),
     }

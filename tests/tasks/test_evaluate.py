@@ -8,7 +8,6 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
 from rld_lightning.models.weights import save_weights
-from rld_lightning.tasks.check import split_facts
 from rld_lightning.tasks.evaluate import evaluate
 
 
@@ -31,7 +30,7 @@ def measure(tmp_path):
 def test_validation_is_on_what_the_run_of_the_file_has_held_out(measure, capsys):
     data = DigitsDataModule(seed=3, val_fraction=0.1)
     data.setup()
-    model, found = measure("split=val", facts=split_facts(data))
+    model, found = measure("split=val", facts=data.split_facts)
     assert "caution" not in capsys.readouterr().out
     assert found.images == data.val_size == 144
     with torch.no_grad():
@@ -40,7 +39,7 @@ def test_validation_is_on_what_the_run_of_the_file_has_held_out(measure, capsys)
     assert found.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, label).item(), rel=1e-5)
     for override in ("seed=1", "data.val_fraction=0.2"):
         with pytest.raises(UserError, match="images that it was trained on; add data"):
-            measure("split=val", override, facts=split_facts(data))
+            measure("split=val", override, facts=data.split_facts)
 
 
 def test_a_run_that_held_none_out_has_no_validation_images(measure):
