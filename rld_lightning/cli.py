@@ -62,6 +62,20 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         raise
 
 
+def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
+    """The configuration that a script's command line would give, for programs; interpolations are not resolved.
+
+    Args:
+        overrides: as on the command line; a combined loss spelled out, see :func:`expand_combined_loss`.
+        config_name: the script's file in ``conf/``.
+
+    Raises:
+        HydraException: an override is not one of this configuration.
+    """
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """For scripts without Hydra: what :func:`user_errors` catches ends in one sentence and exit code 2."""
@@ -108,18 +122,17 @@ def _suggest(config_name: str) -> None:
     """Names the keys nearest to the overrides that the configuration does not know."""
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     unknown = []
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        while True:
-            try:
-                keys = _keys(OmegaConf.to_container(hydra.compose(config_name, overrides)))
-                break
-            except HydraException as error:
-                found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
-                bad = [o for o in overrides if found and o.lstrip("+~").split("=")[0] == found[1]]
-                if not bad:  # not about a key: Hydra's own message has to do
-                    return
-                unknown.append(found[1])
-                overrides = [o for o in overrides if o not in bad]
+    while True:
+        try:
+            keys = _keys(OmegaConf.to_container(compose(overrides, config_name)))
+            break
+        except HydraException as error:
+            found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
+            bad = [o for o in overrides if found and o.lstrip("+~").split("=")[0] == found[1]]
+            if not bad:  # not about a key: Hydra's own message has to do
+                return
+            unknown.append(found[1])
+            overrides = [o for o in overrides if o not in bad]
     for key in unknown:
         near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
         hint = f"Did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all keys."

@@ -27,6 +27,21 @@ def _permute(size: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
+def share_of_batch(batch_size: int, world_size: int) -> int:
+    """Return how many samples of a global batch each process takes.
+
+    Raises:
+        ValueError: If they cannot share it equally.
+    """
+    share, remainder = divmod(batch_size, world_size)
+    if remainder or share < 1:
+        raise ValueError(
+            f"batch_size={batch_size} is the global batch and cannot be shared by {world_size} processes: "
+            f"choose a positive multiple of {world_size}."
+        )
+    return share
+
+
 class EpochSampler:
     """The positions of an epoch that one process visits, step by step.
 
@@ -71,12 +86,7 @@ class EpochSampler:
         The last, smaller batch is shared equally too, because distributed training averages the gradients of the
         processes with equal weight; where it does not divide, it is filled up from the start of the epoch.
         """
-        share, remainder = divmod(batch_size, world_size)
-        if remainder or share < 1:
-            raise ValueError(
-                f"batch_size={batch_size} is the global batch and cannot be shared by {world_size} processes: "
-                f"choose a positive multiple of {world_size}."
-            )
+        share = share_of_batch(batch_size, world_size)
         full, rest = divmod(size, batch_size)
         batches = list(torch.arange(full * batch_size).view(full, world_size, share)[:, rank])
         if rest and not drop_last:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import wandb
 from pydantic import BaseModel
 
@@ -40,7 +39,7 @@ try:
 except ImportError as error:
     raise ImportError("dashboards need wandb-workspaces: pip install 'rld-lightning[dashboard]'.") from error
 
-from rld_lightning.cli import CONF
+from rld_lightning.cli import CONF, compose
 from rld_lightning.console import print_line
 from rld_lightning.errors import UserError
 from rld_lightning.loggers.wandb_server import has_key, server, trouble
@@ -260,8 +259,7 @@ def label_of(pair: str) -> str:
     """
     if not (CONF / "model" / f"{pair}.yaml").is_file():
         return pair
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        model = hydra.compose("fit", [f"model={pair}"]).model
+    model = compose([f"model={pair}"]).model
     if model.student.name is None:
         raise ValueError(f"model={pair} is any pair; give the label of yours, such as resnet20_to_resnet8.")
     return model.label

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from rld_lightning.cli import CONF, expand_combined_loss
+from rld_lightning.cli import CONF, compose, expand_combined_loss
 from rld_lightning.config import fast_precision
 from rld_lightning.console import console, print_table
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
@@ -191,12 +190,10 @@ def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
         names: options of the group ``loss``, or lists such as ``[rld,at]``.
     """
     every = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        configurations = {
-            name: hydra.compose("fit", expand_combined_loss([f"loss={name}"])).loss
-            for name in dict.fromkeys(["kd", *(names or every)])
-        }
-    return {name: instantiate(configuration) for name, configuration in configurations.items()}
+    return {
+        name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
+        for name in dict.fromkeys(["kd", *(names or every)])
+    }
 
 
 def _log_space_rld(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.cli import CONF
+from rld_lightning.cli import compose
 from rld_lightning.console import print_files, print_line
 from rld_lightning.reporting.report import write_report
 from rld_lightning.tasks.start import run_sweep, train_teacher
@@ -104,7 +103,6 @@ def _refuse(overrides: Sequence[str]) -> None:
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("fit", [o for o in overrides if not o.startswith(("hydra.", "hydra/", "launcher="))])
+        return compose([o for o in overrides if not o.startswith(("hydra.", "hydra/", "launcher="))])
     except HydraException as error:
         raise ValueError(f"{str(error).splitlines()[0]} (scripts/fit.py --help lists the options)") from error

@@ -16,6 +16,7 @@ from rld_lightning.callbacks import SameConfiguration
 from rld_lightning.config import class_name, loss_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.loggers import wandb_run
 from rld_lightning.losses.base import DistillationLoss
@@ -28,7 +29,7 @@ from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.runs import SUMMARY, Summary, read_summary
 from rld_lightning.tasks.check import check_network
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
-from rld_lightning.tasks.preflight import check_batch_size, check_start, check_trainer
+from rld_lightning.tasks.preflight import check_start, check_trainer
 from rld_lightning.tasks.run_folder import (
     held,
     join_metrics,
@@ -56,7 +57,7 @@ def fit(cfg: DictConfig) -> Summary:
     with user_errors():
         processes = processes_to_start(cfg.trainer)
         if processes > 1:
-            check_batch_size(cfg, processes)
+            share_of_batch(cfg.data.batch_size, processes)
             check_start(cfg, run)  # one sentence is better early than from all ranks
     with held(run):
         if processes > 1:

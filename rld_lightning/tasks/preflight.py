@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.models.factory import create_model
 from rld_lightning.tasks.run_folder import refuse_other_settings
 
@@ -61,22 +62,9 @@ def check_trainer(trainer: Trainer, cfg: DictConfig) -> None:
             "trainer.limit_val_batches=0 leaves no accuracy to report; to validate less often, set "
             "trainer.check_val_every_n_epoch."
         )
-    check_batch_size(cfg, trainer.world_size)
+    share_of_batch(cfg.data.batch_size, trainer.world_size)
     if cfg.trainer.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
-
-
-def check_batch_size(cfg: DictConfig, processes: int) -> None:
-    """Looks whether so many processes can share out a batch equally.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    if cfg.data.batch_size % processes:
-        raise ValueError(
-            f"data.batch_size={cfg.data.batch_size} is the batch over all {processes} processes and cannot be shared "
-            f"out equally; choose a multiple of {processes}."
-        )
 
 
 def check_resume(cfg: DictConfig) -> None:

@@ -126,20 +126,39 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process trains in it.
     """
-    if started_by() is not None:
-        yield
-        return
-    lock = FileLock(run / ".lock")
-    try:
-        with user_errors():
-            run.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{run} is being trained in by another process; wait for it, or end it.") from None
+    lock = lock_folder(run, ".lock", "trained")
     try:
         yield
     finally:
         lock.release()
+
+
+def lock_folder(folder: Path, name: str, what: str) -> FileLock:
+    """Locks a folder, which it makes, until the lock is released or this process ends.
+
+    Args:
+        folder: the folder.
+        name: of the lock's file in it.
+        what: is done there: "trained" or "swept".
+
+    Returns:
+        the lock; in one of a group of processes it is not taken.
+
+    Raises:
+        UserError: another process has taken it.
+    """
+    lock = FileLock(folder / name)
+    if started_by() is not None:
+        return lock
+    try:
+        with user_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder} is being {what} in by another process; wait for it, end it, or choose another folder."
+        ) from None
+    return lock
 
 
 def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:

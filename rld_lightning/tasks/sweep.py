@@ -16,20 +16,21 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.cli import exit_on_user_error
-from rld_lightning.config import loss_name, started_by
+from rld_lightning.cli import exit_on_user_error, expand_combined_loss
+from rld_lightning.config import loss_name
 from rld_lightning.console import print_error, print_line, print_table
 from rld_lightning.errors import UserError
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.runs import ERROR, RECORD, SUMMARY, Run, canonical, decides, find_runs
+from rld_lightning.tasks.run_folder import lock_folder
 from rld_lightning.tasks.start import train_teacher
 from rld_lightning.tasks.teacher import teacher_config
 
@@ -88,7 +89,7 @@ class Sweep(Callback):
             raise UserError(
                 "Optuna would choose the luckiest seed; sweep with one, then repeat the best setting with seed=0,1,2."
             )
-        self._hold(folder)
+        self._lock = lock_folder(folder, ".sweep.lock", "swept")  # until the process ends; trials have their own
         _same_sweep(folder, swept, fixed, values_too=optuna)
         if _lacks_teacher(config, swept, folder):
             weights = train_teacher(config, folder / TEACHER, f"hydra.sweep.dir={folder}")
@@ -99,19 +100,6 @@ class Sweep(Callback):
         if optuna:
             _continue_study(config.hydra.sweeper)
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
-
-    def _hold(self, folder: Path) -> None:
-        """Keeps the folder to this sweep until its process ends; trials have locks of their own."""
-        if started_by() is not None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / ".sweep.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{folder} is being swept in by another process; wait for it, end it, or choose another folder."
-            ) from None
 
 
 @contextmanager
@@ -311,9 +299,9 @@ def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:
     names = [match[1] for line in fixed.values() if (match := re.fullmatch(r"\+loss@loss\.(\w+)=\1", line))]
     if fixed.get("loss") != "loss=combined" or len(names) < 2:
         return dict(fixed)
-    expanded = [line for name in names for line in (f"+loss@loss.{name}={name}", f"+loss.weights.{name}=1.0")]
-    kept = {key: line for key, line in fixed.items() if line not in expanded}
-    return kept | {"loss": f"loss=[{','.join(names)}]"}
+    combination = f"loss=[{','.join(names)}]"
+    expanded = expand_combined_loss([combination])
+    return {key: line for key, line in fixed.items() if line not in expanded} | {"loss": combination}
 
 
 def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str]) -> str:

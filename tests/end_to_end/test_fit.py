@@ -166,7 +166,7 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("model.teacher.weights=null",), "model.teacher.weights has no value"),
         (("+trainer.limit_val_batches=0", "loss=ce"), "trainer.limit_val_batches=0 leaves no accuracy to report"),
         (("+trainer.fast_dev_run=true", "loss=ce"), "take trainer.max_steps=10 and data.subset=0.01"),
-        (("trainer=ddp_cpu", "trainer.devices=3"), "choose a multiple of 3"),
+        (("trainer=ddp_cpu", "trainer.devices=3"), "cannot be shared by 3 processes: choose a positive multiple of 3"),
         (("data=imagefolder",), "data.root has no value"),
         (("data.val_fraction=2",), "val_fraction=2"),
     ],

@@ -180,7 +180,7 @@ def test_a_teachers_file_is_the_same_however_its_path_is_written(start):
 def test_a_folder_is_one_running_sweeps_until_that_ends(start, tmp_path, capsys, monkeypatch):
     optuna = pytest.importorskip("hydra_plugins.hydra_optuna_sweeper") and pytest.importorskip("optuna")
     first = Sweep(held_out=0.1)
-    first._hold(tmp_path / "sweep")
+    first._lock = run_folder.lock_folder(tmp_path / "sweep", ".sweep.lock", "swept")
     pickle.loads(pickle.dumps(first))  # as launchers do, for the processes of trials
     study = optuna.create_study(study_name="fit", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
     study.ask()
