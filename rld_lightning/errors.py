@@ -1,10 +1,10 @@
 """User mistakes: one clear sentence instead of a traceback."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
-from hydra.errors import InstantiationException
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+_MOST_LISTED = 3
 
 
 class UserError(Exception):
@@ -18,6 +18,9 @@ def user_errors() -> Iterator[None]:
     Wrapped around the preparation of a run, where such an error means the input; what training itself raises keeps its
     traceback.
     """
+    from hydra.errors import InstantiationException  # library users have no need of Hydra
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         yield
     except (ValueError, OSError, ImportError, InstantiationException, OmegaConfBaseException) as error:
@@ -25,9 +28,38 @@ def user_errors() -> Iterator[None]:
 
 
 def _message(error: BaseException) -> str:
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import MissingMandatoryValue
+
     # Hydra wraps what a constructor raised in a message of its own; the sentence to show is the constructor's.
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; add {error.full_key}=... to the command."
     return str(error)
+
+
+def some(items: Iterable[str]) -> str:
+    """Joins the first few items, and says that there are more."""
+    items = list(items)
+    return ", ".join(items[:_MOST_LISTED]) + (", ..." if len(items) > _MOST_LISTED else "")
+
+
+def did_you_mean(value: str, choices: Iterable[str], limit: int = 3) -> str:
+    """``" Did you mean 'a', 'b'?"`` with the nearest choices, or ``""`` when none is near.
+
+    Upper and lower case, ``-``, ``_`` and a library before a slash make no difference: ``wrn40_2`` is near
+    ``wrn_40_2``, and ``resnet34`` is near ``torchvision/resnet34``.
+    """
+    by_plain_name: dict[str, list[str]] = {}
+    for choice in choices:
+        by_plain_name.setdefault(_plain(choice), []).append(choice)
+    plain = _plain(value)
+    # Names that differ in spelling only are what was meant; others beside them would be noise.
+    near = [plain] if plain in by_plain_name else get_close_matches(plain, by_plain_name, n=limit)
+    names = [choice for key in near for choice in by_plain_name[key]][:limit]
+    return f" Did you mean {', '.join(map(repr, names))}?" if names else ""
+
+
+def _plain(name: str) -> str:
+    return name.rpartition("/")[2].casefold().replace("_", "").replace("-", "")

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from rld_lightning.data.base import Batch
-from rld_lightning.epoch_means import EpochMeans
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
+from rld_lightning.metrics import EpochMeans
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
 

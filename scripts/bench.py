@@ -4,8 +4,8 @@ import argparse
 
 import torch
 
-from rld_lightning.tasks.bench import bench_loss, bench_losses, bench_step, configured_losses
-from rld_lightning.tasks.bench_data import bench_data
+from rld_lightning.bench.data import bench_data
+from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

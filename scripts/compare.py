@@ -8,7 +8,7 @@ python scripts/compare.py model=pair model.teacher.name=resnet20 model.student.n
 import argparse
 from pathlib import Path
 
-from rld_lightning.cli import exit_on_user_error
+from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.tasks.compare import compare, split_list, split_seeds
 
 if __name__ == "__main__":

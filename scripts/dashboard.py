@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rld_lightning.cli import exit_on_user_error
+from rld_lightning.hydra.script import exit_on_user_error
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -24,6 +24,6 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the JSON here; needs no key and no network")
     options = parser.parse_args()
     with exit_on_user_error():
-        from rld_lightning.reporting.dashboard import save_dashboard  # needs an extra, and takes seconds to import
+        from rld_lightning.tracking.dashboard import save_dashboard  # needs an extra, and takes seconds to import
 
         save_dashboard(options.entity, options.project, options.pair, options.dry_run)

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from rld_lightning.cli import exit_on_user_error
-from rld_lightning.reporting import find_runs
+from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.reporting.figures import write
 from rld_lightning.reporting.figures.logits import LogitReader
+from rld_lightning.runs.finished import find_runs
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from rld_lightning.cli import exit_on_user_error
 from rld_lightning.console import print_line
+from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.reporting.report import write_report
 
 if __name__ == "__main__":

@@ -8,35 +8,17 @@ from pathlib import Path
 
 import hydra
 import pytest
+from helpers.configs import CONF, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
-import rld_lightning.config
-from rld_lightning.cli import expand_combined_loss
+from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.losses import DistillationLoss, LogitLoss
 from rld_lightning.models import list_models
 from rld_lightning.models.store import PUBLISHED_URL
-
-CONF = Path(__file__).parents[1] / "conf"
-PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]
-IMAGENET_PAIRS = ["resnet34_to_resnet18", "resnet50_to_mobilenetv1"]
-FRAMES = {"pair", "imagenet_pair", "single"}
-SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - FRAMES)
-LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
-# What is known only under Hydra.
-HYDRAS = {"fit": ["method=test"]}
-MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
-
-
-def compose(*overrides, name="fit", resolve=True):
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose(name, expand_combined_loss([*HYDRAS.get(name, ()), "paths.run=/run", *overrides]))
-    if resolve:
-        OmegaConf.resolve(cfg)
-    return cfg
+from rld_lightning.runs.naming import loss_choice, loss_name
 
 
 @cache
@@ -111,7 +93,7 @@ def test_losses_combine_in_a_list():
     loss = instantiate(cfg.loss)
     assert (loss.weights, loss.ce_weight) == ({"rld_ls": 1.0, "at": 0.5}, 0.5)
     assert (loss.losses["rld_ls"].logit_standardization, loss.losses["at"].weight) == (True, 10)
-    assert rld_lightning.config.loss_name(cfg.loss) == "rld_ls+at"
+    assert loss_name(cfg.loss) == "rld_ls+at"
     assert expand_combined_loss(["seed=1", "loss=rld"]) == ["seed=1", "loss=rld"]
 
 
@@ -143,8 +125,8 @@ def test_configured_values_are_the_defaults_of_the_class(name):
 
 
 def test_a_run_folder_is_named_after_the_losses():
-    assert rld_lightning.config.loss_choice("rld_ls", compose("loss=rld_ls").loss) == "rld_ls"
-    assert rld_lightning.config.loss_choice("combined", compose("loss=[rld_ls, at]").loss) == "rld_ls+at"
+    assert loss_choice("rld_ls", compose("loss=rld_ls").loss) == "rld_ls"
+    assert loss_choice("combined", compose("loss=[rld_ls, at]").loss) == "rld_ls+at"
 
 
 @pytest.mark.parametrize("name", ["rld_reviewkd", "rld_crd"])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_config import CONF, LOSSES, compose
+from helpers.configs import CONF, LOSSES, compose
 
 from rld_lightning.losses import ModelOutput, StepContext
-from rld_lightning.models import create_model, factory, forward_with_taps
+from rld_lightning.models import create_model, forward_with_taps, registry
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -72,9 +72,9 @@ def test_adding_a_loss():
 
 
 def test_adding_a_model(monkeypatch):
-    monkeypatch.setattr(factory, "_REGISTRY", dict(factory._REGISTRY))
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
     exec(block("def tiny_cnn"), {"__name__": "readme"})
-    assert factory.create_model("tiny_cnn", 7)(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+    assert create_model("tiny_cnn", 7)(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
 
 
 def test_adding_a_data_set():

@@ -8,7 +8,6 @@ from rld_lightning.callbacks.optuna_pruner import OptunaPruner
 from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
-from rld_lightning.callbacks.wandb_examples import WandbExamples
 
 __all__ = [
     "BestCheckpoint",
@@ -19,5 +18,4 @@ __all__ = [
     "SameConfiguration",
     "TeacherMonitor",
     "Throughput",
-    "WandbExamples",
 ]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+
+from rld_lightning.distributed import rank_zero_only
 
 
 class BestCheckpoint(ModelCheckpoint):

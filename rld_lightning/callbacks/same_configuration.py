@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.config import flat
 from rld_lightning.errors import UserError
+from rld_lightning.runs.likeness import flat
 
 # What rightly differs between machines, or matters to rank 0 alone.
 _LOCAL = ("logger", "print_config")

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from rld_lightning.epoch_means import EpochMeans
+from rld_lightning.metrics import EpochMeans
 from rld_lightning.module import DistillationModule
 
 

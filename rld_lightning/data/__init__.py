@@ -6,7 +6,7 @@ from rld_lightning.data.digits import DigitsDataModule
 from rld_lightning.data.imagefolder import ImageFolderDataModule
 from rld_lightning.data.imagenet import ImageNetDataModule
 from rld_lightning.data.in_memory import InMemoryDataModule, InMemoryLoader
-from rld_lightning.data.shards import ShardsDataModule
+from rld_lightning.data.shards.module import ShardsDataModule
 
 __all__ = [
     "Batch",

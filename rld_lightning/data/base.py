@@ -221,6 +221,11 @@ class ImageDataModule(LightningDataModule):
         return self.val_fraction > 0
 
     @property
+    def val_split(self) -> str:
+        """What validation runs on: ``"test"``, or ``"val"`` where these are other images."""
+        return "val" if self.has_own_validation else "test"
+
+    @property
     def validated_on(self) -> str:
         """What validation runs on, in words that complete "validated on"."""
         if self.val_fraction > 0:

@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from rld_lightning.data.download import fetch, file_md5
 from rld_lightning.data.in_memory import InMemoryDataModule
+from rld_lightning.download import fetch, file_md5
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE = "cifar-100-python.tar.gz"

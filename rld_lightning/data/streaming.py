@@ -16,7 +16,7 @@ from rld_lightning.data.decode import REDUCTIONS, BadImageError, decode_image, d
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
-from rld_lightning.data.shard_store import ShardError
+from rld_lightning.data.shards.store import ShardError
 
 # So many files of a class that cannot be read, one after the other, are no accident.
 MOST_REPLACEMENTS = 8

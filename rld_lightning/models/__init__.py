@@ -1,15 +1,18 @@
 """Networks by name, and intermediate features by module path.
 
-Every module of this folder is imported here, so a family that registers its models with
-:func:`~rld_lightning.models.factory.register_model` is complete when its file lies in the folder.
+Families of networks lie in ``cifar/`` and ``imagenet/``. Every file there is imported here, so one that registers its
+models with :func:`~rld_lightning.models.registry.register_model` needs no other.
 """
 
 from importlib import import_module
 from pkgutil import iter_modules
 
+from rld_lightning.models import cifar, imagenet
 from rld_lightning.models.complexity import count_macs, count_parameters
-from rld_lightning.models.factory import Stages, create_model, list_models, register_model, stages_of
+from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.registry import register_model
+from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import FeatureTaps, forward_with_taps
 
 __all__ = [
@@ -28,8 +31,9 @@ __all__ = [
 
 
 def _import_families() -> None:
-    for module in iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
+    for folder in (cifar, imagenet):
+        for module in iter_modules(folder.__path__, prefix=f"{folder.__name__}."):
+            import_module(module.name)
 
 
 _import_families()

@@ -4,8 +4,8 @@ from copy import deepcopy
 
 from torch import Tensor, nn
 
-from rld_lightning.models.factory import Stages, classifier_of, stages_of
 from rld_lightning.models.layers import conv
+from rld_lightning.models.stages import Stages, classifier_of, stages_of
 from rld_lightning.models.taps import forward_with_taps, unwrap
 
 

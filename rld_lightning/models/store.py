@@ -22,14 +22,9 @@ from torch import Tensor, nn
 
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights import (
-    Weights,
-    WeightsError,
-    read_checkpoint,
-    read_metadata,
-    save_weights,
-    verify_weights,
-)
+from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata
+from rld_lightning.models.save import save_weights
+from rld_lightning.models.verify import verify_weights
 
 PUBLISHED_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from rld_lightning.models.suggestions import did_you_mean
+from rld_lightning.errors import did_you_mean
 
 
 class FeatureTaps:

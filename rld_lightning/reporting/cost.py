@@ -1,18 +1,16 @@
 """What networks cost: parameters, multiply-accumulates, and the time for one image on this machine."""
 
 import json
-import platform
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights import WeightsError, read_metadata
-from rld_lightning.reporting.runs import Run
+from rld_lightning.models.read import WeightsError, read_metadata
+from rld_lightning.runs.finished import Run
+from rld_lightning.runs.provenance import processor_name
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,6 @@ def this_machine() -> str:
     """The processor that latency is measured on, and with how many threads."""
     threads = torch.get_num_threads()
     return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}, float32"
-
-
-def processor_name() -> str:
-    """What the processor of this machine is called."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:

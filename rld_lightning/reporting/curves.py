@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.runs import read_metrics
 from rld_lightning.reporting.style import styled
+from rld_lightning.runs.metrics import read_metrics
 
 # What is logged under train/ beside the terms of the loss.
 NO_TERMS = {

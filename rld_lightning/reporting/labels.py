@@ -3,7 +3,7 @@
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from rld_lightning.config import class_name
+from rld_lightning.runs.naming import class_name
 
 
 def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashable] = ()) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from rld_lightning.reporting.runs import Run, decides
+from rld_lightning.runs.finished import Run
+from rld_lightning.runs.likeness import decides
 
 TEACHER = "Teacher"
 

@@ -16,9 +16,10 @@ from rld_lightning.reporting.chapters import Chapter, Sources, cost_figures, mak
 from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.reporting.paper import EPOCHS
 from rld_lightning.reporting.plots import FigureOfPanels, page_colour
-from rld_lightning.reporting.runs import ERROR, RECORD, Run, find_all
 from rld_lightning.reporting.sweeps import FinishedSweep, split_sweeps
 from rld_lightning.reporting.tables import BEST, LAST, compare, runs_table, sections
+from rld_lightning.runs.files import ERROR, SWEEP
+from rld_lightning.runs.finished import Run, find_all
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
 TABLES = ("results", "comparisons", "sweeps", "runs")
@@ -152,7 +153,7 @@ def _command(run: Run) -> str:
     if run.overrides:
         return f"python scripts/fit.py {shlex.join(run.overrides)}"
     above = run.folder.parent
-    if (above / RECORD).exists():
+    if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"
     if (above / "config.yaml").exists():
         return f"a teacher, trained by the run in {above} before its own training"

@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from rld_lightning.reporting.labels import differing, short_key, short_value
-from rld_lightning.reporting.runs import Run
-from rld_lightning.reporting.tables import TEST_SPLIT, split_of, trained_with
+from rld_lightning.reporting.tables import TEST_SPLIT, trained_with
+from rld_lightning.runs.finished import Run
 
 if TYPE_CHECKING:
     import optuna
@@ -46,7 +46,7 @@ class FinishedSweep:
     @property
     def split(self) -> str:
         """What the trials were measured on."""
-        return split_of(self.runs[0])
+        return self.runs[0].summary.validated_on
 
     @property
     def held_out(self) -> bool:
@@ -121,7 +121,7 @@ def split_sweeps(runs: Sequence[Run]) -> tuple[list[FinishedSweep], list[Run]]:
     groups: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
         if math.isfinite(run.summary.top1) and (folder := _sweep_folder(run)):
-            groups[(folder, run.summary.dataset, split_of(run), run.pair, run.method)].append(run)
+            groups[(folder, run.summary.dataset, run.summary.validated_on, run.pair, run.method)].append(run)
     sweeps = [FinishedSweep(key[0], tuple(group)) for key, group in groups.items()]
     sweeps = [sweep for sweep in sweeps if sweep.keys]
     tuned = {run.folder for sweep in sweeps if sweep.held_out for run in sweep.runs}

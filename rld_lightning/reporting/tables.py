@@ -1,7 +1,6 @@
 """Finished runs as the rows of results tables: repetitions together, everything else apart."""
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from statistics import mean, stdev
 import pandas as pd
 
 from rld_lightning.reporting.labels import describe, distinguishing, mean_and_std
-from rld_lightning.reporting.runs import SUMMARY, Run
 from rld_lightning.reporting.significance import MIN_PAIRS, PairedDifference, holm, paired_difference
+from rld_lightning.runs.files import SUMMARY
+from rld_lightning.runs.finished import Run
 
 LAST, BEST = "top1", "top1_best"
 TEST_SPLIT = "the test split"
@@ -221,14 +221,14 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[tuple[Run, str]]]
     pairs whose teacher they have trained.
 
     Args:
-        runs: as :func:`~rld_lightning.reporting.find_runs` gives them.
+        runs: as :func:`~rld_lightning.runs.finished.find_runs` gives them.
 
     Returns:
         one section a pair and split, the test split first; and the runs that do not count, each with the reason.
     """
     rows, left_out = _one_a_seed(runs)
     pairs = {
-        (run.summary.dataset, split_of(run), _network(run, "teacher"), _network(run, "student"))
+        (run.summary.dataset, run.summary.validated_on, _network(run, "teacher"), _network(run, "student"))
         for row in rows
         for run in row.runs
         if run.config["model"].get("teacher")
@@ -236,7 +236,7 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[tuple[Run, str]]]
     found = [_section(*pair, rows) for pair in pairs]
     shown = {run.folder for section in found for row in (*section.rows, *section.teachers) for run in row.runs}
     alone = {
-        (row.dataset, split_of(row.runs[0]), None, row.student)
+        (row.dataset, row.runs[0].summary.validated_on, None, row.student)
         for row in rows
         if any(run.folder not in shown for run in row.runs)
     }
@@ -246,7 +246,7 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[tuple[Run, str]]]
 
 
 def _section(dataset: str, split: str, teacher: str | None, student: str, rows: Sequence[Row]) -> Section:
-    here = [row for row in rows if (row.dataset, split_of(row.runs[0])) == (dataset, split)]
+    here = [row for row in rows if (row.dataset, row.runs[0].summary.validated_on) == (dataset, split)]
     own = [row for row in here if row.student == student and row.teacher in (None, teacher)]
     homes = {folder for row in own if row.teacher for run in row.runs for folder in _teacher_folders(run)}
     teachers = [
@@ -286,7 +286,7 @@ def _one_a_seed(runs: Sequence[Run]) -> tuple[list[Row], list[tuple[Run, str]]]:
             left_out.append((run, "its accuracy is not a number"))
             continue
         networks = (_network(run, "student"), _network(run, "teacher") if run.summary.teacher else None)
-        key = (run.summary.dataset, split_of(run), *networks, run.method, frozenset(settings.items()))
+        key = (run.summary.dataset, run.summary.validated_on, *networks, run.method, frozenset(settings.items()))
         known[key] = settings
         if before := groups[key].get(run.summary.seed):
             left_out.append((before, f"repeated with the same settings and seed in {run.folder}"))
@@ -343,17 +343,11 @@ def _asked_for(run: Run) -> set[str]:
     return {override.lstrip("+~").split("=")[0] for override in run.overrides}
 
 
-def split_of(run: Run) -> str:
-    """What accuracy was measured on, the same words with every seed: ``the test split``."""
-    words = run.summary.validated_on.split(", as the literature")[0]
-    return re.sub(r",? ?seed \d+", "", words)
-
-
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
     """One line a run, for people who compute on: its names, its summary, its settings and its command."""
     lines = [
         {
-            "dataset": run.summary.dataset, "split": split_of(run), "pair": run.pair, "method": run.method,
+            "dataset": run.summary.dataset, "split": run.summary.validated_on, "pair": run.pair, "method": run.method,
             "seed": run.summary.seed, "epochs": run.summary.epochs, "top1_last": run.summary.top1,
             "top1_best": run.summary.top1_best, "top5_last": run.summary.top5, "ce_last": run.summary.ce,
             "teacher": run.summary.teacher, "teacher_top1": run.summary.teacher_top1,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.read import Weights
 from rld_lightning.models.taps import evaluation_mode
-from rld_lightning.models.weights import Weights
 
 
 def check_network(name: str, data: ImageDataModule, settings: DictConfig, network: nn.Module | None = None) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.cli import compose
 from rld_lightning.console import print_files, print_line
+from rld_lightning.hydra.compose import compose
 from rld_lightning.reporting.report import write_report
 from rld_lightning.tasks.start import run_sweep, train_teacher
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -15,10 +14,12 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
+from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights import Weights, load_weights, read_weights
+from rld_lightning.models.read import Weights, read_weights
+from rld_lightning.models.verify import load_weights
 from rld_lightning.tasks.check import adopt_split, check_classes, check_network, check_split, fact
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
 

@@ -9,35 +9,33 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from rld_lightning.callbacks import SameConfiguration
-from rld_lightning.config import class_name, loss_name
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.sampler import share_of_batch
+from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.loggers import wandb_run
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.models.weights import load_weights
+from rld_lightning.models.verify import load_weights
 from rld_lightning.module import DistillationModule
-from rld_lightning.reporting.runs import SUMMARY, Summary, read_summary
+from rld_lightning.runs.files import SUMMARY
+from rld_lightning.runs.folder import held
+from rld_lightning.runs.metrics import join_metrics, keep_metrics
+from rld_lightning.runs.naming import class_name, loss_name
+from rld_lightning.runs.provenance import write_provenance
+from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.check import check_network
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.preflight import check_start, check_trainer
-from rld_lightning.tasks.run_folder import (
-    held,
-    join_metrics,
-    keep_metrics,
-    leave_results,
-    write_provenance,
-)
+from rld_lightning.tasks.results import leave_results
 from rld_lightning.tasks.teacher import build_teacher, connect, describe_size, find_teacher, teacher_config
+from rld_lightning.tracking import wandb_run
 
 
 def fit(cfg: DictConfig) -> Summary:
@@ -251,7 +249,10 @@ def _summarise(cfg: DictConfig, data: ImageDataModule, trainer: Trainer, module:
         model=module.hparams.student,
         loss=loss_name(cfg.loss),
         dataset=data.name,
-        validated_on=data.validated_on,
+        split=data.val_split,
+        images=data.val_size,
+        val_fraction=data.val_fraction,
+        data_seed=data.seed,
         epochs=trainer.current_epoch,
         seed=cfg.seed,
         top1=metrics["val/top1"],

@@ -30,8 +30,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.config import started_by
 from rld_lightning.console import print_line
+from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError
 
 JOB = "rld-lightning"  # what TORCHELASTIC_RUN_ID says in the processes that are started here

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from rld_lightning.data.sampler import share_of_batch
+from rld_lightning.distributed import rank_zero_only
 from rld_lightning.models.factory import create_model
-from rld_lightning.tasks.run_folder import refuse_other_settings
+from rld_lightning.runs.likeness import refuse_other_settings
 
 
 def check_start(cfg: DictConfig, run: Path) -> None:

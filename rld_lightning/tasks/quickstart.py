@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from rld_lightning.console import console, print_error, print_files, print_table
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights import read_weights
-from rld_lightning.reporting.runs import Summary
+from rld_lightning.models.read import read_weights
+from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.fit import fit
 
 NO_SWEEP = "hydra.callbacks.sweep._target_=rld_lightning.tasks.quickstart.NoSweep"

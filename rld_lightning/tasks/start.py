@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rld_lightning.config import started_by
+from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError
 from rld_lightning.tasks.launch import sigterm_ends
 from rld_lightning.tasks.teacher import teacher_config

@@ -23,14 +23,17 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.cli import exit_on_user_error, expand_combined_loss
-from rld_lightning.config import loss_name
 from rld_lightning.console import print_error, print_line, print_table
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.reporting.labels import mean_and_std, short_value
-from rld_lightning.reporting.runs import ERROR, RECORD, SUMMARY, Run, canonical, decides, find_runs
-from rld_lightning.tasks.run_folder import lock_folder
+from rld_lightning.runs.files import ERROR, SUMMARY, SWEEP
+from rld_lightning.runs.finished import Run, find_runs
+from rld_lightning.runs.folder import lock_folder
+from rld_lightning.runs.likeness import canonical, decides
+from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.start import train_teacher
 from rld_lightning.tasks.teacher import teacher_config
 
@@ -155,7 +158,7 @@ def _lacks_teacher(config: DictConfig, swept: Collection[str], folder: Path) -> 
 
 
 def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
-    """Leaves :data:`RECORD`, and refuses a command that would mix other trials with those of a folder.
+    """Leaves :data:`SWEEP`, and refuses a command that would mix other trials with those of a folder.
 
     Args:
         folder: the sweep's.
@@ -163,7 +166,7 @@ def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]
         fixed: overrides that are not.
         values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
     """
-    record = folder / RECORD
+    record = folder / SWEEP
     mine = {line for key, line in fixed.items() if decides(key) and key != "launcher"}
     mine |= set(swept.values()) if values_too else set(swept)
     mine = _canonical(mine)
@@ -251,7 +254,7 @@ def settings_of(folder: Path, swept: Collection[str]) -> list[Setting]:
     groups = defaultdict(list)
     for run in find_runs([folder]):
         values = {_key(override): override.input_line for override in parser.parse_overrides(run.overrides)}
-        inner = any((path / RECORD).exists() for path in _up_to(run.folder, folder))  # a sweep within
+        inner = any((path / SWEEP).exists() for path in _up_to(run.folder, folder))  # a sweep within
         if inner or run.folder == folder / TEACHER or not set(swept) <= set(values) or not isfinite(run.summary.top1):
             continue
         groups[tuple(values[key] for key in swept if key != "seed")].append(run)
@@ -283,7 +286,7 @@ def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]
         for setting in settings
     ]
     best = settings[0]
-    validated_on = best.runs[0].summary.validated_on.split(" (")[0]  # the seed of the split is a trial's own
+    validated_on = best.runs[0].summary.validated_on
     columns = (*keys, "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
     print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:20])
     if len(rows) > 20:
@@ -295,7 +298,7 @@ def _report(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]
 
 
 def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:
-    """``loss=[rld,at]`` as the user has written it, of what :func:`~rld_lightning.cli.expand_combined_loss` makes."""
+    """``loss=[rld,at]`` as the user has written it, before :func:`expand_combined_loss`."""
     names = [match[1] for line in fixed.values() if (match := re.fullmatch(r"\+loss@loss\.(\w+)=\1", line))]
     if fixed.get("loss") != "loss=combined" or len(names) < 2:
         return dict(fixed)

@@ -7,16 +7,17 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from rld_lightning.config import devices_per_node
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.distributed import devices_per_node
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
-from rld_lightning.models.factory import classifier_of, create_model
+from rld_lightning.models.factory import create_model
 from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.stages import classifier_of
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.models.weights import load_weights
+from rld_lightning.models.verify import load_weights
 from rld_lightning.tasks.check import check_classes
 
 

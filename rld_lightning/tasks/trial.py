@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from rld_lightning.config import started_by
 from rld_lightning.console import print_line
+from rld_lightning.distributed import rank_zero_only, started_by
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.reporting.runs import ERROR, SUMMARY, Summary, read_summary
+from rld_lightning.runs.files import ERROR, SUMMARY
+from rld_lightning.runs.folder import held
+from rld_lightning.runs.likeness import refuse_other_settings
+from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
-from rld_lightning.tasks.run_folder import held, refuse_other_settings
 
 
 def run_trial(cfg: DictConfig, way_on: str | None = None) -> Summary:

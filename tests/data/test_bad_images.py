@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data_helpers import epoch_of, merge, part, ready, same, write_jpegs
+from helpers.data import epoch_of, merge, part, ready, same, write_jpegs
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from data_helpers import same
+from helpers.data import same
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import nn

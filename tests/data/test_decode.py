@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from data_helpers import epoch_of, merge, ready, same
+from helpers.data import epoch_of, merge, ready, same
 from PIL import Image
 
+from rld_lightning.bench.data import pipelines, write_jpegs
 from rld_lightning.data import ImageFolderDataModule, decode
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImageReport
 from rld_lightning.data.decode import BadImageError, decode_image, decode_jpegs, jpeg_size, read_file, read_image
 from rld_lightning.data.streaming import RandomCropFlip, StreamedImages, StreamingLoader
-from rld_lightning.tasks.bench_data import pipelines, write_jpegs
 
 CPU = torch.device("cpu")
 

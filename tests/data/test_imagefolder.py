@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from data_helpers import epoch_of, merge, part, ready, same
+from helpers.data import epoch_of, merge, part, ready, same
 from PIL import Image
 from torchvision import transforms
 

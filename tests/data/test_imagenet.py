@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import merge, ready
+from helpers.data import merge, ready
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import imagenet as torchvision_imagenet

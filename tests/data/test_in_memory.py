@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from data_helpers import epoch_of, merge, part, ready, same
+from helpers.data import epoch_of, merge, part, ready, same
 from torchvision import transforms
 
 from rld_lightning.data import Batch, InMemoryDataModule

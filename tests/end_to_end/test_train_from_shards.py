@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from shard_helpers import pack_folder, serve, write_images
+from helpers.shards import pack_folder, serve, write_images
 
 pytest.importorskip("webdataset")
 pytestmark = pytest.mark.slow  # each process imports Lightning

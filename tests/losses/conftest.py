@@ -2,7 +2,6 @@ import pytest
 import torch
 
 # Their assertions are then explained on failure like those in test files.
-pytest.register_assert_rewrite("golden", "tester")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import batch
+from helpers.loss_tester import batch
 from torch.testing import assert_close
 
 from rld_lightning.losses import DistillationLoss, ModelOutput, StepContext

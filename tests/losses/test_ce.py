@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tester import batch
+from helpers.loss_tester import batch
 from torch.testing import assert_close
 
 from rld_lightning.losses import CELoss, ModelOutput, StepContext

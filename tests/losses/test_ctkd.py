@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tester import LossTester, batch, kl, zscore
+from helpers.loss_tester import LossTester, batch, kl, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import CTKDLoss, ModelOutput, StepContext, ctkd_loss, kd_loss, numerics

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import LossTester, batch
+from helpers.loss_tester import LossTester, batch
 from torch.testing import assert_close
 
 from rld_lightning.losses import DISTLoss, dist_loss

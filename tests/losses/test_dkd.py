@@ -1,5 +1,5 @@
 import torch
-from tester import LossTester, batch, kl, one_against_rest, zscore
+from helpers.loss_tester import LossTester, batch, kl, one_against_rest, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import DKDLoss, dkd_loss, kd_loss

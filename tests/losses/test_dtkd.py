@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import LossTester, batch, kl
+from helpers.loss_tester import LossTester, batch, kl
 from torch.testing import assert_close
 
 from rld_lightning.losses import DTKDLoss, dtkd_loss, kd_loss

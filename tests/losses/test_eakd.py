@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tester import LossTester, batch, kl, one_against_rest
+from helpers.loss_tester import LossTester, batch, kl, one_against_rest
 from torch.testing import assert_close
 
 from rld_lightning.losses import EADKDLoss, EAKDLoss, dkd_loss, eadkd_loss, eakd_loss, kd_loss

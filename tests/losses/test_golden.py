@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import golden_cases
+from helpers.golden import golden_cases
 
 import rld_lightning.losses
 import rld_lightning.losses.features

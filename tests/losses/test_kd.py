@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import LossTester, batch, kl, zscore
+from helpers.loss_tester import LossTester, batch, kl, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import KDLoss, kd_loss

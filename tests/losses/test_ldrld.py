@@ -3,7 +3,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tester import LossTester, batch, kl
+from helpers.loss_tester import LossTester, batch, kl
 from torch.testing import assert_close
 
 from rld_lightning.losses import LDRLDLoss, dkd_loss, kd_loss, ldrld_loss

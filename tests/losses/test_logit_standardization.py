@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tester import batch, zscore
+from helpers.loss_tester import batch, zscore
 from torch.testing import assert_close
 
 import rld_lightning.losses

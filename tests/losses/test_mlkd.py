@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tester import LossTester, batch, kl, zscore
+from helpers.loss_tester import LossTester, batch, kl, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import MLKDLoss, MLKDNoAugLoss, ModelOutput, StepContext, mlkd_loss, mlkd_noaug_loss

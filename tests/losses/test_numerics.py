@@ -5,7 +5,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from tester import batch
+from helpers.loss_tester import batch
 from torch.testing import assert_close
 
 from rld_lightning.losses import dkd_loss, kd_loss, numerics, rld_loss

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import LossTester, batch, kl, one_against_rest, zscore
+from helpers.loss_tester import LossTester, batch, kl, one_against_rest, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import ModelOutput, RLDLoss, StepContext, dkd_loss, rld_loss

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tester import LossTester, batch, kl
+from helpers.loss_tester import LossTester, batch, kl
 from torch.testing import assert_close
 
 from rld_lightning.losses import TTMLoss, WTTMLoss, kd_loss, ttm_loss, wttm_loss

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torchvision
-from golden_fill import MODELS
+from helpers.golden_fill import MODELS
 from torch import nn
 
 import rld_lightning.models as models
-from rld_lightning.models import Stages, create_model, factory, list_models, register_model, stages_of
+import rld_lightning.models.libraries as libraries
+import rld_lightning.models.registry as model_registry
+from rld_lightning.models import Stages, create_model, list_models, register_model, stages_of
 
 # The smallest of each family.
 FAMILIES = ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV1", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
@@ -18,8 +20,8 @@ FAMILIES = ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV1", "MobileNet
 
 @pytest.fixture
 def registry(monkeypatch) -> Iterator[dict]:
-    monkeypatch.setattr(factory, "_REGISTRY", dict(factory._REGISTRY))
-    return factory._REGISTRY
+    monkeypatch.setattr(model_registry, "REGISTRY", dict(model_registry.REGISTRY))
+    return model_registry.REGISTRY
 
 
 def test_registered_names_are_the_golden_ones():
@@ -80,25 +82,25 @@ def test_a_name_is_registered_once(registry):
 def test_a_file_dropped_into_the_folder_registers_itself(registry, monkeypatch, tmp_path):
     (tmp_path / "dropped_family.py").write_text(
         "from torch import nn\n"
-        "from rld_lightning.models.factory import register_model\n"
+        "from rld_lightning.models.registry import register_model\n"
         "@register_model\n"
         "def dropped(num_classes=100):\n"
         "    return nn.Linear(3, num_classes)\n"
     )
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    monkeypatch.setattr(models.cifar, "__path__", [*models.cifar.__path__, str(tmp_path)])
     try:
         models._import_families()
         assert "dropped" in list_models()
         assert create_model("dropped", num_classes=5).out_features == 5
     finally:
-        sys.modules.pop("rld_lightning.models.dropped_family", None)
-        vars(models).pop("dropped_family", None)
+        sys.modules.pop("rld_lightning.models.cifar.dropped_family", None)
+        vars(models.cifar).pop("dropped_family", None)
 
 
 @pytest.mark.parametrize("depth", [7, 2, -4])
 def test_depths_that_do_not_fit_are_refused(depth):
-    from rld_lightning.models.resnet import ResNet
-    from rld_lightning.models.wrn import WideResNet
+    from rld_lightning.models.cifar.resnet import ResNet
+    from rld_lightning.models.cifar.wrn import WideResNet
 
     for build in (lambda: ResNet(depth), lambda: WideResNet(depth, width=1)):
         with pytest.raises(ValueError, match=f"depth={depth}"):
@@ -208,7 +210,7 @@ class TestTorchvision:
 
         published = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in plain.state_dict().items()}
         monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published)
-        monkeypatch.setattr(factory, "_INCEPTION_OPTIONS", factory._INCEPTION_OPTIONS | {"init_weights": False})
+        monkeypatch.setattr(libraries, "_INCEPTION_OPTIONS", libraries._INCEPTION_OPTIONS | {"init_weights": False})
         for num_classes in (1000, 7):
             pretrained = create_model(f"torchvision/{name}", num_classes=num_classes, pretrained=True)
             state = pretrained.state_dict()

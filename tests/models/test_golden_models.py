@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from golden_fill import GOLDEN, MODELS, fill, golden_images
+from helpers.golden_fill import GOLDEN, MODELS, fill, golden_images
 from torch import nn
 
 from rld_lightning.models import count_parameters, create_model, forward_with_taps, stages_of

@@ -16,8 +16,9 @@ import torch
 
 from rld_lightning.models import store as store_module
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.read import WeightsError, read_metadata, read_weights
 from rld_lightning.models.store import PUBLISHED, DownloadError, TeacherStore, resolve_teacher_weights
-from rld_lightning.models.weights import WeightsError, load_weights, read_metadata, read_weights
+from rld_lightning.models.verify import load_weights
 
 NAMES = ("resnet8", "wrn_16_1")
 WAYS_OUT = ("model.teacher.weights=/path/to/file", "model.teacher.weights=published", "model.teacher.weights=fit")

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting import plot_curves, read_metrics
+from rld_lightning.reporting.curves import plot_curves
+from rld_lightning.runs.metrics import read_metrics
 
 METRICS = """epoch,step,loss,lr-SGD,train/loss,train/ce,train/kd,stats/teacher_wrong,val/ce,val/top1,val/top5,\
 stats/ce_share,stats/kd_share,train/grad_norm,train/top1_teacher_wrong,val/top1_teacher_wrong

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from run_factory import write_run
+from helpers.run_factory import write_run
 
-from rld_lightning.reporting import read_run
 from rld_lightning.reporting.chapters import Sources, make_chapter
 from rld_lightning.reporting.paper import (
     METHODS,
@@ -16,6 +15,7 @@ from rld_lightning.reporting.paper import (
     trained_as_published,
 )
 from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.finished import read_run
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from run_factory import write_comparison, write_run, write_sweep
+from helpers.run_factory import write_comparison, write_run, write_sweep
 
 from rld_lightning.reporting.report import write_report
 

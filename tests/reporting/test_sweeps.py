@@ -4,12 +4,12 @@ import builtins
 
 import numpy as np
 import pytest
-from run_factory import write_run, write_sweep
+from helpers.run_factory import write_run, write_sweep
 
-from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.plots import heat_map_figure
 from rld_lightning.reporting.sweeps import heat_maps, importances, split_sweeps
 from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.finished import find_runs
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-from run_factory import write_comparison, write_run
+from helpers.run_factory import write_comparison, write_run
 
-from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.chapters import Sources, make_chapter
 from rld_lightning.reporting.labels import describe, distinguishing, short_value
 from rld_lightning.reporting.tables import BEST, compare, sections
+from rld_lightning.runs.finished import find_runs
 
 
 def read(folder):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.models.weights import Weights
+from rld_lightning.models.read import Weights
 from rld_lightning.tasks import check
 
 

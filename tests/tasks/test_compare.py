@@ -4,13 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.configs import compose
+from helpers.run_factory import write_run
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from reporting.run_factory import write_run
-from test_config import compose
 
 from rld_lightning.errors import UserError
-from rld_lightning.reporting.runs import differences
+from rld_lightning.runs.likeness import differences
 from rld_lightning.tasks import compare as module
 from rld_lightning.tasks import start
 from rld_lightning.tasks.compare import compare, split_list, split_seeds

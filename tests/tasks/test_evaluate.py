@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_config import compose
+from helpers.configs import compose
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
-from rld_lightning.models.weights import save_weights
+from rld_lightning.models.save import save_weights
 from rld_lightning.tasks.evaluate import evaluate
 
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import hydra
 import pytest
+from helpers.configs import CONF, compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from test_config import CONF, compose
 
 from rld_lightning.callbacks import SameConfiguration, same_configuration
-from rld_lightning.config import started_by, unique_name
+from rld_lightning.distributed import started_by, unique_name
 from rld_lightning.errors import UserError
 from rld_lightning.tasks import launch
 from rld_lightning.tasks.fit import scale_learning_rate
@@ -98,7 +98,7 @@ def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatc
 
 @pytest.mark.slow
 def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkeypatch):
-    script = "from rld_lightning.config import unique_name; print(unique_name(), unique_name())"
+    script = "from rld_lightning.distributed import unique_name; print(unique_name(), unique_name())"
     start = subprocess.Popen
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, stdout=subprocess.PIPE, text=True, **k))

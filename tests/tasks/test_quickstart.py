@@ -3,10 +3,10 @@
 import hydra
 import pytest
 import torch
+from helpers.configs import CONF, compose
 from hydra._internal.callbacks import Callbacks
-from test_config import CONF, compose
 
-from rld_lightning.tasks import bench
+from rld_lightning.bench import steps as bench
 from rld_lightning.tasks.quickstart import NO_SWEEP, quickstart
 
 

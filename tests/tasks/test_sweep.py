@@ -9,20 +9,20 @@ from types import SimpleNamespace
 
 import hydra
 import pytest
+from helpers.configs import CONF, compose
+from helpers.run_factory import write_run
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
-from reporting.run_factory import write_run
-from test_config import CONF, compose
 
 from rld_lightning.callbacks import OptunaPruner
-from rld_lightning.cli import expand_combined_loss
-from rld_lightning.config import Started
+from rld_lightning.distributed import Started, rank_zero_only
 from rld_lightning.errors import UserError
-from rld_lightning.tasks import run_folder, sweep, trial
+from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.runs import folder as run_folder
+from rld_lightning.runs.folder import held
 from rld_lightning.tasks import start as starting
-from rld_lightning.tasks.run_folder import held
+from rld_lightning.tasks import sweep, trial
 from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
 from rld_lightning.tasks.trial import run_trial
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.models.factory import Stages, stages_of
+from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import feature_shapes
 
 

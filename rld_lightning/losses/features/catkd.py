@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller, unit_vectors
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages, classifier_of
+from rld_lightning.models.stages import Stages, classifier_of
 from rld_lightning.models.teacher import hold_outside
 
 

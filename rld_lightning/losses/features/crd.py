@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.numerics import check_positive, check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 # Apart from the run's seed, because all processes must start from the same memories.
 _SEED = 1910_10699

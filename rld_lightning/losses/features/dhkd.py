@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import DistillationLoss, StepContext
 from rld_lightning.losses.features.base import BatchNorm1d, tapped
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
-from rld_lightning.models.factory import stages_of
+from rld_lightning.models.stages import stages_of
 from rld_lightning.models.taps import feature_shapes
 from rld_lightning.models.teacher import hold_outside
 

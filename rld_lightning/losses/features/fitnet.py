@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 
 def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: float = 100.0) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.kdg import check_weighting, half_variance, kdg_logit_loss
 from rld_lightning.losses.numerics import check_positive, check_weights
-from rld_lightning.models.factory import Stages, classifier_of
+from rld_lightning.models.stages import Stages, classifier_of
 
 WEIGHTINGS = ("gradient", "fisher", "identity")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 # A vector is aligned with one of this many more of the student's than are compared.
 SPARE_VECTORS = 3

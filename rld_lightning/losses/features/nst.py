@@ -9,7 +9,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 
 def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 50.0) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 EPS = 1e-7
 

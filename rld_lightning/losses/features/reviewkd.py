@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 
 def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1.0) -> dict[str, Tensor]:

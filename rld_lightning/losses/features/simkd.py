@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
 from rld_lightning.models.graft import GraftedStudent
+from rld_lightning.models.stages import Stages
 from rld_lightning.models.taps import unwrap
 
 

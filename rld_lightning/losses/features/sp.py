@@ -7,7 +7,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, unit_vectors
 from rld_lightning.losses.numerics import check_weights
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 
 def sp_loss(student: Tensor, teacher: Tensor, *, weight: float = 3000.0) -> dict[str, Tensor]:

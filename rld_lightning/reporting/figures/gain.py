@@ -10,9 +10,9 @@ from statistics import mean
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.runs import Run
 from rld_lightning.reporting.style import BLACK, GREY, PALETTE, styled
 from rld_lightning.reporting.tables import BEST, LAST, sections
+from rld_lightning.runs.finished import Run
 
 TEACHER_TOP1 = "train/teacher_top1"
 REFERENCES = ("ce", "kd", "dkd")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights import load_weights, read_weights
-from rld_lightning.reporting.runs import Run
+from rld_lightning.models.read import read_weights
+from rld_lightning.models.verify import load_weights
+from rld_lightning.runs.finished import Run
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor
 
-from rld_lightning.config import class_name
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.losses.kd import kd_loss
 from rld_lightning.losses.numerics import margin, masked_log_softmax, standardize
 from rld_lightning.losses.rld import RLDLoss, dropped_classes, rld_loss
-from rld_lightning.reporting.runs import Run
+from rld_lightning.runs.finished import Run
+from rld_lightning.runs.naming import class_name
 
 
 @dataclass(frozen=True)

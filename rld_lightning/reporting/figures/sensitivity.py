@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.labels import describe, short_key
-from rld_lightning.reporting.runs import Run
 from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, RED, styled
 from rld_lightning.reporting.sweeps import FinishedSweep
 from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.finished import Run
 
 MOST_LINES = 4  # with more, all are grey but the best
 MOST_TICKS = 10

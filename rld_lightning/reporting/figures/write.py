@@ -16,9 +16,9 @@ from rld_lightning.reporting.figures.gain import REFERENCES, draw_gain, gains
 from rld_lightning.reporting.figures.logits import LogitReader
 from rld_lightning.reporting.figures.refine import refine, rld_of, usual_rld
 from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept
-from rld_lightning.reporting.runs import Run, read_run
 from rld_lightning.reporting.style import save_figure
 from rld_lightning.reporting.tables import Section, sections
+from rld_lightning.runs.finished import Run, read_run
 
 
 def write_toy(out: Path) -> list[Path]:

@@ -1,5 +1,5 @@
 import torch
-from feature_tester import FeatureTester
+from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import ATLoss, at_loss

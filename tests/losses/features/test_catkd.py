@@ -1,11 +1,11 @@
 import pytest
 import torch
-from feature_tester import CLASSES, IMAGE_SHAPE, FeatureTester
+from helpers.feature_tester import CLASSES, IMAGE_SHAPE, FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import CATKDLoss, catkd_loss
 from rld_lightning.models import create_model, forward_with_taps
-from rld_lightning.models.factory import classifier_of
+from rld_lightning.models.stages import classifier_of
 
 
 class TestCATKD(FeatureTester):

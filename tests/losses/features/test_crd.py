@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from feature_tester import FeatureTester
+from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses import ModelOutput, StepContext

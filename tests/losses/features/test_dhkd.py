@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from feature_tester import TRAIN_LABEL, FeatureTester
+from helpers.feature_tester import TRAIN_LABEL, FeatureTester
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from rld_lightning.losses import ModelOutput, StepContext
 from rld_lightning.losses.features import DHKDLoss, dhkd_loss
 from rld_lightning.losses.features.dhkd import align
-from rld_lightning.models.factory import Stages
+from rld_lightning.models.stages import Stages
 
 
 class TestDHKD(FeatureTester):

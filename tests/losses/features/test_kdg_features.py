@@ -1,11 +1,11 @@
 import pytest
 import torch
-from feature_tester import FeatureTester
+from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses import KDGLogitLoss, kdg_logit_loss
 from rld_lightning.losses.features import KDGLoss, kdg_feature_loss
-from rld_lightning.models.factory import classifier_of
+from rld_lightning.models.stages import classifier_of
 
 WEIGHTINGS = ("gradient", "fisher", "identity")
 

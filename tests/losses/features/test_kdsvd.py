@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from feature_tester import FeatureTester
+from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import KDSVDLoss, kdsvd_loss

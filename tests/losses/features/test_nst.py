@@ -1,6 +1,6 @@
 import pytest
 import torch
-from feature_tester import FeatureTester
+from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import NSTLoss, nst_loss

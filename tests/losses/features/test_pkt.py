@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from feature_tester import FeatureTester
+from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import PKTLoss, pkt_loss

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from feature_tester import CLASSES, IMAGE_SHAPE, PAIRS, TRAIN_LABEL, FeatureTester
+from helpers.feature_tester import CLASSES, IMAGE_SHAPE, PAIRS, TRAIN_LABEL, FeatureTester
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import ATLoss, ReviewKDLoss, reviewkd_loss

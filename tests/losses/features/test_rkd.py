@@ -1,7 +1,7 @@
 import pytest
 import torch
-from feature_tester import FeatureTester
-from golden import golden_cases
+from helpers.feature_tester import FeatureTester
+from helpers.golden import golden_cases
 from torch.testing import assert_close
 
 from rld_lightning.losses.features import RKDLoss, rkd_loss

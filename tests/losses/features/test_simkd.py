@@ -1,6 +1,6 @@
 import pytest
 import torch
-from feature_tester import CLASSES, IMAGE_SHAPE, TRAIN_LABEL, FeatureTester
+from helpers.feature_tester import CLASSES, IMAGE_SHAPE, TRAIN_LABEL, FeatureTester
 from torch import nn
 from torch.testing import assert_close
 

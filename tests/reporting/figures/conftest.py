@@ -9,11 +9,14 @@ import torch
 from omegaconf import OmegaConf
 
 from rld_lightning.models import create_model
-from rld_lightning.models.weights import save_weights
-from rld_lightning.reporting import Run, Summary, read_run, style
+from rld_lightning.models.save import save_weights
+from rld_lightning.reporting import style
+from rld_lightning.runs.finished import Run, read_run
+from rld_lightning.runs.summary import Summary
 
 SUMMARY = Summary(
-    model="resnet8", loss="RLD", dataset="digits", validated_on="the test split, as the literature does", epochs=3,
+    model="resnet8", loss="RLD", dataset="digits", split="test", images=360,
+    val_fraction=0.0, data_seed=0, epochs=3,
     seed=0, top1=50.0, top1_best=51.0, top5=80.0, ce=2.0, teacher="resnet14", teacher_top1=60.0, agreement=55.0,
     parameters=10, macs=20, images_per_s=None, run="x",
 )  # fmt: skip

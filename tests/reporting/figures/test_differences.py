@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rld_lightning.models.weights import read_weights
-from rld_lightning.reporting import find_runs
+from rld_lightning.models.read import read_weights
 from rld_lightning.reporting.figures.differences import (
     DifferenceMap,
     difference_maps,
@@ -17,6 +16,7 @@ from rld_lightning.reporting.figures.logits import LogitReader, RunLogits
 from rld_lightning.reporting.figures.refine import rld_of, usual_rld
 from rld_lightning.reporting.figures.write import write_differences, write_explanation
 from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.finished import find_runs
 
 
 def test_differences_are_those_of_the_published_loop():

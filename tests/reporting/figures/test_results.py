@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rld_lightning.reporting import find_runs
 from rld_lightning.reporting.figures.ablation import ablation, ablation_cells, ablation_markdown, draw_ablation
 from rld_lightning.reporting.figures.gain import draw_gain, gains
 from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept
 from rld_lightning.reporting.figures.write import write_gain, write_sensitivity
 from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.finished import find_runs
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -42,10 +42,10 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
 
 
 def test_held_out_images_and_the_test_split_are_told_apart(make_run, tmp_path):
-    for words in ("the test split", "144 held-out training images (stratified, seed 0)"):
+    for split in ("test", "val"):
         for method in ("rld", "ce"):
-            folder = make_run(method, validated_on=words).folder
-            folder.rename(tmp_path / "runs" / f"{method}-{len(words)}")
+            folder = make_run(method, split=split, images=144, val_fraction=0.1).folder
+            folder.rename(tmp_path / "runs" / f"{method}-{split}")
     table, _ = gains(find_runs([tmp_path / "runs"]))
     assert [pair.split(", ", 2)[2:] for pair in table["pair"]] == [[], ["144 held-out training images (stratified)"]]
 

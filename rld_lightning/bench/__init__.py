@@ -1,0 +1,1 @@
+"""Measurements: everything against a plain reference, in one process, in alternation."""

@@ -1,0 +1,244 @@
+"""Measurements by ratio: every contender runs in turn in one process, so that a noisy machine slows all alike."""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from rld_lightning.console import console, print_table
+from rld_lightning.hydra.compose import CONF, compose, expand_combined_loss
+from rld_lightning.hydra.resolvers import fast_precision
+from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
+from rld_lightning.losses.rld import RLDLoss, rld_loss
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.taps import forward_with_taps
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.tasks.teacher import connect
+
+Step = Callable[[], object]
+
+
+def plain_rld(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 4.0) -> Tensor:
+    """RLD as one would write it down: softmax, logarithm, -1e9 where the mask is; ``(B, C)`` logits."""
+    p_student, p_teacher = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
+    confidence, true = p_teacher.amax(1), p_student.gather(1, label[:, None])[:, 0]
+    two_student, two_teacher = torch.stack([true, 1 - true], 1), torch.stack([confidence, 1 - confidence], 1)
+    scd = F.kl_div(two_student.log(), two_teacher, reduction="batchmean")
+    drop = teacher >= teacher.gather(1, label[:, None])
+    log_student = F.log_softmax((student / temperature).masked_fill(drop, -1e9), 1)
+    kept_teacher = F.softmax((teacher / temperature).masked_fill(drop, -1e9), 1)
+    mcd = F.kl_div(log_student, kept_teacher, reduction="batchmean")
+    return temperature**2 * (scd + 8.0 * mcd)
+
+
+def time_in_turn(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each step, after two warm-up calls, all steps in alternation."""
+    durations: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step(), step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            durations[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in durations.items()}
+
+
+def bench_loss(batch: int, classes: int, device: torch.device, rounds: int) -> None:
+    """Forward and backward of RLD against the formula with masks and softmaxes: time and peak memory."""
+    student, teacher, label = _logits(batch, classes, device)
+    contenders = {"plain formula": plain_rld, "rld_loss": _log_space_rld}
+
+    def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        student.grad = None
+        loss(student, teacher, label).backward()
+
+    steps = {name: lambda loss=loss: step(loss) for name, loss in contenders.items()}
+    seconds = time_in_turn(steps, rounds, device)
+    memory = {name: _peak_memory(name, step, batch, classes, device) for name, step in steps.items()}
+    base = "plain formula"
+    print_table(
+        f"RLD, forward and backward, {batch} x {classes} float32 logits on {_machine(device)}",
+        ("", "ms, median", "time ratio", "peak MiB", "memory ratio"),
+        [(n, 1e3 * seconds[n], seconds[n] / seconds[base], memory[n], memory[n] / memory[base]) for n in contenders],
+    )
+    console.print(f"medians of {rounds} rounds in alternation; memory beyond the inputs", style="dim")
+
+
+def bench_step(
+    teacher_name: str, student_name: str, batch: int, image_shape: Sequence[int], device: torch.device, rounds: int
+) -> None:
+    """A whole training step with RLD: the plain one (eager, float32, contiguous) against this project's."""
+    images = torch.randn(batch, *image_shape, device=device)
+    label = torch.randint(100, (batch,), device=device)
+    bf16 = fast_precision(device.type) == "bf16-mixed"
+
+    def student_step(student: nn.Module, teacher: Callable, loss: Callable, images: Tensor, autocast: bool) -> Step:
+        optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                soft = teacher(images)
+                total = loss(student(images), soft, label)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+
+        return step
+
+    def plain_loss(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(student, label) + plain_rld(student, teacher, label)
+
+    def plain_teacher(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return plain(images)
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return create_model(teacher_name).to(device).eval(), create_model(student_name).to(device).train()
+
+    criterion = RLDLoss()
+    plain, student = models()
+    steps = {"plain eager float32": student_step(student, plain_teacher, plain_loss, images, False)}
+    for name, autocast in (("ours, float32", False), ("ours, bfloat16 autocast", True)):
+        if autocast and not bf16:
+            continue
+        network, student = models()
+        teacher = FrozenTeacher(network, channels_last=True)
+        steps[name] = student_step(
+            student.to(memory_format=torch.channels_last),
+            lambda images, teacher=teacher: teacher(images)[0],
+            lambda *logits_and_label: sum(criterion(*logits_and_label).values()),
+            images.to(memory_format=torch.channels_last),
+            autocast,
+        )
+    seconds = time_in_turn(steps, rounds, device)
+    base = seconds["plain eager float32"]
+    print_table(
+        f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))} on {_machine(device)}",
+        ("step", "ms, median", "images/s", "speed ratio"),
+        [(name, 1e3 * value, batch / value, base / value) for name, value in seconds.items()],
+    )
+    console.print(f"medians of {rounds} rounds in alternation", style="dim")
+
+
+def bench_losses(
+    losses: dict[str, DistillationLoss],
+    teacher_name: str,
+    student_name: str,
+    batch: int,
+    image_shape: Sequence[int],
+    device: torch.device,
+    rounds: int,
+) -> None:
+    """A whole training step with each loss, forward passes and optimiser included, relative to the first one."""
+    images, strong = (
+        torch.randn(batch, *image_shape, device=device).to(memory_format=torch.channels_last) for _ in range(2)
+    )
+    index, train_label = torch.arange(batch, device=device), torch.arange(50_000, device=device) % 100
+    autocast = fast_precision(device.type) == "bf16-mixed"
+    network = create_model(teacher_name).to(device)
+    teacher = FrozenTeacher(network, channels_last=True)
+
+    def training_step(loss: DistillationLoss) -> Step:
+        torch.manual_seed(0)
+        student = connect(loss, create_model(student_name).to(device), network, image_shape, train_label)
+        student = student.to(memory_format=torch.channels_last).train()
+        parameters = [p for p in [*student.parameters(), *loss.to(device).parameters()] if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=5e-4)
+
+        def outputs(images: Tensor) -> tuple[ModelOutput, ModelOutput | None]:
+            soft = ModelOutput(*teacher(images, loss.teacher_taps)) if loss.needs_teacher else None
+            return ModelOutput(*forward_with_taps(student, images, loss.student_taps)), soft
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                views = outputs(images)
+                second = outputs(strong) if loss.needs_strong_view else (None, None)
+                total = sum(loss(StepContext(*views, train_label[:batch], index, None, *second)).values())
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+
+        return step
+
+    seconds = time_in_turn({name: training_step(loss) for name, loss in losses.items()}, rounds, device)
+    base = next(iter(losses))
+    print_table(
+        f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))}, "
+        f"{'bfloat16 autocast' if autocast else 'float32'} on {_machine(device)}",
+        ("loss", "ms, median", f"time relative to {base}"),
+        [(name, 1e3 * value, value / seconds[base]) for name, value in seconds.items()],
+    )
+    console.print(f"medians of {rounds} rounds in alternation", style="dim")
+
+
+def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
+    """The losses of ``conf/loss`` by name, all for an empty list; ``kd`` comes first.
+
+    Args:
+        names: options of the group ``loss``, or lists such as ``[rld,at]``.
+    """
+    every = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
+    return {
+        name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
+        for name in dict.fromkeys(["kd", *(names or every)])
+    }
+
+
+def _log_space_rld(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+    return sum(rld_loss(student, teacher, label).values())
+
+
+def _logits(batch: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, batch, classes, generator=generator).to(device)
+    return student.clone().requires_grad_(), teacher.clone(), torch.arange(batch, device=device) % classes
+
+
+def _peak_memory(name: str, step: Step, batch: int, classes: int, device: torch.device) -> float:
+    """MiB beyond the inputs. On a CPU a fresh process measures it: a process never gives its peak back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    code = f"from rld_lightning.bench.steps import cpu_peak; print(cpu_peak({name!r}, {batch}, {classes}))"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def cpu_peak(name: str, batch: int, classes: int) -> float:
+    """MiB that one forward and backward adds to this process's peak; call it in a fresh process."""
+    inputs = _logits(batch, classes, torch.device("cpu"))
+    before = _peak_rss()
+    (plain_rld if name == "plain formula" else _log_space_rld)(*inputs).backward()
+    return (_peak_rss() - before) / 2**10
+
+
+def _peak_rss() -> int:
+    """Largest resident memory of this process so far, in KiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it forked
+        return int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"

@@ -1,0 +1,158 @@
+"""Where each image of a data set lies in its shards, written once so that epochs can be planned before they are read.
+
+``index.json`` says what the data set is and which shards it has; ``index.npz`` holds, for each image of a split, the
+place of its bytes in its shard, its class and the name of its member. Both lie beside the shards, or in a folder of
+their own that names the shards by their addresses.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rld_lightning.data.shards.remote import join, read_bytes, write_bytes
+from rld_lightning.data.shards.store import ShardStore
+
+INDEX_FILE = "index.json"
+SAMPLES_FILE = "index.npz"
+FORMAT = "rld-lightning shards 1"
+
+
+class Shard(NamedTuple):
+    """A tar file: its address, relative to the index or absolute, its length and how many images are in it."""
+
+    path: str
+    bytes: int
+    images: int
+
+
+class Samples(NamedTuple):
+    """The images of a split, in the order of its shards: NumPy arrays, which worker processes share.
+
+    ``offset`` and ``size`` (int64) are the place of an image's bytes in its shard, ``label`` (int64) is its class and
+    ``member`` (bytes) its name there; each is (N,).
+    """
+
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    member: np.ndarray
+
+    @classmethod
+    def join(cls, parts: list["Samples"]) -> "Samples":
+        """Put those of several shards one after the other."""
+        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A data set in shards.
+
+    Attributes:
+        name: Short name of the data set.
+        class_names: The C names, in the order of the labels.
+        shards: The shards of each split.
+        samples: The images of each split.
+        look: ``image_size``, ``resize``, ``mean`` and ``std`` as the data set had them when it was packed, if it was.
+    """
+
+    name: str
+    class_names: list[str]
+    shards: dict[str, list[Shard]]
+    samples: dict[str, Samples]
+    look: dict[str, int | list[float]]
+
+    def write(self, root: str, options: dict | None = None) -> None:
+        """Write both files into ``root``, a folder or an address; ``options`` are for the store."""
+        arrays = {
+            f"{split}.{name}": values
+            for split, samples in self.samples.items()
+            for name, values in samples._asdict().items()
+        }
+        buffer = BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        samples = buffer.getvalue()
+        described = {
+            "format": FORMAT,
+            "name": self.name,
+            "class_names": self.class_names,
+            "look": self.look,
+            "shards": {split: [shard._asdict() for shard in shards] for split, shards in self.shards.items()},
+            "samples": {"file": SAMPLES_FILE, "sha256": hashlib.sha256(samples).hexdigest()},
+        }
+        write_bytes(join(root, SAMPLES_FILE), samples, options)
+        # Last, so that shards with an index are complete.
+        write_bytes(join(root, INDEX_FILE), (json.dumps(described, indent=1) + "\n").encode(), options)
+
+    @classmethod
+    def read(cls, root: str, options: dict | None = None) -> "ShardIndex":
+        """Read what :meth:`write` has written.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            OSError: If the store cannot be reached.
+            ValueError: If the files are not an index, or not of one another.
+        """
+        path = join(root, INDEX_FILE)
+        again = "make it again with scripts/shards.py"
+        try:
+            content = read_bytes(path, options)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is not there: set root to a folder or an address of shards with their index, which "
+                "scripts/shards.py makes from a folder of images or from shards."
+            ) from error
+        try:
+            described = json.loads(content)
+            if described["format"] != FORMAT:
+                raise ValueError(f"its format is {described['format']!r} instead of {FORMAT!r}")
+            shards = {split: [Shard(**shard) for shard in listed] for split, listed in described["shards"].items()}
+            samples = read_bytes(join(root, described["samples"]["file"]), options)
+            if hashlib.sha256(samples).hexdigest() != described["samples"]["sha256"]:
+                raise ValueError(f"{described['samples']['file']} beside it belongs to another index")
+            with np.load(BytesIO(samples), allow_pickle=False) as arrays:
+                found = {split: Samples(*(arrays[f"{split}.{name}"] for name in Samples._fields)) for split in shards}
+            if missing := {"train", "test"} - set(shards):
+                raise ValueError(f"it has no {' and no '.join(sorted(missing))} split")
+            return cls(described["name"], described["class_names"], shards, found, described["look"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an index of shards ({error}): {again}.") from error
+
+
+class ShardList(NamedTuple):
+    """Images in shards; see :class:`~rld_lightning.data.streaming.Images`.
+
+    ``shard`` is the number of each image's shard in ``store``, int32 (N,).
+    """
+
+    class_names: list[str]
+    samples: Samples
+    shard: np.ndarray
+    store: ShardStore
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes, int64 (N,)."""
+        return torch.from_numpy(self.samples.label)
+
+    def take(self, index: Tensor) -> "ShardList":
+        """Return the images at ``index`` (M,) as a list of their own."""
+        at = index.numpy()
+        return self._replace(samples=Samples(*(values[at] for values in self.samples)), shard=self.shard[at])
+
+    def path(self, index: int) -> str:
+        """Return the address of an image's shard and its name there."""
+        return f"{self.store.addresses[self.shard[index]]}/{self.samples.member[index].decode()}"
+
+    def read(self, index: int) -> Tensor:
+        """Return the bytes of an image's file, uint8 (N,).
+
+        Raises:
+            ShardError: If its shard cannot be read.
+        """
+        return self.store.read(int(self.shard[index]), int(self.samples.offset[index]), int(self.samples.size[index]))

@@ -1,0 +1,272 @@
+"""Reading from shards: in place, from a cache of bounded size, or image by image from a store."""
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from fsspec import AbstractFileSystem
+from torch import Tensor
+
+from rld_lightning.data.shards.remote import local_path, open_store, reason
+from rld_lightning.errors import UserError
+
+ATTEMPTS = 3
+RETRY_SECONDS = 2.0
+WAIT_SECONDS = 0.1
+MOST_OPEN = 64
+CACHED = ".shard"  # what a cached file's name ends in, so that nothing else is ever thrown away
+LOCK = "cache.lock"
+REPAIR = "copy it again, or make the index again if it was replaced on purpose."
+
+
+class ShardError(UserError, OSError):
+    """A shard that cannot be read; its text names the shard and says why. It ends a run with this one sentence."""
+
+
+class ShardStore:
+    """The bytes of shards; this one fetches single images from a store, which suits a small share of many shards.
+
+    Args:
+        addresses: Where the shards are.
+        sizes: The length that each of them must have, in bytes.
+        options: Options of the store; see :func:`~rld_lightning.data.shards.remote.open_store`.
+    """
+
+    def __init__(self, addresses: Sequence[str], sizes: Sequence[int], options: dict[str, Any] | None = None) -> None:
+        self.addresses = list(addresses)
+        self.sizes = list(sizes)
+        self.options = options
+
+    def check(self) -> None:
+        """Find out before a run whether the shards can be read: here the first and the last one.
+
+        Raises:
+            ShardError: If one is missing or has another length than the index says.
+        """
+        for shard in {0, len(self.addresses) - 1}:
+            size = self._ask(shard, lambda store, path: store.info(path).get("size"))
+            if size is not None:  # which not every HTTP server tells
+                self._check_size(shard, size)
+
+    def fetch(self, shard: int) -> None:
+        """Begin to fetch a shard that will be read soon, where that helps."""
+
+    def read(self, shard: int, offset: int, size: int) -> Tensor:
+        """Return ``size`` bytes of a shard from ``offset`` on, uint8 (size,).
+
+        Raises:
+            ShardError: If the shard is missing, cannot be reached or has another length than it should.
+        """
+        content = self._ask(shard, lambda store, path: store.cat_file(path, start=offset, end=offset + size))
+        if len(content) == self.sizes[shard] != size:
+            raise ShardError(
+                f"the server of {self.addresses[shard]} sends whole files only: give data.cache_gb room for shards."
+            )
+        return self._to_tensor(shard, content, size)
+
+    def _to_tensor(self, shard: int, content: bytes, size: int) -> Tensor:
+        if len(content) != size:
+            raise ShardError(f"{self.addresses[shard]} ends early, it was cut off: {REPAIR}")
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+
+    def _check_size(self, shard: int, size: int) -> None:
+        if size != self.sizes[shard]:
+            what = "was cut off" if size < self.sizes[shard] else "is another file"
+            raise ShardError(
+                f"{self.addresses[shard]} has {size:,} bytes instead of the {self.sizes[shard]:,} in the index, "
+                f"it {what}: {REPAIR}"
+            )
+
+    def _ask(self, shard: int, question: Callable[[AbstractFileSystem, str], Any]) -> Any:
+        """Ask the store about a shard, again where the connection may be to blame."""
+        address = self.addresses[shard]
+        for attempt in range(1, ATTEMPTS + 1):
+            store, path = open_store(address, self.options)
+            try:
+                return question(store, path)
+            except FileNotFoundError as error:
+                raise ShardError(f"{address}, which the index lists, is missing: {REPAIR}") from error
+            except MemoryError:
+                raise
+            except Exception as error:  # each store has its own
+                if attempt == ATTEMPTS or isinstance(error, PermissionError):
+                    raise ShardError(
+                        f"{address} cannot be fetched ({reason(error)}): check the address, the access to it and the "
+                        "connection, then run again."
+                    ) from error
+                time.sleep(RETRY_SECONDS * attempt)
+        raise AssertionError("unreachable")
+
+
+class LocalShards(ShardStore):
+    """Shards in local folders, read in place."""
+
+    def __init__(self, addresses: Sequence[str], sizes: Sequence[int]) -> None:
+        super().__init__(addresses, sizes)
+        self._open: OrderedDict[int, FileIO] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def check(self) -> None:
+        """Look at the length of each shard."""
+        for shard, address in enumerate(self.addresses):
+            try:
+                size = local_path(address).stat().st_size
+            except OSError as error:
+                raise ShardError(
+                    f"{address}, which the index lists, is missing ({error.strerror}): {REPAIR}"
+                ) from error
+            self._check_size(shard, size)
+
+    def read(self, shard: int, offset: int, size: int) -> Tensor:
+        """Read from the file."""
+        content = torch.empty(size, dtype=torch.uint8)
+        try:
+            file = self._file(shard)
+            # Unlike seeking, this minds no other process that a worker shares an open file with.
+            read = os.preadv(file.fileno(), [content.numpy()], offset)
+        except OSError as error:
+            raise ShardError(f"{self.addresses[shard]} cannot be read ({error.strerror}): {REPAIR}") from error
+        if read != size:
+            raise ShardError(f"{self.addresses[shard]} ends early, it was cut off: {REPAIR}")
+        return content
+
+    def _file(self, shard: int) -> FileIO:
+        """Open a shard, or find it among those that are open."""
+        if shard not in self._open:
+            if len(self._open) == MOST_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[shard] = local_path(self.addresses[shard]).open("rb", buffering=0)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+
+class CachedShards(ShardStore):
+    """Shards of a store that are fetched whole into a local folder, which all processes of a machine share.
+
+    A shard that has been in use least recently makes room for a new one.
+
+    Args:
+        addresses: Where the shards are.
+        sizes: The length that each of them must have, in bytes.
+        folder: Where to keep them.
+        limit: How many bytes they may take there, those on their way included.
+        options: Options of the store.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        sizes: Sequence[int],
+        folder: Path,
+        limit: int,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(addresses, sizes, options)
+        self.folder = folder
+        self.limit = limit
+
+    def fetch(self, shard: int) -> None:
+        """Begin to fetch a shard in the background, unless it is here."""
+        if not self.target(shard).exists():
+            # What goes wrong comes up again, and then with an ear for it, when the shard is read.
+            threading.Thread(target=self._try_to_get, args=(shard,), daemon=True).start()
+
+    def read(self, shard: int, offset: int, size: int) -> Tensor:
+        """Read from the cached file."""
+        while True:
+            path = self._get(shard)
+            try:
+                with path.open("rb", buffering=0) as file:
+                    os.utime(file.fileno())  # in use
+                    content = os.pread(file.fileno(), size, offset)
+            except FileNotFoundError:  # it has just made room for another one
+                continue
+            return self._to_tensor(shard, content, size)
+
+    def target(self, shard: int) -> Path:
+        """Return where a shard is once it has been fetched; another shard of the same name is somewhere else."""
+        size = self.sizes[shard]
+        digest = blake2b(f"{self.addresses[shard]} {size}".encode(), digest_size=6).hexdigest()
+        return self.folder / f"{self.addresses[shard].rpartition('/')[2]}.{digest}.{size}{CACHED}"
+
+    def _try_to_get(self, shard: int) -> None:
+        with suppress(Exception):
+            self._get(shard)
+
+    def _get(self, shard: int) -> Path:
+        target = self.target(shard)
+        if target.exists():
+            return target
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        with FileLock(f"{target}.lock"):
+            if target.exists():  # thanks to whoever held the lock
+                return target
+            while not self._reserve(part, self.sizes[shard]):
+                time.sleep(WAIT_SECONDS)
+            try:
+                self._ask(shard, lambda store, path: store.get_file(path, str(part)))
+                self._check_size(shard, part.stat().st_size)
+                with FileLock(self.folder / LOCK):  # whoever counts sees one of the two names
+                    part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
+        return target
+
+    def _reserve(self, part: Path, size: int) -> bool:
+        """Make room for a shard and mark it as taken; returns false while others on their way take it."""
+        with FileLock(self.folder / LOCK):
+            # A part of this shard has been left by a killed process, and is overwritten now.
+            others = [path for path in self.folder.glob(f"*{CACHED}.part") if path != part]
+            coming = sum(_size(path) for path in others if self._is_alive(path))
+            kept = list(self.folder.glob(f"*{CACHED}"))
+            taken = coming + sum(map(_size, kept))
+            for path in sorted(kept, key=_last_use):
+                if taken + size <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                taken -= _size(path)
+            if taken + size > self.limit:
+                if not coming:
+                    raise ShardError(
+                        f"{part.stem} is larger than the cache, {self.limit:,} bytes: raise data.cache_gb."
+                    )
+                return False
+            part.touch()
+            return True
+
+    def _is_alive(self, part: Path) -> bool:
+        """Whether a process is fetching this file; what a killed one has left is removed."""
+        try:
+            with FileLock(f"{part.with_suffix('')}.lock", timeout=0):
+                part.unlink(missing_ok=True)
+            return False
+        except Timeout:
+            return True
+
+
+def cached_bytes(folder: Path) -> int:
+    """Return how many bytes the shards in a cache take."""
+    return sum(map(_size, folder.glob(f"*{CACHED}")))
+
+
+def _size(path: Path) -> int:
+    return int(path.name.removesuffix(".part").removesuffix(CACHED).rpartition(".")[2])
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,270 @@
+"""Packing images into shards in the WebDataset format, and listing what shards hold."""
+
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from rld_lightning.data.shards.index import INDEX_FILE, Samples, Shard, ShardIndex
+from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors
+from rld_lightning.data.streaming import Images
+
+NEEDS_WEBDATASET = "scripts/shards.py needs the package webdataset: pip install 'rld-lightning[shards]'."
+# Training images are packed in random order, and in the same one whatever the seed of a run.
+ORDER_SEED = 0
+
+
+class Listing(NamedTuple):
+    """A shard and the images in it."""
+
+    shard: Shard
+    samples: Samples
+
+
+def pack(
+    splits: Mapping[str, Images],
+    target: str,
+    *,
+    name: str,
+    class_names: list[str],
+    look: dict[str, Any],
+    shard_mb: float,
+    options: dict[str, Any] | None = None,
+) -> ShardIndex:
+    """Write images into shards ``<split>-<number>.tar`` with an index; files are copied as they are.
+
+    Args:
+        splits: The images of each split.
+        target: The folder or address to write to; must have no index yet.
+        name: Name of the data set.
+        class_names: The C names, in the order of the labels.
+        look: What the index says about the images' size and statistics.
+        shard_mb: About how large a shard becomes, in MB.
+        options: Options of the store.
+
+    Returns:
+        The index, which has been written too.
+
+    Raises:
+        ImportError: If webdataset is not installed.
+        ValueError: If there is an index already, or an image's file cannot be read.
+    """
+    shard_writer = _webdataset("writer").ShardWriter
+    if shard_mb <= 0:
+        raise ValueError(f"shard_mb={shard_mb} must be positive, 128 or so.")
+    folder = local_path(target)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        exists = (folder / INDEX_FILE).exists()
+    else:
+        store, path = open_store(target, options)
+        exists = store.exists(join(path, INDEX_FILE))
+    if exists:
+        raise ValueError(f"{target} holds shards already; choose another place, nothing is overwritten.")
+    listings: dict[str, list[Listing]] = {split: [] for split in splits}
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary) if folder is None else folder
+        for split, images in splits.items():
+
+            def finish(file: str, split: str = split) -> None:
+                path = Path(file)
+                listings[split].append(_listed(path.open("rb"), path.name, str(path)))
+                if folder is None:
+                    _upload(path, join(target, path.name), options)
+                    path.unlink()
+
+            pattern = f"{here}/{split}".replace("%", "%%") + "-%06d.tar"
+            with shard_writer(
+                pattern, maxcount=1 << 40, maxsize=1e6 * shard_mb, post=finish, verbose=0, mtime=0
+            ) as writer:
+                for sample in _encoded(split, images):
+                    writer.write(sample)
+    index = _index(name, class_names, listings, look)
+    index.write(target, options)
+    return index
+
+
+def index_shards(
+    patterns: Mapping[str, str],
+    target: str,
+    *,
+    name: str,
+    class_names: list[str] | None = None,
+    options: dict[str, Any] | None = None,
+) -> ShardIndex:
+    """Make an index of shards that are there already, such as published ones; each is read once.
+
+    A sample is an image and its class as a number: ``<key>.jpg`` (or another suffix of an image) and ``<key>.cls``.
+
+    Args:
+        patterns: For each split, where its shards are: addresses with ``{000..123}`` or, where files can be listed,
+            with ``*``; several are separated by ``::``.
+        target: The folder or address for the index.
+        name: Name of the data set.
+        class_names: The C names; by default the numbers.
+        options: Options of the store.
+
+    Returns:
+        The index, which has been written too.
+
+    Raises:
+        ImportError: If webdataset is not installed.
+        OSError: If a shard cannot be read.
+        ValueError: If a shard is damaged or its samples are not as described above.
+    """
+    listings = {split: [] for split in patterns}
+    found = [(split, address) for split, pattern in patterns.items() for address in _addresses(pattern, options)]
+    for split, address in _tracked(found, "indexing", len(found)):
+        listings[split].append(_listed(_open(address, options), _as_seen_from(target, address), address))
+    largest = max(int(listing.samples.label.max()) for listed in listings.values() for listing in listed)
+    names = class_names or [str(number) for number in range(largest + 1)]
+    if largest >= len(names):
+        raise ValueError(f"the shards have a class {largest} and there are {len(names)} class names: name all classes.")
+    index = _index(name, names, listings, {})
+    if (folder := local_path(target)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    index.write(target, options)
+    return index
+
+
+def list_shard(file: BinaryIO, address: str) -> Samples:
+    """List the images of a tar file.
+
+    Args:
+        file: Its content.
+        address: Its name for messages.
+
+    Raises:
+        ValueError: If it is damaged, compressed, or has samples without an image or a class.
+    """
+    split_name = _webdataset("tariterators").base_plus_ext
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, suffix = split_name(member.name)
+                if not member.isreg() or key is None or member.name.startswith("__"):
+                    continue
+                sample = samples.setdefault(key, {})
+                if f".{suffix.lower()}" in IMG_EXTENSIONS:
+                    if "member" in sample:
+                        raise ValueError(f"{address}/{key} has more than one image, or is there twice")
+                    sample |= {"offset": member.offset_data, "size": member.size, "member": member.name.encode()}
+                elif suffix.lower() == "cls":
+                    sample["label"] = _class_of(tar.extractfile(member).read(), f"{address}/{member.name}")
+            file.seek(tar.offset)
+            # At a header that is cut off or damaged, tarfile stops as it does at the empty block that ends a tar file.
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{address} is not a whole tar file ({error}): copy it again; compressed shards have to be unpacked."
+        ) from error
+    if not samples:
+        raise ValueError(f"{address} has no images: leave it out.")
+    for key, sample in samples.items():
+        if len(sample) < len(Samples._fields):
+            what = "class (.cls)" if "member" in sample else f"image ({', '.join(IMG_EXTENSIONS)})"
+            raise ValueError(f"{address}/{key} has no {what}: shards for classification need both for each sample.")
+        if sample["label"] < 0:
+            raise ValueError(f"{address}/{key} has the class {sample['label']}: classes are numbers from 0 on.")
+    columns = {name: np.array([sample[name] for sample in samples.values()]) for name in Samples._fields}
+    return Samples(**columns)
+
+
+def _class_of(content: bytes, member: str) -> int:
+    try:
+        return int(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{member} holds {content[:30].decode(errors='replace')!r} instead of the number of a class."
+        ) from error
+
+
+def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a split as webdataset's writer wants them."""
+    count = len(images.labels)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(ORDER_SEED))
+    order = order if split == "train" else torch.arange(count)
+    for number, index in enumerate(_tracked(order.tolist(), f"packing {split}", count)):
+        file = Path(images.path(index))
+        # A point would end the key, and the number keeps equal names of different classes apart.
+        key = f"{number:08d}_{re.sub(r'[^A-Za-z0-9_-]', '_', file.stem)[:60]}"
+        content = images.read(index).numpy().tobytes()
+        yield {"__key__": key, file.suffix[1:].lower(): content, "cls": int(images.labels[index])}
+
+
+def _tracked(items: Iterable, what: str, count: int) -> Iterable:
+    return track(items, what, total=count, console=Console(stderr=True), transient=True)
+
+
+def _listed(file: BinaryIO, path: str, address: str) -> Listing:
+    with file:
+        samples = list_shard(file, address)
+        size = file.seek(0, 2)
+    return Listing(Shard(path, size, len(samples.label)), samples)
+
+
+def _index(
+    name: str, class_names: list[str], listings: Mapping[str, list[Listing]], look: dict[str, Any]
+) -> ShardIndex:
+    shards = {split: [listing.shard for listing in listed] for split, listed in listings.items()}
+    samples = {split: Samples.join([listing.samples for listing in listed]) for split, listed in listings.items()}
+    return ShardIndex(name, list(class_names), shards, samples, look)
+
+
+def _upload(path: Path, address: str, options: dict[str, Any] | None) -> None:
+    store, target = open_store(address, options)
+    try:
+        with store_errors(address):
+            store.put_file(str(path), target)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{address} cannot be written: there is no such bucket or folder.") from error
+
+
+def _addresses(pattern: str, options: dict[str, Any] | None) -> list[str]:
+    found = []
+    for address in _webdataset("shardlists").expand_urls(pattern):
+        if "*" not in address:
+            found.append(address)
+        elif (path := local_path(address)) is not None:
+            found += sorted(map(str, path.parent.glob(path.name)))
+        else:
+            store, inner = open_store(address, options)
+            found += sorted(store.unstrip_protocol(match) for match in store.glob(inner))
+    if not found:
+        raise FileNotFoundError(f"there are no shards at {pattern}.")
+    return found
+
+
+def _open(address: str, options: dict[str, Any] | None) -> BinaryIO:
+    with store_errors(address):
+        if (path := local_path(address)) is not None:
+            return path.open("rb")
+        store, inner = open_store(address, options)
+        return store.open(inner, "rb")
+
+
+def _as_seen_from(target: str, address: str) -> str:
+    """Write an address relative to the folder of the index if it lies in there, and absolute otherwise."""
+    path, folder = local_path(address), local_path(target)
+    if path is None or folder is None:
+        return address.removeprefix(f"{target.rstrip('/')}/")
+    path, folder = path.resolve(), folder.resolve()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _webdataset(module: str) -> Any:
+    try:
+        return import_module(f"webdataset.{module}")
+    except ImportError as error:
+        raise ImportError(NEEDS_WEBDATASET) from error

@@ -1,0 +1,88 @@
+"""The processes of a run: who has started them, how many there are, and what they agree on."""
+
+import os
+import secrets
+from datetime import datetime
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+__all__ = ["Started", "devices_per_node", "nodes", "rank_zero_only", "started_by", "unique_name"]
+
+
+def _rank_before_lightning() -> int:
+    """As Lightning guesses it when it is imported; its strategies set the rank later, on the same function."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+    return next((int(rank) for rank in ranks if rank is not None), 0)
+
+
+rank_zero_only.rank = getattr(rank_zero_only, "rank", _rank_before_lightning())
+
+
+class Started(NamedTuple):
+    """Who has started the processes of a run, and how many: ``torchrun``, or ``srun``."""
+
+    by: str
+    processes: int
+    nodes: int
+
+
+def started_by() -> Started | None:
+    """Who has started this process as one of a group; None when this process is to start the others, if any."""
+    known = os.environ
+    if "TORCHELASTIC_RUN_ID" in known:
+        processes = int(known["WORLD_SIZE"])
+        return Started("torchrun", processes, max(1, processes // int(known.get("LOCAL_WORLD_SIZE", processes))))
+    # Interactive shells of SLURM have its variables as well; Lightning goes by their names, too.
+    interactive = known.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if int(known.get("SLURM_NTASKS", "1")) > 1 and not interactive:
+        return Started("srun", int(known["SLURM_NTASKS"]), int(known.get("SLURM_NNODES", "1")))
+    return None
+
+
+def devices_per_node(otherwise: int | str) -> int | str:
+    """How many processes ``torchrun`` or ``srun`` has started on this machine, else ``otherwise``."""
+    started = started_by()
+    return otherwise if started is None else started.processes // started.nodes
+
+
+def nodes() -> int:
+    """On how many machines ``torchrun`` or ``srun`` has started the run, else 1."""
+    started = started_by()
+    return 1 if started is None else started.nodes
+
+
+def unique_name() -> str:
+    """A folder name that no other run has: the time, and four random letters for runs of the same second.
+
+    Processes that ``torchrun`` has started agree on one; those of ``srun`` take the job's and the step's number.
+    """
+    started = started_by()
+    if started is None or started.processes == 1:
+        return _new_name()
+    if started.by == "srun":
+        job = ".".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+        return f"slurm-{job}"
+    return _agreed_name()
+
+
+def _new_name() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+@cache
+def _rendezvous() -> tuple[torch.distributed.Store, int]:
+    """The store through which the processes find each other; kept, because rank 0 may have to serve it."""
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    return store, rank
+
+
+@cache
+def _agreed_name() -> str:
+    store, rank = _rendezvous()
+    key = f"rld-lightning/name/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank == 0:
+        store.set(key, _new_name())
+    return store.get(key).decode()

@@ -1,0 +1,57 @@
+"""Configurations: the one that a command line gives, for programs, and what Hydra has no word for."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import rld_lightning.hydra.resolvers  # noqa: F401  (registers the resolvers that conf/ uses)
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
+    """The configuration that a script's command line would give, for programs; interpolations are not resolved.
+
+    Args:
+        overrides: as on the command line; a combined loss spelled out, see :func:`expand_combined_loss`.
+        config_name: the script's file in ``conf/``.
+
+    Raises:
+        HydraException: an override is not one of this configuration.
+    """
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
+
+
+def expand_combined_loss(arguments: list[str]) -> list[str]:
+    """Spells out ``loss=[rld,at]``, for which Hydra has no word of its own.
+
+    It becomes ``loss=combined``, each loss's options at ``loss.<name>`` and its weight, 1, at ``loss.weights.<name>``.
+
+    Raises:
+        ValueError: a list of fewer than two losses, with one twice, or as one of several values of a sweep. Hydra would
+            take it for something else.
+    """
+    lists = [argument for argument in arguments if re.match(r"\+*loss=.*\[", argument)]
+    if not lists:
+        return arguments
+    match = re.fullmatch(r"loss=\[([\w\s,]*)\]", lists[0])
+    names = [name.strip() for name in match[1].split(",")] if match else []
+    if len(lists) > 1 or not all(names) or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"{' '.join(lists)} is not a combination of losses: write loss=[rld,at], two or more, each once. To sweep "
+            "over combinations, start one command for each."
+        )
+    expanded = [f"+loss@loss.{name}={name}" for name in names] + [f"+loss.weights.{name}=1.0" for name in names]
+    # In front, so that weights and options given anywhere find their keys.
+    return in_front(expanded, ["loss=combined" if argument in lists else argument for argument in arguments])
+
+
+def in_front(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Puts overrides before those on a command line, but behind its flags, which must not stand between overrides."""
+    is_override = ["=" in argument and not argument.startswith("-") for argument in arguments]
+    first = is_override.index(True) if any(is_override) else len(arguments)
+    return [*arguments[:first], *overrides, *arguments[first:]]

@@ -1,0 +1,100 @@
+"""The frame of every script: Hydra reads ``conf/``, a task runs, user mistakes end in one sentence."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.console import console, print_error, quiet_lightning
+from rld_lightning.errors import UserError, user_errors
+from rld_lightning.hydra.compose import CONF, compose, expand_combined_loss, in_front
+from rld_lightning.tasks.launch import is_trial, sigterm_ends
+
+
+def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
+    """Runs ``task`` with the configuration of ``conf/<config_name>.yaml`` and the overrides on the command line.
+
+    ``overrides`` come before those, which therefore win.
+
+    Exits with 2 and one sentence on a :class:`UserError`; ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
+
+    quiet_lightning()
+    try:
+        sys.argv[1:] = expand_combined_loss(in_front(overrides, sys.argv[1:]))
+    except ValueError as error:
+        print_error(str(error))
+        sys.exit(2)
+
+    def guarded(cfg: DictConfig) -> float | None:
+        quiet_lightning()  # also where a launcher has started another process
+        try:
+            return task(cfg)
+        except UserError as error:
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            print_error(str(error))
+            if not is_trial():
+                sys.exit(2)
+            if "max_failure_rate" in HydraConfig.get().sweeper:
+                raise  # Optuna is to know
+            return None  # the trial has recorded it, and the others go on
+
+    try:
+        with sigterm_ends():  # launchers of trials, too, clear up behind them
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 1:  # Hydra has printed what is wrong with the command line, but not what was meant
+            _suggest(config_name)
+        raise
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """For scripts without Hydra: what :func:`user_errors` catches ends in one sentence and exit code 2."""
+    try:
+        with user_errors():
+            yield
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
+
+
+def _suggest(config_name: str) -> None:
+    """Names the keys nearest to the overrides that the configuration does not know."""
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    unknown = []
+    while True:
+        try:
+            keys = _keys(OmegaConf.to_container(compose(overrides, config_name)))
+            break
+        except HydraException as error:
+            found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
+            bad = [o for o in overrides if found and o.lstrip("+~").split("=")[0] == found[1]]
+            if not bad:  # not about a key: Hydra's own message has to do
+                return
+            unknown.append(found[1])
+            overrides = [o for o in overrides if o not in bad]
+    for key in unknown:
+        near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all keys."
+        console.print(f"{key} is not known. {hint}", soft_wrap=True, markup=False)
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys

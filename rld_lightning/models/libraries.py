@@ -1,0 +1,71 @@
+"""Networks of torchvision and timm; either library is imported when it is asked for."""
+
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+# With auxiliary classifiers these two return a tuple while they train. Their published weights were trained on images
+# in [-1, 1], to which `transform_input` converts; always, because no file of weights would say whether to.
+_INCEPTIONS = ("googlenet", "inception_v3")
+_INCEPTION_OPTIONS = {"aux_logits": False, "transform_input": True, "init_weights": True}
+
+
+def torchvision_names() -> list[str]:
+    """What torchvision calls its classifiers."""
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def timm_names() -> list[str]:
+    """What timm calls its networks.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    return _import_timm().list_models()
+
+
+def torchvision_model(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A network of torchvision, by a name that it knows; arguments as those of ``create_model``."""
+    import torchvision
+
+    options = (_INCEPTION_OPTIONS if name in _INCEPTIONS else {}) | kwargs
+    if not pretrained:
+        return _without_inplace(torchvision.models.get_model(name, num_classes=num_classes, **options))
+    published = torchvision.models.get_model_weights(name)
+    weights = published.__members__.get("IMAGENET1K_V1", published.DEFAULT)
+    model = torchvision.models.get_model(name, weights=weights, **kwargs)
+    if num_classes != len(weights.meta["categories"]) or name in _INCEPTIONS:
+        source, model = model.state_dict(), torchvision.models.get_model(name, num_classes=num_classes, **options)
+        fitting = {key: source[key] for key, value in model.state_dict().items() if value.shape == source[key].shape}
+        model.load_state_dict(fitting, strict=False)
+    return _without_inplace(model)
+
+
+def _import_timm() -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError('timm/ models need timm: pip install "rld-lightning[timm]"') from error
+    return timm
+
+
+def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """A network of timm, by a name that it knows; arguments as those of ``create_model``.
+
+    Raises:
+        ValueError: timm has no pretrained weights of it, and they are wanted.
+    """
+    timm = _import_timm()
+    if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would go on with random ones
+        raise ValueError(f"timm has no pretrained weights of {name}; timm.list_pretrained() lists the models that do.")
+    return _without_inplace(timm.create_model(name, num_classes=num_classes, **kwargs))
+
+
+def _without_inplace(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    return model

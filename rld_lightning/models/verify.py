@@ -1,0 +1,128 @@
+"""Do weights belong to a network? They are loaded where they do, and the difference is explained where not."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from rld_lightning.errors import some
+from rld_lightning.models.factory import create_model, list_models
+from rld_lightning.models.read import Weights, WeightsError, read_weights
+from rld_lightning.models.taps import unwrap
+
+
+def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, name: str | None = None) -> Weights:
+    """Copy the weights of a file into a model, all of them or, on any mismatch, none; dtypes are converted.
+
+    Args:
+        model: the model to fill.
+        source: a file, or what ``read_weights`` made of one.
+        name: what error messages call the model; its class if not given.
+
+    Raises:
+        FileNotFoundError: as ``read_weights``.
+        WeightsError: as ``read_weights``, or the weights are another model's.
+    """
+    weights = _without_auxiliary(source if isinstance(source, Weights) else read_weights(source), model)
+    verify_weights(model, weights, name=name)
+    unwrap(model).load_state_dict(weights.state_dict)
+    return weights
+
+
+def _without_auxiliary(weights: Weights, model: nn.Module) -> Weights:
+    """Leaves out torchvision's auxiliary classifiers, which serve training alone, where the model has none."""
+    wanted = unwrap(model).state_dict()
+    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
+    kept = {key: v for key, v in weights.state_dict.items() if key in wanted or not key.startswith(auxiliary)}
+    return replace(weights, state_dict=kept)
+
+
+def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = None) -> None:
+    """Raise a ``WeightsError`` that explains the difference unless the weights have the model's keys and shapes."""
+    model = unwrap(model)
+    found = _shapes(weights.state_dict)
+    # torch fills in BatchNorm's counters where they are absent, as they are from files made before torch 0.4.1.
+    expected = {key: s for key, s in _shapes(model.state_dict()).items() if key in found or not _is_counter(key)}
+    if expected == found:
+        return
+    target = f"the model {name or type(model).__name__}"
+    if (widths := _classifier_widths(expected, found)) is not None:
+        raise WeightsError(
+            f"{weights.source} does not fit {target}: the file has {widths[1]} classes, the model {widths[0]}; "
+            f"use weights trained on the same classes, or build the model with num_classes={widths[1]}"
+        )
+    shape_differs = [key for key in expected.keys() & found.keys() if expected[key] != found[key]]
+    differences = {
+        "missing from the file": [f"{key} {list(expected[key])}" for key in expected if key not in found],
+        "not in the model": [f"{key} {list(found[key])}" for key in found if key not in expected],
+        "of another shape": [
+            f"{key} (file {list(found[key])}, model {list(expected[key])})" for key in expected if key in shape_differs
+        ],
+    }
+    details = "; ".join(f"{len(items)} {what}: {some(items)}" for what, items in differences.items() if items)
+    candidates = identify(weights.state_dict)
+    advice = (
+        f"the file looks like {' or '.join(candidates)}: choose that model, or another file"
+        if candidates
+        else "the file matches no known model: check that it belongs to this architecture"
+    )
+    raise WeightsError(f"{weights.source} does not fit {target} ({details}); {advice}")
+
+
+def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Name the models whose keys and shapes are those of ``state_dict``, the number of classes aside.
+
+    Candidates are the registered models and torchvision's ResNets.
+    """
+    found = {key: shape for key, shape in _shapes(state_dict).items() if not _is_counter(key)}
+    return [
+        name
+        for name, expected in _signatures().items()
+        if expected.keys() == found.keys() and all(map(_fits, expected.values(), map(found.get, expected)))
+    ]
+
+
+@cache
+def _signatures() -> dict[str, dict[str, tuple[int | None, ...]]]:
+    """Map every known model to its shapes, with None for the dimensions that depend on the number of classes."""
+    signatures = {}
+    with torch.device("meta"):
+        for name in (*list_models(), *list_models("torchvision/resnet*")):
+            few, many = (_shapes(create_model(name, num_classes=classes).state_dict()) for classes in (2, 3))
+            signatures[name] = {
+                key: tuple(a if a == b else None for a, b in zip(few[key], many[key], strict=True))
+                for key in few
+                if not _is_counter(key)
+            }
+    return signatures
+
+
+def _fits(expected: Sequence[int | None], found: Sequence[int]) -> bool:
+    return len(expected) == len(found) and all(a in (None, b) for a, b in zip(expected, found, strict=True))
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state_dict.items()}
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _classifier_widths(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> tuple[int, int] | None:
+    """Return the (expected, found) number of outputs if one layer differs, and only in that."""
+    if expected.keys() != found.keys():
+        return None
+    differing = [key for key in expected if expected[key] != found[key]]
+    widths = {(expected[key][:1], found[key][:1]) for key in differing}
+    same_layer = len({key.rpartition(".")[0] for key in differing}) == 1
+    same_inputs = all(expected[key][1:] == found[key][1:] for key in differing)
+    if not (same_layer and same_inputs and len(widths) == 1):
+        return None
+    ((model_width, file_width),) = widths
+    return (*model_width, *file_width) if model_width and file_width else None

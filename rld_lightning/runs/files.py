@@ -1,0 +1,19 @@
+"""The names of the files in a run folder."""
+
+CONFIG = "config.yaml"  # resolved
+ENVIRONMENT = "environment.json"  # versions and hardware
+SUMMARY = "summary.json"  # what a finished run came to
+METRICS = "metrics.csv"  # every logged value
+EARLIER_METRICS = "metrics_earlier.csv"  # of a run that goes on in its own folder
+CLASSES = "classes.csv"  # accuracy of each class
+CURVES = "curves.png"
+STUDENT = "student.safetensors"  # the exported student
+LAST = "last.ckpt"  # to resume from
+BEST = "best.ckpt"
+ERROR = "error.txt"  # of a trial that failed
+EVALUATION = "evaluation.json"  # of scripts/eval.py
+PER_CLASS = "per_class.csv"  # likewise
+SWEEP = "sweep.yaml"  # what a sweep varies and what it does not, in the sweep's folder
+STUDY = "study.db"  # of an Optuna sweep
+TEACHER = "teacher"  # the run folder, within another, of the teacher that was trained for it
+HYDRA = ".hydra"  # what Hydra notes: hydra.yaml, overrides.yaml

@@ -1,0 +1,139 @@
+"""Finished runs, read from their folders alone."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, HYDRA, SUMMARY
+from rld_lightning.runs.likeness import SEEDS, settings
+from rld_lightning.runs.naming import loss_name
+from rld_lightning.runs.summary import Summary, read_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: where it lies.
+        summary: what it came to.
+        config: its resolved configuration.
+    """
+
+    folder: Path
+    summary: Summary
+    config: dict[str, Any]
+
+    @property
+    def pair(self) -> str:
+        """What was trained: ``wrn40_2_to_wrn16_2``, or the name of a single model."""
+        return self.config["model"]["label"]
+
+    @cached_property
+    def method(self) -> str:
+        """The option of the loss group, such as ``rld_ls``; ``rld+at`` of a combination."""
+        if "method" in self.config:
+            return self.config["method"]
+        name = loss_name(self.config["loss"])
+        return name.lower() if "+" in name else self.choices.get("loss", name.lower())
+
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The options of the configuration groups, such as ``{"recipe": "cifar240"}``; empty if they are not known."""
+        path = self.folder / HYDRA / "hydra.yaml"
+        return _read_yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Everything that decides what was trained but the seed, as ``{"loss.alpha": "1", ...}``."""
+        return {key: value for key, value in settings(self.config).items() if key not in SEEDS}
+
+    @cached_property
+    def metrics(self) -> "pd.DataFrame":
+        """:func:`read_metrics` of the folder."""
+        from rld_lightning.runs.metrics import read_metrics  # pandas takes a second
+
+        return read_metrics(self.folder)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions and hardware."""
+        return json.loads((self.folder / ENVIRONMENT).read_text())
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """What stood on the command line behind ``scripts/fit.py``; empty where that is not known.
+
+        Paths below the current folder are relative to it, as one would write them.
+        """
+        path = self.folder / HYDRA / "overrides.yaml"
+        return [line.replace(f"={Path.cwd()}/", "=") for line in _read_yaml(path)] if path.exists() else []
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a finished run.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or this is not the folder of one.
+        ValueError: its summary is not one.
+    """
+    for name in (SUMMARY, CONFIG):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}.")
+    return Run(folder, read_summary(folder), _read_yaml(folder / CONFIG))
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads the finished runs in and below some folders, ordered by path.
+
+    Args:
+        folders: where to look.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: a summary is not one.
+    """
+    return find_all(folders)[0]
+
+
+def find_all(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
+    """:func:`find_runs`, and the folders of runs that have begun and not ended."""
+    runs, unfinished = [], []
+    for path in _below(folders):
+        if (path / SUMMARY).exists():
+            runs.append(read_run(path))
+        else:
+            unfinished.append(path)
+    return runs, unfinished
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a run has written, resolved: OmegaConf would take three times as long to read it."""
+    return yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _below(folders: Sequence[Path]) -> Iterator[Path]:
+    """All folders of runs, each once."""
+    found = set()
+    for top in folders:
+        if not top.is_dir():
+            raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
+        for path, inner, files in os.walk(top):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            if CONFIG in files and "wandb" in inner:  # where W&B keeps a config.yaml of its own
+                inner.remove("wandb")
+            if CONFIG in files or ERROR in files:  # a trial may fail before it has written its settings
+                found.add(Path(path))
+    return iter(sorted(found))

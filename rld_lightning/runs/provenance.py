@@ -1,0 +1,39 @@
+"""With what a run was made: its configuration, versions and hardware."""
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.runs.files import CONFIG, ENVIRONMENT
+
+
+@rank_zero_only
+def write_provenance(run: Path, cfg: DictConfig) -> None:
+    """Leaves the resolved configuration and the versions that the run used."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    environment: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+    (run / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def processor_name() -> str:
+    """What the processor of this machine is called."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()

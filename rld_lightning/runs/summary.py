@@ -1,0 +1,89 @@
+"""What a finished run came to."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rld_lightning.runs.files import CONFIG, SUMMARY
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to; written as ``summary.json``. Accuracy in percent.
+
+    ``top1`` is the last epoch's, ``top1_best`` the best epoch's; tables in the literature print the best epoch on the
+    test split.
+
+    Args:
+        split: what it was validated on, ``"test"`` or ``"val"``.
+        images: how many images that were; None where a run of an earlier version does not say.
+        val_fraction: share of the training split that was held out for it; 0 where ``split`` is the data set's own.
+        data_seed: seed of what was held out.
+    """
+
+    model: str
+    loss: str
+    dataset: str
+    split: str
+    images: int | None
+    val_fraction: float
+    data_seed: int
+    epochs: int
+    seed: int
+    top1: float
+    top1_best: float
+    top5: float | None
+    ce: float
+    teacher: str | None
+    teacher_top1: float | None
+    agreement: float | None
+    parameters: int
+    macs: int
+    images_per_s: float | None
+    run: str
+
+    @property
+    def validated_on(self) -> str:
+        """What it was validated on, in words, the same with every seed."""
+        if self.split == "test":
+            return "the test split"
+        if self.val_fraction > 0:
+            return f"{self.images:,} held-out training images (stratified)"
+        return f"the {self.images:,} images of the data set's own validation split"
+
+    def write(self, run: Path) -> None:
+        """Leaves it in the run's folder."""
+        (run / SUMMARY).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_summary(run: Path) -> Summary:
+    """Reads a run's summary; what other versions of this package have written beside is left out.
+
+    Raises:
+        ValueError: it is not a summary.
+    """
+    try:
+        values = json.loads((run / SUMMARY).read_text())
+        if "split" not in values:
+            values |= _split_of_older(run, values)
+        return Summary(**{field.name: values[field.name] for field in fields(Summary)})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
+
+
+def _split_of_older(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What runs of earlier versions say in one sentence, such as ``5,000 held-out training images (...)``."""
+    words = values["validated_on"]
+    count = re.search(r"\d[\d,]*", words)
+    own = "own validation split" in words
+    facts: dict[str, Any] = {"split": "val" if own or "held-out" in words else "test"}
+    facts["images"] = int(count[0].replace(",", "")) if count and facts["split"] == "val" else None
+    facts |= {"val_fraction": 0.0, "data_seed": values["seed"]}
+    if "held-out" in words:
+        data = yaml.safe_load((run / CONFIG).read_bytes())["data"]
+        facts |= {"val_fraction": data["val_fraction"], "data_seed": data["seed"]}
+    return facts

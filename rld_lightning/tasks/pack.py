@@ -1,0 +1,73 @@
+"""Packs a data set into shards, or makes an index of shards that are there."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.console import print_line
+from rld_lightning.data.shards.index import ShardIndex
+from rld_lightning.data.shards.writer import index_shards, pack
+from rld_lightning.data.streaming_module import StreamingDataModule
+from rld_lightning.errors import user_errors
+
+
+def make_shards(cfg: DictConfig) -> ShardIndex:
+    """Does what ``conf/shards.yaml`` describes and prints what there is now.
+
+    Args:
+        cfg: the composed configuration.
+
+    Raises:
+        UserError: the images, the shards or the place to write to are not as they should be.
+    """
+    with user_errors():
+        options = OmegaConf.to_container(cfg.storage_options, resolve=True)
+        target = str(cfg.out)
+        if cfg.index.train is not None or cfg.index.test is not None:
+            index = _index(cfg, target, options)
+        else:
+            index = _pack(cfg, target, options)
+    for split, shards in index.shards.items():
+        size = sum(shard.bytes for shard in shards) / 1e9
+        images = sum(shard.images for shard in shards)
+        print_line(split, f"{images:,} images in {len(shards):,} shards, {size:.3g} GB")
+    print_line("train with", f"data=shards data.root={target}")
+    return index
+
+
+def _pack(cfg: DictConfig, target: str, options: dict) -> ShardIndex:
+    data = instantiate(cfg.data)
+    if not isinstance(data, StreamingDataModule):
+        raise ValueError(
+            f"{data.name} fits the device and is not packed: choose a data set in files, data=imagefolder or imagenet."
+        )
+    data.prepare_data()
+    data.setup()
+    print_line("data", data.describe())
+    look = {
+        "image_size": data.image_shape[1],
+        "resize": data.resize,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    # The data module's names: a folder of ImageNet's has WordNet ids.
+    return pack(
+        data.splits,
+        target,
+        name=data.name,
+        class_names=data.class_names,
+        look=look,
+        shard_mb=cfg.shard_mb,
+        options=options,
+    )
+
+
+def _index(cfg: DictConfig, target: str, options: dict) -> ShardIndex:
+    patterns = {split: pattern for split, pattern in cfg.index.items() if split in ("train", "val", "test") and pattern}
+    if missing := {"train", "test"} - set(patterns):
+        raise ValueError(f"index.{missing.pop()} has no value; say where the shards of both train and test are.")
+    names = None
+    if cfg.index.class_names is not None:
+        names = Path(cfg.index.class_names).read_text().splitlines()
+    return index_shards(patterns, target, name=cfg.index.name or Path(target).name, class_names=names, options=options)

@@ -1,0 +1,300 @@
+"""The W&B project's saved views and report, as code: RLD and its baselines, teacher errors, training health, tuning.
+
+Metrics are those that runs log, configuration keys those of ``conf/``, and runs are told apart by what
+``conf/logger/wandb.yaml`` sets: the group is the pair, the job type the loss.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb
+from pydantic import BaseModel
+
+try:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces._graphql import execute_graphql
+    from wandb_workspaces.expr import And, Config, FilterExpr, Metric
+    from wandb_workspaces.reports.v2 import gql
+    from wandb_workspaces.workspaces import internal as views
+
+    from rld_lightning.tracking.panels import (
+        BEST,
+        HEIGHT,
+        LAST,
+        MAX_RUNS,
+        WIDTH,
+        Part,
+        comparison_parts,
+        tuning_part,
+    )
+except ImportError as error:
+    raise ImportError("dashboards need wandb-workspaces: pip install 'rld-lightning[dashboard]'.") from error
+
+from rld_lightning.console import print_line
+from rld_lightning.errors import UserError
+from rld_lightning.hydra.compose import CONF, compose
+from rld_lightning.tracking.server import has_key, server, trouble
+
+PROJECT = "rld-lightning"  # that of conf/logger/wandb.yaml
+METHOD, PAIR = "JobType", "Group"
+RLD = "rld_lightning.losses.RLDLoss"
+# W&B keeps nested values as {"data": {"value": {"val_fraction": ...}}}; its library adds that "value" in panels alone.
+HELD_OUT = Config("data.value.val_fraction")
+LOSS = Config("loss.value._target_")
+TIMEOUT = 15  # seconds for an answer of the server
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """What is kept in a W&B project.
+
+    Args:
+        views: saved views of the project's workspace.
+        report: the report.
+    """
+
+    views: list[ws.Workspace]
+    report: wr.Report
+
+
+def build_dashboard(entity: str, project: str = PROJECT, pairs: Sequence[str] = ()) -> Dashboard:
+    """Builds the views and the report; asks no server.
+
+    Args:
+        entity: user or team that the project belongs to.
+        project: the W&B project.
+        pairs: labels of teacher-student pairs such as ``resnet20_to_resnet8``: each gets views and a run set of its
+            own. Without any there is one of each for all runs, whose panels keep pairs and losses apart.
+
+    Returns:
+        the same objects, ids included, whenever it is called with the same arguments.
+    """
+    split = METHOD if pairs else None
+    compared, tuned = comparison_parts(split), [tuning_part()]
+    where = {"entity": entity, "project": project}
+    views = []
+    for pair in pairs or [None]:
+        views.append(_view(where, "RLD and baselines", compared, pair, _finals(pair), group=not pairs))
+        views.append(_view(where, "Tuning of RLD", tuned, pair, _trials(pair), group=False))
+    chapters = [
+        *(_chapter(part, [(pair, _finals(pair)) for pair in pairs or [None]], not pairs) for part in compared),
+        *(_chapter(part, [(pair, _trials(pair)) for pair in pairs or [None]], False) for part in tuned),
+    ]
+    report = wr.Report(
+        **where,
+        title=_title(pairs),
+        description="Written by scripts/dashboard.py, which overwrites it. Our own runs only, no published numbers.",
+        blocks=[wr.TableOfContents(), *(block for chapter in chapters for block in chapter)],
+        width="fluid",
+    )
+    _give_ids(views, report)
+    return Dashboard(views, report)
+
+
+def _finals(pair: str | None) -> And:
+    """Runs on the full training split, validated on the test split."""
+    return _where([HELD_OUT == 0], pair)
+
+
+def _trials(pair: str | None) -> And:
+    """Runs of RLD validated on a held-out part of the training split."""
+    return _where([HELD_OUT != 0, LOSS == RLD], pair)
+
+
+def _where(conditions: list[FilterExpr], pair: str | None) -> And:
+    return And(*conditions, *([] if pair is None else [Metric(PAIR) == pair]))
+
+
+def _view(
+    where: dict[str, str], name: str, parts: list[Part], pair: str | None, filters: And, *, group: bool
+) -> ws.Workspace:
+    return ws.Workspace(
+        **where,
+        name=f"{name}: {pair or 'all pairs'}",
+        sections=[
+            ws.Section(
+                name=part.title,
+                panels=part.panels,
+                is_open=True,
+                layout_settings=ws.SectionLayoutSettings(
+                    columns=part.columns, rows=math.ceil(len(part.panels) / part.columns)
+                ),
+            )
+            for part in parts
+        ],
+        settings=ws.WorkspaceSettings(max_runs=MAX_RUNS),
+        runset_settings=ws.RunsetSettings(
+            filters=filters,
+            groupby=[Metric(PAIR), Metric(METHOD)] if group else [],
+            pinned_columns=[f"summary:{BEST}", f"summary:{LAST}", "config:seed.value"],
+        ),
+    )
+
+
+def _chapter(part: Part, run_sets: list[tuple[str | None, And]], group: bool) -> list[Any]:
+    """Heading, text and panels of a part, the panels two in a row."""
+    return [
+        wr.H1(part.title),
+        wr.P(part.text),
+        wr.PanelGrid(
+            runsets=[
+                wr.Runset(
+                    name=pair or "all pairs", filters=filters, groupby=[f"run.{PAIR}", f"run.{METHOD}"] if group else []
+                )
+                for pair, filters in run_sets
+            ],
+            panels=_rows(part.panels),
+        ),
+    ]
+
+
+def _title(pairs: Sequence[str]) -> str:
+    title = " of ".join(filter(None, ["RLD and its baselines", ", ".join(pairs)]))
+    return title if len(title) <= 128 else f"RLD and its baselines of {pairs[0]} and {len(pairs) - 1} more pairs"
+
+
+def _rows(panels: list[Any]) -> list[Any]:
+    """Copies, placed two in a row; a panel that is wider than that gets a row of its own."""
+    placed, x, y, height = [], 0, 0, 0
+    for panel in map(copy.deepcopy, panels):
+        if panel.layout == wr.Layout():
+            panel.layout = wr.Layout(w=WIDTH, h=HEIGHT)
+        if x + panel.layout.w > 2 * WIDTH:
+            x, y, height = 0, y + height, 0
+        panel.layout.x, panel.layout.y = x, y
+        x, height = x + panel.layout.w, max(height, panel.layout.h)
+        placed.append(panel)
+    return placed
+
+
+def _give_ids(views: list[ws.Workspace], report: wr.Report) -> None:
+    """Replaces the random ids, so that the same dashboard is the same JSON and is found again on the server."""
+    for view in views:
+        view._internal_name = f"nw-{_hash(view.entity, view.project, view.name)[:11]}-v"
+        view._internal_runset_id = _hash("runs", view.name)
+        for section in view.sections:
+            _name_panels(section.panels)
+    for chapter, grid in enumerate(block for block in report.blocks if isinstance(block, wr.PanelGrid)):
+        _name_panels(grid.panels)
+        for run_set in grid.runsets:
+            run_set._id = _hash("run set", str(chapter), run_set.name)
+
+
+def _name_panels(panels: list[Any]) -> None:
+    for panel in panels:
+        panel._id = _hash("panel", type(panel).__name__, getattr(panel, "title", getattr(panel, "table_name", "")))
+
+
+def _hash(*words: str) -> str:
+    return hashlib.sha256("/".join(words).encode()).hexdigest()[:12]
+
+
+def write_json(dashboard: Dashboard, path: Path) -> None:
+    """Writes what would be sent to the server, but for the run sets' project, whose number only the server knows."""
+
+    def plain(model: BaseModel) -> dict[str, Any]:
+        return model.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    content = {
+        "views": [plain(view._to_model()) for view in dashboard.views],
+        "report": plain(dashboard.report._to_model()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
+    """Saves views and report; where they are there already they are overwritten, edits made in the browser included.
+
+    Views are found by an internal name that follows from entity, project and display name, the report by its title.
+
+    Args:
+        dashboard: what to save.
+        api: the connection, for the look-ups.
+
+    Returns:
+        their addresses, those of the views first.
+
+    Raises:
+        ValueError: the project is not there.
+    """
+    report = dashboard.report
+    where = {"entityName": report.entity, "projectName": report.project}
+    if not execute_graphql(api, gql.projectInternalId, where).get("project"):
+        raise ValueError(
+            f"W&B has no project {report.entity}/{report.project} that you can see: log a run first (logger=wandb, "
+            "and wandb sync if it was offline), or choose another with --entity and --project."
+        )
+    for view in dashboard.views:
+        with suppress(ValueError):  # it is new
+            short = views._internal_name_to_url_query_str(view._internal_name)
+            view._internal_id = views.get_view_dict(view.entity, view.project, short)["id"]
+        view.save()
+    for grid in report.blocks:
+        for run_set in grid.runsets if isinstance(grid, wr.PanelGrid) else ():
+            run_set.entity, run_set.project = report.entity, report.project
+    there = api.reports(f"{report.entity}/{report.project}")
+    report.id = next((other.id for other in there if other.display_name == report.title), "")
+    report.save()
+    return [view.url for view in dashboard.views] + [report.url]
+
+
+def label_of(pair: str) -> str:
+    """What runs of a pair have as their group: ``wrn_40_2_to_wrn_16_2`` of the option ``wrn40_2_to_wrn16_2``.
+
+    Args:
+        pair: an option of ``conf/model``, or a label, which is returned as it is.
+
+    Raises:
+        ValueError: the option leaves its networks open.
+    """
+    if not (CONF / "model" / f"{pair}.yaml").is_file():
+        return pair
+    model = compose([f"model={pair}"]).model
+    if model.student.name is None:
+        raise ValueError(f"model={pair} is any pair; give the label of yours, such as resnet20_to_resnet8.")
+    return model.label
+
+
+def save_dashboard(entity: str | None, project: str, pairs: Sequence[str], dry_run: Path | None = None) -> None:
+    """What ``scripts/dashboard.py`` does: builds the dashboard, and saves it in W&B or writes it to a file.
+
+    Args:
+        entity: user or team; None for the default one of the key.
+        project: the W&B project.
+        pairs: see :func:`label_of`.
+        dry_run: a file to write instead; then neither a key nor a network is needed.
+
+    Raises:
+        UserError: there is no key, W&B cannot be reached, or it refuses.
+    """
+    pairs = [label_of(pair) for pair in pairs]
+    if dry_run is not None:
+        write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs), dry_run)
+        print_line("written", str(dry_run))
+        return
+    way_out = "run the same command later, or write the JSON alone, with --dry-run FILE."
+    if not has_key():
+        raise UserError(f"there is no key for {server()}: `wandb login` or set WANDB_API_KEY; then {way_out}")
+    if problem := trouble(TIMEOUT):
+        raise UserError(f"W&B's server {server()} {problem}; {way_out}")
+    wandb.setup(wandb.Settings(silent=True))  # what it says, we say in our way
+    try:
+        api = wandb.Api(timeout=TIMEOUT)
+        addresses = publish(build_dashboard(entity or api.default_entity, project, pairs), api)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the transport raises, which differs between versions of wandb
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(f"W&B's server {server()} was of no use ({said}); {way_out}") from error
+    for address in addresses:
+        print_line("saved", address)

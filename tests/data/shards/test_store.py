@@ -1,0 +1,215 @@
+"""Shards that are missing, cut off or far away, and the cache for those that are."""
+
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from filelock import FileLock
+from helpers.data import epoch_of, merge, same
+from helpers.shards import pack_folder, serve, shards_data, write_images
+
+from rld_lightning.data.shards import store as shard_store
+from rld_lightning.data.shards.store import LOCK, CachedShards, ShardError, cached_bytes
+
+pytest.importorskip("webdataset")
+GB = 1e-9
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """45 training images and 18 test images, about two a shard."""
+    root = tmp_path_factory.mktemp("store")
+    write_images(root / "images")
+    pack_folder(root / "images", root / "shards", shard_mb=0.0008)
+    return root / "shards"
+
+
+@pytest.fixture
+def shards(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "shards")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(shard_store, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(shard_store, "WAIT_SECONDS", 0.01)
+
+
+def cut_off(path):
+    os.truncate(path, path.stat().st_size - 5000)
+
+
+def test_damaged_shards_are_named_before_a_run(shards):
+    third = shards / "train-000003.tar"
+    cut_off(third)
+    size = (shards / "train-000003.tar").stat().st_size
+    message = f"{third} has {size:,} bytes instead of the {size + 5000:,} in the index, it was cut off: copy it again"
+    with pytest.raises(ShardError, match=re.escape(message)):
+        shards_data(shards)
+    with third.open("ab") as file:
+        file.write(bytes(10_000))
+    with pytest.raises(
+        ShardError, match=r"train-000003.tar has .* it is another file: copy it again, or make the index"
+    ):
+        shards_data(shards)
+    third.unlink()
+    with pytest.raises(ShardError, match=r"train-000003.tar, which the index lists, is missing"):
+        shards_data(shards)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_cut_off_during_a_run_is_named(shards, num_workers):
+    data = shards_data(shards, num_workers=num_workers)
+    for path in shards.glob("train-*.tar"):
+        os.truncate(path, 1000)
+    with pytest.raises(ShardError, match=rf"^{shards}/train-0000\d\d.tar ends early, it was cut off: copy it"):
+        list(data.train_dataloader())
+    for path in shards.glob("test-*.tar"):
+        path.unlink()
+    with pytest.raises(ShardError, match=r"test-0000\d\d.tar cannot be read \(No such file or directory\): copy it"):
+        list(data.test_dataloader())
+
+
+def test_shards_of_a_server_are_fetched_once_for_all_processes(shards, tmp_path):
+    with serve(shards) as (address, asked):
+        alone = epoch_of(shards_data(shards).train_dataloader(), 1)
+        ranks = [shards_data(address, rank, 2, cache=tmp_path / "cache") for rank in range(2)]
+        epochs = [epoch_of(rank.train_dataloader(), 1) for rank in ranks]
+        together = [merge(step) for step in zip(*epochs, strict=True)]
+        assert same(together[:-1], alone[:-1])
+        tars = [name for name in asked if name.endswith(".tar")]
+        assert len(set(tars)) == len(tars) == len(list(shards.glob("train-*.tar")))
+        assert same(epoch_of(shards_data(address, 0, 2, cache=tmp_path / "cache").train_dataloader(), 1), epochs[0])
+        assert [name for name in asked if name.endswith(".tar")] == tars
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_cache_stays_within_its_bounds(shards, tmp_path, num_workers):
+    size = (shards / "train-000000.tar").stat().st_size
+    expected = [epoch_of(shards_data(shards, streams=1, mixed_shards=2).train_dataloader(), epoch) for epoch in (0, 1)]
+    limit = 12 * size
+    with serve(shards) as (address, asked):
+        data = shards_data(
+            address, streams=1, mixed_shards=2, cache=tmp_path / "cache", cache_gb=limit * GB, num_workers=num_workers
+        )
+        loader = data.train_dataloader()
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            for batch, right in zip(loader, expected[epoch], strict=True):
+                assert torch.equal(batch.images, right.images)
+                with FileLock(tmp_path / "cache" / LOCK):
+                    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*")) <= limit
+                    assert cached_bytes(tmp_path / "cache") <= limit
+        list(data.test_dataloader())
+    assert len([name for name in asked if name.startswith("train")]) > len(list(shards.glob("train-*.tar")))
+
+
+def test_a_cache_that_is_too_small_is_refused(shards, tmp_path):
+    size = (shards / "train-000000.tar").stat().st_size
+    with serve(shards) as (address, _):
+        with pytest.raises(
+            ShardError, match=r"cache_gb=.* is too little: mixed_shards=4 and those ahead .* take .* GB"
+        ):
+            shards_data(address, cache=tmp_path, cache_gb=10 * size * GB)
+        with pytest.raises(ShardError, match=r"mixed_shards=None"):
+            shards_data(address, cache=tmp_path, cache_gb=20 * size * GB, mixed_shards=None)
+        shards_data(address, cache=tmp_path, cache_gb=20 * size * GB)
+
+
+def test_what_a_killed_process_has_left_in_the_cache_is_removed(shards, tmp_path):
+    size = (shards / "train-000000.tar").stat().st_size
+    with serve(shards) as (address, _):
+        addresses = [f"{address}/train-{number:06d}.tar" for number in range(3)]
+        store = CachedShards(addresses, [size] * 3, tmp_path, 2 * size)
+        for shard in (1, 2):
+            store.target(shard).with_name(f"{store.target(shard).name}.part").write_bytes(b"half")
+        for shard in (0, 1, 2):
+            assert store.read(shard, size - 100, 100).tolist() == [0] * 100
+        assert {path for path in tmp_path.iterdir() if path.suffix in (".shard", ".part")} == {
+            store.target(shard) for shard in (1, 2)
+        }
+        with pytest.raises(ShardError, match=r"larger than the cache"):
+            CachedShards(addresses, [size] * 3, tmp_path / "small", size - 1).read(0, 0, 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shards_that_a_server_lost_or_cut_off_are_named(shards, tmp_path, num_workers):
+    with serve(shards) as (address, _):
+        data = shards_data(address, cache=tmp_path, num_workers=num_workers)
+        (shards / "train-000004.tar").unlink()
+        with pytest.raises(ShardError, match=f"^{address}/train-000004.tar, which the index lists, is missing"):
+            list(data.train_dataloader())
+        cut_off(shards / "test-000001.tar")
+        with pytest.raises(ShardError, match=rf"{address}/test-000001.tar has .* bytes instead of .* it was cut off"):
+            list(data.test_dataloader())
+        (shards / "train-000000.tar").unlink()
+        with pytest.raises(ShardError, match=r"train-000000.tar, which the index lists, is missing"):
+            shards_data(address, cache=tmp_path)
+
+
+def test_a_store_that_cannot_be_reached_is_named(shards, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(
+        OSError, match=rf"http://127.0.0.1:{port}/index.json cannot be reached \(.+\): check the address"
+    ):
+        shards_data(f"http://127.0.0.1:{port}")
+    with serve(shards) as (address, _):
+        data = shards_data(address, cache=tmp_path)
+    with pytest.raises(ShardError, match=rf"{address}/train-.* cannot be fetched \(.*\): check the address"):
+        list(data.train_dataloader())
+
+
+def test_single_images_are_fetched_from_a_store_without_a_cache(shards, tmp_path):
+    store = fsspec.filesystem("memory")
+    store.put(str(shards), "/pets", recursive=True)
+    try:
+        options = {"subset": 0.2, "cache_gb": 0, "cache": tmp_path / "none"}
+        data = shards_data("memory://pets", **options)
+        assert same(epoch_of(data.train_dataloader()), epoch_of(shards_data(shards, subset=0.2).train_dataloader()))
+        assert not (tmp_path / "none").exists()
+        store.pipe_file("/pets/train-000000.tar", b"short")
+        with pytest.raises(ShardError, match=r"memory://pets/train-000000.tar has 5 bytes instead of"):
+            shards_data("memory://pets", **options)
+    finally:
+        store.rm("/pets", recursive=True)
+
+
+def test_a_server_without_ranges_is_no_source_of_single_images(shards, tmp_path):
+    with serve(shards) as (address, _):
+        data = shards_data(address, cache=tmp_path, cache_gb=0)
+        with pytest.raises(ShardError, match=r"sends whole files only: give data.cache_gb room for shards"):
+            list(data.train_dataloader())
+
+
+def test_a_store_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"carrier-pigeon://loft/index.json cannot be opened"):
+        shards_data("carrier-pigeon://loft")
+
+
+def test_a_missing_index_or_one_of_others_is_named(shards, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}/index.json is not there: set root to .* scripts/shards.py"
+    ):
+        shards_data(tmp_path)
+    index = shards / "index.json"
+    text = index.read_text()
+    for content, message in (
+        ("{}", r"is not an index of shards \(.*format.*\): make it again"),
+        (text[:100], "is not an index of shards"),
+        (text.replace("shards 1", "shards 9"), "its format is 'rld-lightning shards 9'"),
+        (text.replace('"test": [', '"tests": ['), "is not an index of shards"),
+    ):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            shards_data(shards)
+    index.write_text(text)
+    with Path(shards / "index.npz").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"index.npz beside it belongs to another index"):
+        shards_data(shards)

@@ -1,0 +1,1 @@
+"""Pieces that tests of several files share; no test imports a test."""

@@ -1,0 +1,28 @@
+"""Configurations as a command line gives them."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from rld_lightning.hydra.compose import expand_combined_loss
+
+CONF = Path(__file__).parents[2] / "conf"
+PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]
+IMAGENET_PAIRS = ["resnet34_to_resnet18", "resnet50_to_mobilenetv1"]
+FRAMES = {"pair", "imagenet_pair", "single"}
+SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - FRAMES)
+LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
+# What is known only under Hydra.
+HYDRAS = {"fit": ["method=test"]}
+MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
+
+
+def compose(*overrides, name="fit", resolve=True):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose(name, expand_combined_loss([*HYDRAS.get(name, ()), "paths.run=/run", *overrides]))
+    if resolve:
+        OmegaConf.resolve(cfg)
+    return cfg

@@ -1,0 +1,142 @@
+"""Finding and reading finished runs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from helpers.run_factory import write_run
+from omegaconf import OmegaConf
+
+from rld_lightning.runs.finished import find_all, find_runs, read_run
+from rld_lightning.runs.summary import Summary, read_summary
+
+SUMMARY = Summary(
+    model="resnet8", loss="RLD", dataset="cifar100", split="test", images=10_000, val_fraction=0.0,
+    data_seed=1, epochs=3, seed=1, top1=50.0,
+    top1_best=51.0, top5=80.0, ce=2.0, teacher="resnet20", teacher_top1=60.0, agreement=55.0, parameters=10, macs=20,
+    images_per_s=None, run="x",
+)  # fmt: skip
+
+
+def make(folder, *, seed=0, alpha=1.0, finished=True, choice="rld_ls", lr=0.1):
+    (folder / ".hydra").mkdir(parents=True)
+    config = {
+        "model": {"label": "resnet20_to_resnet8", "tuned": None},
+        "loss": {"_target_": "rld_lightning.losses.RLDLoss", "alpha": alpha},
+        "recipe": {"optimizer": {"lr": lr}},
+        "data": {"seed": seed, "root": str(folder), "batch_size": 64},
+        "trainer": {"default_root_dir": str(folder)},
+        "seed": seed,
+        "paths": {"run": str(folder)},
+    }
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    OmegaConf.save(
+        OmegaConf.create({"hydra": {"runtime": {"choices": {"loss": choice}}}}), folder / ".hydra" / "hydra.yaml"
+    )
+    OmegaConf.save(OmegaConf.create(["loss=rld_ls", f"seed={seed}"]), folder / ".hydra" / "overrides.yaml")
+    if finished:
+        SUMMARY.write(folder)
+
+
+def test_finds_finished_and_unfinished_runs_each_once(tmp_path):
+    make(tmp_path / "a" / "1")
+    make(tmp_path / "a" / "1" / "teacher")
+    make(tmp_path / "a" / "2", finished=False)
+    runs = find_runs([tmp_path, tmp_path / "a"])
+    assert [run.folder for run in runs] == [tmp_path / "a" / "1", tmp_path / "a" / "1" / "teacher"]
+    assert runs[0].summary == SUMMARY
+    assert find_all([tmp_path])[1] == [tmp_path / "a" / "2"]
+
+
+def test_knows_what_a_run_is(tmp_path):
+    make(tmp_path / "run", seed=3)
+    run = read_run(tmp_path / "run")
+    assert (run.pair, run.method) == ("resnet20_to_resnet8", "rld_ls")
+    assert run.overrides == ["loss=rld_ls", "seed=3"]
+
+
+def test_repetitions_have_the_same_settings_and_others_not(tmp_path):
+    make(tmp_path / "a", seed=0)
+    make(tmp_path / "b", seed=1)
+    make(tmp_path / "c", seed=0, alpha=2.0)
+    first, again, other = (read_run(tmp_path / name).settings for name in "abc")
+    assert first == again
+    assert {key for key in first if first[key] != other[key]} == {"loss.alpha"}
+
+
+def test_whole_numbers_are_the_same_with_and_without_a_point(tmp_path):
+    make(tmp_path / "a", alpha=2.0)
+    make(tmp_path / "b", alpha=2)
+    assert read_run(tmp_path / "a").settings == read_run(tmp_path / "b").settings
+
+
+def test_files_are_the_same_however_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, weights in (("a", "teachers/t.pth"), ("b", f"{tmp_path}/teachers/t.pth"), ("c", "auto")):
+        write_run(Path(name), weights=weights)
+    first, again, other = (read_run(Path(name)).settings["model.teacher.weights"] for name in "abc")
+    assert (first, other) == (again, "auto")
+    lines = ["paths.data=/mnt/data", f"model.teacher.weights={tmp_path}/teachers/t.pth"]
+    Path("a/.hydra/overrides.yaml").write_text(json.dumps(lines))
+    assert read_run(Path("a")).overrides == ["paths.data=/mnt/data", "model.teacher.weights=teachers/t.pth"]
+
+
+def test_wandbs_own_files_are_no_run(tmp_path):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "wandb" / "run-1" / "files").mkdir(parents=True)
+    (tmp_path / "run" / "wandb" / "run-1" / "files" / "config.yaml").write_text("loss: {}")
+    runs, unfinished = find_all([tmp_path])
+    assert ([run.folder.name for run in runs], unfinished) == (["run"], [])
+
+
+def test_without_hydras_records_the_loss_gives_the_name(tmp_path):
+    make(tmp_path / "run")
+    (tmp_path / "run" / ".hydra" / "hydra.yaml").unlink()
+    assert read_run(tmp_path / "run").method == "rld"
+
+
+def test_what_a_later_version_adds_to_a_summary_is_left_out(tmp_path):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(asdict(SUMMARY) | {"new": 1}))
+    assert read_run(tmp_path / "run").summary == SUMMARY
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]"])
+def test_a_broken_summary_is_named(tmp_path, text):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/summary\.json is not the summary of a run"):
+        read_run(tmp_path / "run")
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        find_runs([tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match=r"has no summary\.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("the test split, as the literature does", ("test", None, 0.0, "the test split")),
+        (
+            "5,000 held-out training images (stratified, seed 7)",
+            ("val", 5000, 0.1, "5,000 held-out training images (stratified)"),
+        ),
+        (
+            "the 1,234 images of the folder's own validation split",
+            ("val", 1234, 0.0, "the 1,234 images of the data set's own validation split"),
+        ),
+    ],
+)
+def test_runs_of_earlier_versions_say_in_words_what_they_were_validated_on(tmp_path, words, facts):
+    values = asdict(SUMMARY)
+    for name in ("split", "images", "val_fraction", "data_seed"):
+        del values[name]
+    (tmp_path / "config.yaml").write_text("data: {val_fraction: 0.1, seed: 7}\n")
+    (tmp_path / "summary.json").write_text(json.dumps(values | {"validated_on": words}))
+    summary = read_summary(tmp_path)
+    assert (summary.split, summary.images, summary.val_fraction, summary.validated_on) == facts
+    assert summary.data_seed == (7 if "held-out" in words else 1)

@@ -1,0 +1,50 @@
+"""Means over an epoch, against a recount, with two pretended ranks."""
+
+import pytest
+import torch
+
+from rld_lightning.metrics import EpochMeans
+
+
+def means(*batches):
+    result = EpochMeans()
+    for values, weight in batches:
+        result.update({name: torch.tensor(value) for name, value in values.items()}, weight)
+    return result
+
+
+def alone(tensor, reduce_op):
+    assert reduce_op == "sum"
+    return tensor
+
+
+def test_means_are_weighted_by_samples():
+    counted = means(({"a": 1.0, "b": 2.0}, 3), ({"a": 5.0, "b": 4.0}, 1))
+    assert counted.compute(alone) == {"a": torch.tensor(2.0), "b": torch.tensor(2.5)}
+
+
+def test_each_epoch_starts_anew_and_an_empty_one_is_empty():
+    counted = means(({"a": 1.0}, 2))
+    counted.compute(alone)
+    assert counted.compute(alone) == {}
+    counted.update({"a": torch.tensor(7.0)}, 1)
+    assert counted.compute(alone) == {"a": torch.tensor(7.0)}
+
+
+def test_ranks_are_joined_by_one_reduction_of_sums():
+    ranks = [means(({"a": 1.0}, 3)), means(({"a": 9.0}, 1))]
+    calls = []
+
+    def reduce(tensor, reduce_op):
+        calls.append(tensor)
+        return sum(rank._totals for rank in ranks) if len(calls) == 1 else tensor
+
+    assert ranks[0].compute(reduce)["a"].item() == pytest.approx(3.0)
+    assert len(calls) == 1
+
+
+def test_nothing_that_is_counted_keeps_a_graph():
+    value = torch.ones((), requires_grad=True) * 2
+    counted = EpochMeans()
+    counted.update({"a": value}, 1)
+    assert not counted.compute(alone)["a"].requires_grad

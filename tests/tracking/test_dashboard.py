@@ -1,0 +1,261 @@
+"""The W&B dashboard: it names what runs log, is the same every time, and is updated, not doubled."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+
+pytest.importorskip("wandb_workspaces", reason="the dashboard extra is not installed")
+
+import wandb_workspaces.reports.v2 as wr
+from wandb_workspaces.reports.v2 import internal as report_models
+from wandb_workspaces.workspaces import internal as view_models
+
+from rld_lightning.errors import UserError
+from rld_lightning.losses import DKDLoss, KDLoss
+from rld_lightning.models import create_model
+from rld_lightning.models.save import save_weights
+from rld_lightning.runs.likeness import flat
+from rld_lightning.tracking.dashboard import build_dashboard, label_of, save_dashboard, write_json
+from rld_lightning.tracking.panels import comparison_parts, tuning_part
+
+ROOT = Path(__file__).parents[2]
+from helpers.wandb_stub import Handler, read_run, serving, values  # noqa: E402
+
+PAIR = "resnet14_to_resnet8"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What a run of RLD leaves in W&B: keys of history and summary, configuration, group and job type."""
+    folder = tmp_path_factory.mktemp("run")
+    teacher = folder / "teacher.safetensors"
+    save_weights(create_model("resnet14", 10), teacher, {"name": "resnet14", "dataset": "digits", "num_classes": 10})
+    overrides = [
+        "data=digits", "data.subset=0.1", "recipe=quick", "recipe.epochs=1", "trainer=cpu", "trainer.precision=32-true",
+        "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", f"model.teacher.weights={teacher}",
+        "loss=rld", "logger=wandb", "callbacks.progress=null", "print_config=false",
+        "trainer.log_every_n_steps=1",  # as often is the learning rate logged, and there are 3 steps
+    ]  # fmt: skip
+    paths = [f"paths.run={folder / 'run'}", f"paths.teachers={folder}", f"paths.runs={folder}"]
+    # A process of its own, as W&B wants it: what other tests have done with wandb stays theirs.
+    command = [sys.executable, ROOT / "scripts" / "fit.py", *overrides, *paths]
+    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "offline"}, stdout=subprocess.DEVNULL)
+    records = read_run(folder / "run")
+    return {
+        "history": {key for record in records for key in values(record.history.item)},
+        "summary": {key for record in records for key in flat(values(record.summary.update))},
+        "config": {key: value for record in records for key, value in values(record.config.update).items()}
+        | {key: value for record in records for key, value in values(record.run.config.update).items()},
+        "run": next(record.run for record in records if record.HasField("run")),
+    }
+
+
+def panels(content):
+    """All panels of the JSON: those of the views, then those of the report."""
+    for view in content["views"]:
+        for section in view["spec"]["section"]["panelBankConfig"]["sections"]:
+            yield from section["panels"]
+    for block in content["report"]["spec"]["blocks"]:
+        if block["type"] == "panel-grid":
+            yield from block["metadata"]["panelBankSectionConfig"]["panels"]
+
+
+def run_sets(content):
+    for view in content["views"]:
+        yield from view["spec"]["section"]["runSets"]
+    for block in content["report"]["spec"]["blocks"]:
+        yield from block.get("metadata", {}).get("runSets", [])
+
+
+@pytest.fixture
+def content(tmp_path):
+    write_json(build_dashboard("me", pairs=[PAIR]), tmp_path / "dashboard.json")
+    return json.loads((tmp_path / "dashboard.json").read_text())
+
+
+def config_paths(content):
+    """The configuration keys that panels, columns and filters name, as W&B keeps them."""
+    text = json.dumps(list(panels(content)))
+    yield from re.findall(r'"config:([^"]+)"', text)
+    for run_set in run_sets(content):
+        yield from (key.removeprefix("config:") for key in run_set["runFeed"]["columnPinned"] if "config:" in key)
+        yield from (f["key"]["name"] for f in run_set["filters"]["filters"] if f["key"]["section"] == "config")
+
+
+def test_every_metric_of_a_panel_is_one_that_a_run_logs(content, run):
+    logits = torch.randn(4, 10)
+    others = {f"train/{term}" for loss in (KDLoss(), DKDLoss()) for term in loss(logits, logits, torch.arange(4))}
+    lines = [panel["config"] for panel in panels(content) if panel["viewType"] == "Run History Line Plot"]
+    assert {key for line in lines for key in [*line["metrics"], line["xAxis"]]} <= run["history"] | others
+    bars = {key for panel in panels(content) if panel["viewType"] == "Bar Chart" for key in panel["config"]["metrics"]}
+    targets = {p["config"]["targetKey"] for p in panels(content) if p["viewType"] == "Parameter Importance"}
+    named = set(re.findall(r'"summary:([^"]+)"', json.dumps(content)))
+    assert bars | targets | named <= run["summary"]
+    assert {"val/top1.last", "val/top1_best", "val/top1_teacher_wrong"} <= bars | targets | named
+    tables = {panel.table_name for panel in comparison_parts(None)[-1].panels}
+    assert tables == {"classes", "examples"} <= run["summary"] | {key.split(".")[0] for key in run["summary"]}
+
+
+def test_every_configuration_key_is_one_that_a_run_has(content, run):
+    found = set(config_paths(content))
+    for path in found:
+        first, value, *rest = path.split(".")
+        assert value == "value"
+        here = run["config"][first]
+        for key in rest:
+            here = here[key]
+    assert {"loss.value.alpha", "data.value.val_fraction", "loss.value._target_"} <= found
+
+
+def test_filters_and_groups_are_what_a_run_calls_itself(content, run):
+    filters = [{f["key"]["name"]: (f["op"], f["value"]) for f in s["filters"]["filters"]} for s in run_sets(content)]
+    assert all(f["group"] == ("=", PAIR) for f in filters)
+    assert run["run"].run_group == PAIR
+    assert {f["data.value.val_fraction"] for f in filters} == {("=", 0), ("!=", 0)}
+    assert run["config"]["data"]["val_fraction"] == 0
+    (target,) = {f["loss.value._target_"][1] for f in filters if "loss.value._target_" in f}
+    assert target == run["config"]["loss"]["_target_"]
+    grouped = [p["config"] for p in panels(content) if "groupAgg" in p["config"]]
+    assert grouped
+    assert {(g["groupBy"], g["groupAgg"], g["aggregate"]) for g in grouped} == {("jobType", "mean", True)}
+    assert run["run"].job_type
+
+
+def test_the_json_is_valid_stable_and_without_collisions(content, tmp_path):
+    write_json(build_dashboard("me", pairs=[PAIR]), tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == content
+    for view in content["views"]:
+        assert view_models.View.model_validate(view).display_name.endswith(PAIR)
+        assert re.fullmatch(r"nw-[0-9a-f]{11}-v", view["name"])
+        ids = Counter(p["__id__"] for s in view["spec"]["section"]["panelBankConfig"]["sections"] for p in s["panels"])
+        assert max(ids.values()) == 1
+    report = report_models.ReportViewspec.model_validate(content["report"])
+    grids = [block for block in report.spec.blocks if isinstance(block, report_models.PanelGrid)]
+    assert len(grids) == len(comparison_parts(None)) + 1
+    for grid in grids:
+        shown = grid.metadata.panel_bank_section_config.panels
+        assert not [p for p in shown if isinstance(p, report_models.UnknownPanel)]
+        cells = Counter(
+            (x, y)
+            for p in shown
+            for x in range(p.layout.x, p.layout.x + p.layout.w)
+            for y in range(p.layout.y, p.layout.y + p.layout.h)
+        )
+        assert max(cells.values()) == 1
+        assert max(x for x, _ in cells) < 24
+
+
+def test_pairs_get_views_and_run_sets_of_their_own_and_all_pairs_are_kept_apart(tmp_path):
+    three = build_dashboard("me", "p", ["a_to_b", "c_to_d", "e_to_f"])
+    assert [view.name.split(": ")[1] for view in three.views] == ["a_to_b"] * 2 + ["c_to_d"] * 2 + ["e_to_f"] * 2
+    assert len({view._internal_name for view in three.views}) == 6
+    for grid in three.report.blocks:
+        if isinstance(grid, wr.PanelGrid):
+            assert [run_set.name for run_set in grid.runsets] == ["a_to_b", "c_to_d", "e_to_f"]
+    everything = build_dashboard("me", "p")
+    write_json(everything, tmp_path / "all.json")
+    content = json.loads((tmp_path / "all.json").read_text())
+    grouping = [[key["name"] for key in run_set["grouping"]] for run_set in run_sets(content)]
+    assert ["group", "jobType"] in grouping
+    assert not any("groupBy" in panel["config"] for panel in panels(content))
+    assert len(build_dashboard("me", pairs=[f"long_name_{i}_to_another" for i in range(9)]).report.title) <= 128
+
+
+def test_a_pair_is_given_as_an_option_or_as_what_runs_have_as_their_group(tmp_path):
+    save_dashboard("me", "p", ["wrn40_2_to_wrn16_2", PAIR], tmp_path / "board.json")
+    content = json.loads((tmp_path / "board.json").read_text())
+    groups = [f["value"] for s in run_sets(content) for f in s["filters"]["filters"] if f["key"]["name"] == "group"]
+    assert set(groups) == {"wrn_40_2_to_wrn_16_2", PAIR}
+    with pytest.raises(ValueError, match=r"model=pair is any pair; give the label of yours"):
+        label_of("pair")
+
+
+def test_tuning_shows_settings_against_the_result():
+    coordinates = tuning_part().panels[0]
+    assert [column.display_name for column in coordinates.columns][:3] == ["alpha", "beta", "temperature"]
+
+
+class Shelf(Handler):
+    """Keeps views and reports as W&B's server does."""
+
+    def data(self, body):
+        query, variables = json.loads(body)["query"], json.loads(body).get("variables") or {}
+        kept = self.server.kept
+        project = {"id": "p", "name": "rld-lightning", "entityName": "me", "internalId": "42"}
+        if "upsertView(" in query:
+            key = variables.get("id") or f"id{len(kept)}"
+            kept[key] = {
+                "id": key,
+                "description": "",
+                **{k: variables[k] for k in ("type", "name", "displayName", "spec")},
+            }
+            return {"upsertView": {"inserted": True, "view": kept[key] | {"project": project}}}
+        if "allViews" in query:
+            wanted = variables.get("viewType", "runs"), variables.get("viewName")
+            found = [v for v in kept.values() if v["type"] == wanted[0] and wanted[1] in (None, v["name"])]
+            edges = [{"node": view | {"user": None}, "cursor": view["id"]} for view in found]
+            return {"project": {"allViews": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
+        if "ProjectInternalId" in query:
+            return {"project": project if variables["projectName"] == "rld-lightning" else None}
+        if "GetProjects" in query:
+            node = project | {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+            return {"models": {"edges": [{"node": node}], "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+        return super().data(body)
+
+
+def test_a_second_save_updates_what_the_first_has_made(tmp_path, monkeypatch, capsys):
+    wandb.teardown()  # other tests' connection
+    with serving("well") as server:
+        server.RequestHandlerClass, server.kept = Shelf, {}
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        for _ in range(2):
+            save_dashboard(None, "rld-lightning", ["a_to_b"])
+        with pytest.raises(ValueError, match="no project me/typo that you can see: log a run first"):
+            save_dashboard(None, "typo", ["a_to_b"])
+        wandb.teardown()
+    kept = list(server.kept.values())
+    assert Counter(view["type"] for view in kept) == {"project-view": 2, "runs": 1}
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("saved")]) == 6
+    report = json.loads(kept[-1]["spec"])
+    (grid, *_) = [block for block in report["blocks"] if block["type"] == "panel-grid"]
+    assert grid["metadata"]["runSets"][0]["project"] == {"name": "rld-lightning", "entityName": "me", "id": "42"}
+
+
+def test_no_key_and_no_server_are_one_sentence_each(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=r"no key for http://127\.0\.0\.1:9: `wandb login` or set WANDB_API_KEY.*--dry-run"
+    ):
+        save_dashboard("me", "p", [])
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 cannot be reached .*--dry-run FILE"):
+        save_dashboard("me", "p", [])
+
+
+@pytest.mark.slow
+def test_the_script_writes_the_json_without_key_or_network(tmp_path):
+    file = tmp_path / "new" / "dashboard.json"
+    environment = {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "PATH": "",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    command = [sys.executable, ROOT / "scripts" / "dashboard.py"]
+    for arguments, code in ((["--dry-run", file], 0), ([], 2)):
+        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == code, result.stdout + result.stderr
+    assert "there is no key" in result.stdout
+    assert set(json.loads(file.read_text())) == {"views", "report"}

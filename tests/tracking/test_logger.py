@@ -1,0 +1,263 @@
+"""W&B runs: what is in their files, and that no server and no crash of wandb's stops training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from helpers.configs import compose
+from helpers.wandb_stub import read_file, read_run, serving, values
+from omegaconf import OmegaConf
+
+from rld_lightning.console import console
+from rld_lightning.tasks.fit import fit
+from rld_lightning.tracking import WandbLogger
+from rld_lightning.tracking.logger import STEP, wandb_facts, wandb_run
+
+PAIR = (
+    "data=digits",
+    "model=pair",
+    "model.teacher.name=wrn_16_1",
+    "model.student.name=wrn_16_1",
+    "recipe=quick",
+    "trainer=cpu",
+    "+trainer.limit_train_batches=3",
+    "loss=rld",
+    "logger=wandb",
+)
+
+
+def train(folder, *overrides):
+    """A short run through the task itself; returns what it printed."""
+    import wandb
+
+    cfg = compose("method=rld", *PAIR, *overrides, resolve=False)
+    cfg.paths.run, cfg.paths.teachers, cfg.print_config = str(folder), str(folder.parent / "teachers"), False
+    try:
+        with console.capture() as printed:
+            fit(cfg)
+    finally:
+        wandb.teardown()  # as at the end of a process: the file is complete only then
+    return printed.get()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An offline run with a teacher of its own, offline because the server takes the connection and never answers."""
+    folder = tmp_path_factory.mktemp("wandb") / "run"
+    with pytest.MonkeyPatch.context() as patch, serving("late") as stub:
+        patch.delenv("WANDB_MODE", raising=False)
+        patch.setenv("no_proxy", "127.0.0.1")
+        patch.setenv("WANDB_BASE_URL", stub.address)
+        patch.setenv("WANDB_API_KEY", "x" * 40)
+        printed = train(folder, "model.teacher.weights=fit", "recipe.epochs=2", "logger.wandb.answer_timeout=0.2")
+    return folder, printed, read_run(folder)
+
+
+def test_a_server_that_hangs_makes_the_run_an_offline_one_and_says_how_to_upload_it(finished):
+    folder, printed, _ = finished
+    told = [line.split("wandb  ", 1)[1] for line in printed.splitlines() if line.startswith("   wandb")]
+    assert [line.split("127.0.0.1")[0] for line in told[::2]] == ["offline, because http://"] * 2  # teacher and student
+    assert all("does not answer within 0.2 s" in line for line in told[::2])
+    (file,) = folder.glob("wandb/offline-run-*")
+    assert told[3] == f"upload with: wandb sync {file}"
+    assert len(told) == 4
+    assert (folder / "summary.json").exists()
+
+
+def test_the_history_is_metrics_csv(finished):
+    folder, _, records = finished
+    logged = {}
+    for record in records:
+        if record.HasField("history"):
+            row = values(record.history.item)
+            step = row.pop(STEP, None)
+            logged |= {(step, name): value for name, value in row.items() if "/" in name or name.startswith("lr")}
+    table = pd.read_csv(folder / "metrics.csv")
+    expected = {
+        (row["step"], name): row[name]
+        for _, row in table.iterrows()
+        for name in table
+        if ("/" in name or name.startswith("lr")) and pd.notna(row[name])
+    }
+    assert logged == pytest.approx(expected)
+    names = {name for _, name in logged}
+    assert names >= {"train/grad_norm", "stats/scd_share", "stats/mcd_share", "stats/teacher_wrong", "val/top1"}
+    assert names >= {"train/top1_teacher_wrong", "val/top1_teacher_wrong", "val/top1_best", "train/images_per_s"}
+
+
+def test_the_configuration_is_the_runs_nested_and_resolved(finished):
+    _, _, records = finished
+    (run,) = (record.run for record in records if record.HasField("run"))
+    config = values(run.config.update)
+    for record in records:
+        config |= values(record.config.update)
+    assert config["loss"]["beta"] == 8.0
+    assert config["model"]["teacher"]["name"] == "wrn_16_1"
+    assert config["recipe"]["epochs"] == 2
+    assert config["dataset"] == "digits"
+    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn_16_1_to_wrn_16_1", "rld")
+    assert run.display_name == "wrn_16_1_to_wrn_16_1-rld-seed0"
+    assert list(run.tags) == ["wrn_16_1_to_wrn_16_1", "rld"]
+
+
+def test_metrics_have_the_trainers_step_and_accuracy_is_summarised_by_its_best_and_last(finished):
+    folder, _, records = finished
+    metrics = {r.metric.name or r.metric.glob_name: r.metric for r in records if r.HasField("metric")}
+    assert metrics["*"].step_metric == metrics["val/top1"].step_metric == STEP
+    assert metrics["val/top1"].summary.max
+    assert metrics["val/top1"].summary.last
+    summary = {}
+    for record in records:
+        summary |= values(record.summary.update)
+    told = json.loads((folder / "summary.json").read_text())
+    assert summary["val/top1"] == pytest.approx({"max": told["top1_best"], "last": told["top1"]})
+
+
+def test_tables(finished):
+    folder, _, _ = finished
+
+    def table(name):
+        (path,) = folder.glob(f"wandb/offline-run-*/files/media/table/{name}_*.json")
+        content = json.loads(path.read_text())
+        return pd.DataFrame(content["data"], columns=content["columns"])
+
+    classes = pd.read_csv(folder / "classes.csv")
+    assert classes["images"].sum() == 360
+    pd.testing.assert_frame_equal(table("classes"), classes, check_dtype=False)
+    examples = table("examples")
+    assert len(examples) == 16
+    assert list(examples)[:3] == ["image", "label", "distributions"]
+    assert not examples["teacher right"][:8].any()  # a teacher of six steps is wrong often enough
+    assert {"refined top classes", "student prediction", "teacher p(label)"} <= set(examples)
+
+
+def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finished):
+    folder, _, records = finished
+    artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact")}
+    student, teacher = artifacts["wrn_16_1_to_wrn_16_1-rld"], artifacts["wrn_16_1-ce"]
+    assert (student.type, teacher.type) == ("model", "model")
+    assert json.loads(student.metadata)["top1"] == json.loads((folder / "summary.json").read_text())["top1"]
+    assert {"latest", "seed0"} == set(student.aliases)
+    (content,) = student.manifest.contents
+    assert content.local_path == str(folder / "student.safetensors")  # not a copy somewhere else
+    assert not student.use_after_commit
+    assert teacher.use_after_commit
+    # The same content is the same version: the one that the teacher's own run has left.
+    own = {r.artifact.name: r.artifact for r in read_run(folder / "teacher") if r.HasField("artifact")}
+    assert own["wrn_16_1-ce"].digest == teacher.digest
+    assert teacher.manifest.contents[0].ref.startswith("file://")
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, monkeypatch, tmp_path):
+    folder, _, records = finished
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    weights = f"model.teacher.weights={folder.parent / 'teachers' / 'digits' / 'wrn_16_1.safetensors'}"
+    printed = train(tmp_path / "run", weights, "recipe.epochs=2", f"resume={folder / 'last.ckpt'}")
+    before, after = (next(r.run for r in file if r.HasField("run")) for file in (records, read_run(tmp_path / "run")))
+    assert after.run_id == before.run_id == json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
+    assert printed.count("wandb  ") == 1  # the way to upload it
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Makes loggers of a run folder in ``tmp_path``."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    yield lambda **options: WandbLogger(**{"save_dir": tmp_path, "project": "project", **options})
+    wandb.teardown()
+
+
+def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_path):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")
+    monkeypatch.setenv("WANDB_PROJECT", "sweeps")
+    (tmp_path / "wandb_run.json").write_text('{"id": "another"}')
+    logger = offline(name="name")
+    logger.continue_run(tmp_path)
+    logger.log_metrics({"val/top1": 1.0}, 1)
+    logger.finish(True)
+    wandb.teardown()
+    (run,) = (record.run for record in read_run(tmp_path) if record.HasField("run"))
+    assert (run.run_id, run.project, run.display_name) == ("trial", "sweeps", "name")
+
+
+@pytest.mark.parametrize(("share", "artifact"), [(0.0, "a_to_b-rld"), (0.1, "a_to_b-rld-tuning")])
+def test_a_student_of_a_part_of_the_images_is_an_artifact_of_its_own(offline, tmp_path, share, artifact):
+    logger = offline(artifact="a_to_b-rld")
+    module = SimpleNamespace(teacher=None)
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True, lightning_module=module)
+    cfg = {"paths": {"run": str(tmp_path)}, "resume": None, "data": {"val_fraction": share}, "model": {"teacher": None}}
+    with console.capture(), wandb_run(trainer, OmegaConf.create(cfg)):
+        pass
+    assert wandb_facts(tmp_path) == {"wandb_artifact": artifact}
+
+
+def test_a_crash_of_wandb_ends_its_logging_and_nothing_else(offline, monkeypatch):
+    logger = offline()
+    logger.log_metrics({"x": 1.0}, 1)
+
+    def crash(*_arguments):
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(logger.experiment, "log", crash)
+    with console.capture() as printed:
+        for step in range(3):
+            logger.log_metrics({"x": 1.0}, step)
+        logger.log_hyperparams({"a": 1})
+        logger.finish(True)
+    lines = printed.get().splitlines()
+    assert len(lines) == 2
+    assert "logs no more, metrics.csv goes on: ConnectionResetError: Connection lost" in lines[0]
+    assert "upload with: wandb sync" in lines[1]
+
+
+@pytest.mark.slow
+def test_nothing_of_wandb_is_imported_without_it():
+    code = "import sys, rld_lightning.tasks.fit, rld_lightning.callbacks; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_without_a_run_says_nothing(tmp_path):
+    assert wandb_facts(tmp_path) == {}
+
+
+LOG = """
+import sys
+from rld_lightning.tracking import WandbLogger
+logger = WandbLogger(save_dir=sys.argv[1], project="project", answer_timeout=60, init_timeout=5, finish_timeout=5)
+for step in range(20):
+    logger.log_metrics({"x": step}, step)
+logger.finish(True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ({"viewer { id }": "late"}, "lets no run start"),
+        ({"viewer { id }": "error"}, "lets no run start"),
+        ({"UpsertBucket": "late"}, "has not taken everything within 5 s"),
+        ({"UpsertBucket": "error"}, "upload with: wandb sync"),
+    ],
+)
+def test_a_server_that_fails_later_ends_in_time_with_all_that_was_logged(tmp_path, after, told):
+    with serving("well", after) as stub:
+        environment = {**os.environ, "WANDB_BASE_URL": stub.address, "WANDB_API_KEY": "x" * 40, "no_proxy": "127.0.0.1"}
+        del environment["WANDB_MODE"]
+        command = [sys.executable, "-c", LOG, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    sync = Path(done.stdout.rsplit("wandb sync ", 1)[1].strip())
+    assert [values(r.history.item)["x"] for r in read_file(*sync.glob("run-*.wandb")) if r.HasField("history")] == list(
+        range(20)
+    )

@@ -1,0 +1,65 @@
+"""Is there a server, a key, and an answer: against servers on this machine that behave badly."""
+
+from urllib.parse import urlsplit
+
+import pytest
+from helpers.wandb_stub import serving
+
+from rld_lightning.tracking.server import HOSTED, server, trouble, wandb_mode
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_logged_in(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_offline_without_a_key(monkeypatch, tmp_path):
+    assert wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"
+
+
+def test_the_key_and_the_server_that_wandb_login_has_left(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password key\n")
+    assert urlsplit(server()).hostname in HOSTED
+    assert wandb_mode() == "offline"
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example.org/\n")
+    assert (server(), wandb_mode()) == ("https://wandb.example.org", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert (server(), wandb_mode()) == ("http://127.0.0.1:9", "offline")
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_a_key_for_the_hosted_service_under_either_name(tmp_path, name):
+    (tmp_path / "netrc").write_text(f"machine {name} login user password key\n")
+    assert wandb_mode() == "online"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "told"),
+    [
+        ("well", None),
+        ("late", "does not answer within 0.5 s"),
+        ("drip", "does not answer within 0.5 s"),
+        ("error", "answers with an error (500)"),
+        ("refuse", "refuses the key"),
+        ("stranger", "does not answer as W&B does (TypeError)"),
+    ],
+)
+def test_trouble_is_told_in_time(monkeypatch, behaviour, told):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    with serving(behaviour) as stub:
+        monkeypatch.setenv("WANDB_BASE_URL", stub.address)
+        assert trouble(0.5 if told and "0.5" in told else 20) == told
+
+
+def test_nobody_listens(monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert trouble(20).startswith("cannot be reached (")
