@@ -104,7 +104,8 @@ def write_run(
         Summary(
             model=student, loss=method.upper(), dataset=dataset, split="val" if held_out else "test",
             images=5_000 if held_out else 10_000, val_fraction=0.1 if held_out else 0.0, data_seed=seed, epochs=epochs,
-            seed=seed, top1=top1, top1_best=best, top5=min(99.0, top1 + 25), ce=2.0, teacher=teacher if with_teacher else None,
+            seed=seed, top1=top1, top1_best=best, top5=min(99.0, top1 + 25), ce=2.0,
+            teacher=teacher if with_teacher else None,
             teacher_top1=teacher_top1 if with_teacher else None, agreement=70.0 if with_teacher else None,
             parameters=PARAMETERS.get(student, 100_000), macs=MACS.get(student, 10_000_000), images_per_s=900.0,
             run=str(folder),
