@@ -17,6 +17,7 @@ from rld_lightning.losses.mlkd_noaug import MLKDNoAugLoss, mlkd_noaug_loss
 from rld_lightning.losses.nkd import NKDLoss, nkd_loss
 from rld_lightning.losses.normkd import NormKDLoss, normkd_loss
 from rld_lightning.losses.rc import RCLoss, rc_loss
+from rld_lightning.losses.registry import list_losses, loss_class, loss_options, register_loss
 from rld_lightning.losses.revision import RevisionLoss, revision_loss
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.losses.swap import SwapLoss, swap_loss
@@ -59,11 +60,15 @@ __all__ = [
     "kd_loss",
     "kdg_logit_loss",
     "ldrld_loss",
+    "list_losses",
+    "loss_class",
+    "loss_options",
     "mlkd_loss",
     "mlkd_noaug_loss",
     "nkd_loss",
     "normkd_loss",
     "rc_loss",
+    "register_loss",
     "revision_loss",
     "rld_loss",
     "swap_loss",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.registry import register_loss
 
 SOURCES = ("both", "teacher")
 
@@ -80,8 +81,12 @@ def _check_source(source: str) -> None:
         raise ValueError(f"source={source!r} is unknown; choose 'both' (the published code) or 'teacher' (the paper).")
 
 
+@register_loss("atkd")
 class ATKDLoss(LogitLoss):
     """``ce_weight * CE + weight * ATKD``; see :func:`atkd_loss`. Defaults are the published example on CIFAR-100."""
+
+    method = "Temperature from each sample's largest logit"
+    papers = ("2503.09030",)
 
     function = staticmethod(atkd_loss)
 

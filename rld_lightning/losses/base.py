@@ -65,6 +65,8 @@ class DistillationLoss(nn.Module):
         ignore_index: label of samples that count for nothing.
 
     Attributes:
+        method: what the method is called, for tables.
+        papers: where it comes from: numbers on arXiv, or the venue of what is not there.
         needs_teacher: whether the loss looks at a teacher.
         needs_strong_view: whether it looks at a second, strongly augmented view of each image.
         reuses_classifier: whether the student is trained to end in the teacher's classifier, see
@@ -77,6 +79,8 @@ class DistillationLoss(nn.Module):
         ValueError: a hyper-parameter outside its range.
     """
 
+    method: str = ""
+    papers: tuple[str, ...] = ()
     needs_teacher: bool = True
     needs_strong_view: bool = False
     reuses_classifier: bool = False

@@ -3,10 +3,14 @@
 from torch import Tensor
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
+from rld_lightning.losses.registry import register_loss
 
 
+@register_loss("ce")
 class CELoss(DistillationLoss):
     """``ce_weight * CE``, no teacher: it is neither loaded nor run."""
+
+    method = "Cross-entropy alone"
 
     needs_teacher = False
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.registry import register_loss
 
 
 def ctkd_loss(
@@ -83,6 +84,7 @@ class ScaleGradient(torch.autograd.Function):
         return ctx.factor * gradient, None
 
 
+@register_loss("ctkd")
 class CTKDLoss(DistillationLoss):
     """``ce_weight * CE + weight * KD`` at a learned temperature; see :func:`ctkd_loss`.
 
@@ -92,6 +94,9 @@ class CTKDLoss(DistillationLoss):
 
     Defaults are those of CIFAR-100 in the paper's code. On ImageNet: ``curriculum_epochs=5, weight=1, ce_weight=1``.
     """
+
+    method = "Curriculum temperature, one for all samples"
+    papers = ("2211.16231",)
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import check_positive, check_weights, logit_rows
+from rld_lightning.losses.registry import register_loss
 
 
 def dist_loss(
@@ -68,12 +69,16 @@ def _correlation(p: Tensor, q: Tensor, valid: Tensor, dim: int) -> Tensor:
     return (p * q).sum(dim) / (p.norm(dim=dim) * q.norm(dim=dim) + 1e-8)
 
 
+@register_loss("dist")
 class DISTLoss(LogitLoss):
     """``ce_weight * CE + beta * inter + gamma * intra``; see :func:`dist_loss`.
 
     Defaults are those of CIFAR-100 in the authors' code, which writes them as a weight of 2 on the sum. On ImageNet:
     ``temperature=1``.
     """
+
+    method = "Distillation from a stronger teacher"
+    papers = ("2205.10536",)
 
     function = staticmethod(dist_loss)
 

@@ -14,6 +14,7 @@ from rld_lightning.losses.numerics import (
     margin,
     masked_log_softmax,
 )
+from rld_lightning.losses.registry import register_loss
 
 
 def dkd_loss(
@@ -79,6 +80,7 @@ def dkd_loss(
     }
 
 
+@register_loss("dkd")
 class DKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * TCKD + beta * NCKD)``; see :func:`dkd_loss`.
 
@@ -86,6 +88,9 @@ class DKDLoss(LogitLoss):
     On ImageNet: ``temperature=1, warmup_epochs=1``, ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2``
     (ResNet-50 to MobileNetV1).
     """
+
+    method = "Decoupled KD"
+    papers = ("2203.08679",)
 
     function = staticmethod(dkd_loss)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.registry import register_loss
 
 
 def dtkd_loss(
@@ -72,12 +73,16 @@ def dynamic_temperatures(student: Tensor, teacher: Tensor, temperature: float) -
     return scale * largest_s, scale * largest_t
 
 
+@register_loss("dtkd")
 class DTKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (dtkd_weight * DTKD + kd_weight * KD)``; see :func:`dtkd_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code; for some pairs its configurations give other weights
     (``dtkd_weight`` 1 to 3, ``kd_weight`` 0.5 to 2).
     """
+
+    method = "Dynamic temperature KD"
+    papers = ("2404.12711",)
 
     function = staticmethod(dtkd_loss)
 

@@ -12,6 +12,7 @@ from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.dkd import dkd_loss
 from rld_lightning.losses.kd import kd_loss
 from rld_lightning.losses.numerics import LogitRows, by_row_blocks, check_positive, check_weights, logit_rows
+from rld_lightning.losses.registry import register_loss
 
 
 def eakd_loss(
@@ -140,12 +141,16 @@ def _check_entropies(entropy_temperature: float, entropy_bound: float | None) ->
         check_positive(entropy_bound=entropy_bound)
 
 
+@register_loss("eakd")
 class EAKDLoss(LogitLoss):
     """``ce_weight * CE + weight * EA-KD``; see :func:`eakd_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code, but for the paper's entropy bound. On ImageNet:
     ``temperature=1, weight=0.5, entropy_temperature=2, ce_weight=1``.
     """
+
+    method = "KD, samples weighted by entropy"
+    papers = ("2311.13621",)
 
     function = staticmethod(eakd_loss)
 
@@ -176,12 +181,16 @@ class EAKDLoss(LogitLoss):
         self.entropy_bound = entropy_bound
 
 
+@register_loss("eadkd")
 class EADKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * w (alpha * TCKD + beta * NCKD)``; see :func:`eadkd_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code, but for the paper's entropy bound. On ImageNet:
     ``beta=0.5, temperature=1, warmup_epochs=1``.
     """
+
+    method = "DKD, samples weighted by entropy"
+    papers = ("2311.13621",)
 
     function = staticmethod(eadkd_loss)
 

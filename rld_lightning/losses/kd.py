@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.registry import register_loss
 
 
 def kd_loss(
@@ -53,12 +54,16 @@ def kd_loss(
     return {"kd": weight * temperature**2 * rows.reduce(divergence, reduction)}
 
 
+@register_loss("kd")
 class KDLoss(LogitLoss):
     """``ce_weight * CE + weight * KD``; see :func:`kd_loss`.
 
     Defaults are those of CIFAR-100 in the benchmark's code. On ImageNet: ``temperature=1, weight=0.5`` and
     ``ce_weight=1`` (ResNet-34 to ResNet-18) or ``0.5`` (ResNet-50 to MobileNetV1).
     """
+
+    method = "Knowledge distillation"
+    papers = ("1503.02531",)
 
     function = staticmethod(kd_loss)
 

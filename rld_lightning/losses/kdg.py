@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
+from rld_lightning.losses.registry import register_loss
 
 WEIGHTINGS = ("fisher", "identity")
 
@@ -81,12 +82,16 @@ def check_weighting(weighting: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"weighting={weighting!r} is unknown; choose one of {', '.join(choices)}.")
 
 
+@register_loss("kdg_logit")
 class KDGLogitLoss(LogitLoss):
     """``ce_weight * CE + weight * loss``; see :func:`kdg_logit_loss`.
 
     The paper's weights are not known to us. The defaults are those of plain KD on CIFAR-100, which the Fisher form
     approximates; the identity is some ``C`` times as large and wants a weight as much smaller.
     """
+
+    method = "KD-G: logits weighted by the teacher's gradients (reconstruction)"
+    papers = ("2203.10163",)
 
     function = staticmethod(kdg_logit_loss)
 

@@ -17,6 +17,7 @@ from rld_lightning.losses.numerics import (
     masked_log_softmax,
     softmax_kl,
 )
+from rld_lightning.losses.registry import register_loss
 
 
 def ldrld_loss(
@@ -98,6 +99,7 @@ def _check_k(k: int) -> None:
         raise ValueError(f"k={k!r} is not allowed; it must be >= 2, because pairs of classes are compared.")
 
 
+@register_loss("ldrld")
 class LDRLDLoss(LogitLoss):
     """``ce_weight * CE + alpha * local + beta * remaining``; see :func:`ldrld_loss`.
 
@@ -105,6 +107,9 @@ class LDRLDLoss(LogitLoss):
     also warms the learning rate up over 20 epochs. The code multiplies everything by ``ce_weight`` once more; at 1
     there is no difference.
     """
+
+    method = "Local dense relational logit distillation"
+    papers = ("2507.15911",)
 
     function = staticmethod(ldrld_loss)
 

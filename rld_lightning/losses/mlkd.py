@@ -8,6 +8,7 @@ from torch import Tensor
 from rld_lightning.losses.base import DistillationLoss, StepContext, cross_entropy
 from rld_lightning.losses.mlkd_noaug import OTHER_TEMPERATURES, divergences, one_view, valid_rows
 from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.registry import register_loss
 
 MODES = ("reference", "clean")
 
@@ -95,6 +96,7 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
 
 
+@register_loss("mlkd")
 class MLKDLoss(DistillationLoss):
     """``ce_weight * (CE + strong CE) + weight * (KD + strong KD + class correlation + batch correlation)``.
 
@@ -105,6 +107,9 @@ class MLKDLoss(DistillationLoss):
     Defaults are those of CIFAR-100 in the public code, which trains for 480 epochs or more. On ImageNet:
     ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
+
+    method = "Multi-level logit distillation, two views"
+    papers = ("CVPR 2023",)
 
     needs_strong_view = True
 

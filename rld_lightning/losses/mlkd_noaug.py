@@ -18,6 +18,7 @@ from rld_lightning.losses.numerics import (
     softmax_kl,
     standardize,
 )
+from rld_lightning.losses.registry import register_loss
 
 OTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
 
@@ -153,11 +154,15 @@ def unsure(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return confidence <= confidence.nanmedian(), of_class <= of_class.median()
 
 
+@register_loss("mlkd_noaug")
 class MLKDNoAugLoss(LogitLoss):
     """``ce_weight * CE + weight * (KD + class correlation + batch correlation)``; see :func:`mlkd_noaug_loss`.
 
     Defaults are those of CIFAR-100 in the public code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
+
+    method = "Multi-level logit distillation, one view"
+    papers = ("CVPR 2023",)
 
     function = staticmethod(mlkd_noaug_loss)
 

@@ -12,6 +12,7 @@ from rld_lightning.losses.numerics import (
     logit_rows,
     masked_log_softmax,
 )
+from rld_lightning.losses.registry import register_loss
 
 
 def nkd_loss(
@@ -67,12 +68,16 @@ def nkd_loss(
     }
 
 
+@register_loss("nkd")
 class NKDLoss(LogitLoss):
     """``ce_weight * CE + target + gamma * non-target``; see :func:`nkd_loss`.
 
     Defaults are the paper's for ImageNet. Its one CIFAR-100 pair (ResNet-34 to ResNet-18) takes
     ``gamma=3.5, temperature=3``.
     """
+
+    method = "Normalized KD"
+    papers = ("2303.13005",)
 
     function = staticmethod(nkd_loss)
 

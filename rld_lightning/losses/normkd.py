@@ -15,6 +15,7 @@ from rld_lightning.losses.numerics import (
     softmax_kl,
     standardize,
 )
+from rld_lightning.losses.registry import register_loss
 
 
 def normkd_loss(
@@ -63,11 +64,15 @@ def normkd_loss(
     return {"normkd": weight * rows.reduce(divergence, reduction)}
 
 
+@register_loss("normkd")
 class NormKDLoss(LogitLoss):
     """``ce_weight * CE + weight * NormKD``; see :func:`normkd_loss`.
 
     Defaults are those of CIFAR-100 in the paper's code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
+
+    method = "Logits scaled by their standard deviation"
+    papers = ("2308.00520",)
 
     function = staticmethod(normkd_loss)
 

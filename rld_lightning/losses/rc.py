@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, kl_rows, logit_rows
+from rld_lightning.losses.registry import register_loss
 
 
 def rc_loss(
@@ -81,11 +82,15 @@ def correct_logits(student: Tensor, label: Tensor) -> Tensor:
     return student.scatter(-1, true, student.gather(-1, true) + student.amax(-1, keepdim=True))
 
 
+@register_loss("rc")
 class RCLoss(LogitLoss):
     """``ce_weight * CE + kd_weight * KD + rc_weight * RC``; see :func:`rc_loss`.
 
     Defaults are those of CIFAR-100 in the public code of RLD. On ImageNet: ``temperature=1``.
     """
+
+    method = "KD, and the student's own corrected logits"
+    papers = ("IEEE SPL 2023",)
 
     function = staticmethod(rc_loss)
 

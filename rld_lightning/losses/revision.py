@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, standardize
+from rld_lightning.losses.registry import register_loss
 
 
 def revision_loss(
@@ -91,12 +92,16 @@ def _check_eta(eta: float) -> None:
         raise ValueError(f"eta={eta!r} is not allowed; it must be > 0 and <= 1.")
 
 
+@register_loss("revision")
 class RevisionLoss(LogitLoss):
     """``right CE + right_mse_weight * right MSE + wrong_mse_weight * wrong MSE``; see :func:`revision_loss`.
 
     Defaults are those of the public code of RLD for CIFAR-100 and ImageNet. The cross-entropy of all samples stays
     out (``ce_weight=0``): the method has its own.
     """
+
+    method = "Label revision"
+    papers = ("2404.03693",)
 
     function = staticmethod(revision_loss)
 

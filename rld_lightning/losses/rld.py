@@ -21,6 +21,7 @@ from rld_lightning.losses.numerics import (
     margin,
     masked_log_softmax,
 )
+from rld_lightning.losses.registry import register_loss
 
 MASKS = ("ge", "g")
 
@@ -115,6 +116,7 @@ def _check_mask(mask: str) -> None:
         raise ValueError(f"mask={mask!r} is unknown; choose 'ge' (the paper's) or 'g' (its ablation).")
 
 
+@register_loss("rld")
 class RLDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * SCD + beta * MCD)``; see :func:`rld_loss`.
 
@@ -122,6 +124,9 @@ class RLDLoss(LogitLoss):
     temperature. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to MobileNetV1),
     ``temperature=1``, ``warmup_epochs=1``.
     """
+
+    method = "Refined Logit Distillation"
+    papers = ("2408.07703",)
 
     function = staticmethod(rld_loss)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.registry import register_loss
 
 
 def swap_loss(
@@ -68,12 +69,16 @@ def swap_logits(teacher: Tensor, label: Tensor) -> Tensor:
     return teacher.scatter(-1, top, teacher.gather(-1, true)).scatter(-1, true, teacher.gather(-1, top))
 
 
+@register_loss("swap")
 class SwapLoss(LogitLoss):
     """``ce_weight * CE + weight * SWAP``; see :func:`swap_loss`.
 
     Defaults are those of CIFAR-100 in the public code of RLD, which adds no cross-entropy (``ce_weight=0``). On
     ImageNet: ``temperature=1``.
     """
+
+    method = "KD, the teacher's largest logit and the true class's exchanged (LA)"
+    papers = ("1911.07471",)
 
     function = staticmethod(swap_loss)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.registry import register_loss
 
 
 def ttm_loss(
@@ -104,11 +105,15 @@ def _check_gamma(gamma: float) -> None:
         raise ValueError(f"gamma={gamma!r} is not allowed; it must be > 0 and <= 1.")
 
 
+@register_loss("ttm")
 class TTMLoss(LogitLoss):
     """``ce_weight * CE + weight * TTM``; see :func:`ttm_loss`.
 
     Defaults are the one published example (vgg13 to vgg8 on CIFAR-100).
     """
+
+    method = "Transformed teacher matching"
+    papers = ("2402.11148",)
 
     function = staticmethod(ttm_loss)
 
@@ -134,11 +139,15 @@ class TTMLoss(LogitLoss):
         self.weight = weight
 
 
+@register_loss("wttm")
 class WTTMLoss(LogitLoss):
     """``ce_weight * CE + weight * WTTM``; see :func:`wttm_loss`.
 
     Defaults are the one published example, which adds a contrastive loss to it.
     """
+
+    method = "Transformed teacher matching, weighted by the teacher's uncertainty"
+    papers = ("2402.11148",)
 
     function = staticmethod(wttm_loss)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
@@ -47,6 +48,7 @@ def _attention(feature: Tensor, power: float) -> Tensor:
     return F.normalize(energy.mean(1).flatten(1))
 
 
+@register_loss("at")
 class ATLoss(FeatureLoss):
     """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`.
 
@@ -55,6 +57,9 @@ class ATLoss(FeatureLoss):
         power: of the absolute values.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Attention transfer"
+    papers = ("1612.03928",)
 
     maps = True
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller, unit_vectors
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, classifier_of
 from rld_lightning.models.teacher import hold_outside
 
@@ -77,6 +78,7 @@ def _check(weight: float, pool_size: int) -> None:
         raise ValueError(f"pool_size={pool_size!r} is not allowed; it must be an integer >= 1.")
 
 
+@register_loss("catkd")
 class CATKDLoss(FeatureLoss):
     """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`.
 
@@ -86,6 +88,9 @@ class CATKDLoss(FeatureLoss):
         normalize: bring each map to length 1.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Class attention transfer"
+    papers = ("2304.12777",)
 
     single = True
     own_buffers = ("teacher_classifier",)  # a constant

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 # Apart from the run's seed, because all processes must start from the same memories.
@@ -107,6 +108,7 @@ def remember(memory: Tensor, embedding: Tensor, index: Tensor, momentum: float =
     memory[index] = updated[last].to(memory.dtype)
 
 
+@register_loss("crd")
 class CRDLoss(FeatureLoss):
     """``ce_weight * CE + weight * CRD`` on the pooled features; see :func:`crd_loss`.
 
@@ -128,6 +130,9 @@ class CRDLoss(FeatureLoss):
         momentum: how much of a memory stays in a step, in [0, 1).
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Contrastive representation distillation"
+    papers = ("1910.10699",)
 
     single = True
 

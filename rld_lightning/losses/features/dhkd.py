@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import DistillationLoss, StepContext
 from rld_lightning.losses.features.base import BatchNorm1d, tapped
 from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.taps import feature_shapes
 from rld_lightning.models.teacher import hold_outside
@@ -58,6 +59,7 @@ def dhkd_loss(
     return {"dhkd": weight * temperature**2 * rows.reduce(divergence, "mean")}
 
 
+@register_loss("dhkd")
 class DHKDLoss(DistillationLoss):
     """``ce_weight * CE + weight * BinaryKL-Norm`` of an auxiliary head on the student's pooled feature.
 
@@ -80,6 +82,9 @@ class DHKDLoss(DistillationLoss):
         ce_weight: weight of the plain cross-entropy (gamma in the paper).
         warmup_epochs: see :class:`~rld_lightning.losses.base.DistillationLoss`.
     """
+
+    method = "Dual-head KD, gradients aligned"
+    papers = ("2411.08937",)
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
@@ -40,6 +41,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: float = 100.0) -> d
     return {"fitnet": weight * F.mse_loss(student, teacher.detach())}
 
 
+@register_loss("fitnet")
 class FitNetLoss(FeatureLoss):
     """``ce_weight * CE + weight * MSE`` of one stage, the hint; see :func:`fitnet_loss`.
 
@@ -55,6 +57,9 @@ class FitNetLoss(FeatureLoss):
             the deep end.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Hints: one stage through a regressor"
+    papers = ("1412.6550",)
 
     single = True
 

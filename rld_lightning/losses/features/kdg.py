@@ -15,6 +15,7 @@ from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.kdg import check_weighting, half_variance, kdg_logit_loss
 from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, classifier_of
 
 WEIGHTINGS = ("gradient", "fisher", "identity")
@@ -88,6 +89,7 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
+@register_loss("kdg")
 class KDGLoss(FeatureLoss):
     """``ce_weight * CE + logit_weight * logit member + feature_weight * feature member``.
 
@@ -105,6 +107,9 @@ class KDGLoss(FeatureLoss):
         ce_weight: weight of the plain cross-entropy.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "KD-G: logits and weighted features (reconstruction)"
+    papers = ("2203.10163",)
 
     single = True
 

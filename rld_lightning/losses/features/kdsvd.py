@@ -11,6 +11,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 # A vector is aligned with one of this many more of the student's than are compared.
@@ -125,6 +126,7 @@ def _with_gradient(chosen: Tensor, square: Tensor, gram: Tensor, squares: Tensor
     return chosen + vectors @ (inverse * (vectors.mT @ movement))
 
 
+@register_loss("kdsvd")
 class KDSVDLoss(FeatureLoss):
     """``ce_weight * CE + weight * KDSVD`` on all stages but the stem; see :func:`kdsvd_loss`.
 
@@ -135,6 +137,9 @@ class KDSVDLoss(FeatureLoss):
         num_vectors: how many singular vectors of each map are compared.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Singular vectors of neighbouring stages"
+    papers = ("ECCV 2018",)
 
     def __init__(self, weight: float = 1.0, num_vectors: int = 1, **options: Any) -> None:
         super().__init__(**options)

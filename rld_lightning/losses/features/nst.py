@@ -9,6 +9,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
@@ -54,6 +55,7 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.mT).square().mean()
 
 
+@register_loss("nst")
 class NSTLoss(FeatureLoss):
     """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`.
 
@@ -61,6 +63,9 @@ class NSTLoss(FeatureLoss):
         weight: factor on the term.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Neuron selectivity transfer"
+    papers = ("1707.01219",)
 
     maps = True
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import unwrap
 
@@ -79,6 +80,7 @@ def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
     return torch.where(negative > 1e-3, expected, -3 * sigma).to(scale)
 
 
+@register_loss("ofd")
 class OFDLoss(FeatureLoss):
     """``ce_weight * CE + weight * OFD`` on all stages but the stem, before their ReLU; see :func:`ofd_loss`.
 
@@ -93,6 +95,9 @@ class OFDLoss(FeatureLoss):
         teacher_norms: paths of the teacher's batch norms before its taps; ``None`` chooses them from its stages.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Overhaul of feature distillation"
+    papers = ("1904.01866",)
 
     def __init__(
         self,

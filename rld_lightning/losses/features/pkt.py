@@ -8,6 +8,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 EPS = 1e-7
@@ -51,6 +52,7 @@ def _neighbour_probs(feature: Tensor) -> Tensor:
     return similarity / similarity.sum(1, keepdim=True)
 
 
+@register_loss("pkt")
 class PKTLoss(FeatureLoss):
     """``ce_weight * CE + weight * PKT`` of what the classifiers see; see :func:`pkt_loss`.
 
@@ -58,6 +60,9 @@ class PKTLoss(FeatureLoss):
         weight: factor on the term.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Probabilistic knowledge transfer"
+    papers = ("1803.10837",)
 
     single = True
 

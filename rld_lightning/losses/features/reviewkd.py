@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
@@ -49,6 +50,7 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
     return {"reviewkd": weight * total}
 
 
+@register_loss("reviewkd")
 class ReviewKDLoss(FeatureLoss):
     """``ce_weight * CE + warmup * weight * HCL`` of fused features; see :func:`reviewkd_loss`.
 
@@ -67,6 +69,9 @@ class ReviewKDLoss(FeatureLoss):
         warmup_epochs: the term is multiplied by ``min(epoch / warmup_epochs, 1)``.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Knowledge review"
+    papers = ("2104.09044",)
 
     def __init__(
         self, weight: float = 1.0, *, student_preactivations: bool = False, warmup_epochs: int = 20, **options: Any

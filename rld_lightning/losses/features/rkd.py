@@ -9,6 +9,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
@@ -84,6 +85,7 @@ def _cosines(distance: Tensor) -> Tensor:
     return cosine.clamp(-1, 1)
 
 
+@register_loss("rkd")
 class RKDLoss(FeatureLoss):
     """``ce_weight * CE + distance_weight * distances + angle_weight * angles`` of what the classifiers see.
 
@@ -95,6 +97,9 @@ class RKDLoss(FeatureLoss):
         squared: compare squared distances.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Relational KD: distances and angles"
+    papers = ("1904.05068",)
 
     single = True
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.graft import GraftedStudent
 from rld_lightning.models.stages import Stages
 from rld_lightning.models.taps import unwrap
@@ -41,6 +42,7 @@ def simkd_loss(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> dict
     return {"simkd": weight * F.mse_loss(ours, theirs.detach())}
 
 
+@register_loss("simkd")
 class SimKDLoss(FeatureLoss):
     """``ce_weight * CE + weight * SimKD`` of a student that ends in the teacher's classifier; see :func:`simkd_loss`.
 
@@ -52,6 +54,9 @@ class SimKDLoss(FeatureLoss):
         ce_weight: weight of the plain cross-entropy.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "The student ends in the teacher's classifier"
+    papers = ("2203.14001",)
 
     single = True
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, unit_vectors
 from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
@@ -37,6 +38,7 @@ def _similarities(feature: Tensor) -> Tensor:
     return unit_vectors(feature @ feature.mT)
 
 
+@register_loss("sp")
 class SPLoss(FeatureLoss):
     """``ce_weight * CE + weight * SP`` on the last stage; see :func:`sp_loss`.
 
@@ -44,6 +46,9 @@ class SPLoss(FeatureLoss):
         weight: factor on the term.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Similarity-preserving distillation"
+    papers = ("1907.09682",)
 
     single = True
 

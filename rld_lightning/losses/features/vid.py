@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 # Added to every variance, so that a channel that is predicted perfectly keeps a finite loss.
@@ -53,6 +54,7 @@ def vid_loss(
     return {"vid": weight * sum(stages)}
 
 
+@register_loss("vid")
 class VIDLoss(FeatureLoss):
     """``ce_weight * CE + weight * VID`` on all stages but the stem; see :func:`vid_loss`.
 
@@ -66,6 +68,9 @@ class VIDLoss(FeatureLoss):
         init_variance: variance that training starts from.
         options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
+
+    method = "Variational information distillation"
+    papers = ("1904.05835",)
 
     maps = True
 

@@ -1,0 +1,78 @@
+"""Every loss by name. A file of this package or of ``features/`` that registers a class is all that a new loss is."""
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+import rld_lightning.losses
+from rld_lightning.losses.base import DistillationLoss
+
+Loss = TypeVar("Loss", bound=DistillationLoss)
+
+_REGISTRY: dict[str, type[DistillationLoss]] = {}
+
+
+def register_loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
+    """Decorator: :func:`loss_class` finds the class under this name.
+
+    Args:
+        name: also the option of the command line, ``loss=<name>``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(cls: type[Loss]) -> type[Loss]:
+        if name in _REGISTRY:
+            raise ValueError(f"loss {name!r} is already registered, by {_REGISTRY[name].__module__}.")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def list_losses() -> list[str]:
+    """Names of all losses, in alphabetical order."""
+    _import_all()
+    return sorted(_REGISTRY)
+
+
+def loss_class(name: str) -> type[DistillationLoss]:
+    """The class that is registered under a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _REGISTRY:
+        _import_all()
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(sorted(_REGISTRY))}.")
+    return _REGISTRY[name]
+
+
+def loss_options(name: str) -> dict[str, Any]:
+    """A loss as Hydra instantiates it: ``_target_``, its import path, and every hyper-parameter with its default.
+
+    Raises:
+        ValueError: no loss has this name.
+    """
+    cls = loss_class(name)
+    package = import_module(cls.__module__.rpartition(".")[0])
+    home = package.__name__ if getattr(package, cls.__name__, None) is cls else cls.__module__
+    return {"_target_": f"{home}.{cls.__name__}", **_defaults(cls)}
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Of the constructor; what ``**options`` stands for is found in the base."""
+    parameters = inspect.signature(cls).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    inherited = _defaults(cls.__base__) if len(defaults) < len(parameters) else {}
+    return defaults | {name: default for name, default in inherited.items() if name not in defaults}
+
+
+def _import_all() -> None:
+    package = rld_lightning.losses
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        import_module(module.name)

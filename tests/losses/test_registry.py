@@ -1,0 +1,108 @@
+"""Losses by name: a new one is a file, and nothing else."""
+
+import sys
+
+import pytest
+
+import rld_lightning.losses
+from rld_lightning.losses import (
+    DistillationLoss,
+    RLDLoss,
+    StepContext,
+    list_losses,
+    loss_class,
+    loss_options,
+    register_loss,
+    registry,
+)
+
+MSE = '''
+from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.losses.registry import register_loss
+
+@register_loss("mse")
+class MSELoss(DistillationLoss):
+    """Squared difference of logits."""
+
+    def __init__(self, weight=0.5, *, ce_weight=0.1):
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+
+    def terms(self, step):
+        return {"mse": self.weight * (step.student.logits - step.teacher.logits).square().mean()}
+'''
+
+
+def test_names_are_those_of_the_command_line():
+    names = list_losses()
+    assert names == sorted(names)
+    assert {"kd", "dkd", "rld", "ctkd", "kdg_logit", "mlkd", "mlkd_noaug", "wttm", "at", "crd", "reviewkd"} <= {*names}
+    assert "combined" not in names  # of losses that have to be given
+    assert loss_class("rld") is RLDLoss
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_options_build_the_loss(name):
+    options = loss_options(name)
+    home, _, target = options.pop("_target_").rpartition(".")
+    cls = getattr(sys.modules[home], target)
+    assert cls is loss_class(name)
+    assert home in ("rld_lightning.losses", "rld_lightning.losses.features")  # where everybody imports it from
+    assert cls(**options).describe() == cls().describe()
+    assert cls.method
+    assert cls.papers or name == "ce"
+
+
+def test_options_are_all_of_them():
+    assert loss_options("rld") == {
+        "_target_": "rld_lightning.losses.RLDLoss",
+        "alpha": 1.0,
+        "beta": 8.0,
+        "temperature": 4.0,
+        "confidence_temperature": None,
+        "logit_standardization": False,
+        "mask": "ge",
+        "ce_weight": 1.0,
+        "warmup_epochs": 20,
+        "ignore_index": -100,
+    }
+    assert loss_options("at") == {
+        "_target_": "rld_lightning.losses.features.ATLoss",
+        "weight": 1000.0,
+        "power": 2.0,
+        "student_taps": None,
+        "teacher_taps": None,
+        "ce_weight": 1.0,
+        "warmup_epochs": 1,
+    }
+
+
+@pytest.fixture
+def dropped_in(tmp_path, monkeypatch):
+    """A file of one loss in a folder that belongs to the package."""
+    (tmp_path / "mse.py").write_text(MSE)
+    monkeypatch.setattr(rld_lightning.losses, "__path__", [*rld_lightning.losses.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY})
+    yield
+    sys.modules.pop("rld_lightning.losses.mse", None)
+    vars(rld_lightning.losses).pop("mse", None)
+
+
+def test_a_file_in_the_package_is_a_loss(dropped_in):
+    assert loss_options("mse") == {"_target_": "rld_lightning.losses.mse.MSELoss", "weight": 0.5, "ce_weight": 0.1}
+    assert "mse" in list_losses()
+    assert issubclass(loss_class("mse"), DistillationLoss)
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match=r"loss 'rld' is already registered, by rld_lightning\.losses\.rld"):
+
+        @register_loss("rld")
+        class Another(DistillationLoss):
+            def terms(self, step: StepContext):
+                return {}
+
+
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match=r"unknown loss 'rdl'; choose one of at, atkd, .*rld"):
+        loss_class("rdl")
