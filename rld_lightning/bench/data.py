@@ -25,19 +25,19 @@ SCALE = (0.08, 1.0)
 
 
 def bench_data(images: int, width: int, height: int, quality: int, size: int, rounds: int) -> None:
-    """Read, crop, resize and flip a batch of generated JPEGs with each pipeline in turn, on one thread.
+    """Reads, crops, resizes and flips a batch of generated JPEGs with each pipeline in turn, on one thread.
 
     The Pillow pipeline is the usual one: open, convert, ``RandomResizedCrop`` and flip of a Pillow image, ``ToTensor``,
     ``Normalize``, collate. Ours leaves normalisation to the device, a batch at a time; the last row adds it on this
     core. All draw the same.
 
     Args:
-        images: How many JPEGs, which make one batch.
-        width: Their mean width; sizes vary by a fifth.
-        height: Their mean height.
-        quality: Their JPEG quality.
-        size: Side of a crop after resizing.
-        rounds: How often each pipeline runs.
+        images: how many JPEGs, which make one batch.
+        width: their mean width; sizes vary by a fifth.
+        height: their mean height.
+        quality: their JPEG quality.
+        size: side of a crop after resizing.
+        rounds: how often each pipeline runs.
     """
     torch.set_num_threads(1)  # as in a worker process
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def bench_data(images: int, width: int, height: int, quality: int, size: int, ro
 
 
 def pipelines(paths: list[Path], size: int) -> dict[str, Callable[[], object]]:
-    """Make one function a pipeline; each prepares a batch of all files."""
+    """Makes one function a pipeline; each prepares a batch of all files."""
     usual = v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=SCALE, antialias=True),
@@ -95,7 +95,7 @@ def pipelines(paths: list[Path], size: int) -> dict[str, Callable[[], object]]:
 
 
 def _pack(paths: list[Path]) -> ShardList:
-    """Put the files into a shard beside them."""
+    """Puts the files into a shard beside them."""
     shard = paths[0].with_name("shard.tar")
     with tarfile.open(shard, "w") as tar:
         for path in paths:
@@ -108,7 +108,7 @@ def _pack(paths: list[Path]) -> ShardList:
 
 
 def write_jpegs(folder: Path, images: int, width: int, height: int, quality: int) -> list[Path]:
-    """Write coloured clouds with the noise of a camera; sizes vary by a fifth of the mean ones."""
+    """Writes coloured clouds with the noise of a camera; sizes vary by a fifth of the mean ones."""
     generator, paths = np.random.default_rng(0), []
     for number in range(images):
         shape = tuple((generator.uniform(0.8, 1.2, 2) * (width, height)).astype(int).tolist())

@@ -17,7 +17,7 @@ Device = torch.device | str
 class CropFlip(NamedTuple):
     """Where each of N samples is cropped from its padded image, and whether the crop is mirrored.
 
-    ``top`` and ``left`` are (N,) int64 in [0, 2 * padding], ``flip`` is (N,) bool.
+    ``top`` and ``left`` are ``(N,)`` int64 in [0, 2 * padding], ``flip`` is ``(N,)`` bool.
     """
 
     top: Tensor
@@ -26,31 +26,31 @@ class CropFlip(NamedTuple):
 
 
 def pad_images(images: Tensor, padding: int) -> Tensor:
-    """Surround uint8 images (N, H, W, 3) with ``padding`` black pixels on each side."""
+    """Surrounds uint8 images ``(N, H, W, 3)`` with ``padding`` black pixels on each side."""
     return F.pad(images, (0, 0, padding, padding, padding, padding))
 
 
 def draw_crop_flip(size: int, *, padding: int, flip: bool, generator: torch.Generator) -> CropFlip:
-    """Draw uniform crop offsets and, if ``flip``, fair coin flips for ``size`` samples from a CPU generator."""
+    """Draws uniform crop offsets and, if ``flip``, fair coin flips for ``size`` samples from a CPU generator."""
     top, left = torch.randint(2 * padding + 1, (2, size), generator=generator)
     coin = torch.randint(2, (size,), generator=generator).bool()
     return CropFlip(top, left, coin if flip else torch.zeros_like(coin))
 
 
 def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width: int) -> Tensor:
-    """Gather a batch of images, each cropped and perhaps mirrored as drawn.
+    """Gathers a batch of images, each cropped and perhaps mirrored as drawn.
 
     The same as torchvision's ``RandomCrop(size, padding)`` followed by ``RandomHorizontalFlip``, given the same draws.
 
     Args:
-        padded: All images, uint8 (N, H + 2p, W + 2p, C), contiguous.
-        index: Which images to take, int64 (B,).
-        draw: The offsets and flips of these B samples.
+        padded: all images, uint8 ``(N, H + 2p, W + 2p, C)``, contiguous.
+        index: which images to take, int64 ``(B,)``.
+        draw: the offsets and flips of these B samples.
         height: H, the rows of a crop.
         width: W, the columns of a crop.
 
     Returns:
-        The crops, uint8 (B, H, W, C).
+        the crops, uint8 ``(B, H, W, C)``.
     """
     _, padded_height, padded_width, channels = padded.shape
     rows = draw.top[:, None] + torch.arange(height, device=padded.device)
@@ -63,17 +63,17 @@ def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width:
 
 
 class Normalize:
-    """Turn uint8 images (B, H, W, 3) into normalised float32 (B, 3, H, W) in ``channels_last`` memory format.
+    """Turn uint8 images ``(B, H, W, 3)`` into normalised float32 ``(B, 3, H, W)`` in ``channels_last`` memory format.
 
     ``(x / 255 - mean) / std`` in this order and precision: on every device bit-identical to torchvision's ``ToTensor``
     followed by ``Normalize``.
 
     Args:
-        mean: Mean of each channel, for values in [0, 1].
-        std: Standard deviation of each channel.
+        mean: mean of each channel, for values in [0, 1].
+        std: standard deviation of each channel.
         height: H.
         width: W.
-        device: Where the images are.
+        device: where the images are.
     """
 
     def __init__(
@@ -87,5 +87,5 @@ class Normalize:
         self.scale = torch.tensor(255.0, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise a batch; no value is read back from the device."""
+        """Normalises a batch; no value is read back from the device."""
         return images.float().div_(self.scale).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)

@@ -28,7 +28,7 @@ class BadImageReport:
     ``MOST_LOGGED`` are logged one by one if there is a file.
 
     Args:
-        file: Where to list the images; ``None`` lists them nowhere, and each process then reports for itself.
+        file: where to list the images; ``None`` lists them nowhere, and each process then reports for itself.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -36,11 +36,11 @@ class BadImageReport:
         self.known: set[str] = set()
 
     def add(self, images: Iterable[BadImage], consequence: str) -> None:
-        """Report the images that are not known yet.
+        """Reports the images that are not known yet.
 
         Args:
-            images: What was found.
-            consequence: What is done about them, which ends the message.
+            images: what was found.
+            consequence: what is done about them, which ends the message.
         """
         new = {image.path: image for image in images if image.path not in self.known}
         if not new:

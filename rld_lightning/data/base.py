@@ -4,7 +4,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from rld_lightning.data.sampler import EpochSampler
@@ -14,10 +13,10 @@ class Batch(NamedTuple):
     """What a loader yields, ready for a model on the training device.
 
     Attributes:
-        images: Normalised float32 images (B, 3, H, W) in ``channels_last`` memory format.
-        label: Classes, int64 (B,).
-        index: Positions in the split, int64 (B,); losses with a memory bank need them.
-        strong: The same samples strongly augmented, otherwise like ``images``; ``None`` unless it was asked for.
+        images: normalised float32 images ``(B, 3, H, W)`` in ``channels_last`` memory format.
+        label: classes, int64 ``(B,)``.
+        index: positions in the split, int64 ``(B,)``; losses with a memory bank need them.
+        strong: the same samples strongly augmented, otherwise like ``images``; ``None`` unless it was asked for.
     """
 
     images: Tensor
@@ -27,17 +26,19 @@ class Batch(NamedTuple):
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fraction") -> tuple[Tensor, Tensor]:
-    """Split samples in two so that both parts have the class frequencies of the whole.
+    """Splits samples in two so that both parts have the class frequencies of the whole.
 
     Args:
-        labels: Classes, int64 (N,).
-        fraction: Share of the samples to hold out, in (0, 1).
-        seed: Seed of the split.
-        name: What the caller names the fraction, for the error message.
+        labels: classes, int64 ``(N,)``.
+        fraction: share of the samples to hold out, in (0, 1).
+        seed: seed of the split.
+        name: what the caller names the fraction, for the error message.
 
     Returns:
-        The sorted positions of the kept and of the held-out samples, int64.
+        the sorted positions of the kept and of the held-out samples, int64.
     """
+    from sklearn.model_selection import train_test_split  # a second that runs which hold nothing out need not wait
+
     try:
         kept, held_out = train_test_split(
             torch.arange(len(labels)).numpy(), test_size=fraction, random_state=seed, stratify=labels.numpy()
@@ -51,17 +52,17 @@ def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fr
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Choose a fraction of the samples of each class, but at least one.
+    """Chooses a fraction of the samples of each class, but at least one.
 
     With one seed, a smaller fraction chooses among the samples of a larger one.
 
     Args:
-        labels: Classes, int64 (N,).
-        fraction: Share of the samples to choose, in (0, 1].
-        seed: Seed of the choice.
+        labels: classes, int64 ``(N,)``.
+        fraction: share of the samples to choose, in (0, 1].
+        seed: seed of the choice.
 
     Returns:
-        The sorted positions of the chosen samples, int64.
+        the sorted positions of the chosen samples, int64.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
@@ -75,29 +76,29 @@ class ImageDataModule(LightningDataModule):
     """The common face of the data sets: splits, batch sizes and a description.
 
     Args:
-        batch_size: Training batch over *all* processes; each takes ``batch_size / world_size`` of it.
-        eval_batch_size: Largest evaluation batch over all processes.
-        val_fraction: Share of the training split to hold out for validation, stratified, in [0, 1). With 0 validation
+        batch_size: training batch over *all* processes; each takes ``batch_size / world_size`` of it.
+        eval_batch_size: largest evaluation batch over all processes.
+        val_fraction: share of the training split to hold out for validation, stratified, in [0, 1). With 0 validation
             runs on the test split, as the literature does; tune with more than 0.
-        subset: Share of the training images to train on, stratified, in (0, 1], for quick trials; validation and test
+        subset: share of the training images to train on, stratified, in (0, 1], for quick trials; validation and test
             images stay as they are.
-        seed: Seed of the validation split, of the subset, of the order of training samples and of their augmentation.
-        augment: Whether training images are augmented.
-        flip: Whether augmentation mirrors images with probability 1/2.
-        shuffle: Whether training samples are permuted anew in each epoch.
-        drop_last: Whether the last, smaller training batch of an epoch is left out.
-        strong_view: Whether training batches have a second view of their samples, which methods such as MLKD learn
+        seed: seed of the validation split, of the subset, of the order of training samples and of their augmentation.
+        augment: whether training images are augmented.
+        flip: whether augmentation mirrors images with probability 1/2.
+        shuffle: whether training samples are permuted anew in each epoch.
+        drop_last: whether the last, smaller training batch of an epoch is left out.
+        strong_view: whether training batches have a second view of their samples, which methods such as MLKD learn
             from: augmented anew like the first and then by
             :class:`~rld_lightning.data.randaugment.RandAugment`. The first view is the same with and without it.
 
     Attributes:
-        name: Short name of the data set, such as ``"cifar100"``.
+        name: short name of the data set, such as ``"cifar100"``.
         num_classes: C.
-        class_names: The C names, in the order of the labels.
-        image_shape: (3, H, W) of a batch's images.
-        mean: Mean of each channel that images are normalised with, for values in [0, 1].
-        std: Standard deviation of each channel, likewise.
-        split_options: The options that decide which images are held out, by what files of weights call them.
+        class_names: the C names, in the order of the labels.
+        image_shape: ``(3, H, W)`` of a batch's images.
+        mean: mean of each channel that images are normalised with, for values in [0, 1].
+        std: standard deviation of each channel, likewise.
+        split_options: the options that decide which images are held out, by what files of weights call them.
     """
 
     split_options: ClassVar[dict[str, str]] = {"data_seed": "seed", "val_fraction": "val_fraction"}
@@ -164,7 +165,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def train_label(self) -> Tensor:
-        """Class of each training image, int64 (N,), at the position that a batch calls its ``index``.
+        """Class of each training image, int64 ``(N,)``, at the position that a batch calls its ``index``.
 
         Losses with a memory look up in it which images are of one class.
         """
@@ -186,7 +187,7 @@ class ImageDataModule(LightningDataModule):
         return self._split_sizes()[2]
 
     def describe(self) -> str:
-        """Return one line for the console: name, classes, sizes and what validation runs on."""
+        """Returns one line for the console: name, classes, sizes and what validation runs on."""
         shape = "x".join(map(str, self.image_shape))
         subset = f" (subset {self.subset:g})" if self.subset < 1 else ""
         return (
@@ -195,7 +196,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def train_sampler(self) -> EpochSampler:
-        """Make the sampler of this process's share of the training split."""
+        """Makes the sampler of this process's share of the training split."""
         return EpochSampler.for_training(
             self.train_size,
             self.batch_size,
@@ -207,7 +208,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def eval_sampler(self, size: int) -> EpochSampler:
-        """Make the sampler of this process's share of an evaluation split of ``size`` images."""
+        """Makes the sampler of this process's share of an evaluation split of ``size`` images."""
         return EpochSampler.for_evaluation(size, self.eval_batch_size, rank=self.rank, world_size=self.world_size)
 
     @property

@@ -44,10 +44,10 @@ class CIFAR100DataModule(InMemoryDataModule):
     distillation code (mdistiller, after RepDistiller), so that their teachers see what they were trained on.
 
     Args:
-        root: Folder of the data set.
-        download: Whether to download what is missing.
-        url: Address of ``cifar-100-python.tar.gz``, if not its home page; the same file is expected.
-        options: See :class:`~rld_lightning.data.in_memory.InMemoryDataModule`.
+        root: folder of the data set.
+        download: whether to download what is missing.
+        url: address of ``cifar-100-python.tar.gz``, if not its home page; the same file is expected.
+        options: see :class:`~rld_lightning.data.in_memory.InMemoryDataModule`.
     """
 
     name = "cifar100"
@@ -66,7 +66,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         self.url = url or URL
 
     def prepare_data(self) -> None:
-        """Download and unpack the data set if a file is missing, in one process at a time."""
+        """Downloads and unpacks the data set if a file is missing, in one process at a time."""
         if not self._missing():
             return
         if not self.download:
@@ -83,7 +83,7 @@ class CIFAR100DataModule(InMemoryDataModule):
             self._unpack(archive)
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Read a split, images uint8 (N, 32, 32, 3) and fine labels int64 (N,), after checking its MD5."""
+        """Reads a split, images uint8 ``(N, 32, 32, 3)`` and fine labels int64 ``(N,)``, after checking its MD5."""
         split = "train" if train else "test"
         path = self.root / FOLDER / split
         if not path.exists():
@@ -104,7 +104,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         )
 
     def _unpack(self, archive: Path) -> None:
-        """Copy the three files out of the archive, each appearing under its name only when it is complete."""
+        """Copies the three files out of the archive, each appearing under its name only when it is complete."""
         folder = self.root / FOLDER
         folder.mkdir(exist_ok=True)
         with tarfile.open(archive) as tar:

@@ -26,10 +26,10 @@ class BadImageError(ValueError):
 
 
 def read_file(path: str) -> Tensor:
-    """Return the bytes of a file, uint8 (N,).
+    """Returns the bytes of a file, uint8 ``(N,)``.
 
     Raises:
-        BadImageError: If the file cannot be read.
+        BadImageError: if the file cannot be read.
     """
     try:
         return torch.from_numpy(np.fromfile(path, np.uint8))
@@ -38,18 +38,18 @@ def read_file(path: str) -> Tensor:
 
 
 def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1) -> Tensor:
-    """Decode an image of any mode of 8 bits (grey, palette, alpha, CMYK).
+    """Decodes an image of any mode of 8 bits (grey, palette, alpha, CMYK).
 
     Args:
-        content: The bytes of the file, uint8 (N,).
+        content: the bytes of the file, uint8 ``(N,)``.
         decoder: ``"pil"`` for Pillow alone, otherwise torchvision where it can.
-        reduction: What to divide height and width by, one of :data:`REDUCTIONS` or 1, if the file is a JPEG.
+        reduction: what to divide height and width by, one of :data:`REDUCTIONS` or 1, if the file is a JPEG.
 
     Returns:
-        RGB values, uint8 (3, H, W); the first image of an animation.
+        RGB values, uint8 ``(3, H, W)``; the first image of an animation.
 
     Raises:
-        BadImageError: If there is no such image in the bytes.
+        BadImageError: if there is no such image in the bytes.
     """
     if _torchvision_decode is not None and decoder != "pil" and reduction == 1:
         try:
@@ -65,10 +65,10 @@ def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1) -> 
 
 
 def read_image(path: str, decoder: str = "auto") -> Tensor:
-    """Read an image file as uint8 RGB (3, H, W); see :func:`decode_image`.
+    """Reads an image file as uint8 RGB ``(3, H, W)``; see :func:`decode_image`.
 
     Raises:
-        ValueError: If the file cannot be read as an image.
+        ValueError: if the file cannot be read as an image.
     """
     try:
         return decode_image(read_file(path), decoder)
@@ -77,14 +77,14 @@ def read_image(path: str, decoder: str = "auto") -> Tensor:
 
 
 def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor | None]:
-    """Decode JPEG files on a device, with nvJPEG on a GPU.
+    """Decodes JPEG files on a device, with nvJPEG on a GPU.
 
     Args:
-        contents: The bytes of each file, uint8 (N,), on the CPU.
-        device: Where to decode.
+        contents: the bytes of each file, uint8 ``(N,)``, on the CPU.
+        device: where to decode.
 
     Returns:
-        RGB values of each, uint8 (3, H, W), on the device; ``None`` for one that cannot be decoded there.
+        RGB values of each, uint8 ``(3, H, W)``, on the device; ``None`` for one that cannot be decoded there.
     """
     if not contents:
         return []
@@ -100,7 +100,7 @@ def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor | 
 
 
 def jpeg_size(content: Tensor) -> tuple[int, int] | None:
-    """Return height and width from the header of a JPEG file, ``None`` for what does not look like one."""
+    """Returns height and width from the header of a JPEG file, ``None`` for what does not look like one."""
     data = memoryview(content.numpy())
     if bytes(data[:2]) != b"\xff\xd8":
         return None

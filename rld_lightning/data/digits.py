@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from rld_lightning.data.base import stratified_split
@@ -23,10 +22,10 @@ class DigitsDataModule(InMemoryDataModule):
     :func:`sklearn.datasets.load_digits`. Mean and standard deviation are those of the training part at 8x8 pixels.
 
     Args:
-        image_size: Side of the images; other sizes than 8 are resized bilinearly.
-        padding: Black pixels around a training image before it is cropped.
-        flip: Whether training images are mirrored; digits are not mirror symmetric.
-        options: See :class:`~rld_lightning.data.base.ImageDataModule`.
+        image_size: side of the images; other sizes than 8 are resized bilinearly.
+        padding: black pixels around a training image before it is cropped.
+        flip: whether training images are mirrored; digits are not mirror symmetric.
+        options: see :class:`~rld_lightning.data.base.ImageDataModule`.
     """
 
     name = "digits"
@@ -42,10 +41,12 @@ class DigitsDataModule(InMemoryDataModule):
         self.image_shape = (3, image_size, image_size)
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Return the fixed 80% for training or the remaining 20%, the same classes in both.
+        """Returns the fixed 80% for training or the remaining 20%, the same classes in both.
 
         Grey values 0..16 are scaled to 0..255.
         """
+        from sklearn.datasets import load_digits  # a second that other data sets need not wait
+
         digits = load_digits()
         labels = torch.from_numpy(digits.target).long()
         chosen = stratified_split(labels, TEST_FRACTION, TEST_SEED)[0 if train else 1]

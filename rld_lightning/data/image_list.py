@@ -24,7 +24,7 @@ class ImageList(NamedTuple):
     """The files of a split.
 
     ``paths`` is a NumPy array of bytes rather than a list of ``str``: worker processes share its memory, while counting
-    the references of a million strings would copy them into each worker. ``labels`` is int64 (N,).
+    the references of a million strings would copy them into each worker. ``labels`` is int64 ``(N,)``.
     """
 
     class_names: list[str]
@@ -32,20 +32,20 @@ class ImageList(NamedTuple):
     labels: Tensor
 
     def take(self, index: Tensor) -> "ImageList":
-        """Return the files at ``index`` (M,) as a list of their own."""
+        """Returns the files at ``index`` ``(M,)`` as a list of their own."""
         return ImageList(self.class_names, self.paths[index.numpy()], self.labels[index])
 
     def path(self, index: int) -> str:
-        """Return the path of an image."""
+        """Returns the path of an image."""
         return os.fsdecode(self.paths[index])
 
     def read(self, index: int) -> Tensor:
-        """Return the bytes of an image's file, uint8 (N,); see :func:`~rld_lightning.data.decode.read_file`."""
+        """Returns the bytes of an image's file, uint8 ``(N,)``; see :func:`~rld_lightning.data.decode.read_file`."""
         return read_file(self.path(index))
 
 
 def list_images(folder: Path) -> ImageList:
-    """List the images in the class folders of ``folder``, sorted by class and name; hidden folders are left out."""
+    """Lists the images in the class folders of ``folder``, sorted by class and name; hidden folders are left out."""
     class_names = _folders_in(folder)
     if len(class_names) < 2:
         raise ValueError(
@@ -65,14 +65,14 @@ def list_images(folder: Path) -> ImageList:
 
 
 def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
-    """List the images of each split.
+    """Lists the images of each split.
 
     Args:
-        root: A folder of splits, or a flat folder of classes.
-        test_fraction: Share of the images that becomes the test split of a flat folder.
+        root: a folder of splits, or a flat folder of classes.
+        test_fraction: share of the images that becomes the test split of a flat folder.
 
     Returns:
-        The splits ``"train"``, ``"test"`` and, if the folder has one beside the test split, ``"val"``.
+        the splits ``"train"``, ``"test"`` and, if the folder has one beside the test split, ``"val"``.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: set root to a folder of class folders of images.")
@@ -115,6 +115,6 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def _quote(names: list[str], limit: int = 10) -> str:
-    """Write out at most ``limit`` names for an error message."""
+    """Writes out at most ``limit`` names for an error message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(map(repr, names[:limit])) or "none") + more

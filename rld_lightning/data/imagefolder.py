@@ -17,10 +17,10 @@ class ImageFolderDataModule(StreamingDataModule):
     ``test_fraction`` of the images is the test split.
 
     Args:
-        root: The folder.
-        test_fraction: Share of the images in the test split, if the folder does not say.
-        name: Name of the data set, by default that of the folder.
-        options: See :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
+        root: the folder.
+        test_fraction: share of the images in the test split, if the folder does not say.
+        name: name of the data set, by default that of the folder.
+        options: see :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """
 
     split_options = ImageDataModule.split_options | {"test_fraction": "test_fraction"}
@@ -35,5 +35,5 @@ class ImageFolderDataModule(StreamingDataModule):
         self.test_fraction = test_fraction
 
     def find_splits(self) -> dict[str, ImageList]:
-        """List the files of ``"train"``, ``"test"`` and, where the folder has one of its own, ``"val"``."""
+        """Lists the files of ``"train"``, ``"test"`` and, where the folder has one of its own, ``"val"``."""
         return find_splits(self.root, self.test_fraction)

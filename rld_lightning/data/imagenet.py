@@ -37,16 +37,16 @@ class ImageNetDataModule(ImageFolderDataModule):
     Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015, arXiv 1409.0575.
 
     Args:
-        root: The folder.
-        name: Name of the data set.
-        options: See :class:`~rld_lightning.data.imagefolder.ImageFolderDataModule`.
+        root: the folder.
+        name: name of the data set.
+        options: see :class:`~rld_lightning.data.imagefolder.ImageFolderDataModule`.
     """
 
     def __init__(self, root: str | Path = "data/imagenet", *, name: str = "imagenet", **options: Any) -> None:
         super().__init__(root, name=name, **options)
 
     def find_splits(self) -> dict[str, ImageList]:
-        """List the files of ``"train"`` and ``"test"``, unpacked if they were not."""
+        """Lists the files of ``"train"`` and ``"test"``, unpacked if they were not."""
         self.prepare_data()
         return super().find_splits()
 
@@ -67,7 +67,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         return [f"{names[wnid][0]} ({wnid})" if wnid in names else wnid for wnid in wnids]
 
     def prepare_data(self) -> None:
-        """Unpack what is missing, in one process at a time; an interrupted archive is started over."""
+        """Unpacks what is missing, in one process at a time; an interrupted archive is started over."""
         folders = [self.root / split for split in SPLITS if (self.root / split).is_dir()]
         for folder in folders:
             if not any(entry.is_dir() for entry in folder.iterdir()):
@@ -114,7 +114,7 @@ class ImageNetDataModule(ImageFolderDataModule):
             (Path(folder) / META_FILE).replace(self.root / META_FILE)
 
     def _read_meta(self) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-        """Return the names of each WordNet id and the WordNet id of each validation image."""
+        """Returns the names of each WordNet id and the WordNet id of each validation image."""
         try:
             return load_meta_file(self.root)
         except Exception as error:  # unpicklers raise almost anything

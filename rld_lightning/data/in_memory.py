@@ -14,17 +14,17 @@ from rld_lightning.data.sampler import EpochSampler
 
 
 class Split(NamedTuple):
-    """All images of a split, uint8 (N, H, W, 3), and their classes, int64 (N,)."""
+    """All images of a split, uint8 ``(N, H, W, 3)``, and their classes, int64 ``(N,)``."""
 
     images: Tensor
     labels: Tensor
 
     def take(self, index: Tensor) -> "Split":
-        """Return the samples at ``index`` (M,) as a split of their own."""
+        """Returns the samples at ``index`` ``(M,)`` as a split of their own."""
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on ``device``."""
+        """Returns the split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -35,12 +35,12 @@ class InMemoryLoader(EpochLoader):
     only launches kernels and never waits for the device.
 
     Args:
-        split: The samples, their images padded by ``padding`` on each side.
-        sampler: Which samples this process takes.
-        normalize: Turns uint8 crops into the model's input, on the device of the split.
-        padding: The padding of the images, which is the largest shift of a crop.
-        flip: Whether crops are mirrored with probability 1/2.
-        strong_view: Whether each batch has a second, strongly augmented view.
+        split: the samples, their images padded by ``padding`` on each side.
+        sampler: which samples this process takes.
+        normalize: turns uint8 crops into the model's input, on the device of the split.
+        padding: the padding of the images, which is the largest shift of a crop.
+        flip: whether crops are mirrored with probability 1/2.
+        strong_view: whether each batch has a second, strongly augmented view.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class InMemoryLoader(EpochLoader):
         return crop_flip(self.split.images, index, CropFlip(*(values[step] for values in draw)), *self._crop_size)
 
     def _local(self, values: Tensor) -> Tensor:
-        """Take this process's share of what was drawn for all positions (N,), on the device."""
+        """Takes this process's share of what was drawn for all positions ``(N,)``, on the device."""
         return values[self.sampler.positions].to(self.split.images.device)
 
 
@@ -106,8 +106,8 @@ class InMemoryDataModule(ImageDataModule):
     A subclass names the data set, downloads it in ``prepare_data`` and returns a split in ``read_split``.
 
     Args:
-        padding: Black pixels around a training image, from which a crop of the original size is taken.
-        options: See :class:`~rld_lightning.data.base.ImageDataModule`.
+        padding: black pixels around a training image, from which a crop of the original size is taken.
+        options: see :class:`~rld_lightning.data.base.ImageDataModule`.
     """
 
     def __init__(self, *, padding: int = 4, **options: Any) -> None:
@@ -120,18 +120,18 @@ class InMemoryDataModule(ImageDataModule):
         self._test: Split | None = None
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Read a split from disk.
+        """Reads a split from disk.
 
         Args:
-            train: Whether to read the training or the test split.
+            train: whether to read the training or the test split.
 
         Returns:
-            The images, uint8 (N, H, W, 3), and their classes, int64 (N,), both on the CPU.
+            the images, uint8 ``(N, H, W, 3)``, and their classes, int64 ``(N,)``, both on the CPU.
         """
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read all splits once, and move them to the trainer's device."""
+        """Reads all splits once, and moves them to the trainer's device."""
         if self._train is None or self._test is None:
             train, self._test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
             if self.val_fraction > 0:
@@ -146,12 +146,12 @@ class InMemoryDataModule(ImageDataModule):
 
     @property
     def train_label(self) -> Tensor:
-        """Class of each training image, int64 (N,), on the trainer's device."""
+        """Class of each training image, int64 ``(N,)``, on the trainer's device."""
         self._split_sizes()  # which says what to call if nothing is loaded yet
         return self._train.labels
 
     def train_dataloader(self) -> InMemoryLoader:
-        """Return the augmented, shuffled training batches of this process."""
+        """Returns the augmented, shuffled training batches of this process."""
         sampler = self.train_sampler()
         flip = self.flip and self.augment
         return InMemoryLoader(
@@ -164,11 +164,11 @@ class InMemoryDataModule(ImageDataModule):
         )
 
     def val_dataloader(self) -> InMemoryLoader:
-        """Return the held-out training images, or the test split if none are held out."""
+        """Returns the held-out training images, or the test split if none are held out."""
         return self._eval_loader(self._val or self._test, self.val_size)
 
     def test_dataloader(self) -> InMemoryLoader:
-        """Return the test split, each image exactly once over all processes."""
+        """Returns the test split, each image exactly once over all processes."""
         return self._eval_loader(self._test, self.test_size)
 
     def _eval_loader(self, split: Split | None, size: int) -> InMemoryLoader:

@@ -42,7 +42,7 @@ class EpochLoader(ABC):
         self.sampler.set_epoch(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch of the last batch and how many batches of it were handed out."""
+        """Returns the epoch of the last batch and how many batches of it were handed out."""
         return dict(self._progress or {"epoch": self.sampler.epoch, "batch": 0})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,4 +55,4 @@ class EpochLoader(ABC):
 
     @abstractmethod
     def _batches(self, start: int) -> Iterator[Batch]:
-        """Yield the batches of the sampler's epoch from step ``start`` on."""
+        """Yields the batches of the sampler's epoch from step ``start`` on."""

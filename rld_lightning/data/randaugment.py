@@ -44,8 +44,8 @@ HOLE_COLOR = (125, 123, 114)
 class RandAugmentDraw(NamedTuple):
     """What is done to each of N samples, on the CPU.
 
-    ``operation`` (N, 2) int64 are positions in ``OPERATIONS``, ``magnitude`` (N, 2) float32 lies in the range of each,
-    and ``hole`` (N, 4) int64 are the first and the last row, the first and the last column that Cutout fills.
+    ``operation`` ``(N, 2)`` int64 are positions in ``OPERATIONS``, ``magnitude`` ``(N, 2)`` float32 lies in the
+    range of each, and ``hole`` ``(N, 4)`` int64 are the first and the last row, the first and the last column that Cutout fills.
     """
 
     operation: Tensor
@@ -54,7 +54,7 @@ class RandAugmentDraw(NamedTuple):
 
 
 def draw_randaugment(size: int, height: int, width: int, generator: torch.Generator) -> RandAugmentDraw:
-    """Draw two operations, their magnitudes and a hole for ``size`` images from a CPU generator."""
+    """Draws two operations, their magnitudes and a hole for ``size`` images from a CPU generator."""
     operation = torch.randint(len(OPERATIONS), (size, ROUNDS), generator=generator)
     low, high = torch.tensor(list(MAGNITUDES.values()), dtype=torch.float64)[operation].unbind(-1)
     uniform = torch.rand(size, ROUNDS + 3, generator=generator, dtype=torch.float64)
@@ -75,11 +75,11 @@ class RandAugment:
     known on the CPU, so that a step launches kernels and waits for nothing.
 
     Args:
-        draw: What was drawn for all M samples, batch after batch.
-        steps: The slice of the M samples in each batch; together they are all, in order.
+        draw: what was drawn for all M samples, batch after batch.
+        steps: the slice of the M samples in each batch; together they are all, in order.
         height: H.
         width: W.
-        device: Where the images are.
+        device: where the images are.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class RandAugment:
             self.rounds.append((*(values.to(device) for values in on_device), sizes))
 
     def __call__(self, images: Tensor, number: int) -> Tensor:
-        """Augment the uint8 images (B, H, W, 3) of batch ``number``."""
+        """Augment the uint8 images ``(B, H, W, 3)`` of batch ``number``."""
         step = self.steps[number]
         for order, restore, magnitude, moves, sizes in self.rounds:
             parts = images.index_select(0, order[step]).split(sizes[number])
@@ -117,7 +117,7 @@ class RandAugment:
 
 
 def randaugment_image(image: Tensor) -> Tensor:
-    """Augment one uint8 image (3, H, W) as drawn from the global CPU generator."""
+    """Augment one uint8 image ``(3, H, W)`` as drawn from the global CPU generator."""
     height, width = image.shape[1:]
     draw = draw_randaugment(1, height, width, torch.default_generator)
     augment = RandAugment(draw, [slice(0, 1)], height, width, image.device)
@@ -125,7 +125,7 @@ def randaugment_image(image: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; a channel of one value stays."""
+    """Stretches each channel to 0..255; a channel of one value stays."""
     low, high = images.flatten(1, 2).aminmax(dim=1)
     low, high = low[:, None, None].int(), high[:, None, None].int()
     stretched = (images - low) * 255 // (high - low).clamp(min=1)
@@ -133,7 +133,7 @@ def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Spread the values of each channel so that their histogram is as flat as can be."""
+    """Spreads the values of each channel so that their histogram is as flat as can be."""
     samples, height, width, channels = images.shape
     histograms = torch.arange(samples * channels, device=images.device).view(samples, 1, 1, channels)
     bins = (256 * histograms + images).view(-1)
@@ -147,12 +147,12 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Keep the highest bits of each value, as many as the magnitude rounded down."""
+    """Keeps the highest bits of each value, as many as the magnitude rounded down."""
     return images & (256 - torch.bitwise_left_shift(1, 8 - magnitude.int())).byte()
 
 
 def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Invert the values that are not below the magnitude."""
+    """Inverts the values that are not below the magnitude."""
     return torch.where(images < magnitude, images, 255 - images)
 
 
@@ -162,12 +162,12 @@ def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def color(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Take out colour: at 0 grey, at 1 the image."""
+    """Takes out colour: at 0 grey, at 1 the image."""
     return _blend(_grey(images), images, magnitude)
 
 
 def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Take out contrast: at 0 the rounded mean of the grey image, at 1 the image."""
+    """Takes out contrast: at 0 the rounded mean of the grey image, at 1 the image."""
     pixels = images.shape[1] * images.shape[2]
     mean = (2 * _grey(images).sum((1, 2), keepdim=True) + pixels) // (2 * pixels)
     return _blend(mean, images, magnitude)
@@ -198,16 +198,16 @@ def _blend(base: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def fixed_point_moves(operation: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
-    """Write rotation, shear or translation as the integers that Pillow resamples with.
+    """Writes rotation, shear or translation as the integers that Pillow resamples with.
 
     Args:
-        operation: Positions in ``OPERATIONS``, int64 (N,).
-        magnitude: Degrees anticlockwise, a slope, or a share of the width or height, (N,).
+        operation: positions in ``OPERATIONS``, int64 ``(N,)``.
+        magnitude: degrees anticlockwise, a slope, or a share of the width or height, ``(N,)``.
         height: H.
         width: W.
 
     Returns:
-        ``(a, b, c, d, e, f)``, int32 (N, 6): pixel (x, y) is taken from column ``(a x + b y + c) >> 16`` and row
+        ``(a, b, c, d, e, f)``, int32 ``(N, 6)``: pixel (x, y) is taken from column ``(a x + b y + c) >> 16`` and row
         ``(d x + e y + f) >> 16``. For operations that move nothing it is taken from where it is.
     """
     magnitude = magnitude.double()
@@ -223,11 +223,11 @@ def fixed_point_moves(operation: Tensor, magnitude: Tensor, height: int, width: 
 
 
 def move(images: Tensor, moves: Tensor) -> Tensor:
-    """Resample to the nearest pixel, with black outside.
+    """Resamples to the nearest pixel, with black outside.
 
     Args:
-        images: uint8 (B, H, W, 3).
-        moves: As :func:`fixed_point_moves` gives them, int32 (B, 6).
+        images: uint8 ``(B, H, W, 3)``.
+        moves: as :func:`fixed_point_moves` gives them, int32 ``(B, 6)``.
     """
     samples, height, width, channels = images.shape
     y = torch.arange(height, dtype=torch.int32, device=images.device).unsqueeze(-1)
@@ -242,12 +242,12 @@ def move(images: Tensor, moves: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, hole: Tensor, filling: Tensor) -> Tensor:
-    """Fill a rectangle of each image.
+    """Fills a rectangle of each image.
 
     Args:
-        images: uint8 (B, H, W, 3).
-        hole: First and last row, first and last column, int64 (B, 4).
-        filling: A row of filled pixels, uint8 (3 W,).
+        images: uint8 ``(B, H, W, 3)``.
+        hole: first and last row, first and last column, int64 ``(B, 4)``.
+        filling: a row of filled pixels, uint8 (3 W,).
     """
     top, bottom, left, right = hole.T[..., None, None]
     height, channels = images.shape[1], images.shape[3]

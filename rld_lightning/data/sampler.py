@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Make the CPU generator that everything random in an epoch is drawn from.
+    """Makes the CPU generator that everything random in an epoch is drawn from.
 
     The pair is hashed: with ``seed + epoch``, epoch 1 of seed 0 would replay epoch 0 of seed 1. Four bytes are all that
     PyTorch's CPU generator (MT19937) keeps of a seed.
@@ -28,10 +28,10 @@ def _permute(size: int, generator: torch.Generator) -> Tensor:
 
 
 def share_of_batch(batch_size: int, world_size: int) -> int:
-    """Return how many samples of a global batch each process takes.
+    """Returns how many samples of a global batch each process takes.
 
     Raises:
-        ValueError: If they cannot share it equally.
+        ValueError: if they cannot share it equally.
     """
     share, remainder = divmod(batch_size, world_size)
     if remainder or share < 1:
@@ -47,16 +47,16 @@ class EpochSampler:
 
     Args:
         size: N, the number of samples in the split.
-        batches: For each step, the positions in [0, N) that this process takes, int64 (B,).
-        seed: Seed of everything that is drawn for the epoch.
-        shuffle: Whether the samples are permuted before positions are given out.
+        batches: for each step, the positions in [0, N) that this process takes, int64 ``(B,)``.
+        seed: seed of everything that is drawn for the epoch.
+        shuffle: whether the samples are permuted before positions are given out.
 
     Attributes:
-        positions: The positions of all steps, one after the other, int64 (M,).
-        steps: For each step, its slice of ``positions``.
-        epoch: The epoch that the next iteration draws.
-        permute: How samples are permuted: given N and a generator, an order (N,) int64. Any order is as likely as any
-            other, unless a data set replaces this.
+        positions: the positions of all steps, one after the other, int64 ``(M,)``.
+        steps: for each step, its slice of ``positions``.
+        epoch: the epoch that the next iteration draws.
+        permute: how samples are permuted: given N and a generator, an order ``(N,)`` int64. Any order is as
+            likely as any other, unless a data set replaces this.
     """
 
     def __init__(self, size: int, batches: list[Tensor], *, seed: int = 0, shuffle: bool = False) -> None:
@@ -81,7 +81,7 @@ class EpochSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> "EpochSampler":
-        """Cut an epoch into global batches of ``batch_size`` and take the equal share of ``rank`` from each.
+        """Cuts an epoch into global batches of ``batch_size`` and takes the equal share of ``rank`` from each.
 
         The last, smaller batch is shared equally too, because distributed training averages the gradients of the
         processes with equal weight; where it does not divide, it is filled up from the start of the epoch.
@@ -101,7 +101,7 @@ class EpochSampler:
 
     @classmethod
     def for_evaluation(cls, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> "EpochSampler":
-        """Share out every sample exactly once, in order, with the same number of steps on every process.
+        """Shares out every sample exactly once, in order, with the same number of steps on every process.
 
         The global batches are made as equal as possible instead of leaving a small one at the end (10,000 images at 512
         are 20 batches of 500): then each of them has a sample for every process, and no process runs dry while others
@@ -120,14 +120,14 @@ class EpochSampler:
         return len(self.steps)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws; Lightning calls this before each epoch."""
+        """Chooses the epoch that the next iteration draws; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def draw_order(self) -> tuple[Tensor, torch.Generator]:
-        """Draw which sample stands at each position of the epoch.
+        """Draws which sample stands at each position of the epoch.
 
         Returns:
-            The order (N,) int64, and the generator to draw the augmentation of the N positions from.
+            the order ``(N,)`` int64, and the generator to draw the augmentation of the N positions from.
         """
         generator = epoch_generator(self.seed, self.epoch)
         order = self.permute(self.size, generator) if self.shuffle else torch.arange(self.size)

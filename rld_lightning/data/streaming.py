@@ -28,22 +28,22 @@ Key = tuple[int, int]
 
 
 class Images(Protocol):
-    """The encoded images of a split, wherever they are; ``labels`` is int64 (N,)."""
+    """The encoded images of a split, wherever they are; ``labels`` is int64 ``(N,)``."""
 
     class_names: list[str]
     labels: Tensor
 
     def take(self, index: Tensor) -> "Images":
-        """Return the images at ``index`` (M,) as a list of their own."""
+        """Returns the images at ``index`` ``(M,)`` as a list of their own."""
 
     def path(self, index: int) -> str:
-        """Return what an image is called in messages."""
+        """Returns what an image is called in messages."""
 
     def read(self, index: int) -> Tensor:
-        """Return the bytes of an image's file, uint8 (N,).
+        """Returns the bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
-            BadImageError: If this image cannot be read, while others may.
+            BadImageError: if this image cannot be read, while others may.
         """
 
 
@@ -51,9 +51,9 @@ class RandomCropFlip(v2.RandomResizedCrop):
     """``v2.RandomResizedCrop`` and then ``v2.RandomHorizontalFlip``, with the same draws.
 
     Args:
-        size: Height and width of the result.
-        scale: Range of the share of the area that a crop covers.
-        flip: Whether crops are mirrored with probability 1/2.
+        size: height and width of the result.
+        scale: range of the share of the area that a crop covers.
+        flip: whether crops are mirrored with probability 1/2.
     """
 
     def __init__(self, size: Sequence[int], scale: tuple[float, float], flip: bool) -> None:
@@ -61,17 +61,17 @@ class RandomCropFlip(v2.RandomResizedCrop):
         self.flip = flip
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the crop and the flip."""
+        """Draws the crop and the flip."""
         crop = super().make_params(flat_inputs)
         return crop | {"flip": self.flip and bool(torch.rand(1) < 0.5)}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """Cut out, resize and perhaps mirror."""
+        """Cuts out, resize and perhaps mirror."""
         crop = super().transform(inpt, {name: value for name, value in params.items() if name != "flip"})
         return v2.functional.horizontal_flip(crop) if params["flip"] else crop
 
     def draw_reduction(self, height: int, width: int) -> int:
-        """Draw a crop of an image of this size and return by how much the image may be reduced before it is cut out.
+        """Draws a crop of an image of this size and returns by how much the image may be reduced before it is cut out.
 
         The same draws give a crop of the same share of the reduced image.
         """
@@ -85,7 +85,7 @@ class Sample(NamedTuple):
     """What became of a key.
 
     ``index`` is the position of the image that was read and ``label`` its class, ``views`` has one or two images
-    (3, H, W) or, if none could be read, nothing, and ``bad`` are the files that could not be read on the way.
+    ``(3, H, W)`` or, if none could be read, nothing, and ``bad`` are the files that could not be read on the way.
     """
 
     index: int
@@ -105,12 +105,12 @@ class StreamedImages(Dataset):
     """Decode and transform single images; a key is the index of an image and the seed of its augmentation.
 
     Args:
-        images: The images.
-        transform: Applied to each uint8 image (3, H, W); must give equal shapes.
-        strong: Whether to transform the same image once more and augment it strongly for a second view.
+        images: the images.
+        transform: applied to each uint8 image ``(3, H, W)``; must give equal shapes.
+        strong: whether to transform the same image once more and augment it strongly for a second view.
         decode: ``"auto"``, ``"pil"`` or ``"cuda"``; see
             :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
-        replace: Whether the next readable image of the same class takes the place of one that cannot be read.
+        replace: whether the next readable image of the same class takes the place of one that cannot be read.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class StreamedImages(Dataset):
         self.replace = replace
 
     def __getitem__(self, key: Key) -> Sample | Encoded:
-        """Return an image, or the file of one that the device will decode."""
+        """Returns an image, or the file of one that the device will decode."""
         if self.decode == "cuda":
             try:
                 content = self.images.read(key[0])
@@ -143,11 +143,11 @@ class StreamedImages(Dataset):
         return len(self.images.labels)
 
     def key_sampler(self, sampler: EpochSampler) -> "KeySampler":
-        """Make what asks for the batches of a sampler's epoch."""
+        """Makes what asks for the batches of a sampler's epoch."""
         return KeySampler(sampler)
 
     def load(self, key: Key) -> Sample:
-        """Read, decode and transform an image on the CPU."""
+        """Reads, decode and transform an image on the CPU."""
         index, seed = key
         bad = []
         for candidate in self._candidates(index):
@@ -162,11 +162,11 @@ class StreamedImages(Dataset):
         return self.sample(index, [], bad)
 
     def sample(self, index: int, views: list[Tensor], bad: Sequence[BadImage] = ()) -> Sample:
-        """Put together what became of a key."""
+        """Puts together what became of a key."""
         return Sample(index, self.images.labels[index], views, list(bad))
 
     def views(self, image: Tensor, seed: int) -> list[Tensor]:
-        """Transform a uint8 image (3, H, W), on the device where it is."""
+        """Transforms a uint8 image ``(3, H, W)``, on the device where it is."""
         # Transforms draw from the global generator. Seeding it for each image makes the result independent of which
         # worker loads it, and restoring it leaves the random state of training alone. Only the CPU generator: the
         # common `torch.manual_seed` would touch CUDA's in every worker.
@@ -179,7 +179,7 @@ class StreamedImages(Dataset):
         return views
 
     def _draw_reduction(self, content: Tensor, seed: int) -> int:
-        """Foresee the crops of a large JPEG and return by how much it may be reduced while it is decoded."""
+        """Foresees the crops of a large JPEG and returns by how much it may be reduced while it is decoded."""
         if self.decode == "pil" or not isinstance(self.transform, RandomCropFlip):
             return 1
         size = jpeg_size(content)
@@ -202,8 +202,8 @@ class StreamedImages(Dataset):
 class Stacked(NamedTuple):
     """The samples of a batch that could be read.
 
-    ``tensors`` are labels (B,), indices (B,) and one or two views (B, 3, H, W), or nothing if B is 0; ``bad`` are the
-    files that could not be read.
+    ``tensors`` are labels ``(B,)``, indices ``(B,)`` and one or two views ``(B, 3, H, W)``, or nothing if B is 0;
+    ``bad`` are the files that could not be read.
     """
 
     tensors: list[Tensor]
@@ -211,7 +211,7 @@ class Stacked(NamedTuple):
 
 
 def stack(samples: Sequence[Sample]) -> Stacked:
-    """Stack what could be read."""
+    """Stacks what could be read."""
     read = [(sample.label, sample.index, *sample.views) for sample in samples if sample.views]
     bad = [image for sample in samples for image in sample.bad]
     return Stacked(default_collate(read) if read else [], bad)
@@ -228,7 +228,7 @@ class KeySampler:
         return len(self.sampler)
 
     def draw(self) -> Tensor:
-        """Draw the keys of all steps of this process, one after the other, int64 (M, 2)."""
+        """Draws the keys of all steps of this process, one after the other, int64 ``(M, 2)``."""
         order, generator = self.sampler.draw_order()
         seeds = torch.randint(1 << 32, order.shape, generator=generator)
         return torch.stack([order, seeds], dim=1)[self.sampler.positions]
@@ -249,12 +249,12 @@ class StreamingLoader(EpochLoader):
     before, some of which may then be empty.
 
     Args:
-        dataset: Gives the uint8 views of a key's image.
-        sampler: Which samples this process takes.
-        normalize: Turns uint8 images into the model's input.
-        device: Where batches are delivered.
-        num_workers: Worker processes, 0 to decode in this one.
-        report: Is told of images that cannot be read; without it they are errors.
+        dataset: gives the uint8 views of a key's image.
+        sampler: which samples this process takes.
+        normalize: turns uint8 images into the model's input.
+        device: where batches are delivered.
+        num_workers: worker processes, 0 to decode in this one.
+        report: is told of images that cannot be read; without it they are errors.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class StreamingLoader(EpochLoader):
             raise ShardError(text.removeprefix(f"{ShardError.__module__}.{ShardError.__name__}: ")) from None
 
     def _decode(self, delivered: list[Sample | Encoded]) -> list[Sample]:
-        """Decode on the device what the workers have left to it, and on the CPU what it refuses."""
+        """Decodes on the device what the workers have left to it, and on the CPU what it refuses."""
         encoded = [item for item in delivered if isinstance(item, Encoded)]
         images = iter(decode_jpegs([item.content for item in encoded], self.device))
         samples = []

@@ -24,23 +24,23 @@ class StreamingDataModule(ImageDataModule):
     """Images too many for the device, decoded by worker processes.
 
     Args:
-        name: Name of the data set.
-        image_size: Side of the square images that the model sees.
-        resize: Shorter side that evaluation images are resized to before the centre is cropped; by default
+        name: name of the data set.
+        image_size: side of the square images that the model sees.
+        resize: shorter side that evaluation images are resized to before the centre is cropped; by default
             ``image_size / 0.875``, 256 for 224.
-        scale: Range of the share of the area that a random training crop covers.
-        num_workers: Decoding processes for each training process.
+        scale: range of the share of the area that a random training crop covers.
+        num_workers: decoding processes for each training process.
         decode: ``"auto"`` decodes in the workers, with torchvision where it can and Pillow where it cannot, and large
             JPEGs at a fraction of their size where the training crop allows; ``"pil"`` with Pillow alone, always at
             full size; ``"cuda"`` has JPEGs decoded on the GPU by nvJPEG, which frees the workers and rounds
             differently.
-        bad_images: What to do about files that cannot be read as an image of 8 bits. ``"replace"`` trains on the next
+        bad_images: what to do about files that cannot be read as an image of 8 bits. ``"replace"`` trains on the next
             image of the same class in their place, leaves them out of evaluation, and reports each once; ``"error"``
             ends the run.
-        bad_images_file: Where to list them, for all processes of a run; nowhere by default.
-        mean: Mean of each channel; by default ImageNet's, as are its models.
-        std: Standard deviation of each channel.
-        options: See :class:`~rld_lightning.data.base.ImageDataModule`.
+        bad_images_file: where to list them, for all processes of a run; nowhere by default.
+        mean: mean of each channel; by default ImageNet's, as are its models.
+        std: standard deviation of each channel.
+        options: see :class:`~rld_lightning.data.base.ImageDataModule`.
     """
 
     # What the workers read from, and what the user calls it.
@@ -94,7 +94,7 @@ class StreamingDataModule(ImageDataModule):
         self.std = tuple(std)
 
     def find_splits(self) -> Mapping[str, Images]:
-        """Find the images of ``"train"``, ``"test"`` and, where there is one of its own, ``"val"``."""
+        """Finds the images of ``"train"``, ``"test"`` and, where there is one of its own, ``"val"``."""
         raise NotImplementedError
 
     @cached_property
@@ -121,35 +121,35 @@ class StreamingDataModule(ImageDataModule):
         return len(self.class_names)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images."""
+        """Lists the images."""
         splits = self.splits
         self._sizes = tuple(len(splits[name].labels) for name in ("train", self._val_name, "test"))
 
     def train_transform(self) -> v2.Transform:
-        """Return what is done to a uint8 training image (3, H, W)."""
+        """Returns what is done to a uint8 training image ``(3, H, W)``."""
         if not self.augment:
             return self.eval_transform()
         return RandomCropFlip(self.image_shape[1:], self.scale, self.flip)
 
     def eval_transform(self) -> v2.Transform:
-        """Return what is done to a uint8 evaluation image (3, H, W)."""
+        """Returns what is done to a uint8 evaluation image ``(3, H, W)``."""
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_shape[1:])])
 
     @property
     def train_label(self) -> Tensor:
-        """Class of each training image, int64 (N,), on the CPU."""
+        """Class of each training image, int64 ``(N,)``, on the CPU."""
         return self.splits["train"].labels
 
     def train_dataloader(self) -> StreamingLoader:
-        """Return the augmented, shuffled training batches of this process."""
+        """Returns the augmented, shuffled training batches of this process."""
         return self._loader("train", self.train_sampler(), self.train_transform(), training=True)
 
     def val_dataloader(self) -> StreamingLoader:
-        """Return the held-out training images, the data set's own validation split, or else the test split."""
+        """Returns the held-out training images, the data set's own validation split, or else the test split."""
         return self._loader(self._val_name, self.eval_sampler(self.val_size), self.eval_transform())
 
     def test_dataloader(self) -> StreamingLoader:
-        """Return the test split, each image exactly once over all processes."""
+        """Returns the test split, each image exactly once over all processes."""
         return self._loader("test", self.eval_sampler(self.test_size), self.eval_transform())
 
     def _loader(

@@ -35,7 +35,7 @@ class Samples(NamedTuple):
     """The images of a split, in the order of its shards: NumPy arrays, which worker processes share.
 
     ``offset`` and ``size`` (int64) are the place of an image's bytes in its shard, ``label`` (int64) is its class and
-    ``member`` (bytes) its name there; each is (N,).
+    ``member`` (bytes) its name there; each is ``(N,)``.
     """
 
     offset: np.ndarray
@@ -45,7 +45,7 @@ class Samples(NamedTuple):
 
     @classmethod
     def join(cls, parts: list["Samples"]) -> "Samples":
-        """Put those of several shards one after the other."""
+        """Puts those of several shards one after the other."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -54,10 +54,10 @@ class ShardIndex:
     """A data set in shards.
 
     Attributes:
-        name: Short name of the data set.
-        class_names: The C names, in the order of the labels.
-        shards: The shards of each split.
-        samples: The images of each split.
+        name: short name of the data set.
+        class_names: the C names, in the order of the labels.
+        shards: the shards of each split.
+        samples: the images of each split.
         look: ``image_size``, ``resize``, ``mean`` and ``std`` as the data set had them when it was packed, if it was.
     """
 
@@ -68,7 +68,7 @@ class ShardIndex:
     look: dict[str, int | list[float]]
 
     def write(self, root: str, options: dict | None = None) -> None:
-        """Write both files into ``root``, a folder or an address; ``options`` are for the store."""
+        """Writes both files into ``root``, a folder or an address; ``options`` are for the store."""
         arrays = {
             f"{split}.{name}": values
             for split, samples in self.samples.items()
@@ -91,12 +91,12 @@ class ShardIndex:
 
     @classmethod
     def read(cls, root: str, options: dict | None = None) -> "ShardIndex":
-        """Read what :meth:`write` has written.
+        """Reads what :meth:`write` has written.
 
         Raises:
-            FileNotFoundError: If there is none.
-            OSError: If the store cannot be reached.
-            ValueError: If the files are not an index, or not of one another.
+            FileNotFoundError: if there is none.
+            OSError: if the store cannot be reached.
+            ValueError: if the files are not an index, or not of one another.
         """
         path = join(root, INDEX_FILE)
         again = "make it again with scripts/shards.py"
@@ -127,7 +127,7 @@ class ShardIndex:
 class ShardList(NamedTuple):
     """Images in shards; see :class:`~rld_lightning.data.streaming.Images`.
 
-    ``shard`` is the number of each image's shard in ``store``, int32 (N,).
+    ``shard`` is the number of each image's shard in ``store``, int32 ``(N,)``.
     """
 
     class_names: list[str]
@@ -137,22 +137,22 @@ class ShardList(NamedTuple):
 
     @property
     def labels(self) -> Tensor:
-        """Classes, int64 (N,)."""
+        """Classes, int64 ``(N,)``."""
         return torch.from_numpy(self.samples.label)
 
     def take(self, index: Tensor) -> "ShardList":
-        """Return the images at ``index`` (M,) as a list of their own."""
+        """Returns the images at ``index`` ``(M,)`` as a list of their own."""
         at = index.numpy()
         return self._replace(samples=Samples(*(values[at] for values in self.samples)), shard=self.shard[at])
 
     def path(self, index: int) -> str:
-        """Return the address of an image's shard and its name there."""
+        """Returns the address of an image's shard and its name there."""
         return f"{self.store.addresses[self.shard[index]]}/{self.samples.member[index].decode()}"
 
     def read(self, index: int) -> Tensor:
-        """Return the bytes of an image's file, uint8 (N,).
+        """Returns the bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
-            ShardError: If its shard cannot be read.
+            ShardError: if its shard cannot be read.
         """
         return self.store.read(int(self.shard[index]), int(self.samples.offset[index]), int(self.samples.size[index]))

@@ -32,21 +32,21 @@ class ShardsDataModule(StreamingDataModule):
     that all processes of a machine share.
 
     Args:
-        root: Where ``index.json`` is: a folder or an address.
-        mixed_shards: How many shards the images of a training batch are drawn from at a time; ``None`` for all, which
+        root: where ``index.json`` is: a folder or an address.
+        mixed_shards: how many shards the images of a training batch are drawn from at a time; ``None`` for all, which
             only local disks or a cache for all of them can take.
-        streams: In how many parts an epoch is read side by side: on as many machines or fewer, each shard is fetched by
+        streams: in how many parts an epoch is read side by side: on as many machines or fewer, each shard is fetched by
             one of them (nearly) only. The order of training images depends on it and on ``mixed_shards``.
-        cache: The folder for shards of a store, on a disk of the machine's own.
-        cache_gb: What they may take there, in GB; 0 has each image fetched on its own, which suits a small ``subset``.
-        storage_options: Options of the store for fsspec, such as ``endpoint_url`` for S3. Keys and passwords belong
+        cache: the folder for shards of a store, on a disk of the machine's own.
+        cache_gb: what they may take there, in GB; 0 has each image fetched on its own, which suits a small ``subset``.
+        storage_options: options of the store for fsspec, such as ``endpoint_url`` for S3. Keys and passwords belong
             into the environment instead, since a run keeps its configuration.
-        image_size: Side of the square images that the model sees; by default as when they were packed.
-        resize: Shorter side that evaluation images are resized to; by default likewise, if ``image_size`` is.
-        mean: Mean of each channel; by default as when they were packed.
-        std: Standard deviation of each channel, likewise.
-        name: Name of the data set, by default the one that was packed.
-        options: See :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
+        image_size: side of the square images that the model sees; by default as when they were packed.
+        resize: shorter side that evaluation images are resized to; by default likewise, if ``image_size`` is.
+        mean: mean of each channel; by default as when they were packed.
+        std: standard deviation of each channel, likewise.
+        name: name of the data set, by default the one that was packed.
+        options: see :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """
 
     _dataset = ShardedImages
@@ -106,7 +106,7 @@ class ShardsDataModule(StreamingDataModule):
         self._set_look(**(packed | self._chosen))
 
     def find_splits(self) -> dict[str, ShardList]:
-        """Return the images that the index lists."""
+        """Returns the images that the index lists."""
         return {
             split: ShardList(
                 self.index.class_names,
@@ -121,7 +121,7 @@ class ShardsDataModule(StreamingDataModule):
         }
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, and see that the shards and the cache are as they should be."""
+        """Lists the images, and see that the shards and the cache are as they should be."""
         self._adopt_look()
         super().setup(stage)
         for images in self.splits.values():
@@ -130,7 +130,7 @@ class ShardsDataModule(StreamingDataModule):
             self._check_cache()
 
     def train_sampler(self) -> EpochSampler:
-        """Make the sampler of this process's share of the training split."""
+        """Makes the sampler of this process's share of the training split."""
         sampler = super().train_sampler()
         if self.mixed_shards is not None:
             shard = self.splits["train"].shard
@@ -149,7 +149,7 @@ class ShardsDataModule(StreamingDataModule):
         return CachedShards(addresses, sizes, self.cache, round(1e9 * self.cache_gb), self.storage_options)
 
     def _check_cache(self) -> None:
-        """Refuse a cache that would throw away shards that are still being read."""
+        """Refuses a cache that would throw away shards that are still being read."""
         sizes = sorted((shard.bytes for shards in self.index.shards.values() for shard in shards), reverse=True)
         # In each stream the window begins and ends within a shard.
         window = len(sizes) if self.mixed_shards is None else self.mixed_shards + self.streams + SHARDS_AHEAD

@@ -29,10 +29,10 @@ class ShardShuffle:
     should be packed in random order, as ours and the published ones are.
 
     Args:
-        shard: The shard of each image, int (N,), ascending.
-        batch_size: The global batch.
-        streams: Number of streams.
-        mixed: How many shards the images of a batch come from, over all streams.
+        shard: the shard of each image, int ``(N,)``, ascending.
+        batch_size: the global batch.
+        streams: number of streams.
+        mixed: how many shards the images of a batch come from, over all streams.
     """
 
     def __init__(self, shard: np.ndarray, batch_size: int, streams: int, mixed: int) -> None:
@@ -42,7 +42,7 @@ class ShardShuffle:
         self.window = mixed / streams * len(shard) / len(self.shard.unique())
 
     def __call__(self, size: int, generator: torch.Generator) -> Tensor:
-        """Draw the order of an epoch, int64 (N,)."""
+        """Draws the order of an epoch, int64 ``(N,)``."""
         row = torch.randperm(int(self.shard[-1]) + 1, generator=generator)[self.shard].argsort(stable=True)
         delay = self.window * torch.rand(size, generator=generator, dtype=torch.float64)
         batches, width = size // self.batch_size, self.batch_size
@@ -71,8 +71,8 @@ class ShardKeySampler(KeySampler):
     """Yield with each batch the shards that this process will begin to read ``SHARDS_AHEAD`` shards later.
 
     Args:
-        sampler: Which images this process takes.
-        shard: The shard of each image, int (N,).
+        sampler: which images this process takes.
+        shard: the shard of each image, int ``(N,)``.
     """
 
     def __init__(self, sampler: EpochSampler, shard: np.ndarray) -> None:
@@ -96,11 +96,11 @@ class ShardedImages(StreamedImages):
     images: ShardList
 
     def __getitems__(self, request: Request) -> list[Sample | Encoded]:
-        """Return the images of a batch."""
+        """Returns the images of a batch."""
         for shard in request.ahead:
             self.images.store.fetch(shard)
         return [self[key] for key in request.keys]
 
     def key_sampler(self, sampler: EpochSampler) -> ShardKeySampler:
-        """Make what asks for the batches of a sampler's epoch and says which shards come next."""
+        """Makes what asks for the batches of a sampler's epoch and says which shards come next."""
         return ShardKeySampler(sampler, self.images.shard)

@@ -14,31 +14,31 @@ SILENCE_SECONDS = 60
 
 
 def local_path(address: str) -> Path | None:
-    """Return the local path that an address is or ``file://`` names, ``None`` for one of a store."""
+    """Returns the local path that an address is or ``file://`` names, ``None`` for one of a store."""
     if address.startswith("file://"):
         return Path(unquote(urlsplit(address).path))
     return None if "://" in address else Path(address).expanduser()
 
 
 def join(root: str, path: str) -> str:
-    """Return the address of ``path``, which may be absolute, as seen from ``root``."""
+    """Returns the address of ``path``, which may be absolute, as seen from ``root``."""
     if "://" in path or Path(path).is_absolute():
         return path
     return f"{root.rstrip('/')}/{path}"
 
 
 def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of an address and the address's path in it.
+    """Returns the file system of an address and the address's path in it.
 
     The file system must not be kept: fsspec makes another one in a forked worker.
 
     Args:
-        address: What to open.
-        options: Options of the file system, such as ``endpoint_url`` for S3.
+        address: what to open.
+        options: options of the file system, such as ``endpoint_url`` for S3.
 
     Raises:
-        ImportError: If the file system's package is not installed.
-        ValueError: If there is no such kind of address.
+        ImportError: if the file system's package is not installed.
+        ValueError: if there is no such kind of address.
     """
     options = dict(options or {})
     protocol = address.partition("://")[0]
@@ -58,11 +58,11 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
 
 @contextmanager
 def store_errors(address: str) -> Iterator[None]:
-    """Turn what a store raises, each its own kinds, into ``OSError`` with the address; a missing file stays one.
+    """Turns what a store raises, each its own kinds, into ``OSError`` with the address; a missing file stays one.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        OSError: If something else went wrong.
+        FileNotFoundError: if there is no such file.
+        OSError: if something else went wrong.
     """
     try:
         yield
@@ -74,16 +74,16 @@ def store_errors(address: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, on one line, or else its name."""
+    """Returns what an error says, on one line, or else its name."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
-    """Return the content of a small file.
+    """Returns the content of a small file.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        OSError: If the store does not give it for another reason.
+        FileNotFoundError: if it is not there.
+        OSError: if the store does not give it for another reason.
     """
     if (path := local_path(address)) is not None:
         return path.read_bytes()
@@ -93,7 +93,7 @@ def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
 
 
 def write_bytes(address: str, content: bytes, options: dict[str, Any] | None = None) -> None:
-    """Write a small file."""
+    """Writes a small file."""
     if (path := local_path(address)) is not None:
         path.write_bytes(content)
         return

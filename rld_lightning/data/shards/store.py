@@ -36,9 +36,9 @@ class ShardStore:
     """The bytes of shards; this one fetches single images from a store, which suits a small share of many shards.
 
     Args:
-        addresses: Where the shards are.
-        sizes: The length that each of them must have, in bytes.
-        options: Options of the store; see :func:`~rld_lightning.data.shards.remote.open_store`.
+        addresses: where the shards are.
+        sizes: the length that each of them must have, in bytes.
+        options: options of the store; see :func:`~rld_lightning.data.shards.remote.open_store`.
     """
 
     def __init__(self, addresses: Sequence[str], sizes: Sequence[int], options: dict[str, Any] | None = None) -> None:
@@ -47,10 +47,10 @@ class ShardStore:
         self.options = options
 
     def check(self) -> None:
-        """Find out before a run whether the shards can be read: here the first and the last one.
+        """Finds out before a run whether the shards can be read: here the first and the last one.
 
         Raises:
-            ShardError: If one is missing or has another length than the index says.
+            ShardError: if one is missing or has another length than the index says.
         """
         for shard in {0, len(self.addresses) - 1}:
             size = self._ask(shard, lambda store, path: store.info(path).get("size"))
@@ -61,10 +61,10 @@ class ShardStore:
         """Begin to fetch a shard that will be read soon, where that helps."""
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
-        """Return ``size`` bytes of a shard from ``offset`` on, uint8 (size,).
+        """Returns ``size`` bytes of a shard from ``offset`` on, uint8 (size,).
 
         Raises:
-            ShardError: If the shard is missing, cannot be reached or has another length than it should.
+            ShardError: if the shard is missing, cannot be reached or has another length than it should.
         """
         content = self._ask(shard, lambda store, path: store.cat_file(path, start=offset, end=offset + size))
         if len(content) == self.sizes[shard] != size:
@@ -87,7 +87,7 @@ class ShardStore:
             )
 
     def _ask(self, shard: int, question: Callable[[AbstractFileSystem, str], Any]) -> Any:
-        """Ask the store about a shard, again where the connection may be to blame."""
+        """Asks the store about a shard, again where the connection may be to blame."""
         address = self.addresses[shard]
         for attempt in range(1, ATTEMPTS + 1):
             store, path = open_store(address, self.options)
@@ -118,7 +118,7 @@ class LocalShards(ShardStore):
         return self.__dict__ | {"_open": OrderedDict()}
 
     def check(self) -> None:
-        """Look at the length of each shard."""
+        """Looks at the length of each shard."""
         for shard, address in enumerate(self.addresses):
             try:
                 size = local_path(address).stat().st_size
@@ -129,7 +129,7 @@ class LocalShards(ShardStore):
             self._check_size(shard, size)
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
-        """Read from the file."""
+        """Reads from the file."""
         content = torch.empty(size, dtype=torch.uint8)
         try:
             file = self._file(shard)
@@ -142,7 +142,7 @@ class LocalShards(ShardStore):
         return content
 
     def _file(self, shard: int) -> FileIO:
-        """Open a shard, or find it among those that are open."""
+        """Opens a shard, or find it among those that are open."""
         if shard not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
@@ -157,11 +157,11 @@ class CachedShards(ShardStore):
     A shard that has been in use least recently makes room for a new one.
 
     Args:
-        addresses: Where the shards are.
-        sizes: The length that each of them must have, in bytes.
-        folder: Where to keep them.
-        limit: How many bytes they may take there, those on their way included.
-        options: Options of the store.
+        addresses: where the shards are.
+        sizes: the length that each of them must have, in bytes.
+        folder: where to keep them.
+        limit: how many bytes they may take there, those on their way included.
+        options: options of the store.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class CachedShards(ShardStore):
             threading.Thread(target=self._try_to_get, args=(shard,), daemon=True).start()
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
-        """Read from the cached file."""
+        """Reads from the cached file."""
         while True:
             path = self._get(shard)
             try:
@@ -195,7 +195,7 @@ class CachedShards(ShardStore):
             return self._to_tensor(shard, content, size)
 
     def target(self, shard: int) -> Path:
-        """Return where a shard is once it has been fetched; another shard of the same name is somewhere else."""
+        """Returns where a shard is once it has been fetched; another shard of the same name is somewhere else."""
         size = self.sizes[shard]
         digest = blake2b(f"{self.addresses[shard]} {size}".encode(), digest_size=6).hexdigest()
         return self.folder / f"{self.addresses[shard].rpartition('/')[2]}.{digest}.{size}{CACHED}"
@@ -225,7 +225,7 @@ class CachedShards(ShardStore):
         return target
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Make room for a shard and mark it as taken; returns false while others on their way take it."""
+        """Makes room for a shard and mark it as taken; returns false while others on their way take it."""
         with FileLock(self.folder / LOCK):
             # A part of this shard has been left by a killed process, and is overwritten now.
             others = [path for path in self.folder.glob(f"*{CACHED}.part") if path != part]
@@ -257,7 +257,7 @@ class CachedShards(ShardStore):
 
 
 def cached_bytes(folder: Path) -> int:
-    """Return how many bytes the shards in a cache take."""
+    """Returns how many bytes the shards in a cache take."""
     return sum(map(_size, folder.glob(f"*{CACHED}")))
 
 

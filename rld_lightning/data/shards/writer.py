@@ -40,23 +40,23 @@ def pack(
     shard_mb: float,
     options: dict[str, Any] | None = None,
 ) -> ShardIndex:
-    """Write images into shards ``<split>-<number>.tar`` with an index; files are copied as they are.
+    """Writes images into shards ``<split>-<number>.tar`` with an index; files are copied as they are.
 
     Args:
-        splits: The images of each split.
-        target: The folder or address to write to; must have no index yet.
-        name: Name of the data set.
-        class_names: The C names, in the order of the labels.
-        look: What the index says about the images' size and statistics.
-        shard_mb: About how large a shard becomes, in MB.
-        options: Options of the store.
+        splits: the images of each split.
+        target: the folder or address to write to; must have no index yet.
+        name: name of the data set.
+        class_names: the C names, in the order of the labels.
+        look: what the index says about the images' size and statistics.
+        shard_mb: about how large a shard becomes, in MB.
+        options: options of the store.
 
     Returns:
-        The index, which has been written too.
+        the index, which has been written too.
 
     Raises:
-        ImportError: If webdataset is not installed.
-        ValueError: If there is an index already, or an image's file cannot be read.
+        ImportError: if webdataset is not installed.
+        ValueError: if there is an index already, or an image's file cannot be read.
     """
     shard_writer = _webdataset("writer").ShardWriter
     if shard_mb <= 0:
@@ -101,25 +101,25 @@ def index_shards(
     class_names: list[str] | None = None,
     options: dict[str, Any] | None = None,
 ) -> ShardIndex:
-    """Make an index of shards that are there already, such as published ones; each is read once.
+    """Makes an index of shards that are there already, such as published ones; each is read once.
 
     A sample is an image and its class as a number: ``<key>.jpg`` (or another suffix of an image) and ``<key>.cls``.
 
     Args:
-        patterns: For each split, where its shards are: addresses with ``{000..123}`` or, where files can be listed,
+        patterns: for each split, where its shards are: addresses with ``{000..123}`` or, where files can be listed,
             with ``*``; several are separated by ``::``.
-        target: The folder or address for the index.
-        name: Name of the data set.
-        class_names: The C names; by default the numbers.
-        options: Options of the store.
+        target: the folder or address for the index.
+        name: name of the data set.
+        class_names: the C names; by default the numbers.
+        options: options of the store.
 
     Returns:
-        The index, which has been written too.
+        the index, which has been written too.
 
     Raises:
-        ImportError: If webdataset is not installed.
-        OSError: If a shard cannot be read.
-        ValueError: If a shard is damaged or its samples are not as described above.
+        ImportError: if webdataset is not installed.
+        OSError: if a shard cannot be read.
+        ValueError: if a shard is damaged or its samples are not as described above.
     """
     listings = {split: [] for split in patterns}
     found = [(split, address) for split, pattern in patterns.items() for address in _addresses(pattern, options)]
@@ -137,14 +137,14 @@ def index_shards(
 
 
 def list_shard(file: BinaryIO, address: str) -> Samples:
-    """List the images of a tar file.
+    """Lists the images of a tar file.
 
     Args:
-        file: Its content.
-        address: Its name for messages.
+        file: its content.
+        address: its name for messages.
 
     Raises:
-        ValueError: If it is damaged, compressed, or has samples without an image or a class.
+        ValueError: if it is damaged, compressed, or has samples without an image or a class.
     """
     split_name = _webdataset("tariterators").base_plus_ext
     samples: dict[str, dict[str, Any]] = {}
@@ -191,7 +191,7 @@ def _class_of(content: bytes, member: str) -> int:
 
 
 def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a split as webdataset's writer wants them."""
+    """Yields the samples of a split as webdataset's writer wants them."""
     count = len(images.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(ORDER_SEED))
     order = order if split == "train" else torch.arange(count)
@@ -255,7 +255,7 @@ def _open(address: str, options: dict[str, Any] | None) -> BinaryIO:
 
 
 def _as_seen_from(target: str, address: str) -> str:
-    """Write an address relative to the folder of the index if it lies in there, and absolute otherwise."""
+    """Writes an address relative to the folder of the index if it lies in there, and absolute otherwise."""
     path, folder = local_path(address), local_path(target)
     if path is None or folder is None:
         return address.removeprefix(f"{target.rstrip('/')}/")
