@@ -2,14 +2,9 @@
 
 import argparse
 
-import torch
-
-from rld_lightning.bench.data import bench_data
-from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=9)
     what = parser.add_subparsers(dest="what", required=True)
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
@@ -30,13 +25,20 @@ if __name__ == "__main__":
     data.add_argument("--quality", type=int, default=90)
     data.add_argument("--size", type=int, default=224, help="height and width of the crops")
     options = parser.parse_args()
+
+    import torch  # help and mistakes need not wait for it
+
+    from rld_lightning.bench.data import bench_data
+    from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.what == "data":
         bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
     elif options.what == "loss":
-        bench_loss(options.batch, options.classes, options.device, options.rounds)
+        bench_loss(options.batch, options.classes, device, options.rounds)
     else:
         job = (options.teacher, options.student, options.batch, (3, options.size, options.size))
         if options.what == "step":
-            bench_step(*job, options.device, options.rounds)
+            bench_step(*job, device, options.rounds)
         else:
-            bench_losses(configured_losses(options.names), *job, options.device, options.rounds)
+            bench_losses(configured_losses(options.names), *job, device, options.rounds)
