@@ -1,20 +1,20 @@
 """What is watched while training."""
 
-from rld_lightning.callbacks.best_checkpoint import BestCheckpoint
 from rld_lightning.callbacks.class_accuracy import ClassAccuracy
 from rld_lightning.callbacks.epoch_seed import EpochSeed
 from rld_lightning.callbacks.gradient_norm import GradientNorm
 from rld_lightning.callbacks.optuna_pruner import OptunaPruner
+from rld_lightning.callbacks.own_checkpoints import OwnCheckpoints
 from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
 
 __all__ = [
-    "BestCheckpoint",
     "ClassAccuracy",
     "EpochSeed",
     "GradientNorm",
     "OptunaPruner",
+    "OwnCheckpoints",
     "SameConfiguration",
     "TeacherMonitor",
     "Throughput",
