@@ -1,4 +1,10 @@
-"""What decides whether two runs are alike: the settings that have an effect on the result."""
+"""What decides whether two runs are alike: the settings that have an effect on the result.
+
+A key without an effect is named here; any other one decides, so that doubt keeps runs apart. Of a trainer and of
+callbacks it is known what it means when nothing is said: Lightning's default, and that there is none. These are filled
+in, so that a run with ``trainer.plugins=null`` is like one that does not say so, and one with averaged weights is never
+like one without.
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,16 +14,76 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.runs.files import CONFIG
+from rld_lightning.runs.naming import class_name
 
-# What does not decide what is trained: places, watching, and how the work is shared out.
-_NOT_SETTINGS = (
-    *("method", "paths", "logger", "callbacks", "print_config", "resume"),
-    *(f"data.{key}" for key in ("root", "cache", "cache_gb", "bad_images_file", "num_workers", "eval_batch_size")),
-    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "default_root_dir")),
-    *(f"trainer.{key}" for key in ("check_val_every_n_epoch", "log_every_n_steps", "num_sanity_val_steps")),
-    "trainer.enable_model_summary",
+SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
+
+# What has no effect on the result, with all below it.
+_NO_EFFECT = (
+    # where things lie
+    *("paths", "resume", "data.root", "data.cache", "data.bad_images_file", "trainer.default_root_dir"),
+    # what is said about a run, and where
+    *("method", "tags", "notes", "logger", "print_config", "trainer.logger", "trainer.model_registry"),
+    # how images come in
+    *("data.cache_gb", "data.num_workers", "data.eval_batch_size"),
+    # how the work is shared out: batches are global, and evaluation is exact on any number of devices
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy")),
+    # what is watched, and when
+    *(f"trainer.{key}" for key in ("check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps")),
+    *(f"trainer.{key}" for key in ("log_every_n_steps", "profiler", "detect_anomaly", "enable_autolog_hparams")),
+    *(f"trainer.{key}" for key in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")),
+    *(f"trainer.{key}" for key in ("limit_test_batches", "limit_predict_batches")),
+    # in which order the same numbers are summed, which changes a result as much as other hardware does
+    *(f"trainer.{key}" for key in ("deterministic", "benchmark", "inference_mode")),
 )
-SEEDS = ("seed", "data.seed")
+# Callbacks that only watch, by package; any other one decides, with all its options.
+_WATCHERS = {
+    "rld_lightning": {
+        *("ClassAccuracy", "GradientNorm", "TeacherMonitor", "Throughput", "WandbExamples"),
+        *("BestCheckpoint", "OwnCheckpoints", "SameConfiguration"),
+        "EpochSeed",  # of what chance does, as a seed
+    },
+    "lightning": {
+        *("RichProgressBar", "TQDMProgressBar", "ModelSummary", "RichModelSummary"),
+        *("LearningRateMonitor", "DeviceStatsMonitor", "ModelCheckpoint", "OnExceptionCheckpoint"),
+    },
+}
+# What conf/callbacks and conf/logger call them, for overrides, of which only the key is known.
+_WATCHER_NAMES = (
+    *("progress", "random_state", "throughput", "teacher", "class_accuracy", "gradient_norm", "learning_rate"),
+    *("divergence", "checkpoint_files", "checkpoint_best", "checkpoint_last", "wandb_examples"),
+)
+# Options of callbacks that decide nothing: where a sweep keeps its books.
+_NOT_COUNTED = {"rld_lightning.callbacks.OptunaPruner": ("storage", "study_name", "overrides")}
+_NEVER = 1_000_000  # patience of an early stopping that only ends what has diverged
+# Lightning's defaults of the options that decide, as `canonical` writes them.
+_TRAINER_DEFAULTS = {
+    "trainer.precision": "32-true",
+    "trainer.gradient_clip_val": "None",
+    "trainer.gradient_clip_algorithm": "norm",
+    "trainer.accumulate_grad_batches": "1",
+    "trainer.sync_batchnorm": "False",
+    "trainer.max_epochs": "the recipe's",
+    "trainer.min_epochs": "None",
+    "trainer.max_steps": "-1",
+    "trainer.min_steps": "None",
+    "trainer.max_time": "None",
+    "trainer.limit_train_batches": "all",
+    "trainer.limit_val_batches": "all",  # decides what is measured
+    "trainer.overfit_batches": "0",
+    "trainer.fast_dev_run": "False",
+    "trainer.reload_dataloaders_every_n_epochs": "0",
+    "trainer.plugins": "None",
+}
+# Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
+_SYNONYMS = {
+    "trainer.precision": {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"},
+    "trainer.gradient_clip_val": {"0": "None", "0.0": "None"},
+    "trainer.gradient_clip_algorithm": {"None": "norm"},
+    "trainer.limit_train_batches": {"None": "all", "1.0": "all"},
+    "trainer.limit_val_batches": {"None": "all", "1.0": "all"},
+    "trainer.overfit_batches": {"1.0": "all"},
+}
 _FILES = ("model.teacher.weights", "model.student.weights")
 _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
@@ -39,28 +105,66 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The settings, seeds included, in which two resolved configurations differ, with both values of each.
 
-    Where things lie, what watches a run and on how many devices it runs do not count; nor do settings that one of the
-    two does not have, which another version of this package may have added.
+    What has no effect on the result does not count; nor do settings that one of the two does not have, which another
+    version of this package may have added.
     """
-    ours, theirs = settings(first), settings(second)
-    return {key: (ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]}
+    before, after = settings(first), settings(second)
+    return {key: (before[key], after[key]) for key in before if key in after and before[key] != after[key]}
 
 
 def decides(key: str) -> bool:
     """Whether a key of the configuration decides what is trained, as ``loss.alpha`` does and ``logger`` does not."""
-    return not any(f"{key}.".startswith(f"{name}.") for name in _NOT_SETTINGS)
+    if key.startswith("callbacks."):
+        return key.split(".")[1] not in _WATCHER_NAMES
+    return not any(f"{key}.".startswith(f"{name}.") for name in _NO_EFFECT)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """Everything in a resolved configuration that decides what is trained, as ``{"loss.alpha": "1", ...}``."""
-    return {key: canonical(key, value) for key, value in flat(config).items() if decides(key)}
+    """Everything in a resolved configuration that decides what is trained, as ``{"loss.alpha": "1", ...}``.
+
+    Callbacks are one setting, ``callbacks``: ``None``, or such as ``EMAWeightAveraging(decay=0.99)``.
+    """
+    others = {key: value for key, value in config.items() if key != "callbacks"}
+    known = {key: canonical(key, value) for key, value in flat(others).items() if decides(key)}
+    if known.get("trainer.max_epochs", "None") in ("None", known.get("recipe.epochs")):
+        known["trainer.max_epochs"] = _TRAINER_DEFAULTS["trainer.max_epochs"]
+    return _TRAINER_DEFAULTS | known | {"callbacks": _callbacks(config)}
 
 
 def canonical(key: str, value: str) -> str:
     """The same text for the same value: ``1`` for the ``1.0`` of a file, a whole path for a file of weights."""
     if key in _FILES and value not in _NO_FILES:
         return str(Path(value).absolute())
-    return re.sub(r"^(-?\d+)\.0$", r"\1", value)
+    return re.sub(r"^(-?\d+)\.0$", r"\1", _SYNONYMS.get(key, {}).get(value, value))
+
+
+def _callbacks(config: Mapping[str, Any]) -> str:
+    """Those that decide, in the order of their names."""
+    found = ", ".join(sorted(filter(None, map(_callback, (config.get("callbacks") or {}).values()))))
+    run = (config.get("paths") or {}).get("run")
+    # The run's own folder says nothing about what is trained.
+    return found.replace(str(run), "<run>") if found and run else found or "None"
+
+
+def _callback(options: Any) -> str:
+    """``EMAWeightAveraging(decay=0.99)``; empty of one that is switched off, or has no effect on the result."""
+    if not isinstance(options, Mapping):
+        return str(options or "")
+    values = flat(options)
+    target = values.pop("_target_", "")
+    package, name = target.split(".")[0].removeprefix("pytorch_"), class_name(target)
+    if name in _WATCHERS.get(package, ()) or (package == "lightning" and _only_ends_what_diverged(name, values)):
+        return ""
+    ignored = ("seed", *_NOT_COUNTED.get(target, ()))
+    counted = ", ".join(f"{key}={canonical(key, values[key])}" for key in sorted(values) if key not in ignored)
+    return f"{name if package in _WATCHERS else target}({counted})"
+
+
+def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
+    """Whether it is an early stopping that ends only runs whose loss is no number any more, which have no result."""
+    thresholds = {options.get(key, "None") for key in ("stopping_threshold", "divergence_threshold")}
+    patience = options.get("patience", "")
+    return name == "EarlyStopping" and patience.isdecimal() and int(patience) >= _NEVER and thresholds == {"None"}
 
 
 def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:

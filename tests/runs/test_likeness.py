@@ -1,0 +1,152 @@
+"""What decides that two runs are alike."""
+
+import pytest
+from helpers.configs import compose
+from omegaconf import OmegaConf
+
+from rld_lightning.runs.likeness import decides, differences, settings
+
+DEFAULT = ("recipe=quick", "trainer.precision=32-true")
+EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"
+
+
+def composed(*overrides):
+    return settings(OmegaConf.to_container(compose(*DEFAULT, *overrides)))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return composed()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "+tags=[a,b]",
+        "+notes=tried_again",
+        "++trainer.profiler=simple",
+        "++trainer.detect_anomaly=true",
+        "++trainer.plugins=null",
+        "++trainer.benchmark=true",
+        "trainer.deterministic=true",
+        "trainer.devices=2 trainer.strategy=ddp trainer.accelerator=gpu",
+        "trainer.precision=32",
+        "++trainer.accumulate_grad_batches=1 ++trainer.gradient_clip_algorithm=norm trainer.gradient_clip_val=0.0",
+        "++trainer.limit_train_batches=1.0 ++trainer.limit_val_batches=null ++trainer.overfit_batches=0",
+        "++trainer.enable_autolog_hparams=false trainer.log_every_n_steps=1 trainer.check_val_every_n_epoch=5",
+        "logger=tensorboard print_config=false",
+        "callbacks.progress=null callbacks.random_state=null callbacks.checkpoint_best=null callbacks.divergence=null",
+        "++callbacks.throughput.window=5",
+        "+callbacks.memory._target_=pytorch_lightning.callbacks.DeviceStatsMonitor",
+        "+callbacks.top.{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: 3}",
+    ],
+)
+def test_what_has_no_effect_on_the_result_makes_no_other_method(plain, overrides):
+    key, brace, rest = overrides.partition(".{")
+    lines = [f"{key}={{{rest}"] if brace else overrides.split()
+    assert composed(*lines) == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        (f"+callbacks.ema={EMA}", "callbacks", "EMAWeightAveraging(decay=0.99)"),
+        (
+            "+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01}",
+            "callbacks",
+            "StochasticWeightAveraging(swa_lrs=0.01)",
+        ),
+        (
+            "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/top1, patience: 3}",
+            "callbacks",
+            "EarlyStopping(monitor=val/top1, patience=3)",
+        ),
+        (
+            "+callbacks.prune={_target_: lightning.pytorch.callbacks.ModelPruning, pruning_fn: l1_unstructured}",
+            "callbacks",
+            "ModelPruning(pruning_fn=l1_unstructured)",
+        ),
+        (
+            "callbacks.divergence.patience=5",
+            "callbacks",
+            "EarlyStopping(check_finite=True, check_on_train_epoch_end=True, monitor=train/loss, patience=5)",
+        ),
+        ("+callbacks.mine._target_=my.package.ModelCheckpoint", "callbacks", "my.package.ModelCheckpoint()"),
+        (
+            "+callbacks.mine={_target_: my.Watcher, dirpath: '${paths.run}/x', seed: '${seed}'}",
+            "callbacks",
+            "my.Watcher(dirpath=<run>/x)",
+        ),
+        ("trainer.precision=bf16-mixed", "trainer.precision", "bf16-mixed"),
+        ("trainer.gradient_clip_val=1.0", "trainer.gradient_clip_val", "1"),
+        ("++trainer.accumulate_grad_batches=4", "trainer.accumulate_grad_batches", "4"),
+        ("trainer.max_steps=60", "trainer.max_steps", "60"),
+        ("trainer.max_epochs=5", "trainer.max_epochs", "5"),
+        ("++trainer.limit_train_batches=1", "trainer.limit_train_batches", "1"),  # a batch, where 1.0 is all of them
+        ("++trainer.limit_val_batches=0.5", "trainer.limit_val_batches", "0.5"),
+        ("++trainer.overfit_batches=1", "trainer.overfit_batches", "1"),
+        ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm", "True"),
+        ("++trainer.unheard_of=3", "trainer.unheard_of", "3"),
+        ("+unheard_of=3", "unheard_of", "3"),
+    ],
+)
+def test_what_has_an_effect_or_might_have_one_keeps_runs_apart(plain, override, key, value):
+    other = composed(override)
+    assert other[key] == value
+    assert {key for key in plain | other if plain.get(key) != other.get(key)} == {key}
+
+
+def test_as_many_epochs_as_the_recipe_has_are_said_by_the_recipe_alone(plain):
+    said, other = composed("recipe.epochs=7", "trainer.max_epochs=7"), composed("recipe.epochs=7")
+    assert said == other
+    assert {key for key in plain if plain[key] != said[key]} == {"recipe.epochs"}
+
+
+def test_two_averages_of_weights_are_not_the_same():
+    first, second = (composed(f"+callbacks.ema={EMA.replace('0.99', decay)}") for decay in ("0.99", "0.999"))
+    assert first != second
+
+
+def test_trials_of_a_sweep_are_pruned_alike_wherever_its_books_are():
+    first, second = (
+        {
+            "_target_": "rld_lightning.callbacks.OptunaPruner",
+            "storage": f"sqlite:///{name}.db",
+            "overrides": [f"loss.alpha={name}"],
+            "pruner": {"_target_": "optuna.pruners.MedianPruner", "n_warmup_steps": 3},
+        }
+        for name in "12"
+    )
+    assert settings({"callbacks": {"pruner": first}}) == settings({"callbacks": {"pruner": second}})
+    second["pruner"]["n_warmup_steps"] = 4
+    assert settings({"callbacks": {"pruner": first}}) != settings({"callbacks": {"pruner": second}})
+    assert settings({"callbacks": {"pruner": first}}) != settings({"callbacks": {}})
+
+
+def test_older_runs_that_do_not_say_are_like_those_that_say_the_default(plain):
+    older = OmegaConf.to_container(compose(*DEFAULT))
+    for key in ("callbacks", "print_config"):
+        del older[key]
+    for key in ("sync_batchnorm", "max_steps", "num_nodes", "gradient_clip_val"):
+        del older["trainer"][key]
+    assert settings(older) == plain
+
+
+def test_a_run_does_not_go_on_with_other_callbacks():
+    plain, average = (OmegaConf.to_container(compose(*DEFAULT, *more)) for more in ((), (f"+callbacks.ema={EMA}",)))
+    assert differences(plain, average) == {"callbacks": ("None", "EMAWeightAveraging(decay=0.99)")}
+
+
+@pytest.mark.parametrize("config", [{"callbacks": None}, {"callbacks": {"a": None, "b": "text"}}, {"trainer": None}])
+def test_what_is_no_configuration_of_a_run_is_no_traceback(config):
+    settings(config)
+
+
+def test_overrides_are_known_by_their_keys(plain):
+    watchers = compose("logger=csv").callbacks
+    assert not any(decides(f"callbacks.{name}") for name in watchers)
+    assert plain["callbacks"] == "None"
+    assert decides("callbacks.ema._target_")
+    assert decides("trainer.precision")
+    assert not decides("trainer.profiler")
+    assert not decides("tags")
