@@ -20,9 +20,12 @@ class Summary:
 
     Args:
         split: what it was validated on, ``"test"`` or ``"val"``.
-        images: how many images that were; None where a run of an earlier version does not say.
+        images: how many images the accuracy is of; None where a run of an earlier version does not say.
         val_fraction: share of the training split that was held out for it; 0 where ``split`` is the data set's own.
         data_seed: seed of what was held out.
+        split_images: how many there were to evaluate, unreadable ones aside; None of runs of earlier versions.
+        steps: how many steps of the optimizer were taken; likewise.
+        scheduled_steps: how many the recipe's epochs take on all batches; likewise.
     """
 
     model: str
@@ -45,15 +48,36 @@ class Summary:
     macs: int
     images_per_s: float | None
     run: str
+    split_images: int | None = None
+    steps: int | None = None
+    scheduled_steps: int | None = None
 
     @property
     def validated_on(self) -> str:
         """What it was validated on, in words, the same with every seed."""
+        if not self.evaluated_whole:
+            split = {"test": "the test split", "val": "the validation split"}[self.split]
+            return f"{self.images:,} of the {self.split_images:,} images of {split}"
         if self.split == "test":
             return "the test split"
         if self.val_fraction > 0:
             return f"{self.images:,} held-out training images (stratified)"
         return f"the {self.images:,} images of the data set's own validation split"
+
+    @property
+    def evaluated_whole(self) -> bool:
+        """Whether the accuracy is of all images of the split, as far as the run says."""
+        return self.images is None or self.split_images is None or self.images >= self.split_images
+
+    @property
+    def trained_whole(self) -> bool:
+        """Whether it was trained to the end of its schedule on all batches, as far as the run says."""
+        return self.steps is None or self.scheduled_steps is None or self.steps >= self.scheduled_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether it may stand beside other runs: trained to the end, and evaluated on the whole split."""
+        return self.trained_whole and self.evaluated_whole
 
     def write(self, run: Path) -> None:
         """Leaves it in the run's folder."""
@@ -70,7 +94,8 @@ def read_summary(run: Path) -> Summary:
         values = json.loads((run / SUMMARY).read_text())
         if "split" not in values:
             values |= _split_of_older(run, values)
-        return Summary(**{field.name: values[field.name] for field in fields(Summary)})
+        known = {field.name for field in fields(Summary)}
+        return Summary(**{name: value for name, value in values.items() if name in known})
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
 

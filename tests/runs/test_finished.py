@@ -1,7 +1,7 @@
 """Finding and reading finished runs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,33 @@ def test_without_hydras_records_the_loss_gives_the_name(tmp_path):
     make(tmp_path / "run")
     (tmp_path / "run" / ".hydra" / "hydra.yaml").unlink()
     assert read_run(tmp_path / "run").method == "rld"
+
+
+def test_parts_are_told_from_the_whole():
+    whole = replace(SUMMARY, images=10_000, split_images=10_000, steps=782, scheduled_steps=782)
+    assert whole.complete
+    assert whole.validated_on == SUMMARY.validated_on == "the test split"
+    few_images = replace(whole, images=250)
+    assert few_images.validated_on == "250 of the 10,000 images of the test split"
+    assert (few_images.trained_whole, few_images.complete) == (True, False)
+    few_held_out = replace(few_images, split="val", val_fraction=0.1, split_images=5_000)
+    assert few_held_out.validated_on == "250 of the 5,000 images of the validation split"
+    few_steps = replace(whole, steps=60)
+    assert (few_steps.trained_whole, few_steps.complete) == (False, False)
+    assert few_steps.validated_on == "the test split"
+    assert replace(whole, steps=800).complete
+
+
+def test_runs_of_earlier_versions_do_not_say_how_much_and_count_as_whole(tmp_path):
+    make(tmp_path / "run")
+    values = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in ("split_images", "steps", "scheduled_steps"):
+        del values[name]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(values))
+    summary = read_run(tmp_path / "run").summary
+    assert summary == SUMMARY
+    assert summary.complete
+    assert (summary.steps, summary.scheduled_steps, summary.split_images) == (None, None, None)
 
 
 def test_what_a_later_version_adds_to_a_summary_is_left_out(tmp_path):
