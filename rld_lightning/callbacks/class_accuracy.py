@@ -9,8 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rld_lightning.module import DistillationModule
-
-CLASSES = "classes.csv"
+from rld_lightning.runs.files import CLASSES
 
 
 class ClassAccuracy(Callback):

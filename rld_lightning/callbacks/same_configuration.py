@@ -1,4 +1,4 @@
-"""Do all processes of a run train the same thing?"""
+"""Whether all processes of a run train the same thing."""
 
 import hashlib
 import json
@@ -42,9 +42,9 @@ class SameConfiguration(Callback):
         first, *others = _gather(self.values)
         for rank, values in enumerate(others, 1):
             if keys := sorted(key for key in first | values if first.get(key) != values.get(key)):
-                told = ", ".join(f"{key}={values.get(key)} where process 0 has {first.get(key)}" for key in keys[:3])
+                found = ", ".join(f"{key}={values.get(key)} where process 0 has {first.get(key)}" for key in keys[:3])
                 raise UserError(
-                    f"the processes of this run have different configurations: process {rank} has {told}"
+                    f"the processes of this run have different configurations: process {rank} has {found}"
                     f"{' ...' if len(keys) > 3 else ''}. Start all of them with the same command."
                 )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, HYDRA, SUMMARY
+from rld_lightning.runs.files import CHOICES, CONFIG, ENVIRONMENT, ERROR, OVERRIDES, SUMMARY, WANDB
 from rld_lightning.runs.likeness import SEEDS, settings
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.runs.summary import Summary, read_summary
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Run:
     """A finished run.
 
-    Args:
+    Attributes:
         folder: where it lies.
         summary: what it came to.
         config: its resolved configuration.
@@ -49,7 +49,7 @@ class Run:
     @cached_property
     def choices(self) -> dict[str, str]:
         """The options of the configuration groups, such as ``{"recipe": "cifar240"}``; empty if they are not known."""
-        path = self.folder / HYDRA / "hydra.yaml"
+        path = self.folder / CHOICES
         return _read_yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
 
     @cached_property
@@ -75,7 +75,7 @@ class Run:
 
         Paths below the current folder are relative to it, as one would write them.
         """
-        path = self.folder / HYDRA / "overrides.yaml"
+        path = self.folder / OVERRIDES
         return [line.replace(f"={Path.cwd()}/", "=") for line in _read_yaml(path)] if path.exists() else []
 
 
@@ -132,8 +132,8 @@ def _below(folders: Sequence[Path]) -> Iterator[Path]:
             raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
         for path, inner, files in os.walk(top):
             inner[:] = [name for name in inner if not name.startswith(".")]
-            if CONFIG in files and "wandb" in inner:  # where W&B keeps a config.yaml of its own
-                inner.remove("wandb")
+            if CONFIG in files and WANDB in inner:  # where a config.yaml is not ours
+                inner.remove(WANDB)
             if CONFIG in files or ERROR in files:  # a trial may fail before it has written its settings
                 found.add(Path(path))
     return iter(sorted(found))

@@ -8,16 +8,17 @@ from filelock import FileLock, Timeout
 
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.runs.files import LOCK
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Keeps a run's folder to this process and those that it starts; does nothing in one of a group.
+def locked(run: Path) -> Iterator[None]:
+    """Locks a run's folder for this process and those that it starts; does nothing in one of a group.
 
     Raises:
         UserError: another process trains in it.
     """
-    lock = lock_folder(run, ".lock", "trained")
+    lock = lock_folder(run, LOCK, "trained")
     try:
         yield
     finally:
@@ -33,7 +34,7 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
         what: is done there: "trained" or "swept".
 
     Returns:
-        the lock; in one of a group of processes it is not taken.
+        the lock; one of a group of processes does not take it.
 
     Raises:
         UserError: another process has taken it.

@@ -168,11 +168,11 @@ def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
 
 
 def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:
-    """Looks whether a folder that has a run is this run's.
+    """Checks that the run in a folder has the settings of this one.
 
     Args:
         run: the folder; one without a run suits any.
-        cfg: the run's configuration.
+        cfg: this run's configuration.
         may_differ: settings that may be others.
 
     Raises:
@@ -180,12 +180,12 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     """
     if not (run / CONFIG).exists():
         return
-    there = OmegaConf.to_container(OmegaConf.load(run / CONFIG))
-    here = OmegaConf.to_container(cfg, resolve=True)
-    teachers = here["model"]["teacher"], there["model"]["teacher"]
+    saved = OmegaConf.to_container(OmegaConf.load(run / CONFIG))
+    current = OmegaConf.to_container(cfg, resolve=True)
+    teachers = current["model"]["teacher"], saved["model"]["teacher"]
     if all(teachers) and teachers[0]["weights"] in ("auto", "fit", "published"):
         teachers[0]["weights"] = teachers[1]["weights"]  # which file that was
-    changed = {key: values for key, values in differences(there, here).items() if key not in may_differ}
+    changed = {key: values for key, values in differences(saved, current).items() if key not in may_differ}
     if changed:
         key, (before, now) = next(iter(changed.items()))
         raise ValueError(

@@ -14,7 +14,7 @@ def read_metrics(run: Path) -> pd.DataFrame:
     Args:
         run: a run folder with a ``metrics.csv``.
     """
-    rows = pd.read_csv(run / "metrics.csv")
+    rows = pd.read_csv(run / METRICS)
     columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
     epochs = rows.groupby("epoch")[columns].last()
     epochs.index += 1

@@ -18,7 +18,7 @@ class Summary:
     ``top1`` is the last epoch's, ``top1_best`` the best epoch's; tables in the literature print the best epoch on the
     test split.
 
-    Args:
+    Attributes:
         split: what it was validated on, ``"test"`` or ``"val"``.
         images: how many images the accuracy is of; None where a run of an earlier version does not say.
         val_fraction: share of the training split that was held out for it; 0 where ``split`` is the data set's own.

@@ -25,7 +25,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.verify import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import SUMMARY
-from rld_lightning.runs.folder import held
+from rld_lightning.runs.folder import locked
 from rld_lightning.runs.metrics import join_metrics, keep_metrics
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
@@ -57,7 +57,7 @@ def fit(cfg: DictConfig) -> Summary:
         if processes > 1:
             share_of_batch(cfg.data.batch_size, processes)
             check_start(cfg, run)  # one sentence is better early than from all ranks
-    with held(run):
+    with locked(run):
         if processes > 1:
             run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg)
             return read_summary(run)

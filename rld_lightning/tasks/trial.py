@@ -8,7 +8,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only, started_by
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.runs.files import ERROR, SUMMARY
-from rld_lightning.runs.folder import held
+from rld_lightning.runs.folder import locked
 from rld_lightning.runs.likeness import refuse_other_settings
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.fit import fit
@@ -31,7 +31,7 @@ def run_trial(cfg: DictConfig, way_on: str | None = None) -> Summary:
     run = Path(cfg.paths.run)
     cfg.print_config = False
     _name_in_wandb(cfg, run)
-    with held(run):
+    with locked(run):
         return _run(cfg, run, way_on)
 
 

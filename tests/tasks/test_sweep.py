@@ -20,7 +20,7 @@ from rld_lightning.distributed import Started, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.runs import folder as run_folder
-from rld_lightning.runs.folder import held
+from rld_lightning.runs.folder import locked
 from rld_lightning.tasks import start as starting
 from rld_lightning.tasks import sweep, trial
 from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
@@ -415,7 +415,7 @@ def test_a_teachers_file_may_be_written_in_another_way(tmp_path, monkeypatch):
 
 
 def test_two_processes_do_not_train_in_one_folder(cfg):
-    with held(Path(cfg.paths.run)), pytest.raises(UserError, match="is being trained in by another process"):
+    with locked(Path(cfg.paths.run)), pytest.raises(UserError, match="is being trained in by another process"):
         run_trial(cfg)
     assert not (Path(cfg.paths.run) / "error.txt").exists()
 
