@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.configs import compose
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -129,3 +130,8 @@ def test_the_best_of_several_stay_with_their_scores(tmp_path):
     assert after.kth_value == before.kth_value
     fit(tmp_path, 4, resume=tmp_path / "last.ckpt", watched=best(tmp_path, **options))
     assert len(list(tmp_path.glob("epoch=*.ckpt"))) == 2
+
+
+def test_every_run_has_it():
+    targets = [callback["_target_"] for callback in compose().callbacks.values()]
+    assert "rld_lightning.callbacks.OwnCheckpoints" in targets
