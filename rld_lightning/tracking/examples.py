@@ -1,31 +1,25 @@
-"""A table of example images in W&B, with what teacher and student say about them."""
+"""A table of example images in W&B, with what teacher and student predict for them."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
+from rld_lightning.data.base import Batch
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.module import DistillationModule
-from rld_lightning.reporting.style import GREY, STUDENT, TEACHER, TRUE_CLASS, styled
 from rld_lightning.tracking.logger import WandbLogger
 
 if TYPE_CHECKING:
-    import wandb
+    from wandb import Run, Table
 
-CLASSES_SHOWN = 6
-IMAGE_SIDE = 96  # images of CIFAR's size are hard to see in a table
-LONGEST_NAME = 16
 MOST_BATCHES = 50  # to look for errors in; a perfect teacher makes none
 
 
 class Examples(NamedTuple):
-    """Some images and what is said about them.
+    """Some images and what is predicted for them.
 
     Attributes:
         images: normalised, ``(N, 3, H, W)``.
@@ -46,7 +40,8 @@ class Examples(NamedTuple):
 
     def take(self, index: Tensor) -> "Examples":
         """The examples at ``index``."""
-        return Examples(*(None if values is None else values[index] for values in self))
+        teacher = None if self.teacher is None else self.teacher[index]
+        return Examples(self.images[index], self.label[index], self.student[index], teacher)
 
 
 class WandbExamples(Callback):
@@ -72,22 +67,24 @@ class WandbExamples(Callback):
         if pl_module.teacher is not None and pl_module.teacher.shard:  # which runs in all processes or none
             return
 
-        def log(run: object) -> None:
-            data = trainer.datamodule
-            examples = choose_examples(trainer, pl_module, self.count)
+        def log(run: "Run") -> None:
+            data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+            examples = choose_examples(trainer, pl_module, data.val_dataloader(), self.count)
             run.log({"examples": examples_table(examples, pl_module.loss, data.class_names, data.mean, data.std)})
 
         logger.attempt(log, "its table of examples")
 
 
 @torch.no_grad()
-def choose_examples(trainer: Trainer, module: DistillationModule, count: int) -> Examples:
+def choose_examples(trainer: Trainer, module: DistillationModule, batches: Iterable[Batch], count: int) -> Examples:
     """The images that :class:`WandbExamples` describes, from this process's share of the split, errors first."""
-    errors, others, found = [], [], [0, 0]
+    errors: list[Examples] = []
+    others: list[Examples] = []
+    found = [0, 0]
     training = module.student.training
     module.student.eval()
     try:
-        for number, batch in enumerate(trainer.datamodule.val_dataloader()):
+        for number, batch in enumerate(batches, 1):
             with trainer.precision_plugin.forward_context():  # hooks run outside the step's own
                 student = module.student(batch.images)
                 teacher = None if module.teacher is None else module.teacher(batch.images)[0]
@@ -96,18 +93,19 @@ def choose_examples(trainer: Trainer, module: DistillationModule, count: int) ->
                 index = chosen.nonzero().flatten()[: count - found[kind]]
                 kept.append(examples.take(index))
                 found[kind] += len(index)
-            if (found[0] >= (count + 1) // 2 and sum(found) >= count) or number + 1 == MOST_BATCHES:
+            if (found[0] >= (count + 1) // 2 and sum(found) >= count) or number == MOST_BATCHES:
                 break
     finally:
         module.student.train(training)
-    wanted = max((count + 1) // 2, count - found[1])
-    wanted = min(found[0], wanted)
-    chosen = [_join(errors).take(torch.arange(wanted)), _join(others).take(torch.arange(min(found[1], count - wanted)))]
-    return _join(chosen)
+    wanted = min(found[0], max((count + 1) // 2, count - found[1]))
+    first, second = torch.arange(wanted), torch.arange(min(found[1], count - wanted))
+    return _join([_join(errors).take(first), _join(others).take(second)])
 
 
 def _join(parts: list[Examples]) -> Examples:
-    return Examples(*(None if values[0] is None else torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+    images, label, student = (torch.cat(values).cpu() for values in list(zip(*parts, strict=True))[:3])
+    teacher = [part.teacher for part in parts if part.teacher is not None]
+    return Examples(images, label, student, torch.cat(teacher).cpu() if teacher else None)
 
 
 def examples_table(
@@ -116,7 +114,7 @@ def examples_table(
     class_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
-) -> "wandb.Table":
+) -> "Table":
     """One row an example.
 
     Args:
@@ -128,10 +126,12 @@ def examples_table(
     """
     import wandb
 
+    from rld_lightning.tracking.pictures import draw, enlarged  # which need matplotlib
+
     pixels = examples.images.float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    pictures = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pictures = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     views = distributions(examples, loss)
-    columns = ["image", "label", "distributions"]
+    columns: list[str | int] = ["image", "label", "distributions"]
     for name in views:
         judged = () if name == "refined" else ("prediction", "right", "p(label)")  # refined, it predicts nothing
         columns += [f"{name} {value}" for value in (*judged, "top classes")]
@@ -139,7 +139,7 @@ def examples_table(
     for i, label in enumerate(examples.label.tolist()):
         own = {name: view[i] for name, view in views.items()}
         row = [
-            wandb.Image(_enlarged(Image.fromarray(pictures[i]))),
+            wandb.Image(enlarged(pictures[i])),
             class_names[label],
             wandb.Image(draw(own, label, class_names)),
         ]
@@ -171,51 +171,3 @@ def _top(view: Tensor, class_names: Sequence[str]) -> str:
     probabilities, classes = view.topk(min(3, len(view)))
     pairs = zip(classes.tolist(), probabilities.tolist(), strict=True)
     return ", ".join(f"{class_names[k]} {probability:.2f}" for k, probability in pairs if probability > 0) or "nothing"
-
-
-@styled
-def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Image.Image:
-    """Bars of the classes that matter most to any of the distributions, the true one in a colour of its own.
-
-    Args:
-        views: distributions ``(C,)`` by name.
-        label: the true class.
-        class_names: C names.
-    """
-    most = torch.stack(list(views.values())).amax(0)
-    most[label] = 2.0  # always shown, and first
-    shown = most.topk(min(CLASSES_SHOWN, len(most))).indices.tolist()
-    colours = {"teacher": TEACHER, "student": STUDENT, "refined": GREY}
-    figure = Figure(figsize=(1.0 + 1.3 * len(views), 1.5), layout="constrained")
-    panels = figure.subplots(1, len(views), sharey=True, squeeze=False)[0]
-    for axes, (name, view) in zip(panels, views.items(), strict=True):
-        values = view[shown].tolist()
-        bars = axes.barh(range(len(shown)), values, color=colours[name])
-        bars[0].set_color(TRUE_CLASS)
-        for place, value in enumerate(values):
-            text = f"{value:.2f}" if value > 0 else "masked" if name == "refined" else "0"
-            inside = value > 0.6
-            axes.text(
-                value - 0.03 if inside else value + 0.03,
-                place,
-                text,
-                ha="right" if inside else "left",
-                va="center",
-                fontsize=7,
-                color="white" if inside else "black",
-            )
-        axes.set(title=name, xlim=(0, 1), xticks=())
-        axes.set_yticks(range(len(shown)), [_shortened(class_names[k]) for k in shown])
-    panels[0].invert_yaxis()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    return Image.open(buffer).convert("RGB")
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-
-
-def _enlarged(image: Image.Image) -> Image.Image:
-    factor = max(1, -(-IMAGE_SIDE // max(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

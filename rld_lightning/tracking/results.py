@@ -1,20 +1,21 @@
 """What a finished run folder gives to W&B: the table of classes, the student as an artifact, its teacher's lineage."""
 
+import csv
 import json
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 from omegaconf import DictConfig
 
 from rld_lightning.models.read import WeightsError, read_metadata
-from rld_lightning.runs.files import SUMMARY
+from rld_lightning.runs.files import CLASSES, STUDENT, SUMMARY
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
 
-MODEL = "student.safetensors"  # the name of the weights in an artifact, a student's as a teacher's
 ARTIFACT = "wandb_artifact"  # what a weights file calls the artifact that it is
 
 
@@ -22,8 +23,21 @@ def log_classes(run: "Run", folder: Path) -> None:
     """Logs ``classes.csv`` of a run folder as a table."""
     import wandb
 
-    if (folder / "classes.csv").exists():
-        run.log({"classes": wandb.Table(dataframe=pd.read_csv(folder / "classes.csv"))})
+    path = folder / CLASSES
+    if path.exists():
+        with path.open(newline="") as file:
+            columns, *rows = csv.reader(file)
+        cells = map(_numbers, zip(*rows, strict=True))
+        run.log({"classes": wandb.Table(columns=[*columns], data=[list(row) for row in zip(*cells, strict=True)])})
+
+
+def _numbers(column: Sequence[str]) -> Sequence[int | float | str]:
+    """A column of a CSV file as numbers, an empty cell as NaN; as it is where some are none."""
+    with suppress(ValueError):
+        return [int(cell) for cell in column]
+    with suppress(ValueError):
+        return [float(cell or "nan") for cell in column]
+    return column
 
 
 def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
@@ -45,9 +59,9 @@ def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
         # What run.use_artifact() does, which refuses to do it offline, and online waits until the server has it.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     summary = json.loads((folder / SUMMARY).read_text())
-    student = wandb.Artifact(read_metadata(folder / MODEL)[ARTIFACT], "model", metadata=summary)
+    student = wandb.Artifact(read_metadata(folder / STUDENT)[ARTIFACT], "model", metadata=summary)
     # Not a copy in a folder of wandb's: the run folder keeps the file.
-    student.add_file(str(folder / MODEL), policy="immutable", skip_cache=True)
+    student.add_file(str(folder / STUDENT), policy="immutable", skip_cache=True)
     run.log_artifact(student, aliases=["latest", f"seed{summary['seed']}"])
 
 
@@ -61,7 +75,7 @@ def _teacher(path: Path, name: str) -> "Artifact":
     artifact = wandb.Artifact(
         facts.get(ARTIFACT) or plain_name(f"teacher-{name}"), "model", metadata={"path": str(path), **facts}
     )
-    artifact.add_reference(path.as_uri(), name=MODEL, checksum=True)
+    artifact.add_reference(path.as_uri(), name=STUDENT, checksum=True)
     return artifact
 
 

@@ -1,11 +1,16 @@
-"""Which images are shown, and what is told about them."""
+"""Which images are shown, and what is drawn of them."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from rld_lightning import KDLoss, RLDLoss
 from rld_lightning.data.base import Batch
-from rld_lightning.tracking.examples import Examples, choose_examples, distributions, draw
+from rld_lightning.tracking import WandbExamples, WandbLogger
+from rld_lightning.tracking.examples import Examples, choose_examples, distributions
+from rld_lightning.tracking.pictures import draw
 
 
 class Stage:
@@ -18,6 +23,7 @@ class Stage:
         self.teacher = lambda images: (self.answers[1][images.long().flatten()], {})
         self.student.forward = lambda images: self.answers[0][images.long().flatten()]
         self.datamodule = self.precision_plugin = self
+        self.class_names, self.mean, self.std, self.loss = ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3, KDLoss()
         self.size = size
 
     def logits(self, right):
@@ -33,7 +39,7 @@ class Stage:
         return torch.no_grad()
 
     def choose(self, count):
-        return choose_examples(self, self, count).images.flatten().tolist()
+        return choose_examples(self, self, self.val_dataloader(), count).images.flatten().tolist()
 
 
 def test_half_are_the_first_that_the_teacher_gets_wrong():
@@ -74,3 +80,23 @@ def test_nothing_passed_on_is_a_distribution_of_zeros_and_can_be_drawn():
     picture = draw({name: view[0] for name, view in views.items()}, 1, ["a", "b" * 40, "c"])
     assert picture.mode == "RGB"
     assert picture.width > picture.height > 50
+
+
+def test_without_matplotlib_a_run_goes_without_the_table_and_says_why(monkeypatch, tmp_path, capsys):
+    stage = Stage([True] * 3, [True] * 3)
+    stage.teacher, stage.is_global_zero = None, True
+    stage.loggers = [WandbLogger(save_dir=tmp_path, mode="disabled")]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "rld_lightning.tracking.pictures")
+    WandbExamples().on_train_end(stage, stage)
+    message = " ".join(capsys.readouterr().out.split())
+    assert "goes without its table of examples: ImportError: pictures need matplotlib" in message
+    assert "pip install 'rld-lightning[report]'" in message
+    assert not stage.loggers[0].broken
+
+
+def test_importing_the_room_imports_neither_wandb_nor_pandas_nor_the_pictures():
+    rooms = "{'wandb', 'pandas', 'rld_lightning.reporting', 'rld_lightning.tracking.pictures'}"
+    code = f"import sys, rld_lightning.tracking; print({rooms} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"

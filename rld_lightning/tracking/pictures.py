@@ -1,0 +1,69 @@
+"""The pictures in W&B's table of examples: an image, and bars of the distributions over its classes."""
+
+import io
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("pictures need matplotlib: pip install 'rld-lightning[report]'.") from error
+
+from rld_lightning.reporting.style import GREY, STUDENT, TEACHER, TRUE_CLASS, styled
+
+CLASSES_SHOWN = 6
+IMAGE_SIDE = 96  # images of CIFAR's size are hard to see in a table
+LONGEST_NAME = 16
+
+
+@styled
+def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Image.Image:
+    """Bars of the classes that matter most to any of the distributions, the true one in a colour of its own.
+
+    Args:
+        views: distributions ``(C,)`` by name.
+        label: the true class.
+        class_names: C names.
+    """
+    most = torch.stack(list(views.values())).amax(0)
+    most[label] = 2.0  # always shown, and first
+    shown = most.topk(min(CLASSES_SHOWN, len(most))).indices.tolist()
+    colours = {"teacher": TEACHER, "student": STUDENT, "refined": GREY}
+    figure = Figure(figsize=(1.0 + 1.3 * len(views), 1.5), layout="constrained")
+    panels = figure.subplots(1, len(views), sharey=True, squeeze=False)[0]
+    for axes, (name, view) in zip(panels, views.items(), strict=True):
+        values = view[shown].tolist()
+        bars = axes.barh(range(len(shown)), values, color=colours[name])
+        bars[0].set_color(TRUE_CLASS)
+        for place, value in enumerate(values):
+            text = f"{value:.2f}" if value > 0 else "masked" if name == "refined" else "0"
+            inside = value > 0.6
+            axes.text(
+                value - 0.03 if inside else value + 0.03,
+                place,
+                text,
+                ha="right" if inside else "left",
+                va="center",
+                fontsize=7,
+                color="white" if inside else "black",
+            )
+        axes.set(title=name, xlim=(0, 1), xticks=())
+        axes.set_yticks(range(len(shown)), [_shortened(class_names[k]) for k in shown])
+    panels[0].invert_yaxis()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    return Image.open(buffer).convert("RGB")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def enlarged(pixels: Tensor) -> Image.Image:
+    """The image of uint8 pixels ``(H, W, 3)``, as many times larger as it takes to be seen."""
+    image = Image.fromarray(pixels.numpy())
+    factor = max(1, -(-IMAGE_SIDE // max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
