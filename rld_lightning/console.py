@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -45,18 +46,18 @@ def quiet_lightning() -> None:
 def print_config(cfg: DictConfig) -> None:
     """Prints the resolved configuration as a tree."""
     tree = Tree("[bold]configuration")
-    _grow(tree, OmegaConf.to_container(cfg, resolve=True))
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    _grow(tree, values)
     # A tree is cropped at the console's width, and paths are there to be copied.
     Console(width=1000, highlight=False).print(tree)
 
 
-def _grow(tree: Tree, values: Mapping) -> None:
+def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, Mapping | DictConfig) and value:
+        if isinstance(value, Mapping) and value:
             _grow(tree.add(f"[cyan]{key}"), value)
         else:
-            shown = list(value) if isinstance(value, ListConfig) else value
-            tree.add(f"[cyan]{key}[/]: {escape(str(shown))}")
+            tree.add(f"[cyan]{key}[/]: {escape(str(value))}")
 
 
 @rank_zero_only

@@ -18,7 +18,7 @@ def _rank_before_lightning() -> int:
     return next((int(rank) for rank in ranks if rank is not None), 0)
 
 
-rank_zero_only.rank = getattr(rank_zero_only, "rank", _rank_before_lightning())
+vars(rank_zero_only).setdefault("rank", _rank_before_lightning())
 
 
 class Started(NamedTuple):

@@ -57,24 +57,24 @@ def _receive(url: str, path: Path, have: int) -> int | None:
 
 
 def file_md5(path: Path) -> str:
-    """Return the MD5 of a file as hexadecimal digits."""
+    """The MD5 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def fetch(url: str, target: Path, md5: str) -> None:
-    """Download ``url`` to ``target``, continuing where an interrupted call stopped.
+    """Downloads ``url`` to ``target``, continuing where an interrupted call stopped.
 
     The bytes are collected in ``<target>.part``, which is renamed only once its checksum is right.
 
     Args:
-        url: What to download.
-        target: Where to; its folder must exist.
-        md5: The expected MD5.
+        url: what to download.
+        target: where to; its folder must exist.
+        md5: the expected MD5.
 
     Raises:
-        FileNotFoundError: If the server cannot be reached, lacks the file or stops before its end.
-        ValueError: If the file has another MD5 than expected.
+        FileNotFoundError: the server cannot be reached, lacks the file or stops before its end.
+        ValueError: the file has another MD5 than expected.
     """
     part = target.with_name(target.name + ".part")
     by_hand = f"You can also get the file by other means and place it at {target}."

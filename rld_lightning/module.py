@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from rld_lightning.data.base import Batch
@@ -27,7 +29,7 @@ class DistillationModule(LightningModule):
     synchronised. The teacher is held outside and follows the student to its device.
 
     Logged, accuracy in percent: ``train/loss`` and one ``train/<term>`` for each term of the loss, ``train/top1``,
-    ``train/top5``, ``stats/<name>`` for what the loss tells about itself and, for a loss of several terms,
+    ``train/top5``, ``stats/<name>`` for the statistics of the loss and, for a loss of several terms,
     ``stats/<term>_share``, a term's part of the epoch's loss; ``val/ce``, ``val/top1`` and ``val/top5`` of
     each epoch, and ``val/top1_best``, the largest ``val/top1`` so far. (With fewer than six classes there is no top-5.)
 
@@ -45,6 +47,10 @@ class DistillationModule(LightningModule):
     Raises:
         ValueError: the loss needs a teacher and there is none, or ``scheduler_interval`` is unknown.
     """
+
+    student: nn.Module
+    loss: DistillationLoss
+    teacher: FrozenTeacher | None
 
     def __init__(
         self,
@@ -79,16 +85,13 @@ class DistillationModule(LightningModule):
         self.validated_step = -1
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         top_k = (1, 5) if num_classes > 5 else (1,)
-        self.accuracies = nn.ModuleDict(
+        self.accuracies = MetricCollection(
             {
-                split: nn.ModuleDict(
-                    {
-                        f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
-                        for k in top_k
-                    }
-                )
-                for split in ("train_split", "val_split", "test_split")
-            }
+                f"{split}/top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
+                for split in self.means
+                for k in top_k
+            },
+            compute_groups=False,  # which it would find by comparing states, and that waits for the device
         )
 
     def setup(self, stage: str) -> None:
@@ -109,7 +112,8 @@ class DistillationModule(LightningModule):
             ``teacher_logits``, for callbacks that watch.
         """
         student, teacher = self._outputs(batch.images)
-        strong = self._outputs(batch.strong) if self.loss.needs_strong_view else (None, None)
+        second_view = batch.strong if self.loss.needs_strong_view else None
+        strong = (None, None) if second_view is None else self._outputs(second_view)
         step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1, *strong)
         terms = self.loss(step)
         total = torch.stack(list(terms.values())).sum()
@@ -162,26 +166,29 @@ class DistillationModule(LightningModule):
                 logits = self.student(batch.images)
             self._update(split, logits, batch.label)
         else:  # no image of the batch could be read; the other ranks wait for this one all the same
-            logits = batch.images.new_zeros(0, self.hparams.num_classes)
+            logits = batch.images.new_zeros(0, self.hparams["num_classes"])
         self.means[split].update({f"{split}/ce": cross_entropy(logits, batch.label)}, len(batch.label))
         return {"student_logits": logits, "label": batch.label}
 
     def _update(self, split: str, logits: Tensor, label: Tensor) -> None:
-        for accuracy in self.accuracies[f"{split}_split"].values():
+        for accuracy in self._accuracies(split).values():
             accuracy.update(logits, label)
+
+    def _accuracies(self, split: str) -> dict[str, Metric]:
+        return {name: metric for name, metric in self.accuracies.items() if name.startswith(f"{split}/")}
 
     def _log_epoch(self, split: str) -> float:
         # Metrics and means synchronise themselves over the ranks, in this order on all, so their values are the same.
         values = {}
-        for name, accuracy in self.accuracies[f"{split}_split"].items():
+        for name, accuracy in self._accuracies(split).items():
             values[name] = 100 * accuracy.compute()
             accuracy.reset()
-        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=split == "val")
+        self.log_dict(values, prog_bar=split == "val")
         means = self.means[split].compute(self.trainer.strategy.reduce)
         self.log_dict(means | term_shares(means))
-        return float(values["top1"])
+        return float(values[f"{split}/top1"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if self.make_scheduler is None:

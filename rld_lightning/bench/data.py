@@ -83,7 +83,7 @@ def pipelines(paths: list[Path], size: int) -> dict[str, Callable[[], object]]:
 
     def ours(decode: str, images: Images = listed) -> Tensor:
         dataset = StreamedImages(images, crop, decode=decode)
-        return stack([dataset[index, index] for index in range(len(dataset))]).tensors[2]
+        return stack([dataset.load((index, index)) for index in range(len(dataset))]).tensors[2]
 
     return {
         "Pillow, float tensors": pillow,

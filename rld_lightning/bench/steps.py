@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ def plain_rld(student: Tensor, teacher: Tensor, label: Tensor, temperature: floa
     return temperature**2 * (scd + 8.0 * mcd)
 
 
-def time_in_turn(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
+def time_in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each step, after two warm-up calls, all steps in alternation."""
     durations: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
@@ -83,7 +83,13 @@ def bench_step(
     label = torch.randint(100, (batch,), device=device)
     bf16 = fast_precision(device.type) == "bf16-mixed"
 
-    def student_step(student: nn.Module, teacher: Callable, loss: Callable, images: Tensor, autocast: bool) -> Step:
+    def student_step(
+        student: nn.Module,
+        teacher: Callable[[Tensor], Tensor],
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+        images: Tensor,
+        autocast: bool,
+    ) -> Step:
         optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
         def step() -> None:
@@ -103,6 +109,10 @@ def bench_step(
         with torch.no_grad():
             return plain(images)
 
+    def frozen(network: nn.Module) -> Callable[[Tensor], Tensor]:
+        teacher = FrozenTeacher(network, channels_last=True)
+        return lambda images: teacher(images)[0]
+
     def models() -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         return create_model(teacher_name).to(device).eval(), create_model(student_name).to(device).train()
@@ -114,11 +124,10 @@ def bench_step(
         if autocast and not bf16:
             continue
         network, student = models()
-        teacher = FrozenTeacher(network, channels_last=True)
         steps[name] = student_step(
             student.to(memory_format=torch.channels_last),
-            lambda images, teacher=teacher: teacher(images)[0],
-            lambda *logits_and_label: sum(criterion(*logits_and_label).values()),
+            frozen(network),
+            lambda student, teacher, label: _total(criterion(student, teacher, label)),
             images.to(memory_format=torch.channels_last),
             autocast,
         )
@@ -165,7 +174,7 @@ def bench_losses(
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 views = outputs(images)
                 second = outputs(strong) if loss.needs_strong_view else (None, None)
-                total = sum(loss(StepContext(*views, train_label[:batch], index, None, *second)).values())
+                total = _total(loss(StepContext(*views, train_label[:batch], index, None, *second)))
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
@@ -197,7 +206,12 @@ def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
 
 
 def _log_space_rld(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
-    return sum(rld_loss(student, teacher, label).values())
+    return _total(rld_loss(student, teacher, label))
+
+
+def _total(terms: Mapping[str, Tensor]) -> Tensor:
+    """As the training step sums them."""
+    return torch.stack(list(terms.values())).sum()
 
 
 def _logits(batch: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,7 +63,7 @@ def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width:
 
 
 class Normalize:
-    """Turn uint8 images ``(B, H, W, 3)`` into normalised float32 ``(B, 3, H, W)`` in ``channels_last`` memory format.
+    """Turns uint8 images ``(B, H, W, 3)`` into normalised float32 ``(B, 3, H, W)`` in ``channels_last`` memory format.
 
     ``(x / 255 - mean) / std`` in this order and precision: on every device bit-identical to torchvision's ``ToTensor``
     followed by ``Normalize``.

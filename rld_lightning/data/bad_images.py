@@ -46,7 +46,7 @@ class BadImageReport:
         if not new:
             return
         if self.file is not None:
-            new = self._enter(new)
+            new = self._enter(self.file, new)
         for image in new.values():
             self.known.add(image.path)
             if self.file is None or len(self.known) <= MOST_LOGGED:
@@ -54,14 +54,14 @@ class BadImageReport:
             elif len(self.known) == MOST_LOGGED + 1:
                 logger.warning("More than %d images cannot be read: see %s", MOST_LOGGED, self.file)
 
-    def _enter(self, new: dict[str, BadImage]) -> dict[str, BadImage]:
-        """Append to the file what no process has entered yet, and return that."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.file}.lock"):
-            if self.file.exists():
-                lines = self.file.read_text(errors="surrogateescape").splitlines()
+    def _enter(self, file: Path, new: dict[str, BadImage]) -> dict[str, BadImage]:
+        """Appends to the file what no process has entered yet, and returns that."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if file.exists():
+                lines = file.read_text(errors="surrogateescape").splitlines()
                 self.known.update(line.split("\t")[0] for line in lines)
             new = {path: image for path, image in new.items() if path not in self.known}
-            with self.file.open("a", errors="surrogateescape") as file:
-                file.writelines(f"{path}\t{' '.join(reason.split())}\n" for path, reason in new.values())
+            with file.open("a", errors="surrogateescape") as list_file:
+                list_file.writelines(f"{path}\t{' '.join(reason.split())}\n" for path, reason in new.values())
         return new

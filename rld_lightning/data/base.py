@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     label: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # which hides a method of tuples
     strong: Tensor | None = None
 
 
@@ -106,8 +106,8 @@ class ImageDataModule(LightningDataModule):
     num_classes: int
     class_names: list[str]
     image_shape: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class ImageDataModule(LightningDataModule):
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.strong_view = strong_view
-        self._sizes: tuple[int, int, int] | None = None
+        self._sizes: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -187,7 +187,7 @@ class ImageDataModule(LightningDataModule):
         return self._split_sizes()[2]
 
     def describe(self) -> str:
-        """Returns one line for the console: name, classes, sizes and what validation runs on."""
+        """One line for the console: name, classes, sizes and what validation runs on."""
         shape = "x".join(map(str, self.image_shape))
         subset = f" (subset {self.subset:g})" if self.subset < 1 else ""
         return (
@@ -233,7 +233,7 @@ class ImageDataModule(LightningDataModule):
             return f"{self.val_size:,} held-out training images (stratified, seed {self.seed})"
         return "the test split, as the literature does"
 
-    def _split_sizes(self) -> tuple[int, int, int]:
+    def _split_sizes(self) -> tuple[int, ...]:
         if self._sizes is None:
             raise RuntimeError(f"The data set {self.name} is not loaded yet: call prepare_data() and setup() first.")
         return self._sizes

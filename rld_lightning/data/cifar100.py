@@ -110,7 +110,9 @@ class CIFAR100DataModule(InMemoryDataModule):
         with tarfile.open(archive) as tar:
             for name, md5 in FILE_MD5.items():
                 part = folder / f"{name}.part"
-                with tar.extractfile(f"{FOLDER}/{name}") as source, part.open("wb") as target:
+                source = tar.extractfile(f"{FOLDER}/{name}")
+                assert source is not None  # a regular file, as the checksum of the archive says
+                with source, part.open("wb") as target:
                     shutil.copyfileobj(source, target)
                 _check_md5(part, file_md5(part), md5)
                 part.replace(folder / name)

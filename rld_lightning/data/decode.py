@@ -26,10 +26,10 @@ class BadImageError(ValueError):
 
 
 def read_file(path: str) -> Tensor:
-    """Returns the bytes of a file, uint8 ``(N,)``.
+    """The bytes of a file, uint8 ``(N,)``.
 
     Raises:
-        BadImageError: if the file cannot be read.
+        BadImageError: the file cannot be read.
     """
     try:
         return torch.from_numpy(np.fromfile(path, np.uint8))
@@ -49,7 +49,7 @@ def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1) -> 
         RGB values, uint8 ``(3, H, W)``; the first image of an animation.
 
     Raises:
-        BadImageError: if there is no such image in the bytes.
+        BadImageError: there is no such image in the bytes.
     """
     if _torchvision_decode is not None and decoder != "pil" and reduction == 1:
         try:
@@ -68,7 +68,7 @@ def read_image(path: str, decoder: str = "auto") -> Tensor:
     """Reads an image file as uint8 RGB ``(3, H, W)``; see :func:`decode_image`.
 
     Raises:
-        ValueError: if the file cannot be read as an image.
+        ValueError: the file cannot be read as an image.
     """
     try:
         return decode_image(read_file(path), decoder)
@@ -100,8 +100,8 @@ def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor | 
 
 
 def jpeg_size(content: Tensor) -> tuple[int, int] | None:
-    """Returns height and width from the header of a JPEG file, ``None`` for what does not look like one."""
-    data = memoryview(content.numpy())
+    """Height and width from the header of a JPEG file, ``None`` for what does not look like one."""
+    data = content.numpy().data
     if bytes(data[:2]) != b"\xff\xd8":
         return None
     at = 2
@@ -115,7 +115,7 @@ def jpeg_size(content: Tensor) -> tuple[int, int] | None:
 
 def _decode_with_pillow(content: Tensor, reduction: int) -> Tensor:
     try:
-        with Image.open(BytesIO(content.numpy())) as image:
+        with Image.open(BytesIO(content.numpy().data)) as image:
             if image.mode.startswith(("I", "F")):  # which Pillow would clip to white
                 raise BadImageError(f"mode {image.mode} has more than 8 bits a channel")
             if reduction > 1:

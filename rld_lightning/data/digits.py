@@ -9,7 +9,7 @@ from torch import Tensor
 from rld_lightning.data.base import stratified_split
 from rld_lightning.data.in_memory import InMemoryDataModule
 
-# The data set has no official test split; ours is the same for every seed so that results can be compared.
+# The data set has no official test split; this one is the same for every seed, so that results can be compared.
 TEST_FRACTION = 0.2
 TEST_SEED = 0
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -41,7 +41,7 @@ class DigitsDataModule(InMemoryDataModule):
         self.image_shape = (3, image_size, image_size)
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Returns the fixed 80% for training or the remaining 20%, the same classes in both.
+        """The fixed 80% for training or the remaining 20%, the same classes in both.
 
         Grey values 0..16 are scaled to 0..255.
         """

@@ -32,15 +32,15 @@ class ImageList(NamedTuple):
     labels: Tensor
 
     def take(self, index: Tensor) -> "ImageList":
-        """Returns the files at ``index`` ``(M,)`` as a list of their own."""
+        """The files at ``index`` ``(M,)`` as a list of their own."""
         return ImageList(self.class_names, self.paths[index.numpy()], self.labels[index])
 
     def path(self, index: int) -> str:
-        """Returns the path of an image."""
+        """The path of an image."""
         return os.fsdecode(self.paths[index])
 
     def read(self, index: int) -> Tensor:
-        """Returns the bytes of an image's file, uint8 ``(N,)``; see :func:`~rld_lightning.data.decode.read_file`."""
+        """The bytes of an image's file, uint8 ``(N,)``; see :func:`~rld_lightning.data.decode.read_file`."""
         return read_file(self.path(index))
 
 
@@ -81,11 +81,11 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
     test = TEST_FOLDER if TEST_FOLDER in folders else None
     if val and test and not _folders_in(root / test):
         test = None  # as in ImageNet, whose `test` holds images without classes
-    if TRAIN_FOLDER in folders and (val or test):
+    if TRAIN_FOLDER in folders and (tested := test or val):
         lists = {name: list_images(root / name) for name in (TRAIN_FOLDER, val, test) if name}
         for name, images in lists.items():
             _check_classes(lists[TRAIN_FOLDER].class_names, images.class_names, root / name)
-        splits = {"train": lists[TRAIN_FOLDER], "test": lists[test or val]}
+        splits = {"train": lists[TRAIN_FOLDER], "test": lists[tested]}
         return splits | ({"val": lists[val]} if val and test else {})
     if TRAIN_FOLDER in folders and _folders_in(root / TRAIN_FOLDER):
         raise ValueError(

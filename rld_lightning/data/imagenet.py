@@ -51,7 +51,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         return super().find_splits()
 
     @cached_property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> list[str]:  # type: ignore[override]
         """English names of the classes, in the order of their WordNet ids.
 
         Of the 1,000 classes these are the names that torchvision's models carry; of other choices of classes those in
@@ -114,7 +114,7 @@ class ImageNetDataModule(ImageFolderDataModule):
             (Path(folder) / META_FILE).replace(self.root / META_FILE)
 
     def _read_meta(self) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-        """Returns the names of each WordNet id and the WordNet id of each validation image."""
+        """The names of each WordNet id and the WordNet id of each validation image."""
         try:
             return load_meta_file(self.root)
         except Exception as error:  # unpicklers raise almost anything

@@ -20,16 +20,16 @@ class Split(NamedTuple):
     labels: Tensor
 
     def take(self, index: Tensor) -> "Split":
-        """Returns the samples at ``index`` ``(M,)`` as a split of their own."""
+        """The samples at ``index`` ``(M,)`` as a split of their own."""
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
-        """Returns the split on ``device``."""
+        """The split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 class InMemoryLoader(EpochLoader):
-    """Yield the batches of a split that lives on the device.
+    """Yields the batches of a split that lives on the device.
 
     The order, the crops and the flips of an epoch are drawn at its start and moved to the device once, so that a step
     only launches kernels and never waits for the device.
@@ -105,6 +105,9 @@ class InMemoryDataModule(ImageDataModule):
 
     A subclass names the data set, downloads it in ``prepare_data`` and returns a split in ``read_split``.
 
+    Attributes:
+        splits: once set up, ``"train"`` (padded), ``"test"`` and, where images are held out, ``"val"``.
+
     Args:
         padding: black pixels around a training image, from which a crop of the original size is taken.
         options: see :class:`~rld_lightning.data.base.ImageDataModule`.
@@ -115,9 +118,7 @@ class InMemoryDataModule(ImageDataModule):
         if padding < 0:
             raise ValueError(f"padding={padding} must not be negative: 0 switches cropping off.")
         self.padding = padding if self.augment else 0
-        self._train: Split | None = None
-        self._val: Split | None = None
-        self._test: Split | None = None
+        self.splits: dict[str, Split] = {}
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
         """Reads a split from disk.
@@ -132,47 +133,47 @@ class InMemoryDataModule(ImageDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads all splits once, and moves them to the trainer's device."""
-        if self._train is None or self._test is None:
-            train, self._test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
+        if not self.splits:
+            train, test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
+            splits = {"test": test}
             if self.val_fraction > 0:
                 kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
-                train, self._val = train.take(kept), train.take(held_out)
+                train, splits["val"] = train.take(kept), train.take(held_out)
             if self.subset < 1:
                 train = train.take(stratified_subset(train.labels, self.subset, self.seed))
-            self._train = Split(pad_images(train.images, self.padding), train.labels)
-        self._train, self._test = self._train.to(self.device), self._test.to(self.device)
-        self._val = None if self._val is None else self._val.to(self.device)
-        self._sizes = tuple(len(split.labels) for split in (self._train, self._val or self._test, self._test))
+            splits["train"] = Split(pad_images(train.images, self.padding), train.labels)
+            self.splits = splits
+        self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
+        self._sizes = tuple(len(self.splits[name].labels) for name in ("train", self.val_split, "test"))
 
     @property
     def train_label(self) -> Tensor:
         """Class of each training image, int64 ``(N,)``, on the trainer's device."""
         self._split_sizes()  # which says what to call if nothing is loaded yet
-        return self._train.labels
+        return self.splits["train"].labels
 
     def train_dataloader(self) -> InMemoryLoader:
-        """Returns the augmented, shuffled training batches of this process."""
+        """The augmented, shuffled training batches of this process."""
         sampler = self.train_sampler()
-        flip = self.flip and self.augment
         return InMemoryLoader(
-            self._train,
+            self.splits["train"],
             sampler,
             self._normalize(),
             padding=self.padding,
-            flip=flip,
+            flip=self.flip and self.augment,
             strong_view=self.strong_view,
         )
 
     def val_dataloader(self) -> InMemoryLoader:
-        """Returns the held-out training images, or the test split if none are held out."""
-        return self._eval_loader(self._val or self._test, self.val_size)
+        """The held-out training images, or the test split if none are held out."""
+        return self._eval_loader(self.val_split, self.val_size)
 
     def test_dataloader(self) -> InMemoryLoader:
-        """Returns the test split, each image exactly once over all processes."""
-        return self._eval_loader(self._test, self.test_size)
+        """The test split, each image exactly once over all processes."""
+        return self._eval_loader("test", self.test_size)
 
-    def _eval_loader(self, split: Split | None, size: int) -> InMemoryLoader:
-        return InMemoryLoader(split, self.eval_sampler(size), self._normalize())
+    def _eval_loader(self, split: str, size: int) -> InMemoryLoader:
+        return InMemoryLoader(self.splits[split], self.eval_sampler(size), self._normalize())
 
     def _normalize(self) -> Normalize:
         _, height, width = self.image_shape

@@ -42,11 +42,11 @@ class EpochLoader(ABC):
         self.sampler.set_epoch(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the epoch of the last batch and how many batches of it were handed out."""
+        """The epoch of the last batch and how many batches of it were handed out."""
         return dict(self._progress or {"epoch": self.sampler.epoch, "batch": 0})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the state was taken, with the next epoch if that was at the end of one.
+        """Continues where the state was taken, with the next epoch if that was at the end of one.
 
         Batches that were already seen are skipped only if the next iteration is of the same epoch.
         """

@@ -44,8 +44,10 @@ HOLE_COLOR = (125, 123, 114)
 class RandAugmentDraw(NamedTuple):
     """What is done to each of N samples, on the CPU.
 
-    ``operation`` ``(N, 2)`` int64 are positions in ``OPERATIONS``, ``magnitude`` ``(N, 2)`` float32 lies in the
-    range of each, and ``hole`` ``(N, 4)`` int64 are the first and the last row, the first and the last column that Cutout fills.
+    Attributes:
+        operation: positions in ``OPERATIONS``, int64 ``(N, 2)``.
+        magnitude: in the range of each operation, float32 ``(N, 2)``.
+        hole: the first and the last row, the first and the last column that Cutout fills, int64 ``(N, 4)``.
     """
 
     operation: Tensor
@@ -69,7 +71,7 @@ def draw_randaugment(size: int, height: int, width: int, generator: torch.Genera
 
 
 class RandAugment:
-    """Apply what was drawn, a batch at a time.
+    """Applies what was drawn, a batch at a time.
 
     Everything that a batch needs is moved to the device here, and how many samples of a batch get which operation is
     known on the CPU, so that a step launches kernels and waits for nothing.
@@ -102,7 +104,7 @@ class RandAugment:
             self.rounds.append((*(values.to(device) for values in on_device), sizes))
 
     def __call__(self, images: Tensor, number: int) -> Tensor:
-        """Augment the uint8 images ``(B, H, W, 3)`` of batch ``number``."""
+        """Augments the uint8 images ``(B, H, W, 3)`` of batch ``number``."""
         step = self.steps[number]
         for order, restore, magnitude, moves, sizes in self.rounds:
             parts = images.index_select(0, order[step]).split(sizes[number])
@@ -117,7 +119,7 @@ class RandAugment:
 
 
 def randaugment_image(image: Tensor) -> Tensor:
-    """Augment one uint8 image ``(3, H, W)`` as drawn from the global CPU generator."""
+    """Augments one uint8 image ``(3, H, W)`` as drawn from the global CPU generator."""
     height, width = image.shape[1:]
     draw = draw_randaugment(1, height, width, torch.default_generator)
     augment = RandAugment(draw, [slice(0, 1)], height, width, image.device)
@@ -157,7 +159,7 @@ def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Darken: at 0 black, at 1 the image."""
+    """Darkens: at 0 black, at 1 the image."""
     return (magnitude * images).byte()
 
 
@@ -174,7 +176,7 @@ def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Smooth: at 0 the mean of 3x3 pixels with the middle one counted five times, at 1 the image; the rim stays."""
+    """Smooths: at 0 the mean of 3x3 pixels with the middle one counted five times, at 1 the image; the rim stays."""
     pixels = images.int()
     middle = pixels[:, 1:-1, 1:-1]
     total = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
@@ -247,7 +249,7 @@ def cutout(images: Tensor, hole: Tensor, filling: Tensor) -> Tensor:
     Args:
         images: uint8 ``(B, H, W, 3)``.
         hole: first and last row, first and last column, int64 ``(B, 4)``.
-        filling: a row of filled pixels, uint8 (3 W,).
+        filling: a row of filled pixels, uint8 ``(3 W,)``.
     """
     top, bottom, left, right = hole.T[..., None, None]
     height, channels = images.shape[1], images.shape[3]

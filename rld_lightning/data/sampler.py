@@ -28,10 +28,10 @@ def _permute(size: int, generator: torch.Generator) -> Tensor:
 
 
 def share_of_batch(batch_size: int, world_size: int) -> int:
-    """Returns how many samples of a global batch each process takes.
+    """How many samples of a global batch each process takes.
 
     Raises:
-        ValueError: if they cannot share it equally.
+        ValueError: they cannot share it equally.
     """
     share, remainder = divmod(batch_size, world_size)
     if remainder or share < 1:

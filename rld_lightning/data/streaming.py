@@ -16,7 +16,7 @@ from rld_lightning.data.decode import REDUCTIONS, BadImageError, decode_image, d
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
-from rld_lightning.data.shards.store import ShardError
+from rld_lightning.errors import UserError
 
 # So many files of a class that cannot be read, one after the other, are no accident.
 MOST_REPLACEMENTS = 8
@@ -28,22 +28,27 @@ Key = tuple[int, int]
 
 
 class Images(Protocol):
-    """The encoded images of a split, wherever they are; ``labels`` is int64 ``(N,)``."""
+    """The encoded images of a split, wherever they are."""
 
-    class_names: list[str]
-    labels: Tensor
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of the labels."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes, int64 ``(N,)``."""
 
     def take(self, index: Tensor) -> "Images":
-        """Returns the images at ``index`` ``(M,)`` as a list of their own."""
+        """The images at ``index`` ``(M,)`` as a list of their own."""
 
     def path(self, index: int) -> str:
-        """Returns what an image is called in messages."""
+        """What an image is called in messages."""
 
     def read(self, index: int) -> Tensor:
-        """Returns the bytes of an image's file, uint8 ``(N,)``.
+        """The bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
-            BadImageError: if this image cannot be read, while others may.
+            BadImageError: this image cannot be read, while others may.
         """
 
 
@@ -56,7 +61,7 @@ class RandomCropFlip(v2.RandomResizedCrop):
         flip: whether crops are mirrored with probability 1/2.
     """
 
-    def __init__(self, size: Sequence[int], scale: tuple[float, float], flip: bool) -> None:
+    def __init__(self, size: Sequence[int], scale: Sequence[float], flip: bool) -> None:
         super().__init__(size, scale=scale, antialias=True)
         self.flip = flip
 
@@ -66,7 +71,7 @@ class RandomCropFlip(v2.RandomResizedCrop):
         return crop | {"flip": self.flip and bool(torch.rand(1) < 0.5)}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """Cuts out, resize and perhaps mirror."""
+        """Cuts out, resizes and perhaps mirrors."""
         crop = super().transform(inpt, {name: value for name, value in params.items() if name != "flip"})
         return v2.functional.horizontal_flip(crop) if params["flip"] else crop
 
@@ -88,7 +93,7 @@ class Sample(NamedTuple):
     ``(3, H, W)`` or, if none could be read, nothing, and ``bad`` are the files that could not be read on the way.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # which hides a method of tuples
     label: Tensor
     views: list[Tensor]
     bad: list[BadImage]
@@ -101,8 +106,8 @@ class Encoded(NamedTuple):
     content: Tensor
 
 
-class StreamedImages(Dataset):
-    """Decode and transform single images; a key is the index of an image and the seed of its augmentation.
+class StreamedImages(Dataset[Sample | Encoded]):
+    """Decodes and transforms single images; a key is the index of an image and the seed of its augmentation.
 
     Args:
         images: the images.
@@ -129,7 +134,7 @@ class StreamedImages(Dataset):
         self.replace = replace
 
     def __getitem__(self, key: Key) -> Sample | Encoded:
-        """Returns an image, or the file of one that the device will decode."""
+        """An image, or the file of one that the device will decode."""
         if self.decode == "cuda":
             try:
                 content = self.images.read(key[0])
@@ -147,7 +152,7 @@ class StreamedImages(Dataset):
         return KeySampler(sampler)
 
     def load(self, key: Key) -> Sample:
-        """Reads, decode and transform an image on the CPU."""
+        """Reads, decodes and transforms an image on the CPU."""
         index, seed = key
         bad = []
         for candidate in self._candidates(index):
@@ -218,7 +223,7 @@ def stack(samples: Sequence[Sample]) -> Stacked:
 
 
 class KeySampler:
-    """Yield, for each step of a sampler's epoch, the keys of the batch: pairs of an index and an augmentation seed."""
+    """Yields, for each step of a sampler's epoch, the keys of the batch: pairs of an index and an augmentation seed."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -233,14 +238,14 @@ class KeySampler:
         seeds = torch.randint(1 << 32, order.shape, generator=generator)
         return torch.stack([order, seeds], dim=1)[self.sampler.positions]
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[Any]:
         keys = self.draw()
         for step in self.sampler.steps[self.start :]:
             yield keys[step].tolist()
 
 
 class StreamingLoader(EpochLoader):
-    """Yield batches that worker processes decode; they are normalised on the device.
+    """Yields batches that worker processes decode; they are normalised on the device.
 
     Images cross the process boundary and the bus as uint8, a quarter of their size as floats.
 
@@ -254,7 +259,7 @@ class StreamingLoader(EpochLoader):
         normalize: turns uint8 images into the model's input.
         device: where batches are delivered.
         num_workers: worker processes, 0 to decode in this one.
-        report: is told of images that cannot be read; without it they are errors.
+        report: where images that cannot be read are reported; without it they are errors.
     """
 
     def __init__(
@@ -284,7 +289,7 @@ class StreamingLoader(EpochLoader):
             # The base seed of the workers is drawn from here instead of the random state of training.
             generator=torch.Generator(),
         )
-        # The workers must be told to stop before the garbage collector gets to their queues: in a reference cycle, and
+        # The workers have to be stopped before the garbage collector gets to their queues: in a reference cycle, and
         # trainers are full of them, it closes the queues first and then waits five seconds for each deaf worker.
         weakref.finalize(self, _stop_workers, self._workers)
 
@@ -304,10 +309,10 @@ class StreamingLoader(EpochLoader):
     def _deliveries(self) -> Iterator[Stacked | list[Sample | Encoded]]:
         try:
             yield from self._workers
-        except ShardError as error:
+        except UserError as error:
             # What a worker raises comes as its traceback, which ends in the name of the error and its text.
-            text = str(error).rstrip().rpartition("\n")[2]
-            raise ShardError(text.removeprefix(f"{ShardError.__module__}.{ShardError.__name__}: ")) from None
+            kind, text = type(error), str(error).rstrip().rpartition("\n")[2]
+            raise kind(text.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
 
     def _decode(self, delivered: list[Sample | Encoded]) -> list[Sample]:
         """Decodes on the device what the workers have left to it, and on the CPU what it refuses."""
@@ -315,12 +320,13 @@ class StreamingLoader(EpochLoader):
         images = iter(decode_jpegs([item.content for item in encoded], self.device))
         samples = []
         for item in delivered:
-            image = next(images) if isinstance(item, Encoded) else None
-            if image is not None:
-                item = self.dataset.sample(item.key[0], self.dataset.views(image, item.key[1]))
-            elif isinstance(item, Encoded):
-                item = self.dataset.load(item.key)
-            samples.append(item._replace(views=[view.to(self.device) for view in item.views]))
+            if isinstance(item, Sample):
+                sample = item
+            elif (image := next(images)) is None:
+                sample = self.dataset.load(item.key)
+            else:
+                sample = self.dataset.sample(item.key[0], self.dataset.views(image, item.key[1]))
+            samples.append(sample._replace(views=[view.to(self.device) for view in sample.views]))
         return samples
 
     def _handle(self, stacked: Stacked, expected: int) -> None:
@@ -346,5 +352,5 @@ class StreamingLoader(EpochLoader):
         return Batch(images, label, index)
 
 
-def _stop_workers(loader: DataLoader) -> None:
+def _stop_workers(loader: DataLoader[Any]) -> None:
     loader._iterator = None

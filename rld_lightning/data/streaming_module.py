@@ -53,7 +53,7 @@ class StreamingDataModule(ImageDataModule):
         name: str,
         image_size: int = 224,
         resize: int | None = None,
-        scale: tuple[float, float] = (0.08, 1.0),
+        scale: Sequence[float] = (0.08, 1.0),
         num_workers: int = 4,
         decode: str = "auto",
         bad_images: str = "replace",
@@ -98,7 +98,7 @@ class StreamingDataModule(ImageDataModule):
         raise NotImplementedError
 
     @cached_property
-    def splits(self) -> dict[str, Images]:
+    def splits(self) -> Mapping[str, Images]:
         """The images of ``"train"``, ``"test"`` and, where it is not the test split, ``"val"``."""
         splits = dict(self.find_splits())
         if self.val_fraction > 0:
@@ -111,28 +111,28 @@ class StreamingDataModule(ImageDataModule):
         return splits
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> list[str]:  # type: ignore[override]  # known once the images are listed
         """The names of the classes, in the order of the labels."""
         return self.splits["train"].class_names
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         """The number of classes."""
         return len(self.class_names)
 
     def setup(self, stage: str | None = None) -> None:
         """Lists the images."""
         splits = self.splits
-        self._sizes = tuple(len(splits[name].labels) for name in ("train", self._val_name, "test"))
+        self._sizes = tuple(len(splits[name].labels) for name in ("train", self.val_split, "test"))
 
     def train_transform(self) -> v2.Transform:
-        """Returns what is done to a uint8 training image ``(3, H, W)``."""
+        """What is done to a uint8 training image ``(3, H, W)``."""
         if not self.augment:
             return self.eval_transform()
         return RandomCropFlip(self.image_shape[1:], self.scale, self.flip)
 
     def eval_transform(self) -> v2.Transform:
-        """Returns what is done to a uint8 evaluation image ``(3, H, W)``."""
+        """What is done to a uint8 evaluation image ``(3, H, W)``."""
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_shape[1:])])
 
     @property
@@ -141,15 +141,15 @@ class StreamingDataModule(ImageDataModule):
         return self.splits["train"].labels
 
     def train_dataloader(self) -> StreamingLoader:
-        """Returns the augmented, shuffled training batches of this process."""
+        """The augmented, shuffled training batches of this process."""
         return self._loader("train", self.train_sampler(), self.train_transform(), training=True)
 
     def val_dataloader(self) -> StreamingLoader:
-        """Returns the held-out training images, the data set's own validation split, or else the test split."""
-        return self._loader(self._val_name, self.eval_sampler(self.val_size), self.eval_transform())
+        """The held-out training images, the data set's own validation split, or else the test split."""
+        return self._loader(self.val_split, self.eval_sampler(self.val_size), self.eval_transform())
 
     def test_dataloader(self) -> StreamingLoader:
-        """Returns the test split, each image exactly once over all processes."""
+        """The test split, each image exactly once over all processes."""
         return self._loader("test", self.eval_sampler(self.test_size), self.eval_transform())
 
     def _loader(
@@ -174,17 +174,13 @@ class StreamingDataModule(ImageDataModule):
         )
 
     @property
-    def _val_name(self) -> str:
-        return "val" if "val" in self.splits else "test"
-
-    @property
     def has_own_validation(self) -> bool:
         """Whether validation runs on other images than the test split's."""
-        return super().has_own_validation or self._val_name == "val"
+        return super().has_own_validation or "val" in self.splits
 
     @property
     def validated_on(self) -> str:
         """What validation runs on, in words that complete "validated on"."""
-        if self.val_fraction > 0 or self._val_name == "test":
+        if self.val_fraction > 0 or not self.has_own_validation:
             return super().validated_on
         return f"the {self.val_size:,} images of the {self._kind}'s own validation split"

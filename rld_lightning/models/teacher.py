@@ -128,7 +128,7 @@ class FrozenTeacher(nn.Module):
         return super()._apply(keep_dtype if self.dtype else fn, recurse)
 
 
-def hold_outside(module: nn.Module, name: str, value: nn.Module) -> None:
+def hold_outside(module: nn.Module, name: str, value: nn.Module | None) -> None:
     """Set ``module.<name> = value`` without making ``value`` a part of ``module``.
 
     A submodule would be written to every checkpoint, handed to the optimizer, broadcast by DDP at every forward,

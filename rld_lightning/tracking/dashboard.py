@@ -80,14 +80,15 @@ def build_dashboard(entity: str, project: str = PROJECT, pairs: Sequence[str] = 
     """
     split = METHOD if pairs else None
     compared, tuned = comparison_parts(split), [tuning_part()]
-    where = {"entity": entity, "project": project}
+    where: dict[str, Any] = {"entity": entity, "project": project}
+    run_sets: Sequence[str | None] = pairs or [None]
     views = []
-    for pair in pairs or [None]:
+    for pair in run_sets:
         views.append(_view(where, "RLD and baselines", compared, pair, _finals(pair), group=not pairs))
         views.append(_view(where, "Tuning of RLD", tuned, pair, _trials(pair), group=False))
     chapters = [
-        *(_chapter(part, [(pair, _finals(pair)) for pair in pairs or [None]], not pairs) for part in compared),
-        *(_chapter(part, [(pair, _trials(pair)) for pair in pairs or [None]], False) for part in tuned),
+        *(_chapter(part, [(pair, _finals(pair)) for pair in run_sets], not pairs) for part in compared),
+        *(_chapter(part, [(pair, _trials(pair)) for pair in run_sets], False) for part in tuned),
     ]
     report = wr.Report(
         **where,
@@ -115,7 +116,7 @@ def _where(conditions: list[FilterExpr], pair: str | None) -> And:
 
 
 def _view(
-    where: dict[str, str], name: str, parts: list[Part], pair: str | None, filters: And, *, group: bool
+    where: dict[str, Any], name: str, parts: list[Part], pair: str | None, filters: And, *, group: bool
 ) -> ws.Workspace:
     return ws.Workspace(
         **where,
@@ -242,8 +243,8 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
     for grid in report.blocks:
         for run_set in grid.runsets if isinstance(grid, wr.PanelGrid) else ():
             run_set.entity, run_set.project = report.entity, report.project
-    there = api.reports(f"{report.entity}/{report.project}")
-    report.id = next((other.id for other in there if other.display_name == report.title), "")
+    existing = api.reports(f"{report.entity}/{report.project}")
+    report.id = next((other.id for other in existing if other.display_name == report.title), "")
     report.save()
     return [view.url for view in dashboard.views] + [report.url]
 
@@ -282,19 +283,19 @@ def save_dashboard(entity: str | None, project: str, pairs: Sequence[str], dry_r
         write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs), dry_run)
         print_line("written", str(dry_run))
         return
-    way_out = "run the same command later, or write the JSON alone, with --dry-run FILE."
+    hint = "run the same command later, or write the JSON alone, with --dry-run FILE."
     if not has_key():
-        raise UserError(f"there is no key for {server()}: `wandb login` or set WANDB_API_KEY; then {way_out}")
+        raise UserError(f"there is no key for {server()}: `wandb login` or set WANDB_API_KEY; then {hint}")
     if problem := trouble(TIMEOUT):
-        raise UserError(f"W&B's server {server()} {problem}; {way_out}")
-    wandb.setup(wandb.Settings(silent=True))  # what it says, we say in our way
+        raise UserError(f"W&B's server {server()} {problem}; {hint}")
+    wandb.setup(wandb.Settings(silent=True))  # print_line says it
     try:
         api = wandb.Api(timeout=TIMEOUT)
-        addresses = publish(build_dashboard(entity or api.default_entity, project, pairs), api)
+        addresses = publish(build_dashboard(entity or api.default_entity or "", project, pairs), api)
     except ValueError:
         raise
     except Exception as error:  # whatever the transport raises, which differs between versions of wandb
-        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(f"W&B's server {server()} was of no use ({said}); {way_out}") from error
+        message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(f"W&B's server {server()} was of no use ({message}); {hint}") from error
     for address in addresses:
         print_line("saved", address)

@@ -45,6 +45,8 @@ class WandbLogger(LightningWandbLogger):
         **options: see Lightning's logger and ``wandb.init``.
     """
 
+    _experiment: "Run | None"
+
     def __init__(
         self,
         *,
@@ -56,6 +58,7 @@ class WandbLogger(LightningWandbLogger):
         **options: Any,
     ) -> None:
         super().__init__(save_dir=save_dir, **options)
+        self.folder = Path(save_dir)
         self.answer_timeout = answer_timeout
         self.init_timeout = init_timeout
         self.finish_timeout = finish_timeout
@@ -72,7 +75,7 @@ class WandbLogger(LightningWandbLogger):
     def experiment(self) -> "Run":
         """The W&B run, started when it is first asked for."""
         if self._experiment is None:
-            Path(self.save_dir).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._experiment = self._start()
             self._experiment.define_metric(STEP)
             self._experiment.define_metric("*", step_metric=STEP, step_sync=True)
@@ -80,7 +83,7 @@ class WandbLogger(LightningWandbLogger):
             if not self._experiment.disabled:
                 run = {name: getattr(self._experiment, name) for name in ("id", "entity", "project")}
                 run[results.ARTIFACT] = self.artifact
-                (Path(self.save_dir) / ID_FILE).write_text(json.dumps(run, indent=2) + "\n")
+                (self.folder / ID_FILE).write_text(json.dumps(run, indent=2) + "\n")
         return self._experiment
 
     @property
@@ -111,7 +114,7 @@ class WandbLogger(LightningWandbLogger):
         self.attempt(lambda run: run.log(dict(metrics) | ({} if step is None else {STEP: step})))
 
     @rank_zero_only
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]  # never a Namespace
         """Adds to the run's configuration; what a sweep has set stays."""
         self.attempt(lambda run: run.config.update(_without(dict(params), _swept(run)), allow_val_change=True))
 
@@ -127,7 +130,7 @@ class WandbLogger(LightningWandbLogger):
         except TimeoutError:
             complete = False
             print_line("wandb", f"{server()} has not taken everything within {self.finish_timeout:g} s")
-        except Exception as error:  # its process is gone, say
+        except Exception as error:  # such as a process of its own that is gone
             complete = False
             print_line("wandb", f"does not end as it should: {_in_short(error)}")
             _tear_down()
@@ -137,14 +140,14 @@ class WandbLogger(LightningWandbLogger):
     def _start(self) -> "Run":
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # the lines of this class say what there is to say
+        wandb.setup(wandb.Settings(silent=True))  # print_line says it
         options = {name: value for name, value in self._wandb_init.items() if value is not None}
         options["tags"] = [str(tag)[:_LONGEST_TAG] for tag in options.get("tags") or ()]
         if os.environ.get("WANDB_SWEEP_ID"):
             options = _without(options, ("id", "project", "entity"))
         given = {"WANDB_RUN_ID": "id", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity"}
         options = _without(options, tuple(name for variable, name in given.items() if os.environ.get(variable)))
-        wanted = options.pop("mode", None) or wandb_mode()
+        options["mode"] = options.get("mode") or wandb_mode()
         resume = options.pop("resume")
         options["settings"] = wandb.Settings(
             silent=True,
@@ -153,21 +156,21 @@ class WandbLogger(LightningWandbLogger):
             finish_timeout=self.finish_timeout,
             finish_timeout_raises=True,
         )
-        if wanted == "online":
+        if options["mode"] == "online":
             problem = trouble(self.answer_timeout)
             if problem is None:
                 try:
                     with _shorter_requests(self.init_timeout):
                         known = {"resume": resume} if "id" in options else {}
-                        run = wandb.init(**options, **known, mode="online")
-                    print_line("wandb", run.url)
+                        run = wandb.init(**options, **known)
+                    print_line("wandb", run.url or "online")
                     return run
                 except Exception as error:  # the server has changed its mind
                     problem = f"lets no run start ({type(error).__name__})"
                     _tear_down()  # its process would keep the id of the failed run
             print_line("wandb", f"offline, because {server()} {problem}")
-            wanted = "offline"
-        return wandb.init(**options, mode=wanted)
+            options["mode"] = "offline"
+        return wandb.init(**options)
 
 
 @contextmanager
@@ -191,7 +194,8 @@ def wandb_run(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
     logger.continue_run(Path(cfg.resume).parent if cfg.resume else run)
     succeeded = False
     try:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        logger.log_hyperparams(config)
         yield
         logger.attempt(lambda wandb_run: results.log_classes(wandb_run, run), "its table of classes")
         # Last, because online wandb asks the server whether it may, and waits for the answer.

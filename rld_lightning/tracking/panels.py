@@ -1,4 +1,4 @@
-"""The panels of the W&B dashboard: what is drawn of what, told by the names under which runs log it."""
+"""The panels of the W&B dashboard, by the names under which runs log what they draw."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ TOP1 = "val/top1"  # over the epochs
 LAST = "val/top1.last"  # in the summary of a run, where val/top1 is {"max": ..., "last": ...}
 EPOCH, STEP = "epoch", "trainer/global_step"
 ALPHA, BETA, TEMPERATURE = (wr.Config(f"loss.{name}") for name in ("alpha", "beta", "temperature"))
-MAX_RUNS = 200  # a panel shows 10 unless told
+MAX_RUNS = 200  # instead of the 10 that a panel shows by default
 WIDTH, HEIGHT = 12, 8  # of a report's panel, on a grid of 24 columns
 
 
@@ -129,7 +129,12 @@ def comparison_parts(split: str | None) -> list[Part]:
 def tuning_part() -> Part:
     """The part that shows sweeps of RLD, one line or point a trial."""
     result = wr.SummaryMetric(LAST)
-    columns = {"alpha": ALPHA, "beta": BETA, "temperature": TEMPERATURE, "held-out top-1 (%)": result}
+    columns: dict[str, wr.Config | wr.SummaryMetric] = {
+        "alpha": ALPHA,
+        "beta": BETA,
+        "temperature": TEMPERATURE,
+        "held-out top-1 (%)": result,
+    }
     gradient = [
         wr.GradientPoint(color=color, offset=at) for color, at in (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
     ]

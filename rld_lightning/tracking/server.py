@@ -98,7 +98,7 @@ def _ask(timeout: float) -> str | None:
 def _key(address: str) -> str | None:
     if os.environ.get("WANDB_API_KEY"):
         return os.environ["WANDB_API_KEY"]
-    host = urlsplit(address).hostname
+    host = urlsplit(address).hostname or ""
     try:
         known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):

@@ -275,8 +275,8 @@ def test_a_subset_is_a_fraction_of_the_training_split():
     count, fewer_count = (torch.bincount(data.train_label) for data in (whole, few))
     assert torch.equal(fewer_count, (0.25 * count).round().long())
     assert torch.bincount(fewer.train_label).tolist() == [1, 1, 1]
-    images = {tuple(image.flatten().tolist()) for image in whole._train.images}
-    assert all(tuple(image.flatten().tolist()) in images for image in few._train.images)
+    images = {tuple(image.flatten().tolist()) for image in whole.splits["train"].images}
+    assert all(tuple(image.flatten().tolist()) in images for image in few.splits["train"].images)
     assert same(list(few.val_dataloader()), list(whole.val_dataloader()))
     assert sorted(merge(few.train_dataloader()).index.tolist()) == list(range(few.train_size))
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,9 +65,9 @@ class ShardIndex:
     class_names: list[str]
     shards: dict[str, list[Shard]]
     samples: dict[str, Samples]
-    look: dict[str, int | list[float]]
+    look: dict[str, Any]
 
-    def write(self, root: str, options: dict | None = None) -> None:
+    def write(self, root: str, options: dict[str, Any] | None = None) -> None:
         """Writes both files into ``root``, a folder or an address; ``options`` are for the store."""
         arrays = {
             f"{split}.{name}": values
@@ -90,13 +90,13 @@ class ShardIndex:
         write_bytes(join(root, INDEX_FILE), (json.dumps(described, indent=1) + "\n").encode(), options)
 
     @classmethod
-    def read(cls, root: str, options: dict | None = None) -> "ShardIndex":
+    def read(cls, root: str, options: dict[str, Any] | None = None) -> "ShardIndex":
         """Reads what :meth:`write` has written.
 
         Raises:
-            FileNotFoundError: if there is none.
-            OSError: if the store cannot be reached.
-            ValueError: if the files are not an index, or not of one another.
+            FileNotFoundError: there is none.
+            OSError: the store cannot be reached.
+            ValueError: the files are not an index, or not of one another.
         """
         path = join(root, INDEX_FILE)
         again = "make it again with scripts/shards.py"
@@ -141,18 +141,18 @@ class ShardList(NamedTuple):
         return torch.from_numpy(self.samples.label)
 
     def take(self, index: Tensor) -> "ShardList":
-        """Returns the images at ``index`` ``(M,)`` as a list of their own."""
+        """The images at ``index`` ``(M,)`` as a list of their own."""
         at = index.numpy()
         return self._replace(samples=Samples(*(values[at] for values in self.samples)), shard=self.shard[at])
 
     def path(self, index: int) -> str:
-        """Returns the address of an image's shard and its name there."""
+        """The address of an image's shard and its name there."""
         return f"{self.store.addresses[self.shard[index]]}/{self.samples.member[index].decode()}"
 
     def read(self, index: int) -> Tensor:
-        """Returns the bytes of an image's file, uint8 ``(N,)``.
+        """The bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
-            ShardError: if its shard cannot be read.
+            ShardError: its shard cannot be read.
         """
         return self.store.read(int(self.shard[index]), int(self.samples.offset[index]), int(self.samples.size[index]))

@@ -8,7 +8,7 @@ every image's place lets our own sampler plan exact epochs.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class ShardsDataModule(StreamingDataModule):
 
     _dataset = ShardedImages
     _kind = "data set"
+    splits: Mapping[str, ShardList]
 
     def __init__(
         self,
@@ -76,8 +77,8 @@ class ShardsDataModule(StreamingDataModule):
         if cache_gb < 0:
             raise ValueError(f"cache_gb={cache_gb} must be 0 or more; 0 fetches each image on its own.")
         look = {"image_size": image_size, "resize": resize, "mean": mean, "std": std}
-        self._chosen = {key: value for key, value in look.items() if value is not None}
-        super().__init__(name=name, **options)
+        self._chosen: dict[str, Any] = {key: value for key, value in look.items() if value is not None}
+        super().__init__(name=name or "", **options)
         self.root = str(root)
         self.mixed_shards = mixed_shards
         self.streams = streams
@@ -87,7 +88,7 @@ class ShardsDataModule(StreamingDataModule):
 
     @cached_property
     def index(self) -> ShardIndex:
-        """The index, read when first something is asked that it tells."""
+        """The index, read when first needed."""
         return ShardIndex.read(self.root, self.storage_options)
 
     @property
@@ -96,7 +97,7 @@ class ShardsDataModule(StreamingDataModule):
         return self._name or self.index.name
 
     @name.setter
-    def name(self, name: str | None) -> None:
+    def name(self, name: str) -> None:
         self._name = name
 
     def _adopt_look(self) -> None:
@@ -106,7 +107,7 @@ class ShardsDataModule(StreamingDataModule):
         self._set_look(**(packed | self._chosen))
 
     def find_splits(self) -> dict[str, ShardList]:
-        """Returns the images that the index lists."""
+        """The images that the index lists."""
         return {
             split: ShardList(
                 self.index.class_names,
@@ -121,7 +122,7 @@ class ShardsDataModule(StreamingDataModule):
         }
 
     def setup(self, stage: str | None = None) -> None:
-        """Lists the images, and see that the shards and the cache are as they should be."""
+        """Lists the images, and sees that the shards and the cache are as they should be."""
         self._adopt_look()
         super().setup(stage)
         for images in self.splits.values():

@@ -17,7 +17,7 @@ SHARDS_AHEAD = 8
 
 
 class ShardShuffle:
-    """Permute the images of shards within a window that moves through permuted shards.
+    """Permutes the images of shards within a window that moves through permuted shards.
 
     The shards are permuted and their images laid out one shard after the other. This row is cut into ``streams`` equal
     parts, in each of which an image moves back by up to ``mixed / streams`` shards, at random. Batches take an equal
@@ -26,7 +26,7 @@ class ShardShuffle:
     fetched by one of them only; still the global batches are the same however many there are.
 
     At both ends of an epoch a batch is drawn from fewer shards than in between, from one a stream at first. So shards
-    should be packed in random order, as ours and the published ones are.
+    should be packed in random order, as those of scripts/shards.py and the published ones are.
 
     Args:
         shard: the shard of each image, int ``(N,)``, ascending.
@@ -68,7 +68,7 @@ class Request(NamedTuple):
 
 
 class ShardKeySampler(KeySampler):
-    """Yield with each batch the shards that this process will begin to read ``SHARDS_AHEAD`` shards later.
+    """Yields with each batch the shards that this process will begin to read ``SHARDS_AHEAD`` shards later.
 
     Args:
         sampler: which images this process takes.
@@ -96,7 +96,7 @@ class ShardedImages(StreamedImages):
     images: ShardList
 
     def __getitems__(self, request: Request) -> list[Sample | Encoded]:
-        """Returns the images of a batch."""
+        """The images of a batch."""
         for shard in request.ahead:
             self.images.store.fetch(shard)
         return [self[key] for key in request.keys]

@@ -14,21 +14,21 @@ SILENCE_SECONDS = 60
 
 
 def local_path(address: str) -> Path | None:
-    """Returns the local path that an address is or ``file://`` names, ``None`` for one of a store."""
+    """The local path that an address is or ``file://`` names, ``None`` for one of a store."""
     if address.startswith("file://"):
         return Path(unquote(urlsplit(address).path))
     return None if "://" in address else Path(address).expanduser()
 
 
 def join(root: str, path: str) -> str:
-    """Returns the address of ``path``, which may be absolute, as seen from ``root``."""
+    """The address of ``path``, which may be absolute, as seen from ``root``."""
     if "://" in path or Path(path).is_absolute():
         return path
     return f"{root.rstrip('/')}/{path}"
 
 
 def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
-    """Returns the file system of an address and the address's path in it.
+    """The file system of an address and the address's path in it.
 
     The file system must not be kept: fsspec makes another one in a forked worker.
 
@@ -37,8 +37,8 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
         options: options of the file system, such as ``endpoint_url`` for S3.
 
     Raises:
-        ImportError: if the file system's package is not installed.
-        ValueError: if there is no such kind of address.
+        ImportError: the file system's package is not installed.
+        ValueError: there is no such kind of address.
     """
     options = dict(options or {})
     protocol = address.partition("://")[0]
@@ -61,8 +61,8 @@ def store_errors(address: str) -> Iterator[None]:
     """Turns what a store raises, each its own kinds, into ``OSError`` with the address; a missing file stays one.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: if something else went wrong.
+        FileNotFoundError: there is no such file.
+        OSError: something else went wrong.
     """
     try:
         yield
@@ -74,22 +74,22 @@ def store_errors(address: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Returns what an error says, on one line, or else its name."""
+    """What an error says, on one line, or else its name."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
-    """Returns the content of a small file.
+    """The content of a small file.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        OSError: if the store does not give it for another reason.
+        FileNotFoundError: it is not there.
+        OSError: the store does not give it for another reason.
     """
     if (path := local_path(address)) is not None:
         return path.read_bytes()
-    store, path = open_store(address, options)
+    store, inner = open_store(address, options)
     with store_errors(address):
-        return store.cat_file(path)
+        return store.cat_file(inner)
 
 
 def write_bytes(address: str, content: bytes, options: dict[str, Any] | None = None) -> None:
@@ -97,6 +97,6 @@ def write_bytes(address: str, content: bytes, options: dict[str, Any] | None = N
     if (path := local_path(address)) is not None:
         path.write_bytes(content)
         return
-    store, path = open_store(address, options)
+    store, inner = open_store(address, options)
     with store_errors(address):
-        store.pipe_file(path, content)
+        store.pipe_file(inner, content)

@@ -50,21 +50,21 @@ class ShardStore:
         """Finds out before a run whether the shards can be read: here the first and the last one.
 
         Raises:
-            ShardError: if one is missing or has another length than the index says.
+            ShardError: one is missing or has another length than the index says.
         """
         for shard in {0, len(self.addresses) - 1}:
             size = self._ask(shard, lambda store, path: store.info(path).get("size"))
-            if size is not None:  # which not every HTTP server tells
+            if size is not None:  # which not every HTTP server sends
                 self._check_size(shard, size)
 
     def fetch(self, shard: int) -> None:
-        """Begin to fetch a shard that will be read soon, where that helps."""
+        """Begins to fetch a shard that will be read soon, where that helps."""
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
-        """Returns ``size`` bytes of a shard from ``offset`` on, uint8 (size,).
+        """``size`` bytes of a shard from ``offset`` on, uint8 ``(size,)``.
 
         Raises:
-            ShardError: if the shard is missing, cannot be reached or has another length than it should.
+            ShardError: the shard is missing, cannot be reached or has another length than it should.
         """
         content = self._ask(shard, lambda store, path: store.cat_file(path, start=offset, end=offset + size))
         if len(content) == self.sizes[shard] != size:
@@ -121,7 +121,7 @@ class LocalShards(ShardStore):
         """Looks at the length of each shard."""
         for shard, address in enumerate(self.addresses):
             try:
-                size = local_path(address).stat().st_size
+                size = self._path(shard).stat().st_size
             except OSError as error:
                 raise ShardError(
                     f"{address}, which the index lists, is missing ({error.strerror}): {REPAIR}"
@@ -134,19 +134,24 @@ class LocalShards(ShardStore):
         try:
             file = self._file(shard)
             # Unlike seeking, this minds no other process that a worker shares an open file with.
-            read = os.preadv(file.fileno(), [content.numpy()], offset)
+            read = os.preadv(file.fileno(), [content.numpy().data], offset)
         except OSError as error:
             raise ShardError(f"{self.addresses[shard]} cannot be read ({error.strerror}): {REPAIR}") from error
         if read != size:
             raise ShardError(f"{self.addresses[shard]} ends early, it was cut off: {REPAIR}")
         return content
 
+    def _path(self, shard: int) -> Path:
+        path = local_path(self.addresses[shard])
+        assert path is not None, f"{self.addresses[shard]} is in a store"
+        return path
+
     def _file(self, shard: int) -> FileIO:
-        """Opens a shard, or find it among those that are open."""
+        """Opens a shard, or finds it among those that are open."""
         if shard not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
-            self._open[shard] = local_path(self.addresses[shard]).open("rb", buffering=0)
+            self._open[shard] = self._path(shard).open("rb", buffering=0)
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -177,9 +182,9 @@ class CachedShards(ShardStore):
         self.limit = limit
 
     def fetch(self, shard: int) -> None:
-        """Begin to fetch a shard in the background, unless it is here."""
+        """Begins to fetch a shard in the background, unless it is here."""
         if not self.target(shard).exists():
-            # What goes wrong comes up again, and then with an ear for it, when the shard is read.
+            # What goes wrong comes up again when the shard is read, and is reported then.
             threading.Thread(target=self._try_to_get, args=(shard,), daemon=True).start()
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
@@ -195,7 +200,7 @@ class CachedShards(ShardStore):
             return self._to_tensor(shard, content, size)
 
     def target(self, shard: int) -> Path:
-        """Returns where a shard is once it has been fetched; another shard of the same name is somewhere else."""
+        """Where a shard is once it has been fetched; another shard of the same name is somewhere else."""
         size = self.sizes[shard]
         digest = blake2b(f"{self.addresses[shard]} {size}".encode(), digest_size=6).hexdigest()
         return self.folder / f"{self.addresses[shard].rpartition('/')[2]}.{digest}.{size}{CACHED}"
@@ -225,7 +230,7 @@ class CachedShards(ShardStore):
         return target
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Makes room for a shard and mark it as taken; returns false while others on their way take it."""
+        """Makes room for a shard and marks it as taken; false while others on their way take it."""
         with FileLock(self.folder / LOCK):
             # A part of this shard has been left by a killed process, and is overwritten now.
             others = [path for path in self.folder.glob(f"*{CACHED}.part") if path != part]
@@ -257,7 +262,7 @@ class CachedShards(ShardStore):
 
 
 def cached_bytes(folder: Path) -> int:
-    """Returns how many bytes the shards in a cache take."""
+    """How many bytes the shards in a cache take."""
     return sum(map(_size, folder.glob(f"*{CACHED}")))
 
 

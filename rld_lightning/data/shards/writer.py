@@ -55,8 +55,8 @@ def pack(
         the index, which has been written too.
 
     Raises:
-        ImportError: if webdataset is not installed.
-        ValueError: if there is an index already, or an image's file cannot be read.
+        ImportError: webdataset is not installed.
+        ValueError: there is an index already, or an image's file cannot be read.
     """
     shard_writer = _webdataset("writer").ShardWriter
     if shard_mb <= 0:
@@ -117,11 +117,11 @@ def index_shards(
         the index, which has been written too.
 
     Raises:
-        ImportError: if webdataset is not installed.
-        OSError: if a shard cannot be read.
-        ValueError: if a shard is damaged or its samples are not as described above.
+        ImportError: webdataset is not installed.
+        OSError: a shard cannot be read.
+        ValueError: a shard is damaged or its samples are not as described above.
     """
-    listings = {split: [] for split in patterns}
+    listings: dict[str, list[Listing]] = {split: [] for split in patterns}
     found = [(split, address) for split, pattern in patterns.items() for address in _addresses(pattern, options)]
     for split, address in _tracked(found, "indexing", len(found)):
         listings[split].append(_listed(_open(address, options), _as_seen_from(target, address), address))
@@ -144,7 +144,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
         address: its name for messages.
 
     Raises:
-        ValueError: if it is damaged, compressed, or has samples without an image or a class.
+        ValueError: it is damaged, compressed, or has samples without an image or a class.
     """
     split_name = _webdataset("tariterators").base_plus_ext
     samples: dict[str, dict[str, Any]] = {}
@@ -160,7 +160,9 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
                         raise ValueError(f"{address}/{key} has more than one image, or is there twice")
                     sample |= {"offset": member.offset_data, "size": member.size, "member": member.name.encode()}
                 elif suffix.lower() == "cls":
-                    sample["label"] = _class_of(tar.extractfile(member).read(), f"{address}/{member.name}")
+                    content = tar.extractfile(member)
+                    assert content is not None  # of a regular file
+                    sample["label"] = _class_of(content.read(), f"{address}/{member.name}")
             file.seek(tar.offset)
             # At a header that is cut off or damaged, tarfile stops as it does at the empty block that ends a tar file.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -203,7 +205,7 @@ def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
         yield {"__key__": key, file.suffix[1:].lower(): content, "cls": int(images.labels[index])}
 
 
-def _tracked(items: Iterable, what: str, count: int) -> Iterable:
+def _tracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     return track(items, what, total=count, console=Console(stderr=True), transient=True)
 
 

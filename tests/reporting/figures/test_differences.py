@@ -86,7 +86,7 @@ def test_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
     assert len(logits.label) == reader.data(run).val_size
     image = reader.image(run, 7)
     data = reader.data(run)
-    split = data._val or data._test
+    split = data.splits[data.val_split]
     torch.testing.assert_close(image, split.images[7].float() / 255, atol=1e-5, rtol=0)
     page = write_explanation(tmp_path, run=run.folder, index=7, reader=reader)[-1].read_text()
     assert "RLD on validation image 7 of digits" in page
