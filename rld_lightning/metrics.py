@@ -15,6 +15,7 @@ class EpochMeans:
     """
 
     def __init__(self) -> None:
+        self.samples = 0  # behind the latest means
         self._names: tuple[str, ...] = ()
         self._totals: Tensor | None = None
 
@@ -39,4 +40,5 @@ class EpochMeans:
             return {}
         *sums, weight = reduce(self._totals, reduce_op="sum").unbind()
         self._totals = None
+        self.samples = round(weight.item())
         return {name: (total / weight).float() for name, total in zip(self._names, sums, strict=True)}

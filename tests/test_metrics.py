@@ -48,3 +48,9 @@ def test_nothing_that_is_counted_keeps_a_graph():
     counted = EpochMeans()
     counted.update({"a": value}, 1)
     assert not counted.compute(alone)["a"].requires_grad
+
+
+def test_knows_how_many_samples_are_behind_the_means_of_all_ranks():
+    counted = means(({"a": 1.0}, 3), ({"a": 5.0}, 1), ({"a": float("nan")}, 0))
+    counted.compute(lambda tensor, reduce_op: 2 * tensor)  # two ranks with the same
+    assert counted.samples == 8
