@@ -10,7 +10,7 @@ OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-lowest lint format build clean
+.PHONY: help install quickstart test test-slow test-lowest lint format docs-tables build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -44,6 +44,9 @@ lint: $(INSTALLED) ## ruff, and who may import whom
 format: $(INSTALLED) ## let ruff put the style right
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+docs-tables: $(INSTALLED) ## write the tables of losses in docs/losses.md from the code
+	$(RUN) docs/tables.py
 
 build: $(INSTALLED) ## the wheel, in dist/
 	$(RUN) -m build --wheel
