@@ -1,22 +1,42 @@
-"""What the README says works: its code runs, its commands compose, its tables list what is there."""
+"""What the README and the manual say works: code runs, commands compose, tables list what is there, links lead somewhere."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.configs import CONF, LOSSES, compose
+from helpers.configs import CONF, compose
 
-from rld_lightning.losses import ModelOutput, StepContext
-from rld_lightning.models import create_model, forward_with_taps, registry
+from rld_lightning.losses import ModelOutput, StepContext, list_losses, loss_class, registry
+from rld_lightning.models import create_model, forward_with_taps
+from rld_lightning.models.registry import REGISTRY
+from rld_lightning.runs import files
+from rld_lightning.runs.finished import find_runs
+from rld_lightning.tasks.evaluate import evaluate
+from rld_lightning.tasks.fit import fit
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
+PAGES["CONTRIBUTING.md"] = (ROOT / "CONTRIBUTING.md").read_text()
+README = PAGES["README.md"]
+MANUAL = "\n".join(text for page, text in PAGES.items() if not page.startswith("docs/results"))
+PYTHON = re.findall(r"```python\n(.*?)```", MANUAL, re.DOTALL)
 COMMANDS = [
-    shlex.split(command, comments=True)
-    for command in re.findall(r"^    (python scripts/.*)$", README.replace("\\\n", ""), re.MULTILINE)
+    tuple(command)
+    for block in re.findall(r"```bash\n(.*?)```", MANUAL, re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+    if (command := shlex.split(line, comments=True))
 ]
+
+
+def commands(*beginning):
+    """The documented commands that begin like this, without the beginning."""
+    return [command[len(beginning) :] for command in COMMANDS if command[: len(beginning)] == beginning]
+
+
+# Code
 
 
 def block(text):
@@ -28,10 +48,11 @@ def logits():
     return torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), torch.arange(8)
 
 
-def test_a_loss_in_a_loop_of_your_own():
+@pytest.mark.parametrize("text", ["criterion = RLDLoss", "terms = rld_loss"])
+def test_a_loss_in_a_loop_of_your_own(text):
     student, teacher, label = logits()
     scope = {"student_logits": student, "teacher_logits": teacher, "label": label}
-    exec(block("criterion = RLDLoss"), scope)
+    exec(block(text), scope)
     assert set(scope["terms"]) == {"ce", "scd", "mcd"}
     assert student.grad.abs().sum() > 0
 
@@ -42,18 +63,38 @@ def pair():
 
 def test_a_loss_on_features_in_a_loop_of_your_own():
     teacher, student = pair()
-    scope = {"torch": torch, "teacher": teacher, "student": student, "train_label": torch.arange(10)}
+    scope = {"teacher": teacher, "student": student, "train_label": torch.arange(10)}
     scope |= {"images": torch.randn(4, 3, 32, 32), "label": torch.arange(4)}
     exec(block("criterion = ReviewKDLoss"), scope)
     sum(scope["terms"].values()).backward()
     assert all(p.grad is not None for p in [*student.parameters(), *scope["criterion"].parameters()])
 
 
+@pytest.fixture
+def _own_registries(monkeypatch):
+    """What a test registers is gone after it."""
+    list_losses()
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    before = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(before)
+
+
+@pytest.mark.usefixtures("_own_registries")
+def test_adding_a_loss():
+    exec(block("class MSELoss"), {"__name__": "docs"})
+    student, teacher, label = logits()
+    terms = loss_class("mse")(weight=0.2)(student, teacher, label)
+    assert set(terms) == {"ce", "mse"}
+    assert terms["mse"].item() == pytest.approx(0.2 * torch.nn.functional.mse_loss(student, teacher).item())
+
+
+@pytest.mark.usefixtures("_own_registries")
 def test_adding_a_loss_on_features():
-    scope = {}
-    exec(block("class HintLoss"), scope)
+    exec(block("class HintLoss"), {"__name__": "docs"})
     teacher, student = pair()
-    loss = scope["HintLoss"]()
+    loss = loss_class("hint")()
     loss.connect(student, teacher, (3, 32, 32), torch.arange(10))
     assert loss.widen.weight.shape == (64, 64, 1, 1)
     images = torch.randn(4, 3, 32, 32)
@@ -63,29 +104,35 @@ def test_adding_a_loss_on_features():
     assert loss.widen.weight.grad.abs().sum() > 0
 
 
-def test_adding_a_loss():
-    scope = {}
-    exec(block("class MSELoss"), scope)
-    student, teacher, label = logits()
-    terms = scope["MSELoss"]()(student, teacher, label)
-    assert terms["mse"].item() == pytest.approx(0.1 * torch.nn.functional.mse_loss(student, teacher).item())
-
-
-def test_adding_a_model(monkeypatch):
-    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
-    exec(block("def tiny_cnn"), {"__name__": "readme"})
+@pytest.mark.usefixtures("_own_registries")
+def test_adding_a_network():
+    exec(block("def tiny_cnn"), {"__name__": "docs"})
     assert create_model("tiny_cnn", 7)(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
 
 
 def test_adding_a_data_set():
-    scope = {}
+    scope = {"__name__": "docs"}
     exec(block("class NoiseDataModule"), scope)
     data = scope["NoiseDataModule"](batch_size=100)
     data.setup()
     assert [len(batch.label) for batch in data.train_dataloader()] == [100] * 10
 
 
-OPTIONS = set(re.findall(r"`([a-z]\w*(?:\.\w+)*=[^`\s]+)`", README.split("## Adding to it")[0]))
+def test_every_block_of_code_is_run_here():
+    tests = Path(__file__).read_text()
+    names = re.findall(r"\"((?:class|def|criterion =|terms =) \w+)\"", tests)
+    assert all(any(name in code for name in names) for code in PYTHON)
+
+
+# Commands
+
+# Those of docs/extending.md are of what is added there, and generated tables have a test of their own.
+OPTIONS = set(
+    re.findall(
+        r"`([a-z]\w*(?:\.\w+)*=[^`\s]+)`",
+        re.sub(r"<!-- (\w+):.*?<!-- end of \1", "", MANUAL.replace(PAGES["docs/extending.md"], ""), flags=re.DOTALL),
+    )
+)
 
 
 @pytest.mark.parametrize("override", sorted(OPTIONS))
@@ -93,43 +140,147 @@ def test_every_option_composes(override):
     assert compose(override)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_composes(command):
-    _, script, *overrides = command
-    if script in ("scripts/report.py", "scripts/figures.py", "scripts/dashboard.py"):  # argparse's
-        text = (CONF.parent / script).read_text()
-        assert all(f'"{word}"' in text for word in overrides if word.startswith("--"))
-        return
-    if script == "scripts/compare.py":
-        own = dict(o.split("=") for o in overrides if o.startswith(("losses=", "seeds=")))
-        losses = [f"loss={loss}" for loss in own["losses"].split(",")]
-        for loss in losses:
-            assert compose(loss, *(o for o in overrides if o.partition("=")[0] not in own))
-        return
-    name = {"scripts/fit.py": "fit", "scripts/eval.py": "eval", "scripts/shards.py": "shards"}[script]
+def check_hydra(name, overrides):
+    swept = "-m" in overrides
     overrides = [o for o in overrides if not o.startswith("-")]
     if any(o.startswith("sweep=") for o in overrides):  # Hydra's own part is tested with the configuration
         overrides = [o for o in overrides if not o.startswith("hydra.")]
-    if "-m" in command:  # of the values of a sweep, the first
+    if swept:  # of the values of a sweep, the first
         overrides = [o.split(",")[0] for o in overrides]
     assert compose(*overrides, name=name, resolve=not any("optuna" in o for o in overrides))
 
 
-def test_the_losses_table_is_complete():
-    table = README.split("## Losses")[1].split("\n## ")[0]
-    names = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    assert names - {"loss"} == {*LOSSES, "combined"}
+@pytest.mark.parametrize("overrides", commands("python", "scripts/fit.py"), ids=" ".join)
+def test_every_fit_composes(overrides):
+    check_hydra("fit", overrides)
 
 
-def test_options_that_are_named_exist():
-    table = README.split("| group | options |")[1].split("\n\n")[0]
-    for group in ("data", "recipe", "trainer", "logger"):
-        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{group}`")]
-        files = {path.stem for path in (CONF / group).glob("*.yaml")}
-        assert set(re.findall(r"`(\w+)`", row)) - {group, "val_fraction"} == files
+@pytest.mark.parametrize("name", ["eval", "shards"])
+def test_every_eval_and_packing_composes(name):
+    found = commands("python", f"scripts/{name}.py")
+    assert found
+    for overrides in found:
+        check_hydra(name, overrides)
+
+
+@pytest.mark.parametrize("overrides", commands("python", "scripts/compare.py"), ids=" ".join)
+def test_every_comparison_composes(overrides):
+    own = dict(o.split("=") for o in overrides if o.startswith(("losses=", "seeds=")))
+    for loss in own["losses"].split(","):
+        assert compose(f"loss={loss}", *(o for o in overrides if o.partition("=")[0] not in own))
+
+
+@pytest.mark.parametrize("script", ["report", "figures", "dashboard", "bench"])
+def test_every_flag_and_word_of_the_other_scripts_is_known(script):
+    found = commands("python", f"scripts/{script}.py")
+    assert found
+    text = (ROOT / "scripts" / f"{script}.py").read_text()
+    for arguments in found:
+        assert all(f'"{word}"' in text for word in arguments if word.startswith("--"))
+
+
+def test_every_other_command_is_one_that_is_known():
+    for command in COMMANDS:
+        match command:
+            case ("python", script, *_) if (ROOT / script).is_file():
+                name = Path(script).stem
+                assert name in ("fit", "eval", "shards", "compare", "report", "figures", "dashboard", "bench")
+            case ("python", "-m", "pytest", *arguments):
+                assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
+            case ("make", target, *_):
+                assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+            case ("torchrun" | "sbatch", *arguments):
+                script = next(index for index, word in enumerate(arguments) if word.startswith("scripts/"))
+                assert (ROOT / arguments[script]).is_file()
+                check_hydra("fit", arguments[script + 1 :])
+            case ("wandb", "sweep", path):
+                assert (ROOT / path).is_file()
+            case ("CUDA_VISIBLE_DEVICES=0", "wandb", "agent", _) | (".", ".venv/bin/activate"):
+                pass
+            case _:
+                pytest.fail(f"nothing here knows {shlex.join(command)}")
 
 
 def test_make_targets_that_are_named_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)", MANUAL):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_what_the_readme_tells_to_type_runs(tmp_path):
+    """Its first fit, the eval and the report, on digits, with a teacher that has learned nothing."""
+    teacher = tmp_path / "teacher.pth"
+    torch.save(create_model("wrn_40_2", 10).state_dict(), teacher)
+    small = ("data=digits", f"model.teacher.weights={teacher}", "recipe.epochs=1", "trainer.max_steps=2")
+    quiet = ("trainer=cpu", "callbacks.progress=null", "print_config=false", f"paths.teachers={tmp_path}")
+    command = commands("python", "scripts/fit.py")[0]
+    run = tmp_path / "runs" / "first"
+    summary = fit(compose(*command, *small, *quiet, f"paths.run={run}", resolve=False))
+    assert (summary.loss, summary.dataset, summary.images) == ("RLD", "digits", 360)
+    (found,) = find_runs([tmp_path / "runs"])
+    assert found.summary == summary
+
+    (weights,) = commands("python", "scripts/eval.py")[0]
+    weights = weights.replace("runs/...", str(run))
+    cfg = compose(weights, "data=digits", "trainer=cpu", f"paths.run={tmp_path / 'eval'}", name="eval", resolve=False)
+    assert evaluate(cfg).top1 == pytest.approx(summary.top1, abs=0.3)
+
+
+# Tables
+
+
+def test_the_tables_of_losses_are_those_of_the_code():
+    tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    page = PAGES["docs/losses.md"]
+    assert page == tables["filled"](page), "run make docs-tables"
+
+
+def test_options_that_are_named_exist():
+    table = PAGES["docs/training.md"].split("| group | options |")[1].split("\n\n")[0]
+    for group in ("data", "recipe", "trainer", "logger"):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{group}`")]
+        options = {path.stem for path in (CONF / group).glob("*.yaml")}
+        assert set(re.findall(r"`(\w+)`", row)) - {group, "val_fraction"} == options
+
+
+def test_files_of_a_run_that_are_named_are_left_by_runs():
+    table = PAGES["docs/training.md"].split("| file | what it holds |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`([\w.]+)`", table))
+    assert named <= {value for value in vars(files).values() if isinstance(value, str)}
+    assert len(named) == 9
+
+
+def test_figures_that_are_named_exist():
+    table = PAGES["docs/reports.md"].split("| figure | what it shows |")[1].split("\n\n")[0]
+    script = (ROOT / "scripts" / "figures.py").read_text()
+    figures = set(re.findall(r"add_parser\(\"(\w+)\"", script)) - {"all"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == figures
+
+
+# The pages
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    for page in PAGES:
+        if re.fullmatch(r"docs/[\w-]+\.md|CONTRIBUTING\.md", page):
+            assert f"({page})" in README
+
+
+def anchors(text):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
