@@ -1,4 +1,4 @@
-"""What the README and the manual say works: code runs, commands compose, tables list what is there, links lead somewhere."""
+"""What the README and the manual say works: code runs, commands compose, tables are current, links resolve."""
 
 import re
 import runpy
