@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
 PAGES["CONTRIBUTING.md"] = (ROOT / "CONTRIBUTING.md").read_text()
 README = PAGES["README.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MANUAL = "\n".join(text for page, text in PAGES.items() if not page.startswith("docs/results"))
 PYTHON = re.findall(r"```python\n(.*?)```", MANUAL, re.DOTALL)
 COMMANDS = [
@@ -248,6 +250,19 @@ def test_files_of_a_run_that_are_named_are_left_by_runs():
     named = set(re.findall(r"`([\w.]+)`", table))
     assert named <= {value for value in vars(files).values() if isinstance(value, str)}
     assert len(named) == 9
+
+
+def test_extras_that_are_named_exist():
+    table = PAGES["docs/training.md"].split("| extra | for |")[1].split("\n\n")[0]
+    named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if line else "")}
+    assert named == set(PROJECT["project"]["optional-dependencies"]) - {"onnx"}  # which nothing needs yet
+    assert set(re.findall(r"rld-lightning\[(\w+)\]", MANUAL)) <= named
+
+
+def test_the_order_of_the_rooms_is_the_one_that_is_checked():
+    (layers,) = [c["layers"] for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    chain = PAGES["CONTRIBUTING.md"].split("and then\n")[1].split(". Losses")[0]
+    assert [re.findall(r"\w+", room) for room in chain.split(">")] == [re.findall(r"\w+", room) for room in layers]
 
 
 def test_figures_that_are_named_exist():
