@@ -1,4 +1,17 @@
-"""Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters."""
+"""Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters.
+
+Functions of logits return named scalar terms whose sum is to be minimised, weights on. What all of them take:
+
+    student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
+    teacher_logits: the same shape; never receives a gradient.
+    label: ``(B,)`` or ``(B, *)`` class indices. Where it may be ``None``, it only leaves out ignored samples.
+    logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
+    ignore_index: label of samples that count for nothing.
+    reduction: ``"mean"`` over the samples that count, ``"sum"`` or ``"none"`` (then each term is ``(B, *)``).
+
+They raise ``ValueError`` for shapes, class counts, labels or hyper-parameters that do not fit. What all modules take,
+the weight of the cross-entropy and the warm-up, is said in :class:`DistillationLoss`.
+"""
 
 from rld_lightning.losses.atkd import ATKDLoss, atkd_loss
 from rld_lightning.losses.base import DistillationLoss, LogitLoss, ModelOutput, StepContext

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import WEIGHT
 
 
 class CombinedLoss(DistillationLoss):
@@ -51,7 +51,8 @@ class CombinedLoss(DistillationLoss):
                     "alone, or leave it out."
                 )
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
-        check_weights(**self.weights)
+        for name, weight in self.weights.items():
+            WEIGHT.check(name, weight)
         # What is switched off is not there: DDP would wait for the gradients of its learnable parts.
         losses = {name: loss for name, loss in losses.items() if self.weights[name]}
         self.losses = nn.ModuleDict(losses)

@@ -18,15 +18,14 @@ from rld_lightning.losses import (
 
 MSE = '''
 from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.losses.ranges import Weight
 from rld_lightning.losses.registry import register_loss
 
 @register_loss("mse")
 class MSELoss(DistillationLoss):
     """Squared difference of logits."""
 
-    def __init__(self, weight=0.5, *, ce_weight=0.1):
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
+    weight: Weight = 0.5
 
     def terms(self, step):
         return {"mse": self.weight * (step.student.logits - step.teacher.logits).square().mean()}
@@ -70,8 +69,8 @@ def test_options_are_all_of_them():
         "_target_": "rld_lightning.losses.features.ATLoss",
         "weight": 1000.0,
         "power": 2.0,
-        "student_taps": None,
-        "teacher_taps": None,
+        "student_taps": (),
+        "teacher_taps": (),
         "ce_weight": 1.0,
         "warmup_epochs": 1,
     }
@@ -89,7 +88,15 @@ def dropped_in(tmp_path, monkeypatch):
 
 
 def test_a_file_in_the_package_is_a_loss(dropped_in):
-    assert loss_options("mse") == {"_target_": "rld_lightning.losses.mse.MSELoss", "weight": 0.5, "ce_weight": 0.1}
+    assert loss_options("mse") == {
+        "_target_": "rld_lightning.losses.mse.MSELoss",
+        "weight": 0.5,
+        "ce_weight": 1.0,
+        "warmup_epochs": 1,
+        "ignore_index": -100,
+    }
+    with pytest.raises(ValueError, match="weight=-1 is not allowed"):
+        loss_class("mse")(-1)
     assert "mse" in list_losses()
     assert issubclass(loss_class("mse"), DistillationLoss)
 

@@ -1,6 +1,8 @@
 """What every method that looks inside the networks has in common: where it looks, and its connectors."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import feature_shapes
 
 
+@dataclass(eq=False, repr=False)
 class FeatureLoss(DistillationLoss):
     """Base of the methods that compare features of student and teacher.
 
@@ -27,30 +30,29 @@ class FeatureLoss(DistillationLoss):
         maps: whether all features must be maps ``(B, channels, H, W)``.
 
     Args:
-        student_taps: tap paths in the student; ``None`` chooses them from the network's stages.
+        student_taps: tap paths in the student; none chooses them from the network's stages.
         teacher_taps: tap paths in the teacher, as many.
-        ce_weight: weight of the plain cross-entropy.
-        warmup_epochs: see :class:`~rld_lightning.losses.base.DistillationLoss`.
+
+    The others are those of :class:`~rld_lightning.losses.base.DistillationLoss`, but no label is ignored.
     """
 
-    single = False
-    maps = False
+    single: ClassVar[bool] = False
+    maps: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        student_taps: Sequence[str] | None = None,
-        teacher_taps: Sequence[str] | None = None,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 1,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs)
+    ignore_index: int = field(default=-100, init=False)
+    _: KW_ONLY
+    student_taps: Sequence[str] = ()
+    teacher_taps: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        student_taps, teacher_taps = self.student_taps or (), self.teacher_taps or ()
         if student_taps and teacher_taps and len(student_taps) != len(teacher_taps):
             raise ValueError(
                 f"student_taps {list(student_taps)} and teacher_taps {list(teacher_taps)} must be equally many."
             )
-        self.student_taps = tuple(student_taps or ())
-        self.teacher_taps = tuple(teacher_taps or ())
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
         self._connected = False
 
     def paths(self, stages: Stages) -> tuple[str, ...]:

@@ -1,20 +1,21 @@
 """Knowledge review (ReviewKD): Chen et al., CVPR 2021, arXiv 2104.09044."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import KW_ONLY
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.base import Epochs, StepContext
 from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
-def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1.0) -> dict[str, Tensor]:
+@checked
+def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0) -> dict[str, Tensor]:
     """Hierarchical context loss: squared differences of maps at several resolutions, summed over the stages.
 
     Of each stage, the mean squared difference of the maps as they are, and average-pooled to 4 x 4, 2 x 2 and 1 x 1,
@@ -32,7 +33,6 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
     Raises:
         ValueError: maps or hyper-parameters that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs(student, teacher)
     total = 0.0
     for ours, theirs in zip(student, teacher, strict=True):
@@ -64,22 +64,18 @@ class ReviewKDLoss(FeatureLoss):
     epochs from 1 (the authors' own code counts from 0).
 
     Args:
-        weight: factor on the term.
         student_preactivations: compare the student's stages before their ReLU, too, as far as it has such places.
-        warmup_epochs: the term is multiplied by ``min(epoch / warmup_epochs, 1)``.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+
+    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Knowledge review"
     papers = ("2104.09044",)
 
-    def __init__(
-        self, weight: float = 1.0, *, student_preactivations: bool = False, warmup_epochs: int = 20, **options: Any
-    ) -> None:
-        super().__init__(warmup_epochs=warmup_epochs, **options)
-        check_weights(weight=weight)
-        self.weight = weight
-        self.student_preactivations = student_preactivations
+    weight: Weight = 1.0
+    _: KW_ONLY
+    student_preactivations: bool = False
+    warmup_epochs: Epochs = 20
 
     def student_paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages, as they are or before their ReLU, and the pooled features."""
