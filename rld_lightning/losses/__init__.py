@@ -21,7 +21,8 @@ from rld_lightning.losses.ctkd import CTKDLoss, ctkd_loss
 from rld_lightning.losses.dist import DISTLoss, dist_loss
 from rld_lightning.losses.dkd import DKDLoss, dkd_loss
 from rld_lightning.losses.dtkd import DTKDLoss, dtkd_loss
-from rld_lightning.losses.eakd import EADKDLoss, EAKDLoss, eadkd_loss, eakd_loss
+from rld_lightning.losses.eadkd import EADKDLoss, eadkd_loss
+from rld_lightning.losses.eakd import EAKDLoss, eakd_loss
 from rld_lightning.losses.kd import KDLoss, kd_loss
 from rld_lightning.losses.kdg import KDGLogitLoss, kdg_logit_loss
 from rld_lightning.losses.ldrld import LDRLDLoss, ldrld_loss
@@ -34,7 +35,8 @@ from rld_lightning.losses.registry import list_losses, loss_class, loss_options,
 from rld_lightning.losses.revision import RevisionLoss, revision_loss
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.losses.swap import SwapLoss, swap_loss
-from rld_lightning.losses.ttm import TTMLoss, WTTMLoss, ttm_loss, wttm_loss
+from rld_lightning.losses.ttm import TTMLoss, ttm_loss
+from rld_lightning.losses.wttm import WTTMLoss, wttm_loss
 
 __all__ = [
     "ATKDLoss",

@@ -43,8 +43,7 @@ def atkd_loss(
         weight: factor on the term.
         source: whose scores T looks at: ``"both"`` (the published code) or ``"teacher"`` (the paper's abstract, which
             speaks of the teacher alone).
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"atkd": weight * ATKD}`` in nats.

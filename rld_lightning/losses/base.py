@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, is_dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,12 @@ class StepContext:
     epoch: int | None = None
     student_strong: ModelOutput | None = None
     teacher_strong: ModelOutput | None = None
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """The teacher's logits, for losses that need a teacher: those are not called without."""
+        assert self.teacher is not None
+        return self.teacher.logits
 
 
 @dataclass(eq=False, repr=False)
@@ -109,7 +115,7 @@ class DistillationLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        annotations = {}
+        annotations: dict[str, Any] = {}
         for cls in reversed(type(self).__mro__):
             if is_dataclass(cls):
                 annotations |= inspect.get_annotations(cls, eval_str=True)
@@ -220,9 +226,8 @@ class LogitLoss(DistillationLoss):
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The function's terms, with this module's hyper-parameters."""
-        assert step.teacher is not None  # forward has asked for one
         options = {name: getattr(self, name) for name in self._hyper_parameters}
-        return type(self).function(step.student.logits, step.teacher.logits, step.label, **options)
+        return type(self).function(step.student.logits, step.teacher_logits, step.label, **options)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:

@@ -38,16 +38,16 @@ def ctkd_loss(
     Args:
         temperature: scalar tensor > 0 (not checked: that would wait for the device).
         weight: factor on the term.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"ctkd": weight * KD}`` in nats.
     """
     if temperature.shape != ():
         raise ValueError(f"temperature must be a scalar tensor, got shape {tuple(temperature.shape)}.")
-    options = {"logit_standardization": logit_standardization, "ignore_index": ignore_index}
-    rows = logit_rows(student_logits, teacher_logits, label, **options)
+    rows = logit_rows(
+        student_logits, teacher_logits, label, logit_standardization=logit_standardization, ignore_index=ignore_index
+    )
     temperature = temperature.to(rows.student)
 
     def row_losses(both: Tensor) -> tuple[Tensor]:
@@ -114,7 +114,7 @@ class CTKDLoss(DistillationLoss):
         """``ctkd``."""
         return ctkd_loss(
             step.student.logits,
-            step.teacher.logits,
+            step.teacher_logits,
             step.label,
             temperature=self.temperature(step.epoch),
             weight=self.weight,

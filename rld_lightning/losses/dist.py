@@ -46,14 +46,14 @@ def dist_loss(
         gamma: weight of intra.
         temperature: softmax temperature of both.
         reduction: the mean only, because intra belongs to the whole batch.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"inter": beta * inter, "intra": gamma * intra}``, scalars.
     """
-    options = {"logit_standardization": logit_standardization, "ignore_index": ignore_index}
-    rows = logit_rows(student_logits, teacher_logits, label, **options)
+    rows = logit_rows(
+        student_logits, teacher_logits, label, logit_standardization=logit_standardization, ignore_index=ignore_index
+    )
     student, teacher, valid = rows.zeroed()
     q, p = (F.softmax(logits / temperature, -1) for logits in (student, teacher))
     valid = valid.unsqueeze(-1)

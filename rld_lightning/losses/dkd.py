@@ -39,8 +39,7 @@ def dkd_loss(
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: softmax temperature of both terms.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"tckd": alpha * TCKD, "nckd": beta * NCKD}`` in nats.
@@ -50,13 +49,7 @@ def dkd_loss(
 
 
 def decoupled_kl(teacher: Tensor, student: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergences ``(N,)`` of the true class against the rest, and of the rest among itself.
-
-    Args:
-        teacher: logits ``(N, C)``, already divided by the temperature.
-        student: likewise.
-        label: ``(N,)``.
-    """
+    """Divergences ``(N,)`` of the true class from the rest and within the rest, of tempered logits ``(N, C)``."""
     true = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, label.unsqueeze(-1), True)
     target = binary_kl(margin(teacher, label), margin(student, label))
     return target, kl_rows(masked_log_softmax(teacher, true), masked_log_softmax(student, true))

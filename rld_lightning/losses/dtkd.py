@@ -43,8 +43,7 @@ def dtkd_loss(
         temperature: T, the mean of the two temperatures of a sample.
         dtkd_weight: weight of DTKD (alpha in the published code).
         kd_weight: weight of KD (beta there).
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"dtkd": dtkd_weight * DTKD, "kd": kd_weight * KD}`` in nats.

@@ -1,6 +1,7 @@
 """Entropy-based adaptive knowledge distillation (EA-KD): Su et al., ICCV 2025, arXiv 2311.13621.
 
-Another method's loss of each sample, here KD's or DKD's, counts the more the less sure the teacher and the student are.
+Another method's loss of each sample counts the more the less sure the teacher and the student are: KD's here, DKD's in
+:mod:`rld_lightning.losses.eadkd`.
 """
 
 import math
@@ -9,8 +10,7 @@ from dataclasses import KW_ONLY
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import Epochs, LogitLoss
-from rld_lightning.losses.dkd import decoupled_kl
+from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.numerics import softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
@@ -45,8 +45,7 @@ def eakd_loss(
         entropy_temperature: softmax temperature of the entropies.
         entropy_bound: what H(s) is compared to; ``None`` is its upper bound log C, as in the paper. The published code
             has that on ImageNet, but on CIFAR-100 the number 100, which almost switches the student's part off.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"eakd": weight * EA-KD}``, nats of KD times nats of H(t).
@@ -54,44 +53,6 @@ def eakd_loss(
     factor = entropy_weights(student_logits, teacher_logits, entropy_temperature, entropy_bound)
     kd = softmax_kl(teacher_logits / temperature, student_logits / temperature)
     return {"eakd": (1.0, factor * (weight * temperature**2 * kd))}
-
-
-@row_loss
-def eadkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    label: Tensor,
-    *,
-    alpha: Weight,
-    beta: Weight,
-    temperature: Positive,
-    entropy_temperature: Positive = 3.0,
-    entropy_bound: Positive | None = None,
-    logit_standardization: bool = False,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-) -> RowTerms:
-    """:func:`~rld_lightning.losses.dkd.dkd_loss` with the weights of :func:`eakd_loss`.
-
-    Args:
-        alpha: weight of TCKD.
-        beta: weight of NCKD.
-        temperature: softmax temperature of both terms.
-        entropy_temperature: as in :func:`eakd_loss`; the published code does not pass its setting on, so that it is 3
-            on ImageNet, too.
-        entropy_bound: as in :func:`eakd_loss`.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
-
-    Returns:
-        ``{"tckd": alpha * w TCKD, "nckd": beta * w NCKD}``, nats of DKD times nats of H(t).
-    """
-    factor = entropy_weights(student_logits, teacher_logits, entropy_temperature, entropy_bound)
-    target, rest = decoupled_kl(teacher_logits / temperature, student_logits / temperature, label)
-    return {
-        "tckd": (1.0, factor * (alpha * temperature**2 * target)),
-        "nckd": (1.0, factor * (beta * temperature**2 * rest)),
-    }
 
 
 def entropy_weights(student: Tensor, teacher: Tensor, temperature: float, bound: float | None) -> Tensor:
@@ -125,25 +86,3 @@ class EAKDLoss(LogitLoss):
     _: KW_ONLY
     logit_standardization: bool = False
     ce_weight: Weight = 0.1
-
-
-@register_loss("eadkd")
-class EADKDLoss(LogitLoss):
-    """``ce_weight * CE + warmup * w (alpha * TCKD + beta * NCKD)``; see :func:`eadkd_loss`.
-
-    Defaults are those of CIFAR-100 in the paper's code, but for the paper's entropy bound. On ImageNet:
-    ``beta=0.5, temperature=1, warmup_epochs=1``.
-    """
-
-    method = "DKD, samples weighted by entropy"
-    papers = ("2311.13621",)
-    function = staticmethod(eadkd_loss)
-
-    alpha: Weight = 1.0
-    beta: Weight = 8.0
-    temperature: Positive = 4.0
-    entropy_temperature: Positive = 3.0
-    entropy_bound: Positive | None = None
-    _: KW_ONLY
-    logit_standardization: bool = False
-    warmup_epochs: Epochs = 20

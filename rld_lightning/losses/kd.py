@@ -28,8 +28,7 @@ def kd_loss(
     Args:
         temperature: softmax temperature of both.
         weight: factor on the term.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"kd": weight * KD}`` in nats.

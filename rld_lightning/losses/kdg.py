@@ -50,8 +50,7 @@ def kdg_logit_loss(
         weighting: ``"fisher"`` (KD-logit-F) or ``"identity"`` (KD-logit-L2).
         temperature: T; the identity does not use it.
         weight: factor on the term.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"kdg_logit": weight * loss}``.

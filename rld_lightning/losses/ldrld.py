@@ -51,8 +51,7 @@ def ldrld_loss(
         beta: weight of the remaining term.
         k: number of leading classes, at least 2; where there are fewer classes, all of them lead and none remains.
         temperature: softmax temperature of both terms.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"local": alpha * local, "remaining": beta * remaining}`` in nats.

@@ -61,8 +61,7 @@ def mlkd_loss(
         mode: ``"reference"`` or ``"clean"``.
         logit_standardization: z-score all logits for both KD (LSKD, arXiv 2403.01427); the correlations keep raw ones.
         reduction: the mean only, because the terms belong to the whole batch.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``kd`` and ``kd_strong`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
@@ -76,14 +75,13 @@ def mlkd_loss(
     strong = logit_rows(student_strong, teacher_strong, label, ignore_index=ignore_index).zeroed()[:2]
 
     first, others = (temperature, *OTHER_TEMPERATURES[:2]), OTHER_TEMPERATURES[2:]
-    options = {"logit_standardization": logit_standardization}
     if mode == "reference":
-        of_first, of_others = divergences(student, teacher, first, others, **options)
-        (of_strong,) = divergences(*strong, first, **options)
+        of_first, of_others = divergences(student, teacher, logit_standardization, first, others)
+        (of_strong,) = divergences(*strong, logit_standardization, first)
         divergence, of_strong = of_first + of_others, of_strong + of_others
     else:
-        (divergence,) = divergences(student, teacher, (*first, *others), **options)
-        (of_strong,) = divergences(*strong, (*first, *others), **options)
+        (divergence,) = divergences(student, teacher, logit_standardization, (*first, *others))
+        (of_strong,) = divergences(*strong, logit_standardization, (*first, *others))
     terms = one_view(divergence, student, teacher, valid, (*first, *others), leave_out=mode == "clean")
     # Samples that are ignored hold zeros: they diverge by nothing.
     terms["kd_strong"] = of_strong.sum() / valid.sum().clamp(min=1)
@@ -126,7 +124,7 @@ class MLKDLoss(DistillationLoss):
             )
         terms = mlkd_loss(
             step.student.logits,
-            step.teacher.logits,
+            step.teacher_logits,
             step.student_strong.logits,
             step.teacher_strong.logits,
             step.label,

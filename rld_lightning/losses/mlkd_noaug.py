@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import margin, softmax_kl, standardize
+from rld_lightning.losses.numerics import margin, softmax_kl, standardize, total
 from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import by_row_blocks, logit_rows
@@ -54,28 +54,27 @@ def mlkd_noaug_loss(
         weight: factor on all terms.
         logit_standardization: z-score both logits for KD (LSKD, arXiv 2403.01427); the correlations keep raw logits.
         reduction: the mean only, because the terms belong to the whole batch.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
     """
     student, teacher, valid = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index).zeroed()
     temperatures = (temperature, *OTHER_TEMPERATURES)
-    (divergence,) = divergences(student, teacher, temperatures, logit_standardization=logit_standardization)
+    (divergence,) = divergences(student, teacher, logit_standardization, temperatures)
     terms = one_view(divergence, student, teacher, valid, temperatures)
     return {name: weight * term for name, term in terms.items()}
 
 
 def divergences(
-    student: Tensor, teacher: Tensor, *groups: tuple[float, ...], logit_standardization: bool
+    student: Tensor, teacher: Tensor, logit_standardization: bool, *groups: tuple[float, ...]
 ) -> tuple[Tensor, ...]:
     """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of each row ``(N,)``, summed over each group of temperatures."""
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         if logit_standardization:
             student, teacher = standardize(student), standardize(teacher)
-        return tuple(sum(T**2 * softmax_kl(teacher / T, student / T) for T in temperatures) for temperatures in groups)
+        return tuple(total(T**2 * softmax_kl(teacher / T, student / T) for T in group) for group in groups)
 
     return by_row_blocks(row_losses, student, teacher)
 
@@ -89,20 +88,17 @@ def one_view(
     *,
     leave_out: bool = False,
 ) -> dict[str, Tensor]:
-    """The three terms of one view, without weight.
+    """The three terms of one view, without weight, from its :func:`divergences` and ``LogitRows.zeroed``.
 
     Args:
-        divergence: ``(N,)``, as :func:`divergences` gives it.
-        student: ``(N, C)``.
-        teacher: ``(N, C)``.
-        valid: ``(N,)`` bool, the samples that count.
         temperatures: of the correlations.
         leave_out: whether samples and classes of high confidence are left out, as the paper means it, or scale the
             whole term by the fraction of the others, as its code does.
     """
     samples, classes = (kept.to(student.dtype) for kept in unsure(teacher, valid))
     valid = valid.to(student.dtype)
-    kept_samples = kept_classes = 1.0
+    kept_samples: Tensor | float = 1.0
+    kept_classes: Tensor | float = 1.0
     if not leave_out:
         kept_samples, kept_classes = samples.sum() / valid.sum().clamp(min=1), classes.mean()
         samples, classes = valid, torch.ones_like(classes)
@@ -127,9 +123,7 @@ def _gram_distance(p: Tensor, q: Tensor) -> Tensor:
 def unsure(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Samples and classes in which the teacher's confidence is at most the median: ``(N,)`` and ``(C,)`` bool.
 
-    Args:
-        teacher: ``(N, C)``.
-        valid: ``(N,)`` bool, the samples that count; of the others none is kept.
+    Samples that do not count (``valid``, ``(N,)`` bool) are not among them.
     """
     confidence = margin(teacher, teacher.argmax(-1)).masked_fill(~valid, torch.nan)
     of_class = F.log_softmax(teacher, -1).masked_fill(~valid.unsqueeze(-1), -torch.inf).logsumexp(0)

@@ -38,8 +38,7 @@ def nkd_loss(
     Args:
         gamma: weight of the non-target term.
         temperature: softmax temperature of the non-target term.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"target": target, "non_target": gamma * non-target}`` in nats.

@@ -38,8 +38,7 @@ def normkd_loss(
     Args:
         temperature: T, in standard deviations.
         weight: factor on the term.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"normkd": weight * NormKD}`` in nats.

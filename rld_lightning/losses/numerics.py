@@ -3,6 +3,9 @@
 Everything here works on rows: logits ``(N, C)``, one distribution a row, in float32 or float64.
 """
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +19,11 @@ def standardize(logits: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of at least one tensor, in their order."""
+    return reduce(torch.add, terms)
 
 
 def kl_rows(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ def rc_loss(
         temperature: softmax temperature of both terms.
         kd_weight: weight of KD.
         rc_weight: weight of RC.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"kd": kd_weight * KD, "rc": rc_weight * RC}`` in nats.

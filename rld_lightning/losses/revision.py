@@ -49,8 +49,7 @@ def revision_loss(
         eta: how much of the teacher is left in r; in (0, 1].
         logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427), except for the cross-entropy.
         reduction: the mean only, because each term is an average over its own samples.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``right_ce`` (in nats), ``right_mse`` and ``wrong_mse``, scalars with their weights on.
@@ -66,6 +65,8 @@ def revision_loss(
         revised = revise(F.softmax(teacher, -1), label, eta)
         return ce, (student - teacher).square().mean(-1), (log_probs.exp() - revised).square().mean(-1)
 
+    assert rows.label is not None
+    assert rows.valid is not None
     ce, logit_error, probability_error = by_row_blocks(row_losses, rows.student, rows.teacher, rows.label)
     right = rows.teacher.argmax(-1) == rows.label
     return {

@@ -56,8 +56,7 @@ def rld_loss(
             recommended setting ("same T"). The published code's default is 1.
         mask: ``"ge"`` removes every class whose teacher logit is >= the true class's, the true class included (the
             paper's choice, M_ge); ``"g"`` removes only those strictly above it (its ablation, M_g).
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"scd": alpha * SCD, "mcd": beta * MCD}`` in nats.
@@ -106,7 +105,8 @@ class RLDLoss(LogitLoss):
         ``teacher_wrong``: samples whose largest teacher logit is not the true class's. ``masked_classes``: classes
         left out of MCD, mean over samples.
         """
-        rows = logit_rows(step.student.logits.detach(), step.teacher.logits, step.label, ignore_index=self.ignore_index)
+        rows = logit_rows(step.student.logits.detach(), step.teacher_logits, step.label, ignore_index=self.ignore_index)
+        assert rows.label is not None
         wrong = rows.reduce((rows.teacher.argmax(-1) != rows.label).to(torch.float32))
         masked = rows.reduce(dropped_classes(rows.teacher, rows.label, self.mask).to(torch.float32).mean(-1))
         return {"teacher_wrong": 100 * wrong, "masked_classes": 100 * masked}

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -170,6 +170,7 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
     signature = inspect.signature(formula, eval_str=True)
     ranges = ranges_of({name: parameter.annotation for name, parameter in signature.parameters.items()})
     common = {name: signature.parameters[name].default for name in COMMON_KEYWORDS}
+    rows_of: Callable[..., RowTerms] = formula
     needs_label = signature.parameters["label"].default is inspect.Parameter.empty
 
     @wraps(formula)
@@ -184,7 +185,7 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
         weights: dict[str, float] = {}
 
         def row_losses(*tensors: Tensor) -> tuple[Tensor, ...]:
-            terms = formula(*tensors, **options)
+            terms = rows_of(*tensors, **options)
             weights.update({name: weight for name, (weight, _) in terms.items()})
             return tuple(loss for _, loss in terms.values())
 
@@ -193,7 +194,7 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
         pairs = zip(weights.items(), losses, strict=True)
         return {name: weight * rows.reduce(per_row, reduction) for (name, weight), per_row in pairs}
 
-    return loss
+    return cast(Callable[P, dict[str, Tensor]], loss)
 
 
 # Logits in a block: its temporaries stay in the cache (CPU) or are few beside the weights (accelerators).
@@ -222,7 +223,9 @@ def by_row_blocks(
 
 class _RowBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, row_losses: Callable, size: int, student: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, row_losses: Callable[..., tuple[Tensor, ...]], size: int, student: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         need_gradient = ctx.needs_input_grad[2]
         values: list[tuple[Tensor, ...]] = []
         gradients: list[Tensor] = []

@@ -37,8 +37,7 @@ def swap_loss(
     Args:
         temperature: softmax temperature of both.
         weight: factor on the term.
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"swap": weight * SWAP}`` in nats.

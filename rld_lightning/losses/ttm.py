@@ -1,12 +1,11 @@
-"""Transformed teacher matching (TTM) and its weighted form (WTTM): Zheng and Yang, ICLR 2024, arXiv 2402.11148.
+"""Transformed teacher matching (TTM): Zheng and Yang, ICLR 2024, arXiv 2402.11148.
 
 Only the teacher is softened: its probabilities are raised to a power, and the student matches them as it is. The
-weighted form listens more to a teacher that is unsure.
+weighted form is :mod:`rld_lightning.losses.wttm`.
 """
 
 from dataclasses import KW_ONLY
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
@@ -36,47 +35,12 @@ def ttm_loss(
     Args:
         gamma: the power, in (0, 1].
         weight: factor on the term (beta in the paper).
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"ttm": weight * TTM}`` in nats.
     """
     return {"ttm": (weight, softmax_kl(gamma * teacher_logits, student_logits))}
-
-
-@row_loss
-def wttm_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    label: Tensor | None = None,
-    *,
-    gamma: Share,
-    weight: Weight = 1.0,
-    logit_standardization: bool = False,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-) -> RowTerms:
-    """``U KL( softmax(gamma t) || softmax(s) )`` with ``U = sum_k softmax(t)_k^gamma``, averaged over the batch.
-
-    U of a sample lies between 1 (a teacher that is sure) and ``C^(1 - gamma)`` (one that knows nothing); it is the
-    power sum that :func:`ttm_loss` divides by.
-
-    Args:
-        gamma: the power, in (0, 1].
-        weight: factor on the term (beta in the paper).
-
-    The others are those of all logit losses, see :mod:`rld_lightning.losses`.
-
-    Returns:
-        ``{"wttm": weight * WTTM}`` in nats.
-    """
-    return {"wttm": (weight, power_sum(teacher_logits, gamma) * softmax_kl(gamma * teacher_logits, student_logits))}
-
-
-def power_sum(teacher: Tensor, gamma: float) -> Tensor:
-    """``sum_k softmax(t)_k^gamma`` of each row of ``(N, C)`` logits: ``(N,)``."""
-    return (gamma * F.log_softmax(teacher, -1)).logsumexp(-1).exp()
 
 
 @register_loss("ttm")
@@ -92,22 +56,5 @@ class TTMLoss(LogitLoss):
 
     gamma: Share = 0.1
     weight: Weight = 45.0
-    _: KW_ONLY
-    logit_standardization: bool = False
-
-
-@register_loss("wttm")
-class WTTMLoss(LogitLoss):
-    """``ce_weight * CE + weight * WTTM``; see :func:`wttm_loss`.
-
-    Defaults are the one published example, which adds a contrastive loss to it.
-    """
-
-    method = "Transformed teacher matching, weighted by the teacher's uncertainty"
-    papers = ("2402.11148",)
-    function = staticmethod(wttm_loss)
-
-    gamma: Share = 0.2
-    weight: Weight = 4.0
     _: KW_ONLY
     logit_standardization: bool = False

@@ -1,6 +1,7 @@
 """Losses by name: a new one is a file, and nothing else."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,9 @@ from rld_lightning.losses import (
     register_loss,
     registry,
 )
+
+FOLDER = Path(__file__).parent
+NOT_OF_ONE_LOSS = ("test_registry.py", "test_golden.py", "test_combined.py")
 
 MSE = '''
 from rld_lightning.losses.base import DistillationLoss
@@ -50,6 +54,12 @@ def test_options_build_the_loss(name):
     assert cls(**options).describe() == cls().describe()
     assert cls.method
     assert cls.papers or name == "ce"
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_every_loss_has_tests_of_its_own(name):
+    tests = [path.read_text() for path in FOLDER.rglob("test_*.py") if path.name not in NOT_OF_ONE_LOSS]
+    assert any(f"import {cls}" in text or f", {cls}" in text for text in tests for cls in [loss_class(name).__name__])
 
 
 def test_options_are_all_of_them():

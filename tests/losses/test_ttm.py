@@ -4,7 +4,7 @@ from helpers.loss_tester import LossTester, batch, kl
 from torch.testing import assert_close
 
 from rld_lightning.losses import TTMLoss, WTTMLoss, kd_loss, ttm_loss, wttm_loss
-from rld_lightning.losses.ttm import power_sum
+from rld_lightning.losses.wttm import power_sum
 
 
 class TestTTM(LossTester):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
@@ -38,7 +39,7 @@ def at_loss(
     for pair in zip(student, teacher, strict=True):
         ours, theirs = (_attention(feature, power) for feature in pool_to_smaller(*pair))
         distances.append((ours - theirs.detach()).square().mean())
-    return {"at": weight * sum(distances)}
+    return {"at": weight * total(distances)}
 
 
 def _attention(feature: Tensor, power: float) -> Tensor:

@@ -134,6 +134,7 @@ def tapped(loss: DistillationLoss, step: StepContext) -> tuple[list[Tensor], lis
     Raises:
         ValueError: the step does not hold all of them.
     """
+    assert step.teacher is not None
     sides = (step.student, loss.student_taps, "student"), (step.teacher, loss.teacher_taps, "teacher")
     missing = [f"{path} of the {side}" for output, taps, side in sides for path in taps if path not in output.features]
     if missing:
@@ -150,7 +151,7 @@ def _precise(feature: Tensor) -> Tensor:
     return feature.to(torch.promote_types(feature.dtype, torch.float32))
 
 
-class _TakesOneVector(nn.Module):
+class _TakesOneVector(nn.modules.batchnorm._BatchNorm):
     """Lets a batch norm take a last batch of one vector: it has no variance, so the running statistics serve."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -204,7 +205,8 @@ def pool_to_smaller(student: Tensor, teacher: Tensor, largest: int | None = None
             raise ValueError(f"the {name}'s feature must be a map (B, channels, H, W), got {tuple(feature.shape)}.")
     allowed = student.shape[2:] if largest is None else (largest, largest)
     height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], allowed, strict=True))
-    return tuple(
+    pooled = [
         feature if feature.shape[2:] == (height, width) else nn.functional.adaptive_avg_pool2d(feature, (height, width))
         for feature in (student, teacher)
-    )
+    ]
+    return pooled[0], pooled[1]

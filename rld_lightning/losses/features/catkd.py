@@ -1,6 +1,7 @@
 """Class attention transfer (CAT-KD): Guo et al., CVPR 2023, arXiv 2304.12777."""
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -88,6 +89,9 @@ class CATKDLoss(FeatureLoss):
     pool_size: PoolSize = 2
     normalize: bool = True
 
+    teacher_classifier: Tensor = field(init=False)
+    _classifier: nn.Linear = field(init=False)
+
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The map before the average."""
         return (stages.last_map,)
@@ -97,6 +101,7 @@ class CATKDLoss(FeatureLoss):
     ) -> None:
         """Chooses the maps, and takes hold of both classifiers: the student's itself, a copy of the teacher's."""
         super().connect(student, teacher, image_shape, train_label)
+        assert teacher is not None
         hold_outside(self, "_classifier", classifier_of(student))
         self.register_buffer("teacher_classifier", classifier_of(teacher).weight.detach().clone(), persistent=False)
 

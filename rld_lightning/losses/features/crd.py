@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Annotated
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Count, Positive, Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
@@ -61,14 +63,14 @@ def crd_loss(
         ValueError: hyper-parameters outside their range.
     """
     log_noise = math.log((contrast.shape[1] - 1) / len(student_memory))
-    total = 0.0
+    directions = []
     for embedding, memory, log_z in (
         (student, teacher_memory, log_normaliser[0]),
         (teacher, student_memory, log_normaliser[1]),
     ):
         odds = similarities(embedding, memory, contrast) / temperature - log_z - log_noise
-        total = total - (F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(1)).mean()
-    return {"crd": weight * total}
+        directions.append(-(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(1)).mean())
+    return {"crd": weight * total(directions)}
 
 
 def similarities(embedding: Tensor, memory: Tensor, contrast: Tensor) -> Tensor:
@@ -127,8 +129,7 @@ class CRDLoss(FeatureLoss):
         negatives: K, per image; never more than the images outside the largest class.
         dim: of the embeddings.
         momentum: how much of a memory stays in a step, in [0, 1).
-
-    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Contrastive representation distillation"
@@ -150,6 +151,13 @@ class CRDLoss(FeatureLoss):
     dim: Count = 128
     temperature: Positive = 0.07
     momentum: Momentum = 0.5
+
+    student_memory: Tensor = field(init=False)
+    teacher_memory: Tensor = field(init=False)
+    log_normaliser: Tensor = field(init=False)
+    by_class: Tensor = field(init=False)
+    class_start: Tensor = field(init=False)
+    class_size: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

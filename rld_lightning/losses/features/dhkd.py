@@ -89,6 +89,7 @@ class DHKDLoss(DistillationLoss):
     head: Head = "nonlinear"
     align_gradients: bool = True
     ignore_index: int = field(default=-100, init=False)
+    _student: nn.Module = field(init=False)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
@@ -108,7 +109,7 @@ class DHKDLoss(DistillationLoss):
             raise RuntimeError("DHKDLoss does not know the student yet: call its connect(...) first.")
         (pooled,), _ = tapped(self, step)
         logits = self.auxiliary(pooled.flatten(1).to(next(self.auxiliary.parameters()).dtype))
-        return dhkd_loss(logits, step.teacher.logits, temperature=self.temperature, weight=self.weight)
+        return dhkd_loss(logits, step.teacher_logits, temperature=self.temperature, weight=self.weight)
 
     def forward(
         self, student: StepContext | Tensor, teacher: Tensor | None = None, label: Tensor | None = None

@@ -53,8 +53,7 @@ class FitNetLoss(FeatureLoss):
     Args:
         hint_layer: position of the hint among the network's features, where 0 is the stem; negative ones count from
             the deep end.
-
-    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Hints: one stage through a regressor"
@@ -105,7 +104,7 @@ def _matching_convolution(student: torch.Size, teacher: torch.Size) -> nn.Module
     if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):
         return nn.ConvTranspose2d(*channels, kernel_size=4, stride=2, padding=1, bias=False)
     if all(s >= t for s, t in zip(ours, theirs, strict=True)):
-        return nn.Conv2d(*channels, [s - t + 1 for s, t in zip(ours, theirs, strict=True)], bias=False)
+        return nn.Conv2d(*channels, (ours[0] - theirs[0] + 1, ours[1] - theirs[1] + 1), bias=False)
     raise ValueError(
         f"a student map of size {tuple(ours)} cannot be brought to the teacher's {tuple(theirs)}, which must not be "
         "larger unless it is exactly twice as large; choose another hint_layer, or name both module paths "

@@ -103,8 +103,7 @@ class KDGLoss(FeatureLoss):
             identity sums over as many numbers as the feature has and wants 0.01 or so.
         weighting: of the features: ``"gradient"``, ``"fisher"`` or ``"identity"``.
         temperature: of the teacher's probabilities in both members.
-
-    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "KD-G: logits and weighted features (reconstruction)"
@@ -135,6 +134,7 @@ class KDGLoss(FeatureLoss):
     ) -> None:
         """As :meth:`FeatureLoss.connect`; copies the weight of the teacher's classifier where it is needed."""
         super().connect(student, teacher, image_shape, train_label)
+        assert teacher is not None
         if self.weighting != "identity":
             self.classifier = classifier_of(teacher).weight.detach().clone()
 
@@ -152,12 +152,12 @@ class KDGLoss(FeatureLoss):
         logits = {}
         if self.logit_weight:
             logits = kdg_logit_loss(
-                step.student.logits, step.teacher.logits, temperature=self.temperature, weight=self.logit_weight
+                step.student.logits, step.teacher_logits, temperature=self.temperature, weight=self.logit_weight
             )
         return logits | kdg_feature_loss(
             student[0],
             teacher[0],
-            step.teacher.logits,
+            step.teacher_logits,
             self.classifier,
             weighting=self.weighting,
             temperature=self.temperature,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
@@ -60,7 +61,7 @@ def kdsvd_loss(
     for shallow, deep in pairwise(stages):
         ours, theirs = (_relations(a, b) for a, b in zip(shallow, deep, strict=True))
         distances.append((ours - theirs).square().sum() / len(ours))
-    return {"kdsvd": weight * sum(distances)}
+    return {"kdsvd": weight * total(distances)}
 
 
 def _check_sizes(shapes: Sequence[torch.Size], num_stages: int, num_vectors: int) -> None:

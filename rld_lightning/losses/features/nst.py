@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
@@ -37,7 +38,7 @@ def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: We
     for pair in zip(student, teacher, strict=True):
         ours, theirs = (F.normalize(feature.flatten(2), dim=2) for feature in pool_to_smaller(*pair))
         distances.append(_discrepancy(ours, theirs.detach()))
-    return {"nst": weight * sum(distances)}
+    return {"nst": weight * total(distances)}
 
 
 def _discrepancy(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, stages_of
@@ -46,9 +47,9 @@ def ofd_loss(
         ValueError: maps, margins or hyper-parameters that do not fit.
     """
     check_pairs(student, teacher)
-    total = 0.0
-    for depth, (*pair, low) in enumerate(zip(student, teacher, margin, strict=True), start=1):
-        ours, theirs = pool_to_smaller(*pair)
+    stages = []
+    for depth, (ours, theirs, low) in enumerate(zip(student, teacher, margin, strict=True), start=1):
+        ours, theirs = pool_to_smaller(ours, theirs)
         if ours.shape != theirs.shape or low.shape != theirs.shape[1:2]:
             raise ValueError(
                 f"student map {tuple(ours.shape)}, teacher map {tuple(theirs.shape)} and margin {tuple(low.shape)} "
@@ -57,8 +58,8 @@ def ofd_loss(
         theirs = torch.maximum(theirs.detach(), low.to(theirs).view(-1, 1, 1))
         silent = (ours <= theirs) & (theirs <= 0)
         distance = torch.where(silent, 0.0, ours - theirs).square().sum() / len(ours)
-        total = total + distance / 2 ** (len(student) - depth)
-    return {"ofd": weight * total}
+        stages.append(distance / 2 ** (len(student) - depth))
+    return {"ofd": weight * total(stages)}
 
 
 def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
@@ -95,8 +96,7 @@ class OFDLoss(FeatureLoss):
     Args:
         kernel_size: of the connectors' convolutions, odd.
         teacher_norms: paths of the teacher's batch norms before its taps; none chooses them from its stages.
-
-    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Overhaul of feature distillation"
@@ -125,6 +125,7 @@ class OFDLoss(FeatureLoss):
     ) -> None:
         """As in the base; then reads the margins from the teacher's batch norms."""
         super().connect(student, teacher, image_shape, train_label)
+        assert teacher is not None
         self.teacher_norms = (self.teacher_norms or stages_of(teacher).norms)[-len(self.teacher_taps) :]
         if len(self.teacher_norms) < len(self.teacher_taps):
             raise ValueError(
@@ -132,8 +133,9 @@ class OFDLoss(FeatureLoss):
                 "another teacher or loss, or name one for each tap (+loss.teacher_norms=[...])."
             )
         self.own_buffers = tuple(f"margin{i}" for i in range(len(self.connectors)))  # constants
-        for i, (path, connector) in enumerate(zip(self.teacher_norms, self.connectors, strict=True)):
-            norm = unwrap(teacher).get_submodule(path)
+        connectors: list[Any] = list(self.connectors)
+        for i, (path, connector) in enumerate(zip(self.teacher_norms, connectors, strict=True)):
+            norm: Any = unwrap(teacher).get_submodule(path)
             if getattr(norm, "num_features", None) != connector[0].out_channels or norm.weight is None:
                 raise ValueError(
                     f"{path} is not a batch norm with {connector[0].out_channels} scales and shifts; name the one "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import Epochs, StepContext
 from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
@@ -34,7 +35,7 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
         ValueError: maps or hyper-parameters that do not fit.
     """
     check_pairs(student, teacher)
-    total = 0.0
+    stages = []
     for ours, theirs in zip(student, teacher, strict=True):
         if ours.shape != theirs.shape:
             raise ValueError(
@@ -46,8 +47,8 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
         levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in (4, 2, 1) if size < ours.shape[2])]
         shares = [0.5**level for level in range(len(levels))]
         means = (share * level.square().mean() for share, level in zip(shares, levels, strict=True))
-        total = total + sum(means) / sum(shares)
-    return {"reviewkd": weight * total}
+        stages.append(total(means) / sum(shares))
+    return {"reviewkd": weight * total(stages)}
 
 
 @register_loss("reviewkd")
@@ -65,8 +66,7 @@ class ReviewKDLoss(FeatureLoss):
 
     Args:
         student_preactivations: compare the student's stages before their ReLU, too, as far as it has such places.
-
-    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Knowledge review"
@@ -128,11 +128,13 @@ class Fusion(nn.Module):
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, has_deeper: bool) -> None:
         super().__init__()
-        self.narrow = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), BatchNorm2d(width))
+        narrow = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.narrow = nn.Sequential(narrow, BatchNorm2d(width))
         self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if has_deeper else None
-        self.widen = nn.Sequential(nn.Conv2d(width, out_channels, 3, padding=1, bias=False), BatchNorm2d(out_channels))
-        nn.init.kaiming_uniform_(self.narrow[0].weight, a=1)
-        nn.init.kaiming_uniform_(self.widen[0].weight, a=1)
+        widen = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
+        self.widen = nn.Sequential(widen, BatchNorm2d(out_channels))
+        nn.init.kaiming_uniform_(narrow.weight, a=1)
+        nn.init.kaiming_uniform_(widen.weight, a=1)
 
     def forward(self, stage: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fuses.
@@ -146,7 +148,7 @@ class Fusion(nn.Module):
             ``(B, out_channels, H, W)`` to compare, and ``(B, width, H, W)`` to pass on.
         """
         out = self.narrow(stage)
-        if self.attention is not None:
+        if self.attention is not None and deeper is not None:
             deeper = _resize(deeper, out.shape[2:])
             ours, theirs = self.attention(torch.cat([out, deeper], 1)).split(1, 1)
             out = ours * out + theirs * deeper

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
+from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
@@ -53,7 +54,7 @@ def vid_loss(
         # Averaged over batch and positions first: the rest has only one number a channel.
         error = (observed.detach() - predicted).square().mean((0, 2, 3))
         stages.append((error / spread + spread.log()).mean() / 2)
-    return {"vid": weight * sum(stages)}
+    return {"vid": weight * total(stages)}
 
 
 @register_loss("vid")
@@ -67,8 +68,7 @@ class VIDLoss(FeatureLoss):
 
     Args:
         init_variance: variance that training starts from.
-
-    The others are those of :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Variational information distillation"
