@@ -1,4 +1,17 @@
-"""Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters."""
+"""Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters.
+
+Functions of logits return named scalar terms whose sum is to be minimised, weights on. What all of them take:
+
+    student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
+    teacher_logits: the same shape; never receives a gradient.
+    label: ``(B,)`` or ``(B, *)`` class indices. Where it may be ``None``, it only leaves out ignored samples.
+    logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
+    ignore_index: label of samples that count for nothing.
+    reduction: ``"mean"`` over the samples that count, ``"sum"`` or ``"none"`` (then each term is ``(B, *)``).
+
+They raise ``ValueError`` for shapes, class counts, labels or hyper-parameters that do not fit. What all modules take,
+the weight of the cross-entropy and the warm-up, is said in :class:`DistillationLoss`.
+"""
 
 from rld_lightning.losses.atkd import ATKDLoss, atkd_loss
 from rld_lightning.losses.base import DistillationLoss, LogitLoss, ModelOutput, StepContext
@@ -8,7 +21,8 @@ from rld_lightning.losses.ctkd import CTKDLoss, ctkd_loss
 from rld_lightning.losses.dist import DISTLoss, dist_loss
 from rld_lightning.losses.dkd import DKDLoss, dkd_loss
 from rld_lightning.losses.dtkd import DTKDLoss, dtkd_loss
-from rld_lightning.losses.eakd import EADKDLoss, EAKDLoss, eadkd_loss, eakd_loss
+from rld_lightning.losses.eadkd import EADKDLoss, eadkd_loss
+from rld_lightning.losses.eakd import EAKDLoss, eakd_loss
 from rld_lightning.losses.kd import KDLoss, kd_loss
 from rld_lightning.losses.kdg import KDGLogitLoss, kdg_logit_loss
 from rld_lightning.losses.ldrld import LDRLDLoss, ldrld_loss
@@ -21,7 +35,8 @@ from rld_lightning.losses.registry import list_losses, loss_class, loss_options,
 from rld_lightning.losses.revision import RevisionLoss, revision_loss
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.losses.swap import SwapLoss, swap_loss
-from rld_lightning.losses.ttm import TTMLoss, WTTMLoss, ttm_loss, wttm_loss
+from rld_lightning.losses.ttm import TTMLoss, ttm_loss
+from rld_lightning.losses.wttm import WTTMLoss, wttm_loss
 
 __all__ = [
     "ATKDLoss",

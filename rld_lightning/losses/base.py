@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.numerics import check_weights, standardize
+from rld_lightning.losses.ranges import Weight, check_ranges, must_be, ranges_of
+
+Epochs = Annotated[int, must_be(">= 1 (1 is no warm-up)", lambda epochs: epochs >= 1)]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,29 @@ class StepContext:
     student_strong: ModelOutput | None = None
     teacher_strong: ModelOutput | None = None
 
+    @property
+    def teacher_logits(self) -> Tensor:
+        """The teacher's logits, for losses that need a teacher: those are not called without."""
+        assert self.teacher is not None
+        return self.teacher.logits
 
+
+@dataclass(eq=False, repr=False)
 class DistillationLoss(nn.Module):
     """Base of all losses: ``ce_weight * cross_entropy + warmup(epoch) * (the method's own terms)``.
 
-    A subclass gives :meth:`terms`, and where it needs them :meth:`statistics` and :meth:`connect`. Called with a
-    :class:`StepContext` by the training step, or directly in a loop of your own::
+    A subclass gives :meth:`terms`, and where it needs them :meth:`statistics` and :meth:`connect`. It is a data class:
+    what it annotates is an argument of its constructor, with the range that the annotation states
+    (:mod:`~rld_lightning.losses.ranges`); learnable parts are made in ``__post_init__``::
+
+        @register_loss("mse")
+        class MSELoss(DistillationLoss):
+            weight: Weight = 0.5
+
+            def terms(self, step: StepContext) -> dict[str, Tensor]:
+                return {"mse": self.weight * F.mse_loss(step.student.logits, step.teacher.logits)}
+
+    Called with a :class:`StepContext` by the training step, or directly in a loop of your own::
 
         terms = RLDLoss()(student_logits, teacher_logits, label)
         sum(terms.values()).backward()
@@ -79,23 +98,28 @@ class DistillationLoss(nn.Module):
         ValueError: a hyper-parameter outside its range.
     """
 
-    method: str = ""
-    papers: tuple[str, ...] = ()
-    needs_teacher: bool = True
-    needs_strong_view: bool = False
-    reuses_classifier: bool = False
-    student_taps: tuple[str, ...] = ()
-    teacher_taps: tuple[str, ...] = ()
-    own_buffers: tuple[str, ...] = ()
+    method: ClassVar[str] = ""
+    papers: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, *, ce_weight: float = 1.0, warmup_epochs: int = 1, ignore_index: int = -100) -> None:
+    needs_teacher: bool = field(default=True, init=False)
+    needs_strong_view: bool = field(default=False, init=False)
+    reuses_classifier: bool = field(default=False, init=False)
+    student_taps: Sequence[str] = field(default=(), init=False)
+    teacher_taps: Sequence[str] = field(default=(), init=False)
+    own_buffers: tuple[str, ...] = field(default=(), init=False)
+
+    _: KW_ONLY
+    ce_weight: Weight = 1.0
+    warmup_epochs: Epochs = 1
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
         super().__init__()
-        check_weights(ce_weight=ce_weight)
-        if not warmup_epochs >= 1:
-            raise ValueError(f"warmup_epochs={warmup_epochs!r} is not allowed; it must be >= 1 (1 is no warm-up).")
-        self.ce_weight = ce_weight
-        self.warmup_epochs = warmup_epochs
-        self.ignore_index = ignore_index
+        annotations: dict[str, Any] = {}
+        for cls in reversed(type(self).__mro__):
+            if is_dataclass(cls):
+                annotations |= inspect.get_annotations(cls, eval_str=True)
+        check_ranges(ranges_of(annotations), vars(self))
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
@@ -178,40 +202,32 @@ class DistillationLoss(nn.Module):
 class LogitLoss(DistillationLoss):
     """Base of the methods that are a function of both logits and the labels.
 
-    A subclass names its function and keeps each of its hyper-parameters as an attribute of the same name::
+    A subclass names its function and declares each of its hyper-parameters under the same name::
 
+        @register_loss("kd")
         class KDLoss(LogitLoss):
             function = staticmethod(kd_loss)
 
-    Args:
-        logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427); the cross-entropy sees them as they
-            are. Done by the function where it takes an argument of that name, else here.
-        options: see :class:`DistillationLoss`.
+            temperature: Positive = 4.0
+            weight: Weight = 0.9
+            logit_standardization: bool = False
 
     Attributes:
         function: ``(student_logits, teacher_logits, label, *, <hyper-parameters>)`` to named terms, weights on.
     """
 
-    function: Callable[..., dict[str, Tensor]]
-    _hyper_parameters: tuple[str, ...]
-
-    def __init__(self, *, logit_standardization: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        self.logit_standardization = logit_standardization
+    function: ClassVar[Callable[..., dict[str, Tensor]]]
+    _hyper_parameters: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         parameters = inspect.signature(cls.function).parameters.values()
-        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        cls._hyper_parameters = tuple(name for name in names if name != "reduction")
+        cls._hyper_parameters = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "reduction")
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The function's terms, with this module's hyper-parameters."""
         options = {name: getattr(self, name) for name in self._hyper_parameters}
-        student, teacher = step.student.logits, step.teacher.logits
-        if self.logit_standardization and "logit_standardization" not in options:
-            student, teacher = (standardize(logits.movedim(1, -1)).movedim(-1, 1) for logits in (student, teacher))
-        return self.function(student, teacher, step.label, **options)
+        return type(self).function(step.student.logits, step.teacher_logits, step.label, **options)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:

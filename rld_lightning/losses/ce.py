@@ -11,11 +11,7 @@ class CELoss(DistillationLoss):
     """``ce_weight * CE``, no teacher: it is neither loaded nor run."""
 
     method = "Cross-entropy alone"
-
     needs_teacher = False
-
-    def __init__(self, *, ce_weight: float = 1.0, ignore_index: int = -100) -> None:
-        super().__init__(ce_weight=ce_weight, ignore_index=ignore_index)
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """Nothing beside the cross-entropy of the base class."""

@@ -1,11 +1,12 @@
 """A weighted sum of losses that share one teacher's and one student's forward pass."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import WEIGHT
 
 
 class CombinedLoss(DistillationLoss):
@@ -51,7 +52,8 @@ class CombinedLoss(DistillationLoss):
                     "alone, or leave it out."
                 )
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
-        check_weights(**self.weights)
+        for name, weight in self.weights.items():
+            WEIGHT.check(name, weight)
         # What is switched off is not there: DDP would wait for the gradients of its learnable parts.
         losses = {name: loss for name, loss in losses.items() if self.weights[name]}
         self.losses = nn.ModuleDict(losses)
@@ -62,18 +64,23 @@ class CombinedLoss(DistillationLoss):
             loss.ce_weight = ce_weight
         self._collect()
 
+    @property
+    def parts(self) -> dict[str, DistillationLoss]:
+        """The losses by name, but for those that are switched off."""
+        return {name: cast(DistillationLoss, loss) for name, loss in self.losses.items()}
+
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
     ) -> None:
         """Connects each of the losses."""
-        for loss in self.losses.values():
+        for loss in self.parts.values():
             loss.connect(student, teacher, image_shape, train_label)
         self._collect()
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The terms of all losses, weights and each loss's own warm-up on."""
-        terms = {}
-        for name, loss in self.losses.items():
+        terms: dict[str, Tensor] = {}
+        for name, loss in self.parts.items():
             factor = self.weights[name] * loss.warmup(step.epoch)
             own = {_joined(name, term): value for term, value in loss.terms(step).items()}
             terms |= {term: factor * value if factor != 1.0 else value for term, value in own.items()}
@@ -83,26 +90,26 @@ class CombinedLoss(DistillationLoss):
         """The statistics of all losses."""
         return {
             _joined(name, statistic): value
-            for name, loss in self.losses.items()
+            for name, loss in self.parts.items()
             for statistic, value in loss.statistics(step).items()
         }
 
     def refined(self, teacher: Tensor, label: Tensor) -> Tensor | None:
         """That of the first loss that changes anything."""
-        views = (loss.refined(teacher, label) for loss in self.losses.values())
+        views = (loss.refined(teacher, label) for loss in self.parts.values())
         return next((view for view in views if view is not None), None)
 
     def describe(self) -> str:
         """One line: the sum."""
-        parts = [f"{self.weights[name]:g} * {loss.describe()}" for name, loss in self.losses.items()]
+        parts = [f"{self.weights[name]:g} * {loss.describe()}" for name, loss in self.parts.items()]
         return " + ".join([f"{self.ce_weight:g} * CE", *parts])
 
     def _collect(self) -> None:
         self.own_buffers = tuple(
-            f"losses.{name}.{buffer}" for name, loss in self.losses.items() for buffer in loss.own_buffers
+            f"losses.{name}.{buffer}" for name, loss in self.parts.items() for buffer in loss.own_buffers
         )
-        self.student_taps = tuple(dict.fromkeys(path for loss in self.losses.values() for path in loss.student_taps))
-        self.teacher_taps = tuple(dict.fromkeys(path for loss in self.losses.values() for path in loss.teacher_taps))
+        self.student_taps = tuple(dict.fromkeys(path for loss in self.parts.values() for path in loss.student_taps))
+        self.teacher_taps = tuple(dict.fromkeys(path for loss in self.parts.values() for path in loss.teacher_taps))
 
 
 def _joined(loss: str, term: str) -> str:

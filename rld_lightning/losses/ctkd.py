@@ -5,26 +5,30 @@ eagerly from epoch to epoch. This is the paper's global version, with one temper
 """
 
 import math
+from dataclasses import KW_ONLY
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.numerics import softmax_kl
+from rld_lightning.losses.ranges import Count, Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import Reduction, by_row_blocks, logit_rows
 
 
+@checked
 def ctkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor | None = None,
     *,
     temperature: Tensor,
-    weight: float = 1.0,
+    weight: Weight = 1.0,
     logit_standardization: bool = False,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> dict[str, Tensor]:
     """:func:`~rld_lightning.losses.kd.kd_loss`, differentiable with respect to the temperature.
 
@@ -32,31 +36,17 @@ def ctkd_loss(
     T has a gradient everywhere: in both distributions and in the factor.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         temperature: scalar tensor > 0 (not checked: that would wait for the device).
         weight: factor on the term.
-        logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
-        ignore_index: label of samples that count for nothing.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then the term is ``(B, *)``).
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"ctkd": weight * KD}`` in nats.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
     if temperature.shape != ():
         raise ValueError(f"temperature must be a scalar tensor, got shape {tuple(temperature.shape)}.")
-    check_weights(weight=weight)
     rows = logit_rows(
-        student_logits,
-        teacher_logits,
-        label,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        logit_standardization=logit_standardization,
+        student_logits, teacher_logits, label, logit_standardization=logit_standardization, ignore_index=ignore_index
     )
     temperature = temperature.to(rows.student)
 
@@ -98,30 +88,16 @@ class CTKDLoss(DistillationLoss):
     method = "Curriculum temperature, one for all samples"
     papers = ("2211.16231",)
 
-    def __init__(
-        self,
-        weight: float = 0.9,
-        lowest_temperature: float = 1.0,
-        temperature_range: float = 20.0,
-        curriculum_epochs: int = 10,
-        logit_standardization: bool = False,
-        *,
-        ce_weight: float = 0.1,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
-        check_weights(weight=weight)
-        check_positive(
-            lowest_temperature=lowest_temperature,
-            temperature_range=temperature_range,
-            curriculum_epochs=curriculum_epochs,
-        )
-        self.weight = weight
-        self.lowest_temperature = lowest_temperature
-        self.temperature_range = temperature_range
-        self.curriculum_epochs = curriculum_epochs
-        self.logit_standardization = logit_standardization
+    weight: Weight = 0.9
+    lowest_temperature: Positive = 1.0
+    temperature_range: Positive = 20.0
+    curriculum_epochs: Count = 10
+    logit_standardization: bool = False
+    _: KW_ONLY
+    ce_weight: Weight = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.theta = nn.Parameter(torch.ones(()))
 
     def curriculum(self, epoch: int | None) -> float:
@@ -138,7 +114,7 @@ class CTKDLoss(DistillationLoss):
         """``ctkd``."""
         return ctkd_loss(
             step.student.logits,
-            step.teacher.logits,
+            step.teacher_logits,
             step.label,
             temperature=self.temperature(step.epoch),
             weight=self.weight,

@@ -3,24 +3,31 @@
 Probabilities need not be equal, only correlated: over the classes of each sample and over the samples of each class.
 """
 
+from dataclasses import KW_ONLY
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import check_positive, check_weights, logit_rows
+from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import logit_rows
 
 
+@checked
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor | None = None,
     *,
-    beta: float = 2.0,
-    gamma: float = 2.0,
-    temperature: float = 4.0,
+    beta: Weight = 2.0,
+    gamma: Weight = 2.0,
+    temperature: Positive = 4.0,
+    logit_standardization: bool = False,
     ignore_index: int = -100,
+    reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
     """Correlation between classes and within classes.
 
@@ -35,29 +42,22 @@ def dist_loss(
     without a gradient.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         beta: weight of inter.
         gamma: weight of intra.
         temperature: softmax temperature of both.
-        ignore_index: label of samples that count for nothing.
+        reduction: the mean only, because intra belongs to the whole batch.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
-        ``{"inter": beta * inter, "intra": gamma * intra}``, scalars. There is no ``reduction``, because intra belongs
-        to the whole batch.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+        ``{"inter": beta * inter, "intra": gamma * intra}``, scalars.
     """
-    check_positive(temperature=temperature)
-    check_weights(beta=beta, gamma=gamma)
-    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
-    valid = rows.valid if rows.valid is not None else torch.ones_like(rows.student[:, 0], dtype=torch.bool)
+    rows = logit_rows(
+        student_logits, teacher_logits, label, logit_standardization=logit_standardization, ignore_index=ignore_index
+    )
+    student, teacher, valid = rows.zeroed()
+    q, p = (F.softmax(logits / temperature, -1) for logits in (student, teacher))
     valid = valid.unsqueeze(-1)
-    # Whatever an ignored sample holds, neither columns nor gradients may meet it.
-    q, p = (F.softmax(x.masked_fill(~valid, 0.0) / temperature, -1) for x in (rows.student, rows.teacher))
-    inter = rows.reduce(1 - _correlation(p, q, torch.ones_like(valid), -1), "mean")
+    inter = rows.reduce(1 - _correlation(p, q, torch.ones_like(valid), -1))
     intra = (1 - _correlation(p, q, valid, 0)).mean() * valid.any()
     return {"inter": beta * temperature**2 * inter, "intra": gamma * temperature**2 * intra}
 
@@ -79,28 +79,10 @@ class DISTLoss(LogitLoss):
 
     method = "Distillation from a stronger teacher"
     papers = ("2205.10536",)
-
     function = staticmethod(dist_loss)
 
-    def __init__(
-        self,
-        beta: float = 2.0,
-        gamma: float = 2.0,
-        temperature: float = 4.0,
-        *,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-        logit_standardization: bool = False,
-    ) -> None:
-        super().__init__(
-            ce_weight=ce_weight,
-            warmup_epochs=warmup_epochs,
-            ignore_index=ignore_index,
-            logit_standardization=logit_standardization,
-        )
-        check_positive(temperature=temperature)
-        check_weights(beta=beta, gamma=gamma)
-        self.beta = beta
-        self.gamma = gamma
-        self.temperature = temperature
+    beta: Weight = 2.0
+    gamma: Weight = 2.0
+    temperature: Positive = 4.0
+    _: KW_ONLY
+    logit_standardization: bool = False

@@ -1,34 +1,30 @@
 """Decoupled knowledge distillation (DKD): Zhao et al., CVPR 2022, arXiv 2203.08679."""
 
+from dataclasses import KW_ONLY
+
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import (
-    binary_kl,
-    by_row_blocks,
-    check_positive,
-    check_weights,
-    kl_rows,
-    logit_rows,
-    margin,
-    masked_log_softmax,
-)
+from rld_lightning.losses.base import Epochs, LogitLoss
+from rld_lightning.losses.numerics import binary_kl, kl_rows, margin, masked_log_softmax
+from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
 
 
+@row_loss
 def dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor,
     *,
-    alpha: float,
-    beta: float,
-    temperature: float,
+    alpha: Weight,
+    beta: Weight,
+    temperature: Positive,
     logit_standardization: bool = False,
     ignore_index: int = -100,
-    reduction: str = "mean",
-) -> dict[str, Tensor]:
+    reduction: Reduction = "mean",
+) -> RowTerms:
     """Target-class (TCKD) and non-target-class (NCKD) distillation, equations 5 to 7 of the paper.
 
     With teacher logits t, student logits s, label y and temperature T::
@@ -40,44 +36,23 @@ def dkd_loss(
     logarithm of a summed softmax where this stays in log space; values agree wherever the published ones are finite.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)`` class indices.
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: softmax temperature of both terms.
-        logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
-        ignore_index: label of samples that count for nothing.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then each term is ``(B, *)``).
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"tckd": alpha * TCKD, "nckd": beta * NCKD}`` in nats.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(alpha=alpha, beta=beta)
-    rows = logit_rows(
-        student_logits,
-        teacher_logits,
-        label,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        logit_standardization=logit_standardization,
-    )
+    target, rest = decoupled_kl(teacher_logits / temperature, student_logits / temperature, label)
+    return {"tckd": (alpha * temperature**2, target), "nckd": (beta * temperature**2, rest)}
 
-    def row_losses(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        student, teacher = student / temperature, teacher / temperature
-        target = binary_kl(margin(teacher, label), margin(student, label))
-        true = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, label.unsqueeze(-1), True)
-        return target, kl_rows(masked_log_softmax(teacher, true), masked_log_softmax(student, true))
 
-    target, rest = by_row_blocks(row_losses, rows.student, rows.teacher, rows.label)
-    return {
-        "tckd": alpha * temperature**2 * rows.reduce(target, reduction),
-        "nckd": beta * temperature**2 * rows.reduce(rest, reduction),
-    }
+def decoupled_kl(teacher: Tensor, student: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergences ``(N,)`` of the true class from the rest and within the rest, of tempered logits ``(N, C)``."""
+    true = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, label.unsqueeze(-1), True)
+    target = binary_kl(margin(teacher, label), margin(student, label))
+    return target, kl_rows(masked_log_softmax(teacher, true), masked_log_softmax(student, true))
 
 
 @register_loss("dkd")
@@ -91,24 +66,11 @@ class DKDLoss(LogitLoss):
 
     method = "Decoupled KD"
     papers = ("2203.08679",)
-
     function = staticmethod(dkd_loss)
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        logit_standardization: bool = False,
-        *,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 20,
-        ignore_index: int = -100,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
-        check_weights(alpha=alpha, beta=beta)
-        check_positive(temperature=temperature)
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
-        self.logit_standardization = logit_standardization
+    alpha: Weight = 1.0
+    beta: Weight = 8.0
+    temperature: Positive = 4.0
+    logit_standardization: bool = False
+    _: KW_ONLY
+    warmup_epochs: Epochs = 20

@@ -3,24 +3,30 @@
 Teacher and student share twice the temperature between them in proportion to their largest logits, sample by sample.
 """
 
+from dataclasses import KW_ONLY
+
 from torch import Tensor
 
-from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows, softmax_kl
+from rld_lightning.losses.base import Epochs, LogitLoss
+from rld_lightning.losses.numerics import softmax_kl
+from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
 
 
+@row_loss
 def dtkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor | None = None,
     *,
-    temperature: float,
-    dtkd_weight: float = 1.0,
-    kd_weight: float = 1.0,
+    temperature: Positive,
+    dtkd_weight: Weight = 1.0,
+    kd_weight: Weight = 1.0,
+    logit_standardization: bool = False,
     ignore_index: int = -100,
-    reduction: str = "mean",
-) -> dict[str, Tensor]:
+    reduction: Reduction = "mean",
+) -> RowTerms:
     """Distillation at two temperatures that each sample has for itself, and at a fixed one.
 
     With teacher logits t, student logits s and temperature T, averaged over the batch::
@@ -34,36 +40,19 @@ def dtkd_loss(
     gradient. Elsewhere values agree.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         temperature: T, the mean of the two temperatures of a sample.
         dtkd_weight: weight of DTKD (alpha in the published code).
         kd_weight: weight of KD (beta there).
-        ignore_index: label of samples that count for nothing.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then each term is ``(B, *)``).
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"dtkd": dtkd_weight * DTKD, "kd": kd_weight * KD}`` in nats.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(dtkd_weight=dtkd_weight, kd_weight=kd_weight)
-    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index, reduction=reduction)
-
-    def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        of_student, of_teacher = dynamic_temperatures(student, teacher, temperature)
-        scale = (of_teacher * of_student).squeeze(-1)
-        dynamic = scale * softmax_kl(teacher / of_teacher, student / of_student)
-        return dynamic, softmax_kl(teacher / temperature, student / temperature)
-
-    dynamic, fixed = by_row_blocks(row_losses, rows.student, rows.teacher)
-    return {
-        "dtkd": dtkd_weight * rows.reduce(dynamic, reduction),
-        "kd": kd_weight * temperature**2 * rows.reduce(fixed, reduction),
-    }
+    of_student, of_teacher = dynamic_temperatures(student_logits, teacher_logits, temperature)
+    scale = (of_teacher * of_student).squeeze(-1)
+    dynamic = scale * softmax_kl(teacher_logits / of_teacher, student_logits / of_student)
+    fixed = softmax_kl(teacher_logits / temperature, student_logits / temperature)
+    return {"dtkd": (dtkd_weight, dynamic), "kd": (kd_weight * temperature**2, fixed)}
 
 
 def dynamic_temperatures(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -83,28 +72,11 @@ class DTKDLoss(LogitLoss):
 
     method = "Dynamic temperature KD"
     papers = ("2404.12711",)
-
     function = staticmethod(dtkd_loss)
 
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        dtkd_weight: float = 3.0,
-        kd_weight: float = 1.0,
-        *,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 20,
-        ignore_index: int = -100,
-        logit_standardization: bool = False,
-    ) -> None:
-        super().__init__(
-            ce_weight=ce_weight,
-            warmup_epochs=warmup_epochs,
-            ignore_index=ignore_index,
-            logit_standardization=logit_standardization,
-        )
-        check_positive(temperature=temperature)
-        check_weights(dtkd_weight=dtkd_weight, kd_weight=kd_weight)
-        self.temperature = temperature
-        self.dtkd_weight = dtkd_weight
-        self.kd_weight = kd_weight
+    temperature: Positive = 4.0
+    dtkd_weight: Weight = 3.0
+    kd_weight: Weight = 1.0
+    _: KW_ONLY
+    logit_standardization: bool = False
+    warmup_epochs: Epochs = 20

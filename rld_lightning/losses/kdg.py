@@ -10,27 +10,33 @@ full F over its diagonal to the identity in its place. This is a reconstruction:
 its weights and temperatures are not known to us. Feature members: :mod:`rld_lightning.losses.features.kdg`.
 """
 
+from dataclasses import KW_ONLY
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
+from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
 
-WEIGHTINGS = ("fisher", "identity")
+Weighting = Literal["fisher", "identity"]
 
 
+@row_loss
 def kdg_logit_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor | None = None,
     *,
-    weighting: str = "fisher",
-    temperature: float = 1.0,
-    weight: float = 1.0,
+    weighting: Weighting = "fisher",
+    temperature: Positive = 1.0,
+    weight: Weight = 1.0,
+    logit_standardization: bool = False,
     ignore_index: int = -100,
-    reduction: str = "mean",
-) -> dict[str, Tensor]:
+    reduction: Reduction = "mean",
+) -> RowTerms:
     """Squared difference of logits as the teacher weighs it, averaged over the batch.
 
     With student logits s, teacher logits t, ``d = s - t`` and ``p = softmax(t / T)``::
@@ -41,45 +47,24 @@ def kdg_logit_loss(
     The first tends to ``|d - mean(d)|^2 / (2 C)`` for large T.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         weighting: ``"fisher"`` (KD-logit-F) or ``"identity"`` (KD-logit-L2).
         temperature: T; the identity does not use it.
         weight: factor on the term.
-        ignore_index: label of samples that count for nothing.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then the term is ``(B, *)``).
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"kdg_logit": weight * loss}``.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(weight=weight)
-    check_weighting(weighting, WEIGHTINGS)
-    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index, reduction=reduction)
-
-    def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
-        if weighting == "identity":
-            return ((student - teacher).square().sum(-1) / 2,)
-        return (half_variance(student - teacher, F.softmax(teacher / temperature, -1)),)
-
-    (loss,) = by_row_blocks(row_losses, rows.student, rows.teacher)
-    return {"kdg_logit": weight * rows.reduce(loss, reduction)}
+    difference = student_logits - teacher_logits
+    if weighting == "identity":
+        return {"kdg_logit": (weight, difference.square().sum(-1) / 2)}
+    return {"kdg_logit": (weight, half_variance(difference, F.softmax(teacher_logits / temperature, -1)))}
 
 
 def half_variance(values: Tensor, probs: Tensor) -> Tensor:
     """``1/2 sum_k p_k (x_k - sum_j p_j x_j)^2`` of each row of ``(N, C)`` values and probabilities: ``(N,)``."""
     centred = values - (probs * values).sum(-1, keepdim=True)
     return (probs * centred.square()).sum(-1) / 2
-
-
-def check_weighting(weighting: str, choices: tuple[str, ...]) -> None:
-    """Raises ``ValueError`` for a word that is none of the choices."""
-    if weighting not in choices:
-        raise ValueError(f"weighting={weighting!r} is unknown; choose one of {', '.join(choices)}.")
 
 
 @register_loss("kdg_logit")
@@ -92,29 +77,11 @@ class KDGLogitLoss(LogitLoss):
 
     method = "KD-G: logits weighted by the teacher's gradients (reconstruction)"
     papers = ("2203.10163",)
-
     function = staticmethod(kdg_logit_loss)
 
-    def __init__(
-        self,
-        weight: float = 0.9,
-        weighting: str = "fisher",
-        temperature: float = 4.0,
-        *,
-        ce_weight: float = 0.1,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-        logit_standardization: bool = False,
-    ) -> None:
-        super().__init__(
-            ce_weight=ce_weight,
-            warmup_epochs=warmup_epochs,
-            ignore_index=ignore_index,
-            logit_standardization=logit_standardization,
-        )
-        check_positive(temperature=temperature)
-        check_weights(weight=weight)
-        check_weighting(weighting, WEIGHTINGS)
-        self.weight = weight
-        self.weighting = weighting
-        self.temperature = temperature
+    weight: Weight = 0.9
+    weighting: Weighting = "fisher"
+    temperature: Positive = 4.0
+    _: KW_ONLY
+    logit_standardization: bool = False
+    ce_weight: Weight = 0.1

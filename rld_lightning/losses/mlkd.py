@@ -3,16 +3,21 @@
 :mod:`rld_lightning.losses.mlkd_noaug` is the variant with a single view.
 """
 
+from dataclasses import KW_ONLY
+from typing import Literal
+
 from torch import Tensor
 
 from rld_lightning.losses.base import DistillationLoss, StepContext, cross_entropy
-from rld_lightning.losses.mlkd_noaug import OTHER_TEMPERATURES, divergences, one_view, valid_rows
-from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.mlkd_noaug import OTHER_TEMPERATURES, divergences, one_view
+from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import logit_rows
 
-MODES = ("reference", "clean")
+Mode = Literal["reference", "clean"]
 
 
+@checked
 def mlkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -20,11 +25,12 @@ def mlkd_loss(
     teacher_strong: Tensor,
     label: Tensor | None = None,
     *,
-    temperature: float = 4.0,
-    weight: float = 0.9,
-    mode: str = "reference",
+    temperature: Positive = 4.0,
+    weight: Weight = 0.9,
+    mode: Mode = "reference",
     logit_standardization: bool = False,
     ignore_index: int = -100,
+    reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
     """Samples of both views, relations of classes and relations of samples, each at five temperatures.
 
@@ -44,56 +50,42 @@ def mlkd_loss(
     (which halves the terms of the weak view). Its strong KD takes the weak view at the temperatures 2 and 6. It
     also computes correlations of the strong view, but adds them to nothing; they are left out in both modes.
 
+    Of ``(B, C, *)`` logits every place is a sample, and the memory grows with the square of their number.
+
     Args:
-        student_logits: of the weak view, ``(B, C)``, any floating type; float16 and bfloat16 are computed in float32.
-            Of ``(B, C, *)`` every place is a sample, and the memory grows with the square of their number.
-        teacher_logits: the same shape; never receives a gradient.
+        student_logits: of the weak view, like ``teacher_logits``.
         student_strong: the student's logits of the strong view, the same shape.
         teacher_strong: the teacher's, likewise; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         temperature: the first of the five.
         weight: factor on all terms.
         mode: ``"reference"`` or ``"clean"``.
         logit_standardization: z-score all logits for both KD (LSKD, arXiv 2403.01427); the correlations keep raw ones.
-        ignore_index: label of samples that count for nothing.
+        reduction: the mean only, because the terms belong to the whole batch.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``kd`` and ``kd_strong`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
-        There is no ``reduction``, because they belong to the whole batch.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(weight=weight)
-    check_mode(mode)
     if student_strong.shape != student_logits.shape:
         raise ValueError(
             f"student_strong {tuple(student_strong.shape)} must have the shape of student_logits "
             f"{tuple(student_logits.shape)}: both are views of the same images."
         )
-    student, teacher, valid = valid_rows(student_logits, teacher_logits, label, ignore_index)
-    strong = valid_rows(student_strong, teacher_strong, label, ignore_index)[:2]
+    student, teacher, valid = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index).zeroed()
+    strong = logit_rows(student_strong, teacher_strong, label, ignore_index=ignore_index).zeroed()[:2]
 
     first, others = (temperature, *OTHER_TEMPERATURES[:2]), OTHER_TEMPERATURES[2:]
-    options = {"logit_standardization": logit_standardization}
     if mode == "reference":
-        of_first, of_others = divergences(student, teacher, first, others, **options)
-        (of_strong,) = divergences(*strong, first, **options)
+        of_first, of_others = divergences(student, teacher, logit_standardization, first, others)
+        (of_strong,) = divergences(*strong, logit_standardization, first)
         divergence, of_strong = of_first + of_others, of_strong + of_others
     else:
-        (divergence,) = divergences(student, teacher, (*first, *others), **options)
-        (of_strong,) = divergences(*strong, (*first, *others), **options)
+        (divergence,) = divergences(student, teacher, logit_standardization, (*first, *others))
+        (of_strong,) = divergences(*strong, logit_standardization, (*first, *others))
     terms = one_view(divergence, student, teacher, valid, (*first, *others), leave_out=mode == "clean")
     # Samples that are ignored hold zeros: they diverge by nothing.
     terms["kd_strong"] = of_strong.sum() / valid.sum().clamp(min=1)
     return {name: weight * term for name, term in terms.items()}
-
-
-def check_mode(mode: str) -> None:
-    """Raises ``ValueError`` for a mode that :func:`mlkd_loss` does not have."""
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
 
 
 @register_loss("mlkd")
@@ -110,28 +102,14 @@ class MLKDLoss(DistillationLoss):
 
     method = "Multi-level logit distillation, two views"
     papers = ("CVPR 2023",)
-
     needs_strong_view = True
 
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        weight: float = 0.9,
-        mode: str = "reference",
-        logit_standardization: bool = False,
-        *,
-        ce_weight: float = 0.1,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
-        check_positive(temperature=temperature)
-        check_weights(weight=weight)
-        check_mode(mode)
-        self.temperature = temperature
-        self.weight = weight
-        self.mode = mode
-        self.logit_standardization = logit_standardization
+    temperature: Positive = 4.0
+    weight: Weight = 0.9
+    mode: Mode = "reference"
+    logit_standardization: bool = False
+    _: KW_ONLY
+    ce_weight: Weight = 0.1
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """The terms of :func:`mlkd_loss`, and the cross-entropy of the strong view unless its weight is 0.
@@ -146,7 +124,7 @@ class MLKDLoss(DistillationLoss):
             )
         terms = mlkd_loss(
             step.student.logits,
-            step.teacher.logits,
+            step.teacher_logits,
             step.student_strong.logits,
             step.teacher_strong.logits,
             step.label,

@@ -4,34 +4,33 @@ The paper distils two views of each image, the second strongly augmented; that i
 is the variant with one view that RLD (arXiv 2408.07703) is compared to, as its public code has it.
 """
 
+from dataclasses import KW_ONLY
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import (
-    by_row_blocks,
-    check_positive,
-    check_weights,
-    logit_rows,
-    margin,
-    softmax_kl,
-    standardize,
-)
+from rld_lightning.losses.numerics import margin, softmax_kl, standardize, total
+from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import by_row_blocks, logit_rows
 
 OTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
 
 
+@checked
 def mlkd_noaug_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor | None = None,
     *,
-    temperature: float = 4.0,
-    weight: float = 0.9,
+    temperature: Positive = 4.0,
+    weight: Weight = 0.9,
     logit_standardization: bool = False,
     ignore_index: int = -100,
+    reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
     """Samples, relations of classes and relations of samples, each at five temperatures.
 
@@ -48,52 +47,34 @@ def mlkd_noaug_loss(
     that is followed because the published numbers come from it. Medians are found in log space: probabilities that
     all round to 1 are still told apart.
 
+    Of ``(B, C, *)`` logits every place is a sample, and the memory grows with the square of their number.
+
     Args:
-        student_logits: ``(B, C)``, any floating type; float16 and bfloat16 are computed in float32. Of ``(B, C, *)``
-            every place is a sample, and the memory grows with the square of their number.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)``, only to leave out the samples that hold ``ignore_index``; ``None`` keeps all.
         temperature: the first of the five.
         weight: factor on all terms.
         logit_standardization: z-score both logits for KD (LSKD, arXiv 2403.01427); the correlations keep raw logits.
-        ignore_index: label of samples that count for nothing.
+        reduction: the mean only, because the terms belong to the whole batch.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
-        ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on. There is no
-        ``reduction``, because they belong to the whole batch.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+        ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
     """
-    check_positive(temperature=temperature)
-    check_weights(weight=weight)
-    student, teacher, valid = valid_rows(student_logits, teacher_logits, label, ignore_index)
+    student, teacher, valid = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index).zeroed()
     temperatures = (temperature, *OTHER_TEMPERATURES)
-    (divergence,) = divergences(student, teacher, temperatures, logit_standardization=logit_standardization)
+    (divergence,) = divergences(student, teacher, logit_standardization, temperatures)
     terms = one_view(divergence, student, teacher, valid, temperatures)
     return {name: weight * term for name, term in terms.items()}
 
 
-def valid_rows(
-    student_logits: Tensor, teacher_logits: Tensor, label: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked student and teacher rows ``(N, C)``, 0 where the label is ignored, and which count, ``(N,)`` bool."""
-    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
-    valid = torch.ones_like(rows.student[:, 0], dtype=torch.bool) if rows.valid is None else rows.valid
-    # Whatever an ignored sample holds, neither products nor gradients may meet it.
-    student, teacher = (logits.masked_fill(~valid.unsqueeze(-1), 0.0) for logits in (rows.student, rows.teacher))
-    return student, teacher, valid
-
-
 def divergences(
-    student: Tensor, teacher: Tensor, *groups: tuple[float, ...], logit_standardization: bool
+    student: Tensor, teacher: Tensor, logit_standardization: bool, *groups: tuple[float, ...]
 ) -> tuple[Tensor, ...]:
     """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of each row ``(N,)``, summed over each group of temperatures."""
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         if logit_standardization:
             student, teacher = standardize(student), standardize(teacher)
-        return tuple(sum(T**2 * softmax_kl(teacher / T, student / T) for T in temperatures) for temperatures in groups)
+        return tuple(total(T**2 * softmax_kl(teacher / T, student / T) for T in group) for group in groups)
 
     return by_row_blocks(row_losses, student, teacher)
 
@@ -107,20 +88,17 @@ def one_view(
     *,
     leave_out: bool = False,
 ) -> dict[str, Tensor]:
-    """The three terms of one view, without weight.
+    """The three terms of one view, without weight, from its :func:`divergences` and ``LogitRows.zeroed``.
 
     Args:
-        divergence: ``(N,)``, as :func:`divergences` gives it.
-        student: ``(N, C)``.
-        teacher: ``(N, C)``.
-        valid: ``(N,)`` bool, the samples that count.
         temperatures: of the correlations.
         leave_out: whether samples and classes of high confidence are left out, as the paper means it, or scale the
             whole term by the fraction of the others, as its code does.
     """
     samples, classes = (kept.to(student.dtype) for kept in unsure(teacher, valid))
     valid = valid.to(student.dtype)
-    kept_samples = kept_classes = 1.0
+    kept_samples: Tensor | float = 1.0
+    kept_classes: Tensor | float = 1.0
     if not leave_out:
         kept_samples, kept_classes = samples.sum() / valid.sum().clamp(min=1), classes.mean()
         samples, classes = valid, torch.ones_like(classes)
@@ -145,9 +123,7 @@ def _gram_distance(p: Tensor, q: Tensor) -> Tensor:
 def unsure(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Samples and classes in which the teacher's confidence is at most the median: ``(N,)`` and ``(C,)`` bool.
 
-    Args:
-        teacher: ``(N, C)``.
-        valid: ``(N,)`` bool, the samples that count; of the others none is kept.
+    Samples that do not count (``valid``, ``(N,)`` bool) are not among them.
     """
     confidence = margin(teacher, teacher.argmax(-1)).masked_fill(~valid, torch.nan)
     of_class = F.log_softmax(teacher, -1).masked_fill(~valid.unsqueeze(-1), -torch.inf).logsumexp(0)
@@ -163,22 +139,10 @@ class MLKDNoAugLoss(LogitLoss):
 
     method = "Multi-level logit distillation, one view"
     papers = ("CVPR 2023",)
-
     function = staticmethod(mlkd_noaug_loss)
 
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        weight: float = 0.9,
-        logit_standardization: bool = False,
-        *,
-        ce_weight: float = 0.1,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs, ignore_index=ignore_index)
-        check_positive(temperature=temperature)
-        check_weights(weight=weight)
-        self.temperature = temperature
-        self.weight = weight
-        self.logit_standardization = logit_standardization
+    temperature: Positive = 4.0
+    weight: Weight = 0.9
+    logit_standardization: bool = False
+    _: KW_ONLY
+    ce_weight: Weight = 0.1

@@ -1,30 +1,30 @@
 """Normalized knowledge distillation (NKD): Yang et al., ICCV 2023, arXiv 2303.13005."""
 
+from dataclasses import KW_ONLY
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import (
-    by_row_blocks,
-    check_positive,
-    check_weights,
-    logit_rows,
-    masked_log_softmax,
-)
+from rld_lightning.losses.numerics import masked_log_softmax
+from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
 
 
+@row_loss
 def nkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor,
     *,
-    gamma: float = 1.5,
-    temperature: float = 1.0,
+    gamma: Weight = 1.5,
+    temperature: Positive = 1.0,
+    logit_standardization: bool = False,
     ignore_index: int = -100,
-    reduction: str = "mean",
-) -> dict[str, Tensor]:
+    reduction: Reduction = "mean",
+) -> RowTerms:
     """Soft cross-entropy of the true class, and of the other classes among themselves.
 
     With teacher logits t, student logits s, label y and temperature T::
@@ -36,36 +36,19 @@ def nkd_loss(
     NCKD, but exceeds it by the teacher's entropy and does not vanish.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)`` class indices.
         gamma: weight of the non-target term.
         temperature: softmax temperature of the non-target term.
-        ignore_index: label of samples that count for nothing.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (then each term is ``(B, *)``).
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"target": target, "non_target": gamma * non-target}`` in nats.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(gamma=gamma)
-    rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index, reduction=reduction)
-
-    def row_losses(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        index = label.unsqueeze(-1)
-        target = -F.softmax(teacher, -1).gather(-1, index) * F.log_softmax(student, -1).gather(-1, index)
-        true = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, index, True)
-        probs = masked_log_softmax(teacher / temperature, true).exp()
-        return target.squeeze(-1), -(probs * masked_log_softmax(student / temperature, true)).sum(-1)
-
-    target, rest = by_row_blocks(row_losses, rows.student, rows.teacher, rows.label)
-    return {
-        "target": rows.reduce(target, reduction),
-        "non_target": gamma * temperature**2 * rows.reduce(rest, reduction),
-    }
+    index = label.unsqueeze(-1)
+    target = -F.softmax(teacher_logits, -1).gather(-1, index) * F.log_softmax(student_logits, -1).gather(-1, index)
+    true = torch.zeros_like(teacher_logits, dtype=torch.bool).scatter_(-1, index, True)
+    probs = masked_log_softmax(teacher_logits / temperature, true).exp()
+    rest = -(probs * masked_log_softmax(student_logits / temperature, true)).sum(-1)
+    return {"target": (1.0, target.squeeze(-1)), "non_target": (gamma * temperature**2, rest)}
 
 
 @register_loss("nkd")
@@ -78,26 +61,9 @@ class NKDLoss(LogitLoss):
 
     method = "Normalized KD"
     papers = ("2303.13005",)
-
     function = staticmethod(nkd_loss)
 
-    def __init__(
-        self,
-        gamma: float = 1.5,
-        temperature: float = 1.0,
-        *,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-        logit_standardization: bool = False,
-    ) -> None:
-        super().__init__(
-            ce_weight=ce_weight,
-            warmup_epochs=warmup_epochs,
-            ignore_index=ignore_index,
-            logit_standardization=logit_standardization,
-        )
-        check_positive(temperature=temperature)
-        check_weights(gamma=gamma)
-        self.gamma = gamma
-        self.temperature = temperature
+    gamma: Weight = 1.5
+    temperature: Positive = 1.0
+    _: KW_ONLY
+    logit_standardization: bool = False

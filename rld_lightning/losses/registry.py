@@ -3,8 +3,9 @@
 import inspect
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import rld_lightning.losses
 from rld_lightning.losses.base import DistillationLoss
@@ -14,8 +15,9 @@ Loss = TypeVar("Loss", bound=DistillationLoss)
 _REGISTRY: dict[str, type[DistillationLoss]] = {}
 
 
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
 def register_loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
-    """Decorator: :func:`loss_class` finds the class under this name.
+    """Decorator: makes the class a data class, which :func:`loss_class` finds under this name.
 
     Args:
         name: also the option of the command line, ``loss=<name>``.
@@ -27,7 +29,8 @@ def register_loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
     def register(cls: type[Loss]) -> type[Loss]:
         if name in _REGISTRY:
             raise ValueError(f"loss {name!r} is already registered, by {_REGISTRY[name].__module__}.")
-        _REGISTRY[name] = cls
+        # Modules are compared by identity and print themselves.
+        _REGISTRY[name] = dataclass(eq=False, repr=False)(cls)
         return cls
 
     return register
@@ -61,15 +64,8 @@ def loss_options(name: str) -> dict[str, Any]:
     cls = loss_class(name)
     package = import_module(cls.__module__.rpartition(".")[0])
     home = package.__name__ if getattr(package, cls.__name__, None) is cls else cls.__module__
-    return {"_target_": f"{home}.{cls.__name__}", **_defaults(cls)}
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """Of the constructor; what ``**options`` stands for is found in the base."""
     parameters = inspect.signature(cls).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    inherited = _defaults(cls.__base__) if len(defaults) < len(parameters) else {}
-    return defaults | {name: default for name, default in inherited.items() if name not in defaults}
+    return {"_target_": f"{home}.{cls.__name__}", **{p.name: p.default for p in parameters}}
 
 
 def _import_all() -> None:

@@ -4,25 +4,32 @@ arXiv 2404.03693. Where the teacher is right the student copies its logits; wher
 mixed with the label until the true class leads. The paper's data selection is not part of it.
 """
 
+from dataclasses import KW_ONLY
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import by_row_blocks, check_weights, logit_rows, standardize
+from rld_lightning.losses.numerics import standardize
+from rld_lightning.losses.ranges import Share, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import by_row_blocks, logit_rows
 
 
+@checked
 def revision_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     label: Tensor,
     *,
-    right_mse_weight: float = 4.0,
-    wrong_mse_weight: float = 1.0,
-    eta: float = 0.8,
+    right_mse_weight: Weight = 4.0,
+    wrong_mse_weight: Weight = 1.0,
+    eta: Share = 0.8,
     logit_standardization: bool = False,
     ignore_index: int = -100,
+    reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
     """Cross-entropy and logits where the teacher is right, revised probabilities where it is wrong.
 
@@ -37,24 +44,16 @@ def revision_loss(
     constant there, which cannot be differentiated.
 
     Args:
-        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; never receives a gradient.
-        label: ``(B,)`` or ``(B, *)`` class indices.
         right_mse_weight: weight of the error of logits (lambda 1 in the paper).
         wrong_mse_weight: weight of the error of probabilities (lambda 2 in the paper).
         eta: how much of the teacher is left in r; in (0, 1].
         logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427), except for the cross-entropy.
-        ignore_index: label of samples that count for nothing.
+        reduction: the mean only, because each term is an average over its own samples.
+        others: see :mod:`rld_lightning.losses`.
 
     Returns:
-        ``right_ce`` (in nats), ``right_mse`` and ``wrong_mse``, scalars with their weights on. There is no
-        ``reduction``, because each is an average over its own samples.
-
-    Raises:
-        ValueError: shapes, class counts, labels or hyper-parameters that do not fit.
+        ``right_ce`` (in nats), ``right_mse`` and ``wrong_mse``, scalars with their weights on.
     """
-    check_weights(right_mse_weight=right_mse_weight, wrong_mse_weight=wrong_mse_weight)
-    _check_eta(eta)
     rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
 
     def row_losses(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +65,8 @@ def revision_loss(
         revised = revise(F.softmax(teacher, -1), label, eta)
         return ce, (student - teacher).square().mean(-1), (log_probs.exp() - revised).square().mean(-1)
 
+    assert rows.label is not None
+    assert rows.valid is not None
     ce, logit_error, probability_error = by_row_blocks(row_losses, rows.student, rows.teacher, rows.label)
     right = rows.teacher.argmax(-1) == rows.label
     return {
@@ -87,11 +88,6 @@ def _group_mean(per_row: Tensor, group: Tensor) -> Tensor:
     return torch.where(group, per_row, 0.0).sum() / group.sum().clamp(min=1)
 
 
-def _check_eta(eta: float) -> None:
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta={eta!r} is not allowed; it must be > 0 and <= 1.")
-
-
 @register_loss("revision")
 class RevisionLoss(LogitLoss):
     """``right CE + right_mse_weight * right MSE + wrong_mse_weight * wrong MSE``; see :func:`revision_loss`.
@@ -102,28 +98,11 @@ class RevisionLoss(LogitLoss):
 
     method = "Label revision"
     papers = ("2404.03693",)
-
     function = staticmethod(revision_loss)
 
-    def __init__(
-        self,
-        right_mse_weight: float = 4.0,
-        wrong_mse_weight: float = 1.0,
-        eta: float = 0.8,
-        *,
-        ce_weight: float = 0.0,
-        warmup_epochs: int = 1,
-        ignore_index: int = -100,
-        logit_standardization: bool = False,
-    ) -> None:
-        super().__init__(
-            ce_weight=ce_weight,
-            warmup_epochs=warmup_epochs,
-            ignore_index=ignore_index,
-            logit_standardization=logit_standardization,
-        )
-        check_weights(right_mse_weight=right_mse_weight, wrong_mse_weight=wrong_mse_weight)
-        _check_eta(eta)
-        self.right_mse_weight = right_mse_weight
-        self.wrong_mse_weight = wrong_mse_weight
-        self.eta = eta
+    right_mse_weight: Weight = 4.0
+    wrong_mse_weight: Weight = 1.0
+    eta: Share = 0.8
+    _: KW_ONLY
+    logit_standardization: bool = False
+    ce_weight: Weight = 0.0

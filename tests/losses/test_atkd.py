@@ -10,7 +10,10 @@ from rld_lightning.losses.atkd import adaptive_temperature
 class TestATKD(LossTester):
     function = staticmethod(atkd_loss)
     module = ATKDLoss
-    settings = ({"weight": 9.0, "source": "both"},)
+    settings = (
+        {"weight": 9.0, "source": "both", "logit_standardization": True},
+        {"weight": 1.0, "source": "both", "logit_standardization": False},
+    )
     positive = ()
     weights = ("weight",)
     choices = ("source",)
@@ -18,14 +21,13 @@ class TestATKD(LossTester):
 
     @staticmethod
     def naive(student, teacher, label, *, weight, source):
-        student, teacher = zscore(student), zscore(teacher)
         scores = teacher.tolist() + (student.tolist() if source == "both" else [])
         temperature = (1 + 3**0.5) / 2 * max(abs(score) for score in scores)
         return {"atkd": weight * temperature**2 * kl(teacher / temperature, student / temperature)}
 
 
 class TestATKDOfTheTeacher(TestATKD):
-    settings = ({"weight": 9.0, "source": "teacher"},)
+    settings = ({"weight": 9.0, "source": "teacher", "logit_standardization": True},)
     detaches_student = False
 
 

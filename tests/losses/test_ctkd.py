@@ -5,7 +5,7 @@ import torch
 from helpers.loss_tester import LossTester, batch, kl, zscore
 from torch.testing import assert_close
 
-from rld_lightning.losses import CTKDLoss, ModelOutput, StepContext, ctkd_loss, kd_loss, numerics
+from rld_lightning.losses import CTKDLoss, ModelOutput, StepContext, ctkd_loss, kd_loss, rows
 from rld_lightning.losses.ctkd import ScaleGradient
 
 
@@ -144,7 +144,7 @@ def test_gradient_of_the_temperature_in_blocks(monkeypatch):
     student, teacher, label = batch()
     gradients = []
     for elements in (2**18, 10):
-        monkeypatch.setitem(numerics.BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", elements)
         temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
         ctkd_loss(student, teacher, label, temperature=temperature)["ctkd"].backward()
         gradients.append(temperature.grad)

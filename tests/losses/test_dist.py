@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.loss_tester import LossTester, batch
+from helpers.loss_tester import LossTester, batch, zscore
 from torch.testing import assert_close
 
 from rld_lightning.losses import DISTLoss, dist_loss
@@ -17,11 +17,14 @@ class TestDIST(LossTester):
     settings = (
         {"beta": 2.0, "gamma": 2.0, "temperature": 4.0},
         {"beta": 1.0, "gamma": 0.5, "temperature": 1.0},
+        {"beta": 2.0, "gamma": 2.0, "temperature": 2.0, "logit_standardization": True},
     )
     weights = ("beta", "gamma")
     per_sample = False
 
-    def naive_batch(self, student, teacher, label, *, beta, gamma, temperature):
+    def naive_batch(self, student, teacher, label, *, beta, gamma, temperature, logit_standardization=False):
+        if logit_standardization:
+            student, teacher = (torch.stack([zscore(row) for row in logits]) for logits in (student, teacher))
         p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
         inter = sum(1 - correlation(p[i], q[i]) for i in range(len(p))) / len(p)
         intra = sum(1 - correlation(p[:, k], q[:, k]) for k in range(p.shape[1])) / p.shape[1]

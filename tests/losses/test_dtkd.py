@@ -13,6 +13,7 @@ class TestDTKD(LossTester):
     settings = (
         {"temperature": 4.0, "dtkd_weight": 3.0, "kd_weight": 1.0},
         {"temperature": 1.0, "dtkd_weight": 1.0, "kd_weight": 0.5},
+        {"temperature": 2.0, "dtkd_weight": 9.0, "kd_weight": 9.0, "logit_standardization": True},
     )
     weights = ("dtkd_weight", "kd_weight")
 

@@ -15,12 +15,22 @@ def naive_weight(student, teacher, temperature, bound):
     return (entropies[0] + entropies[0] * entropies[1] / bound) / 2
 
 
+ON_Z_SCORES = {"logit_standardization": True}
+
+
 class TestEAKD(LossTester):
     function = staticmethod(eakd_loss)
     module = EAKDLoss
     settings = (
         {"temperature": 4.0, "weight": 0.9, "entropy_temperature": 3.0, "entropy_bound": None},
         {"temperature": 1.0, "weight": 0.5, "entropy_temperature": 2.0, "entropy_bound": 100.0},
+        {
+            "temperature": 1.0,
+            "weight": 0.5,
+            "entropy_temperature": 2.0,
+            "entropy_bound": 100.0,
+            "logit_standardization": True,
+        },
     )
     positive = ("temperature", "entropy_temperature", "entropy_bound")
     weights = ("weight",)
@@ -42,6 +52,14 @@ class TestEADKD(LossTester):
     settings = (
         {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "entropy_temperature": 3.0, "entropy_bound": None},
         {"alpha": 2.0, "beta": 0.5, "temperature": 1.0, "entropy_temperature": 2.0, "entropy_bound": 100.0},
+        {
+            "alpha": 2.0,
+            "beta": 0.5,
+            "temperature": 1.0,
+            "entropy_temperature": 2.0,
+            "entropy_bound": 100.0,
+            "logit_standardization": True,
+        },
     )
     positive = ("temperature", "entropy_temperature", "entropy_bound")
     weights = ("alpha", "beta")

@@ -24,6 +24,7 @@ class TestKDGLogit(LossTester):
         {"weighting": "fisher", "temperature": 1.0, "weight": 1.0},
         {"weighting": "fisher", "temperature": 4.0, "weight": 0.9},
         {"weighting": "identity", "temperature": 1.0, "weight": 0.5},
+        {"weighting": "fisher", "temperature": 2.0, "weight": 9.0, "logit_standardization": True},
     )
     weights = ("weight",)
     choices = ("weighting",)

@@ -17,6 +17,7 @@ class TestLDRLD(LossTester):
         {"alpha": 10.5, "beta": 7.0, "k": 7, "temperature": 4.0},
         {"alpha": 1.0, "beta": 0.5, "k": 3, "temperature": 1.0},
         {"alpha": 2.0, "beta": 1.0, "k": 2, "temperature": 2.0},
+        {"alpha": 9.0, "beta": 9.0, "k": 7, "temperature": 2.0, "logit_standardization": True},
     )
     weights = ("alpha", "beta")
 

@@ -9,7 +9,11 @@ from rld_lightning.losses import NKDLoss, dkd_loss, nkd_loss
 class TestNKD(LossTester):
     function = staticmethod(nkd_loss)
     module = NKDLoss
-    settings = ({"gamma": 1.5, "temperature": 1.0}, {"gamma": 3.5, "temperature": 3.0})
+    settings = (
+        {"gamma": 1.5, "temperature": 1.0},
+        {"gamma": 3.5, "temperature": 3.0},
+        {"gamma": 1.5, "temperature": 2.0, "logit_standardization": True},
+    )
     weights = ("gamma",)
     vanishes = "never"
 

@@ -9,7 +9,11 @@ from rld_lightning.losses import NormKDLoss, kd_loss, normkd_loss
 class TestNormKD(LossTester):
     function = staticmethod(normkd_loss)
     module = NormKDLoss
-    settings = ({"temperature": 2.0, "weight": 0.9}, {"temperature": 1.0, "weight": 0.5})
+    settings = (
+        {"temperature": 2.0, "weight": 0.9},
+        {"temperature": 1.0, "weight": 0.5},
+        {"temperature": 2.0, "weight": 9.0, "logit_standardization": True},
+    )
     weights = ("weight",)
 
     @staticmethod

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.loss_tester import LossTester, batch, kl, zscore
+from helpers.loss_tester import LossTester, batch, kl
 from torch.testing import assert_close
 
 from rld_lightning.losses import RCLoss, kd_loss, rc_loss
@@ -20,9 +20,7 @@ class TestRC(LossTester):
     detaches_student = True
 
     @staticmethod
-    def naive(student, teacher, label, *, temperature, kd_weight, rc_weight, logit_standardization=False):
-        if logit_standardization:
-            student, teacher = zscore(student), zscore(teacher)
+    def naive(student, teacher, label, *, temperature, kd_weight, rc_weight):
         corrected = student.detach().clone()
         corrected[label] += max(corrected.tolist())
         return {

@@ -1,6 +1,7 @@
 """Losses by name: a new one is a file, and nothing else."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,17 +17,19 @@ from rld_lightning.losses import (
     registry,
 )
 
+FOLDER = Path(__file__).parent
+NOT_OF_ONE_LOSS = ("test_registry.py", "test_golden.py", "test_combined.py")
+
 MSE = '''
 from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.losses.ranges import Weight
 from rld_lightning.losses.registry import register_loss
 
 @register_loss("mse")
 class MSELoss(DistillationLoss):
     """Squared difference of logits."""
 
-    def __init__(self, weight=0.5, *, ce_weight=0.1):
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
+    weight: Weight = 0.5
 
     def terms(self, step):
         return {"mse": self.weight * (step.student.logits - step.teacher.logits).square().mean()}
@@ -53,6 +56,12 @@ def test_options_build_the_loss(name):
     assert cls.papers or name == "ce"
 
 
+@pytest.mark.parametrize("name", list_losses())
+def test_every_loss_has_tests_of_its_own(name):
+    tests = [path.read_text() for path in FOLDER.rglob("test_*.py") if path.name not in NOT_OF_ONE_LOSS]
+    assert any(f"import {cls}" in text or f", {cls}" in text for text in tests for cls in [loss_class(name).__name__])
+
+
 def test_options_are_all_of_them():
     assert loss_options("rld") == {
         "_target_": "rld_lightning.losses.RLDLoss",
@@ -70,8 +79,8 @@ def test_options_are_all_of_them():
         "_target_": "rld_lightning.losses.features.ATLoss",
         "weight": 1000.0,
         "power": 2.0,
-        "student_taps": None,
-        "teacher_taps": None,
+        "student_taps": (),
+        "teacher_taps": (),
         "ce_weight": 1.0,
         "warmup_epochs": 1,
     }
@@ -89,7 +98,15 @@ def dropped_in(tmp_path, monkeypatch):
 
 
 def test_a_file_in_the_package_is_a_loss(dropped_in):
-    assert loss_options("mse") == {"_target_": "rld_lightning.losses.mse.MSELoss", "weight": 0.5, "ce_weight": 0.1}
+    assert loss_options("mse") == {
+        "_target_": "rld_lightning.losses.mse.MSELoss",
+        "weight": 0.5,
+        "ce_weight": 1.0,
+        "warmup_epochs": 1,
+        "ignore_index": -100,
+    }
+    with pytest.raises(ValueError, match="weight=-1 is not allowed"):
+        loss_class("mse")(-1)
     assert "mse" in list_losses()
     assert issubclass(loss_class("mse"), DistillationLoss)
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.loss_tester import LossTester, batch, kl, one_against_rest, zscore
+from helpers.loss_tester import LossTester, batch, kl, one_against_rest
 from torch.testing import assert_close
 
 from rld_lightning.losses import ModelOutput, RLDLoss, StepContext, dkd_loss, rld_loss
@@ -30,11 +30,8 @@ class TestRLD(LossTester):
         beta,
         temperature,
         confidence_temperature=None,
-        logit_standardization=False,
         mask="ge",
     ):
-        if logit_standardization:
-            student, teacher = zscore(student), zscore(teacher)
         cold = confidence_temperature or temperature
         values = teacher.tolist()
         top = values.index(max(values))

@@ -4,13 +4,17 @@ from helpers.loss_tester import LossTester, batch, kl
 from torch.testing import assert_close
 
 from rld_lightning.losses import TTMLoss, WTTMLoss, kd_loss, ttm_loss, wttm_loss
-from rld_lightning.losses.ttm import power_sum
+from rld_lightning.losses.wttm import power_sum
 
 
 class TestTTM(LossTester):
     function = staticmethod(ttm_loss)
     module = TTMLoss
-    settings = ({"gamma": 0.1, "weight": 45.0}, {"gamma": 0.5, "weight": 1.0})
+    settings = (
+        {"gamma": 0.1, "weight": 45.0},
+        {"gamma": 0.5, "weight": 1.0},
+        {"gamma": 0.5, "weight": 9.0, "logit_standardization": True},
+    )
     positive = ("gamma",)
     weights = ("weight",)
     vanishes = "never"
@@ -23,7 +27,11 @@ class TestTTM(LossTester):
 class TestWTTM(TestTTM):
     function = staticmethod(wttm_loss)
     module = WTTMLoss
-    settings = ({"gamma": 0.2, "weight": 4.0}, {"gamma": 0.7, "weight": 1.0})
+    settings = (
+        {"gamma": 0.2, "weight": 4.0},
+        {"gamma": 0.7, "weight": 1.0},
+        {"gamma": 0.7, "weight": 9.0, "logit_standardization": True},
+    )
 
     @staticmethod
     def naive(student, teacher, label, *, gamma, weight):

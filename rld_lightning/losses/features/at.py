@@ -1,20 +1,21 @@
 """Attention transfer (AT): Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
-from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
+@checked
 def at_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1000.0, power: float = 2.0
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1000.0, power: Positive = 2.0
 ) -> dict[str, Tensor]:
     """Squared difference of where both networks look, mean over batch and positions, summed over the stages.
 
@@ -25,7 +26,7 @@ def at_loss(
         student: maps ``(B, channels, H, W)``, shallow to deep.
         teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
         weight: factor on the term.
-        power: > 0.
+        power: of the absolute values.
 
     Returns:
         ``{"at": weight * AT}``.
@@ -33,14 +34,12 @@ def at_loss(
     Raises:
         ValueError: maps or hyper-parameters that do not fit.
     """
-    check_weights(weight=weight)
-    check_positive(power=power)
     check_pairs(student, teacher)
     distances = []
     for pair in zip(student, teacher, strict=True):
         ours, theirs = (_attention(feature, power) for feature in pool_to_smaller(*pair))
         distances.append((ours - theirs.detach()).square().mean())
-    return {"at": weight * sum(distances)}
+    return {"at": weight * total(distances)}
 
 
 def _attention(feature: Tensor, power: float) -> Tensor:
@@ -50,25 +49,15 @@ def _attention(feature: Tensor, power: float) -> Tensor:
 
 @register_loss("at")
 class ATLoss(FeatureLoss):
-    """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`.
-
-    Args:
-        weight: factor on the term.
-        power: of the absolute values.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
-    """
+    """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`."""
 
     method = "Attention transfer"
     papers = ("1612.03928",)
 
     maps = True
 
-    def __init__(self, weight: float = 1000.0, power: float = 2.0, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        check_positive(power=power)
-        self.weight = weight
-        self.power = power
+    weight: Weight = 1000.0
+    power: Positive = 2.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages."""

@@ -1,6 +1,8 @@
 """What every method that looks inside the networks has in common: where it looks, and its connectors."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import feature_shapes
 
 
+@dataclass(eq=False, repr=False)
 class FeatureLoss(DistillationLoss):
     """Base of the methods that compare features of student and teacher.
 
@@ -27,30 +30,29 @@ class FeatureLoss(DistillationLoss):
         maps: whether all features must be maps ``(B, channels, H, W)``.
 
     Args:
-        student_taps: tap paths in the student; ``None`` chooses them from the network's stages.
+        student_taps: tap paths in the student; none chooses them from the network's stages.
         teacher_taps: tap paths in the teacher, as many.
-        ce_weight: weight of the plain cross-entropy.
-        warmup_epochs: see :class:`~rld_lightning.losses.base.DistillationLoss`.
+
+    The others are those of :class:`~rld_lightning.losses.base.DistillationLoss`, but no label is ignored.
     """
 
-    single = False
-    maps = False
+    single: ClassVar[bool] = False
+    maps: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        student_taps: Sequence[str] | None = None,
-        teacher_taps: Sequence[str] | None = None,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 1,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs)
+    ignore_index: int = field(default=-100, init=False)
+    _: KW_ONLY
+    student_taps: Sequence[str] = ()
+    teacher_taps: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        student_taps, teacher_taps = self.student_taps or (), self.teacher_taps or ()
         if student_taps and teacher_taps and len(student_taps) != len(teacher_taps):
             raise ValueError(
                 f"student_taps {list(student_taps)} and teacher_taps {list(teacher_taps)} must be equally many."
             )
-        self.student_taps = tuple(student_taps or ())
-        self.teacher_taps = tuple(teacher_taps or ())
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
         self._connected = False
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
@@ -132,6 +134,7 @@ def tapped(loss: DistillationLoss, step: StepContext) -> tuple[list[Tensor], lis
     Raises:
         ValueError: the step does not hold all of them.
     """
+    assert step.teacher is not None
     sides = (step.student, loss.student_taps, "student"), (step.teacher, loss.teacher_taps, "teacher")
     missing = [f"{path} of the {side}" for output, taps, side in sides for path in taps if path not in output.features]
     if missing:
@@ -148,7 +151,7 @@ def _precise(feature: Tensor) -> Tensor:
     return feature.to(torch.promote_types(feature.dtype, torch.float32))
 
 
-class _TakesOneVector(nn.Module):
+class _TakesOneVector(nn.modules.batchnorm._BatchNorm):
     """Lets a batch norm take a last batch of one vector: it has no variance, so the running statistics serve."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -202,7 +205,8 @@ def pool_to_smaller(student: Tensor, teacher: Tensor, largest: int | None = None
             raise ValueError(f"the {name}'s feature must be a map (B, channels, H, W), got {tuple(feature.shape)}.")
     allowed = student.shape[2:] if largest is None else (largest, largest)
     height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], allowed, strict=True))
-    return tuple(
+    pooled = [
         feature if feature.shape[2:] == (height, width) else nn.functional.adaptive_avg_pool2d(feature, (height, width))
         for feature in (student, teacher)
-    )
+    ]
+    return pooled[0], pooled[1]

@@ -1,27 +1,31 @@
 """Class attention transfer (CAT-KD): Guo et al., CVPR 2023, arXiv 2304.12777."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller, unit_vectors
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, classifier_of
 from rld_lightning.models.teacher import hold_outside
 
+PoolSize = Annotated[int, must_be("an integer >= 1", lambda size: isinstance(size, int) and size >= 1)]
 
+
+@checked
 def catkd_loss(
     student: Tensor,
     teacher: Tensor,
     student_classifier: Tensor,
     teacher_classifier: Tensor,
     *,
-    weight: float = 400.0,
-    pool_size: int = 2,
+    weight: Weight = 400.0,
+    pool_size: PoolSize = 2,
     normalize: bool = True,
 ) -> dict[str, Tensor]:
     """Squared difference of the class activation maps, mean over samples, classes and positions.
@@ -48,7 +52,6 @@ def catkd_loss(
     Raises:
         ValueError: maps, classifiers or hyper-parameters that do not fit.
     """
-    _check(weight, pool_size)
     check_pairs([student], [teacher])
     if len(student_classifier) != len(teacher_classifier):
         raise ValueError(
@@ -72,22 +75,9 @@ def _activation_maps(feature: Tensor, classifier: Tensor, normalize: bool) -> Te
     return unit_vectors(maps) if normalize else maps
 
 
-def _check(weight: float, pool_size: int) -> None:
-    check_weights(weight=weight)
-    if not (isinstance(pool_size, int) and pool_size >= 1):
-        raise ValueError(f"pool_size={pool_size!r} is not allowed; it must be an integer >= 1.")
-
-
 @register_loss("catkd")
 class CATKDLoss(FeatureLoss):
-    """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`.
-
-    Args:
-        weight: factor on the term.
-        pool_size: height and width of the compared maps.
-        normalize: bring each map to length 1.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
-    """
+    """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`."""
 
     method = "Class attention transfer"
     papers = ("2304.12777",)
@@ -95,12 +85,12 @@ class CATKDLoss(FeatureLoss):
     single = True
     own_buffers = ("teacher_classifier",)  # a constant
 
-    def __init__(self, weight: float = 400.0, pool_size: int = 2, normalize: bool = True, **options: Any) -> None:
-        super().__init__(**options)
-        _check(weight, pool_size)
-        self.weight = weight
-        self.pool_size = pool_size
-        self.normalize = normalize
+    weight: Weight = 400.0
+    pool_size: PoolSize = 2
+    normalize: bool = True
+
+    teacher_classifier: Tensor = field(init=False)
+    _classifier: nn.Linear = field(init=False)
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The map before the average."""
@@ -111,6 +101,7 @@ class CATKDLoss(FeatureLoss):
     ) -> None:
         """Chooses the maps, and takes hold of both classifiers: the student's itself, a copy of the teacher's."""
         super().connect(student, teacher, image_shape, train_label)
+        assert teacher is not None
         hold_outside(self, "_classifier", classifier_of(student))
         self.register_buffer("teacher_classifier", classifier_of(teacher).weight.detach().clone(), persistent=False)
 

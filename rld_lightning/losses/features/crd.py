@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
-from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Count, Positive, Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 # Apart from the run's seed, because all processes must start from the same memories.
 _SEED = 1910_10699
 
+Momentum = Annotated[float, must_be("in [0, 1), for 1 never remembers", lambda value: 0 <= value < 1)]
 
+
+@checked
 def crd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -27,8 +32,8 @@ def crd_loss(
     contrast: Tensor,
     log_normaliser: Tensor,
     *,
-    weight: float = 0.8,
-    temperature: float = 0.07,
+    weight: Weight = 0.8,
+    temperature: Positive = 0.07,
 ) -> dict[str, Tensor]:
     """Tells an image from K others by what the *other* network remembers of them, in both directions.
 
@@ -57,17 +62,15 @@ def crd_loss(
     Raises:
         ValueError: hyper-parameters outside their range.
     """
-    check_weights(weight=weight)
-    check_positive(temperature=temperature)
     log_noise = math.log((contrast.shape[1] - 1) / len(student_memory))
-    total = 0.0
+    directions = []
     for embedding, memory, log_z in (
         (student, teacher_memory, log_normaliser[0]),
         (teacher, student_memory, log_normaliser[1]),
     ):
         odds = similarities(embedding, memory, contrast) / temperature - log_z - log_noise
-        total = total - (F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(1)).mean()
-    return {"crd": weight * total}
+        directions.append(-(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(1)).mean())
+    return {"crd": weight * total(directions)}
 
 
 def similarities(embedding: Tensor, memory: Tensor, contrast: Tensor) -> Tensor:
@@ -123,12 +126,10 @@ class CRDLoss(FeatureLoss):
     processes; none may be larger, and the last of an epoch may be smaller on some.
 
     Args:
-        weight: factor on the term.
         negatives: K, per image; never more than the images outside the largest class.
         dim: of the embeddings.
-        temperature: > 0.
         momentum: how much of a memory stays in a step, in [0, 1).
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Contrastive representation distillation"
@@ -145,25 +146,21 @@ class CRDLoss(FeatureLoss):
         "class_size",
     )
 
-    def __init__(
-        self,
-        weight: float = 0.8,
-        negatives: int = 16384,
-        dim: int = 128,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        check_positive(negatives=negatives, dim=dim, temperature=temperature)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum!r} is not allowed; it must be in [0, 1), for 1 never remembers.")
-        self.weight = weight
-        self.negatives = negatives
-        self.dim = dim
-        self.temperature = temperature
-        self.momentum = momentum
+    weight: Weight = 0.8
+    negatives: Count = 16384
+    dim: Count = 128
+    temperature: Positive = 0.07
+    momentum: Momentum = 0.5
+
+    student_memory: Tensor = field(init=False)
+    teacher_memory: Tensor = field(init=False)
+    log_normaliser: Tensor = field(init=False)
+    by_class: Tensor = field(init=False)
+    class_start: Tensor = field(init=False)
+    class_size: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._steps = 0
         self._largest_batch = 0
 

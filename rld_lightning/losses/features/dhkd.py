@@ -6,24 +6,27 @@ opposes the cross-entropy is taken out of the gradient.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
 from rld_lightning.losses.features.base import BatchNorm1d, tapped
-from rld_lightning.losses.numerics import by_row_blocks, check_positive, check_weights, logit_rows
+from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.losses.rows import by_row_blocks, logit_rows
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.taps import feature_shapes
 from rld_lightning.models.teacher import hold_outside
 
-HEADS = ("nonlinear", "linear")
+Head = Literal["nonlinear", "linear"]
 
 
+@checked
 def dhkd_loss(
-    auxiliary_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, weight: float = 1.0
+    auxiliary_logits: Tensor, teacher_logits: Tensor, *, temperature: Positive = 2.0, weight: Weight = 1.0
 ) -> dict[str, Tensor]:
     """BinaryKL-Norm: how far each logit is from the teacher's, as a divergence of two coins.
 
@@ -46,8 +49,6 @@ def dhkd_loss(
     Raises:
         ValueError: shapes, class counts or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(weight=weight)
     rows = logit_rows(auxiliary_logits, teacher_logits)
 
     def row_losses(auxiliary: Tensor, teacher: Tensor) -> tuple[Tensor]:
@@ -75,36 +76,20 @@ class DHKDLoss(DistillationLoss):
     accumulated batch, aligns its own gradients before they are averaged.
 
     Args:
-        weight: factor on the term (alpha in the paper).
-        temperature: > 0.
         head: ``"nonlinear"`` (one hidden layer of 200 with dropout and batch norm) or ``"linear"``.
         align_gradients: whether to align; otherwise the sum is minimised as it is.
         ce_weight: weight of the plain cross-entropy (gamma in the paper).
-        warmup_epochs: see :class:`~rld_lightning.losses.base.DistillationLoss`.
     """
 
     method = "Dual-head KD, gradients aligned"
     papers = ("2411.08937",)
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        temperature: float = 2.0,
-        head: str = "nonlinear",
-        align_gradients: bool = True,
-        *,
-        ce_weight: float = 1.0,
-        warmup_epochs: int = 1,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs)
-        check_positive(temperature=temperature)
-        check_weights(weight=weight)
-        if head not in HEADS:
-            raise ValueError(f"head={head!r} is unknown; choose one of {', '.join(HEADS)}.")
-        self.weight = weight
-        self.temperature = temperature
-        self.head = head
-        self.align_gradients = align_gradients
+    weight: Weight = 1.0
+    temperature: Positive = 2.0
+    head: Head = "nonlinear"
+    align_gradients: bool = True
+    ignore_index: int = field(default=-100, init=False)
+    _student: nn.Module = field(init=False)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
@@ -124,7 +109,7 @@ class DHKDLoss(DistillationLoss):
             raise RuntimeError("DHKDLoss does not know the student yet: call its connect(...) first.")
         (pooled,), _ = tapped(self, step)
         logits = self.auxiliary(pooled.flatten(1).to(next(self.auxiliary.parameters()).dtype))
-        return dhkd_loss(logits, step.teacher.logits, temperature=self.temperature, weight=self.weight)
+        return dhkd_loss(logits, step.teacher_logits, temperature=self.temperature, weight=self.weight)
 
     def forward(
         self, student: StepContext | Tensor, teacher: Tensor | None = None, label: Tensor | None = None

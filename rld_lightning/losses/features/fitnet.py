@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
-def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: float = 100.0) -> dict[str, Tensor]:
+@checked
+def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 100.0) -> dict[str, Tensor]:
     """Squared difference of the guided and the hint map, mean over all elements.
 
     Equation 3 of the paper has half of the sum over elements; mdistiller's mean, which the weight belongs to, is
@@ -32,7 +32,6 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: float = 100.0) -> d
     Raises:
         ValueError: shapes or a weight that do not fit.
     """
-    check_weights(weight=weight)
     if student.shape != teacher.shape:
         raise ValueError(
             f"the regressed student map {tuple(student.shape)} and the hint {tuple(teacher.shape)} must have the same "
@@ -52,10 +51,9 @@ class FitNetLoss(FeatureLoss):
     stage; its convolutions have a bias as well, which the batch norm takes out again.
 
     Args:
-        weight: factor on the term.
         hint_layer: position of the hint among the network's features, where 0 is the stem; negative ones count from
             the deep end.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Hints: one stage through a regressor"
@@ -63,11 +61,8 @@ class FitNetLoss(FeatureLoss):
 
     single = True
 
-    def __init__(self, weight: float = 100.0, hint_layer: int = 2, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        self.weight = weight
-        self.hint_layer = hint_layer
+    weight: Weight = 100.0
+    hint_layer: int = 2
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The hint layer."""
@@ -109,7 +104,7 @@ def _matching_convolution(student: torch.Size, teacher: torch.Size) -> nn.Module
     if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):
         return nn.ConvTranspose2d(*channels, kernel_size=4, stride=2, padding=1, bias=False)
     if all(s >= t for s, t in zip(ours, theirs, strict=True)):
-        return nn.Conv2d(*channels, [s - t + 1 for s, t in zip(ours, theirs, strict=True)], bias=False)
+        return nn.Conv2d(*channels, (ours[0] - theirs[0] + 1, ours[1] - theirs[1] + 1), bias=False)
     raise ValueError(
         f"a student map of size {tuple(ours)} cannot be brought to the teacher's {tuple(theirs)}, which must not be "
         "larger unless it is exactly twice as large; choose another hint_layer, or name both module paths "

@@ -5,7 +5,8 @@ can be distilled: logits before gradient-weighted features before plain features
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import KW_ONLY, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +14,24 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
-from rld_lightning.losses.kdg import check_weighting, half_variance, kdg_logit_loss
-from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.kdg import half_variance, kdg_logit_loss
+from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, classifier_of
 
-WEIGHTINGS = ("gradient", "fisher", "identity")
+Weighting = Literal["gradient", "fisher", "identity"]
 
 
+@checked
 def kdg_feature_loss(
     student: Tensor,
     teacher: Tensor,
     teacher_logits: Tensor | None = None,
     classifier: Tensor | None = None,
     *,
-    weighting: str = "gradient",
-    temperature: float = 1.0,
-    weight: float = 1.0,
+    weighting: Weighting = "gradient",
+    temperature: Positive = 1.0,
+    weight: Weight = 1.0,
 ) -> dict[str, Tensor]:
     """Squared difference of features as the teacher's classifier weighs it, averaged over the batch.
 
@@ -58,9 +60,6 @@ def kdg_feature_loss(
     Raises:
         ValueError: shapes or hyper-parameters that do not fit.
     """
-    check_positive(temperature=temperature)
-    check_weights(weight=weight)
-    check_weighting(weighting, WEIGHTINGS)
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"features must be of one shape (B, D), got student {tuple(student.shape)} and teacher "
@@ -104,8 +103,7 @@ class KDGLoss(FeatureLoss):
             identity sums over as many numbers as the feature has and wants 0.01 or so.
         weighting: of the features: ``"gradient"``, ``"fisher"`` or ``"identity"``.
         temperature: of the teacher's probabilities in both members.
-        ce_weight: weight of the plain cross-entropy.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "KD-G: logits and weighted features (reconstruction)"
@@ -113,27 +111,18 @@ class KDGLoss(FeatureLoss):
 
     single = True
 
-    classifier: Tensor | None
     own_buffers = ("classifier",)  # a constant, the same wherever the teacher is
 
-    def __init__(
-        self,
-        logit_weight: float = 0.9,
-        feature_weight: float = 1.0,
-        weighting: str = "gradient",
-        temperature: float = 4.0,
-        *,
-        ce_weight: float = 0.1,
-        **options: Any,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight, **options)
-        check_positive(temperature=temperature)
-        check_weights(logit_weight=logit_weight, feature_weight=feature_weight)
-        check_weighting(weighting, WEIGHTINGS)
-        self.logit_weight = logit_weight
-        self.feature_weight = feature_weight
-        self.weighting = weighting
-        self.temperature = temperature
+    logit_weight: Weight = 0.9
+    feature_weight: Weight = 1.0
+    weighting: Weighting = "gradient"
+    temperature: Positive = 4.0
+    _: KW_ONLY
+    ce_weight: Weight = 0.1
+    classifier: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.register_buffer("classifier", None, persistent=False)
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
@@ -145,6 +134,7 @@ class KDGLoss(FeatureLoss):
     ) -> None:
         """As :meth:`FeatureLoss.connect`; copies the weight of the teacher's classifier where it is needed."""
         super().connect(student, teacher, image_shape, train_label)
+        assert teacher is not None
         if self.weighting != "identity":
             self.classifier = classifier_of(teacher).weight.detach().clone()
 
@@ -162,12 +152,12 @@ class KDGLoss(FeatureLoss):
         logits = {}
         if self.logit_weight:
             logits = kdg_logit_loss(
-                step.student.logits, step.teacher.logits, temperature=self.temperature, weight=self.logit_weight
+                step.student.logits, step.teacher_logits, temperature=self.temperature, weight=self.logit_weight
             )
         return logits | kdg_feature_loss(
             student[0],
             teacher[0],
-            step.teacher.logits,
+            step.teacher_logits,
             self.classifier,
             weighting=self.weighting,
             temperature=self.temperature,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
@@ -19,9 +20,12 @@ SPARE_VECTORS = 3
 # Singular values whose squares differ by less than this part of the largest have directions made of rounding.
 SMALLEST_GAP = 1e-4
 
+Vectors = Annotated[int, must_be("an integer >= 1", lambda value: value >= 1)]
 
+
+@checked
 def kdsvd_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1.0, num_vectors: int = 1
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0, num_vectors: Vectors = 1
 ) -> dict[str, Tensor]:
     """Squared difference of how the singular vectors of neighbouring stages relate, over the batch size.
 
@@ -47,7 +51,6 @@ def kdsvd_loss(
     Raises:
         ValueError: maps or hyper-parameters that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs(student, teacher)
     _check_sizes([feature.shape for feature in (*student, *teacher)], len(student), num_vectors)
     stages = [
@@ -58,7 +61,7 @@ def kdsvd_loss(
     for shallow, deep in pairwise(stages):
         ours, theirs = (_relations(a, b) for a, b in zip(shallow, deep, strict=True))
         distances.append((ours - theirs).square().sum() / len(ours))
-    return {"kdsvd": weight * sum(distances)}
+    return {"kdsvd": weight * total(distances)}
 
 
 def _check_sizes(shapes: Sequence[torch.Size], num_stages: int, num_vectors: int) -> None:
@@ -131,23 +134,13 @@ class KDSVDLoss(FeatureLoss):
     """``ce_weight * CE + weight * KDSVD`` on all stages but the stem; see :func:`kdsvd_loss`.
 
     The decompositions make a GPU wait: they report to the host whether they succeeded.
-
-    Args:
-        weight: factor on the term.
-        num_vectors: how many singular vectors of each map are compared.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Singular vectors of neighbouring stages"
     papers = ("ECCV 2018",)
 
-    def __init__(self, weight: float = 1.0, num_vectors: int = 1, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        if num_vectors < 1:
-            raise ValueError(f"num_vectors={num_vectors!r} is not allowed; it must be an integer >= 1.")
-        self.weight = weight
-        self.num_vectors = num_vectors
+    weight: Weight = 1.0
+    num_vectors: Vectors = 1
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages."""

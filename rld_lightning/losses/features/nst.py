@@ -1,19 +1,20 @@
 """Neuron selectivity transfer (NST): Huang and Wang, 2017, arXiv 1707.01219."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
-def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 50.0) -> dict[str, Tensor]:
+@checked
+def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 50.0) -> dict[str, Tensor]:
     """Maximum mean discrepancy between the channels of both networks, mean over the batch, summed over the stages.
 
     Each channel of a map is a sample: a vector over the positions, of length 1. With the kernel
@@ -32,13 +33,12 @@ def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: fl
     Raises:
         ValueError: maps or a weight that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs(student, teacher)
     distances = []
     for pair in zip(student, teacher, strict=True):
         ours, theirs = (F.normalize(feature.flatten(2), dim=2) for feature in pool_to_smaller(*pair))
         distances.append(_discrepancy(ours, theirs.detach()))
-    return {"nst": weight * sum(distances)}
+    return {"nst": weight * total(distances)}
 
 
 def _discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
@@ -57,22 +57,14 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 @register_loss("nst")
 class NSTLoss(FeatureLoss):
-    """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`.
-
-    Args:
-        weight: factor on the term.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
-    """
+    """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`."""
 
     method = "Neuron selectivity transfer"
     papers = ("1707.01219",)
 
     maps = True
 
-    def __init__(self, weight: float = 50.0, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        self.weight = weight
+    weight: Weight = 50.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages."""

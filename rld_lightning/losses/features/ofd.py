@@ -2,21 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import KW_ONLY
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import unwrap
 
+KernelSize = Annotated[int, must_be("odd and >= 1 to keep the size", lambda size: size >= 1 and size % 2 == 1)]
 
+
+@checked
 def ofd_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor], *, weight: float = 1e-3
+    student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor], *, weight: Weight = 1e-3
 ) -> dict[str, Tensor]:
     """Squared difference of both networks before a ReLU, where it makes a difference after it.
 
@@ -41,11 +46,10 @@ def ofd_loss(
     Raises:
         ValueError: maps, margins or hyper-parameters that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs(student, teacher)
-    total = 0.0
-    for depth, (*pair, low) in enumerate(zip(student, teacher, margin, strict=True), start=1):
-        ours, theirs = pool_to_smaller(*pair)
+    stages = []
+    for depth, (ours, theirs, low) in enumerate(zip(student, teacher, margin, strict=True), start=1):
+        ours, theirs = pool_to_smaller(ours, theirs)
         if ours.shape != theirs.shape or low.shape != theirs.shape[1:2]:
             raise ValueError(
                 f"student map {tuple(ours.shape)}, teacher map {tuple(theirs.shape)} and margin {tuple(low.shape)} "
@@ -54,8 +58,8 @@ def ofd_loss(
         theirs = torch.maximum(theirs.detach(), low.to(theirs).view(-1, 1, 1))
         silent = (ours <= theirs) & (theirs <= 0)
         distance = torch.where(silent, 0.0, ours - theirs).square().sum() / len(ours)
-        total = total + distance / 2 ** (len(student) - depth)
-    return {"ofd": weight * total}
+        stages.append(distance / 2 ** (len(student) - depth))
+    return {"ofd": weight * total(stages)}
 
 
 def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
@@ -87,33 +91,25 @@ class OFDLoss(FeatureLoss):
     The student's maps go through a convolution and a batch norm each. The teacher runs in evaluation mode, as
     everywhere here; the CIFAR code that published numbers come from leaves it in training mode. Refused are networks
     whose stages do not end in a ReLU (MobileNetV2, timm's) and, as teachers, the ShuffleNets, where no single batch
-    norm comes before it.
+    norm comes before it. On ImageNet: ``weight=1e-4``.
 
     Args:
-        weight: factor on the term; 1e-4 for ImageNet.
         kernel_size: of the connectors' convolutions, odd.
-        teacher_norms: paths of the teacher's batch norms before its taps; ``None`` chooses them from its stages.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        teacher_norms: paths of the teacher's batch norms before its taps; none chooses them from its stages.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Overhaul of feature distillation"
     papers = ("1904.01866",)
 
-    def __init__(
-        self,
-        weight: float = 1e-3,
-        kernel_size: int = 1,
-        *,
-        teacher_norms: Sequence[str] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size!r} is not allowed; it must be odd and >= 1 to keep the size.")
-        self.weight = weight
-        self.kernel_size = kernel_size
-        self.teacher_norms = tuple(teacher_norms or ())
+    weight: Weight = 1e-3
+    kernel_size: KernelSize = 1
+    _: KW_ONLY
+    teacher_norms: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.teacher_norms = tuple(self.teacher_norms or ())
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The inputs of the ReLUs that end the stages."""
@@ -129,6 +125,7 @@ class OFDLoss(FeatureLoss):
     ) -> None:
         """As in the base; then reads the margins from the teacher's batch norms."""
         super().connect(student, teacher, image_shape, train_label)
+        assert teacher is not None
         self.teacher_norms = (self.teacher_norms or stages_of(teacher).norms)[-len(self.teacher_taps) :]
         if len(self.teacher_norms) < len(self.teacher_taps):
             raise ValueError(
@@ -136,8 +133,9 @@ class OFDLoss(FeatureLoss):
                 "another teacher or loss, or name one for each tap (+loss.teacher_norms=[...])."
             )
         self.own_buffers = tuple(f"margin{i}" for i in range(len(self.connectors)))  # constants
-        for i, (path, connector) in enumerate(zip(self.teacher_norms, self.connectors, strict=True)):
-            norm = unwrap(teacher).get_submodule(path)
+        connectors: list[Any] = list(self.connectors)
+        for i, (path, connector) in enumerate(zip(self.teacher_norms, connectors, strict=True)):
+            norm: Any = unwrap(teacher).get_submodule(path)
             if getattr(norm, "num_features", None) != connector[0].out_channels or norm.weight is None:
                 raise ValueError(
                     f"{path} is not a batch norm with {connector[0].out_channels} scales and shifts; name the one "

@@ -1,20 +1,19 @@
 """Probabilistic knowledge transfer (PKT): Passalis and Tefas, ECCV 2018, arXiv 1803.10837."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 EPS = 1e-7
 
 
-def pkt_loss(student: Tensor, teacher: Tensor, *, weight: float = 30000.0) -> dict[str, Tensor]:
+@checked
+def pkt_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 30000.0) -> dict[str, Tensor]:
     """Divergence of the probabilities with which each sample of a batch picks the others as its neighbours.
 
     The probabilities are the cosines of the features, brought to [0, 1] and divided by their sum over a row (section
@@ -36,7 +35,6 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, weight: float = 30000.0) -> di
     Raises:
         ValueError: batch sizes or a weight that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs([student], [teacher])
     q, p = _neighbour_probs(student), _neighbour_probs(teacher.detach())
     return {"pkt": weight * (p * ((p + EPS).log() - (q + EPS).log())).mean()}
@@ -54,22 +52,14 @@ def _neighbour_probs(feature: Tensor) -> Tensor:
 
 @register_loss("pkt")
 class PKTLoss(FeatureLoss):
-    """``ce_weight * CE + weight * PKT`` of what the classifiers see; see :func:`pkt_loss`.
-
-    Args:
-        weight: factor on the term.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
-    """
+    """``ce_weight * CE + weight * PKT`` of what the classifiers see; see :func:`pkt_loss`."""
 
     method = "Probabilistic knowledge transfer"
     papers = ("1803.10837",)
 
     single = True
 
-    def __init__(self, weight: float = 30000.0, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        self.weight = weight
+    weight: Weight = 30000.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The classifier's input."""

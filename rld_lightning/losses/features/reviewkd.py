@@ -1,20 +1,22 @@
 """Knowledge review (ReviewKD): Chen et al., CVPR 2021, arXiv 2104.09044."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import KW_ONLY
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.base import StepContext
+from rld_lightning.losses.base import Epochs, StepContext
 from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
-def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: float = 1.0) -> dict[str, Tensor]:
+@checked
+def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0) -> dict[str, Tensor]:
     """Hierarchical context loss: squared differences of maps at several resolutions, summed over the stages.
 
     Of each stage, the mean squared difference of the maps as they are, and average-pooled to 4 x 4, 2 x 2 and 1 x 1,
@@ -32,9 +34,8 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
     Raises:
         ValueError: maps or hyper-parameters that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs(student, teacher)
-    total = 0.0
+    stages = []
     for ours, theirs in zip(student, teacher, strict=True):
         if ours.shape != theirs.shape:
             raise ValueError(
@@ -46,8 +47,8 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
         levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in (4, 2, 1) if size < ours.shape[2])]
         shares = [0.5**level for level in range(len(levels))]
         means = (share * level.square().mean() for share, level in zip(shares, levels, strict=True))
-        total = total + sum(means) / sum(shares)
-    return {"reviewkd": weight * total}
+        stages.append(total(means) / sum(shares))
+    return {"reviewkd": weight * total(stages)}
 
 
 @register_loss("reviewkd")
@@ -64,22 +65,17 @@ class ReviewKDLoss(FeatureLoss):
     epochs from 1 (the authors' own code counts from 0).
 
     Args:
-        weight: factor on the term.
         student_preactivations: compare the student's stages before their ReLU, too, as far as it has such places.
-        warmup_epochs: the term is multiplied by ``min(epoch / warmup_epochs, 1)``.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Knowledge review"
     papers = ("2104.09044",)
 
-    def __init__(
-        self, weight: float = 1.0, *, student_preactivations: bool = False, warmup_epochs: int = 20, **options: Any
-    ) -> None:
-        super().__init__(warmup_epochs=warmup_epochs, **options)
-        check_weights(weight=weight)
-        self.weight = weight
-        self.student_preactivations = student_preactivations
+    weight: Weight = 1.0
+    _: KW_ONLY
+    student_preactivations: bool = False
+    warmup_epochs: Epochs = 20
 
     def student_paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages, as they are or before their ReLU, and the pooled features."""
@@ -132,11 +128,13 @@ class Fusion(nn.Module):
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, has_deeper: bool) -> None:
         super().__init__()
-        self.narrow = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), BatchNorm2d(width))
+        narrow = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.narrow = nn.Sequential(narrow, BatchNorm2d(width))
         self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if has_deeper else None
-        self.widen = nn.Sequential(nn.Conv2d(width, out_channels, 3, padding=1, bias=False), BatchNorm2d(out_channels))
-        nn.init.kaiming_uniform_(self.narrow[0].weight, a=1)
-        nn.init.kaiming_uniform_(self.widen[0].weight, a=1)
+        widen = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
+        self.widen = nn.Sequential(widen, BatchNorm2d(out_channels))
+        nn.init.kaiming_uniform_(narrow.weight, a=1)
+        nn.init.kaiming_uniform_(widen.weight, a=1)
 
     def forward(self, stage: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fuses.
@@ -150,7 +148,7 @@ class Fusion(nn.Module):
             ``(B, out_channels, H, W)`` to compare, and ``(B, width, H, W)`` to pass on.
         """
         out = self.narrow(stage)
-        if self.attention is not None:
+        if self.attention is not None and deeper is not None:
             deeper = _resize(deeper, out.shape[2:])
             ours, theirs = self.attention(torch.cat([out, deeper], 1)).split(1, 1)
             out = ours * out + theirs * deeper

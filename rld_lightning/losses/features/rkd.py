@@ -1,24 +1,23 @@
 """Relational knowledge distillation (RKD): Park et al., CVPR 2019, arXiv 1904.05068."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
+@checked
 def rkd_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    distance_weight: float = 25.0,
-    angle_weight: float = 50.0,
+    distance_weight: Weight = 25.0,
+    angle_weight: Weight = 50.0,
     squared: bool = False,
 ) -> dict[str, Tensor]:
     """Differences of the distances and of the angles between the samples of a batch, by the smooth L1 loss.
@@ -41,7 +40,6 @@ def rkd_loss(
     Raises:
         ValueError: batch sizes or weights that do not fit.
     """
-    check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
     check_pairs([student], [teacher])
     ours, theirs = _distances(student), _distances(teacher.detach())
     terms = {}
@@ -90,12 +88,6 @@ class RKDLoss(FeatureLoss):
     """``ce_weight * CE + distance_weight * distances + angle_weight * angles`` of what the classifiers see.
 
     See :func:`rkd_loss`.
-
-    Args:
-        distance_weight: factor on the distances; 0 leaves them out.
-        angle_weight: factor on the angles; 0 leaves them out.
-        squared: compare squared distances.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Relational KD: distances and angles"
@@ -103,14 +95,9 @@ class RKDLoss(FeatureLoss):
 
     single = True
 
-    def __init__(
-        self, distance_weight: float = 25.0, angle_weight: float = 50.0, squared: bool = False, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
-        self.distance_weight = distance_weight
-        self.angle_weight = angle_weight
-        self.squared = squared
+    distance_weight: Weight = 25.0
+    angle_weight: Weight = 50.0
+    squared: bool = False
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The classifier's input."""

@@ -1,21 +1,22 @@
 """SimKD, the teacher's classifier reused: Chen et al., CVPR 2022, arXiv 2203.14001."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import KW_ONLY
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.graft import GraftedStudent
 from rld_lightning.models.stages import Stages
 from rld_lightning.models.taps import unwrap
 
 
-def simkd_loss(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> dict[str, Tensor]:
+@checked
+def simkd_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 1.0) -> dict[str, Tensor]:
     """Squared difference of the maps that both networks classify the average of, mean over all elements.
 
     Args:
@@ -31,7 +32,6 @@ def simkd_loss(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> dict
     Raises:
         ValueError: maps or a weight that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs([student], [teacher])
     ours, theirs = pool_to_smaller(student, teacher)
     if ours.shape[1] != theirs.shape[1]:
@@ -48,11 +48,6 @@ class SimKDLoss(FeatureLoss):
 
     The student is made by :func:`~rld_lightning.models.graft`, in a training run by the run itself. By default there is
     no cross-entropy, as published: labels are not looked at.
-
-    Args:
-        weight: factor on the term.
-        ce_weight: weight of the plain cross-entropy.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "The student ends in the teacher's classifier"
@@ -62,10 +57,9 @@ class SimKDLoss(FeatureLoss):
 
     reuses_classifier = True
 
-    def __init__(self, weight: float = 1.0, *, ce_weight: float = 0.0, **options: Any) -> None:
-        super().__init__(ce_weight=ce_weight, **options)
-        check_weights(weight=weight)
-        self.weight = weight
+    weight: Weight = 1.0
+    _: KW_ONLY
+    ce_weight: Weight = 0.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The map before the average; the projector's output in a grafted student."""

@@ -1,17 +1,16 @@
 """Similarity-preserving distillation (SP): Tung and Mori, ICCV 2019, arXiv 1907.09682."""
 
-from typing import Any
-
 from torch import Tensor
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, unit_vectors
-from rld_lightning.losses.numerics import check_weights
+from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 
-def sp_loss(student: Tensor, teacher: Tensor, *, weight: float = 3000.0) -> dict[str, Tensor]:
+@checked
+def sp_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 3000.0) -> dict[str, Tensor]:
     """Squared difference of how similar both networks find the images of a batch, summed and divided by ``B^2``.
 
     The similarities are the products of the flattened features, ``(B, B)``, each row as a vector of length 1
@@ -28,7 +27,6 @@ def sp_loss(student: Tensor, teacher: Tensor, *, weight: float = 3000.0) -> dict
     Raises:
         ValueError: batch sizes or a weight that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs([student], [teacher])
     return {"sp": weight * (_similarities(student) - _similarities(teacher.detach())).square().mean()}
 
@@ -40,22 +38,14 @@ def _similarities(feature: Tensor) -> Tensor:
 
 @register_loss("sp")
 class SPLoss(FeatureLoss):
-    """``ce_weight * CE + weight * SP`` on the last stage; see :func:`sp_loss`.
-
-    Args:
-        weight: factor on the term.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
-    """
+    """``ce_weight * CE + weight * SP`` on the last stage; see :func:`sp_loss`."""
 
     method = "Similarity-preserving distillation"
     papers = ("1907.09682",)
 
     single = True
 
-    def __init__(self, weight: float = 3000.0, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        self.weight = weight
+    weight: Weight = 3000.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The last stage."""

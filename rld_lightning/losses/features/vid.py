@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,20 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
-from rld_lightning.losses.numerics import check_positive, check_weights
+from rld_lightning.losses.numerics import total
+from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
 # Added to every variance, so that a channel that is predicted perfectly keeps a finite loss.
 EPS = 1e-5
 
+Variance = Annotated[float, must_be(f"a finite number > {EPS}", lambda value: EPS < value < math.inf)]
 
+
+@checked
 def vid_loss(
-    mean: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor], *, weight: float = 1.0
+    mean: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor], *, weight: Weight = 1.0
 ) -> dict[str, Tensor]:
     """How unlikely the teacher's maps are under Gaussians around the predictions, summed over the stages.
 
@@ -39,7 +43,6 @@ def vid_loss(
     Raises:
         ValueError: shapes or a weight that do not fit.
     """
-    check_weights(weight=weight)
     check_pairs(mean, teacher)
     stages = []
     for predicted, observed, spread in zip(mean, teacher, variance, strict=True):
@@ -51,7 +54,7 @@ def vid_loss(
         # Averaged over batch and positions first: the rest has only one number a channel.
         error = (observed.detach() - predicted).square().mean((0, 2, 3))
         stages.append((error / spread + spread.log()).mean() / 2)
-    return {"vid": weight * sum(stages)}
+    return {"vid": weight * total(stages)}
 
 
 @register_loss("vid")
@@ -64,9 +67,8 @@ class VIDLoss(FeatureLoss):
     paper and in RepDistiller; mdistiller keeps the variances out of reach of the optimiser, at their initial value.
 
     Args:
-        weight: factor on the term.
         init_variance: variance that training starts from.
-        options: See :class:`~rld_lightning.losses.features.base.FeatureLoss`.
+        others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
     method = "Variational information distillation"
@@ -74,14 +76,8 @@ class VIDLoss(FeatureLoss):
 
     maps = True
 
-    def __init__(self, weight: float = 1.0, init_variance: float = 5.0, **options: Any) -> None:
-        super().__init__(**options)
-        check_weights(weight=weight)
-        check_positive(init_variance=init_variance)
-        if init_variance <= EPS:
-            raise ValueError(f"init_variance={init_variance!r} is not allowed; it must be > {EPS}.")
-        self.weight = weight
-        self.init_variance = init_variance
+    weight: Weight = 1.0
+    init_variance: Variance = 5.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages."""

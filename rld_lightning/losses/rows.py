@@ -1,0 +1,256 @@
+"""From a batch of logits to rows, one distribution each, and back: checks, blocks of rows, reduction."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, cast
+
+import torch
+from torch import Tensor
+
+from rld_lightning.losses.numerics import standardize
+from rld_lightning.losses.ranges import check_ranges, ranges_of
+
+P = ParamSpec("P")
+
+Reduction = Literal["mean", "sum", "none"]
+COMMON_KEYWORDS = ("logit_standardization", "ignore_index", "reduction")
+RowTerms = dict[str, tuple[float, Tensor]]
+"""By the name of a term, its weight and its loss of each row, ``(n,)``."""
+
+
+class LogitRows(NamedTuple):
+    """Checked logits, one distribution a row.
+
+    Attributes:
+        student: ``(N, C)``, float32 or float64, carries the gradient.
+        teacher: ``(N, C)``, the same type, detached.
+        label: ``(N,)`` int64 in ``[0, C)``; rows to ignore hold 0. ``None`` for methods that do not use labels.
+        valid: ``(N,)`` bool, False where the label is ``ignore_index``. ``None`` when there are no labels.
+        shape: what a per-sample result is reshaped to: ``(B, *)``.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    label: Tensor | None
+    valid: Tensor | None
+    shape: torch.Size
+
+    def zeroed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Student and teacher with zeros in ignored rows, and which rows count, ``(N,)`` bool.
+
+        For losses of the whole batch: whatever an ignored sample holds, neither products nor gradients may meet it.
+        """
+        valid = torch.ones_like(self.student[:, 0], dtype=torch.bool) if self.valid is None else self.valid
+        student, teacher = (logits.masked_fill(~valid.unsqueeze(-1), 0.0) for logits in (self.student, self.teacher))
+        return student, teacher, valid
+
+    def reduce(self, per_row: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Reduces ``(N,)`` losses as ``torch.nn.functional.cross_entropy`` does; ignored rows count for nothing.
+
+        ``"mean"`` divides by the number of rows that are not ignored (a batch without any gives 0), ``"none"`` returns
+        ``(B, *)`` with zeros at ignored places.
+        """
+        if self.valid is not None:
+            per_row = torch.where(self.valid, per_row, 0.0)
+        if reduction == "none":
+            return per_row.reshape(self.shape)
+        total = per_row.sum()
+        if reduction == "sum":
+            return total
+        return total / (self.valid.sum().clamp(min=1) if self.valid is not None else max(per_row.numel(), 1))
+
+
+def logit_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor | None = None,
+    *,
+    logit_standardization: bool = False,
+    ignore_index: int = -100,
+) -> LogitRows:
+    """Checks a batch and turns it into rows.
+
+    Args:
+        student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
+        teacher_logits: the same shape; detached here, so no method can send a gradient into the teacher.
+        label: ``(B,)`` or ``(B, *)`` integers.
+        logit_standardization: z-score each row of both first, see :func:`~rld_lightning.losses.numerics.standardize`.
+        ignore_index: label of the samples that count for nothing.
+
+    Raises:
+        ValueError: shapes, class counts or types that do not fit, or a label outside ``[0, C)``. Labels on an
+            accelerator are checked by an assertion on the device, which costs no synchronisation.
+    """
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if logits.ndim < 2 or not logits.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point of shape (B, C) or (B, C, *), got {logits.dtype} {tuple(logits.shape)}."
+            )
+    if student_logits.shape[1] != teacher_logits.shape[1]:
+        raise ValueError(
+            f"the student has {student_logits.shape[1]} classes and the teacher {teacher_logits.shape[1]}; "
+            "give both models the same num_classes."
+        )
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} "
+            "must have the same shape."
+        )
+    num_classes = student_logits.shape[1]
+    if num_classes < 2:
+        raise ValueError(f"logits need at least 2 classes in dimension 1, got shape {tuple(student_logits.shape)}.")
+    shape = torch.Size((student_logits.shape[0], *student_logits.shape[2:]))
+
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    student = _classes_last(student_logits).to(dtype)
+    teacher = _classes_last(teacher_logits.detach()).to(dtype)
+    if logit_standardization:
+        student, teacher = standardize(student), standardize(teacher)
+
+    if label is None:
+        return LogitRows(student, teacher, None, None, shape)
+    if label.shape != shape or label.is_floating_point() or label.dtype == torch.bool:
+        raise ValueError(
+            f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
+            f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}."
+        )
+    label = label.reshape(-1).long()
+    valid = label != ignore_index
+    _check_labels(label, valid, num_classes, ignore_index)
+    return LogitRows(student, teacher, torch.where(valid, label, 0), valid, shape)
+
+
+def _classes_last(logits: Tensor) -> Tensor:
+    """``(B, C, *)`` -> ``(N, C)``; free for ``(B, C)``."""
+    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def _check_labels(label: Tensor, valid: Tensor, num_classes: int, ignore_index: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    in_range = (~valid | ((label >= 0) & (label < num_classes))).all()
+    if label.device.type != "cpu":
+        # Reading the value would make every step wait for the device.
+        torch._assert_async(in_range, f"label outside [0, {num_classes}) and not ignore_index={ignore_index}")
+    elif not in_range:
+        wrong = label[valid & ((label < 0) | (label >= num_classes))][0].item()
+        raise ValueError(
+            f"label {wrong} is outside [0, {num_classes}) and is not ignore_index={ignore_index}; "
+            "check the number of classes of the model and of the data."
+        )
+
+
+def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
+    """Decorator: makes a loss of batches from the formula of its rows.
+
+    The formula is declared with everything that the loss takes::
+
+        @row_loss
+        def kd_loss(
+            student_logits: Tensor,
+            teacher_logits: Tensor,
+            label: Tensor | None = None,
+            *,
+            temperature: Positive,  # and whatever else the method has
+            logit_standardization: bool = False,
+            ignore_index: int = -100,
+            reduction: Reduction = "mean",
+        ) -> RowTerms:
+            divergence = softmax_kl(teacher_logits / temperature, student_logits / temperature)
+            return {"kd": (temperature**2, divergence)}
+
+    It is given rows, some or all of a batch: logits ``(n, C)`` in float32 or float64, those of the teacher without
+    gradient, and labels ``(n,)`` in ``[0, C)``. The last three keywords are none of its business.
+
+    Raises:
+        ValueError: by the loss, for logits, labels or hyper-parameters that do not fit.
+    """
+    signature = inspect.signature(formula, eval_str=True)
+    ranges = ranges_of({name: parameter.annotation for name, parameter in signature.parameters.items()})
+    common = {name: signature.parameters[name].default for name in COMMON_KEYWORDS}
+    rows_of: Callable[..., RowTerms] = formula
+    needs_label = signature.parameters["label"].default is inspect.Parameter.empty
+
+    @wraps(formula)
+    def loss(student_logits: Tensor, teacher_logits: Tensor, label: Tensor | None = None, **options: Any) -> Any:
+        check_ranges(ranges, options)
+        if needs_label and label is None:
+            raise ValueError(f"{formula.__name__} needs the labels of the samples.")
+        standardization, ignore_index, reduction = (options.pop(name, default) for name, default in common.items())
+        rows = logit_rows(
+            student_logits, teacher_logits, label, logit_standardization=standardization, ignore_index=ignore_index
+        )
+        weights: dict[str, float] = {}
+
+        def row_losses(*tensors: Tensor) -> tuple[Tensor, ...]:
+            terms = rows_of(*tensors, **options)
+            weights.update({name: weight for name, (weight, _) in terms.items()})
+            return tuple(loss for _, loss in terms.values())
+
+        labels = () if rows.label is None else (rows.label,)
+        losses = by_row_blocks(row_losses, rows.student, rows.teacher, *labels)
+        pairs = zip(weights.items(), losses, strict=True)
+        return {name: weight * rows.reduce(per_row, reduction) for (name, weight), per_row in pairs}
+
+    return cast(Callable[P, dict[str, Tensor]], loss)
+
+
+# Logits in a block: its temporaries stay in the cache (CPU) or are few beside the weights (accelerators).
+BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**22}
+
+
+def by_row_blocks(
+    row_losses: Callable[..., tuple[Tensor, ...]], student: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """``row_losses(student, *others)`` of large inputs a block of rows at a time, with the gradient in the same sweep.
+
+    Losses of rows are independent, so each block's gradient can be taken at once instead of keeping its dozen
+    ``(N, C)`` temporaries until the backward pass: with many classes that is faster (a block stays in the cache) and
+    takes memory for one gradient a loss. Small inputs, where this would not pay, go straight through.
+
+    Args:
+        row_losses: maps ``(n, C)`` student rows and the matching rows of ``others`` to a tuple of ``(n,)`` losses.
+        student: ``(N, C)``, the only argument that may need a gradient (a second derivative needs the direct way).
+        others: tensors with ``N`` rows.
+    """
+    block = BLOCK_ELEMENTS.get(student.device.type, BLOCK_ELEMENTS["other"])
+    if student.numel() <= 4 * block or torch.compiler.is_compiling():
+        return row_losses(student, *others)
+    return _RowBlocks.apply(row_losses, max(1, block // student.shape[1]), student, *others)
+
+
+class _RowBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, row_losses: Callable[..., tuple[Tensor, ...]], size: int, student: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        need_gradient = ctx.needs_input_grad[2]
+        values: list[tuple[Tensor, ...]] = []
+        gradients: list[Tensor] = []
+        for start in range(0, len(student), size):
+            rows = slice(start, start + size)
+            leaf = student[rows].detach().requires_grad_(need_gradient)
+            with torch.set_grad_enabled(need_gradient):
+                losses = row_losses(leaf, *(other[rows] for other in others))
+            values.append(tuple(loss.detach() for loss in losses))
+            if need_gradient:
+                gradients = gradients or [torch.empty_like(student) for _ in losses]
+                for i, (loss, gradient) in enumerate(zip(losses, gradients, strict=True), start=1):
+                    (gradient[rows],) = torch.autograd.grad(
+                        loss, leaf, torch.ones_like(loss), retain_graph=i < len(losses)
+                    )
+        ctx.save_for_backward(*gradients)
+        return tuple(torch.cat(parts) for parts in zip(*values, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        # ``once_differentiable`` would let this pass, and the second derivative would silently be without this loss.
+        if torch.is_grad_enabled():
+            raise RuntimeError("a batch this large has no second derivative (create_graph=True); split the batch.")
+        result = None
+        for weight, gradient in zip(outer, ctx.saved_tensors, strict=True):
+            weight = weight.unsqueeze(-1)
+            result = weight * gradient if result is None else result.addcmul_(weight, gradient)
+        return None, None, result, *(None for _ in ctx.needs_input_grad[3:])
