@@ -33,6 +33,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
 from rld_lightning.console import print_line, quiet_lightning
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError

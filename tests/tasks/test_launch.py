@@ -218,6 +218,15 @@ def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydr
     }  # fmt: skip
 
 
+def test_a_rank_can_read_what_the_configuration_calls_and_does_not_import_lightning_before_its_task():
+    script = (
+        "import sys; from omegaconf import OmegaConf; import rld_lightning.tasks.launch\n"
+        "print(OmegaConf.create({'devices': '${devices_per_node:3}'}).devices, 'lightning' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "3 False\n"
+
+
 def test_only_our_own_ranks_are_started_here(monkeypatch):
     assert not started_here()
     torchrun(monkeypatch)
