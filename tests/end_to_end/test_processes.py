@@ -184,7 +184,8 @@ def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_faile
     assert not (trials[0.02] / "summary.json").exists()
     summary = json.loads((trials[0.03] / "summary.json").read_text())
     assert summary["run"] == str(trials[0.03])
-    assert f"recipe.optimizer.lr=0.03: {summary['top1']:.2f} % on 144 held-out training images, n = 1; python" in output
+    score = f"{summary['top1']:.2f} % on 144 held-out training images (stratified), n = 1"
+    assert f"recipe.optimizer.lr=0.03: {score}; python" in output
     if sweeper == "optuna":
         best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
         assert best.best_value == pytest.approx(summary["top1"])
