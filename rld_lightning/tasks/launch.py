@@ -1,9 +1,14 @@
 """A run with several processes: one that reads the command line and watches, and the ranks that train.
 
-Not Lightning's own launcher, where the process that the user started is rank 0 and starts the others with the original
-command line: in a sweep every rank would then sweep on its own, and nobody is left to say what happened when rank 0
-dies. Here every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one
-folder. They get the environment that ``torchrun`` gives, so that there is one way to run and two to start.
+Every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one folder.
+They get the environment that ``torchrun`` gives, so that there is one way to run and two to start. Why neither of the
+launchers at hand:
+
+- Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in a
+  sweep every rank would sweep on its own, and nobody is left to say what happened when rank 0 dies.
+- torch's (``torch.distributed.elastic``) ends the others by SIGTERM, which Lightning answers with a broadcast to
+  processes that are gone, and waits 30 s before it kills them; it leaves the data loaders of a killed rank running; and
+  it orders failures by whole seconds, and so names a rank that lost its connection instead of the one that was killed.
 """
 
 import importlib
@@ -16,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,22 +31,21 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.console import print_line
+import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
+from rld_lightning.console import print_line, quiet_lightning
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError
 
-JOB = "rld-lightning"  # what TORCHELASTIC_RUN_ID says in the processes that are started here
+JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that are started here
 POLL = 0.1  # seconds between two looks at the processes
 GRACE = 10.0  # seconds that processes have to end by themselves after Ctrl-C
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank says before it ends; ``traceback`` is None where the message is the whole story."""
+    """The exception that ended a rank, written by itself; ``traceback`` is None for a :class:`UserError`."""
 
     message: str
     traceback: str | None
@@ -60,6 +64,10 @@ def processes_to_start(trainer: DictConfig) -> int:
     """
     if trainer.devices == 1 and trainer.get("num_nodes", 1) == 1 and started_by() is None:
         return 1
+    # Here, so that ranks end quietly on a Ctrl-C while they import it.
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
     # Its device count alone is of interest: no precision, which may have to ask, and so occupy, a GPU.
     probe: Trainer = instantiate(
         trainer, precision=None, logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -96,38 +104,38 @@ def is_trial() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def run_in_processes(count: int, task: str, cfg: DictConfig, *, way_on: str | None = None) -> None:
+def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None) -> None:
     """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
 
     Args:
         count: number of processes on this machine.
         task: a function that takes the configuration, as ``package.module:function``.
         cfg: the configuration; ``paths.run`` is the folder that all of them share.
-        way_on: what continues an interrupted run when it is added to the command; by default what the command's kind
-            of run takes, a sweep or a single one.
+        resume_hint: what continues an interrupted run when it is added to the command; by default that of a sweep in a
+            trial, and else the last checkpoint in ``paths.run``.
 
     Raises:
         UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
-        SystemExit: the run was interrupted; its processes had :data:`GRACE` seconds to leave their results.
+        SystemExit: the run was interrupted, by Ctrl-C (130) or SIGTERM (143); its processes had :data:`GRACE` seconds
+            to leave their results.
     """
-    find_way_on = (lambda: way_on) if way_on else _way_on(Path(cfg.paths.run).absolute() / "last.ckpt")
+    run = Path(cfg.paths.run).absolute()
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
-        command = (sys.executable, "-m", "rld_lightning.tasks.launch", task, str(folder))
+        command = (sys.executable, "-m", "rld_lightning.tasks.launch", task, str(folder), str(os.getpid()))
         with sigterm_ends(), _started(command, count) as processes:
             try:
-                failed = _wait(processes)
-            except (KeyboardInterrupt, SystemExit):
+                codes = _wait(processes)
+            except (KeyboardInterrupt, SystemExit) as stop:
                 _interrupt(processes)
-                if hint := find_way_on():
+                if hint := resume_hint or _resume_hint(run):
                     print_line("stopped", f"continue with the same command and {hint}")
-                sys.exit(130)
-            if failed:
-                time.sleep(5 * POLL)
-                said = {rank: told for rank in range(count) if (told := _read_failure(folder, rank)) is not None}
-        if failed:
-            raise UserError(_explain({rank: processes[rank].returncode for rank in failed}, said, count, find_way_on()))
+                sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
+            if codes:
+                time.sleep(5 * POLL)  # the rank that failed first may be the last to end
+        if codes:
+            raise UserError(_explain(codes, _read_failures(folder, count), count, resume_hint or _resume_hint(run)))
 
 
 @contextmanager
@@ -145,7 +153,7 @@ def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Pop
     try:
         for rank in range(count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of its own: Ctrl-C in a terminal is ours to pass on, and its data loaders can be ended with it.
+            # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
             processes.append(
                 subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             )
@@ -153,23 +161,22 @@ def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Pop
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
             process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> list[int]:
-    """Waits until all have ended well, then returns nothing, or some have not, then those."""
+def _wait(processes: Sequence[subprocess.Popen]) -> dict[int, int]:
+    """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
     while True:
         codes = [process.poll() for process in processes]
-        if failed := [rank for rank, code in enumerate(codes) if code]:
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed or None not in codes:
             return failed
-        if all(code == 0 for code in codes):
-            return []
         time.sleep(POLL)
 
 
 def _interrupt(processes: Sequence[subprocess.Popen]) -> None:
-    """Passes Ctrl-C on, so that loggers can finish, and waits a little."""
+    """Passes Ctrl-C on, so that loggers can finish, and waits at most :data:`GRACE` seconds for the end."""
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -191,47 +198,56 @@ def sigterm_ends() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _way_on(last: Path) -> Callable[[], str | None]:
-    """What to add to the command to continue, asked when it is needed: the checkpoint may not be there yet."""
+def _resume_hint(run: Path) -> str | None:
+    """Returns what continues the command's kind of run, a sweep or a single one; None without a checkpoint."""
     if is_trial():
-        folder = HydraConfig.get().sweep.dir  # trials go on by themselves
-        return lambda: f"hydra.sweep.dir={folder}"
-    return lambda: f"resume={last}" if last.exists() else None
+        return f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"  # its trials go on by themselves
+    last = run / "last.ckpt"
+    return f"resume={last}" if last.exists() else None
 
 
-def _explain(failed: Mapping[int, int], said: Mapping[int, Failure], count: int, hint: str | None) -> str:
-    """One sentence about what ended the run; the traceback of an exception goes to stderr."""
-    killed = [rank for rank, code in failed.items() if code < 0]
-    # The others may fail because of the first, and even end before it.
-    rank = (killed or sorted(said, key=lambda rank: said[rank].time) or list(failed))[0]
-    told = None if killed else said.get(rank)
-    if told is not None and told.traceback is None:
-        return told.message
-    if told is not None:
-        sys.stderr.write(told.traceback)
-        how = f"failed with {told.message}"
-    elif killed:
-        how = f"was killed by {signal.Signals(-failed[rank]).name}"
+def _read_failures(folder: Path, count: int) -> dict[int, Failure]:
+    """Reads what the ranks have written before they ended, by rank."""
+    failures = {}
+    for rank in range(count):
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # it wrote nothing, or was killed while it did
+            failures[rank] = Failure(**json.loads((folder / f"failure_{rank}.json").read_text()))
+    return failures
+
+
+def _explain(codes: Mapping[int, int], failures: Mapping[int, Failure], count: int, resume_hint: str | None) -> str:
+    """Makes one sentence of what ended the run; the traceback of an exception goes to stderr."""
+    # Others may fail because of the first one, and even end before it. A rank that was killed has written nothing;
+    # one that has failed may abort on its way out.
+    killed = [rank for rank, code in codes.items() if code < 0 and rank not in failures]
+    rank, *_ = [*killed, *sorted(failures, key=lambda rank: failures[rank].time), *codes]
+    failure = failures.get(rank)
+    if failure is not None and failure.traceback is None:
+        return failure.message
+    if failure is not None:
+        sys.stderr.write(failure.traceback)
+        end = f"failed with {failure.message}"
+    elif codes[rank] < 0:
+        end = f"was killed by {signal.Signals(-codes[rank]).name}"
     else:
-        how = f"ended with exit status {failed[rank]}"
-    way_on = f"Continue with the same command and {hint}" if hint else "There is no checkpoint yet to continue from"
+        end = f"ended with exit status {codes[rank]}"
+    advice = "There is no checkpoint yet to continue from"
+    if resume_hint:
+        advice = f"Continue with the same command and {resume_hint}"
     if count == 1:
-        return f"the process of this run {how}. {way_on}."
-    return f"rank {rank} of {count} {how}, and the others were ended with it: nothing is left running. {way_on}."
+        return f"the process of this run {end}. {advice}."
+    return f"rank {rank} of {count} {end}, and the others were ended with it: nothing is left running. {advice}."
 
 
 def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with its interpolations, which a run still uses, but for those that only Hydra can answer."""
-
-    def settle(raw: dict[str, Any], node: DictConfig) -> dict[str, Any]:
-        for key, value in raw.items():
-            if isinstance(value, dict):
-                settle(value, node[key])
-            elif isinstance(value, str) and "${hydra:" in value:
-                raw[key] = node[key]
-        return raw
-
-    return settle(OmegaConf.to_container(cfg, resolve=False), cfg)
+    values = OmegaConf.to_container(cfg, resolve=False)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            values[key] = _without_hydra(cfg[key])
+        elif isinstance(value, str) and "${hydra:" in value:
+            values[key] = cfg[key]
+    return values
 
 
 def _free_port() -> int:
@@ -240,39 +256,27 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _read_failure(folder: Path, rank: int) -> Failure | None:
-    try:
-        return Failure(**json.loads((folder / f"failure_{rank}.json").read_text()))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def _rank(task: str, folder: Path) -> int:
-    """Does the work of one process; its exit status."""
-    from rld_lightning.console import quiet_lightning
-
-    _end_with_parent()
+def _rank(task: str, folder: Path, parent: int) -> int:
+    """Does the work of one process and returns its exit status."""
+    _end_with(parent)
     quiet_lightning()
     try:
         module, function = task.split(":")
         getattr(importlib.import_module(module), function)(OmegaConf.load(folder / "config.yaml"))
     except KeyboardInterrupt:
         return 130
+    except UserError as error:
+        failure = Failure(str(error), None, time.time())
     except Exception as error:
-        said = isinstance(error, UserError)
-        failure = Failure(
-            message=str(error) if said else f"{type(error).__name__}: {error}",
-            traceback=None if said else traceback.format_exc(),
-            time=time.time(),
-        )
-        (folder / f"failure_{os.environ['RANK']}.json").write_text(json.dumps(asdict(failure)))
-        return 1
-    return 0
+        failure = Failure(f"{type(error).__name__}: {error}", traceback.format_exc(), time.time())
+    else:
+        return 0
+    (folder / f"failure_{os.environ['RANK']}.json").write_text(json.dumps(asdict(failure)))
+    return 1
 
 
-def _end_with_parent() -> None:
-    """Ends this process, and its data loaders, soon after the one that watches over it was killed."""
-    parent = os.getppid()
+def _end_with(parent: int) -> None:
+    """Ends this process and its data loaders within a second when its parent is gone, killed for example."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -283,4 +287,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_rank(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(_rank(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))

@@ -50,7 +50,7 @@ def _run(cfg: DictConfig, run: Path, way_on: str | None) -> Summary:
             processes = processes_to_start(cfg.trainer)
         if started_by() is not None:  # one of the processes that SLURM has started for this trial
             return fit(cfg)
-        run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg, way_on=way_on)
+        run_in_processes(processes, "rld_lightning.tasks.fit:fit", cfg, resume_hint=way_on)
         return read_summary(run)
     except UserError as error:
         (run / ERROR).write_text(f"{error}\n")

@@ -104,8 +104,8 @@ class Witness(Callback):
 
     def on_train_start(self, trainer, module):
         folder = Path(trainer.default_root_dir)
-        told = {"lr": trainer.optimizers[0].param_groups[0]["lr"], "group": os.environ["MASTER_PORT"]}
-        (folder / f"rank_{trainer.global_rank}.json").write_text(json.dumps(told))
+        seen = {"lr": trainer.optimizers[0].param_groups[0]["lr"], "group": os.environ["MASTER_PORT"]}
+        (folder / f"rank_{trainer.global_rank}.json").write_text(json.dumps(seen))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         # After a step, and so after both have written.

@@ -28,7 +28,7 @@ JOB = (
 
 
 def environment():
-    return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]), "OMP_NUM_THREADS": "1"}
 
 
 def fit(*options, folder, check=True):
@@ -46,6 +46,17 @@ def alive(process):
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def children(process):
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def all_ended(processes):
+    until = time.monotonic() + 20
+    while any(map(alive, processes)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return not any(map(alive, processes))
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     """What each rank of 1, 2 and 3 processes saw."""
@@ -60,8 +71,8 @@ def jobs(tmp_path_factory):
     return seen
 
 
-def largest_difference(ours, theirs):
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+def largest_difference(first, second):
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -74,8 +85,8 @@ def test_processes_train_as_one_with_the_same_global_batch(jobs, world):
         print(f"{world} processes, weights after 20 steps: {difference:.1e} apart, {moved:.1e} from the start")
         assert difference < 2e-6
         assert difference < 1e-4 * moved
-        for ours, theirs in zip(rank["gradients"], alone["gradients"], strict=True):  # of the first and the last step
-            assert largest_difference(ours, theirs) < 1e-5 * max(float(value.abs().max()) for value in theirs.values())
+        for several, one in zip(rank["gradients"], alone["gradients"], strict=True):  # of the first and the last step
+            assert largest_difference(several, one) < 1e-5 * max(float(value.abs().max()) for value in one.values())
     assert all(largest_difference(rank["weights"], ranks[0]["weights"]) == 0 for rank in ranks)
 
 
@@ -139,8 +150,8 @@ def test_two_nodes_under_torchrun_leave_one_folder_and_the_result_of_one_command
     assert [agent.wait(400) for agent in agents] == [0, 0]
     (summary,) = (tmp_path / "nodes").rglob("summary.json")
     assert len(list((tmp_path / "nodes").rglob(".hydra"))) == 1
-    told, here = (json.loads(path.read_text()) for path in (summary, tmp_path / "here" / "summary.json"))
-    assert {**told, "run": None, "images_per_s": None} == {**here, "run": None, "images_per_s": None}
+    there, here = (json.loads(path.read_text()) for path in (summary, tmp_path / "here" / "summary.json"))
+    assert {**there, "run": None, "images_per_s": None} == {**here, "run": None, "images_per_s": None}
     first, second = (load_file(folder / "student.safetensors") for folder in (summary.parent, tmp_path / "here"))
     assert largest_difference(first, second) == 0
     metrics = pd.read_csv(summary.parent / "metrics.csv")
@@ -162,10 +173,10 @@ def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_faile
     trials = {lr: tmp_path / "sweep" / f"recipe.optimizer.lr={lr}" for lr in (0.02, 0.03)}
     groups = []
     for lr, trial in trials.items():
-        told = [json.loads((trial / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-        assert told[0] == told[1]
-        assert told[0]["lr"] == lr
-        groups.append(told[0]["group"])
+        witnesses = [json.loads((trial / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+        assert witnesses[0] == witnesses[1]
+        assert witnesses[0]["lr"] == lr
+        groups.append(witnesses[0]["group"])
     assert groups[0] != groups[1]
     why = "rank 1 of 2 failed with RuntimeError: the second rank fails"
     assert f"error: {why}" in output
@@ -173,7 +184,8 @@ def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_faile
     assert not (trials[0.02] / "summary.json").exists()
     summary = json.loads((trials[0.03] / "summary.json").read_text())
     assert summary["run"] == str(trials[0.03])
-    assert f"recipe.optimizer.lr=0.03: {summary['top1']:.2f} % on 144 held-out training images, n = 1; python" in output
+    score = f"{summary['top1']:.2f} % on 144 held-out training images (stratified), n = 1"
+    assert f"recipe.optimizer.lr=0.03: {score}; python" in output
     if sweeper == "optuna":
         best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
         assert best.best_value == pytest.approx(summary["top1"])
@@ -197,8 +209,7 @@ def test_no_process_is_left(tmp_path, event):
     while not (run / "last.ckpt").exists():
         assert process.poll() is None
         time.sleep(0.2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [int(child) for child in children]
+    ranks = children(process)
     assert len(ranks) == 2
     assert all(map(alive, ranks))
     if event.startswith("rank"):
@@ -208,13 +219,87 @@ def test_no_process_is_left(tmp_path, event):
         process.send_signal(names.get(event, signal.SIGKILL))
     output, _ = process.communicate(timeout=60)  # which waits for all that hold its end of the pipe
     print(output)
-    until = time.monotonic() + 20
-    while any(map(alive, ranks)) and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not any(map(alive, ranks))
+    assert all_ended(ranks)
     assert "Traceback" not in output
     if event.startswith("rank"):
         assert f"error: {event[:6]} of 2 was killed by SIGKILL, and the others were ended with it" in output
         assert process.returncode == 2
+    else:
+        assert process.returncode == {"Ctrl-C": 130, "SIGTERM": 143}.get(event, -signal.SIGKILL)
     if event != "the first process is killed":
         assert f"resume={run / 'last.ckpt'}" in output
+
+
+class Watched:
+    """Two ranks of ``waiting_job:wait``, each with a worker, and the process that watches over them."""
+
+    def __init__(self, folder, event="none"):
+        self.folder = folder
+        command = [sys.executable, "-m", "waiting_job", str(folder), event]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+
+    def wait_until_all_run(self):
+        """Returns the process ids of the ranks and of their workers."""
+        files = [self.folder / f"processes_{rank}.json" for rank in (0, 1)]
+        while not all(file.exists() for file in files):
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.1)
+        return [json.loads(file.read_text()) for file in files]
+
+    def end(self):
+        """Returns the exit code, what stands on stdout, and what on stderr."""
+        stdout, stderr = self.process.communicate(timeout=60)  # which waits for all that hold its end of the pipes
+        print(stdout, stderr)
+        return self.process.returncode, stdout, stderr
+
+
+CONTINUE = "Continue with the same command and resume={run}/last.ckpt."
+ENDED = "and the others were ended with it: nothing is left running."
+
+
+@pytest.mark.parametrize(
+    ("event", "message", "tracebacks"),
+    [
+        ("RuntimeError", f"rank 1 of 2 failed with RuntimeError: the second rank fails, {ENDED} {CONTINUE}", 1),
+        ("UserError", "the second rank cannot read its data", 0),
+        ("SIGKILL", f"rank 1 of 2 was killed by SIGKILL, {ENDED} {CONTINUE}", 0),
+    ],
+)
+def test_one_sentence_says_what_ended_a_rank_and_its_workers_end_too(tmp_path, event, message, tracebacks):
+    (tmp_path / "last.ckpt").touch()
+    watched = Watched(tmp_path, event)
+    ranks = watched.wait_until_all_run()
+    code, stdout, stderr = watched.end()
+    assert code == 2
+    assert stdout == f"error: {message.format(run=tmp_path)}\n"
+    assert stderr.count("Traceback") == tracebacks
+    assert bool(stderr) == bool(tracebacks)  # and nothing else
+    assert all_ended([process for rank in ranks for process in rank])
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_ranks_leave_their_results(tmp_path, stop, code):
+    (tmp_path / "last.ckpt").touch()
+    watched = Watched(tmp_path)
+    ranks = watched.wait_until_all_run()
+    watched.process.send_signal(stop)
+    assert watched.end() == (code, f" stopped  continue with the same command and resume={tmp_path}/last.ckpt\n", "")
+    assert [(tmp_path / f"result_{rank}").exists() for rank in (0, 1)] == [True, True]
+    assert all_ended([process for rank in ranks for process in rank])
+
+
+@pytest.mark.parametrize("when", ["while ranks start", "while ranks work"])
+def test_ranks_and_their_workers_end_soon_after_the_process_that_watches_was_killed(tmp_path, when):
+    watched = Watched(tmp_path)
+    if when == "while ranks work":
+        processes = [process for rank in watched.wait_until_all_run() for process in rank]
+    else:
+        while len(processes := children(watched.process)) < 2:
+            assert watched.process.poll() is None
+            time.sleep(0.01)
+    watched.process.kill()
+    assert watched.end() == (-signal.SIGKILL, "", "")
+    assert all_ended(processes)
+    assert not list(tmp_path.glob("result_*"))

@@ -103,9 +103,9 @@ def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkey
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, stdout=subprocess.PIPE, text=True, **k))
         with launch._started((sys.executable, "-c", script), 2) as processes:
-            said = [process.communicate(timeout=100)[0].split() for process in processes]
-    assert len({name for names in said for name in names}) == 1
-    assert [len(names) for names in said] == [2, 2]
+            printed = [process.communicate(timeout=100)[0].split() for process in processes]
+    assert len({name for names in printed for name in names}) == 1
+    assert [len(names) for names in printed] == [2, 2]
     srun(monkeypatch)
     assert unique_name() == "slurm-71.0.0"
 
@@ -120,7 +120,7 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
     with launch._started((sys.executable, "-c", script), 2) as processes:
         while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
             time.sleep(0.01)
-        assert launch._wait(processes) == [1]
+        assert launch._wait(processes) == {1: 3}
         assert processes[0].poll() is None
     assert [process.returncode for process in processes] == [-9, 3]
     worker = int((tmp_path / "worker").read_text())
@@ -134,31 +134,76 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
 
 def test_all_well_is_the_end_of_the_wait():
     with launch._started((sys.executable, "-c", "pass"), 2) as processes:
-        assert launch._wait(processes) == []
+        assert launch._wait(processes) == {}
+
+
+def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    script = (
+        "import os, signal, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        f"leave = lambda *_: (open('{tmp_path}/result', 'w').close(), sys.exit(0))\n"
+        "signal.signal(signal.SIGINT, leave if rank == '0' else signal.SIG_IGN)\n"
+        f"open('{tmp_path}/ready_' + rank, 'w').close()\n"
+        "time.sleep(100)\n"
+    )
+    with launch._started((sys.executable, "-c", script), 2) as processes:
+        while len(list(tmp_path.glob("ready_*"))) < 2:
+            time.sleep(0.01)
+        start = time.monotonic()
+        launch._interrupt(processes)
+        assert 1 <= time.monotonic() - start < 5
+    assert (tmp_path / "result").exists()
+    assert [process.returncode for process in processes] == [0, -9]
 
 
 @pytest.mark.parametrize(
-    ("failed", "said", "sentence"),
+    ("codes", "failures", "sentence", "traceback"),
     [
-        ({1: -9}, {0: Failure("connection closed", "trace", 1)}, r"rank 1 of 2 was killed by SIGKILL, and the others"),
-        ({0: 1, 1: 1}, {0: Failure("late", "", 2), 1: Failure("Early: x", "", 1)}, "rank 1 of 2 failed with Early: x"),
-        ({0: 1, 1: 1}, {0: Failure("data.root is wrong", None, 1)}, r"^data\.root is wrong$"),
-        ({0: 7}, {}, "rank 0 of 2 ended with exit status 7"),
+        (
+            {1: -9},
+            {0: Failure("connection closed", "trace", 1)},
+            "rank 1 of 2 was killed by SIGKILL, and the others",
+            "",
+        ),
+        (
+            {1: -6},
+            {1: Failure("Early: x", "early", 1)},
+            "rank 1 of 2 failed with Early: x",
+            "early",
+        ),  # and then aborted
+        (
+            {0: 1, 1: 1},
+            {0: Failure("Late: y", "late", 1.02), 1: Failure("Early: x", "early", 1.01)},
+            "rank 1 of 2 failed with Early: x",
+            "early",
+        ),
+        ({0: 1}, {0: Failure("Late: y", "late", 2), 1: Failure("Early: x", "early", 1)}, "rank 1 of 2 failed", "early"),
+        ({0: 1, 1: 1}, {0: Failure("data.root is wrong", None, 1)}, r"^data\.root is wrong$", ""),
+        ({0: 7}, {}, "rank 0 of 2 ended with exit status 7", ""),
     ],
 )
-def test_one_sentence_says_what_happened(tmp_path, failed, said, sentence):
-    way_on = launch._way_on(tmp_path / "last.ckpt")
-    told = launch._explain(failed, said, 2, way_on())
-    assert re.search(sentence, told)
-    if "rank" in told:
-        assert "There is no checkpoint yet" in told
-        (tmp_path / "last.ckpt").touch()
-        assert f"resume={tmp_path / 'last.ckpt'}" in launch._explain(failed, said, 2, way_on())
+def test_one_sentence_says_what_happened(capsys, codes, failures, sentence, traceback):
+    message = launch._explain(codes, failures, 2, None)
+    assert re.search(sentence, message)
+    assert capsys.readouterr().err == traceback
+    if "rank" in message:
+        assert "There is no checkpoint yet" in message
+        assert "Continue with the same command and resume=a" in launch._explain(codes, failures, 2, "resume=a")
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monkeypatch, tmp_path):
+    assert launch._resume_hint(tmp_path) is None
+    (tmp_path / "last.ckpt").touch()
+    assert launch._resume_hint(tmp_path) == f"resume={tmp_path / 'last.ckpt'}"
+    monkeypatch.setattr(launch, "is_trial", lambda: True)
+    monkeypatch.setattr(launch.HydraConfig, "get", lambda: SimpleNamespace(sweep=SimpleNamespace(dir="runs/sweeps/a")))
+    assert launch._resume_hint(tmp_path) == "hydra.sweep.dir=runs/sweeps/a"
 
 
 def test_a_single_process_is_not_a_rank():
-    told = launch._explain({0: -9}, {}, 1, "hydra.sweep.dir=runs/sweeps/a")
-    assert told == "the process of this run was killed by SIGKILL. Continue with the same command and " + (
+    message = launch._explain({0: -9}, {}, 1, "hydra.sweep.dir=runs/sweeps/a")
+    assert message == "the process of this run was killed by SIGKILL. Continue with the same command and " + (
         "hydra.sweep.dir=runs/sweeps/a."
     )
 
@@ -171,6 +216,15 @@ def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydr
     assert launch._without_hydra(cfg) == {
         "paths": {"run": "<runtime.output_dir>"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None,
     }  # fmt: skip
+
+
+def test_a_rank_can_read_what_the_configuration_calls_and_does_not_import_lightning_before_its_task():
+    script = (
+        "import sys; from omegaconf import OmegaConf; import rld_lightning.tasks.launch\n"
+        "print(OmegaConf.create({'devices': '${devices_per_node:3}'}).devices, 'lightning' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "3 False\n"
 
 
 def test_only_our_own_ranks_are_started_here(monkeypatch):
@@ -189,7 +243,7 @@ def configuration(**values):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({}, None),
         ({"logger": {"x": 2}}, None),
@@ -199,17 +253,17 @@ def configuration(**values):
         ({"extra": 1, "a": 1, "b": 1, "c": 1}, r"a=1 where process 0 has None, b=.*, c=.* \.\.\."),
     ],
 )
-def test_ranks_compare_what_they_train_and_not_where_their_data_lies(monkeypatch, other, told):
-    mine, theirs = SameConfiguration(configuration()), SameConfiguration(configuration(**other))
-    answer = {mine.digest: theirs.digest}
+def test_ranks_compare_what_they_train_and_not_where_their_data_lies(monkeypatch, other, message):
+    mine, second = SameConfiguration(configuration()), SameConfiguration(configuration(**other))
+    answer = {mine.digest: second.digest}
     monkeypatch.setattr(
-        same_configuration, "_gather", lambda value: [value, answer[value] if value is mine.digest else theirs.values]
+        same_configuration, "_gather", lambda value: [value, answer[value] if value is mine.digest else second.values]
     )
     trainer = SimpleNamespace(world_size=2)
-    if told is None:
+    if message is None:
         mine.setup(trainer, None, "fit")
         return
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         mine.setup(trainer, None, "fit")
     mine.setup(trainer, None, "validate")
     mine.setup(SimpleNamespace(world_size=1), None, "fit")

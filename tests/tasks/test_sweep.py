@@ -367,7 +367,7 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     (folder / "last.ckpt").touch()
     resumed = []
 
-    def fails(_processes, _task, cfg, way_on):
+    def fails(_processes, _task, cfg, resume_hint):
         resumed.append(cfg.resume)
         raise UserError("out of memory.")
 
@@ -375,7 +375,7 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     with pytest.raises(UserError, match="out of memory"):
         run_trial(cfg)
     assert (folder / "error.txt").read_text() == "out of memory.\n"
-    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg, way_on: finish(cfg, 70.0))
+    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg, resume_hint: finish(cfg, 70.0))
     assert run_trial(cfg).top1 == 70.0
     assert not (folder / "error.txt").exists()
     assert resumed == [str(folder / "last.ckpt")]
