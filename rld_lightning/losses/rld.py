@@ -52,8 +52,9 @@ def rld_loss(
         alpha: weight of SCD.
         beta: weight of MCD.
         temperature: softmax temperature of MCD.
-        confidence_temperature: softmax temperature of SCD; ``None`` takes ``temperature``, as in the paper's
-            recommended setting ("same T"). The published code's default is 1.
+        confidence_temperature: softmax temperature of SCD; ``None`` takes ``temperature``, as the one example in the
+            public code's README does (``--same-t``). Without that flag it is 1 there; which of the two the paper's
+            tables used is not said.
         mask: ``"ge"`` removes every class whose teacher logit is >= the true class's, the true class included (the
             paper's choice, M_ge); ``"g"`` removes only those strictly above it (its ablation, M_g).
         others: see :mod:`rld_lightning.losses`.
@@ -81,8 +82,9 @@ def dropped_classes(teacher: Tensor, label: Tensor, mask: Mask) -> Tensor:
 class RLDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * SCD + beta * MCD)``; see :func:`rld_loss`.
 
-    Defaults are those of CIFAR-100 in the paper's code, but for the confidence temperature, which equals the
-    temperature. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to MobileNetV1),
+    Defaults are those of CIFAR-100 in the public code, but for the confidence temperature, which equals the
+    temperature. The weights that the paper used for each pair are not published; by its figure 7 the best ones vary
+    much between pairs. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to MobileNetV1),
     ``temperature=1``, ``warmup_epochs=1``.
     """
 
