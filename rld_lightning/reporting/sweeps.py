@@ -1,12 +1,12 @@
 """Sweeps as tables and heat maps: what each setting came to on the images held out for tuning."""
 
-import math
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from rld_lightning.reporting.frame import pool_seeds, runs_frame
 from rld_lightning.reporting.labels import differing, short_key, short_value
 from rld_lightning.reporting.tables import TEST_SPLIT, trained_with
-from rld_lightning.runs.finished import Run
+from rld_lightning.runs.files import SWEEP, TEACHER
+from rld_lightning.runs.finished import Run, find_runs
 
 if TYPE_CHECKING:
     import optuna
@@ -24,6 +26,32 @@ if TYPE_CHECKING:
 # The axes of heat maps, where these are swept: across, down, and one map each.
 _FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
 MAX_GRID = 20  # values of a key, beyond which trials are points and not cells
+
+
+def sweep_settings(folder: Path, swept: Collection[str]) -> pd.DataFrame:
+    """The settings that a sweep has tried to the end, the best first.
+
+    Args:
+        folder: the sweep's.
+        swept: the keys that it sweeps; ``seed`` makes repetitions of a setting.
+
+    Returns:
+        as :func:`~rld_lightning.reporting.frame.pool_seeds` by ``overrides``: those of ``swept`` but the seed's, as
+        written, in the order of ``swept``; empty if no trial has finished.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    runs, chosen = [], []
+    for run in find_runs([folder]):
+        overrides = parser.parse_overrides(run.overrides)
+        lines = {override.get_key_element().lstrip("+~"): override.input_line for override in overrides}
+        above = [path for path in (run.folder, *run.folder.parents) if folder in path.parents]
+        within = any((path / SWEEP).exists() for path in above)  # another sweep
+        if not within and run.folder != folder / TEACHER and set(swept) <= set(lines) and isfinite(run.summary.top1):
+            runs.append(run)
+            chosen.append(tuple(lines[key] for key in swept if key != "seed"))
+    return pool_seeds(runs_frame(runs).assign(overrides=chosen), ["overrides"]) if runs else pd.DataFrame()
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,7 @@ def split_sweeps(runs: Sequence[Run]) -> tuple[list[FinishedSweep], list[Run]]:
     """
     groups: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
-        if math.isfinite(run.summary.top1) and (folder := _sweep_folder(run)):
+        if isfinite(run.summary.top1) and (folder := _sweep_folder(run)):
             groups[(folder, run.summary.dataset, run.summary.validated_on, run.pair, run.method)].append(run)
     sweeps = [FinishedSweep(key[0], tuple(group)) for key, group in groups.items()]
     sweeps = [sweep for sweep in sweeps if sweep.keys]

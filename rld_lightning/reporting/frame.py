@@ -1,0 +1,126 @@
+"""Finished runs as one table, a line each, of which results, sweeps, CSV files and figures are groups."""
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from rld_lightning.runs.files import SUMMARY
+from rld_lightning.runs.finished import Run
+
+LAST, BEST = "top1_last", "top1_best"
+# The columns that people who compute on get.
+FACTS = (
+    *("dataset", "split", "pair", "method", "seed", "epochs", LAST, BEST, "top5_last", "ce_last"),
+    *("teacher", "teacher_top1", "agreement", "parameters", "macs", "folder", "overrides"),
+)
+# What a configuration says beside what trains the student.
+_NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
+WITHOUT_TEACHER = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
+
+
+def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """Finished runs as a table, one line a run, in their order.
+
+    Beside :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing where cross-entropy alone has
+    trained) it has the columns ``student``, ``network`` (the one that came out; SimKD's ends in the teacher's
+    classifier), ``pair_teacher`` (the teacher of the pair, looked at or not), ``on_test``, ``settings`` (those that
+    have an effect, as a mapping), ``setting`` (the same as one text), ``finished`` (when) and ``run``.
+    """
+    lines = []
+    for run, settings in zip(runs, trained_with(runs), strict=True):
+        summary = run.summary
+        lines.append(
+            {
+                "dataset": summary.dataset, "split": summary.validated_on, "pair": run.pair, "method": run.method,
+                "seed": summary.seed, "epochs": summary.epochs, LAST: summary.top1, BEST: summary.top1_best,
+                "top5_last": summary.top5, "ce_last": summary.ce, "teacher": summary.teacher,
+                "teacher_top1": summary.teacher_top1, "agreement": summary.agreement,
+                "parameters": summary.parameters, "macs": summary.macs, "folder": str(run.folder),
+                "overrides": " ".join(run.overrides), "student": run.config["model"]["student"]["name"],
+                "network": summary.model, "pair_teacher": (run.config["model"].get("teacher") or {}).get("name"),
+                "on_test": summary.split == "test", "settings": settings, "setting": as_text(settings),
+                "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def as_text(settings: Mapping[str, str], left_out: Iterable[str] = ()) -> str:
+    """Settings, but for some rooms of theirs, as a text that is equal where they are."""
+    return "\n".join(f"{key}={value}" for key, value in sorted(_without(settings, left_out).items()))
+
+
+def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Finished runs with repetitions over seeds put together, the best first.
+
+    Args:
+        runs: of :func:`runs_frame`.
+        keys: the columns that tell settings apart.
+
+    Returns:
+        one line a setting: the keys, ``mean`` and ``std`` (n - 1; missing of a single run) of the last epoch's top-1
+        and ``best``, the mean of the best epochs', in percent; ``n``, ``epochs`` (the most) and ``run``, one of them.
+    """
+    groups = runs.groupby(list(keys), sort=False, dropna=False)
+    pooled = groups.agg(
+        mean=(LAST, "mean"), std=(LAST, "std"), best=(BEST, "mean"), n=(LAST, "size"),
+        epochs=("epochs", "max"), run=("run", "first"),
+    )  # fmt: skip
+    return pooled.reset_index().sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> Path:
+    """Writes a table for programs to read; no spreadsheet takes a text of it for a formula or a new line."""
+    table.map(_plain_cell).to_csv(path, index=False)
+    return path
+
+
+def _plain_cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")
+    number = re.fullmatch(r"-|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not number else text
+
+
+def trained_with(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The settings of each run that have an effect on what it trains, but the seed.
+
+    A setting that a run's peers do not know, because another version of this package wrote them, tells nothing apart;
+    unless it was asked for on the command line.
+    """
+    own = [_without(run.settings, _NO_EFFECT if run.summary.teacher else WITHOUT_TEACHER) for run in runs]
+    peers = [{key: _peers(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)]
+    size = Counter(group for groups in peers for group in set(groups.values()))
+    knowing = Counter((key, group) for groups in peers for key, group in groups.items())
+    asked_for = [{override.lstrip("+~").split("=")[0] for override in run.overrides} for run in runs]
+    return [
+        {
+            key: value
+            for key, value in settings.items()
+            if key in asked or knowing[key, groups[key]] == size[groups[key]]
+        }
+        for settings, groups, asked in zip(own, peers, asked_for, strict=True)
+    ]
+
+
+def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
+    """The runs that should know a key: of the same loss, with a teacher, with the same class, or on the data set."""
+    if key.startswith("loss."):
+        return run.summary.dataset, run.method
+    if key.startswith("model.teacher."):
+        return run.summary.dataset, "teacher"
+    rooms = key.split(".")[:-1]
+    for end in range(len(rooms), 0, -1):  # the milestones of one scheduler are nothing that another one has
+        target = ".".join((*rooms[:end], "_target_"))
+        if target in settings and target != key:
+            return run.summary.dataset, target, settings[target]
+    return run.summary.dataset, ""
+
+
+def _without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    starts = tuple(f"{name}." for name in names)
+    return {key: value for key, value in settings.items() if not f"{key}.".startswith(starts)}
