@@ -1,0 +1,101 @@
+"""Data and losses of a run, built again from its settings.
+
+The folder may be anybody's, so that its settings are data: of the classes that they name this package's own are built,
+from a list, and nothing that they say is fetched from elsewhere or written to.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rld_lightning.data
+from rld_lightning.data import ImageDataModule, ImageNetDataModule
+from rld_lightning.losses import CombinedLoss, DistillationLoss
+from rld_lightning.losses.registry import list_losses, loss_class
+from rld_lightning.runs.finished import Run
+
+# Where data come from and what is written of them is not for a folder to say.
+_PLACES = ("download", "url", "cache", "storage_options", "bad_images_file")
+
+
+def build_data(run: Run, root: Path | None = None) -> ImageDataModule:
+    """The data of a run, not loaded yet.
+
+    Args:
+        run: a finished run.
+        root: where the data lie, if not where they lay when the run was trained. Only there are they downloaded.
+
+    Raises:
+        FileNotFoundError: the run's own place has to be unpacked first.
+        ValueError: the settings name another class than this package's, or have values that it does not take.
+    """
+    data = rld_lightning.data
+    classes = [getattr(data, name) for name in data.__all__]
+    own = [cls for cls in classes if issubclass(cls, ImageDataModule) and not inspect.isabstract(cls)]
+    settings = {key: value for key, value in run.config["data"].items() if key not in _PLACES}
+    place = settings.get("root")
+    if root is not None and place is not None:
+        settings["root"] = str(root)
+    elif isinstance(place, str) and ("://" in place or "::" in place):
+        raise ValueError(
+            f"{run.folder} has its data in a store, {place}, which is not asked for a run's folder; give --data."
+        )
+    elif str(settings.get("_target_")).endswith(".CIFAR100DataModule"):
+        settings["download"] = False
+    built = _build(settings, _targets(own, "rld_lightning.data"), run.folder)
+    if root is None and isinstance(built, ImageNetDataModule) and not (built.root / "val").is_dir():
+        raise FileNotFoundError(f"there is no val/ in {built.root}; give the data's folder with --data.")
+    return built
+
+
+def build_loss(run: Run, settings: Mapping[str, Any] | None = None) -> DistillationLoss:
+    """The loss of a run.
+
+    Args:
+        run: a finished run.
+        settings: of the part of it that is wanted; all of it by default.
+
+    Raises:
+        ValueError: the settings name another class than this package's, or have values that it does not take.
+    """
+    own = [*map(loss_class, list_losses()), CombinedLoss]
+    allowed = _targets(own, "rld_lightning.losses") | _targets(own, "rld_lightning.losses.features")
+    return _build(run.config["loss"] if settings is None else settings, allowed, run.folder)
+
+
+def _targets(classes: list[type], package: str) -> dict[str, type]:
+    """Classes by the paths that configurations call them."""
+    return {f"{home}.{cls.__name__}": cls for cls in classes for home in (package, cls.__module__)}
+
+
+def _build(settings: Mapping[str, Any], allowed: Mapping[str, type], folder: Path) -> Any:
+    target = settings.get("_target_")
+    cls = allowed.get(target) if isinstance(target, str) else None
+    if cls is None:
+        raise ValueError(
+            f"{folder} is not read: its settings name {target!r}, which is none of this package's data sets or losses; "
+            "nothing of it was run."
+        )
+    plain = {key: value for key, value in settings.items() if key not in ("_target_", "_convert_")}
+    try:
+        return cls(**_value(plain, allowed, folder))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{folder} does not fit this version: {cls.__name__} cannot be built from it ({error})."
+        ) from error
+
+
+def _value(value: object, allowed: Mapping[str, type], folder: Path) -> Any:
+    """A plain value, or an allowed object in its place."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return _build(value, allowed, folder)
+        if special := [key for key in value if not isinstance(key, str) or key.startswith("_")]:
+            raise ValueError(f"{folder} is not read: its settings have the key {special[0]!r}, which no run writes.")
+        return {key: _value(inner, allowed, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_value(inner, allowed, folder) for inner in value]
+    if (value is not None and not isinstance(value, bool | int | float | str)) or "${" in str(value):
+        raise ValueError(f"{folder} is not read: its settings have {value!r}, which is not a plain value.")
+    return value
