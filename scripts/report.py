@@ -1,11 +1,10 @@
 """Write what finished runs came to as a page: `python scripts/report.py runs/` (HTML, Markdown, CSV; no W&B needed)."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from rld_lightning.console import print_line
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.reporting.report import write_report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -16,6 +15,11 @@ if __name__ == "__main__":
     options = parser.parse_args()
     out = options.out or options.folders[0] / "report"
     with exit_on_user_error():
-        files = write_report(options.folders, out, title=options.title, latency=not options.no_latency)
+        from rld_lightning.console import print_line  # --help waits for none of these
+        from rld_lightning.reporting.report import write_report
+        from rld_lightning.tasks.cost import measure_cost
+
+        cost_of = partial(measure_cost, latency=not options.no_latency)
+        files = write_report(options.folders, out, title=options.title, cost_of=cost_of)
     for path in (files.html, files.markdown, *files.tables):
         print_line("report", str(path))

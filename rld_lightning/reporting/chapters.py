@@ -1,13 +1,15 @@
 """The chapters of a report: what its templates show of each pair, and of each sweep."""
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
+
+import pandas as pd
 
 from rld_lightning.reporting import plots
-from rld_lightning.reporting.cost import Cost, network_cost, this_machine
+from rld_lightning.reporting.cost import CostOf
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.paper import (
     TEACHER,
@@ -18,129 +20,74 @@ from rld_lightning.reporting.paper import (
     published_top1,
     trained_as_published,
 )
-from rld_lightning.reporting.plots import FigureOfPanels
-from rld_lightning.reporting.significance import PairedDifference
-from rld_lightning.reporting.sweeps import FinishedSweep, heat_maps, importances
-from rld_lightning.reporting.tables import BEST, LAST, Comparison, Row, Section, compare
+from rld_lightning.reporting.style import FigureOfPanels
+from rld_lightning.reporting.sweeps import Sweep, heat_maps, importances
+from rld_lightning.reporting.tables import Section, compare, rows_of
+
+# The columns of a results table that people who compute on get; templates see what stands beside them as well.
+RESULTS = (
+    *("role", "method", "epochs", "n", "seeds", "last_mean", "last_std", "best_mean", "best_std"),
+    *("last_over_ce", "last_over_ce_n", "last_over_kd", "last_over_kd_n"),
+    *("published_top1", "published_method", "published_source", "published_second_hand", "published_comparable"),
+)
+_BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few_seeds", "recipe")
 
 
-@dataclass(frozen=True)
-class PublishedCell:
-    """A published number beside ours.
-
-    Args:
-        number: the one that is shown.
-        marks: footnote letters of the sources that print it.
-        others: what other sources print instead, in percent.
-        comparable: whether our row is known to be trained as the published one.
-    """
-
-    number: Published
-    marks: tuple[str, ...]
-    others: tuple[float, ...]
-    comparable: bool
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How far a line is ahead of ``ce`` or ``kd``.
-
-    Args:
-        difference: over the seeds in common.
-        base: the row that it is ahead of, by name; empty if there is no other.
-        seeds: how many are in common, ``n = 2``; empty if all of the line's are.
-    """
-
-    difference: PairedDifference
-    base: str
-    seeds: str
-
-    @property
-    def note(self) -> str:
-        """What to know beside the number."""
-        return ", ".join(part for part in (self.seeds, self.base and f"to {self.base}") if part)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a results table.
-
-    Args:
-        role: ``teacher``, ``student alone`` or empty.
-        name: of the method.
-        epochs: how many.
-        seeds: all of them, as text.
-        n: how many; 0 of a teacher's accuracy that its students' runs have measured.
-        last: mean and standard deviation of the last epoch.
-        best: of the best epoch.
-        over_ce: how far it is ahead of the student alone.
-        over_kd: how far it is ahead of KD.
-        published: what others have measured.
-        row: the runs; None without any.
-    """
-
-    role: str
-    name: str
-    epochs: str
-    seeds: str
-    n: int
-    last: tuple[float, float | None]
-    best: tuple[float, float | None] | None
-    over_ce: Gain | None
-    over_kd: Gain | None
-    published: PublishedCell | None
-    row: Row | None = None
-
-    @property
-    def few_seeds(self) -> str:
-        """The seeds in short, ``0-4``; empty without any."""
-        seeds = self.row.seeds if self.row else []
-        if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-            return f"{seeds[0]}-{seeds[-1]}"
-        return ", ".join(map(str, seeds))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chapter:
-    """All about one pair on one split."""
+    """All about one pair on one split.
+
+    Args:
+        section: what was measured.
+        anchor: its name in links and files.
+        lines: of its table, see :func:`results`.
+        comparisons: :func:`~rld_lightning.reporting.tables.compare`, all of them.
+        figures: the learning curves.
+        published: all published numbers about the pair.
+    """
 
     section: Section
     anchor: str
-    lines: list[Line]
-    comparisons: list[Comparison]
-    untested: int
+    lines: pd.DataFrame
+    comparisons: pd.DataFrame
     figures: list[FigureOfPanels]
     published: list[Published]
 
     @property
+    def tested(self) -> pd.DataFrame:
+        """The comparisons that could be tested."""
+        return self.comparisons.dropna(subset="p_holm")
+
+    @property
+    def untested(self) -> int:
+        """How many could not."""
+        return len(self.comparisons) - len(self.tested)
+
+    @property
     def has_gains(self) -> bool:
         """Whether any line can be compared with cross-entropy or KD."""
-        return any(line.over_ce or line.over_kd for line in self.lines)
+        return bool(self.lines[["last_over_ce_n", "last_over_kd_n"]].notna().any(axis=None))
 
     @property
     def has_published(self) -> bool:
         """Whether any line has a published number beside it."""
-        return any(line.published for line in self.lines)
+        return bool(self.lines["published_top1"].notna().any())
 
     @property
-    def peers(self) -> list[Line]:
+    def peers(self) -> pd.DataFrame:
         """The lines with the most common recipe, and of those the ones with the most seeds that two of them have."""
-        recipes = {
-            id(line): frozenset(line.row.recipe(with_teacher=False).items())
-            for line in self.lines
-            if line.row and line.role != "teacher"
-        }
-        if not recipes:
-            return []
-        common = Counter(recipes.values()).most_common(1)[0][0]
-        lines = [line for line in self.lines if recipes.get(id(line)) == common]
-        seeds = sorted((line.n for line in lines), reverse=True)
-        return [line for line in lines if line.n >= seeds[:2][-1]]
+        lines = self.lines.dropna(subset="recipe")
+        if lines.empty:
+            return lines
+        common = lines.groupby("recipe")["n"].transform("size").idxmax()
+        lines = lines[lines["recipe"] == lines.at[common, "recipe"]]
+        return lines[lines["n"] >= lines["n"].nlargest(2).iloc[-1]]
 
     @property
-    def leader(self) -> Line | None:
-        """Of :attr:`peers` the one with the highest accuracy in the last epoch, if there is something to lead."""
-        return max(self.peers, key=lambda line: line.last[0]) if len(self.peers) > 1 else None
+    def leader(self) -> int | None:
+        """The place of the one of :attr:`peers` with the highest accuracy in the last epoch, if there are several."""
+        peers = self.peers
+        return int(peers["last_mean"].idxmax()) if len(peers) > 1 else None
 
     @property
     def notes(self) -> list[str]:
@@ -148,40 +95,43 @@ class Chapter:
         notes = []
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
-        notes += [
-            f"Sources disagree about {line.published.number.method}: others print "
-            f"{', '.join(f'{value:.2f}' for value in line.published.others)}."
-            for line in self.lines
-            if line.published and line.published.others
+        return notes + [
+            f"Sources disagree about {line.published_method}: others print "
+            f"{', '.join(f'{value:.2f}' for value in line.others)}."
+            for line in self.lines.dropna(subset="published_top1").itertuples()
+            if line.others
         ]
-        return notes
 
     @property
     def finding(self) -> str | None:
         """The table in a sentence."""
-        leader, peers = self.leader, self.peers
-        if leader is None or not self.section.on_test:
+        peers = self.peers
+        if self.leader is None or not self.section.on_test:
             return None
+        leader = self.lines.loc[self.leader]
         text = f"{self.section.title} on {self.section.dataset}: "
-        if len(peers) < sum(line.row is not None and line.role != "teacher" for line in self.lines):
-            text += f"of the {len(peers)} rows with one recipe and n ≥ {min(line.n for line in peers)}, "
-        text += f"{leader.name} is highest in the last epoch with {mean_and_std(*leader.last)} % (n = {leader.n})"
-        for base, gain in (("ce", leader.over_ce), ("kd", leader.over_kd)):
-            if gain and gain.difference.mean is not None:
-                text += f", {gain.difference.mean:+.2f} over {gain.base or base}"
-                text += f" ({gain.seeds})" if gain.seeds else ""
-        own = [found for found in self.comparisons if leader.row in (found.first, found.second)]
-        if not own:
+        if len(peers) < self.lines["recipe"].count():
+            text += f"of the {len(peers)} rows with one recipe and n ≥ {peers['n'].min()}, "
+        text += f"{leader['method']} is highest in the last epoch with "
+        text += f"{mean_and_std(leader['last_mean'], leader['last_std'])} % (n = {leader['n']})"
+        for base in ("ce", "kd"):
+            if pd.notna(leader[f"last_over_{base}"]):
+                seeds = leader[f"{base}_seeds"]
+                text += f", {leader[f'last_over_{base}']:+.2f} over {leader[f'{base}_base'] or base}"
+                text += f" ({seeds})" if seeds else ""
+        first = self.tested[self.tested["first"] == leader["method"]]["verdict"]
+        second = self.tested[self.tested["second"] == leader["method"]]["verdict"]
+        if not len(first) + len(second):
             return f"{text}; not tested against any other."
-        beaten = sum(found.verdict == ("ahead" if found.first is leader.row else "behind") for found in own)
-        return f"{text}; ahead of {beaten} of the {len(own)} that it was tested against at 5 % (Holm)."
+        beaten = (first == "ahead").sum() + (second == "behind").sum()
+        return f"{text}; ahead of {beaten} of the {len(first) + len(second)} that it was tested against at 5 % (Holm)."
 
 
 @dataclass(frozen=True)
 class SweepChapter:
     """All about one sweep."""
 
-    sweep: FinishedSweep
+    sweep: Sweep
     anchor: str
     figures: list[FigureOfPanels]
     notes: list[str]
@@ -214,60 +164,88 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
         sources: where the published numbers leave their footnotes.
     """
     published = published_for_pair(section.dataset, section.teacher, section.student) if section.on_test else []
-    lines = [_line(row, section, published, sources, role="teacher") for row in section.teachers]
-    for weights, top1 in section.teacher_top1.items():
-        cell = _published(TEACHER, section, published, sources, comparable=is_published_teacher(published, top1))
-        name = section.teacher + (f", {short_value(weights)}" if len(section.teacher_top1) > 1 else "")
-        lines.append(Line("teacher", name, "-", "as measured in these runs", 0, (top1, None), None, None, None, cell))
-    lines += [_line(row, section, published, sources) for row in section.rows]
-    comparisons = compare(section)
-    tested = [found for found in comparisons if found.p_holm is not None]
     figure = plots.curves(section, f"{anchor}-curves")
-    untested = len(comparisons) - len(tested)
-    return Chapter(section, anchor, lines, tested, untested, [figure] if figure else [], published)
+    lines = results(section, published, sources)
+    return Chapter(section, anchor, lines, compare(section), [figure] if figure else [], published)
 
 
-def _line(row: Row, section: Section, published: Sequence[Published], sources: Sources, role: str = "") -> Line:
-    alone = row.method == "ce" and section.teacher is not None
-    name = row.name
-    if role == "teacher":
-        name = f"{section.teacher}, {row.name}"
-    elif alone:
-        role = "student alone"
-    cell = None
-    if is_published_method(row.method, row.runs[0].settings):
-        method = TEACHER if role == "teacher" else row.method
-        comparable = all(trained_as_published(run) for run in row.runs)
-        cell = _published(method, section, published, sources, comparable=comparable)
-    gains = (_gain(row, section, "ce"), _gain(row, section, "kd")) if role != "teacher" else (None, None)
-    seeds = ", ".join(str(seed) for seed in row.seeds)
-    last, best = ((row.mean(metric), row.std(metric)) for metric in (LAST, BEST))
-    return Line(role, name, row.epochs, seeds, row.n, last, best, *gains, cell, row)
+def results(section: Section, published: Sequence[Published], sources: Sources) -> pd.DataFrame:
+    """The results table of a pair: its teachers, the student alone, and the methods, the best first.
+
+    Args:
+        section: what was measured.
+        published: numbers about the pair.
+        sources: where these leave their footnotes.
+
+    Returns:
+        one line a row, with :data:`RESULTS`: accuracy in percent and gains in percent points. ``n`` is 0 of a teacher's
+        accuracy that its students' runs have measured. Beside these: ``ce_base`` (the row that it is ahead of, where
+        there are others) and ``ce_seeds`` (how many are in common, where not all are), likewise of kd; the footnote
+        ``marks`` of the published number, what ``others`` print instead, ``few_seeds`` in short, and the ``recipe`` of
+        lines that can be compared.
+    """
+    lines = []
+    for name, row in rows_of(section.teacher_runs).iterrows():
+        lines.append(_own(row) | {"role": "teacher", "method": f"{section.teacher}, {name}"})
+        if is_published_method(row["method"], row["runs"][0].settings):
+            comparable = all(map(trained_as_published, row["runs"]))
+            lines[-1] |= _published(TEACHER, published, sources, comparable=comparable)
+    for weights, top1 in section.teacher_top1.items():
+        name = f"{section.teacher}, {short_value(weights)}" if len(section.teacher_top1) > 1 else section.teacher
+        lines.append({"role": "teacher", "method": name, "epochs": "-", "n": 0, "seeds": "as measured in these runs"})
+        lines[-1] |= {"last_mean": top1, "few_seeds": ""}
+        comparable = is_published_teacher(list(published), top1)
+        lines[-1] |= _published(TEACHER, published, sources, comparable=comparable)
+    for name, row in section.rows.iterrows():
+        alone = row["method"] == "ce" and section.teacher is not None
+        lines.append(_own(row) | {"role": "student alone" if alone else "", "method": name})
+        lines[-1] |= {"recipe": row["recipe_alone"]} | _gain(section, name, "ce") | _gain(section, name, "kd")
+        if is_published_method(row["method"], row["runs"][0].settings):
+            comparable = all(map(trained_as_published, row["runs"]))
+            lines[-1] |= _published(row["method"], published, sources, comparable=comparable)
+    table = pd.DataFrame(lines, columns=[*RESULTS, *_BESIDE])
+    return table.astype({"published_second_hand": object, "published_comparable": object})  # true, false, or neither
 
 
-def _gain(row: Row, section: Section, method: str) -> Gain | None:
-    difference, base = section.gain(row, method), section.baseline(row, method)
-    if difference is None or base is None:
-        return None
-    several = len(section.baselines(row, method)) > 1
-    return Gain(difference, base.name if several else "", f"n = {difference.n}" if difference.n < row.n else "")
+def _own(row: pd.Series) -> dict[str, Any]:
+    seeds = row["seeds"]
+    in_a_row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    return {
+        "epochs": row["epochs"], "n": row["n"], "seeds": ", ".join(map(str, seeds)),
+        "few_seeds": f"{seeds[0]}-{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds)),
+        "last_mean": row["top1_last_mean"], "last_std": row["top1_last_std"],
+        "best_mean": row["top1_best_mean"], "best_std": row["top1_best_std"],
+    }  # fmt: skip
 
 
-def _published(
-    method: str, section: Section, published: Sequence[Published], sources: Sources, *, comparable: bool
-) -> PublishedCell | None:
-    numbers = published_top1(list(published), method)
+def _gain(section: Section, name: str, method: str) -> dict[str, Any]:
+    base = section.baseline(name, method)
+    if base is None:
+        return {}
+    found = section.difference(name, base)
+    return {
+        f"last_over_{method}": found.mean, f"last_over_{method}_n": found.n,
+        f"{method}_base": base if len(section.baselines(name, method)) > 1 else "",
+        f"{method}_seeds": f"n = {found.n}" if found.n < section.rows.at[name, "n"] else "",
+    }  # fmt: skip
+
+
+def _published(method: str, numbers: Sequence[Published], sources: Sources, *, comparable: bool) -> dict[str, Any]:
+    numbers = published_top1(list(numbers), method)
     if not numbers:
-        return None
+        return {}
     first = numbers[0]
     same = [number for number in numbers if number.value == first.value]
-    others = sorted({number.value for number in numbers if not number.other_recipe} - {first.value})
-    # One or two sources say enough; the table of all published numbers has the rest.
-    marks = tuple(sources.mark(number) for number in same[:2])
-    return PublishedCell(first, marks, tuple(others), comparable and not first.other_recipe)
+    return {
+        "published_top1": first.value, "published_method": first.method, "published_source": first.source,
+        "published_second_hand": first.second_hand, "published_comparable": comparable and not first.other_recipe,
+        # One or two sources say enough; the table of all published numbers has the rest.
+        "marks": [sources.mark(number) for number in same[:2]],
+        "others": sorted({number.value for number in numbers if not number.other_recipe} - {first.value}),
+    }  # fmt: skip
 
 
-def make_sweep_chapter(sweep: FinishedSweep, anchor: str, unfinished: Sequence[Path]) -> SweepChapter:
+def make_sweep_chapter(sweep: Sweep, anchor: str, unfinished: Sequence[Path]) -> SweepChapter:
     """Tells of a sweep: the heat maps, or points where its values are no grid; and Optuna's importances.
 
     Args:
@@ -276,8 +254,8 @@ def make_sweep_chapter(sweep: FinishedSweep, anchor: str, unfinished: Sequence[P
         unfinished: folders of runs that did not finish, of any sweep.
     """
     maps = heat_maps(sweep)
-    figure = plots.heat_map_figure(maps, sweep, anchor) if maps else plots.value_scatter(sweep, anchor)
-    figures, notes = [figure], []
+    figures = [plots.heat_map_figure(maps, sweep, anchor) if maps else plots.value_scatter(sweep, anchor)]
+    notes = []
     if sweep.study is not None:
         shares, how = importances(sweep.study)
         if shares:
@@ -288,18 +266,10 @@ def make_sweep_chapter(sweep: FinishedSweep, anchor: str, unfinished: Sequence[P
     return SweepChapter(sweep, anchor, figures, notes, failed)
 
 
-def cost_figures(found: Sequence[Section], *, latency: bool) -> list[FigureOfPanels]:
-    """Accuracy over cost, one figure a data set."""
-    figures = []
-    by_data: dict[str, list[Section]] = defaultdict(list)
-    for section in found:
-        by_data[section.dataset].append(section)
-    for dataset, own in by_data.items():
-        runs = [run for section in own for row in (*section.rows, *section.teachers) for run in row.runs]
-        exported = [row.exported for section in own for row in section.rows]
-        names = dict.fromkeys([*(section.teacher for section in own if section.teacher), *exported])
-        costs = {name: network_cost(name, runs, latency=latency) for name in names}
-        costs: dict[str, Cost] = {name: cost for name, cost in costs.items() if cost is not None}
-        if costs:
-            figures.append(plots.cost_scatter(own, costs, f"cost-{dataset}", this_machine()))
-    return figures
+def cost_figure(sections: Sequence[Section], name: str, cost_of: CostOf) -> FigureOfPanels | None:
+    """Accuracy over cost of one data set's networks; None where no cost is known."""
+    runs = [run for section in sections for part in (section.runs, section.teacher_runs) for run in part["run"]]
+    networks = [section.teacher for section in sections if section.teacher]
+    networks += [network for section in sections for network in section.rows["network"]]
+    costs = {network: cost for network in dict.fromkeys(networks) if (cost := cost_of(network, runs)) is not None}
+    return plots.cost_scatter(sections, costs, name) if costs else None

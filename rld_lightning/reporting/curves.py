@@ -7,31 +7,22 @@ import matplotlib
 matplotlib.use("Agg")  # runs have no display
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.style import styled
+from rld_lightning.runs.files import CURVES, METRICS
 from rld_lightning.runs.metrics import read_metrics
 
 # What is logged under train/ beside the terms of the loss.
 NO_TERMS = {
-    f"train/{name}"
-    for name in (
-        "loss",
-        "top1",
-        "top5",
-        "teacher_top1",
-        "agreement",
-        "top1_teacher_wrong",
-        "images_per_s",
-        "grad_norm",
-    )
+    *("train/loss", "train/top1", "train/top5", "train/teacher_top1", "train/agreement", "train/top1_teacher_wrong"),
+    *("train/images_per_s", "train/grad_norm"),
 }
 
 
 @styled
 def plot_curves(run: Path, title: str) -> Path:
-    """Draws accuracy, loss terms and their shares, teacher and student, gradient norm and learning rate.
+    """Draws accuracy, loss terms, their shares, teacher statistics, gradient norm and learning rate of a run.
 
     Args:
         run: a run folder with a ``metrics.csv``.
@@ -40,68 +31,53 @@ def plot_curves(run: Path, title: str) -> Path:
     Returns:
         the picture's path, ``curves.png``.
     """
-    metrics = read_metrics(run)
+    metrics, rates = read_metrics(run), _learning_rates(run)
+    terms = {
+        name: name.removeprefix("train/") for name in metrics if name.startswith("train/") and name not in NO_TERMS
+    }
+    shares = {f"stats/{term}_share": term for term in terms.values()}
+    statistics = [name for name in metrics if name.startswith("stats/") and name not in shares]
+    on_validation = {
+        "val/teacher_top1": "teacher top-1, val",
+        "val/agreement": "student agrees with teacher, val",
+        "val/top1_teacher_wrong": "student right where teacher is wrong, val",
+    }
+    on_training = {name: f"{name.removeprefix('stats/').replace('_', ' ')}, train" for name in statistics}
+    # Title, unit, what is drawn by the name it is logged under, and what it means if nothing is there.
+    panels = [
+        ("Student accuracy", "%", {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"}, ""),
+        (
+            *("Loss terms (weighted) and validation cross-entropy", "nats"),
+            *({"train/loss": "sum", **terms, "val/ce": "val ce"}, ""),
+        ),
+        ("Share of each term in the loss", "%", shares, "the loss has one term"),
+        ("Teacher, and what the loss tells about itself", "%", on_validation | on_training, "no teacher in this run"),
+        ("Gradient norm, before clipping", "", {"train/grad_norm": "mean over the epoch"}, "not logged in this run"),
+        ("Learning rate", "", {name: name for name in rates}, "too few steps to be logged"),
+    ]
     figure = Figure(figsize=(15, 7.5), layout="constrained")
     figure.suptitle(title)
-    accuracy, loss, shares, teacher, gradient, rate = figure.subplots(2, 3).flat
-    _lines(accuracy, metrics, {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"})
-    accuracy.set(title="Student accuracy", ylabel="%")
-    terms = {n: n.removeprefix("train/") for n in metrics if n.startswith("train/") and n not in NO_TERMS}
-    _lines(loss, metrics, {"train/loss": "sum", **terms, "val/ce": "val ce"})
-    loss.set(title="Loss terms (weighted) and validation cross-entropy", ylabel="nats")
-    share_of = {f"stats/{name}_share": name for name in terms.values()}
-    _lines(shares, metrics, share_of)
-    shares.set(title="Share of each term in the loss", ylabel="%")
-    _lines(
-        teacher,
-        metrics,
-        {
-            "val/teacher_top1": "teacher top-1, val",
-            "val/agreement": "student agrees with teacher, val",
-            "val/top1_teacher_wrong": "student right where teacher is wrong, val",
-            **{
-                n: f"{n.removeprefix('stats/').replace('_', ' ')}, train"
-                for n in metrics
-                if n.startswith("stats/") and n not in share_of
-            },
-        },
-    )
-    teacher.set(title="Teacher, and what the loss tells about itself", ylabel="%")
-    _lines(gradient, metrics, {"train/grad_norm": "mean over the epoch"})
-    gradient.set(title="Gradient norm, before clipping")
-    for axes in (accuracy, loss, shares, teacher, gradient):
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.has_data():
-            axes.legend()
-    for name, values in _learning_rates(run).items():
-        marker = "." if len(values) < 40 else None
-        rate.plot(values.index, values, label=name, drawstyle="steps-post", marker=marker)
-    rate.set(title="Learning rate", xlabel="step")
-    absent = {
-        shares: "the loss has one term",
-        teacher: "no teacher in this run",
-        gradient: "not logged in this run",
-        rate: "too few steps to be logged",
-    }
-    for axes, nothing in absent.items():
+    for axes, (heading, unit, labels, nothing) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        by_step = heading == "Learning rate"
+        table = rates if by_step else metrics
+        for name in (name for name in labels if name in table):
+            values = table[name].dropna()
+            marker = "." if len(values) < 40 else None
+            drawstyle = "steps-post" if by_step else "default"
+            axes.plot(values.index, values, label=labels[name], marker=marker, drawstyle=drawstyle)
+        axes.set(title=heading, ylabel=unit, xlabel="step" if by_step else "epoch")
+        if not by_step:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if not axes.has_data():
             axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
-    for axes in figure.axes:
+        elif not by_step:
+            axes.legend()
         axes.grid(alpha=0.3)
-    path = run / "curves.png"
-    figure.savefig(path, dpi=120)
-    return path
+    figure.savefig(run / CURVES, dpi=120)
+    return run / CURVES
 
 
 def _learning_rates(run: Path) -> pd.DataFrame:
     """Learning rate of each parameter group by training step; its monitor writes rows without an epoch."""
-    rows = pd.read_csv(run / "metrics.csv").set_index("step")
+    rows = pd.read_csv(run / METRICS).set_index("step")
     return rows[[name for name in rows if name.startswith("lr")]].dropna(how="all")
-
-
-def _lines(axes: Axes, metrics: pd.DataFrame, labels: dict[str, str]) -> None:
-    for name, label in labels.items():
-        if name in metrics:
-            values = metrics[name].dropna()
-            axes.plot(values.index, values, label=label, marker="." if len(values) < 40 else None)

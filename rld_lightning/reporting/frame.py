@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from rld_lightning.runs.files import SUMMARY
-from rld_lightning.runs.finished import Run
+from rld_lightning.runs.files import ENVIRONMENT, SUMMARY
+from rld_lightning.runs.finished import Found, Run, find_all
 
 LAST, BEST = "top1_last", "top1_best"
 # The columns that people who compute on get.
@@ -18,7 +18,44 @@ FACTS = (
 )
 # What a configuration says beside what trains the student.
 _NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
-WITHOUT_TEACHER = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
+_OF_TEACHERS = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
+
+
+def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
+    """:func:`runs_frame` of the finished runs in and below some folders, and what lies there beside them.
+
+    A folder may be anybody's: one that says too little, or something of another kind, is among the broken ones.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+    """
+    found = find_all(folders)
+    runs = []
+    for run in found.runs:
+        try:
+            if not _is_usable(run):
+                raise ValueError("something in its files is of another kind")
+            runs.append(run)
+        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
+            found.broken.append((run.folder, f"is not the folder of a run: {error!r}"))
+    return runs_frame(runs), found._replace(runs=runs)
+
+
+def _is_usable(run: Run) -> bool:
+    """Whether everything that reports need of a run is there, and of the right kind."""
+    summary, networks = run.summary, run.config["model"]
+    texts = [summary.model, summary.dataset, summary.validated_on, summary.run, run.pair, run.method]
+    texts += [networks["student"]["name"], *run.settings, *run.overrides, *run.choices]
+    if summary.teacher or networks.get("teacher"):
+        texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
+    numbers = [summary.top1, summary.top1_best, summary.ce, summary.seed, summary.epochs, summary.parameters]
+    numbers += [number for number in (summary.macs, summary.top5, summary.teacher_top1) if number is not None]
+    mappings = [run.config["data"], run.config["loss"], run.environment if (run.folder / ENVIRONMENT).exists() else {}]
+    return (
+        all(isinstance(text, str) and "\0" not in text for text in texts)
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(mapping, dict) for mapping in mappings)
+    )
 
 
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -26,8 +63,9 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
     Beside :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing where cross-entropy alone has
     trained) it has the columns ``student``, ``network`` (the one that came out; SimKD's ends in the teacher's
-    classifier), ``pair_teacher`` (the teacher of the pair, looked at or not), ``on_test``, ``settings`` (those that
-    have an effect, as a mapping), ``setting`` (the same as one text), ``finished`` (when) and ``run``.
+    classifier), ``pair_teacher`` (the teacher of the pair, looked at or not), ``on_test`` (measured on all of that
+    split), ``held_out`` (on another one), ``settings`` (those that have an effect, as a mapping), ``setting`` (the same
+    as one text), ``finished`` (when) and ``run``.
     """
     lines = []
     for run, settings in zip(runs, trained_with(runs), strict=True):
@@ -41,16 +79,17 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
                 "parameters": summary.parameters, "macs": summary.macs, "folder": str(run.folder),
                 "overrides": " ".join(run.overrides), "student": run.config["model"]["student"]["name"],
                 "network": summary.model, "pair_teacher": (run.config["model"].get("teacher") or {}).get("name"),
-                "on_test": summary.split == "test", "settings": settings, "setting": as_text(settings),
+                "on_test": summary.split == "test" and summary.evaluated_whole,
+                "held_out": summary.split != "test", "settings": settings, "setting": as_text(settings),
                 "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run,
             }
         )  # fmt: skip
     return pd.DataFrame(lines)
 
 
-def as_text(settings: Mapping[str, str], left_out: Iterable[str] = ()) -> str:
-    """Settings, but for some rooms of theirs, as a text that is equal where they are."""
-    return "\n".join(f"{key}={value}" for key, value in sorted(_without(settings, left_out).items()))
+def as_text(settings: Mapping[str, str]) -> str:
+    """Settings as a text that is equal where they are."""
+    return "\n".join(f"{key}={value}" for key, value in sorted(settings.items()))
 
 
 def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -61,12 +100,12 @@ def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         keys: the columns that tell settings apart.
 
     Returns:
-        one line a setting: the keys, ``mean`` and ``std`` (n - 1; missing of a single run) of the last epoch's top-1
-        and ``best``, the mean of the best epochs', in percent; ``n``, ``epochs`` (the most) and ``run``, one of them.
+        one line a setting: the keys; ``mean`` and ``std`` (n - 1; missing of a single run) of the last epoch's top-1,
+        in percent, of ``n`` runs; ``best``, the mean of the best epochs'; ``epochs``, the most; ``run``, one of them.
     """
     groups = runs.groupby(list(keys), sort=False, dropna=False)
     pooled = groups.agg(
-        mean=(LAST, "mean"), std=(LAST, "std"), best=(BEST, "mean"), n=(LAST, "size"),
+        mean=(LAST, "mean"), std=(LAST, "std"), n=(LAST, "size"), best=(BEST, "mean"),
         epochs=("epochs", "max"), run=("run", "first"),
     )  # fmt: skip
     return pooled.reset_index().sort_values("mean", ascending=False, kind="stable", ignore_index=True)
@@ -86,13 +125,18 @@ def _plain_cell(value: object) -> object:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not number else text
 
 
+def recipe(settings: Mapping[str, str], *, with_teacher: bool) -> dict[str, str]:
+    """Settings but for the loss's own: where these are equal, two methods can be compared."""
+    return without(settings, ("loss", "recipe.warmup_epochs", *(() if with_teacher else _OF_TEACHERS)))
+
+
 def trained_with(runs: Sequence[Run]) -> list[dict[str, str]]:
     """The settings of each run that have an effect on what it trains, but the seed.
 
     A setting that a run's peers do not know, because another version of this package wrote them, tells nothing apart;
     unless it was asked for on the command line.
     """
-    own = [_without(run.settings, _NO_EFFECT if run.summary.teacher else WITHOUT_TEACHER) for run in runs]
+    own = [without(run.settings, _NO_EFFECT if run.summary.teacher else _OF_TEACHERS) for run in runs]
     peers = [{key: _peers(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)]
     size = Counter(group for groups in peers for group in set(groups.values()))
     knowing = Counter((key, group) for groups in peers for key, group in groups.items())
@@ -121,6 +165,7 @@ def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
     return run.summary.dataset, ""
 
 
-def _without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+def without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Settings but for those of some names, and of all below these."""
     starts = tuple(f"{name}." for name in names)
     return {key: value for key, value in settings.items() if not f"{key}.".startswith(starts)}

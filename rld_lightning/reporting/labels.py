@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from math import isnan
 
 from rld_lightning.runs.naming import class_name
 
@@ -11,12 +12,12 @@ def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashab
 
     Args:
         settings: to be told apart.
-        known: something that the reader is told of each already.
+        known: what the reader knows of each already.
     """
     classes: list[Hashable] = list(known) or [0] * len(settings)
     keys = []
     for key in differing(settings):
-        refined = list(zip(classes, (values.get(key) for values in settings), strict=True))
+        refined: list[Hashable] = list(zip(classes, (values.get(key) for values in settings), strict=True))
         if len(set(refined)) > len(set(classes)):
             keys.append(key)
             classes = refined
@@ -68,4 +69,4 @@ def short_value(value: object) -> str:
 
 def mean_and_std(mean: float, std: float | None) -> str:
     """``60.12 ± 0.34``, or the mean alone."""
-    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None and not isnan(std) else "")

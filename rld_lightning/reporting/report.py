@@ -1,25 +1,25 @@
 """One page that says what finished runs came to: HTML, Markdown, and CSV to compute on."""
 
-import json
 import re
 import shlex
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
 
-from rld_lightning.reporting.chapters import Chapter, Sources, cost_figures, make_chapter, make_sweep_chapter
+from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
+from rld_lightning.reporting.cost import CostOf, known_cost
+from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
 from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.reporting.paper import EPOCHS
-from rld_lightning.reporting.plots import FigureOfPanels, page_colour
-from rld_lightning.reporting.sweeps import FinishedSweep, split_sweeps
-from rld_lightning.reporting.tables import BEST, LAST, compare, runs_table, sections
-from rld_lightning.runs.files import ERROR, SWEEP
-from rld_lightning.runs.finished import Run, find_all
+from rld_lightning.reporting.style import page_colour
+from rld_lightning.reporting.sweeps import Sweep, split_sweeps
+from rld_lightning.reporting.tables import Section, compare, sections
+from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP
+from rld_lightning.runs.finished import Found, Run
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
 TABLES = ("results", "comparisons", "sweeps", "runs")
@@ -42,28 +42,28 @@ class ReportFiles(NamedTuple):
 
 
 def write_report(
-    folders: Sequence[Path | str], out: Path | str, *, title: str = "Results", latency: bool = True
+    folders: Sequence[Path | str], out: Path | str, *, title: str = "Results", cost_of: CostOf = known_cost
 ) -> ReportFiles:
     """Reads run folders and writes ``report.html`` (self-contained), ``report.md`` with ``figures/``, and CSV files.
 
     Args:
-        folders: where finished runs lie, at any depth.
+        folders: where finished runs lie, at any depth; one whose files cannot be read is named and left out.
         out: folder to write to.
         title: heading of the page.
-        latency: whether to measure the networks' latency on this machine.
+        cost_of: tells what networks cost; by itself what the runs say about those that they have trained.
 
     Returns:
         the paths of what was written.
 
     Raises:
         FileNotFoundError: a folder is not there.
-        ValueError: there is no finished run, or the summary of one is broken.
+        ValueError: there is no finished run.
     """
-    folders, out = [Path(folder) for folder in folders], Path(out)
-    runs, unfinished = find_all(folders)
-    if not runs:
-        raise ValueError(_nothing_finished(folders, unfinished))
-    sweeps, to_compare = split_sweeps(runs)
+    places, out = [Path(folder) for folder in folders], Path(out)
+    frame, everything = read_frame(places)
+    if frame.empty:
+        raise ValueError(_nothing_finished(places, everything))
+    sweeps, to_compare = split_sweeps(frame)
     found, left_out = sections(to_compare)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
@@ -71,31 +71,38 @@ def write_report(
     pairs = _anchors(f"pair {s.title} {s.dataset}{'' if s.on_test else ' held out'}" for s in found)
     chapters = [make_chapter(section, anchor, sources) for section, anchor in zip(found, pairs, strict=True)]
     names = _anchors(f"sweep {sweep.title}" for sweep in sweeps)
-    sweep_chapters = [make_sweep_chapter(*pair, unfinished) for pair in zip(sweeps, names, strict=True)]
-    scatters = cost_figures([section for section in found if section.on_test] or found, latency=latency)
+    sweep_chapters = [make_sweep_chapter(*pair, everything.unfinished) for pair in zip(sweeps, names, strict=True)]
+    by_data: dict[str, list[Section]] = {}
+    for section in [section for section in found if section.on_test] or found:
+        by_data.setdefault(section.dataset, []).append(section)
+    costs = zip(by_data.values(), _anchors(f"cost {dataset}" for dataset in by_data), strict=True)
+    scatters = [figure for own, name in costs if (figure := cost_figure(own, name, cost_of)) is not None]
     context = {
         "title": title,
         "made": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "folders": folders,
-        "runs": runs,
+        "folders": places,
+        "runs": everything.runs,
         "findings": [chapter.finding for chapter in chapters if chapter.finding],
         "reading": READING if chapters else (),
         "chapters": chapters,
         "sweeps": sweep_chapters,
         "scatters": scatters,
-        "unfinished": [(folder, _reason(folder)) for folder in unfinished],
-        "left_out": left_out,
+        "unfinished": [(folder, _reason(folder)) for folder in everything.unfinished],
+        "left_out": [*everything.broken, *left_out],
         "sources": [(sources.letter(key), number) for key, number in sources.used.items()],
-        "environments": _environments(runs),
-        "commands": [(run.folder, _command(run)) for run in runs],
+        "environments": _environments(everything.runs),
+        "commands": [(run.folder, _command(run)) for run in everything.runs],
         "published_epochs": EPOCHS,
+        "max_trials": MAX_TRIALS,
     }
-    figures = [figure for part in (*chapters, *sweep_chapters) for figure in part.figures] + scatters
+    (out / "figures").mkdir(exist_ok=True)
+    figures = [figure for chapter in chapters for figure in chapter.figures]
+    figures += [figure for chapter in sweep_chapters for figure in chapter.figures] + scatters
     return ReportFiles(
         _render("report.html.j2", context, out / "report.html"),
         _render("report.md.j2", context, out / "report.md"),
-        _write_tables(chapters, sweeps, runs, out),
-        _write_pngs(figures, out / "figures"),
+        _write_tables(chapters, sweeps, frame[list(FACTS)], out),
+        [figure.write_png(out / "figures") for figure in figures],
     )
 
 
@@ -119,28 +126,32 @@ def _anchors(titles: Iterable[str]) -> list[str]:
     return anchors
 
 
-def _nothing_finished(folders: Sequence[Path], unfinished: Sequence[Path]) -> str:
+def _nothing_finished(folders: Sequence[Path], found: Found) -> str:
     where = ", ".join(str(folder) for folder in folders)
-    if unfinished:
-        first = unfinished[0]
-        return f"none of the {len(unfinished)} runs in {where} is finished; the first is {first}: {_reason(first)}."
+    if found.broken:
+        return f"no finished run in {where} can be read: {found.broken[0][1]}"
+    if found.unfinished:
+        first = found.unfinished[0]
+        reason = _reason(first)
+        return f"none of the {len(found.unfinished)} runs in {where} is finished; the first is {first}: {reason}."
     return f"there are no runs in {where}; give folders that scripts/fit.py has written, such as runs/."
 
 
 def _reason(folder: Path) -> str:
     error = folder / ERROR
-    if error.exists():
+    if error.is_file():
         return " ".join(error.read_text(errors="replace").split())[:400] or "failed, and says nothing"
     return "running or interrupted"
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Path]]]:
     """Each environment, and the runs that had it."""
-    groups: dict[str, list[Path]] = defaultdict(list)
+    groups: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for run in runs:
-        if (run.folder / "environment.json").exists():
-            groups[json.dumps(run.environment)].append(run.folder)
-    return [({k: _words(v) for k, v in json.loads(text).items()}, where) for text, where in groups.items()]
+        if (run.folder / ENVIRONMENT).exists():
+            words = tuple((key, _words(value)) for key, value in run.environment.items())
+            groups.setdefault(words, []).append(run.folder)
+    return [(dict(words), where) for words, where in groups.items()]
 
 
 def _words(value: object) -> str:
@@ -155,93 +166,74 @@ def _command(run: Run) -> str:
     above = run.folder.parent
     if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"
-    if (above / "config.yaml").exists():
+    if (above / CONFIG).exists():
         return f"a teacher, trained by the run in {above} before its own training"
     return "not recorded; config.yaml has every setting"
 
 
-def _write_tables(
-    chapters: Iterable[Chapter], sweeps: Iterable[FinishedSweep], runs: Sequence[Run], out: Path
-) -> list[Path]:
-    results, comparisons, trials = [], [], []
+def _write_tables(chapters: Sequence[Chapter], sweeps: Sequence[Sweep], frame: pd.DataFrame, out: Path) -> list[Path]:
+    results, comparisons = [], []
     for chapter in chapters:
         section = chapter.section
-        where = {"dataset": section.dataset, "split": section.split, "teacher": section.teacher}
-        where["student"] = section.student
-        for line in chapter.lines:
-            shown = line.published
-            results.append(
-                {
-                    **where, "role": line.role, "method": line.name, "epochs": line.epochs, "n": line.n,
-                    "seeds": line.seeds, "last_mean": line.last[0], "last_std": line.last[1],
-                    "best_mean": line.best[0] if line.best else None, "best_std": line.best[1] if line.best else None,
-                    "last_over_ce": line.over_ce.difference.mean if line.over_ce else None,
-                    "last_over_ce_n": line.over_ce.difference.n if line.over_ce else None,
-                    "last_over_kd": line.over_kd.difference.mean if line.over_kd else None,
-                    "last_over_kd_n": line.over_kd.difference.n if line.over_kd else None,
-                    "published_top1": shown.number.value if shown else None,
-                    "published_method": shown.number.method if shown else None,
-                    "published_source": shown.number.source if shown else None,
-                    "published_second_hand": shown.number.second_hand if shown else None,
-                    "published_comparable": shown.comparable if shown else None,
-                }
-            )  # fmt: skip
-        for metric in (LAST, BEST):
-            for found in compare(section, metric):
-                difference = found.difference
-                comparisons.append(
-                    {
-                        **where, "epoch": "last" if metric == LAST else "best", "first": found.first.name,
-                        "second": found.second.name, "n": difference.n, "difference": difference.mean,
-                        "ci95_low": difference.low, "ci95_high": difference.high, "p": difference.p,
-                        "p_holm": found.p_holm, "verdict": found.verdict,
-                    }
-                )  # fmt: skip
+        where: dict[str, str | None] = {"dataset": section.dataset, "split": section.split}
+        where |= {"teacher": section.teacher, "student": section.student}
+        results.append(_beside(where, chapter.lines[list(RESULTS)]))
+        comparisons.append(_beside(where | {"epoch": "last"}, chapter.comparisons))
+        comparisons.append(_beside(where | {"epoch": "best"}, compare(section, BEST)))
+    trials = []
     for sweep in sweeps:
-        first = sweep.runs[0]
-        names = {"sweep": str(sweep.folder), "dataset": first.summary.dataset, "split": sweep.split}
-        trials += [
-            {**names, "pair": first.pair, "method": first.method} | line for line in sweep.trials.to_dict("records")
-        ]
-    written = []
-    tables = (*(pd.DataFrame(lines) for lines in (results, comparisons, trials)), runs_table(runs))
-    for name, table in zip(TABLES, tables, strict=True):
-        if not table.empty:
-            written.append(out / f"{name}.csv")
-            table.to_csv(written[-1], index=False)
-    return written
+        first = sweep.runs.iloc[0]
+        where = {"sweep": str(sweep.folder)} | {key: first[key] for key in ("dataset", "split", "pair", "method")}
+        trials.append(_beside(where, sweep.trials.drop(columns=["epochs", "run"])))
+    tables = (*(pd.concat(parts) if parts else pd.DataFrame() for parts in (results, comparisons, trials)), frame)
+    return [
+        write_csv(table, out / f"{name}.csv") for name, table in zip(TABLES, tables, strict=True) if not table.empty
+    ]
 
 
-def _write_pngs(figures: Iterable[FigureOfPanels], folder: Path) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    return [figure.write_png(folder) for figure in figures]
+def _beside(where: Mapping[str, str | None], table: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame([where] * len(table), index=table.index), table], axis=1)
 
 
 def _signed(value: float | None) -> str:
-    if value is None:
+    if pd.isna(value):
         return "-"
     text = f"{value:+.2f}"
     return "0.00" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
-def _render(template: str, context: dict, path: Path) -> Path:
+def _code(text: object) -> str:
+    """Text between backticks, where it has nothing that could be taken for HTML."""
+    line = " ".join(str(text).split())
+    return line if "<" in line else f"`{line.replace('`', chr(39))}`"
+
+
+def _in_markdown(value: object) -> str:
+    """What templates print into Markdown, where HTML counts: names bring none."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value))
+
+
+def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
+    html = template.endswith(".html.j2")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rld_lightning.reporting", "."),
-        autoescape=template.endswith(".html.j2"),
+        autoescape=html,
+        finalize=None if html else _in_markdown,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.tests["known"] = pd.notna
     environment.filters |= {
-        "percent": lambda value: "-" if value is None or pd.isna(value) else f"{value:.2f}",
-        "spread": lambda pair: mean_and_std(*pair),
+        "percent": lambda value: "-" if pd.isna(value) else f"{value:.2f}",
+        "spread": lambda pair: "-" if pd.isna(pair[0]) else mean_and_std(*pair),
         "signed": _signed,
-        "p_value": lambda p: "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "p_value": lambda p: "-" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "short_key": short_key,
         "plain": short_value,
         "page_colour": page_colour,
-        "text": lambda text: text.replace("<", "&lt;"),
+        "code": _code,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
-    path.write_text(environment.get_template(template).render(**context, max_trials=MAX_TRIALS), encoding="utf-8")
+    path.write_text(environment.get_template(template).render(**context), encoding="utf-8")
     return path

@@ -1,10 +1,10 @@
 """Whether a difference between two methods is more than the luck of their seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 MIN_PAIRS = 3
@@ -36,15 +36,14 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     """Compares two methods seed by seed: Student's t test on the differences.
 
     Args:
-        first: accuracy by seed.
+        first: accuracy by seed, in percent; a mapping or a series.
         second: the same of what it is compared to.
 
     Returns:
         the mean difference; with fewer than three seeds in common, or differences that are all the same, no more.
     """
-    seeds = sorted(first.keys() & second.keys())
-    differences = np.array([first[seed] - second[seed] for seed in seeds], dtype=float)
-    n = len(seeds)
+    both = pd.DataFrame({"first": first, "second": second}, dtype=float).dropna()
+    n, differences = len(both), both["first"] - both["second"]
     if n == 0:
         return PairedDifference(0, None, reason="no seed in common")
     mean = float(differences.mean())
@@ -52,9 +51,9 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         return PairedDifference(n, mean, reason=f"n = {n}: cannot be told from fewer than {MIN_PAIRS} seeds")
     if np.ptp(differences) < SAME:
         return PairedDifference(n, mean, reason="the same difference with every seed: no spread to judge it by")
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    low, high = (float(end) for end in stats.t.interval(0.95, n - 1, loc=mean, scale=error))
-    return PairedDifference(n, mean, low, high, p=float(2 * stats.t.sf(abs(mean) / error, n - 1)))
+    test = stats.ttest_rel(both["first"], both["second"])
+    low, high = test.confidence_interval(0.95)
+    return PairedDifference(n, mean, float(low), float(high), float(test.pvalue))
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -66,10 +65,6 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     Returns:
         the adjusted p values, in the same order.
     """
-    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
-    adjusted: list[float | None] = [None] * len(ps)
-    highest = 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * ps[i]))
-        adjusted[i] = highest
-    return adjusted
+    known = pd.Series(ps, dtype=float).dropna().sort_values()
+    adjusted = (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0)
+    return [float(adjusted[place]) if place in adjusted else None for place in range(len(ps))]

@@ -1,19 +1,37 @@
-"""How figures look: one set of colours that colour-blind readers tell apart, one size of text, one way to save."""
+"""How figures look, and how they are saved: one set of colours that colour-blind readers tell apart, one text size."""
 
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 # Okabe and Ito, "Color Universal Design", 2008; without their yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, BLACK = "#56B4E9", "#CC79A7", "#222222"
 PALETTE = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)
-DARK_GREY, GREY, PALE = "#5A5A5A", "#8C8C8C", "#E8E8E8"
+DARK_GREY, GREY, PALE_LINE, PALE = "#5A5A5A", "#8C8C8C", "#B9BDC2", "#E8E8E8"
+INK, FAINT = "#1A1B1C", "#D8D9DA"  # of text, and of grids
 TEACHER, STUDENT, TRUE_CLASS = BLUE, ORANGE, GREEN
 SEQUENTIAL, DIVERGING = "PuBuGn", "PuOr_r"  # of ColorBrewer, the first as in DKD's public code
+# The methods that everything is compared to look the same in every figure; the others take what is left.
+METHODS = {"ce": GREY, "kd": BLUE, "dkd": GREEN, "rld": RED}
+OTHER_METHODS = (PINK, ORANGE, SKY, "#8B6FC6", "#9A6B3F", "#7A9A1F", "#179A9A", "#4F5FB5")
+# What a page calls these, where light and dark mode choose them.
+_PAGE_COLOURS = {
+    INK: "currentColor", FAINT: "var(--line)", PALE_LINE: "var(--pale)", PALE: "var(--masked)", DARK_GREY: "var(--soft)"
+}  # fmt: skip
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # by the names of matplotlib's settings
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -21,7 +39,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "figure.titlesize": 11,
     "figure.titleweight": "bold",
     "grid.alpha": 0.3,
@@ -30,15 +48,31 @@ STYLE = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
+    "text.parse_math": False,  # a $ in a name is a $
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "pdf.fonttype": 42,  # text stays text: it can be searched and edited
     "svg.fonttype": "path",  # and looks the same where the font is missing
     "svg.hashsalt": "rld-lightning",  # the same figure is the same file
 }
-
+_IN_INK: dict[Any, Any] = dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+)
+_PANEL_STYLE: dict[Any, Any] = {
+    **STYLE,
+    **_IN_INK,
+    "svg.fonttype": "none",  # the page's own font
+    "font.family": "sans-serif",
+    "grid.color": FAINT,
+    "grid.alpha": 1.0,
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
 
 DPI = 300  # of pictures for papers
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # of logarithmic axes, which write powers by themselves
 
 # A decorator: what the function draws or saves is in this style, and matplotlib's own settings stay as they are.
 styled = matplotlib.rc_context(STYLE)
@@ -56,3 +90,98 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     figure.savefig(paths[0], dpi=DPI)
     figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths
+
+
+def page_colour(colour: str) -> str:
+    """What a page calls a colour, where light and dark mode choose it."""
+    return _PAGE_COLOURS.get(colour, colour)
+
+
+@styled
+def page_svg(draw: Callable[[], Figure]) -> str:
+    """A figure for a page: scalable, its text and lines in the page's colours.
+
+    Args:
+        draw: draws it, in the style that is on.
+    """
+    with matplotlib.rc_context(_IN_INK):
+        return _svg(draw())
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = text[text.index("<svg") :]
+    for colour, name in _PAGE_COLOURS.items():
+        text = text.replace(colour.lower(), name)
+    return text
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small figure of a report, not too wide for a phone.
+
+    Args:
+        title: its heading.
+        alt: what it shows, in a sentence, for those who cannot see it.
+        draw: draws it.
+        size: width and height in inches.
+    """
+
+    title: str
+    alt: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (4.4, 3.1)
+
+    def svg(self) -> str:
+        """The panel for a page: scalable, its text in the page's font, its lines in the page's colours."""
+        with matplotlib.rc_context(_PANEL_STYLE | {"svg.hashsalt": self.alt}):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.subplots())
+            return _svg(figure).replace("<svg", f'<svg role="img" aria-label="{escape(self.alt)}"', 1)
+
+
+@dataclass(frozen=True)
+class FigureOfPanels:
+    """Panels side by side that share a legend.
+
+    Args:
+        name: of its file.
+        caption: what to know to read it.
+        panels: from left to right.
+        legend: label, colour and style of each: ``-`` and ``--`` are lines, ``o`` and ``s`` points.
+    """
+
+    name: str
+    caption: str
+    panels: tuple[Panel, ...]
+    legend: tuple[tuple[str, str, str], ...] = ()
+
+    def write_png(self, folder: Path) -> Path:
+        """Writes it as one picture, for Markdown and slides."""
+        columns = min(3, len(self.panels))
+        rows = -(-len(self.panels) // columns)
+        width = sum(panel.size[0] for panel in self.panels[:columns])
+        across = min(6 if width > 8 else 4, len(self.legend))  # entries of the legend in a row
+        height = rows * max(panel.size[1] for panel in self.panels) + 0.25 * -(-len(self.legend) // max(1, across))
+        with matplotlib.rc_context(_PANEL_STYLE):
+            figure = Figure(figsize=(max(width, 4.4), height), layout="constrained")
+            places = list(figure.subplots(rows, columns, squeeze=False).flat)
+            for place, panel in zip(places, self.panels, strict=False):
+                panel.draw(place)
+                place.set_title(panel.title)
+            for place in places[len(self.panels) :]:
+                place.set_axis_off()
+            if self.legend:
+                handles = [_handle(*entry) for entry in self.legend]
+                figure.legend(handles=handles, loc="outside lower center", ncols=across)
+            path = folder / f"{self.name}.png"
+            figure.savefig(path, dpi=200)
+        return path
+
+
+def _handle(label: str, colour: str, style: str) -> Line2D:
+    if style in ("o", "s"):
+        return Line2D([], [], color=colour, marker=style, ls="", mew=0, markersize=7, label=label)
+    return Line2D([], [], color=colour, ls=style, label=label)

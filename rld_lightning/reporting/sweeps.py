@@ -2,8 +2,7 @@
 
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from rld_lightning.reporting.frame import pool_seeds, runs_frame
+from rld_lightning.reporting.frame import LAST, pool_seeds, runs_frame
 from rld_lightning.reporting.labels import differing, short_key, short_value
-from rld_lightning.reporting.tables import TEST_SPLIT, trained_with
-from rld_lightning.runs.files import SWEEP, TEACHER
-from rld_lightning.runs.finished import Run, find_runs
+from rld_lightning.runs.files import CONFIG, STUDY
+from rld_lightning.runs.finished import Run
 
 if TYPE_CHECKING:
     import optuna
@@ -28,115 +25,108 @@ _FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
 MAX_GRID = 20  # values of a key, beyond which trials are points and not cells
 
 
-def sweep_settings(folder: Path, swept: Collection[str]) -> pd.DataFrame:
+def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFrame:
     """The settings that a sweep has tried to the end, the best first.
 
     Args:
-        folder: the sweep's.
+        trials: its finished runs.
         swept: the keys that it sweeps; ``seed`` makes repetitions of a setting.
 
     Returns:
         as :func:`~rld_lightning.reporting.frame.pool_seeds` by ``overrides``: those of ``swept`` but the seed's, as
-        written, in the order of ``swept``; empty if no trial has finished.
+        written, in the order of ``swept``. Runs that were not given all of ``swept``, or whose accuracy is not a
+        number, do not count; empty if none does.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser = OverridesParser.create()
     runs, chosen = [], []
-    for run in find_runs([folder]):
+    for run in trials:
         overrides = parser.parse_overrides(run.overrides)
         lines = {override.get_key_element().lstrip("+~"): override.input_line for override in overrides}
-        above = [path for path in (run.folder, *run.folder.parents) if folder in path.parents]
-        within = any((path / SWEEP).exists() for path in above)  # another sweep
-        if not within and run.folder != folder / TEACHER and set(swept) <= set(lines) and isfinite(run.summary.top1):
+        if set(swept) <= set(lines) and isfinite(run.summary.top1):
             runs.append(run)
             chosen.append(tuple(lines[key] for key in swept if key != "seed"))
     return pool_seeds(runs_frame(runs).assign(overrides=chosen), ["overrides"]) if runs else pd.DataFrame()
 
 
-@dataclass(frozen=True)
-class FinishedSweep:
+@dataclass(frozen=True, eq=False)
+class Sweep:
     """The finished trials of one sweep with one loss on one pair.
 
     Args:
         folder: the sweep's.
-        runs: its trials; those that differ in their seed only are repetitions.
+        runs: its trials, as :func:`~rld_lightning.reporting.frame.runs_frame` has them; those that differ in their
+            seed only are repetitions.
     """
 
     folder: Path
-    runs: tuple[Run, ...]
+    runs: pd.DataFrame
 
     @property
     def title(self) -> str:
         """Folder, method and pair."""
-        return f"{self.folder.name}: {self.runs[0].method}, {self.runs[0].pair}, {self.runs[0].summary.dataset}"
+        first = self.runs.iloc[0]
+        return f"{self.folder.name}: {first['method']}, {first['pair']}, {first['dataset']}"
 
     @property
     def split(self) -> str:
-        """What the trials were measured on."""
-        return self.runs[0].summary.validated_on
+        """What the trials were measured on, in words."""
+        return self.runs["split"].iloc[0]
 
     @property
     def held_out(self) -> bool:
         """Whether that is something else than the test split, as it should be for tuning."""
-        return self.split != TEST_SPLIT
+        return bool(self.runs["held_out"].iloc[0])
 
     @property
     def study(self) -> Path | None:
         """Optuna's study, if it was Optuna that chose the values."""
-        path = self.folder / "study.db"
+        path = self.folder / STUDY
         return path if path.exists() else None
-
-    @cached_property
-    def _settings(self) -> list[dict[str, str]]:
-        return trained_with(self.runs)
 
     @cached_property
     def keys(self) -> list[str]:
         """The keys that were swept, the loss's first; one that follows another is left out."""
-        settings = self._settings
-        keys: dict[tuple, str] = {}
+        settings = list(self.runs["settings"])
+        keys: dict[tuple[str | None, ...], str] = {}
         for key in differing(settings):
-            keys.setdefault(tuple(values.get(key) for values in settings), key)
+            keys.setdefault(tuple(own.get(key) for own in settings), key)
         return list(keys.values())
 
     @cached_property
     def trials(self) -> pd.DataFrame:
-        """One line a setting, the best first: its values, ``mean``, ``std`` (n - 1), ``n`` and ``best`` epoch, in %."""
-        lines = pd.DataFrame(
-            [
-                {key: _number(settings.get(key, "-")) for key in self.keys}
-                | {"top1": run.summary.top1, "best": run.summary.top1_best}
-                for run, settings in zip(self.runs, self._settings, strict=True)
-            ]
-        )
-        groups = lines.groupby(self.keys, sort=False, dropna=False)
-        table = groups.agg(mean=("top1", "mean"), std=("top1", "std"), n=("top1", "size"), best=("best", "mean"))
-        return table.reset_index().sort_values("mean", ascending=False, ignore_index=True)
+        """:func:`~rld_lightning.reporting.frame.pool_seeds` by the values of :attr:`keys`."""
+        values = [{key: _number(own.get(key, "-")) for key in self.keys} for own in self.runs["settings"]]
+        return pool_seeds(self.runs.join(pd.DataFrame(values, index=self.runs.index)), self.keys)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeatMap:
     """Mean accuracy over a grid of two keys.
 
     Args:
-        title: the value of a third key, such as ``temperature=4``; empty without one.
-        x_key: key of the columns.
-        y_key: key of the rows; empty where only one key was swept.
-        x: its values, in order.
-        y: its values, in order.
-        cells: in percent, (rows, columns); NaN where nothing was run.
+        title: the value of the third key, such as ``temperature = 4``; empty without one.
+        keys: of the columns, of the rows and the third one, if so many were swept.
+        cells: in percent, the values of the first key across and of the second down; NaN where nothing was run.
     """
 
     title: str
-    x_key: str
-    y_key: str
-    x: tuple
-    y: tuple
-    cells: NDArray[np.float64]
+    keys: list[str]
+    cells: pd.DataFrame
+
+    @property
+    def x_key(self) -> str:
+        """The key of the columns."""
+        return self.keys[0]
+
+    @property
+    def y_key(self) -> str:
+        """The key of the rows; empty where only one key was swept."""
+        return self.keys[1] if len(self.keys) > 1 else ""
 
 
-def split_sweeps(runs: Sequence[Run]) -> tuple[list[FinishedSweep], list[Run]]:
+def split_sweeps(frame: pd.DataFrame) -> tuple[list[Sweep], pd.DataFrame]:
     """Tells the trials of sweeps from other runs.
 
     Trials that were tuned on held-out images belong to no results table. A sweep that validated on the test split
@@ -146,38 +136,35 @@ def split_sweeps(runs: Sequence[Run]) -> tuple[list[FinishedSweep], list[Run]]:
         the sweeps; and the runs for the results tables, with trials whose accuracy is not a number, which no table
         counts and :func:`~rld_lightning.reporting.tables.sections` names.
     """
-    groups: dict[Hashable, list[Run]] = defaultdict(list)
-    for run in runs:
-        if isfinite(run.summary.top1) and (folder := _sweep_folder(run)):
-            groups[(folder, run.summary.dataset, run.summary.validated_on, run.pair, run.method)].append(run)
-    sweeps = [FinishedSweep(key[0], tuple(group)) for key, group in groups.items()]
+    folders = frame["run"].map(_sweep_folder).where(np.isfinite(frame[LAST])).rename("sweep")
+    groups = frame.groupby([folders, "dataset", "split", "pair", "method"], sort=False)
+    sweeps = [Sweep(key[0], group) for key, group in groups]
     sweeps = [sweep for sweep in sweeps if sweep.keys]
-    tuned = {run.folder for sweep in sweeps if sweep.held_out for run in sweep.runs}
-    return sweeps, [run for run in runs if run.folder not in tuned]
+    tuned = [line for sweep in sweeps if sweep.held_out for line in sweep.runs.index]
+    return sweeps, frame.drop(tuned)
 
 
-def heat_maps(sweep: FinishedSweep) -> list[HeatMap]:
+def heat_maps(sweep: Sweep) -> list[HeatMap]:
     """One map for each value of the third key, if three are swept; empty where the values are no grid.
 
     With more than three swept keys a cell is the best over the others.
     """
     trials = sweep.trials
-    x_key, y_key, panel_key = _axes(sweep)
-    axes = [key for key in (x_key, y_key, panel_key) if key]
-    if trials[axes].nunique().max() > MAX_GRID:
+    favourites = [key for key in _FAVOURITES if key in sweep.keys]
+    others = sorted(set(sweep.keys) - set(favourites), key=lambda key: (-trials[key].nunique(), sweep.keys.index(key)))
+    axes = [*favourites, *others][:3]
+    counts = trials[axes].nunique()
+    if counts.max() > MAX_GRID or len(trials[axes].drop_duplicates()) < 0.25 * counts.prod():
         return []
-    cells = trials.groupby(axes)["mean"].max()
-    if len(cells) < 0.25 * np.prod([trials[key].nunique() for key in axes]):
-        return []
-    x, y, panels = (_ordered(trials[key]) if key else (None,) for key in (x_key, y_key, panel_key))
+    x_key, y_key, panel_key = (*axes, "", "")[:3]
     maps = []
-    for panel in panels:
-        values = np.full((len(y), len(x)), np.nan)
-        for row, column in np.ndindex(values.shape):
-            place = [v for v, key in ((x[column], x_key), (y[row], y_key), (panel, panel_key)) if key]
-            values[row, column] = cells.get(tuple(place) if len(place) > 1 else place[0], np.nan)
+    for panel in _ordered(trials[panel_key]) if panel_key else [None]:
+        own = trials[trials[panel_key] == panel] if panel_key else trials
+        down = own[y_key] if y_key else pd.Series("", own.index)
+        cells = own.pivot_table(values="mean", index=down, columns=x_key, aggfunc="max")
+        cells = cells.reindex(index=_ordered(trials[y_key]) if y_key else [""], columns=_ordered(trials[x_key]))
         title = f"{short_key(panel_key)} = {short_value(panel)}" if panel_key else ""
-        maps.append(HeatMap(title, x_key, y_key or "", x, y, values))
+        maps.append(HeatMap(title, axes, cells))
     return maps
 
 
@@ -193,10 +180,10 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
         return {}, 'Optuna is not here to read the study: pip install "rld-lightning[sweep]" for its importance plot.'
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:  # the study is only read, even where it lies read-only
-        for file in study.parent.glob(f"{study.name}*"):
-            shutil.copy(file, scratch)
         storage = f"sqlite:///{scratch}/{study.name}"
         try:
+            for file in study.parent.glob(f"{study.name}*"):
+                shutil.copy(file, scratch)
             name = optuna.get_all_study_summaries(storage=storage)[0].study_name
             loaded = optuna.load_study(study_name=name, storage=storage)
             complete = [trial for trial in loaded.trials if trial.state == optuna.trial.TrialState.COMPLETE]
@@ -212,33 +199,26 @@ def _evaluate(study: "optuna.Study") -> tuple[dict[str, float], str]:
     """Importances by fANOVA; where Optuna 2, which Hydra's sweeper wants, trips over NumPy 2.4, by impurity."""
     from optuna import importance
 
+    by_variance = importance.FanovaImportanceEvaluator(seed=0)
+    by_impurity = importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)
     try:
-        evaluator = importance.FanovaImportanceEvaluator(seed=0)
-        return importance.get_param_importances(study, evaluator=evaluator), "fANOVA"
+        return importance.get_param_importances(study, evaluator=by_variance), "fANOVA"
     except ValueError:
-        evaluator = importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)
-        return importance.get_param_importances(study, evaluator=evaluator), "mean decrease of impurity"
+        return importance.get_param_importances(study, evaluator=by_impurity), "mean decrease of impurity"
 
 
 def _sweep_folder(run: Run) -> Path | None:
     """The folder of the sweep that a run is a trial of: Hydra leaves ``multirun.yaml`` there."""
     for folder in list(run.folder.parents)[:4]:
-        if (folder / "multirun.yaml").exists() or (folder / "study.db").exists() or folder.parent.name == "sweeps":
+        if (folder / "multirun.yaml").exists() or (folder / STUDY).exists() or folder.parent.name == "sweeps":
             return folder
-        if (folder / "config.yaml").exists():  # a teacher that was trained for a run
+        if (folder / CONFIG).exists():  # a teacher that was trained for a run
             return None
     return None
 
 
-def _axes(sweep: FinishedSweep) -> tuple[str, str | None, str | None]:
-    """The keys across, down and for the maps: those of RLD where they are swept, else those with the most values."""
-    favourites = [key for key in _FAVOURITES if key in sweep.keys]
-    others = sorted((key for key in sweep.keys if key not in favourites), key=lambda k: -sweep.trials[k].nunique())
-    return (*favourites, *others, None, None)[:3]
-
-
-def _ordered(values: pd.Series) -> tuple:
-    return tuple(sorted(values.unique(), key=lambda v: (isinstance(v, str), v)))
+def _ordered(values: pd.Series) -> Sequence[float | str]:
+    return sorted(values.unique(), key=lambda value: (isinstance(value, str), value))
 
 
 def _number(value: str) -> float | int | str:

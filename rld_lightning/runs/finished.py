@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -17,6 +17,8 @@ from rld_lightning.runs.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,11 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware."""
-        return json.loads((self.folder / ENVIRONMENT).read_text())
+        _check_file(self.folder / ENVIRONMENT)
+        try:
+            return json.loads((self.folder / ENVIRONMENT).read_text())
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{self.folder / ENVIRONMENT} is not JSON: {error}. Move it away.") from error
 
     @cached_property
     def overrides(self) -> list[str]:
@@ -79,6 +85,20 @@ class Run:
         return [line.replace(f"={Path.cwd()}/", "=") for line in _read_yaml(path)] if path.exists() else []
 
 
+class Found(NamedTuple):
+    """What lies in and below some folders, ordered by path.
+
+    Attributes:
+        runs: the finished runs.
+        unfinished: folders of runs that have begun and not ended.
+        broken: folders of runs whose files cannot be read, each with the reason.
+    """
+
+    runs: list[Run]
+    unfinished: list[Path]
+    broken: list[tuple[Path, str]]
+
+
 def read_run(folder: Path) -> Run:
     """Reads a finished run.
 
@@ -87,12 +107,16 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: the run is not finished, or this is not the folder of one.
-        ValueError: its summary is not one.
+        ValueError: one of its files is not what it should be.
     """
     for name in (SUMMARY, CONFIG):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}.")
-    return Run(folder, read_summary(folder), _read_yaml(folder / CONFIG))
+        _check_file(folder / name)
+    config = _read_yaml(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} is not the configuration of a run. Move it away.")
+    return Run(folder, read_summary(folder), config)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -103,25 +127,53 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a folder is not there.
-        ValueError: a summary is not one.
+        ValueError: the files of a run cannot be read.
     """
-    return find_all(folders)[0]
+    found = find_all(folders)
+    if found.broken:
+        raise ValueError(found.broken[0][1])
+    return found.runs
 
 
-def find_all(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
-    """:func:`find_runs`, and the folders of runs that have begun and not ended."""
-    runs, unfinished = [], []
+def find_all(folders: Sequence[Path]) -> Found:
+    """:func:`find_runs`, with the folders of the runs that are not finished, and of those that cannot be read."""
+    found = Found([], [], [])
     for path in _below(folders):
-        if (path / SUMMARY).exists():
-            runs.append(read_run(path))
-        else:
-            unfinished.append(path)
-    return runs, unfinished
+        if not (path / SUMMARY).exists():
+            found.unfinished.append(path)
+            continue
+        try:
+            found.runs.append(read_run(path))
+        except (OSError, ValueError) as error:
+            found.broken.append((path, str(error)))
+    return found
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what would hang or fill the memory when it is read: a pipe, say."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file. Move it away.")
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(
+            f"{path} has more than {_LARGEST:,} bytes, which no file of a run's settings has. Move it away."
+        )
 
 
 def _read_yaml(path: Path) -> Any:
-    """What a run has written, resolved: OmegaConf would take three times as long to read it."""
-    return yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """What a run has written, resolved: OmegaConf would take three times as long to read it.
+
+    Raises:
+        ValueError: it is no YAML, or more than plain values.
+    """
+    _check_file(path)
+    loader, text = getattr(yaml, "CSafeLoader", yaml.SafeLoader), path.read_bytes()
+    try:
+        # Nested aliases make billions of values of a few lines; a run writes none.
+        if b"*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
+            raise ValueError(f"{path} has YAML aliases, which no run writes. Move it away.")
+        return yaml.load(text, Loader=loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}. Move it away.") from error
 
 
 def _below(folders: Sequence[Path]) -> Iterator[Path]:

@@ -38,16 +38,15 @@ def test_settings_of_a_sweep_are_as_written(tmp_path):
     write_sweep(tmp_path, alphas=(1, 2), betas=(8,), temperatures=(4,), seeds=(0, 1))
     write_run(tmp_path / "teacher", "ce", top1=99.0)
     write_run(tmp_path / "diverged", top1=math.nan, settings={"loss.alpha": 2, "loss.beta": 8})
-    write_run(tmp_path / "inner" / "run", top1=99.0, settings={"loss.alpha": 2, "loss.beta": 8})
-    (tmp_path / "inner" / "sweep.yaml").write_text("[]")
-    table = sweep_settings(tmp_path, ["loss.beta", "loss.alpha", "seed"])
+    trials = find_runs([tmp_path])
+    table = sweep_settings(trials, ["loss.beta", "loss.alpha", "seed"])
     assert table["overrides"].tolist() == [("loss.beta=8", "loss.alpha=2"), ("loss.beta=8", "loss.alpha=1")]
     assert table["mean"].tolist() == pytest.approx([58.05, 57.05])
     assert table["n"].tolist() == [2, 2]
     assert table["run"].iloc[0].config["loss"]["alpha"] == 2
-    (all_seeds,) = sweep_settings(tmp_path, ["seed"]).itertuples()
-    assert (all_seeds.overrides, all_seeds.n) == ((), 4)
-    assert sweep_settings(tmp_path, ["data.subset"]).empty
+    (all_seeds,) = sweep_settings(trials, ["seed"]).itertuples()
+    assert (all_seeds.overrides, all_seeds.n) == ((), 5)
+    assert sweep_settings(trials, ["data.subset"]).empty
 
 
 @pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3", "@SUM(A1)", "\t=1"])

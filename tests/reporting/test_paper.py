@@ -1,11 +1,13 @@
 """Published numbers: found by our names, each with its source."""
 
+import math
 from pathlib import Path
 
 import pytest
 from helpers.run_factory import write_run
 
 from rld_lightning.reporting.chapters import Sources, make_chapter
+from rld_lightning.reporting.frame import runs_frame
 from rld_lightning.reporting.paper import (
     METHODS,
     TEACHER,
@@ -28,9 +30,9 @@ def cell(folder, method, *, teacher="wrn_40_2", student="wrn_16_2", epochs=240, 
     """The published number beside a run, and whether the two compare; None without a number."""
     options |= {"teacher": teacher, "student": student, "epochs": epochs, "teacher_top1": teacher_top1}
     folder = write_run(folder, method, **options)
-    ((section,), _) = sections([read_run(folder)])
-    (line,) = [line for line in make_chapter(section, "pair", Sources()).lines if line.row]
-    return line.published and (line.published.number.value, line.published.comparable)
+    ((section,), _) = sections(runs_frame([read_run(folder)]))
+    (line,) = make_chapter(section, "pair", Sources()).lines.dropna(subset="recipe").itertuples()
+    return None if math.isnan(line.published_top1) else (line.published_top1, line.published_comparable)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The page as a whole: what stands in it, what does not, and that awkward input is no trouble."""
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from helpers.run_factory import write_comparison, write_run, write_sweep
 
 from rld_lightning.reporting.report import write_report
+from rld_lightning.tasks.cost import measure_cost
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -62,7 +65,7 @@ def report(tmp_path_factory):
     write_sweep(runs / "sweeps" / "grid", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
     write_run(runs / "sweeps" / "grid" / "bad", error="training diverged in <epoch> 3", held_out=0.1)
     write_run(runs / "interrupted", finished=False)
-    return write_report([runs], root / "out", title="Title & more", latency=False)
+    return write_report([runs], root / "out", title="Title & more")
 
 
 def test_the_results_table(report):
@@ -149,21 +152,21 @@ def test_one_run_and_nothing_else(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "run" / "metrics.csv").unlink()
     (tmp_path / "run" / "environment.json").unlink()
-    files = write_report([tmp_path / "run"], tmp_path / "out", latency=False)
+    files = write_report([tmp_path / "run"], tmp_path / "out")
     assert ["rld", "30", "1seed 0", "60.00", "60.10"] in parse(files.html).rows
 
 
 def test_more_rows_than_colours(tmp_path):
     for alpha in range(12):
         write_run(tmp_path / str(alpha), "at", top1=50 + alpha, settings={"loss.weight": alpha})
-    page = write_report([tmp_path], tmp_path / "out", latency=False).html
+    page = write_report([tmp_path], tmp_path / "out").html
     assert "4 more" in page.read_text()
     assert len({row[0] for row in parse(page).rows if row[0].startswith("at (weight=")}) == 12
 
 
 def test_networks_that_are_gone_and_html_in_names(tmp_path):
     write_run(tmp_path / "a", student="<gone>", teacher="no_such_network")
-    page = write_report([tmp_path], tmp_path / "out", latency=True).html
+    page = write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html
     assert "&lt;gone&gt;" in page.read_text()
     parse(page)
 
@@ -175,9 +178,9 @@ def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
         measured.append((type(network).__name__, image_shape, batch_size))
         return 200.0
 
-    monkeypatch.setattr("rld_lightning.reporting.cost.images_per_second", speed)
+    monkeypatch.setattr("rld_lightning.tasks.cost.images_per_second", speed)
     write_run(tmp_path / "run")
-    page = write_report([tmp_path], tmp_path / "out").html.read_text()
+    page = write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html.read_text()
     assert [shape for _, *shape in measured] == [[(3, 32, 32), 1]] * 2
     assert "Latency" in page
     assert "one image at a time, measured for this report on" in page
@@ -187,14 +190,14 @@ def test_files_that_are_no_safetensors_stop_nothing(tmp_path):
     folder = write_run(tmp_path / "run", weights=str(tmp_path / "ckpt_epoch_240.pth"))
     for file in (tmp_path / "ckpt_epoch_240.pth", folder / "student.safetensors"):
         file.write_text("version https://git-lfs.github.com/spec/v1")
-    assert write_report([tmp_path], tmp_path / "out").html.exists()
+    assert write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html.exists()
 
 
 def test_the_teacher_of_a_sweep_has_no_command_of_its_own(tmp_path):
     write_comparison(tmp_path / "pair", {"kd": 60.0}, 1)
     (tmp_path / "pair" / "teacher" / ".hydra" / "overrides.yaml").unlink()
     (tmp_path / "pair" / "sweep.yaml").write_text("[]")
-    page = write_report([tmp_path], tmp_path / "out", latency=False).markdown.read_text()
+    page = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     assert f"the teacher of all runs in {tmp_path / 'pair'}, trained before them" in page
 
 
@@ -203,7 +206,7 @@ def test_a_grafted_student_has_its_own_cost(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"model": "resnet8@resnet20", "parameters": 999_999}
     (folder / "summary.json").write_text(json.dumps(summary))
-    page = write_report([tmp_path], tmp_path / "out", latency=False).markdown.read_text()
+    page = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     assert "resnet8@resnet20: 1 M parameters" in page
 
 
@@ -211,11 +214,11 @@ def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path):
     write_comparison(tmp_path / "runs" / "a", {"kd": 59.0, "rld": 61.0})
     write_sweep(tmp_path / "runs" / "sweeps" / "s", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
     out = tmp_path / "out"
-    before = write_report([tmp_path / "runs"], out, latency=False)
+    before = write_report([tmp_path / "runs"], out)
     (out / "figures" / "mine.png").write_bytes(b"of somebody else")
     (out / "mine.csv").write_text("likewise")
     write_run(tmp_path / "one")
-    after = write_report([tmp_path / "one"], out, latency=False)
+    after = write_report([tmp_path / "one"], out)
     assert {path.name for path in before.tables} > {path.name for path in after.tables}
     assert {path.name for path in out.glob("*.csv")} == {*(path.name for path in after.tables), "mine.csv"}
     figures = {path.name for path in (out / "figures").iterdir()}
@@ -228,7 +231,7 @@ def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
     write_comparison(tmp_path / "a", means, seeds=4, spread=0.05)
     write_run(tmp_path / "lucky", "kd", seed=7, top1=75.0, settings={"loss.temperature": 9.0})
     write_run(tmp_path / "long", "rld", top1=80.0, epochs=240)
-    text = write_report([tmp_path], tmp_path / "out", latency=False).markdown.read_text()
+    text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     (headline,) = [line for line in text.splitlines() if line.startswith("- resnet20 → resnet8 on cifar100")]
     assert "of the 4 rows with one recipe and n ≥ 4, rld (epochs=30) is highest" in headline
     assert "(n = 4), " in headline
@@ -239,9 +242,96 @@ def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
     for method, top1 in (("ce", 50.0), ("kd", 52.0), ("rld", 53.0)):
         for seed in range(3):
             write_run(tmp_path / f"{method}{seed}", method, seed=seed, top1=top1 + 0.5 * seed)
-    page = write_report([tmp_path], tmp_path / "out", latency=False).html.read_text()
+    page = write_report([tmp_path], tmp_path / "out").html.read_text()
     assert "The 3 differences cannot be tested" in page
     assert "corrected for the" not in page
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def change(path, **values):
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{key}: &{key} [{', '.join([f'*{before}'] * 9)}]\n" for before, key in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+SPOILT = [
+    ("config.yaml", lambda path: path.write_text("")),
+    ("config.yaml", lambda path: path.write_text("a: [1")),
+    ("config.yaml", lambda path: path.write_text("- a list")),
+    ("config.yaml", lambda path: path.write_text(BOMB)),
+    ("config.yaml", lambda path: path.write_text("[" * 100_000)),
+    ("config.yaml", lambda path: path.write_text("a: " + "x" * 2_000_000)),
+    ("config.yaml", lambda path: path.write_text("!!python/object/apply:os.system ['true']")),
+    ("config.yaml", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+    ("config.yaml", lambda path: change(path, model=None)),
+    ("config.yaml", lambda path: change(path, model={"label": 3})),
+    ("config.yaml", lambda path: change(path, data=[])),
+    ("config.yaml", lambda path: change(path, model={"label": "a", "teacher": None, "student": {"name": "a"}})),
+    (
+        "config.yaml",
+        lambda path: path.write_text(path.read_text().replace("teachers/", '"\\0"').replace("teacher.safetensors", "")),
+    ),
+    ("config.yaml", pipe),
+    ("environment.json", lambda path: path.write_text("{")),
+    ("environment.json", lambda path: path.write_text("[" * 100_000)),
+    ("environment.json", lambda path: path.write_text("3")),
+    ("environment.json", pipe),
+    ("summary.json", lambda path: path.write_text("{}")),
+    ("summary.json", lambda path: change(path, top1="a lot")),
+    ("summary.json", lambda path: change(path, dataset=["a"])),
+    ("summary.json", lambda path: change(path, teacher_top1="high")),
+    ("summary.json", lambda path: change(path, split="val", images=None, val_fraction=0.1)),
+    ("summary.json", pipe),
+    (".hydra/overrides.yaml", lambda path: path.write_text("{")),
+    (".hydra/overrides.yaml", lambda path: path.write_text("3")),
+    (".hydra/hydra.yaml", lambda path: path.write_text("hydra: 3")),
+    (".hydra/hydra.yaml", pipe),
+]
+
+
+def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
+    write_run(tmp_path / "good", top1=61.23)
+    for number, (name, spoil) in enumerate(SPOILT):
+        spoil(write_run(tmp_path / f"bad{number}") / name)
+    files = write_report([tmp_path], tmp_path / "out")
+    assert ["rld", "30", "1seed 0", "61.23", "61.33"] in parse(files.html).rows
+    lines = files.markdown.read_text().splitlines()
+    for number in range(len(SPOILT)):
+        (line,) = [line for line in lines if line.startswith(f"- `{tmp_path / f'bad{number}'}`: ")]
+        assert len(line) < 500
+    assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 1
+
+
+@pytest.mark.parametrize("spoil", [pipe, lambda path: path.write_bytes(b"\x00\xff")])
+def test_bad_files_that_no_number_is_read_from_end_nothing(tmp_path, spoil):
+    for name in ("metrics.csv", "student.safetensors"):
+        spoil(write_run(tmp_path / name) / name)
+    spoil(write_run(tmp_path / "failed", finished=False) / "error.txt")
+    write_run(tmp_path / "good", "kd", top1=61.23)
+    assert "61.23" in write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).markdown.read_text()
+
+
+@pytest.mark.parametrize("name", ["a/../$\\frac{$ 1|b`c", "<script>alert(1)</script>", "=1+1"])
+def test_names_of_all_kinds(tmp_path, name):
+    options = {"student": name, "teacher": name, "dataset": name}
+    folder = write_run(tmp_path / "0", name, **options)
+    write_run(tmp_path / "1", "kd", **options)
+    change(folder / "environment.json", processor=name)
+    write_sweep(tmp_path / "sweeps" / "s", alphas=(1, 2), betas=(8,), temperatures=(4,), method=name)
+    files = write_report([tmp_path], tmp_path / "out", title=name)
+    parse(files.html)
+    for page in (files.html, files.markdown):
+        assert "<script>alert" not in page.read_text()
+    assert all(path.parent == tmp_path / "out" / "figures" for path in files.figures)
+    cells = pd.read_csv(tmp_path / "out" / "runs.csv", dtype=str).to_numpy().ravel()
+    assert not [cell for cell in cells if str(cell).startswith(("=", "+", "@"))]
 
 
 @pytest.mark.parametrize(

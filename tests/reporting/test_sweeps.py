@@ -1,11 +1,13 @@
 """Sweeps: their trials in order, the cells of their heat maps, and Optuna's importances."""
 
 import builtins
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.run_factory import write_run, write_sweep
 
+from rld_lightning.reporting.frame import runs_frame
 from rld_lightning.reporting.plots import heat_map_figure
 from rld_lightning.reporting.sweeps import heat_maps, importances, split_sweeps
 from rld_lightning.reporting.tables import sections
@@ -20,8 +22,8 @@ def grid(tmp_path):
 
 
 def test_trials_are_pooled_over_seeds_and_ordered(grid):
-    (sweep,), others = split_sweeps(find_runs([grid]))
-    assert others == []  # held out: none for the results tables
+    (sweep,), others = split_sweeps(runs_frame(find_runs([grid])))
+    assert others.empty  # held out: none for the results tables
     assert sweep.held_out
     assert sweep.keys == ["loss.alpha", "loss.beta", "loss.temperature"]
     trials = sweep.trials
@@ -35,10 +37,12 @@ def test_trials_are_pooled_over_seeds_and_ordered(grid):
 
 
 def test_one_heat_map_a_temperature(grid):
-    (sweep,), _ = split_sweeps(find_runs([grid]))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([grid])))
     cold, warm = heat_maps(sweep)
     assert (cold.title, warm.title) == ("temperature = 2", "temperature = 4")
-    assert (warm.x_key, warm.y_key, warm.x, warm.y) == ("loss.alpha", "loss.beta", (0.5, 1, 2), (4, 8))
+    assert (warm.x_key, warm.y_key, *map(list, (warm.cells.columns, warm.cells.index))) == (
+        *("loss.alpha", "loss.beta", [0.5, 1, 2], [4, 8]),
+    )
     # 58 less |log2(alpha/2)| and 0.7 |log2(beta/8)|, plus 0.05 for the mean of seeds 0 and 1; a degree costs 0.5
     expected = np.array([[55.35, 56.35, 57.35], [56.05, 57.05, 58.05]])
     np.testing.assert_allclose(warm.cells, expected)
@@ -53,10 +57,10 @@ def test_one_heat_map_a_temperature(grid):
 def test_a_trial_that_is_missing_leaves_a_hole(grid):
     for seed in (0, 1):
         (grid / f"loss.alpha=2,loss.beta=8,loss.temperature=4,seed={seed}" / "summary.json").unlink()
-    (sweep,), _ = split_sweeps(find_runs([grid]))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([grid])))
     warm = heat_maps(sweep)[1]
-    assert np.isnan(warm.cells[1, 2])
-    assert np.isnan(warm.cells).sum() == 1
+    assert np.isnan(warm.cells.iloc[1, 2])
+    assert warm.cells.isna().sum(axis=None) == 1
     assert heat_map_figure(heat_maps(sweep), sweep, "name").panels[1].svg()
 
 
@@ -65,12 +69,12 @@ def test_a_trial_whose_accuracy_is_not_a_number_counts_nowhere(grid):
         grid / "diverged", seed=2, top1=float("nan"), best=58.0, held_out=0.1, epochs=10,
         settings={"loss.alpha": 2, "loss.beta": 8, "loss.temperature": 4},
     )  # fmt: skip
-    (sweep,), others = split_sweeps(find_runs([grid]))
+    (sweep,), others = split_sweeps(runs_frame(find_runs([grid])))
     best = sweep.trials.iloc[0]
     assert (best["mean"], best["n"]) == (pytest.approx(58.05), 2)
     found, left_out = sections(others)
     assert found == []
-    assert [(run.folder.name, why) for run, why in left_out] == [("diverged", "its accuracy is not a number")]
+    assert [(Path(folder).name, why) for folder, why in left_out] == [("diverged", "its accuracy is not a number")]
 
 
 @pytest.mark.parametrize("settings", [["recipe.optimizer.lr"], ["recipe.optimizer.lr", "loss.weight"]])
@@ -79,26 +83,26 @@ def test_any_one_or_two_keys(tmp_path, settings):
         for j in (0, 1) if len(settings) > 1 else (0,):
             values = dict(zip(settings, (value, 0.5 + j), strict=False))
             write_run(tmp_path / "sweeps" / "s" / f"{i}{j}", "kd", top1=50 + 10 * i + j, held_out=0.1, settings=values)
-    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([tmp_path])))
     (one,) = heat_maps(sweep)
     if len(settings) == 1:
         np.testing.assert_allclose(one.cells, [[50, 60]])
     else:
-        np.testing.assert_allclose(np.sort(one.cells.ravel()), [50, 51, 60, 61])
+        np.testing.assert_allclose(np.sort(one.cells.to_numpy().ravel()), [50, 51, 60, 61])
 
 
 def test_long_values_are_told_apart_by_their_beginning(tmp_path):
     for name, top1 in (("a", 50.0), ("b", 60.0)):
         settings = {"model.teacher.weights": f"/{name}/best/teacher/student.safetensors"}
         write_run(tmp_path / "sweeps" / "s" / name, "kd", top1=top1, held_out=0.1, settings=settings)
-    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([tmp_path])))
     assert list(sweep.trials["mean"]) == [60, 50]
 
 
 def test_epochs_that_follow_one_another_are_one_key(tmp_path):
     for epochs in (2, 4):
         write_run(tmp_path / "sweeps" / "s" / str(epochs), held_out=0.1, epochs=epochs)
-    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([tmp_path])))
     assert sweep.keys == ["recipe.epochs"]
 
 
@@ -106,7 +110,7 @@ def test_random_values_are_no_grid(tmp_path):
     for i in range(9):
         values = {"loss.alpha": 1 + 0.1 * i, "loss.beta": 2 + 0.3 * (i * 4 % 9)}
         write_run(tmp_path / "sweeps" / "s" / str(i), top1=50 + i, held_out=0.1, settings=values)
-    (sweep,), _ = split_sweeps(find_runs([tmp_path]))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([tmp_path])))
     assert heat_maps(sweep) == []
 
 
@@ -114,16 +118,16 @@ def test_a_sweep_on_the_test_split_is_compared_as_well(tmp_path):
     (tmp_path / "multirun.yaml").write_text("{}")
     for alpha in (1.0, 2.0):
         write_run(tmp_path / str(alpha), settings={"loss.alpha": alpha})
-    runs = find_runs([tmp_path])
+    runs = runs_frame(find_runs([tmp_path]))
     (sweep,), others = split_sweeps(runs)
     assert not sweep.held_out
-    assert others == runs
+    assert others["folder"].tolist() == runs["folder"].tolist()
 
 
 def test_seeds_alone_are_no_sweep(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "sweeps" / "s" / str(seed), seed=seed)
-    assert split_sweeps(find_runs([tmp_path]))[0] == []
+    assert split_sweeps(runs_frame(find_runs([tmp_path])))[0] == []
 
 
 def test_importances_of_a_study(tmp_path):

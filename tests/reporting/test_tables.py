@@ -8,39 +8,42 @@ import pytest
 from helpers.run_factory import write_comparison, write_run
 
 from rld_lightning.reporting.chapters import Sources, make_chapter
-from rld_lightning.reporting.labels import describe, distinguishing, short_value
-from rld_lightning.reporting.tables import BEST, compare, sections
+from rld_lightning.reporting.frame import BEST, runs_frame
+from rld_lightning.reporting.labels import describe, distinguishing, mean_and_std, short_value
+from rld_lightning.reporting.tables import compare, sections
 from rld_lightning.runs.finished import find_runs
 
 
 def read(folder):
-    return sections(find_runs([folder]))
+    return sections(runs_frame(find_runs([folder])))
 
 
-def named(section):
-    return {row.name: row for row in section.rows}
+def compared(section):
+    """Pairs of methods that are compared."""
+    method = section.rows["method"]
+    return {(method[line.first], method[line.second]): line for line in compare(section).itertuples()}
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path):
     for seed, top1 in enumerate((60.0, 61.0, 63.0)):
         write_run(tmp_path / str(seed), "rld", seed=seed, top1=top1, best=top1 + 1)
     (section,), left_out = read(tmp_path)
-    (row,) = section.rows
+    (row,) = section.rows.itertuples()
     assert left_out == []
-    assert (row.name, row.n, row.seeds) == ("rld", 3, [0, 1, 2])
-    assert row.mean() == pytest.approx(184 / 3)
-    assert row.std() == pytest.approx(math.sqrt(7 / 3))  # (16 + 1 + 25) / 9 over n - 1 = 2
-    assert (row.mean(BEST), row.std(BEST)) == pytest.approx((187 / 3, math.sqrt(7 / 3)))
+    assert (row.Index, row.n, row.seeds) == ("rld", 3, [0, 1, 2])
+    assert row.top1_last_mean == pytest.approx(184 / 3)
+    assert row.top1_last_std == pytest.approx(math.sqrt(7 / 3))  # (16 + 1 + 25) / 9 over n - 1 = 2
+    assert (row.top1_best_mean, row.top1_best_std) == pytest.approx((187 / 3, math.sqrt(7 / 3)))
     assert section.title == "resnet20 → resnet8"
-    assert row.spread() == "61.33 ± 1.53"
+    assert mean_and_std(row.top1_last_mean, row.top1_last_std) == "61.33 ± 1.53"
     assert section.teacher_top1 == {str(Path("teachers/teacher.safetensors").absolute()): pytest.approx(68.0)}
 
 
 def test_one_run_has_no_deviation(tmp_path):
     write_run(tmp_path / "one")
     (section,), _ = read(tmp_path)
-    assert section.rows[0].std() is None
-    assert compare(section) == []
+    assert math.isnan(section.rows["top1_last_std"].iloc[0])
+    assert compare(section).empty
 
 
 def test_settings_tell_rows_apart_by_what_differs(tmp_path):
@@ -50,7 +53,7 @@ def test_settings_tell_rows_apart_by_what_differs(tmp_path):
     write_run(tmp_path / "long", seed=0, epochs=240, settings={"loss.alpha": 2.0, "loss.beta": 4.0})
     (section,), _ = read(tmp_path)
     # The longer run's beta is told by nothing else; its epochs follow from it and are not said again.
-    assert {name: row.n for name, row in named(section).items()} == {
+    assert section.rows["n"].to_dict() == {
         "rld (alpha=1, beta=8)": 2,
         "rld (alpha=2, beta=8)": 2,
         "rld (alpha=2, beta=4)": 1,
@@ -62,9 +65,9 @@ def test_epochs_and_recipes_are_told(tmp_path):
     write_run(tmp_path / "b", epochs=240)
     write_run(tmp_path / "c", "kd", settings={"recipe.optimizer.lr": 0.1})
     (section,), _ = read(tmp_path)
-    assert set(named(section)) == {"rld (epochs=30, lr=0.05)", "rld (epochs=240, lr=0.05)", "kd (lr=0.1)"}
-    assert compare(section) == []  # no two have the same recipe
-    assert all(section.gain(row, "kd") is None for row in section.rows)
+    assert set(section.rows.index) == {"rld (epochs=30, lr=0.05)", "rld (epochs=240, lr=0.05)", "kd (lr=0.1)"}
+    assert compare(section).empty  # no two have the same recipe
+    assert all(section.gain(row, "kd") is None for row in section.rows.index)
 
 
 def test_gains_are_over_the_baselines_with_the_same_recipe(tmp_path):
@@ -75,10 +78,9 @@ def test_gains_are_over_the_baselines_with_the_same_recipe(tmp_path):
         write_run(tmp_path / f"rld{seed}", seed=seed, top1=61.5 + 2 * seed)
     write_run(tmp_path / "long", "ce", seed=0, top1=70.0, epochs=100)
     (section,), _ = read(tmp_path)
-    row = named(section)["rld"]
-    assert section.gain(row, "ce").mean == pytest.approx(4.0)  # 3.5 and 4.5
-    assert section.gain(row, "kd").mean == pytest.approx(2.0)  # the stronger kd: 1.5 and 2.5
-    assert section.gain(section.rows[0], "ce") is None
+    assert section.gain("rld", "ce").mean == pytest.approx(4.0)  # 3.5 and 4.5
+    assert section.gain("rld", "kd").mean == pytest.approx(2.0)  # the stronger kd: 1.5 and 2.5
+    assert section.gain(section.rows.index[0], "ce") is None
 
 
 def test_the_baseline_is_the_plain_one_with_the_most_seeds_in_common(tmp_path):
@@ -90,9 +92,8 @@ def test_the_baseline_is_the_plain_one_with_the_most_seeds_in_common(tmp_path):
         settings = {"loss.logit_standardization": True}
         write_run(tmp_path / f"ls{seed}", "kd", seed=seed, top1=90.0, settings=settings)
     (section,), _ = read(tmp_path)
-    (row,) = [row for row in section.rows if row.method == "rld"]
-    assert section.baseline(row, "kd").seeds == [0, 1, 2]
-    assert (section.gain(row, "kd").n, section.gain(row, "kd").mean) == (3, pytest.approx(2.0))
+    assert section.rows.at[section.baseline("rld", "kd"), "seeds"] == [0, 1, 2]
+    assert (section.gain("rld", "kd").n, section.gain("rld", "kd").mean) == (3, pytest.approx(2.0))
 
 
 def test_the_strongest_baseline_is_that_of_the_metric(tmp_path):
@@ -101,9 +102,8 @@ def test_the_strongest_baseline_is_that_of_the_metric(tmp_path):
         write_run(tmp_path / f"b{seed}", "kd", seed=seed, top1=59.0, best=63.0, settings={"loss.weight": 0.5})
         write_run(tmp_path / f"rld{seed}", seed=seed, top1=64.0, best=64.0)
     (section,), _ = read(tmp_path)
-    (row,) = [row for row in section.rows if row.method == "rld"]
-    assert section.gain(row, "kd").mean == pytest.approx(4.0)
-    assert section.gain(row, "kd", BEST).mean == pytest.approx(1.0)
+    assert section.gain("rld", "kd").mean == pytest.approx(4.0)
+    assert section.gain("rld", "kd", BEST).mean == pytest.approx(1.0)
 
 
 def test_cells_tell_which_baseline_and_how_many_seeds(tmp_path):
@@ -114,9 +114,9 @@ def test_cells_tell_which_baseline_and_how_many_seeds(tmp_path):
         write_run(tmp_path / f"ce{seed}", "ce", seed=seed, top1=45.0)
         write_run(tmp_path / f"rld{seed}", seed=seed, top1=60.0)
     (section,), _ = read(tmp_path)
-    (line,) = [line for line in make_chapter(section, "pair", Sources()).lines if line.name == "rld"]
-    assert line.over_kd.note == "n = 2, to kd (weight=0.5)"
-    assert line.over_ce.note == ""
+    line = make_chapter(section, "pair", Sources()).lines.set_index("method").loc["rld"]
+    assert (line["kd_seeds"], line["kd_base"]) == ("n = 2", "kd (weight=0.5)")
+    assert (line["ce_seeds"], line["ce_base"]) == ("", "")
 
 
 def test_each_teacher_has_its_own_accuracy(tmp_path):
@@ -126,8 +126,9 @@ def test_each_teacher_has_its_own_accuracy(tmp_path):
             write_run(tmp_path / f"rld-{name}{seed}", seed=seed, teacher_top1=top1, weights=weights)
     (section,), _ = read(tmp_path)
     assert sorted(section.teacher_top1.values()) == [60.0, 70.0]
-    lines = [line for line in make_chapter(section, "pair", Sources()).lines if line.role == "teacher"]
-    assert [line.last for line in lines] == [(60.0, None), (70.0, None)]
+    lines = make_chapter(section, "pair", Sources()).lines.query("role == 'teacher'")
+    assert lines["last_mean"].tolist() == [60.0, 70.0]
+    assert lines["last_std"].isna().all()
 
 
 def test_a_run_of_the_teachers_network_is_not_the_teacher_by_that(tmp_path):
@@ -137,18 +138,15 @@ def test_a_run_of_the_teachers_network_is_not_the_teacher_by_that(tmp_path):
     write_run(tmp_path / "second", teacher="resnet20", student="resnet8")
     write_run(tmp_path / "stray", "ce", teacher=None, student="resnet56", top1=72.0)
     found, _ = read(tmp_path)
-    assert [(section.title, section.teachers) for section in found] == [
-        ("resnet20 → resnet8", ()),
-        ("resnet56 → resnet20", ()),
-        ("resnet56", ()),
-    ]
+    assert [section.title for section in found] == ["resnet20 → resnet8", "resnet56 → resnet20", "resnet56"]
+    assert all(section.teacher_runs.empty for section in found)
 
 
 def test_a_teacher_that_its_run_has_trained_and_stored(tmp_path):
     write_run(tmp_path / "run", weights="/somewhere/teachers/cifar100/resnet20.safetensors")
     write_run(tmp_path / "run" / "teacher", "ce", teacher=None, student="resnet20", top1=66.0)
     (section,), _ = read(tmp_path)
-    assert [row.mean() for row in section.teachers] == [66.0]
+    assert section.teacher_runs["top1_last"].tolist() == [66.0]
 
 
 def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
@@ -157,8 +155,8 @@ def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
     write_run(tmp_path / "teacher", "ce", teacher=None, student="resnet20", top1=68.5)
     write_run(tmp_path / "rld", weights=str(tmp_path / "teacher" / "student.safetensors"))
     (section,), _ = read(tmp_path)
-    assert [(row.method, row.n) for row in section.rows] == [("ce", 2), ("rld", 1)]
-    assert [(row.student, row.mean()) for row in section.teachers] == [("resnet20", 68.5)]
+    assert section.rows["n"].to_dict() == {"ce": 2, "rld": 1}
+    assert section.teacher_runs[["student", "top1_last"]].to_numpy().tolist() == [["resnet20", 68.5]]
 
 
 def test_single_models_without_a_pair_have_sections_of_their_own(tmp_path):
@@ -176,7 +174,7 @@ def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
     write_run(tmp_path / "held0", seed=0, top1=70.0, held_out=0.1)
     write_run(tmp_path / "held1", seed=1, top1=71.0, held_out=0.1)
     found, _ = read(tmp_path)
-    assert [(s.on_test, s.split, s.rows[0].n) for s in found] == [
+    assert [(s.on_test, s.split, s.rows["n"].iloc[0]) for s in found] == [
         (True, "the test split", 1),
         (False, "5,000 held-out training images (stratified)", 2),  # one split, whatever its seed
     ]
@@ -186,14 +184,14 @@ def test_of_repetitions_the_one_that_finished_last_counts(tmp_path):
     for name, top1, time in (("a-new", 61.0, 2000), ("z-old", 60.0, 1000)):
         os.utime(write_run(tmp_path / name, seed=0, top1=top1) / "summary.json", (time, time))
     (section,), left_out = read(tmp_path)
-    assert section.rows[0].values() == {0: 61.0}
-    assert [run.folder.name for run, _ in left_out] == ["z-old"]
+    assert section.values("rld").to_dict() == {0: 61.0}
+    assert [Path(folder).name for folder, _ in left_out] == ["z-old"]
 
 
 def test_rld_with_few_seeds_is_compared_with_ce_and_kd_alone(tmp_path):
     write_comparison(tmp_path, {"kd": 59.0, "rld": 61.0, "at": 58.0}, seeds=2)
     (section,), _ = read(tmp_path)
-    assert {(c.first.method, c.second.method) for c in compare(section)} == {("rld", "kd"), ("at", "kd")}
+    assert set(compared(section)) == {("rld", "kd"), ("at", "kd")}
 
 
 def test_what_does_not_count_is_named(tmp_path):
@@ -201,8 +199,8 @@ def test_what_does_not_count_is_named(tmp_path):
     write_run(tmp_path / "b", seed=0, top1=61.0)
     write_run(tmp_path / "c", seed=1, top1=math.nan)
     (section,), left_out = read(tmp_path)
-    assert section.rows[0].values() == {0: 61.0}
-    assert {run.folder.name: reason.split(" in ")[0] for run, reason in left_out} == {
+    assert section.values("rld").to_dict() == {0: 61.0}
+    assert {Path(folder).name: reason.split(" in ")[0] for folder, reason in left_out} == {
         "a": "repeated with the same settings and seed",
         "c": "its accuracy is not a number",
     }
@@ -214,10 +212,10 @@ def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
     text = (new / "config.yaml").read_text().replace("trainer:\n", "trainer:\n  new_option: 3\n")
     (new / "config.yaml").write_text(text)
     (section,), _ = read(tmp_path)
-    assert [row.n for row in section.rows] == [2]
+    assert section.rows["n"].tolist() == [2]
     write_run(tmp_path / "asked", seed=0, settings={"trainer.gradient_clip_val": 1.0})
     (section,), _ = read(tmp_path)
-    assert sorted(row.n for row in section.rows) == [1, 2]
+    assert sorted(section.rows["n"]) == [1, 2]
 
 
 def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
@@ -231,25 +229,25 @@ def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
     write("late", 1, [150, 180])
     write_run(tmp_path / "other", settings={"recipe.scheduler._target_": "torch.optim.lr_scheduler.OneCycleLR"})
     (section,), _ = read(tmp_path)
-    assert sorted((row.method, row.n) for row in section.rows) == [("kd", 1), ("kd", 1), ("rld", 1)]
+    assert sorted(zip(section.rows["method"], section.rows["n"], strict=True)) == [("kd", 1), ("kd", 1), ("rld", 1)]
 
 
 def test_comparisons_are_corrected_for_their_number(tmp_path):
     write_comparison(tmp_path, {"ce": 57.0, "kd": 59.0, "dkd": 60.0, "rld": 61.0}, seeds=4)
     (section,), _ = read(tmp_path)
-    found = {(c.first.method, c.second.method): c for c in compare(section)}
+    found = compared(section)
     assert set(found) == {
         *(("rld", "dkd"), ("rld", "kd"), ("rld", "ce"), ("dkd", "kd"), ("dkd", "ce"), ("kd", "ce")),
     }
-    smallest = min(found.values(), key=lambda c: c.difference.p)
-    assert smallest.p_holm == pytest.approx(min(1, 6 * smallest.difference.p))
+    smallest = min(found.values(), key=lambda line: line.p)
+    assert smallest.p_holm == pytest.approx(min(1, 6 * smallest.p))
     assert found["rld", "ce"].verdict == "ahead"
 
 
 def test_of_many_methods_only_those_that_matter_are_compared(tmp_path):
     write_comparison(tmp_path, {"ce": 57.0, "kd": 59.0, "rld": 61.0, "at": 58.0, "crd": 58.5}, seeds=3)
     (section,), _ = read(tmp_path)
-    pairs = {frozenset((c.first.method, c.second.method)) for c in compare(section)}
+    pairs = set(map(frozenset, compared(section)))
     assert len(pairs) == 9
     assert frozenset(("at", "crd")) not in pairs
 

@@ -46,7 +46,7 @@ def test_finds_finished_and_unfinished_runs_each_once(tmp_path):
     runs = find_runs([tmp_path, tmp_path / "a"])
     assert [run.folder for run in runs] == [tmp_path / "a" / "1", tmp_path / "a" / "1" / "teacher"]
     assert runs[0].summary == SUMMARY
-    assert find_all([tmp_path])[1] == [tmp_path / "a" / "2"]
+    assert find_all([tmp_path]).unfinished == [tmp_path / "a" / "2"]
 
 
 def test_knows_what_a_run_is(tmp_path):
@@ -86,7 +86,7 @@ def test_wandbs_own_files_are_no_run(tmp_path):
     make(tmp_path / "run")
     (tmp_path / "run" / "wandb" / "run-1" / "files").mkdir(parents=True)
     (tmp_path / "run" / "wandb" / "run-1" / "files" / "config.yaml").write_text("loss: {}")
-    runs, unfinished = find_all([tmp_path])
+    runs, unfinished, _ = find_all([tmp_path])
     assert ([run.folder.name for run in runs], unfinished) == (["run"], [])
 
 

@@ -1,16 +1,20 @@
 """RLD's parts switched on one by one, beside the paper's numbers."""
 
 import textwrap
-from collections import defaultdict
-from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
+from rld_lightning.reporting.figures import register_figure
 from rld_lightning.reporting.figures.refine import rld_of, usual_rld
-from rld_lightning.reporting.paper import Published, published_numbers
-from rld_lightning.reporting.significance import PairedDifference
-from rld_lightning.reporting.style import PALE, styled
-from rld_lightning.reporting.tables import BEST, LAST, Row, Section
+from rld_lightning.reporting.frame import BEST, LAST
+from rld_lightning.reporting.labels import mean_and_std
+from rld_lightning.reporting.paper import published_numbers
+from rld_lightning.reporting.style import PALE, save_figure, styled
+from rld_lightning.reporting.tables import Section, choose_pair
+from rld_lightning.runs.finished import Run
 
 # Options of the loss group: whether SCD is on, and MCD's mask.
 PARTS = {
@@ -22,30 +26,22 @@ PARTS = {
     "rld": (True, "M_ge"),
 }
 PAPERS_PAIR = "resnet32x4 \u2192 resnet8x4"  # of this one alone the paper prints the ablation
+HEADING = ["loss", "SCD", "MCD", "last epoch, %", "best epoch, %", "n", "over ce", f"paper, {PAPERS_PAIR}, %"]
+_OURS = ["method", "n", "epochs", f"{LAST}_mean", f"{LAST}_std", f"{BEST}_mean", f"{BEST}_std"]
 
 
-@dataclass(frozen=True)
-class AblationRow:
-    """One combination of parts.
-
-    Attributes:
-        name: the method, and in what it differs from its other rows.
-        scd: whether sample confidence is distilled.
-        mask: MCD's, or empty without MCD.
-        ours: our runs of it; None if there are none.
-        over_ce: how far they are ahead of the student alone, over the seeds in common and with the same recipe.
-        paper: what the paper prints for its own pair; None if it was not found, or does not belong to these settings.
-    """
-
-    name: str
-    scd: bool
-    mask: str
-    ours: Row | None
-    over_ce: PairedDifference | None
-    paper: Published | None
+@register_figure("ablation", "table of RLD's parts beside the paper's")
+def write_ablation(out: Path, runs: pd.DataFrame, *, pair: str | None = None) -> list[Path]:
+    """The ablation table, as a picture and as Markdown; without runs it has the paper's numbers alone."""
+    section = None if runs.empty else choose_pair(runs, pair)
+    table = ablation(section)
+    title = f"Ablation of RLD, {section.title}, {section.dataset}, {section.split}" if section else "Ablation of RLD"
+    files = save_figure(draw_ablation(table, title), out, "ablation")
+    (out / "ablation.md").write_text(ablation_markdown(table, title), encoding="utf-8")
+    return [*files, out / "ablation.md"]
 
 
-def ablation(section: Section | None) -> list[AblationRow]:
+def ablation(section: Section | None) -> pd.DataFrame:
     """The rows of the table, those that were not run among them.
 
     What a run switched on is read from its own settings, whichever option they were given to. The paper's number stands
@@ -53,39 +49,46 @@ def ablation(section: Section | None) -> list[AblationRow]:
 
     Args:
         section: the pair; None gives the paper's numbers alone.
+
+    Returns:
+        one line a row: ``name``, ``scd`` and ``mask`` (MCD's, or empty); of our runs, missing where there are none,
+        what :attr:`Section.rows` has, and how far they are ahead of the student alone, ``over_ce`` over ``over_ce_n``
+        seeds; what the paper prints, ``paper`` and ``source``.
     """
     published = {number.method: number for number in published_numbers()}
-    ours = defaultdict(list)
-    for row in section.rows if section else ():
-        if row.method in PARTS:
-            ours[_parts(row)].append(row)
-    rows = []
+    ours = section.rows[section.rows["method"].isin(PARTS)] if section else pd.DataFrame(columns=["runs", *_OURS])
+    parts = {name: _parts(row["runs"][0]) for name, row in ours.iterrows()}
+    lines = []
     for option, (scd, mask) in PARTS.items():
         terms = "+".join(["CE", *(["SCD"] if scd else []), *([f"MCD({mask})"] if mask else [])])
-        paper = published.get(f"RLD ablation: {'CE only' if terms == 'CE' else terms}")
-        found = sorted(ours[scd, mask], key=_as_published, reverse=True)
-        if not found or not _as_published(found[0]):
-            rows.append(AblationRow(option, scd, mask, None, None, paper))
-            paper = None
-        for row in found:
-            rows.append(AblationRow(row.name, scd, mask, row, section.gain(row, "ce"), paper))
-            paper = None
-    return rows
+        number = published.get(f"RLD ablation: {'CE only' if terms == 'CE' else terms}")
+        paper = {"paper": number.value, "source": number.source} if number else {}
+        found = [name for name, own in parts.items() if own == (scd, mask)]
+        found.sort(key=lambda name: not _as_published(ours.at[name, "runs"][0]))
+        if not found or not _as_published(ours.at[found[0], "runs"][0]):
+            lines.append({"name": option, "scd": scd, "mask": mask} | paper)
+            paper = {}
+        for name in found:
+            gain = section.gain(name, "ce") if section else None
+            ahead = {"over_ce": gain.mean, "over_ce_n": gain.n} if gain else {}
+            lines.append({"name": name, "scd": scd, "mask": mask, **ours.loc[name, _OURS], **ahead, **paper})
+            paper = {}
+    return pd.DataFrame(lines, columns=["name", "scd", "mask", *_OURS, "over_ce", "over_ce_n", "paper", "source"])
 
 
-def _parts(row: Row) -> tuple[bool, str]:
-    loss = rld_of(row.runs[0])
+def _parts(run: Run) -> tuple[bool, str]:
+    loss = rld_of(run)
     if loss is None:
         return False, ""
     return loss.alpha > 0, f"M_{loss.mask}" if loss.beta > 0 else ""
 
 
-def _as_published(row: Row) -> bool:
+def _as_published(run: Run) -> bool:
     """Whether what is on of RLD has the weights and temperatures of ``loss=rld``, and nothing else is added."""
-    loss, usual = rld_of(row.runs[0]), usual_rld(row.runs[0])
+    loss, usual = rld_of(run), usual_rld(run)
     if loss is None:
         return True
-    weights = [weight for weight in ((loss.alpha, usual.alpha), (loss.beta, usual.beta)) if weight[0] > 0]
+    weights = [(own, its) for own, its in ((loss.alpha, usual.alpha), (loss.beta, usual.beta)) if own > 0]
     rest = [
         (one.temperature, one.confidence_temperature or one.temperature, one.logit_standardization, one.ce_weight)
         for one in (loss, usual)
@@ -93,77 +96,63 @@ def _as_published(row: Row) -> bool:
     return bool(weights) and all(own == its for own, its in weights) and rest[0] == rest[1]
 
 
-def ablation_cells(rows: list[AblationRow]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the table: parts, our last and best epochs with n, how far over CE, and the paper's."""
-    heading = ["loss", "SCD", "MCD", "last epoch, %", "best epoch, %", "n", "over ce", f"paper, {PAPERS_PAIR}, %"]
+def ablation_cells(table: pd.DataFrame) -> list[list[str]]:
+    """What stands below :data:`HEADING`: parts, our last and best epochs with n, how far over CE, and the paper's."""
     cells = []
-    for row in rows:
+    for row in table.itertuples():
         ours = ["-", "-", "-", "-"]
-        if row.ours is not None:
-            ours = [row.ours.spread(LAST), row.ours.spread(BEST), str(row.ours.n), _ahead(row)]
-        paper = f"{row.paper.value:.2f}" if row.paper else "-"
+        if pd.notna(row.n):
+            ahead = "" if row.method == "ce" else "-"
+            if pd.notna(row.over_ce):
+                ahead = f"{row.over_ce:+.2f}" + (f" (n = {row.over_ce_n:g})" if row.over_ce_n != row.n else "")
+            last = mean_and_std(row.top1_last_mean, row.top1_last_std)
+            ours = [last, mean_and_std(row.top1_best_mean, row.top1_best_std), f"{row.n:g}", ahead]
+        paper = f"{row.paper:.2f}" if pd.notna(row.paper) else "-"
         cells.append([row.name, "\u2713" if row.scd else "", row.mask, *ours, paper])
-    return heading, cells
+    return cells
 
 
-def _ahead(row: AblationRow) -> str:
-    if row.over_ce is None or row.over_ce.mean is None:
-        return "" if row.ours.method == "ce" else "-"
-    return f"{row.over_ce.mean:+.2f}" + (f" (n = {row.over_ce.n})" if row.over_ce.n != row.ours.n else "")
-
-
-def ablation_markdown(rows: list[AblationRow], title: str) -> str:
+def ablation_markdown(table: pd.DataFrame, title: str) -> str:
     """The table as Markdown, with a line about what is ours and what is not."""
-    heading, cells = ablation_cells(rows)
-    lines = [heading, ["---"] * 3 + ["---:"] * 5, *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"## {title}\n\n{table}\n\n{note(rows)}\n"
+    cells = [[text.replace("<", "&lt;").replace("|", "\\|") for text in line] for line in ablation_cells(table)]
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in [HEADING, ["---"] * 3 + ["---:"] * 5, *cells])
+    return f"## {title.replace('<', '&lt;')}\n\n{lines}\n\n{note(table)}\n"
 
 
-def note(rows: list[AblationRow]) -> str:
+def note(table: pd.DataFrame) -> str:
     """Where the numbers come from."""
-    epochs = sorted({row.ours.epochs for row in rows if row.ours})
-    ours = f"Ours: {', '.join(epochs)} epochs, mean \u00b1 standard deviation over n seeds. " if epochs else ""
-    sources = sorted({row.paper.source for row in rows if row.paper})
+    epochs = ", ".join(sorted(set(table["epochs"].dropna())))
+    ours = f"Ours: {epochs} epochs, mean \u00b1 standard deviation over n seeds. " if epochs else ""
     return (
         f"{ours}Not ours: the paper's column, {PAPERS_PAIR} on CIFAR-100, 240 epochs, mean of 3 runs "
-        f"({'; '.join(sources)})."
+        f"({'; '.join(sorted(set(table['source'].dropna())))})."
     )
 
 
 @styled
-def draw_ablation(rows: list[AblationRow], title: str) -> Figure:
+def draw_ablation(table: pd.DataFrame, title: str) -> Figure:
     """Draws the table, the best of our means and of the paper's numbers in bold."""
-    heading, cells = ablation_cells(rows)
+    cells = ablation_cells(table)
     figure = Figure(figsize=(9.2, 1.3 + 0.28 * len(cells)), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots()
     axes.set_axis_off()
-    widths = [max(len(line[column]) for line in [heading, *cells]) + 2 for column in range(len(heading))]
-    table = axes.table(
-        cells,
-        colLabels=heading,
-        colWidths=[width / sum(widths) for width in widths],
-        cellLoc="right",
-        loc="center",
-        edges="horizontal",
-        bbox=(0, 0, 1, 1),
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(9)
-    bold = _best([row.ours.mean() if row.ours else None for row in rows], column=3)
-    bold |= _best([row.ours.mean(BEST) if row.ours else None for row in rows], column=4)
-    bold |= _best([row.paper.value if row.paper else None for row in rows], column=7)
-    for (line, column), cell in table.get_celld().items():
+    widths = [max(len(line[column]) for line in [HEADING, *cells]) + 2 for column in range(len(HEADING))]
+    drawn = axes.table(
+        cells, colLabels=HEADING, colWidths=[width / sum(widths) for width in widths], cellLoc="right", loc="center",
+        edges="horizontal", bbox=Bbox.unit(),
+    )  # fmt: skip
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    bold = set()
+    for column, values in ((3, table[f"{LAST}_mean"]), (4, table[f"{BEST}_mean"]), (7, table["paper"])):
+        if values.count() > 1:
+            bold |= {(line, column) for line in values.index[values == values.max()]}
+    for (line, column), cell in drawn.get_celld().items():
         cell.set_edgecolor(PALE)
         if column < 3:
             cell.set_text_props(ha="left" if column == 0 else "center")
         if line == 0 or (line - 1, column) in bold:
             cell.set_text_props(fontweight="bold")
-    figure.supxlabel(textwrap.fill(note(rows), 150), fontsize=7.5)
+    figure.supxlabel(textwrap.fill(note(table), 150), fontsize=7.5)
     return figure
-
-
-def _best(values: list[float | None], column: int) -> set[tuple[int, int]]:
-    known = [value for value in values if value is not None]
-    return {(line, column) for line, value in enumerate(values) if len(known) > 1 and value == max(known)}

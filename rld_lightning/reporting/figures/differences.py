@@ -4,17 +4,24 @@ The heat map of DKD's public code (mdistiller, ``tools/visualizations/correlatio
 too. There RLD's students are *further* from the teacher than DKD's, and better: they do not copy its mistakes.
 """
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from rld_lightning.losses.numerics import standardize
-from rld_lightning.reporting.figures.logits import LogitReader
-from rld_lightning.reporting.style import DIVERGING, PALE, SEQUENTIAL, styled
-from rld_lightning.reporting.tables import Row, Section
+from rld_lightning.reporting.figures import register_figure
+from rld_lightning.reporting.logits import LogitSource
+from rld_lightning.reporting.style import DIVERGING, PALE, SEQUENTIAL, save_figure, styled
+from rld_lightning.reporting.tables import Section, choose_pair
 
 MOST_NAMES = 20
 
@@ -39,6 +46,41 @@ class DifferenceMap:
     def mean(self) -> float:
         """Mean of all cells but the diagonal."""
         return float(self.cells.nanmean())
+
+
+def _options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--methods", nargs="+", default=["dkd", "rld"], help="losses, in order (dkd rld)")
+    command.add_argument("--standardized", action="store_true", help="z-score each sample's logits first")
+    command.add_argument("--top", type=float, help="upper end of the colour scale, to compare figures")
+
+
+@register_figure("differences", "students and their teacher, heat maps", _options)
+def write_differences(
+    out: Path,
+    runs: pd.DataFrame,
+    *,
+    reader: LogitSource,
+    pair: str | None = None,
+    methods: Sequence[str] = ("dkd", "rld"),
+    standardized: bool = False,
+    top: float | None = None,
+) -> list[Path]:
+    """Heat maps of how far students are from their teacher.
+
+    Args:
+        out: see :class:`~rld_lightning.reporting.figures.RegisteredFigure`.
+        runs: likewise.
+        reader: likewise.
+        pair: likewise.
+        methods: options of the loss group.
+        standardized: z-score each sample's logits first.
+        top: upper end of the colour scale, to compare figures; None chooses one.
+    """
+    section = choose_pair(runs, pair)
+    maps = difference_maps(section, methods, reader, standardized=standardized)
+    what = "standardized logits" if standardized else "logits"
+    title = f"Student and teacher, mean {what} by class: {section.title}, {section.dataset}, {section.split}"
+    return save_figure(draw_differences(maps, title, top=top), out, "differences")
 
 
 def class_means(logits: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -68,7 +110,7 @@ def logit_differences(student: Tensor, teacher: Tensor, label: Tensor, *, standa
 
 
 def difference_maps(
-    section: Section, methods: list[str], reader: LogitReader, *, standardized: bool = False
+    section: Section, methods: Sequence[str], reader: LogitSource, *, standardized: bool = False
 ) -> list[DifferenceMap]:
     """The maps of some methods of a pair, each the mean over its seeds.
 
@@ -81,25 +123,19 @@ def difference_maps(
     Raises:
         ValueError: there is no run of a method.
     """
-    return [_map(row, reader, standardized) for row in _rows(section, methods)]
-
-
-def _rows(section: Section, methods: list[str]) -> list[Row]:
-    rows = [row for method in methods for row in section.rows if row.method == method and row.teacher]
-    known = sorted({row.method for row in section.rows if row.teacher})
-    missing = [method for method in methods if method not in known]
-    if missing:
+    distilled = section.rows[section.rows["distilled"]]
+    known = sorted(set(distilled["method"]))
+    if missing := [method for method in methods if method not in known]:
         raise ValueError(
             f"there is no finished run of {section.title} with loss={missing[0]}; choose among {', '.join(known)} "
             "with --methods."
         )
-    return rows
-
-
-def _map(row: Row, reader: LogitReader, standardized: bool) -> DifferenceMap:
-    read = [reader.read(run) for run in row.runs]
-    cells = [logit_differences(one.student, one.teacher, one.label, standardized=standardized) for one in read]
-    return DifferenceMap(row.name, row.n, torch.stack(cells).mean(0), read[0].class_names)
+    maps = []
+    for name in (name for method in methods for name in distilled.index[distilled["method"] == method]):
+        read = [reader.read(run) for run in distilled.at[name, "runs"]]
+        cells = [logit_differences(one.student, one.teacher, one.label, standardized=standardized) for one in read]
+        maps.append(DifferenceMap(name, len(read), torch.stack(cells).mean(0), read[0].class_names))
+    return maps
 
 
 @styled
@@ -144,16 +180,18 @@ def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None
     return figure
 
 
-def _show(axes: Axes, cells: Tensor, class_names: list[str], **scale: object) -> object:
+def _show(axes: Axes, cells: Tensor, class_names: list[str], **scale: Any) -> AxesImage:
     axes.set_facecolor(PALE)
+    place = axes.get_subplotspec()
+    leftmost = place is not None and place.is_first_col()
     image = axes.imshow(cells.numpy(), interpolation="nearest", **scale)
     axes.set_xlabel("class of the logit")
-    if axes.get_subplotspec().is_first_col():
+    if leftmost:
         axes.set_ylabel("true class")
     if len(class_names) <= MOST_NAMES:
         places = range(len(class_names))
         axes.set_xticks(places, class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
-        axes.set_yticks(places, class_names if axes.get_subplotspec().is_first_col() else [])
+        axes.set_yticks(places, class_names if leftmost else [])
     for side in axes.spines.values():
         side.set_visible(False)
     return image

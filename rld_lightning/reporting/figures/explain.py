@@ -1,19 +1,112 @@
 """RLD on one sample as a picture: the teacher's logits, the mask, SCD and MCD, the student beside them."""
 
+import argparse
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
+import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from rld_lightning.losses.rld import RLDLoss
-from rld_lightning.reporting.figures.logits import RunLogits
-from rld_lightning.reporting.figures.refine import Refinement
-from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, STUDENT, TEACHER, TRUE_CLASS, styled
+from rld_lightning.reporting.figures import register_figure, toy
+from rld_lightning.reporting.figures.explain_page import write_page
+from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
+from rld_lightning.reporting.logits import LogitSource, RunLogits
+from rld_lightning.reporting.style import (
+    DARK_GREY,
+    GREY,
+    PALE,
+    STUDENT,
+    TEACHER,
+    TRUE_CLASS,
+    page_svg,
+    save_figure,
+    styled,
+)
+from rld_lightning.runs.finished import Run, read_run
 
 MOST_CLASSES = 12
+
+
+def _options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run", type=Path, help="folder of a distilled run; without any run the toy example")
+    command.add_argument("--index", type=int, help="of a validation image; without it one that the teacher gets wrong")
+
+
+@register_figure("explain", "RLD on one sample: a picture and a page", _options)
+def write_explanation(
+    out: Path,
+    runs: pd.DataFrame | None = None,
+    *,
+    reader: LogitSource,
+    run: Path | None = None,
+    index: int | None = None,
+) -> list[Path]:
+    """RLD on one sample: a picture, and a page with three sentences and the numbers.
+
+    Args:
+        out: see :class:`~rld_lightning.reporting.figures.RegisteredFigure`.
+        runs: the first that was distilled with RLD, or else with anything, is taken; without one the toy logits.
+        reader: runs the networks.
+        run: the folder of the run to take instead.
+        index: of the validation image; None takes one that the teacher gets wrong.
+
+    Raises:
+        ValueError: there is no such image, or an index without a run.
+    """
+    if run is not None:
+        return _explain(out, *_sample_of(read_run(run), index, reader))
+    distilled = [] if runs is None or runs.empty else list(runs.dropna(subset="teacher")["run"])
+    if distilled:
+        first = next((run for run in distilled if run.method == "rld"), distilled[0])
+        return _explain(out, *_sample_of(first, index, reader))
+    if index is not None:
+        raise ValueError("--index is of a validation image of a run; add --run FOLDER.")
+    loss = RLDLoss(temperature=toy.TEMPERATURE)
+    sample = refine(torch.tensor(toy.STUDENT), torch.tensor(toy.TEACHER), toy.LION, loss)
+    title = "RLD on one sample: an image of a lion that the teacher takes for a forest"
+    origin = "The logits are made up; --run FOLDER takes those of a finished run."
+    return _explain(out, sample, list(toy.CLASSES), loss, None, title, origin)
+
+
+def _sample_of(
+    run: Run, index: int | None, reader: LogitSource
+) -> tuple[Refinement, list[str], RLDLoss, Tensor, str, str]:
+    """A sample of a run, with its class names, the loss, its image, a title and where it comes from."""
+    own, logits, summary = rld_of(run), reader.read(run), run.summary
+    loss = own or usual_rld(run)
+    if index is None:
+        place, why = telling_sample(logits)
+    else:
+        found = (logits.index == index).nonzero()
+        if not len(found):
+            raise ValueError(f"there is no validation image --index {index}; choose 0 to {int(logits.index.max())}.")
+        place, why = int(found[0]), "chosen by its index"
+    number = int(logits.index[place])
+    sample = refine(logits.student[place], logits.teacher[place], int(logits.label[place]), loss)
+    true = logits.class_names[sample.label].replace("_", " ")
+    what = f"validation image {number} of {summary.dataset}: \u201c{true}\u201d"
+    title = f"RLD on {what}" if own else f"What RLD would pass on of {what}"
+    origin = (
+        f"{summary.model} distilled from {summary.teacher} with loss={run.method}, {summary.epochs} epochs, "
+        f"seed {summary.seed}, validated on {summary.validated_on}; {why}. {run.folder}"
+    )
+    if own is None:
+        origin = f"These networks were trained without RLD: shown is what loss=rld would pass on. {origin}"
+    return sample, logits.class_names, loss, reader.image(run, number), title, origin
+
+
+def _explain(
+    out: Path, sample: Refinement, class_names: list[str], loss: RLDLoss, image: Tensor | None, title: str, origin: str
+) -> list[Path]:
+    files = save_figure(draw_refinement(sample, class_names, loss, title, image), out, "explain")
+    svg = page_svg(lambda: draw_refinement(sample, class_names, loss, image=image))
+    return [*files, write_page(out / "explain.html", sample, class_names, loss, svg, title=title, origin=origin)]
 
 
 def telling_sample(logits: RunLogits) -> tuple[int, str]:
@@ -111,8 +204,8 @@ def draw_refinement(
         }
         for axes, values in sides.items():
             teacher, student = (float(side.sum() - side[rows].sum()) for side in values)
-            told = f"others: teacher {teacher:.2f}, student {student:.2f}" if values[0].any() else "others: masked, too"
-            _write(axes, len(rows), told)
+            text = f"others: teacher {teacher:.2f}, student {student:.2f}" if values[0].any() else "others: masked, too"
+            _write(axes, len(rows), text)
     logits.get_yticklabels()[rows.index(sample.label)].set(color=TRUE_CLASS, fontweight="bold")
     figure.legend(*logits.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -1,23 +1,12 @@
 """RLD on one sample as a page: the picture, three sentences and the numbers, in one HTML file without outside parts."""
 
-import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-import matplotlib
-from torch import Tensor
 
 from rld_lightning.losses.rld import RLDLoss
-from rld_lightning.reporting.figures.explain import draw_refinement
 from rld_lightning.reporting.figures.refine import Refinement
-from rld_lightning.reporting.plots import INK, page_colour
-from rld_lightning.reporting.style import DARK_GREY, PALE, styled
-
-# Where the picture has its text and lines in the page's ink, light and dark mode choose the colour.
-_IN_INK = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-_PAGE_COLOURS = {INK: page_colour(INK), PALE: "var(--masked)", DARK_GREY: "var(--soft)"}
 
 
 def explain_in_words(sample: Refinement, class_names: Sequence[str], loss: RLDLoss) -> list[str]:
@@ -96,7 +85,7 @@ def write_page(
     sample: Refinement,
     class_names: Sequence[str],
     loss: RLDLoss,
-    image: Tensor | None = None,
+    svg: str,
     *,
     title: str,
     origin: str,
@@ -108,7 +97,7 @@ def write_page(
         sample: what it is about.
         class_names: the C names.
         loss: holds the hyper-parameters.
-        image: ``(H, W, 3)`` in [0, 1], if there is one.
+        svg: the picture, see :func:`~rld_lightning.reporting.style.page_svg`.
         title: heading.
         origin: a line about where the sample comes from.
 
@@ -116,33 +105,19 @@ def write_page(
         the page's path.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rld_lightning.reporting.figures", "."),
+        loader=jinja2.PackageLoader("rld_lightning.reporting", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("explain.html.j2").render(
+    page = environment.get_template("figures/explain.html.j2").render(
         title=title,
         origin=origin,
         sentences=explain_in_words(sample, class_names, loss),
-        svg=_svg(sample, class_names, loss, image),
+        svg=svg,
         numbers=numbers_of(sample, loss),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-@styled
-def _svg(sample: Refinement, class_names: Sequence[str], loss: RLDLoss, image: Tensor | None) -> str:
-    """The picture without its heading, in colours that the page chooses."""
-    file = io.StringIO()
-    with matplotlib.rc_context(_IN_INK):
-        figure = draw_refinement(sample, class_names, loss, image=image)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for colour, name in _PAGE_COLOURS.items():
-        text = text.replace(colour.lower(), name)
-    return text

@@ -4,22 +4,53 @@ In the RLD paper the gain over DKD grows as the teacher's training accuracy fall
 there is to refine.
 """
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.style import BLACK, GREY, PALETTE, styled
-from rld_lightning.reporting.tables import BEST, LAST, sections
-from rld_lightning.runs.finished import Run
+from rld_lightning.console import print_line
+from rld_lightning.reporting.figures import register_figure
+from rld_lightning.reporting.frame import BEST, LAST, write_csv
+from rld_lightning.reporting.style import BLACK, GREY, PALETTE, save_figure, styled
+from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.files import METRICS
 
 TEACHER_TOP1 = "train/teacher_top1"
 REFERENCES = ("ce", "kd", "dkd")
 
 
+def _options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", default="rld")
+    command.add_argument("--over", nargs="+", default=list(REFERENCES), help="what it is compared to (ce kd dkd)")
+    command.add_argument("--best", action="store_true", help="compare best epochs, not last ones")
+
+
+@register_figure("gain", "gain by the teacher's training accuracy", _options)
+def write_gain(
+    out: Path, runs: pd.DataFrame, *, method: str = "rld", over: Sequence[str] = REFERENCES, best: bool = False
+) -> list[Path]:
+    """What a method gains, by its teacher's training accuracy; the numbers also as CSV.
+
+    Args:
+        out: see :class:`~rld_lightning.reporting.figures.RegisteredFigure`.
+        runs: likewise.
+        method: an option of the loss group.
+        over: those that it is compared to.
+        best: compare best epochs.
+    """
+    table, left_out = gains(runs, method, over, best=best)
+    for reason in left_out:
+        print_line("left out", f"gain: {reason}")
+    files = save_figure(draw_gain(table, method), out, "gain")
+    return [*files, write_csv(table.round(4), out / "gain.csv")]
+
+
 def gains(
-    runs: Sequence[Run], method: str = "rld", references: Sequence[str] = REFERENCES, *, best: bool = False
+    runs: pd.DataFrame, method: str = "rld", references: Sequence[str] = REFERENCES, *, best: bool = False
 ) -> tuple[pd.DataFrame, list[str]]:
     """One line a pair and reference: how much the method is ahead, seed by seed.
 
@@ -40,32 +71,22 @@ def gains(
         ValueError: there is nothing to compare.
     """
     lines, left_out = [], []
-    metric = BEST if best else LAST
     for section in sections(runs)[0]:
-        for row in section.rows:
-            if row.method != method or row.teacher is None:
-                continue
-            found = {reference: section.gain(row, reference, metric) for reference in references}
-            found = {reference: gain for reference, gain in found.items() if gain and gain.n}
-            if found and (unknown := [run for run in row.runs if TEACHER_TOP1 not in run.metrics]):
+        rows = section.rows
+        for name, row in rows[rows["distilled"] & (rows["method"] == method)].iterrows():
+            all_gains = {reference: section.gain(name, reference, BEST if best else LAST) for reference in references}
+            found = {reference: gain for reference, gain in all_gains.items() if gain and gain.n}
+            if found and (unknown := [run for run in row["runs"] if TEACHER_TOP1 not in run.metrics]):
                 left_out.append(
-                    f"{section.title}, {row.name}: {unknown[0].folder}/metrics.csv has no {TEACHER_TOP1}; train it "
+                    f"{section.title}, {name}: {unknown[0].folder / METRICS} has no {TEACHER_TOP1}; train it "
                     "with callbacks.teacher on."
                 )
                 continue
             pair = f"{section.title}, {section.dataset}" + ("" if section.on_test else f", {section.split}")
-            lines += [
-                {
-                    "pair": pair + (f" ({row.label})" if row.label else ""),
-                    "reference": reference,
-                    "teacher_top1": mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row.runs),
-                    "gain": gain.mean,
-                    "low": gain.low,
-                    "high": gain.high,
-                    "n": gain.n,
-                }
-                for reference, gain in found.items()
-            ]
+            pair += f" ({row['label']})" if row["label"] else ""
+            for reference, gain in found.items():
+                accurate = mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row["runs"])
+                lines.append((pair, reference, accurate, gain.mean, gain.low, gain.high, gain.n))
     if not lines and left_out:
         raise ValueError(f"no pair can be drawn. {left_out[0]}")
     if not lines:
@@ -73,8 +94,9 @@ def gains(
             f"no pair has finished runs of loss={method} and of {' or '.join(references)} with the same recipe and "
             "seed; run both, or choose others with --method and --over."
         )
-    lines.sort(key=lambda line: list(references).index(line["reference"]))
-    return pd.DataFrame(lines).astype({"low": float, "high": float}), left_out
+    lines.sort(key=lambda line: list(references).index(line[1]))
+    table = pd.DataFrame(lines, columns=["pair", "reference", "teacher_top1", "gain", "low", "high", "n"])
+    return table.astype({"low": float, "high": float}), left_out
 
 
 @styled

@@ -1,10 +1,11 @@
 """RLD taken apart for one sample: what the teacher says, what of it is passed on, and what the student says to that."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from torch import Tensor
 
 from rld_lightning.losses.base import cross_entropy
@@ -13,6 +14,7 @@ from rld_lightning.losses.numerics import margin, masked_log_softmax, standardiz
 from rld_lightning.losses.rld import RLDLoss, dropped_classes, rld_loss
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.naming import class_name
+from rld_lightning.runs.rebuild import build_loss
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,15 @@ def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLD
         ValueError: the logits do not fit each other or the label.
     """
     student, teacher, true = student_logits[None], teacher_logits[None], torch.tensor([label])
-    temperature = loss.temperature
+    temperature, standardized = loss.temperature, loss.logit_standardization
     confidence_temperature = loss.confidence_temperature or temperature
-    options = {"temperature": temperature, "logit_standardization": loss.logit_standardization}
     terms = rld_loss(
-        student,
-        teacher,
-        true,
-        alpha=loss.alpha,
-        beta=loss.beta,
-        confidence_temperature=confidence_temperature,
-        mask=loss.mask,
-        **options,
-    )
-    terms |= {"ce": cross_entropy(student, true), **kd_loss(student, teacher, **options)}
-    if loss.logit_standardization:
+        student, teacher, true, alpha=loss.alpha, beta=loss.beta, temperature=temperature, mask=loss.mask,
+        confidence_temperature=confidence_temperature, logit_standardization=standardized,
+    )  # fmt: skip
+    terms |= kd_loss(student, teacher, temperature=temperature, logit_standardization=standardized)
+    terms["ce"] = cross_entropy(student, true)
+    if standardized:
         student, teacher = standardize(student), standardize(teacher)
     masked = dropped_classes(teacher, true, loss.mask)
     favourite = teacher.argmax(-1)
@@ -113,14 +109,25 @@ def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLD
 
 
 def rld_of(run: Run) -> RLDLoss | None:
-    """The RLD that a run was distilled with, alone or among other losses; None where there was none."""
+    """The RLD that a run was distilled with, alone or among other losses; None where there was none.
+
+    Raises:
+        ValueError: what the run's folder calls RLD is not this package's.
+    """
     settings = run.config["loss"]
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-        if class_name(part.get("_target_", "")) == "RLDLoss":
-            return instantiate(part)
+        if class_name(str(part.get("_target_", ""))) == "RLDLoss":
+            return _rld(run, part)
     return None
 
 
 def usual_rld(run: Run) -> RLDLoss:
     """What ``loss=rld`` is on a run's pair: the defaults, but for what the pair's option of the model group tunes."""
-    return RLDLoss(**((run.config["model"].get("tuned") or {}).get("rld") or {}))
+    tuned = (run.config["model"].get("tuned") or {}).get("rld") or {}
+    return _rld(run, {**tuned, "_target_": "rld_lightning.losses.RLDLoss"})
+
+
+def _rld(run: Run, settings: Mapping[str, Any]) -> RLDLoss:
+    loss = build_loss(run, settings)
+    assert isinstance(loss, RLDLoss)  # no other loss is called so
+    return loss

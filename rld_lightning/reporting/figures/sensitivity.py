@@ -1,24 +1,40 @@
 """How accuracy depends on the hyper-parameters that a sweep has varied: one panel each."""
 
+import argparse
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rld_lightning.reporting.figures import register_figure
+from rld_lightning.reporting.frame import write_csv
 from rld_lightning.reporting.labels import describe, short_key
-from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, RED, styled
-from rld_lightning.reporting.sweeps import FinishedSweep
+from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, PLAIN_NUMBERS, RED, save_figure, styled
+from rld_lightning.reporting.sweeps import Sweep
 from rld_lightning.reporting.tables import sections
-from rld_lightning.runs.finished import Run
 
 MOST_LINES = 4  # with more, all are grey but the best
 MOST_TICKS = 10
 
 
-def swept(runs: Sequence[Run], method: str | None = None, pair: str | None = None) -> FinishedSweep:
+def _options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", help="where several were swept")
+
+
+@register_figure("sensitivity", "accuracy by swept alpha, beta ...", _options)
+def write_sensitivity(
+    out: Path, runs: pd.DataFrame, *, method: str | None = None, pair: str | None = None
+) -> list[Path]:
+    """How accuracy depends on swept hyper-parameters; the numbers also as CSV."""
+    sweep = swept(runs, method, pair)
+    files = save_figure(draw_sensitivity(sweep), out, "sensitivity")
+    table = sweep.trials.drop(columns=["epochs", "run"]).round({"mean": 4, "std": 4, "best": 4})
+    return [*files, write_csv(table, out / "sensitivity.csv")]
+
+
+def swept(runs: pd.DataFrame, method: str | None = None, pair: str | None = None) -> Sweep:
     """The runs that differ in hyper-parameters, as one sweep.
 
     Args:
@@ -29,34 +45,37 @@ def swept(runs: Sequence[Run], method: str | None = None, pair: str | None = Non
     Raises:
         ValueError: nothing was swept, or several things were and it is not said which to draw.
     """
-    groups = defaultdict(list)
-    for section in sections(runs)[0]:
-        for row in section.rows:
-            here = [run for run in row.runs if run.summary.teacher and pair in (None, run.pair)]
-            if here and method in (None, row.method):
-                groups[(row.method, here[0].pair, section.dataset, section.split)] += here
-    sweeps = {key: FinishedSweep(group[0].folder.parent, tuple(group)) for key, group in groups.items()}
-    sweeps = {key: sweep for key, sweep in sweeps.items() if _numeric(sweep)}
+    counted = pd.concat([pd.DataFrame(), *(section.runs for section in sections(runs)[0])])
+    sweeps = {}
+    if not counted.empty:
+        counted = counted[counted["teacher"].notna()]
+        groups = counted.groupby(["method", "pair", "dataset", "split"], sort=False)
+        sweeps = {key: Sweep(Path(group["folder"].iloc[0]).parent, group) for key, group in groups}
+    sweeps = {
+        key: sweep
+        for key, sweep in sweeps.items()
+        if method in (None, key[0]) and pair in (None, key[1]) and _numeric(sweep)
+    }
     if not sweeps:
         raise ValueError(
             "no hyper-parameter has several values in the finished runs of these folders; sweep one first, such as "
             "fit.py -m loss.alpha=1,2,4."
         )
     if len(sweeps) > 1:
-        told = "; ".join(", ".join(key) for key in sweeps)
+        names = "; ".join(", ".join(key) for key in sweeps)
         raise ValueError(
-            f"several things were swept: {told}. Choose with --method and --pair, or give one sweep's folder."
+            f"several things were swept: {names}. Choose with --method and --pair, or give one sweep's folder."
         )
     return next(iter(sweeps.values()))
 
 
-def _numeric(sweep: FinishedSweep) -> list[str]:
+def _numeric(sweep: Sweep) -> list[str]:
     """The swept keys whose values are numbers, which have an axis."""
     return [key for key in sweep.keys if pd.api.types.is_numeric_dtype(sweep.trials[key])]
 
 
 @styled
-def draw_sensitivity(sweep: FinishedSweep) -> Figure:
+def draw_sensitivity(sweep: Sweep) -> Figure:
     """Draws accuracy over each swept number, with a line for each setting of the others, means and deviations.
 
     With more than :data:`MOST_LINES` settings they are grey but the best one's. The last epoch counts, on whatever the
@@ -72,7 +91,7 @@ def draw_sensitivity(sweep: FinishedSweep) -> Figure:
         _panel(axes, key, others, {_setting(others, values): line.sort_values(key) for values, line in lines})
     panels[0].set_ylabel("top-1 of the last epoch, %")
     counts = ", ".join(str(n) for n in sorted(set(trials["n"])))
-    figure.suptitle(f"{sweep.runs[0].method}, {sweep.runs[0].pair}, {sweep.runs[0].summary.dataset}")
+    figure.suptitle(", ".join(sweep.runs.iloc[0][["method", "pair", "dataset"]]))
     bars = "bars: standard deviation over seeds" if trials["n"].max() > 1 else "single seeds"
     figure.supxlabel(f"Measured on {sweep.split}; {bars} (n = {counts}).", fontsize=8)
     return figure
@@ -98,6 +117,7 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
     values = sorted({value for line in lines.values() for value in line[key]})
     if min(values) > 0 and (max(values) / min(values) >= 8 or all(math.frexp(value)[0] == 0.5 for value in values)):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
     if len(values) <= MOST_TICKS:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
@@ -107,5 +127,5 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
         axes.legend(labelcolor=DARK_GREY, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if many else 2)
 
 
-def _setting(keys: list[str], values: tuple | object) -> str:
+def _setting(keys: list[str], values: object) -> str:
     return describe(dict(zip(keys, values if isinstance(values, tuple) else (values,), strict=True)), keys)

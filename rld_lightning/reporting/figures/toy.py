@@ -1,5 +1,7 @@
 """The toy example: what methods that correct a teacher make of one wrong prediction, and what RLD passes on instead."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -9,8 +11,9 @@ from rld_lightning.losses.rc import correct_logits
 from rld_lightning.losses.revision import revise
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.losses.swap import swap_logits
+from rld_lightning.reporting.figures import register_figure
 from rld_lightning.reporting.figures.refine import refine
-from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, SKY, TRUE_CLASS, styled
+from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, SKY, TRUE_CLASS, save_figure, styled
 from rld_lightning.reporting.style import STUDENT as STUDENT_COLOUR
 from rld_lightning.reporting.style import TEACHER as TEACHER_COLOUR
 
@@ -21,6 +24,12 @@ STUDENT = (2.0, 2.2, 1.4, 0.6, 1.6, 0.0)
 LION, FOREST, TIGER, LEOPARD = 0, 1, 2, 3
 TEMPERATURE = 1.0
 ETA = 0.8  # label revision's, its default
+
+
+@register_figure("toy", "one wrong prediction: corrections and RLD")
+def write_toy(out: Path) -> list[Path]:
+    """What methods that correct the teacher make of one wrong prediction, and what RLD passes on."""
+    return save_figure(draw_toy(), out, "toy")
 
 
 def toy_targets() -> dict[str, list[float]]:
@@ -70,8 +79,8 @@ def draw_toy() -> Figure:
         if value == 0:
             correlation.bar(index, 0.78, 1, color=PALE, zorder=0)
             correlation.text(index, 0.39, "masked", rotation=90, ha="center", va="center", color=DARK_GREY)
-    before, after = (_ratio(values, TIGER, LEOPARD) for values in (teacher, targets["mcd"]))
-    _say(correlation, f"tiger : leopard = {after:.1f}, the teacher's {before:.1f}\nnothing about lion and forest")
+    own, left = (_ratio(values, TIGER, LEOPARD) for values in (teacher, targets["mcd"]))
+    _say(correlation, f"tiger : leopard = {left:.1f}, the teacher's {own:.1f}\nnothing about lion and forest")
     figure.supxlabel(
         "Dotted: before the correction. RC corrects the student's own prediction, beside KD. Green: the true class.",
         fontsize=8,
@@ -105,8 +114,8 @@ def _confidence(axes: Axes, teacher: list[float], student: list[float]) -> None:
 def _relations(values: list[float], teacher: list[float] | None) -> str:
     lines = []
     for name, pair in (("lion : tiger", (LION, TIGER)), ("forest : tiger", (FOREST, TIGER))):
-        told = f"{name} = {_ratio(values, *pair):.1f}"
-        lines.append(told if teacher is None else f"{told}, the teacher's {_ratio(teacher, *pair):.1f}")
+        text = f"{name} = {_ratio(values, *pair):.1f}"
+        lines.append(text if teacher is None else f"{text}, the teacher's {_ratio(teacher, *pair):.1f}")
     return "\n".join(lines)
 
 

@@ -10,13 +10,14 @@ from rld_lightning.reporting.figures.differences import (
     difference_maps,
     draw_differences,
     logit_differences,
+    write_differences,
 )
-from rld_lightning.reporting.figures.explain import telling_sample
-from rld_lightning.reporting.figures.logits import LogitReader, RunLogits
+from rld_lightning.reporting.figures.explain import telling_sample, write_explanation
 from rld_lightning.reporting.figures.refine import rld_of, usual_rld
-from rld_lightning.reporting.figures.write import write_differences, write_explanation
+from rld_lightning.reporting.frame import read_frame
+from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.reporting.tables import sections
-from rld_lightning.runs.finished import find_runs
+from rld_lightning.tasks.logits import LogitReader
 
 
 def test_differences_are_those_of_the_published_loop():
@@ -66,13 +67,13 @@ def test_panels_share_a_scale_and_two_have_their_difference(count):
 def test_reads_networks_once_and_averages_over_seeds(make_run, save_networks, tmp_path, capsys):
     for method, seed in (("dkd", 0), ("rld", 0), ("rld", 1)):
         save_networks(make_run(method, seed=seed), seed)
-    runs = find_runs([tmp_path / "runs"])
+    runs = read_frame([tmp_path / "runs"])[0]
     reader = LogitReader()
     section = sections(runs)[0][0]
     maps = difference_maps(section, ["dkd", "rld"], reader)
     assert capsys.readouterr().out.count("validation images") == 4  # three students and one teacher
     assert [(one.name, one.n) for one in maps] == [("dkd", 1), ("rld", 2)]
-    read = [reader.read(run) for run in runs if run.method == "rld"]
+    read = [reader.read(run) for run in runs.query("method == 'rld'")["run"]]
     cells = [logit_differences(one.student, one.teacher, one.label) for one in read]
     torch.testing.assert_close(maps[1].cells, (cells[0] + cells[1]) / 2, equal_nan=True)
     with pytest.raises(ValueError, match=r"no finished run of resnet14 . resnet8 with loss=kd; choose among dkd, rld"):
@@ -98,7 +99,7 @@ def test_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
 def test_says_that_a_run_was_distilled_with_something_else(make_run, save_networks, tmp_path):
     run = make_run("kd")
     save_networks(run)
-    page = write_explanation(tmp_path, run=run.folder, index=7)[-1].read_text()
+    page = write_explanation(tmp_path, run=run.folder, index=7, reader=LogitReader())[-1].read_text()
     assert "What RLD would pass on of validation image 7 of digits" in page
     assert "These networks were trained without RLD: shown is what loss=rld would pass on." in page
 

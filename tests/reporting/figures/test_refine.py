@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from rld_lightning.losses import RLDLoss, rld_loss, swap_loss
 from rld_lightning.losses.dkd import dkd_loss
 from rld_lightning.reporting.figures import toy
-from rld_lightning.reporting.figures.explain import MOST_CLASSES, draw_refinement, shown_classes
+from rld_lightning.reporting.figures.explain import MOST_CLASSES, draw_refinement, shown_classes, write_explanation
 from rld_lightning.reporting.figures.explain_page import explain_in_words, numbers_of, write_page
 from rld_lightning.reporting.figures.refine import refine
-from rld_lightning.reporting.figures.write import write_explanation
+from rld_lightning.reporting.style import page_svg
+from rld_lightning.tasks.logits import LogitReader
 
 
 def kl(p, q):
@@ -128,7 +129,8 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):
     own, *_ = sample(3)
     names = ["<b>", "a&b", "c", 'd"', "e", "f"]
     image = torch.rand(4, 4, 3)
-    page = write_page(tmp_path / "x" / "page.html", own, names, RLDLoss(), image, title="<t>", origin="o").read_text()
+    svg = page_svg(lambda: draw_refinement(own, names, RLDLoss(), image=image))
+    page = write_page(tmp_path / "x" / "page.html", own, names, RLDLoss(), svg, title="<t>", origin="o").read_text()
     assert "<b>" not in page
     assert "<t>" not in page
     assert not re.search(r"(src|href)=.(?!#|data:)", page)
@@ -138,7 +140,8 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):
 
 def test_the_page_chooses_the_colours_of_the_picture(tmp_path):
     own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, RLDLoss())
-    page = write_page(tmp_path / "page.html", own, list("abcd"), RLDLoss(), title="t", origin="o").read_text()
+    svg = page_svg(lambda: draw_refinement(own, list("abcd"), RLDLoss()))
+    page = write_page(tmp_path / "page.html", own, list("abcd"), RLDLoss(), svg, title="t", origin="o").read_text()
     assert "prefers-color-scheme: dark" in page
     svg = page[page.index("<svg") : page.index("</svg>")]
     assert not re.search(r"#(1a1b1c|e8e8e8|5a5a5a|ffffff|000000)", svg)
@@ -190,5 +193,9 @@ def test_numbers_say_what_multiplies_them():
 
 
 def test_without_runs_a_page_explains_the_toy_example(tmp_path):
-    assert [path.name for path in write_explanation(tmp_path)] == ["explain.png", "explain.pdf", "explain.html"]
+    assert [path.name for path in write_explanation(tmp_path, reader=LogitReader())] == [
+        "explain.png",
+        "explain.pdf",
+        "explain.html",
+    ]
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())

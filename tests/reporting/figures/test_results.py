@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
+from rld_lightning.reporting.figures import list_figures, register_figure
 from rld_lightning.reporting.figures.ablation import ablation, ablation_cells, ablation_markdown, draw_ablation
-from rld_lightning.reporting.figures.gain import draw_gain, gains
-from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept
-from rld_lightning.reporting.figures.write import write_gain, write_sensitivity
+from rld_lightning.reporting.figures.gain import draw_gain, gains, write_gain
+from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept, write_sensitivity
+from rld_lightning.reporting.frame import read_frame
 from rld_lightning.reporting.tables import sections
-from rld_lightning.runs.finished import find_runs
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -27,7 +28,7 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
     make_run("dkd", seed=1, top1=62.5)
     make_run("kd", seed=0, top1=1.0, epochs=99)  # another recipe: not to be compared
     make_run("rld", teacher="resnet20", seed=0, top1=58.0, teacher_train=(80.0,))
-    table, left_out = gains(find_runs([tmp_path / "runs"]))
+    table, left_out = gains(read_frame([tmp_path / "runs"])[0])
     assert not left_out
     table = table.sort_values(["teacher_top1", "reference"]).reset_index(drop=True)
     assert table["reference"].tolist() == ["ce", "ce", "dkd"]
@@ -46,7 +47,7 @@ def test_held_out_images_and_the_test_split_are_told_apart(make_run, tmp_path):
         for method in ("rld", "ce"):
             folder = make_run(method, split=split, images=144, val_fraction=0.1).folder
             folder.rename(tmp_path / "runs" / f"{method}-{split}")
-    table, _ = gains(find_runs([tmp_path / "runs"]))
+    table, _ = gains(read_frame([tmp_path / "runs"])[0])
     assert [pair.split(", ", 2)[2:] for pair in table["pair"]] == [[], ["144 held-out training images (stratified)"]]
 
 
@@ -54,7 +55,7 @@ def test_the_bars_are_confidence_intervals(make_run, tmp_path):
     for seed, ahead in enumerate((1.0, 2.0, 6.0)):
         make_run("rld", seed=seed, top1=50.0 + ahead)
         make_run("ce", seed=seed, top1=50.0)
-    table, _ = gains(find_runs([tmp_path / "runs"]))
+    table, _ = gains(read_frame([tmp_path / "runs"])[0])
     half = stats.t.ppf(0.975, 2) * 7**0.5 / 3**0.5
     assert table[["gain", "low", "high", "n"]].iloc[0].tolist() == pytest.approx([3, 3 - half, 3 + half, 3])
     figure = draw_gain(table, "rld")
@@ -69,15 +70,13 @@ def test_a_pair_whose_teacher_was_not_watched_is_left_out(make_run, tmp_path, ca
     unwatched = make_run("rld", teacher="resnet20")
     frame = pd.read_csv(unwatched.folder / "metrics.csv").drop(columns="train/teacher_top1")
     frame.to_csv(unwatched.folder / "metrics.csv")
-    write_gain(tmp_path / "out", find_runs([tmp_path / "runs"]))
+    write_gain(tmp_path / "out", read_frame([tmp_path / "runs"])[0])
     assert pd.read_csv(tmp_path / "out" / "gain.csv")["pair"].tolist() == ["resnet14 \u2192 resnet8, digits"]
     told = " ".join(capsys.readouterr().out.split())
     assert "left out gain: resnet20 \u2192 resnet8, rld: " in told
     assert "has no train/teacher_top1; train it with callbacks.teacher on." in told
     with pytest.raises(ValueError, match=r"no pair can be drawn. resnet20 . resnet8, rld: .* no train/teacher_top1"):
-        gains(
-            [run for run in find_runs([tmp_path / "runs"]) if run.pair == "resnet20_to_resnet8" or run.method == "ce"]
-        )
+        gains(read_frame([tmp_path / "runs"])[0].query("pair == 'resnet20_to_resnet8' or method == 'ce'"))
 
 
 def test_points_of_one_teacher_stand_beside_each_other(make_run, tmp_path):
@@ -85,7 +84,7 @@ def test_points_of_one_teacher_stand_beside_each_other(make_run, tmp_path):
         make_run("rld", top1=50 + alpha, loss={"alpha": alpha})
     make_run("ce", top1=50.0)
     make_run("kd", top1=50.5)
-    figure = draw_gain(gains(find_runs([tmp_path / "runs"]))[0], "rld")
+    figure = draw_gain(gains(read_frame([tmp_path / "runs"])[0])[0], "rld")
     drawn = [container.lines[0].get_xydata() for container in figure.axes[0].containers]
     places = sorted(float(x) for points in drawn for x, _ in points)
     assert len(places) == len(set(places)) == 6
@@ -98,7 +97,7 @@ def test_points_of_one_teacher_stand_beside_each_other(make_run, tmp_path):
 def test_nothing_to_compare_is_said(make_run, tmp_path):
     make_run("rld")
     with pytest.raises(ValueError, match="no pair has finished runs of loss=rld and of ce or kd or dkd"):
-        gains(find_runs([tmp_path / "runs"]))
+        gains(read_frame([tmp_path / "runs"])[0])
 
 
 def sweep(make_run, alphas, betas, seeds):
@@ -111,7 +110,7 @@ def sweep(make_run, alphas, betas, seeds):
 def test_sensitivity_draws_means_and_deviations(make_run, tmp_path):
     sweep(make_run, (1.0, 2.0), (4.0, 8.0), (0, 2))
     make_run("ce")
-    figure = draw_sensitivity(swept(find_runs([tmp_path / "runs"])))
+    figure = draw_sensitivity(swept(read_frame([tmp_path / "runs"])[0]))
     alpha, beta = figure.axes
     lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in alpha.containers}
     assert lines == {"beta=4": [[1, 51.6], [2, 52.6]], "beta=8": [[1, 51.2], [2, 52.2]]}
@@ -123,7 +122,7 @@ def test_sensitivity_draws_means_and_deviations(make_run, tmp_path):
 def test_small_values_keep_their_digits(make_run, tmp_path):
     for beta in (2e-5, 4e-5):
         make_run("rld", loss={"beta": beta}, top1=50.123456)
-    write_sensitivity(tmp_path, find_runs([tmp_path / "runs"]))
+    write_sensitivity(tmp_path, read_frame([tmp_path / "runs"])[0])
     table = pd.read_csv(tmp_path / "sensitivity.csv")
     assert sorted(table["loss.beta"]) == [2e-5, 4e-5]
     assert set(table["mean"]) == {50.1235}
@@ -131,7 +130,7 @@ def test_small_values_keep_their_digits(make_run, tmp_path):
 
 def test_many_settings_are_grey_but_the_best(make_run, tmp_path):
     sweep(make_run, (1.0, 2.0), range(1, 6), (0,))
-    figure = draw_sensitivity(swept(find_runs([tmp_path / "runs"])))
+    figure = draw_sensitivity(swept(read_frame([tmp_path / "runs"])[0]))
     alpha, beta = figure.axes
     assert len(alpha.containers) == 5
     figure.canvas.draw()
@@ -146,23 +145,23 @@ def test_what_was_not_swept_is_said(make_run, tmp_path):
     make_run("rld", seed=0, loss={"alpha": 1.0})
     make_run("rld", seed=1, loss={"alpha": 1.0})
     with pytest.raises(ValueError, match="no hyper-parameter has several values"):
-        swept(find_runs([tmp_path / "runs"]))
+        swept(read_frame([tmp_path / "runs"])[0])
     make_run("rld", loss={"alpha": 2.0})
     make_run("rld", loss={"alpha": 3.0}, teacher="resnet20")
     make_run("rld", loss={"alpha": 2.0}, teacher="resnet20")
-    runs = find_runs([tmp_path / "runs"])
+    runs = read_frame([tmp_path / "runs"])[0]
     with pytest.raises(ValueError, match="several things were swept"):
         swept(runs)
-    assert {run.pair for run in swept(runs, pair="resnet20_to_resnet8").runs} == {"resnet20_to_resnet8"}
+    assert set(swept(runs, pair="resnet20_to_resnet8").runs["pair"]) == {"resnet20_to_resnet8"}
 
 
 def test_ablation_has_our_runs_and_the_papers_numbers_apart(make_run, tmp_path):
     for seed in (0, 1):
         make_run("ce", seed=seed, top1=50.0 + seed)
         make_run("rld_mcd", seed=seed, top1=53.0 + 3 * seed, loss={"alpha": 0.0})
-    section = sections(find_runs([tmp_path / "runs"]))[0][0]
+    section = sections(read_frame([tmp_path / "runs"])[0])[0][0]
     rows = ablation(section)
-    _, cells = ablation_cells(rows)
+    cells = ablation_cells(rows)
     table = {line[0]: line[1:] for line in cells}
     assert list(table) == ["ce", "rld_scd", "rld_mcd_g", "rld_mcd", "rld_g", "rld"]
     assert table["ce"] == ["", "", "50.50 \u00b1 0.71", "51.50 \u00b1 0.71", "2", "", "72.50"]
@@ -182,8 +181,9 @@ def test_ablation_reads_the_parts_from_the_settings(make_run, tmp_path):
     for top1, loss in ((60.0, {"alpha": 1.0}), (61.0, {"alpha": 4.0}), (62.0, {"beta": 1.0}), (63.0, {"mask": "g"}),
                        (64.0, {"alpha": 0.0, "mask": "g"}), (65.0, {"beta": 0.0, "temperature": 2.0})):  # fmt: skip
         make_run("rld", top1=top1, loss={"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "mask": "ge"} | loss)
-    rows = ablation(sections(find_runs([tmp_path / "runs"]))[0][0])
-    table = [(row.scd, row.mask, row.ours and row.ours.mean(), row.paper and row.paper.value) for row in rows]
+    rows = ablation(sections(read_frame([tmp_path / "runs"])[0])[0][0])
+    rows = rows.astype(object).where(rows.notna(), None)
+    table = [(row.scd, row.mask, row.top1_last_mean, row.paper) for row in rows.itertuples()]
     assert table == [
         (False, "", None, 72.5),
         (True, "", None, 73.55),  # of T = 4, as ours is not
@@ -239,3 +239,45 @@ def test_a_mistake_ends_in_one_sentence(figures, tmp_path, arguments, sentence):
     assert code == 2
     assert sentence in told
     assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_is_one_file_that_registers_it(figures, tmp_path, monkeypatch):
+    names = [figure.name for figure in list_figures()]
+    assert names == ["ablation", "differences", "explain", "gain", "sensitivity", "toy"]
+    with pytest.raises(ValueError, match="'gain' is already registered, by rld_lightning"):
+        register_figure("gain", "again")(write_gain)
+    registered = {figure.name: figure for figure in list_figures()}
+    monkeypatch.setattr("rld_lightning.reporting.figures._FIGURES", registered)
+
+    @register_figure("scatter", "of points", lambda command: command.add_argument("--size", type=int))
+    def write_scatter(out, *, size):
+        """Writes points."""
+        return [out / f"scatter-{size}.png"]
+
+    assert figures("scatter", "--size", "3", "--out", tmp_path) == (0, f"{tmp_path}/scatter-3.png")
+
+
+def test_a_bad_folder_is_named_and_the_figure_goes_on(make_run, tmp_path, figures):
+    make_run("rld", top1=60.0)
+    make_run("ce", top1=50.0)
+    (make_run("kd").folder / "config.yaml").write_text("")
+    code, told = figures("gain", tmp_path / "runs", "--out", tmp_path / "out")
+    assert code == 0
+    assert "config.yaml is not the configuration of a run" in told
+
+
+@pytest.mark.parametrize("figure", ["ablation", "differences", "explain", "all"])
+def test_no_code_of_a_folder_is_run(make_run, save_networks, tmp_path, figures, figure):
+    marker = tmp_path / "marker"
+    for method in ("dkd", "rld"):
+        run = make_run(method)
+        save_networks(run)
+        config = yaml.safe_load((run.folder / "config.yaml").read_text())
+        config["data"] = {"_target_": "os.system", "command": f"touch {marker}"}
+        config["loss"] = {"_target_": "evil.RLDLoss"}
+        (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    place = ["--run", run.folder] if figure == "explain" else [tmp_path / "runs"]
+    code, told = figures(figure, *place, "--out", tmp_path / "out")
+    assert code == (0 if figure == "all" else 2)
+    assert "nothing of it was run" in told
+    assert not marker.exists()

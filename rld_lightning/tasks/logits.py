@@ -1,12 +1,9 @@
-"""What the networks of a finished run say about the images that the run validated on."""
+"""Runs the networks of a finished run on the images that the run was validated on."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from rld_lightning.console import print_line
@@ -14,33 +11,17 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.read import read_weights
 from rld_lightning.models.verify import load_weights
+from rld_lightning.reporting.logits import RunLogits
+from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
-
-
-@dataclass(frozen=True)
-class RunLogits:
-    """Logits of both networks of a run.
-
-    Attributes:
-        student: ``(N, C)`` float32.
-        teacher: ``(N, C)`` float32.
-        label: ``(N,)`` int64.
-        index: ``(N,)`` int64, positions in the split.
-        class_names: the C names.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    label: Tensor
-    index: Tensor
-    class_names: list[str]
+from rld_lightning.runs.rebuild import build_data
 
 
 class LogitReader:
     """Runs students and teachers over their validation images, each once, in float32.
 
     Args:
-        data_root: where the data lies, if not where it lay when the runs were trained.
+        data_root: where the data lie, if not where they lay when the runs were trained.
         teacher: the teacher's weights, if not where they lay then.
     """
 
@@ -49,7 +30,7 @@ class LogitReader:
         self.teacher = teacher
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._data: dict[str, ImageDataModule] = {}
-        self._logits: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
+        self._logits: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def read(self, run: Run) -> RunLogits:
         """Computes the logits of a run's student and teacher on what it was validated on.
@@ -59,26 +40,21 @@ class LogitReader:
             ValueError: the run has no teacher, or weights do not fit.
         """
         data = self.data(run)
-        student_path = run.folder / "student.safetensors"
-        teacher_path, name = self._teacher_of(run)
-        student, label, index = self._of(
-            run, student_path, lambda: _load(student_path, run.summary.model, data.num_classes)
-        )
-        teacher, _, _ = self._of(run, teacher_path, lambda: _load(teacher_path, name, data.num_classes))
-        return RunLogits(student, teacher, label, index, list(data.class_names))
+        teacher, name = self._teacher_of(run)
+        student_logits, label, index = self._of(data, run.folder / STUDENT, run.summary.model)
+        teacher_logits, _, _ = self._of(data, teacher, name)
+        return RunLogits(student_logits, teacher_logits, label, index, list(data.class_names))
 
     def data(self, run: Run) -> ImageDataModule:
         """The data of a run, loaded."""
-        settings = dict(run.config["data"])
-        if self.data_root is not None and "root" in settings:
-            settings["root"] = str(self.data_root)
+        settings = run.config["data"]
         # What has no part in the images that are validated on; the seed has where they are held out.
         unimportant = {"batch_size", "subset", "augment"} | (set() if settings.get("val_fraction") else {"seed"})
         key = str({name: value for name, value in settings.items() if name not in unimportant})
         if key not in self._data:
-            data: ImageDataModule = instantiate(settings)
+            data = build_data(run, self.data_root)
             data.prepare_data()
-            data.setup()
+            data.setup("validate")
             self._data[key] = data
         return self._data[key]
 
@@ -106,11 +82,10 @@ class LogitReader:
             )
         return settings["weights"], settings["name"]
 
-    def _of(self, run: Run, weights: str | Path, make: Callable[[], nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
-        data = self.data(run)
-        key = (str(weights), f"{id(data)}")
+    def _of(self, data: ImageDataModule, weights: str | Path, name: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        key = (str(weights), id(data))
         if key not in self._logits:
-            model = make().to(self.device).eval()
+            model = _load(weights, name, data.num_classes).to(self.device).eval()
             print_line("logits", f"{weights} on the {data.val_size:,} validation images of {data.name}")
             logits, label, index = [], [], []
             with torch.inference_mode():
@@ -124,7 +99,7 @@ class LogitReader:
 
 def _load(path: str | Path, name: str | None, num_classes: int) -> nn.Module:
     """A network with its weights; by the name that the file knows, else by ``name``."""
-    if path == "pretrained":
+    if path == "pretrained" and name is not None:
         return create_model(name, num_classes, pretrained=True)
     if not Path(path).is_file():
         raise FileNotFoundError(

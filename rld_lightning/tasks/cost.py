@@ -1,0 +1,61 @@
+"""Measures what networks cost: parameters, multiply-accumulates, and the time for one image on this machine."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.read import WeightsError, read_metadata
+from rld_lightning.reporting.cost import Cost, known_cost
+from rld_lightning.runs.files import STUDENT
+from rld_lightning.runs.finished import Run
+from rld_lightning.runs.provenance import processor_name
+
+
+def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cost | None:
+    """The cost of a network by name.
+
+    Args:
+        name: as in ``model.student.name``.
+        runs: some of its data set; they know the size of the images, and what the network costs if they trained it.
+        latency: whether to measure its time, about half a second, with fresh weights on the CPU.
+
+    Returns:
+        None where the network cannot be built, as one that is not in this package any more.
+    """
+    known = known_cost(name, runs)
+    if known is not None and not latency:
+        return known
+    num_classes, image_shape = _images(runs)
+    try:
+        network = create_model(name, num_classes)
+    except (ValueError, ImportError):
+        return known
+    cost = known or Cost(count_parameters(network), count_macs(network, image_shape))
+    speed = images_per_second(network, image_shape, batch_size=1, seconds=0.5) if latency else None
+    return replace(cost, milliseconds=1000 / speed, machine=_this_machine()) if speed else cost
+
+
+def _this_machine() -> str:
+    """The processor that latency is measured on, and with how many threads."""
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}, float32"
+
+
+def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:
+    """Number of classes and shape of the images, from an exported student; else what the configuration says."""
+    for run in runs:
+        weights = run.folder / STUDENT
+        try:
+            facts = read_metadata(weights) if weights.is_file() else {}
+            if "num_classes" in facts and "image_shape" in facts:
+                channels, height, width = map(int, json.loads(facts["image_shape"]))
+                return int(facts["num_classes"]), (channels, height, width)
+        except (WeightsError, OSError, ValueError, TypeError):  # left in part, or of another kind
+            continue
+    size = runs[0].config["data"].get("image_size")
+    size = size if isinstance(size, int) else 32
+    return 100, (3, size, size)
