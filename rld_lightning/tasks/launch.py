@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -139,7 +139,7 @@ def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str
 
 
 @contextmanager
-def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Popen]]:
+def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Starts the ranks, each in a session of its own, and kills what is left of them in the end."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -165,7 +165,7 @@ def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Pop
             process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> dict[int, int]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
     """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
     while True:
         codes = [process.poll() for process in processes]
@@ -175,7 +175,7 @@ def _wait(processes: Sequence[subprocess.Popen]) -> dict[int, int]:
         time.sleep(POLL)
 
 
-def _interrupt(processes: Sequence[subprocess.Popen]) -> None:
+def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Passes Ctrl-C on, so that loggers can finish, and waits at most :data:`GRACE` seconds for the end."""
     for process in processes:
         if process.poll() is None:
@@ -222,15 +222,14 @@ def _explain(codes: Mapping[int, int], failures: Mapping[int, Failure], count: i
     killed = [rank for rank, code in codes.items() if code < 0 and rank not in failures]
     rank, *_ = [*killed, *sorted(failures, key=lambda rank: failures[rank].time), *codes]
     failure = failures.get(rank)
-    if failure is not None and failure.traceback is None:
+    if failure is None:
+        code = codes[rank]
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    elif failure.traceback is None:
         return failure.message
-    if failure is not None:
+    else:
         sys.stderr.write(failure.traceback)
         end = f"failed with {failure.message}"
-    elif codes[rank] < 0:
-        end = f"was killed by {signal.Signals(-codes[rank]).name}"
-    else:
-        end = f"ended with exit status {codes[rank]}"
     advice = "There is no checkpoint yet to continue from"
     if resume_hint:
         advice = f"Continue with the same command and {resume_hint}"
@@ -241,7 +240,7 @@ def _explain(codes: Mapping[int, int], failures: Mapping[int, Failure], count: i
 
 def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
     """The configuration with its interpolations, which a run still uses, but for those that only Hydra can answer."""
-    values = OmegaConf.to_container(cfg, resolve=False)
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     for key, value in values.items():
         if isinstance(value, dict):
             values[key] = _without_hydra(cfg[key])
