@@ -27,8 +27,9 @@ JOB = (
 )  # fmt: skip
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]), "OMP_NUM_THREADS": "1"}
+def environment(**more):
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
 def fit(*options, folder, check=True):
@@ -203,8 +204,9 @@ def test_ranks_with_different_configurations_end_before_the_first_step(tmp_path)
 def test_no_process_is_left(tmp_path, event):
     run = tmp_path / "run"
     command = [sys.executable, FIT, *JOB, "recipe.epochs=500", f"hydra.run.dir={run}"]
+    env = environment(TMPDIR=str(tmp_path))
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment()
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=env
     )
     while not (run / "last.ckpt").exists():
         assert process.poll() is None
@@ -236,9 +238,8 @@ class Watched:
     def __init__(self, folder, event="none"):
         self.folder = folder
         command = [sys.executable, "-m", "waiting_job", str(folder), event]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        env = environment(TMPDIR=str(folder))  # one that is killed leaves a folder there
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     def wait_until_all_run(self):
         """Returns the process ids of the ranks and of their workers."""
