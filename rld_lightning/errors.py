@@ -48,8 +48,8 @@ def some(items: Iterable[str]) -> str:
 def did_you_mean(value: str, choices: Iterable[str], limit: int = 3) -> str:
     """``" Did you mean 'a', 'b'?"`` with the nearest choices, or ``""`` when none is near.
 
-    Upper and lower case, ``-``, ``_`` and a library before a slash make no difference: ``wrn40_2`` is near
-    ``wrn_40_2``, and ``resnet34`` is near ``torchvision/resnet34``.
+    Upper and lower case, ``-``, ``_`` and a library before a slash make no difference: ``resnet-8`` is near
+    ``resnet8``, and ``resnet34`` is near ``torchvision/resnet34``.
     """
     by_plain_name: dict[str, list[str]] = {}
     for choice in choices:

@@ -11,9 +11,9 @@ if __name__ == "__main__":
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
     step = what.add_parser("step", help="a training step against the plain eager float32 one")
-    losses = what.add_parser("losses", help="a training step with each loss of conf/loss relative to kd's")
+    losses = what.add_parser("losses", help="a training step with each loss relative to kd's")
     losses.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
-    for steps, teacher, student in ((step, "wrn_40_2", "wrn_16_2"), (losses, "resnet20", "resnet8")):
+    for steps, teacher, student in ((step, "wrn40_2", "wrn16_2"), (losses, "resnet20", "resnet8")):
         steps.add_argument("--teacher", default=teacher)
         steps.add_argument("--student", default=student)
         steps.add_argument("--batch", type=int, default=64)

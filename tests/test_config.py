@@ -1,6 +1,7 @@
 """The configuration: everything composes, what it names exists, and mistakes are explained."""
 
 import inspect
+import re
 import subprocess
 import sys
 from functools import cache
@@ -9,13 +10,17 @@ from pathlib import Path
 import hydra
 import pytest
 from helpers.configs import CONF, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, compose
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
+from rld_lightning.hydra import options
 from rld_lightning.hydra.compose import expand_combined_loss
-from rld_lightning.losses import DistillationLoss, LogitLoss
+from rld_lightning.hydra.options import register_options
+from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_loss, registry
 from rld_lightning.models import list_models
 from rld_lightning.models.store import PUBLISHED_URL
 from rld_lightning.runs.naming import loss_choice, loss_name
@@ -45,17 +50,17 @@ def teachers_and_students(names):
 
 def test_the_fourteen_pairs_of_the_benchmark_are_there_and_two_of_older_tables():
     assert teachers_and_students(set(PAIRS) - set(IMAGENET_PAIRS)) == {
-        ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("wrn_40_2", "wrn_16_2"),
+        ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"), ("wrn40_2", "wrn40_1"), ("wrn40_2", "wrn16_2"),
         ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("resnet110", "resnet20"),
-        ("resnet32x4", "ShuffleV2"), ("resnet32x4", "wrn_16_2"), ("resnet32x4", "wrn_40_2"),
-        ("wrn_40_2", "resnet8x4"), ("wrn_40_2", "MobileNetV2"), ("vgg13", "MobileNetV2"), ("ResNet50", "MobileNetV2"),
-        ("resnet32x4", "ShuffleV1"), ("wrn_40_2", "ShuffleV1"),
+        ("resnet32x4", "shufflev2"), ("resnet32x4", "wrn16_2"), ("resnet32x4", "wrn40_2"),
+        ("wrn40_2", "resnet8x4"), ("wrn40_2", "mobilenetv2"), ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"),
+        ("resnet32x4", "shufflev1"), ("wrn40_2", "shufflev1"),
     }  # fmt: skip
 
 
 def test_the_two_pairs_of_imagenet_are_there_with_torchvisions_teachers():
     assert teachers_and_students(IMAGENET_PAIRS) == {
-        ("torchvision/resnet34", "torchvision/resnet18"), ("torchvision/resnet50", "MobileNetV1"),
+        ("torchvision/resnet34", "torchvision/resnet18"), ("torchvision/resnet50", "mobilenetv1"),
     }  # fmt: skip
     assert {pair(name).model.teacher.weights for name in IMAGENET_PAIRS} == {"pretrained"}
     assert {pair(name).model.teacher.weights for name in PAIRS if name not in IMAGENET_PAIRS} == {"auto"}
@@ -82,9 +87,7 @@ def test_every_pair_with_the_losses_that_are_tuned_for_pairs(model):
     # Names of the libraries' networks, without the library: labels are folders.
     plain = [name.removeprefix("torchvision/") for name in (cfg.model.teacher.name, cfg.model.student.name)]
     assert cfg.model.label == (model if model in IMAGENET_PAIRS else "_to_".join(plain))
-    tuned = {path.stem for path in (CONF / "loss").glob("*.yaml") if "model.tuned" in path.read_text()}
-    assert tuned >= {"dkd"}
-    for loss in tuned:
+    for loss in LOSSES:
         assert isinstance(instantiate(loss_of(model, loss)), DistillationLoss)
 
 
@@ -138,7 +141,7 @@ def test_experiments_with_features(name):
 
 def test_reversed_distillation():
     cfg = compose("experiment=reversed", "loss=dkd")
-    assert (cfg.model.teacher.name, cfg.model.student.name, cfg.loss.beta) == ("resnet56", "wrn_40_2", 8.0)
+    assert (cfg.model.teacher.name, cfg.model.student.name, cfg.loss.beta) == ("resnet56", "wrn40_2", 8.0)
 
 
 @pytest.mark.parametrize("model", SINGLES)
@@ -159,6 +162,111 @@ def test_what_a_pair_needs_stands_in_one_place_and_yields_to_the_command_line():
     assert compose("model=wrn40_2_to_mobilenetv2", "loss=dkd", "loss.beta=3", "recipe.optimizer.lr=0.1").loss.beta == 3
     assert compose("model=resnet56_to_resnet20", "loss=dkd").loss.beta == 2.0
     assert compose("model=resnet32x4_to_resnet8x4", "loss=dkd").loss.beta == 8.0
+
+
+OWN_FILES = {
+    "model/my_pair.yaml": """
+defaults: [pair]
+teacher: { name: resnet20 }
+student: { name: resnet8 }
+tuned:
+  mine: { sharpness: 3, layers: [b], sign: null, extra: { depth: 2 }, ce_weight: 0.5, warmup_epochs: 4 }
+  rld: { confidence_temperature: 2.0, mask: g, alpha: 3.0 }
+  rld_ls: { alpha: 5.0 }
+  at: { power: 3.0 }
+""",
+    "experiment/mine.yaml": """
+# @package _global_
+defaults:
+  - override /model: my_pair
+loss: { sharpness: 1, sign: plus }
+""",
+}
+
+
+class MyLoss(LogitLoss):
+    def __init__(
+        self,
+        sharpness: float = 1.0,
+        *,
+        layers: tuple[str, ...] = ("a", "b"),
+        sign: str | None = "minus",
+        extra: dict | None = None,
+        ce_weight: float = 1.0,
+        warmup_epochs: int = 20,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, warmup_epochs=warmup_epochs)
+        self.values = sharpness, list(layers), sign, extra
+
+    function = staticmethod(kd_loss)
+
+
+@pytest.fixture
+def compose_own(monkeypatch, tmp_path):
+    """Composes with a loss, a pair and an experiment of a user's own."""
+    monkeypatch.setitem(ConfigStore.instance().repo, "loss", {})
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    register_loss("mine")(MyLoss)
+    register_options()
+    for name, text in OWN_FILES.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    return lambda *overrides: compose(f"hydra.searchpath=[{tmp_path}]", *overrides)
+
+
+def test_a_pair_can_set_every_value_of_any_loss(compose_own):
+    own = compose_own("loss=mine").loss
+    assert (instantiate(own).values, own.warmup_epochs) == ((1.0, ["a", "b"], "minus", None), 20)
+    assert compose_own("loss=mine", "recipe.warmup_epochs=7").loss.warmup_epochs == 7
+    own = compose_own("model=my_pair", "loss=mine").loss
+    assert instantiate(own).values == (3, ["b"], None, {"depth": 2})
+    assert (own.ce_weight, own.warmup_epochs) == (0.5, 4)
+    assert compose_own("model=my_pair", "loss=at").loss.power == 3.0
+    assert compose_own("model=my_pair", "loss=[mine,at]").loss.mine.sharpness == 3
+
+
+def test_a_preset_has_what_a_pair_sets_for_the_loss_that_it_starts_from(compose_own):
+    values = compose_own("model=my_pair", "loss=rld").loss
+    assert (values.alpha, values.beta, values.confidence_temperature, values.mask) == (3.0, 8.0, 2.0, "g")
+    values = compose_own("model=my_pair", "loss=rld_ls").loss
+    assert (values.alpha, values.beta, values.confidence_temperature, values.mask) == (5.0, 72.0, 2.0, "g")
+    assert compose_own("model=my_pair", "loss=rld_mcd").loss.alpha == 0.0
+    assert compose_own("model=my_pair", "loss=rld_g", "+model.tuned.rld_g.beta=7").loss.beta == 7
+
+
+def test_an_experiment_wins_over_a_pair_and_the_command_line_over_both(compose_own):
+    own = compose_own("experiment=mine", "loss=mine").loss
+    assert (own.sharpness, own.sign, own.layers) == (1, "plus", ["b"])
+    own = compose_own("experiment=mine", "loss=mine", "loss.sharpness=2", "loss.layers=[c]", "loss.ce_weight=1.0").loss
+    assert (own.sharpness, own.sign, own.layers, own.ce_weight) == (2, "plus", ["c"], 1.0)
+
+
+def test_a_file_takes_the_place_of_a_generated_option(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "CONF", tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "resnet8.yaml").touch()
+    (tmp_path / "loss_presets.yaml").write_text("{}")
+    for group in ("model", "loss"):
+        monkeypatch.setitem(ConfigStore.instance().repo, group, {})
+    register_options()
+    stored = ConfigStore.instance().repo["model"]
+    assert "resnet14.yaml" in stored
+    assert "resnet8.yaml" not in stored
+    assert "resnet8" in options.list_options("model")
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("mine: { of: rdl }", r"mine of conf/loss_presets.yaml starts from of=rdl, .* Did you mean 'rld'"),
+        ("mine: { beta: 1.0 }", "starts from of=None"),
+    ],
+)
+def test_a_preset_of_no_loss_is_refused(monkeypatch, tmp_path, preset, words):
+    monkeypatch.setattr(options, "CONF", tmp_path)
+    (tmp_path / "loss_presets.yaml").write_text(preset)
+    with pytest.raises(ValueError, match=words):
+        register_options()
 
 
 @pytest.mark.parametrize("model", [*PAIRS, "imagenet_pair"])
@@ -367,6 +475,23 @@ def test_experiments():
     assert (cfg.data._target_.split(".")[-1], cfg.model.teacher.weights) == ("DigitsDataModule", "fit")
 
 
+@pytest.mark.parametrize("group", ["experiment", "sweep", "launcher"])
+def test_a_typo_in_what_may_be_left_out_is_refused(group):
+    with pytest.raises(MissingConfigException, match=f"Could not find '{group}/quikstart'"):
+        compose(f"{group}=quikstart")
+
+
+def test_what_needs_no_recipe_has_a_batch_size_of_its_own():
+    for name in ("eval", "shards"):
+        cfg = compose("data=digits", name=name, resolve=False)
+        assert "recipe" not in cfg
+        assert cfg.data.batch_size == 64
+        assert compose("data=digits", "data.batch_size=32", name=name, resolve=False).data.batch_size == 32
+    assert compose("recipe=imagenet100").data.batch_size == 512
+    assert compose("recipe.batch_size=16").data.batch_size == 16
+    assert compose("recipe.batch_size=16", "data.batch_size=8").data.batch_size == 8
+
+
 def test_the_published_teachers_have_one_address():
     assert pair(PAIRS[0]).model.teacher.published_url == PUBLISHED_URL
 
@@ -386,11 +511,27 @@ def test_a_typo_in_a_key_is_an_error_with_near_matches():
 
 
 @pytest.mark.slow
-def test_a_typo_in_a_group_lists_the_options():
-    result = fit_help("data=cifar10", "--cfg", "job")
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("data=cifar10", ("cifar100", "digits", "imagefolder")),
+        ("model=wrn40_3", ("wrn40_2", "wrn40_2_to_wrn16_2", "pair")),
+        ("loss=rdl", ("rld", "rld_ls", "combined")),
+    ],
+)
+def test_a_typo_in_a_group_lists_the_options(option, names):
+    result = fit_help(option, "--cfg", "job")
     assert result.returncode == 1
-    assert "Could not find 'data/cifar10'" in result.stderr
-    assert all(name in result.stderr for name in ("cifar100", "digits", "imagefolder"))
+    assert f"Could not find '{option.replace('=', '/')}'" in result.stderr
+    assert set(names) <= set(re.findall(r"\w+", result.stderr))
+
+
+@pytest.mark.slow
+def test_help_lists_generated_options_and_the_configuration_shows_plain_numbers():
+    text = fit_help("--help").stdout
+    assert set(SINGLES) | set(LOSSES) <= set(re.findall(r"\w+", text))
+    result = fit_help("model=wrn40_2_to_wrn16_2", "loss=dkd", "--cfg", "job", "--resolve", "--package", "loss")
+    assert "beta: 6.0\n" in result.stdout
 
 
 def compose_with_hydra(*overrides):

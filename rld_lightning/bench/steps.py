@@ -14,7 +14,8 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from rld_lightning.console import console, print_table
-from rld_lightning.hydra.compose import CONF, compose, expand_combined_loss
+from rld_lightning.hydra.compose import compose, expand_combined_loss
+from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.resolvers import fast_precision
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.rld import RLDLoss, rld_loss
@@ -193,12 +194,12 @@ def bench_losses(
 
 
 def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
-    """The losses of ``conf/loss`` by name, all for an empty list; ``kd`` comes first.
+    """The losses by name, all for an empty list; ``kd`` comes first.
 
     Args:
         names: options of the group ``loss``, or lists such as ``[rld,at]``.
     """
-    every = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
+    every = [name for name in list_options("loss") if name != "combined"]
     return {
         name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
         for name in dict.fromkeys(["kd", *(names or every)])

@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (registers the resolvers that conf/ uses)
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from rld_lightning.hydra.options import CONF, register_options
 
 
 def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
@@ -22,6 +20,7 @@ def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
     Raises:
         HydraException: an override is not one of this configuration.
     """
+    register_options()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(config_name, list(overrides))
 

@@ -1,10 +1,29 @@
 """What the YAML files in ``conf/`` can call: resolvers, registered by importing this module."""
 
+from typing import Any
+
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.naming import loss_choice
+
+
+def tuned(key: str, default: Any, *, _root_: DictConfig) -> Any:
+    """What the model or pair sets for a loss (``model.tuned``), else the loss's own value.
+
+    Args:
+        key: the loss's option and the hyper-parameter, such as ``rld.beta``.
+        default: the loss's own value.
+    """
+    own = OmegaConf.create(default) if isinstance(default, list | dict) else default
+    return OmegaConf.select(_root_, f"model.tuned.{key}", default=own)
+
+
+def network(name: str | None) -> str | None:
+    """A network's name in the spelling of this package; ``None`` where none is given yet."""
+    return canonical_name(name) if name else None
 
 
 def fast_precision(accelerator: str = "auto") -> str:
@@ -32,4 +51,6 @@ OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, repl
 OmegaConf.register_new_resolver("devices_per_node", devices_per_node, replace=True)
 OmegaConf.register_new_resolver("nodes", nodes, replace=True)
 OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("network", network, replace=True)
+OmegaConf.register_new_resolver("tuned", tuned, replace=True)
 OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import console, print_error, quiet_lightning
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.hydra.compose import CONF, compose, expand_combined_loss, in_front
+from rld_lightning.hydra.compose import compose, expand_combined_loss, in_front
+from rld_lightning.hydra.options import CONF, register_options
 from rld_lightning.tasks.launch import is_trial, sigterm_ends
 
 
@@ -29,6 +30,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
     quiet_lightning()
     try:
+        register_options()
         sys.argv[1:] = expand_combined_loss(in_front(overrides, sys.argv[1:]))
     except ValueError as error:
         print_error(str(error))

@@ -4,7 +4,6 @@ import time
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rld_lightning.models.taps import evaluation_mode, unwrap
 
@@ -28,6 +27,8 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
     Returns:
         half the floating-point operations that PyTorch counts, as one multiply-accumulate is two of them.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # a second, for Triton
+
     model = unwrap(model)
     like = next(model.parameters(), torch.empty(0))
     images = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)

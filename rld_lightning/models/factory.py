@@ -23,9 +23,10 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     and the auxiliary classifiers of torchvision's ``googlenet`` and ``inception_v3`` are left out.
 
     Args:
-        name: a registered name (``"wrn_40_2"``), ``"torchvision/resnet34"`` or ``"timm/vit_tiny_patch16_224"``; or two
-            of them, ``"resnet8@resnet32x4"``: the first, to be ended in the classifier of a trained second, see
-            :class:`~rld_lightning.models.graft.GraftedStudent`.
+        name: a registered name (``"wrn40_2"``, also as ``"wrn_40_2"``, see
+            :func:`~rld_lightning.models.registry.canonical_name`), ``"torchvision/resnet34"`` or
+            ``"timm/vit_tiny_patch16_224"``; or two of them, ``"resnet8@resnet32x4"``: the first, to be ended in the
+            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`.
         num_classes: number of logits, at least 2.
         **kwargs: passed to the (first) builder. The two libraries take ``pretrained=True``: ImageNet weights, with a
             fresh classifier when ``num_classes`` is not theirs. For torchvision these are the original ones
@@ -40,6 +41,7 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier needs at least 2.")
+    name = registry.canonical_name(name)
     student, at, teacher = name.partition("@")
     if at:
         return _grafted_model(student, teacher, num_classes, **kwargs)
@@ -59,7 +61,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: shell-style, upper and lower case differ. Registered names unless it begins with ``torchvision/`` or
-            ``timm/``: ``"wrn_*"``, ``"torchvision/resnet*"``.
+            ``timm/``: ``"wrn*"``, ``"torchvision/resnet*"``.
     """
     library, slash, _ = pattern.partition("/")
     if slash and library in _LIBRARIES:

@@ -71,7 +71,7 @@ def graft(student: nn.Module, teacher: nn.Module) -> GraftedStudent:
         teacher: left as it is.
 
     Raises:
-        ValueError: See :class:`GraftedStudent`; the same of the teacher's classifier.
+        ValueError: see :class:`GraftedStudent`; the same of the teacher's classifier.
     """
     like = next(student.parameters())
     return GraftedStudent(student, deepcopy(classifier_of(teacher)).train()).to(like)

@@ -42,7 +42,10 @@ class WeightsError(ValueError):
 class Weights:
     """A state_dict and where it came from.
 
-    ``metadata`` is what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty.
+    Attributes:
+        state_dict: tensors by key.
+        metadata: what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty.
+        source: the file.
     """
 
     state_dict: dict[str, Tensor]
@@ -51,7 +54,7 @@ class Weights:
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """Read the weights in a file, on the CPU, whatever its format; the file's content decides, not its suffix.
+    """Reads the weights in a file, on the CPU, whatever its format; the file's content decides, not its suffix.
 
     Understood are safetensors, Lightning checkpoints (of which the student is taken), dictionaries with a state_dict
     under ``"model"`` or ``"state_dict"``, and plain state_dicts, zipped or in the format before torch 1.6. The prefixes
@@ -76,7 +79,11 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the metadata of a safetensors file without reading its tensors."""
+    """Reads the metadata of a safetensors file without reading its tensors.
+
+    Raises:
+        WeightsError: the file is not whole.
+    """
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -95,7 +102,7 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def read_checkpoint(file: IO[bytes], source: str | Path) -> Weights:
-    """Read the weights in an open ``torch.save``d file; ``source`` is what error messages call it.
+    """Reads the weights in an open ``torch.save``d file; ``source`` is what error messages call it.
 
     Raises:
         WeightsError: as ``read_weights``.
@@ -154,20 +161,20 @@ def _is_state_dict(candidate: object) -> bool:
 
 
 def _plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo ``torch.compile``, which may have wrapped any submodule, and ``DataParallel``, which wraps all of it."""
+    """Undoes ``torch.compile``, which may have wrapped any submodule, and ``DataParallel``, which wraps all of it."""
     uncompiled = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
     return _strip(uncompiled, "module.")
 
 
 def _student_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the model out of a Lightning module's state_dict, which may hold losses and a teacher as well."""
+    """Takes the model out of a Lightning module's state_dict, which may hold losses and a teacher as well."""
     taken = {key: value for key, value in state_dict.items() if key.startswith("student.")} or state_dict
     prefix = next((p for p in ("student.", "model.", "net.") if all(key.startswith(p) for key in taken)), "")
     return _strip(_strip(taken, prefix), "module.")
 
 
 def _strip(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Remove a prefix from all keys, if all keys have it."""
+    """Removes a prefix from all keys, if all keys have it."""
     if not all(key.startswith(prefix) for key in state_dict):
         return state_dict
     return {key.removeprefix(prefix): value for key, value in state_dict.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def save_weights(
     model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Write a model's weights as safetensors; the file appears whole or not at all.
+    """Writes a model's weights as safetensors; the file appears whole or not at all.
 
     Args:
         model: the model, or its state_dict.

@@ -16,7 +16,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def shard_over_machine(model: nn.Module, device: torch.device, processes: int) -> None:
-    """Leave each process of a machine its share of a network's weights, on its device; each machine has them all.
+    """Leaves each process of a machine its share of a network's weights, on its device; each machine has them all.
 
     The network is moved a block at a time, so that it never has to fit the device as a whole. From then on all
     processes must call it equally often, in the same order; what it computes, and what is tapped, stays as it was.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.save import save_weights
 from rld_lightning.models.verify import verify_weights
 
@@ -36,14 +37,14 @@ PUBLISHED: Mapping[str, float] = {
     "wrn_40_2": 75.61,
     "vgg13": 74.64,
 }
-"""The teachers in the archive, with their top-1 accuracy in percent as the papers that use them print it."""
+"""The teachers in the archive by their names there, with the top-1 in percent that the papers that use them print."""
 
 _PUBLISHED_DATASET = "cifar100"
 _PUBLISHED_CLASSES = 100
 _WAYS_OUT = (
     "give a file with model.teacher.weights=/path/to/file, use a published teacher with "
-    f"model.teacher.weights=published ({_PUBLISHED_DATASET}: {', '.join(PUBLISHED)}), or train the teacher first with "
-    "model.teacher.weights=fit"
+    f"model.teacher.weights=published ({_PUBLISHED_DATASET}: {', '.join(map(canonical_name, PUBLISHED))}), or train "
+    "the teacher first with model.teacher.weights=fit"
 )
 
 
@@ -58,6 +59,7 @@ class DownloadError(WeightsError):
 class TeacherStore:
     """Trained teachers, one safetensors file each: ``<root>/<dataset>/<name>.safetensors``.
 
+    Names may be spelled in any way that :func:`~rld_lightning.models.registry.canonical_name` knows; files keep theirs.
     The metadata of a file says ``dataset``, ``name``, ``num_classes``, ``top1`` and ``source``: ``fit`` for a teacher
     trained here, ``published`` for a downloaded one, which also has the ``url`` and checksums of what was downloaded.
     """
@@ -65,27 +67,34 @@ class TeacherStore:
     root: Path
 
     def path(self, dataset: str, name: str) -> Path:
-        """Return where the teacher is, or would be."""
-        return Path(self.root).expanduser() / dataset / f"{name}.safetensors"
+        """Where a teacher is put."""
+        return Path(self.root).expanduser() / dataset / f"{canonical_name(name)}.safetensors"
 
     def find(self, dataset: str, name: str) -> Path | None:
-        """Return where the teacher is, or None if the store does not have it."""
+        """Where a teacher is; ``None`` if the store does not have it."""
         path = self.path(dataset, name)
-        return path if path.is_file() else None
+        if path.is_file():
+            return path
+        others = sorted((Path(self.root).expanduser() / dataset).glob("*.safetensors"))
+        return next((other for other in others if canonical_name(other.stem) == canonical_name(name)), None)
 
     def save(
         self, model: nn.Module | Mapping[str, Tensor], dataset: str, name: str, metadata: Mapping[str, object]
     ) -> Path:
-        """Keep a teacher, in place of an earlier one; its ``source`` is ``fit`` unless ``metadata`` says otherwise."""
+        """Keeps a teacher, in place of an earlier one; its ``source`` is ``fit`` unless ``metadata`` says otherwise.
+
+        Raises:
+            WeightsError: it has values that are not finite.
+        """
         state_dict = model.state_dict() if isinstance(model, nn.Module) else model
         if not all(value.isfinite().all() for value in state_dict.values()):
             raise WeightsError(f"{name} holds values that are not finite and is not stored as a teacher")
         path = self.path(dataset, name)
-        save_weights(model, path, {"source": "fit", **metadata, "dataset": dataset, "name": name})
+        save_weights(model, path, {"source": "fit", **metadata, "dataset": dataset, "name": canonical_name(name)})
         return path
 
     def add(self, file: Path, dataset: str, name: str) -> Path:
-        """Keep the weights that a run has left as a teacher, the file as it is, in place of an earlier one."""
+        """Keeps the weights that a run has left as a teacher, the file as it is, in place of an earlier one."""
         path = self.path(dataset, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -97,7 +106,7 @@ class TeacherStore:
         return path
 
     def download_published(self, url: str = PUBLISHED_URL, dataset: str = _PUBLISHED_DATASET) -> list[Path]:
-        """Fetch the published teachers that the store lacks; teachers that were trained here are not replaced.
+        """Fetches the published teachers that the store lacks; teachers that were trained here are not replaced.
 
         An interrupted download is continued by the next call where the server allows it, and of several processes
         one downloads while the others wait. ``file://`` addresses work too.
@@ -119,7 +128,8 @@ class TeacherStore:
                     self._store_members(archive, url, dataset, missing)
                 finally:
                     archive.unlink()
-        return [path for name in PUBLISHED if _is_published(path := self.path(dataset, name))]
+        stored = (self.find(dataset, name) for name in PUBLISHED)
+        return [path for path in stored if path is not None and _is_published(path)]
 
     def _store_members(self, archive: Path, url: str, dataset: str, names: Iterable[str]) -> None:
         with archive.open("rb") as file:
@@ -140,18 +150,19 @@ class TeacherStore:
 def resolve_teacher_weights(
     spec: str | os.PathLike[str], *, name: str, dataset: str, store: TeacherStore, url: str = PUBLISHED_URL
 ) -> Path | None:
-    """Find the weights file that ``spec`` asks for.
+    """Finds the weights file that ``spec`` asks for.
 
     Args:
         spec: a file; or ``published``, the published teacher, downloaded unless the store has it; or ``fit``, the
-            store's teacher, None if it has to be trained first; or ``auto``, the store's teacher, else the published.
+            store's teacher, ``None`` if it has to be trained first; or ``auto``, the store's teacher, else the
+            published.
         name: the teacher's model name.
         dataset: what the teacher was trained on.
         store: where teachers are kept.
         url: the archive of published teachers.
 
     Returns:
-        the file, or None if the caller is to train the teacher and put it in the store.
+        the file, or ``None`` if the caller is to train the teacher and put it in the store.
 
     Raises:
         FileNotFoundError: ``spec`` is a path, and there is no such file.
@@ -165,7 +176,7 @@ def resolve_teacher_weights(
     stored = store.find(dataset, name)
     if spec == "fit" or (stored and (spec == "auto" or _is_published(stored))):
         return stored
-    if name not in PUBLISHED or dataset != _PUBLISHED_DATASET:
+    if canonical_name(name) not in map(canonical_name, PUBLISHED) or dataset != _PUBLISHED_DATASET:
         raise ValueError(
             f"there are no published weights of {name} for {dataset}, nor any in {store.root}; {_WAYS_OUT}"
         )
@@ -175,7 +186,7 @@ def resolve_teacher_weights(
             "model.teacher.weights=fit"
         )
     store.download_published(url, dataset)
-    return store.path(dataset, name)
+    return store.find(dataset, name)
 
 
 def _is_published(path: Path) -> bool:
@@ -183,7 +194,7 @@ def _is_published(path: Path) -> bool:
 
 
 def _parse_published(name: str, member: str, content: bytes, url: str) -> Weights:
-    """Read one member of the archive, and make sure that it is the model that it should be."""
+    """Reads one member of the archive, and makes sure that it is the model that it should be."""
     try:
         weights = read_checkpoint(io.BytesIO(content), source=member)
         with torch.device("meta"):
@@ -196,7 +207,7 @@ def _parse_published(name: str, member: str, content: bytes, url: str) -> Weight
 
 
 def _read_members(archive: Path, url: str, paths: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Read members of a tar file by name; nothing is extracted, so it does not matter where the others point."""
+    """Reads members of a tar file by name; nothing is extracted, so it does not matter where the others point."""
     try:
         with tarfile.open(archive, "r:") as tar:
             members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}

@@ -31,7 +31,7 @@ class FrozenTeacher(nn.Module):
     Args:
         model: the trained model, which maps images to logits.
         dtype: what the teacher computes in, as a dtype or its name. It is then kept through ``.half()``,
-            ``.to(dtype)`` and the like, and autocast does not reach the teacher. None leaves the model as it is and
+            ``.to(dtype)`` and the like, and autocast does not reach the teacher. ``None`` leaves the model as it is and
             follows autocast.
         channels_last: keep weights and images in channels-last layout.
         fuse: fold every BatchNorm that follows a convolution into it; the logits are the same up to rounding, and
@@ -69,7 +69,7 @@ class FrozenTeacher(nn.Module):
         self.requires_grad_()
 
     def forward(self, images: Tensor, paths: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute logits, and the outputs of the submodules at ``paths``.
+        """Logits, and the outputs of the submodules at ``paths``.
 
         Args:
             images: ``(B, C, H, W)``, floating-point; converted to the teacher's dtype and layout.
@@ -112,11 +112,11 @@ class FrozenTeacher(nn.Module):
             shard_over_machine(self.model, device, processes)
 
     def train(self, mode: bool = True) -> Self:
-        """Do nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never move."""
+        """Does nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never move."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Do nothing: a teacher never takes gradients."""
+        """Does nothing: a teacher never takes gradients."""
         return super().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -129,7 +129,7 @@ class FrozenTeacher(nn.Module):
 
 
 def hold_outside(module: nn.Module, name: str, value: nn.Module | None) -> None:
-    """Set ``module.<name> = value`` without making ``value`` a part of ``module``.
+    """Sets ``module.<name> = value`` without making ``value`` a part of ``module``.
 
     A submodule would be written to every checkpoint, handed to the optimizer, broadcast by DDP at every forward,
     converted by ``sync_batchnorm``, ``.half()`` and the precision plugins, and put in train mode. Held like this it is
@@ -139,7 +139,7 @@ def hold_outside(module: nn.Module, name: str, value: nn.Module | None) -> None:
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
-    """Fold each evaluation-mode BatchNorm into the convolution before it, where nothing else uses that convolution.
+    """Folds each evaluation-mode BatchNorm into the convolution before it, where nothing else uses that convolution.
 
     Returns:
         a traced copy that shares the unfused weights with ``model``; or, with a warning, ``model`` itself if its

@@ -15,7 +15,7 @@ from rld_lightning.models.taps import unwrap
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, name: str | None = None) -> Weights:
-    """Copy the weights of a file into a model, all of them or, on any mismatch, none; dtypes are converted.
+    """Copies the weights of a file into a model, all of them or, on any mismatch, none; dtypes are converted.
 
     Args:
         model: the model to fill.
@@ -41,7 +41,16 @@ def _without_auxiliary(weights: Weights, model: nn.Module) -> Weights:
 
 
 def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = None) -> None:
-    """Raise a ``WeightsError`` that explains the difference unless the weights have the model's keys and shapes."""
+    """Checks that weights have a model's keys and shapes.
+
+    Args:
+        model: the network that they are for.
+        weights: what was read from a file.
+        name: what error messages call the model; its class if not given.
+
+    Raises:
+        WeightsError: they have not; the message explains the difference.
+    """
     model = unwrap(model)
     found = _shapes(weights.state_dict)
     # torch fills in BatchNorm's counters where they are absent, as they are from files made before torch 0.4.1.
@@ -73,7 +82,7 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Name the models whose keys and shapes are those of ``state_dict``, the number of classes aside.
+    """Names the models whose keys and shapes are those of ``state_dict``, the number of classes aside.
 
     Candidates are the registered models and torchvision's ResNets.
     """
@@ -87,7 +96,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
 
 @cache
 def _signatures() -> dict[str, dict[str, tuple[int | None, ...]]]:
-    """Map every known model to its shapes, with None for the dimensions that depend on the number of classes."""
+    """Every known model's shapes, with ``None`` for the dimensions that depend on the number of classes."""
     signatures = {}
     with torch.device("meta"):
         for name in (*list_models(), *list_models("torchvision/resnet*")):
@@ -115,7 +124,7 @@ def _is_counter(key: str) -> bool:
 def _classifier_widths(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, int] | None:
-    """Return the (expected, found) number of outputs if one layer differs, and only in that."""
+    """The (expected, found) numbers of outputs if one layer differs, and only in that."""
     if expected.keys() != found.keys():
         return None
     differing = [key for key in expected if expected[key] != found[key]]

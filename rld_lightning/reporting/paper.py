@@ -12,8 +12,8 @@ from rld_lightning.runs.likeness import decides
 
 TEACHER = "Teacher"
 
-# Options of conf/loss, and what the published tables call them. What is not here has no published row: variants of ours
-# (rld_reference, kdg...), and mlkd, whose published rows are of 480 epochs or more.
+# Options of the loss group, and what the published tables call them. What is not here has no published row: variants of
+# ours (rld_reference, kdg...), and mlkd, whose published rows are of 480 epochs or more.
 METHODS = {
     "ce": "Student (CE)",
     "kd": "KD",
@@ -109,7 +109,7 @@ def published_for_pair(dataset: str, teacher: str | None, student: str) -> list[
 
     Args:
         dataset: our name of it, such as ``cifar100``.
-        teacher: our name of the network, such as ``wrn_40_2`` or ``torchvision/resnet34``.
+        teacher: our name of the network, such as ``wrn40_2`` or ``torchvision/resnet34``.
         student: likewise.
     """
     if teacher is None or dataset not in DATASETS:
@@ -178,6 +178,6 @@ def trained_as_published(run: Run) -> bool:
 
 
 def _plain(network: str, dataset: str) -> str:
-    """``wrn402`` of ``wrn_40_2``; torchvision's networks are those of the ImageNet tables alone, timm's of none."""
+    """``wrn402`` of ``wrn40_2``; torchvision's networks are those of the ImageNet tables alone, timm's of none."""
     name = network.lower()
     return re.sub(r"[^a-z0-9/]", "", name.removeprefix("torchvision/") if dataset == "imagenet" else name)

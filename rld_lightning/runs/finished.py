@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from rld_lightning.models.registry import canonical_label
 from rld_lightning.runs.files import CHOICES, CONFIG, ENVIRONMENT, ERROR, OVERRIDES, SUMMARY, WANDB
 from rld_lightning.runs.likeness import SEEDS, settings
 from rld_lightning.runs.naming import loss_name
@@ -116,7 +117,18 @@ def read_run(folder: Path) -> Run:
     config = _read_yaml(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run. Move it away.")
+    _respell(config)
     return Run(folder, read_summary(folder), config)
+
+
+def _respell(config: dict[str, Any]) -> None:
+    """Spells networks in a run's configuration as they are spelled here; earlier versions did it otherwise."""
+    model = config.get("model")
+    parts = [model, model.get("teacher"), model.get("student")] if isinstance(model, dict) else []
+    for part in parts:
+        for key in ("label", "name"):
+            if isinstance(part, dict) and isinstance(part.get(key), str):
+                part[key] = canonical_label(part[key])
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

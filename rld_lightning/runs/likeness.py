@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.models.registry import canonical_label
 from rld_lightning.runs.files import CONFIG
 from rld_lightning.runs.naming import class_name
 
@@ -85,6 +86,7 @@ _SYNONYMS = {
     "trainer.overfit_batches": {"1.0": "all"},
 }
 _FILES = ("model.teacher.weights", "model.student.weights")
+_NETWORKS = ("model.label", "model.teacher.name", "model.student.name")
 _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
 
@@ -132,7 +134,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def canonical(key: str, value: str) -> str:
-    """The same text for the same value: ``1`` for the ``1.0`` of a file, a whole path for a file of weights."""
+    """The same text for the same value: ``1`` for ``1.0``, a whole path of a file, one spelling of a network's name."""
+    if key in _NETWORKS:
+        return canonical_label(value)
     if key in _FILES and value not in _NO_FILES:
         return str(Path(value).absolute())
     return re.sub(r"^(-?\d+)\.0$", r"\1", _SYNONYMS.get(key, {}).get(value, value))

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.files import CONFIG, SUMMARY
 
 
@@ -94,6 +95,8 @@ def read_summary(run: Path) -> Summary:
         values = json.loads((run / SUMMARY).read_text())
         if "split" not in values:
             values |= _split_of_older(run, values)
+        for role in ("model", "teacher"):  # which earlier versions spelled otherwise
+            values[role] = values[role] and canonical_name(str(values[role]))
         known = {field.name for field in fields(Summary)}
         return Summary(**{name: value for name, value in values.items() if name in known})
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.likeness import refuse_other_settings
 
 
@@ -80,7 +81,7 @@ def check_resume(cfg: DictConfig) -> None:
         raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
     checkpoint = _read(path)
     student = checkpoint.get("hyper_parameters", {}).get("student", "").split("@")[0]  # SimKD's has the teacher's, too
-    if student and student != cfg.model.student.name:
+    if student and canonical_name(student) != canonical_name(cfg.model.student.name):
         raise ValueError(f"{path} is of a run with {student}, and this one trains {cfg.model.student.name}.")
     # One-cycle schedules have their length from the beginning.
     fixed = any("total_steps" in schedule for schedule in checkpoint["lr_schedulers"])

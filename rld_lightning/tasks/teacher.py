@@ -14,6 +14,7 @@ from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.stages import classifier_of
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
@@ -53,7 +54,7 @@ def _teacher_of(resume: str | None, name: str) -> str | None:
     if resume is None or not (config := Path(resume).parent / "config.yaml").is_file():
         return None
     teacher = OmegaConf.load(config).model.teacher
-    same = teacher is not None and teacher.name == name and teacher.weights is not None
+    same = teacher and canonical_name(teacher.name) == canonical_name(name) and teacher.weights is not None
     return teacher.weights if same and Path(teacher.weights).is_file() else None
 
 

@@ -41,7 +41,8 @@ except ImportError as error:
 
 from rld_lightning.console import print_line
 from rld_lightning.errors import UserError
-from rld_lightning.hydra.compose import CONF, compose
+from rld_lightning.hydra.compose import compose
+from rld_lightning.hydra.options import list_options
 from rld_lightning.tracking.server import has_key, server, trouble
 
 PROJECT = "rld-lightning"  # that of conf/logger/wandb.yaml
@@ -250,15 +251,15 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
 
 
 def label_of(pair: str) -> str:
-    """What runs of a pair have as their group: ``wrn_40_2_to_wrn_16_2`` of the option ``wrn40_2_to_wrn16_2``.
+    """What runs of a pair have as their group: the label of an option of ``model``, which has its networks.
 
     Args:
-        pair: an option of ``conf/model``, or a label, which is returned as it is.
+        pair: an option of ``model``, or a label, which is returned as it is.
 
     Raises:
         ValueError: the option leaves its networks open.
     """
-    if not (CONF / "model" / f"{pair}.yaml").is_file():
+    if pair not in list_options("model"):
         return pair
     model = compose([f"model={pair}"]).model
     if model.student.name is None:

@@ -7,16 +7,18 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.hydra.options import list_options, register_options
 
+register_options()
 CONF = Path(__file__).parents[2] / "conf"
 PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]
 IMAGENET_PAIRS = ["resnet34_to_resnet18", "resnet50_to_mobilenetv1"]
 FRAMES = {"pair", "imagenet_pair", "single"}
-SINGLES = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - set(PAIRS) - FRAMES)
-LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {"combined"})
+SINGLES = sorted(set(list_options("model")) - set(PAIRS) - FRAMES)
+LOSSES = sorted(set(list_options("loss")) - {"combined"})
 # What is known only under Hydra.
 HYDRAS = {"fit": ["method=test"]}
-MOBILE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
+MOBILE = {"mobilenetv2", "shufflev1", "shufflev2"}
 
 
 def compose(*overrides, name="fit", resolve=True):

@@ -37,7 +37,7 @@ def test_macs_of_resnet8():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_left_as_it_was(dtype):
-    model = create_model("wrn_16_1").to(dtype).train()
+    model = create_model("wrn16_1").to(dtype).train()
     model.bn1.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]

@@ -13,9 +13,10 @@ import rld_lightning.models as models
 import rld_lightning.models.libraries as libraries
 import rld_lightning.models.registry as model_registry
 from rld_lightning.models import Stages, create_model, list_models, register_model, stages_of
+from rld_lightning.models.registry import canonical_label, canonical_name
 
 # The smallest of each family.
-FAMILIES = ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV1", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+FAMILIES = ["resnet8", "resnet18", "wrn16_1", "vgg8", "mobilenetv1", "mobilenetv2", "shufflev1", "shufflev2"]
 
 
 @pytest.fixture
@@ -25,13 +26,45 @@ def registry(monkeypatch) -> Iterator[dict]:
 
 
 def test_registered_names_are_the_golden_ones():
-    golden = {name.split("/")[1] for name in MODELS if not name.startswith("imagenet/ResNet")}
+    golden = {canonical_name(name.split("/")[1]) for name in MODELS if not name.startswith("imagenet/ResNet")}
     assert set(list_models()) == golden
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wrn_40_2", "wrn40_2"),
+        ("WRN-40-2", "wrn40_2"),
+        ("resnet8X4", "resnet8x4"),
+        ("ResNet50", "resnet50"),
+        ("MobileNetV2", "mobilenetv2"),
+        ("ShuffleV1", "shufflev1"),
+        ("ResNet18@wrn_16_2", "resnet18@wrn16_2"),
+        ("torchvision/ResNet18", "torchvision/ResNet18"),
+        ("wrn_40_3", "wrn_40_3"),
+    ],
+)
+def test_one_rule_knows_other_spellings_of_registered_names(name, expected):
+    assert canonical_name(name) == expected
+    if "@" not in name and expected in list_models():
+        assert type(create_model(name)) is type(create_model(expected))
+
+
+def test_every_name_is_spelled_in_one_way():
+    assert [canonical_name(name) for name in list_models()] == list_models()
+    assert not [name for name in list_models() if name != name.lower()]
+
+
+def test_labels_of_earlier_versions():
+    assert canonical_label("wrn_40_2_to_MobileNetV2") == canonical_label("wrn40_2_to_mobilenetv2")
+    assert canonical_label("ResNet50_to_MobileNetV2") == "resnet50_to_mobilenetv2"
+    assert canonical_label("ResNet18") == "resnet18"
+    assert canonical_label("torchvision/resnet50_to_mine") == "torchvision/resnet50_to_mine"
 
 
 def test_list_models_is_in_natural_order_and_takes_patterns():
     assert list_models("resnet?") == ["resnet8"]
-    assert list_models("resnet*")[:4] == ["resnet8", "resnet8x4", "resnet14", "resnet20"]
+    assert list_models("resnet*")[:5] == ["resnet8", "resnet8x4", "resnet14", "resnet18", "resnet20"]
     assert list_models("nothing*") == []
     assert "torchvision/resnet34" in list_models("torchvision/*")
     assert all(name.startswith("torchvision/vgg") for name in list_models("torchvision/vgg*"))
@@ -40,11 +73,11 @@ def test_list_models_is_in_natural_order_and_takes_patterns():
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("wrn40_2", "wrn_40_2"),
-        ("resnet8X4", "resnet8x4"),
-        ("mobilenet-v2", "MobileNetV2"),
+        ("wrn40_22", "wrn40_2"),
+        ("resnet_8_x_5", "resnet8x4"),
+        ("mobilenet", "mobilenetv2"),
         ("resnet34", "torchvision/resnet34"),
-        ("shufflenetv1", "ShuffleV1"),
+        ("shufflenetv1", "shufflev1"),
         ("torchvision/resnet35", "torchvision/resnet34"),
         ("torchvison/resnet34", "torchvision/resnet34"),
     ],
@@ -77,6 +110,12 @@ def test_a_name_is_registered_once(registry):
     assert create_model("newcomer", num_classes=7).out_features == 7
     with pytest.raises(ValueError, match="'newcomer' is already registered"):
         register_model(newcomer)
+
+    def New_Comer(num_classes: int = 100) -> nn.Module:
+        return nn.Linear(3, num_classes)
+
+    with pytest.raises(ValueError, match="'newcomer' is already registered"):
+        register_model(New_Comer)
 
 
 def test_a_file_dropped_into_the_folder_registers_itself(registry, monkeypatch, tmp_path):
@@ -154,14 +193,14 @@ def test_no_activation_works_in_place(name):
 
 def test_initialisation_is_that_of_the_published_code():
     torch.manual_seed(0)
-    wrn = create_model("wrn_16_4")
+    wrn = create_model("wrn16_4")
     # Variance 2 / fan-out.
     assert wrn.block3.layer[1].conv1.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
     assert not wrn.fc.bias.any()
     vgg = create_model("vgg8")
     assert vgg.classifier.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not any(bias.any() for key, bias in vgg.named_parameters() if key.endswith("bias"))
-    mobile = create_model("MobileNetV2")
+    mobile = create_model("mobilenetv2")
     assert mobile.blocks[6][0].conv[3].weight.std().item() == pytest.approx((2 / (9 * 480)) ** 0.5, rel=0.05)
     assert mobile.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
 

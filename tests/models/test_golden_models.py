@@ -91,7 +91,7 @@ def test_logits_and_features(name, logits):
 @torch.inference_mode()
 def test_shufflenetv2_computes_what_torchvision_does():
     # No golden logits: but for stem and head it is torchvision's network, weights in the same order.
-    ours = create_model("ShuffleV2").eval()
+    ours = create_model("shufflev2").eval()
     theirs = torchvision.models.shufflenet_v2_x1_0().eval()
     trunk = nn.Sequential(theirs.stage2, theirs.stage3, theirs.stage4, theirs.conv5)
     values = [value for key, value in fill(ours, 0.9).state_dict().items() if key.startswith(("layer", "conv2", "bn2"))]
@@ -104,7 +104,7 @@ def test_shufflenetv2_computes_what_torchvision_does():
 
 @torch.inference_mode()
 def test_shufflenetv2_preactivations_become_the_features():
-    model = fill(create_model("ShuffleV2"), 0.9).eval()
+    model = fill(create_model("shufflev2"), 0.9).eval()
     stages = stages_of(model)
     _, features = forward_with_taps(model, golden_images(32), (*stages.features, *stages.preactivations))
     for feature, preactivation in zip(stages.features[1:], stages.preactivations[1:], strict=True):
@@ -116,7 +116,7 @@ def test_shufflenetv2_preactivations_become_the_features():
 
 @torch.inference_mode()
 def test_four_stage_resnet50_computes_what_torchvision_does():
-    ours = fill(create_model("ResNet50"), 0.75).eval()
+    ours = fill(create_model("resnet50"), 0.75).eval()
     theirs = torchvision.models.resnet50(num_classes=100).eval()
     names = {"shortcut": "downsample", "linear": "fc"}
     state = {".".join(names.get(part, part) for part in key.split(".")): v for key, v in ours.state_dict().items()}

@@ -26,7 +26,7 @@ CLASSES = 7
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def grafted(student="resnet8", teacher="wrn_16_2"):
+def grafted(student="resnet8", teacher="wrn16_2"):
     """A grafted student whose statistics are not the initial ones, and its teacher."""
     torch.manual_seed(0)
     network = create_model(teacher, CLASSES).eval()
@@ -67,7 +67,7 @@ def test_an_average_that_is_made_wider_before_it_is_classified_has_no_last_map()
         assert stages_of(create_model("timm/mobilenetv3_small_050")).last_map == ""
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("resnet8", "wrn_16_2"), ("MobileNetV2", "vgg8")])
+@pytest.mark.parametrize(("student", "teacher"), [("resnet8", "wrn16_2"), ("mobilenetv2", "vgg8")])
 def test_logits_are_those_of_the_formula(student, teacher):
     model, network = grafted(student, teacher)
     model.eval()
@@ -106,7 +106,7 @@ def test_everything_but_the_classifier_trains():
 
 
 def test_the_student_s_own_classifier_is_gone():
-    student = create_model("MobileNetV2", CLASSES)
+    student = create_model("mobilenetv2", CLASSES)
     names = set(student.state_dict())
     model = graft(student, create_model("resnet8", CLASSES))
     assert model.backbone is student
@@ -126,7 +126,7 @@ def test_stages_can_be_tapped():
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("resnet8", "resnet8x4"), ("MobileNetV2", "ResNet18"), ("vgg8", "torchvision/resnet18")]
+    ("student", "teacher"), [("resnet8", "resnet8x4"), ("mobilenetv2", "resnet18"), ("vgg8", "torchvision/resnet18")]
 )
 def test_it_is_rebuilt_by_name(student, teacher, tmp_path):
     model, _ = grafted(student, teacher)
@@ -155,8 +155,8 @@ def test_the_size_counts_projector_and_classifier():
 @pytest.mark.parametrize(
     ("name", "wrong", "meant"),
     [
-        ("resnet8@resnet32X4", "resnet32X4", "resnet32x4"),
-        ("wrn16_2@resnet8", "wrn16_2", "wrn_16_2"),
+        ("resnet8@resnet32x5", "resnet32x5", "resnet32x4"),
+        ("wrn16_22@resnet8", "wrn16_22", "wrn16_2"),
         ("resnet8@torchvision/resnet17", "torchvision/resnet17", "torchvision/resnet18"),
     ],
 )
@@ -183,10 +183,10 @@ def test_only_a_network_that_averages_a_map_can_be_grafted():
 
 
 def test_a_grafted_student_can_be_a_teacher():
-    teacher = create_model("resnet8@wrn_16_2", CLASSES)
+    teacher = create_model("resnet8@wrn16_2", CLASSES)
     model = graft(create_model("vgg8", CLASSES), teacher)
     assert torch.equal(model.classifier.weight, teacher.classifier.weight)
-    create_model("vgg8@resnet8@wrn_16_2", CLASSES).load_state_dict(model.state_dict())
+    create_model("vgg8@resnet8@wrn16_2", CLASSES).load_state_dict(model.state_dict())
 
 
 def test_it_takes_the_student_s_type_not_the_teacher_s():

@@ -276,7 +276,7 @@ def test_the_model_that_the_file_is_of_is_named():
     assert "looks like resnet14: choose that model" in message
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet8x4", "wrn_16_2", "vgg8", "MobileNetV2", "torchvision/resnet18"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet8x4", "wrn16_2", "vgg8", "mobilenetv2", "torchvision/resnet18"])
 @pytest.mark.parametrize("classes", [10, 100])
 def test_identify(name, classes):
     with torch.device("meta"):

@@ -17,10 +17,11 @@ import torch
 from rld_lightning.models import store as store_module
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.read import WeightsError, read_metadata, read_weights
+from rld_lightning.models.save import save_weights
 from rld_lightning.models.store import PUBLISHED, DownloadError, TeacherStore, resolve_teacher_weights
 from rld_lightning.models.verify import load_weights
 
-NAMES = ("resnet8", "wrn_16_1")
+NAMES = ("resnet8", "wrn_16_1")  # as the archive spells them
 WAYS_OUT = ("model.teacher.weights=/path/to/file", "model.teacher.weights=published", "model.teacher.weights=fit")
 
 
@@ -117,7 +118,7 @@ def files(store):
     return sorted(str(path.relative_to(store.root)) for path in store.root.rglob("*") if path.is_file())
 
 
-DONE = ["cifar100/.published.lock", "cifar100/resnet8.safetensors", "cifar100/wrn_16_1.safetensors"]
+DONE = ["cifar100/.published.lock", "cifar100/resnet8.safetensors", "cifar100/wrn16_1.safetensors"]
 
 
 def assert_downloaded(store, paths):
@@ -147,6 +148,23 @@ def test_saves_and_finds(store):
         "top1": "90.5",
         "epochs": "240",
     }
+
+
+@pytest.mark.parametrize("name", ["wrn16_1", "wrn_16_1", "WRN-16-1"])
+def test_a_teacher_is_found_however_its_name_is_spelled(store, server, name):
+    old = store.root / "cifar100" / "wrn_16_1.safetensors"  # of an earlier version
+    save_weights(create_model("wrn16_1", 100), old, {"source": "fit"})
+    assert store.find("cifar100", name) == resolve("auto", store, name) == old
+    assert store.download_published(server.url) == [store.path("cifar100", "resnet8")]
+    path = store.save(create_model("wrn16_1", 100), "cifar100", name, {})
+    assert path == store.find("cifar100", name) == store.root / "cifar100" / "wrn16_1.safetensors"
+    assert read_metadata(path)["name"] == "wrn16_1"
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet8", "timm/ResNet8", "resnet_8x4", "other"])
+def test_another_teacher_is_not_taken_for_it(store, name):
+    store.save(create_model("resnet8", 100), "cifar100", "resnet8", {})
+    assert store.find("cifar100", name) is None
 
 
 def test_keeps_the_file_that_a_run_has_left_as_it_is(store, tmp_path):

@@ -173,7 +173,7 @@ def norms(model):
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-@pytest.mark.parametrize(("name", "left"), [("resnet8", 0), ("wrn_16_1", 7), ("ShuffleV2", 0)])
+@pytest.mark.parametrize(("name", "left"), [("resnet8", 0), ("wrn16_1", 7), ("shufflev2", 0)])
 def test_fused_logits_are_the_same(images, name, left):
     model = trained(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -56,6 +56,17 @@ def test_knows_what_a_run_is(tmp_path):
     assert run.overrides == ["loss=rld_ls", "seed=3"]
 
 
+def test_a_run_of_an_earlier_version_is_of_the_same_pair(tmp_path):
+    old, new = (
+        read_run(write_run(tmp_path / teacher, teacher=teacher, student=student))
+        for teacher, student in (("wrn_40_2", "MobileNetV2"), ("wrn40_2", "mobilenetv2"))
+    )
+    assert old.pair == new.pair == "wrn40_2_to_mobilenetv2"
+    assert old.settings == new.settings
+    assert (old.summary.teacher, old.summary.model) == (new.summary.teacher, new.summary.model)
+    assert (new.summary.teacher, new.summary.model) == ("wrn40_2", "mobilenetv2")
+
+
 def test_repetitions_have_the_same_settings_and_others_not(tmp_path):
     make(tmp_path / "a", seed=0)
     make(tmp_path / "b", seed=1)

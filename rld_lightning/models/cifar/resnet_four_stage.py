@@ -115,12 +115,12 @@ def _stage(
 
 
 @register_model
-def ResNet18(num_classes: int = 100) -> FourStageResNet:
+def resnet18(num_classes: int = 100) -> FourStageResNet:
     """18 layers of basic blocks, 3 x 3 stem."""
     return FourStageResNet(BasicBlock, (2, 2, 2, 2), num_classes)
 
 
 @register_model
-def ResNet50(num_classes: int = 100) -> FourStageResNet:
+def resnet50(num_classes: int = 100) -> FourStageResNet:
     """50 layers of bottleneck blocks, 3 x 3 stem."""
     return FourStageResNet(Bottleneck, (3, 4, 6, 3), num_classes)

@@ -94,42 +94,42 @@ class WideResNet(nn.Module):
 
 
 @register_model
-def wrn_16_1(num_classes: int = 100) -> WideResNet:
+def wrn16_1(num_classes: int = 100) -> WideResNet:
     """16 layers, width 1."""
     return WideResNet(16, 1, num_classes)
 
 
 @register_model
-def wrn_16_2(num_classes: int = 100) -> WideResNet:
+def wrn16_2(num_classes: int = 100) -> WideResNet:
     """16 layers, width 2."""
     return WideResNet(16, 2, num_classes)
 
 
 @register_model
-def wrn_16_4(num_classes: int = 100) -> WideResNet:
+def wrn16_4(num_classes: int = 100) -> WideResNet:
     """16 layers, width 4."""
     return WideResNet(16, 4, num_classes)
 
 
 @register_model
-def wrn_28_2(num_classes: int = 100) -> WideResNet:
+def wrn28_2(num_classes: int = 100) -> WideResNet:
     """28 layers, width 2."""
     return WideResNet(28, 2, num_classes)
 
 
 @register_model
-def wrn_28_4(num_classes: int = 100) -> WideResNet:
+def wrn28_4(num_classes: int = 100) -> WideResNet:
     """28 layers, width 4."""
     return WideResNet(28, 4, num_classes)
 
 
 @register_model
-def wrn_40_1(num_classes: int = 100) -> WideResNet:
+def wrn40_1(num_classes: int = 100) -> WideResNet:
     """40 layers, width 1."""
     return WideResNet(40, 1, num_classes)
 
 
 @register_model
-def wrn_40_2(num_classes: int = 100) -> WideResNet:
+def wrn40_2(num_classes: int = 100) -> WideResNet:
     """40 layers, width 2."""
     return WideResNet(40, 2, num_classes)

@@ -1,0 +1,94 @@
+"""Options that need no file: each registered network is a ``model=<name>``, each registered loss a ``loss=<name>``.
+
+They lie in Hydra's store, where ``--help``, completion and Hydra's messages find them. A file of that name in ``conf/``
+takes an option's place.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+
+from rld_lightning.errors import did_you_mean
+from rld_lightning.losses import list_losses, loss_options
+from rld_lightning.models import list_models
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+_SMALL_RATE = ("mobilenetv2", "shufflev1", "shufflev2")  # the literature trains them with a learning rate of 0.01
+
+
+def register_options() -> None:
+    """Puts all generated options into Hydra's store; once more after a network or a loss has been registered.
+
+    Raises:
+        ValueError: see :func:`tunable_losses`.
+    """
+    store = ConfigStore.instance()
+    for group, options in (("model", network_options()), ("loss", tunable_losses())):
+        for name in options.keys() - _files(group):
+            store.store(group=group, name=name, node=options[name])
+
+
+def list_options(group: str) -> list[str]:
+    """The options of a group, those in files and those that are generated, in alphabetical order."""
+    generated = {"model": network_options, "loss": tunable_losses}
+    return sorted(_files(group) | set(generated[group]() if group in generated else ()))
+
+
+def network_options() -> dict[str, dict[str, Any]]:
+    """A single model for each registered network, by name: what a file in ``conf/model`` would hold."""
+    small_rate = {"tuned": {"lr": 0.01}}
+    return {
+        name: {"defaults": ["single"], "student": {"name": name}} | (small_rate if name in _SMALL_RATE else {})
+        for name in list_models()
+    }
+
+
+def tunable_losses() -> dict[str, dict[str, Any]]:
+    """All losses by name, registered ones and those of ``conf/loss_presets.yaml``, with each value open to a pair.
+
+    ``beta: 8.0`` of ``rld`` becomes ``${tuned:rld.beta,8.0}``: what ``model.tuned.rld.beta`` says, else 8. Experiments
+    and the command line put their own in the place of that.
+
+    Raises:
+        ValueError: a preset does not say which loss it starts from.
+    """
+    presets = yaml.safe_load((CONF / "loss_presets.yaml").read_text()) or {}
+    registered = list_losses()
+    losses = {name: _open_to_pairs(name, _registered(name)) for name in registered if name not in presets}
+    for name, stated in presets.items():
+        if (of := stated.pop("of", None)) not in losses:
+            raise ValueError(
+                f"{name} of conf/loss_presets.yaml starts from of={of}, which is not a loss before it."
+                f"{did_you_mean(str(of), losses)}"
+            )
+        base = losses[of]
+        own = _registered(name) if name in registered else {}
+        new = {key: value for key, value in own.items() if key == "_target_" or key not in base}
+        losses[name] = _open_to_pairs(name, base | new | stated)
+    return losses
+
+
+def _registered(name: str) -> dict[str, Any]:
+    """A loss's options; one that warms up by itself warms up as long as the recipe says."""
+    options = loss_options(name)
+    return options | ({"warmup_epochs": "${recipe.warmup_epochs}"} if options.get("warmup_epochs", 1) != 1 else {})
+
+
+def _open_to_pairs(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value if key == "_target_" else f"${{tuned:{name}.{key},{_in_interpolation(value)}}}"
+        for key, value in options.items()
+    }
+
+
+def _in_interpolation(value: Any) -> str:
+    is_interpolation = isinstance(value, str) and value.startswith("${")
+    return value if is_interpolation else json.dumps(value)
+
+
+def _files(group: str) -> set[str]:
+    return {path.stem for path in (CONF / group).glob("*.yaml")}
