@@ -212,7 +212,7 @@ def test_make_targets_that_are_named_exist():
 def test_what_the_readme_tells_to_type_runs(tmp_path):
     """Its first fit and the eval, on digits, with a teacher that has learned nothing."""
     teacher = tmp_path / "teacher.pth"
-    torch.save(create_model("wrn_40_2", 10).state_dict(), teacher)
+    torch.save(create_model("wrn40_2", 10).state_dict(), teacher)
     small = ("data=digits", f"model.teacher.weights={teacher}", "recipe.epochs=1", "trainer.max_steps=2")
     quiet = ("trainer=cpu", "callbacks.progress=null", "print_config=false", f"paths.teachers={tmp_path}")
     command = commands("python", "scripts/fit.py")[0]

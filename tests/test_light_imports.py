@@ -22,7 +22,7 @@ def imported_by(code: str) -> set[str]:
     "code",
     [
         "from rld_lightning import RLDLoss, rld_loss",
-        "from rld_lightning import create_model, FrozenTeacher; create_model('wrn_16_1')",
+        "from rld_lightning import create_model, FrozenTeacher; create_model('wrn16_1')",
         "import rld_lightning.losses.features",
     ],
 )

@@ -248,7 +248,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
 def connected_module(loss):
     """A module whose loss looks inside real networks."""
     torch.manual_seed(5)
-    teacher, student = create_model("wrn_16_2", 10), create_model("wrn_16_1", 10)
+    teacher, student = create_model("wrn16_2", 10), create_model("wrn16_1", 10)
     loss.connect(student, teacher, (3, 8, 8), digits_label())
     return DistillationModule(student, loss, SGD, teacher=FrozenTeacher(teacher), num_classes=10)
 
@@ -317,13 +317,13 @@ def test_the_strong_view_reaches_a_loss_that_needs_it(tmp_path):
 
 
 def test_a_fused_teacher_is_refused_where_its_features_are_needed():
-    teacher = FrozenTeacher(create_model("wrn_16_2", 10), fuse=True)
+    teacher = FrozenTeacher(create_model("wrn16_2", 10), fuse=True)
     loss = FitNetLoss()
     with pytest.raises(ValueError, match=r"model\.teacher\.fuse=false"):
-        loss.connect(create_model("wrn_16_1", 10), teacher.model, (3, 8, 8), digits_label())
-    loss.connect(create_model("wrn_16_1", 10), create_model("wrn_16_2", 10), (3, 8, 8), digits_label())
+        loss.connect(create_model("wrn16_1", 10), teacher.model, (3, 8, 8), digits_label())
+    loss.connect(create_model("wrn16_1", 10), create_model("wrn16_2", 10), (3, 8, 8), digits_label())
     with pytest.raises(ValueError, match=r"model\.teacher\.fuse=false"):
-        DistillationModule(create_model("wrn_16_1", 10), loss, SGD, teacher=teacher, num_classes=10)
+        DistillationModule(create_model("wrn16_1", 10), loss, SGD, teacher=teacher, num_classes=10)
 
 
 def test_fewer_than_six_classes_have_no_top5():

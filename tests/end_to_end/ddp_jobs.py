@@ -52,7 +52,7 @@ def train_and_evaluate(cfg):
     student = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)
     )
-    teacher = FrozenTeacher(create_model("wrn_16_1", 10))
+    teacher = FrozenTeacher(create_model("wrn16_1", 10))
     module = DistillationModule(
         student,
         RLDLoss(),

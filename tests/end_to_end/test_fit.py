@@ -20,7 +20,7 @@ from rld_lightning import create_model
 from rld_lightning.data import DigitsDataModule
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn_16_2", "model.student.name=wrn_16_1", "recipe=quick")
+PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn16_2", "model.student.name=wrn16_1", "recipe=quick")
 
 
 def run(script, *arguments, folder, check=True):
@@ -47,8 +47,8 @@ def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
         f"└── run: {folder / 'run'}\n",
         "data  digits: 10 classes, 3x8x8, 1,437 train and 360 test images, validated on the test split",
         "training it first, with cross-entropy",
-        "teacher  wrn_16_2, 0.69 M parameters, 6.3 M MACs",
-        "student  wrn_16_1, 0.18 M parameters, 1.7 M MACs",
+        "teacher  wrn16_2, 0.69 M parameters, 6.3 M MACs",
+        "student  wrn16_1, 0.18 M parameters, 1.7 M MACs",
         "loss  RLDLoss(ce_weight=1.0",
         "SGD, learning rate 0.05, batch 64 = 1 x 64 on cpu",
         "images/s",
@@ -68,7 +68,7 @@ def test_leaves_a_folder_that_explains_itself(finished):
     )
     assert set(expected.split()) <= files
     assert (folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert str(folder / "teachers" / "digits" / "wrn_16_2.safetensors") in (folder / "run" / "config.yaml").read_text()
+    assert str(folder / "teachers" / "digits" / "wrn16_2.safetensors") in (folder / "run" / "config.yaml").read_text()
 
 
 def test_summary_metrics_and_export_tell_the_same(finished):
@@ -80,7 +80,7 @@ def test_summary_metrics_and_export_tell_the_same(finished):
     assert (summary["split"], summary["images"], summary["val_fraction"]) == ("test", 360, 0.0)
     with safe_open(folder / "run" / "student.safetensors", "pt") as file:
         facts = file.metadata()
-    assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("wrn_16_1", "10", "digits")
+    assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("wrn16_1", "10", "digits")
     assert (facts["data_seed"], facts["val_fraction"]) == ("0", "0.0")
     assert float(facts["top1"]) == pytest.approx(summary["top1"])
 
@@ -89,7 +89,7 @@ def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
     folder, _ = finished
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"student"}
-    facts = {"num_classes": 10, "student": "wrn_16_1", "dataset": "digits", "data_seed": 0, "val_fraction": 0.0}
+    facts = {"num_classes": 10, "student": "wrn16_1", "dataset": "digits", "data_seed": 0, "val_fraction": 0.0}
     assert checkpoint["hyper_parameters"] == facts
 
 
@@ -98,7 +98,7 @@ def test_eval_of_export_and_checkpoint_equals_a_plain_loop(finished):
     folder, _ = finished
     data = DigitsDataModule()
     data.setup()
-    model = create_model("wrn_16_1", 10).eval()
+    model = create_model("wrn16_1", 10).eval()
     model.load_state_dict(load_file(folder / "run" / "student.safetensors"))
     with torch.no_grad():
         batches = [(model(batch.images), batch.label) for batch in data.test_dataloader()]
@@ -151,16 +151,16 @@ def test_a_finished_run_is_not_overwritten(finished):
     ("overrides", "sentence"),
     [
         (("model.teacher.weights=/nowhere.pth",), "there is no teacher's weights file at /nowhere.pth"),
-        (("model.teacher.weights=auto", "model.teacher.name=wrn_28_2"), "model.teacher.weights=fit"),
-        (("model.label=wrn_16_1", "model.teacher=null"), "the loss needs a teacher and model=wrn_16_1 has none"),
+        (("model.teacher.weights=auto", "model.teacher.name=wrn28_2"), "model.teacher.weights=fit"),
+        (("model.label=wrn16_1", "model.teacher=null"), "the loss needs a teacher and model=wrn16_1 has none"),
         (("loss.temperature=0",), "temperature=0 is not allowed"),
-        (("model.student.name=wrn_16_11",), "wrn_16_1"),
+        (("model.student.name=wrn16_11",), "wrn16_1"),
         (("data.batch_size=0",), "batch_size=0"),
         (("model.student.name=null",), "model.student.name has no value"),
         (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
         (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
         (("model.teacher.weights=pretrained",), "pretrained is for torchvision/<name> and timm/<name>"),
-        (("model.student.weights=pretrained",), "is for torchvision/<name> and timm/<name>, not for wrn_16_1"),
+        (("model.student.weights=pretrained",), "is for torchvision/<name> and timm/<name>, not for wrn16_1"),
         (("model.student.name=torchvision/alexnet",), "torchvision/alexnet cannot take images of 3x8x8"),
         (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),
         (("model.teacher.weights=null",), "model.teacher.weights has no value"),
@@ -209,7 +209,7 @@ def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_p
     from rld_lightning.tasks.evaluate import EvaluationModule
 
     summary = in_process(tmp_path, "recipe.epochs=3", "trainer.max_steps=30", "trainer.precision=32-true")
-    model = create_model("wrn_16_1", 10)
+    model = create_model("wrn16_1", 10)
     model.load_state_dict(load_file(tmp_path / "student.safetensors"))
     data = DigitsDataModule()
     data.setup()
@@ -291,7 +291,7 @@ def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     folder, _ = finished
-    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn_16_2.safetensors'}"
+    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn16_2.safetensors'}"
     paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
     pair = (*PAIR, "recipe.scheduler=null")  # one cycle has its length from the beginning
     command = [sys.executable, SCRIPTS / "fit.py", *pair, teacher, "recipe.epochs=200", *paths]
@@ -317,7 +317,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
 @pytest.mark.slow
 def test_two_processes_train_evaluate_every_image_once_and_leave_one_folder(finished):
     folder, _ = finished
-    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn_16_2.safetensors'}"
+    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn16_2.safetensors'}"
     target = folder / "ddp"
     script = [sys.executable, SCRIPTS / "fit.py", *PAIR, teacher, "recipe.epochs=2", "trainer=ddp_cpu"]
     options = (f"hydra.run.dir={target}", f"paths.teachers={folder / 'teachers'}", "trainer.precision=32-true")
@@ -345,4 +345,4 @@ def test_two_processes_train_the_teacher_first(tmp_path):
     options = (f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}")
     result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (tmp_path / "digits" / "wrn_16_2.safetensors").exists()
+    assert (tmp_path / "digits" / "wrn16_2.safetensors").exists()

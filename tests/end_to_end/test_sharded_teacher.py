@@ -13,7 +13,7 @@ from rld_lightning.models import create_model
 
 REPOSITORY = Path(__file__).parents[2]
 
-PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn_16_1", "model.student.name=resnet8", "loss=[rld,at]")
+PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn16_1", "model.student.name=resnet8", "loss=[rld,at]")
 
 
 def fit(folder, shard):
@@ -28,7 +28,7 @@ def fit(folder, shard):
 
 @pytest.mark.slow
 def test_the_student_is_that_of_the_whole_teacher(tmp_path):
-    torch.save(create_model("wrn_16_1", 10).state_dict(), tmp_path / "teacher.pth")
+    torch.save(create_model("wrn16_1", 10).state_dict(), tmp_path / "teacher.pth")
     whole_run, whole, _ = fit(tmp_path, "false")
     shared_run, shared, said = fit(tmp_path, "true")
     assert "shared out over 2 processes" in said

@@ -11,7 +11,7 @@ from rld_lightning.losses import ModelOutput, StepContext
 from rld_lightning.losses.features import FeatureLoss
 from rld_lightning.models import create_model, forward_with_taps
 
-PAIRS = (("resnet14", "resnet8"), ("wrn_16_2", "wrn_16_1"), ("vgg8", "MobileNetV2"), ("resnet8x4", "ShuffleV1"))
+PAIRS = (("resnet14", "resnet8"), ("wrn16_2", "wrn16_1"), ("vgg8", "mobilenetv2"), ("resnet8x4", "shufflev1"))
 IMAGE_SHAPE = (3, 32, 32)
 CLASSES = 10
 TRAIN_LABEL = torch.arange(100) % CLASSES

@@ -16,8 +16,8 @@ LOSSES = {
     "dkd": {"_target_": "rld_lightning.losses.DKDLoss", "alpha": 1.0, "beta": 8.0, "temperature": 4.0},
     "rld": {"_target_": "rld_lightning.losses.RLDLoss", "alpha": 1.0, "beta": 8.0, "temperature": 4.0},
 }
-PARAMETERS = {"resnet20": 278_324, "resnet8": 83_892, "wrn_40_2": 2_255_156, "wrn_16_2": 703_284}
-MACS = {"resnet20": 40_820_000, "resnet8": 12_700_000, "wrn_40_2": 327_000_000, "wrn_16_2": 101_000_000}
+PARAMETERS = {"resnet20": 278_324, "resnet8": 83_892, "wrn40_2": 2_255_156, "wrn16_2": 703_284}
+MACS = {"resnet20": 40_820_000, "resnet8": 12_700_000, "wrn40_2": 327_000_000, "wrn16_2": 101_000_000}
 
 
 def write_run(

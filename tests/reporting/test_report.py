@@ -59,9 +59,9 @@ def report(tmp_path_factory):
     runs = root / "runs"
     write_comparison(
         runs / "pair", {"ce": 73.2, "kd": 74.9, "rld": 76.0}, 3,
-        teacher="wrn_40_2", student="wrn_16_2", epochs=240, teacher_top1=75.6,
+        teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.6,
     )  # fmt: skip
-    write_comparison(runs / "quick", {"rld": 70.0}, 2, teacher="wrn_40_2", student="wrn_16_2", with_teacher=False)
+    write_comparison(runs / "quick", {"rld": 70.0}, 2, teacher="wrn40_2", student="wrn16_2", with_teacher=False)
     write_sweep(runs / "sweeps" / "grid", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
     write_run(runs / "sweeps" / "grid" / "bad", error="training diverged in <epoch> 3", held_out=0.1)
     write_run(runs / "interrupted", finished=False)
@@ -82,13 +82,13 @@ def test_the_results_table(report):
     assert rld["published_second_hand"] in (True, "True")
     assert "iversonshao/DSKD" in rld["published_source"]
     assert rows["cestudent alone"][2] == "3seeds 0-2"
-    assert rows["wrn_40_2, ceteacher"][3] == "68.20"  # trained in the folder that the weights are from
-    assert rows["wrn_40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][3] == "75.60"
+    assert rows["wrn40_2, ceteacher"][3] == "68.20"  # trained in the folder that the weights are from
+    assert rows["wrn40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][3] == "75.60"
 
 
 def test_gains_and_tests_are_those_of_the_runs(report):
     runs = pd.read_csv(report.html.parent / "runs.csv")
-    runs = runs[(runs["epochs"] == 240) & (runs["pair"] == "wrn_40_2_to_wrn_16_2")]
+    runs = runs[(runs["epochs"] == 240) & (runs["pair"] == "wrn40_2_to_wrn16_2")]
     top1 = runs.pivot_table(index="seed", columns="method", values="top1_last")
     results = pd.read_csv(report.html.parent / "results.csv").set_index("method")
     gain = (top1["rld"] - top1["kd"]).mean()
@@ -128,9 +128,7 @@ def test_the_page_needs_nothing_else(report):
 
 
 def test_the_exact_commands_are_there(report):
-    assert (
-        "python scripts/fit.py model=wrn_40_2_to_wrn_16_2 loss=rld seed=1 recipe.epochs=240" in report.html.read_text()
-    )
+    assert "python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld seed=1 recipe.epochs=240" in report.html.read_text()
 
 
 def test_markdown_says_the_same_and_shows_the_figures(report):

@@ -160,11 +160,11 @@ def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
 
 
 def test_single_models_without_a_pair_have_sections_of_their_own(tmp_path):
-    write_run(tmp_path / "a", "ce", teacher=None, student="wrn_16_2")
+    write_run(tmp_path / "a", "ce", teacher=None, student="wrn16_2")
     write_run(tmp_path / "b", dataset="digits")
     found, _ = read(tmp_path)
     assert [(section.dataset, section.title) for section in found] == [
-        ("cifar100", "wrn_16_2"),
+        ("cifar100", "wrn16_2"),
         ("digits", "resnet20 → resnet8"),
     ]
 

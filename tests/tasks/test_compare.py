@@ -68,8 +68,8 @@ def test_a_teacher_that_is_there_is_used_as_it_is(sweeps):
 @pytest.mark.parametrize(
     ("experiment", "trained"),
     [
-        ("experiment=quickstart", ("digits", "wrn_16_2", 15)),
-        ("experiment=rld_crd", ("cifar100", "wrn_40_2", 240)),  # which brings losses that cross-entropy does not take
+        ("experiment=quickstart", ("digits", "wrn16_2", 15)),
+        ("experiment=rld_crd", ("cifar100", "wrn40_2", 240)),  # which brings losses that cross-entropy does not take
     ],
 )
 def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(sweeps, tmp_path, experiment, trained):

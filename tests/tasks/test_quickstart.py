@@ -20,7 +20,7 @@ def test_quickstart_compares_teacher_student_and_distilled_student(tmp_path, cap
     output = capsys.readouterr().out
     for row in ("│ teacher ", "│ student, cross-entropy ", "│ student, DKD "):
         assert row in output
-    assert (tmp_path / "teachers" / "digits" / "wrn_16_2.safetensors").exists()
+    assert (tmp_path / "teachers" / "digits" / "wrn16_2.safetensors").exists()
     assert (tmp_path / "run" / "distilled" / "curves.png").exists()
     assert (tmp_path / "run" / "alone" / "student.safetensors").exists()
 
@@ -47,13 +47,13 @@ def test_bench_of_the_loss_prints_ratios(capsys):
 
 
 def test_bench_of_steps_prints_ratios(capsys):
-    bench.bench_step("wrn_16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)
+    bench.bench_step("wrn16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)
     assert "plain eager float32" in capsys.readouterr().out
 
 
 def test_bench_of_losses_is_relative_to_kd(capsys):
     losses = bench.configured_losses(["[rld,fitnet]", "simkd", "mlkd", "crd"])
-    bench.bench_losses(losses, "wrn_16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)
+    bench.bench_losses(losses, "wrn16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)
     rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [name.strip() for name, *_ in rows] == ["kd", "[rld,fitnet]", "simkd", "mlkd", "crd"]
     assert float(rows[0][2]) == 1

@@ -146,7 +146,7 @@ def test_the_teacher_is_trained_as_the_trials_are_and_watched_by_no_pruner(start
     start(*pruner, "experiment=quickstart", "logger=wandb", f"paths.teachers={tmp_path}")
     (cfg,) = teachers
     assert (cfg.data._target_, cfg.recipe.epochs) == ("rld_lightning.data.DigitsDataModule", 15)
-    assert cfg.model.student.name == "wrn_16_2"
+    assert cfg.model.student.name == "wrn16_2"
     assert {"checkpoint_last", "wandb_examples"} < set(cfg.callbacks)
     assert "pruner" not in cfg.callbacks
 

@@ -173,7 +173,7 @@ def test_a_pair_is_given_as_an_option_or_as_what_runs_have_as_their_group(tmp_pa
     save_dashboard("me", "p", ["wrn40_2_to_wrn16_2", PAIR], tmp_path / "board.json")
     content = json.loads((tmp_path / "board.json").read_text())
     groups = [f["value"] for s in run_sets(content) for f in s["filters"]["filters"] if f["key"]["name"] == "group"]
-    assert set(groups) == {"wrn_40_2_to_wrn_16_2", PAIR}
+    assert set(groups) == {"wrn40_2_to_wrn16_2", PAIR}
     with pytest.raises(ValueError, match=r"model=pair is any pair; give the label of yours"):
         label_of("pair")
 

@@ -21,8 +21,8 @@ from rld_lightning.tracking.logger import STEP, wandb_facts, wandb_run
 PAIR = (
     "data=digits",
     "model=pair",
-    "model.teacher.name=wrn_16_1",
-    "model.student.name=wrn_16_1",
+    "model.teacher.name=wrn16_1",
+    "model.student.name=wrn16_1",
     "recipe=quick",
     "trainer=cpu",
     "+trainer.limit_train_batches=3",
@@ -97,12 +97,12 @@ def test_the_configuration_is_the_runs_nested_and_resolved(finished):
     for record in records:
         config |= values(record.config.update)
     assert config["loss"]["beta"] == 8.0
-    assert config["model"]["teacher"]["name"] == "wrn_16_1"
+    assert config["model"]["teacher"]["name"] == "wrn16_1"
     assert config["recipe"]["epochs"] == 2
     assert config["dataset"] == "digits"
-    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn_16_1_to_wrn_16_1", "rld")
-    assert run.display_name == "wrn_16_1_to_wrn_16_1-rld-seed0"
-    assert list(run.tags) == ["wrn_16_1_to_wrn_16_1", "rld"]
+    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn16_1_to_wrn16_1", "rld")
+    assert run.display_name == "wrn16_1_to_wrn16_1-rld-seed0"
+    assert list(run.tags) == ["wrn16_1_to_wrn16_1", "rld"]
 
 
 def test_metrics_have_the_trainers_step_and_accuracy_is_summarised_by_its_best_and_last(finished):
@@ -139,7 +139,7 @@ def test_tables(finished):
 def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finished):
     folder, _, records = finished
     artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact")}
-    student, teacher = artifacts["wrn_16_1_to_wrn_16_1-rld"], artifacts["wrn_16_1-ce"]
+    student, teacher = artifacts["wrn16_1_to_wrn16_1-rld"], artifacts["wrn16_1-ce"]
     assert (student.type, teacher.type) == ("model", "model")
     assert json.loads(student.metadata)["top1"] == json.loads((folder / "summary.json").read_text())["top1"]
     assert {"latest", "seed0"} == set(student.aliases)
@@ -149,14 +149,14 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
     assert teacher.use_after_commit
     # The same content is the same version: the one that the teacher's own run has left.
     own = {r.artifact.name: r.artifact for r in read_run(folder / "teacher") if r.HasField("artifact")}
-    assert own["wrn_16_1-ce"].digest == teacher.digest
+    assert own["wrn16_1-ce"].digest == teacher.digest
     assert teacher.manifest.contents[0].ref.startswith("file://")
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, monkeypatch, tmp_path):
     folder, _, records = finished
     monkeypatch.setenv("WANDB_MODE", "offline")
-    weights = f"model.teacher.weights={folder.parent / 'teachers' / 'digits' / 'wrn_16_1.safetensors'}"
+    weights = f"model.teacher.weights={folder.parent / 'teachers' / 'digits' / 'wrn16_1.safetensors'}"
     printed = train(tmp_path / "run", weights, "recipe.epochs=2", f"resume={folder / 'last.ckpt'}")
     before, after = (next(r.run for r in file if r.HasField("run")) for file in (records, read_run(tmp_path / "run")))
     assert after.run_id == before.run_id == json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]

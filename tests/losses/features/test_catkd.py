@@ -98,7 +98,7 @@ def test_the_formula_position_by_position(sizes, pool_size, size, normalize):
     assert tensors[3].grad is None
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "MobileNetV2"])
+@pytest.mark.parametrize("name", ["resnet8", "wrn16_1", "mobilenetv2"])
 def test_activation_maps_average_to_the_logits_without_bias(name):
     torch.manual_seed(0)
     model = create_model(name, CLASSES).eval()

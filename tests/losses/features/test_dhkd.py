@@ -296,7 +296,7 @@ def test_under_distributed_data_parallel(tmp_path):
 
 
 def test_heads_on_the_students_feature():
-    teacher, student = TestDHKD.networks("wrn_16_2", "wrn_16_1")
+    teacher, student = TestDHKD.networks("wrn16_2", "wrn16_1")
     nonlinear = TestDHKD().connected(teacher, student)
     kinds = (nn.Linear, nn.Dropout, nn.BatchNorm1d, nn.ReLU, nn.Linear)
     assert all(map(isinstance, nonlinear.auxiliary, kinds))

@@ -11,7 +11,7 @@ class TestFitNet(FeatureTester):
     module = FitNetLoss
     settings = ({}, {"weight": 10.0, "hint_layer": -1})
     golden_method = "fitnet"
-    unconnectable = (("resnet14", "MobileNetV1", "hint_layer"),)
+    unconnectable = (("resnet14", "mobilenetv1", "hint_layer"),)
 
     def golden(self, case, tensors):
         (student,), (teacher,) = tensors["student_feats"], tensors["teacher_feats"]

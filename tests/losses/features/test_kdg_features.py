@@ -121,7 +121,7 @@ def test_a_width_is_mapped_only_where_it_differs():
         return TestKDG().connected(*TestKDG.networks(teacher, student), **options)
 
     assert not list(connected("resnet14", "resnet8").parameters())
-    mapped = connected("wrn_16_2", "wrn_16_1")
+    mapped = connected("wrn16_2", "wrn16_1")
     assert {name: tuple(p.shape) for name, p in mapped.named_parameters()} == {
         "mapping.weight": (128, 64),
         "mapping.bias": (128,),

@@ -20,10 +20,10 @@ class TestOFD(FeatureTester):
     settings = ({}, {"weight": 0.01, "kernel_size": 3})
     wrong = (({"weight": -1.0}, "weight=-1.0"), ({"kernel_size": 2}, "kernel_size=2"), ({"kernel_size": -1}, "odd"))
     golden_method = "ofd"
-    pairs = (("resnet14", "resnet8"), ("wrn_16_2", "wrn_16_1"), ("vgg8", "ShuffleV1"), ("ResNet18", "resnet8x4"))
+    pairs = (("resnet14", "resnet8"), ("wrn16_2", "wrn16_1"), ("vgg8", "shufflev1"), ("resnet18", "resnet8x4"))
     unconnectable = (
-        ("vgg8", "MobileNetV2", "MobileNetV2 does not have the features that OFDLoss compares"),
-        ("ShuffleV1", "resnet8", "ShuffleV1 has no single batch norm"),
+        ("vgg8", "mobilenetv2", "MobileNetV2 does not have the features that OFDLoss compares"),
+        ("shufflev1", "resnet8", "ShuffleV1 has no single batch norm"),
     )
 
     def golden(self, case, tensors):

@@ -14,7 +14,7 @@ class TestReviewKD(FeatureTester):
     module = ReviewKDLoss
     settings = ({}, {"weight": 5.0})
     golden_method = "reviewkd"
-    pairs = (*PAIRS, ("MobileNetV2", "resnet8"))
+    pairs = (*PAIRS, ("mobilenetv2", "resnet8"))
 
     def golden(self, case, tensors):
         if "student_maps" in tensors:
@@ -100,7 +100,7 @@ def test_places_and_width():
     assert [fusion.narrow[0].out_channels for fusion in loss.fusions] == [64] * 4
     assert [fusion.widen[0].out_channels for fusion in loss.fusions] == [64, 64, 32, 16]
     assert [fusion.attention is None for fusion in loss.fusions] == [True, False, False, False]
-    assert connected("vgg8", "MobileNetV2").fusions[0].narrow[0].out_channels == 512
+    assert connected("vgg8", "mobilenetv2").fusions[0].narrow[0].out_channels == 512
 
 
 def test_named_places_do_not_replace_connecting():
@@ -114,11 +114,11 @@ def test_a_student_before_its_relu():
     assert loss.student_taps == ("layer1.0.relu:in", "layer2.0.relu:in", "layer3.0.relu:in", "fc:in")
     assert loss.teacher_taps == connected("resnet14", "resnet8").teacher_taps
     # As of a teacher: what has no such places shows its stages.
-    assert connected("vgg8", "MobileNetV2", student_preactivations=True).student_taps[0] == "blocks.1"
+    assert connected("vgg8", "mobilenetv2", student_preactivations=True).student_taps[0] == "blocks.1"
 
 
 IMAGENET = {
-    ("torchvision/resnet50", "MobileNetV1"): (
+    ("torchvision/resnet50", "mobilenetv1"): (
         ("model.3.4", "model.5.4", "model.11.4", "model.13.4", "fc:in"),
         ("layer1.2.relu:in", "layer2.3.relu:in", "layer3.5.relu:in", "layer4.2.relu:in", "fc:in"),
         ([128, 256, 512, 1024, 1024], [256, 512, 1024, 2048, 2048]),
@@ -155,18 +155,18 @@ def test_imagenets_pairs_are_compared_where_the_published_code_compares_them(pai
 def test_only_mobilenetv1_has_no_stem_to_leave_out(name):
     with torch.device("meta"):
         stages = stages_of(create_model(name))
-    expected = stages.features[0 if name == "MobileNetV1" else 1 :]
+    expected = stages.features[0 if name == "mobilenetv1" else 1 :]
     assert ReviewKDLoss().student_paths(stages) == (*expected, stages.pooled)
     assert ATLoss().paths(stages) == stages.features[1:]  # MobileNetV1's too, as in the published code
 
 
 def test_a_teacher_without_preactivations_shows_its_stages():
-    assert connected("MobileNetV2", "resnet8").teacher_taps == ("blocks.2", "blocks.4", "blocks.6", "classifier:in")
+    assert connected("mobilenetv2", "resnet8").teacher_taps == ("blocks.2", "blocks.4", "blocks.6", "classifier:in")
 
 
 def test_fused_maps_have_the_teachers_shapes():
     """ShuffleNets are half as large as their teachers throughout."""
-    loss = connected("resnet8x4", "ShuffleV1")
+    loss = connected("resnet8x4", "shufflev1")
     student = [torch.randn(2, channels, size, size) for channels, size in ((240, 16), (480, 8), (960, 4))]
     teacher = [torch.randn(2, channels, size, size) for channels, size in ((64, 32), (128, 16), (256, 8))]
     student, teacher = loss.align([*student, torch.randn(2, 960)], [*teacher, torch.randn(2, 256)])

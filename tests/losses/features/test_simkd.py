@@ -55,7 +55,7 @@ class TestSimKD(FeatureTester):
 
 def test_a_student_without_a_loss_answers_as_the_teacher():
     torch.manual_seed(0)
-    teacher = create_model("wrn_16_2", CLASSES).eval()
+    teacher = create_model("wrn16_2", CLASSES).eval()
     student = graft(create_model("resnet8", CLASSES), teacher).eval()
     loss = SimKDLoss()
     loss.connect(student, teacher, IMAGE_SHAPE, TRAIN_LABEL)
