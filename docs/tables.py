@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from omegaconf import OmegaConf
 
-from rld_lightning.hydra.compose import CONF, compose
+from rld_lightning.hydra.compose import compose
+from rld_lightning.hydra.options import CONF, list_options
 from rld_lightning.losses import DistillationLoss, LogitLoss, list_losses, loss_class, loss_options
 from rld_lightning.losses.features import DHKDLoss, FeatureLoss
 from rld_lightning.models import create_model
@@ -29,10 +30,10 @@ WORDS = Stages(
 def losses_table() -> str:
     """Every registered loss, those on features last; what it trains is counted for wide ResNets of unequal width."""
     golden = {case["method"] for case in json.loads(GOLDEN.read_text())["cases"]}
-    teacher = create_model("wrn_40_2", 100)
+    teacher = create_model("wrn40_2", 100)
     rows = []
     for name in sorted(list_losses(), key=lambda name: issubclass(loss_class(name), FeatureLoss)):
-        loss, student = loss_class(name)(), create_model("wrn_40_1", 100)
+        loss, student = loss_class(name)(), create_model("wrn40_1", 100)
         if loss.reuses_classifier:
             student = graft(student, teacher)
         loss.connect(student, teacher, (3, 32, 32), torch.arange(100))
@@ -67,11 +68,12 @@ def presets_table() -> str:
     """Every other option of ``loss=``: a registered loss with other values."""
     classes = {loss_options(name)["_target_"]: name for name in list_losses()}
     rows = []
-    for preset in sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - {*list_losses(), "combined"}):
+    for preset in sorted({*list_options("loss")} - {*list_losses(), "combined"}):
         networks = ("model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8")  # with nothing tuned
         loss = OmegaConf.to_container(compose([f"loss={preset}", *networks]).loss, resolve=True)
         name = classes[loss["_target_"]]
-        changed = {key: value for key, value in loss.items() if loss_options(name)[key] != value}
+        defaults = OmegaConf.create(loss_options(name))
+        changed = {key: value for key, value in loss.items() if defaults[key] != value}
         values = " ".join(f"loss.{key}={str(value).lower()}" for key, value in changed.items())
         rows.append((f"`{preset}`", f"`{name}`", f"`{values}`"))
     return table(("`loss=`", "is", "with"), rows)
