@@ -1,7 +1,6 @@
 """Published numbers: found by our names, each with its source."""
 
 import math
-from pathlib import Path
 
 import pytest
 from helpers.configs import LOSSES
