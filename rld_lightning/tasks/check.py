@@ -1,6 +1,5 @@
 """Whether a network, a file of weights and the data belong together, and one sentence where they do not."""
 
-import json
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights
 from rld_lightning.models.taps import evaluation_mode
 
@@ -52,7 +52,7 @@ def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None
     Raises:
         ValueError: the classes are others, or in another order.
     """
-    known, classes = fact(weights, "class_names"), list(data.class_names)
+    known, classes = facts_of(weights).class_names, list(data.class_names)
     if known is not None and known != classes:
         raise ValueError(
             f"{weights.source} was trained on other classes than those of {data.name}{_first_other(known, classes)}; "
@@ -60,11 +60,22 @@ def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None
         )
 
 
-def adopt_split(settings: DictConfig, weights: Weights) -> None:
-    """Has the data hold out what the run of a file has held out, where their configuration leaves it open (null)."""
-    for name, option in ImageDataModule.split_options.items():
-        if settings[option] is None:
-            settings[option] = fact(weights, name) or 0
+def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
+    """What the run of a file has held out, for the options of the data that their configuration leaves open (null).
+
+    Args:
+        settings: the data's part of the configuration.
+        weights: the weights and what their file says about them.
+
+    Returns:
+        values by option, such as ``{"seed": 0, "val_fraction": 0.1}``; 0 where the file does not say.
+
+    Raises:
+        WeightsError: what the file says is not a number in range.
+    """
+    facts = facts_of(weights)
+    options = {option: getattr(facts, name) or 0 for name, option in ImageDataModule.split_options.items()}
+    return {option: value for option, value in options.items() if settings[option] is None}
 
 
 def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
@@ -78,25 +89,18 @@ def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
     Raises:
         ValueError: other images were held out when they were trained.
     """
-    if weights.metadata.get("dataset") != data.name:
+    facts = facts_of(weights)
+    if facts.dataset != data.name:
         return
     # How the training split is cut up does not change the test split; and where nothing is cut off, no seed counts.
     harmless = ImageDataModule.split_options if split == "test" else () if data.val_fraction else ("data_seed",)
     for name, value in data.split_facts.items():
-        known, option = fact(weights, name), f"data.{data.split_options[name]}"
+        known, option = getattr(facts, name), f"data.{data.split_options[name]}"
         if name not in harmless and known not in (None, value):
             raise ValueError(
                 f"{weights.source} was trained with {option}={known}, and with {option}={value} it would be measured "
                 f"on images that it was trained on; add {option}={known}."
             )
-
-
-def fact(weights: Weights, name: str) -> Any:
-    """What a file of weights says under this name; None where it says nothing, or in a way that is not ours."""
-    try:
-        return json.loads(weights.metadata[name])
-    except (KeyError, json.JSONDecodeError):
-        return None
 
 
 def _first_other(known: list[str], classes: list[str]) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import read_facts
 from rld_lightning.runs.likeness import refuse_other_settings
 
 
@@ -79,11 +80,13 @@ def check_resume(cfg: DictConfig) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
     checkpoint = _read(path)
-    student = checkpoint.get("hyper_parameters", {}).get("student", "").split("@")[0]  # SimKD's has the teacher's, too
+    student = (read_facts(_hyper_parameters(checkpoint), path).name or "").split("@")[
+        0
+    ]  # SimKD's has the teacher's, too
     if student and student != cfg.model.student.name:
         raise ValueError(f"{path} is of a run with {student}, and this one trains {cfg.model.student.name}.")
     # One-cycle schedules have their length from the beginning.
-    fixed = any("total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
+    fixed = any(isinstance(schedule, dict) and "total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
     length = () if fixed else ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
     refuse_other_settings(path.parent, cfg, may_differ=(*length, "trainer.precision"))  # the machine's, by itself
 
@@ -96,4 +99,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.") from error
     if not isinstance(checkpoint, dict) or not checkpoint.get("optimizer_states"):
         raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
+    if not isinstance(checkpoint.get("lr_schedulers"), list):
+        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
     return checkpoint
+
+
+def _hyper_parameters(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint says about itself, as texts."""
+    values = checkpoint.get("hyper_parameters")
+    return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -13,11 +14,13 @@ from rld_lightning.distributed import devices_per_node
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import WeightsFacts, facts_of
 from rld_lightning.models.graft import GraftedStudent, graft
 from rld_lightning.models.stages import classifier_of
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.verify import load_weights
+from rld_lightning.runs.files import CONFIG
 from rld_lightning.tasks.check import check_classes
 
 
@@ -34,7 +37,8 @@ def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
     if settings.weights == "pretrained":
         return True
     if settings.weights in ("auto", "fit", "published") and (before := _teacher_of(cfg.resume, settings.name)):
-        settings.weights = before
+        print_line("teacher", f"the one that the run in {Path(cfg.resume).parent} had: {before}")
+        settings.weights = str(before)
         return True
     path = resolve_teacher_weights(
         settings.weights,
@@ -48,13 +52,25 @@ def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
     return path is not None
 
 
-def _teacher_of(resume: str | None, name: str) -> str | None:
-    """The weights of the teacher that a run had before it goes on, if they are still there."""
-    if resume is None or not (config := Path(resume).parent / "config.yaml").is_file():
+def _teacher_of(resume: str | None, name: str) -> Path | None:
+    """The file of the teacher that a run had before it goes on, if it is still there.
+
+    The folder may be a stranger's: its configuration is read as plain YAML, and what it says is a file to read weights
+    from or nothing.
+    """
+    if resume is None or not (config := Path(resume).parent / CONFIG).is_file():
         return None
-    teacher = OmegaConf.load(config).model.teacher
-    same = teacher is not None and teacher.name == name and teacher.weights is not None
-    return teacher.weights if same and Path(teacher.weights).is_file() else None
+    try:
+        found = yaml.safe_load(config.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{config} is not the configuration of a run ({type(error).__name__}); move it away."
+        ) from error
+    for key in ("model", "teacher"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or found.get("name") != name or not isinstance(found.get("weights"), str):
+        return None
+    return path if (path := Path(found["weights"])).is_file() else None
 
 
 def teacher_config(cfg: DictConfig, folder: Path) -> DictConfig:
@@ -88,7 +104,7 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
         network = create_model(settings.name, data.num_classes)
         weights = load_weights(network, settings.weights, name=settings.name)
         check_classes(weights, data, "move it away, or name another file with model.teacher.weights=")
-        origin = f"{settings.weights}{_known(weights.metadata)}"
+        origin = f"{settings.weights}{_known(facts_of(weights))}"
     size = describe_size(network, data)  # before the teacher takes the network over
     options = {name: settings[name] for name in ("dtype", "channels_last", "fuse", "shard")}
     teacher = FrozenTeacher(network, **options)
@@ -126,12 +142,12 @@ def _pretrained(name: str, num_classes: int) -> nn.Module:
     return network
 
 
-def _known(metadata: dict[str, str]) -> str:
+def _known(facts: WeightsFacts) -> str:
     """What a weights file says about itself, for the console."""
-    top1 = f"top-1 {float(metadata['top1']):.2f} %" if "top1" in metadata else ""
-    epochs = f"after {metadata['epochs']} epoch(s)" if "epochs" in metadata else ""
-    facts = ", ".join(filter(None, (top1, epochs, metadata.get("source"))))
-    return f" ({facts})" if facts else ""
+    top1 = f"top-1 {facts.top1:.2f} %" if facts.top1 is not None else ""
+    epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
+    known = ", ".join(filter(None, (top1, epochs, facts.source)))
+    return f" ({known})" if known else ""
 
 
 def describe_size(model: nn.Module, data: ImageDataModule) -> str:

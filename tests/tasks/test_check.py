@@ -88,11 +88,11 @@ def test_what_a_file_of_others_says_is_not_taken_for_ours():
 )
 def test_what_is_held_out_follows_the_file_where_it_is_left_open(facts, seed, val_fraction):
     settings = OmegaConf.create({"seed": None, "val_fraction": None})
-    check.adopt_split(settings, weights(**facts))
-    assert settings == {"seed": seed, "val_fraction": val_fraction}
-    chosen = OmegaConf.create({"seed": 5, "val_fraction": 0.5})
-    check.adopt_split(chosen, weights(**facts))
-    assert chosen == {"seed": 5, "val_fraction": 0.5}
+    found = check.split_to_measure(settings, weights(**facts))
+    assert found == {"seed": seed, "val_fraction": val_fraction}
+    assert settings == {"seed": None, "val_fraction": None}
+    chosen = OmegaConf.create({"seed": 5, "val_fraction": None})
+    assert check.split_to_measure(chosen, weights(**facts)) == {"val_fraction": val_fraction}
 
 
 @pytest.mark.parametrize(

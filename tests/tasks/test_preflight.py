@@ -45,6 +45,9 @@ def test_the_same_settings_and_other_places_and_lengths(run):
         ({"changes": ["model.student.name=resnet14"]}, "is of a run with resnet8, and this one trains resnet14"),
         # a one-cycle schedule ends where it was told to
         ({"changes": ["recipe.epochs=5"], "checkpoint": {"lr_schedulers": [{"total_steps": 9}]}}, "recipe.epochs=3"),
+        ({"checkpoint": {"lr_schedulers": None}}, "no checkpoint to resume from; take a run's last.ckpt"),
+        ({"checkpoint": {"hyper_parameters": {"student": "a\n" * 9}}}, "last.ckpt says name="),
+        ({"checkpoint": {"hyper_parameters": {"data_seed": {"_target_": "os.getcwd"}}}}, "last.ckpt says data_seed="),
         ({"checkpoint": {"optimizer_states": []}}, "has weights alone.*model.student.weights="),
         ({"file": "student.safetensors"}, "no checkpoint to resume from; take a run's last.ckpt"),
     ],
@@ -52,6 +55,11 @@ def test_the_same_settings_and_other_places_and_lengths(run):
 def test_what_a_run_cannot_go_on_from(run, options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
+
+
+@pytest.mark.parametrize("values", [None, [], "resnet8", {}])
+def test_a_checkpoint_may_say_nothing_about_itself(run, values):
+    run(checkpoint={"hyper_parameters": values})
 
 
 def test_simkds_student_is_known_by_its_own_part(run):
