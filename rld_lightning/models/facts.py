@@ -40,7 +40,6 @@ class WeightsFacts:
         test_fraction: share of a folder without a test split that was held out for testing, in [0, 1).
         top1: accuracy in percent.
         epochs: how many it was trained for.
-        complete: whether it was trained to the end on all training images, and measured on all images.
     """
 
     name: str | None = None
@@ -56,7 +55,6 @@ class WeightsFacts:
     test_fraction: float | None = None
     top1: float | None = None
     epochs: int | None = None
-    complete: bool | None = None
 
 
 def facts_of(weights: Weights) -> WeightsFacts:
@@ -126,19 +124,19 @@ def _is_control(character: str) -> bool:
     return category(character) == "Cc"
 
 
-def _is_whole(low: int, high: int) -> Callable[[object], bool]:
+def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and low <= value < high
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < _LARGEST and isfinite(value)
 
 
-def _is_share(value: object) -> bool:
+def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value < 1
 
 
-def _is_three(accepts: Callable[[object], bool]) -> Callable[[object], bool]:
+def _is_three(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) == 3 and all(map(accepts, value))
 
 
@@ -164,5 +162,4 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "test_fraction": (_is_share, "a number in [0, 1)"),
     "top1": (lambda value: _is_number(value) and 0 <= value <= 100, "a number in [0, 100]"),
     "epochs": (_is_whole(0, _LARGEST), "a whole number from 0 on"),
-    "complete": (lambda value: isinstance(value, bool), "true or false"),
 }

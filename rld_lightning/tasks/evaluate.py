@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
 from rld_lightning.console import print_files, print_line, print_table
@@ -21,8 +21,9 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
-from rld_lightning.tasks.check import check_classes, check_network, check_split, split_to_measure
+from rld_lightning.tasks.checks import check_classes, check_network, check_split, split_to_measure
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
+from rld_lightning.tasks.plan import freeze
 
 MOST_CLASSES_SHOWN = 20
 
@@ -56,15 +57,14 @@ class EvaluationModule(LightningModule):
     def __init__(self, model: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.model = model
-        self.metrics = nn.ModuleDict(
-            {
-                "top1": MulticlassAccuracy(num_classes, average="micro"),
-                "ece": MulticlassCalibrationError(num_classes, n_bins=15),
-                "per_class": MulticlassStatScores(num_classes, average=None),
-            }
-        )
+        metrics: dict[str, Metric | MetricCollection] = {
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+            "per_class": MulticlassStatScores(num_classes, average=None),
+        }
         if num_classes > 5:
-            self.metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        self.metrics = MetricCollection(metrics, compute_groups=False)
         self.nll = MeanMetric()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -72,14 +72,12 @@ class EvaluationModule(LightningModule):
         if not len(batch.label):
             return
         logits = self.model(batch.images).float()
-        for metric in self.metrics.values():
-            metric.update(logits, batch.label)
+        self.metrics.update(logits, batch.label)
         self.nll.update(cross_entropy(logits, batch.label), weight=len(batch.label))
 
     def on_test_epoch_end(self) -> None:
         """Computes everything, on all ranks in the same order."""
-        self.results: dict[str, Tensor] = {name: metric.compute() for name, metric in self.metrics.items()}
-        self.results["nll"] = self.nll.compute()
+        self.results: dict[str, Tensor] = {**self.metrics.compute(), "nll": self.nll.compute()}
 
 
 def evaluate(cfg: DictConfig) -> Evaluation:
@@ -91,6 +89,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
     Raises:
         UserError: the weights cannot be read or do not fit the model or the data.
     """
+    freeze(cfg)
     with user_errors():
         processes = processes_to_start(cfg.trainer)
     if processes > 1:
@@ -105,18 +104,18 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         _check_number_of_classes(weights, data)
         check_split(weights, data, cfg.split)
         data.prepare_data()
-        data.setup()
+        data.setup("test")
         _check_data(weights, data, cfg.split)
         print_line("data", data.describe())
         model = create_model(name, data.num_classes)
         load_weights(model, weights, name=name)
-        check_network(name, data, cfg.data, model)
+        check_network(name, data, model, other_sizes="image_size" in cfg.data)
         print_line("model", f"{name}, weights {weights.source}")
         trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, data.num_classes)
     data.trainer = trainer
     loader = data.test_dataloader if cfg.split == "test" else data.val_dataloader
-    data.setup()
+    data.setup("test")
     trainer.test(module, loader(), verbose=False)
 
     percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
@@ -127,8 +126,10 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         dataset=data.name,
         split=cfg.split,
         images=int(per_class["images"].sum()),
+        top1=percent["top1"],
+        top5=percent.get("top5"),
         nll=float(module.results["nll"]),
-        **{"top5": None, **percent},
+        ece=percent["ece"],
     )
     _report(evaluation, per_class, Path(cfg.paths.run))
     return evaluation

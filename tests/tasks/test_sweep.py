@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import pytest
-from helpers.configs import CONF, compose
+from helpers.configs import compose
 from helpers.run_factory import write_run
-from hydra.core.global_hydra import GlobalHydra
+from helpers.sweeps import begin_sweep
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
@@ -21,28 +20,17 @@ from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.runs import folder as run_folder
 from rld_lightning.runs.folder import locked
-from rld_lightning.tasks import start as starting
-from rld_lightning.tasks import sweep, trial
-from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
+from rld_lightning.tasks import fit as fitting
+from rld_lightning.tasks import sweep
+from rld_lightning.tasks.sweep import Sweep
 from rld_lightning.tasks.trial import run_trial
+from rld_lightning.tasks.trials import HELD_OUT, retrain_command, settings_of
 
 
 @pytest.fixture
 def start(tmp_path):
     """Starts a sweep with a command line, and gives its configuration back."""
-
-    def composed(*overrides):
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-            config = hydra.compose("fit", [folder, *(o for o in overrides if "," not in o)], return_hydra_config=True)
-            OmegaConf.set_readonly(config.hydra, False)
-            config.hydra.job.config_name = "fit"
-            config.hydra.overrides.task = [o for o in overrides if not o.startswith("hydra")]
-            Sweep(held_out=0.1).on_multirun_start(config)
-        return config
-
-    return composed
+    return lambda *command: begin_sweep(*command, f"hydra.sweep.dir={tmp_path / 'sweep'}")[0]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +80,14 @@ def teachers(monkeypatch):
     """The configurations of the teachers that sweeps train, instead of doing it."""
     asked = []
 
-    def run_trial(cfg, way_on):
-        assert way_on == f"hydra.sweep.dir={Path(cfg.paths.run).parent}"
-        Path(cfg.paths.run).mkdir(parents=True, exist_ok=True)
+    def fit(cfg, resume_hint):
+        folder = Path(cfg.paths.run)
+        assert resume_hint == f"hydra.sweep.dir={folder.parent}"
+        folder.mkdir(parents=True, exist_ok=True)
         asked.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+        return SimpleNamespace(steps=10, complete=False)
 
-    monkeypatch.setattr(starting, "run_trial", run_trial)
+    monkeypatch.setattr(sweep, "fit_in_processes", fit)
     return asked
 
 
@@ -132,7 +122,7 @@ def test_students_of_several_kinds_have_one_teacher(start, teachers, tmp_path, v
         "model.teacher.name=resnet14,resnet20",
         "data=digits,cifar100",
         "recipe=quick,cifar240",
-        "+experiment=reversed,quickstart",
+        "experiment=reversed,quickstart",
     ],
 )
 def test_trials_that_need_teachers_of_their_own_are_given_none(start, teachers, tmp_path, varied):
@@ -357,7 +347,7 @@ def finish(cfg, top1=60.0):
 
 def test_a_finished_trial_is_not_repeated(cfg, monkeypatch):
     finish(cfg)
-    monkeypatch.setattr(trial, "run_in_processes", lambda *_: pytest.fail("it was started again"))
+    monkeypatch.setattr(fitting, "run_in_processes", lambda *_: pytest.fail("it was started again"))
     assert run_trial(cfg).top1 == 60.0
 
 
@@ -371,11 +361,11 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
         resumed.append(cfg.resume)
         raise UserError("out of memory.")
 
-    monkeypatch.setattr(trial, "run_in_processes", fails)
+    monkeypatch.setattr(fitting, "run_in_processes", fails)
     with pytest.raises(UserError, match="out of memory"):
         run_trial(cfg)
     assert (folder / "error.txt").read_text() == "out of memory.\n"
-    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg, resume_hint: finish(cfg, 70.0))
+    monkeypatch.setattr(fitting, "run_in_processes", lambda _processes, _task, cfg, resume_hint: finish(cfg, 70.0))
     assert run_trial(cfg).top1 == 70.0
     assert not (folder / "error.txt").exists()
     assert resumed == [str(folder / "last.ckpt")]
@@ -383,13 +373,13 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_process_of_a_slurm_job_goes_on_and_returns_what_it_has(cfg, monkeypatch, rank):
-    monkeypatch.setattr(trial, "started_by", lambda: Started("srun", 2, 1))
+    monkeypatch.setattr(fitting, "started_by", lambda: Started("srun", 2, 1))
     monkeypatch.setattr(run_folder, "started_by", lambda: Started("srun", 2, 1))
-    monkeypatch.setattr(trial, "processes_to_start", lambda _trainer: 1)
+    monkeypatch.setattr(fitting, "processes_to_start", lambda _trainer: 1)
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     resumed = []
     summary = SimpleNamespace(top1=60.0)  # rank 0 may not have written it yet
-    monkeypatch.setattr(trial, "fit", lambda cfg: resumed.append(cfg.resume) or summary)
+    monkeypatch.setattr(fitting, "fit", lambda cfg: resumed.append(cfg.resume) or summary)
     folder = Path(cfg.paths.run)
     folder.mkdir()
     (folder / "error.txt").touch()

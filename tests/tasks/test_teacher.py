@@ -3,12 +3,12 @@
 import pytest
 from omegaconf import OmegaConf
 
-from rld_lightning.tasks.teacher import _teacher_of
+from rld_lightning.tasks.teacher import _teacher_before
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Leaves the configuration of a run, and gives its checkpoint."""
+    """Leaves the configuration of a run, and gives its folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher.safetensors").touch()
 
@@ -17,7 +17,7 @@ def folder(tmp_path, monkeypatch):
             (tmp_path / "config.yaml").write_text(config)
         else:
             OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-        return str(tmp_path / "last.ckpt")
+        return tmp_path
 
     return write
 
@@ -27,10 +27,9 @@ def said(weights, name="resnet20"):
 
 
 def test_a_run_keeps_the_teacher_that_it_had(folder, tmp_path):
-    assert (
-        _teacher_of(folder(said(str(tmp_path / "teacher.safetensors"))), "resnet20") == tmp_path / "teacher.safetensors"
-    )
-    assert _teacher_of(None, "resnet20") is None
+    weights = str(tmp_path / "teacher.safetensors")
+    assert _teacher_before(folder(said(weights)), "resnet20") == weights
+    assert _teacher_before(tmp_path / "elsewhere", "resnet20") is None
 
 
 @pytest.mark.parametrize(
@@ -38,17 +37,17 @@ def test_a_run_keeps_the_teacher_that_it_had(folder, tmp_path):
     [
         said("gone.safetensors"), said("."), said("pretrained"), said("teacher.safetensors", name="resnet32"),
         said({"_target_": "pathlib.Path", "_args_": ["it_ran"]}), said(["teacher.safetensors"]), said(3), said(None),
-        {"model": {"teacher": None}}, {"model": {"teacher": "teacher.safetensors"}}, {"model": ["teacher"]}, {}, [], "a",
+        {"model": {"teacher": None}}, {"model": {"teacher": "teacher.safetensors"}}, {"model": ["teacher"]}, {}, [],
         "model: {teacher: {name: resnet20, weights: '${oc.env:WEIGHTS}'}}",
     ],
     ids=str,
 )  # fmt: skip
 def test_anything_but_a_file_of_weights_says_nothing(folder, monkeypatch, config):
     monkeypatch.setenv("WEIGHTS", "teacher.safetensors")
-    assert _teacher_of(folder(config), "resnet20") is None
+    assert _teacher_before(folder(config), "resnet20") is None
 
 
 @pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.getcwd []", "\x00"])
 def test_what_is_no_plain_yaml_is_refused_by_name(folder, text):
     with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run \("):
-        _teacher_of(folder(text), "resnet20")
+        _teacher_before(folder(text), "resnet20")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
-from rld_lightning.tasks.preflight import check_resume, check_start
+from rld_lightning.tasks.checks import check_resume, check_start
+from rld_lightning.tasks.plan import Student
 
 CONFIG = {
     "seed": 0,
@@ -25,7 +27,7 @@ def run(tmp_path):
         torch.save(CHECKPOINT | (checkpoint or {}), tmp_path / "last.ckpt")
         (tmp_path / "student.safetensors").write_bytes(b"no pickle")
         cfg = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(changes)), {"resume": str(tmp_path / file)})
-        check_resume(cfg)
+        check_resume(tmp_path / file, cfg.model.student.name, cfg)
 
     return check
 
@@ -67,8 +69,10 @@ def test_simkds_student_is_known_by_its_own_part(run):
 
 
 def test_a_network_that_is_not_built_without_memory_is_not_refused_for_it(tmp_path):
-    cfg = OmegaConf.merge(CONFIG, {"model": {"student": {"name": "torchvision/regnet_y_400mf"}}})
-    check_start(cfg, tmp_path)
-    cfg.model.student.name = "torchvision/regnet_y_401mf"
+    def begin(name):
+        student = Student(name, None, channels_last=True)
+        check_start(make_plan(tmp_path, student=student, teacher=None), OmegaConf.create())
+
+    begin("torchvision/regnet_y_400mf")
     with pytest.raises(ValueError, match="regnet_y_400mf"):
-        check_start(cfg, tmp_path)
+        begin("torchvision/regnet_y_401mf")
