@@ -313,9 +313,10 @@ def _continue_study(sweeper: DictConfig) -> None:
 
 def _write_report(config: DictConfig, folder: Path) -> None:
     from rld_lightning.reporting.report import write_report  # pandas and matplotlib take seconds
+    from rld_lightning.tasks.cost import measure_cost
 
     swept, _ = _overrides(config)
     losses = [line.partition("=")[2] for line in _values(_parse(swept["loss"]))] if "loss" in swept else []
     title = f"{config.model.label}: {', '.join(losses)}" if losses else config.model.label
-    files = write_report([folder], folder / "report", title=title)
+    files = write_report([folder], folder / "report", title=title, cost_of=measure_cost)
     print_files(folder / "report", {files.html.name: "the results", files.markdown.name: "the same as Markdown"})

@@ -3,14 +3,9 @@
 import re
 import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from statistics import mean, stdev
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
@@ -28,45 +23,6 @@ from rld_lightning.runs.finished import Run, find_runs, read_run
 ALONE = "alone"  # folder of the student that was trained by itself
 HELD_OUT = "data.val_fraction"
 MOST_SHOWN = 20  # settings
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One combination of swept values, with its repetitions over seeds.
-
-    Attributes:
-        values: the overrides that are swept, but for the seed.
-        runs: the finished trials.
-    """
-
-    values: tuple[str, ...]
-    runs: tuple[Run, ...]
-
-    @property
-    def top1(self) -> float:
-        """Mean over the runs of the last epoch's top-1, in percent."""
-        return mean(run.summary.top1 for run in self.runs)
-
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation over the runs; None of a single one."""
-        return stdev(run.summary.top1 for run in self.runs) if len(self.runs) > 1 else None
-
-
-def settings_of(folder: Path, swept: Collection[str]) -> list[Setting]:
-    """The settings that a sweep has tried to the end, the best first.
-
-    Args:
-        folder: the sweep's.
-        swept: the keys that it sweeps; ``seed`` makes repetitions of a setting.
-    """
-    parser = OverridesParser.create()
-    groups = defaultdict(list)
-    for run in _trials(folder):
-        values = {key_of(override): line_of(override) for override in parser.parse_overrides(run.overrides)}
-        if set(swept) <= set(values) and isfinite(run.summary.top1):
-            groups[tuple(values[key] for key in swept if key != "seed")].append(run)
-    return sorted((Setting(values, tuple(runs)) for values, runs in groups.items()), key=lambda s: -s.top1)
 
 
 def _trials(folder: Path) -> list[Run]:
@@ -107,39 +63,43 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     Raises:
         UserError: no trial has finished.
     """
+    from rld_lightning.reporting.sweeps import sweep_settings  # pandas takes a second
+
     folder = Path(config.hydra.sweep.dir)
-    settings = settings_of(folder, swept)
-    if not settings:
+    settings = sweep_settings(_trials(folder), swept)
+    if settings.empty:
         raise UserError(f"no trial has finished in {folder}; what went wrong is in its {ERROR} files.")
     keys = [key for key in swept if key != "seed"]
     rows = [
         (
-            *(short_value(value.split("=", 1)[1]) for value in setting.values),
-            mean_and_std(setting.top1, setting.spread),
-            len(setting.runs),
-            mean(run.summary.top1_best for run in setting.runs),
-            max(run.summary.epochs for run in setting.runs),
+            *(short_value(line.split("=", 1)[1]) for line in setting.overrides),
+            mean_and_std(setting.mean, setting.std),
+            setting.n,
+            setting.best,
+            setting.epochs,
         )
-        for setting in settings
+        for setting in settings.itertuples(index=False)
     ]
-    best = settings[0]
-    validated_on = best.runs[0].summary.validated_on
+    best = settings.iloc[0]
+    validated_on = best["run"].summary.validated_on
     columns = (*keys, "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
     print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:MOST_SHOWN])
     if len(rows) > MOST_SHOWN:
         print_line("", f"and {len(rows) - MOST_SHOWN} more in {folder}")
-    if not keys or not best.runs[0].config["data"]["val_fraction"]:  # repetitions, or a comparison on the test split
+    if not keys or not best["run"].config["data"]["val_fraction"]:  # repetitions, or a comparison on the test split
         return
-    score = f"{rows[0][len(keys)]} % on {validated_on}, n = {len(best.runs)}"
-    print_line("best", f"{' '.join(best.values)}: {score}; {retrain_command(config, best, fixed)}")
+    score = f"{rows[0][len(keys)]} % on {validated_on}, n = {best['n']}"
+    command = retrain_command(config, best["overrides"], best["run"], fixed)
+    print_line("best", f"{' '.join(best['overrides'])}: {score}; {command}")
 
 
-def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str]) -> str:
+def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: Mapping[str, str]) -> str:
     """The command that trains with a sweep's best setting on the whole training split, and tests once, at the end.
 
     Args:
         config: the sweep's, as Hydra's callbacks get it.
-        best: the setting.
+        best: the overrides of the setting, but for the seed.
+        trial: one of its runs.
         fixed: the overrides that the sweep does not vary, by key.
     """
     gone = ("sweep", "launcher", "seed", HELD_OUT)
@@ -147,11 +107,11 @@ def retrain_command(config: DictConfig, best: Setting, fixed: Mapping[str, str])
     settled = _as_a_list(settled)
     if "model.teacher.weights" in settled and f"{config.hydra.sweep.dir}/" in settled["model.teacher.weights"]:
         settled["model.teacher.weights"] = "model.teacher.weights=fit"  # the sweep's own has not seen all images
-    if not any(re.match(r"\+?loss[=@]", line) for line in (*settled.values(), *best.values)):
+    if not any(re.match(r"\+?loss[=@]", line) for line in (*settled.values(), *best)):
         settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
-    epochs = best.runs[0].config["recipe"]["epochs"]
+    epochs = trial.config["recipe"]["epochs"]
     last = [f"{HELD_OUT}=0", f"trainer.check_val_every_n_epoch={epochs}"]
-    return f"python {sys.argv[0]} {shlex.join([*settled.values(), *best.values, *last])}"
+    return f"python {sys.argv[0]} {shlex.join([*settled.values(), *best, *last])}"
 
 
 def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.reporting import report
 from rld_lightning.runs.likeness import differences
 from rld_lightning.tasks import sweep
+from rld_lightning.tasks.cost import measure_cost
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 PAIR = ["model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", "recipe=quick"]
@@ -138,7 +139,8 @@ def test_a_report_at_the_end(monkeypatch, tmp_path, capsys):
     run = write_run(tmp_path / "rld" / "seed0", "rld")
     OmegaConf.save(OmegaConf.create(["loss=rld", "seed=0"]), run / ".hydra" / "overrides.yaml")
     callback.on_multirun_end(config)
-    assert written == [([tmp_path], tmp_path / "report", {"title": "resnet20_to_resnet8: ce, rld"})]
+    options = {"title": "resnet20_to_resnet8: ce, rld", "cost_of": measure_cost}
+    assert written == [([tmp_path], tmp_path / "report", options)]
     assert f"{tmp_path / 'report' / 'report.html'}  the results" in capsys.readouterr().out
 
 

@@ -18,13 +18,14 @@ from rld_lightning.callbacks import OptunaPruner
 from rld_lightning.distributed import Started, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.reporting.sweeps import sweep_settings
 from rld_lightning.runs import folder as run_folder
 from rld_lightning.runs.folder import locked
 from rld_lightning.tasks import fit as fitting
 from rld_lightning.tasks import sweep
 from rld_lightning.tasks.sweep import Sweep
 from rld_lightning.tasks.trial import run_trial
-from rld_lightning.tasks.trials import HELD_OUT, retrain_command, settings_of
+from rld_lightning.tasks.trials import HELD_OUT, _trials, retrain_command
 
 
 @pytest.fixture
@@ -198,16 +199,24 @@ def trials(folder, values):
 VALUES = [(1, 0, 50.0), (1, 1, 54.0), (2, 0, 51.0), (2, 1, 52.0), (4, 0, 10.0)]
 
 
-def test_settings_are_means_over_seeds_the_best_first(tmp_path):
+def test_trials_of_a_sweep_within_and_what_was_trained_first_do_not_count(tmp_path):
     trials(tmp_path, VALUES)
     trials(tmp_path / "inner", VALUES)  # a sweep of its own
     (tmp_path / "inner" / "sweep.yaml").touch()
-    settings = settings_of(tmp_path, ["loss.alpha", "seed"])
-    assert [(s.values, s.top1, len(s.runs)) for s in settings] == [
-        (("loss.alpha=1",), 52.0, 2), (("loss.alpha=2",), 51.5, 2), (("loss.alpha=4",), 10.0, 1),
-    ]  # fmt: skip
-    assert settings[0].spread == pytest.approx(8**0.5)
-    assert settings[2].spread is None
+    for name in ("teacher", "alone"):
+        write_run(tmp_path / name, "ce", teacher=None)
+    assert {run.folder.parent for run in _trials(tmp_path)} == {tmp_path}
+    assert {run.folder.name for run in _trials(tmp_path)} == {f"loss.alpha={a},seed={s}" for a, s, _ in VALUES}
+    settings = sweep_settings(_trials(tmp_path), ["loss.alpha", "seed"])
+    assert list(settings["overrides"]) == [("loss.alpha=1",), ("loss.alpha=2",), ("loss.alpha=4",)]
+    assert list(settings["n"]) == [2, 2, 1]
+
+
+def best_command(config, swept):
+    """The command that trains with the single setting of a sweep."""
+    settings = sweep_settings(_trials(Path(config.hydra.sweep.dir)), swept)
+    ((overrides, run),) = zip(settings["overrides"], settings["run"], strict=True)
+    return retrain_command(config, overrides, run, sweep._overrides(config)[1])
 
 
 def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests_once(start, tmp_path, capsys):
@@ -231,8 +240,7 @@ def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests
 def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
     config = start("sweep=rld_grid", "model=vgg13_to_vgg8")
     trials(tmp_path / "sweep", VALUES[:1])
-    (best,) = settings_of(tmp_path / "sweep", ["loss.alpha"])
-    assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in retrain_command(config, best, sweep._overrides(config)[1])
+    assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in best_command(config, ["loss.alpha"])
 
 
 @pytest.mark.parametrize(
@@ -254,9 +262,7 @@ def test_the_command_of_a_combination_composes_to_what_was_tried(start, tmp_path
     run = write_run(tmp_path / "sweep" / value, settings={}, held_out=0.1)
     trial_overrides = [*(o for o in expanded if "," not in o), value]
     OmegaConf.save(OmegaConf.create(trial_overrides), run / ".hydra" / "overrides.yaml")
-    swept, fixed = sweep._overrides(config)
-    (best,) = settings_of(tmp_path / "sweep", swept)
-    line = retrain_command(config, best, fixed)
+    line = best_command(config, sweep._overrides(config)[0])
     assert printed in line
     assert compose(*shlex.split(line)[2:]).loss == compose(*trial_overrides).loss
 
@@ -265,8 +271,7 @@ def test_a_loss_that_was_swept_is_named_once(start, tmp_path):
     config = start("loss=rld,dkd", "recipe=quick")
     run = write_run(tmp_path / "sweep" / "loss=dkd", "dkd", held_out=0.1)
     OmegaConf.save(OmegaConf.create(["loss=dkd", "recipe=quick"]), run / ".hydra" / "overrides.yaml")
-    (best,) = settings_of(tmp_path / "sweep", ["loss"])
-    assert " recipe=quick loss=dkd data.val_fraction=0 " in retrain_command(config, best, sweep._overrides(config)[1])
+    assert " recipe=quick loss=dkd data.val_fraction=0 " in best_command(config, ["loss"])
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):
