@@ -3,13 +3,46 @@
 python scripts/compare.py model=wrn40_2_to_wrn16_2 losses=ce,kd,dkd,rld seeds=0,1,2
 python scripts/compare.py model=pair model.teacher.name=resnet20 model.student.name=resnet8 model.teacher.weights=fit \
     losses=ce,rld seeds=0,1,2 recipe=quick recipe.epochs=30 launcher=joblib
+
+It is scripts/fit.py with sweep=compare (conf/sweep/compare.yaml), and other words for what that sweeps.
 """
 
 import argparse
-from pathlib import Path
+import re
+import sys
 
-from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.tasks.compare import compare, split_list, split_seeds
+from rld_lightning.hydra.script import exit_on_user_error, run_task
+from rld_lightning.tasks.trial import run_trial
+
+SWEPT = {"losses": "loss", "seeds": "seed"}
+NOT_FOR_ALL = r"[+~]*((loss|seed|sweep|resume)=|loss@|hydra\.sweep(?!\.dir=))"  # runs of a comparison differ in it
+
+
+def translated(option: str) -> str:
+    """``losses=ce,rld``, ``seeds=0,1`` and ``folder=...`` in scripts/fit.py's words; other options as they are.
+
+    Raises:
+        ValueError: it is no list, or not the same for all runs.
+    """
+    key, equals, value = option.partition("=")
+    if key == "folder":
+        return f"hydra.sweep.dir='{value}'"
+    if key in SWEPT:
+        entries = [entry.strip() for entry in value.split(",")]
+        if not all(re.fullmatch(r"\w+", entry) for entry in entries) or len(set(entries)) < len(entries):
+            raise ValueError(
+                f"{option} is not a list: write names or numbers with commas between, each once, such as losses=ce,rld."
+            )
+        if key == "seeds" and not all(entry.isdecimal() for entry in entries):
+            raise ValueError(f"{option} must be whole numbers with commas between, such as seeds=0,1,2.")
+        return f"{SWEPT[key]}=choice({','.join(entries)})"
+    if not equals or re.match(NOT_FOR_ALL, option):
+        raise ValueError(
+            f"{option} is not for a comparison: give losses=..., seeds=..., folder=..., and what is the same for all "
+            "runs as scripts/fit.py takes it (key=value)."
+        )
+    return option
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -19,16 +52,6 @@ if __name__ == "__main__":
         metavar="key=value",
         help="losses=ce,kd,dkd,rld seeds=0,1,2 folder=runs/compare/<pair>, and any of scripts/fit.py's for all runs",
     )
-    given = parser.parse_args().options
-    own = {"losses": "ce,kd,dkd,rld", "seeds": "0,1,2", "folder": ""}
-    for option in given:
-        key, _, value = option.partition("=")
-        if key in own:
-            own[key] = value
     with exit_on_user_error():
-        compare(
-            split_list(own["losses"]),
-            split_seeds(own["seeds"]),
-            [option for option in given if option.partition("=")[0] not in own],
-            Path(own["folder"]) if own["folder"] else None,
-        )
+        sys.argv[1:] = map(translated, parser.parse_args().options)
+    run_task(lambda cfg: run_trial(cfg).top1, "fit", "sweep=compare")

@@ -22,7 +22,7 @@ from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.tasks.teacher import connect
+from rld_lightning.tasks.build import connect
 
 Step = Callable[[], object]
 

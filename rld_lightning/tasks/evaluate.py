@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
 from rld_lightning.console import print_files, print_line, print_table
@@ -18,10 +18,12 @@ from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
-from rld_lightning.tasks.check import adopt_split, check_classes, check_network, check_split, fact
+from rld_lightning.tasks.checks import check_classes, check_network, check_split, split_to_measure
 from rld_lightning.tasks.launch import processes_to_start, run_in_processes
+from rld_lightning.tasks.plan import freeze
 
 MOST_CLASSES_SHOWN = 20
 
@@ -55,15 +57,14 @@ class EvaluationModule(LightningModule):
     def __init__(self, model: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.model = model
-        self.metrics = nn.ModuleDict(
-            {
-                "top1": MulticlassAccuracy(num_classes, average="micro"),
-                "ece": MulticlassCalibrationError(num_classes, n_bins=15),
-                "per_class": MulticlassStatScores(num_classes, average=None),
-            }
-        )
+        metrics: dict[str, Metric | MetricCollection] = {
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+            "per_class": MulticlassStatScores(num_classes, average=None),
+        }
         if num_classes > 5:
-            self.metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        self.metrics = MetricCollection(metrics, compute_groups=False)
         self.nll = MeanMetric()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -71,14 +72,12 @@ class EvaluationModule(LightningModule):
         if not len(batch.label):
             return
         logits = self.model(batch.images).float()
-        for metric in self.metrics.values():
-            metric.update(logits, batch.label)
+        self.metrics.update(logits, batch.label)
         self.nll.update(cross_entropy(logits, batch.label), weight=len(batch.label))
 
     def on_test_epoch_end(self) -> None:
         """Computes everything, on all ranks in the same order."""
-        self.results: dict[str, Tensor] = {name: metric.compute() for name, metric in self.metrics.items()}
-        self.results["nll"] = self.nll.compute()
+        self.results: dict[str, Tensor] = {**self.metrics.compute(), "nll": self.nll.compute()}
 
 
 def evaluate(cfg: DictConfig) -> Evaluation:
@@ -90,6 +89,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
     Raises:
         UserError: the weights cannot be read or do not fit the model or the data.
     """
+    freeze(cfg)
     with user_errors():
         processes = processes_to_start(cfg.trainer)
     if processes > 1:
@@ -100,23 +100,22 @@ def evaluate(cfg: DictConfig) -> Evaluation:
             raise ValueError(f"split={cfg.split!r} is unknown; choose test or val.")
         weights = read_weights(cfg.weights)
         name = cfg.name or _model_name(weights)
-        adopt_split(cfg.data, weights)
-        data: ImageDataModule = instantiate(cfg.data)
+        data: ImageDataModule = instantiate(cfg.data, **split_to_measure(cfg.data, weights))
         _check_number_of_classes(weights, data)
         check_split(weights, data, cfg.split)
         data.prepare_data()
-        data.setup()
+        data.setup("test")
         _check_data(weights, data, cfg.split)
         print_line("data", data.describe())
         model = create_model(name, data.num_classes)
         load_weights(model, weights, name=name)
-        check_network(name, data, cfg.data, model)
+        check_network(name, data, model, other_sizes="image_size" in cfg.data)
         print_line("model", f"{name}, weights {weights.source}")
         trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, data.num_classes)
     data.trainer = trainer
     loader = data.test_dataloader if cfg.split == "test" else data.val_dataloader
-    data.setup()
+    data.setup("test")
     trainer.test(module, loader(), verbose=False)
 
     percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
@@ -127,15 +126,17 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         dataset=data.name,
         split=cfg.split,
         images=int(per_class["images"].sum()),
+        top1=percent["top1"],
+        top5=percent.get("top5"),
         nll=float(module.results["nll"]),
-        **{"top5": None, **percent},
+        ece=percent["ece"],
     )
     _report(evaluation, per_class, Path(cfg.paths.run))
     return evaluation
 
 
 def _model_name(weights: Weights) -> str:
-    name = weights.metadata.get("name") or weights.metadata.get("student")
+    name = facts_of(weights).name
     if name is None:
         raise ValueError(f"{weights.source} does not say which model it is of; add name=<model>.")
     return name
@@ -143,33 +144,37 @@ def _model_name(weights: Weights) -> str:
 
 def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
     """Before anything is downloaded: can these be the classes that the model was trained on?"""
-    trained_on, classes = weights.metadata.get("dataset"), weights.metadata.get("num_classes")
-    if classes is not None and int(classes) != data.num_classes:
-        of = f" of {trained_on}" if trained_on else ""
+    facts = facts_of(weights)
+    if facts.num_classes not in (None, data.num_classes):
+        of = f" of {facts.dataset}" if facts.dataset else ""
         raise ValueError(
-            f"{weights.source} knows the {classes} classes{of} and {data.name} has {data.num_classes}; choose the data "
-            f"it was trained on with data=."
+            f"{weights.source} knows the {facts.num_classes} classes{of} and {data.name} has {data.num_classes}; "
+            "choose the data it was trained on with data=."
         )
 
 
 def _check_data(weights: Weights, data: ImageDataModule, split: str) -> None:
     """Once the data are there: are they what the model was trained for, and not what it was trained on?"""
-    known = fact(weights, "class_names")
+    facts = facts_of(weights)
+    known = facts.class_names
     if known is None or set(known) == set(data.class_names):
         check_classes(weights, data, "choose the data it was trained on with data=")
     else:  # perhaps the same ones by other names
         print_line("caution", f"{weights.source} knows other class names than {data.name}, such as {known[0]!r}")
     for name in ("image_shape", "mean", "std"):
-        known, ours = fact(weights, name), list(getattr(data, name))
-        if known not in (None, ours):
-            print_line("caution", f"{weights.source} was trained with {name} {known}, and is measured with {ours}")
+        trained_with, found = getattr(facts, name), tuple(getattr(data, name))
+        if trained_with not in (None, found):
+            print_line(
+                "caution",
+                f"{weights.source} was trained with {name} {list(trained_with)}, and is measured with {list(found)}",
+            )
     if split != "val":
         return
-    known = fact(weights, "val_fraction")
     if not data.has_own_validation:
-        way_out = "hold some out with data.val_fraction" if known is None else "its run held none out; use split=test"
+        none_out = facts.val_fraction is not None
+        way_out = "its run held none out; use split=test" if none_out else "hold some out with data.val_fraction"
         raise ValueError(f"{data.name} has no validation images of its own; {way_out}.")
-    if known is None and data.val_fraction > 0:
+    if facts.val_fraction is None and data.val_fraction > 0:
         print_line(
             "caution",
             f"{weights.source} does not say what was held out when it was trained, so that these images may be among "

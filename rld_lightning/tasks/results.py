@@ -1,23 +1,93 @@
-"""What a run leaves behind and prints at its end."""
+"""What a run came to, what it leaves behind, and what it prints at its end."""
 
+from math import ceil
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from torch import nn
 
 from rld_lightning.console import print_files, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.errors import UserError
+from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.save import save_weights
+from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
 from rld_lightning.runs.summary import Summary
+from rld_lightning.tasks.plan import Plan
 from rld_lightning.tracking import wandb_facts
+
+
+def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule) -> Summary:
+    """What a run came to.
+
+    Args:
+        plan: what it was to do.
+        trainer: that has trained it.
+        module: what was trained.
+        data: the data.
+
+    Raises:
+        UserError: the weights are not finite: such a student is no result, neither exported nor stored as a teacher.
+    """
+    if not all(value.isfinite().all() for value in module.student.state_dict().values()):
+        raise UserError(
+            f"training diverged in epoch {trainer.current_epoch}: the weights are not finite. Try a smaller "
+            f"recipe.optimizer.lr or trainer.gradient_clip_val; what was logged is in {plan.run / METRICS}."
+        )
+    logged = dict(trainer.callback_metrics)
+    if module.validated_step != trainer.global_step:  # training ended within an epoch, or between validations
+        trainer.validate(module, datamodule=data, verbose=False)
+        logged |= trainer.callback_metrics
+    metrics = {name: float(value) for name, value in logged.items()}
+    images = module.means["val"].samples
+    all_batches = sum(trainer.num_val_batches) >= len(data.eval_sampler(data.val_size))
+    return Summary(
+        model=module.hparams["student"],
+        loss=plan.loss,
+        dataset=data.name,
+        split=data.val_split,
+        images=images,
+        val_fraction=data.val_fraction,
+        data_seed=data.seed,
+        epochs=trainer.current_epoch,
+        seed=plan.seed,
+        top1=metrics["val/top1"],
+        top1_best=max(module.best_top1, metrics["val/top1"]),
+        top5=metrics.get("val/top5"),
+        ce=metrics["val/ce"],
+        teacher=plan.teacher.name if plan.teacher is not None else None,
+        teacher_top1=metrics.get("val/teacher_top1"),
+        agreement=metrics.get("val/agreement"),
+        parameters=count_parameters(module.student),
+        macs=count_macs(module.student, data.image_shape),
+        images_per_s=metrics.get("train/images_per_s"),
+        run=str(plan.run),
+        split_images=images if all_batches else data.val_size,  # without those that cannot be read
+        steps=trainer.global_step,
+        scheduled_steps=_scheduled_steps(trainer, data),
+    )
+
+
+def _scheduled_steps(trainer: Trainer, data: ImageDataModule) -> int | None:
+    """How many steps of the optimizer all epochs take on all batches; None where there is no end to the epochs."""
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return None
+    return trainer.max_epochs * ceil(len(data.train_sampler()) / trainer.accumulate_grad_batches)
 
 
 @rank_zero_only
 def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
-    """Writes summary, student and curves, and prints the summary as a table."""
-    summary.write(run)
+    """Writes summary, student and curves, and prints the summary as a table.
+
+    Args:
+        run: the run's folder.
+        summary: what it came to.
+        data: the data.
+        student: what was trained.
+    """
     facts = {
         "name": summary.model,
         "dataset": summary.dataset,
@@ -35,6 +105,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         **wandb_facts(run),
     }
     save_weights(student, run / STUDENT, facts)
+    summary.write(run)  # last of the two: a run with a summary is a finished one
     teacher = f" from {summary.teacher}" if summary.teacher else ""
     plot_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
     rows = [

@@ -1,118 +1,153 @@
-"""The teacher of a run: where its weights are, and the frozen network they make."""
+"""The teacher of a run: where its weights are, how it is trained first, and the frozen network that it makes."""
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Callable
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+import torch
+import yaml
+from omegaconf import DictConfig
+from torch import nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import devices_per_node
-from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.distributed import devices_per_node, rank_zero_only
+from rld_lightning.errors import UserError
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.facts import WeightsFacts, facts_of
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.models.stages import classifier_of
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.verify import load_weights
-from rld_lightning.tasks.check import check_classes
+from rld_lightning.runs.files import CONFIG, STUDENT
+from rld_lightning.runs.summary import Summary
+from rld_lightning.tasks.checks import check_classes
+from rld_lightning.tasks.once import run_once
+from rld_lightning.tasks.plan import Teacher, alone
 
 
-def find_teacher(cfg: DictConfig, data: ImageDataModule) -> bool:
-    """Puts the file of the teacher's weights in the configuration; False when the teacher has to be trained first."""
-    settings = cfg.model.teacher
-    if settings.shard and devices_per_node(1) < 2:
+def find_teacher(teacher: Teacher, dataset: str, store: TeacherStore, resume: str | None) -> str | None:
+    """Finds the weights of a run's teacher.
+
+    Args:
+        teacher: what it is, and where to look.
+        dataset: the name of the data set that it is for.
+        store: where teachers are kept.
+        resume: the checkpoint that the run goes on from: it keeps the teacher that it had.
+
+    Returns:
+        the file, or ``"pretrained"``; None where the teacher has to be trained first.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such teacher, or no second process to share it out to.
+    """
+    if teacher.options["shard"] and int(devices_per_node(1)) < 2:
         raise ValueError(
             "model.teacher.shard=true shares the teacher out over the processes of a machine, and there is one; take "
             "more devices (trainer=ddp trainer.devices=2), or model.teacher.shard=false."
         )
-    if settings.weights is None:
+    if teacher.weights is None:
         raise ValueError("model.teacher.weights has no value; give a file, auto, fit, published or pretrained.")
-    if settings.weights == "pretrained":
-        return True
-    if settings.weights in ("auto", "fit", "published") and (before := _teacher_of(cfg.resume, settings.name)):
-        settings.weights = before
-        return True
+    if teacher.weights == "pretrained":
+        return "pretrained"
+    if resume is not None and teacher.weights in ("auto", "fit", "published"):
+        before = _teacher_before(Path(resume).parent, teacher.name)
+        if before is not None:
+            print_line("teacher", f"the one that the run in {Path(resume).parent} had: {before}")
+            return before
     path = resolve_teacher_weights(
-        settings.weights,
-        name=settings.name,
-        dataset=data.name,
-        store=TeacherStore(Path(cfg.paths.teachers)),
-        url=settings.published_url,
+        teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
     )
-    if path is not None:
-        settings.weights = str(path)
-    return path is not None
+    return str(path) if path is not None else None
 
 
-def _teacher_of(resume: str | None, name: str) -> str | None:
-    """The weights of the teacher that a run had before it goes on, if they are still there."""
-    if resume is None or not (config := Path(resume).parent / "config.yaml").is_file():
+def _teacher_before(folder: Path, name: str) -> str | None:
+    """The file of the teacher that a run had before it goes on, if it is still there.
+
+    The folder may be a stranger's: its configuration is read as plain YAML, and what it says is a file to read weights
+    from or nothing.
+    """
+    config = folder / CONFIG
+    if not config.is_file():
         return None
-    teacher = OmegaConf.load(config).model.teacher
-    same = teacher and canonical_name(teacher.name) == canonical_name(name) and teacher.weights is not None
-    return teacher.weights if same and Path(teacher.weights).is_file() else None
+    try:
+        found = yaml.safe_load(config.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{config} is not the configuration of a run ({type(error).__name__}); move it away."
+        ) from error
+    for key in ("model", "teacher"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "weights")):
+        return None
+    if canonical_name(found["name"]) != canonical_name(name):
+        return None
+    return found["weights"] if Path(found["weights"]).is_file() else None
 
 
-def teacher_config(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The configuration of a run that trains a run's teacher: with cross-entropy, and that run's data and recipe.
+def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Summary]) -> Summary:
+    """Trains the teacher of a run, or of runs to come, or goes on with it, or finds it finished.
 
     Args:
-        cfg: the run's, which stays as it is.
-        folder: the folder for the teacher's.
-    """
-    own = deepcopy(cfg)
-    OmegaConf.set_struct(own, False)
-    own.pop("hydra", None)
-    name = cfg.model.teacher.name
-    student = {**cfg.model.student, "name": name, "weights": None}
-    own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
-    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
-    own.method = "ce"
-    own.print_config = False
-    own.paths.run = str(folder)
-    own.resume = None
-    own.callbacks.pop("pruner", None)  # which would take it for a trial
-    return own
-
-
-def build_teacher(cfg: DictConfig, data: ImageDataModule) -> FrozenTeacher:
-    """Loads and freezes the teacher that :func:`find_teacher` has put in the configuration, and prints its line."""
-    settings = cfg.model.teacher
-    if settings.weights == "pretrained":
-        network, origin = _pretrained(settings.name, data.num_classes), "pretrained"
-    else:
-        network = create_model(settings.name, data.num_classes)
-        weights = load_weights(network, settings.weights, name=settings.name)
-        check_classes(weights, data, "move it away, or name another file with model.teacher.weights=")
-        origin = f"{settings.weights}{_known(weights.metadata)}"
-    size = describe_size(network, data)  # before the teacher takes the network over
-    options = {name: settings[name] for name in ("dtype", "channels_last", "fuse", "shard")}
-    teacher = FrozenTeacher(network, **options)
-    precision = settings.dtype or "precision of the run"
-    shares = f", shared out over {devices_per_node(1)} processes" if settings.shard else ""
-    print_line("teacher", f"{settings.name}, {size}, {precision}, weights {origin}{shares}")
-    return teacher
-
-
-def connect(
-    loss: DistillationLoss, student: nn.Module, teacher: nn.Module, image_shape: Sequence[int], train_label: Tensor
-) -> nn.Module:
-    """Connects a loss to both networks.
+        cfg: the configuration of the runs that it is for.
+        folder: its own run folder.
+        fit: does the run, see :func:`~rld_lightning.tasks.once.run_once`.
 
     Returns:
-        the student to train: the one given or, for a loss that reuses the teacher's classifier, one that ends in it.
+        what it came to; its weights are in its folder.
+
+    Raises:
+        UserError: it failed.
     """
-    if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
-        student.classifier.load_state_dict(classifier_of(teacher).state_dict())
-    elif loss.reuses_classifier:
-        student = graft(student, teacher)
-    loss.connect(student, teacher, image_shape, train_label)
-    return student
+    name = cfg.model.teacher.name
+    try:
+        return run_once(alone(cfg, name, None, folder), fit, name="teacher")
+    except UserError as error:
+        raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
+
+
+def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str) -> None:
+    """Keeps a teacher that was trained for a run, or a sweep, for other runs, if it is one for them.
+
+    That is one that was trained to the end on all training images, and measured on all.
+
+    Args:
+        summary: what its training came to.
+        folder: its run folder.
+        store: where teachers are kept.
+        data: what it was trained on.
+        name: its network.
+    """
+    if data.val_fraction == 0 and data.subset == 1 and summary.steps is not None and summary.complete:
+        rank_zero_only(store.add)(folder / STUDENT, data.name, name)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other ranks look for what rank 0 has stored
+
+
+def build_teacher(teacher: Teacher, data: ImageDataModule) -> FrozenTeacher:
+    """Loads and freezes a teacher, and prints its line.
+
+    Args:
+        teacher: what it is, and where its weights are.
+        data: the data, set up.
+
+    Raises:
+        ValueError: the weights are another network's, or know other classes.
+    """
+    if teacher.weights == "pretrained":
+        network, origin = _pretrained(teacher.name, data.num_classes), "pretrained"
+    else:
+        network = create_model(teacher.name, data.num_classes)
+        weights = load_weights(network, str(teacher.weights), name=teacher.name)
+        check_classes(weights, data, "move it away, or name another file with model.teacher.weights=")
+        origin = f"{teacher.weights}{_known(facts_of(weights))}"
+    size = describe_size(network, data.image_shape)  # before the teacher takes the network over
+    frozen = FrozenTeacher(network, **teacher.options)
+    precision = teacher.options["dtype"] or "precision of the run"
+    shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
+    print_line("teacher", f"{teacher.name}, {size}, {precision}, weights {origin}{shares}")
+    return frozen
 
 
 def _pretrained(name: str, num_classes: int) -> nn.Module:
@@ -127,15 +162,14 @@ def _pretrained(name: str, num_classes: int) -> nn.Module:
     return network
 
 
-def _known(metadata: dict[str, str]) -> str:
+def _known(facts: WeightsFacts) -> str:
     """What a weights file says about itself, for the console."""
-    top1 = f"top-1 {float(metadata['top1']):.2f} %" if "top1" in metadata else ""
-    epochs = f"after {metadata['epochs']} epoch(s)" if "epochs" in metadata else ""
-    facts = ", ".join(filter(None, (top1, epochs, metadata.get("source"))))
-    return f" ({facts})" if facts else ""
+    top1 = f"top-1 {facts.top1:.2f} %" if facts.top1 is not None else ""
+    epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
+    known = ", ".join(filter(None, (top1, epochs, facts.source)))
+    return f" ({known})" if known else ""
 
 
-def describe_size(model: nn.Module, data: ImageDataModule) -> str:
+def describe_size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     """Parameters and multiply-accumulates of a model, for the console."""
-    parameters, macs = count_parameters(model), count_macs(model, data.image_shape)
-    return f"{parameters / 1e6:.2f} M parameters, {macs / 1e6:.1f} M MACs"
+    return f"{count_parameters(model) / 1e6:.2f} M parameters, {count_macs(model, image_shape) / 1e6:.1f} M MACs"

@@ -267,6 +267,28 @@ def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
         assert OmegaConf.load(tmp_path / str(epochs) / "config.yaml").model.teacher.weights == str(weights)
 
 
+STOP = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/top1, mode: max, stopping_threshold: 0}"
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "+trainer.limit_train_batches=1", "trainer.max_steps=1", "+trainer.limit_val_batches=1",
+        "+trainer.overfit_batches=1", "+trainer.max_time=00:00:00:00", "data.subset=0.1", "data.val_fraction=0.1",
+        f"+callbacks.stop={STOP}",
+    ],
+)  # fmt: skip
+def test_only_a_teacher_trained_to_its_end_on_everything_is_stored_for_others(tmp_path, cut):
+    networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=kd")
+    stored = f"paths.teachers={tmp_path / 'teachers'}"
+    options = (*networks, "model.teacher.weights=fit", stored, "recipe.epochs=2", "data.eval_batch_size=64")
+    in_process(tmp_path / "run", *options, cut, "callbacks.progress=null")
+    assert not list((tmp_path / "teachers").rglob("*.safetensors"))
+    weights = tmp_path / "run" / "teacher" / "student.safetensors"
+    assert weights.exists()
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").model.teacher.weights == str(weights)
+
+
 def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
     for image in (f"{split}/{name}/{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):

@@ -7,14 +7,15 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.multiprocessing as mp
-from omegaconf import OmegaConf
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.sharding import blocks
+from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.tasks.plan import Teacher
 from rld_lightning.tasks.teacher import find_teacher
 
 TAPS = ["layer1", "layer3.0.relu:in", "fc:in"]
@@ -61,10 +62,9 @@ def test_a_fused_teacher_is_not_shared_out():
         FrozenTeacher(create_model("resnet8"), fuse=True, shard=True)
 
 
-def test_one_process_has_nobody_to_share_with():
-    cfg = OmegaConf.create({"model": {"teacher": {"name": "resnet8", "weights": "fit", "shard": True}}})
+def test_one_process_has_nobody_to_share_with(tmp_path):
     with pytest.raises(ValueError, match=r"there is one; take more devices \(trainer=ddp trainer\.devices=2\)"):
-        find_teacher(cfg, data=None)
+        find_teacher(Teacher("resnet8", "fit", "", {"shard": True}), "digits", TeacherStore(tmp_path), None)
     with pytest.raises(ValueError, match="at least two processes, not 1"):
         FrozenTeacher(create_model("resnet8"), shard=True).place(torch.device("cpu"))
 

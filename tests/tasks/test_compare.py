@@ -1,68 +1,102 @@
 """A comparison: the teacher first, the same options for all, one report."""
 
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers.configs import compose
 from helpers.run_factory import write_run
+from helpers.sweeps import begin_sweep
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from rld_lightning.errors import UserError
+from rld_lightning.reporting import report
 from rld_lightning.runs.likeness import differences
-from rld_lightning.tasks import compare as module
-from rld_lightning.tasks import start
-from rld_lightning.tasks.compare import compare, split_list, split_seeds
+from rld_lightning.tasks import sweep
+from rld_lightning.tasks.cost import measure_cost
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 PAIR = ["model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", "recipe=quick"]
+FIT = [*PAIR, "model.teacher.weights=fit"]
 
 
 @pytest.fixture
-def sweeps(monkeypatch):
-    """What a comparison starts, instead of what that does: a teacher's configuration; a sweep's three arguments."""
+def teachers(monkeypatch):
+    """The configurations of the teachers that comparisons train, instead of doing it."""
     seen = []
 
-    def run_trial(cfg, _way_on):
+    def fit(cfg, resume_hint):
         seen.append(cfg)
-        write_run(Path(cfg.paths.run), "ce", teacher=None, student="resnet20", seed=7)
+        run = write_run(Path(cfg.paths.run), "ce", teacher=None, student="resnet20", seed=cfg.seed)
+        OmegaConf.save(cfg, run / "config.yaml", resolve=True)
+        return SimpleNamespace(steps=None, complete=False)
 
-    monkeypatch.setattr(start, "run_trial", run_trial)
-    monkeypatch.setattr(module, "run_sweep", lambda *arguments: seen.append(arguments) or 0)
-    report = SimpleNamespace(html=Path("report.html"), markdown=Path("report.md"))
-    monkeypatch.setattr(module, "write_report", lambda *_args, **_options: report)
+    monkeypatch.setattr(sweep, "fit_in_processes", fit)
     return seen
 
 
-def test_the_teacher_first_then_a_student_for_each_seed_and_loss(sweeps, tmp_path):
-    options = [*PAIR, "model.teacher.weights=fit", "launcher=joblib", "hydra.launcher.n_jobs=2"]
-    compare(["ce", "rld"], [7, 1], options, tmp_path)
-    teacher, students = sweeps
+@pytest.fixture
+def translated():
+    """What the script makes of an option."""
+    return runpy.run_path(str(SCRIPT))["translated"]
+
+
+def compare(folder, *options):
+    return begin_sweep("sweep=compare", *options, f"hydra.sweep.dir={folder}")
+
+
+def test_the_teacher_first_then_a_student_for_each_seed_and_loss(teachers, tmp_path):
+    config, _ = compare(tmp_path, *FIT, "loss=choice(ce,rld)", "seed=choice(7,1)")
+    (teacher,) = teachers
     own = compose("model=single", "model.student.name=resnet20", "loss=ce", "seed=7", "recipe=quick", "method=ce")
     assert not differences(OmegaConf.to_container(teacher, resolve=True), OmegaConf.to_container(own))
     assert teacher.paths.run == str(tmp_path / "teacher")
     weights = f"model.teacher.weights={tmp_path / 'teacher' / 'student.safetensors'}"
-    assert students == (
-        [*options[:4], *options[5:], "data.val_fraction=0", weights, "seed=choice(7,1)", "loss=choice(ce,rld)"],
-        tmp_path,
-        "${hydra:runtime.choices.loss}/seed${seed}",
-    )
+    swept = ["loss=choice(ce,rld)", "seed=choice(7,1)"]
+    assert config.hydra.overrides.task == ["sweep=compare", *PAIR, *swept, "data.val_fraction=0", weights]
+    assert list(config.hydra.sweeper.params) == ["seed", "loss"]  # the seed in front: soon there is one of each loss
 
 
-def test_more_seeds_keep_the_teacher(sweeps, tmp_path):
-    options = [*PAIR, "model.teacher.weights=fit"]
-    compare(["rld"], [7], options, tmp_path)
-    compare(["rld"], [1, 2], options, tmp_path)
-    assert sweeps[2].seed == 7
-    assert sweeps[3][0][-2:] == ["seed=choice(1,2)", "loss=choice(rld)"]
+def test_more_seeds_keep_the_teacher(teachers, tmp_path):
+    compare(tmp_path, *FIT, "loss=choice(rld)", "seed=choice(7)")
+    config, _ = compare(tmp_path, *FIT, "loss=choice(rld,kd)", "seed=choice(1,2)")
+    assert [cfg.seed for cfg in teachers] == [7]  # it is finished
+    assert f"model.teacher.weights={tmp_path / 'teacher' / 'student.safetensors'}" in config.hydra.overrides.task
 
 
-def test_a_teacher_that_is_there_is_used_as_it_is(sweeps):
-    compare(["kd"], [3], [*PAIR, "model.teacher.weights=/my/teacher.pth", "data.val_fraction=0.1"])
-    ((overrides, folder, _),) = sweeps
-    assert "model.teacher.weights=/my/teacher.pth" in overrides
-    assert "data.val_fraction=0" not in overrides
-    assert folder == Path("runs/compare/resnet20_to_resnet8")
+def test_the_store_has_no_part_in_it(teachers, tmp_path):
+    stored = tmp_path / "store" / "cifar100" / "resnet20.safetensors"
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    compare(tmp_path / "here", *FIT, f"paths.teachers={tmp_path / 'store'}")
+    assert len(teachers) == 1
+    assert stored.stat().st_size == 0
+
+
+def test_a_teacher_that_is_there_is_used_as_it_is(teachers, tmp_path):
+    options = (*PAIR, "model.teacher.weights=/my/teacher.pth", "data.val_fraction=0.1", "loss=choice(kd)")
+    config, _ = compare(tmp_path, *options)
+    assert config.hydra.overrides.task == ["sweep=compare", *options]
+    assert not teachers
+
+
+def test_runs_lie_by_pair_loss_and_seed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config, _ = begin_sweep("sweep=compare", *PAIR)
+    assert config.hydra.sweep.dir == "runs/compare/resnet20_to_resnet8"
+    raw = OmegaConf.to_container(config, resolve=False)["hydra"]["sweep"]["subdir"]
+    assert raw == "${hydra:runtime.choices.loss}/seed${seed}"
+
+
+def test_a_comparison_that_an_earlier_version_began_goes_on(teachers, tmp_path):
+    weights = tmp_path / "teacher" / "student.safetensors"
+    lines = [*PAIR, "data.val_fraction=0", f"model.teacher.weights={weights}", "loss", "seed"]
+    OmegaConf.save(OmegaConf.create(sorted(lines)), tmp_path / "sweep.yaml")
+    compare(tmp_path, *FIT, "loss=choice(ce,rld)", "seed=choice(7,1)")
+    assert len(teachers) == 1
 
 
 @pytest.mark.parametrize(
@@ -72,54 +106,83 @@ def test_a_teacher_that_is_there_is_used_as_it_is(sweeps):
         ("experiment=rld_crd", ("cifar100", "wrn40_2", 240)),  # which brings losses that cross-entropy does not take
     ],
 )
-def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(sweeps, tmp_path, experiment, trained):
-    compare(["kd"], [0], [experiment, "model.teacher.weights=fit"], tmp_path)
-    cfg = OmegaConf.create(OmegaConf.to_container(sweeps[0], resolve=True))
+def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(teachers, tmp_path, experiment, trained):
+    compare(tmp_path, experiment, "model.teacher.weights=fit", "loss=choice(kd)")
+    cfg = OmegaConf.create(OmegaConf.to_container(teachers[0], resolve=True))
     assert (instantiate(cfg.data).name, cfg.model.student.name, cfg.recipe.epochs) == trained
     assert (cfg.model.teacher, cfg.model.tuned) == (None, None)
     instantiate(cfg.loss)
 
 
-def test_without_its_teacher_a_comparison_ends(sweeps, monkeypatch, tmp_path):
-    def fails(*_):
+def test_without_its_teacher_a_comparison_ends(monkeypatch, tmp_path, capsys):
+    def fails(*_args, **_options):
         raise UserError("out of memory.")
 
-    monkeypatch.setattr(start, "run_trial", fails)
-    with pytest.raises(UserError, match=r"the teacher resnet20 could not be trained in .*teacher: out of memory\."):
-        compare(["kd"], [0], [*PAIR, "model.teacher.weights=fit"], tmp_path)
-    assert not sweeps
+    monkeypatch.setattr(sweep, "fit_in_processes", fails)
+    with pytest.raises(SystemExit, match="2"):
+        compare(tmp_path, *FIT)
+    assert f"the teacher resnet20 could not be trained in {tmp_path / 'teacher'}: out of" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("status", [2, 130])
-def test_without_students_there_is_no_report(sweeps, monkeypatch, tmp_path, status):
-    monkeypatch.setattr(module, "run_sweep", lambda *_: status)
-    monkeypatch.setattr(module, "write_report", lambda *_args, **_options: pytest.fail("there is nothing to report"))
-    with pytest.raises(SystemExit, match=str(status)):
-        compare(["kd"], [0], PAIR, tmp_path)
+def test_a_report_at_the_end(monkeypatch, tmp_path, capsys):
+    written = []
+
+    def write_report(*arguments, **options):
+        written.append((*arguments, options))
+        return SimpleNamespace(html=Path("report.html"), markdown=Path("report.md"))
+
+    monkeypatch.setattr(report, "write_report", write_report)
+    config, callback = compare(tmp_path, *PAIR, "loss=choice(ce,rld)", "seed=choice(0)")
+    with pytest.raises(SystemExit, match="2"):  # without students there is none
+        callback.on_multirun_end(config)
+    assert not written
+    run = write_run(tmp_path / "rld" / "seed0", "rld")
+    OmegaConf.save(OmegaConf.create(["loss=rld", "seed=0"]), run / ".hydra" / "overrides.yaml")
+    callback.on_multirun_end(config)
+    options = {"title": "resnet20_to_resnet8: ce, rld", "cost_of": measure_cost}
+    assert written == [([tmp_path], tmp_path / "report", options)]
+    assert f"{tmp_path / 'report' / 'report.html'}  the results" in capsys.readouterr().out
+
+
+def test_a_loss_that_there_is_not_is_told_before_the_teacher_is_trained(teachers, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare(tmp_path, *FIT, "loss=choice(kd,rdl)")
+    assert "Could not find 'loss/rdl'" in capsys.readouterr().out
+    assert not teachers
 
 
 @pytest.mark.parametrize(
-    ("losses", "options", "sentence"),
+    ("option", "sentence"),
     [
-        (["rld"], ["loss=kd"], "loss=kd is not for a comparison: give losses="),
-        (["rld"], ["seed=1"], "seed=1 is not for a comparison"),
-        (["rld"], ["hydra.sweep.dir=/x"], "is not for a comparison"),
-        (["rld"], ["quick"], "quick is not for a comparison"),
-        (["rdl"], [], "rdl"),
-        (["rld"], ["recipe.epoch=3"], "epoch"),
+        ("loss=kd", "loss=kd is not for a comparison: give losses="),
+        ("+loss@loss.at=at", "is not for a comparison"),
+        ("seed=1", "seed=1 is not for a comparison"),
+        ("resume=last.ckpt", "is not for a comparison"),
+        ("sweep=rld_grid", "is not for a comparison"),
+        ("hydra.sweep.subdir=x", "is not for a comparison"),
+        ("quick", "quick is not for a comparison"),
+        ("losses=", "is not a list"),
+        ("losses=ce,,kd", "is not a list"),
+        ("losses=ce,ce", "is not a list"),
+        ("losses=[rld,at]", "is not a list"),
+        ("seeds=0,b", "seeds=0,b must be whole numbers"),
     ],
 )
-def test_mistakes_end_in_one_sentence_before_anything_starts(sweeps, losses, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        compare(losses, [0], [*PAIR, *options])
-    assert not sweeps
+def test_mistakes_end_in_one_sentence_before_anything_starts(translated, option, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        translated(option)
 
 
-def test_lists():
-    assert split_list("ce, rld_ls") == ["ce", "rld_ls"]
-    for text in ("", "ce,,kd", "ce,ce", "[rld,at]"):
-        with pytest.raises(ValueError, match="is not a list"):
-            split_list(text)
-    assert split_seeds("0,12") == [0, 12]
-    with pytest.raises(ValueError, match="seeds=0,b must be whole numbers"):
-        split_seeds("0,b")
+def test_the_script_says_in_other_words_what_is_swept(translated):
+    assert translated("losses=ce, rld_ls") == "loss=choice(ce,rld_ls)"
+    assert translated("seeds=0,12") == "seed=choice(0,12)"
+    assert translated("folder=my runs/a=b") == "hydra.sweep.dir='my runs/a=b'"
+    for option in ("recipe.epochs=3", "launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x", "seeds.x=1"):
+        assert translated(option) == option
+
+
+def test_the_script_ends_on_a_mistake(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "losses=ce,ce"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "error: losses=ce,ce is not a list" in capsys.readouterr().out

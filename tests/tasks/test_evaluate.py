@@ -1,5 +1,7 @@
 """What is measured, and what is refused or told before."""
 
+import json
+
 import pytest
 import torch
 from helpers.configs import compose
@@ -77,3 +79,28 @@ def test_another_look_of_the_images_is_told(measure, capsys):
 def test_a_network_that_cannot_take_the_images_is_refused(measure):
     with pytest.raises(UserError, match=r"torchvision/squeezenet1_1 cannot take images of 3x8x8.*data\.image_size="):
         measure(name="torchvision/squeezenet1_1")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("key", ["data_seed", "val_fraction"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": ["it_ran"]}]},
+        {"_target_": "sympy.sympify", "_args_": ["__import__('pathlib').Path('it_ran').touch()"]},
+        [{"_target_": "pathlib.Path", "_args_": ["it_ran"]}],
+        "${oc.env:HOME}",
+    ],
+    ids=["target", "sympify", "list", "interpolation"],
+)
+def test_what_a_file_says_is_never_instantiated(measure, tmp_path, monkeypatch, form, key, value):
+    monkeypatch.chdir(tmp_path)
+    facts = {"name": "resnet8", "dataset": "digits", key: json.dumps(value)}
+    state_dict = create_model("resnet8", 10).state_dict()
+    if form == "safetensors":
+        save_weights(state_dict, tmp_path / "s.safetensors", facts)
+    else:
+        torch.save({"state_dict": state_dict, "hyper_parameters": facts}, tmp_path / "s.ckpt")
+    with pytest.raises(UserError, match=rf"s\.{form} says {key}=.*which is not a"):
+        measure(f"weights={tmp_path / f's.{form}'}")
+    assert not (tmp_path / "it_ran").exists()

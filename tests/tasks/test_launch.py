@@ -17,7 +17,6 @@ from rld_lightning.callbacks import SameConfiguration, same_configuration
 from rld_lightning.distributed import started_by, unique_name
 from rld_lightning.errors import UserError
 from rld_lightning.tasks import launch
-from rld_lightning.tasks.fit import scale_learning_rate
 from rld_lightning.tasks.launch import Failure, processes_to_start, started_here
 
 
@@ -267,19 +266,6 @@ def test_ranks_compare_what_they_train_and_not_where_their_data_lies(monkeypatch
         mine.setup(trainer, None, "fit")
     mine.setup(trainer, None, "validate")
     mine.setup(SimpleNamespace(world_size=1), None, "fit")
-
-
-def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_with_it():
-    cfg = compose("recipe=quick", "data.batch_size=256", "recipe.optimizer.lr=0.1", resolve=False)
-    assert scale_learning_rate(cfg) is cfg
-    cfg.recipe.scale_lr_from = 64
-    scaled = scale_learning_rate(cfg)
-    assert scaled.recipe.optimizer.lr == pytest.approx(0.4)
-    assert scaled.recipe.scheduler.max_lr == pytest.approx(0.4)
-    assert cfg.recipe.optimizer.lr == 0.1
-    cfg.recipe.scale_lr_from = 0
-    with pytest.raises(ValueError, match=r"recipe\.scale_lr_from=0 must be a batch size"):
-        scale_learning_rate(cfg)
 
 
 def test_the_slurm_launcher_is_submitits_with_our_settings():

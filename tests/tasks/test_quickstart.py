@@ -1,59 +1,83 @@
-"""The quickstart and the bench as functions."""
+"""The quickstart: teacher, student alone and distilled student, trained once and printed side by side."""
 
-import hydra
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
-import torch
-from helpers.configs import CONF, compose
-from hydra._internal.callbacks import Callbacks
+from helpers.run_factory import write_run
+from helpers.sweeps import begin_sweep
 
-from rld_lightning.bench import steps as bench
-from rld_lightning.tasks.quickstart import NO_SWEEP, quickstart
+from rld_lightning.models import create_model
+from rld_lightning.models.save import save_weights
+from rld_lightning.runs.summary import read_summary
+from rld_lightning.tasks import sweep, trials
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "quickstart.py"
 
 
-def test_quickstart_compares_teacher_student_and_distilled_student(tmp_path, capsys):
-    options = ("experiment=quickstart", "recipe.epochs=1", "loss=dkd", "callbacks.progress=null")
-    cfg = compose(*options, resolve=False)
-    cfg.paths.run, cfg.paths.teachers, cfg.print_config = str(tmp_path / "run"), str(tmp_path / "teachers"), False
+def export(folder, name):
+    facts = {"num_classes": 10, "image_shape": [3, 8, 8]}
+    save_weights(create_model(name, 10), folder / "student.safetensors", facts)
 
-    quickstart(cfg)
 
+@pytest.fixture
+def first(monkeypatch):
+    """What is trained before the trials, instead of doing it: configurations."""
+    seen = []
+
+    def fit(cfg, resume_hint):
+        seen.append(cfg)
+        run = write_run(Path(cfg.paths.run), "ce", teacher=None, student=cfg.model.student.name, dataset="digits")
+        export(run, cfg.model.student.name)
+        return SimpleNamespace(steps=10, complete=True)
+
+    monkeypatch.setattr(sweep, "fit_in_processes", fit)
+    return seen
+
+
+def test_the_teacher_and_the_student_alone_come_first(first, tmp_path):
+    options = ("experiment=quickstart", "sweep=quickstart", "loss=dkd", f"paths.teachers={tmp_path / 'teachers'}")
+    config, _ = begin_sweep(*options, "seed=3", f"hydra.sweep.dir={tmp_path / 'quickstart'}")
+    teacher, alone = first
+    assert (teacher.model.student.name, alone.model.student.name) == ("wrn16_2", "wrn16_1")
+    for cfg, name in ((teacher, "teacher"), (alone, "alone")):
+        assert cfg.paths.run == str(tmp_path / "quickstart" / name)
+        assert (cfg.loss._target_, cfg.method, cfg.seed, cfg.data.val_fraction) == (
+            "rld_lightning.losses.CELoss", "ce", 3, 0,
+        )  # fmt: skip
+    assert (tmp_path / "teachers" / "digits" / "wrn16_2.safetensors").exists()
+    weights = f"model.teacher.weights={tmp_path / 'quickstart' / 'teacher' / 'student.safetensors'}"
+    assert weights in config.hydra.overrides.task
+    begin_sweep(*options, "seed=3", f"hydra.sweep.dir={tmp_path / 'another'}")
+    assert [Path(cfg.paths.run).name for cfg in first[2:]] == ["alone"]  # the teacher is in the store
+
+
+def test_networks_are_printed_side_by_side_with_what_to_try_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trials, "images_per_second", lambda *_: 1000.0)
+    networks = {"teacher": "wrn16_2", "student": "wrn16_1", "dataset": "digits"}
+    export(write_run(tmp_path / "alone", "ce", **networks | {"teacher": None}), "wrn16_1")
+    export(write_run(tmp_path / "dkd" / "seed0", "dkd", **networks), "wrn16_1")
+    trials.print_networks(tmp_path)
     output = capsys.readouterr().out
+    assert "digits, last of 30 epochs" in output
     for row in ("│ teacher ", "│ student, cross-entropy ", "│ student, DKD "):
         assert row in output
-    assert (tmp_path / "teachers" / "digits" / "wrn16_2.safetensors").exists()
-    assert (tmp_path / "run" / "distilled" / "curves.png").exists()
-    assert (tmp_path / "run" / "alone" / "student.safetensors").exists()
-
-
-@pytest.mark.parametrize("command", [["seed=1"], ["sweep=rld_grid"]])
-def test_quickstart_is_no_sweep_and_says_so_before_anything_runs(command, capsys):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("fit", ["experiment=quickstart", NO_SWEEP, *command], return_hydra_config=True)
-    with pytest.raises(SystemExit, match="2"):
-        Callbacks(config).on_multirun_start(config=config, config_name="fit")
-    assert "error: the quickstart is one comparison and no sweep: use scripts/fit.py -m" in capsys.readouterr().out
-
-
-def test_the_plain_formula_of_the_bench_is_rld():
-    student, teacher = torch.randn(2, 6, 9, dtype=torch.float64)
-    label = torch.arange(6)
-    torch.testing.assert_close(bench.plain_rld(student, teacher, label), bench._log_space_rld(student, teacher, label))
+    assert f"{tmp_path / 'dkd' / 'seed0' / 'curves.png'}  learning curves, DKD" in output
+    assert "python scripts/compare.py experiment=quickstart" in output
 
 
 @pytest.mark.slow
-def test_bench_of_the_loss_prints_ratios(capsys):
-    bench.bench_loss(8, 50, torch.device("cpu"), rounds=1)
-    assert "memory ratio" in capsys.readouterr().out
-
-
-def test_bench_of_steps_prints_ratios(capsys):
-    bench.bench_step("wrn16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)
-    assert "plain eager float32" in capsys.readouterr().out
-
-
-def test_bench_of_losses_is_relative_to_kd(capsys):
-    losses = bench.configured_losses(["[rld,fitnet]", "simkd", "mlkd", "crd"])
-    bench.bench_losses(losses, "wrn16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)
-    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert [name.strip() for name, *_ in rows] == ["kd", "[rld,fitnet]", "simkd", "mlkd", "crd"]
-    assert float(rows[0][2]) == 1
+def test_the_quickstart_from_nothing(tmp_path):
+    places = (f"paths.runs={tmp_path / 'runs'}", f"paths.teachers={tmp_path / 'teachers'}")
+    command = [sys.executable, SCRIPT, "recipe.epochs=1", "loss=dkd", *places, "trainer=cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for row in ("│ teacher ", "│ student, cross-entropy ", "│ student, DKD "):
+        assert row in result.stdout
+    (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
+    summary = read_summary(folder / "dkd" / "seed0")
+    assert (summary.model, summary.teacher, summary.split) == ("wrn16_1", "wrn16_2", "test")
+    assert (folder / "alone" / "student.safetensors").exists()
+    assert (tmp_path / "teachers" / "digits" / "wrn16_2.safetensors").exists()

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import pytest
-from helpers.configs import CONF, compose
+from helpers.configs import compose
 from helpers.run_factory import write_run
-from hydra.core.global_hydra import GlobalHydra
+from helpers.sweeps import begin_sweep
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
@@ -19,30 +18,20 @@ from rld_lightning.callbacks import OptunaPruner
 from rld_lightning.distributed import Started, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.reporting.sweeps import sweep_settings
 from rld_lightning.runs import folder as run_folder
 from rld_lightning.runs.folder import locked
-from rld_lightning.tasks import start as starting
-from rld_lightning.tasks import sweep, trial
-from rld_lightning.tasks.sweep import HELD_OUT, Sweep, retrain_command, settings_of
+from rld_lightning.tasks import fit as fitting
+from rld_lightning.tasks import sweep
+from rld_lightning.tasks.sweep import Sweep
 from rld_lightning.tasks.trial import run_trial
+from rld_lightning.tasks.trials import HELD_OUT, _trials, retrain_command
 
 
 @pytest.fixture
 def start(tmp_path):
     """Starts a sweep with a command line, and gives its configuration back."""
-
-    def composed(*overrides):
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-            config = hydra.compose("fit", [folder, *(o for o in overrides if "," not in o)], return_hydra_config=True)
-            OmegaConf.set_readonly(config.hydra, False)
-            config.hydra.job.config_name = "fit"
-            config.hydra.overrides.task = [o for o in overrides if not o.startswith("hydra")]
-            Sweep(held_out=0.1).on_multirun_start(config)
-        return config
-
-    return composed
+    return lambda *command: begin_sweep(*command, f"hydra.sweep.dir={tmp_path / 'sweep'}")[0]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +81,14 @@ def teachers(monkeypatch):
     """The configurations of the teachers that sweeps train, instead of doing it."""
     asked = []
 
-    def run_trial(cfg, way_on):
-        assert way_on == f"hydra.sweep.dir={Path(cfg.paths.run).parent}"
-        Path(cfg.paths.run).mkdir(parents=True, exist_ok=True)
+    def fit(cfg, resume_hint):
+        folder = Path(cfg.paths.run)
+        assert resume_hint == f"hydra.sweep.dir={folder.parent}"
+        folder.mkdir(parents=True, exist_ok=True)
         asked.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+        return SimpleNamespace(steps=10, complete=False)
 
-    monkeypatch.setattr(starting, "run_trial", run_trial)
+    monkeypatch.setattr(sweep, "fit_in_processes", fit)
     return asked
 
 
@@ -132,7 +123,7 @@ def test_students_of_several_kinds_have_one_teacher(start, teachers, tmp_path, v
         "model.teacher.name=resnet14,resnet20",
         "data=digits,cifar100",
         "recipe=quick,cifar240",
-        "+experiment=reversed,quickstart",
+        "experiment=reversed,quickstart",
     ],
 )
 def test_trials_that_need_teachers_of_their_own_are_given_none(start, teachers, tmp_path, varied):
@@ -208,16 +199,24 @@ def trials(folder, values):
 VALUES = [(1, 0, 50.0), (1, 1, 54.0), (2, 0, 51.0), (2, 1, 52.0), (4, 0, 10.0)]
 
 
-def test_settings_are_means_over_seeds_the_best_first(tmp_path):
+def test_trials_of_a_sweep_within_and_what_was_trained_first_do_not_count(tmp_path):
     trials(tmp_path, VALUES)
     trials(tmp_path / "inner", VALUES)  # a sweep of its own
     (tmp_path / "inner" / "sweep.yaml").touch()
-    settings = settings_of(tmp_path, ["loss.alpha", "seed"])
-    assert [(s.values, s.top1, len(s.runs)) for s in settings] == [
-        (("loss.alpha=1",), 52.0, 2), (("loss.alpha=2",), 51.5, 2), (("loss.alpha=4",), 10.0, 1),
-    ]  # fmt: skip
-    assert settings[0].spread == pytest.approx(8**0.5)
-    assert settings[2].spread is None
+    for name in ("teacher", "alone"):
+        write_run(tmp_path / name, "ce", teacher=None)
+    assert {run.folder.parent for run in _trials(tmp_path)} == {tmp_path}
+    assert {run.folder.name for run in _trials(tmp_path)} == {f"loss.alpha={a},seed={s}" for a, s, _ in VALUES}
+    settings = sweep_settings(_trials(tmp_path), ["loss.alpha", "seed"])
+    assert list(settings["overrides"]) == [("loss.alpha=1",), ("loss.alpha=2",), ("loss.alpha=4",)]
+    assert list(settings["n"]) == [2, 2, 1]
+
+
+def best_command(config, swept):
+    """The command that trains with the single setting of a sweep."""
+    settings = sweep_settings(_trials(Path(config.hydra.sweep.dir)), swept)
+    ((overrides, run),) = zip(settings["overrides"], settings["run"], strict=True)
+    return retrain_command(config, overrides, run, sweep._overrides(config)[1])
 
 
 def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests_once(start, tmp_path, capsys):
@@ -241,8 +240,7 @@ def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests
 def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
     config = start("sweep=rld_grid", "model=vgg13_to_vgg8")
     trials(tmp_path / "sweep", VALUES[:1])
-    (best,) = settings_of(tmp_path / "sweep", ["loss.alpha"])
-    assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in retrain_command(config, best, sweep._overrides(config)[1])
+    assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in best_command(config, ["loss.alpha"])
 
 
 @pytest.mark.parametrize(
@@ -264,9 +262,7 @@ def test_the_command_of_a_combination_composes_to_what_was_tried(start, tmp_path
     run = write_run(tmp_path / "sweep" / value, settings={}, held_out=0.1)
     trial_overrides = [*(o for o in expanded if "," not in o), value]
     OmegaConf.save(OmegaConf.create(trial_overrides), run / ".hydra" / "overrides.yaml")
-    swept, fixed = sweep._overrides(config)
-    (best,) = settings_of(tmp_path / "sweep", swept)
-    line = retrain_command(config, best, fixed)
+    line = best_command(config, sweep._overrides(config)[0])
     assert printed in line
     assert compose(*shlex.split(line)[2:]).loss == compose(*trial_overrides).loss
 
@@ -275,8 +271,7 @@ def test_a_loss_that_was_swept_is_named_once(start, tmp_path):
     config = start("loss=rld,dkd", "recipe=quick")
     run = write_run(tmp_path / "sweep" / "loss=dkd", "dkd", held_out=0.1)
     OmegaConf.save(OmegaConf.create(["loss=dkd", "recipe=quick"]), run / ".hydra" / "overrides.yaml")
-    (best,) = settings_of(tmp_path / "sweep", ["loss"])
-    assert " recipe=quick loss=dkd data.val_fraction=0 " in retrain_command(config, best, sweep._overrides(config)[1])
+    assert " recipe=quick loss=dkd data.val_fraction=0 " in best_command(config, ["loss"])
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):
@@ -357,7 +352,7 @@ def finish(cfg, top1=60.0):
 
 def test_a_finished_trial_is_not_repeated(cfg, monkeypatch):
     finish(cfg)
-    monkeypatch.setattr(trial, "run_in_processes", lambda *_: pytest.fail("it was started again"))
+    monkeypatch.setattr(fitting, "run_in_processes", lambda *_: pytest.fail("it was started again"))
     assert run_trial(cfg).top1 == 60.0
 
 
@@ -371,11 +366,11 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
         resumed.append(cfg.resume)
         raise UserError("out of memory.")
 
-    monkeypatch.setattr(trial, "run_in_processes", fails)
+    monkeypatch.setattr(fitting, "run_in_processes", fails)
     with pytest.raises(UserError, match="out of memory"):
         run_trial(cfg)
     assert (folder / "error.txt").read_text() == "out of memory.\n"
-    monkeypatch.setattr(trial, "run_in_processes", lambda _processes, _task, cfg, resume_hint: finish(cfg, 70.0))
+    monkeypatch.setattr(fitting, "run_in_processes", lambda _processes, _task, cfg, resume_hint: finish(cfg, 70.0))
     assert run_trial(cfg).top1 == 70.0
     assert not (folder / "error.txt").exists()
     assert resumed == [str(folder / "last.ckpt")]
@@ -383,13 +378,13 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_process_of_a_slurm_job_goes_on_and_returns_what_it_has(cfg, monkeypatch, rank):
-    monkeypatch.setattr(trial, "started_by", lambda: Started("srun", 2, 1))
+    monkeypatch.setattr(fitting, "started_by", lambda: Started("srun", 2, 1))
     monkeypatch.setattr(run_folder, "started_by", lambda: Started("srun", 2, 1))
-    monkeypatch.setattr(trial, "processes_to_start", lambda _trainer: 1)
+    monkeypatch.setattr(fitting, "processes_to_start", lambda _trainer: 1)
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     resumed = []
     summary = SimpleNamespace(top1=60.0)  # rank 0 may not have written it yet
-    monkeypatch.setattr(trial, "fit", lambda cfg: resumed.append(cfg.resume) or summary)
+    monkeypatch.setattr(fitting, "fit", lambda cfg: resumed.append(cfg.resume) or summary)
     folder = Path(cfg.paths.run)
     folder.mkdir()
     (folder / "error.txt").touch()

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
-from rld_lightning.tasks.preflight import check_resume, check_start
+from rld_lightning.tasks.checks import check_resume, check_start
+from rld_lightning.tasks.plan import Student
 
 CONFIG = {
     "seed": 0,
@@ -25,7 +27,7 @@ def run(tmp_path):
         torch.save(CHECKPOINT | (checkpoint or {}), tmp_path / "last.ckpt")
         (tmp_path / "student.safetensors").write_bytes(b"no pickle")
         cfg = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(changes)), {"resume": str(tmp_path / file)})
-        check_resume(cfg)
+        check_resume(tmp_path / file, cfg.model.student.name, cfg)
 
     return check
 
@@ -45,6 +47,9 @@ def test_the_same_settings_and_other_places_and_lengths(run):
         ({"changes": ["model.student.name=resnet14"]}, "is of a run with resnet8, and this one trains resnet14"),
         # a one-cycle schedule ends where it was told to
         ({"changes": ["recipe.epochs=5"], "checkpoint": {"lr_schedulers": [{"total_steps": 9}]}}, "recipe.epochs=3"),
+        ({"checkpoint": {"lr_schedulers": None}}, "no checkpoint to resume from; take a run's last.ckpt"),
+        ({"checkpoint": {"hyper_parameters": {"student": "a\n" * 9}}}, "last.ckpt says name="),
+        ({"checkpoint": {"hyper_parameters": {"data_seed": {"_target_": "os.getcwd"}}}}, "last.ckpt says data_seed="),
         ({"checkpoint": {"optimizer_states": []}}, "has weights alone.*model.student.weights="),
         ({"file": "student.safetensors"}, "no checkpoint to resume from; take a run's last.ckpt"),
     ],
@@ -54,13 +59,20 @@ def test_what_a_run_cannot_go_on_from(run, options, words):
         run(**options)
 
 
+@pytest.mark.parametrize("values", [None, [], "resnet8", {}])
+def test_a_checkpoint_may_say_nothing_about_itself(run, values):
+    run(checkpoint={"hyper_parameters": values})
+
+
 def test_simkds_student_is_known_by_its_own_part(run):
     run(checkpoint={"hyper_parameters": {"student": "resnet8@resnet20"}})
 
 
 def test_a_network_that_is_not_built_without_memory_is_not_refused_for_it(tmp_path):
-    cfg = OmegaConf.merge(CONFIG, {"model": {"student": {"name": "torchvision/regnet_y_400mf"}}})
-    check_start(cfg, tmp_path)
-    cfg.model.student.name = "torchvision/regnet_y_401mf"
+    def begin(name):
+        student = Student(name, None, channels_last=True)
+        check_start(make_plan(tmp_path, student=student, teacher=None), OmegaConf.create())
+
+    begin("torchvision/regnet_y_400mf")
     with pytest.raises(ValueError, match="regnet_y_400mf"):
-        check_start(cfg, tmp_path)
+        begin("torchvision/regnet_y_401mf")

@@ -10,7 +10,7 @@ from torch import nn
 
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.read import Weights
-from rld_lightning.tasks import check
+from rld_lightning.tasks import checks
 
 
 class Toy(ImageDataModule):
@@ -30,21 +30,21 @@ def weights(**facts):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "sentence"),
+    ("name", "other_sizes", "sentence"),
     [
-        ("torchvision/alexnet", {"image_size": 8}, r"cannot take images of 3x8x8 \(.*another size with data\.im"),
-        ("torchvision/alexnet", {}, r"alexnet cannot take images of 3x8x8 \(.*; choose another model\."),
+        ("torchvision/alexnet", True, r"cannot take images of 3x8x8 \(.*another size with data\.im"),
+        ("torchvision/alexnet", False, r"alexnet cannot take images of 3x8x8 \(.*; choose another model\."),
     ],
 )
-def test_images_that_a_network_cannot_take(name, settings, sentence):
+def test_images_that_a_network_cannot_take(name, other_sizes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check.check_network(name, data(), OmegaConf.create(settings))
+        checks.check_network(name, data(), other_sizes=other_sizes)
 
 
 def test_transformers_have_an_image_size_of_their_own():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot take images of 3x8x8 \(Input height"):
-        check.check_network("timm/vit_tiny_patch16_224", data(), OmegaConf.create({}))
+        checks.check_network("timm/vit_tiny_patch16_224", data())
 
 
 class Tuple(nn.Module):
@@ -57,29 +57,29 @@ class Tuple(nn.Module):
 )
 def test_what_is_not_logits(network, found):
     with pytest.raises(ValueError, match=rf"net makes {found} of two images of 3x8x8, not logits \(2, 3\)"):
-        check.check_network("net", data(), OmegaConf.create({}), network)
+        checks.check_network("net", data(), network)
 
 
 def test_a_network_is_left_as_it_was():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 3))
     state, random = {key: value.clone() for key, value in network.state_dict().items()}, torch.get_rng_state()
-    check.check_network("net", data(), OmegaConf.create({}), network)
+    checks.check_network("net", data(), network)
     assert network.training
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_other_classes_or_another_order_of_them():
-    check.check_classes(weights(class_names=["a", "b", "c"]), data(), "go")
-    check.check_classes(weights(), data(), "go")
+    checks.check_classes(weights(class_names=["a", "b", "c"]), data(), "go")
+    checks.check_classes(weights(), data(), "go")
     with pytest.raises(ValueError, match=r"other classes than those of toy \(class 0 is 'b' there and 'a' here\); go"):
-        check.check_classes(weights(class_names=["b", "a", "c"]), data(), "go")
+        checks.check_classes(weights(class_names=["b", "a", "c"]), data(), "go")
 
 
 def test_what_a_file_of_others_says_is_not_taken_for_ours():
     theirs = Weights({}, {"dataset": "toy", "class_names": "['a']", "val_fraction": "None"}, Path("w"))
-    check.check_classes(theirs, data(), "go")
-    check.check_split(theirs, data(), "val")
+    checks.check_classes(theirs, data(), "go")
+    checks.check_split(theirs, data(), "val")
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def test_what_a_file_of_others_says_is_not_taken_for_ours():
 )
 def test_what_is_held_out_follows_the_file_where_it_is_left_open(facts, seed, val_fraction):
     settings = OmegaConf.create({"seed": None, "val_fraction": None})
-    check.adopt_split(settings, weights(**facts))
-    assert settings == {"seed": seed, "val_fraction": val_fraction}
-    chosen = OmegaConf.create({"seed": 5, "val_fraction": 0.5})
-    check.adopt_split(chosen, weights(**facts))
-    assert chosen == {"seed": 5, "val_fraction": 0.5}
+    found = checks.split_to_measure(settings, weights(**facts))
+    assert found == {"seed": seed, "val_fraction": val_fraction}
+    assert settings == {"seed": None, "val_fraction": None}
+    chosen = OmegaConf.create({"seed": 5, "val_fraction": None})
+    assert checks.split_to_measure(chosen, weights(**facts)) == {"val_fraction": val_fraction}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_what_is_held_out_follows_the_file_where_it_is_left_open(facts, seed, va
 )
 def test_images_that_a_model_was_trained_on(split, facts, options, refused):
     if refused is None:
-        check.check_split(weights(**facts), data(**options), split)
+        checks.check_split(weights(**facts), data(**options), split)
         return
     with pytest.raises(ValueError, match=refused):
-        check.check_split(weights(**facts), data(**options), split)
+        checks.check_split(weights(**facts), data(**options), split)

@@ -1,0 +1,165 @@
+"""What a file of weights says about itself, read as plain numbers and texts in range and as nothing else.
+
+Whoever made the file wrote it. Nothing of it is instantiated, resolved as an interpolation or taken for a path.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+from unicodedata import category
+
+from rld_lightning.models.read import Weights, WeightsError
+
+_MOST_SHOWN = 60  # characters of a refused value
+_LONGEST_TEXT = 300
+_LARGEST = 1 << 32
+
+# What decides which images a network is measured on, and for how many classes it is built. Everything else is compared
+# or shown only, and there text that is not JSON, as checkpoints of other programs have it, says nothing.
+_STRICT = ("num_classes", "data_seed", "val_fraction", "test_fraction")
+
+
+@dataclass(frozen=True)
+class WeightsFacts:
+    """What a file of weights says about itself; None where it says nothing.
+
+    Attributes:
+        name: the model's name, for :func:`~rld_lightning.models.create_model`.
+        dataset: the data set that it was trained on.
+        source: who made it, such as ``"fit"`` or ``"published"``.
+        num_classes: C, at least 2.
+        class_names: the classes, in the order of the logits.
+        image_shape: (channels, height, width) of the images.
+        mean: of each channel of the images, for values in [0, 1].
+        std: standard deviation of each channel, likewise.
+        data_seed: seed of what was held out, in [0, 2**32).
+        val_fraction: share of the training split that was held out, in [0, 1).
+        test_fraction: share of a folder without a test split that was held out for testing, in [0, 1).
+        top1: accuracy in percent.
+        epochs: how many it was trained for.
+    """
+
+    name: str | None = None
+    dataset: str | None = None
+    source: str | None = None
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    image_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    data_seed: int | None = None
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+    top1: float | None = None
+    epochs: int | None = None
+
+
+def facts_of(weights: Weights) -> WeightsFacts:
+    """Reads the facts of a file of weights.
+
+    Args:
+        weights: what :func:`~rld_lightning.models.read.read_weights` made of the file.
+
+    Raises:
+        WeightsError: a value is not of its kind or not in its range; the message names file, key and value.
+    """
+    return read_facts(weights.metadata, weights.source)
+
+
+def read_facts(metadata: Mapping[str, str], source: str | Path) -> WeightsFacts:
+    """Reads the facts in the header of a safetensors file, or in the hyper-parameters of a checkpoint.
+
+    Args:
+        metadata: texts, of which numbers and lists are JSON. Checkpoints call the name ``student``.
+        source: what error messages call the file.
+
+    Raises:
+        WeightsError: as :func:`facts_of`.
+    """
+    values = dict(metadata)
+    if "name" not in values and "student" in values:
+        values["name"] = values["student"]
+    return WeightsFacts(
+        **{field.name: _read(field.name, values.get(field.name), source) for field in fields(WeightsFacts)}
+    )
+
+
+def _read(key: str, text: str | None, source: str | Path) -> Any:
+    if text is None:
+        return None
+    accepts, kind = _KINDS[key]
+    if kind is _TEXT:
+        if not accepts(text):
+            raise _refusal(key, text, kind, source)
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if text == "None" or key not in _STRICT:
+            return None
+        raise _refusal(key, text, kind, source) from None
+    if value is None:
+        return None
+    if not accepts(value):
+        raise _refusal(key, text, kind, source)
+    return tuple(value) if kind in (_SHAPE, _CHANNELS, _SPREADS) else value
+
+
+def _refusal(key: str, text: str, kind: str, source: str | Path) -> WeightsError:
+    shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return WeightsError(
+        f"{source} says {key}={shown!r} about itself, which is not {kind}; save its state_dict alone in another "
+        "file to use the weights without what this one says"
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and not any(map(_is_control, value))
+
+
+def _is_control(character: str) -> bool:
+    return category(character) == "Cc"
+
+
+def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value < high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST and isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_three(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == 3 and all(map(accepts, value))
+
+
+_TEXT = f"a line of at most {_LONGEST_TEXT} characters"
+_SHAPE = "a list of three whole numbers from 1 to 65536"
+_CHANNELS = "a list of three numbers"
+_SPREADS = "a list of three numbers above 0"
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, _TEXT),
+    "dataset": (_is_text, _TEXT),
+    "source": (_is_text, _TEXT),
+    "num_classes": (_is_whole(2, 1 << 24), "a whole number from 2 on"),
+    "class_names": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+    "image_shape": (_is_three(_is_whole(1, 65537)), _SHAPE),
+    "mean": (_is_three(_is_number), _CHANNELS),
+    "std": (_is_three(lambda value: _is_number(value) and value > 0), _SPREADS),
+    "data_seed": (_is_whole(0, _LARGEST), "a whole number in [0, 2**32)"),
+    "val_fraction": (_is_share, "a number in [0, 1)"),
+    "test_fraction": (_is_share, "a number in [0, 1)"),
+    "top1": (lambda value: _is_number(value) and 0 <= value <= 100, "a number in [0, 100]"),
+    "epochs": (_is_whole(0, _LARGEST), "a whole number from 0 on"),
+}

@@ -1,0 +1,120 @@
+"""The parts of a run that take more than their part of the configuration to be made."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rld_lightning.callbacks import SameConfiguration
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.stages import classifier_of
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.verify import load_weights
+from rld_lightning.module import DistillationModule
+from rld_lightning.tasks.plan import Plan
+
+
+def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
+    """Downloads data where need be, sets them up, and prints their line.
+
+    Args:
+        data: the data.
+        strong_view: whether the loss looks at a second view of each image.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    print_line("data", data.describe())
+    data.strong_view = strong_view
+
+
+def build_module(
+    plan: Plan,
+    data: ImageDataModule,
+    loss: DistillationLoss,
+    teacher: FrozenTeacher | None,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: Callable[[Optimizer], LRScheduler] | None,
+) -> DistillationModule:
+    """The student and what it is trained with.
+
+    Args:
+        plan: what the run is to do.
+        data: the data, set up.
+        loss: what is minimised.
+        teacher: with its weights; None where the loss needs none.
+        optimizer: called with the parameters to train.
+        scheduler: called with the optimizer.
+    """
+    # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
+    seed_everything(plan.seed, workers=True, verbose=False)
+    name, weights = plan.student.name, plan.student.weights
+    pretrained = {"pretrained": True} if weights == "pretrained" else {}
+    student = create_model(name, data.num_classes, **pretrained)
+    if weights not in (None, "pretrained"):
+        load_weights(student, weights, name=name)
+    if teacher is not None:
+        plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
+        if student is not plain and plan.teacher is not None:
+            name = f"{name}@{plan.teacher.name}"
+    layout = torch.channels_last if plan.student.channels_last else torch.preserve_format
+    module = DistillationModule(
+        student.to(memory_format=layout),
+        loss.to(memory_format=layout),
+        optimizer,
+        scheduler,
+        teacher=teacher,
+        num_classes=data.num_classes,
+        scheduler_interval=plan.scheduler_interval,
+        info={"student": name, "dataset": data.name, **data.split_facts},
+    )
+    if plan.compile:
+        # In place, so that checkpoint keys stay those of the plain model. Not where hooks would send it back to eager:
+        # those of taps, and those that gather the weights of a teacher that is shared out.
+        if not loss.student_taps:
+            module.student.compile()
+        if teacher is not None and not teacher.shard and not loss.teacher_taps:
+            teacher.model.compile()
+    return module
+
+
+def connect(
+    loss: DistillationLoss, student: nn.Module, teacher: nn.Module, image_shape: Sequence[int], train_label: Tensor
+) -> nn.Module:
+    """Connects a loss to both networks.
+
+    Returns:
+        the student to train: the one given or, for a loss that reuses the teacher's classifier, one that ends in it.
+    """
+    if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
+        student.classifier.load_state_dict(classifier_of(teacher).state_dict())
+    elif loss.reuses_classifier:
+        student = graft(student, teacher)
+    loss.connect(student, teacher, image_shape, train_label)
+    return student
+
+
+def watchers(cfg: DictConfig) -> dict[str, Any]:
+    """Who watches a run: its loggers and callbacks, as arguments of the trainer.
+
+    Args:
+        cfg: the run's configuration.
+    """
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    return {
+        "logger": [instantiate(logger) for logger in cfg.logger.values() if logger],
+        "callbacks": [*callbacks, SameConfiguration(cfg)],
+        # Lightning would put its own in the place of what callbacks.<name>=null has switched off.
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+    }

@@ -1,0 +1,245 @@
+"""What would go wrong later, said before anything is trained or measured: one sentence each."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.data.sampler import share_of_batch
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import facts_of, read_facts
+from rld_lightning.models.read import Weights
+from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.taps import evaluation_mode
+from rld_lightning.runs.files import LAST, METRICS
+from rld_lightning.runs.likeness import refuse_other_settings
+from rld_lightning.tasks.plan import Plan
+
+
+def check_start(plan: Plan, cfg: DictConfig) -> None:
+    """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
+
+    Args:
+        plan: what the run is to do.
+        cfg: its configuration.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint to resume from.
+        ValueError: the folder holds another run, the checkpoint is not of this one, a network has no name that is
+            known, or the processes cannot share the batch.
+    """
+    if plan.processes > 1:
+        share_of_batch(plan.batch_size, plan.processes)
+    if plan.resume is None or Path(plan.resume).absolute() != (plan.run / LAST).absolute():
+        _refuse_another_run(plan.run)
+    if plan.resume is not None:
+        check_resume(Path(plan.resume), plan.student.name, cfg)
+    for role, network in (("teacher", plan.teacher), ("student", plan.student)):
+        if network is None:
+            continue
+        if network.name is None:
+            raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
+        if network.weights == "pretrained" and not network.name.startswith(("torchvision/", "timm/")):
+            raise ValueError(
+                f"model.{role}.weights=pretrained is for torchvision/<name> and timm/<name>, not for {network.name}; "
+                f"give {'a file' if role == 'student' else 'a file, published or fit'}."
+            )
+        # A wrong name should not wait for a download. RegNets compute widths with tensors, which meta ones refuse.
+        with torch.device("meta"), suppress(NotImplementedError):
+            create_model(network.name)
+
+
+@rank_zero_only
+def _refuse_another_run(run: Path) -> None:
+    if any((run / name).exists() for name in (METRICS, LAST)):
+        raise ValueError(
+            f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
+            f"on (resume={run / LAST})."
+        )
+
+
+def check_loss(loss: DistillationLoss, plan: Plan) -> None:
+    """Looks whether a loss has the teacher that it needs.
+
+    Raises:
+        ValueError: it needs one, and there is none.
+    """
+    if loss.needs_teacher and plan.teacher is None:
+        raise ValueError(
+            f"the loss needs a teacher and model={plan.label} has none; choose a pair "
+            "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
+        )
+
+
+def check_trainer(trainer: Trainer, settings: DictConfig, batch_size: int) -> None:
+    """Looks whether a trainer can do all of a run.
+
+    Args:
+        trainer: the trainer.
+        settings: ``trainer``.
+        batch_size: over all processes.
+
+    Raises:
+        ValueError: it validates never, cannot share out the batch, or has no GPUs for what needs them.
+    """
+    if getattr(trainer, "fast_dev_run", False):  # which Lightning does not declare
+        raise ValueError(
+            "trainer.fast_dev_run leaves nothing that a run is made of; for a trial take trainer.max_steps=10 and "
+            "data.subset=0.01."
+        )
+    if trainer.limit_val_batches == 0:
+        raise ValueError(
+            "trainer.limit_val_batches=0 leaves no accuracy to report; to validate less often, set "
+            "trainer.check_val_every_n_epoch."
+        )
+    share_of_batch(batch_size, trainer.world_size)
+    if settings.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
+
+
+def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
+    """Looks whether a file is a checkpoint of a run with the same settings, of which a run may change the length.
+
+    Args:
+        path: what the run is to go on from.
+        student: the network that it trains.
+        cfg: its configuration.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is something else, of another student or of other settings; or the run would be of another
+            length and its schedule does not allow it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
+    checkpoint = _read(path)
+    found = read_facts(_hyper_parameters(checkpoint), path).name or student
+    if canonical_name(found.split("@")[0]) != canonical_name(student):  # SimKD's has the teacher's, too
+        raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
+    # One-cycle schedules have their length from the beginning.
+    fixed = any(isinstance(schedule, dict) and "total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
+    length = () if fixed else ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
+    refuse_other_settings(path.parent, cfg, may_differ=(*length, "trainer.precision"))  # the machine's, by itself
+
+
+def _read(path: Path) -> dict[str, Any]:
+    weights = f"to begin a new run with its weights, use model.student.weights={path}"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a file that is no checkpoint is taken for
+        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.") from error
+    if not isinstance(checkpoint, dict) or not checkpoint.get("optimizer_states"):
+        raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
+    if not isinstance(checkpoint.get("lr_schedulers"), list):
+        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
+    return checkpoint
+
+
+def _hyper_parameters(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint says about itself, as texts."""
+    values = checkpoint.get("hyper_parameters")
+    return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def check_network(
+    name: str, data: ImageDataModule, network: nn.Module | None = None, *, other_sizes: bool = False
+) -> None:
+    """Has a network show that it turns two images of the data into logits.
+
+    Args:
+        name: the model's name.
+        data: the data, set up.
+        network: the network, on the CPU; by default a fresh one of this name.
+        other_sizes: whether the data can have another ``data.image_size``.
+
+    Raises:
+        ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
+    """
+    network = create_model(name, data.num_classes) if network is None else network
+    shape = "x".join(map(str, data.image_shape))
+    try:
+        with evaluation_mode(network), torch.no_grad():
+            logits = network(torch.zeros(2, *data.image_shape))
+    except Exception as error:  # each library refuses images in its own way
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        size = "another size with data.image_size=, or " if other_sizes else ""
+        raise ValueError(f"{name} cannot take images of {shape} ({reason}); choose {size}another model.") from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != (2, data.num_classes):
+        raise ValueError(
+            f"{name} makes {found} of two images of {shape}, not logits {(2, data.num_classes)}; choose another model."
+        )
+
+
+def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None:
+    """Refuses weights of other classes, where their file names its own.
+
+    Args:
+        weights: the weights and what their file says about them.
+        data: the data, set up.
+        way_out: what the user can do, to end the sentence.
+
+    Raises:
+        ValueError: the classes are others, or in another order.
+    """
+    known, classes = facts_of(weights).class_names, list(data.class_names)
+    if known is not None and known != classes:
+        raise ValueError(
+            f"{weights.source} was trained on other classes than those of {data.name}{_first_other(known, classes)}; "
+            f"{way_out}."
+        )
+
+
+def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
+    """What the run of a file has held out, for the options of the data that their configuration leaves open (null).
+
+    Args:
+        settings: the data's part of the configuration.
+        weights: the weights and what their file says about them.
+
+    Returns:
+        values by option, such as ``{"seed": 0, "val_fraction": 0.1}``; 0 where the file does not say.
+
+    Raises:
+        WeightsError: what the file says is not a number in range.
+    """
+    facts = facts_of(weights)
+    options = {option: getattr(facts, name) or 0 for name, option in ImageDataModule.split_options.items()}
+    return {option: value for option, value in options.items() if settings[option] is None}
+
+
+def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
+    """Refuses to measure weights on images that they were trained on, as far as their file says what was held out.
+
+    Args:
+        weights: the weights and what their file says about them.
+        data: the data.
+        split: ``"test"`` or ``"val"``.
+
+    Raises:
+        ValueError: other images were held out when they were trained.
+    """
+    facts = facts_of(weights)
+    if facts.dataset != data.name:
+        return
+    # How the training split is cut up does not change the test split; and where nothing is cut off, no seed counts.
+    harmless = ImageDataModule.split_options if split == "test" else () if data.val_fraction else ("data_seed",)
+    for name, value in data.split_facts.items():
+        known, option = getattr(facts, name), f"data.{data.split_options[name]}"
+        if name not in harmless and known not in (None, value):
+            raise ValueError(
+                f"{weights.source} was trained with {option}={known}, and with {option}={value} it would be measured "
+                f"on images that it was trained on; add {option}={known}."
+            )
+
+
+def _first_other(known: list[str], classes: list[str]) -> str:
+    pairs = enumerate(zip(known, classes, strict=False))
+    return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

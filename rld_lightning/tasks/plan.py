@@ -1,0 +1,173 @@
+"""What a run is to do, read from its configuration once, with what was found. Nothing writes into a configuration."""
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.models.store import TeacherStore
+
+
+@dataclass(frozen=True)
+class Student:
+    """The network to train: ``model.student``.
+
+    Attributes:
+        name: for :func:`~rld_lightning.models.create_model`.
+        weights: a file to start from, or ``"pretrained"``; None for random ones.
+        channels_last: whether it computes in that layout.
+    """
+
+    name: str
+    weights: str | None
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The network to learn from: ``model.teacher``.
+
+    Attributes:
+        name: for :func:`~rld_lightning.models.create_model`.
+        weights: a file, or ``"pretrained"``; or where to look for a file, ``"auto"``, ``"fit"`` or ``"published"``.
+        published_url: the archive of published teachers.
+        options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`.
+    """
+
+    name: str
+    weights: str | None
+    published_url: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        run: the run's folder.
+        resume: the checkpoint that it goes on from; None where it begins.
+        processes: how many are to be started; 1 where this process trains.
+        seed: of weights, order and augmentation.
+        label: what the pair, or the single network, is called.
+        student: the network to train.
+        teacher: the network to learn from; None without one, and where the loss needs none.
+        store: where trained teachers are kept.
+        compile: whether the networks are compiled.
+        loss: what the loss is called.
+        batch_size: over all processes.
+        other_sizes: whether the data can have another ``data.image_size``.
+        optimizer: its class.
+        recipe_rate: the recipe's learning rate.
+        scale_lr_from: the batch size that it is for; None where it holds for any.
+        scheduler_interval: when the schedule steps.
+    """
+
+    run: Path
+    resume: str | None
+    processes: int
+    seed: int
+    label: str
+    student: Student
+    teacher: Teacher | None
+    store: TeacherStore
+    compile: bool
+    loss: str
+    batch_size: int
+    other_sizes: bool
+    optimizer: str
+    recipe_rate: float
+    scale_lr_from: int | None
+    scheduler_interval: str
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate to train with, by linear scaling (Goyal et al., arXiv 1706.02677) where the recipe asks for it.
+
+        Raises:
+            ValueError: the batch size to scale from is not positive.
+        """
+        if self.scale_lr_from is None:
+            return self.recipe_rate
+        if self.scale_lr_from < 1:
+            raise ValueError(
+                f"recipe.scale_lr_from={self.scale_lr_from} must be a batch size, such as 256, or null for no scaling."
+            )
+        return self.recipe_rate * self.batch_size / self.scale_lr_from
+
+
+def plan_student(settings: DictConfig) -> Student:
+    """The network to train, as ``model.student`` says."""
+    return Student(settings.name, settings.weights, settings.channels_last)
+
+
+def plan_teacher(settings: DictConfig | None) -> Teacher | None:
+    """The network to learn from, as ``model.teacher`` says; None without one."""
+    if settings is None:
+        return None
+    options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard")}
+    return Teacher(settings.name, settings.weights, settings.published_url, options)
+
+
+def freeze(cfg: DictConfig) -> None:
+    """Lets nobody write into a configuration any more."""
+    OmegaConf.set_readonly(cfg, True)
+
+
+def changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """Another configuration, frozen, with other values by full key.
+
+    Args:
+        cfg: a configuration, which stays as it is.
+        values: such as ``{"recipe.optimizer.lr": 0.1}``.
+    """
+    other = deepcopy(cfg)
+    OmegaConf.set_readonly(other, False)
+    for key, value in values.items():
+        OmegaConf.update(other, key, value, force_add=True)
+    freeze(other)
+    return other
+
+
+def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> DictConfig:
+    """The configuration of a run that trains one network by itself: with cross-entropy, and a run's data and recipe.
+
+    Args:
+        cfg: the run's, which stays as it is.
+        name: the network.
+        weights: what it starts from, as ``model.student.weights``.
+        folder: the folder of its run.
+    """
+    own = deepcopy(cfg)
+    OmegaConf.set_readonly(own, False)
+    OmegaConf.set_struct(own, False)
+    own.pop("hydra", None)
+    student = {**cfg.model.student, "name": name, "weights": weights}
+    own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
+    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
+    own.method = "ce"
+    own.print_config = False
+    own.paths.run = str(folder)
+    own.resume = None
+    own.callbacks.pop("pruner", None)  # which would take it for a trial
+    if "WANDB_RUN_ID" in os.environ:  # a sweep agent's, for the run that this one is for
+        own.logger.pop("wandb", None)
+    freeze(own)
+    return own
+
+
+def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
+    """A configuration with what was found for its run, for those who read it later: ``config.yaml`` and the loggers.
+
+    Args:
+        cfg: the run's, which stays as it is.
+        plan: the run's.
+    """
+    found: dict[str, Any] = {"resume": plan.resume}
+    if plan.teacher is not None:
+        found["model.teacher.weights"] = plan.teacher.weights
+    return changed(cfg, found)

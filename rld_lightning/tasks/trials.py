@@ -1,0 +1,171 @@
+"""The trials of a sweep when they are over: by setting, as the command that trains with the best, as a table."""
+
+import re
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from rld_lightning.console import console, print_files, print_line, print_table
+from rld_lightning.errors import UserError
+from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import read_facts
+from rld_lightning.models.read import read_metadata
+from rld_lightning.reporting.labels import mean_and_std, short_value
+from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER
+from rld_lightning.runs.finished import Run, find_runs, read_run
+
+ALONE = "alone"  # folder of the student that was trained by itself
+HELD_OUT = "data.val_fraction"
+MOST_SHOWN = 20  # settings
+
+
+def _trials(folder: Path) -> list[Run]:
+    """The finished trials of a sweep, without those of a sweep within it, and without what was trained first."""
+
+    def is_trial(run: Run) -> bool:
+        above = [path for path in (run.folder, *run.folder.parents) if path.is_relative_to(folder) and path != folder]
+        within = any((path / SWEEP).exists() for path in above)
+        return not within and folder / TEACHER not in above and run.folder != folder / ALONE
+
+    return [run for run in find_runs([folder]) if is_trial(run)]
+
+
+def key_of(override: Override) -> str:
+    """What an override is for: ``loss.alpha``, ``loss``, or ``loss@loss.at`` of one in another place."""
+    return override.get_key_element().lstrip("+~")
+
+
+def line_of(override: Override) -> str:
+    """An override as it was written."""
+    return override.input_line or ""
+
+
+def print_failed(folder: Path) -> None:
+    """Prints why trials of a sweep have failed, a line each."""
+    for path in sorted(path.parent for path in folder.rglob(ERROR) if not (path.parent / SUMMARY).exists()):
+        print_line("failed", f"{path}: {(path / ERROR).read_text().strip()}")
+
+
+def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]) -> None:
+    """Prints the settings of a sweep, the best first, and how to train with that.
+
+    Args:
+        config: the sweep's, as Hydra's callbacks get it.
+        swept: the keys that it sweeps.
+        fixed: the overrides that it does not, by key.
+
+    Raises:
+        UserError: no trial has finished.
+    """
+    from rld_lightning.reporting.sweeps import sweep_settings  # pandas takes a second
+
+    folder = Path(config.hydra.sweep.dir)
+    settings = sweep_settings(_trials(folder), swept)
+    if settings.empty:
+        raise UserError(f"no trial has finished in {folder}; what went wrong is in its {ERROR} files.")
+    keys = [key for key in swept if key != "seed"]
+    rows = [
+        (
+            *(short_value(line.split("=", 1)[1]) for line in setting.overrides),
+            mean_and_std(setting.mean, setting.std),
+            setting.n,
+            setting.best,
+            setting.epochs,
+        )
+        for setting in settings.itertuples(index=False)
+    ]
+    best = settings.iloc[0]
+    validated_on = best["run"].summary.validated_on
+    columns = (*keys, "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
+    print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:MOST_SHOWN])
+    if len(rows) > MOST_SHOWN:
+        print_line("", f"and {len(rows) - MOST_SHOWN} more in {folder}")
+    if not keys or not best["run"].config["data"]["val_fraction"]:  # repetitions, or a comparison on the test split
+        return
+    score = f"{rows[0][len(keys)]} % on {validated_on}, n = {best['n']}"
+    command = retrain_command(config, best["overrides"], best["run"], fixed)
+    print_line("best", f"{' '.join(best['overrides'])}: {score}; {command}")
+
+
+def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: Mapping[str, str]) -> str:
+    """The command that trains with a sweep's best setting on the whole training split, and tests once, at the end.
+
+    Args:
+        config: the sweep's, as Hydra's callbacks get it.
+        best: the overrides of the setting, but for the seed.
+        trial: one of its runs.
+        fixed: the overrides that the sweep does not vary, by key.
+    """
+    gone = ("sweep", "launcher", "seed", HELD_OUT)
+    settled = {key: line for key, line in fixed.items() if key not in gone and not key.startswith("callbacks.pruner")}
+    settled = _as_a_list(settled)
+    if "model.teacher.weights" in settled and f"{config.hydra.sweep.dir}/" in settled["model.teacher.weights"]:
+        settled["model.teacher.weights"] = "model.teacher.weights=fit"  # the sweep's own has not seen all images
+    if not any(re.match(r"\+?loss[=@]", line) for line in (*settled.values(), *best)):
+        settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
+    epochs = trial.config["recipe"]["epochs"]
+    last = [f"{HELD_OUT}=0", f"trainer.check_val_every_n_epoch={epochs}"]
+    return f"python {sys.argv[0]} {shlex.join([*settled.values(), *best, *last])}"
+
+
+def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:
+    """``loss=[rld,at]`` as the user has written it, before :func:`expand_combined_loss`."""
+    names = [match[1] for line in fixed.values() if (match := re.fullmatch(r"\+loss@loss\.(\w+)=\1", line))]
+    if fixed.get("loss") != "loss=combined" or len(names) < 2:
+        return dict(fixed)
+    combination = f"loss=[{','.join(names)}]"
+    expanded = expand_combined_loss([combination])
+    return {key: line for key, line in fixed.items() if line not in expanded} | {"loss": combination}
+
+
+def print_networks(folder: Path) -> None:
+    """Prints teacher, student alone and distilled students of a sweep side by side, and what to try next.
+
+    Args:
+        folder: the sweep's.
+
+    Raises:
+        UserError: no trial has finished.
+    """
+    trials = _trials(folder)
+    if not trials:
+        raise UserError(f"no trial has finished in {folder}; what went wrong is in its {ERROR} files.")
+    alone, first = read_run(folder / ALONE), trials[0].summary
+    rows = []
+    if first.teacher is not None:
+        rows.append(("teacher", *_measured(first.teacher, first.teacher_top1, trials[0])))
+    rows.append(("student, cross-entropy", *_measured(alone.summary.model, alone.summary.top1, alone)))
+    for run in trials:
+        seed = f", seed {run.summary.seed}" if len({other.summary.seed for other in trials}) > 1 else ""
+        rows.append((f"student, {run.summary.loss}{seed}", *_measured(run.summary.model, run.summary.top1, run)))
+    columns = ("", "model", "top-1 %", "parameters", "M MACs", "images/s")
+    print_table(f"{first.dataset}, last of {first.epochs} epochs", columns, rows)
+    console.print("images/s: forward passes of 64 images on this machine", style="dim")
+    for run in (*trials, alone):
+        print_files(run.folder, {CURVES: f"learning curves, {run.summary.loss}"})
+    for command, what in _NEXT.items():
+        print_line("next", f"{command}  {what}")
+
+
+_NEXT: Mapping[str, str] = {
+    "python scripts/quickstart.py loss=dkd": "another loss (scripts/fit.py --help lists all)",
+    "python scripts/compare.py experiment=quickstart losses=ce,kd,rld seeds=0,1,2": "several, with spread and a report",
+    "python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld": "a pair of the papers, on CIFAR-100",
+}
+
+
+def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:
+    """Name, accuracy, parameters, MACs and speed of a network that was trained, or taught, in a run."""
+    file = run.folder / STUDENT
+    facts = read_facts(read_metadata(file), file)
+    if facts.num_classes is None or facts.image_shape is None:
+        raise ValueError(f"{file} does not say what images it is for; give a folder that this package has written.")
+    model = create_model(name, facts.num_classes)
+    macs, speed = count_macs(model, facts.image_shape), images_per_second(model, facts.image_shape)
+    return name, top1, count_parameters(model), macs / 1e6, speed
