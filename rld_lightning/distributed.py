@@ -2,6 +2,11 @@
 
 import os
 import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from typing import NamedTuple
@@ -9,7 +14,7 @@ from typing import NamedTuple
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__ = ["Started", "devices_per_node", "nodes", "rank_zero_only", "started_by", "unique_name"]
+__all__ = ["Started", "devices_per_node", "nodes", "rank_zero_only", "sigterm_ends", "started_by", "unique_name"]
 
 
 def _rank_before_lightning() -> int:
@@ -86,3 +91,16 @@ def _agreed_name() -> str:
     if rank == 0:
         store.set(key, _new_name())
     return store.get(key).decode()
+
+
+@contextmanager
+def sigterm_ends() -> Iterator[None]:
+    """Lets SIGTERM end this process as Ctrl-C does, and not without the processes that it has started."""
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

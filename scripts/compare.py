@@ -11,8 +11,9 @@ import argparse
 import re
 import sys
 
+from omegaconf import DictConfig
+
 from rld_lightning.hydra.script import exit_on_user_error, run_task
-from rld_lightning.tasks.trial import run_trial
 
 SWEPT = {"losses": "loss", "seeds": "seed"}
 NOT_FOR_ALL = r"[+~]*((loss|seed|sweep|resume)=|loss@|hydra\.sweep(?!\.dir=))"  # runs of a comparison differ in it
@@ -44,6 +45,13 @@ def translated(option: str) -> str:
     return option
 
 
+def main(cfg: DictConfig) -> float:
+    """A student's top-1 accuracy in percent."""
+    from rld_lightning.tasks.trial import run_trial  # Lightning takes seconds that help need not wait for
+
+    return run_trial(cfg).top1
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -54,4 +62,4 @@ if __name__ == "__main__":
     )
     with exit_on_user_error():
         sys.argv[1:] = map(translated, parser.parse_args().options)
-    run_task(lambda cfg: run_trial(cfg).top1, "fit", "sweep=compare")
+    run_task(main, "fit", "sweep=compare")

@@ -1,7 +1,18 @@
 """Measure any checkpoint or export: `python scripts/eval.py weights=runs/.../student.safetensors data=cifar100`."""
 
+from omegaconf import DictConfig
+
 from rld_lightning.hydra.script import run_task
-from rld_lightning.tasks.evaluate import evaluate
+
+
+def main(cfg: DictConfig) -> float:
+    """Top-1 accuracy in percent."""
+    from rld_lightning.tasks.evaluate import (
+        evaluate,  # Lightning takes seconds that help and mistakes need not wait for
+    )
+
+    return evaluate(cfg).top1
+
 
 if __name__ == "__main__":
-    run_task(lambda cfg: evaluate(cfg).top1, "eval")
+    run_task(main, "eval")

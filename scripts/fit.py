@@ -1,9 +1,17 @@
 """Train a student: `python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld`. All options: `--help`, `--cfg job`."""
 
-from rld_lightning.hydra.script import run_task
-from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.launch import is_trial
-from rld_lightning.tasks.trial import run_trial
+from omegaconf import DictConfig
+
+from rld_lightning.hydra.script import is_trial, run_task
+
+
+def main(cfg: DictConfig) -> float:
+    """The student's top-1 accuracy in percent."""
+    from rld_lightning.tasks.fit import fit  # Lightning takes seconds that help and mistakes need not wait for
+    from rld_lightning.tasks.trial import run_trial
+
+    return (run_trial if is_trial() else fit)(cfg).top1
+
 
 if __name__ == "__main__":
-    run_task(lambda cfg: (run_trial if is_trial() else fit)(cfg).top1, "fit")
+    run_task(main, "fit")

@@ -1,7 +1,16 @@
 """The main job in miniature: teacher, student alone, student distilled. Takes fit.py's options: `loss=dkd seed=1`."""
 
+from omegaconf import DictConfig
+
 from rld_lightning.hydra.script import run_task
-from rld_lightning.tasks.trial import run_trial
+
+
+def main(cfg: DictConfig) -> float:
+    """The distilled student's top-1 accuracy in percent."""
+    from rld_lightning.tasks.trial import run_trial  # Lightning takes seconds that help need not wait for
+
+    return run_trial(cfg).top1
+
 
 if __name__ == "__main__":
-    run_task(lambda cfg: run_trial(cfg).top1, "fit", "experiment=quickstart", "sweep=quickstart")
+    run_task(main, "fit", "experiment=quickstart", "sweep=quickstart")

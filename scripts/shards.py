@@ -1,7 +1,16 @@
 """Pack images into shards: `python scripts/shards.py data=imagenet out=/shards/imagenet`; or index existing ones."""
 
+from omegaconf import DictConfig
+
 from rld_lightning.hydra.script import run_task
-from rld_lightning.tasks.pack import make_shards
+
+
+def main(cfg: DictConfig) -> None:
+    """Packs, or makes an index."""
+    from rld_lightning.tasks.pack import make_shards  # takes seconds that help and mistakes need not wait for
+
+    make_shards(cfg)
+
 
 if __name__ == "__main__":
-    run_task(lambda cfg: make_shards(cfg) and None, "shards")
+    run_task(main, "shards")

@@ -18,11 +18,11 @@ from rld_lightning.hydra.compose import compose, expand_combined_loss
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.resolvers import fast_precision
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
+from rld_lightning.losses.connect import connect
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.tasks.build import connect
 
 Step = Callable[[], object]
 

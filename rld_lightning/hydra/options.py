@@ -20,6 +20,13 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 _SMALL_RATE = ("mobilenetv2", "shufflev1", "shufflev2")  # the literature trains them with a learning rate of 0.01
 
 
+class _Shared(dict):
+    """A store that copies of it share. Nodes are copied when they are read, so that nothing writes into them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
 def register_options() -> None:
     """Puts all generated options into Hydra's store; once more after a network or a loss has been registered.
 
@@ -30,6 +37,8 @@ def register_options() -> None:
     for group, options in (("model", network_options()), ("loss", tunable_losses())):
         for name in options.keys() - _files(group):
             store.store(group=group, name=name, node=options[name])
+    # Hydra copies the whole store for each group that its help lists, which takes seconds.
+    store.repo = _Shared(store.repo)
 
 
 def list_options(group: str) -> list[str]:

@@ -11,13 +11,14 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import console, print_error, quiet_lightning
+from rld_lightning.distributed import sigterm_ends
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.compose import compose, expand_combined_loss, in_front
 from rld_lightning.hydra.options import CONF, register_options
-from rld_lightning.tasks.launch import is_trial, sigterm_ends
 
 
 def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
@@ -59,6 +60,11 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         if stop.code == 1:  # Hydra has printed what is wrong with the command line, but not what was meant
             _suggest(config_name)
         raise
+
+
+def is_trial() -> bool:
+    """Whether Hydra runs this job as one of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed import get_world_size
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -26,6 +26,8 @@ def shard_over_machine(model: nn.Module, device: torch.device, processes: int) -
         device: this process's own.
         processes: how many there are on each machine, with consecutive ranks.
     """
+    if isinstance(model, FSDPModule):  # a run is set up again for each of its stages
+        return
     mesh = init_device_mesh(device.type, (get_world_size() // processes, processes), mesh_dim_names=("all", "machine"))
     model.to(memory_format=torch.contiguous_format)  # all that FSDP knows
     # The root takes what is in no block, and gives it back after each forward as the blocks do: there is no backward.

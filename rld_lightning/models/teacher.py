@@ -8,10 +8,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rld_lightning.models.sharding import shard_over_machine
 from rld_lightning.models.taps import forward_with_taps
 
 DTYPES = {
@@ -108,8 +106,9 @@ class FrozenTeacher(nn.Module):
             return
         if processes < 2:
             raise ValueError(f"shard=True shares the teacher out over at least two processes, not {processes}.")
-        if not isinstance(self.model, FSDPModule):  # a run is set up again for each of its stages
-            shard_over_machine(self.model, device, processes)
+        from rld_lightning.models.sharding import shard_over_machine  # FSDP takes a second
+
+        shard_over_machine(self.model, device, processes)
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never move."""

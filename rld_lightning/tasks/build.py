@@ -1,6 +1,6 @@
 """The parts of a run that take more than their part of the configuration to be made."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -16,9 +16,8 @@ from rld_lightning.callbacks import SameConfiguration
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.graft import GraftedStudent, graft
-from rld_lightning.models.stages import classifier_of
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.verify import load_weights
 from rld_lightning.module import DistillationModule
@@ -86,22 +85,6 @@ def build_module(
         if teacher is not None and not teacher.shard and not loss.teacher_taps:
             teacher.model.compile()
     return module
-
-
-def connect(
-    loss: DistillationLoss, student: nn.Module, teacher: nn.Module, image_shape: Sequence[int], train_label: Tensor
-) -> nn.Module:
-    """Connects a loss to both networks.
-
-    Returns:
-        the student to train: the one given or, for a loss that reuses the teacher's classifier, one that ends in it.
-    """
-    if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
-        student.classifier.load_state_dict(classifier_of(teacher).state_dict())
-    elif loss.reuses_classifier:
-        student = graft(student, teacher)
-    loss.connect(student, teacher, image_shape, train_label)
-    return student
 
 
 def watchers(cfg: DictConfig) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.tasks.checks import check_classes, check_network, check_split, split_to_measure
-from rld_lightning.tasks.launch import processes_to_start, run_in_processes
 from rld_lightning.tasks.plan import freeze
+from rld_lightning.tasks.processes import processes_to_start, run_in_processes
 
 MOST_CLASSES_SHOWN = 20
 

@@ -15,6 +15,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.module import DistillationModule
@@ -24,10 +25,10 @@ from rld_lightning.runs.metrics import join_metrics, keep_metrics
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
-from rld_lightning.tasks.build import build_module, connect, set_up, watchers
+from rld_lightning.tasks.build import build_module, set_up, watchers
 from rld_lightning.tasks.checks import check_loss, check_network, check_start, check_trainer
-from rld_lightning.tasks.launch import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
+from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.teacher import build_teacher, describe_size, find_teacher, keep_teacher, train_teacher
 from rld_lightning.tracking import wandb_run

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from rld_lightning.callbacks import SameConfiguration, same_configuration
 from rld_lightning.distributed import started_by, unique_name
 from rld_lightning.errors import UserError
-from rld_lightning.tasks import launch
-from rld_lightning.tasks.launch import Failure, processes_to_start, started_here
+from rld_lightning.tasks import processes as launching
+from rld_lightning.tasks.processes import Failure, processes_to_start, started_here
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_several_nodes_need_torchrun_or_srun():
 
 def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatch):
     srun(monkeypatch)
-    monkeypatch.setattr(launch, "is_trial", lambda: True)
+    monkeypatch.setattr(launching, "is_trial", lambda: True)
     trainer = compose("trainer=ddp_cpu", resolve=False).trainer
     with pytest.raises(ValueError, match="--multirun under srun would sweep once in each process"):
         processes_to_start(trainer)
@@ -101,7 +101,7 @@ def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkey
     start = subprocess.Popen
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, stdout=subprocess.PIPE, text=True, **k))
-        with launch._started((sys.executable, "-c", script), 2) as processes:
+        with launching._started((sys.executable, "-c", script), 2) as processes:
             printed = [process.communicate(timeout=100)[0].split() for process in processes]
     assert len({name for names in printed for name in names}) == 1
     assert [len(names) for names in printed] == [2, 2]
@@ -116,10 +116,10 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
         f"worker = subprocess.Popen(['sleep', '100']); open('{tmp_path}/worker', 'w').write(str(worker.pid))\n"
         "time.sleep(100)\n"
     )
-    with launch._started((sys.executable, "-c", script), 2) as processes:
+    with launching._started((sys.executable, "-c", script), 2) as processes:
         while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
             time.sleep(0.01)
-        assert launch._wait(processes) == {1: 3}
+        assert launching._wait(processes) == {1: 3}
         assert processes[0].poll() is None
     assert [process.returncode for process in processes] == [-9, 3]
     worker = int((tmp_path / "worker").read_text())
@@ -132,12 +132,12 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
 
 
 def test_all_well_is_the_end_of_the_wait():
-    with launch._started((sys.executable, "-c", "pass"), 2) as processes:
-        assert launch._wait(processes) == {}
+    with launching._started((sys.executable, "-c", "pass"), 2) as processes:
+        assert launching._wait(processes) == {}
 
 
 def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "GRACE", 1.0)
+    monkeypatch.setattr(launching, "GRACE", 1.0)
     script = (
         "import os, signal, sys, time\n"
         "rank = os.environ['RANK']\n"
@@ -146,11 +146,11 @@ def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch
         f"open('{tmp_path}/ready_' + rank, 'w').close()\n"
         "time.sleep(100)\n"
     )
-    with launch._started((sys.executable, "-c", script), 2) as processes:
+    with launching._started((sys.executable, "-c", script), 2) as processes:
         while len(list(tmp_path.glob("ready_*"))) < 2:
             time.sleep(0.01)
         start = time.monotonic()
-        launch._interrupt(processes)
+        launching._interrupt(processes)
         assert 1 <= time.monotonic() - start < 5
     assert (tmp_path / "result").exists()
     assert [process.returncode for process in processes] == [0, -9]
@@ -183,25 +183,27 @@ def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch
     ],
 )
 def test_one_sentence_says_what_happened(capsys, codes, failures, sentence, traceback):
-    message = launch._explain(codes, failures, 2, None)
+    message = launching._explain(codes, failures, 2, None)
     assert re.search(sentence, message)
     assert capsys.readouterr().err == traceback
     if "rank" in message:
         assert "There is no checkpoint yet" in message
-        assert "Continue with the same command and resume=a" in launch._explain(codes, failures, 2, "resume=a")
+        assert "Continue with the same command and resume=a" in launching._explain(codes, failures, 2, "resume=a")
 
 
 def test_a_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monkeypatch, tmp_path):
-    assert launch._resume_hint(tmp_path) is None
+    assert launching._resume_hint(tmp_path) is None
     (tmp_path / "last.ckpt").touch()
-    assert launch._resume_hint(tmp_path) == f"resume={tmp_path / 'last.ckpt'}"
-    monkeypatch.setattr(launch, "is_trial", lambda: True)
-    monkeypatch.setattr(launch.HydraConfig, "get", lambda: SimpleNamespace(sweep=SimpleNamespace(dir="runs/sweeps/a")))
-    assert launch._resume_hint(tmp_path) == "hydra.sweep.dir=runs/sweeps/a"
+    assert launching._resume_hint(tmp_path) == f"resume={tmp_path / 'last.ckpt'}"
+    monkeypatch.setattr(launching, "is_trial", lambda: True)
+    monkeypatch.setattr(
+        launching.HydraConfig, "get", lambda: SimpleNamespace(sweep=SimpleNamespace(dir="runs/sweeps/a"))
+    )
+    assert launching._resume_hint(tmp_path) == "hydra.sweep.dir=runs/sweeps/a"
 
 
 def test_a_single_process_is_not_a_rank():
-    message = launch._explain({0: -9}, {}, 1, "hydra.sweep.dir=runs/sweeps/a")
+    message = launching._explain({0: -9}, {}, 1, "hydra.sweep.dir=runs/sweeps/a")
     assert message == "the process of this run was killed by SIGKILL. Continue with the same command and " + (
         "hydra.sweep.dir=runs/sweeps/a."
     )
@@ -212,14 +214,14 @@ def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydr
     cfg = OmegaConf.create(
         {"paths": {"run": "${hydra:runtime.output_dir}"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None}
     )
-    assert launch._without_hydra(cfg) == {
+    assert launching._without_hydra(cfg) == {
         "paths": {"run": "<runtime.output_dir>"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None,
     }  # fmt: skip
 
 
 def test_a_rank_can_read_what_the_configuration_calls_and_does_not_import_lightning_before_its_task():
     script = (
-        "import sys; from omegaconf import OmegaConf; import rld_lightning.tasks.launch\n"
+        "import sys; from omegaconf import OmegaConf; import rld_lightning.tasks.processes\n"
         "print(OmegaConf.create({'devices': '${devices_per_node:3}'}).devices, 'lightning' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -230,7 +232,7 @@ def test_only_our_own_ranks_are_started_here(monkeypatch):
     assert not started_here()
     torchrun(monkeypatch)
     assert not started_here()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch.JOB)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launching.JOB)
     assert started_here()
 
 

@@ -29,14 +29,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
 from rld_lightning.console import print_line, quiet_lightning
-from rld_lightning.distributed import started_by
+from rld_lightning.distributed import sigterm_ends, started_by
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.script import is_trial
 
 JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that are started here
 POLL = 0.1  # seconds between two looks at the processes
@@ -99,11 +99,6 @@ def started_here() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
 
 
-def is_trial() -> bool:
-    """Whether Hydra runs this job as one of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
 def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None) -> None:
     """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
 
@@ -123,7 +118,7 @@ def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
-        command = (sys.executable, "-m", "rld_lightning.tasks.launch", task, str(folder), str(os.getpid()))
+        command = (sys.executable, "-m", "rld_lightning.tasks.processes", task, str(folder), str(os.getpid()))
         with sigterm_ends(), _started(command, count) as processes:
             try:
                 codes = _wait(processes)
@@ -183,19 +178,6 @@ def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     until = time.monotonic() + GRACE
     while time.monotonic() < until and any(process.poll() is None for process in processes):
         time.sleep(POLL)
-
-
-@contextmanager
-def sigterm_ends() -> Iterator[None]:
-    """Lets SIGTERM end this process as Ctrl-C does, and not without the processes that it has started."""
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _resume_hint(run: Path) -> str | None:
