@@ -61,5 +61,6 @@ if __name__ == "__main__":
         help="losses=ce,kd,dkd,rld seeds=0,1,2 folder=runs/compare/<pair>, and any of scripts/fit.py's for all runs",
     )
     with exit_on_user_error():
-        sys.argv[1:] = map(translated, parser.parse_args().options)
+        # The sweep says itself that it is one, but Hydra cannot read that where something else is wrong.
+        sys.argv[1:] = ["--multirun", *map(translated, parser.parse_args().options)]
     run_task(main, "fit", "sweep=compare")
