@@ -36,10 +36,11 @@ test-lowest: ## the default tests with the lowest supported versions, in .venv-l
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
-lint: $(INSTALLED) ## ruff, and who may import whom
+lint: $(INSTALLED) ## ruff, who may import whom, and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
 
 format: $(INSTALLED) ## let ruff put the style right
 	$(VENV)/bin/ruff check --fix

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.files import CLASSES
+from rld_lightning.runs.files import CLASSES, write_csv
 
 
 class ClassAccuracy(Callback):
@@ -29,7 +28,7 @@ class ClassAccuracy(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Begins a validation."""
-        classes = pl_module.hparams.num_classes
+        classes = pl_module.hparams["num_classes"]
         # (4, C): images, right by the student, seen by the teacher, right by the teacher.
         self.counts = torch.zeros(4, classes, dtype=torch.long, device=trainer.strategy.root_device)
 
@@ -47,6 +46,7 @@ class ClassAccuracy(Callback):
         right = [torch.ones_like(label), (outputs["student_logits"].argmax(1) == label).long()]
         if teacher is not None:
             right += [torch.ones_like(label), (teacher == label).long()]
+        assert self.counts is not None  # made when the validation began
         # Not bincount, which waits for the device.
         rows = torch.stack(right)
         self.counts[: len(rows)].scatter_add_(1, label.expand_as(rows), rows)
@@ -57,9 +57,14 @@ class ClassAccuracy(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         images, right, seen, teacher_right = counts.cpu().double()
-        names = getattr(trainer.datamodule, "class_names", None) or range(len(images))
-        table = {"class": names, "images": images.long(), "accuracy": 100 * right / images}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        names = getattr(data, "class_names", None) or range(len(images))
+        table = {"class": names, "images": images.long().tolist(), "accuracy": _percent(right, images)}
         if seen.any():
-            table["teacher_accuracy"] = 100 * teacher_right / seen
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(table).to_csv(self.path, index=False, float_format="%.4f")
+            table["teacher_accuracy"] = _percent(teacher_right, seen)
+        write_csv(self.path, table)
+
+
+def _percent(right: Tensor, images: Tensor) -> list[str]:
+    """To four places; empty where there are no images."""
+    return [f"{100 * a / b:.4f}" if b else "" for a, b in zip(right.tolist(), images.tolist(), strict=True)]

@@ -23,7 +23,7 @@ class OwnCheckpoints(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewrites the states before Lightning hands them out, the same in all processes."""
-        states, source = checkpoint["callbacks"], Path(trainer.ckpt_path).parent
+        states, source = checkpoint["callbacks"], Path(str(trainer.ckpt_path)).parent
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
                 state = states[callback.state_key]
@@ -33,7 +33,7 @@ class OwnCheckpoints(Callback):
 
 def _known(callback: ModelCheckpoint, state: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """The state of a ``ModelCheckpoint``, with its own files alone."""
-    folder = Path(callback.dirpath)
+    folder = Path(str(callback.dirpath))
     scores = {
         str(folder / name): score
         for name, score in _scores(callback, state).items()

@@ -50,15 +50,16 @@ class SameConfiguration(Callback):
 
 
 def _gather(value: Any) -> list[Any]:
-    values = [None] * torch.distributed.get_world_size()
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
 def _shared(cfg: DictConfig) -> dict[str, Any]:
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False) | {"run": str(cfg.paths.run)})
-    for name in cfg.paths:
-        cfg.paths[name] = f"<{name}>"  # and with it every path below it
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
+    values["run"] = str(cfg.paths.run)
+    values["paths"] = {name: f"<{name}>" for name in cfg.paths}  # and with it every path below it
     for name in _LOCAL:
-        cfg.pop(name, None)
-    return OmegaConf.to_container(cfg, resolve=True)
+        values.pop(name, None)
+    shared: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    return shared

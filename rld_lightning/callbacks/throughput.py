@@ -22,7 +22,7 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of an epoch."""
         self.seconds, self.images, self.pending = 0.0, 0, 0
-        self.since = None
+        self.since: float | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

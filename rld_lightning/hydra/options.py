@@ -20,7 +20,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 _SMALL_RATE = ("mobilenetv2", "shufflev1", "shufflev2")  # the literature trains them with a learning rate of 0.01
 
 
-class _Shared(dict):
+class _Shared(dict[str, Any]):
     """A store that copies of it share. Nodes are copied when they are read, so that nothing writes into them."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":

@@ -84,17 +84,17 @@ def _suggest(config_name: str) -> None:
     unknown = []
     while True:
         try:
-            keys = _keys(OmegaConf.to_container(compose(overrides, config_name)))
+            values: Any = OmegaConf.to_container(compose(overrides, config_name))
             break
         except HydraException as error:
             found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
             bad = [o for o in overrides if found and o.lstrip("+~").split("=")[0] == found[1]]
-            if not bad:  # not about a key: Hydra's own message has to do
+            if not found or not bad:  # not about a key: Hydra's own message has to do
                 return
             unknown.append(found[1])
             overrides = [o for o in overrides if o not in bad]
     for key in unknown:
-        near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
+        near = difflib.get_close_matches(key, _keys(values), n=3, cutoff=0.75)
         hint = f"Did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all keys."
         console.print(f"{key} is not known. {hint}", soft_wrap=True, markup=False)
 

@@ -52,7 +52,7 @@ def images_per_second(
     model.eval()
     like = next(model.parameters(), torch.empty(0))
     images = torch.randn(batch_size, *image_shape, device=like.device, dtype=like.dtype)
-    durations = []
+    durations: list[float] = []
     with torch.no_grad():
         for _ in range(2):
             model(images)

@@ -9,10 +9,10 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 import safetensors
@@ -26,7 +26,7 @@ _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
 _NUMPY_SCALAR_PATHS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 # What published checkpoints hold beside tensors: the command line they were trained with, and a numpy accuracy.
-_SAFE_GLOBALS: list[Callable | tuple[Callable, str]] = [
+_SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     *((_NUMPY_SCALAR, path) for path in _NUMPY_SCALAR_PATHS),
@@ -152,7 +152,7 @@ def _find_state_dict(content: object, source: str | Path) -> dict[str, Tensor]:
     raise WeightsError(f"{source} holds no state_dict: it {found}, with tensors neither there nor under 'model'")
 
 
-def _is_state_dict(candidate: object) -> bool:
+def _is_state_dict(candidate: object) -> TypeGuard[Mapping[str, Tensor]]:
     return (
         isinstance(candidate, Mapping)
         and bool(candidate)

@@ -87,13 +87,13 @@ def _torchvision_resnet_stages(model: nn.Module) -> Stages | None:
 
 
 def _timm_stages(model: nn.Module) -> Stages | None:
-    info = getattr(model, "feature_info", None)
-    if info is None or not hasattr(model, "get_classifier"):
+    info, get_classifier = (getattr(model, name, None) for name in ("feature_info", "get_classifier"))
+    if info is None or get_classifier is None:
         return None
     paths = {module: path for path, module in model.named_modules()}
     features = tuple(entry["module"] for entry in getattr(info, "info", info))
     # Distilled networks have a tuple of classifiers, and some entries name modules of timm's feature extractors only.
-    classifier = paths.get(model.get_classifier())
+    classifier = paths.get(get_classifier())
     if classifier is None or not set(features) <= set(paths.values()):
         return None
     # Some make the average wider before they classify it.

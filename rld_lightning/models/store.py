@@ -214,7 +214,9 @@ def _read_members(archive: Path, url: str, paths: Iterable[str]) -> Iterator[tup
             if missing := [path for path in paths if path not in members]:
                 raise DownloadError(f"{url} lacks {', '.join(missing)}")
             for path in paths:
-                yield path, tar.extractfile(members[path]).read()
+                content = tar.extractfile(members[path])
+                assert content is not None  # of a regular file
+                yield path, content.read()
     except tarfile.TarError as error:
         raise DownloadError(f"{url} is not the expected tar archive of teachers ({error})") from error
 

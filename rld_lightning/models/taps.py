@@ -154,12 +154,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain module inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _tapped_modules(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:

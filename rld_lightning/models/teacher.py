@@ -62,7 +62,9 @@ class FrozenTeacher(nn.Module):
         model.eval()
         executed = fuse_conv_bn(model) if fuse else model
         self.fused = executed is not model
-        self.model = executed.to(dtype=self.dtype, memory_format=self.memory_format)
+        self.model = executed.to(memory_format=self.memory_format)
+        if self.dtype is not None:
+            self.model = self.model.to(dtype=self.dtype)
         self.train()
         self.requires_grad_()
 
@@ -154,12 +156,12 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
         conv_node = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(conv_node, fx.Node) or conv_node.op != "call_module" or len(conv_node.users) > 1:
             continue
-        conv, norm = traced.get_submodule(conv_node.target), traced.get_submodule(node.target)
+        conv, norm = traced.get_submodule(str(conv_node.target)), traced.get_submodule(str(node.target))
         if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats):
             continue
         if calls[conv_node.target] > 1:  # shared weights: the other call has no BatchNorm, or another one
             continue
-        traced.set_submodule(conv_node.target, fuse_conv_bn_eval(conv, norm))
+        traced.set_submodule(str(conv_node.target), fuse_conv_bn_eval(conv, norm))
         node.replace_all_uses_with(conv_node)
         traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
@@ -168,7 +170,7 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
 
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    parsed = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if parsed is not None and parsed not in DTYPES.values():
+    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and parsed not in DTYPES.values():
         raise ValueError(f"the teacher's dtype must be one of {', '.join(DTYPES)} or None, not {dtype!r}")
     return parsed

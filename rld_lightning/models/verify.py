@@ -90,7 +90,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
     return [
         name
         for name, expected in _signatures().items()
-        if expected.keys() == found.keys() and all(map(_fits, expected.values(), map(found.get, expected)))
+        if expected.keys() == found.keys() and all(_fits(expected[key], found[key]) for key in expected)
     ]
 
 
@@ -134,4 +134,4 @@ def _classifier_widths(
     if not (same_layer and same_inputs and len(widths) == 1):
         return None
     ((model_width, file_width),) = widths
-    return (*model_width, *file_width) if model_width and file_width else None
+    return (model_width[0], file_width[0]) if model_width and file_width else None

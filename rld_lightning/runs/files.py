@@ -1,4 +1,8 @@
-"""The names of the files in a run folder."""
+"""The names of the files in a run folder, and how tables are written there."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 CONFIG = "config.yaml"  # resolved
 ENVIRONMENT = "environment.json"  # versions and hardware
@@ -21,3 +25,17 @@ CHOICES = f"{HYDRA}/hydra.yaml"  # which options of the groups were chosen
 OVERRIDES = f"{HYDRA}/overrides.yaml"  # what stood on the command line
 WANDB = "wandb"  # what W&B keeps
 LOCK = ".lock"  # of the process that trains
+
+
+def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """Writes a table; its folder is made if need be.
+
+    Args:
+        path: the file.
+        columns: of one length, by name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))

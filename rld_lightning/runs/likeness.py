@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.registry import canonical_label
@@ -97,7 +98,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         values: a resolved configuration.
         prefix: what to put in front of each key.
     """
-    pairs = {}
+    pairs: dict[str, str] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
         pairs |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
@@ -171,6 +172,17 @@ def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
     return name == "EarlyStopping" and patience.isdecimal() and int(patience) >= _NEVER and thresholds == {"None"}
 
 
+def _saved(path: Path) -> dict[str, Any]:
+    """The configuration in a run folder, which may be a stranger's: plain YAML, of which nothing is called."""
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run ({type(error).__name__}); move it away.") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ValueError(f"{path} is not the configuration of a run: it has no model; move it away.")
+    return values
+
+
 def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:
     """Checks that the run in a folder has the settings of this one.
 
@@ -184,11 +196,11 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     """
     if not (run / CONFIG).exists():
         return
-    saved = OmegaConf.to_container(OmegaConf.load(run / CONFIG))
-    current = OmegaConf.to_container(cfg, resolve=True)
-    teachers = current["model"]["teacher"], saved["model"]["teacher"]
-    if all(teachers) and teachers[0]["weights"] in ("auto", "fit", "published"):
-        teachers[0]["weights"] = teachers[1]["weights"]  # which file that was
+    saved: Any = _saved(run / CONFIG)
+    current: Any = OmegaConf.to_container(cfg, resolve=True)
+    teacher, before = current["model"]["teacher"], saved["model"].get("teacher")
+    if teacher and isinstance(before, dict) and teacher["weights"] in ("auto", "fit", "published"):
+        teacher["weights"] = before.get("weights")  # which file that was
     changed = {key: values for key, values in differences(saved, current).items() if key not in may_differ}
     if changed:
         key, (before, now) = next(iter(changed.items()))

@@ -1,10 +1,11 @@
 """Measures any checkpoint or export: accuracy, likelihood, calibration, and each class on its own."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import pandas as pd
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
@@ -21,6 +22,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
+from rld_lightning.runs.files import EVALUATION, PER_CLASS, write_csv
 from rld_lightning.tasks.checks import check_classes, check_network, check_split, split_to_measure
 from rld_lightning.tasks.plan import freeze
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
@@ -94,7 +96,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         processes = processes_to_start(cfg.trainer)
     if processes > 1:
         run_in_processes(processes, "rld_lightning.tasks.evaluate:evaluate", cfg)
-        return Evaluation(**json.loads((Path(cfg.paths.run) / "evaluation.json").read_text()))
+        return Evaluation(**json.loads((Path(cfg.paths.run) / EVALUATION).read_text()))
     with user_errors():
         if cfg.split not in ("test", "val"):
             raise ValueError(f"split={cfg.split!r} is unknown; choose test or val.")
@@ -125,7 +127,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         model=name,
         dataset=data.name,
         split=cfg.split,
-        images=int(per_class["images"].sum()),
+        images=sum(result.images for result in per_class),
         top1=percent["top1"],
         top5=percent.get("top5"),
         nll=float(module.results["nll"]),
@@ -182,33 +184,50 @@ def _check_data(weights: Weights, data: ImageDataModule, split: str) -> None:
         )
 
 
-def _per_class(stat_scores: Tensor, class_names: list[str]) -> pd.DataFrame:
-    """One row a class, the least accurate first: images, recall (the class's accuracy) and precision in percent."""
-    true_positive, false_positive, _, _, support = stat_scores.cpu().T
-    return pd.DataFrame(
-        {
-            "class": class_names,
-            "images": support,
-            "accuracy": 100.0 * true_positive / support,
-            "precision": 100.0 * true_positive / (true_positive + false_positive),
-        }
-    ).sort_values("accuracy", kind="stable")
+class ClassResult(NamedTuple):
+    """How a model did at one class, in percent; None where there is nothing to divide by.
+
+    Attributes:
+        name: of the class.
+        images: how many there are of it.
+        accuracy: share of them that the model called so (recall).
+        precision: share of what the model called so that is of the class.
+    """
+
+    name: str
+    images: int
+    accuracy: float | None
+    precision: float | None
+
+
+def _per_class(stat_scores: Tensor, class_names: list[str]) -> list[ClassResult]:
+    """All classes, the least accurate first, those without images last."""
+    results = [
+        ClassResult(name, int(images), _percent(right, images), _percent(right, right + wrong))
+        for name, (right, wrong, _, _, images) in zip(class_names, stat_scores.tolist(), strict=True)
+    ]
+    return sorted(results, key=lambda result: (result.accuracy is None, result.accuracy))
+
+
+def _percent(part: float, whole: float) -> float | None:
+    return 100 * part / whole if whole else None
 
 
 @rank_zero_only
-def _report(evaluation: Evaluation, per_class: pd.DataFrame, run: Path) -> None:
+def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    (run / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    per_class.to_csv(run / "per_class.csv", index=False, float_format="%.4f")
+    (run / EVALUATION).write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    names, images, *shares = zip(*per_class, strict=True)
+    accuracy, precision = (["" if share is None else f"{share:.4f}" for share in column] for column in shares)
+    write_csv(run / PER_CLASS, {"class": names, "images": images, "accuracy": accuracy, "precision": precision})
     print_table(
         f"{evaluation.model} on {evaluation.images:,} {evaluation.split} images of {evaluation.dataset}",
         ("top-1 %", "top-5 %", "NLL", "ECE %"),
         [(f"{evaluation.top1:.2f}", evaluation.top5, f"{evaluation.nll:.4f}", evaluation.ece)],
     )
-    shown = per_class.head(MOST_CLASSES_SHOWN)
+    shown = per_class[:MOST_CLASSES_SHOWN]
     title = (
         "Classes" if len(shown) == len(per_class) else f"The {len(shown)} least accurate of {len(per_class)} classes"
     )
-    rows = [(row[0], int(row[1]), *map(float, row[2:])) for row in shown.itertuples(index=False)]
-    print_table(title, ("class", "images", "accuracy %", "precision %"), rows)
-    print_files(run, {"evaluation.json": "these numbers", "per_class.csv": "every class"})
+    print_table(title, ("class", "images", "accuracy %", "precision %"), shown)
+    print_files(run, {EVALUATION: "these numbers", PER_CLASS: "every class"})

@@ -1,6 +1,7 @@
 """Packs a data set into shards, or makes an index of shards that are there."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +23,7 @@ def make_shards(cfg: DictConfig) -> ShardIndex:
         UserError: the images, the shards or the place to write to are not as they should be.
     """
     with user_errors():
-        options = OmegaConf.to_container(cfg.storage_options, resolve=True)
+        options: Any = OmegaConf.to_container(cfg.storage_options, resolve=True)
         target = str(cfg.out)
         if cfg.index.train is not None or cfg.index.test is not None:
             index = _index(cfg, target, options)
@@ -36,7 +37,7 @@ def make_shards(cfg: DictConfig) -> ShardIndex:
     return index
 
 
-def _pack(cfg: DictConfig, target: str, options: dict) -> ShardIndex:
+def _pack(cfg: DictConfig, target: str, options: dict[str, Any]) -> ShardIndex:
     data = instantiate(cfg.data)
     if not isinstance(data, StreamingDataModule):
         raise ValueError(
@@ -63,7 +64,7 @@ def _pack(cfg: DictConfig, target: str, options: dict) -> ShardIndex:
     )
 
 
-def _index(cfg: DictConfig, target: str, options: dict) -> ShardIndex:
+def _index(cfg: DictConfig, target: str, options: dict[str, Any]) -> ShardIndex:
     patterns = {split: pattern for split, pattern in cfg.index.items() if split in ("train", "val", "test") and pattern}
     if missing := {"train", "test"} - set(patterns):
         raise ValueError(f"index.{missing.pop()} has no value; say where the shards of both train and test are.")

@@ -6,14 +6,13 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from torch import nn
 
-from rld_lightning.console import print_files, print_table
+from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.save import save_weights
 from rld_lightning.module import DistillationModule
-from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.plan import Plan
@@ -107,7 +106,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
     save_weights(student, run / STUDENT, facts)
     summary.write(run)  # last of the two: a run with a summary is a finished one
     teacher = f" from {summary.teacher}" if summary.teacher else ""
-    plot_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
+    _draw_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
     rows = [
         ("top-1, last epoch", f"{summary.top1:.2f} %"),
         ("top-1, best epoch", f"{summary.top1_best:.2f} %"),
@@ -129,3 +128,12 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         CURVES: "learning curves",
     }
     print_files(run, {name: what for name, what in files.items() if (run / name).exists()})
+
+
+def _draw_curves(run: Path, title: str) -> None:
+    try:
+        from rld_lightning.reporting.curves import plot_curves  # pandas and matplotlib are of an extra
+    except ImportError as error:
+        print_line("curves", f'are not drawn ({error}): pip install "rld-lightning[report]"')
+        return
+    plot_curves(run, title)

@@ -58,10 +58,11 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Sequential(conv(3, stem, 3, stride=2), nn.BatchNorm2d(stem), nn.ReLU())
         self.blocks = nn.Sequential(*(_group(inputs[i], *group) for i, group in enumerate(_GROUPS)))
         self.conv2 = nn.Sequential(conv(inputs[-1], last, 1), nn.BatchNorm2d(last), nn.ReLU())
-        self.classifier = nn.Sequential(nn.Linear(last, num_classes))
+        linear = nn.Linear(last, num_classes)
+        self.classifier = nn.Sequential(linear)
         init_convs(self)
-        nn.init.normal_(self.classifier[0].weight, std=0.01)
-        nn.init.zeros_(self.classifier[0].bias)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
 
     @property
     def stages(self) -> Stages:
@@ -72,7 +73,7 @@ class MobileNetV2(nn.Module):
             preactivations=(),
             pooled="classifier:in",
             last_map="conv2",
-            norms=tuple(f"blocks.{i}.{len(self.blocks[i]) - 1}.conv.7" for i in groups),
+            norms=tuple(f"blocks.{i}.{_GROUPS[i][2] - 1}.conv.7" for i in groups),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -46,13 +46,11 @@ class VGG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to logits ``(B, num_classes)``."""
-        out = F.max_pool2d(self.relu0(self.block0(images)), 2)
-        out = F.max_pool2d(self.relu1(self.block1(out)), 2)
-        out = F.max_pool2d(self.relu2(self.block2(out)), 2)
-        out = self.relu3(self.block3(out))
-        if images.shape[2] >= 64:
-            out = F.max_pool2d(out, 2)
-        out = self.relu4(self.block4(out))
+        out = images
+        for i in range(len(_WIDTHS)):
+            out = getattr(self, f"relu{i}")(getattr(self, f"block{i}")(out))
+            if i < 3 or (i == 3 and images.shape[2] >= 64):
+                out = F.max_pool2d(out, 2)
         return self.classifier(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
