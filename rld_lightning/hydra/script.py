@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -80,18 +81,22 @@ def exit_on_user_error() -> Iterator[None]:
 
 def _suggest(config_name: str) -> None:
     """Names the keys nearest to the overrides that the configuration does not know."""
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
-    unknown = []
+    given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    parser = OverridesParser.create()
+    # One configuration has no place for several values of a key.
+    overrides = [o for o in given if not parser.parse_override(o).is_sweep_override()]
+    unknown: list[str] = []
     while True:
         try:
             values: Any = OmegaConf.to_container(compose(overrides, config_name))
             break
         except HydraException as error:
             found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
-            bad = [o for o in overrides if found and o.lstrip("+~").split("=")[0] == found[1]]
-            if not found or not bad:  # not about a key: Hydra's own message has to do
+            keys = {o: o.lstrip("+~").split("=")[0] for o in overrides}
+            bad = [o for o, key in keys.items() if found and f"{key}.".startswith(f"{found[1]}.")]
+            if not bad:  # not about a key: Hydra's own message has to do
                 return
-            unknown.append(found[1])
+            unknown += dict.fromkeys(keys[o] for o in bad)
             overrides = [o for o in overrides if o not in bad]
     for key in unknown:
         near = difflib.get_close_matches(key, _keys(values), n=3, cutoff=0.75)

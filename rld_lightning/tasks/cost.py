@@ -1,6 +1,5 @@
 """Measures what networks cost: parameters, multiply-accumulates, and the time for one image on this machine."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,7 +7,8 @@ import torch
 
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.read import WeightsError, read_metadata
+from rld_lightning.models.facts import read_facts
+from rld_lightning.models.read import read_metadata
 from rld_lightning.reporting.cost import Cost, known_cost
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
@@ -50,12 +50,11 @@ def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:
     for run in runs:
         weights = run.folder / STUDENT
         try:
-            facts = read_metadata(weights) if weights.is_file() else {}
-            if "num_classes" in facts and "image_shape" in facts:
-                channels, height, width = map(int, json.loads(facts["image_shape"]))
-                return int(facts["num_classes"]), (channels, height, width)
-        except (WeightsError, OSError, ValueError, TypeError):  # left in part, or of another kind
+            facts = read_facts(read_metadata(weights) if weights.is_file() else {}, weights)
+        except (ValueError, OSError):  # left in part, or of another kind
             continue
+        if facts.num_classes is not None and facts.image_shape is not None:
+            return facts.num_classes, facts.image_shape
     size = runs[0].config["data"].get("image_size")
     size = size if isinstance(size, int) else 32
     return 100, (3, size, size)
