@@ -204,6 +204,7 @@ class MyLoss(LogitLoss):
 @pytest.fixture
 def compose_own(monkeypatch, tmp_path):
     """Composes with a loss, a pair and an experiment of a user's own."""
+    register_options()  # before anything of the store is exchanged
     monkeypatch.setitem(ConfigStore.instance().repo, "loss", {})
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     register_loss("mine")(MyLoss)
@@ -242,6 +243,7 @@ def test_an_experiment_wins_over_a_pair_and_the_command_line_over_both(compose_o
 
 
 def test_a_file_takes_the_place_of_a_generated_option(monkeypatch, tmp_path):
+    register_options()  # before anything of the store is exchanged
     monkeypatch.setattr(options, "CONF", tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "resnet8.yaml").touch()

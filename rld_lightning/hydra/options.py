@@ -34,11 +34,11 @@ def register_options() -> None:
         ValueError: see :func:`tunable_losses`.
     """
     store = ConfigStore.instance()
+    if not isinstance(store.repo, _Shared):  # Hydra copies it for each group that its help lists, which takes seconds
+        store.repo = _Shared(store.repo)
     for group, options in (("model", network_options()), ("loss", tunable_losses())):
         for name in options.keys() - _files(group):
             store.store(group=group, name=name, node=options[name])
-    # Hydra copies the whole store for each group that its help lists, which takes seconds.
-    store.repo = _Shared(store.repo)
 
 
 def list_options(group: str) -> list[str]:
