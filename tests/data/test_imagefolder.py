@@ -347,6 +347,90 @@ def test_folder_errors_come_at_setup_and_name_the_culprit(root, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Val"),
+        ("training", "validation"),
+        ("training", "testing"),
+        ("train_set", "val_set"),
+        ("TRAIN", "TEST"),
+        ("Training Data", "Test Data"),
+        ("train-images", "test-images"),
+        ("trainset", "testset"),
+        ("train", "Valid"),
+        ("TrainSplit", "dev"),
+    ],
+)
+def test_splits_by_other_names_are_splits(root, tmp_path, train, test):
+    shutil.copytree(root / "train", tmp_path / train)
+    shutil.copytree(root / "val", tmp_path / test)
+    data, expected = folder_data(tmp_path), folder_data(root)
+    assert data.class_names == list(CLASSES)
+    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 10)
+    assert same(list(data.train_dataloader()), list(expected.train_dataloader()))
+    assert same(list(data.test_dataloader()), list(expected.test_dataloader()))
+
+
+def test_three_splits_by_other_names(root, tmp_path):
+    for name, source in (("Training", "train"), ("Validation_Set", "val"), ("TEST", "val")):
+        shutil.copytree(root / source, tmp_path / name)
+    data = folder_data(tmp_path)
+    assert data.has_own_validation
+    assert set(data.splits) == {"train", "val", "test"}
+    (tmp_path / "Training").rename(tmp_path / "train")
+    shutil.copytree(root / "val", tmp_path / "VAL")
+    with pytest.raises(ValueError, match=r"has 'VAL', 'Validation_Set', which may all be the val split: rename one to"):
+        folder_data(tmp_path)
+    # The documented name has precedence.
+    (tmp_path / "VAL").rename(tmp_path / "val")
+    assert folder_data(tmp_path).splits["val"].path(0).startswith(f"{tmp_path}/val/")
+
+
+@pytest.mark.parametrize("names", [("fold1", "fold2"), ("trainval", "test"), ("a", "b", "c"), ("Zug", "Test")])
+def test_folders_of_the_same_folders_are_no_classes(root, tmp_path, names):
+    for name in names:
+        shutil.copytree(root / "train", tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"has no images in '.*' but the same folders in each, 'cat', 'dog', 'owl': if"
+    ):
+        folder_data(tmp_path)
+    # Neither are they within a split.
+    for split in ("train", "val"):
+        for name in names:
+            shutil.copytree(root / "train", tmp_path / "in" / split / name)
+    with pytest.raises(ValueError, match="but the same folders in each"):
+        folder_data(tmp_path / "in")
+
+
+def test_classes_may_hold_folders(root, tmp_path):
+    """As Tiny ImageNet's do, and with folders of their own each."""
+    for name in CLASSES:
+        shutil.copytree(root / "train" / name, tmp_path / "tiny" / name / "images")
+        shutil.copytree(root / "train" / name, tmp_path / "own" / name / f"{name}1")
+        shutil.copytree(root / "train" / name, tmp_path / "own" / name / f"{name}2")
+        shutil.copytree(root / "train" / name, tmp_path / "mixed" / name / "1")
+        shutil.copytree(root / "train" / name, tmp_path / "mixed" / name / "2")
+    shutil.copy(root / "train" / "owl" / "00.jpg", tmp_path / "mixed" / "owl")
+    for folder, count in (("tiny", 21), ("own", 42), ("mixed", 43)):
+        data = folder_data(tmp_path / folder)
+        assert data.class_names == list(CLASSES)
+        assert data.train_size + data.test_size == count
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    write_classes(tmp_path, names=("Testing", "training", "truck"))
+    assert folder_data(tmp_path).class_names == ["Testing", "training", "truck"]
+
+
+def test_numbers_in_text_order_are_cautioned_of(tmp_path):
+    write_classes(tmp_path / "text", counts=(5,) * 10, names=[str(number) for number in range(1, 11)])
+    write_classes(tmp_path / "number", counts=(5,) * 10, names=[f"{number:02d}" for number in range(1, 11)])
+    caution = "; caution: classes in text order (1, 10, 2, ...), a network from elsewhere may have them by number"
+    assert folder_data(tmp_path / "text").describe().endswith(caution)
+    assert "caution" not in folder_data(tmp_path / "number").describe()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"image_size": 32, "resize": 16}, "image_size=32 and resize=16 do not fit"),
