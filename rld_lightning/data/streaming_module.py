@@ -30,7 +30,7 @@ class StreamingDataModule(ImageDataModule):
             ``image_size / 0.875``, 256 for 224.
         scale: range of the share of the area that a random training crop covers.
         num_workers: decoding processes for each training process.
-        decode: ``"auto"`` decodes in the workers, with torchvision where it can and Pillow where it cannot, and large
+        decode: ``"auto"`` decodes in the workers, JPEG and WebP with torchvision and the rest with Pillow, and large
             JPEGs at a fraction of their size where the training crop allows; ``"pil"`` with Pillow alone, always at
             full size; ``"cuda"`` has JPEGs decoded on the GPU by nvJPEG, which frees the workers and rounds
             differently.

@@ -101,6 +101,23 @@ def test_damaged_files_have_one_kind_of_error(tmp_path, how, suffix):
             read_image(str(path), decoder)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
+def test_a_wrong_bit_is_an_error_or_another_image_but_no_crash(tmp_path, suffix):
+    noise(90, 70).save(tmp_path / f"image.{suffix}")
+    content = (tmp_path / f"image.{suffix}").read_bytes()
+    generator = np.random.default_rng(0)
+    for at in generator.integers(len(content), size=100):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << int(generator.integers(8))
+        for decoder in ("auto", "pil"):
+            try:
+                image = decode_image(torch.frombuffer(flipped, dtype=torch.uint8), decoder)
+            except BadImageError:
+                continue
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == 3
+
+
 def test_a_missing_file_is_a_bad_image(tmp_path):
     with pytest.raises(BadImageError, match="No such file"):
         read_file(str(tmp_path / "gone.jpg"))
