@@ -1,10 +1,13 @@
 """Downloads that continue where they broke off, and are what was asked for."""
 
 import hashlib
+import shutil
+import time
 from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from rich.console import Console
@@ -12,6 +15,38 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0
+SCHEMES = ("http", "https", "file")
+# A server that sends a byte now and then would otherwise keep a run waiting for ever.
+SLOWEST_BYTES_PER_SECOND = 10_000
+SLOW_SECONDS = 60.0
+# What a download whose length the server does not say leaves free on the disk.
+SPARE_BYTES = 1 << 30
+
+
+class SpeedFloor:
+    """Ends a transfer that stays below ``SLOWEST_BYTES_PER_SECOND`` for ``SLOW_SECONDS``."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._received = 0
+
+    def add(self, count: int) -> None:
+        """Counts bytes that were received.
+
+        Raises:
+            ConnectionError: they come too slowly.
+        """
+        self._received += count
+        seconds = time.monotonic() - self._since
+        if seconds < SLOW_SECONDS:
+            return
+        speed = self._received / seconds
+        if speed < SLOWEST_BYTES_PER_SECOND:
+            raise ConnectionError(
+                f"the server has sent {speed:,.0f} bytes/s for {seconds:.0f} s, less than the "
+                f"{SLOWEST_BYTES_PER_SECOND:,} that are waited for, run again later or from another address"
+            )
+        self._since, self._received = time.monotonic(), 0
 
 
 def download(url: str, path: Path) -> None:
@@ -21,8 +56,9 @@ def download(url: str, path: Path) -> None:
     right one is the caller's to check.
 
     Raises:
-        OSError: the server cannot be reached, lacks the file, or stops before its end. (``http.client.HTTPException``
-            and ``ValueError`` for answers that are no HTTP and for addresses that are none.)
+        OSError: the server cannot be reached, lacks the file, is too slow (:class:`SpeedFloor`), or stops before its
+            end, or the disk has no room for it. (``http.client.HTTPException`` for answers that are no HTTP.)
+        ValueError: the address is none, or not of one of the ``SCHEMES``.
     """
     have = path.stat().st_size if path.exists() else 0
     try:
@@ -41,19 +77,38 @@ def download(url: str, path: Path) -> None:
 
 def _receive(url: str, path: Path, have: int) -> int | None:
     """Appends to the first ``have`` bytes of a file, or starts over; returns how long it should be now, if known."""
+    _check_scheme(url)
     request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        _check_scheme(response.url)  # after redirections
         start = have if response.status == HTTPStatus.PARTIAL_CONTENT else 0
         length = response.headers["Content-Length"]
         total = start + int(length) if length else None
+        if total is not None:
+            _check_space(path, total - start)
+        floor = SpeedFloor()
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
         with path.open("ab" if start else "wb") as file, bar:
             task = bar.add_task(f"downloading {url.rpartition('/')[2]}", total=total, completed=start)
-            while block := response.read(BLOCK_BYTES):
+            while block := response.read1(BLOCK_BYTES):  # what is there, where `read` would wait for all of it
+                floor.add(len(block))
+                if total is None:
+                    _check_space(path, SPARE_BYTES)
                 file.write(block)
                 bar.advance(task, len(block))
     return total
+
+
+def _check_scheme(url: str) -> None:
+    scheme = urlsplit(url).scheme.lower()
+    if scheme and scheme not in SCHEMES:  # without any, urllib says what is wrong
+        raise ValueError(f"addresses that begin with {scheme}: are refused, only {', '.join(SCHEMES)} are fetched")
+
+
+def _check_space(path: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(path.parent).free) < needed:
+        raise OSError(f"the disk of {path.parent} has {free / 1e9:.3g} GB free and {needed / 1e9:.3g} GB are needed")
 
 
 def file_md5(path: Path) -> str:
@@ -73,8 +128,8 @@ def fetch(url: str, target: Path, md5: str) -> None:
         md5: the expected MD5.
 
     Raises:
-        FileNotFoundError: the server cannot be reached, lacks the file or stops before its end.
-        ValueError: the file has another MD5 than expected.
+        FileNotFoundError: the file cannot be had, see :func:`download`.
+        ValueError: the file has another MD5 than expected, or the address is not of one of the ``SCHEMES``.
     """
     part = target.with_name(target.name + ".part")
     by_hand = f"You can also get the file by other means and place it at {target}."

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.errors import some
 
 
 class Batch(NamedTuple):
@@ -192,8 +193,15 @@ class ImageDataModule(LightningDataModule):
         subset = f" (subset {self.subset:g})" if self.subset < 1 else ""
         return (
             f"{self.name}: {self.num_classes} classes, {shape}, {self.train_size:,} train{subset} and "
-            f"{self.test_size:,} test images, validated on {self.validated_on}"
+            f"{self.test_size:,} test images, validated on {self.validated_on}{self._class_order()}"
         )
+
+    def _class_order(self) -> str:
+        """A caution for the console where a network from elsewhere may well have the classes in another order."""
+        names = self.class_names
+        if not all(map(str.isdecimal, names)) or names == sorted(names, key=int):
+            return ""
+        return f"; caution: classes in text order ({some(names)}), a network from elsewhere may have them by number"
 
     def train_sampler(self) -> EpochSampler:
         """Makes the sampler of this process's share of the training split."""

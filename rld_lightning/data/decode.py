@@ -1,11 +1,22 @@
 """Turning the bytes of an image file into uint8 RGB.
 
-torchvision's own decoders need less time than Pillow for JPEG, PNG, WebP and GIF files, and give the same pixels, bit
-for bit. Pillow reads what they do not: other formats, animations, and a JPEG at a fraction of its size. Since 0.29
-torchvision announces that its decoders will move to TorchCodec; where they are gone, Pillow reads everything.
+torchvision's own decoders need less time than Pillow for JPEG and WebP files, and give the same pixels, bit for bit.
+Pillow reads the rest: other formats, animations, and a JPEG at a fraction of its size. PNG is among them although
+torchvision would need a sixth less time, since one wrong bit in the pixels of a PNG ends torchvision 0.29, and with it
+the process, in a segmentation fault. Since 0.29 torchvision announces that its decoders will move to TorchCodec; where
+they are gone, Pillow reads everything.
+
+Whatever decodes, the header is read first, by the code below: it says how many pixels there will be, before any is
+allocated, and how the camera was held, which none of the decoders heeds.
 """
 
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +28,28 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 DECODERS = ("auto", "pil", "cuda")
 # What the JPEG library can scale by while it decodes, for a fraction of the time.
 REDUCTIONS = (8, 4, 2)
+# A small file can claim any size. The largest cameras have 102 (medium format) and 108 (phones) million pixels.
+MOST_PIXELS = 128_000_000
+# As many in RGBA of 16 bits, uncompressed: a longer file is no image that would be decoded.
+MOST_BYTES = 8 * MOST_PIXELS
+# What Pillow may read. It knows more, such as EPS, which is a program that it would have Ghostscript run.
+FORMATS = frozenset(
+    ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+)
+# So much of a JPEG file is searched for its size, which a stranger's file may hide behind any number of fill bytes.
+_MOST_HEADER_BYTES = 1 << 24
+_TORCHVISION_FORMATS = ("JPEG", "WEBP")
+_ORIENTATION = 0x0112  # the EXIF tag
+# For each value of it but 1: whether rows and columns change places, and which sides are then flipped.
+_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (-1,)),
+    3: (False, (-2, -1)),
+    4: (False, (-2,)),
+    5: (True, ()),
+    6: (True, (-1,)),
+    7: (True, (-2, -1)),
+    8: (True, (-2,)),
+}
 
 _torchvision_decode = getattr(torchvision.io, "decode_image", None)
 
@@ -25,43 +58,90 @@ class BadImageError(ValueError):
     """An image that cannot be read; its text is the reason."""
 
 
+class Header(NamedTuple):
+    """What the first bytes of an image file say.
+
+    ``height`` and ``width`` are those of the image as it is shown, ``orientation`` (1 to 8, as in EXIF) is how what the
+    file holds must be turned to that.
+    """
+
+    format: str
+    height: int
+    width: int
+    orientation: int
+
+
 def read_file(path: str) -> Tensor:
-    """The bytes of a file, uint8 ``(N,)``.
+    """The bytes of a regular file, uint8 ``(N,)``.
 
     Raises:
-        BadImageError: the file cannot be read.
+        BadImageError: the file cannot be read, is a pipe or a device, or is longer than ``MOST_BYTES``.
     """
     try:
-        return torch.from_numpy(np.fromfile(path, np.uint8))
+        # Opening a pipe would otherwise wait for somebody to write into it.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("it is not a regular file")
+            if status.st_size > MOST_BYTES:
+                raise BadImageError(f"its {status.st_size:,} bytes are more than the {MOST_BYTES:,} of any image")
+            return torch.from_numpy(np.fromfile(file, np.uint8))
     except OSError as error:
         raise BadImageError(str(error)) from error
 
 
-def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1) -> Tensor:
-    """Decodes an image of any mode of 8 bits (grey, palette, alpha, CMYK).
+def read_header(content: Tensor) -> Header:
+    """Reads the size of an image and how it has to be turned, without decoding it.
+
+    Args:
+        content: the bytes of the file, uint8 ``(N,)``.
+
+    Raises:
+        BadImageError: there is no image in the bytes, or one of more than ``MOST_PIXELS``.
+    """
+    data = content.numpy().tobytes()
+    header = _jpeg_header(data[:_MOST_HEADER_BYTES]) or _png_header(data)
+    if header is None:
+        with _pillow_errors(data), _open(data) as image:
+            _check_size(image.height, image.width)
+            # Pillow itself turns a TIFF file when it loads it.
+            exif = b"" if image.format == "TIFF" else image.info.get("exif", b"")
+            header = _turned_header(str(image.format), image.height, image.width, _exif_orientation(exif))
+    _check_size(header.height, header.width)
+    return header
+
+
+def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1, header: Header | None = None) -> Tensor:
+    """Decodes an image of any mode of 8 bits (grey, palette, alpha, CMYK), or of 16, of which it keeps the upper 8.
 
     Args:
         content: the bytes of the file, uint8 ``(N,)``.
         decoder: ``"pil"`` for Pillow alone, otherwise torchvision where it can.
         reduction: what to divide height and width by, one of :data:`REDUCTIONS` or 1, if the file is a JPEG.
+        header: what :func:`read_header` has read from the file, if it was called.
 
     Returns:
-        RGB values, uint8 ``(3, H, W)``; the first image of an animation.
+        RGB values, uint8 ``(3, H, W)``, upright as the EXIF orientation says; the first image of an animation.
 
     Raises:
-        BadImageError: there is no such image in the bytes.
+        BadImageError: there is no such image in the bytes, or one of more than ``MOST_PIXELS``.
     """
-    if _torchvision_decode is not None and decoder != "pil" and reduction == 1:
-        try:
-            image = _torchvision_decode(content, mode="RGB")
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            pass  # not one of its formats, or damaged: Pillow reads it, or says what is wrong
-        else:
-            if image.dtype == torch.uint8:
-                return image if image.ndim == 3 else image[0]
-    return _decode_with_pillow(content, reduction)
+    if header is None:
+        header = read_header(content)
+    image = None
+    if decoder != "pil" and reduction == 1 and header.format in _TORCHVISION_FORMATS:
+        image = _decode_with_torchvision(content)
+    if image is None:
+        image = _decode_with_pillow(content, reduction)
+    return turn(image, header.orientation)
+
+
+def turn(image: Tensor, orientation: int) -> Tensor:
+    """Turns an image ``(..., H, W)`` upright, given the EXIF orientation (1 to 8) of its file."""
+    if orientation == 1:
+        return image
+    transpose, flips = _TURNS[orientation]
+    return (image.transpose(-2, -1) if transpose else image).flip(flips)
 
 
 def read_image(path: str, decoder: str = "auto") -> Tensor:
@@ -99,31 +179,115 @@ def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor | 
         return [decode_jpegs([content], device)[0] for content in contents]
 
 
-def jpeg_size(content: Tensor) -> tuple[int, int] | None:
-    """Height and width from the header of a JPEG file, ``None`` for what does not look like one."""
-    data = content.numpy().data
-    if bytes(data[:2]) != b"\xff\xd8":
+def _decode_with_torchvision(content: Tensor) -> Tensor | None:
+    if _torchvision_decode is None:
         return None
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            return int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return None
+    try:
+        image = _torchvision_decode(content, mode="RGB")
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None  # an animation, or damaged: Pillow reads it, or says what is wrong
+    return image if image.dtype == torch.uint8 and image.ndim == 3 else None
 
 
 def _decode_with_pillow(content: Tensor, reduction: int) -> Tensor:
+    data = content.numpy().tobytes()
+    with _pillow_errors(data), _open(data) as image:
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        # Pillow would clip 16 bits to white. PNG and PPM have no more than these, whatever Pillow calls the mode.
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            grey = torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8))
+            return grey.expand(3, *grey.shape).contiguous()
+        if image.mode.startswith(("I", "F")):
+            raise BadImageError(f"mode {image.mode} has more than 16 bits a channel")
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def _open(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():  # our own limit is stated in an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(BytesIO(data))
+    if image.format not in FORMATS:
+        raise BadImageError(f"images of the format {image.format} are not read")
+    return image
+
+
+@contextmanager
+def _pillow_errors(data: bytes) -> Iterator[None]:
     try:
-        with Image.open(BytesIO(content.numpy().data)) as image:
-            if image.mode.startswith(("I", "F")):  # which Pillow would clip to white
-                raise BadImageError(f"mode {image.mode} has more than 8 bits a channel")
-            if reduction > 1:
-                image.draft(None, (image.width // reduction, image.height // reduction))
-            return pil_to_tensor(image.convert("RGB"))
+        yield
     except (BadImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"more than {MOST_PIXELS:,} pixels") from error
     # Damaged files make Pillow's readers raise almost anything: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
-        reason = str(error) if content.numel() else "the file is empty"
+        reason = str(error) if data else "the file is empty"
         raise BadImageError(reason.split(" <_io.")[0] or type(error).__name__) from error
+
+
+def _jpeg_header(data: bytes) -> Header | None:
+    """The header of a JPEG file, found as the JPEG library finds it; ``None`` for what does not look like one."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at, exif = 2, b""
+    while (at := data.find(b"\xff", at)) >= 0:
+        while data[at : at + 1] == b"\xff":
+            at += 1
+        marker = int.from_bytes(data[at : at + 1])
+        at += 1
+        if marker <= 0x01 or 0xD0 <= marker <= 0xD7:  # nothing follows these
+            continue
+        if marker in (0xD9, 0xDA):  # the end, or pixels before their size was said
+            return None
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
+            if len(data) < at + 7:
+                return None
+            height, width = int.from_bytes(data[at + 3 : at + 5]), int.from_bytes(data[at + 5 : at + 7])
+            return _turned_header("JPEG", height, width, _exif_orientation(exif))
+        size = int.from_bytes(data[at : at + 2])
+        if marker == 0xE1 and not exif and data[at + 2 : at + 8] == b"Exif\0\0":
+            exif = data[at + 2 : at + size]
+        at += max(size, 2)
+    return None
+
+
+def _png_header(data: bytes) -> Header | None:
+    """The header of a PNG file; ``None`` for what does not look like one."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
+        return None
+    at = 8
+    while data[at + 4 : at + 8] not in (b"", b"eXIf"):  # which may come before the pixels or after them
+        at += 12 + int.from_bytes(data[at : at + 4])
+    exif = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4])]
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    return _turned_header("PNG", height, width, _exif_orientation(exif))
+
+
+def _exif_orientation(exif: bytes) -> object:
+    if not exif:
+        return None
+    # Pillow warns of damaged tags or raises almost anything, which is no reason not to show the image.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            parsed = Image.Exif()
+            parsed.load(exif)
+            return parsed.get(_ORIENTATION)
+        except Exception:
+            return None
+
+
+def _turned_header(name: str, height: int, width: int, orientation: object) -> Header:
+    if not isinstance(orientation, int) or orientation not in _TURNS:
+        return Header(name, height, width, 1)
+    if _TURNS[orientation][0]:
+        height, width = width, height
+    return Header(name, height, width, orientation)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise BadImageError(f"its {width:,} x {height:,} pixels are more than the {MOST_PIXELS:,} that are decoded")

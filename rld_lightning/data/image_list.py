@@ -1,6 +1,7 @@
 """Finding the images, classes and splits in a folder of class folders."""
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,13 @@ from rld_lightning.data.decode import read_file
 TRAIN_FOLDER = "train"
 VAL_FOLDERS = ("val", "valid", "validation")
 TEST_FOLDER = "test"
+# What else people call these, in any case and with or without `_set` and the like: `Training`, `train_set`, `TEST`.
+_SPLIT_NAMES = {
+    TRAIN_FOLDER: (TRAIN_FOLDER, "training"),
+    VAL_FOLDERS[0]: (*VAL_FOLDERS, "validate", "dev", "eval", "evaluation"),
+    TEST_FOLDER: (TEST_FOLDER, "testing"),
+}
+_SPLIT_NAME_ENDS = ("set", "split", "data", "dataset", "images", "folder")
 # A flat folder is always split alike, whatever the seed of a run, so that results can be compared.
 TEST_SEED = 0
 
@@ -52,6 +60,7 @@ def list_images(folder: Path) -> ImageList:
             f"{folder} has {len(class_names)} class folders, at least two are needed: "
             "place the images of each class in a folder named after it."
         )
+    _check_no_splits(folder, class_names)
     numbers = {name: number for number, name in enumerate(class_names)}
     samples = ImageFolder.make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
     labels = torch.tensor([number for _, number in samples], dtype=torch.int64)
@@ -77,22 +86,21 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: set root to a folder of class folders of images.")
     folders = _folders_in(root)
-    val = next((name for name in VAL_FOLDERS if name in folders), None)
-    test = TEST_FOLDER if TEST_FOLDER in folders else None
+    train, val, test = (_find_split(root, folders, split) for split in (TRAIN_FOLDER, VAL_FOLDERS[0], TEST_FOLDER))
     if val and test and not _folders_in(root / test):
         test = None  # as in ImageNet, whose `test` holds images without classes
-    if TRAIN_FOLDER in folders and (tested := test or val):
-        lists = {name: list_images(root / name) for name in (TRAIN_FOLDER, val, test) if name}
+    if train and (tested := test or val):
+        lists = {name: list_images(root / name) for name in (train, val, test) if name}
         for name, images in lists.items():
-            _check_classes(lists[TRAIN_FOLDER].class_names, images.class_names, root / name)
-        splits = {"train": lists[TRAIN_FOLDER], "test": lists[tested]}
+            _check_classes(lists[train].class_names, images.class_names, root / name, train)
+        splits = {"train": lists[train], "test": lists[tested]}
         return splits | ({"val": lists[val]} if val and test else {})
-    if TRAIN_FOLDER in folders and _folders_in(root / TRAIN_FOLDER):
+    if train and _folders_in(root / train):
         raise ValueError(
-            f"{root} has {TRAIN_FOLDER}/ but none of {', '.join((*VAL_FOLDERS, TEST_FOLDER))} beside it: add one, or "
-            f"set root to {root / TRAIN_FOLDER} to hold out test_fraction of its images."
+            f"{root} has {train}/ but none of {', '.join((*VAL_FOLDERS, TEST_FOLDER))} beside it: add one, or "
+            f"set root to {root / train} to hold out test_fraction of its images."
         )
-    if folders and set(folders) <= {*VAL_FOLDERS, TEST_FOLDER}:
+    if folders and set(folders) <= {val, test, *VAL_FOLDERS}:
         raise ValueError(
             f"{root} has {folders[0]}/ but no {TRAIN_FOLDER}/ beside it: add the class folders of the training images."
         )
@@ -101,11 +109,47 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
     return {"train": images.take(kept), "test": images.take(held_out)}
 
 
-def _check_classes(expected: list[str], found: list[str], folder: Path) -> None:
+def _find_split(root: Path, folders: list[str], split: str) -> str | None:
+    """The folder of a split: by one of the documented names, or by another one if there are folders in it."""
+    documented = VAL_FOLDERS if split in VAL_FOLDERS else (split,)
+    if found := next((name for name in documented if name in folders), None):
+        return found
+    others = [name for name in folders if _is_split_name(name, split) and _folders_in(root / name)]
+    if len(others) > 1:
+        raise ValueError(f"{root} has {_quote(others)}, which may all be the {split} split: rename one to {split}/.")
+    return others[0] if others else None
+
+
+def _is_split_name(name: str, split: str) -> bool:
+    plain = re.sub(r"[\W_]", "", name.casefold())
+    return plain in {usual + end for usual in _SPLIT_NAMES[split] for end in ("", *_SPLIT_NAME_ENDS)}
+
+
+def _check_no_splits(folder: Path, class_names: list[str]) -> None:
+    """Refuses folders that look like splits by names of their own, with the same class folders in each."""
+    inner = []
+    for name in class_names:
+        with os.scandir(folder / name) as entries:
+            names = set()
+            for entry in entries:
+                if entry.is_dir():
+                    names.add(entry.name)
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    return
+            inner.append(names)
+    if len(common := sorted(set.intersection(*inner))) > 1:
+        raise ValueError(
+            f"{folder} has no images in {_quote(class_names)} but the same folders in each, {_quote(common)}: if these "
+            f"are the classes, name the folders of splits {TRAIN_FOLDER}/ and {VAL_FOLDERS[0]}/ or {TEST_FOLDER}/; if "
+            "not, place the images of each class directly in its folder."
+        )
+
+
+def _check_classes(expected: list[str], found: list[str], folder: Path, train: str) -> None:
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         raise ValueError(
-            f"{folder} has other classes than {TRAIN_FOLDER}/: missing {_quote(missing)}, unknown {_quote(unknown)}; "
+            f"{folder} has other classes than {train}/: missing {_quote(missing)}, unknown {_quote(unknown)}; "
             "give both the same class folders."
         )
 

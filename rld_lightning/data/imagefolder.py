@@ -14,7 +14,8 @@ class ImageFolderDataModule(StreamingDataModule):
     Three layouts are understood. ``root/train`` beside one of ``root/{val,valid,validation,test}``: the latter is the
     test split, as ImageNet's ``val`` is. ``root/train``, one of ``root/{val,valid,validation}`` and ``root/test``, all
     with class folders: validation and test split are different. ``root/<class>/...``: a fixed, stratified
-    ``test_fraction`` of the images is the test split.
+    ``test_fraction`` of the images is the test split. Splits may also be called ``Train``, ``training``, ``train_set``
+    and the like; folders that look like splits by names of their own are refused.
 
     Args:
         root: the folder.

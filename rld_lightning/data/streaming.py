@@ -12,12 +12,23 @@ from torchvision.transforms import v2
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImage, BadImageReport
 from rld_lightning.data.base import Batch
-from rld_lightning.data.decode import REDUCTIONS, BadImageError, decode_image, decode_jpegs, jpeg_size
+from rld_lightning.data.decode import (
+    REDUCTIONS,
+    BadImageError,
+    Header,
+    decode_image,
+    decode_jpegs,
+    read_header,
+    turn,
+)
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.errors import UserError
 
+# An evaluation image that is longer than so many times its shorter side is cut to that before it is resized, since it
+# would take as much memory as its other side asks for: 256 x 768,000 pixels for one of 2 x 6,000.
+MOST_ASPECT = 32
 # So many files of a class that cannot be read, one after the other, are no accident.
 MOST_REPLACEMENTS = 8
 # A crop of twice the size that it is resized to, or more, comes out the same (within half of 255 steps on average)
@@ -25,6 +36,10 @@ MOST_REPLACEMENTS = 8
 REDUCING_GAP = 2
 
 Key = tuple[int, int]
+
+
+class UnreadableImagesError(UserError, ValueError):
+    """Images without which a run would mean nothing cannot be read."""
 
 
 class Images(Protocol):
@@ -86,6 +101,28 @@ class RandomCropFlip(v2.RandomResizedCrop):
         return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
 
 
+class CentreCrop(v2.Transform):
+    """``v2.Resize`` of the shorter side and then ``v2.CenterCrop``, of an image of any aspect in bounded memory.
+
+    Args:
+        resize: what the shorter side becomes.
+        size: height and width of the result.
+    """
+
+    def __init__(self, resize: int, size: Sequence[int]) -> None:
+        super().__init__()
+        self.resize = resize
+        self.size = list(size)
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resizes and cuts out."""
+        longest = MOST_ASPECT * min(inpt.shape[-2:])
+        if max(inpt.shape[-2:]) > longest:
+            inpt = v2.functional.center_crop(inpt, [min(side, longest) for side in inpt.shape[-2:]])
+        resized = v2.functional.resize(inpt, [self.resize], antialias=True)
+        return v2.functional.center_crop(resized, self.size)
+
+
 class Sample(NamedTuple):
     """What became of a key.
 
@@ -100,10 +137,11 @@ class Sample(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A JPEG file that the device will decode."""
+    """A JPEG file that the device will decode, which knows nothing of its EXIF ``orientation``."""
 
     key: Key
     content: Tensor
+    orientation: int
 
 
 class StreamedImages(Dataset[Sample | Encoded]):
@@ -138,10 +176,11 @@ class StreamedImages(Dataset[Sample | Encoded]):
         if self.decode == "cuda":
             try:
                 content = self.images.read(key[0])
+                header = read_header(content)
             except BadImageError:
                 return self.load(key)
-            if jpeg_size(content) is not None:
-                return Encoded(key, content)
+            if header.format == "JPEG":
+                return Encoded(key, content, header.orientation)
         return self.load(key)
 
     def __len__(self) -> int:
@@ -158,8 +197,8 @@ class StreamedImages(Dataset[Sample | Encoded]):
         for candidate in self._candidates(index):
             try:
                 content = self.images.read(candidate)
-                reduction = self._draw_reduction(content, seed)
-                image = decode_image(content, self.decode, reduction)
+                header = read_header(content)
+                image = decode_image(content, self.decode, self._draw_reduction(header, seed), header)
             except BadImageError as error:
                 bad.append(BadImage(self.images.path(candidate), str(error)))
             else:
@@ -183,12 +222,12 @@ class StreamedImages(Dataset[Sample | Encoded]):
                 views.append(randaugment_image(self.transform(image)))
         return views
 
-    def _draw_reduction(self, content: Tensor, seed: int) -> int:
+    def _draw_reduction(self, header: Header, seed: int) -> int:
         """Foresees the crops of a large JPEG and returns by how much it may be reduced while it is decoded."""
-        if self.decode == "pil" or not isinstance(self.transform, RandomCropFlip):
+        if self.decode == "pil" or header.format != "JPEG" or not isinstance(self.transform, RandomCropFlip):
             return 1
-        size = jpeg_size(content)
-        if size is None or any(
+        size = header.height, header.width
+        if any(
             image < REDUCTIONS[-1] * REDUCING_GAP * crop for image, crop in zip(size, self.transform.size, strict=True)
         ):
             return 1
@@ -251,7 +290,8 @@ class StreamingLoader(EpochLoader):
 
     An image that cannot be read is replaced where the data set says so, so that every batch keeps its size. Otherwise
     it is left out: an evaluation sees each readable image once, whichever process it falls to, in as many batches as
-    before, some of which may then be empty.
+    before, some of which may then be empty. A split of which nothing can be read is an error: when a process has seen
+    none yet, it looks for one in the whole split, so that all processes come to the same conclusion.
 
     Args:
         dataset: gives the uint8 views of a key's image.
@@ -277,6 +317,7 @@ class StreamingLoader(EpochLoader):
         self.normalize = normalize
         self.device = device
         self.report = report
+        self._some_readable = False
         self._keys = dataset.key_sampler(sampler)
         on_device = dataset.decode == "cuda"
         self._workers = DataLoader(
@@ -300,8 +341,10 @@ class StreamingLoader(EpochLoader):
             if stacked.bad:
                 self._handle(stacked, step.stop - step.start)
             if not stacked.tensors:
+                self._check_some_readable(stacked.bad[-1])
                 yield self._empty()
                 continue
+            self._some_readable = True
             label, index, *views = (values.to(self.device, non_blocking=True) for values in stacked.tensors)
             images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in views)
             yield Batch(images, label, index, *strong)
@@ -325,14 +368,15 @@ class StreamingLoader(EpochLoader):
             elif (image := next(images)) is None:
                 sample = self.dataset.load(item.key)
             else:
-                sample = self.dataset.sample(item.key[0], self.dataset.views(image, item.key[1]))
+                views = self.dataset.views(turn(image, item.orientation), item.key[1])
+                sample = self.dataset.sample(item.key[0], views)
             samples.append(sample._replace(views=[view.to(self.device) for view in sample.views]))
         return samples
 
     def _handle(self, stacked: Stacked, expected: int) -> None:
         path, reason = stacked.bad[-1]
         if self.report is None:
-            raise ValueError(
+            raise UnreadableImagesError(
                 f"{path} cannot be read as an image ({reason}): replace or delete it, or set bad_images=replace."
             )
         if not self.dataset.replace:
@@ -341,10 +385,20 @@ class StreamingLoader(EpochLoader):
         self.report.add(stacked.bad, "another image of its class takes its place.")
         if stacked.tensors and len(stacked.tensors[0]) == expected:
             return
-        raise ValueError(
+        raise UnreadableImagesError(
             f"{path} cannot be read as an image ({reason}), nor can the images of its class that would take its place: "
             "check the folder and its disk."
         )
+
+    def _check_some_readable(self, bad: BadImage) -> None:
+        """Raises ``UnreadableImagesError`` if the split has no image that can be read."""
+        size = len(self.dataset)
+        if not self._some_readable and not any(self.dataset.load((index, 0)).views for index in range(size)):
+            raise UnreadableImagesError(
+                f"none of the {size:,} images of the split can be read, such as {bad.path} ({bad.reason}): check the "
+                "folder and its disk, or convert the images."
+            )
+        self._some_readable = True
 
     def _empty(self) -> Batch:
         images = self.normalize(torch.empty(0, *self.normalize.mean.shape, dtype=torch.uint8, device=self.device))

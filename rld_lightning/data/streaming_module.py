@@ -14,7 +14,7 @@ from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
 from rld_lightning.data.base import ImageDataModule, stratified_split, stratified_subset
 from rld_lightning.data.decode import DECODERS
 from rld_lightning.data.sampler import EpochSampler
-from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, StreamingLoader
+from rld_lightning.data.streaming import CentreCrop, Images, RandomCropFlip, StreamedImages, StreamingLoader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,13 +30,14 @@ class StreamingDataModule(ImageDataModule):
             ``image_size / 0.875``, 256 for 224.
         scale: range of the share of the area that a random training crop covers.
         num_workers: decoding processes for each training process.
-        decode: ``"auto"`` decodes in the workers, with torchvision where it can and Pillow where it cannot, and large
+        decode: ``"auto"`` decodes in the workers, JPEG and WebP with torchvision and the rest with Pillow, and large
             JPEGs at a fraction of their size where the training crop allows; ``"pil"`` with Pillow alone, always at
             full size; ``"cuda"`` has JPEGs decoded on the GPU by nvJPEG, which frees the workers and rounds
             differently.
-        bad_images: what to do about files that cannot be read as an image of 8 bits. ``"replace"`` trains on the next
-            image of the same class in their place, leaves them out of evaluation, and reports each once; ``"error"``
-            ends the run.
+        bad_images: what to do about files that cannot be read as an image, or that claim more pixels than
+            :data:`~rld_lightning.data.decode.MOST_PIXELS`. ``"replace"`` trains on the next image of the same class in
+            their place, leaves them out of evaluation, and reports each once; a split of which nothing can be read ends
+            the run all the same. ``"error"`` ends it at the first.
         bad_images_file: where to list them, for all processes of a run; nowhere by default.
         mean: mean of each channel; by default ImageNet's, as are its models.
         std: standard deviation of each channel.
@@ -133,7 +134,7 @@ class StreamingDataModule(ImageDataModule):
 
     def eval_transform(self) -> v2.Transform:
         """What is done to a uint8 evaluation image ``(3, H, W)``."""
-        return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_shape[1:])])
+        return CentreCrop(self.resize, self.image_shape[1:])
 
     @property
     def train_label(self) -> Tensor:

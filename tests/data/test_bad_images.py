@@ -1,6 +1,8 @@
 """Files that cannot be read: replaced in training, left out of evaluation, and reported once."""
 
 import logging
+import os
+import re
 import shutil
 
 import numpy as np
@@ -13,18 +15,19 @@ from torch import nn
 
 from rld_lightning.data import ImageFolderDataModule
 from rld_lightning.data.bad_images import MOST_LOGGED, BadImage, BadImageReport
+from rld_lightning.errors import UserError
 from rld_lightning.losses import CELoss
 from rld_lightning.module import DistillationModule
 
-DEEP = np.full((20, 20), 4000, dtype=np.uint16)
+DEEP = np.full((20, 20), 0.5, dtype=np.float32)
 # What is wrong with which training image: index, class and number. There are three classes of six.
-BAD = {0: ("a", 0, "empty"), 5: ("a", 5, "16 bit"), 7: ("b", 1, "truncated"), 8: ("b", 2, "text")}
+BAD = {0: ("a", 0, "empty"), 5: ("a", 5, "32 bit"), 7: ("b", 1, "truncated"), 8: ("b", 2, "text")}
 REPLACED_BY = {0: 1, 5: 1, 7: 9, 8: 9}
 
 
 def spoil(path, how):
-    if how == "16 bit":
-        Image.fromarray(DEEP).save(path.with_suffix(".png"))
+    if how == "32 bit":
+        Image.fromarray(DEEP).save(path.with_suffix(".tif"))
         path.unlink()
     else:
         content = {"empty": b"", "truncated": path.read_bytes()[:-40], "text": b"not an image"}[how]
@@ -128,12 +131,12 @@ def test_each_bad_image_is_reported_once(root, tmp_path, caplog):
     # Another process of the run, and another run into the same folder.
     epoch_of(folder_data(root, 1, 2, bad_images_file=listing).train_dataloader())
     entries = dict(line.split("\t") for line in listing.read_text().splitlines())
-    names = {"a/0.jpg", "a/5.png", "b/1.jpg", "b/2.jpg"}
+    names = {"a/0.jpg", "a/5.tif", "b/1.jpg", "b/2.jpg"}
     assert set(entries) == {f"{root}/train/{name}" for name in names} | {
         f"{root}/val/{name}" for name in ("a/1.jpg", "a/2.jpg", "c/3.jpg")
     }
     assert entries[f"{root}/train/a/0.jpg"] == "the file is empty"
-    assert entries[f"{root}/train/a/5.png"] == "mode I;16 has more than 8 bits a channel"
+    assert entries[f"{root}/train/a/5.tif"] == "mode F has more than 16 bits a channel"
     messages = logged(caplog)
     assert len(messages) == len(entries) == 7
     for path, reason in entries.items():
@@ -184,3 +187,51 @@ def test_a_class_without_a_readable_image_is_an_error(root, caplog):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="nor can the images of its class that would take its place: check the folder"):
         epoch_of(folder_data(root).train_dataloader())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_which_nothing_can_be_read_ends_the_run_in_one_sentence(root, split, world_size, num_workers):
+    for path in (root / {"train": "train", "test": "val"}[split]).rglob("*.*"):
+        path.write_bytes(b"")
+    for rank in range(world_size):
+        data = folder_data(root, rank, world_size, num_workers=num_workers)
+        loader = data.train_dataloader() if split == "train" else data.test_dataloader()
+        with pytest.raises(UserError) as caught:
+            next(iter(loader))
+        if split == "test":
+            assert re.fullmatch(
+                rf"none of the 12 images of the split can be read, such as {root}/val/\S+\.jpg \(the file is empty\): "
+                r"check the folder and its disk, or convert the images\.",
+                str(caught.value),
+            )
+
+
+def test_one_readable_image_is_enough_for_an_evaluation(root):
+    for path in (root / "val").rglob("*.*"):
+        if path.name != "0.jpg" or path.parent.name != "c":
+            path.write_bytes(b"")
+    for rank in range(4):
+        assert len(merge(folder_data(root, rank, 4).test_dataloader()).label) == (rank == 8 % 4)
+
+
+def test_what_is_no_file_or_too_large_is_a_bad_image_like_others(good, root, caplog):
+    """A pipe that nobody writes into, a device, and a small file of too many pixels."""
+    folder = root / "train" / "c"
+    for number in (0, 2, 4):
+        (folder / f"{number}.jpg").unlink()
+    os.mkfifo(folder / "0.jpg")
+    (folder / "2.jpg").symlink_to("/dev/zero")
+    content = (folder / "1.jpg").read_bytes()
+    (folder / "4.jpg").write_bytes(content.replace(bytes((0, 40, 0, 30)), b"\xff\xf0" * 2))
+    batch = merge(epoch_of(folder_data(root).train_dataloader()))
+    assert sorted(batch.index.tolist()) == sorted(
+        REPLACED_BY.get(index, {12: 13, 14: 15, 16: 17}.get(index, index)) for index in range(18)
+    )
+    reasons = {message.split("cannot be read as an image")[1].split(":")[0] for message in logged(caplog)}
+    assert {
+        " (it is not a regular file)",
+        " (its 65,520 x 65,520 pixels are more than the 128,000,000 that are decoded)",
+    } <= reasons
+    assert len(logged(caplog)) == len(BAD) + 3

@@ -1,14 +1,28 @@
+import os
+import socket
+import zlib
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from helpers.data import epoch_of, merge, ready, same
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rld_lightning.bench.data import pipelines, write_jpegs
 from rld_lightning.data import ImageFolderDataModule, decode
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImageReport
-from rld_lightning.data.decode import BadImageError, decode_image, decode_jpegs, jpeg_size, read_file, read_image
+from rld_lightning.data.decode import (
+    MOST_BYTES,
+    MOST_PIXELS,
+    BadImageError,
+    decode_image,
+    decode_jpegs,
+    read_file,
+    read_header,
+    read_image,
+)
 from rld_lightning.data.streaming import RandomCropFlip, StreamedImages, StreamingLoader
 
 CPU = torch.device("cpu")
@@ -87,6 +101,23 @@ def test_damaged_files_have_one_kind_of_error(tmp_path, how, suffix):
             read_image(str(path), decoder)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
+def test_a_wrong_bit_is_an_error_or_another_image_but_no_crash(tmp_path, suffix):
+    noise(90, 70).save(tmp_path / f"image.{suffix}")
+    content = (tmp_path / f"image.{suffix}").read_bytes()
+    generator = np.random.default_rng(0)
+    for at in generator.integers(len(content), size=100):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << int(generator.integers(8))
+        for decoder in ("auto", "pil"):
+            try:
+                image = decode_image(torch.frombuffer(flipped, dtype=torch.uint8), decoder)
+            except BadImageError:
+                continue
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == 3
+
+
 def test_a_missing_file_is_a_bad_image(tmp_path):
     with pytest.raises(BadImageError, match="No such file"):
         read_file(str(tmp_path / "gone.jpg"))
@@ -96,14 +127,188 @@ def test_a_missing_file_is_a_bad_image(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_the_size_of_a_jpeg_is_in_its_header(tmp_path, mode, options):
     noise(53, 41, mode).save(tmp_path / "image.jpg", **options)
-    assert jpeg_size(read_file(str(tmp_path / "image.jpg"))) == (41, 53)
+    assert read_header(read_file(str(tmp_path / "image.jpg"))) == ("JPEG", 41, 53, 1)
 
 
-def test_other_files_have_no_jpeg_size(tmp_path):
-    noise(53, 41).save(tmp_path / "image.png")
+def test_the_header_of_a_jpeg_is_found_as_the_jpeg_library_finds_it(tmp_path):
     noise(53, 41).save(tmp_path / "image.jpg")
-    png, jpeg = (read_file(str(tmp_path / name)) for name in ("image.png", "image.jpg"))
-    assert [jpeg_size(content) for content in (png, jpeg[:0], jpeg[:30])] == [None] * 3
+    content = (tmp_path / "image.jpg").read_bytes()
+    another = content[content.index(b"\xff\xc0") :][:19].replace(bytes((0, 41, 0, 53)), bytes((9, 9, 9, 9)))
+    # Fill bytes, what is skipped, a marker without a length, and a header that is a comment's text.
+    for between in (b"\xff\xff", b"text", b"\xff\xd0", b"\xff\x01", b"\xff\xfe\x00\x15" + another):
+        changed = torch.frombuffer(bytearray(content[:2] + between + content[2:]), dtype=torch.uint8)
+        assert read_header(changed) == ("JPEG", 41, 53, 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif", "bmp", "tiff", "ppm"])
+def test_other_files_have_a_header_too(tmp_path, suffix):
+    path = tmp_path / f"image.{suffix}"
+    noise(53, 41).save(path)
+    name = suffix.upper()
+    assert read_header(read_file(str(path))) == (name, 41, 53, 1)
+
+
+def upright(path):
+    return np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_photographs_are_turned_as_every_viewer_turns_them(tmp_path, suffix, orientation, monkeypatch):
+    path = tmp_path / f"image.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(53, 41).save(path, exif=exif)
+    content, expected = read_file(str(path)), upright(path)
+    assert expected.shape == ((3, 53, 41) if 5 <= orientation <= 8 else (3, 41, 53))
+    header = read_header(content)
+    if suffix != "tiff":  # which Pillow turns itself
+        assert (header.height, header.width) == expected.shape[1:]
+        assert header.orientation == (orientation if 1 <= orientation <= 8 else 1)
+    for decoder in ("auto", "pil"):
+        image = decode_image(content, decoder)
+        assert np.array_equal(image, expected)
+    monkeypatch.setattr(decode, "_torchvision_decode", None)
+    assert np.array_equal(decode_image(content), expected)
+
+
+def test_a_turn_after_the_pixels_of_a_png_counts(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(53, 41).save(tmp_path / "plain.png")
+    noise(53, 41).save(tmp_path / "exif.png", exif=exif)
+    plain, tagged = (tmp_path / "plain.png").read_bytes(), (tmp_path / "exif.png").read_bytes()
+    at = tagged.index(b"eXIf") - 4
+    chunk = tagged[at : at + 12 + int.from_bytes(tagged[at : at + 4])]
+    (tmp_path / "image.png").write_bytes(plain[:-12] + chunk + plain[-12:])
+    assert np.array_equal(read_image(str(tmp_path / "image.png")), upright(tmp_path / "image.png"))
+    assert read_image(str(tmp_path / "image.png")).shape == (3, 53, 41)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40]
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_damaged_exif_tag_turns_nothing(tmp_path, suffix, exif):
+    noise(53, 41).save(tmp_path / f"image.{suffix}", exif=exif)
+    assert read_image(str(tmp_path / f"image.{suffix}")).shape == (3, 41, 53)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_turned_jpeg_is_reduced_as_the_crop_of_the_turned_image_allows(tmp_path, orientation):
+    """A photograph taken upright and the same pixels turned before they were saved give the same crops."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a", "b"):
+        for split in ("train", "val"):
+            (tmp_path / "tagged" / split / name).mkdir(parents=True)
+            (tmp_path / "turned" / split / name).mkdir(parents=True)
+            image = noise(640, 320, seed=ord(name))
+            image.save(tmp_path / "tagged" / split / name / "0.jpg", quality=95, exif=exif)
+            tagged = Image.open(tmp_path / "tagged" / split / name / "0.jpg")
+            ImageOps.exif_transpose(tagged).save(tmp_path / "turned" / split / name / "0.jpg", quality=95, exif=b"")
+    options = {"image_size": 32, "batch_size": 2, "num_workers": 0}
+    seen = []
+    for epoch in range(4):
+        tagged, turned = (
+            merge(epoch_of(ready(ImageFolderDataModule(tmp_path / name, **options)).train_dataloader(), epoch))
+            for name in ("tagged", "turned")
+        )
+        assert (tagged.images - turned.images).abs().mean() < 3 / 255 / 0.224
+        seen.append(tagged.images)
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "I;16"), ("tiff", "I;16"), ("pgm", "I;16")])
+def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, suffix, mode):
+    path = tmp_path / f"image.{suffix}"
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(path)
+    for decoder in ("auto", "pil"):
+        image = read_image(str(path), decoder)
+        assert np.array_equal(image, np.broadcast_to(values >> 8, (3, 256, 256)))
+        assert image.dtype == torch.uint8
+
+
+def test_grey_and_colour_of_16_bits_come_out_alike(tmp_path):
+    """Eight bits saved as sixteen are the eight again."""
+    grey = np.asarray(noise(53, 41, "L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "image.png")
+    assert np.array_equal(read_image(str(tmp_path / "image.png"))[0], grey)
+
+
+@pytest.mark.parametrize("values", [np.zeros((4, 5), np.float32), np.zeros((4, 5), np.int32)])
+def test_more_than_16_bits_are_no_image(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "image.tiff")
+    with pytest.raises(BadImageError, match=r"mode [IF] has more than 16 bits a channel"):
+        decode_image(read_file(str(tmp_path / "image.tiff")))
+
+
+def claiming(width, height, suffix):
+    """A small file that says that it is large."""
+    buffer = BytesIO()
+    noise(53, 41).save(buffer, suffix)
+    content = buffer.getvalue()
+    if suffix == "png":
+        header = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + content[24:29]
+        content = content[:12] + header + zlib.crc32(header).to_bytes(4) + content[33:]
+    elif suffix == "jpeg":
+        content = content.replace(bytes((0, 41, 0, 53)), height.to_bytes(2) + width.to_bytes(2), 1)
+    elif suffix == "bmp":
+        content = content[:18] + width.to_bytes(4, "little") + height.to_bytes(4, "little") + content[26:]
+    elif suffix == "ppm":
+        content = content.replace(b"53 41", f"{width} {height}".encode(), 1)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "bmp", "ppm"])
+@pytest.mark.parametrize(("width", "height"), [(16_000, 16_000), (65_000, 2_000), (12_000, 11_000)])
+def test_what_claims_more_pixels_than_any_camera_is_not_decoded(suffix, width, height, monkeypatch, recwarn):
+    def never(*args, **kwargs):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(decode, "_decode_with_torchvision", never)
+    monkeypatch.setattr(decode, "_decode_with_pillow", never)
+    for decoder in ("auto", "pil"):
+        with pytest.raises(BadImageError, match=rf"more than (the )?{MOST_PIXELS:,}"):
+            decode_image(claiming(width, height, suffix), decoder)
+    assert not recwarn.list
+    assert read_header(claiming(11_000, 11_000, suffix))[1:3] == (11_000, 11_000)
+
+
+def test_an_animation_is_decoded_no_further_than_its_first_image(tmp_path):
+    frames = [Image.new("P", (60, 50), color) for color in range(200)]
+    frames[0].save(tmp_path / "image.gif", save_all=True, append_images=frames[1:])
+    content = read_file(str(tmp_path / "image.gif"))
+    assert read_header(content).format == "GIF"
+    assert decode_image(content).shape == (3, 50, 60)
+
+
+def test_what_pillow_would_have_another_program_run_is_not_read(tmp_path):
+    noise(53, 41).save(tmp_path / "image.eps")
+    for decoder in ("auto", "pil"):
+        with pytest.raises(BadImageError, match="images of the format EPS are not read"):
+            decode_image(read_file(str(tmp_path / "image.eps")), decoder)
+
+
+def test_only_regular_files_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # the names of sockets are short
+        server.bind("socket.jpg")
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    for name, reason in {
+        "pipe": "not a regular file",
+        "device": "not a regular file",
+        "folder": "not a regular file|directory",
+        "socket": "No such device",
+        "sparse": r"its 1,024,000,001 bytes are more than the 1,024,000,000 of any image",
+    }.items():
+        with pytest.raises(BadImageError, match=reason):
+            read_file(str(tmp_path / f"{name}.jpg"))
 
 
 @pytest.mark.parametrize(("width", "height", "mode"), [(832, 640, "RGB"), (640, 640, "L"), (704, 512, "CMYK")])
@@ -195,6 +400,18 @@ def test_what_the_workers_leave_to_the_device_comes_out_the_same(folder, num_wor
     assert same(batches, epoch_of(loader_of(data, "auto"), 1))
     assert sorted(merge(batches).index.tolist()) == [1, 1, 2, 3, 4, 5, 7, 7]
     assert {record.args[0][-7:] for record in caplog.records} == {"b/2.jpg", "a/0.jpg"}
+
+
+def test_a_photograph_that_the_device_decodes_is_turned_too(folder):
+    exif = Image.Exif()
+    for orientation, path in zip((6, 8, 5), sorted(folder.glob("train/*/[02].jpg")), strict=False):
+        exif[0x0112] = orientation
+        Image.open(path).save(path, exif=exif, quality=95)
+    data = ready(ImageFolderDataModule(folder, image_size=16, batch_size=3))
+    turned = [read_header(read_file(path.decode())).orientation for path in data.splits["train"].paths]
+    assert sorted(turned) == [1, 1, 1, 1, 1, 5, 6, 8]
+    assert same(epoch_of(loader_of(data, "cuda")), epoch_of(loader_of(data, "pil")))
+    assert same(epoch_of(loader_of(data, "cuda")), epoch_of(loader_of(data, "auto")))
 
 
 def test_one_bad_file_does_not_spoil_the_batch_on_the_device(folder):

@@ -8,11 +8,12 @@ import torch
 from helpers.data import epoch_of, merge, part, ready, same
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from rld_lightning.data import Batch, ImageFolderDataModule
 from rld_lightning.data.decode import read_image
 from rld_lightning.data.randaugment import randaugment_image
-from rld_lightning.data.streaming import KeySampler
+from rld_lightning.data.streaming import MOST_ASPECT, KeySampler
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -93,6 +94,30 @@ def test_evaluation_is_resize_and_centre_crop(root):
         expected = reference(Image.open(path.decode()).convert("RGB"))
         # Resizing rounds to uint8; tensors and Pillow may differ by one of 255 steps.
         assert (image - expected).abs().max() < 1.01 / 255 / min(data.std)
+
+
+@pytest.mark.parametrize("size", [(6000, 2), (2, 6000), (100_000, 1), (1, 1), (40, 1300), (30, 900)])
+def test_a_thin_image_takes_no_more_memory_than_others(tmp_path, size, monkeypatch):
+    data = ImageFolderDataModule(tmp_path, image_size=16)
+    generator = np.random.default_rng(0)
+    values = np.asarray(Image.fromarray(generator.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize(size))
+    image = torch.from_numpy(values.copy()).permute(2, 0, 1)
+    expected = v2.Compose([v2.Resize(data.resize, antialias=True), v2.CenterCrop(16)])(image)
+    areas = []
+    resize = v2.functional.resize
+
+    def watched(image, *args, **options):
+        resized = resize(image, *args, **options)
+        areas.append(resized.shape[-1] * resized.shape[-2])
+        return resized
+
+    monkeypatch.setattr(v2.functional, "resize", watched)
+    result = data.eval_transform()(image)
+    assert result.shape == (3, 16, 16)
+    assert max(areas) <= MOST_ASPECT * data.resize**2
+    # Cut first, the centre comes out the same, but for the fraction of a pixel by which sides are rounded.
+    assert (result.int() - expected.int()).abs().max() <= (0 if max(size) <= MOST_ASPECT * min(size) else 2)
+    assert data.train_transform()(image).shape == (3, 16, 16)
 
 
 def test_training_crops_are_random_and_seeded(root):
@@ -279,13 +304,13 @@ def test_images_of_every_mode_are_read_as_rgb(tmp_path, mode, suffix):
 
 
 def test_unreadable_images_are_named(tmp_path):
-    broken, deep = tmp_path / "broken.jpg", tmp_path / "deep.png"
+    broken, deep = tmp_path / "broken.jpg", tmp_path / "deep.tif"
     write_image(broken)
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"broken.jpg cannot be read as an image .* replace or delete it"):
         read_image(str(broken))
-    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(deep)
-    with pytest.raises(ValueError, match=r"deep.png .* more than 8 bits"):
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(deep)
+    with pytest.raises(ValueError, match=r"deep.tif .* more than 16 bits"):
         read_image(str(deep))
 
 
@@ -319,6 +344,90 @@ def test_folder_errors_come_at_setup_and_name_the_culprit(root, tmp_path):
     write_classes(tmp_path / "few", counts=(1, 5, 5))
     with pytest.raises(ValueError, match=r"test_fraction=0.2 of 11 images in 3 classes cannot leave every class"):
         folder_data(tmp_path / "few")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Val"),
+        ("training", "validation"),
+        ("training", "testing"),
+        ("train_set", "val_set"),
+        ("TRAIN", "TEST"),
+        ("Training Data", "Test Data"),
+        ("train-images", "test-images"),
+        ("trainset", "testset"),
+        ("train", "Valid"),
+        ("TrainSplit", "dev"),
+    ],
+)
+def test_splits_by_other_names_are_splits(root, tmp_path, train, test):
+    shutil.copytree(root / "train", tmp_path / train)
+    shutil.copytree(root / "val", tmp_path / test)
+    data, expected = folder_data(tmp_path), folder_data(root)
+    assert data.class_names == list(CLASSES)
+    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 10)
+    assert same(list(data.train_dataloader()), list(expected.train_dataloader()))
+    assert same(list(data.test_dataloader()), list(expected.test_dataloader()))
+
+
+def test_three_splits_by_other_names(root, tmp_path):
+    for name, source in (("Training", "train"), ("Validation_Set", "val"), ("TEST", "val")):
+        shutil.copytree(root / source, tmp_path / name)
+    data = folder_data(tmp_path)
+    assert data.has_own_validation
+    assert set(data.splits) == {"train", "val", "test"}
+    (tmp_path / "Training").rename(tmp_path / "train")
+    shutil.copytree(root / "val", tmp_path / "VAL")
+    with pytest.raises(ValueError, match=r"has 'VAL', 'Validation_Set', which may all be the val split: rename one to"):
+        folder_data(tmp_path)
+    # The documented name has precedence.
+    (tmp_path / "VAL").rename(tmp_path / "val")
+    assert folder_data(tmp_path).splits["val"].path(0).startswith(f"{tmp_path}/val/")
+
+
+@pytest.mark.parametrize("names", [("fold1", "fold2"), ("trainval", "test"), ("a", "b", "c"), ("Zug", "Test")])
+def test_folders_of_the_same_folders_are_no_classes(root, tmp_path, names):
+    for name in names:
+        shutil.copytree(root / "train", tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"has no images in '.*' but the same folders in each, 'cat', 'dog', 'owl': if"
+    ):
+        folder_data(tmp_path)
+    # Neither are they within a split.
+    for split in ("train", "val"):
+        for name in names:
+            shutil.copytree(root / "train", tmp_path / "in" / split / name)
+    with pytest.raises(ValueError, match="but the same folders in each"):
+        folder_data(tmp_path / "in")
+
+
+def test_classes_may_hold_folders(root, tmp_path):
+    """As Tiny ImageNet's do, and with folders of their own each."""
+    for name in CLASSES:
+        shutil.copytree(root / "train" / name, tmp_path / "tiny" / name / "images")
+        shutil.copytree(root / "train" / name, tmp_path / "own" / name / f"{name}1")
+        shutil.copytree(root / "train" / name, tmp_path / "own" / name / f"{name}2")
+        shutil.copytree(root / "train" / name, tmp_path / "mixed" / name / "1")
+        shutil.copytree(root / "train" / name, tmp_path / "mixed" / name / "2")
+    shutil.copy(root / "train" / "owl" / "00.jpg", tmp_path / "mixed" / "owl")
+    for folder, count in (("tiny", 21), ("own", 42), ("mixed", 43)):
+        data = folder_data(tmp_path / folder)
+        assert data.class_names == list(CLASSES)
+        assert data.train_size + data.test_size == count
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    write_classes(tmp_path, names=("Testing", "training", "truck"))
+    assert folder_data(tmp_path).class_names == ["Testing", "training", "truck"]
+
+
+def test_numbers_in_text_order_are_cautioned_of(tmp_path):
+    write_classes(tmp_path / "text", counts=(5,) * 10, names=[str(number) for number in range(1, 11)])
+    write_classes(tmp_path / "number", counts=(5,) * 10, names=[f"{number:02d}" for number in range(1, 11)])
+    caution = "; caution: classes in text order (1, 10, 2, ...), a network from elsewhere may have them by number"
+    assert folder_data(tmp_path / "text").describe().endswith(caution)
+    assert "caution" not in folder_data(tmp_path / "number").describe()
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rld_lightning.data.shards.remote import join, read_bytes, write_bytes
+from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
 from rld_lightning.data.shards.store import ShardStore
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"
 FORMAT = "rld-lightning shards 1"
+LOOK = ("image_size", "resize", "mean", "std")
 
 
 class Shard(NamedTuple):
@@ -112,16 +113,54 @@ class ShardIndex:
             if described["format"] != FORMAT:
                 raise ValueError(f"its format is {described['format']!r} instead of {FORMAT!r}")
             shards = {split: [Shard(**shard) for shard in listed] for split, listed in described["shards"].items()}
-            samples = read_bytes(join(root, described["samples"]["file"]), options)
+            if (file := described["samples"]["file"]) != SAMPLES_FILE:  # and not any file of whoever reads it
+                raise ValueError(f"its samples are in {file!r} instead of {SAMPLES_FILE}")
+            _check_place(root, shards)
+            samples = read_bytes(join(root, SAMPLES_FILE), options)
             if hashlib.sha256(samples).hexdigest() != described["samples"]["sha256"]:
-                raise ValueError(f"{described['samples']['file']} beside it belongs to another index")
+                raise ValueError(f"{SAMPLES_FILE} beside it belongs to another index")
             with np.load(BytesIO(samples), allow_pickle=False) as arrays:
                 found = {split: Samples(*(arrays[f"{split}.{name}"] for name in Samples._fields)) for split in shards}
             if missing := {"train", "test"} - set(shards):
                 raise ValueError(f"it has no {' and no '.join(sorted(missing))} split")
-            return cls(described["name"], described["class_names"], shards, found, described["look"])
+            index = cls(described["name"], described["class_names"], shards, found, described["look"])
+            index._check()
+            return index
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an index of shards ({error}): {again}.") from error
+
+    def _check(self) -> None:
+        """Raises ``ValueError`` for what was not written by :meth:`write`; the file may be a stranger's."""
+        if not isinstance(self.name, str) or "/" in self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"{self.name!r} is no name of a data set")
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("its class names are not text")
+        if unknown := sorted(set(self.look) - set(LOOK)):
+            raise ValueError(f"its look has {unknown[0]!r}, not one of {', '.join(LOOK)}")
+        for split, shards in self.shards.items():
+            samples = self.samples[split]
+            for shard in shards:
+                if not all(isinstance(value, int) and value >= 0 for value in (shard.bytes, shard.images)):
+                    raise ValueError(f"{shard.path} has {shard.bytes!r} bytes and {shard.images!r} images")
+            count = sum(shard.images for shard in shards)
+            if any(values.shape != (count,) for values in samples):
+                raise ValueError(f"its {split} shards hold {count:,} images and {len(samples.label):,} are listed")
+            length = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
+            if any(values.dtype != np.int64 for values in samples[:3]):
+                raise ValueError(f"the places and classes of its {split} images are not whole numbers")
+            if (samples.offset < 0).any() or (samples.size < 0).any() or (samples.size > length - samples.offset).any():
+                raise ValueError(f"it has {split} images outside their shards")
+            if not ((samples.label >= 0) & (samples.label < len(self.class_names))).all():
+                raise ValueError(f"it has {split} images of classes that it does not name")
+
+
+def _check_place(root: str, shards: dict[str, list[Shard]]) -> None:
+    """Refuses shards in local files that are listed by an index from elsewhere."""
+    if local_path(root) is not None:
+        return
+    for shard in (shard for listed in shards.values() for shard in listed):
+        if local_path(join(root, shard.path)) is not None:
+            raise ValueError(f"it comes from elsewhere and names {shard.path}, a file of this machine")
 
 
 class ShardList(NamedTuple):

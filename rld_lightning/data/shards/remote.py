@@ -1,5 +1,6 @@
-"""Files in local folders and in stores: ``s3://``, ``gs://``, ``http://`` and what else fsspec has a package for."""
+"""Files in local folders and in stores: ``s3://``, ``gs://`` and ``http://``."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,15 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+from fsspec.callbacks import Callback
 
+from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor
+
+# fsspec knows more: some read any local file (`local`, `reference`), make up content (`data`) or wrap others by `::`.
+# An address may come from an index that a stranger wrote.
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "memory")
+MOST_INDEX_BYTES = 1 << 32
 # Between bytes; a shard as a whole may take as long as it takes.
 SILENCE_SECONDS = 60
 
@@ -38,10 +47,15 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
 
     Raises:
         ImportError: the file system's package is not installed.
-        ValueError: there is no such kind of address.
+        ValueError: the address is of another kind than ``SCHEMES``.
     """
     options = dict(options or {})
-    protocol = address.partition("://")[0]
+    protocol = address.partition("://")[0].lower()
+    if protocol not in SCHEMES or "::" in address:
+        raise ValueError(
+            f"{address} cannot be opened: addresses of shards are paths or begin with file://, http://, https://, "
+            "s3:// or gs://."
+        )
     if protocol in ("http", "https"):
         import aiohttp  # a tenth of a second that only these addresses are worth
 
@@ -75,7 +89,46 @@ def store_errors(address: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, on one line, or else its name."""
-    return " ".join(str(error).split()) or type(error).__name__
+    unspoken = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return " ".join(str(error).split()) or unspoken
+
+
+class _Watch(Callback):
+    """Ends a transfer that is too slow, or that goes on after its end."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self._floor = SpeedFloor()
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Counts bytes that were received."""
+        super().relative_update(inc)
+        if self.value > self._most:
+            raise ConnectionError(f"the server goes on after {self._most:,} bytes, which is all that there should be")
+        self._floor.add(inc)
+
+
+def get_file(store: AbstractFileSystem, path: str, target: Path, most: int) -> None:
+    """Fetches a file of at most ``most`` bytes, and not too slowly.
+
+    Raises:
+        ConnectionError: it is longer, or the store is slower than :class:`~rld_lightning.download.SpeedFloor` allows;
+            stores raise others.
+    """
+    store.get_file(path, str(target), callback=_Watch(most))
+
+
+def get_range(store: AbstractFileSystem, path: str, offset: int, size: int) -> bytes:
+    """The ``size`` bytes of a file from ``offset`` on.
+
+    Raises:
+        TimeoutError: the store is too slow; stores raise others.
+    """
+    patience = {"timeout": SILENCE_SECONDS + size / SLOWEST_BYTES_PER_SECOND}
+    return store.cat_file(
+        path, start=offset, end=offset + size, **(patience if isinstance(store, AsyncFileSystem) else {})
+    )
 
 
 def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
@@ -88,8 +141,9 @@ def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
     if (path := local_path(address)) is not None:
         return path.read_bytes()
     store, inner = open_store(address, options)
-    with store_errors(address):
-        return store.cat_file(inner)
+    with store_errors(address), tempfile.TemporaryDirectory() as folder:
+        get_file(store, inner, Path(folder) / "file", MOST_INDEX_BYTES)
+        return (Path(folder) / "file").read_bytes()
 
 
 def write_bytes(address: str, content: bytes, options: dict[str, Any] | None = None) -> None:

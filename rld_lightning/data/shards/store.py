@@ -1,6 +1,8 @@
 """Reading from shards: in place, from a cache of bounded size, or image by image from a store."""
 
 import os
+import shutil
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -16,7 +18,7 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
-from rld_lightning.data.shards.remote import local_path, open_store, reason
+from rld_lightning.data.shards.remote import get_file, get_range, local_path, open_store, reason
 from rld_lightning.errors import UserError
 
 ATTEMPTS = 3
@@ -66,7 +68,7 @@ class ShardStore:
         Raises:
             ShardError: the shard is missing, cannot be reached or has another length than it should.
         """
-        content = self._ask(shard, lambda store, path: store.cat_file(path, start=offset, end=offset + size))
+        content = self._ask(shard, lambda store, path: get_range(store, path, offset, size))
         if len(content) == self.sizes[shard] != size:
             raise ShardError(
                 f"the server of {self.addresses[shard]} sends whole files only: give data.cache_gb room for shards."
@@ -121,12 +123,14 @@ class LocalShards(ShardStore):
         """Looks at the length of each shard."""
         for shard, address in enumerate(self.addresses):
             try:
-                size = self._path(shard).stat().st_size
+                status = self._path(shard).stat()
             except OSError as error:
                 raise ShardError(
                     f"{address}, which the index lists, is missing ({error.strerror}): {REPAIR}"
                 ) from error
-            self._check_size(shard, size)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would wait for somebody to write into it
+                raise ShardError(f"{address}, which the index lists, is not a regular file: {REPAIR}")
+            self._check_size(shard, status.st_size)
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
         """Reads from the file."""
@@ -221,13 +225,21 @@ class CachedShards(ShardStore):
             while not self._reserve(part, self.sizes[shard]):
                 time.sleep(WAIT_SECONDS)
             try:
-                self._ask(shard, lambda store, path: store.get_file(path, str(part)))
+                self._check_space(self.sizes[shard])
+                self._ask(shard, lambda store, path: get_file(store, path, part, self.sizes[shard]))
                 self._check_size(shard, part.stat().st_size)
                 with FileLock(self.folder / LOCK):  # whoever counts sees one of the two names
                     part.replace(target)
             finally:
                 part.unlink(missing_ok=True)
         return target
+
+    def _check_space(self, size: int) -> None:
+        if (free := shutil.disk_usage(self.folder).free) < size:
+            raise ShardError(
+                f"the disk of {self.folder} has {free:,} bytes left, and the next shard takes {size:,}: make room or "
+                "choose another folder with data.cache."
+            )
 
     def _reserve(self, part: Path, size: int) -> bool:
         """Makes room for a shard and marks it as taken; false while others on their way take it."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from rld_lightning.data.decode import BadImageError
 from rld_lightning.data.shards.index import INDEX_FILE, Samples, Shard, ShardIndex
 from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors
 from rld_lightning.data.streaming import Images
@@ -21,6 +22,7 @@ from rld_lightning.data.streaming import Images
 NEEDS_WEBDATASET = "scripts/shards.py needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in random order, and in the same one whatever the seed of a run.
 ORDER_SEED = 0
+MOST_CLASS_BYTES = 100
 
 
 class Listing(NamedTuple):
@@ -154,12 +156,16 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
                 key, suffix = split_name(member.name)
                 if not member.isreg() or key is None or member.name.startswith("__"):
                     continue
+                if member.issparse():  # which may claim any size
+                    raise ValueError(f"{address}/{member.name} is a sparse file, which shards do not hold")
                 sample = samples.setdefault(key, {})
                 if f".{suffix.lower()}" in IMG_EXTENSIONS:
                     if "member" in sample:
                         raise ValueError(f"{address}/{key} has more than one image, or is there twice")
                     sample |= {"offset": member.offset_data, "size": member.size, "member": member.name.encode()}
                 elif suffix.lower() == "cls":
+                    if member.size > MOST_CLASS_BYTES:
+                        raise ValueError(f"{address}/{member.name} has {member.size:,} bytes, no number of a class")
                     content = tar.extractfile(member)
                     assert content is not None  # of a regular file
                     sample["label"] = _class_of(content.read(), f"{address}/{member.name}")
@@ -201,7 +207,10 @@ def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
         file = Path(images.path(index))
         # A point would end the key, and the number keeps equal names of different classes apart.
         key = f"{number:08d}_{re.sub(r'[^A-Za-z0-9_-]', '_', file.stem)[:60]}"
-        content = images.read(index).numpy().tobytes()
+        try:
+            content = images.read(index).numpy().tobytes()
+        except BadImageError as error:
+            raise ValueError(f"{file} cannot be packed ({error}): replace or delete it.") from error
         yield {"__key__": key, file.suffix[1:].lower(): content, "cls": int(images.labels[index])}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.data import epoch_of, merge, part, same
 from helpers.shards import LOOK, folder_data, pack_folder, serve, shards_data, write_images
+from PIL import Image
 
 from rld_lightning.data.sampler import epoch_generator
 from rld_lightning.data.shards.order import SHARDS_AHEAD, ShardShuffle
@@ -51,6 +52,20 @@ def test_the_data_set_is_the_one_that_was_packed(folder, shards):
 
 def test_evaluation_is_that_of_the_folder(folder, shards):
     assert same(list(shards_data(shards).test_dataloader()), list(folder_data(folder).test_dataloader()))
+
+
+def test_photographs_are_turned_in_shards_and_in_the_cache_of_shards(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "turned")
+    exif = Image.Exif()
+    for number, path in enumerate(sorted((tmp_path / "turned").rglob("*.JPEG"))):
+        exif[0x0112] = 1 + number % 8
+        Image.open(path).save(path, exif=exif)
+    pack_folder(tmp_path / "turned", tmp_path / "shards")
+    expected = list(folder_data(tmp_path / "turned", decode="pil").test_dataloader())
+    assert not same(expected, list(folder_data(folder).test_dataloader()))
+    assert same(list(shards_data(tmp_path / "shards").test_dataloader()), expected)
+    with serve(tmp_path / "shards") as (address, _):
+        assert same(list(shards_data(address, cache=tmp_path / "cache").test_dataloader()), expected)
 
 
 def test_training_images_are_the_folders_packed_in_random_order(folder, shards):

@@ -1,10 +1,17 @@
 """Shards that are missing, cut off or far away, and the cache for those that are."""
 
+import json
 import os
 import re
 import shutil
 import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -13,7 +20,10 @@ from filelock import FileLock
 from helpers.data import epoch_of, merge, same
 from helpers.shards import pack_folder, serve, shards_data, write_images
 
+from rld_lightning import download
+from rld_lightning.data.shards import remote
 from rld_lightning.data.shards import store as shard_store
+from rld_lightning.data.shards.remote import open_store
 from rld_lightning.data.shards.store import LOCK, CachedShards, ShardError, cached_bytes
 
 pytest.importorskip("webdataset")
@@ -190,6 +200,143 @@ def test_a_server_without_ranges_is_no_source_of_single_images(shards, tmp_path)
 def test_a_store_of_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match=r"carrier-pigeon://loft/index.json cannot be opened"):
         shards_data("carrier-pigeon://loft")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "local:///etc",
+        "data://text/plain,x",
+        "reference://x",
+        "simplecache::file:///etc",
+        "zip://x::file:///etc/x.zip",
+        "http://host/a::file:///etc",
+        "github://owner:repo@main/x",
+        "ftp://host/x",
+    ],
+)
+def test_stores_that_read_other_files_or_wrap_others_are_refused_in_one_sentence(shards, tmp_path, address):
+    sentence = re.escape(": addresses of shards are paths or begin with file://, http://, https://, s3:// or gs://.")
+    with pytest.raises(ValueError, match=rf"{re.escape(address)}/index.json cannot be opened{sentence}"):
+        shards_data(address)
+    with pytest.raises(ValueError, match=rf"^{re.escape(address)} cannot be opened{sentence}"):
+        open_store(address)
+    # Neither are they opened for an index that somebody else has written.
+    change(shards, lambda index: index["shards"]["train"][0].update(path=address))
+    with (
+        serve(shards) as (server, _),
+        pytest.raises(ValueError, match=f"{re.escape(address)} cannot be opened{sentence}"),
+    ):
+        shards_data(server, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def change(shards, edit):
+    """Edits an index, whose ``index.npz`` stays the right one."""
+    index = json.loads((shards / "index.json").read_text())
+    edit(index)
+    (shards / "index.json").write_text(json.dumps(index))
+    return shards
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "file:///etc/passwd", "{shards}/train-000000.tar"])
+def test_an_index_from_elsewhere_names_no_files_of_this_machine(shards, tmp_path, place):
+    place = place.format(shards=shards)
+    change(shards, lambda index: [shard.update(path=place) for split in index["shards"].values() for shard in split])
+    with serve(shards) as (address, asked):
+        with pytest.raises(ValueError, match=rf"it comes from elsewhere and names {place}, a file of this machine"):
+            shards_data(address, cache=tmp_path / "cache")
+        assert asked == ["index.json"]
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda index: index["samples"].update(file="/etc/passwd"), "its samples are in '/etc/passwd' instead of"),
+        (lambda index: index.update(name="../../x"), "'../../x' is no name of a data set"),
+        (lambda index: index.update(class_names=["a", "b", 3]), "its class names are not text"),
+        (lambda index: index.update(class_names=["a", "b"]), "images of classes that it does not name"),
+        (lambda index: index["look"].update(_target_="os.system"), "its look has '_target_', not one of image_size"),
+        (lambda index: index["shards"]["train"][0].update(images=10**9), "hold .* images and 45 are listed"),
+        (lambda index: index["shards"]["train"][0].update(images=-1), "has .* bytes and -1 images"),
+        (lambda index: index["shards"]["train"][0].update(bytes="many"), "has 'many' bytes"),
+        (lambda index: index["shards"]["train"][0].update(bytes=100), "it has train images outside their shards"),
+    ],
+)
+def test_an_index_that_nobody_would_write_is_refused(shards, edit, message):
+    with pytest.raises(ValueError, match=rf"index.json is not an index of shards \(.*{message}.*\): make it again"):
+        shards_data(change(shards, edit))
+
+
+def test_a_shard_that_is_a_pipe_is_not_waited_for(shards):
+    path = shards / "train-000003.tar"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ShardError, match=r"train-000003.tar, which the index lists, is not a regular file"):
+        shards_data(shards)
+
+
+class _Endless(SimpleHTTPRequestHandler):
+    """Sends more than it announced, or slowly."""
+
+    def do_GET(self):
+        if not self.path.endswith(self.server.bad):
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(self.server.block)
+                time.sleep(self.server.pause)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def lying(folder, bad, block, pause):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Endless, directory=str(folder))) as server:
+        server.bad, server.block, server.pause = bad, block, pause
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_shard_without_end_is_not_written_beyond_its_size(shards, tmp_path):
+    size = (shards / "test-000000.tar").stat().st_size
+    with lying(shards, "test-000000.tar", bytes(1 << 16), 0) as address:
+        data = shards_data(address, cache=tmp_path / "cache")
+        with pytest.raises(ShardError, match=rf"the server goes on after {size:,} bytes, which is all"):
+            list(data.test_dataloader())
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("bad", ["test-000000.tar", "index.json"])
+def test_a_store_that_sends_a_byte_now_and_then_is_ended(shards, tmp_path, bad, monkeypatch):
+    monkeypatch.setattr(download, "SLOW_SECONDS", 0.2)
+    message = r"the server has sent \d+ bytes/s for \d s, less than the 10,000"
+    with lying(shards, bad, b"x", 0.02) as address, pytest.raises(OSError, match=message):
+        list(shards_data(address, cache=tmp_path / "cache").test_dataloader())
+
+
+def test_a_single_image_is_not_waited_for_without_end(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.1)
+    with lying(shards, "test-000000.tar", b"x", 0.02) as address:
+        data = shards_data(address, cache_gb=0)
+        with pytest.raises(ShardError, match=r"test-000000.tar cannot be fetched \(no answer in time\)"):
+            list(data.test_dataloader())
+
+
+def test_a_disk_without_room_for_the_next_shard_is_named(shards, tmp_path, monkeypatch):
+    with serve(shards) as (address, _):
+        data = shards_data(address, cache=tmp_path / "cache")
+        monkeypatch.setattr(shard_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5000))
+        with pytest.raises(ShardError, match=r"cache has 5,000 bytes left, and the next shard takes .*: make room or"):
+            list(data.test_dataloader())
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_missing_index_or_one_of_others_is_named(shards, tmp_path):

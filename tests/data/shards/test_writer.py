@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import os
+import shutil
 import tarfile
 
 import fsspec
@@ -144,6 +146,53 @@ def test_samples_are_found_among_other_files():
 def test_what_is_no_shard_of_classified_images_is_refused(content, message):
     with pytest.raises(ValueError, match=message):
         listed(content)
+
+
+def with_size(content, name, size):
+    """The tar file with another size in the header of a member."""
+    at = content.index(name.encode())
+    header = bytearray(content[at : at + 512])
+    header[124:136] = b"\x80" + size.to_bytes(11)
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return content[:at] + bytes(header) + content[at + 512 :]
+
+
+def sparse(content, name, size):
+    """The tar file with a member that is one hole of this size."""
+    at = content.index(name.encode())
+    header = bytearray(content[at : at + 512])
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[257:265] = b"ustar  \0"
+    header[345:512] = bytes(167)
+    header[386:398] = b"%011o\0" % 0
+    header[398:410] = b"%011o\0" % 0
+    header[483:495] = b"\x80" + size.to_bytes(11)
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return content[:at] + bytes(header) + content[at + 512 :]
+
+
+@pytest.mark.parametrize("name", ["a.cls", "a.jpg"])
+def test_members_that_claim_a_terabyte_are_refused_unread(name):
+    content = tar_of(**{"a.cls": b"1", "a.jpg": b"x"})
+    assert listed(with_size(content, name, 1)).label.tolist() == [1]
+    message = r"no number of a class" if name == "a.cls" else "x.tar is not a whole tar file"
+    with pytest.raises(ValueError, match=message):
+        listed(with_size(content, name, 10**12))
+    with pytest.raises(ValueError, match=rf"x.tar/{name} is a sparse file, which shards do not hold"):
+        listed(sparse(content, name, 10**12))
+
+
+def test_a_file_that_cannot_be_packed_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    path = next((tmp_path / "images" / "train" / "b").iterdir())
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(
+        ValueError, match=rf"{path} cannot be packed \(it is not a regular file\): replace or delete it"
+    ):
+        pack_folder(tmp_path / "images", tmp_path / "shards")
 
 
 @pytest.mark.parametrize("length", [100, 512, 700, 1024, 1500, 2048, 2100, 2500])
