@@ -82,7 +82,7 @@ class DistillationModule(LightningModule):
         self.make_scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.best_top1 = float("-inf")
-        self.validated_step, self.validated_images = -1, 0
+        self.validated_step = -1
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         top_k = (1, 5) if num_classes > 5 else (1,)
         self.accuracies = MetricCollection(
@@ -145,7 +145,7 @@ class DistillationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's validation accuracy and the best so far."""
         top1 = self._log_epoch("val")
-        self.validated_step, self.validated_images = self.global_step, self.means["val"].samples
+        self.validated_step = self.global_step
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self.best_top1 = max(self.best_top1, top1)

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.errors import user_errors
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
@@ -122,6 +122,11 @@ def evaluate(cfg: DictConfig) -> Evaluation:
 
     percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
     per_class = _per_class(module.results["per_class"], data.class_names)
+    if not any(result.images for result in per_class):
+        raise UserError(
+            f"not one image of the {cfg.split} split of {data.name} was evaluated, so that there is no result: raise "
+            "trainer.limit_test_batches, or look at the images."
+        )
     evaluation = Evaluation(
         weights=str(weights.source),
         model=name,

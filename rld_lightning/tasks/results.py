@@ -29,7 +29,8 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         data: the data.
 
     Raises:
-        UserError: the weights are not finite: such a student is no result, neither exported nor stored as a teacher.
+        UserError: the weights are not finite, or no image was evaluated: such a student is no result, neither exported
+            nor stored as a teacher.
     """
     if not all(value.isfinite().all() for value in module.student.state_dict().values()):
         raise UserError(
@@ -42,6 +43,11 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         logged |= trainer.callback_metrics
     metrics = {name: float(value) for name, value in logged.items()}
     images = module.means["val"].samples
+    if not images:
+        raise UserError(
+            f"not one image of the {data.val_split} split of {data.name} was evaluated, so that there is no result: "
+            "raise trainer.limit_val_batches, or see the run's bad_images.txt."
+        )
     all_batches = sum(trainer.num_val_batches) >= len(data.eval_sampler(data.val_size))
     return Summary(
         model=module.hparams["student"],

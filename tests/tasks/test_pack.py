@@ -1,10 +1,9 @@
 """scripts/shards.py: from a folder to shards, and to an index of shards that are there."""
 
-from pathlib import Path
+from functools import partial
 
-import hydra
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from helpers.configs import compose
 from hydra.utils import instantiate
 from PIL import Image
 
@@ -12,13 +11,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.tasks.pack import make_shards
 
 pytest.importorskip("webdataset")
-CONF = Path(__file__).parents[2] / "conf"
-
-
-def compose(name, *overrides):
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(name, ["paths.run=/run", *overrides])
+pack_options = partial(compose, name="shards", resolve=False)
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def photos(tmp_path):
 
 def test_what_is_packed_can_be_trained_on(photos, tmp_path, capsys):
     out = tmp_path / "shards"
-    make_shards(compose("shards", f"data.root={photos}", f"out={out}", "data.image_size=16"))
+    make_shards(pack_options(f"data.root={photos}", f"out={out}", "data.image_size=16"))
     printed = capsys.readouterr().out
     assert "8 images in 1 shards" in printed
     assert f"data=shards data.root={out}" in printed
@@ -43,31 +36,31 @@ def test_what_is_packed_can_be_trained_on(photos, tmp_path, capsys):
     assert data.describe().startswith("photos: 2 classes, 3x16x16, 8 train and 4 test images")
     assert data.class_names == ["n01", "n02"]
     with pytest.raises(UserError, match="holds shards already"):
-        make_shards(compose("shards", f"data.root={photos}", f"out={out}"))
+        make_shards(pack_options(f"data.root={photos}", f"out={out}"))
 
 
 def test_an_index_of_shards_that_are_there(photos, tmp_path):
-    make_shards(compose("shards", f"data.root={photos}", f"out={tmp_path / 'shards'}"))
+    make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'shards'}"))
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     patterns = [f'index.{split}="{tmp_path}/shards/{split}-{{000000..000000}}.tar"' for split in ("train", "test")]
-    make_shards(compose("shards", *patterns, f"index.class_names={tmp_path}/names.txt", f"out={tmp_path / 'index'}"))
+    make_shards(pack_options(*patterns, f"index.class_names={tmp_path}/names.txt", f"out={tmp_path / 'index'}"))
     data = instantiate(compose("fit", "data=shards", f"data.root={tmp_path / 'index'}").data)
     data.setup()
     assert (data.name, data.class_names, data.image_shape) == ("index", ["cat", "dog"], (3, 224, 224))
     with pytest.raises(UserError, match=r"index.test has no value; say where the shards of both"):
-        make_shards(compose("shards", patterns[0], f"out={tmp_path / 'more'}"))
+        make_shards(pack_options(patterns[0], f"out={tmp_path / 'more'}"))
 
 
 def test_mistakes_are_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="digits fits the device and is not packed"):
-        make_shards(compose("shards", "data=digits", f"out={tmp_path}"))
+        make_shards(pack_options("data=digits", f"out={tmp_path}"))
     with pytest.raises(UserError, match=r"out has no value; add out=... to the command"):
-        make_shards(compose("shards", f"data.root={photos}"))
+        make_shards(pack_options(f"data.root={photos}"))
     (photos / "train" / "n01" / "0.jpg").unlink()
     (photos / "train" / "n01" / "0.jpg").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"n01/0.jpg"):
-        make_shards(compose("shards", f"data.root={photos}", f"out={tmp_path / 'broken'}"))
+        make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'broken'}"))
     assert not (tmp_path / "broken" / "index.json").exists()
     monkeypatch.setitem(__import__("sys").modules, "webdataset.writer", None)
     with pytest.raises(UserError, match=r"scripts/shards.py needs the package webdataset: pip install 'rld-"):
-        make_shards(compose("shards", f"data.root={photos}", f"out={tmp_path / 'without'}"))
+        make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'without'}"))
