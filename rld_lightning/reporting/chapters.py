@@ -14,21 +14,23 @@ from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.paper import (
     TEACHER,
     Published,
+    departures,
     is_published_method,
     is_published_teacher,
     published_for_pair,
     published_top1,
-    trained_as_published,
 )
 from rld_lightning.reporting.style import FigureOfPanels
 from rld_lightning.reporting.sweeps import Sweep, heat_maps, importances
 from rld_lightning.reporting.tables import Section, compare, rows_of
+from rld_lightning.runs.finished import Run
 
 # The columns of a results table that people who compute on get; templates see what stands beside them as well.
 RESULTS = (
     *("role", "method", "epochs", "n", "seeds", "last_mean", "last_std", "best_mean", "best_std"),
     *("last_over_ce", "last_over_ce_n", "last_over_kd", "last_over_kd_n"),
     *("published_top1", "published_method", "published_source", "published_second_hand", "published_comparable"),
+    "published_departures",
 )
 _BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few_seeds", "recipe")
 
@@ -188,21 +190,19 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
     for name, row in rows_of(section.teacher_runs).iterrows():
         lines.append(_own(row) | {"role": "teacher", "method": f"{section.teacher}, {name}"})
         if is_published_method(row["method"], row["runs"][0].settings):
-            comparable = all(map(trained_as_published, row["runs"]))
-            lines[-1] |= _published(TEACHER, published, sources, comparable=comparable)
+            lines[-1] |= _published(TEACHER, published, sources, _departures(row["runs"]))
     for weights, top1 in section.teacher_top1.items():
         name = f"{section.teacher}, {short_value(weights)}" if len(section.teacher_top1) > 1 else section.teacher
         lines.append({"role": "teacher", "method": name, "epochs": "-", "n": 0, "seeds": "as measured in these runs"})
         lines[-1] |= {"last_mean": top1, "few_seeds": ""}
-        comparable = is_published_teacher(list(published), top1)
-        lines[-1] |= _published(TEACHER, published, sources, comparable=comparable)
+        other = [] if is_published_teacher(list(published), top1) else ["another teacher"]
+        lines[-1] |= _published(TEACHER, published, sources, other)
     for name, row in section.rows.iterrows():
         alone = row["method"] == "ce" and section.teacher is not None
         lines.append(_own(row) | {"role": "student alone" if alone else "", "method": name})
         lines[-1] |= {"recipe": row["recipe_alone"]} | _gain(section, name, "ce") | _gain(section, name, "kd")
         if is_published_method(row["method"], row["runs"][0].settings):
-            comparable = all(map(trained_as_published, row["runs"]))
-            lines[-1] |= _published(row["method"], published, sources, comparable=comparable)
+            lines[-1] |= _published(row["method"], published, sources, _departures(row["runs"]))
     table = pd.DataFrame(lines, columns=[*RESULTS, *_BESIDE])
     return table.astype({"published_second_hand": object, "published_comparable": object})  # true, false, or neither
 
@@ -230,15 +230,24 @@ def _gain(section: Section, name: str, method: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _published(method: str, numbers: Sequence[Published], sources: Sources, *, comparable: bool) -> dict[str, Any]:
+def _departures(runs: Sequence[Run]) -> list[str]:
+    """In what any of a row's runs is not as the published rows are."""
+    return list(dict.fromkeys(words for run in runs for words in departures(run)))
+
+
+def _published(
+    method: str, numbers: Sequence[Published], sources: Sources, departures_of_ours: Sequence[str]
+) -> dict[str, Any]:
     numbers = published_top1(list(numbers), method)
     if not numbers:
         return {}
     first = numbers[0]
     same = [number for number in numbers if number.value == first.value]
+    words = [*departures_of_ours, *(["the published one was trained otherwise"] if first.other_recipe else [])]
     return {
         "published_top1": first.value, "published_method": first.method, "published_source": first.source,
-        "published_second_hand": first.second_hand, "published_comparable": comparable and not first.other_recipe,
+        "published_second_hand": first.second_hand, "published_comparable": not words,
+        "published_departures": "; ".join(words),
         # One or two sources say enough; the table of all published numbers has the rest.
         "marks": [sources.mark(number) for number in same[:2]],
         "others": sorted({number.value for number in numbers if not number.other_recipe} - {first.value}),
