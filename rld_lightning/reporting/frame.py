@@ -15,6 +15,7 @@ LAST, BEST = "top1_last", "top1_best"
 FACTS = (
     *("dataset", "split", "pair", "method", "seed", "epochs", LAST, BEST, "top5_last", "ce_last"),
     *("teacher", "teacher_top1", "agreement", "parameters", "macs", "folder", "overrides"),
+    *("complete", "images", "split_images", "steps", "scheduled_steps"),
 )
 # What a configuration says beside what trains the student.
 _NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
@@ -49,7 +50,8 @@ def _is_usable(run: Run) -> bool:
     if summary.teacher or networks.get("teacher"):
         texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
     numbers = [summary.top1, summary.top1_best, summary.ce, summary.seed, summary.epochs, summary.parameters]
-    numbers += [number for number in (summary.macs, summary.top5, summary.teacher_top1) if number is not None]
+    perhaps = (summary.macs, summary.top5, summary.teacher_top1, summary.images, summary.split_images)
+    numbers += [number for number in (*perhaps, summary.steps, summary.scheduled_steps) if number is not None]
     mappings = [run.config["data"], run.config["loss"], run.environment if (run.folder / ENVIRONMENT).exists() else {}]
     return (
         all(isinstance(text, str) and "\0" not in text for text in texts)
@@ -62,10 +64,10 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """Finished runs as a table, one line a run, in their order.
 
     Beside :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing where cross-entropy alone has
-    trained) it has the columns ``student``, ``network`` (the one that came out; SimKD's ends in the teacher's
-    classifier), ``pair_teacher`` (the teacher of the pair, looked at or not), ``on_test`` (measured on all of that
-    split), ``held_out`` (on another one), ``settings`` (those that have an effect, as a mapping), ``setting`` (the same
-    as one text), ``finished`` (when) and ``run``.
+    trained, ``complete`` false of runs that were trained or evaluated in part) it has the columns ``student``,
+    ``network`` (the one that came out; SimKD's ends in the teacher's classifier), ``pair_teacher`` (the teacher of the
+    pair, looked at or not), ``on_test`` (measured on all of that split), ``held_out`` (on another one), ``settings``
+    (those that have an effect, as a mapping), ``setting`` (the same as one text), ``finished`` (when) and ``run``.
     """
     lines = []
     for run, settings in zip(runs, trained_with(runs), strict=True):
@@ -77,14 +79,17 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
                 "top5_last": summary.top5, "ce_last": summary.ce, "teacher": summary.teacher,
                 "teacher_top1": summary.teacher_top1, "agreement": summary.agreement,
                 "parameters": summary.parameters, "macs": summary.macs, "folder": str(run.folder),
-                "overrides": " ".join(run.overrides), "student": run.config["model"]["student"]["name"],
+                "overrides": " ".join(run.overrides), "complete": summary.complete, "images": summary.images,
+                "split_images": summary.split_images, "steps": summary.steps,
+                "scheduled_steps": summary.scheduled_steps, "student": run.config["model"]["student"]["name"],
                 "network": summary.model, "pair_teacher": (run.config["model"].get("teacher") or {}).get("name"),
                 "on_test": summary.split == "test" and summary.evaluated_whole,
                 "held_out": summary.split != "test", "settings": settings, "setting": as_text(settings),
                 "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run,
             }
         )  # fmt: skip
-    return pd.DataFrame(lines)
+    counts = dict.fromkeys(("images", "split_images", "steps", "scheduled_steps"), "Int64")  # missing where not known
+    return pd.DataFrame(lines).astype(counts) if lines else pd.DataFrame(lines)
 
 
 def as_text(settings: Mapping[str, str]) -> str:

@@ -151,7 +151,7 @@ def _verdict(difference: float, p: float | None, reason: str) -> str:
 
 
 def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]:
-    """Sorts finished runs into results tables.
+    """Sorts finished runs into results tables. Runs that were trained or evaluated in part stand in none.
 
     Cross-entropy looks at no teacher: such runs stand in the table of each pair with their student, and in those of the
     pairs whose teacher they have trained.
@@ -162,8 +162,9 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
     Returns:
         one section a pair and split, the test split first; and the folders of runs that do not count, with the reason.
     """
-    if frame.empty:
+    if frame.empty or not frame["complete"].any():
         return [], []
+    frame = frame[frame["complete"]]
     counted, left_out = _one_a_seed(frame)
     where = ["dataset", "split", "on_test"]
     pairs = counted.dropna(subset="pair_teacher")[[*where, "pair_teacher", "student"]].drop_duplicates()
@@ -194,7 +195,11 @@ def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
             found.setdefault(f"{section.teacher}_to_{section.student}", []).append(section)
     names = ", ".join(found)
     if not found:
-        raise ValueError("there is no finished run with a teacher in these folders; train one first, such as loss=rld.")
+        in_part = sum(~runs["complete"]) if len(runs) else 0
+        aside = f" ({in_part} that were trained or evaluated in part do not count)" if in_part else ""
+        raise ValueError(
+            f"there is no finished run with a teacher in these folders{aside}; train one first, such as loss=rld."
+        )
     if pair is None and len(found) > 1:
         raise ValueError(f"there are runs of several pairs; choose one with --pair: {names}.")
     if pair is not None and pair not in found:

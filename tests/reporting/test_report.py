@@ -245,6 +245,48 @@ def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
     assert "corrected for the" not in page
 
 
+IN_PART = [
+    ({"steps": 60, "scheduled_steps": 782, "epochs": 1}, "60 of 782 steps", "the test split"),
+    ({"images": 250, "split_images": 10_000}, "30 epochs", "250 of the 10,000 images of the test split"),
+]
+
+
+@pytest.mark.parametrize(("summary", "trained", "evaluated"), IN_PART)
+def test_runs_in_part_stand_apart(tmp_path, summary, trained, evaluated):
+    pair = {"teacher": "wrn40_2", "student": "wrn16_2"}
+    write_run(tmp_path / "whole", seed=0, top1=60.0, **pair)
+    write_run(tmp_path / "part", seed=1, top1=12.34, summary=summary, **pair)
+    files = write_report([tmp_path], tmp_path / "out")
+    results = pd.read_csv(tmp_path / "out" / "results.csv").query("method == 'rld'")
+    assert (results["n"].tolist(), results["last_mean"].tolist()) == ([1], [60.0])
+    rows = parse(files.html).rows
+    folder = str(tmp_path / "part")
+    assert ["rld", "12.34", trained, evaluated, "1", "wrn40_2_to_wrn16_2", "cifar100", folder] in rows
+    assert sum("12.34" in " ".join(row) for row in rows) == 1
+    assert "## Runs in part" in files.markdown.read_text()
+    assert pd.read_csv(tmp_path / "out" / "runs.csv")["complete"].tolist() == [False, True]
+
+
+def test_runs_in_part_alone_are_a_report(tmp_path):
+    write_run(tmp_path, summary=IN_PART[0][0])
+    text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
+    assert "1 finished run, 1 of them in part in" in text
+    assert "60 of 782 steps" in text
+
+
+def test_trials_in_part_are_a_sweep_apart(tmp_path):
+    write_sweep(tmp_path / "sweeps" / "s", alphas=(1, 2), betas=(8,), temperatures=(4,))
+    for alpha in (1, 2):
+        write_run(
+            tmp_path / "sweeps" / "s" / f"part{alpha}", seed=1, top1=12.34, held_out=0.1, epochs=10,
+            settings={"loss.alpha": alpha}, summary={"steps": 60, "scheduled_steps": 782},
+        )  # fmt: skip
+    files = write_report([tmp_path], tmp_path / "out")
+    trials = pd.read_csv(tmp_path / "out" / "sweeps.csv")
+    assert trials["n"].tolist() == [1] * 4
+    assert "## Sweep s: rld, resnet20_to_resnet8, cifar100, in part" in files.markdown.read_text()
+
+
 def pipe(path):
     path.unlink(missing_ok=True)
     os.mkfifo(path)
