@@ -22,7 +22,7 @@ from rld_lightning.reporting.paper import (
 )
 from rld_lightning.reporting.style import FigureOfPanels
 from rld_lightning.reporting.sweeps import Sweep, heat_maps, importances
-from rld_lightning.reporting.tables import Section, compare, rows_of
+from rld_lightning.reporting.tables import Section, compare, rows_of, unlike
 from rld_lightning.runs.finished import Run
 
 # The columns of a results table that people who compute on get; templates see what stands beside them as well.
@@ -97,6 +97,12 @@ class Chapter:
         notes = []
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
+        for name, unshared in self.section.runs.groupby("name", sort=False)["unshared"]:
+            if keys := unlike(list(unshared)):
+                notes.append(
+                    f"{name} holds runs of which not all know {keys}: taken for settings that other versions of this "
+                    "package do not have. If they are yours, give each run a value."
+                )
         return notes + [
             f"Sources disagree about {line.published_method}: others print "
             f"{', '.join(f'{value:.2f}' for value in line.others)}."

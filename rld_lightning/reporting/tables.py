@@ -1,5 +1,6 @@
 """Results tables: runs of one pair on one split, repetitions over seeds together, everything else apart."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +115,16 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def unlike(unshared: Sequence[str]) -> str:
+    """What some runs know and others do not, such as ``recipe.option=3``; empty where they know the same.
+
+    Args:
+        unshared: of each run, as :func:`~rld_lightning.reporting.frame.runs_frame` has it.
+    """
+    known = [set(lines.splitlines()) for lines in unshared]
+    return ", ".join(sorted(set.union(*known) - set.intersection(*known)))
+
+
 def compare(section: Section, metric: str = LAST) -> pd.DataFrame:
     """Every row against ``ce`` and ``kd``, and ``rld`` with enough seeds against every row, with the same recipe.
 
@@ -217,6 +228,10 @@ def _one_a_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]
     finite = np.isfinite(frame[LAST])
     later = frame[finite].groupby([*_ROW, "seed"], dropna=False)["folder"].shift(-1)
     repeated = "repeated with the same settings and seed in " + later.dropna()
+    unshared = frame.set_index("folder")["unshared"]
+    for line, folder in later.dropna().items():
+        if keys := unlike([frame.at[line, "unshared"], unshared[folder]]):
+            repeated[line] += f", though not both know {keys}"
     reasons = pd.concat([frame[~finite]["folder"].map(lambda _: "its accuracy is not a number"), repeated])
     left_out = frame.loc[frame.index.isin(reasons.index), "folder"]
     return frame.drop(reasons.index), [(folder, reasons[line]) for line, folder in left_out.items()]
