@@ -131,8 +131,21 @@ class Chapter:
         second = self.tested[self.tested["second"] == leader["method"]]["verdict"]
         if not len(first) + len(second):
             return f"{text}; not tested against any other."
-        beaten = (first == "ahead").sum() + (second == "behind").sum()
-        return f"{text}; ahead of {beaten} of the {len(first) + len(second)} that it was tested against at 5 % (Holm)."
+        beaten, tested = (first == "ahead").sum() + (second == "behind").sum(), len(first) + len(second)
+        return f"{text}; {_ahead_of(beaten, tested)} that it was tested against at 5 %."
+
+
+def _ahead_of(beaten: int, tested: int) -> str:
+    """``significantly ahead of 2 of the 3 rows``."""
+    if beaten == 0:
+        return f"not significantly ahead of {'any of the' if tested > 1 else 'the one'} {_rows(tested)}"
+    if beaten < tested:
+        return f"significantly ahead of {beaten} of the {_rows(tested)}"
+    return f"significantly ahead of {'all' if tested > 1 else 'the one'} {_rows(tested)}"
+
+
+def _rows(number: int) -> str:
+    return f"{number} rows" if number > 1 else "row"
 
 
 @dataclass(frozen=True)
@@ -178,7 +191,7 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
 
 
 def results(section: Section, published: Sequence[Published], sources: Sources) -> pd.DataFrame:
-    """The results table of a pair: its teachers, the student alone, and the methods, the best first.
+    """The results table of a pair: its teachers, and below them the student alone and the methods, the best first.
 
     Args:
         section: what was measured.

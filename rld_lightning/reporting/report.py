@@ -94,7 +94,10 @@ def write_report(
         "sources": [(sources.letter(key), number) for key, number in sources.used.items()],
         "environments": _environments(everything.runs),
         "commands": [(run.folder, _command(run)) for run in everything.runs],
-        "published_epochs": EPOCHS,
+        "published_epochs": {
+            dataset: EPOCHS[dataset]
+            for dataset in dict.fromkeys(chapter.section.dataset for chapter in chapters if chapter.has_published)
+        },
         "max_trials": MAX_TRIALS,
     }
     (out / "figures").mkdir(exist_ok=True)

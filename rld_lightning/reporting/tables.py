@@ -29,7 +29,7 @@ class Section:
         teacher: the teacher's network; None of a single network.
         student: the student's.
         runs: as :func:`~rld_lightning.reporting.frame.runs_frame` has them, with the ``name`` and the ``label`` of
-            their row: the student alone first, then kd, then the others, the best first.
+            their row, those of the best row first.
         teacher_runs: likewise those that trained the teacher, whose folders its weights are from.
     """
 
@@ -255,8 +255,7 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
     """
     runs = runs.sort_values("seed", kind="stable")
     groups = [runs.loc[lines] for lines in runs.groupby(_ROW, sort=False, dropna=False).groups.values()]
-    place = {"ce": 0, "kd": 1}
-    groups.sort(key=lambda own: (place.get(own["method"].iloc[0], 2), -own[LAST].mean(), Path(own["folder"].iloc[0])))
+    groups.sort(key=lambda own: (-own[LAST].mean(), Path(own["folder"].iloc[0])))
     settings = [own["settings"].iloc[0] for own in groups]
     methods = [own["method"].iloc[0] for own in groups]
     epochs = [tuple(sorted(set(own["epochs"]))) for own in groups]
