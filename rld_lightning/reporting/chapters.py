@@ -137,15 +137,12 @@ class Chapter:
 
 def _ahead_of(beaten: int, tested: int) -> str:
     """``significantly ahead of 2 of the 3 rows``."""
+    rows = "row" if tested == 1 else "rows" if tested == beaten == 2 else f"{tested} rows"
     if beaten == 0:
-        return f"not significantly ahead of {'any of the' if tested > 1 else 'the one'} {_rows(tested)}"
+        return f"not significantly ahead of {'any of the' if tested > 1 else 'the one'} {rows}"
     if beaten < tested:
-        return f"significantly ahead of {beaten} of the {_rows(tested)}"
-    return f"significantly ahead of {'all' if tested > 1 else 'the one'} {_rows(tested)}"
-
-
-def _rows(number: int) -> str:
-    return f"{number} rows" if number > 1 else "row"
+        return f"significantly ahead of {beaten} of the {rows}"
+    return f"significantly ahead of {'both' if tested == 2 else 'all' if tested > 2 else 'the one'} {rows}"
 
 
 @dataclass(frozen=True)

@@ -167,11 +167,11 @@ def departures(run: Run) -> list[str]:
     summary, settings, dataset = run.summary, run.settings, run.summary.dataset
     precision, teacher_type = settings["trainer.precision"], settings.get("model.teacher.dtype", "None")
     found = {
-        f"{summary.epochs} epochs": summary.epochs != EPOCHS.get(dataset),
+        f"{summary.epochs} epochs, not {EPOCHS.get(dataset)}": summary.epochs != EPOCHS.get(dataset),
         "another recipe" if "recipe" in run.choices else "recipe not known": (
             run.choices.get("recipe") != RECIPES.get(dataset)
         ),
-        precision: precision != FLOAT32,
+        f"{precision}, not float32": precision != FLOAT32,
         f"teacher in {teacher_type}": teacher_type not in ("None", "float32"),
         settings["callbacks"]: settings["callbacks"] != "None",
         "not trained to the end": not summary.trained_whole,

@@ -131,9 +131,9 @@ EMA = {"ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "de
         ({}, []),
         ({"settings": {"trainer.precision": "32-true"}}, []),  # on the command line or not
         ({"settings": {"trainer.precision": 32}}, []),
-        ({"settings": {"trainer.precision": "bf16-mixed"}}, ["bf16-mixed"]),
-        ({"settings": {"trainer.precision": "16-mixed"}}, ["16-mixed"]),
-        ({"settings": {"trainer.precision": "bf16"}}, ["bf16-mixed"]),
+        ({"settings": {"trainer.precision": "bf16-mixed"}}, ["bf16-mixed, not float32"]),
+        ({"settings": {"trainer.precision": "16-mixed"}}, ["16-mixed, not float32"]),
+        ({"settings": {"trainer.precision": "bf16"}}, ["bf16-mixed, not float32"]),
         ({"settings": {"model.teacher.dtype": "bfloat16"}}, ["teacher in bfloat16"]),
         ({"callbacks": EMA}, ["EMAWeightAveraging(decay=0.99)"]),
         ({"callbacks": {"lr": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}}}, []),
@@ -141,7 +141,7 @@ EMA = {"ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "de
         ({"summary": {"images": 250, "split_images": 10_000}}, ["not measured on all of the test split"]),
         (
             {"epochs": 30, "settings": {"loss.temperature": 2}},
-            ["30 epochs", "another recipe", "other loss.temperature"],
+            ["30 epochs, not 240", "another recipe", "other loss.temperature"],
         ),
         ({"settings": {"experiment": "mine"}}, ["other experiment"]),
     ],
@@ -157,8 +157,8 @@ def test_bf16_that_no_override_says_is_marked_beside_the_number(tmp_path):
     config.write_text(config.read_text().replace("precision: 32-true", "precision: bf16-mixed"))
     files = write_report([tmp_path], tmp_path / "out")
     (line,) = [line for line in files.markdown.read_text().splitlines() if line.startswith("| kd |")]
-    assert line.endswith("‡</sup> (bf16-mixed) |")
-    assert '‡</sup><span class="role">bf16-mixed</span>' in files.html.read_text()
+    assert line.endswith("‡</sup> (bf16-mixed, not float32) |")
+    assert '‡</sup><span class="role">bf16-mixed, not float32</span>' in files.html.read_text()
 
 
 def test_other_recipes_are_no_disagreement():

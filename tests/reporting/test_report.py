@@ -244,6 +244,7 @@ def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
         ({"kd": (0.0, 3.0, -2.9), "dkd": (0.1, 3.0, -2.9)}, "not significantly ahead of any of the 2 rows that"),
         ({"kd": (0.0, 3.0, -2.9), "dkd": (5.0, 5.1, 5.2)}, "significantly ahead of 1 of the 2 rows that"),
         ({"kd": (5.0, 5.1, 5.2)}, "; significantly ahead of the one row that"),
+        ({"kd": (5.0, 5.1, 5.2), "dkd": (5.0, 5.1, 5.2)}, "; significantly ahead of both rows that"),
     ],
 )
 def test_the_headline_says_in_words_what_the_tests_found(tmp_path, gains, words):
@@ -300,7 +301,7 @@ def test_runs_in_part_stand_apart(tmp_path, summary, trained, evaluated):
 def test_runs_in_part_alone_are_a_report(tmp_path):
     write_run(tmp_path, summary=IN_PART[0][0])
     text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
-    assert "1 finished run, 1 of them in part in" in text
+    assert "1 finished run (1 of them in part) in" in text
     assert "60 of 782 steps" in text
 
 
