@@ -1,5 +1,6 @@
 """Results tables: runs of one pair on one split, repetitions over seeds together, everything else apart."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,8 +122,8 @@ def unlike(unshared: Sequence[str]) -> str:
     Args:
         unshared: of each run, as :func:`~rld_lightning.reporting.frame.runs_frame` has it.
     """
-    known = [set(lines.splitlines()) for lines in unshared]
-    return ", ".join(sorted(set.union(*known) - set.intersection(*known)))
+    counts = Counter(line for lines in unshared for line in set(lines.splitlines()))
+    return ", ".join(sorted(line for line, count in counts.items() if count < len(unshared)))
 
 
 def compare(section: Section, metric: str = LAST) -> pd.DataFrame:
