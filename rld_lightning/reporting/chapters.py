@@ -14,21 +14,23 @@ from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.paper import (
     TEACHER,
     Published,
+    departures,
     is_published_method,
     is_published_teacher,
     published_for_pair,
     published_top1,
-    trained_as_published,
 )
 from rld_lightning.reporting.style import FigureOfPanels
 from rld_lightning.reporting.sweeps import Sweep, heat_maps, importances
-from rld_lightning.reporting.tables import Section, compare, rows_of
+from rld_lightning.reporting.tables import Section, compare, rows_of, unlike
+from rld_lightning.runs.finished import Run
 
 # The columns of a results table that people who compute on get; templates see what stands beside them as well.
 RESULTS = (
     *("role", "method", "epochs", "n", "seeds", "last_mean", "last_std", "best_mean", "best_std"),
     *("last_over_ce", "last_over_ce_n", "last_over_kd", "last_over_kd_n"),
     *("published_top1", "published_method", "published_source", "published_second_hand", "published_comparable"),
+    "published_departures",
 )
 _BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few_seeds", "recipe")
 
@@ -95,6 +97,12 @@ class Chapter:
         notes = []
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
+        for name, unshared in self.section.runs.groupby("name", sort=False)["unshared"]:
+            if keys := unlike(list(unshared)):
+                notes.append(
+                    f"{name} holds runs of which not all know {keys}: taken for settings that other versions of this "
+                    "package do not have. If they are yours, give each run a value."
+                )
         return notes + [
             f"Sources disagree about {line.published_method}: others print "
             f"{', '.join(f'{value:.2f}' for value in line.others)}."
@@ -123,8 +131,18 @@ class Chapter:
         second = self.tested[self.tested["second"] == leader["method"]]["verdict"]
         if not len(first) + len(second):
             return f"{text}; not tested against any other."
-        beaten = (first == "ahead").sum() + (second == "behind").sum()
-        return f"{text}; ahead of {beaten} of the {len(first) + len(second)} that it was tested against at 5 % (Holm)."
+        beaten, tested = (first == "ahead").sum() + (second == "behind").sum(), len(first) + len(second)
+        return f"{text}; {_ahead_of(beaten, tested)} that it was tested against at 5 %."
+
+
+def _ahead_of(beaten: int, tested: int) -> str:
+    """``significantly ahead of 2 of the 3 rows``."""
+    rows = "row" if tested == 1 else "rows" if tested == beaten == 2 else f"{tested} rows"
+    if beaten == 0:
+        return f"not significantly ahead of {'any of the' if tested > 1 else 'the one'} {rows}"
+    if beaten < tested:
+        return f"significantly ahead of {beaten} of the {rows}"
+    return f"significantly ahead of {'both' if tested == 2 else 'all' if tested > 2 else 'the one'} {rows}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +188,7 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
 
 
 def results(section: Section, published: Sequence[Published], sources: Sources) -> pd.DataFrame:
-    """The results table of a pair: its teachers, the student alone, and the methods, the best first.
+    """The results table of a pair: its teachers, and below them the student alone and the methods, the best first.
 
     Args:
         section: what was measured.
@@ -188,21 +206,19 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
     for name, row in rows_of(section.teacher_runs).iterrows():
         lines.append(_own(row) | {"role": "teacher", "method": f"{section.teacher}, {name}"})
         if is_published_method(row["method"], row["runs"][0].settings):
-            comparable = all(map(trained_as_published, row["runs"]))
-            lines[-1] |= _published(TEACHER, published, sources, comparable=comparable)
+            lines[-1] |= _published(TEACHER, published, sources, _departures(row["runs"]))
     for weights, top1 in section.teacher_top1.items():
         name = f"{section.teacher}, {short_value(weights)}" if len(section.teacher_top1) > 1 else section.teacher
         lines.append({"role": "teacher", "method": name, "epochs": "-", "n": 0, "seeds": "as measured in these runs"})
         lines[-1] |= {"last_mean": top1, "few_seeds": ""}
-        comparable = is_published_teacher(list(published), top1)
-        lines[-1] |= _published(TEACHER, published, sources, comparable=comparable)
+        other = [] if is_published_teacher(list(published), top1) else ["another teacher"]
+        lines[-1] |= _published(TEACHER, published, sources, other)
     for name, row in section.rows.iterrows():
         alone = row["method"] == "ce" and section.teacher is not None
         lines.append(_own(row) | {"role": "student alone" if alone else "", "method": name})
         lines[-1] |= {"recipe": row["recipe_alone"]} | _gain(section, name, "ce") | _gain(section, name, "kd")
         if is_published_method(row["method"], row["runs"][0].settings):
-            comparable = all(map(trained_as_published, row["runs"]))
-            lines[-1] |= _published(row["method"], published, sources, comparable=comparable)
+            lines[-1] |= _published(row["method"], published, sources, _departures(row["runs"]))
     table = pd.DataFrame(lines, columns=[*RESULTS, *_BESIDE])
     return table.astype({"published_second_hand": object, "published_comparable": object})  # true, false, or neither
 
@@ -230,15 +246,24 @@ def _gain(section: Section, name: str, method: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _published(method: str, numbers: Sequence[Published], sources: Sources, *, comparable: bool) -> dict[str, Any]:
+def _departures(runs: Sequence[Run]) -> list[str]:
+    """In what any of a row's runs is not as the published rows are."""
+    return list(dict.fromkeys(words for run in runs for words in departures(run)))
+
+
+def _published(
+    method: str, numbers: Sequence[Published], sources: Sources, departures_of_ours: Sequence[str]
+) -> dict[str, Any]:
     numbers = published_top1(list(numbers), method)
     if not numbers:
         return {}
     first = numbers[0]
     same = [number for number in numbers if number.value == first.value]
+    words = [*departures_of_ours, *(["the published one was trained otherwise"] if first.other_recipe else [])]
     return {
         "published_top1": first.value, "published_method": first.method, "published_source": first.source,
-        "published_second_hand": first.second_hand, "published_comparable": comparable and not first.other_recipe,
+        "published_second_hand": first.second_hand, "published_comparable": not words,
+        "published_departures": "; ".join(words),
         # One or two sources say enough; the table of all published numbers has the rest.
         "marks": [sources.mark(number) for number in same[:2]],
         "others": sorted({number.value for number in numbers if not number.other_recipe} - {first.value}),

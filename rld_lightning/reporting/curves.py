@@ -1,5 +1,6 @@
 """Learning curves of a run as one picture."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
@@ -9,8 +10,9 @@ matplotlib.use("Agg")  # runs have no display
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.style import styled
+from rld_lightning.reporting.style import styled, whole_epochs
 from rld_lightning.runs.files import CURVES, METRICS
+from rld_lightning.runs.finished import read_run
 from rld_lightning.runs.metrics import read_metrics
 
 # What is logged under train/ beside the terms of the loss.
@@ -24,6 +26,8 @@ NO_TERMS = {
 def plot_curves(run: Path, title: str) -> Path:
     """Draws accuracy, loss terms, their shares, teacher statistics, gradient norm and learning rate of a run.
 
+    An epoch that was trained in part is drawn where it ended: 60 of 782 steps at 0.08.
+
     Args:
         run: a run folder with a ``metrics.csv``.
         title: heading of the picture.
@@ -31,7 +35,7 @@ def plot_curves(run: Path, title: str) -> Path:
     Returns:
         the picture's path, ``curves.png``.
     """
-    metrics, rates = read_metrics(run), _learning_rates(run)
+    metrics, rates = _by_epochs_trained(run), _learning_rates(run)
     terms = {
         name: name.removeprefix("train/") for name in metrics if name.startswith("train/") and name not in NO_TERMS
     }
@@ -67,7 +71,7 @@ def plot_curves(run: Path, title: str) -> Path:
             axes.plot(values.index, values, label=labels[name], marker=marker, drawstyle=drawstyle)
         axes.set(title=heading, ylabel=unit, xlabel="step" if by_step else "epoch")
         if not by_step:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            whole_epochs(axes, metrics.index)
         if not axes.has_data():
             axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
         elif not by_step:
@@ -75,6 +79,22 @@ def plot_curves(run: Path, title: str) -> Path:
         axes.grid(alpha=0.3)
     figure.savefig(run / CURVES, dpi=120)
     return run / CURVES
+
+
+def _by_epochs_trained(run: Path) -> pd.DataFrame:
+    """:func:`read_metrics` by the epochs that had been trained, as far as the run says how many steps one has."""
+    metrics = read_metrics(run)
+    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # of a run that says too little
+        finished = read_run(run)
+        summary, epochs = finished.summary, int(finished.config["trainer"]["max_epochs"])
+        if summary.steps is None or summary.scheduled_steps is None or metrics.empty:
+            return metrics
+        rows = pd.read_csv(run / METRICS).dropna(subset=list(metrics), how="all")
+        # Steps are counted from 0, but by a validation after the last one.
+        steps = (rows.groupby("epoch")["step"].max() + 1).clip(upper=summary.steps)
+        trained = steps * epochs / summary.scheduled_steps
+        return metrics.groupby(trained.to_numpy()).last()
+    return metrics
 
 
 def _learning_rates(run: Path) -> pd.DataFrame:

@@ -15,7 +15,10 @@ LAST, BEST = "top1_last", "top1_best"
 FACTS = (
     *("dataset", "split", "pair", "method", "seed", "epochs", LAST, BEST, "top5_last", "ce_last"),
     *("teacher", "teacher_top1", "agreement", "parameters", "macs", "folder", "overrides"),
+    *("complete", "images", "split_images", "steps", "scheduled_steps"),
 )
+# The groups that write into their own part of the configuration, or into none that counts; others may write anywhere.
+_GROUPS = ("data", "model", "loss", "recipe", "trainer", "callbacks", "logger", "paths", "sweep", "launcher")
 # What a configuration says beside what trains the student.
 _NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
 _OF_TEACHERS = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
@@ -49,8 +52,10 @@ def _is_usable(run: Run) -> bool:
     if summary.teacher or networks.get("teacher"):
         texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
     numbers = [summary.top1, summary.top1_best, summary.ce, summary.seed, summary.epochs, summary.parameters]
-    numbers += [number for number in (summary.macs, summary.top5, summary.teacher_top1) if number is not None]
-    mappings = [run.config["data"], run.config["loss"], run.environment if (run.folder / ENVIRONMENT).exists() else {}]
+    perhaps = (summary.macs, summary.top5, summary.teacher_top1, summary.images, summary.split_images)
+    numbers += [number for number in (*perhaps, summary.steps, summary.scheduled_steps) if number is not None]
+    mappings = [run.choices, run.config["data"], run.config["loss"]]
+    mappings += [run.environment] if (run.folder / ENVIRONMENT).exists() else []
     return (
         all(isinstance(text, str) and "\0" not in text for text in texts)
         and all(isinstance(number, int | float) for number in numbers)
@@ -62,13 +67,14 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """Finished runs as a table, one line a run, in their order.
 
     Beside :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing where cross-entropy alone has
-    trained) it has the columns ``student``, ``network`` (the one that came out; SimKD's ends in the teacher's
-    classifier), ``pair_teacher`` (the teacher of the pair, looked at or not), ``on_test`` (measured on all of that
-    split), ``held_out`` (on another one), ``settings`` (those that have an effect, as a mapping), ``setting`` (the same
-    as one text), ``finished`` (when) and ``run``.
+    trained, ``complete`` false of runs that were trained or evaluated in part) it has the columns ``student``,
+    ``network`` (the one that came out; SimKD's ends in the teacher's classifier), ``pair_teacher`` (the teacher of the
+    pair, looked at or not), ``on_test`` (measured on all of that split), ``held_out`` (on another one), ``settings``
+    (those that have an effect, as a mapping), ``setting`` (the same as one text), ``unshared`` (likewise those that
+    do not count, because not all of a run's peers know them), ``finished`` (when) and ``run``.
     """
     lines = []
-    for run, settings in zip(runs, trained_with(runs), strict=True):
+    for run, (settings, unshared) in zip(runs, trained_with(runs), strict=True):
         summary = run.summary
         lines.append(
             {
@@ -77,14 +83,18 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
                 "top5_last": summary.top5, "ce_last": summary.ce, "teacher": summary.teacher,
                 "teacher_top1": summary.teacher_top1, "agreement": summary.agreement,
                 "parameters": summary.parameters, "macs": summary.macs, "folder": str(run.folder),
-                "overrides": " ".join(run.overrides), "student": run.config["model"]["student"]["name"],
+                "overrides": " ".join(run.overrides), "complete": summary.complete, "images": summary.images,
+                "split_images": summary.split_images, "steps": summary.steps,
+                "scheduled_steps": summary.scheduled_steps, "student": run.config["model"]["student"]["name"],
                 "network": summary.model, "pair_teacher": (run.config["model"].get("teacher") or {}).get("name"),
                 "on_test": summary.split == "test" and summary.evaluated_whole,
                 "held_out": summary.split != "test", "settings": settings, "setting": as_text(settings),
+                "unshared": as_text(unshared),
                 "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run,
             }
         )  # fmt: skip
-    return pd.DataFrame(lines)
+    counts = dict.fromkeys(("images", "split_images", "steps", "scheduled_steps"), "Int64")  # missing where not known
+    return pd.DataFrame(lines).astype(counts) if lines else pd.DataFrame(lines)
 
 
 def as_text(settings: Mapping[str, str]) -> str:
@@ -130,39 +140,62 @@ def recipe(settings: Mapping[str, str], *, with_teacher: bool) -> dict[str, str]
     return without(settings, ("loss", "recipe.warmup_epochs", *(() if with_teacher else _OF_TEACHERS)))
 
 
-def trained_with(runs: Sequence[Run]) -> list[dict[str, str]]:
+def trained_with(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[str, str]]]:
     """The settings of each run that have an effect on what it trains, but the seed.
 
     A setting that a run's peers do not know, because another version of this package wrote them, tells nothing apart;
-    unless it was asked for on the command line.
+    unless it was asked for on the command line, or an option may have brought it along that they have not chosen.
+
+    Returns:
+        for each run the settings that count, and those that do not because not all of its peers know them.
     """
     own = [without(run.settings, _NO_EFFECT if run.summary.teacher else _OF_TEACHERS) for run in runs]
     peers = [{key: _peers(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)]
     size = Counter(group for groups in peers for group in set(groups.values()))
     knowing = Counter((key, group) for groups in peers for key, group in groups.items())
-    asked_for = [{override.lstrip("+~").split("=")[0] for override in run.overrides} for run in runs]
-    return [
-        {
+    found = []
+    for run, settings, groups in zip(runs, own, peers, strict=True):
+        asked = tuple(f"{key}." for key in _keys_asked_for(run))
+        counted = {
             key: value
             for key, value in settings.items()
-            if key in asked or knowing[key, groups[key]] == size[groups[key]]
+            if f"{key}.".startswith(asked) or knowing[key, groups[key]] == size[groups[key]]
         }
-        for settings, groups, asked in zip(own, peers, asked_for, strict=True)
-    ]
+        found.append((counted, {key: value for key, value in settings.items() if key not in counted}))
+    return found
+
+
+def _keys_asked_for(run: Run) -> list[str]:
+    """The keys on the command line; choices of options are none: ``loss=rld`` does not ask for all that is in it."""
+    keys = [override.lstrip("+~").split("=")[0] for override in run.overrides]
+    return [key for key in keys if key not in run.choices]
+
+
+def _chosen(key: str, run: Run) -> tuple[tuple[str, str], ...]:
+    """The options that may have brought a key along: those of its part of the configuration, and an experiment's."""
+    part = key.split(".")[0]
+    found = []
+    for group, option in run.choices.items():
+        name, _, package = group.partition("@")
+        anywhere = package == "_global_" or (not package and name not in _GROUPS and not name.startswith("hydra/"))
+        if option is not None and (anywhere or (package or name).split(".")[0] == part):
+            found.append((group, str(option)))
+    return tuple(sorted(found))
 
 
 def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
-    """The runs that should know a key: of the same loss, with a teacher, with the same class, or on the data set."""
+    """The runs that should know a key: with the same options, and loss, a teacher, the same class, or the data set."""
+    where = run.summary.dataset, _chosen(key, run)
     if key.startswith("loss."):
-        return run.summary.dataset, run.method
+        return *where, run.method
     if key.startswith("model.teacher."):
-        return run.summary.dataset, "teacher"
+        return *where, "teacher"
     rooms = key.split(".")[:-1]
     for end in range(len(rooms), 0, -1):  # the milestones of one scheduler are nothing that another one has
         target = ".".join((*rooms[:end], "_target_"))
         if target in settings and target != key:
-            return run.summary.dataset, target, settings[target]
-    return run.summary.dataset, ""
+            return *where, target, settings[target]
+    return *where, ""
 
 
 def without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

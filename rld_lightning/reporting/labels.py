@@ -40,8 +40,9 @@ def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def describe(settings: Mapping[str, str], keys: Iterable[str]) -> str:
-    """``alpha=2, lr=0.1``."""
-    return ", ".join(f"{short_key(key)}={short_value(settings[key])}" for key in dict.fromkeys(keys) if key in settings)
+    """``alpha=2, lr=0.1``; that there are no callbacks with an effect goes without saying."""
+    said = [key for key in dict.fromkeys(keys) if key in settings and (key, settings[key]) != ("callbacks", "None")]
+    return ", ".join(f"{short_key(key)}={short_value(settings[key])}" for key in said)
 
 
 def short_key(key: str) -> str:

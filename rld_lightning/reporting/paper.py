@@ -52,6 +52,7 @@ DATASETS = {"cifar100": "cifar100", "imagenet": "imagenet1k"}
 # Epochs and recipe of the published rows, by our name of the data set; other rows say so in their note.
 EPOCHS = {"cifar100": 240, "imagenet": 100}
 RECIPES = {"cifar100": "cifar240", "imagenet": "imagenet100"}
+FLOAT32 = "32-true"  # the precision of the published rows, as Lightning calls it
 # Overrides that decide something, and leave what is published as it is: split and length are known otherwise.
 _HARMLESS = ("data.seed", "data.val_fraction", "recipe.epochs")
 # Methods whose hyper-parameters behind the printed numbers are not known, and those that have others for each pair.
@@ -157,24 +158,51 @@ def is_published_teacher(numbers: list[Published], top1: float | None) -> bool:
     return top1 is not None and any(abs(number.value - top1) < 0.1 for number in published_top1(numbers, TEACHER))
 
 
-def trained_as_published(run: Run) -> bool:
-    """Whether a run is known to have had the teacher, the recipe and the hyper-parameters of the published rows."""
+def departures(run: Run) -> list[str]:
+    """In what a run is not known to be as the published rows are, in a few words each; empty if it is.
+
+    Published rows are of float32, the whole schedule, all images of the test split, and the teacher, the recipe and the
+    hyper-parameters of their papers.
+    """
+    summary, settings, dataset = run.summary, run.settings, run.summary.dataset
+    precision, teacher_type = settings["trainer.precision"], settings.get("model.teacher.dtype", "None")
+    found = {
+        f"{summary.epochs} epochs, not {EPOCHS.get(dataset)}": summary.epochs != EPOCHS.get(dataset),
+        "another recipe" if "recipe" in run.choices else "recipe not known": (
+            run.choices.get("recipe") != RECIPES.get(dataset)
+        ),
+        f"{precision}, not float32": precision != FLOAT32,
+        f"teacher in {teacher_type}": teacher_type not in ("None", "float32"),
+        settings["callbacks"]: settings["callbacks"] != "None",
+        "not trained to the end": not summary.trained_whole,
+        "not measured on all of the test split": summary.split != "test" or not summary.evaluated_whole,
+    }
+    words = [words for words, differs in found.items() if differs]
+    if summary.teacher is not None:
+        words += _departures_of_distilled(run)
+    return [*words, *_other_settings(run)]
+
+
+def _departures_of_distilled(run: Run) -> list[str]:
+    """Those of the teacher, and of what a method wants for each pair."""
     dataset, networks = run.summary.dataset, run.config["model"]
-    if run.summary.epochs != EPOCHS.get(dataset) or run.choices.get("recipe") != RECIPES[dataset]:
-        return False
-    if run.summary.teacher is not None:
-        names = networks["teacher"]["name"], networks["student"]["name"]
-        if not is_published_teacher(published_for_pair(dataset, *names), run.summary.teacher_top1):
-            return False
-        if run.choices.get("model") in _ANY_PAIR or run.method in _NOT_PRINTED[dataset]:
-            return False
-        if run.method in _BY_PAIR and run.method not in (networks["tuned"] or {}):
-            return False
-        if run.method == "ttm" and names != ("vgg13", "vgg8"):
-            return False
-    keys = {override.lstrip("+~").split("=")[0] for override in run.overrides} - set(_HARMLESS)
+    names = networks["teacher"]["name"], networks["student"]["name"]
+    by_pair = run.method in _BY_PAIR and run.method not in (networks.get("tuned") or {})
+    found = {
+        "another teacher": not is_published_teacher(published_for_pair(dataset, *names), run.summary.teacher_top1),
+        "hyper-parameters not published": run.method in _NOT_PRINTED.get(dataset, ()),
+        "hyper-parameters of another pair": by_pair or (run.method == "ttm" and names != ("vgg13", "vgg8")),
+        "settings of most pairs": run.choices.get("model") in _ANY_PAIR,
+    }
+    return [words for words, differs in found.items() if differs]
+
+
+def _other_settings(run: Run) -> list[str]:
+    """Keys that were set on the command line, where the published rows have the option's own values."""
+    keys = dict.fromkeys(override.lstrip("+~").split("=")[0] for override in run.overrides)
     rooms = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
-    return not any(key.startswith(rooms) and decides(key) for key in keys)
+    known = {*_HARMLESS, "trainer.precision"}
+    return [f"other {key}" for key in keys if key not in known and key.startswith(rooms) and decides(key)]
 
 
 def _plain(network: str, dataset: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rld_lightning.reporting.cost import Cost
 from rld_lightning.reporting.frame import LAST
@@ -26,6 +26,7 @@ from rld_lightning.reporting.style import (
     SEQUENTIAL,
     FigureOfPanels,
     Panel,
+    whole_epochs,
 )
 from rld_lightning.reporting.sweeps import HeatMap, Sweep
 from rld_lightning.reporting.tables import Section
@@ -80,7 +81,7 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
         for top1 in teachers if first == 1 else ():
             axes.axhline(top1, color=INK, ls="--", lw=1)
         axes.set(xlabel="epoch", ylabel="top-1 (%)")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+        whole_epochs(axes, [epoch for frame in logged.values() for epoch in frame.index if epoch >= first])
         axes.grid(axis="y")
 
     ends = ", ".join(f"{label} {frame.mean(axis=1).iloc[-1]:.1f} %" for label, frame in list(logged.items())[:12])

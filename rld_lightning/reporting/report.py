@@ -64,6 +64,7 @@ def write_report(
     if frame.empty:
         raise ValueError(_nothing_finished(places, everything))
     sweeps, to_compare = split_sweeps(frame)
+    in_part = to_compare[~to_compare["complete"]].sort_values(["dataset", "pair", "method", "seed"], kind="stable")
     found, left_out = sections(to_compare)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
@@ -86,13 +87,17 @@ def write_report(
         "reading": READING if chapters else (),
         "chapters": chapters,
         "sweeps": sweep_chapters,
+        "in_part": [(line, *_how_much(line.run)) for line in in_part.itertuples()],
         "scatters": scatters,
         "unfinished": [(folder, _reason(folder)) for folder in everything.unfinished],
         "left_out": [*everything.broken, *left_out],
         "sources": [(sources.letter(key), number) for key, number in sources.used.items()],
         "environments": _environments(everything.runs),
         "commands": [(run.folder, _command(run)) for run in everything.runs],
-        "published_epochs": EPOCHS,
+        "published_epochs": {
+            dataset: EPOCHS[dataset]
+            for dataset in dict.fromkeys(chapter.section.dataset for chapter in chapters if chapter.has_published)
+        },
         "max_trials": MAX_TRIALS,
     }
     (out / "figures").mkdir(exist_ok=True)
@@ -142,6 +147,15 @@ def _reason(folder: Path) -> str:
     if error.is_file():
         return " ".join(error.read_text(errors="replace").split())[:400] or "failed, and says nothing"
     return "running or interrupted"
+
+
+def _how_much(run: Run) -> tuple[str, str]:
+    """How much of its training, and of its evaluation, a run has done."""
+    summary = run.summary
+    trained = f"{summary.epochs} epoch{'s' if summary.epochs != 1 else ''}"
+    if summary.steps is not None and summary.scheduled_steps is not None:
+        trained = f"{summary.steps:,} of {summary.scheduled_steps:,} steps"
+    return trained, summary.validated_on
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Path]]]:

@@ -2,9 +2,10 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Okabe and Ito, "Color Universal Design", 2008; without their yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -185,3 +186,21 @@ def _handle(label: str, colour: str, style: str) -> Line2D:
     if style in ("o", "s"):
         return Line2D([], [], color=colour, marker=style, ls="", mew=0, markersize=7, label=label)
     return Line2D([], [], color=colour, ls=style, label=label)
+
+
+def whole_epochs(axes: Axes, epochs: Iterable[float]) -> None:
+    """Has the axis across ticked at whole epochs, two of them at least, however few were trained.
+
+    Args:
+        axes: the panel.
+        epochs: where something is drawn, in epochs.
+    """
+    places = list(epochs)
+    if not places:
+        return
+    first, last = floor(min(places)), ceil(max(places))
+    if first == last:
+        first = max(0, last - 1)
+    margin = 0.05 * max(last - first, 1)
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))

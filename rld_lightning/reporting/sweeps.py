@@ -33,9 +33,9 @@ def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFram
         swept: the keys that it sweeps; ``seed`` makes repetitions of a setting.
 
     Returns:
-        as :func:`~rld_lightning.reporting.frame.pool_seeds` by ``overrides``: those of ``swept`` but the seed's, as
-        written, in the order of ``swept``. Runs that were not given all of ``swept``, or whose accuracy is not a
-        number, do not count; empty if none does.
+        as :func:`~rld_lightning.reporting.frame.pool_seeds` by ``overrides``, those of ``swept`` but the seed's, as
+        written, in the order of ``swept``; and by ``complete``. Runs that were not given all of ``swept``, or whose
+        accuracy is not a number, do not count; empty if none does.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -47,7 +47,7 @@ def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFram
         if set(swept) <= set(lines) and isfinite(run.summary.top1):
             runs.append(run)
             chosen.append(tuple(lines[key] for key in swept if key != "seed"))
-    return pool_seeds(runs_frame(runs).assign(overrides=chosen), ["overrides"]) if runs else pd.DataFrame()
+    return pool_seeds(runs_frame(runs).assign(overrides=chosen), ["overrides", "complete"]) if runs else pd.DataFrame()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,13 @@ class Sweep:
     def title(self) -> str:
         """Folder, method and pair."""
         first = self.runs.iloc[0]
-        return f"{self.folder.name}: {first['method']}, {first['pair']}, {first['dataset']}"
+        in_part = "" if self.complete else ", in part"
+        return f"{self.folder.name}: {first['method']}, {first['pair']}, {first['dataset']}{in_part}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether its trials were trained to the end and evaluated on all images; all of them or none."""
+        return bool(self.runs["complete"].iloc[0])
 
     @property
     def split(self) -> str:
@@ -130,14 +136,15 @@ def split_sweeps(frame: pd.DataFrame) -> tuple[list[Sweep], pd.DataFrame]:
     """Tells the trials of sweeps from other runs.
 
     Trials that were tuned on held-out images belong to no results table. A sweep that validated on the test split
-    (over losses and seeds, say) is one of both: its runs stand in results tables as well.
+    (over losses and seeds, say) is one of both: its runs stand in results tables as well. Trials in part are a sweep
+    apart.
 
     Returns:
         the sweeps; and the runs for the results tables, with trials whose accuracy is not a number, which no table
         counts and :func:`~rld_lightning.reporting.tables.sections` names.
     """
     folders = frame["run"].map(_sweep_folder).where(np.isfinite(frame[LAST])).rename("sweep")
-    groups = frame.groupby([folders, "dataset", "split", "pair", "method"], sort=False)
+    groups = frame.groupby([folders, "dataset", "split", "pair", "method", "complete"], sort=False)
     sweeps = [Sweep(key[0], group) for key, group in groups]
     sweeps = [sweep for sweep in sweeps if sweep.keys]
     tuned = [line for sweep in sweeps if sweep.held_out for line in sweep.runs.index]

@@ -1,5 +1,7 @@
 """Results tables: runs of one pair on one split, repetitions over seeds together, everything else apart."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +30,7 @@ class Section:
         teacher: the teacher's network; None of a single network.
         student: the student's.
         runs: as :func:`~rld_lightning.reporting.frame.runs_frame` has them, with the ``name`` and the ``label`` of
-            their row: the student alone first, then kd, then the others, the best first.
+            their row, those of the best row first.
         teacher_runs: likewise those that trained the teacher, whose folders its weights are from.
     """
 
@@ -114,6 +116,16 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def unlike(unshared: Sequence[str]) -> str:
+    """What some runs know and others do not, such as ``recipe.option=3``; empty where they know the same.
+
+    Args:
+        unshared: of each run, as :func:`~rld_lightning.reporting.frame.runs_frame` has it.
+    """
+    counts = Counter(line for lines in unshared for line in set(lines.splitlines()))
+    return ", ".join(sorted(line for line, count in counts.items() if count < len(unshared)))
+
+
 def compare(section: Section, metric: str = LAST) -> pd.DataFrame:
     """Every row against ``ce`` and ``kd``, and ``rld`` with enough seeds against every row, with the same recipe.
 
@@ -151,7 +163,7 @@ def _verdict(difference: float, p: float | None, reason: str) -> str:
 
 
 def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]:
-    """Sorts finished runs into results tables.
+    """Sorts finished runs into results tables. Runs that were trained or evaluated in part stand in none.
 
     Cross-entropy looks at no teacher: such runs stand in the table of each pair with their student, and in those of the
     pairs whose teacher they have trained.
@@ -162,8 +174,9 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
     Returns:
         one section a pair and split, the test split first; and the folders of runs that do not count, with the reason.
     """
-    if frame.empty:
+    if frame.empty or not frame["complete"].any():
         return [], []
+    frame = frame[frame["complete"]]
     counted, left_out = _one_a_seed(frame)
     where = ["dataset", "split", "on_test"]
     pairs = counted.dropna(subset="pair_teacher")[[*where, "pair_teacher", "student"]].drop_duplicates()
@@ -194,7 +207,11 @@ def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
             found.setdefault(f"{section.teacher}_to_{section.student}", []).append(section)
     names = ", ".join(found)
     if not found:
-        raise ValueError("there is no finished run with a teacher in these folders; train one first, such as loss=rld.")
+        in_part = sum(~runs["complete"]) if len(runs) else 0
+        aside = f" ({in_part} that were trained or evaluated in part do not count)" if in_part else ""
+        raise ValueError(
+            f"there is no finished run with a teacher in these folders{aside}; train one first, such as loss=rld."
+        )
     if pair is None and len(found) > 1:
         raise ValueError(f"there are runs of several pairs; choose one with --pair: {names}.")
     if pair is not None and pair not in found:
@@ -212,6 +229,10 @@ def _one_a_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]
     finite = np.isfinite(frame[LAST])
     later = frame[finite].groupby([*_ROW, "seed"], dropna=False)["folder"].shift(-1)
     repeated = "repeated with the same settings and seed in " + later.dropna()
+    unshared = frame.set_index("folder")["unshared"]
+    for line, folder in later.dropna().items():
+        if keys := unlike([frame.at[line, "unshared"], unshared[folder]]):
+            repeated[line] += f", though not both know {keys}"
     reasons = pd.concat([frame[~finite]["folder"].map(lambda _: "its accuracy is not a number"), repeated])
     left_out = frame.loc[frame.index.isin(reasons.index), "folder"]
     return frame.drop(reasons.index), [(folder, reasons[line]) for line, folder in left_out.items()]
@@ -235,8 +256,7 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
     """
     runs = runs.sort_values("seed", kind="stable")
     groups = [runs.loc[lines] for lines in runs.groupby(_ROW, sort=False, dropna=False).groups.values()]
-    place = {"ce": 0, "kd": 1}
-    groups.sort(key=lambda own: (place.get(own["method"].iloc[0], 2), -own[LAST].mean(), Path(own["folder"].iloc[0])))
+    groups.sort(key=lambda own: (-own[LAST].mean(), Path(own["folder"].iloc[0])))
     settings = [own["settings"].iloc[0] for own in groups]
     methods = [own["method"].iloc[0] for own in groups]
     epochs = [tuple(sorted(set(own["epochs"]))) for own in groups]

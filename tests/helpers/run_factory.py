@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -36,6 +37,8 @@ def write_run(
     weights: str = "teachers/teacher.safetensors",
     settings: dict[str, object] | None = None,
     model: str | None = None,
+    callbacks: dict[str, dict[str, object]] | None = None,
+    summary: dict[str, object] | None = None,
     tuned: dict[str, dict[str, object]] | None = None,
     finished: bool = True,
     error: str | None = None,
@@ -57,6 +60,8 @@ def write_run(
         weights: the teacher's file.
         settings: values by full key, such as ``{"loss.alpha": 2.0}``.
         model: option of the model group; the pair's own by itself.
+        callbacks: as in the configuration.
+        summary: fields of the summary that are to be others, such as ``{"steps": 60}``.
         tuned: what the pair's file sets for losses.
         finished: False leaves the summary away.
         error: what ``error.txt`` says; the run is then a failed one.
@@ -79,6 +84,7 @@ def write_run(
         | {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.05}},
         "trainer": {"max_epochs": epochs, "precision": "32-true", "default_root_dir": str(folder)},
         "paths": {"run": str(folder)},
+        "callbacks": callbacks or {},
     }
     overrides = [f"model={config['model']['label']}", f"loss={method}", f"seed={seed}", f"recipe.epochs={epochs}"]
     for key, value in (settings or {}).items():
@@ -101,7 +107,7 @@ def write_run(
         (folder / "error.txt").write_text(error)
     if finished and error is None:
         with_teacher = teacher is not None and method != "ce"
-        Summary(
+        whole = Summary(
             model=student, loss=method.upper(), dataset=dataset, split="val" if held_out else "test",
             images=5_000 if held_out else 10_000, val_fraction=0.1 if held_out else 0.0, data_seed=seed, epochs=epochs,
             seed=seed, top1=top1, top1_best=best, top5=min(99.0, top1 + 25), ce=2.0,
@@ -109,7 +115,8 @@ def write_run(
             teacher_top1=teacher_top1 if with_teacher else None, agreement=70.0 if with_teacher else None,
             parameters=PARAMETERS.get(student, 100_000), macs=MACS.get(student, 10_000_000), images_per_s=900.0,
             run=str(folder),
-        ).write(folder)  # fmt: skip
+        )  # fmt: skip
+        replace(whole, **(summary or {})).write(folder)
     return folder
 
 

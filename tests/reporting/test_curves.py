@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from helpers.run_factory import write_run
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.curves import plot_curves
@@ -59,6 +60,52 @@ def test_the_picture_shows_each_term_and_the_schedule(run, monkeypatch):
     }
     assert drawn["Gradient norm, before clipping"] == {"mean over the epoch": [1.5, 0.5]}
     assert drawn["Learning rate"] == {"lr-SGD": [0.05, 0.005]}
+
+
+def drawn_on(monkeypatch, run):
+    """The places of the points of ``val/top1``, and the ticks that are in sight."""
+    found = []
+
+    def keep(figure, path, **options):
+        save(figure, path, **options)
+        axes = figure.axes[0]
+        low, high = axes.get_xlim()
+        ticks = [float(tick) for tick in axes.get_xticks() if low <= tick <= high]
+        found.append((list({line.get_label(): line for line in axes.lines}["val top-1"].get_xdata()), ticks))
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", keep)
+    plot_curves(run, "title")
+    return found[0]
+
+
+# What Lightning logs when max_steps=60 ends the first of 782 steps' epoch, and the run is validated after it.
+IN_PART = """epoch,step,train/loss,train/ce,val/top1
+0,59,3.0,3.0,
+1,60,,,12.5
+"""
+
+
+def test_an_epoch_in_part_is_drawn_where_it_ended(tmp_path, monkeypatch):
+    write_run(tmp_path, epochs=240, summary={"steps": 60, "scheduled_steps": 782 * 240, "epochs": 1})
+    (tmp_path / "metrics.csv").write_text(IN_PART)
+    places, ticks = drawn_on(monkeypatch, tmp_path)
+    assert places == [pytest.approx(60 / 782)]
+    assert ticks == [0, 1]
+
+
+@pytest.mark.parametrize("summary", [{}, {"steps": 782 * 2, "scheduled_steps": 782 * 2}])
+def test_whole_epochs_are_ticked_and_counted_from_one(tmp_path, monkeypatch, summary):
+    write_run(tmp_path, epochs=2, summary=summary)
+    lines = ["epoch,step,val/top1", "0,781,40.0", "1,1563,50.0"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    assert drawn_on(monkeypatch, tmp_path) == ([1, 2], [1, 2])
+
+
+def test_one_epoch_is_no_reason_for_fractions(tmp_path, monkeypatch):
+    write_run(tmp_path, epochs=1)
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/top1\n1,60,40.0\n")
+    assert drawn_on(monkeypatch, tmp_path) == ([2], [1, 2])
 
 
 def test_metrics_without_rows_of_an_epoch(tmp_path):

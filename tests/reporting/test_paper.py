@@ -11,11 +11,12 @@ from rld_lightning.reporting.frame import runs_frame
 from rld_lightning.reporting.paper import (
     METHODS,
     TEACHER,
+    departures,
     published_for_pair,
     published_numbers,
     published_top1,
-    trained_as_published,
 )
+from rld_lightning.reporting.report import write_report
 from rld_lightning.reporting.tables import sections
 from rld_lightning.runs.finished import read_run
 
@@ -114,11 +115,50 @@ def test_only_runs_with_the_published_recipe_compare(tmp_path, method, options, 
 def test_another_recipe_or_one_that_is_not_known_does_not_compare(tmp_path):
     choices = tmp_path / ".hydra" / "hydra.yaml"
     write_run(tmp_path, "kd", teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.61)
-    assert trained_as_published(read_run(tmp_path))
+    assert departures(read_run(tmp_path)) == []
     choices.write_text(choices.read_text().replace("cifar240", "quick"))
-    assert not trained_as_published(read_run(tmp_path))
+    assert departures(read_run(tmp_path)) == ["another recipe"]
     choices.unlink()
-    assert not trained_as_published(read_run(tmp_path))
+    assert departures(read_run(tmp_path)) == ["recipe not known"]
+
+
+EMA = {"ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.99}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, []),
+        ({"settings": {"trainer.precision": "32-true"}}, []),  # on the command line or not
+        ({"settings": {"trainer.precision": 32}}, []),
+        ({"settings": {"trainer.precision": "bf16-mixed"}}, ["bf16-mixed, not float32"]),
+        ({"settings": {"trainer.precision": "16-mixed"}}, ["16-mixed, not float32"]),
+        ({"settings": {"trainer.precision": "bf16"}}, ["bf16-mixed, not float32"]),
+        ({"settings": {"model.teacher.dtype": "bfloat16"}}, ["teacher in bfloat16"]),
+        ({"callbacks": EMA}, ["EMAWeightAveraging(decay=0.99)"]),
+        ({"callbacks": {"lr": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}}}, []),
+        ({"summary": {"steps": 60, "scheduled_steps": 782 * 240}}, ["not trained to the end"]),
+        ({"summary": {"images": 250, "split_images": 10_000}}, ["not measured on all of the test split"]),
+        (
+            {"epochs": 30, "settings": {"loss.temperature": 2}},
+            ["30 epochs, not 240", "another recipe", "other loss.temperature"],
+        ),
+        ({"settings": {"experiment": "mine"}}, ["other experiment"]),
+    ],
+)
+def test_departures_are_named(tmp_path, options, words):
+    options = {"teacher": "wrn40_2", "student": "wrn16_2", "epochs": 240, "teacher_top1": 75.61} | options
+    assert departures(read_run(write_run(tmp_path, "kd", **options))) == words
+
+
+def test_bf16_that_no_override_says_is_marked_beside_the_number(tmp_path):
+    folder = write_run(tmp_path, "kd", teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.61)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("precision: 32-true", "precision: bf16-mixed"))
+    files = write_report([tmp_path], tmp_path / "out")
+    (line,) = [line for line in files.markdown.read_text().splitlines() if line.startswith("| kd |")]
+    assert line.endswith("‡</sup> (bf16-mixed, not float32) |")
+    assert '‡</sup><span class="role">bf16-mixed, not float32</span>' in files.html.read_text()
 
 
 def test_other_recipes_are_no_disagreement():

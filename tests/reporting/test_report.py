@@ -73,7 +73,8 @@ def test_the_results_table(report):
     results = pd.read_csv(report.html.parent / "results.csv").set_index("method")
     rld = results.loc["rld (epochs=240)"]
     cells = rows["rld (epochs=240)"]
-    assert cells[1:4] == ["240", "3seeds 0-2", f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"]
+    assert cells[1] == f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"
+    assert cells[3:5] == ["240", "3seeds 0-2"]
     assert cells[-1].startswith("76.02")  # the paper's, second-hand, and nobody says with which alpha and beta
     assert {"†", "‡"} <= set(cells[-1])
     assert rows["kd"][-1].startswith("74.92")
@@ -81,9 +82,9 @@ def test_the_results_table(report):
     assert "‡" in rows["rld (epochs=30)"][-1]  # trained otherwise
     assert rld["published_second_hand"] in (True, "True")
     assert "iversonshao/DSKD" in rld["published_source"]
-    assert rows["cestudent alone"][2] == "3seeds 0-2"
-    assert rows["wrn40_2, ceteacher"][3] == "68.20"  # trained in the folder that the weights are from
-    assert rows["wrn40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][3] == "75.60"
+    assert rows["cestudent alone"][4] == "3seeds 0-2"
+    assert rows["wrn40_2, ceteacher"][1] == "68.20"  # trained in the folder that the weights are from
+    assert rows["wrn40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][1] == "75.60"
 
 
 def test_gains_and_tests_are_those_of_the_runs(report):
@@ -151,7 +152,7 @@ def test_one_run_and_nothing_else(tmp_path):
     (tmp_path / "run" / "metrics.csv").unlink()
     (tmp_path / "run" / "environment.json").unlink()
     files = write_report([tmp_path / "run"], tmp_path / "out")
-    assert ["rld", "30", "1seed 0", "60.00", "60.10"] in parse(files.html).rows
+    assert ["rld", "60.00", "60.10", "30", "1seed 0"] in parse(files.html).rows
 
 
 def test_more_rows_than_colours(tmp_path):
@@ -233,7 +234,37 @@ def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
     (headline,) = [line for line in text.splitlines() if line.startswith("- resnet20 → resnet8 on cifar100")]
     assert "of the 4 rows with one recipe and n ≥ 4, rld (epochs=30) is highest" in headline
     assert "(n = 4), " in headline
-    assert headline.endswith("ahead of 3 of the 3 that it was tested against at 5 % (Holm).")
+    assert headline.endswith("; significantly ahead of all 3 rows that it was tested against at 5 %.")
+
+
+@pytest.mark.parametrize(
+    ("gains", "words"),
+    [
+        ({"kd": (0.0, 3.0, -2.9)}, "not significantly ahead of the one row that"),
+        ({"kd": (0.0, 3.0, -2.9), "dkd": (0.1, 3.0, -2.9)}, "not significantly ahead of any of the 2 rows that"),
+        ({"kd": (0.0, 3.0, -2.9), "dkd": (5.0, 5.1, 5.2)}, "significantly ahead of 1 of the 2 rows that"),
+        ({"kd": (5.0, 5.1, 5.2)}, "; significantly ahead of the one row that"),
+        ({"kd": (5.0, 5.1, 5.2), "dkd": (5.0, 5.1, 5.2)}, "; significantly ahead of both rows that"),
+    ],
+)
+def test_the_headline_says_in_words_what_the_tests_found(tmp_path, gains, words):
+    for seed in range(3):
+        write_run(tmp_path / f"rld{seed}", "rld", seed=seed, top1=60.0)
+        for method, gain in gains.items():
+            write_run(tmp_path / f"{method}{seed}", method, seed=seed, top1=60.0 - gain[seed])
+    text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
+    (headline,) = [line for line in text.splitlines() if line.startswith("- resnet20 → resnet8 on cifar100")]
+    assert words in headline
+
+
+def test_rows_are_in_the_order_of_their_results_and_headings_say_what_they_head(tmp_path):
+    for method, top1 in (("ce", 57.0), ("kd", 55.0), ("rld", 61.0), ("dkd", 59.0)):
+        write_run(tmp_path / method, method, top1=top1)
+    page = write_report([tmp_path], tmp_path / "out").html
+    rows = [row[0] for row in parse(page).rows if row[1:2] and re.fullmatch(r"\d\d\.00", row[1])]
+    assert rows[1:] == ["rld", "dkd", "cestudent alone", "kd"]  # below the teacher
+    assert "<th>" not in page.read_text()
+    assert '<th scope="col">Method</th>' in page.read_text()
 
 
 def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
@@ -243,6 +274,48 @@ def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
     page = write_report([tmp_path], tmp_path / "out").html.read_text()
     assert "The 3 differences cannot be tested" in page
     assert "corrected for the" not in page
+
+
+IN_PART = [
+    ({"steps": 60, "scheduled_steps": 782, "epochs": 1}, "60 of 782 steps", "the test split"),
+    ({"images": 250, "split_images": 10_000}, "30 epochs", "250 of the 10,000 images of the test split"),
+]
+
+
+@pytest.mark.parametrize(("summary", "trained", "evaluated"), IN_PART)
+def test_runs_in_part_stand_apart(tmp_path, summary, trained, evaluated):
+    pair = {"teacher": "wrn40_2", "student": "wrn16_2"}
+    write_run(tmp_path / "whole", seed=0, top1=60.0, **pair)
+    write_run(tmp_path / "part", seed=1, top1=12.34, summary=summary, **pair)
+    files = write_report([tmp_path], tmp_path / "out")
+    results = pd.read_csv(tmp_path / "out" / "results.csv").query("method == 'rld'")
+    assert (results["n"].tolist(), results["last_mean"].tolist()) == ([1], [60.0])
+    rows = parse(files.html).rows
+    folder = str(tmp_path / "part")
+    assert ["rld", "12.34", trained, evaluated, "1", "wrn40_2_to_wrn16_2", "cifar100", folder] in rows
+    assert sum("12.34" in " ".join(row) for row in rows) == 1
+    assert "## Runs in part" in files.markdown.read_text()
+    assert pd.read_csv(tmp_path / "out" / "runs.csv")["complete"].tolist() == [False, True]
+
+
+def test_runs_in_part_alone_are_a_report(tmp_path):
+    write_run(tmp_path, summary=IN_PART[0][0])
+    text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
+    assert "1 finished run (1 of them in part) in" in text
+    assert "60 of 782 steps" in text
+
+
+def test_trials_in_part_are_a_sweep_apart(tmp_path):
+    write_sweep(tmp_path / "sweeps" / "s", alphas=(1, 2), betas=(8,), temperatures=(4,))
+    for alpha in (1, 2):
+        write_run(
+            tmp_path / "sweeps" / "s" / f"part{alpha}", seed=1, top1=12.34, held_out=0.1, epochs=10,
+            settings={"loss.alpha": alpha}, summary={"steps": 60, "scheduled_steps": 782},
+        )  # fmt: skip
+    files = write_report([tmp_path], tmp_path / "out")
+    trials = pd.read_csv(tmp_path / "out" / "sweeps.csv")
+    assert trials["n"].tolist() == [1] * 4
+    assert "## Sweep s: rld, resnet20_to_resnet8, cifar100, in part" in files.markdown.read_text()
 
 
 def pipe(path):
@@ -299,7 +372,7 @@ def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
     for number, (name, spoil) in enumerate(SPOILT):
         spoil(write_run(tmp_path / f"bad{number}") / name)
     files = write_report([tmp_path], tmp_path / "out")
-    assert ["rld", "30", "1seed 0", "61.23", "61.33"] in parse(files.html).rows
+    assert ["rld", "61.23", "61.33", "30", "1seed 0"] in parse(files.html).rows
     lines = files.markdown.read_text().splitlines()
     for number in range(len(SPOILT)):
         (line,) = [line for line in lines if line.startswith(f"- `{tmp_path / f'bad{number}'}`: ")]

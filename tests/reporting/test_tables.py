@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.run_factory import write_comparison, write_run
 
 from rld_lightning.reporting.chapters import Sources, make_chapter
@@ -213,9 +214,62 @@ def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
     (new / "config.yaml").write_text(text)
     (section,), _ = read(tmp_path)
     assert section.rows["n"].tolist() == [2]
+    (note,) = [note for note in make_chapter(section, "pair", Sources()).notes if "not all know" in note]
+    assert note.startswith("rld holds runs of which not all know trainer.new_option=3:")  # told, not merged in silence
     write_run(tmp_path / "asked", seed=0, settings={"trainer.gradient_clip_val": 1.0})
     (section,), _ = read(tmp_path)
     assert sorted(section.rows["n"]) == [1, 2]
+
+
+def rows(folder):
+    ((section,), left_out) = read(folder)
+    assert left_out == []
+    return sorted(section.rows.index)
+
+
+def test_what_was_asked_for_as_a_mapping_tells_apart(tmp_path):
+    write_run(tmp_path / "a")
+    folder = write_run(tmp_path / "b", settings={"loss.x.y": 1})
+    (folder / ".hydra" / "overrides.yaml").write_text("['loss=rld', 'recipe.epochs=30', '+loss.x={y: 1}']")
+    assert rows(tmp_path) == ["rld", "rld (y=1)"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "key"),
+    [
+        ("experiment", "recipe.x"),
+        ("experiment", "loss.x"),
+        ("recipe", "recipe.x"),
+        ("my/group", "recipe.x"),
+        ("my/group@loss", "loss.x"),
+        ("callbacks@_global_", "data.x"),
+    ],
+)
+def test_what_an_option_of_ones_own_brings_along_tells_apart(tmp_path, chosen, key):
+    for name, option, settings in (("a", None, {}), ("b", "mine", {key: 1})):
+        folder = write_run(tmp_path / name, settings=settings)
+        (folder / ".hydra" / "overrides.yaml").write_text("[]")
+        choices = yaml.safe_load((folder / ".hydra" / "hydra.yaml").read_text())
+        choices["hydra"]["runtime"]["choices"] |= {chosen: option} if option else {}
+        (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(choices))
+    assert rows(tmp_path) == ["rld", "rld (x=1)"]
+
+
+def test_a_run_that_replaces_one_with_other_keys_says_so(tmp_path):
+    os.utime(write_run(tmp_path / "old") / "summary.json", (1000, 1000))
+    config = write_run(tmp_path / "new") / "config.yaml"
+    config.write_text(config.read_text().replace("trainer:\n", "trainer:\n  new_option: 3\n"))
+    _, ((folder, reason),) = read(tmp_path)
+    assert Path(folder).name == "old"
+    assert reason.endswith("though not both know trainer.new_option=3")
+
+
+def test_callbacks_are_named_where_there_are_some(tmp_path):
+    write_run(tmp_path / "plain")
+    ema = {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.99}
+    write_run(tmp_path / "ema", callbacks={"ema": ema})
+    write_run(tmp_path / "watched", callbacks={"watch": {"_target_": "rld_lightning.callbacks.GradientNorm"}}, seed=1)
+    assert rows(tmp_path) == ["rld", "rld (callbacks=EMAWeightAveraging(decay=0.99))"]
 
 
 def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
