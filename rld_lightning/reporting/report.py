@@ -176,7 +176,11 @@ def _words(value: object) -> str:
 
 def _command(run: Run) -> str:
     if run.overrides:
-        return f"python scripts/fit.py {shlex.join(run.overrides)}"
+        # What made it a trial would begin a sweep.
+        own = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
+        if len(own) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in own):
+            own.append(f"loss={run.choices.get('loss', run.method)}")  # which the sweep may have chosen
+        return f"python scripts/fit.py {shlex.join(own)}"
     above = run.folder.parent
     if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"

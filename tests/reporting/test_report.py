@@ -192,6 +192,13 @@ def test_files_that_are_no_safetensors_stop_nothing(tmp_path):
     assert write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html.exists()
 
 
+def test_the_command_of_a_trial_begins_no_sweep(tmp_path):
+    folder = write_run(tmp_path / "trial", "dkd")
+    (folder / ".hydra" / "overrides.yaml").write_text("[sweep=mine, launcher=joblib, seed=1]")
+    page = write_report([tmp_path], tmp_path / "report").html.read_text()
+    assert "python scripts/fit.py seed=1 loss=dkd" in page
+
+
 def test_the_teacher_of_a_sweep_has_no_command_of_its_own(tmp_path):
     write_comparison(tmp_path / "pair", {"kd": 60.0}, 1)
     (tmp_path / "pair" / "teacher" / ".hydra" / "overrides.yaml").unlink()
