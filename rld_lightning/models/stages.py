@@ -18,6 +18,8 @@ class Stages:
         pooled: the classifier's input, ``(B, D)``; ``(B, D, 1, 1)`` where a timm network classifies by convolution.
         last_map: what is averaged over all positions into the classifier's input, ``(B, D, H, W)``; empty where the
             classifier's input is made in another way.
+        widening: modules between the deepest stage and the last map that only make it wider (a 1x1 convolution and what
+            follows it), first to last; empty where the deepest stage is the last map, or nothing is known.
         norms: the batch norm that ends each stage, without the stem: its output is the preactivation or its main
             summand. Paths of modules, for what is wanted is their scale and shift; empty when there is no single one.
     """
@@ -26,6 +28,7 @@ class Stages:
     preactivations: tuple[str, ...]
     pooled: str
     last_map: str = ""
+    widening: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
 
 

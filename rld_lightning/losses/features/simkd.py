@@ -46,8 +46,9 @@ def simkd_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 1.0) -> dic
 class SimKDLoss(FeatureLoss):
     """``ce_weight * CE + weight * SimKD`` of a student that ends in the teacher's classifier; see :func:`simkd_loss`.
 
-    The student is made by :func:`~rld_lightning.models.graft`, in a training run by the run itself. By default there is
-    no cross-entropy, as published: labels are not looked at.
+    The student is made by :func:`~rld_lightning.models.graft`, in a training run by the run itself; ShuffleV2 and
+    MobileNetV2 lose their last 1x1 convolution, as published. By default there is no cross-entropy, as published:
+    labels are not looked at.
     """
 
     method = "The student ends in the teacher's classifier"

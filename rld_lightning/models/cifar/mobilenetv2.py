@@ -73,6 +73,7 @@ class MobileNetV2(nn.Module):
             preactivations=(),
             pooled="classifier:in",
             last_map="conv2",
+            widening=("conv2",),
             norms=tuple(f"blocks.{i}.{_GROUPS[i][2] - 1}.conv.7" for i in groups),
         )
 

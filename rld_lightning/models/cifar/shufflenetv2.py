@@ -87,6 +87,7 @@ class ShuffleV2(nn.Module):
             preactivations=("relu", "layer1.3.relu:in", "layer2.7.relu:in", "layer3.3.relu:in"),
             pooled="linear:in",
             last_map="last_relu",
+            widening=("conv2", "bn2", "last_relu"),
         )
 
     def forward(self, images: Tensor) -> Tensor:
