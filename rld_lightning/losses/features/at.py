@@ -49,12 +49,17 @@ def _attention(feature: Tensor, power: float) -> Tensor:
 
 @register_loss("at")
 class ATLoss(FeatureLoss):
-    """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`."""
+    """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`.
+
+    Where one network has more stages than the other (MobileNetV2 of wrn40_2, MobileNetV1 of ResNet50), its deepest are
+    not compared, as in the published code.
+    """
 
     method = "Attention transfer"
     papers = ("1612.03928",)
 
     maps = True
+    from_shallow = True
 
     weight: Weight = 1000.0
     power: Positive = 2.0

@@ -28,6 +28,8 @@ class FeatureLoss(DistillationLoss):
     Attributes:
         single: whether one feature of each network is compared.
         maps: whether all features must be maps ``(B, channels, H, W)``.
+        from_shallow: whether the stages of networks with different numbers of them are compared from the shallow end,
+            as in the published code of some methods; otherwise, and where taps are named, from the deep end.
 
     Args:
         student_taps: tap paths in the student; none chooses them from the network's stages.
@@ -38,6 +40,7 @@ class FeatureLoss(DistillationLoss):
 
     single: ClassVar[bool] = False
     maps: ClassVar[bool] = False
+    from_shallow: ClassVar[bool] = False
 
     ignore_index: int = field(default=-100, init=False)
     _: KW_ONLY
@@ -83,13 +86,16 @@ class FeatureLoss(DistillationLoss):
     ) -> None:
         """Chooses the taps, runs both networks once on zeros for the shapes there, and builds the connectors.
 
-        Where the networks have different numbers of stages, the deepest ones are compared.
+        Where the networks have different numbers of stages, the deepest ones are compared, or the shallowest
+        (:attr:`from_shallow`).
         """
         assert teacher is not None  # the training module has asked for one
+        shallow = self.from_shallow and not (self.student_taps or self.teacher_taps)
         student_taps = self.student_taps or self._chosen(self.student_paths(stages_of(student)), student)
         teacher_taps = self.teacher_taps or self._chosen(self.teacher_paths(stages_of(teacher)), teacher)
         pairs = min(len(student_taps), len(teacher_taps))
-        self.student_taps, self.teacher_taps = student_taps[-pairs:], teacher_taps[-pairs:]
+        compared = slice(pairs) if shallow else slice(-pairs, None)
+        self.student_taps, self.teacher_taps = student_taps[compared], teacher_taps[compared]
         if self.single and pairs > 1:
             raise ValueError(
                 f"{type(self).__name__} compares one feature of each network, got the taps {list(self.student_taps)} "

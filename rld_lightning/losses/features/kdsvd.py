@@ -133,6 +133,9 @@ def _with_gradient(chosen: Tensor, square: Tensor, gram: Tensor, squares: Tensor
 class KDSVDLoss(FeatureLoss):
     """``ce_weight * CE + weight * KDSVD`` on all stages but the stem; see :func:`kdsvd_loss`.
 
+    Where one network has more stages than the other, the deepest are compared; the published code would pair them from
+    the shallow end, where their sizes do not fit.
+
     The decompositions make a GPU wait: they report to the host whether they succeeded.
     """
 

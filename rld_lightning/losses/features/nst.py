@@ -57,12 +57,17 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 @register_loss("nst")
 class NSTLoss(FeatureLoss):
-    """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`."""
+    """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`.
+
+    Where one network has more stages than the other (MobileNetV2 of wrn40_2, MobileNetV1 of ResNet50), its deepest are
+    not compared, as in the published code.
+    """
 
     method = "Neuron selectivity transfer"
     papers = ("1707.01219",)
 
     maps = True
+    from_shallow = True
 
     weight: Weight = 50.0
 

@@ -66,6 +66,8 @@ class VIDLoss(FeatureLoss):
     ``softplus(log_scale) + 1e-5``, a learned number for each of the teacher's channels. Both are trained, as in the
     paper and in RepDistiller; mdistiller keeps the variances out of reach of the optimiser, at their initial value.
 
+    Where one network has more stages than the other, its deepest are not compared, as in the published code.
+
     Args:
         init_variance: variance that training starts from.
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
@@ -75,6 +77,7 @@ class VIDLoss(FeatureLoss):
     papers = ("1904.05835",)
 
     maps = True
+    from_shallow = True
 
     weight: Weight = 1.0
     init_variance: Variance = 5.0

@@ -1,8 +1,10 @@
+import pytest
 import torch
 from helpers.feature_tester import FeatureTester
 from torch.testing import assert_close
 
-from rld_lightning.losses.features import ATLoss, at_loss
+from rld_lightning.losses.features import ATLoss, NSTLoss, VIDLoss, at_loss
+from rld_lightning.models import create_model, stages_of
 
 
 class TestAT(FeatureTester):
@@ -22,3 +24,38 @@ def test_only_where_a_network_looks_counts_not_how_strongly():
     expected = at_loss([student], [teacher])
     assert_close(at_loss([7 * student], [0.1 * teacher]), expected)
     assert_close(at_loss([student.roll(1, 1)], [-teacher]), expected)
+
+
+@pytest.mark.parametrize("method", [ATLoss, NSTLoss, VIDLoss])
+@pytest.mark.parametrize(
+    ("teacher", "student", "teacher_taps", "student_taps", "size"),
+    [
+        ("wrn40_2", "mobilenetv2", ("block1", "block2", "block3"), ("blocks.1", "blocks.2", "blocks.4"), 32),
+        (
+            "torchvision/resnet50",
+            "mobilenetv1",
+            ("layer1", "layer2", "layer3"),
+            ("model.5", "model.11", "model.13"),
+            224,
+        ),
+    ],
+)
+def test_stages_are_paired_from_the_shallow_end_as_in_the_published_code(
+    method, teacher, student, teacher_taps, student_taps, size
+):
+    """mdistiller's and RepDistiller's loops zip the stages behind the stem; the longer list keeps a deep rest."""
+    with torch.device("meta"):
+        networks = [create_model(name, 10).eval() for name in (student, teacher)]
+        loss = method()
+        loss.connect(*networks, (3, size, size), torch.arange(10))
+    zipped = zip(*(stages_of(network).features[1:] for network in networks), strict=False)
+    assert list(zip(loss.student_taps, loss.teacher_taps, strict=True)) == list(zipped)
+    assert loss.teacher_taps == teacher_taps
+    assert loss.student_taps == student_taps
+
+
+def test_named_stages_are_paired_from_the_deep_end():
+    teacher, student = FeatureTester.networks()
+    loss = ATLoss(student_taps=["layer3"])
+    loss.connect(student, teacher, (3, 32, 32), torch.arange(10))
+    assert (loss.student_taps, loss.teacher_taps) == (("layer3",), ("layer3",))
