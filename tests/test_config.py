@@ -354,8 +354,8 @@ IMAGENET = {
     "crd": {"weight": 0.8},
 }
 IMAGENET_RESNETS = {  # published for this pair alone
-    "eakd": {"temperature": 1, "weight": 0.5, "entropy_temperature": 2, "ce_weight": 1},
-    "eadkd": {"beta": 0.5, "temperature": 1, "entropy_temperature": 3},
+    "eakd": {"temperature": 1, "weight": 0.5, "entropy_temperature": 2, "entropy_bound": None, "ce_weight": 1},
+    "eadkd": {"beta": 0.5, "temperature": 1, "entropy_temperature": 3, "entropy_bound": None},
     "dhkd": {"head": "linear", "align_gradients": False, "weight": 0.1, "temperature": 2},
     "catkd": {"weight": 0.5, "pool_size": 4, "normalize": False},
 }

@@ -22,7 +22,7 @@ def eadkd_loss(
     beta: Weight,
     temperature: Positive,
     entropy_temperature: Positive = 3.0,
-    entropy_bound: Positive | None = None,
+    entropy_bound: Positive | None = 100.0,
     logit_standardization: bool = False,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
@@ -53,8 +53,8 @@ def eadkd_loss(
 class EADKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * w (alpha * TCKD + beta * NCKD)``; see :func:`eadkd_loss`.
 
-    Defaults are those of CIFAR-100 in the paper's code, but for the paper's entropy bound. On ImageNet:
-    ``beta=0.5, temperature=1, warmup_epochs=1``.
+    Defaults are those of CIFAR-100 in the paper's code. On ImageNet:
+    ``beta=0.5, temperature=1, entropy_bound=None, warmup_epochs=1``.
     """
 
     method = "DKD, samples weighted by entropy"
@@ -65,7 +65,7 @@ class EADKDLoss(LogitLoss):
     beta: Weight = 8.0
     temperature: Positive = 4.0
     entropy_temperature: Positive = 3.0
-    entropy_bound: Positive | None = None
+    entropy_bound: Positive | None = 100.0
     _: KW_ONLY
     logit_standardization: bool = False
     warmup_epochs: Epochs = 20

@@ -76,12 +76,12 @@ class TestEADKD(LossTester):
         }
 
 
-def test_defaults_are_those_of_the_authors_code_but_for_the_papers_bound():
+def test_defaults_are_those_of_the_authors_code():
     kd, dkd = EAKDLoss(), EADKDLoss()
     assert (kd.temperature, kd.weight, kd.ce_weight, kd.warmup_epochs) == (4.0, 0.9, 0.1, 1)
     assert (dkd.alpha, dkd.beta, dkd.temperature, dkd.ce_weight, dkd.warmup_epochs) == (1.0, 8.0, 4.0, 1.0, 20)
     for loss in (kd, dkd):
-        assert (loss.entropy_temperature, loss.entropy_bound) == (3.0, None)
+        assert (loss.entropy_temperature, loss.entropy_bound) == (3.0, 100.0)
 
 
 @pytest.mark.parametrize("bound", [None, 100.0])
@@ -104,8 +104,8 @@ def test_teacher_and_student_without_a_preference_have_the_largest_weight():
     teacher[:, 0] = 1e-9
     options = {"temperature": 1e-9, "reduction": "none"}
     kd = kd_loss(student, teacher, **options)["kd"]
-    assert_close(eakd_loss(student, teacher, **options)["eakd"], math.log(10) * kd)
-    published = eakd_loss(student, teacher, entropy_bound=100.0, **options)["eakd"]
+    assert_close(eakd_loss(student, teacher, entropy_bound=None, **options)["eakd"], math.log(10) * kd)
+    published = eakd_loss(student, teacher, **options)["eakd"]
     assert_close(published, math.log(10) / 2 * (1 + math.log(10) / 100) * kd)
 
 
@@ -126,15 +126,18 @@ def test_gradient_is_the_samples_own_times_its_weight(reduction):
     options = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "reduction": reduction}
     _, gradient = LossTester.value_and_gradient(eadkd_loss, student, teacher, label, **options)
     _, plain = LossTester.value_and_gradient(dkd_loss, student, teacher, label, **options)
-    factors = torch.stack([naive_weight(s, t, 3.0, None) for s, t in zip(student, teacher, strict=True)])
+    factors = torch.stack([naive_weight(s, t, 3.0, 100.0) for s, t in zip(student, teacher, strict=True)])
     assert_close(gradient, factors.unsqueeze(-1) * plain)
 
 
 def test_hand_worked():
     """Four classes, the teacher unsure between two and the student between the others: both entropies are ln 2.
 
-    The weight is ln 2 / 2 (1 + ln 2 / ln 4) = 3/4 ln 2, KD at temperature 1 is ln(1/2) - (-300 + ln(1/2)) = 300.
+    The weight is ln 2 / 2 (1 + ln 2 / ln 4) = 3/4 ln 2, or ln 2 / 2 (1 + ln 2 / 100); KD at temperature 1 is
+    ln(1/2) - (-300 + ln(1/2)) = 300.
     """
     teacher = torch.tensor([[0.0, 0.0, -300.0, -300.0]])
-    term = eakd_loss(teacher.flip(-1), teacher, temperature=1.0)["eakd"]
+    term = eakd_loss(teacher.flip(-1), teacher, temperature=1.0, entropy_bound=None)["eakd"]
     assert term.item() == pytest.approx(0.75 * 0.6931472 * 300, rel=1e-6)
+    published = eakd_loss(teacher.flip(-1), teacher, temperature=1.0)["eakd"]
+    assert published.item() == pytest.approx(0.5034657 * 0.6931472 * 300, rel=1e-6)
