@@ -77,7 +77,12 @@ def _activation_maps(feature: Tensor, classifier: Tensor, normalize: bool) -> Te
 
 @register_loss("catkd")
 class CATKDLoss(FeatureLoss):
-    """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`."""
+    """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`.
+
+    The student's classifier is its own, as it comes, for it may have been trained. In the published code it is a new
+    1x1 convolution without bias, in ResNets, WRNs and MobileNetV2 of initial standard deviation ``sqrt(2 / C)``: 0.141
+    for 100 classes, where resnet8x4's linear layer starts from 0.036.
+    """
 
     method = "Class attention transfer"
     papers = ("2304.12777",)

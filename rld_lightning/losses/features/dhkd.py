@@ -68,6 +68,10 @@ class DHKDLoss(DistillationLoss):
     ``align_gradients=False``, ``weight=0.1``, and switches the term off after half of the epochs, which is not done
     here. The teacher may be any network, for only its logits are looked at.
 
+    The head starts from PyTorch's defaults for every student. In the published code that is so for ResNets and
+    ShuffleNets; the linear layers of the head start without biases beside a WRN's classifier, and beside that of a VGG
+    or MobileNetV2 from weights of standard deviation 0.01, too.
+
     With ``align_gradients``, the gradient d of the distillation term with respect to all trained parameters gives up
     what opposes that of the cross-entropy, c: where ``<d, c> < 0`` it becomes ``d - <d, c> / |c|^2 c``. The terms have
     their plain values, and ``backward`` of their *sum* delivers the aligned gradient to the parameters (not to the
