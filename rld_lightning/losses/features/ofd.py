@@ -89,9 +89,13 @@ class OFDLoss(FeatureLoss):
     """``ce_weight * CE + weight * OFD`` on all stages but the stem, before their ReLU; see :func:`ofd_loss`.
 
     The student's maps go through a convolution and a batch norm each. The teacher runs in evaluation mode, as
-    everywhere here; the CIFAR code that published numbers come from leaves it in training mode. Refused are networks
-    whose stages do not end in a ReLU (MobileNetV2, timm's) and, as teachers, the ShuffleNets, where no single batch
-    norm comes before it. On ImageNet: ``weight=1e-4``.
+    everywhere here: its features are then those of the trained teacher, the same in every batch, and its weights and
+    statistics stay as they were. The scripts of the authors and mdistiller leave its batch norms in training mode,
+    which normalises by the batch and moves the running statistics; the gradient of a step differs by about a tenth.
+
+    Where stage counts differ, the deepest are compared, as in mdistiller, each with its own margin (mdistiller counts
+    margins from the shallow end). Refused are networks whose stages do not end in a ReLU (MobileNetV2, timm's) and, as
+    teachers, the ShuffleNets, where no single batch norm comes before it. On ImageNet: ``weight=1e-4``.
 
     Args:
         kernel_size: of the connectors' convolutions, odd.
