@@ -20,7 +20,7 @@ PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.stude
 SHORT = ("recipe.epochs=1", "trainer=cpu", "data.subset=0.1", "print_config=false", "callbacks.progress=null")
 
 
-@pytest.mark.parametrize("task", [fit, run_trial])
+@pytest.mark.parametrize("task", [fit, pytest.param(run_trial, marks=pytest.mark.slow)])
 def test_a_run_leaves_its_configuration_as_it_was(tmp_path, task):
     paths = (f"paths.run={tmp_path / 'run'}", f"paths.teachers={tmp_path / 'teachers'}")
     cfg = compose(*PAIR, *SHORT, *paths, "loss=kd", "model.teacher.weights=fit", "logger=csv", resolve=False)
