@@ -12,6 +12,8 @@ from functools import wraps
 from types import UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -72,7 +74,12 @@ def ranges_of(annotations: Mapping[str, Any]) -> dict[str, Range]:
 
 
 def check_ranges(ranges: Mapping[str, Range], values: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` for the first of some named values that is outside its range."""
+    """Raises ``ValueError`` for the first of some named values that is outside its range.
+
+    Not while a graph is traced, where earlier versions of PyTorch cannot follow; constructors have checked before.
+    """
+    if torch.compiler.is_compiling():
+        return
     for name, value in values.items():
         if name in ranges:
             ranges[name].check(name, value)

@@ -4,6 +4,7 @@ import zlib
 from io import BytesIO
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from helpers.data import epoch_of, merge, ready, same
@@ -219,8 +220,12 @@ def test_a_turned_jpeg_is_reduced_as_the_crop_of_the_turned_image_allows(tmp_pat
     assert not torch.equal(seen[0], seen[1])
 
 
-@pytest.mark.parametrize(("suffix", "mode"), [("png", "I;16"), ("tiff", "I;16"), ("pgm", "I;16")])
-def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, suffix, mode):
+# Earlier versions of Pillow read and write the last one with 32 bits.
+PGM = pytest.param("pgm", marks=pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 11, reason="Pillow < 11"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", PGM])
+def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, suffix):
     path = tmp_path / f"image.{suffix}"
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(path)

@@ -311,7 +311,7 @@ def test_a_shard_without_end_is_not_written_beyond_its_size(shards, tmp_path):
         data = shards_data(address, cache=tmp_path / "cache")
         with pytest.raises(ShardError, match=rf"the server goes on after {size:,} bytes, which is all"):
             list(data.test_dataloader())
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob("test-000000*.part"))  # others may be on their way
 
 
 @pytest.mark.parametrize("bad", ["test-000000.tar", "index.json"])
