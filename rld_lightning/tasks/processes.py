@@ -157,13 +157,14 @@ def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Pop
         for process in processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
-            process.wait()
+            while _poll(process) is None:
+                time.sleep(POLL / 10)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
     """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
     while True:
-        codes = [process.poll() for process in processes]
+        codes = [_poll(process) for process in processes]
         failed = {rank: code for rank, code in enumerate(codes) if code}
         if failed or None not in codes:
             return failed
@@ -173,11 +174,28 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
 def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Passes Ctrl-C on, so that loggers can finish, and waits at most :data:`GRACE` seconds for the end."""
     for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+        if _poll(process) is None:
+            os.kill(process.pid, signal.SIGINT)
     until = time.monotonic() + GRACE
-    while time.monotonic() < until and any(process.poll() is None for process in processes):
+    while time.monotonic() < until and any(_poll(process) is None for process in processes):
         time.sleep(POLL)
+
+
+def _poll(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process, None while it runs.
+
+    ``Popen.poll`` takes a lock, which stays taken where the handler of a signal raises in between: whoever then waits
+    for the process waits for ever.
+    """
+    if process.returncode is None:
+        try:
+            ended, status = os.waitpid(process.pid, os.WNOHANG)
+        except ChildProcessError:  # such a signal came between the answer and its noting
+            process.returncode = 1
+        else:
+            if ended:
+                process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode
 
 
 def _resume_hint(run: Path) -> str | None:

@@ -1,6 +1,7 @@
 """Starting processes, watching over them, and saying what became of them."""
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -279,3 +280,10 @@ def test_the_slurm_launcher_is_submitits_with_our_settings():
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 1, 1)
     assert launcher.setup == ["export SLURM_KILL_BAD_EXIT=1"]
+
+
+def test_a_signal_while_a_process_is_looked_at_leaves_nothing_waiting():
+    with launching._started((sys.executable, "-c", "import time; time.sleep(100)"), 1) as (process,):
+        process._waitpid_lock.acquire()  # as a handler leaves it that raises within Popen.poll
+        assert launching._poll(process) is None
+    assert process.returncode == -signal.SIGKILL
