@@ -1,8 +1,13 @@
-"""The names of the files in a run folder, and how tables are written there."""
+"""The files in a run folder: their names, and how they are written and read."""
 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+_LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
 
 CONFIG = "config.yaml"  # resolved
 ENVIRONMENT = "environment.json"  # versions and hardware
@@ -39,3 +44,42 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
+
+
+def check_file(path: Path) -> None:
+    """Refuses what would hang or fill the memory when it is read: a pipe, say."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file. Move it away.")
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(
+            f"{path} has more than {_LARGEST:,} bytes, which no file of a run's settings has. Move it away."
+        )
+
+
+def read_yaml(path: Path) -> Any:
+    """What a run has written, resolved: OmegaConf would take three times as long to read it.
+
+    Raises:
+        ValueError: it is no YAML, or more than plain values.
+    """
+    check_file(path)
+    loader, text = getattr(yaml, "CSafeLoader", yaml.SafeLoader), path.read_bytes()
+    try:
+        # Nested aliases make billions of values of a few lines; a run writes none.
+        if b"*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
+            raise ValueError(f"{path} has YAML aliases, which no run writes. Move it away.")
+        return yaml.load(text, Loader=loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}. Move it away.") from error
+
+
+def read_config(run: Path) -> Any:
+    """The configuration in a run folder, which may be a stranger's: plain values, of which nothing is called.
+
+    Raises:
+        ValueError: it cannot be read as one; that it holds what a configuration does is the caller's to check.
+    """
+    try:
+        return read_yaml(run / CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{run / CONFIG} is not the configuration of a run ({error}); move it away.") from error

@@ -8,18 +8,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from rld_lightning.models.registry import canonical_label
-from rld_lightning.runs.files import CHOICES, CONFIG, ENVIRONMENT, ERROR, OVERRIDES, SUMMARY, WANDB
+from rld_lightning.runs.files import (
+    CHOICES,
+    CONFIG,
+    ENVIRONMENT,
+    ERROR,
+    OVERRIDES,
+    SUMMARY,
+    WANDB,
+    check_file,
+    read_yaml,
+)
 from rld_lightning.runs.likeness import SEEDS, settings
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.runs.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Run:
     def choices(self) -> dict[str, str]:
         """The options of the configuration groups, such as ``{"recipe": "cifar240"}``; empty if they are not known."""
         path = self.folder / CHOICES
-        return _read_yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
+        return read_yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -70,7 +76,7 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware."""
-        _check_file(self.folder / ENVIRONMENT)
+        check_file(self.folder / ENVIRONMENT)
         try:
             return json.loads((self.folder / ENVIRONMENT).read_text())
         except (json.JSONDecodeError, RecursionError) as error:
@@ -83,7 +89,7 @@ class Run:
         Paths below the current folder are relative to it, as one would write them.
         """
         path = self.folder / OVERRIDES
-        return [line.replace(f"={Path.cwd()}/", "=") for line in _read_yaml(path)] if path.exists() else []
+        return [line.replace(f"={Path.cwd()}/", "=") for line in read_yaml(path)] if path.exists() else []
 
 
 class Found(NamedTuple):
@@ -113,8 +119,8 @@ def read_run(folder: Path) -> Run:
     for name in (SUMMARY, CONFIG):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}.")
-        _check_file(folder / name)
-    config = _read_yaml(folder / CONFIG)
+        check_file(folder / name)
+    config = read_yaml(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run. Move it away.")
     _respell(config)
@@ -159,33 +165,6 @@ def find_all(folders: Sequence[Path]) -> Found:
         except (OSError, ValueError) as error:
             found.broken.append((path, str(error)))
     return found
-
-
-def _check_file(path: Path) -> None:
-    """Refuses what would hang or fill the memory when it is read: a pipe, say."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file. Move it away.")
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(
-            f"{path} has more than {_LARGEST:,} bytes, which no file of a run's settings has. Move it away."
-        )
-
-
-def _read_yaml(path: Path) -> Any:
-    """What a run has written, resolved: OmegaConf would take three times as long to read it.
-
-    Raises:
-        ValueError: it is no YAML, or more than plain values.
-    """
-    _check_file(path)
-    loader, text = getattr(yaml, "CSafeLoader", yaml.SafeLoader), path.read_bytes()
-    try:
-        # Nested aliases make billions of values of a few lines; a run writes none.
-        if b"*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
-            raise ValueError(f"{path} has YAML aliases, which no run writes. Move it away.")
-        return yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}. Move it away.") from error
 
 
 def _below(folders: Sequence[Path]) -> Iterator[Path]:

@@ -11,11 +11,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.registry import canonical_label
-from rld_lightning.runs.files import CONFIG
+from rld_lightning.runs.files import CONFIG, read_config
 from rld_lightning.runs.naming import class_name
 
 SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
@@ -172,17 +171,6 @@ def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
     return name == "EarlyStopping" and patience.isdecimal() and int(patience) >= _NEVER and thresholds == {"None"}
 
 
-def _saved(path: Path) -> dict[str, Any]:
-    """The configuration in a run folder, which may be a stranger's: plain YAML, of which nothing is called."""
-    try:
-        values = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run ({type(error).__name__}); move it away.") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise ValueError(f"{path} is not the configuration of a run: it has no model; move it away.")
-    return values
-
-
 def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:
     """Checks that the run in a folder has the settings of this one.
 
@@ -196,7 +184,9 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     """
     if not (run / CONFIG).exists():
         return
-    saved: Any = _saved(run / CONFIG)
+    saved = read_config(run)
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise ValueError(f"{run / CONFIG} is not the configuration of a run: it has no model; move it away.")
     current: Any = OmegaConf.to_container(cfg, resolve=True)
     teacher, before = current["model"]["teacher"], saved["model"].get("teacher")
     if teacher and isinstance(before, dict) and teacher["weights"] in ("auto", "fit", "published"):

@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.runs.files import CONFIG, SUMMARY
+from rld_lightning.runs.files import CONFIG, SUMMARY, read_yaml
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,6 @@ def _split_of_older(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     facts["images"] = int(count[0].replace(",", "")) if count and facts["split"] == "val" else None
     facts |= {"val_fraction": 0.0, "data_seed": values["seed"]}
     if "held-out" in words:
-        data = yaml.safe_load((run / CONFIG).read_bytes())["data"]
+        data = read_yaml(run / CONFIG)["data"]
         facts |= {"val_fraction": data["val_fraction"], "data_seed": data["seed"]}
     return facts

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,7 +27,7 @@ from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.models.store import TeacherStore
-from rld_lightning.runs.files import CONFIG, STUDENT, SWEEP, TEACHER
+from rld_lightning.runs.files import CONFIG, STUDENT, SWEEP, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
@@ -215,7 +214,7 @@ def _values(override: Override) -> list[str]:
 def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
     """The seed of what is trained for all trials: that of a run that has begun, else the first of the trials'."""
     if (folder / CONFIG).exists():
-        return yaml.safe_load((folder / CONFIG).read_bytes())["seed"]
+        return read_config(folder)["seed"]
     if "seed" not in swept:
         return config.seed
     first = _values(_parse(swept["seed"]))[0]

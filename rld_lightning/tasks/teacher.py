@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from omegaconf import DictConfig
 from torch import nn
 
@@ -19,7 +18,7 @@ from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.models.verify import load_weights
-from rld_lightning.runs.files import CONFIG, STUDENT
+from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.checks import check_classes
 from rld_lightning.tasks.once import run_once
@@ -68,15 +67,9 @@ def _teacher_before(folder: Path, name: str) -> str | None:
     The folder may be a stranger's: its configuration is read as plain YAML, and what it says is a file to read weights
     from or nothing.
     """
-    config = folder / CONFIG
-    if not config.is_file():
+    if not (folder / CONFIG).is_file():
         return None
-    try:
-        found = yaml.safe_load(config.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{config} is not the configuration of a run ({type(error).__name__}); move it away."
-        ) from error
+    found = read_config(folder)
     for key in ("model", "teacher"):
         found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "weights")):
