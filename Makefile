@@ -6,8 +6,8 @@ INSTALLED := $(VENV)/.installed
 # What stands behind a target as name=value is an override for the script: make quickstart loss=dkd seed=1
 OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 
-# Files of tests, one a core; torch gets one thread in each.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+# Files of tests, one a core, in their order: the long ones are not the last. Torch gets one thread in each.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-lowest lint format docs-tables build clean

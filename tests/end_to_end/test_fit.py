@@ -270,14 +270,15 @@ def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
 STOP = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/top1, mode: max, stopping_threshold: 0}"
 
 
+SLOW_CUTS = [
+    "+trainer.limit_train_batches=1", "+trainer.limit_val_batches=1", "+trainer.overfit_batches=1",
+    "+trainer.max_time=00:00:00:00", "data.val_fraction=0.1", f"+callbacks.stop={STOP}",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "cut",
-    [
-        "+trainer.limit_train_batches=1", "trainer.max_steps=1", "+trainer.limit_val_batches=1",
-        "+trainer.overfit_batches=1", "+trainer.max_time=00:00:00:00", "data.subset=0.1", "data.val_fraction=0.1",
-        f"+callbacks.stop={STOP}",
-    ],
-)  # fmt: skip
+    "cut", ["trainer.max_steps=1", "data.subset=0.1", *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW_CUTS)]
+)
 def test_only_a_teacher_trained_to_its_end_on_everything_is_stored_for_others(tmp_path, cut):
     networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=kd")
     stored = f"paths.teachers={tmp_path / 'teachers'}"

@@ -31,10 +31,6 @@ class TestATKDOfTheTeacher(TestATKD):
     detaches_student = False
 
 
-class TestATKDWithoutLabels(TestATKD):
-    uses_labels = False
-
-
 def test_defaults_are_the_published_example():
     loss = ATKDLoss()
     assert (loss.weight, loss.source, loss.ce_weight, loss.warmup_epochs) == (9.0, "both", 0.1, 1)

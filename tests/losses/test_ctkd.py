@@ -70,10 +70,6 @@ class TestCTKD(LossTester):
         return {"ctkd": weight * temperature**2 * kl(teacher / temperature, student / temperature)}
 
 
-class TestCTKDWithoutLabels(TestCTKD):
-    uses_labels = False
-
-
 def context(epoch=None):
     student, teacher, label = batch()
     return StepContext(ModelOutput(student), ModelOutput(teacher), label, epoch=epoch)

@@ -40,10 +40,6 @@ class TestDIST(LossTester):
         assert gradient.abs().max() < 1e-3
 
 
-class TestDISTWithoutLabels(TestDIST):
-    uses_labels = False
-
-
 def test_defaults_are_those_of_the_authors_code():
     loss = DISTLoss()
     assert (loss.beta, loss.gamma, loss.temperature, loss.ce_weight, loss.warmup_epochs) == (2.0, 2.0, 4.0, 1.0, 1)

@@ -29,10 +29,6 @@ class TestDTKD(LossTester):
         }
 
 
-class TestDTKDWithoutLabels(TestDTKD):
-    uses_labels = False
-
-
 def test_defaults_are_those_of_the_authors_code():
     loss = DTKDLoss()
     assert (loss.temperature, loss.dtkd_weight, loss.kd_weight) == (4.0, 3.0, 1.0)

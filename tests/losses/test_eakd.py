@@ -42,10 +42,6 @@ class TestEAKD(LossTester):
         return {"eakd": weight * factor * temperature**2 * kl(teacher / temperature, student / temperature)}
 
 
-class TestEAKDWithoutLabels(TestEAKD):
-    uses_labels = False
-
-
 class TestEADKD(LossTester):
     function = staticmethod(eadkd_loss)
     module = EADKDLoss

@@ -21,18 +21,6 @@ class TestKD(LossTester):
         return {"kd": weight * temperature**2 * kl(teacher / temperature, student / temperature)}
 
 
-class TestKDWithoutLabels(TestKD):
-    settings = TestKD.settings[-1:]
-    uses_labels = False
-
-
-def test_labels_change_nothing():
-    student, teacher, label = batch()
-    assert torch.equal(
-        kd_loss(student, teacher, temperature=4.0)["kd"], kd_loss(student, teacher, label, temperature=4.0)["kd"]
-    )
-
-
 def test_defaults_are_the_papers():
     loss = KDLoss()
     assert (loss.temperature, loss.weight, loss.ce_weight, loss.warmup_epochs) == (4.0, 0.9, 0.1, 1)

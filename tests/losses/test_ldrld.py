@@ -38,10 +38,6 @@ class TestLDRLD(LossTester):
         }
 
 
-class TestLDRLDWithoutLabels(TestLDRLD):
-    uses_labels = False
-
-
 OPTIONS = {"alpha": 1.0, "beta": 1.0, "temperature": 3.0, "reduction": "none"}
 
 

@@ -46,11 +46,6 @@ class TestMLKDNoAug(LossTester):
         return terms
 
 
-class TestMLKDNoAugWithoutLabels(TestMLKDNoAug):
-    settings = TestMLKDNoAug.settings[-1:]
-    uses_labels = False
-
-
 def test_defaults_are_those_of_the_public_code():
     loss = MLKDNoAugLoss()
     assert (loss.temperature, loss.weight, loss.ce_weight, loss.warmup_epochs) == (4.0, 0.9, 0.1, 1)

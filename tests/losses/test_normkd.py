@@ -36,10 +36,6 @@ class TestNormKD(LossTester):
         assert_close(actual.double(), expected, rtol=float32_rtol, atol=1e-5)
 
 
-class TestNormKDWithoutLabels(TestNormKD):
-    uses_labels = False
-
-
 def test_defaults_are_the_papers():
     loss = NormKDLoss()
     assert (loss.temperature, loss.weight, loss.ce_weight, loss.warmup_epochs) == (2.0, 0.9, 0.1, 1)

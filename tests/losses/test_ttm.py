@@ -39,14 +39,6 @@ class TestWTTM(TestTTM):
         return {"wttm": weight * uncertainty * kl(gamma * teacher, student)}
 
 
-class TestTTMWithoutLabels(TestTTM):
-    uses_labels = False
-
-
-class TestWTTMWithoutLabels(TestWTTM):
-    uses_labels = False
-
-
 def test_defaults_are_the_published_examples():
     loss = TTMLoss()
     assert (loss.gamma, loss.weight, loss.ce_weight, loss.warmup_epochs) == (0.1, 45.0, 1.0, 1)
