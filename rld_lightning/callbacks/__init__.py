@@ -1,5 +1,6 @@
 """What is watched while training."""
 
+from rld_lightning.callbacks.checkpoint_files import CheckpointFiles
 from rld_lightning.callbacks.class_accuracy import ClassAccuracy
 from rld_lightning.callbacks.epoch_seed import EpochSeed
 from rld_lightning.callbacks.gradient_norm import GradientNorm
@@ -10,6 +11,7 @@ from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "CheckpointFiles",
     "ClassAccuracy",
     "EpochSeed",
     "GradientNorm",

@@ -1,7 +1,6 @@
 """Which files a run that goes on takes for its own earlier checkpoints."""
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from rld_lightning.whole import write_whole
 
 
 class OwnCheckpoints(Callback):
@@ -83,8 +84,5 @@ def _bring(source: Path, target: Path) -> bool:
     """Copies a file, unless it is in its place already; returns whether it has."""
     if source.parent.resolve() == target.parent.resolve() or not _is_file(source):
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    write_whole(target, source.read_bytes())
     return True

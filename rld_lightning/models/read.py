@@ -6,20 +6,25 @@ refused by name.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 import numpy as np
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from rld_lightning.errors import some
+from rld_lightning.models.seal import is_damaged, without_seal
 
 # The reconstructor is taken from an instance, because numpy 2 moved it: old files name it by its old path.
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
@@ -46,11 +51,13 @@ class Weights:
         state_dict: tensors by key.
         metadata: what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty.
         source: the file.
+        sha256: of the file, as hexadecimal digits; empty where there is none.
     """
 
     state_dict: dict[str, Tensor]
     metadata: dict[str, str]
     source: Path
+    sha256: str = ""
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
@@ -69,13 +76,34 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         raise FileNotFoundError(f"there is no weights file at {path}")
     if not path.is_file():
         raise WeightsError(f"{path} is not a file; give the weights file itself")
-    with path.open("rb") as file:
-        head = file.read(9)
-        file.seek(0)
-        # A safetensors file is the length of its header in eight bytes, then the header, which is JSON.
-        if path.suffix == ".safetensors" or head[8:] == b"{":
-            return _read_safetensors(path)
-        return read_checkpoint(file, source=path)
+    content = read_once(path)
+    if is_damaged(content):
+        raise WeightsError(
+            f"{path} is damaged: its bytes are not those that were written, by its checksum; take a copy of it, or "
+            "make it again"
+        )
+    # A safetensors file is the length of its header in eight bytes, then the header, which is JSON.
+    if path.suffix == ".safetensors" or content[8:9] == b"{":
+        weights = _read_safetensors(content, path)
+    else:
+        weights = read_checkpoint(BytesIO(content), source=path)
+    return replace(weights, sha256=hashlib.sha256(content).hexdigest())
+
+
+def read_once(path: Path) -> bytes:
+    """The bytes of a file as they are at one moment, whoever puts another one in its place meanwhile.
+
+    Raises:
+        WeightsError: somebody writes into it, over and over.
+    """
+    for _ in range(3):
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            content = file.read()
+            after = os.fstat(file.fileno())
+        if (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, len(content)):
+            return content
+    raise WeightsError(f"{path} is being written to; wait until it is complete")
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -87,18 +115,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            return without_seal(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
 
 
-def _read_safetensors(path: Path) -> Weights:
-    metadata = read_metadata(path)
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a mapping
+def _read_safetensors(content: bytes, path: Path) -> Weights:
+    try:
+        state_dict = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
     if not state_dict:
         raise WeightsError(f"{path} holds no tensors")
-    return Weights(_plain_keys(state_dict), metadata, path)
+    # Where the library has read the header, it is sound.
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return Weights(_plain_keys(state_dict), without_seal(header.get("__metadata__") or {}), path)
 
 
 def read_checkpoint(file: IO[bytes], source: str | Path) -> Weights:

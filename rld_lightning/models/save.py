@@ -2,25 +2,29 @@
 
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from rld_lightning.models.seal import sealed_safetensors
+from rld_lightning.whole import write_whole
 
 
 def save_weights(
     model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Writes a model's weights as safetensors; the file appears whole or not at all.
+    """Writes a model's weights as safetensors with a checksum; the file appears whole or not at all.
 
     Args:
         model: the model, or its state_dict.
         path: the file to write; its folder is made if need be.
         metadata: what to note in the header. Strings are kept, other values are written as JSON.
+
+    Raises:
+        OSError: it cannot be written; what was there is untouched.
     """
     path = Path(path).expanduser()
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
@@ -30,14 +34,7 @@ def save_weights(
         for key, value in state_dict.items()
     }
     header = {key: value if isinstance(value, str) else _to_json(value) for key, value in (metadata or {}).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        # Not safetensors' save_file, whose files nobody but the owner can read, whatever the umask.
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata=header or None))
-        os.replace(temporary, path)  # noqa: PTH105 -- atomic on every platform
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, sealed_safetensors(tensors, header))
 
 
 def _to_json(value: object) -> str:

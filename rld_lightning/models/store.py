@@ -8,9 +8,7 @@ without executing anything, checked, and kept as safetensors with a note of wher
 import hashlib
 import io
 import os
-import shutil
 import tarfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -22,10 +20,12 @@ from torch import Tensor, nn
 
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata
+from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata, read_once
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.save import save_weights
+from rld_lightning.models.seal import is_damaged
 from rld_lightning.models.verify import verify_weights
+from rld_lightning.whole import write_whole
 
 PUBLISHED_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 
@@ -94,15 +94,15 @@ class TeacherStore:
         return path
 
     def add(self, file: Path, dataset: str, name: str) -> Path:
-        """Keeps the weights that a run has left as a teacher, the file as it is, in place of an earlier one."""
-        path = self.path(dataset, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            shutil.copyfile(file, temporary)
-            os.replace(temporary, path)  # noqa: PTH105 -- atomic on every platform
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Keeps the weights that a run has left as a teacher, the file as it is, in place of an earlier one.
+
+        Raises:
+            WeightsError: it is damaged.
+        """
+        path, content = self.path(dataset, name), read_once(file)
+        if is_damaged(content):
+            raise WeightsError(f"{file} is damaged and is not stored as a teacher")
+        write_whole(path, content)
         return path
 
     def download_published(self, url: str = PUBLISHED_URL, dataset: str = _PUBLISHED_DATASET) -> list[Path]:

@@ -18,6 +18,7 @@ CLASSES = "classes.csv"  # accuracy of each class
 CURVES = "curves.png"
 STUDENT = "student.safetensors"  # the exported student
 LAST = "last.ckpt"  # to resume from
+PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
 BEST = "best.ckpt"
 ERROR = "error.txt"  # of a trial that failed
 EVALUATION = "evaluation.json"  # of scripts/eval.py

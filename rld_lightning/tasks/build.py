@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rld_lightning.callbacks import SameConfiguration
+from rld_lightning.callbacks import CheckpointFiles, SameConfiguration
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
@@ -101,3 +102,15 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
     }
+
+
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """The trainer of a run, with :func:`watchers`, whose checkpoints are whole and verified.
+
+    Args:
+        cfg: the run's configuration.
+    """
+    trainer: Trainer = instantiate(cfg.trainer, **watchers(cfg))
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and none from trainer.plugins
+        trainer.strategy.checkpoint_io = CheckpointFiles()
+    return trainer

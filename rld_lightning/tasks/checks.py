@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.distributed import rank_zero_only
@@ -18,6 +19,7 @@ from rld_lightning.models.facts import facts_of, read_facts
 from rld_lightning.models.read import Weights
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.taps import evaluation_mode
+from rld_lightning.runs.checkpoint import read_checkpoint
 from rld_lightning.runs.files import LAST, METRICS
 from rld_lightning.runs.likeness import refuse_other_settings
 from rld_lightning.tasks.plan import Plan
@@ -117,8 +119,6 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
         ValueError: it is something else, of another student or of other settings; or the run would be of another
             length and its schedule does not allow it.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
     checkpoint = _read(path)
     found = read_facts(_hyper_parameters(checkpoint), path).name or student
     if canonical_name(found.split("@")[0]) != canonical_name(student):  # SimKD's has the teacher's, too
@@ -131,14 +131,14 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     weights = f"to begin a new run with its weights, use model.student.weights={path}"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint is taken for
-        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.get("optimizer_states"):
+    checkpoint, used = read_checkpoint(path)
+    if not checkpoint.get("optimizer_states"):
         raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
     if not isinstance(checkpoint.get("lr_schedulers"), list):
         raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
+    if used != path:
+        step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
+        print_line("caution", f"{path} is damaged or gone: going on from the one before it, {used}{step}")
     return checkpoint
 
 

@@ -25,7 +25,7 @@ from rld_lightning.runs.metrics import join_metrics, keep_metrics
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
-from rld_lightning.tasks.build import build_module, set_up, watchers
+from rld_lightning.tasks.build import build_module, build_trainer, set_up
 from rld_lightning.tasks.checks import check_loss, check_network, check_start, check_trainer
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
@@ -125,7 +125,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         teacher = build_teacher(plan.teacher, data) if plan.teacher is not None else None
         recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
         module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
-        trainer: Trainer = instantiate(cfg.trainer, **watchers(cfg))
+        trainer = build_trainer(cfg)
         check_trainer(trainer, cfg.trainer, plan.batch_size)
     _describe(plan, data, trainer, module)
     found = settled(cfg, plan)

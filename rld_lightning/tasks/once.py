@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import ERROR, LAST, METRICS, SUMMARY
 from rld_lightning.runs.likeness import refuse_other_settings
 from rld_lightning.runs.summary import Summary, read_summary
@@ -34,7 +35,7 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
             print_line(name, f"{run} is finished")
             return read_summary(run)
     run.mkdir(parents=True, exist_ok=True)
-    goes_on = (run / LAST).exists()
+    goes_on = is_there(run / LAST)
     _clear(run, goes_on=goes_on)
     try:
         return fit(changed(cfg, {"resume": str(run / LAST)}) if goes_on else cfg)

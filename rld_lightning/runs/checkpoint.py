@@ -1,0 +1,80 @@
+"""The checkpoint that a run goes on from, and the one before it, which is taken where the first is damaged."""
+
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rld_lightning.models.read import read_once
+from rld_lightning.models.seal import is_damaged, seal_checkpoint
+from rld_lightning.whole import write_whole
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint lies that was at ``path`` before the latest one: ``last.previous.ckpt``."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a checkpoint, or one before it."""
+    return path.is_file() or previous_of(path).is_file()
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, keep: bool) -> None:
+    """Writes a checkpoint with a checksum; it appears whole or not at all.
+
+    Args:
+        checkpoint: what ``torch.save`` takes.
+        path: the file, which is replaced.
+        keep: whether what was there stays under the name of :func:`previous_of`.
+
+    Raises:
+        OSError: it cannot be written; what was there is untouched.
+    """
+    torch.save(checkpoint, saved := BytesIO())
+    write_whole(path, seal_checkpoint(saved), previous=previous_of(path) if keep else None)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, Any], Path]:
+    """Reads a checkpoint as data, or the one before it if it is damaged or gone.
+
+    Args:
+        path: the checkpoint.
+        map_location: as ``torch.load`` takes it.
+
+    Returns:
+        what is in it, and the file that it was read from.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or none, and there is no other before it.
+    """
+    if not is_there(path):
+        raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
+    for candidate in (path, previous_of(path)):
+        checkpoint = _load(candidate, map_location)
+        if checkpoint is not None:
+            return checkpoint, candidate
+    weights = f"to begin a new run with its weights, use model.student.weights={path}"
+    if is_damaged(read_once(path)):
+        raise ValueError(
+            f"{path} is damaged: its bytes are not those that were written, by its checksum, and there is none before "
+            f"it; take a copy of it, or begin again in another folder."
+        )
+    raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
+
+
+def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
+    """What is in a checkpoint; None where there is none, or a damaged one."""
+    if not path.is_file():
+        return None
+    content = read_once(path)
+    if is_damaged(content):
+        return None
+    try:
+        checkpoint = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
+    except Exception:  # whatever a file that is no checkpoint is taken for
+        return None
+    return checkpoint if isinstance(checkpoint, dict) else None

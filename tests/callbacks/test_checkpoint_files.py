@@ -1,0 +1,127 @@
+"""Checkpoints are whole, the damaged one is seen, and the one before it is taken."""
+
+import errno
+import os
+import random
+
+import pytest
+import torch
+from helpers.configs import compose
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from rld_lightning import CELoss, DistillationModule
+from rld_lightning.callbacks import CheckpointFiles
+from rld_lightning.data import DigitsDataModule
+from rld_lightning.errors import UserError
+from rld_lightning.runs.checkpoint import is_there, previous_of, read_checkpoint
+from rld_lightning.runs.files import LAST, PREVIOUS
+from rld_lightning.tasks.build import build_trainer
+
+
+def checkpoint(step, **others):
+    return {"global_step": step, "state_dict": {"w": torch.arange(200.0)}, "optimizer_states": [{}], **others}
+
+
+@pytest.fixture
+def last(tmp_path):
+    """The latest of two checkpoints."""
+    files = CheckpointFiles()
+    for step in (1, 2):
+        files.save_checkpoint(checkpoint(step), tmp_path / LAST)
+    return tmp_path / LAST
+
+
+def flip(path, bit=4000):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def step_of(path):
+    return CheckpointFiles().load_checkpoint(path)["global_step"]
+
+
+def test_previous_has_the_name_that_runs_know(tmp_path):
+    assert previous_of(tmp_path / LAST) == tmp_path / PREVIOUS
+
+
+def test_a_damaged_checkpoint_is_seen_whichever_bit_it_is(last):
+    content = last.read_bytes()
+    assert step_of(last) == 2
+    for bit in random.Random(1).sample(range(8 * len(content)), 150):
+        last.write_bytes(content)
+        flip(last, bit)
+        assert step_of(last) == 1, bit
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 900), os.unlink])
+def test_a_checkpoint_that_is_empty_cut_or_gone_leaves_the_one_before(last, damage):
+    damage(last)
+    assert is_there(last)
+    assert step_of(last) == 1
+
+
+def test_two_damaged_ones_are_refused(last):
+    flip(last)
+    flip(previous_of(last))
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*none before it; take a copy"):
+        read_checkpoint(last)
+    last.unlink()
+    previous_of(last).unlink()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint to resume from"):
+        read_checkpoint(last)
+
+
+def test_a_damaged_one_does_not_take_the_place_of_the_good_one_before_it(last):
+    flip(last)
+    CheckpointFiles().save_checkpoint(checkpoint(3), last)
+    assert (step_of(last), step_of(previous_of(last))) == (3, 1)
+
+
+def test_weights_alone_are_not_kept(tmp_path):
+    files = CheckpointFiles()
+    for step in (1, 2):
+        files.save_checkpoint({"global_step": step, "state_dict": {}}, tmp_path / "best.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_what_cannot_be_written_is_said_in_one_sentence(last, monkeypatch, code):
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    words = rf"last\.ckpt cannot be written \({os.strerror(code)}\); what was there is as it was.* resume=.*last\.ckpt"
+    with pytest.raises(UserError, match=words):
+        CheckpointFiles().save_checkpoint(checkpoint(3), last)
+    monkeypatch.undo()
+    assert (step_of(last), step_of(previous_of(last))) == (2, 1)
+    assert sorted(path.name for path in last.parent.iterdir()) == [LAST, PREVIOUS]
+
+
+def fit(folder, epochs, resume=None):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    module = DistillationModule(student, CELoss(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), num_classes=10)
+    callback = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
+    options = {"limit_train_batches": 2, "limit_val_batches": 1, "callbacks": [callback], "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=epochs, plugins=[CheckpointFiles()], **options, **quiet)
+    trainer.fit(module, DigitsDataModule(batch_size=16), ckpt_path=resume, weights_only=True)
+    return module.state_dict()
+
+
+def test_a_run_goes_on_from_the_one_before_to_the_same_weights(tmp_path):
+    expected = fit(tmp_path, 3)
+    assert step_of(previous_of(tmp_path / LAST)) == 4
+    flip(tmp_path / LAST)
+    found = fit(tmp_path, 3, resume=tmp_path / LAST)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("plugins", ["null", "[{_target_: lightning.pytorch.plugins.io.AsyncCheckpointIO}]"])
+def test_every_run_has_them_but_one_with_others(tmp_path, plugins):
+    trainer = build_trainer(compose("trainer=cpu", f"paths.run={tmp_path}", f"+trainer.plugins={plugins}"))
+    assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles) is (plugins == "null")

@@ -1,0 +1,79 @@
+"""Each flipped bit of a file that this package has written is seen when it is read."""
+
+import random
+from io import BytesIO
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from rld_lightning.models.read import WeightsError, read_metadata, read_weights
+from rld_lightning.models.save import save_weights
+from rld_lightning.models.seal import is_damaged, seal_checkpoint
+
+
+def checkpoint(tmp_path, **extra):
+    torch.save({"state_dict": nn.Linear(30, 20).state_dict(), **extra}, saved := BytesIO())
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(seal_checkpoint(saved))
+    return path
+
+
+def export(tmp_path):
+    path = tmp_path / "student.safetensors"
+    save_weights(nn.Linear(30, 20), path, {"name": "linear", "top1": 71.5, "classes": ["a", 'b"sha256":"']})
+    return path
+
+
+def flipped(content, bit):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return damaged
+
+
+@pytest.mark.parametrize("write", [checkpoint, export])
+def test_every_flipped_bit_is_seen(tmp_path, write):
+    path = write(tmp_path)
+    content = path.read_bytes()
+    assert not is_damaged(content)
+    whole = read_weights(path).state_dict
+    bits = 8 * len(content)
+    # At random; and all of the two ends, where the checksum and what says that there is one are.
+    ends = [*range(8 * 600), *range(bits - 8 * 200, bits)]
+    unseen = []
+    for bit in {*ends, *random.Random(0).sample(range(bits), 300)}:
+        path.write_bytes(damaged := flipped(content, bit))
+        if not is_damaged(damaged):
+            try:
+                assert torch.equal(read_weights(path).state_dict["weight"], whole["weight"])
+            except WeightsError:
+                continue
+            unseen.append(bit)
+    assert not unseen
+    path.write_bytes(flipped(content, bits // 2))
+    with pytest.raises(WeightsError, match=f"{path} is damaged: .*take a copy of it, or make it again"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_other_readers_take_a_sealed_checkpoint_as_it_is(tmp_path, mmap):
+    found = torch.load(checkpoint(tmp_path, epoch=3), weights_only=True, mmap=mmap)
+    assert found["epoch"] == 3
+    assert found["state_dict"]["weight"].shape == (20, 30)
+
+
+def test_other_readers_take_a_sealed_export_as_it_is(tmp_path):
+    path = export(tmp_path)
+    assert safetensors.torch.load_file(path).keys() == {"weight", "bias"}
+    told = {"name": "linear", "top1": "71.5", "classes": '["a", "b\\"sha256\\":\\""]'}
+    assert read_metadata(path) == read_weights(path).metadata == told
+
+
+def test_files_without_a_seal_are_read_as_before(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "a.pth")
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(nn.Linear(3, 2).state_dict(), tmp_path / "c.safetensors", {"sha256": "0" * 64})
+    for path in tmp_path.iterdir():
+        assert not is_damaged(path.read_bytes())
+        assert len(read_weights(path).sha256) == 64

@@ -1,0 +1,102 @@
+"""A file is there whole, or what was there before is."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import tempfile
+import time
+
+import pytest
+
+from rld_lightning import whole
+from rld_lightning.whole import remove_leftovers, write_whole
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_in_place_of_another_and_keeps_that(tmp_path):
+    path, previous = tmp_path / "new" / "last.ckpt", tmp_path / "new" / "last.previous.ckpt"
+    for content in (b"one", b"two", b"three"):
+        write_whole(path, content, previous=previous)
+    assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
+    assert names(path.parent) == [path.name, previous.name]
+
+
+def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
+    """Where renaming would be no single step."""
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    write_whole(tmp_path / "a", b"one")
+    assert (tmp_path / "a").read_bytes() == b"one"
+
+
+def test_keeps_the_previous_one_where_there_are_no_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    for content in (b"one", b"two"):
+        write_whole(tmp_path / "a", content, previous=tmp_path / "b")
+    assert ((tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()) == (b"two", b"one")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "_compare"])
+def test_what_was_there_stays_when_the_disk_is_full_or_fails(tmp_path, monkeypatch, step):
+    (path := tmp_path / "a").write_bytes(b"one")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(whole if step == "_compare" else os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"two")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"one"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_disk_that_returns_something_else_is_seen(tmp_path, monkeypatch):
+    (path := tmp_path / "a").write_bytes(b"one")
+    sync = os.fsync
+
+    def lose(descriptor):
+        sync(descriptor)
+        os.truncate(next(tmp_path.glob(".a.*.tmp")), 1)
+
+    monkeypatch.setattr(os, "fsync", lose)
+    with pytest.raises(OSError, match="is not what was written"):
+        write_whole(path, b"two")
+    assert path.read_bytes() == b"one"
+
+
+def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+    dead, alive, other = (tmp_path / f".{name}.tmp" for name in ("a[1].x", "a[1].y", "b.x"))
+    for path in (dead, alive, other):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 60,) * 2)
+    with alive.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_whole(tmp_path / "a[1]", b"whole")
+    assert names(tmp_path) == [alive.name, other.name, "a[1]"]
+    remove_leftovers(tmp_path / "a[1]")
+    assert names(tmp_path) == [other.name, "a[1]"]
+
+
+def _write(folder, letter, count):
+    for _ in range(count):
+        write_whole(folder / "a", letter * 50_000)
+
+
+def test_of_two_writers_one_wins(tmp_path):
+    write_whole(tmp_path / "a", b"z" * 50_000)
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_write, args=(tmp_path, x, 40)) for x in (b"x", b"y")
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        content = (tmp_path / "a").read_bytes()
+        assert len(content) == 50_000
+        assert len(set(content)) == 1
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert names(tmp_path) == ["a"]
