@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from rld_lightning.data.base import Batch
+from rld_lightning.learning_rate import remember_first_rates, rescale
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.metrics import EpochMeans
 from rld_lightning.models.taps import forward_with_taps
@@ -81,6 +82,7 @@ class DistillationModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.scheduler_interval = scheduler_interval
+        self.own_rates: list[float | None] = []
         self.best_top1 = float("-inf")
         self.validated_step = -1
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
@@ -104,12 +106,12 @@ class DistillationModule(LightningModule):
         """The student's logits ``(B, C)``."""
         return self.student(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: both forward passes and the loss.
 
         Returns:
-            ``loss``, and without gradient ``student_logits``, ``label`` and, where there is a teacher,
-            ``teacher_logits``, for callbacks that watch.
+            ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
+            teacher, ``teacher_logits``, for callbacks that watch.
         """
         student, teacher = self._outputs(batch.images)
         second_view = batch.strong if self.loss.needs_strong_view else None
@@ -124,7 +126,8 @@ class DistillationModule(LightningModule):
         self.means["train"].update(train | statistics, len(batch.label))
         self.log("loss", total, prog_bar=True, batch_size=len(batch.label))
         self._update("train", student.logits.detach(), batch.label)
-        outputs = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
+        outputs: dict[str, Any] = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
+        outputs["terms"] = {name: term.detach() for name, term in terms.items()}
         return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
 
     def _outputs(self, images: Tensor) -> tuple[ModelOutput, ModelOutput | None]:
@@ -191,13 +194,21 @@ class DistillationModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        self.own_rates = remember_first_rates(optimizer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         parameters = inspect.signature(self.make_scheduler).parameters
         wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
         steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if wants_steps else {}
         scheduler = self.make_scheduler(optimizer, **steps)
+        self.own_rates = remember_first_rates(optimizer)  # where the schedule begins, which may be lower
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval}}
+
+    def on_train_start(self) -> None:
+        """Where a run goes on from a checkpoint with another learning rate: its own, at that place of the schedule."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for optimizer in self.trainer.optimizers:
+            rescale(optimizer, schedulers, self.own_rates)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the best accuracy over a resume."""

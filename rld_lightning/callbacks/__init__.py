@@ -2,6 +2,7 @@
 
 from rld_lightning.callbacks.checkpoint_files import CheckpointFiles
 from rld_lightning.callbacks.class_accuracy import ClassAccuracy
+from rld_lightning.callbacks.divergence import Diverged, Divergence
 from rld_lightning.callbacks.epoch_seed import EpochSeed
 from rld_lightning.callbacks.gradient_norm import GradientNorm
 from rld_lightning.callbacks.optuna_pruner import OptunaPruner
@@ -13,6 +14,8 @@ from rld_lightning.callbacks.throughput import Throughput
 __all__ = [
     "CheckpointFiles",
     "ClassAccuracy",
+    "Diverged",
+    "Divergence",
     "EpochSeed",
     "GradientNorm",
     "OptunaPruner",

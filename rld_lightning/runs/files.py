@@ -20,6 +20,7 @@ STUDENT = "student.safetensors"  # the exported student
 LAST = "last.ckpt"  # to resume from
 PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
 BEST = "best.ckpt"
+DIVERGED = "diverged.npz"  # which batch made the loss no number
 ERROR = "error.txt"  # of a trial that failed
 EVALUATION = "evaluation.json"  # of scripts/eval.py
 PER_CLASS = "per_class.csv"  # likewise

@@ -41,7 +41,7 @@ _NO_EFFECT = (
 _WATCHERS = {
     "rld_lightning": {
         *("ClassAccuracy", "GradientNorm", "TeacherMonitor", "Throughput", "WandbExamples"),
-        *("BestCheckpoint", "OwnCheckpoints", "SameConfiguration"),
+        *("BestCheckpoint", "Divergence", "OwnCheckpoints", "SameConfiguration"),
         "EpochSeed",  # of what chance does, as a seed
     },
     "lightning": {
@@ -182,8 +182,26 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     Raises:
         ValueError: a setting is another one.
     """
+    if changed := {k: v for k, v in changed_settings(run, cfg).items() if k not in may_differ}:
+        key, (before, now) = next(iter(changed.items()))
+        raise ValueError(
+            f"{run} holds a run with {key}={before}, and this one has {key}={now}: continue it with the command that "
+            "began it, or begin another run in another folder."
+        )
+
+
+def changed_settings(run: Path, cfg: DictConfig) -> dict[str, tuple[str, str]]:
+    """In which settings this run differs from the one in a folder, with the value there and the one here.
+
+    Args:
+        run: the folder; nothing differs from one without a run.
+        cfg: this run's configuration.
+
+    Raises:
+        ValueError: the folder's configuration cannot be read.
+    """
     if not (run / CONFIG).exists():
-        return
+        return {}
     saved = read_config(run)
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{run / CONFIG} is not the configuration of a run: it has no model; move it away.")
@@ -191,10 +209,4 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     teacher, before = current["model"]["teacher"], saved["model"].get("teacher")
     if teacher and isinstance(before, dict) and teacher["weights"] in ("auto", "fit", "published"):
         teacher["weights"] = before.get("weights")  # which file that was
-    changed = {key: values for key, values in differences(saved, current).items() if key not in may_differ}
-    if changed:
-        key, (before, now) = next(iter(changed.items()))
-        raise ValueError(
-            f"{run} holds a run with {key}={before}, and this one has {key}={now}: continue it with the command that "
-            "began it, or begin another run in another folder."
-        )
+    return differences(saved, current)

@@ -24,6 +24,12 @@ from rld_lightning.runs.files import LAST, METRICS
 from rld_lightning.runs.likeness import refuse_other_settings
 from rld_lightning.tasks.plan import Plan
 
+# What a run may change that goes on after it has diverged.
+AGAINST_DIVERGENCE = (
+    *("recipe.optimizer.lr", "recipe.scheduler.max_lr"),
+    *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
+)
+
 
 def check_start(plan: Plan, cfg: DictConfig) -> None:
     """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
@@ -107,7 +113,9 @@ def check_trainer(trainer: Trainer, settings: DictConfig, batch_size: int) -> No
 
 
 def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
-    """Looks whether a file is a checkpoint of a run with the same settings, of which a run may change the length.
+    """Looks whether a file is a checkpoint of a run with the same settings.
+
+    Of these, a run may change its length, its learning rate, and how gradients are clipped.
 
     Args:
         path: what the run is to go on from.
@@ -126,7 +134,8 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
     # One-cycle schedules have their length from the beginning.
     fixed = any(isinstance(schedule, dict) and "total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
     length = () if fixed else ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
-    refuse_other_settings(path.parent, cfg, may_differ=(*length, "trainer.precision"))  # the machine's, by itself
+    # The precision is the machine's, by itself.
+    refuse_other_settings(path.parent, cfg, may_differ=(*length, *AGAINST_DIVERGENCE, "trainer.precision"))
 
 
 def _read(path: Path) -> dict[str, Any]:

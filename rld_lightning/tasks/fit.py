@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 
+from rld_lightning.callbacks import Diverged
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import started_by
@@ -21,6 +22,7 @@ from rld_lightning.models.store import TeacherStore
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import LAST, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
+from rld_lightning.runs.likeness import changed_settings
 from rld_lightning.runs.metrics import join_metrics, keep_metrics
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
@@ -127,7 +129,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
         trainer = build_trainer(cfg)
         check_trainer(trainer, cfg.trainer, plan.batch_size)
-    _describe(plan, data, trainer, module)
+    _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)
     keep_metrics(plan.run, plan.resume)
@@ -156,7 +158,7 @@ def _train_teacher(
     keep_teacher(summary, folder, plan.store, data, teacher.name)
 
 
-def _describe(plan: Plan, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> None:
+def _describe(cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> None:
     """Prints one line for each part of the run that has not had its own yet."""
     print_line("student", f"{module.hparams['student']}, {describe_size(module.student, data.image_shape)}")
     print_line("loss", module.loss.describe())
@@ -169,6 +171,10 @@ def _describe(plan: Plan, data: ImageDataModule, trainer: Trainer, module: Disti
         f"{plan.optimizer}, learning rate {rate}, batch {plan.batch_size} = {devices} x {plan.batch_size // devices} "
         f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {trainer.max_epochs} epochs",
     )
+    if plan.resume is not None:
+        others = changed_settings(Path(plan.resume).parent, cfg).items()
+        changes = [f"{key}={now} instead of {before}" for key, (before, now) in others]
+        print_line("resume", ", ".join([plan.resume, *changes]))
     print_line("folder", str(plan.run))
 
 
@@ -177,6 +183,8 @@ def _train(
 ) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
+    except Diverged:  # which says by itself how to go on
+        raise
     except (Exception, SystemExit):
         last = plan.run / LAST
         if resume_hint and last.exists():

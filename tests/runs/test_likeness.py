@@ -74,7 +74,8 @@ def test_networks_of_earlier_versions_are_the_same_in_their_spelling(plain):
             "ModelPruning(pruning_fn=l1_unstructured)",
         ),
         (
-            "callbacks.divergence.patience=5",
+            "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 5, "
+            "check_on_train_epoch_end: true, check_finite: true}",
             "callbacks",
             "EarlyStopping(check_finite=True, check_on_train_epoch_end=True, monitor=train/loss, patience=5)",
         ),

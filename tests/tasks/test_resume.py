@@ -11,7 +11,7 @@ from rld_lightning.tasks.plan import Student
 CONFIG = {
     "seed": 0,
     "model": {"teacher": None, "student": {"name": "resnet8", "weights": None}},
-    "recipe": {"epochs": 3, "optimizer": {"lr": 0.1}},
+    "recipe": {"epochs": 3, "optimizer": {"lr": 0.1, "momentum": 0.9}},
     "trainer": {"max_epochs": "${recipe.epochs}"},
     "resume": None,
 }
@@ -37,12 +37,16 @@ def test_the_same_settings_and_other_places_and_lengths(run):
     run(["recipe.epochs=5", "paths.runs=/elsewhere", "trainer.devices=2"])
 
 
+def test_what_is_advised_to_a_run_that_has_diverged(run):
+    run(["recipe.optimizer.lr=0.01", "trainer.gradient_clip_val=1"])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (
-            {"changes": ["recipe.optimizer.lr=0.5"]},
-            "optimizer.lr=0.1, and this one has .*lr=0.5",
+            {"changes": ["recipe.optimizer.momentum=0.5"]},
+            "optimizer.momentum=0.9, and this one has .*momentum=0.5",
         ),
         ({"changes": ["model.student.name=resnet14"]}, "is of a run with resnet8, and this one trains resnet14"),
         # a one-cycle schedule ends where it was told to

@@ -1,0 +1,268 @@
+"""Ends a run whose loss or weights are no numbers any more, before anything of it is saved, and says why."""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import Batch
+from rld_lightning.errors import UserError
+from rld_lightning.module import DistillationModule
+from rld_lightning.runs.files import DIVERGED, LAST
+
+_LARGE_IMAGES = 100.0  # normalised ones reach 3 or so
+_MEMORY = 0.98  # of the mean loss that a spike is compared to: some 50 steps
+
+
+class Diverged(UserError):
+    """The loss or the weights are no numbers any more; what to do about it stands in the message."""
+
+
+class Divergence(Callback):
+    """Looks at each step on the device, and reads what it saw every few steps and before whatever would save it.
+
+    A run ends where the loss, or the weights, are not finite: all ranks together, with one sentence that tells a broken
+    teacher or images of a wrong scale from a learning rate that is too large. Neither ``last.ckpt`` nor ``best.ckpt``
+    is overwritten; ``diverged.npz`` names the batch (``index`` in the training split, and ``label``; ``index_before``
+    and ``label_before`` of the batch before it, whose gradient may have been the cause).
+
+    A finite loss that jumps is said in one line, at most once an epoch: one above ``spike`` times both the mean of the
+    last 50 steps or so and the run's first loss.
+
+    Args:
+        dirpath: the run's folder.
+        every: steps between two readings. Each waits for the device, and for the other ranks.
+        spike: how many times the usual loss is worth a line.
+    """
+
+    def __init__(self, dirpath: str | Path, every: int = 20, spike: float = 10.0) -> None:
+        self.folder = Path(dirpath)
+        self.every = every
+        self.spike = spike
+        self.step = 0  # batches of this process, to tell its recent ones apart
+        self.recent: deque[_Recent] = deque(maxlen=every + 1)
+        self.told = -1  # the epoch whose spike was said
+        self.bad: Tensor | None = None  # the first step without a finite loss and its values, after `_VALUES`
+        self.usual: Tensor | None = None  # (2,): mean of the latest losses, and the first
+        self.jump: Tensor | None = None  # (4,): the largest spike since the last reading, after `_Jump`
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Any], batch: Batch, batch_idx: int
+    ) -> None:
+        """Looks at a step, and now and then reads what was seen."""
+        terms: Mapping[str, Tensor] = outputs["terms"]
+        loss = torch.stack(list(terms.values())).sum().float()
+        teacher = outputs.get("teacher_logits")
+        seen = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
+        seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, batch.label, loss)]
+        place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
+        self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(terms)))
+        self._note(torch.stack([*seen, *(term.float() for term in terms.values())]), loss)
+        self.step += 1
+        if self.step % self.every == 0:
+            self._read(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Looks at the weights, of which the best are saved after the validation."""
+        if trainer.state.stage != "sanity_check" and self.recent:
+            self._read(trainer, pl_module, state=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Looks at the weights."""
+        self._read(trainer, pl_module, state=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+        """Looks at the weights and the optimizer's state, which are not saved if they are not finite."""
+        self._read(trainer, pl_module, state=True)
+
+    def _note(self, values: Tensor, loss: Tensor) -> None:
+        """Remembers, on the device, the first step that went wrong and the largest spike."""
+        step = float(self.step)
+        if self.bad is None or self.usual is None or self.jump is None:
+            self.bad = torch.cat([values.new_full((1,), -1.0), values])
+            self.usual = torch.stack([loss, loss]).abs()
+            self.jump = values.new_zeros(4)
+        first = (self.bad[0] < 0) & ~loss.isfinite()
+        self.bad = torch.where(first, torch.cat([values.new_full((1,), step), values]), self.bad)
+        mean, before = self.usual.unbind()
+        ratio = loss / torch.maximum(mean, before).clamp(min=1e-6)
+        jump = torch.stack([ratio, loss.new_full((), step), loss, mean])
+        self.jump = torch.where(ratio > self.jump[0], jump, self.jump)
+        # A spike counts as the largest loss that is none: what is usual must not follow it at once.
+        mean = mean + (1 - _MEMORY) * (torch.minimum(loss.abs(), self.spike * mean) - mean)
+        self.usual = torch.stack([mean, before])
+
+    def _read(self, trainer: Trainer, module: DistillationModule, *, state: bool = False) -> None:
+        """Reads what all ranks saw, which waits for the device.
+
+        Args:
+            trainer: the trainer.
+            module: what it trains.
+            state: whether to look at weights, buffers and the optimizer's state as well.
+
+        Raises:
+            Diverged: on all ranks, in the same words.
+        """
+        if self.bad is None or self.jump is None:  # no step since the run began or went on
+            return
+        finite = _state_is_finite(trainer, module) if state else True
+        seen = torch.cat([self.bad, self.jump, self.bad.new_full((1,), float(finite))])
+        everyones = [seen]
+        if trainer.world_size > 1:
+            everyones = [torch.empty_like(seen) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(everyones, seen)
+        ranks = torch.stack(everyones).tolist()
+        self.jump = torch.zeros_like(self.jump)
+        latest = self.recent[-1]
+        bad = [rank[: len(self.bad)] for rank in ranks if rank[0] >= 0]
+        if bad:
+            step, loss, images, student, teacher, right, *terms = min(bad)
+            values = _Values(loss, images, student, teacher, right, dict(zip(latest.terms, terms, strict=True)))
+            self._end(trainer, int(step), values)
+        if not all(rank[-1] for rank in ranks):
+            self._end(trainer, latest.step, None)
+        self._say_spike(trainer, max(rank[-5:-1] for rank in ranks))
+
+    def _say_spike(self, trainer: Trainer, jump: list[float]) -> None:
+        ratio, step, loss, mean = jump
+        if ratio <= self.spike or self.told == trainer.current_epoch:
+            return
+        self.told = trainer.current_epoch
+        place = self._place(int(step))
+        print_line("loss", f"{place}: {loss:.3g}, where it was {mean:.3g} before; it is finite, and training goes on")
+
+    def _place(self, step: int) -> str:
+        found = next((recent for recent in self.recent if recent.step == step), self.recent[-1])
+        return found.place
+
+    def _end(self, trainer: Trainer, step: int, values: "_Values | None") -> None:
+        """Leaves the batch, and ends the run."""
+        self._leave_batch(trainer, step)
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        classes = trainer.lightning_module.hparams["num_classes"]
+        images = len(self.recent[-1].label)
+        cause, remedy = why(values, rate=rate, classes=classes, images=images)
+        message = f"training diverged in {self._place(step)}: {cause}. "
+        last = self.folder / LAST
+        if remedy is not None:
+            message += f"{remedy}, and begin anew. "
+        elif last.exists():
+            message += (
+                f"Go on from before that with resume={last} and a smaller recipe.optimizer.lr, or with "
+                "trainer.gradient_clip_val=1. "
+            )
+        else:
+            message += "Begin anew with a smaller recipe.optimizer.lr, or with trainer.gradient_clip_val=1. "
+        raise Diverged(f"{message}Nothing of it was saved; the batch is named in {self.folder / DIVERGED}.")
+
+    def _leave_batch(self, trainer: Trainer, step: int) -> None:
+        """Writes which images the step saw, on all ranks together, and those of the step before."""
+        own: dict[str, Tensor] = {}
+        for name, wanted in (("", step), ("_before", step - 1)):
+            for recent in self.recent:
+                if recent.step == wanted:
+                    own |= {f"index{name}": recent.index.cpu(), f"label{name}": recent.label.cpu()}
+        gathered: list[Any] = [own]
+        if trainer.world_size > 1:
+            gathered = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, own)
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = {name: torch.cat([part[name] for part in gathered]).numpy() for name in own}
+            np.savez(self.folder / DIVERGED, **arrays)
+
+
+@dataclass(frozen=True)
+class _Recent:
+    """One of the latest steps: its number, what to call it, which images it saw, and its terms' names."""
+
+    step: int
+    place: str
+    index: Tensor
+    label: Tensor
+    terms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What the first step without a finite loss had: largest absolute values, and the teacher's right answers.
+
+    Attributes:
+        loss: the sum of the terms.
+        images: of the normalised images.
+        student: of the student's logits.
+        teacher: of the teacher's, 0 without one.
+        right: how many images of the batch the teacher gets right; -1 without one.
+        terms: by name.
+    """
+
+    loss: float
+    images: float
+    student: float
+    teacher: float
+    right: float
+    terms: Mapping[str, float]
+
+
+def why(values: _Values | None, *, rate: float, classes: int, images: int) -> tuple[str, str | None]:
+    """Why a run diverged, and what to do about it.
+
+    Args:
+        values: of the first step without a finite loss; None where only the weights are not finite.
+        rate: the learning rate.
+        classes: C.
+        images: in the batch.
+
+    Returns:
+        the cause; and the way out, None where it is a smaller learning rate or clipping.
+    """
+    if values is None:
+        return f"the weights are not finite after it, at a learning rate of {rate:.3g}", None
+    terms = ", ".join(f"{name} {value:.3g}" for name, value in values.terms.items() if not np.isfinite(value))
+    loss = f"the loss is {values.loss:.3g}" + (f" ({terms})" if terms and len(values.terms) > 1 else "")
+    if not values.images < _LARGE_IMAGES:
+        found = f"reach {values.images:.3g}" if np.isfinite(values.images) else "are not finite"
+        return (
+            f"{loss}, and the normalised images {found}, where 3 is usual: the mean and std of the data do not fit",
+            "Put these right, or see what is wrong with the images of the batch",
+        )
+    if not np.isfinite(values.teacher):
+        return (
+            f"{loss}, and the teacher's logits are not finite",
+            "Choose another model.teacher.weights, or a wider model.teacher.dtype",
+        )
+    chance = 1 / classes
+    if values.right >= 0 and values.right / images <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:
+        return (
+            f"{loss}, and the teacher gets {values.right:.0f} of the batch's {images} images right, which is chance",
+            "See whether model.teacher.weights are of these classes, in this order and with this normalisation",
+        )
+    return f"{loss} at a learning rate of {rate:.3g}", None
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest absolute value, NaN where there is one."""
+    return values.detach().abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
+
+
+def _right(teacher: Tensor | None, label: Tensor, like: Tensor) -> Tensor:
+    return like.new_full((), -1.0) if teacher is None else (teacher.argmax(1) == label).sum().to(like.dtype)
+
+
+def _state_is_finite(trainer: Trainer, module: DistillationModule) -> bool:
+    tensors = [*module.state_dict().values(), *_optimizer_tensors(trainer)]
+    flags = [value.isfinite().all().to(module.device) for value in tensors if value.is_floating_point()]
+    return bool(torch.stack(flags).all())
+
+
+def _optimizer_tensors(trainer: Trainer) -> Iterable[Tensor]:
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))

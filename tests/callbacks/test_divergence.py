@@ -1,0 +1,191 @@
+"""Runs that diverge: seen at the step, told apart, never saved, and let go on with another learning rate."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss
+from rld_lightning.callbacks import Diverged, Divergence
+from rld_lightning.callbacks.divergence import _Values, why
+from rld_lightning.data import DigitsDataModule
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+
+class At(Callback):
+    """Does something to the module before one batch, or to the batch itself."""
+
+    def __init__(self, step, change):
+        self.step, self.change = step, change
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.change(module, batch)
+
+
+def images_of_inf(module, batch):
+    batch.images[0] = math.inf
+
+
+def images_of_nan(module, batch):
+    batch.images[0] = math.nan
+
+
+def spoil_weights(module, batch):
+    module.student[1].weight.data[0, 0] = math.nan
+
+
+class Scaled(CELoss):
+    """Cross-entropy, once a million times as large."""
+
+    def terms(self, step):
+        self.calls = getattr(self, "calls", 0) + 1
+        return {"more": step.student.logits.new_tensor(1e6 if self.calls == 8 else 0.0)}
+
+
+class LastGradient(nn.Module):
+    """Passes values on, and a gradient that is none in the last step of an epoch of 12."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, values):
+        self.calls += self.training
+        if self.calls == 12 and values.requires_grad:
+            values.register_hook(lambda gradient: gradient * math.nan)
+        return values
+
+
+def fit(tmp_path, *callbacks, loss=None, teacher=None, student=None, every=5, rate=0.1, **options):
+    module = DistillationModule(
+        student or network(),
+        loss or CELoss(),
+        lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
+        teacher=teacher,
+        num_classes=10,
+    )
+    trainer = Trainer(
+        **{"max_epochs": 1, **options},
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[Divergence(tmp_path, every=every), *callbacks],
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DigitsDataModule(batch_size=128))  # 12 batches
+    return module
+
+
+def saving(tmp_path, **options):
+    return ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False, **options)
+
+
+def every_step(tmp_path):
+    return saving(tmp_path, every_n_train_steps=1)
+
+
+def finite(path):
+    checkpoint = torch.load(path, weights_only=True)
+    states = [state for each in checkpoint["optimizer_states"] for state in each["state"].values()]
+    tensors = [*checkpoint["state_dict"].values(), *(state["momentum_buffer"] for state in states)]
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (spoil_weights, r"batch 7: the loss is nan at a learning rate of 0\.1\. Go on.*resume=.*last\.ckpt and"),
+        (images_of_inf, r"batch 7: the loss is nan, and the normalised images are not finite.*begin anew"),
+        (images_of_nan, r"batch 7: the loss is nan, and the normalised images are not finite"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, change, words):
+    with pytest.raises(Diverged, match=words):
+        fit(tmp_path, At(6, change), every_step(tmp_path))
+    assert finite(tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+    order = torch.cat([batch.index for batch in _batches()])
+    named = np.load(tmp_path / "diverged.npz")
+    assert named["index"].tolist() == order[6 * 128 : 7 * 128].tolist()
+    assert named["index_before"].tolist() == order[5 * 128 : 6 * 128].tolist()
+    assert named["label"].shape == named["label_before"].shape == (128,)
+
+
+def _batches():
+    data = DigitsDataModule(batch_size=128)
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def test_it_is_read_every_few_steps_where_nothing_is_saved(tmp_path):
+    steps = []
+    count = At(-1, None)
+    count.on_train_batch_start = lambda trainer, *_: steps.append(trainer.global_step)
+    with pytest.raises(Diverged, match=r"batch 7: .*Begin anew with a smaller recipe\.optimizer\.lr"):
+        fit(tmp_path, At(6, spoil_weights), count)
+    assert steps[-1] == 9
+
+
+def test_the_last_gradient_of_an_epoch_is_neither_saved_nor_the_best(tmp_path):
+    student = nn.Sequential(network(), LastGradient())
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val/top1", mode="max", save_weights_only=True)
+    with pytest.raises(Diverged, match=r"epoch 1, batch 12: the weights are not finite after it"):
+        fit(tmp_path, best, saving(tmp_path, save_on_train_epoch_end=True), student=student, every=1000)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_teacher_is_told_from_a_learning_rate(tmp_path):
+    broken = network(1)
+    broken[1].bias.data[3] = math.nan
+    with pytest.raises(Diverged, match=r"the loss is nan .*the teacher's logits are not finite.* Choose another model"):
+        fit(tmp_path, loss=KDLoss(), teacher=FrozenTeacher(broken))
+
+
+def seen(**values):
+    usual = {"loss": math.nan, "images": 2.5, "student": math.inf, "teacher": 9.0, "right": 90.0}
+    return _Values(**{**usual, "terms": {"ce": math.nan, "kd": 2.0}, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "begin_anew"),
+    [
+        (seen(), "the loss is nan (ce nan) at a learning rate of 0.1", False),
+        (seen(right=1.0), "gets 1 of the batch's 100 images right, which is chance", True),
+        (seen(right=-1.0, teacher=0.0), "at a learning rate of 0.1", False),
+        (seen(images=3e7), "the normalised images reach 3e+07", True),
+        (None, "the weights are not finite after it, at a learning rate of 0.1", False),
+    ],
+)
+def test_causes(values, words, begin_anew):
+    cause, remedy = why(values, rate=0.1, classes=100, images=100)
+    assert words in cause
+    assert (remedy is not None) == begin_anew
+
+
+def test_half_of_two_classes_is_chance_and_most_of_them_is_not():
+    for right, chance in ((32, True), (36, True), (48, False)):
+        cause, _ = why(seen(right=right), rate=0.1, classes=2, images=64)
+        assert ("chance" in cause) == chance
+
+
+def test_a_loss_that_jumps_is_said_once_an_epoch_and_training_goes_on(tmp_path, capsys):
+    fit(tmp_path, loss=Scaled(), max_epochs=2)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert "epoch 1, batch 8: 1e+06, where it was 2." in line
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_an_ordinary_run_has_no_such_line(tmp_path, capsys, rate):
+    fit(tmp_path, rate=rate, max_epochs=2)
+    assert capsys.readouterr().out == ""

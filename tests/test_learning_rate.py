@@ -1,0 +1,113 @@
+"""A run that goes on with another learning rate follows the schedule that begins with it."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from test_module import digits, module, trainer
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from rld_lightning.learning_rate import remember_first_rates, rescale
+
+
+def warm_up_then_cosine(optimizer):
+    return SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=4), CosineAnnealingLR(optimizer, 10)], milestones=[4]
+    )
+
+
+def plateau(optimizer):
+    scheduler = ReduceLROnPlateau(optimizer, patience=1)
+    scheduler.step = partial(scheduler.step, 1.0)
+    return scheduler
+
+
+SCHEDULES = {
+    "steps": partial(MultiStepLR, milestones=[3, 9]),
+    "cosine": partial(CosineAnnealingLR, T_max=14),
+    "restarts": partial(CosineAnnealingWarmRestarts, T_0=5),
+    "sequence": warm_up_then_cosine,
+    "plateau": plateau,
+}
+
+
+def begin(rate, schedule):
+    optimizer = SGD(
+        [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.zeros(1))], "lr": 3 * rate}],
+        lr=rate,
+        momentum=0.9,
+    )
+    scheduler = (
+        OneCycleLR(optimizer, [rate, 3 * rate], total_steps=15)
+        if schedule == "cycle"
+        else SCHEDULES[schedule](optimizer)
+    )
+    return optimizer, scheduler, remember_first_rates(optimizer)
+
+
+def go_on(optimizer, scheduler, steps):
+    rates = []
+    for _ in range(steps):
+        rates += [group["lr"] for group in optimizer.param_groups]
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", ["cycle", *SCHEDULES])
+@pytest.mark.parametrize("steps", [0, 2, 6])
+def test_rates_are_those_of_a_run_that_began_with_the_new_one(schedule, steps):
+    optimizer, scheduler, _ = begin(0.1, schedule)
+    go_on(optimizer, scheduler, steps)
+    again, restored, rates = begin(0.02, schedule)
+    again.load_state_dict(optimizer.state_dict())
+    step = restored.step
+    restored.load_state_dict({k: v for k, v in scheduler.state_dict().items() if k != "step"})
+    restored.step = step
+    rescale(again, [restored], rates)
+
+    other, schedule_of_other, _ = begin(0.02, schedule)
+    go_on(other, schedule_of_other, steps)
+    assert go_on(again, restored, 14 - steps) == pytest.approx(go_on(other, schedule_of_other, 14 - steps), rel=1e-12)
+
+
+def test_the_same_rate_touches_nothing():
+    optimizer, scheduler, rates = begin(0.1, "cosine")
+    go_on(optimizer, scheduler, 3)
+    before = [dict(group) for group in optimizer.param_groups]
+    rescale(optimizer, [scheduler], rates)
+    assert [dict(group) for group in optimizer.param_groups] == before
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("scheduler", [None, partial(MultiStepLR, milestones=[1])])
+def test_a_run_goes_on_with_the_rate_that_it_is_given(tmp_path, scheduler):
+    def job(rate):
+        made = module(scheduler=scheduler)
+        made.make_optimizer = partial(SGD, lr=rate, momentum=0.9)
+        return made
+
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(job(0.1), digits())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    rates = Rates()
+    trainer(tmp_path, callbacks=[rates]).fit(job(0.01), digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert rates.seen == [pytest.approx(0.01 if scheduler is None else 0.001)] * 12
