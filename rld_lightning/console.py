@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.redact import redact, redact_text
 
 console = Console(highlight=False)
 
@@ -44,9 +45,9 @@ def quiet_lightning() -> None:
 
 @rank_zero_only
 def print_config(cfg: DictConfig) -> None:
-    """Prints the resolved configuration as a tree."""
+    """Prints the resolved configuration as a tree, without secrets."""
     tree = Tree("[bold]configuration")
-    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    values: Any = redact(OmegaConf.to_container(cfg, resolve=True))
     _grow(tree, values)
     # A tree is cropped at the console's width, and paths are there to be copied.
     Console(width=1000, highlight=False).print(tree)
@@ -63,12 +64,12 @@ def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
 @rank_zero_only
 def print_line(name: str, text: str) -> None:
     """Prints one line about a part of the run: ``name`` in a column of its own."""
-    console.print(f"[bold]{name:>8}[/]  {escape(text)}", soft_wrap=True)
+    console.print(f"[bold]{name:>8}[/]  {escape(redact_text(text))}", soft_wrap=True)
 
 
 def print_error(text: str) -> None:
     """Prints what is wrong, for a user to put right; from whatever process has found it."""
-    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(redact_text(text))}", soft_wrap=True)
 
 
 @rank_zero_only

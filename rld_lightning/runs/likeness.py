@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.registry import canonical_label
+from rld_lightning.redact import redact
 from rld_lightning.runs.files import CONFIG, read_config
 from rld_lightning.runs.naming import class_name
 
@@ -205,8 +206,8 @@ def changed_settings(run: Path, cfg: DictConfig) -> dict[str, tuple[str, str]]:
     saved = read_config(run)
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{run / CONFIG} is not the configuration of a run: it has no model; move it away.")
-    current: Any = OmegaConf.to_container(cfg, resolve=True)
+    current: Any = redact(OmegaConf.to_container(cfg, resolve=True))  # as files are written
     teacher, before = current["model"]["teacher"], saved["model"].get("teacher")
     if teacher and isinstance(before, dict) and teacher["weights"] in ("auto", "fit", "published"):
         teacher["weights"] = before.get("weights")  # which file that was
-    return differences(saved, current)
+    return differences(redact(saved), current)

@@ -11,14 +11,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.redact import redact
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT
 
 
 @rank_zero_only
 def write_provenance(run: Path, cfg: DictConfig) -> None:
-    """Leaves the resolved configuration and the versions that the run used."""
+    """Leaves the resolved configuration, without secrets, and the versions that the run used."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    values = redact(OmegaConf.to_container(cfg, resolve=True))
+    (run / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment: dict[str, Any] = {
         "python": platform.python_version(),

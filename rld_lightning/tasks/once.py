@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import ERROR, LAST, METRICS, SUMMARY
 from rld_lightning.runs.likeness import refuse_other_settings
@@ -40,7 +41,7 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
     try:
         return fit(changed(cfg, {"resume": str(run / LAST)}) if goes_on else cfg)
     except UserError as error:
-        (run / ERROR).write_text(f"{error}\n")
+        (run / ERROR).write_text(f"{redact_text(str(error))}\n")
         raise
 
 

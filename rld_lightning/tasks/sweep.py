@@ -27,6 +27,7 @@ from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.models.store import TeacherStore
+from rld_lightning.redact import redact_text
 from rld_lightning.runs.files import CONFIG, STUDENT, SWEEP, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.likeness import canonical, decides
@@ -252,7 +253,7 @@ def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]
     record = folder / SWEEP
     current = {line for key, line in fixed.items() if decides(key)}
     current |= set(swept.values()) if values_too else set(swept)
-    current = _canonical(current, folder)
+    current = _canonical(map(redact_text, current), folder)
     if record.exists():
         saved = _canonical(OmegaConf.load(record), folder)
         if differing := sorted(saved ^ current):

@@ -2,18 +2,20 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.redact import redact, redact_command
 from rld_lightning.tracking import results
 from rld_lightning.tracking.server import server, trouble, wandb_mode
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 ID_FILE = "wandb_run.json"
 STEP = "trainer/global_step"
-_LONGEST_TAG = 64
+_LONGEST_TAG = 64  # characters, as below
+_LONGEST = {"name": 128, "group": 128, "job_type": 64}
 
 
 class WandbLogger(LightningWandbLogger):
@@ -73,18 +76,34 @@ class WandbLogger(LightningWandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "Run":
-        """The W&B run, started when it is first asked for."""
-        if self._experiment is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._experiment = self._start()
-            self._experiment.define_metric(STEP)
-            self._experiment.define_metric("*", step_metric=STEP, step_sync=True)
-            self._experiment.define_metric("val/top1", step_metric=STEP, step_sync=True, summary="max,last")
-            if not self._experiment.disabled:
-                run = {name: getattr(self._experiment, name) for name in ("id", "entity", "project")}
-                run[results.ARTIFACT] = self.artifact
-                (self.folder / ID_FILE).write_text(json.dumps(run, indent=2) + "\n")
-        return self._experiment
+        """The W&B run, started when it is first asked for; one that does nothing where it could not start.
+
+        Lightning asks for it, too, where an exception would end the training.
+        """
+        if self._experiment is None and not self.broken:
+            try:
+                self._experiment = self._begin()
+            except Exception as error:  # wandb's own, pydantic's, those of a folder that cannot be written, ...
+                self._lose(error)
+        return cast("Run", DummyExperiment()) if self._experiment is None else self._experiment
+
+    def _begin(self) -> "Run":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run = self._start()
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+        run.define_metric("val/top1", step_metric=STEP, step_sync=True, summary="max,last")
+        if not run.disabled:
+            known = {name: getattr(run, name) for name in ("id", "entity", "project")}
+            known[results.ARTIFACT] = self.artifact
+            (self.folder / ID_FILE).write_text(json.dumps(known, indent=2) + "\n")
+        return run
+
+    def _lose(self, error: Exception, extra: str | None = None) -> None:
+        """Says what is missed from now on; all, where nothing ``extra`` is named."""
+        self.broken = extra is None
+        consequence = "logs no more, metrics.csv goes on" if self.broken else f"goes without {extra}"
+        print_line("wandb", f"{consequence}: {_in_short(error)}")
 
     @property
     def version(self) -> str:
@@ -99,14 +118,13 @@ class WandbLogger(LightningWandbLogger):
             action: called with the run.
             extra: what is missed if it fails, in words, where the logging of metrics can go on without.
         """
+        run = self.experiment
         if self.broken:
             return
         try:
-            action(self.experiment)
-        except Exception as error:  # wandb's own, pydantic's, those of a lost connection to its process, ...
-            self.broken = extra is None
-            consequence = "logs no more, metrics.csv goes on" if self.broken else f"goes without {extra}"
-            print_line("wandb", f"{consequence}: {_in_short(error)}")
+            action(run)
+        except Exception as error:  # as above, and those of a lost connection to wandb's process
+            self._lose(error, extra)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -115,8 +133,8 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]  # never a Namespace
-        """Adds to the run's configuration; what a sweep has set stays."""
-        self.attempt(lambda run: run.config.update(_without(dict(params), _swept(run)), allow_val_change=True))
+        """Adds to the run's configuration, without secrets; what a sweep has set stays."""
+        self.attempt(lambda run: run.config.update(_without(redact(dict(params)), _swept(run)), allow_val_change=True))
 
     @rank_zero_only
     def finish(self, succeeded: bool) -> None:
@@ -142,7 +160,7 @@ class WandbLogger(LightningWandbLogger):
 
         wandb.setup(wandb.Settings(silent=True))  # print_line says it
         options = {name: value for name, value in self._wandb_init.items() if value is not None}
-        options["tags"] = [str(tag)[:_LONGEST_TAG] for tag in options.get("tags") or ()]
+        options |= _within_limits(options)
         if os.environ.get("WANDB_SWEEP_ID"):
             options = _without(options, ("id", "project", "entity"))
         given = {"WANDB_RUN_ID": "id", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity"}
@@ -160,7 +178,7 @@ class WandbLogger(LightningWandbLogger):
             problem = trouble(self.answer_timeout)
             if problem is None:
                 try:
-                    with _shorter_requests(self.init_timeout):
+                    with _shorter_requests(self.init_timeout), _hidden_arguments():
                         known = {"resume": resume} if "id" in options else {}
                         run = wandb.init(**options, **known)
                     print_line("wandb", run.url or "online")
@@ -170,7 +188,8 @@ class WandbLogger(LightningWandbLogger):
                     _tear_down()  # its process would keep the id of the failed run
             print_line("wandb", f"offline, because {server()} {problem}")
             options["mode"] = "offline"
-        return wandb.init(**options)
+        with _hidden_arguments():
+            return wandb.init(**options)
 
 
 @contextmanager
@@ -232,6 +251,25 @@ def _swept(run: "Run") -> tuple[str, ...]:
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
+
+
+def _within_limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and tags as long as W&B takes them; a single tag may be written as such."""
+    tags = options.get("tags") or ()
+    texts = (str(tag).strip() for tag in ([tags] if isinstance(tags, str) else tags) if tag is not None)
+    short = {name: str(options[name])[:longest] for name, longest in _LONGEST.items() if name in options}
+    return {**short, "tags": [*dict.fromkeys(text[:_LONGEST_TAG] for text in texts if text)]}
+
+
+@contextmanager
+def _hidden_arguments() -> Iterator[None]:
+    """wandb keeps the command line; this is what it sees of it."""
+    before = sys.argv
+    sys.argv = redact_command(before)
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextmanager

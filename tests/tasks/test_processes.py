@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -287,3 +288,19 @@ def test_a_signal_while_a_process_is_looked_at_leaves_nothing_waiting():
         process._waitpid_lock.acquire()  # as a handler leaves it that raises within Popen.poll
         assert launching._poll(process) is None
     assert process.returncode == -signal.SIGKILL
+
+
+def test_processes_get_secrets_that_no_file_of_the_run_has(monkeypatch, tmp_path):
+    seen = []
+
+    @contextmanager
+    def started(command, count):
+        path = Path(command[4]) / "config.yaml"
+        seen.append((OmegaConf.load(path).data.storage_options.secret, path.parent.stat().st_mode & 0o077))
+        yield []
+
+    monkeypatch.setattr(launching, "_started", started)
+    cfg = OmegaConf.create({"paths": {"run": str(tmp_path)}, "data": {"storage_options": {"secret": "hunter2"}}})
+    launching.run_in_processes(2, "package:task", cfg)
+    assert seen == [("hunter2", 0)]  # in a folder that nobody else may enter, and that is gone
+    assert not list(tmp_path.iterdir())

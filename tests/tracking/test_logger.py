@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rld_lightning.console import console
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tracking import WandbLogger
-from rld_lightning.tracking.logger import STEP, wandb_facts, wandb_run
+from rld_lightning.tracking.logger import STEP, _within_limits, wandb_facts, wandb_run
 
 PAIR = (
     "data=digits",
@@ -29,6 +29,13 @@ PAIR = (
     "loss=rld",
     "logger=wandb",
 )
+
+
+SECRETS = ("AKIAHIDDEN", "hunter2hunter2", "urlpass77")
+STORE = [
+    "+store.storage_options={key:AKIAHIDDEN,secret:hunter2hunter2}",
+    "+store.url='https://me:urlpass77@host/x'",
+]
 
 
 def train(folder, *overrides):
@@ -54,7 +61,9 @@ def finished(tmp_path_factory):
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setenv("WANDB_BASE_URL", stub.address)
         patch.setenv("WANDB_API_KEY", "x" * 40)
-        printed = train(folder, "model.teacher.weights=fit", "recipe.epochs=2", "logger.wandb.answer_timeout=0.2")
+        patch.setattr(sys, "argv", ["fit.py", *STORE])
+        options = ["recipe.epochs=2", "logger.wandb.answer_timeout=0.2", *STORE]
+        printed = train(folder, "model.teacher.weights=fit", *options)
     return folder, printed, read_run(folder)
 
 
@@ -103,6 +112,23 @@ def test_the_configuration_is_the_runs_nested_and_resolved(finished):
     assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn16_1_to_wrn16_1", "rld")
     assert run.display_name == "wrn16_1_to_wrn16_1-rld-seed0"
     assert list(run.tags) == ["wrn16_1_to_wrn16_1", "rld"]
+
+
+def test_no_file_of_a_run_and_none_of_wandbs_holds_a_secret(finished):
+    folder, printed, records = finished
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.yaml", "last.ckpt", "debug.log"} <= {path.name for path in files}
+    assert not [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS)]
+    assert not [secret for secret in SECRETS if secret in printed]
+    (arguments,) = (r.environment.args for r in records if r.HasField("environment") and r.environment.args)
+    assert list(arguments) == [
+        "+store.storage_options={key:REDACTED,secret:REDACTED}",
+        "+store.url='https://REDACTED@host/x'",
+    ]
+    config = values(next(record.run for record in records if record.HasField("run")).config.update)
+    for record in records:
+        config |= values(record.config.update)
+    assert config["store"]["storage_options"] == {"key": "REDACTED", "secret": "REDACTED"}
 
 
 def test_metrics_have_the_trainers_step_and_accuracy_is_summarised_by_its_best_and_last(finished):
@@ -261,3 +287,34 @@ def test_a_server_that_fails_later_ends_in_time_with_all_that_was_logged(tmp_pat
     assert [values(r.history.item)["x"] for r in read_file(*sync.glob("run-*.wandb")) if r.HasField("history")] == list(
         range(20)
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"project": "my/project"}, {"project": "x" * 200}, {"id": "a/b"}, {"mode": "sometimes"}, {"entity": 3}],
+)
+def test_what_wandb_refuses_is_one_line_and_training_goes_on(offline, options):
+    logger = offline(**options)
+    with console.capture() as printed:
+        assert hasattr(logger, "experiment")  # as Lightning asks
+        for step in range(2):
+            logger.log_metrics({"x": 1.0}, step)
+        logger.log_hyperparams({"a": 1})
+        logger.experiment.watch(None)
+        logger.finish(True)
+    (line,) = printed.get().splitlines()
+    assert "logs no more, metrics.csv goes on: " in line
+
+
+@pytest.mark.parametrize(
+    ("tags", "kept"),
+    [
+        ("single", ["single"]),
+        (["", "a:b", " b ", None, 3, "b"], ["a:b", "b", "3"]),
+        (["x" * 70], ["x" * 64]),
+        (None, []),
+    ],
+)
+def test_names_and_tags_are_as_wandb_takes_them(tags, kept):
+    limited = _within_limits({"tags": tags, "name": "n" * 200, "group": "g", "job_type": "j" * 200})
+    assert limited == {"tags": kept, "name": "n" * 128, "group": "g", "job_type": "j" * 64}

@@ -1,0 +1,72 @@
+"""What is hidden of a configuration, an override, a message, and what is not."""
+
+import pytest
+
+from rld_lightning.redact import HIDDEN, redact, redact_command, redact_text
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch):
+    monkeypatch.setattr("rld_lightning.redact._known", set())
+
+
+NAMES = (
+    *("secret", "password", "passwd", "api_key", "apiKey", "X-Api-Key", "access-key-id", "aws_secret_access_key"),
+    *("account_key", "private_key", "session_token", "Authorization", "connection_string", "cookie"),
+)
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_values_are_secrets_by_their_names(key):
+    assert redact({"a": {key: "x1y2z3"}}) == {"a": {key: HIDDEN}}
+    assert redact({key: 12345}) == {key: HIDDEN}
+    assert redact({key: {"whatever": ["below", "it"]}}) == {key: {"whatever": [HIDDEN, HIDDEN]}}
+    assert redact_text(f"store.{key}=x1y2z3") == f"store.{key}={HIDDEN}"
+    assert redact_text(f"cannot reach it: {key}='q8w7e6' is wrong") == f"cannot reach it: {key}={HIDDEN} is wrong"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"key": "loss.alpha", "keys": 3, "num_tokens": 4, "monitor": "val/top1", "tokens": ["a"]},
+        {"secret": None, "password": "", "token": False, "api_key": "${oc.env:KEY}"},  # nothing, or where it stands
+        {"url": "s3://bucket/a?list=1", "host": "http://localhost:9000/a@b", "git": "ssh://git@host/x"},
+        {"augment": "cutout:16,flip", "optimizer": "torch.optim.SGD"},
+    ],
+)
+def test_what_is_no_secret_stays(values):
+    assert redact(values) == values
+    for key, value in values.items():
+        assert redact_text(f"{key}={value}") == f"{key}={value}"
+
+
+def test_a_stores_key_is_one_and_a_reference_with_a_value_of_its_own():
+    options = {"key": "AKIA", "username": "me", "endpoint_url": "http://h:9000", "anon": False}
+    assert redact({"storage_options": options})["storage_options"] == options | {"key": HIDDEN, "username": HIDDEN}
+    assert redact_text("data.storage_options={key:AK,endpoint_url:'http://h:9000'}").startswith(
+        "data.storage_options={key:REDACTED,endpoint_url:'http://h:9000'"
+    )
+    assert redact({"password": "${oc.env:PW,hunter2}"}) == {"password": HIDDEN}
+
+
+@pytest.mark.parametrize(
+    ("address", "without"),
+    [
+        ("https://me:p@ss@host:80/x", "https://REDACTED@host:80/x"),
+        ("https://ghp_abc@github.com/a.git", "https://REDACTED@github.com/a.git"),
+        ("ftp://me:pw@host", "ftp://REDACTED@host"),
+        ("https://h/x?X-Amz-Signature=abc&a=1", "https://h/x?X-Amz-Signature=REDACTED&a=1"),
+    ],
+)
+def test_addresses_lose_what_opens_them(address, without):
+    assert redact({"data": {"root": address}}) == {"data": {"root": without}}
+    assert redact_text(f"data.root={address}") == f"data.root={without}"
+    assert redact_text(f"{address} does not answer") == f"{without} does not answer"
+
+
+def test_a_secret_that_was_seen_is_found_wherever_it_turns_up():
+    seen = redact({"store": {"secret": "hunter2!x"}, "command": ["fit.py --with hunter2!x"], "of": "hunter2!x/y"})
+    assert seen == {"store": {"secret": HIDDEN}, "command": [f"fit.py --with {HIDDEN}"], "of": f"{HIDDEN}/y"}
+    assert redact_command(["fit.py", "a=[hunter2!x]", "seed=1"]) == ["fit.py", f"a=[{HIDDEN}]", "seed=1"]
+    redact({"token": "val"})  # too short to be told from other words
+    assert redact_text("val/top1") == "val/top1"
