@@ -545,7 +545,7 @@ def compose_with_hydra(*overrides):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "sweep").glob("*.yaml")))
 def test_every_sweep(name):
     if "optuna" in name:
-        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        pytest.importorskip("optuna")
     cfg = compose_with_hydra(f"sweep={name}", "hydra.sweep.dir=/sweep")
     assert cfg.hydra.mode.name == "MULTIRUN"
     for key in cfg.hydra.sweeper.params:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 from rld_lightning.errors import did_you_mean
 from rld_lightning.losses import list_losses, loss_options
@@ -17,6 +18,27 @@ from rld_lightning.models import list_models
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
+_PLUGINS = "hydra_plugins.rld_lightning_sweepers"
+_SWEEPERS: dict[str, dict[str, Any]] = {
+    "basic": {"_target_": f"{_PLUGINS}.GridSweeper", "max_batch_size": None, "params": {}},
+    "optuna": {
+        "defaults": [{"sampler": "tpe"}],
+        "_target_": f"{_PLUGINS}.OptunaSweeper",
+        "_recursive_": False,  # the sampler of a study that goes on gets another seed
+        "study_name": "${hydra.job.name}",
+        "storage": None,
+        "direction": "maximize",
+        "n_trials": 20,
+        "n_jobs": 1,
+        "params": {},
+    },
+}
+_SAMPLERS: dict[str, dict[str, Any]] = {
+    # By constant_liar trials side by side do not try the same.
+    "tpe": {"_target_": "optuna.samplers.TPESampler", "n_startup_trials": 10, "constant_liar": True, "seed": None},
+    "random": {"_target_": "optuna.samplers.RandomSampler", "seed": None},
+    "grid": {"_target_": "optuna.samplers.GridSampler", "seed": None},
+}
 _SMALL_RATE = ("mobilenetv2", "shufflev1", "shufflev2")  # the literature trains them with a learning rate of 0.01
 
 
@@ -39,6 +61,10 @@ def register_options() -> None:
     for group, options in (("model", network_options()), ("loss", tunable_losses())):
         for name in options.keys() - _files(group):
             store.store(group=group, name=name, node=options[name])
+    Plugins.instance()  # these come first, because Hydra's own and others of the name would take our place
+    for group, options in (("hydra/sweeper", _SWEEPERS), ("hydra/sweeper/sampler", _SAMPLERS)):
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node)
 
 
 def list_options(group: str) -> list[str]:

@@ -50,9 +50,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             print_error(str(error))
             if not is_trial():
                 sys.exit(2)
-            if "max_failure_rate" in HydraConfig.get().sweeper:
-                raise  # Optuna is to know
-            return None  # the trial has recorded it, and the others go on
+            raise  # to the sweep, in which the others go on
 
     try:
         with sigterm_ends():  # launchers of trials, too, clear up behind them

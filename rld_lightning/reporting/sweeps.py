@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,6 @@ from rld_lightning.reporting.frame import LAST, pool_seeds, runs_frame
 from rld_lightning.reporting.labels import differing, short_key, short_value
 from rld_lightning.runs.files import CONFIG, STUDY
 from rld_lightning.runs.finished import Run
-
-if TYPE_CHECKING:
-    import optuna
 
 # The axes of heat maps, where these are swept: across, down, and one map each.
 _FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
@@ -196,22 +192,11 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
             complete = [trial for trial in loaded.trials if trial.state == optuna.trial.TrialState.COMPLETE]
             if len(complete) < 4:
                 return {}, f"{len(complete)} trials of the study are complete, too few to tell importances from."
-            found, how = _evaluate(loaded)
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            found = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
         except Exception as error:  # a study of another version, or that nothing can be learned from
             return {}, f"Optuna can tell no importances from {study}: {error}"
-    return {key: float(value) for key, value in found.items()}, f"{how} over {len(complete)} complete trials"
-
-
-def _evaluate(study: "optuna.Study") -> tuple[dict[str, float], str]:
-    """Importances by fANOVA; where Optuna 2, which Hydra's sweeper wants, trips over NumPy 2.4, by impurity."""
-    from optuna import importance
-
-    by_variance = importance.FanovaImportanceEvaluator(seed=0)
-    by_impurity = importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)
-    try:
-        return importance.get_param_importances(study, evaluator=by_variance), "fANOVA"
-    except ValueError:
-        return importance.get_param_importances(study, evaluator=by_impurity), "mean decrease of impurity"
+    return {key: float(value) for key, value in found.items()}, f"fANOVA over {len(complete)} complete trials"
 
 
 def _sweep_folder(run: Run) -> Path | None:

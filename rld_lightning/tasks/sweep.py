@@ -1,11 +1,9 @@
 """A sweep from its first line to its last; in between, Hydra runs the trials (:mod:`rld_lightning.tasks.trial`)."""
 
-import logging
 import os
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
@@ -24,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import started_by
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.script import exit_on_user_error
+from rld_lightning.hydra.study import check_options
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.files import CONFIG, STUDENT, SWEEP, TEACHER, read_config
@@ -39,7 +38,6 @@ from rld_lightning.tasks.teacher import keep_teacher, train_teacher
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
 
 WEIGHTS = "model.teacher.weights"
-INTERRUPTED = "interrupted"  # a trial of Optuna's that was tried again as another one
 
 
 class Sweep(Callback):
@@ -94,20 +92,21 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         swept, fixed = _overrides(config)
         self._hold_out(config, swept, fixed)
-        optuna = "max_failure_rate" in config.hydra.sweeper
+        optuna = "n_trials" in config.hydra.sweeper
+        if optuna:
+            with user_errors():
+                check_options(config.hydra.sweeper)
         if optuna and "seed" in swept:
             raise UserError(
                 "Optuna would choose the luckiest seed; sweep with one, then repeat the best setting with seed=0,1,2."
             )
-        _check_values(config)
+        _check_values(config, listed=not optuna)
         self._lock = lock_folder(folder, ".sweep.lock", "swept")  # until the process ends; trials have their own
         _same_sweep(folder, swept, fixed, values_too=optuna)
         self._train_first(config, swept, fixed, folder)
         varied = {_group(key) for key in swept}
         others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
-        if optuna:
-            _continue_study(config.hydra.sweeper)
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
 
     def _hold_out(self, config: DictConfig, swept: Collection[str], fixed: dict[str, str]) -> None:
@@ -206,9 +205,9 @@ def _parse(line: str) -> Override:
 
 
 def _values(override: Override) -> list[str]:
-    """The overrides that a swept one stands for; none where its values are not listed, as an interval's are not."""
-    if not override.is_discrete_sweep():
-        return []
+    """The overrides that a swept one stands for; of an interval its ends."""
+    if isinstance(ends := override.value(), IntervalSweep):
+        return [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -222,13 +221,22 @@ def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
     return int(first.partition("=")[2])
 
 
-def _check_values(config: DictConfig) -> None:
+def _check_values(config: DictConfig, *, listed: bool) -> None:
     """Composes the configuration with each option that is swept, before anything is trained for the trials.
 
+    Args:
+        config: the sweep's.
+        listed: whether the sweep goes through lists of values.
+
     Raises:
-        UserError: there is no such option, or no such key.
+        UserError: there is no such option, or no such key; or an interval where a list is wanted.
     """
     overrides = {override.get_key_element(): override for override in _parsed(config)}  # as Hydra's sweeper has them
+    if listed and (intervals := [o.input_line for o in overrides.values() if o.is_interval_sweep()]):
+        raise UserError(
+            f"{intervals[0]} has no list of values, which a grid goes through: write them with commas between, or let "
+            "Optuna choose (hydra/sweeper=optuna)."
+        )
     values = {key: _values(override) for key, override in overrides.items() if override.is_sweep_override()}
     first = {key: listed[:1] for key, listed in values.items()}
     first |= {key: [line_of(override)] for key, override in overrides.items() if key not in values}
@@ -281,34 +289,6 @@ def _canonical(lines: Iterable[str], folder: Path) -> set[str]:
     }
     own = f"{WEIGHTS}={(folder / TEACHER / STUDENT).absolute()}"  # as comparisons of earlier versions have it
     return {f"{WEIGHTS}=fit" if text == own else text for text in texts}
-
-
-def _continue_study(sweeper: DictConfig) -> None:
-    """Lets Optuna's sweeper go on in a study that was interrupted, and live with failed trials.
-
-    By itself it would start counting anew, and leave trials that were running when it ended as if they still were.
-    """
-    sweeper.max_failure_rate = 1.0
-    if sweeper.storage is None:
-        return
-    for logger in ("optuna", "alembic"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    import optuna
-
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    study = optuna.create_study(
-        study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction, load_if_exists=True
-    )
-    trials = study.get_trials(deepcopy=False)
-    for trial in trials:
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            optuna.Trial(study, trial._trial_id).set_user_attr(INTERRUPTED, True)
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(trial.params)  # with the same values, and so in the same folder
-    done = [trial for trial in trials if trial.state.is_finished() and INTERRUPTED not in trial.user_attrs]
-    sweeper.n_trials = max(0, sweeper.n_trials - len(done))
-    if sweeper.sampler.get("seed") is not None:
-        sweeper.sampler.seed += len(trials)  # or it would propose the first ones again
 
 
 def _write_report(config: DictConfig, folder: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_faile
     choice = "recipe.optimizer.lr=0.02,0.03"
     options = ["recipe.epochs=1", "recipe.scheduler=null", "+callbacks.witness._target_=ddp_jobs.Witness"]
     if sweeper == "optuna":
-        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        pytest.importorskip("optuna")
         choice = "recipe.optimizer.lr=choice(0.02,0.03)"
         options += ["hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=2"]
         options += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0"]

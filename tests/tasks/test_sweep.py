@@ -60,10 +60,29 @@ def test_tuning_on_the_test_split_is_refused(start, capsys):
 
 
 def test_optuna_is_not_given_seeds_to_choose_from(start, capsys):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("optuna")
     with pytest.raises(SystemExit, match="2"):
         start("sweep=rld_optuna", "seed=0,1,2")
     assert "Optuna would choose the luckiest seed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["sweep=rld_optuna", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 must be a whole number from 1 on"),
+        (["sweep=rld_optuna", "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0 must be"),
+        (["sweep=rld_optuna", "hydra.sweeper.direction=up"], "must be maximize or minimize"),
+        (["sweep=rld_optuna", "loss.gama=interval(1,2)"], "Could not override 'loss.gama'"),
+        (["loss.alpha=interval(1,2)"], "loss.alpha=interval(1,2) has no list of values"),
+    ],
+)
+def test_a_sweep_that_cannot_be_ends_in_one_sentence_before_anything_is_trained(start, capsys, command, sentence):
+    pytest.importorskip("optuna")
+    with pytest.raises(SystemExit, match="2"):
+        start(*command)
+    output = capsys.readouterr().out
+    assert output.startswith("error: ")
+    assert sentence in " ".join(output.split())
 
 
 def test_whatever_goes_wrong_at_the_start_ends_the_sweep(start, tmp_path, monkeypatch, capsys):
@@ -132,7 +151,7 @@ def test_trials_that_need_teachers_of_their_own_are_given_none(start, teachers, 
 
 
 def test_the_teacher_is_trained_as_the_trials_are_and_watched_by_no_pruner(start, teachers, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("optuna")
     pruner = ["sweep=rld_optuna", "callbacks.pruner.pruner.n_warmup_steps=5"]
     start(*pruner, "experiment=quickstart", "logger=wandb", f"paths.teachers={tmp_path}")
     (cfg,) = teachers
@@ -169,7 +188,7 @@ def test_a_teachers_file_is_the_same_however_its_path_is_written(start):
 
 
 def test_a_folder_is_one_running_sweeps_until_that_ends(start, tmp_path, capsys, monkeypatch):
-    optuna = pytest.importorskip("hydra_plugins.hydra_optuna_sweeper") and pytest.importorskip("optuna")
+    optuna = pytest.importorskip("optuna")
     first = Sweep(held_out=0.1)
     first._lock = run_folder.lock_folder(tmp_path / "sweep", ".sweep.lock", "swept")
     pickle.loads(pickle.dumps(first))  # as launchers do, for the processes of trials
@@ -272,30 +291,6 @@ def test_a_loss_that_was_swept_is_named_once(start, tmp_path):
     run = write_run(tmp_path / "sweep" / "loss=dkd", "dkd", held_out=0.1)
     OmegaConf.save(OmegaConf.create(["loss=dkd", "recipe=quick"]), run / ".hydra" / "overrides.yaml")
     assert " recipe=quick loss=dkd data.val_fraction=0 " in best_command(config, ["loss"])
-
-
-def test_a_study_goes_on_where_it_was(tmp_path):
-    optuna = pytest.importorskip("optuna")
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    config = {"storage": storage, "study_name": "fit", "direction": "maximize", "n_trials": 10, "max_failure_rate": 0.0}
-    sweeper = OmegaConf.create(config | {"sampler": {"seed": 3}})
-    sweep._continue_study(sweeper)  # a new one
-    assert (sweeper.n_trials, sweeper.sampler.seed, sweeper.max_failure_rate) == (10, 3, 1.0)
-
-    study = optuna.load_study(study_name="fit", storage=storage)
-    proposed = [study.ask() for _ in range(4)]
-    for number, asked in enumerate(proposed):
-        asked.suggest_float("loss.alpha", number, number + 1)
-    study.tell(0, 50.0)
-    study.tell(1, state=optuna.trial.TrialState.FAIL)
-    for _ in range(2):  # two trials were running, twice in a row
-        sweeper = OmegaConf.create(config | {"sampler": {"seed": 3}})
-        sweep._continue_study(sweeper)
-        assert sweeper.n_trials == 8  # one finished, one failed
-        assert sweeper.sampler.seed > 3
-    assert [study.ask().suggest_float("loss.alpha", 0, 4) for _ in range(2)] == [
-        asked.params["loss.alpha"] for asked in proposed[2:]
-    ]
 
 
 def test_the_pruner_reports_each_epoch_and_stops_a_trial_that_falls_behind(tmp_path):

@@ -1,0 +1,206 @@
+"""A study of Optuna's as a sweep uses it: what it chooses from, how it goes on, what it is told."""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+INSTEAD_OF = "instead_of"  # of a trial: the number of the interrupted one that it is the repetition of
+
+
+def search_space(
+    lines: Sequence[str], loader: ConfigLoader | None = None
+) -> "tuple[dict[str, BaseDistribution], tuple[str, ...]]":
+    """What Optuna is to choose from, by key, and the overrides that are the same for all trials.
+
+    Args:
+        lines: overrides; of those for one key the last one counts.
+        loader: of configurations, for ``glob()``.
+
+    Raises:
+        ValueError: an interval is none, such as one on a logarithmic scale that begins at 0.
+    """
+    overrides = OverridesParser.create(loader).parse_overrides(list(lines))
+    last = {override.get_key_element(): override for override in overrides}
+    space = {key: _distribution(override) for key, override in last.items() if override.is_sweep_override()}
+    fixed = (
+        f"{k}={o.get_value_element_as_str()}" if not o.is_delete() else k for k, o in last.items() if k not in space
+    )
+    return space, tuple(fixed)
+
+
+def _distribution(override: Override) -> "BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    sweep: Any = override.value()
+    if isinstance(sweep, IntervalSweep):
+        ends = (sweep.start, sweep.end)
+        kind: Any = IntDistribution if all(isinstance(end, int) for end in ends) else FloatDistribution
+        try:
+            return kind(*ends, log="log" in sweep.tags)
+        except ValueError as error:
+            raise ValueError(f"{override.input_line} is no interval: {error}") from error
+    values: list[Any] = list(override.sweep_iterator(_category))
+    if override.is_range_sweep() and not sweep.shuffle and len(values) > 1:
+        low, high, step = min(values[0], values[-1]), max(values[0], values[-1]), abs(sweep.step)
+        kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
+        return kind(low, high, step=step)
+    return CategoricalDistribution(values)
+
+
+def _category(value: Any) -> Any:
+    """A value as Optuna can store it, which reads as an override when it is printed."""
+    return value if isinstance(value, bool | int | float) else Transformer.str(value)
+
+
+def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tuple[optuna.Study, int]":
+    """The study of a sweep, new or one that goes on, and how many trials it is still to run.
+
+    Args:
+        options: the sweeper's.
+        space: what is chosen from.
+
+    Raises:
+        ValueError: there is nothing to choose, a grid has no list of values, or the storage cannot be read.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    if not space:
+        raise ValueError("Optuna has nothing to choose: give a key several values, such as loss.alpha=choice(1,2).")
+    try:
+        study = optuna.create_study(
+            study_name=options.study_name,
+            storage=options.storage,
+            direction=options.direction,
+            load_if_exists=True,
+        )
+    except Exception as error:  # of a database, or of what is none
+        raise ValueError(
+            f"{options.storage} cannot be opened by Optuna {optuna.__version__}: {_line(error)}"
+        ) from error
+    trials = study.get_trials(deepcopy=False)
+    study.sampler, to_go = _sampler(options, space, len(trials))
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={INSTEAD_OF: trial.number})  # and so in the same folder
+    again = {trial.user_attrs.get(INSTEAD_OF) for trial in study.get_trials(deepcopy=False)}
+    done = sum(trial.state.is_finished() and trial.number not in again for trial in study.get_trials(deepcopy=False))
+    return study, max(0, to_go - done)
+
+
+def _sampler(
+    options: DictConfig, space: "dict[str, BaseDistribution]", begun: int
+) -> "tuple[optuna.samplers.BaseSampler, int]":
+    """The sampler, and how many trials there are to be in all: a grid has no more than its points."""
+    settings: Any = OmegaConf.to_container(options.sampler)
+    if settings["_target_"].endswith(".GridSampler"):
+        points = {key: _points(key, distribution) for key, distribution in space.items()}
+        most = math.prod(len(values) for values in points.values())
+        return instantiate({**settings, "search_space": points, "_convert_": "all"}), min(options.n_trials, most)
+    if settings.get("seed") is not None:
+        settings["seed"] += begun  # or it would propose the first ones again
+    return instantiate(settings), options.n_trials
+
+
+def _points(key: str, distribution: "BaseDistribution") -> list[Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        count = round((distribution.high - distribution.low) / distribution.step) + 1
+        return [distribution.low + i * distribution.step for i in range(count)]
+    raise ValueError(f"a grid needs values and {key} has an interval; write choice() or range(), or another sampler.")
+
+
+def tell(study: "optuna.Study", trial: "optuna.Trial", value: float | None) -> None:
+    """Tells a study what a trial came to: a number, or that it has failed.
+
+    Args:
+        study: that proposed it.
+        trial: the trial.
+        value: its result; None, and what is no finite number, is a failure.
+    """
+    from optuna.samplers import GridSampler
+    from optuna.trial import TrialState
+
+    try:
+        if value is None or not math.isfinite(value):
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, float(value))
+    except (RuntimeError, KeyError):  # after its last point a grid wants to stop a loop of Optuna's; the trial is told
+        if not isinstance(study.sampler, GridSampler):
+            raise
+
+
+def leave_best(study: "optuna.Study", folder: Path) -> None:
+    """Leaves ``optimization_results.yaml``, if a trial has finished.
+
+    Args:
+        study: the study.
+        folder: the sweep's.
+    """
+    from optuna.trial import TrialState
+
+    if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        best = {"name": "optuna", "best_params": study.best_params, "best_value": study.best_value}
+        OmegaConf.save(OmegaConf.create(best), folder / "optimization_results.yaml")
+
+
+def check_options(options: DictConfig) -> None:
+    """Looks at what can be said about an Optuna sweep before anything is trained for it.
+
+    Args:
+        options: the sweeper's.
+
+    Raises:
+        ValueError: there would be no trial, or a number is none.
+        ImportError: Optuna is not installed.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'a sweep with Optuna needs pip install "rld-lightning[sweep]" ({error}).') from error
+    if not isinstance(options.n_trials, int) or options.n_trials < 1:
+        raise ValueError(f"hydra.sweeper.n_trials={options.n_trials} must be a whole number from 1 on.")
+    if options.direction not in ("maximize", "minimize"):
+        raise ValueError(f"hydra.sweeper.direction={options.direction} must be maximize or minimize.")
+    together(options.n_jobs)
+
+
+def together(n_jobs: Any) -> int:
+    """How many trials are proposed at a time.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if n_jobs == -1:  # as joblib counts
+        return os.cpu_count() or 1
+    if not isinstance(n_jobs, int) or n_jobs < 1:
+        raise ValueError(f"hydra.sweeper.n_jobs={n_jobs} must be a whole number from 1 on, or -1 for one a core.")
+    return n_jobs
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -1,0 +1,106 @@
+"""How a sweep runs its trials: all of a grid, or those that a study of Optuna's proposes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.errors import UserError
+from rld_lightning.hydra.script import exit_on_user_error
+from rld_lightning.hydra.study import leave_best, open_study, search_space, tell, together
+
+
+def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
+    """Runs every value of each key with every value of the others.
+
+    Args:
+        sweeper: set up; it has the launcher and the options.
+        arguments: the command's overrides.
+
+    Raises:
+        SystemExit: the trials cannot be run; with one sentence.
+    """
+    config, launcher, context = sweeper.config, sweeper.launcher, sweeper.hydra_context
+    assert config is not None
+    assert launcher is not None
+    assert context is not None
+    with exit_on_user_error():
+        lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+        overrides = OverridesParser.create(context.config_loader).parse_overrides([*lines, *arguments])
+        batches = sweeper.split_arguments(overrides, sweeper.max_batch_size)
+        _note(config)
+        first = 0
+        for batch in batches:
+            _launch(launcher, batch, first, config)
+            first += len(batch)
+
+
+def sweep_study(
+    config: DictConfig, launcher: Launcher, loader: ConfigLoader, options: dict[str, Any], arguments: Sequence[str]
+) -> None:
+    """Runs what an Optuna study proposes, and tells it what came out: a number, or that a trial has failed.
+
+    A study in a storage goes on where it was: what was running when it was interrupted is tried again first.
+
+    Args:
+        config: the sweep's.
+        launcher: runs the trials.
+        loader: of configurations.
+        options: the sweeper's.
+        arguments: the command's overrides.
+
+    Raises:
+        SystemExit: a mistake in the options, or the trials cannot be run; with one sentence.
+    """
+    with exit_on_user_error():
+        space, fixed = search_space([*_own(options), *arguments], loader)
+        study, to_go = open_study(OmegaConf.create(options), space)
+        _note(config)
+        at_once, first = together(options["n_jobs"]), 0
+        while to_go > 0:
+            trials = [study.ask(space) for _ in range(min(at_once, to_go))]
+            lines = [(*(f"{key}={value}" for key, value in trial.params.items()), *fixed) for trial in trials]
+            batch = list(dict.fromkeys(lines))  # two with the same values are one, in one folder
+            returned = dict(zip(batch, _launch(launcher, batch, first, config), strict=True))
+            for trial, line in zip(trials, lines, strict=True):
+                tell(study, trial, _value(returned[line]))
+            first += len(batch)
+            to_go -= len(trials)
+        leave_best(study, Path(config.hydra.sweep.dir))
+
+
+def _own(options: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in (options.get("params") or {}).items()]
+
+
+def _value(returned: JobReturn) -> float | None:
+    return returned.return_value if returned.status == JobStatus.COMPLETED else None
+
+
+def _note(config: DictConfig) -> None:
+    """Leaves the sweep's configuration where Hydra's own sweeper does."""
+    folder = Path(config.hydra.sweep.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "multirun.yaml")
+
+
+def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, config: DictConfig) -> Sequence[JobReturn]:
+    """Runs trials.
+
+    Raises:
+        UserError: they cannot be run: their configuration is none, or one of the launcher's processes has died.
+    """
+    try:
+        return launcher.launch([list(lines) for lines in batch], initial_job_idx=first)
+    except Exception as error:  # each launcher has its own
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"the trials cannot be run, or a process that ran some has died ({type(error).__name__}: {reason}). "
+            f"An interrupted sweep goes on with the same command and hydra.sweep.dir={config.hydra.sweep.dir}."
+        ) from error

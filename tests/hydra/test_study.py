@@ -1,0 +1,170 @@
+"""Optuna's studies: what is chosen from, how one goes on, what it is told."""
+
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+from rld_lightning.errors import UserError
+from rld_lightning.hydra.options import _SAMPLERS, _SWEEPERS
+from rld_lightning.hydra.study import open_study, search_space
+from rld_lightning.hydra.sweepers import sweep_study
+
+optuna = pytest.importorskip("optuna")
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
+from optuna.trial import TrialState  # noqa: E402
+
+SPACE = {"x": FloatDistribution(0, 4)}
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Where studies are kept instead of in a file, which takes SQLite a second each."""
+    storage, create = optuna.storages.InMemoryStorage(), optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **options: create(**{**options, "storage": storage}))
+    return storage
+
+
+def options(storage=None, sampler="tpe", **others):
+    own = {"study_name": "fit", "storage": storage, "sampler": {**_SAMPLERS[sampler], "seed": 3}}
+    return OmegaConf.create({**_SWEEPERS["optuna"], **own, **others})
+
+
+@pytest.mark.parametrize(
+    ("line", "distribution"),
+    [
+        ("x=choice(true,1,0.5,text)", CategoricalDistribution([True, 1, 0.5, "text"])),
+        ("x=a,'b c'", CategoricalDistribution(["a", "'b c'"])),
+        ("x=choice([1,2],{a:1})", CategoricalDistribution(["[1,2]", "{a:1}"])),
+        ("x=range(16,64,step=16)", IntDistribution(16, 48, step=16)),  # as a grid has it, without the end
+        ("x=range(3)", IntDistribution(0, 2)),
+        ("x=range(0.5,2.0,step=0.5)", FloatDistribution(0.5, 1.5, step=0.5)),
+        ("x=range(4,1,step=-1)", IntDistribution(2, 4)),
+        ("x=range(1,2)", CategoricalDistribution([1])),
+        ("x=interval(1,8)", FloatDistribution(1, 8)),
+        ("x=interval(1.0,8)", FloatDistribution(1, 8)),
+        ("x=int(interval(1,8))", IntDistribution(1, 8)),
+        ("x=tag(log, int(interval(1,8)))", IntDistribution(1, 8, log=True)),
+        ("x=tag(log, interval(0.001,0.1))", FloatDistribution(0.001, 0.1, log=True)),
+    ],
+)
+def test_values_are_chosen_from_what_the_command_line_says(line, distribution):
+    assert search_space([line, "y=1", "~z"]) == ({"x": distribution}, ("y=1", "~z"))
+
+
+def test_the_last_override_of_a_key_counts():
+    assert search_space(["x=choice(1,2)", "x=3"]) == ({}, ("x=3",))
+
+
+def test_every_category_is_an_override_again():
+    line = "x=true,1,0.5,null,text,'b c',[1,2],{a:1},'1'"
+    parse = OverridesParser.create().parse_override
+    ((_, distribution),) = search_space([line])[0].items()
+    values = [parse(f"x={choice}").value() for choice in distribution.choices]
+    assert values == [True, 1, 0.5, None, "text", "b c", [1, 2], {"a": 1}, "1"]
+
+
+@pytest.mark.parametrize("line", ["x=tag(log, interval(0,1))", "x=interval(2,1)"])
+def test_what_is_no_interval_is_said(line):
+    with pytest.raises(ValueError, match="is no interval"):
+        search_space([line])
+
+
+def test_a_study_goes_on_where_it_was(tmp_path):
+    own = options(f"sqlite:///{tmp_path / 'study.db'}", n_trials=10)
+    study, to_go = open_study(own, SPACE)
+    assert to_go == 10
+    proposed = [study.ask(SPACE) for _ in range(4)]
+    study.tell(0, 50.0)
+    study.tell(1, state=TrialState.FAIL)
+    for _ in range(2):  # two trials were running, twice in a row
+        again, to_go = open_study(own, SPACE)
+        assert to_go == 8  # one finished, one failed
+    assert [again.ask(SPACE).params for _ in range(2)] == [trial.params for trial in proposed[2:]]
+    assert again.ask(SPACE).params not in [trial.params for trial in proposed]  # not the first ones from the seed
+
+
+def test_what_is_no_study_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "study.db").write_text("no database")
+    with pytest.raises(ValueError, match=r"study\.db cannot be opened by Optuna"):
+        open_study(options(f"sqlite:///{tmp_path / 'study.db'}"), SPACE)
+    with pytest.raises(ValueError, match="nothing to choose"):
+        open_study(options(), {})
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Runs a sweep of ``lines`` whose trials come to ``result``; the batches of overrides that were launched."""
+
+    def run(own, lines, result):
+        launched = []
+
+        def launch(batch, initial_job_idx):
+            launched.append(batch)
+            return [_returned(result, lines) for lines in batch]
+
+        config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+        sweep_study(config, SimpleNamespace(launch=launch), None, {**own}, lines)
+        return launched
+
+    return run
+
+
+def _returned(result, lines):
+    value = result(lines)
+    failed = isinstance(value, Exception)
+    returned = JobReturn(status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
+    returned.return_value = value
+    return returned
+
+
+def test_failed_trials_and_results_that_are_no_numbers_are_noted_and_the_others_go_on(sweep, kept, tmp_path):
+    results = iter([UserError("out of memory"), float("nan"), None, 40.0, float("inf"), 50.0])
+    own = options(n_trials=6)
+    launched = sweep(own, ["x=interval(0.0,1.0)", "y=2"], lambda _: next(results))
+    assert [len(batch) for batch in launched] == [1] * 6
+    assert all(lines[1] == "y=2" for (lines,) in launched)
+    study = optuna.load_study(study_name="fit", storage=kept)
+    assert [trial.value for trial in study.trials if trial.state == TrialState.COMPLETE] == [40.0, 50.0]
+    assert sum(trial.state == TrialState.FAIL for trial in study.trials) == 4
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert (best.best_value, f"x={best.best_params.x}") == (50.0, launched[5][0][0])
+
+
+def test_where_all_fail_there_is_no_best(sweep, tmp_path):
+    sweep(options(n_trials=2), ["x=interval(0.0,1.0)"], lambda _: UserError("out of memory"))
+    assert not (tmp_path / "sweep" / "optimization_results.yaml").exists()
+
+
+def test_trials_side_by_side_with_the_same_values_are_one(sweep):
+    launched = sweep(options(n_trials=8, n_jobs=8, sampler="random"), ["x=choice(1,2)"], lambda lines: len(lines[0]))
+    assert sorted(launched[0]) == [["x=1"], ["x=2"]]
+
+
+def test_a_grid_is_gone_through_once_and_goes_on(sweep, kept):
+    own = options(sampler="grid", n_trials=4)
+    lines = ["x=choice(1,2)", "y=range(0,3)"]
+    first = sweep(own, lines, lambda _: 1.0)
+    rest = sweep({**own, "n_trials": 100}, lines, lambda _: 1.0)
+    tried = [tuple(sorted(lines)) for batch in (*first, *rest) for lines in batch]
+    assert sorted(tried) == [(f"x={x}", f"y={y}") for x in (1, 2) for y in (0, 1, 2)]
+    assert len(first) == 4
+
+
+def test_a_grid_takes_no_intervals(sweep, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sweep(options(sampler="grid"), ["x=interval(0,1.0)"], lambda _: 1.0)
+    assert "error: a grid needs values and x has an interval" in capsys.readouterr().out
+
+
+def test_a_dead_worker_ends_the_sweep_in_one_sentence(sweep, capsys, tmp_path):
+    def dies(_):
+        raise RuntimeError("A worker process was terminated.\nSee the log.")
+
+    with pytest.raises(SystemExit, match="2"):
+        sweep(options(), ["x=interval(0,1.0)"], dies)
+    output = capsys.readouterr().out
+    assert "a process that ran some has died (RuntimeError: A worker process was terminated.)" in output
+    assert f"hydra.sweep.dir={tmp_path / 'sweep'}" in output
