@@ -37,6 +37,17 @@ def draw_crop_flip(size: int, *, padding: int, flip: bool, generator: torch.Gene
     return CropFlip(top, left, coin if flip else torch.zeros_like(coin))
 
 
+def count_views(padding: int, flip: bool) -> int:
+    """How many crops, mirrored or not, there are of one image."""
+    return (2 * padding + 1) ** 2 * (2 if flip else 1)
+
+
+def number_views(draw: CropFlip, padding: int, flip: bool) -> Tensor:
+    """Which of the :func:`count_views` of its image each sample is, int64 ``(N,)``."""
+    place = draw.top * (2 * padding + 1) + draw.left
+    return 2 * place + draw.flip if flip else place
+
+
 def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width: int) -> Tensor:
     """Gathers a batch of images, each cropped and perhaps mirrored as drawn.
 

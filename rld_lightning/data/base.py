@@ -18,12 +18,15 @@ class Batch(NamedTuple):
         label: classes, int64 ``(B,)``.
         index: positions in the split, int64 ``(B,)``; losses with a memory bank need them.
         strong: the same samples strongly augmented, otherwise like ``images``; ``None`` unless it was asked for.
+        view: which of the finitely many views of all training images ``images`` are, int64 ``(B,)`` in
+            [0, ``train_views``); ``None`` where there is no end of them, and in evaluation.
     """
 
     images: Tensor
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # which hides a method of tuples
     strong: Tensor | None = None
+    view: Tensor | None = None
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fraction") -> tuple[Tensor, Tensor]:
@@ -171,6 +174,18 @@ class ImageDataModule(LightningDataModule):
         Losses with a memory look up in it which images are of one class.
         """
         raise NotImplementedError
+
+    @property
+    def train_views(self) -> int | None:
+        """How many views augmentation makes of all training images, held out or not; ``None``: there is no end of them.
+
+        One view is the same image, cropped and flipped alike, in every run with equal :meth:`views_facts`.
+        """
+        return None
+
+    def views_facts(self) -> dict[str, str | int | float | list[float]]:
+        """What decides how the views look, as plain values; read where ``train_views`` is a number."""
+        raise NotImplementedError(f"{type(self).__name__} has views without number")
 
     @property
     def train_size(self) -> int:

@@ -1,12 +1,21 @@
 """Small data sets: the whole split is one uint8 tensor on the training device, augmented a batch at a time."""
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rld_lightning.data.augment import CropFlip, Normalize, crop_flip, draw_crop_flip, pad_images
+from rld_lightning.data.augment import (
+    CropFlip,
+    Normalize,
+    count_views,
+    crop_flip,
+    draw_crop_flip,
+    number_views,
+    pad_images,
+)
 from rld_lightning.data.base import Batch, ImageDataModule, stratified_split, stratified_subset
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_randaugment
@@ -41,6 +50,7 @@ class InMemoryLoader(EpochLoader):
         padding: the padding of the images, which is the largest shift of a crop.
         flip: whether crops are mirrored with probability 1/2.
         strong_view: whether each batch has a second, strongly augmented view.
+        origin: position of each sample among those whose views are numbered, int64 ``(N,)``; without it they are not.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class InMemoryLoader(EpochLoader):
         padding: int = 0,
         flip: bool = False,
         strong_view: bool = False,
+        origin: Tensor | None = None,
     ) -> None:
         super().__init__(sampler)
         self.split = split
@@ -59,12 +70,14 @@ class InMemoryLoader(EpochLoader):
         self.padding = padding
         self.flip = flip
         self.strong_view = strong_view
+        self.origin = origin
 
     def _batches(self, start: int) -> Iterator[Batch]:
         order, generator = self.sampler.draw_order()
         index = self._local(order)
         label = self.split.labels[index]
         draw = self._draw_crops(generator)
+        view = self._number_views(index, draw)
         if self.strong_view:
             # Last, so that the first view is the same with and without this one.
             strong_draw, augment = self._draw_crops(generator), self._draw_randaugment(generator)
@@ -72,7 +85,7 @@ class InMemoryLoader(EpochLoader):
             images, strong = self.normalize(self._crop(index[step], draw, step)), None
             if self.strong_view:
                 strong = self.normalize(augment(self._crop(index[step], strong_draw, step), number))
-            yield Batch(images, label[step], index[step], strong)
+            yield Batch(images, label[step], index[step], strong, None if view is None else view[step])
 
     @property
     def _crop_size(self) -> tuple[int, int]:
@@ -84,6 +97,12 @@ class InMemoryLoader(EpochLoader):
             return None
         drawn = draw_crop_flip(self.sampler.size, padding=self.padding, flip=self.flip, generator=generator)
         return CropFlip(*map(self._local, drawn))
+
+    def _number_views(self, index: Tensor, draw: CropFlip | None) -> Tensor | None:
+        if self.origin is None:
+            return None
+        views, origin = count_views(self.padding, self.flip), self.origin[index]
+        return origin * views + (0 if draw is None else number_views(draw, self.padding, self.flip))
 
     def _draw_randaugment(self, generator: torch.Generator) -> RandAugment:
         drawn = draw_randaugment(self.sampler.size, *self._crop_size, generator)
@@ -135,15 +154,19 @@ class InMemoryDataModule(ImageDataModule):
         """Reads all splits once, and moves them to the trainer's device."""
         if not self.splits:
             train, test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
-            splits = {"test": test}
+            splits, origin = {"test": test}, torch.arange(len(train.labels))
+            self._views = len(origin) * count_views(self.padding, self._flips)
             if self.val_fraction > 0:
-                kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
-                train, splits["val"] = train.take(kept), train.take(held_out)
+                origin, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
+                train, splits["val"] = train.take(origin), train.take(held_out)
             if self.subset < 1:
-                train = train.take(stratified_subset(train.labels, self.subset, self.seed))
+                chosen = stratified_subset(train.labels, self.subset, self.seed)
+                train, origin = train.take(chosen), origin[chosen]
+            self._origin = origin
             splits["train"] = Split(pad_images(train.images, self.padding), train.labels)
             self.splits = splits
         self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
+        self._origin = self._origin.to(self.device)
         self._sizes = tuple(len(self.splits[name].labels) for name in ("train", self.val_split, "test"))
 
     @property
@@ -151,6 +174,28 @@ class InMemoryDataModule(ImageDataModule):
         """Class of each training image, int64 ``(N,)``, on the trainer's device."""
         self._split_sizes()  # which says what to call if nothing is loaded yet
         return self.splits["train"].labels
+
+    @property
+    def train_views(self) -> int:
+        """How many crops and flips there are of all training images, held out or not."""
+        self._split_sizes()
+        return self._views
+
+    def views_facts(self) -> dict[str, str | int | float | list[float]]:
+        """What decides how the views look: every pixel, the crops and flips, the normalisation."""
+        images, _ = self.read_split(train=True)
+        return {
+            "data": self.name,
+            "images": blake2b(images.contiguous().numpy().data, digest_size=16).hexdigest(),
+            "padding": self.padding,
+            "flip": self._flips,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @property
+    def _flips(self) -> bool:
+        return self.flip and self.augment
 
     def train_dataloader(self) -> InMemoryLoader:
         """The augmented, shuffled training batches of this process."""
@@ -160,8 +205,9 @@ class InMemoryDataModule(ImageDataModule):
             sampler,
             self._normalize(),
             padding=self.padding,
-            flip=self.flip and self.augment,
+            flip=self._flips,
             strong_view=self.strong_view,
+            origin=self._origin,
         )
 
     def val_dataloader(self) -> InMemoryLoader:

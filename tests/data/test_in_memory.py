@@ -78,7 +78,7 @@ def test_training_images_are_shifted_and_mirrored_originals():
     originals, _ = data.read_split(train=True)
     padded = torch.nn.functional.pad(originals, (0, 0, 2, 2, 2, 2))
     seen = set()
-    for images, _, index, _ in data.train_dataloader():
+    for images, _, index, *_ in data.train_dataloader():
         pixels = (images.permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)) * 255
         for image, i in zip(pixels.round().byte(), index, strict=True):
             matches = [
@@ -361,3 +361,30 @@ def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait(strong_view):
     assert first.images.is_contiguous(memory_format=torch.channels_last)
     on_cpu = [Batch(*(None if values is None else values.cpu() for values in batch)) for batch in [first, *rest]]
     assert same(on_cpu, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [({}, 50), ({"flip": False}, 25), ({"padding": 0}, 2), ({"augment": False}, 1)]
+)
+def test_a_view_has_one_number_in_every_run(options, count):
+    seen = {}
+    for other in ({}, {"seed": 3}, {"val_fraction": 0.3}, {"subset": 0.5, "val_fraction": 0.3}):
+        data = toy(**options, **other)
+        assert data.train_views == 103 * count
+        for epoch in range(3):
+            batch = merge(epoch_of(data.train_dataloader(), epoch))
+            for view, image in zip(batch.view.tolist(), batch.images, strict=True):
+                assert 0 <= view < 103 * count
+                assert torch.equal(seen.setdefault(view, image), image)
+    assert len({tuple(image.flatten().tolist()) for image in seen.values()}) == len(seen)
+    assert all(batch.view is None for batch in data.test_dataloader())
+
+
+def test_views_are_told_apart_by_what_they_show():
+    facts = toy().views_facts()
+    assert toy(seed=1, val_fraction=0.3, batch_size=6, subset=0.5).views_facts() == facts
+    for options in ({"padding": 1}, {"flip": False}, {"augment": False}):
+        assert toy(**options).views_facts() != facts
+    other = toy()
+    other.read_split = lambda train: (Toy.read_split(other, train)[0] ^ 1, None)
+    assert other.views_facts() != facts
