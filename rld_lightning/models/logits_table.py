@@ -138,5 +138,5 @@ def table_key(state_dict: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str
     digest = blake2b(json.dumps({"version": _VERSION, **facts}, sort_keys=True).encode(), digest_size=8)
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
