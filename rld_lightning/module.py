@@ -43,7 +43,7 @@ class DistillationModule(LightningModule):
         teacher: required when ``loss.needs_teacher``, unused otherwise.
         num_classes: C.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler steps.
-        info: plain facts (strings and numbers) saved in each checkpoint, such as the student's name.
+        info: plain facts (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
 
     Raises:
         ValueError: the loss needs a teacher and there is none, or ``scheduler_interval`` is unknown.
@@ -63,7 +63,7 @@ class DistillationModule(LightningModule):
         teacher: FrozenTeacher | None = None,
         num_classes: int,
         scheduler_interval: str = "epoch",
-        info: Mapping[str, str | int | float] | None = None,
+        info: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         if loss.needs_teacher and teacher is None:

@@ -1,5 +1,6 @@
 """What every data set of this package offers to a training loop."""
 
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -217,6 +218,30 @@ class ImageDataModule(LightningDataModule):
         if not all(map(str.isdecimal, names)) or names == sorted(names, key=int):
             return ""
         return f"; caution: classes in text order ({some(names)}), a network from elsewhere may have them by number"
+
+    def normalize_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Has images normalised otherwise from now on, as a network wants that is to learn from them.
+
+        Args:
+            mean: mean of each channel, for values in [0, 1].
+            std: standard deviation of each channel.
+        """
+        self.mean, self.std = mean, std
+
+    def val_sample(self, batch_size: int) -> Iterable[Batch]:
+        """The validation images in an order that mixes the classes, for who looks at the first of them only.
+
+        All of them are there, in every process, and always in the same order.
+
+        Args:
+            batch_size: images in a batch.
+        """
+        order = torch.randperm(self.val_size, generator=torch.Generator().manual_seed(0))
+        return self._val_loader(EpochSampler(self.val_size, list(order.split(batch_size))))
+
+    def _val_loader(self, sampler: EpochSampler) -> Iterable[Batch]:
+        """The validation images of a sampler."""
+        raise NotImplementedError
 
     def train_sampler(self) -> EpochSampler:
         """Makes the sampler of this process's share of the training split."""

@@ -203,7 +203,7 @@ class InMemoryDataModule(ImageDataModule):
         return InMemoryLoader(
             self.splits["train"],
             sampler,
-            self._normalize(),
+            self._normalize(self.device),
             padding=self.padding,
             flip=self._flips,
             strong_view=self.strong_view,
@@ -212,15 +212,18 @@ class InMemoryDataModule(ImageDataModule):
 
     def val_dataloader(self) -> InMemoryLoader:
         """The held-out training images, or the test split if none are held out."""
-        return self._eval_loader(self.val_split, self.val_size)
+        return self._val_loader(self.eval_sampler(self.val_size))
 
     def test_dataloader(self) -> InMemoryLoader:
         """The test split, each image exactly once over all processes."""
-        return self._eval_loader("test", self.test_size)
+        return self._eval_loader("test", self.eval_sampler(self.test_size))
 
-    def _eval_loader(self, split: str, size: int) -> InMemoryLoader:
-        return InMemoryLoader(self.splits[split], self.eval_sampler(size), self._normalize())
+    def _val_loader(self, sampler: EpochSampler) -> InMemoryLoader:
+        return self._eval_loader(self.val_split, sampler)
 
-    def _normalize(self) -> Normalize:
+    def _eval_loader(self, split: str, sampler: EpochSampler) -> InMemoryLoader:
+        return InMemoryLoader(self.splits[split], sampler, self._normalize(self.splits[split].images.device))
+
+    def _normalize(self, device: torch.device) -> Normalize:
         _, height, width = self.image_shape
-        return Normalize(self.mean, self.std, height, width, self.device)
+        return Normalize(self.mean, self.std, height, width, device)

@@ -147,7 +147,10 @@ class StreamingDataModule(ImageDataModule):
 
     def val_dataloader(self) -> StreamingLoader:
         """The held-out training images, the data set's own validation split, or else the test split."""
-        return self._loader(self.val_split, self.eval_sampler(self.val_size), self.eval_transform())
+        return self._val_loader(self.eval_sampler(self.val_size))
+
+    def _val_loader(self, sampler: EpochSampler) -> StreamingLoader:
+        return self._loader(self.val_split, sampler, self.eval_transform())
 
     def test_dataloader(self) -> StreamingLoader:
         """The test split, each image exactly once over all processes."""

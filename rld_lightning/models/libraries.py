@@ -34,14 +34,40 @@ def torchvision_model(name: str, num_classes: int, pretrained: bool = False, **k
     options = (_INCEPTION_OPTIONS if name in _INCEPTIONS else {}) | kwargs
     if not pretrained:
         return _without_inplace(torchvision.models.get_model(name, num_classes=num_classes, **options))
-    published = torchvision.models.get_model_weights(name)
-    weights = published.__members__.get("IMAGENET1K_V1", published.DEFAULT)
+    weights = _published_weights(name)
     model = torchvision.models.get_model(name, weights=weights, **kwargs)
     if num_classes != len(weights.meta["categories"]) or name in _INCEPTIONS:
         source, model = model.state_dict(), torchvision.models.get_model(name, num_classes=num_classes, **options)
         fitting = {key: source[key] for key, value in model.state_dict().items() if value.shape == source[key].shape}
         model.load_state_dict(fitting, strict=False)
     return _without_inplace(model)
+
+
+def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
+    """What the pretrained weights of a network want to see, as its library says.
+
+    Args:
+        name: ``"torchvision/<name>"`` or ``"timm/<name>"``.
+
+    Returns:
+        mean and standard deviation of each channel that images are normalised with, and the side of the images; None
+        for other networks, and where the library does not say.
+    """
+    library, _, plain = name.partition("/")
+    if library == "torchvision":
+        weights = _published_weights(plain)
+        found = weights.transforms()
+        return tuple(found.mean), tuple(found.std), found.crop_size[0]
+    if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
+        return tuple(config.mean), tuple(config.std), config.input_size[-1]
+    return None
+
+
+def _published_weights(name: str) -> Any:
+    import torchvision
+
+    published = torchvision.models.get_model_weights(name)
+    return published.__members__.get("IMAGENET1K_V1", published.DEFAULT)
 
 
 def _import_timm() -> ModuleType:

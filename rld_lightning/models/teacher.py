@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rld_lightning.models.look import Relook
 from rld_lightning.models.taps import forward_with_taps
 
 DTYPES = {
@@ -37,6 +38,7 @@ class FrozenTeacher(nn.Module):
             ``torch.compile``.
         shard: share the weights out over the processes of each machine, for a teacher that does not fit one device;
             :meth:`place` does it. Weights are then in contiguous layout. It cannot be fused.
+        relook: takes images to the look that the model was trained with; None where they come in it.
 
     Raises:
         ValueError: an unknown dtype, or both ``fuse`` and ``shard``.
@@ -50,6 +52,7 @@ class FrozenTeacher(nn.Module):
         channels_last: bool = False,
         fuse: bool = False,
         shard: bool = False,
+        relook: Relook | None = None,
     ) -> None:
         super().__init__()
         if fuse and shard:
@@ -65,6 +68,7 @@ class FrozenTeacher(nn.Module):
         self.model = executed.to(memory_format=self.memory_format)
         if self.dtype is not None:
             self.model = self.model.to(dtype=self.dtype)
+        self.relook = relook
         self.train()
         self.requires_grad_()
 
@@ -86,6 +90,8 @@ class FrozenTeacher(nn.Module):
         own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype else nullcontext()
         # Not inference_mode: the losses save the teacher's outputs for the backward pass, which it forbids.
         with torch.no_grad(), own_precision:
+            if self.relook is not None:
+                images = self.relook(images)
             images = images.to(dtype=self._input_dtype(images), memory_format=self.memory_format)
             logits, features = forward_with_taps(self.model, images, paths)
             return logits.to(torch.promote_types(logits.dtype, torch.float32)), features
@@ -110,6 +116,8 @@ class FrozenTeacher(nn.Module):
             raise ValueError(f"shard=True shares the teacher out over at least two processes, not {processes}.")
         from rld_lightning.models.sharding import shard_over_machine  # FSDP takes a second
 
+        if self.relook is not None:
+            self.relook.to(device)
         shard_over_machine(self.model, device, processes)
 
     def train(self, mode: bool = True) -> Self:

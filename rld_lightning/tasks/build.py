@@ -20,8 +20,8 @@ from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.models.verify import load_weights
 from rld_lightning.module import DistillationModule
+from rld_lightning.tasks.look import load_in_order
 from rld_lightning.tasks.plan import Plan
 
 
@@ -62,7 +62,7 @@ def build_module(
     pretrained = {"pretrained": True} if weights == "pretrained" else {}
     student = create_model(name, data.num_classes, **pretrained)
     if weights not in (None, "pretrained"):
-        load_weights(student, weights, name=name)
+        load_in_order(student, name, weights, data, "student")
     if teacher is not None:
         plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
         if student is not plain and plan.teacher is not None:
@@ -76,7 +76,13 @@ def build_module(
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=plan.scheduler_interval,
-        info={"student": name, "dataset": data.name, **data.split_facts},
+        info={
+            "student": name,
+            "dataset": data.name,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            **data.split_facts,
+        },
     )
     if plan.compile:
         # In place, so that checkpoint keys stay those of the plain model. Not where hooks would send it back to eager:

@@ -158,7 +158,12 @@ def _hyper_parameters(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def check_network(
-    name: str, data: ImageDataModule, network: nn.Module | None = None, *, other_sizes: bool = False
+    name: str,
+    data: ImageDataModule,
+    network: nn.Module | None = None,
+    *,
+    other_sizes: bool = False,
+    num_classes: int | None = None,
 ) -> None:
     """Has a network show that it turns two images of the data into logits.
 
@@ -167,11 +172,13 @@ def check_network(
         data: the data, set up.
         network: the network, on the CPU; by default a fresh one of this name.
         other_sizes: whether the data can have another ``data.image_size``.
+        num_classes: how many it tells apart; by default those of the data.
 
     Raises:
         ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
     """
-    network = create_model(name, data.num_classes) if network is None else network
+    num_classes = data.num_classes if num_classes is None else num_classes
+    network = create_model(name, num_classes) if network is None else network
     shape = "x".join(map(str, data.image_shape))
     try:
         with evaluation_mode(network), torch.no_grad():
@@ -181,9 +188,9 @@ def check_network(
         size = "another size with data.image_size=, or " if other_sizes else ""
         raise ValueError(f"{name} cannot take images of {shape} ({reason}); choose {size}another model.") from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    if found != (2, data.num_classes):
+    if found != (2, num_classes):
         raise ValueError(
-            f"{name} makes {found} of two images of {shape}, not logits {(2, data.num_classes)}; choose another model."
+            f"{name} makes {found} of two images of {shape}, not logits {(2, num_classes)}; choose another model."
         )
 
 
@@ -201,7 +208,7 @@ def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None
     known, classes = facts_of(weights).class_names, list(data.class_names)
     if known is not None and known != classes:
         raise ValueError(
-            f"{weights.source} was trained on other classes than those of {data.name}{_first_other(known, classes)}; "
+            f"{weights.source} was trained on other classes than those of {data.name}{first_other(known, classes)}; "
             f"{way_out}."
         )
 
@@ -249,6 +256,12 @@ def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
             )
 
 
-def _first_other(known: list[str], classes: list[str]) -> str:
+def first_other(known: list[str], classes: list[str]) -> str:
+    """The first class that two lists do not have in the same place, in brackets; empty without one.
+
+    Args:
+        known: the classes of a file.
+        classes: those of the data.
+    """
     pairs = enumerate(zip(known, classes, strict=False))
     return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
@@ -20,10 +21,12 @@ from rld_lightning.errors import UserError, user_errors
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
+from rld_lightning.models.look import Look, Relook, relook, trained_look
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, write_csv
-from rld_lightning.tasks.checks import check_classes, check_network, check_split, split_to_measure
+from rld_lightning.tasks.checks import check_network, check_split, split_to_measure
+from rld_lightning.tasks.classes import match_classes
 from rld_lightning.tasks.plan import freeze
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
 
@@ -34,7 +37,9 @@ MOST_CLASSES_SHOWN = 20
 class Evaluation:
     """What a model scored; written as ``evaluation.json``. Accuracies and calibration error in percent, NLL in nats.
 
-    ``ece`` is the expected calibration error over 15 bins of confidence (Guo et al., arXiv 1706.04599).
+    ``ece`` is the expected calibration error over 15 bins of confidence (Guo et al., arXiv 1706.04599). Where model and
+    data share a part of their classes only, ``shared_classes`` says how many, and the images are those of these
+    classes; all classes of the model compete. It is None where the classes are the same.
     """
 
     weights: str
@@ -46,6 +51,7 @@ class Evaluation:
     top5: float | None
     nll: float
     ece: float
+    shared_classes: int | None = None
 
 
 class EvaluationModule(LightningModule):
@@ -54,11 +60,22 @@ class EvaluationModule(LightningModule):
     Args:
         model: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
         num_classes: C.
+        class_of: for each class of the data, its place among the logits, or -1 for images to be left out; by default
+            the same.
+        relook: takes images to the look that the model was trained with; None where they come in it.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int) -> None:
+    class_of: Tensor
+
+    def __init__(
+        self, model: nn.Module, num_classes: int, class_of: Sequence[int] | None = None, relook: Relook | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.relook = relook
+        self.register_buffer(
+            "class_of", torch.tensor(range(num_classes) if class_of is None else class_of), persistent=False
+        )
         metrics: dict[str, Metric | MetricCollection] = {
             "top1": MulticlassAccuracy(num_classes, average="micro"),
             "ece": MulticlassCalibrationError(num_classes, n_bins=15),
@@ -71,11 +88,14 @@ class EvaluationModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts a batch."""
-        if not len(batch.label):
+        label = self.class_of[batch.label]
+        known = label >= 0
+        images, label = batch.images[known], label[known]
+        if not len(label):
             return
-        logits = self.model(batch.images).float()
-        self.metrics.update(logits, batch.label)
-        self.nll.update(cross_entropy(logits, batch.label), weight=len(batch.label))
+        logits = self.model(images if self.relook is None else self.relook(images)).float()
+        self.metrics.update(logits, label)
+        self.nll.update(cross_entropy(logits, label), weight=len(label))
 
     def on_test_epoch_end(self) -> None:
         """Computes everything, on all ranks in the same order."""
@@ -107,26 +127,30 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         check_split(weights, data, cfg.split)
         data.prepare_data()
         data.setup("test")
-        _check_data(weights, data, cfg.split)
+        _check_held_out(weights, data, cfg.split)
         print_line("data", data.describe())
-        model = create_model(name, data.num_classes)
-        load_weights(model, weights, name=name)
-        check_network(name, data, model, other_sizes="image_size" in cfg.data)
+        classes = match_classes(facts_of(weights), data)
+        model = create_model(name, len(classes.names))
+        weights = load_weights(model, weights, name=name)
+        check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}")
+        own_look = _own_look(weights, data)
         trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
-    module = EvaluationModule(model, data.num_classes)
+    module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
     data.trainer = trainer
     loader = data.test_dataloader if cfg.split == "test" else data.val_dataloader
     data.setup("test")
     trainer.test(module, loader(), verbose=False)
 
     percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
-    per_class = _per_class(module.results["per_class"], data.class_names)
+    per_class = _per_class(module.results["per_class"], classes.names)
     if not any(result.images for result in per_class):
         raise UserError(
             f"not one image of the {cfg.split} split of {data.name} was evaluated, so that there is no result: raise "
             "trainer.limit_test_batches, or look at the images."
         )
+    if classes.shared is not None:
+        per_class = [result for result in per_class if result.images]
     evaluation = Evaluation(
         weights=str(weights.source),
         model=name,
@@ -137,6 +161,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         top5=percent.get("top5"),
         nll=float(module.results["nll"]),
         ece=percent["ece"],
+        shared_classes=classes.shared,
     )
     _report(evaluation, per_class, Path(cfg.paths.run))
     return evaluation
@@ -152,7 +177,7 @@ def _model_name(weights: Weights) -> str:
 def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
     """Before anything is downloaded: can these be the classes that the model was trained on?"""
     facts = facts_of(weights)
-    if facts.num_classes not in (None, data.num_classes):
+    if facts.num_classes not in (None, data.num_classes) and not set(facts.class_names or ()) & set(data.class_names):
         of = f" of {facts.dataset}" if facts.dataset else ""
         raise ValueError(
             f"{weights.source} knows the {facts.num_classes} classes{of} and {data.name} has {data.num_classes}; "
@@ -160,23 +185,26 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
         )
 
 
-def _check_data(weights: Weights, data: ImageDataModule, split: str) -> None:
-    """Once the data are there: are they what the model was trained for, and not what it was trained on?"""
+def _own_look(weights: Weights, data: ImageDataModule) -> Relook | None:
+    """What takes the data's images to the look that a model was trained with, as its file says; tells of both."""
     facts = facts_of(weights)
-    known = facts.class_names
-    if known is None or set(known) == set(data.class_names):
-        check_classes(weights, data, "choose the data it was trained on with data=")
-    else:  # perhaps the same ones by other names
-        print_line("caution", f"{weights.source} knows other class names than {data.name}, such as {known[0]!r}")
-    for name in ("image_shape", "mean", "std"):
-        trained_with, found = getattr(facts, name), tuple(getattr(data, name))
-        if trained_with not in (None, found):
-            print_line(
-                "caution",
-                f"{weights.source} was trained with {name} {list(trained_with)}, and is measured with {list(found)}",
-            )
+    trained, found = facts.image_shape, data.image_shape
+    if trained is not None and trained != found:
+        print_line(
+            "caution",
+            f"{weights.source} was trained with image_shape {list(trained)}, and is measured with {list(found)}",
+        )
+    own_look = relook(Look(data.mean, data.std), trained_look(facts))
+    if own_look is not None:
+        print_line("model", f"sees images normalised with its own {trained_look(facts)}, as its file says")
+    return own_look
+
+
+def _check_held_out(weights: Weights, data: ImageDataModule, split: str) -> None:
+    """Once the data are there: are they not what the model was trained on?"""
     if split != "val":
         return
+    facts = facts_of(weights)
     if not data.has_own_validation:
         none_out = facts.val_fraction is not None
         way_out = "its run held none out; use split=test" if none_out else "hold some out with data.val_fraction"
@@ -225,8 +253,9 @@ def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path)
     names, images, *shares = zip(*per_class, strict=True)
     accuracy, precision = (["" if share is None else f"{share:.4f}" for share in column] for column in shares)
     write_csv(run / PER_CLASS, {"class": names, "images": images, "accuracy": accuracy, "precision": precision})
+    part = f", {evaluation.shared_classes} shared classes only" if evaluation.shared_classes is not None else ""
     print_table(
-        f"{evaluation.model} on {evaluation.images:,} {evaluation.split} images of {evaluation.dataset}",
+        f"{evaluation.model} on {evaluation.images:,} {evaluation.split} images of {evaluation.dataset}{part}",
         ("top-1 %", "top-5 %", "NLL", "ECE %"),
         [(f"{evaluation.top1:.2f}", evaluation.top5, f"{evaluation.nll:.4f}", evaluation.ece)],
     )

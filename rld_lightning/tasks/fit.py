@@ -29,10 +29,12 @@ from rld_lightning.runs.provenance import write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.build import build_module, build_trainer, set_up
 from rld_lightning.tasks.checks import check_loss, check_network, check_start, check_trainer
+from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.teacher import build_teacher, describe_size, find_teacher, keep_teacher, train_teacher
+from rld_lightning.tasks.teacher_score import measure_teacher
 from rld_lightning.tracking import wandb_run
 
 TASK = "rld_lightning.tasks.fit:fit"
@@ -111,6 +113,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_loss(loss, plan)
         data: ImageDataModule = instantiate(cfg.data)
         set_up(data, strong_view=loss.needs_strong_view)
+        usual = adopt_look(plan.student, data, chosen=any(cfg.data.get(key) is not None for key in ("mean", "std")))
         check_network(plan.student.name, data, other_sizes=plan.other_sizes)
     if loss.needs_teacher and plan.teacher is not None:
         with user_errors():
@@ -124,11 +127,14 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
     else:
         plan = replace(plan, teacher=None)
     with user_errors():
-        teacher = build_teacher(plan.teacher, data) if plan.teacher is not None else None
-        recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
-        module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
         trainer = build_trainer(cfg)
         check_trainer(trainer, cfg.trainer, plan.batch_size)
+        teacher = None
+        if plan.teacher is not None:
+            teacher, facts = build_teacher(plan.teacher, data, usual)
+            measure_teacher(teacher, facts, data, trainer)
+        recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
+        module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
     _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)

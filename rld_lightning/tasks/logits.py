@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import facts_of
+from rld_lightning.models.look import Look, published_look, relook, trained_look
 from rld_lightning.models.read import read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.reporting.logits import RunLogits
@@ -85,22 +87,25 @@ class LogitReader:
     def _of(self, data: ImageDataModule, weights: str | Path, name: str | None) -> tuple[Tensor, Tensor, Tensor]:
         key = (str(weights), id(data))
         if key not in self._logits:
-            model = _load(weights, name, data.num_classes).to(self.device).eval()
+            model, own = _load(weights, name, data.num_classes)
+            model = model.to(self.device).eval()
+            other = relook(Look(tuple(data.mean), tuple(data.std)), own)
+            look = nn.Identity() if other is None else other.to(self.device)
             print_line("logits", f"{weights} on the {data.val_size:,} validation images of {data.name}")
             logits, label, index = [], [], []
             with torch.inference_mode():
                 for batch in data.val_dataloader():
-                    logits.append(model(batch.images.to(self.device)).float().cpu())
+                    logits.append(model(look(batch.images.to(self.device))).float().cpu())
                     label.append(batch.label.cpu())
                     index.append(batch.index.cpu())
             self._logits[key] = torch.cat(logits), torch.cat(label), torch.cat(index)
         return self._logits[key]
 
 
-def _load(path: str | Path, name: str | None, num_classes: int) -> nn.Module:
-    """A network with its weights; by the name that the file knows, else by ``name``."""
+def _load(path: str | Path, name: str | None, num_classes: int) -> tuple[nn.Module, Look | None]:
+    """A network with its weights, by the name that the file knows, else by ``name``; and the look that it wants."""
     if path == "pretrained" and name is not None:
-        return create_model(name, num_classes, pretrained=True)
+        return create_model(name, num_classes, pretrained=True), published_look(name)
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"there are no weights at {path}; run from the folder that the run was started in, or give the teacher's "
@@ -112,4 +117,4 @@ def _load(path: str | Path, name: str | None, num_classes: int) -> nn.Module:
         raise ValueError(f"{path} does not say which model it is of; give weights that this package has written.")
     model = create_model(name, num_classes)
     load_weights(model, weights, name=name)
-    return model
+    return model, trained_look(facts_of(weights))

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.models.look import Look, look_of
 from rld_lightning.models.store import TeacherStore
 
 
@@ -35,12 +36,14 @@ class Teacher:
         name: for :func:`~rld_lightning.models.create_model`.
         weights: a file, or ``"pretrained"``; or where to look for a file, ``"auto"``, ``"fit"`` or ``"published"``.
         published_url: the archive of published teachers.
+        look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
         options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`.
     """
 
     name: str
     weights: str | None
     published_url: str
+    look: Look | None
     options: Mapping[str, Any]
 
 
@@ -106,11 +109,16 @@ def plan_student(settings: DictConfig) -> Student:
 
 
 def plan_teacher(settings: DictConfig | None) -> Teacher | None:
-    """The network to learn from, as ``model.teacher`` says; None without one."""
+    """The network to learn from, as ``model.teacher`` says; None without one.
+
+    Raises:
+        ValueError: ``mean`` and ``std`` are not three numbers each.
+    """
     if settings is None:
         return None
+    look = look_of(settings.get("mean"), settings.get("std"), "model.teacher")
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard")}
-    return Teacher(settings.name, settings.weights, settings.published_url, options)
+    return Teacher(settings.name, settings.weights, settings.published_url, look, options)
 
 
 def freeze(cfg: DictConfig) -> None:

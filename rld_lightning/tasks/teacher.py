@@ -14,13 +14,13 @@ from rld_lightning.errors import UserError
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import WeightsFacts, facts_of
+from rld_lightning.models.look import Look, relook
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.models.verify import load_weights
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
-from rld_lightning.tasks.checks import check_classes
+from rld_lightning.tasks.look import check_size, load_in_order, teacher_look
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import Teacher, alone
 
@@ -118,29 +118,38 @@ def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: Imag
         torch.distributed.barrier()  # the other ranks look for what rank 0 has stored
 
 
-def build_teacher(teacher: Teacher, data: ImageDataModule) -> FrozenTeacher:
-    """Loads and freezes a teacher, and prints its line.
+def build_teacher(teacher: Teacher, data: ImageDataModule, usual: Look) -> tuple[FrozenTeacher, WeightsFacts]:
+    """Loads and freezes a teacher, and prints its lines.
 
     Args:
         teacher: what it is, and where its weights are.
         data: the data, set up.
+        usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
+            known.
+
+    Returns:
+        the teacher, and what is known about its weights.
 
     Raises:
         ValueError: the weights are another network's, or know other classes.
     """
     if teacher.weights == "pretrained":
-        network, origin = _pretrained(teacher.name, data.num_classes), "pretrained"
+        network, origin, facts = _pretrained(teacher.name, data.num_classes), "pretrained", WeightsFacts()
     else:
         network = create_model(teacher.name, data.num_classes)
-        weights = load_weights(network, str(teacher.weights), name=teacher.name)
-        check_classes(weights, data, "move it away, or name another file with model.teacher.weights=")
-        origin = f"{teacher.weights}{_known(facts_of(weights))}"
+        weights = load_in_order(network, teacher.name, str(teacher.weights), data, "teacher")
+        facts = facts_of(weights)
+        origin = f"{teacher.weights}{_known(facts)}"
     size = describe_size(network, data.image_shape)  # before the teacher takes the network over
-    frozen = FrozenTeacher(network, **teacher.options)
+    wanted, who = teacher_look(teacher, facts, usual)
+    frozen = FrozenTeacher(network, **teacher.options, relook=relook(Look(data.mean, data.std), wanted))
     precision = teacher.options["dtype"] or "precision of the run"
     shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
     print_line("teacher", f"{teacher.name}, {size}, {precision}, weights {origin}{shares}")
-    return frozen
+    if frozen.relook is not None:
+        print_line("teacher", f"sees images normalised with its own {wanted} ({who})")
+    check_size(teacher.name, facts, data, pretrained=teacher.weights == "pretrained")
+    return frozen, facts
 
 
 def _pretrained(name: str, num_classes: int) -> nn.Module:

@@ -16,7 +16,7 @@ def make_plan(run: Path, **values: Any) -> Plan:
         "seed": 0,
         "label": "resnet14_to_resnet8",
         "student": Student("resnet8", None, channels_last=True),
-        "teacher": Teacher("resnet14", "auto", "", options),
+        "teacher": Teacher("resnet14", "auto", "", None, options),
         "store": TeacherStore(run / "teachers"),
         "compile": False,
         "loss": "KD",

@@ -17,9 +17,9 @@ from rld_lightning.tasks.evaluate import evaluate
 def measure(tmp_path):
     """Evaluates a small network, whose file says what is given, on the digits."""
 
-    def run(*overrides, name="resnet8", facts=None):
+    def run(*overrides, name="resnet8", facts=None, classes=10):
         torch.manual_seed(0)
-        model = create_model(name, 10)
+        model = create_model(name, classes)
         save_weights(model, tmp_path / "w.safetensors", {"name": name, "dataset": "digits"} | (facts or {}))
         options = ("data=digits", "trainer=cpu", f"weights={tmp_path / 'w.safetensors'}", *overrides)
         cfg = compose(*options, name="eval", resolve=False)
@@ -57,23 +57,67 @@ def test_a_file_that_does_not_say_what_was_held_out_is_measured_with_a_word_of_c
         measure("split=val")
 
 
-def test_classes_are_compared_by_name(measure):
-    names = [str(digit) for digit in range(10)]
-    assert measure(facts={"class_names": names})[1].images == 360
-    with pytest.raises(UserError, match=r"class 0 is '9' there and '0' here\); choose the data it was trained on"):
-        measure(facts={"class_names": names[::-1]})
+def by_hand(model, look=None):
+    """Logits and labels of the test split, of images that are normalised as the model wants."""
+    data = DigitsDataModule()
+    data.setup()
+    if look is not None:
+        data.normalize_with(*look)
+    with torch.no_grad():
+        parts = [(model(batch.images), batch.label) for batch in data.test_dataloader()]
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+
+def top1(logits, label):
+    return 100 * (logits.argmax(1) == label).float().mean().item()
+
+
+NAMES = [str(digit) for digit in range(10)]
+
+
+def test_classes_are_matched_by_name(measure, capsys):
+    model, found = measure(facts={"class_names": NAMES[::-1]})
+    logits, label = by_hand(model)
+    assert (found.images, found.shared_classes) == (360, None)
+    assert found.top1 == pytest.approx(top1(logits, 9 - label), abs=1e-4)
+    assert found.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, 9 - label).item(), rel=1e-5)
+    assert "matched to those of digits by name; their order is another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("known", [["7", "8", "9", "owl", "cat"], [*NAMES, "owl", "cat"]], ids=["others", "more"])
+def test_of_other_classes_the_shared_ones_are_measured_and_the_rest_is_said(measure, capsys, known):
+    model, found = measure(facts={"class_names": known, "num_classes": len(known)}, classes=len(known))
+    logits, label = by_hand(model)
+    kept = label >= 7 if len(known) == 5 else label >= 0
+    label = (label - 7 if len(known) == 5 else label)[kept]
+    assert (found.images, found.shared_classes) == (len(label), len(known) - 2)
+    assert found.top1 == pytest.approx(top1(logits[kept], label), abs=1e-4)  # all classes of the model compete
+    output = capsys.readouterr().out
+    assert f"measured on the {len(known) - 2} classes that model and digits share by name" in output
+    assert "2 that it knows are not in the data, and compete all the same (cat, owl)" in output
+    assert ("images of 7 that it does not know are left out (0, 1, 2, ...)" in output) == (len(known) == 5)
+    assert f"{found.shared_classes} shared classes only" in output
 
 
 def test_classes_of_other_names_may_be_the_same_ones(measure, capsys):
-    assert measure(facts={"class_names": [f"n{digit}" for digit in range(10)]})[1].images == 360
+    names = [f"n{digit}" for digit in range(10)]
+    assert measure(facts={"class_names": names})[1].images == 360
     assert "knows other class names than digits, such as 'n0'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="knows the 11 classes of digits and digits has 10"):
+        measure(facts={"class_names": [*names, "owl"], "num_classes": 11}, classes=11)
 
 
-def test_another_look_of_the_images_is_told(measure, capsys):
-    measure(facts={"image_shape": [3, 8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.3760, 0.3760, 0.3760]})
+def test_a_model_sees_images_as_it_was_trained_to(measure, capsys):
+    look = ((0.5, 0.4, 0.3), (0.25, 0.5, 1.0))
+    model, found = measure(facts={"image_shape": [3, 8, 8], "mean": list(look[0]), "std": list(look[1])})
+    logits, label = by_hand(model, look)
+    assert found.top1 == pytest.approx(top1(logits, label), abs=1e-4)
+    assert found.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, label).item(), rel=1e-5)
     output = capsys.readouterr().out
-    assert "was trained with mean [0.5, 0.5, 0.5], and is measured with [0.3054, 0.3054, 0.3054]" in output
-    assert output.count("caution") == 1
+    assert "its own mean [0.5, 0.4, 0.3] and std [0.25, 0.5, 1.0], as its file says" in output
+    assert "caution" not in output
+    measure(facts={"image_shape": [3, 32, 32]})
+    assert "was trained with image_shape [3, 32, 32], and is measured with [3, 8, 8]" in capsys.readouterr().out
 
 
 def test_a_network_that_cannot_take_the_images_is_refused(measure):

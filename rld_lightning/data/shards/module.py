@@ -106,6 +106,11 @@ class ShardsDataModule(StreamingDataModule):
             packed = {key: value for key, value in packed.items() if key != "resize"}
         self._set_look(**(packed | self._chosen))
 
+    def normalize_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Has images normalised otherwise from now on, whatever they were packed with."""
+        self._chosen |= {"mean": mean, "std": std}
+        super().normalize_with(mean, std)
+
     def find_splits(self) -> dict[str, ShardList]:
         """The images that the index lists."""
         return {

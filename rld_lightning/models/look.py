@@ -1,0 +1,95 @@
+"""What images look like to a network: the mean and spread that they are normalised with, and their size.
+
+Each network was trained with a look of its own. Data are normalised once, and a network that wants another look gets
+the same pixels under its own, by one multiplication and one addition.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.libraries import published_input
+
+
+class Look(NamedTuple):
+    """How images are normalised.
+
+    Attributes:
+        mean: mean of each channel, for values in [0, 1].
+        std: standard deviation of each channel, likewise.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"mean {list(self.mean)} and std {list(self.std)}"
+
+
+def look_of(mean: Sequence[float] | None, std: Sequence[float] | None, what: str) -> Look | None:
+    """A look that somebody has asked for.
+
+    Args:
+        mean: three numbers, or None.
+        std: three numbers above 0, or None.
+        what: what the two are options of, for the error message.
+
+    Returns:
+        the look; None where both are None.
+
+    Raises:
+        ValueError: there is one of the two, or they are not three numbers each.
+    """
+    if mean is None and std is None:
+        return None
+    three = [isinstance(v, Sequence) and len(v) == 3 and all(type(n) in (int, float) for n in v) for v in (mean, std)]
+    if mean is None or std is None or not all(three) or min(std) <= 0:
+        raise ValueError(
+            f"{what}.mean={mean} and {what}.std={std} must be three numbers each, those of std above 0, such as "
+            f"{what}.mean=[0.5,0.5,0.5] {what}.std=[0.5,0.5,0.5]; or null both."
+        )
+    return Look(tuple(mean), tuple(std))
+
+
+def trained_look(facts: WeightsFacts) -> Look | None:
+    """The look that a file of weights says its network was trained with; None where it does not say."""
+    return None if facts.mean is None or facts.std is None else Look(facts.mean, facts.std)
+
+
+def published_look(name: str) -> Look | None:
+    """The look that torchvision or timm says the pretrained weights of a network want; None for other networks."""
+    found = published_input(name)
+    return None if found is None else Look(*found[:2])
+
+
+class Relook(nn.Module):
+    """Takes normalised images to another look: ``x * std / std' + (mean - mean') / std'``, in float32 or better.
+
+    Args:
+        given: the look that images come in.
+        wanted: the look that they leave in.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, given: Look, wanted: Look) -> None:
+        super().__init__()
+        (mean, std), (own_mean, own_std) = (
+            torch.tensor(look, dtype=torch.float64)[..., None, None] for look in (given, wanted)
+        )
+        self.register_buffer("scale", (std / own_std).float(), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to the same shape."""
+        images = images.to(torch.promote_types(images.dtype, self.scale.dtype))
+        return torch.addcmul(self.shift, images, self.scale)
+
+
+def relook(given: Look, wanted: Look | None) -> Relook | None:
+    """What takes images to the look that a network wants; None where it is the one that they have."""
+    return None if wanted in (None, given) else Relook(given, wanted)

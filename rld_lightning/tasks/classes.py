@@ -1,0 +1,60 @@
+"""Which classes of the data are which of a model's: by name where its file names them, by position where not."""
+
+from typing import NamedTuple
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.errors import some
+from rld_lightning.models.facts import WeightsFacts
+
+
+class MatchedClasses(NamedTuple):
+    """How the classes of the data and of a model belong together.
+
+    Attributes:
+        names: the model's classes, in the order of its logits.
+        class_of: for each class of the data, its place among them; -1 for one that the model does not know.
+        shared: how many both know; None where these are all of both.
+    """
+
+    names: list[str]
+    class_of: list[int]
+    shared: int | None
+
+
+def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
+    """Matches the classes of the data to those of a model, and says what does not match.
+
+    Args:
+        facts: what the model's file says.
+        data: the data, set up.
+
+    Raises:
+        ValueError: the file names its classes, and none of them, or another number, is in the data.
+    """
+    classes, known = list(data.class_names), facts.class_names
+    by_position = MatchedClasses(classes, list(range(len(classes))), None)
+    if known is None or known == classes:
+        return by_position
+    place = {name: position for position, name in enumerate(known)}
+    shared = [name for name in classes if name in place]
+    if not shared or len(place) != len(known):
+        if len(known) != len(classes):
+            raise ValueError(
+                f"the model knows {len(known)} classes, such as {known[0]!r}, and none of the {len(classes)} of "
+                f"{data.name} by its name; choose the data it was trained on with data=."
+            )
+        print_line("caution", f"the model knows other class names than {data.name}, such as {known[0]!r}")
+        return by_position
+    class_of = [place.get(name, -1) for name in classes]
+    if len(shared) == len(known) == len(classes):
+        print_line("model", f"its classes are matched to those of {data.name} by name; their order is another")
+        return MatchedClasses(known, class_of, None)
+    unknown, absent = [name for name in classes if name not in place], sorted(set(known) - set(classes))
+    parts = (
+        (f"images of {len(unknown)} that it does not know are left out ({some(unknown)})", unknown),
+        (f"{len(absent)} that it knows are not in the data, and compete all the same ({some(absent)})", absent),
+    )
+    said = "; ".join(text for text, names in parts if names)
+    print_line("caution", f"measured on the {len(shared)} classes that model and {data.name} share by name; {said}")
+    return MatchedClasses(known, class_of, len(shared))

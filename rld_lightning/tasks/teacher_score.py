@@ -1,0 +1,86 @@
+"""How good a teacher is, measured before anything is learnt from it."""
+
+import time
+from math import sqrt
+
+import torch
+from lightning.pytorch import Trainer
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.teacher import FrozenTeacher
+
+SECONDS = 3.0
+_BATCH = 64
+_FAR = 5.0  # points of top-1
+
+
+@rank_zero_only
+def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageDataModule, trainer: Trainer) -> None:
+    """Measures a teacher on validation images, as many as a few seconds allow, and prints what it scores.
+
+    In float32, as its accuracy is measured during training. A word of caution follows where it is near chance, or far
+    below what its file says. A teacher that is shared out is in no single place yet, and is left out.
+
+    Args:
+        teacher: the teacher, on the CPU, where it is afterwards, too.
+        facts: what its file says.
+        data: the data, set up.
+        trainer: that is to train.
+
+    Raises:
+        ValueError: its logits are not numbers.
+    """
+    if teacher.shard:
+        return
+    device = trainer.strategy.root_device
+    data.trainer = trainer  # which says where images are to be decoded
+    teacher.place(device)
+    right = seen = 0
+    end = time.monotonic() + SECONDS
+    for batch in data.val_sample(_BATCH):
+        logits, _ = teacher(batch.images.to(device))
+        if logits.isnan().any():
+            raise ValueError(
+                f"the teacher's logits of {data.name} are not numbers (NaN): its weights are damaged, or need "
+                "model.teacher.dtype=float32; choose another file with model.teacher.weights=."
+            )
+        right += int((logits.argmax(1) == batch.label.to(device)).sum())
+        seen += len(batch.label)
+        if time.monotonic() > end:
+            break
+    teacher.place(torch.device("cpu"))
+    if not seen:
+        return
+    top1 = 100 * right / seen
+    recorded = facts.top1 if facts.dataset in (None, data.name) else None
+    print_line("teacher", f"top-1 {top1:.2f} % on {seen:,} of {data.val_size:,} validation images")
+    chance = 100 / data.num_classes
+    fallen = recorded is not None and top1 < recorded - _luck(recorded, seen) - _FAR
+    guessing = top1 <= chance + _luck(chance, seen) + _FAR * (1 - chance / 100)
+    if not (fallen or guessing):
+        return
+    like = f"far below the {recorded:.2f} % that its file says" if fallen else f"near that of guessing ({chance:.2f} %)"
+    why = _causes(facts, teacher, data) if fallen or recorded is None else "so says its file"
+    print_line("caution", f"the teacher's top-1 is {like}; {why}")
+
+
+def _luck(percent: float, images: int) -> float:
+    """Three standard deviations of an accuracy measured on so many images, in points."""
+    return 3 * sqrt(percent * (100 - percent) / images)
+
+
+def _causes(facts: WeightsFacts, teacher: FrozenTeacher, data: ImageDataModule) -> str:
+    """What it may be, as far as it is not known."""
+    causes = []
+    if facts.mean is None and teacher.relook is None:
+        causes.append("another normalisation (model.teacher.mean and std)")
+    if facts.image_shape is None or facts.image_shape != data.image_shape:
+        causes.append("images of another size")
+    if facts.class_names is None:
+        causes.append("another order of the classes")
+    return (
+        f"it may have been trained with {' or '.join(causes)}" if causes else "it may not have been trained to the end"
+    )

@@ -1,0 +1,95 @@
+"""Each network gets images normalised as it was trained with, and classes in the order of the data."""
+
+import pytest
+import torch
+from torch import nn
+
+from rld_lightning.models.classes import order_of, reorder_classes
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.look import Look, Relook, look_of, published_look, relook, trained_look
+from rld_lightning.models.teacher import FrozenTeacher
+
+IMAGENET = Look((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OTHER = Look((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
+
+
+def pixels():
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def normalized(look):
+    mean, std = (torch.tensor(values)[:, None, None] for values in look)
+    return (pixels() - mean) / std
+
+
+def test_images_change_their_look_to_rounding():
+    torch.testing.assert_close(Relook(IMAGENET, OTHER)(normalized(IMAGENET)), normalized(OTHER), rtol=0, atol=2e-6)
+    assert Relook(IMAGENET, OTHER)(normalized(IMAGENET).bfloat16()).dtype is torch.float32
+    assert not Relook(IMAGENET, OTHER).state_dict()
+    images = normalized(IMAGENET).contiguous(memory_format=torch.channels_last)
+    assert Relook(IMAGENET, OTHER)(images).is_contiguous(memory_format=torch.channels_last)
+    assert relook(IMAGENET, IMAGENET) is None
+    assert relook(IMAGENET, None) is None
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float64"])
+def test_a_teacher_sees_its_own_look(dtype):
+    network = create_model("resnet8", 10).eval()
+    with torch.no_grad():
+        expected = network(normalized(OTHER))
+    teacher = FrozenTeacher(network, dtype=dtype, relook=relook(IMAGENET, OTHER))
+    torch.testing.assert_close(teacher(normalized(IMAGENET))[0].float(), expected, rtol=1e-4, atol=1e-5)
+    assert {tensor.device.type for tensor in teacher.to("meta").buffers()} == {"meta"}
+
+
+def test_what_a_library_and_a_file_say():
+    assert published_look("timm/vit_tiny_patch16_224") == Look((0.5,) * 3, (0.5,) * 3)
+    assert published_look("torchvision/resnet34") == IMAGENET
+    assert published_look("torchvision/efficientnet_v2_l") == Look((0.5,) * 3, (0.5,) * 3)
+    assert published_look("wrn40_2") is None
+    assert trained_look(WeightsFacts(mean=OTHER.mean, std=OTHER.std)) == OTHER
+    assert trained_look(WeightsFacts(mean=OTHER.mean)) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([0.5] * 3, None), (None, [0.5] * 3), ([0.5] * 2, [0.5] * 3), ([0.5] * 3, [0.5, 0.5, 0.0]), (0.5, 0.5),
+        ("abc", [0.5] * 3), (["a", "b", "c"], [0.5] * 3), ([True] * 3, [0.5] * 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_look_is_three_numbers_twice(mean, std):
+    with pytest.raises(ValueError, match=r"model\.teacher\.mean=.*must be three numbers each"):
+        look_of(mean, std, "model.teacher")
+
+
+def test_a_look_by_hand():
+    assert look_of([0.5, 0.4, 0.3], [0.5, 0.25, 1], "model.teacher") == OTHER
+    assert look_of(None, None, "model.teacher") is None
+
+
+def test_classes_are_matched_by_name_only_where_the_names_are_the_same():
+    assert order_of(["a", "b", "c"], ["c", "a", "b"]) == [2, 0, 1]
+    assert order_of(["a", "b"], ["a", "c"]) is None
+    assert order_of(["a", "b", "c"], ["a", "b"]) is None
+    assert order_of(["a", "a"], ["a", "a"]) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet8@resnet32x4", "torchvision/squeezenet1_1", "torchvision/regnet_y_400mf"]
+)
+def test_logits_come_in_another_order(name):
+    torch.manual_seed(0)
+    network = create_model(name, 5).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # so that a fresh network tells images apart
+            module.running_var.fill_(0.1)
+    images = torch.randn(2, 3, 32, 32)
+    order = [3, 0, 4, 1, 2]
+    with torch.no_grad():
+        before = network(images)
+        reorder_classes(network, name, order)
+        torch.testing.assert_close(network(images), before[:, order])
+    assert before.std(1).min() > 0
