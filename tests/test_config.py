@@ -24,6 +24,7 @@ from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_
 from rld_lightning.models import list_models
 from rld_lightning.models.store import PUBLISHED_URL
 from rld_lightning.runs.naming import loss_choice, loss_name
+from rld_lightning.tasks.trainer import make_trainer
 
 
 @cache
@@ -444,9 +445,32 @@ def test_every_recipe(recipe):
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "ddp_cpu"])
 def test_every_trainer_without_a_gpu(name):
-    trainer = instantiate(compose(f"trainer={name}").trainer, logger=False, enable_checkpointing=False)
+    trainer = make_trainer(compose(f"trainer={name}").trainer, logger=False, enable_checkpointing=False)
     assert isinstance(trainer, Trainer)
     assert trainer.world_size == (2 if name == "ddp_cpu" else 1)
+
+
+@pytest.mark.parametrize(
+    ("debug", "flag", "value"),
+    [("fast", "fast_dev_run", True), ("overfit", "overfit_batches", 1), ("anomaly", "_detect_anomaly", True),
+     ("profile", "limit_train_batches", 50)],
+)  # fmt: skip
+def test_every_way_to_debug(debug, flag, value):
+    trainer = make_trainer(compose(f"debug={debug}", "trainer=cpu").trainer, logger=False)
+    assert getattr(trainer, flag) == value
+    assert (type(trainer.profiler).__name__ == "SimpleProfiler") == (debug == "profile")
+
+
+def test_null_is_lightnings_default_of_every_flag_and_no_plus_is_needed():
+    flags = compose("trainer=cpu").trainer
+    ours, theirs = make_trainer(flags, logger=False), Trainer(accelerator="cpu", logger=False)
+    known = inspect.signature(Trainer).parameters
+    assert set(flags) <= {*known, "_target_"}
+    for flag in (key for key, value in flags.items() if value is None and hasattr(theirs, key)):
+        assert type(getattr(ours, flag)) is type(getattr(theirs, flag)), flag
+    assert not {"accumulate_grad_batches", "limit_train_batches", "limit_test_batches", "profiler", "max_time"} - set(
+        flags
+    )
 
 
 @pytest.mark.parametrize("name", ["gpu", "ddp"])
@@ -477,7 +501,7 @@ def test_experiments():
     assert (cfg.data._target_.split(".")[-1], cfg.model.teacher.weights) == ("DigitsDataModule", "fit")
 
 
-@pytest.mark.parametrize("group", ["experiment", "sweep", "launcher"])
+@pytest.mark.parametrize("group", ["experiment", "debug", "sweep", "launcher"])
 def test_a_typo_in_what_may_be_left_out_is_refused(group):
     with pytest.raises(MissingConfigException, match=f"Could not find '{group}/quikstart'"):
         compose(f"{group}=quikstart")

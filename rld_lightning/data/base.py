@@ -245,7 +245,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_sampler(self) -> EpochSampler:
         """Makes the sampler of this process's share of the training split."""
-        return EpochSampler.for_training(
+        sampler = EpochSampler.for_training(
             self.train_size,
             self.batch_size,
             seed=self.seed,
@@ -254,6 +254,8 @@ class ImageDataModule(LightningDataModule):
             rank=self.rank,
             world_size=self.world_size,
         )
+        sampler.repeat = bool(getattr(self.trainer, "overfit_batches", 0))
+        return sampler
 
     def eval_sampler(self, size: int) -> EpochSampler:
         """Makes the sampler of this process's share of an evaluation split of ``size`` images."""

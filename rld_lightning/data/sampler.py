@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -42,8 +43,11 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
     return share
 
 
-class EpochSampler:
+class EpochSampler(SequentialSampler):
     """The positions of an epoch that one process visits, step by step.
+
+    (It is no ``SequentialSampler`` of PyTorch but in name: any other one Lightning would replace for
+    ``overfit_batches``.)
 
     Args:
         size: N, the number of samples in the split.
@@ -57,6 +61,8 @@ class EpochSampler:
         epoch: the epoch that the next iteration draws.
         permute: how samples are permuted: given N and a generator, an order ``(N,)`` int64. Any order is as
             likely as any other, unless a data set replaces this.
+        repeat: whether each epoch has the order of epoch 0, as where the same few batches are to be learnt by heart;
+            what else is drawn is new in each.
     """
 
     def __init__(self, size: int, batches: list[Tensor], *, seed: int = 0, shuffle: bool = False) -> None:
@@ -68,6 +74,7 @@ class EpochSampler:
         self.shuffle = shuffle
         self.epoch = 0
         self.permute: Callable[[int, torch.Generator], Tensor] = _permute
+        self.repeat = False
 
     @classmethod
     def for_training(
@@ -130,5 +137,6 @@ class EpochSampler:
             the order ``(N,)`` int64, and the generator to draw the augmentation of the N positions from.
         """
         generator = epoch_generator(self.seed, self.epoch)
-        order = self.permute(self.size, generator) if self.shuffle else torch.arange(self.size)
-        return order, generator
+        if not self.shuffle:
+            return torch.arange(self.size), generator
+        return self.permute(self.size, epoch_generator(self.seed, 0) if self.repeat else generator), generator

@@ -154,14 +154,19 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def find_all(folders: Sequence[Path]) -> Found:
-    """:func:`find_runs`, with the folders of the runs that are not finished, and of those that cannot be read."""
+    """:func:`find_runs`, with the folders of the runs that are not finished, and of those that cannot be read.
+
+    A ``fast_dev_run`` is none of them.
+    """
     found = Found([], [], [])
     for path in _below(folders):
         if not (path / SUMMARY).exists():
             found.unfinished.append(path)
             continue
         try:
-            found.runs.append(read_run(path))
+            run = read_run(path)
+            if not run.summary.fast_dev_run:
+                found.runs.append(run)
         except (OSError, ValueError) as error:
             found.broken.append((path, str(error)))
     return found

@@ -1,9 +1,9 @@
 """What decides whether two runs are alike: the settings that have an effect on the result.
 
 A key without an effect is named here; any other one decides, so that doubt keeps runs apart. Of a trainer and of
-callbacks it is known what it means when nothing is said: Lightning's default, and that there is none. These are filled
-in, so that a run with ``trainer.plugins=null`` is like one that does not say so, and one with averaged weights is never
-like one without.
+callbacks it is known what it means when nothing is said, or null: Lightning's default, and that there is none. These
+are filled in, so that a run with ``trainer.plugins=null`` is like one that does not say so, and one with averaged
+weights is never like one without.
 """
 
 import re
@@ -79,12 +79,11 @@ _TRAINER_DEFAULTS = {
 }
 # Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
 _SYNONYMS = {
-    "trainer.precision": {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"},
+    "trainer.precision": {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"},
     "trainer.gradient_clip_val": {"0": "None", "0.0": "None"},
-    "trainer.gradient_clip_algorithm": {"None": "norm"},
-    "trainer.limit_train_batches": {"None": "all", "1.0": "all"},
-    "trainer.limit_val_batches": {"None": "all", "1.0": "all"},
-    "trainer.overfit_batches": {"1.0": "all"},
+    "trainer.limit_train_batches": {"1.0": "all"},
+    "trainer.limit_val_batches": {"1.0": "all"},
+    "trainer.overfit_batches": {"0.0": "0", "1.0": "all"},
 }
 _FILES = ("model.teacher.weights", "model.student.weights")
 _NETWORKS = ("model.label", "model.teacher.name", "model.student.name")
@@ -129,8 +128,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """
     others = {key: value for key, value in config.items() if key != "callbacks"}
     known = {key: canonical(key, value) for key, value in flat(others).items() if decides(key)}
-    if known.get("trainer.max_epochs", "None") in ("None", known.get("recipe.epochs")):
-        known["trainer.max_epochs"] = _TRAINER_DEFAULTS["trainer.max_epochs"]
+    known = {key: value for key, value in known.items() if not (key.startswith("trainer.") and value == "None")}
+    if known.get("trainer.max_epochs") == known.get("recipe.epochs"):
+        known.pop("trainer.max_epochs", None)
     return _TRAINER_DEFAULTS | known | {"callbacks": _callbacks(config)}
 
 

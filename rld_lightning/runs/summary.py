@@ -25,6 +25,7 @@ class Summary:
         split_images: how many there were to evaluate, unreadable ones aside; None of runs of earlier versions.
         steps: how many steps of the optimizer were taken; likewise.
         scheduled_steps: how many the recipe's epochs take on all batches; likewise.
+        fast_dev_run: whether it was only to show that everything works, which is no result.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Summary:
     split_images: int | None = None
     steps: int | None = None
     scheduled_steps: int | None = None
+    fast_dev_run: bool = False
 
     @property
     def validated_on(self) -> str:
@@ -76,7 +78,7 @@ class Summary:
     @property
     def complete(self) -> bool:
         """Whether it may stand beside other runs: trained to the end, and evaluated on the whole split."""
-        return self.trained_whole and self.evaluated_whole
+        return self.trained_whole and self.evaluated_whole and not self.fast_dev_run
 
     def write(self, run: Path) -> None:
         """Leaves it in the run's folder."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
@@ -23,6 +23,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.look import load_in_order
 from rld_lightning.tasks.plan import Plan
+from rld_lightning.tasks.trainer import make_trainer
 
 
 def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
@@ -100,13 +101,17 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
     Args:
         cfg: the run's configuration.
     """
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    enabled = {}
+    for option, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+        if cfg.trainer.get(option) is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+        # Lightning would put its own in the place of what callbacks.<name>=null has switched off.
+        enabled[option] = any(isinstance(callback, kind) for callback in callbacks)
     return {
         "logger": [instantiate(logger) for logger in cfg.logger.values() if logger],
         "callbacks": [*callbacks, SameConfiguration(cfg)],
-        # Lightning would put its own in the place of what callbacks.<name>=null has switched off.
-        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        **enabled,
     }
 
 
@@ -116,7 +121,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     Args:
         cfg: the run's configuration.
     """
-    trainer: Trainer = instantiate(cfg.trainer, **watchers(cfg))
+    trainer = make_trainer(cfg.trainer, **watchers(cfg))
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and none from trainer.plugins
         trainer.strategy.checkpoint_io = CheckpointFiles()
     return trainer

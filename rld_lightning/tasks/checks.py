@@ -1,6 +1,7 @@
 """What would go wrong later, said before anything is trained or measured: one sentence each."""
 
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -86,28 +87,31 @@ def check_loss(loss: DistillationLoss, plan: Plan) -> None:
         )
 
 
-def check_trainer(trainer: Trainer, settings: DictConfig, batch_size: int) -> None:
+def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule) -> None:
     """Looks whether a trainer can do all of a run.
 
     Args:
         trainer: the trainer.
         settings: ``trainer``.
-        batch_size: over all processes.
+        data: the data, set up.
 
     Raises:
-        ValueError: it validates never, cannot share out the batch, or has no GPUs for what needs them.
+        ValueError: it trains or validates never, cannot share out the batch, or has no GPUs for what needs them.
     """
-    if getattr(trainer, "fast_dev_run", False):  # which Lightning does not declare
-        raise ValueError(
-            "trainer.fast_dev_run leaves nothing that a run is made of; for a trial take trainer.max_steps=10 and "
-            "data.subset=0.01."
-        )
     if trainer.limit_val_batches == 0:
         raise ValueError(
             "trainer.limit_val_batches=0 leaves no accuracy to report; to validate less often, set "
             "trainer.check_val_every_n_epoch."
         )
-    share_of_batch(batch_size, trainer.world_size)
+    share_of_batch(data.batch_size, trainer.world_size)
+    for split, sampler in (("train", data.train_sampler()), ("val", data.eval_sampler(data.val_size))):
+        option = "overfit_batches" if settings.get("overfit_batches") else f"limit_{split}_batches"
+        limit, number = getattr(trainer, f"limit_{split}_batches"), len(sampler)
+        if limit * (number if isinstance(limit, float) else 1) < 1:
+            raise ValueError(
+                f"trainer.{option}={limit} is none of the {number} {split} batches; take a number of them, such as "
+                f"trainer.{option}=1, or a share of {ceil(1000 / number) / 1000:g} or more."
+            )
     if settings.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -29,6 +29,7 @@ from rld_lightning.tasks.checks import check_network, check_split, split_to_meas
 from rld_lightning.tasks.classes import match_classes
 from rld_lightning.tasks.plan import freeze
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
+from rld_lightning.tasks.trainer import make_trainer
 
 MOST_CLASSES_SHOWN = 20
 
@@ -135,7 +136,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}")
         own_look = _own_look(weights, data)
-        trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+        trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
     data.trainer = trainer
     loader = data.test_dataloader if cfg.split == "test" else data.val_dataloader

@@ -128,7 +128,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         plan = replace(plan, teacher=None)
     with user_errors():
         trainer = build_trainer(cfg)
-        check_trainer(trainer, cfg.trainer, plan.batch_size)
+        check_trainer(trainer, cfg.trainer, data)
         teacher = None
         if plan.teacher is not None:
             teacher, facts = build_teacher(plan.teacher, data, usual)

@@ -29,7 +29,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
@@ -37,6 +36,7 @@ from rld_lightning.console import print_line, quiet_lightning
 from rld_lightning.distributed import sigterm_ends, started_by
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import is_trial
+from rld_lightning.tasks.trainer import make_trainer
 
 JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that are started here
 POLL = 0.1  # seconds between two looks at the processes
@@ -65,13 +65,10 @@ def processes_to_start(trainer: DictConfig) -> int:
     if trainer.devices == 1 and trainer.get("num_nodes", 1) == 1 and started_by() is None:
         return 1
     # Here, so that ranks end quietly on a Ctrl-C while they import it.
-    from lightning.pytorch import Trainer
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
     # Its device count alone is of interest: no precision, which may have to ask, and so occupy, a GPU.
-    probe: Trainer = instantiate(
-        trainer, precision=None, logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    probe = make_trainer(trainer, precision=None, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     wanted = probe.num_devices * probe.num_nodes
     if (started := started_by()) is not None:
         if wanted != started.processes:

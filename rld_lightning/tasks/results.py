@@ -73,6 +73,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         split_images=images if all_batches else data.val_size,  # without those that cannot be read
         steps=trainer.global_step,
         scheduled_steps=_scheduled_steps(trainer, data),
+        fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # which Lightning does not declare
     )
 
 
@@ -112,7 +113,8 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
     save_weights(student, run / STUDENT, facts)
     summary.write(run)  # last of the two: a run with a summary is a finished one
     teacher = f" from {summary.teacher}" if summary.teacher else ""
-    _draw_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
+    if (run / METRICS).exists():
+        _draw_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
     rows = [
         ("top-1, last epoch", f"{summary.top1:.2f} %"),
         ("top-1, best epoch", f"{summary.top1_best:.2f} %"),
@@ -126,6 +128,8 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         ("", "student"),
         [row for row in rows if row[1]],
     )
+    if summary.fast_dev_run:
+        print_line("caution", "trainer.fast_dev_run shows that everything works; these numbers are no result")
     files = {
         STUDENT: "the student's weights",
         SUMMARY: "these numbers",

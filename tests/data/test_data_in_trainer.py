@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.data import same
+from helpers.shards import pack_folder, shards_data, write_images
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import nn
@@ -80,6 +81,35 @@ def test_epochs_are_announced_and_differ(data):
     assert not same(model.trained[:3], model.trained[3:])
     for epoch in (model.trained[:3], model.trained[3:]):
         assert sorted(torch.cat([batch.index for batch in epoch]).tolist()) == list(range(data.train_size))
+
+
+@pytest.fixture(params=["memory", "folder", "shards"])
+def noise(request, tmp_path):
+    """A data set of each kind, none of whose images looks the same when it is cropped elsewhere."""
+    if request.param == "memory":
+        return digits()
+    write_images(tmp_path / "images")
+    if request.param == "shards":
+        pack_folder(tmp_path / "images", tmp_path / "shards")
+        return shards_data(tmp_path / "shards", batch_size=15, image_size=8, resize=8)
+    return ImageFolderDataModule(tmp_path / "images", image_size=8, batch_size=15, num_workers=0)
+
+
+def test_overfitting_sees_the_same_images_in_each_epoch_and_augments_them_anew(noise):
+    model = Recorder()
+    trainer(overfit_batches=1).fit(model, noise)
+    first, second = model.trained
+    assert torch.equal(first.index, second.index)
+    assert len(first.label.unique()) > 2  # not the first class alone, as without a shuffle
+    assert not torch.equal(first.images, second.images)
+    assert len(model.evaluated[-1]) < noise.val_size or len(noise.val_dataloader()) == 1
+
+
+def test_a_share_of_the_training_batches_is_what_the_schedule_counts(noise):
+    model, runner = Recorder(), trainer(limit_train_batches=0.7, limit_val_batches=0)
+    runner.fit(model, noise)
+    assert runner.estimated_stepping_batches == len(model.trained) == 2 * int(0.7 * len(noise.train_dataloader()))
+    assert not torch.equal(model.trained[0].index, model.trained[len(model.trained) // 2].index)
 
 
 def test_every_test_image_is_evaluated_once(data):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rld_lightning import create_model
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.runs.finished import find_runs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn16_2", "model.student.name=wrn16_1", "recipe=quick")
@@ -165,7 +166,11 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),
         (("model.teacher.weights=null",), "model.teacher.weights has no value"),
         (("+trainer.limit_val_batches=0", "loss=ce"), "trainer.limit_val_batches=0 leaves no accuracy to report"),
-        (("+trainer.fast_dev_run=true", "loss=ce"), "take trainer.max_steps=10 and data.subset=0.01"),
+        (
+            ("trainer.limit_train_batches=0.01", "loss=ce"),
+            "0.01 is none of the 23 train batches",
+        ),
+        (("trainer.overfit_batches=0.1", "loss=ce"), "overfit_batches=0.1 is none of the 2 val batches"),
         (("trainer=ddp_cpu", "trainer.devices=3"), "cannot be shared by 3 processes: choose a positive multiple of 3"),
         (("data=imagefolder",), "data.root has no value"),
         (("data.val_fraction=2",), "val_fraction=2"),
@@ -288,6 +293,16 @@ def test_only_a_teacher_trained_to_its_end_on_everything_is_stored_for_others(tm
     weights = tmp_path / "run" / "teacher" / "student.safetensors"
     assert weights.exists()
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").model.teacher.weights == str(weights)
+
+
+def test_a_fast_dev_run_does_everything_once_and_leaves_no_result(tmp_path):
+    networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=kd")
+    options = (*networks, "model.teacher.weights=fit", f"paths.teachers={tmp_path / 'teachers'}")
+    summary = in_process(tmp_path / "run", *options, "data.batch_size=2000", "debug=fast")
+    assert (summary.steps, summary.complete) == (1, False)
+    assert (tmp_path / "run" / "student.safetensors").exists()
+    assert not list((tmp_path / "teachers").rglob("*.safetensors"))
+    assert find_runs([tmp_path]) == []
 
 
 def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
