@@ -5,7 +5,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -13,8 +13,19 @@ from typing import NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
 
-__all__ = ["Started", "devices_per_node", "nodes", "rank_zero_only", "sigterm_ends", "started_by", "unique_name"]
+__all__ = [
+    "Started",
+    "devices_per_node",
+    "gathered",
+    "nodes",
+    "own_share",
+    "rank_zero_only",
+    "sigterm_ends",
+    "started_by",
+    "unique_name",
+]
 
 
 def _rank_before_lightning() -> int:
@@ -91,6 +102,31 @@ def _agreed_name() -> str:
     if rank == 0:
         store.set(key, _new_name())
     return store.get(key).decode()
+
+
+def gathered(counts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What each process of the run has counted, on the CPU, in the order of their ranks: a collective."""
+    own = {name: value.detach().cpu() for name, value in counts.items()}
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    everyone: list[dict[str, Tensor]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def own_share(counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The part of this process in what was :func:`gathered`, so that the sum over the processes is as it was.
+
+    Its own where there are as many processes as then; otherwise the first takes all.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    if len(counts) == processes:
+        return dict(counts[rank])
+    total: dict[str, Tensor] = {}
+    for part in counts if rank == 0 else ():
+        total = {name: value + total[name] if name in total else value for name, value in part.items()}
+    return total
 
 
 @contextmanager

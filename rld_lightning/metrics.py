@@ -5,6 +5,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from rld_lightning.distributed import gathered, own_share
+
+_WEIGHT = "weight"  # beside the names in a state
+
 
 class EpochMeans:
     """Weighted means of named scalars.
@@ -28,17 +32,31 @@ class EpochMeans:
         counted = counted * weight if weight else torch.zeros_like(counted)
         counted = torch.cat([counted, counted.new_full((1,), weight)])
         self._names = tuple(values)
-        self._totals = counted if self._totals is None else self._totals + counted
+        self._totals = counted if self._totals is None else self._totals.to(counted.device) + counted
+
+    def reset(self) -> None:
+        """Begins to count anew."""
+        self._totals = None
 
     def compute(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The means since the last call, the same on all ranks; empty when nothing was counted.
+        """The means since the last reset, the same on all ranks; empty when nothing was counted.
 
         Args:
             reduce: sums a tensor over the ranks, as ``trainer.strategy.reduce(tensor, reduce_op="sum")`` does.
         """
         if self._totals is None:
             return {}
-        *sums, weight = reduce(self._totals, reduce_op="sum").unbind()
-        self._totals = None
+        *sums, weight = reduce(self._totals.clone(), reduce_op="sum").unbind()  # which may work in place
         self.samples = round(weight.item())
         return {name: (total / weight).float() for name, total in zip(self._names, sums, strict=True)}
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """What was counted since the last reset, by rank: a collective."""
+        names = (*self._names, _WEIGHT)
+        return gathered({} if self._totals is None else dict(zip(names, self._totals.unbind(), strict=True)))
+
+    def load_state_dict(self, states: list[dict[str, Tensor]]) -> None:
+        """Goes on from there, with as many ranks as then or others."""
+        own = own_share(states)
+        self._names = tuple(name for name in own if name != _WEIGHT)
+        self._totals = torch.stack([own[name] for name in (*self._names, _WEIGHT)]) if own else None

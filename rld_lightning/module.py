@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from rld_lightning.data.base import Batch
+from rld_lightning.distributed import gathered, own_share
 from rld_lightning.learning_rate import remember_first_rates, rescale
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.metrics import EpochMeans
@@ -137,9 +138,17 @@ class DistillationModule(LightningModule):
             teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps))
         return ModelOutput(*forward_with_taps(self.student, images, self.loss.student_taps)), teacher
 
+    def on_train_epoch_start(self) -> None:
+        """Begins to count; not where a run goes on within an epoch, which has counted before."""
+        self._begin("train")
+
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means and training accuracy."""
         self._log_epoch("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins to count."""
+        self._begin("val")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Student only; the teacher's share of the evaluation is a callback's."""
@@ -153,6 +162,10 @@ class DistillationModule(LightningModule):
             return
         self.best_top1 = max(self.best_top1, top1)
         self.log("val/top1_best", self.best_top1)
+
+    def on_test_epoch_start(self) -> None:
+        """Begins to count."""
+        self._begin("test")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`validation_step`, on the test split."""
@@ -180,12 +193,15 @@ class DistillationModule(LightningModule):
     def _accuracies(self, split: str) -> dict[str, Metric]:
         return {name: metric for name, metric in self.accuracies.items() if name.startswith(f"{split}/")}
 
+    def _begin(self, split: str) -> None:
+        self.means[split].reset()
+        for accuracy in self._accuracies(split).values():
+            accuracy.reset()
+
     def _log_epoch(self, split: str) -> float:
         # Metrics and means synchronise themselves over the ranks, in this order on all, so their values are the same.
-        values = {}
-        for name, accuracy in self._accuracies(split).items():
-            values[name] = 100 * accuracy.compute()
-            accuracy.reset()
+        # What was counted stays until the next epoch begins: a run that has to end here may go on within this one.
+        values = {name: 100 * accuracy.compute() for name, accuracy in self._accuracies(split).items()}
         self.log_dict(values, prog_bar=split == "val")
         means = self.means[split].compute(self.trainer.strategy.reduce)
         self.log_dict(means | term_shares(means))
@@ -211,12 +227,24 @@ class DistillationModule(LightningModule):
             rescale(optimizer, schedulers, self.own_rates)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the best accuracy over a resume."""
+        """Keeps over a resume the best accuracy, and what the epoch has counted so far."""
         checkpoint["best_top1"] = self.best_top1
+        counts = {
+            f"{name} {state}": value
+            for name, accuracy in self._accuracies("train").items()
+            for state, value in accuracy.metric_state.items()
+            if isinstance(value, Tensor)
+        }
+        checkpoint["epoch_so_far"] = {"means": self.means["train"].state_dict(), "accuracies": gathered(counts)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the best accuracy."""
+        """Restores them."""
         self.best_top1 = checkpoint["best_top1"]
+        so_far = checkpoint.get("epoch_so_far", {"means": [{}], "accuracies": [{}]})  # which earlier versions left out
+        self.means["train"].load_state_dict(so_far["means"])
+        for key, value in own_share(so_far["accuracies"]).items():
+            name, state = key.split(" ")
+            setattr(self.accuracies[name], state, value)
 
 
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

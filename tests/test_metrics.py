@@ -25,7 +25,8 @@ def test_means_are_weighted_by_samples():
 
 def test_each_epoch_starts_anew_and_an_empty_one_is_empty():
     counted = means(({"a": 1.0}, 2))
-    counted.compute(alone)
+    assert counted.compute(alone) == counted.compute(alone) == {"a": torch.tensor(1.0)}
+    counted.reset()
     assert counted.compute(alone) == {}
     counted.update({"a": torch.tensor(7.0)}, 1)
     assert counted.compute(alone) == {"a": torch.tensor(7.0)}
@@ -54,3 +55,20 @@ def test_knows_how_many_samples_are_behind_the_means_of_all_ranks():
     counted = means(({"a": 1.0}, 3), ({"a": 5.0}, 1), ({"a": float("nan")}, 0))
     counted.compute(lambda tensor, reduce_op: 2 * tensor)  # two ranks with the same
     assert counted.samples == 8
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2)])
+def test_goes_on_from_a_state_of_as_many_processes_or_others(monkeypatch, then, now):
+    everyone = [means(({"a": 1.0, "b": float(rank)}, 2 + rank)) for rank in range(then)]
+    states = [counted.state_dict()[0] for counted in everyone]
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: now)
+    resumed = []
+    for rank in range(now):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        resumed.append(EpochMeans())
+        resumed[-1].load_state_dict(states)
+    total = sum(counted._totals for counted in resumed if counted._totals is not None)
+    assert total.equal(sum(counted._totals for counted in everyone))
+    if then == now:
+        assert all(a._totals.equal(b._totals) for a, b in zip(everyone, resumed, strict=True))

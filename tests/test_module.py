@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss, create_model
-from rld_lightning.callbacks import EpochSeed, TeacherMonitor
+from rld_lightning.callbacks import StepSeed, TeacherMonitor
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
@@ -272,16 +272,16 @@ def test_learnable_parts_of_a_loss_are_optimised_saved_and_resumed(make_loss, tm
     last = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
     whole = connected_module(make_loss())
     before = {name: value.clone() for name, value in whole.loss.named_parameters()}
-    trainer(tmp_path, callbacks=[EpochSeed(0)], **options).fit(whole, digits())
+    trainer(tmp_path, callbacks=[StepSeed(0)], **options).fit(whole, digits())
     assert before
     for name, value in whole.loss.named_parameters():
         assert not torch.equal(value, before[name]), name
 
-    first = trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[last, EpochSeed(0)], **options)
+    first = trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[last, StepSeed(0)], **options)
     first.fit(connected_module(make_loss()), digits())
     torch.manual_seed(123)
     resumed = connected_module(make_loss())
-    trainer(tmp_path, callbacks=[EpochSeed(0)], **options).fit(
+    trainer(tmp_path, callbacks=[StepSeed(0)], **options).fit(
         resumed, digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )
     assert set(resumed.state_dict()) == set(whole.state_dict())

@@ -3,11 +3,13 @@
 from rld_lightning.callbacks.checkpoint_files import CheckpointFiles
 from rld_lightning.callbacks.class_accuracy import ClassAccuracy
 from rld_lightning.callbacks.divergence import Diverged, Divergence
-from rld_lightning.callbacks.epoch_seed import EpochSeed
+from rld_lightning.callbacks.exact_resume import ExactResume
 from rld_lightning.callbacks.gradient_norm import GradientNorm
+from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
 from rld_lightning.callbacks.optuna_pruner import OptunaPruner
 from rld_lightning.callbacks.own_checkpoints import OwnCheckpoints
 from rld_lightning.callbacks.same_configuration import SameConfiguration
+from rld_lightning.callbacks.step_seed import StepSeed
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
 
@@ -16,11 +18,13 @@ __all__ = [
     "ClassAccuracy",
     "Diverged",
     "Divergence",
-    "EpochSeed",
+    "ExactResume",
     "GradientNorm",
+    "LastCheckpoint",
     "OptunaPruner",
     "OwnCheckpoints",
     "SameConfiguration",
+    "StepSeed",
     "TeacherMonitor",
     "Throughput",
 ]

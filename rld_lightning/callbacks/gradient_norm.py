@@ -1,5 +1,7 @@
 """How long the gradient is that an optimiser step gets."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
@@ -28,7 +30,7 @@ class GradientNorm(Callback):
         norm = torch.nn.utils.get_total_norm(gradients).float()
         counts = norm.isfinite()
         step = torch.stack([torch.where(counts, norm, 0.0), counts.float()])
-        self.totals = step if self.totals is None else self.totals + step
+        self.totals = step if self.totals is None else self.totals.to(step.device) + step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the mean; all ranks have the same gradient."""
@@ -37,3 +39,11 @@ class GradientNorm(Callback):
         total, steps = self.totals.tolist()
         if steps:
             pl_module.log("train/grad_norm", total / steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch has counted so far, the same on all ranks."""
+        return {} if self.totals is None else {"totals": self.totals.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.totals = state_dict.get("totals")

@@ -25,6 +25,10 @@ class TeacherMonitor(Callback):
         self.means = {split: EpochMeans() for split in ("train", "val")}
         self.predictions: dict[tuple[int, int], Tensor] = {}
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Begins to count; not where a run goes on within an epoch."""
+        self.means["train"].reset()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Tensor], batch: Any, batch_idx: int
     ) -> None:
@@ -35,6 +39,10 @@ class TeacherMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Logs the epoch's values."""
         self._log("train", trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Begins to count."""
+        self.means["val"].reset()
 
     def on_validation_batch_end(
         self,
@@ -60,6 +68,14 @@ class TeacherMonitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Logs the epoch's values."""
         self._log("val", trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch has counted so far."""
+        return {"train": self.means["train"].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.means["train"].load_state_dict(state_dict["train"])
 
     def _update(self, split: str, teacher: Tensor, outputs: dict[str, Tensor]) -> None:
         student, label = outputs["student_logits"].argmax(1), outputs["label"]

@@ -18,17 +18,19 @@ class Throughput(Callback):
 
     def __init__(self, window: int = 20) -> None:
         self.window = window
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock of an epoch."""
         self.seconds, self.images, self.pending = 0.0, 0, 0
         self.since: float | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of an epoch; where a run goes on within one, it goes on."""
+        self.seconds, self.images, self.pending = 0.0, 0, 0
+        self.since = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads the clock after every ``window`` steps."""
-        if self.since is None:  # the first step pays for warm-up and loader start
+        if self.since is None:  # the first step, also of a resumed run, pays for warm-up and loader start
             self.since = _now(trainer)
             return
         self.pending += len(batch.label) * trainer.world_size
@@ -44,6 +46,14 @@ class Throughput(Callback):
         """Logs the epoch's mean."""
         if self.seconds:
             pl_module.log("train/images_per_s", self.images / self.seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch has counted so far."""
+        return {"seconds": self.seconds, "images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.seconds, self.images = float(state_dict["seconds"]), int(state_dict["images"])
 
 
 def _now(trainer: Trainer) -> float:

@@ -1,7 +1,8 @@
 """What every data set of this package offers to a training loop."""
 
-from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -28,6 +29,15 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # which hides a method of tuples
     strong: Tensor | None = None
     view: Tensor | None = None
+
+
+class _Resumable(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+_Loader = TypeVar("_Loader", bound=_Resumable)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fraction") -> tuple[Tensor, Tensor]:
@@ -152,6 +162,8 @@ class ImageDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.strong_view = strong_view
         self._sizes: tuple[int, ...] | None = None
+        self._train_loader: Callable[[], _Resumable | None] = lambda: None
+        self._train_state: dict[str, Any] | None = None
 
     @property
     def rank(self) -> int:
@@ -260,6 +272,27 @@ class ImageDataModule(LightningDataModule):
     def eval_sampler(self, size: int) -> EpochSampler:
         """Makes the sampler of this process's share of an evaluation split of ``size`` images."""
         return EpochSampler.for_evaluation(size, self.eval_batch_size, rank=self.rank, world_size=self.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader is."""
+        loader = self._train_loader()
+        return {} if loader is None else loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next training loader go on from there.
+
+        Lightning restores the state of loaders only if nobody has asked for them before, and a schedule that is told
+        the number of steps has.
+        """
+        self._train_state = dict(state_dict)
+
+    def _for_training(self, loader: _Loader) -> _Loader:
+        """Brings a new training loader to where it is to go on."""
+        state, self._train_state = self._train_state, None
+        if state:
+            loader.load_state_dict(state)
+        self._train_loader = weakref.ref(loader)  # whose workers are to end with the loop that uses it
+        return loader
 
     @property
     def split_facts(self) -> dict[str, int | float]:

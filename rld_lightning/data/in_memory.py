@@ -200,7 +200,7 @@ class InMemoryDataModule(ImageDataModule):
     def train_dataloader(self) -> InMemoryLoader:
         """The augmented, shuffled training batches of this process."""
         sampler = self.train_sampler()
-        return InMemoryLoader(
+        loader = InMemoryLoader(
             self.splits["train"],
             sampler,
             self._normalize(self.device),
@@ -209,6 +209,7 @@ class InMemoryDataModule(ImageDataModule):
             strong_view=self.strong_view,
             origin=self._origin,
         )
+        return self._for_training(loader)
 
     def val_dataloader(self) -> InMemoryLoader:
         """The held-out training images, or the test split if none are held out."""

@@ -50,7 +50,7 @@ class EpochLoader(ABC):
 
         Batches that were already seen are skipped only if the next iteration is of the same epoch.
         """
-        self._resume = dict(state_dict)
+        self._resume, self._progress = dict(state_dict), dict(state_dict)
         self.sampler.set_epoch(state_dict["epoch"] + (state_dict["batch"] >= len(self)))
 
     @abstractmethod

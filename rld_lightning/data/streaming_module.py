@@ -143,7 +143,7 @@ class StreamingDataModule(ImageDataModule):
 
     def train_dataloader(self) -> StreamingLoader:
         """The augmented, shuffled training batches of this process."""
-        return self._loader("train", self.train_sampler(), self.train_transform(), training=True)
+        return self._for_training(self._loader("train", self.train_sampler(), self.train_transform(), training=True))
 
     def val_dataloader(self) -> StreamingLoader:
         """The held-out training images, the data set's own validation split, or else the test split."""

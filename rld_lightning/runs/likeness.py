@@ -42,8 +42,8 @@ _NO_EFFECT = (
 _WATCHERS = {
     "rld_lightning": {
         *("ClassAccuracy", "GradientNorm", "TeacherMonitor", "Throughput", "WandbExamples"),
-        *("BestCheckpoint", "Divergence", "OwnCheckpoints", "SameConfiguration"),
-        "EpochSeed",  # of what chance does, as a seed
+        *("BestCheckpoint", "Divergence", "ExactResume", "LastCheckpoint", "OwnCheckpoints", "SameConfiguration"),
+        *("StepSeed", "EpochSeed"),  # of what chance does, as a seed; the latter is of earlier versions
     },
     "lightning": {
         *("RichProgressBar", "TQDMProgressBar", "ModelSummary", "RichModelSummary"),

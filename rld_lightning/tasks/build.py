@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rld_lightning.callbacks import CheckpointFiles, SameConfiguration
+from rld_lightning.callbacks import CheckpointFiles, ExactResume, SameConfiguration
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
@@ -110,7 +110,7 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
         enabled[option] = any(isinstance(callback, kind) for callback in callbacks)
     return {
         "logger": [instantiate(logger) for logger in cfg.logger.values() if logger],
-        "callbacks": [*callbacks, SameConfiguration(cfg)],
+        "callbacks": [*callbacks, ExactResume(), SameConfiguration(cfg)],
         **enabled,
     }
 

@@ -1,13 +1,14 @@
 """What networks and losses draw while they train (dropout, stochastic depth), the same in a resumed run."""
 
 import hashlib
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class EpochSeed(Callback):
-    """Seeds PyTorch's global generators at the start of each epoch, from the seed, the epoch and the process.
+class StepSeed(Callback):
+    """Seeds PyTorch's global generators before each batch, from the seed, the epoch, the batch and the process.
 
     Checkpoints hold no random state, so that a resumed run would otherwise draw other numbers than an uninterrupted
     one. Data have generators of their own.
@@ -19,7 +20,7 @@ class EpochSeed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds them."""
-        place = f"{self.seed}/{trainer.current_epoch}/{trainer.global_rank}"
+        place = f"{self.seed}/{trainer.current_epoch}/{batch_idx}/{trainer.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=4).digest(), "little"))

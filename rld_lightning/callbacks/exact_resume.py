@@ -1,0 +1,95 @@
+"""Where a run stands, so that it goes on from any step as if it had never stopped."""
+
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Position(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        epoch: finished epochs.
+        batch: finished batches of the next one; all of them where it lacks its end alone.
+        step: steps of the optimizer.
+    """
+
+    epoch: int
+    batch: int
+    step: int
+
+
+def position(trainer: Trainer) -> Position:
+    """Where a run stands, in whichever hook; an epoch that ended before its last batch counts as begun."""
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current  # which counts more than its declared type says
+    batch: Any = loop.epoch_loop.batch_progress.current
+    last, within = trainer.num_training_batches, epochs.started > epochs.completed
+    if within and batch.processed >= last and epochs.processed > epochs.completed:  # its end has begun
+        return Position(epochs.completed + 1, 0, trainer.global_step)
+    if within:
+        return Position(epochs.completed, batch.processed, trainer.global_step)
+    if 0 < batch.processed < last:  # it had to end there
+        return Position(epochs.completed - 1, batch.processed, trainer.global_step)
+    return Position(epochs.completed, 0, trainer.global_step)
+
+
+class ExactResume(Callback):
+    """Writes into each checkpoint where the run stands, in the way that Lightning's loops go on from exactly.
+
+    Left to themselves, these skip the rest of an epoch that ``max_steps``, ``max_time`` or a signal has cut short, take
+    its batches for those of the next one, and forget a validation that was due. Everything else that an epoch has
+    gathered is kept by those who gather it (their ``state_dict``).
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rewrites the progress of the loops."""
+        checkpoint["loops"]["fit_loop"] |= _progress(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets an epoch that begins begin: with ``max_steps``, Lightning believes of any that it goes on."""
+        if position(trainer).batch == 0:
+            trainer.fit_loop.epoch_loop.restarting = False
+
+
+def _progress(trainer: Trainer) -> dict[str, Any]:
+    """The progress of a run as Lightning notes it between two batches, or between two epochs."""
+    epoch, batch, step = position(trainer)
+    loop = trainer.fit_loop.epoch_loop
+    whole = batch >= trainer.num_training_batches
+    due = batch > 0 and _validation_is_due(trainer, epoch, batch)
+    waiting = due and not loop._should_accumulate()  # for the validation, before Lightning counts the step
+    total: Any = loop.batch_progress.total
+    return {
+        "epoch_progress": _twice(_counts(epoch + (batch > 0), epoch)),
+        "epoch_loop.state_dict": {"_batches_that_stepped": step - waiting},
+        "epoch_loop.batch_progress": {
+            "total": _counts(total.processed, total.processed),
+            "current": _counts(batch, batch),
+            "is_last_batch": whole,
+        },
+        # Of one batch begun and not ended, Lightning makes a validation that is to be run.
+        "epoch_loop.val_loop.batch_progress": {
+            "total": _counts(int(due), 0),
+            "current": _counts(0, 0),
+            "is_last_batch": False,
+        },
+    }
+
+
+def _validation_is_due(trainer: Trainer, epoch: int, batch: int) -> bool:
+    """Whether the schedule has a validation after these batches of the epoch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (epochs is not None and (epoch + 1) % epochs):
+        return False
+    if every is None or every == float("inf"):  # by the clock, or at the epoch's end
+        return every is not None and batch >= trainer.num_training_batches
+    return (batch if epochs is not None else trainer.fit_loop.total_batch_idx + 1) % every == 0
+
+
+def _counts(begun: int, ended: int) -> dict[str, int]:
+    return {"ready": begun, "started": begun, "processed": ended, "completed": ended}
+
+
+def _twice(counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {"total": counts, "current": dict(counts)}

@@ -1,0 +1,87 @@
+"""The checkpoint that a run goes on from."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rld_lightning.callbacks.exact_resume import position
+from rld_lightning.runs.files import LAST
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes ``last.ckpt``: after each epoch, within a long one every few minutes or steps, and where a run stops.
+
+    So whatever ends a run costs no more than that. Epochs that are shorter are not interrupted.
+
+    A stop in the middle of accumulating gradients, which no checkpoint holds, waits for the step of the optimizer.
+
+    Args:
+        dirpath: where to write.
+        minutes: how long may have passed since the last one; None for however long.
+        steps: how many steps of the optimizer, likewise.
+
+    Raises:
+        ValueError: ``minutes`` or ``steps`` is not positive.
+    """
+
+    def __init__(self, dirpath: str | Path, *, minutes: float | None = 10.0, steps: int | None = None) -> None:
+        super().__init__(dirpath, filename=Path(LAST).stem, save_on_train_epoch_end=True, enable_version_counter=False)
+        for name, value in (("minutes", minutes), ("steps", steps)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} between checkpoints must be positive; null for the end of epochs.")
+        self.minutes = minutes
+        self.steps = steps
+        self._stop = False
+        self._saved = (0.0, 0)  # when, and after which step
+        self._looks = (0.0, 0, 0)  # when the clock was last looked at, after which step, and when next
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._stop = False
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves where it is time, or the run stops."""
+        stop = self._stop or trainer.should_stop
+        accumulating = trainer.fit_loop._should_accumulate()
+        self._stop, trainer.should_stop = stop and accumulating, stop and not accumulating
+        if accumulating or position(trainer).batch >= trainer.num_training_batches:  # the epoch's end saves
+            return
+        ends = (stop and trainer.fit_loop._can_stop_early) or trainer.global_step == trainer.max_steps
+        if ends or self._is_time(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._restart(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._restart(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves for a run that went on in another folder and had nothing left to do."""
+        there = trainer.strategy.broadcast((Path(str(self.dirpath)) / LAST).exists())
+        if not (there or self._should_skip_saving_checkpoint(trainer)):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _restart(self, trainer: Trainer) -> None:
+        self._saved = (time.monotonic(), trainer.global_step)
+        self._looks = (*self._saved, trainer.global_step + 1)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        if self.steps is not None and step - self._saved[1] >= self.steps:
+            return True
+        if self.minutes is None or step < self._looks[2]:
+            return False
+        # Processes have to agree, and for that wait for each other: seldom, at steps that all know.
+        now, (before, since, _) = time.monotonic(), self._looks
+        left = self._saved[0] + 60 * self.minutes - now
+        steps = 1 + int(max(0.0, left) / 2 * (step - since) / max(now - before, 1e-3))
+        due, steps = trainer.strategy.broadcast((left <= 0, steps))
+        self._looks = (now, step, step + steps)
+        return bool(due)

@@ -1,0 +1,173 @@
+"""A run that stops at any step and goes on is the run that never stopped: weights and metrics, bit for bit."""
+
+import copy
+import itertools
+from functools import cache, partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from rld_lightning import DistillationModule, FrozenTeacher, KDLoss
+from rld_lightning.callbacks import ExactResume, GradientNorm, LastCheckpoint, StepSeed, TeacherMonitor
+from rld_lightning.data import DigitsDataModule
+
+BATCHES = 6  # an epoch
+SCHEDULES = {
+    "none": (None, "epoch"),
+    "step": (partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 2], gamma=0.1), "epoch"),
+    "onecycle": (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1), "step"),
+    "cosine": (partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3 * BATCHES), "step"),
+}
+
+
+def network(seed, dropout=0.0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 10))
+
+
+class Diary(Callback):
+    """Writes down every batch, and the values of each epoch and validation."""
+
+    def __init__(self, stop=None, save=None):
+        self.batches, self.values, self.stop, self.save = [], {}, stop, save
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx, batch.index.tolist()))
+        trainer.should_stop = trainer.should_stop or self.stop == len(self.batches)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.values[trainer.global_step, "val"] = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        }
+
+    def on_train_end(self, trainer, pl_module):
+        self.values[trainer.global_step, "train"] = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")
+        }
+
+
+def fit(folder, *callbacks, schedule="none", resume=None, data=None, **options):
+    diary = Diary(*(options.pop(name, None) for name in ("stop_after", "save_at")))
+    make_scheduler, interval = SCHEDULES[schedule]
+    module = DistillationModule(
+        network(0, dropout=0.3),
+        KDLoss(),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        make_scheduler,
+        teacher=FrozenTeacher(network(1)),
+        num_classes=10,
+        scheduler_interval=interval,
+    )
+    last = LastCheckpoint(folder)
+    usual = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
+    watchers = [diary, StepSeed(0), TeacherMonitor(), GradientNorm(), ExactResume(), *callbacks, last]
+    trainer = Trainer(callbacks=watchers, **usual | quiet | options)
+    data = data or DigitsDataModule(batch_size=240)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return trainer, module, diary
+
+
+def state(trainer, module):
+    """All that decides what comes next."""
+    optimizer = trainer.optimizers[0].state_dict() if trainer.optimizers else {}
+    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    return copy.deepcopy((module.state_dict(), optimizer, schedules, module.best_top1, trainer.global_step))
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def check(whole, *parts):
+    (trainer, module, diary), (last_trainer, last_module, _) = whole, parts[-1]
+    assert [batch for part in parts for batch in part[2].batches] == diary.batches
+    assert equal(state(last_trainer, last_module), state(trainer, module))
+    values = {key: value for part in parts for key, value in part[2].values.items()}
+    assert {key: values[key] for key in diary.values} == diary.values
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Gives the uninterrupted run with a schedule."""
+    return cache(lambda schedule: fit(tmp_path_factory.mktemp(schedule), schedule=schedule))
+
+
+def mostly_slow(fast, *values):
+    """All combinations, of which only a few are for every day."""
+    combinations = itertools.product(*values)
+    return [pytest.param(*each, marks=() if each in fast else pytest.mark.slow) for each in combinations]
+
+
+FAST = [("onecycle", 1), ("onecycle", 8), ("step", 6)]
+
+
+@pytest.mark.parametrize(("schedule", "stop"), mostly_slow(FAST, SCHEDULES, range(1, 18)))
+def test_a_run_that_is_told_to_stop_after_a_step_goes_on_with_the_next(tmp_path, whole, schedule, stop):
+    first = fit(tmp_path, schedule=schedule, stop_after=stop)
+    assert len(first[2].batches) == stop
+    check(whole(schedule), first, fit(tmp_path, schedule=schedule, resume=tmp_path / "last.ckpt"))
+
+
+FAST = [("step", (2, 9, 12))]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stops"), mostly_slow(FAST, ["none", "step"], [(4,), (6,), (7, 9, 12), (2, 3, 17), (2, 9, 12)])
+)
+def test_a_run_to_so_many_steps_goes_on_to_more(tmp_path, whole, schedule, stops):
+    parts, resume = [], None
+    for stop in (*stops, -1):
+        parts.append(fit(tmp_path, schedule=schedule, max_steps=stop, resume=resume))
+        resume = tmp_path / "last.ckpt"
+    check(whole(schedule), *parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1, 15))
+def test_a_run_to_so_many_steps_is_one_that_went_there_at_once(tmp_path, first):
+    at_once = fit(tmp_path / "at once", schedule="step", max_steps=15)
+    start = fit(tmp_path / "first", schedule="step", max_steps=first)
+    rest = fit(tmp_path, schedule="step", max_steps=15, resume=tmp_path / "first" / "last.ckpt")
+    check(at_once, start, rest)
+
+
+EVERY, HALVES, SECOND = {}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}
+FAST = [(6, EVERY), (9, HALVES), (12, SECOND)]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(("step", "options"), mostly_slow(FAST, range(1, 19), [EVERY, HALVES, SECOND]))
+def test_any_checkpoint_of_any_callback_is_one_to_go_on_from(tmp_path, step, options):
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(tmp_path / "whole", every, schedule="onecycle", **options)
+    rest = fit(tmp_path / "rest", schedule="onecycle", resume=tmp_path / f"step={step}.ckpt", **options)
+    trainer, module, diary = whole
+    assert rest[2].batches == diary.batches[step:]
+    assert equal(state(*rest[:2]), state(trainer, module))
+    later = {key: value for key, value in diary.values.items() if key[0] > step or (key[0] == step and key[1] == "val")}
+    found = {key: value for key, value in rest[2].values.items() if key in later}
+    assert found == later
+
+
+def test_an_epoch_that_ends_early_is_gone_on_with_from_a_checkpoint_of_its_end(tmp_path, whole):
+    end = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    first = fit(tmp_path / "first", end, schedule="step", max_steps=8)
+    check(whole("step"), first, fit(tmp_path / "rest", schedule="step", resume=tmp_path / "end.ckpt"))
+
+
+def test_a_stop_waits_for_the_step_of_accumulated_gradients(tmp_path):
+    options = {"accumulate_grad_batches": 4, "schedule": "onecycle"}
+    at_once = fit(tmp_path / "at once", **options)
+    first = fit(tmp_path, stop_after=8, **options)  # of 6 batches an epoch, which the optimizer steps after 4 and 6
+    assert [batch[:2] for batch in first[2].batches][-1] == (1, 3)
+    check(at_once, first, fit(tmp_path, resume=tmp_path / "last.ckpt", **options))

@@ -1,0 +1,69 @@
+"""When last.ckpt is written."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+from rld_lightning import CELoss, DistillationModule
+from rld_lightning.callbacks import LastCheckpoint
+from rld_lightning.data import DigitsDataModule
+
+
+class Clock(Callback):
+    """A clock of its own: each step of training takes so many seconds."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr("rld_lightning.callbacks.last_checkpoint.time.monotonic", lambda: self.now)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.now += self.seconds
+
+
+class Saved(LastCheckpoint):
+    """Remembers after which steps it has saved, and how often all processes were asked."""
+
+    def _save_checkpoint(self, trainer, filepath):
+        self.steps_saved = [*getattr(self, "steps_saved", []), trainer.global_step]
+        super()._save_checkpoint(trainer, filepath)
+
+
+def fit(folder, *callbacks, last=None, **options):
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    module = DistillationModule(student, CELoss(), lambda p: torch.optim.SGD(p, lr=0.1), num_classes=10)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[*callbacks, *filter(None, [last])], **quiet | options)
+    asked, broadcast = [], trainer.strategy.broadcast
+    trainer.strategy.broadcast = lambda value, src=0: asked.append(trainer.global_step) or broadcast(value, src)
+    trainer.fit(module, DigitsDataModule(batch_size=16), ckpt_path=options.pop("resume", None), weights_only=True)
+    return asked
+
+
+STEPS = 90  # an epoch
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "expected"),
+    [
+        (1.0, {}, [90, 180]),  # a minute and a half an epoch
+        (1.0, {"minutes": 0.5}, [30, 60, 90, 120, 150, 180]),
+        (60.0, {}, [*range(10, 90, 10), 90, *range(100, 180, 10), 180]),
+        (60.0, {"minutes": None}, [90, 180]),
+        (1.0, {"minutes": None, "steps": 40}, [40, 80, 90, 130, 170, 180]),
+    ],
+)
+def test_saves_after_epochs_and_within_long_ones(tmp_path, monkeypatch, seconds, options, expected):
+    last = Saved(tmp_path, **options)
+    asked = fit(tmp_path, Clock(monkeypatch, seconds), last=last, max_epochs=2, limit_val_batches=0)
+    assert last.steps_saved == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 180
+    within = [step for step in asked if step % STEPS and step not in expected]
+    assert len(within) < 8 * len(expected)  # processes wait for each other a few times between two, not at each step
+
+
+@pytest.mark.parametrize("options", [{"minutes": 0}, {"minutes": -1.0}, {"steps": 0}, {"minutes": float("nan")}])
+def test_what_is_no_time_between_two_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="must be positive; null for the end of epochs"):
+        LastCheckpoint(tmp_path, **options)
