@@ -8,6 +8,7 @@ from rld_lightning.callbacks.gradient_norm import GradientNorm
 from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
 from rld_lightning.callbacks.optuna_pruner import OptunaPruner
 from rld_lightning.callbacks.own_checkpoints import OwnCheckpoints
+from rld_lightning.callbacks.own_settings import OwnSettings
 from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.step_seed import StepSeed
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
@@ -23,6 +24,7 @@ __all__ = [
     "LastCheckpoint",
     "OptunaPruner",
     "OwnCheckpoints",
+    "OwnSettings",
     "SameConfiguration",
     "StepSeed",
     "TeacherMonitor",

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rld_lightning.models.read import read_once
 from rld_lightning.models.seal import is_damaged, seal_checkpoint
 from rld_lightning.whole import write_whole
+
+_KEY = "rld_lightning"  # of a checkpoint, beside those of Lightning
 
 
 def previous_of(path: Path) -> Path:
@@ -78,3 +80,46 @@ def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
     except Exception:  # whatever a file that is no checkpoint is taken for
         return None
     return checkpoint if isinstance(checkpoint, dict) else None
+
+
+class Before(NamedTuple):
+    """What a checkpoint says about the run that it is of, as plain text.
+
+    Attributes:
+        settings: what decided what was trained, see :func:`~rld_lightning.runs.likeness.settings`.
+        teacher_sha256: of the file of the run's teacher; None where there was none.
+    """
+
+    settings: dict[str, str]
+    teacher_sha256: str | None
+
+    @property
+    def teacher(self) -> tuple[str | None, str | None]:
+        """The name and the file of the run's teacher."""
+        return self.settings.get("model.teacher.name"), self.settings.get("model.teacher.weights")
+
+
+def tell(checkpoint: dict[str, Any], before: Before) -> None:
+    """Puts into a checkpoint what :func:`told` reads."""
+    checkpoint[_KEY] = dict(before._asdict())
+
+
+def told(checkpoint: Mapping[str, Any], path: Path) -> Before | None:
+    """What a checkpoint says about its run; None of one of an earlier version. It may be a stranger's.
+
+    Args:
+        checkpoint: what is in it.
+        path: what error messages call it.
+
+    Raises:
+        ValueError: it says something else than plain text.
+    """
+    if _KEY not in checkpoint:
+        return None
+    found = checkpoint[_KEY]
+    values = found.get("settings") if isinstance(found, dict) else None
+    sha256 = found.get("teacher_sha256") if isinstance(found, dict) else None
+    texts = [*values, *values.values()] if isinstance(values, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not (sha256 is None or isinstance(sha256, str)):
+        raise ValueError(f"{path} says about its run what is no plain text, and is not taken to go on from.")
+    return Before(dict(values or {}), sha256)

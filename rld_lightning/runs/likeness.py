@@ -24,6 +24,7 @@ SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
 _NO_EFFECT = (
     # where things lie
     *("paths", "resume", "data.root", "data.cache", "data.bad_images_file", "trainer.default_root_dir"),
+    "model.teacher.sha256",  # compared on its own, as of the file that is read
     # what is said about a run, and where
     *("method", "tags", "notes", "logger", "print_config", "trainer.logger", "trainer.model_registry"),
     # how images come in
@@ -85,6 +86,7 @@ _SYNONYMS = {
     "trainer.limit_val_batches": {"1.0": "all"},
     "trainer.overfit_batches": {"0.0": "0", "1.0": "all"},
 }
+_MOST_SHOWN = 300  # characters
 _FILES = ("model.teacher.weights", "model.student.weights")
 _NETWORKS = ("model.label", "model.teacher.name", "model.student.name")
 _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
@@ -183,12 +185,36 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     Raises:
         ValueError: a setting is another one.
     """
-    if changed := {k: v for k, v in changed_settings(run, cfg).items() if k not in may_differ}:
-        key, (before, now) = next(iter(changed.items()))
-        raise ValueError(
-            f"{run} holds a run with {key}={before}, and this one has {key}={now}: continue it with the command that "
-            "began it, or begin another run in another folder."
-        )
+    _refuse(f"{run} holds", changed_settings(run, cfg), may_differ)
+
+
+def refuse_settings(before: Mapping[str, str], cfg: DictConfig, held: str, *, may_differ: Collection[str] = ()) -> None:
+    """Checks that a run has the settings that one had before.
+
+    Args:
+        before: what :func:`settings` says of that one.
+        cfg: this run's configuration.
+        held: the words of the message that come before "a run with".
+        may_differ: settings that may be others.
+
+    Raises:
+        ValueError: a setting is another one.
+    """
+    _refuse(held, changes(before, cfg), may_differ)
+
+
+def _refuse(held: str, changed: Mapping[str, tuple[str, str]], may_differ: Collection[str]) -> None:
+    for key, (before, now) in changed.items():
+        if key not in may_differ:
+            raise ValueError(
+                f"{held} a run with {key}={_shown(before)}, and this one has {key}={now}: continue it with the command "
+                "that began it, or begin another run in another folder."
+            )
+
+
+def _shown(value: str) -> str:
+    """A value of a file that may be a stranger's, for a message."""
+    return value if len(value) <= _MOST_SHOWN and value.isprintable() else repr(value[:_MOST_SHOWN])
 
 
 def changed_settings(run: Path, cfg: DictConfig) -> dict[str, tuple[str, str]]:
@@ -206,8 +232,17 @@ def changed_settings(run: Path, cfg: DictConfig) -> dict[str, tuple[str, str]]:
     saved = read_config(run)
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{run / CONFIG} is not the configuration of a run: it has no model; move it away.")
-    current: Any = redact(OmegaConf.to_container(cfg, resolve=True))  # as files are written
-    teacher, before = current["model"]["teacher"], saved["model"].get("teacher")
-    if teacher and isinstance(before, dict) and teacher["weights"] in ("auto", "fit", "published"):
-        teacher["weights"] = before.get("weights")  # which file that was
-    return differences(redact(saved), current)
+    return changes(settings(redact(saved)), cfg)
+
+
+def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, str]]:
+    """In which settings this run differs from one before, with the value there and the one here.
+
+    Args:
+        before: what :func:`settings` says of that one.
+        cfg: this run's configuration.
+    """
+    now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as files are written
+    if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # whichever file that was
+        now.pop("model.teacher.weights")
+    return {key: (value, now[key]) for key, value in before.items() if key in now and now[key] != value}

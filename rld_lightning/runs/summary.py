@@ -26,6 +26,7 @@ class Summary:
         steps: how many steps of the optimizer were taken; likewise.
         scheduled_steps: how many the recipe's epochs take on all batches; likewise.
         fast_dev_run: whether it was only to show that everything works, which is no result.
+        teacher_sha256: of the file of the teacher; None without one, and likewise.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Summary:
     steps: int | None = None
     scheduled_steps: int | None = None
     fast_dev_run: bool = False
+    teacher_sha256: str | None = None
 
     @property
     def validated_on(self) -> str:

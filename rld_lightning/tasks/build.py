@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rld_lightning.callbacks import CheckpointFiles, ExactResume, SameConfiguration
+from rld_lightning.callbacks import CheckpointFiles, ExactResume, OwnSettings, SameConfiguration
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
@@ -22,7 +22,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.look import load_in_order
-from rld_lightning.tasks.plan import Plan
+from rld_lightning.tasks.plan import Plan, changed, settled
 from rld_lightning.tasks.trainer import make_trainer
 
 
@@ -110,7 +110,7 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
         enabled[option] = any(isinstance(callback, kind) for callback in callbacks)
     return {
         "logger": [instantiate(logger) for logger in cfg.logger.values() if logger],
-        "callbacks": [*callbacks, ExactResume(), SameConfiguration(cfg)],
+        "callbacks": [*callbacks, ExactResume()],
         **enabled,
     }
 
@@ -125,3 +125,17 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and none from trainer.plugins
         trainer.strategy.checkpoint_io = CheckpointFiles()
     return trainer
+
+
+def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
+    """Adds who watches each run, whatever its configuration says, once its teacher has been found.
+
+    Args:
+        trainer: the run's.
+        cfg: the run's configuration.
+        plan: what the run is to do.
+    """
+    teacher = {} if plan.teacher is None else {"model.teacher.sha256": plan.teacher.sha256}
+    shared = changed(cfg, teacher)  # where files lie may differ between machines, what is in them may not
+    callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
+    callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan))]

@@ -20,9 +20,9 @@ from rld_lightning.models.facts import facts_of, read_facts
 from rld_lightning.models.read import Weights
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.taps import evaluation_mode
-from rld_lightning.runs.checkpoint import read_checkpoint
+from rld_lightning.runs.checkpoint import Before, read_checkpoint, told
 from rld_lightning.runs.files import LAST, METRICS
-from rld_lightning.runs.likeness import refuse_other_settings
+from rld_lightning.runs.likeness import refuse_other_settings, refuse_settings
 from rld_lightning.tasks.plan import Plan
 
 # What a run may change that goes on after it has diverged.
@@ -32,12 +32,15 @@ AGAINST_DIVERGENCE = (
 )
 
 
-def check_start(plan: Plan, cfg: DictConfig) -> None:
+def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
     """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
 
     Args:
         plan: what the run is to do.
         cfg: its configuration.
+
+    Returns:
+        what the checkpoint that it goes on from says about its run, if it says something.
 
     Raises:
         FileNotFoundError: there is no checkpoint to resume from.
@@ -48,8 +51,7 @@ def check_start(plan: Plan, cfg: DictConfig) -> None:
         share_of_batch(plan.batch_size, plan.processes)
     if plan.resume is None or Path(plan.resume).absolute() != (plan.run / LAST).absolute():
         _refuse_another_run(plan.run)
-    if plan.resume is not None:
-        check_resume(Path(plan.resume), plan.student.name, cfg)
+    before = check_resume(Path(plan.resume), plan.student.name, cfg) if plan.resume is not None else None
     for role, network in (("teacher", plan.teacher), ("student", plan.student)):
         if network is None:
             continue
@@ -63,6 +65,7 @@ def check_start(plan: Plan, cfg: DictConfig) -> None:
         # A wrong name should not wait for a download. RegNets compute widths with tensors, which meta ones refuse.
         with torch.device("meta"), suppress(NotImplementedError):
             create_model(network.name)
+    return before
 
 
 @rank_zero_only
@@ -116,7 +119,7 @@ def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule)
         raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
 
 
-def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
+def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
     """Looks whether a file is a checkpoint of a run with the same settings.
 
     Of these, a run may change its length, its learning rate, and how gradients are clipped.
@@ -125,6 +128,9 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
         path: what the run is to go on from.
         student: the network that it trains.
         cfg: its configuration.
+
+    Returns:
+        what it says about its run; None of a checkpoint of an earlier version.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -138,8 +144,15 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> None:
     # One-cycle schedules have their length from the beginning.
     fixed = any(isinstance(schedule, dict) and "total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
     length = () if fixed else ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
-    # The precision is the machine's, by itself.
-    refuse_other_settings(path.parent, cfg, may_differ=(*length, *AGAINST_DIVERGENCE, "trainer.precision"))
+    may_differ = [*length, *AGAINST_DIVERGENCE, "trainer.precision"]  # the last is the machine's, by itself
+    before = told(checkpoint, path)
+    if before is None:
+        refuse_other_settings(path.parent, cfg, may_differ=may_differ)
+        return None
+    if before.teacher_sha256 is not None:  # wherever the file lies now
+        may_differ.append("model.teacher.weights")
+    refuse_settings(before.settings, cfg, f"{path} is of", may_differ=may_differ)
+    return before
 
 
 def _read(path: Path) -> dict[str, Any]:

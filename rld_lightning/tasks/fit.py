@@ -22,12 +22,12 @@ from rld_lightning.models.store import TeacherStore
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import LAST, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
-from rld_lightning.runs.likeness import changed_settings
+from rld_lightning.runs.likeness import changed_settings, changes
 from rld_lightning.runs.metrics import join_metrics, keep_metrics
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
-from rld_lightning.tasks.build import build_module, build_trainer, set_up
+from rld_lightning.tasks.build import build_module, build_trainer, set_up, watch_own
 from rld_lightning.tasks.checks import check_loss, check_network, check_start, check_trainer
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
@@ -76,7 +76,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
         )
     with locked(plan.run):
         with user_errors():
-            check_start(plan, cfg)  # one sentence is better early than from all ranks
+            plan = replace(plan, before=check_start(plan, cfg))  # one sentence is better early than from all ranks
         if plan.processes > 1:
             run_in_processes(plan.processes, TASK, cfg)
             return read_summary(plan.run)
@@ -118,10 +118,10 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
     if loss.needs_teacher and plan.teacher is not None:
         with user_errors():
             check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
-            weights = find_teacher(plan.teacher, data.name, plan.store, plan.resume)
+            weights = find_teacher(plan.teacher, data.name, plan.store, plan.resume, plan.before)
         if weights is None:
             _train_teacher(cfg, plan, plan.teacher, loss, data)
-            kept = find_teacher(plan.teacher, data.name, plan.store, plan.resume)
+            kept = find_teacher(plan.teacher, data.name, plan.store, None)
             weights = kept or str(plan.run / TEACHER / STUDENT)
         plan = replace(plan, teacher=replace(plan.teacher, weights=weights))
     else:
@@ -131,10 +131,12 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_trainer(trainer, cfg.trainer, data)
         teacher = None
         if plan.teacher is not None:
-            teacher, facts = build_teacher(plan.teacher, data, usual)
+            teacher, facts, sha256 = build_teacher(plan.teacher, data, usual, plan.before)
+            plan = replace(plan, teacher=replace(plan.teacher, sha256=sha256))
             measure_teacher(teacher, facts, data, trainer)
         recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
         module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
+        watch_own(trainer, cfg, plan)
     _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)
@@ -178,9 +180,10 @@ def _describe(cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Train
         f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {trainer.max_epochs} epochs",
     )
     if plan.resume is not None:
-        others = changed_settings(Path(plan.resume).parent, cfg).items()
-        changes = [f"{key}={now} instead of {before}" for key, (before, now) in others]
-        print_line("resume", ", ".join([plan.resume, *changes]))
+        told, folder = plan.before, Path(plan.resume).parent
+        others = changed_settings(folder, cfg) if told is None else changes(told.settings, cfg)
+        new = [f"{key}={now} instead of {before}" for key, (before, now) in others.items()]
+        print_line("resume", ", ".join([plan.resume, *new]))
     print_line("folder", str(plan.run))
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.look import Look, look_of
 from rld_lightning.models.store import TeacherStore
+from rld_lightning.runs.checkpoint import Before
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Teacher:
         published_url: the archive of published teachers.
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
         options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`.
+        sha256: of the file; None where it is not known yet, and of what is no file.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Teacher:
     published_url: str
     look: Look | None
     options: Mapping[str, Any]
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Plan:
         recipe_rate: the recipe's learning rate.
         scale_lr_from: the batch size that it is for; None where it holds for any.
         scheduler_interval: when the schedule steps.
+        before: what the checkpoint that it goes on from says about its run; None where it says nothing.
     """
 
     run: Path
@@ -86,6 +90,7 @@ class Plan:
     recipe_rate: float
     scale_lr_from: int | None
     scheduler_interval: str
+    before: Before | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -118,7 +123,7 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
         return None
     look = look_of(settings.get("mean"), settings.get("std"), "model.teacher")
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard")}
-    return Teacher(settings.name, settings.weights, settings.published_url, look, options)
+    return Teacher(settings.name, settings.weights, settings.published_url, look, options, settings.sha256)
 
 
 def freeze(cfg: DictConfig) -> None:
@@ -178,4 +183,5 @@ def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
     found: dict[str, Any] = {"resume": plan.resume}
     if plan.teacher is not None:
         found["model.teacher.weights"] = plan.teacher.weights
+        found["model.teacher.sha256"] = plan.teacher.sha256
     return changed(cfg, found)

@@ -74,6 +74,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         steps=trainer.global_step,
         scheduled_steps=_scheduled_steps(trainer, data),
         fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # which Lightning does not declare
+        teacher_sha256=plan.teacher.sha256 if plan.teacher is not None else None,
     )
 
 

@@ -18,6 +18,7 @@ from rld_lightning.models.look import Look, relook
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.look import check_size, load_in_order, teacher_look
@@ -25,7 +26,9 @@ from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import Teacher, alone
 
 
-def find_teacher(teacher: Teacher, dataset: str, store: TeacherStore, resume: str | None) -> str | None:
+def find_teacher(
+    teacher: Teacher, dataset: str, store: TeacherStore, resume: str | None, told: Before | None = None
+) -> str | None:
     """Finds the weights of a run's teacher.
 
     Args:
@@ -33,6 +36,7 @@ def find_teacher(teacher: Teacher, dataset: str, store: TeacherStore, resume: st
         dataset: the name of the data set that it is for.
         store: where teachers are kept.
         resume: the checkpoint that the run goes on from: it keeps the teacher that it had.
+        told: what that says about its run.
 
     Returns:
         the file, or ``"pretrained"``; None where the teacher has to be trained first.
@@ -51,13 +55,19 @@ def find_teacher(teacher: Teacher, dataset: str, store: TeacherStore, resume: st
     if teacher.weights == "pretrained":
         return "pretrained"
     if resume is not None and teacher.weights in ("auto", "fit", "published"):
-        before = _teacher_before(Path(resume).parent, teacher.name)
+        folder = Path(resume).parent
+        before = _teacher_before(folder, teacher.name) if told is None else _file_of(*told.teacher, teacher.name)
         if before is not None:
-            print_line("teacher", f"the one that the run in {Path(resume).parent} had: {before}")
+            print_line("teacher", f"the one that the run in {folder} had: {before}")
             return before
     path = resolve_teacher_weights(
         teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
     )
+    if path is None and told is not None and told.teacher_sha256 is not None:
+        raise ValueError(
+            f"the teacher of the run, {told.teacher[1]}, is gone: bring it back, or name its file with "
+            "model.teacher.weights=."
+        )
     return str(path) if path is not None else None
 
 
@@ -72,11 +82,14 @@ def _teacher_before(folder: Path, name: str) -> str | None:
     found = read_config(folder)
     for key in ("model", "teacher"):
         found = found.get(key) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "weights")):
+    return _file_of(found.get("name"), found.get("weights"), name) if isinstance(found, dict) else None
+
+
+def _file_of(name: object, weights: object, wanted: str) -> str | None:
+    """The file of a teacher, if it is the one that is wanted and its file is there."""
+    if not isinstance(name, str) or not isinstance(weights, str) or canonical_name(name) != canonical_name(wanted):
         return None
-    if canonical_name(found["name"]) != canonical_name(name):
-        return None
-    return found["weights"] if Path(found["weights"]).is_file() else None
+    return weights if Path(weights).is_file() else None
 
 
 def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Summary]) -> Summary:
@@ -118,7 +131,9 @@ def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: Imag
         torch.distributed.barrier()  # the other ranks look for what rank 0 has stored
 
 
-def build_teacher(teacher: Teacher, data: ImageDataModule, usual: Look) -> tuple[FrozenTeacher, WeightsFacts]:
+def build_teacher(
+    teacher: Teacher, data: ImageDataModule, usual: Look, before: Before | None = None
+) -> tuple[FrozenTeacher, WeightsFacts, str | None]:
     """Loads and freezes a teacher, and prints its lines.
 
     Args:
@@ -126,18 +141,22 @@ def build_teacher(teacher: Teacher, data: ImageDataModule, usual: Look) -> tuple
         data: the data, set up.
         usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
             known.
+        before: what the checkpoint that the run goes on from says about its run.
 
     Returns:
-        the teacher, and what is known about its weights.
+        the teacher, what is known about its weights, and the SHA-256 of their file, if they are in one.
 
     Raises:
-        ValueError: the weights are another network's, or know other classes.
+        ValueError: the weights are another network's, know other classes, or are not those that they have to be.
     """
+    sha256 = None
     if teacher.weights == "pretrained":
         network, origin, facts = _pretrained(teacher.name, data.num_classes), "pretrained", WeightsFacts()
     else:
         network = create_model(teacher.name, data.num_classes)
         weights = load_in_order(network, teacher.name, str(teacher.weights), data, "teacher")
+        sha256 = weights.sha256
+        _check_sha256(teacher, sha256, before)
         facts = facts_of(weights)
         origin = f"{teacher.weights}{_known(facts)}"
     size = describe_size(network, data.image_shape)  # before the teacher takes the network over
@@ -149,7 +168,21 @@ def build_teacher(teacher: Teacher, data: ImageDataModule, usual: Look) -> tuple
     if frozen.relook is not None:
         print_line("teacher", f"sees images normalised with its own {wanted} ({who})")
     check_size(teacher.name, facts, data, pretrained=teacher.weights == "pretrained")
-    return frozen, facts
+    return frozen, facts, sha256
+
+
+def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
+    if teacher.sha256 not in (None, found):
+        raise ValueError(
+            f"{teacher.weights} has the SHA-256 {found}, not {teacher.sha256}: give the file that it is of, or another "
+            "model.teacher.sha256."
+        )
+    if before is not None and before.teacher_sha256 is not None and before.teacher_sha256 != found:
+        raise ValueError(
+            f"{teacher.weights} is not the teacher that the run had: its SHA-256 is {found[:12]}... and not "
+            f"{before.teacher_sha256[:12]}...; bring that one back, name its file with model.teacher.weights=, or "
+            "begin another run."
+        )
 
 
 def _pretrained(name: str, num_classes: int) -> nn.Module:

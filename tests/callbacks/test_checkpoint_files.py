@@ -123,5 +123,6 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("plugins", ["null", "[{_target_: lightning.pytorch.plugins.io.AsyncCheckpointIO}]"])
 def test_every_run_has_them_but_one_with_others(tmp_path, plugins):
-    trainer = build_trainer(compose("trainer=cpu", f"paths.run={tmp_path}", f"+trainer.plugins={plugins}"))
+    cfg = compose("trainer=cpu", f"paths.run={tmp_path}", f"+trainer.plugins={plugins}")
+    trainer = build_trainer(cfg)
     assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles) is (plugins == "null")

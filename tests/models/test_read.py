@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 import zipfile
 from pathlib import Path
 
@@ -312,6 +313,40 @@ def test_save_writes_what_safetensors_would_refuse(tmp_path):
     assert read_metadata(path) == weights.metadata
     assert_same(safetensors.torch.load_file(path), model)
     assert load_weights(compiled, path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_one_of_the_two(tmp_path):
+    path, ended = tmp_path / "teacher.safetensors", threading.Event()
+    models = [nn.Linear(50, 50) for _ in range(2)]
+    save_weights(models[0], path)
+
+    def replace_it():
+        while not ended.is_set():
+            for model in models:
+                save_weights(model, path)
+
+    thread = threading.Thread(target=replace_it)
+    thread.start()
+    try:
+        found = [read_weights(path).state_dict for _ in range(100)]
+    finally:
+        ended.set()
+        thread.join()
+    for state_dict in found:
+        assert any(all(torch.equal(state_dict[key], value) for key, value in m.state_dict().items()) for m in models)
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(model, tmp_path, monkeypatch):
+    save_weights(model, path := tmp_path / "tiny.safetensors")
+    look = os.fstat
+
+    def written_to(descriptor):
+        os.utime(path, ns=(0, look(descriptor).st_mtime_ns + 1000))
+        return look(descriptor)
+
+    monkeypatch.setattr(os, "fstat", written_to)
+    with pytest.raises(WeightsError, match=r"tiny\.safetensors is being written to; wait until it is complete"):
+        read_weights(path)
 
 
 def test_save_is_all_or_nothing(model, tmp_path, monkeypatch):

@@ -1,16 +1,19 @@
 """What is found out for a run goes into a plan, and nothing into its configuration."""
 
+import hashlib
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.configs import compose
 from helpers.plans import make_plan
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
-from rld_lightning.runs.likeness import differences
+from rld_lightning.runs.likeness import differences, settings
+from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.plan import changed, settled
@@ -33,6 +36,10 @@ def test_a_run_leaves_its_configuration_as_it_was(tmp_path, task):
     assert left.model.teacher.weights == str(
         tmp_path / "run" / "teacher" / "student.safetensors"
     )  # of a part of the data
+    saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["rld_lightning"]
+    assert saved["settings"] == settings(OmegaConf.to_container(left))
+    assert saved["teacher_sha256"] == left.model.teacher.sha256 == read_summary(tmp_path / "run").teacher_sha256
+    assert saved["teacher_sha256"] == hashlib.sha256(Path(left.model.teacher.weights).read_bytes()).hexdigest()
     if task is fit:
         evaluation = (f"weights={tmp_path / 'run' / 'student.safetensors'}", f"paths.run={tmp_path / 'eval'}")
         cfg = compose("data=digits", "trainer=cpu", *evaluation, name="eval", resolve=False)
@@ -50,10 +57,11 @@ def test_a_plan_cannot_be_changed(tmp_path):
 def test_what_was_found_is_in_the_configuration_that_a_run_leaves(tmp_path):
     cfg = compose(*PAIR, f"paths.run={tmp_path}", resolve=False)
     plan = make_plan(tmp_path)
-    left = settled(cfg, replace(plan, teacher=replace(plan.teacher, weights="/my/teacher.pth")))
+    left = settled(cfg, replace(plan, teacher=replace(plan.teacher, weights="/my/teacher.pth", sha256="ab")))
     left, before = (OmegaConf.to_container(part, resolve=True) for part in (left, cfg))
     assert differences(before, left).keys() == {"model.teacher.weights"}
     assert left["model"]["teacher"]["weights"] == "/my/teacher.pth"
+    assert left["model"]["teacher"]["sha256"] == "ab"
 
 
 def test_a_changed_configuration_is_another_one():

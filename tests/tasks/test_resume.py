@@ -5,6 +5,8 @@ import torch
 from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
+from rld_lightning.runs.checkpoint import Before, tell
+from rld_lightning.runs.likeness import settings
 from rld_lightning.tasks.checks import check_resume, check_start
 from rld_lightning.tasks.plan import Student
 
@@ -61,6 +63,67 @@ def test_what_is_advised_to_a_run_that_has_diverged(run):
 def test_what_a_run_cannot_go_on_from(run, options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
+
+
+def with_settings(**changes):
+    """A checkpoint with the settings of its run."""
+    before = Before(
+        settings(OmegaConf.to_container(OmegaConf.create(CONFIG), resolve=True)), changes.pop("sha256", None)
+    )
+    before.settings.update({key.replace("__", "."): value for key, value in changes.items()})
+    tell(checkpoint := dict(CHECKPOINT), before)
+    return checkpoint
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """Calls ``check_resume`` for a checkpoint that lies where no run is."""
+
+    def check(checkpoint, changes=()):
+        torch.save(checkpoint, tmp_path / "last.ckpt")
+        cfg = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(changes)))
+        return check_resume(tmp_path / "last.ckpt", cfg.model.student.name, cfg)
+
+    return check
+
+
+def test_a_checkpoint_that_was_moved_away_still_knows_its_settings(moved):
+    assert moved(with_settings(sha256="ab")).teacher_sha256 == "ab"
+    moved(with_settings(), ["recipe.epochs=5", "paths.runs=/elsewhere"])
+    with pytest.raises(ValueError, match=r"last\.ckpt is of a run with seed=0, and this one has seed=5"):
+        moved(with_settings(), ["seed=5"])
+    assert moved(CHECKPOINT, ["seed=5"]) is None, "one of an earlier version says nothing"
+
+
+def test_the_settings_in_the_checkpoint_count_and_not_those_beside_it(run, tmp_path):
+    with pytest.raises(ValueError, match="seed=7, and this one has seed=0"):
+        run(checkpoint=with_settings(seed="7"))
+
+
+def test_a_teacher_of_known_checksum_may_lie_elsewhere(moved):
+    changes = ["model.teacher.name=resnet14", "model.teacher.weights=/b/teacher.pth"]
+    before = {"model__teacher__name": "resnet14", "model__teacher__weights": "/a/teacher.pth"}
+    moved(with_settings(**before, sha256="ab"), changes)
+    moved(with_settings(**before), [*changes, "model.teacher.weights=fit"])
+    with pytest.raises(ValueError, match=r"weights=/a/teacher\.pth, and this one has .*=/b/teacher\.pth"):
+        moved(with_settings(**before), changes)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [None, [], "x", {}, {"settings": []}, {"settings": {"a": {"_target_": "os.getcwd"}}}, {"settings": {1: "a"}},
+     {"settings": {}, "teacher_sha256": ["x"]}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_are_no_plain_text_are_refused(moved, said):
+    with pytest.raises(ValueError, match="says about its run what is no plain text"):
+        moved(CHECKPOINT | {"rld_lightning": said})
+
+
+def test_a_strange_value_is_shown_harmlessly(moved):
+    with pytest.raises(ValueError, match=r"seed='\\x1b\[2J0+', and this one has seed=0") as caught:
+        moved(with_settings(seed="\x1b[2J" + "0" * 5000))
+    assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("values", [None, [], "resnet8", {}])

@@ -1,9 +1,20 @@
 """Where a run's teacher is, and what a folder that it goes on from may say about that."""
 
+import hashlib
+from dataclasses import replace
+
 import pytest
+from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
-from rld_lightning.tasks.teacher import _teacher_before
+from rld_lightning.data import DigitsDataModule
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.look import Look
+from rld_lightning.models.save import save_weights
+from rld_lightning.runs.checkpoint import Before
+from rld_lightning.tasks.teacher import _teacher_before, build_teacher, find_teacher
+
+USUAL = Look((0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture
@@ -51,3 +62,36 @@ def test_anything_but_a_file_of_weights_says_nothing(folder, monkeypatch, config
 def test_what_is_no_plain_yaml_is_refused_by_name(folder, text):
     with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run \("):
         _teacher_before(folder(text), "resnet20")
+
+
+@pytest.fixture
+def known(tmp_path):
+    """A teacher in a file, what the run that had it has said about it, and the data."""
+    path = tmp_path / "teacher.safetensors"
+    save_weights(create_model("resnet8", 10), path)
+    teacher = replace(make_plan(tmp_path).teacher, name="resnet8", weights=str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    (data := DigitsDataModule()).setup("fit")
+    said = {"model.teacher.name": "resnet8", "model.teacher.weights": str(path)}
+    return teacher, Before(said, sha256), data
+
+
+def test_a_teacher_that_was_replaced_is_not_taken_for_the_one_that_a_run_had(known):
+    teacher, before, data = known
+    assert build_teacher(teacher, data, USUAL, before)[2] == before.teacher_sha256
+    build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
+    build_teacher(teacher, data, USUAL, Before({}, None))
+    save_weights(create_model("resnet8", 10), teacher.weights)
+    with pytest.raises(ValueError, match=r"is not the teacher that the run had: its SHA-256 is .* bring that one back"):
+        build_teacher(teacher, data, USUAL, before)
+    with pytest.raises(ValueError, match=f"has the SHA-256 .*, not {before.teacher_sha256}: give the file"):
+        build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
+
+
+def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
+    teacher, before, _ = known
+    wanted, store = replace(teacher, weights="fit"), make_plan(tmp_path).store
+    assert find_teacher(wanted, "digits", store, str(tmp_path / "moved" / "last.ckpt"), before) == teacher.weights
+    gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
+    with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone: bring it back"):
+        find_teacher(wanted, "digits", store, "last.ckpt", gone)
