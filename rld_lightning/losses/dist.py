@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
+from rld_lightning.losses.numerics import non_negative
 from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import logit_rows
@@ -52,13 +53,18 @@ def dist_loss(
         ``{"inter": beta * inter, "intra": gamma * intra}``, scalars.
     """
     rows = logit_rows(
-        student_logits, teacher_logits, label, logit_standardization=logit_standardization, ignore_index=ignore_index
+        student_logits,
+        teacher_logits,
+        label,
+        logit_standardization=logit_standardization,
+        ignore_index=ignore_index,
+        temperature=temperature,
     )
     student, teacher, valid = rows.zeroed()
     q, p = (F.softmax(logits / temperature, -1) for logits in (student, teacher))
     valid = valid.unsqueeze(-1)
-    inter = rows.reduce(1 - _correlation(p, q, torch.ones_like(valid), -1))
-    intra = (1 - _correlation(p, q, valid, 0)).mean() * valid.any()
+    inter = rows.reduce(non_negative(1 - _correlation(p, q, torch.ones_like(valid), -1)))
+    intra = non_negative(1 - _correlation(p, q, valid, 0)).mean() * valid.any()
     return {"inter": beta * temperature**2 * inter, "intra": gamma * temperature**2 * intra}
 
 

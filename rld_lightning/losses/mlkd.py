@@ -4,7 +4,7 @@
 """
 
 from dataclasses import KW_ONLY
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -71,8 +71,9 @@ def mlkd_loss(
             f"student_strong {tuple(student_strong.shape)} must have the shape of student_logits "
             f"{tuple(student_logits.shape)}: both are views of the same images."
         )
-    student, teacher, valid = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index).zeroed()
-    strong = logit_rows(student_strong, teacher_strong, label, ignore_index=ignore_index).zeroed()[:2]
+    options: dict[str, Any] = {"ignore_index": ignore_index, "temperature": temperature}
+    student, teacher, valid = logit_rows(student_logits, teacher_logits, label, **options).zeroed()
+    strong = logit_rows(student_strong, teacher_strong, label, **options).zeroed()[:2]
 
     first, others = (temperature, *OTHER_TEMPERATURES[:2]), OTHER_TEMPERATURES[2:]
     if mode == "reference":

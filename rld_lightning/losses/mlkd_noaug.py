@@ -5,7 +5,7 @@ is the variant with one view that RLD (arXiv 2408.07703) is compared to, as its 
 """
 
 from dataclasses import KW_ONLY
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,8 @@ def mlkd_noaug_loss(
     Returns:
         ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
     """
-    student, teacher, valid = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index).zeroed()
+    options: dict[str, Any] = {"ignore_index": ignore_index, "temperature": temperature}
+    student, teacher, valid = logit_rows(student_logits, teacher_logits, label, **options).zeroed()
     temperatures = (temperature, *OTHER_TEMPERATURES)
     (divergence,) = divergences(student, teacher, logit_standardization, temperatures)
     terms = one_view(divergence, student, teacher, valid, temperatures)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_LOGIT = 1e12
+
 
 def standardize(logits: Tensor) -> Tensor:
     """Z-scores ``(*, C)`` along the last dimension: ``(x - mean) / (std + 1e-7)``, std with C - 1 in the denominator.
@@ -26,9 +28,22 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, terms)
 
 
+def bounded(logits: Tensor) -> Tensor:
+    """Logits between -1e12 and 1e12: those that are infinite become finite, and squares of the others stay so.
+
+    A class that the teacher rules out by -inf keeps a probability of exactly 0. NaN stays NaN.
+    """
+    return logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+
+
+def non_negative(values: Tensor) -> Tensor:
+    """The same values, 0 where rounding has made them negative; the gradient passes unchanged."""
+    return values - values.detach().clamp(max=0)
+
+
 def kl_rows(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-    """``KL(teacher || student)`` of each row of two ``(N, C)`` log-probability tensors, in nats: ``(N,)``."""
-    return (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(-1)
+    """``KL(teacher || student)`` of each row of two ``(N, C)`` log-probability tensors, in nats: ``(N,)``, >= 0."""
+    return non_negative((teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(-1))
 
 
 def softmax_kl(teacher: Tensor, student: Tensor) -> Tensor:
@@ -65,8 +80,7 @@ def margin(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def binary_kl(teacher_margin: Tensor, student_margin: Tensor) -> Tensor:
-    """``KL([p, 1 - p] || [q, 1 - q])`` with ``p, q`` the sigmoids of two log-odds, in nats, element by element."""
+    """``KL([p, 1 - p] || [q, 1 - q]) >= 0`` with ``p, q`` the sigmoids of two log-odds, in nats, element by element."""
     p, rest = teacher_margin.sigmoid(), (-teacher_margin).sigmoid()
-    return p * (F.logsigmoid(teacher_margin) - F.logsigmoid(student_margin)) + rest * (
-        F.logsigmoid(-teacher_margin) - F.logsigmoid(-student_margin)
-    )
+    first = p * (F.logsigmoid(teacher_margin) - F.logsigmoid(student_margin))
+    return non_negative(first + rest * (F.logsigmoid(-teacher_margin) - F.logsigmoid(-student_margin)))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.numerics import standardize
+from rld_lightning.losses.numerics import bounded, standardize
 from rld_lightning.losses.ranges import check_ranges, ranges_of
 
 P = ParamSpec("P")
@@ -68,6 +68,7 @@ def logit_rows(
     *,
     logit_standardization: bool = False,
     ignore_index: int = -100,
+    temperature: float = 1.0,
 ) -> LogitRows:
     """Checks a batch and turns it into rows.
 
@@ -77,6 +78,8 @@ def logit_rows(
         label: ``(B,)`` or ``(B, *)`` integers.
         logit_standardization: z-score each row of both first, see :func:`~rld_lightning.losses.numerics.standardize`.
         ignore_index: label of the samples that count for nothing.
+        temperature: the largest that they will be divided by. Above 100 rows are float64, where the device has it:
+            nearly uniform distributions differ by less than float32 can tell, and T^2 makes much of it.
 
     Raises:
         ValueError: shapes, class counts or types that do not fit, or a label outside ``[0, C)``. Labels on an
@@ -104,8 +107,10 @@ def logit_rows(
 
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    student = _classes_last(student_logits).to(dtype)
-    teacher = _classes_last(teacher_logits.detach()).to(dtype)
+    if temperature > 100 and student_logits.device.type != "mps":
+        dtype = torch.float64
+    student = bounded(_classes_last(student_logits).to(dtype))
+    teacher = bounded(_classes_last(teacher_logits.detach()).to(dtype))
     if logit_standardization:
         student, teacher = standardize(student), standardize(teacher)
 
@@ -179,8 +184,14 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
         if needs_label and label is None:
             raise ValueError(f"{formula.__name__} needs the labels of the samples.")
         standardization, ignore_index, reduction = (options.pop(name, default) for name, default in common.items())
+        temperatures = [v for k, v in options.items() if k.endswith("temperature") and v is not None]
         rows = logit_rows(
-            student_logits, teacher_logits, label, logit_standardization=standardization, ignore_index=ignore_index
+            student_logits,
+            teacher_logits,
+            label,
+            logit_standardization=standardization,
+            ignore_index=ignore_index,
+            temperature=max(temperatures, default=1.0),
         )
         weights: dict[str, float] = {}
 
