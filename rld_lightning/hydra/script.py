@@ -47,10 +47,10 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         except UserError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
+            if is_trial():
+                raise  # to the sweep, which says so, and in which the others go on
             print_error(str(error))
-            if not is_trial():
-                sys.exit(2)
-            raise  # to the sweep, in which the others go on
+            sys.exit(2)
 
     try:
         with sigterm_ends():  # launchers of trials, too, clear up behind them
@@ -66,6 +66,11 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 def is_trial() -> bool:
     """Whether Hydra runs this job as one of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def is_watched() -> bool:
+    """Whether this job is a trial of a sweep that has the terminal for its own lines."""
+    return is_trial() and bool(HydraConfig.get().callbacks.get("sweep", {}).get("watch"))
 
 
 @contextmanager

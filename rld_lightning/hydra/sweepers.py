@@ -11,9 +11,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.console import print_line
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.hydra.study import leave_best, open_study, search_space, tell, together
+from rld_lightning.runs.events import note
 
 
 def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
@@ -34,7 +36,7 @@ def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
         lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
         overrides = OverridesParser.create(context.config_loader).parse_overrides([*lines, *arguments])
         batches = sweeper.split_arguments(overrides, sweeper.max_batch_size)
-        _note(config)
+        _note(config, sum(map(len, batches)))
         first = 0
         for batch in batches:
             _launch(launcher, batch, first, config)
@@ -61,12 +63,13 @@ def sweep_study(
     with exit_on_user_error():
         space, fixed = search_space([*_own(options), *arguments], loader)
         study, to_go = open_study(OmegaConf.create(options), space)
-        _note(config)
+        _note(config, to_go)
         at_once, first = together(options["n_jobs"]), 0
         while to_go > 0:
             trials = [study.ask(space) for _ in range(min(at_once, to_go))]
             lines = [(*(f"{key}={value}" for key, value in trial.params.items()), *fixed) for trial in trials]
             batch = list(dict.fromkeys(lines))  # two with the same values are one, in one folder
+            note(Path(config.hydra.sweep.dir), total=first + to_go - len(trials) + len(batch))
             returned = dict(zip(batch, _launch(launcher, batch, first, config), strict=True))
             for trial, line in zip(trials, lines, strict=True):
                 tell(study, trial, _value(returned[line]))
@@ -83,21 +86,26 @@ def _value(returned: JobReturn) -> float | None:
     return returned.return_value if returned.status == JobStatus.COMPLETED else None
 
 
-def _note(config: DictConfig) -> None:
-    """Leaves the sweep's configuration where Hydra's own sweeper does."""
+def _note(config: DictConfig, total: int) -> None:
+    """Leaves the sweep's configuration where Hydra's own sweeper does, and how many trials there are to be."""
     folder = Path(config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "multirun.yaml")
+    note(folder, total=total)
 
 
 def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, config: DictConfig) -> Sequence[JobReturn]:
     """Runs trials.
 
     Raises:
+        SystemExit: the sweep was interrupted; how it goes on has been said.
         UserError: they cannot be run: their configuration is none, or one of the launcher's processes has died.
     """
     try:
         return launcher.launch([list(lines) for lines in batch], initial_job_idx=first)
+    except (KeyboardInterrupt, SystemExit) as stop:  # of Ctrl-C, and of SIGTERM
+        print_line("stopped", f"go on with the same command and hydra.sweep.dir={config.hydra.sweep.dir}")
+        raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
     except Exception as error:  # each launcher has its own
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(

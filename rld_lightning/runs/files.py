@@ -22,6 +22,7 @@ PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
 BEST = "best.ckpt"
 DIVERGED = "diverged.npz"  # which batch made the loss no number
 ERROR = "error.txt"  # of a trial that failed
+PRINTED = "trial.log"  # what a trial's processes have printed, where the sweep prints a line of its own
 EVALUATION = "evaluation.json"  # of scripts/eval.py
 PER_CLASS = "per_class.csv"  # likewise
 SWEEP = "sweep.yaml"  # what a sweep varies and what it does not, in the sweep's folder

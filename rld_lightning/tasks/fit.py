@@ -84,12 +84,13 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
         return _run(cfg, plan, resume_hint=resume_hint and not started_here())
 
 
-def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None) -> Summary:
+def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None) -> Summary:
     """Runs :func:`fit` in fresh processes, or in those that somebody has started for it.
 
     Args:
         cfg: the composed configuration.
         resume_hint: what continues an interrupted run when it is added to the command; by default what its kind takes.
+        output: a file that gets what processes print that are started here.
 
     Raises:
         UserError: as :func:`fit`.
@@ -98,7 +99,7 @@ def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None) -> Summ
         processes = processes_to_start(cfg.trainer)
     if started_by() is not None:  # SLURM has
         return fit(cfg)
-    run_in_processes(processes, TASK, cfg, resume_hint=resume_hint)
+    run_in_processes(processes, TASK, cfg, resume_hint=resume_hint, output=output)
     return read_summary(Path(cfg.paths.run))
 
 

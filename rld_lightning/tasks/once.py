@@ -16,7 +16,7 @@ from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.plan import changed
 
 
-def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str) -> Summary:
+def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str | None) -> Summary:
     """Runs what is not finished yet; what is finished is only read.
 
     A run that was interrupted goes on from its ``last.ckpt``. One that fails leaves ``error.txt`` in its folder.
@@ -24,7 +24,7 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
     Args:
         cfg: the configuration; ``paths.run`` is the run's folder, which no other process may be at.
         fit: does the run, with a configuration that says what it goes on from.
-        name: what the console calls it, such as ``"trial"``.
+        name: what the console calls it where it is finished, such as ``"student"``; None says nothing.
 
     Raises:
         UserError: the run failed, or its folder holds one with other settings.
@@ -33,7 +33,8 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
     with user_errors():
         refuse_other_settings(run, cfg)
         if (run / SUMMARY).exists():
-            print_line(name, f"{run} is finished")
+            if name is not None:
+                print_line(name, f"{run} is finished")
             return read_summary(run)
     run.mkdir(parents=True, exist_ok=True)
     goes_on = is_there(run / LAST)

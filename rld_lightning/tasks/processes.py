@@ -22,13 +22,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
@@ -96,15 +95,18 @@ def started_here() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
 
 
-def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None) -> None:
+def run_in_processes(
+    count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None
+) -> None:
     """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
 
     Args:
         count: number of processes on this machine.
         task: a function that takes the configuration, as ``package.module:function``.
         cfg: the configuration; ``paths.run`` is the folder that all of them share.
-        resume_hint: what continues an interrupted run when it is added to the command; by default that of a sweep in a
-            trial, and else the last checkpoint in ``paths.run``.
+        resume_hint: what continues an interrupted run when it is added to the command; by default the last checkpoint
+            in ``paths.run``. Of a trial the sweep says so.
+        output: a file that gets, at its end, what the processes print; by default they print where this one does.
 
     Raises:
         UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
@@ -116,7 +118,7 @@ def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
         command = (sys.executable, "-m", "rld_lightning.tasks.processes", task, str(folder), str(os.getpid()))
-        with sigterm_ends(), _started(command, count) as processes:
+        with sigterm_ends(), _started(command, count, output) as processes:
             try:
                 codes = _wait(processes)
             except (KeyboardInterrupt, SystemExit) as stop:
@@ -127,11 +129,12 @@ def run_in_processes(count: int, task: str, cfg: DictConfig, *, resume_hint: str
             if codes:
                 time.sleep(5 * POLL)  # the rank that failed first may be the last to end
         if codes:
-            raise UserError(_explain(codes, _read_failures(folder, count), count, resume_hint or _resume_hint(run)))
+            failures = _read_failures(folder, count)
+            raise UserError(_explain(codes, failures, count, resume_hint or _resume_hint(run), output))
 
 
 @contextmanager
-def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _started(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Starts the ranks, each in a session of its own, and kills what is left of them in the end."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -146,9 +149,17 @@ def _started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Pop
         for rank in range(count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
-            processes.append(
-                subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-            )
+            with output.open("ab") if output else nullcontext() as file:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT if file else None,
+                        start_new_session=True,
+                    )
+                )
         yield processes
     finally:
         for process in processes:
@@ -196,9 +207,9 @@ def _poll(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _resume_hint(run: Path) -> str | None:
-    """Returns what continues the command's kind of run, a sweep or a single one; None without a checkpoint."""
+    """Returns what continues a single run; None without a checkpoint, and of a trial, of which the sweep says it."""
     if is_trial():
-        return f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"  # its trials go on by themselves
+        return None
     last = run / "last.ckpt"
     return f"resume={last}" if last.exists() else None
 
@@ -212,8 +223,14 @@ def _read_failures(folder: Path, count: int) -> dict[int, Failure]:
     return failures
 
 
-def _explain(codes: Mapping[int, int], failures: Mapping[int, Failure], count: int, resume_hint: str | None) -> str:
-    """Makes one sentence of what ended the run; the traceback of an exception goes to stderr."""
+def _explain(
+    codes: Mapping[int, int],
+    failures: Mapping[int, Failure],
+    count: int,
+    resume_hint: str | None,
+    output: Path | None = None,
+) -> str:
+    """Makes one sentence of what ended the run; the traceback of an exception goes to where the processes print."""
     # Others may fail because of the first one, and even end before it. A rank that was killed has written nothing;
     # one that has failed may abort on its way out.
     killed = [rank for rank, code in codes.items() if code < 0 and rank not in failures]
@@ -225,14 +242,17 @@ def _explain(codes: Mapping[int, int], failures: Mapping[int, Failure], count: i
     elif failure.traceback is None:
         return failure.message
     else:
-        sys.stderr.write(failure.traceback)
+        with output.open("a") if output else nullcontext(sys.stderr) as file:
+            file.write(failure.traceback)
         end = f"failed with {failure.message}"
-    advice = "There is no checkpoint yet to continue from"
+    advice = " There is no checkpoint yet to continue from."
     if resume_hint:
-        advice = f"Continue with the same command and {resume_hint}"
+        advice = f" Continue with the same command and {resume_hint}."
+    elif is_trial():
+        advice = f" What it printed is in {output}." if output else ""
     if count == 1:
-        return f"the process of this run {end}. {advice}."
-    return f"rank {rank} of {count} {end}, and the others were ended with it: nothing is left running. {advice}."
+        return f"the process of this run {end}.{advice}"
+    return f"rank {rank} of {count} {end}, and the others were ended with it: nothing is left running.{advice}"
 
 
 def _without_hydra(cfg: DictConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A sweep from its first line to its last; in between, Hydra runs the trials (:mod:`rld_lightning.tasks.trial`)."""
 
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
@@ -21,13 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import started_by
+from rld_lightning.distributed import rank_zero_only, started_by
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.hydra.study import check_options
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
-from rld_lightning.runs.files import CONFIG, STUDENT, SWEEP, TEACHER, read_config
+from rld_lightning.runs.events import note
+from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, SWEEP, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
@@ -36,6 +39,7 @@ from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import alone, changed
 from rld_lightning.tasks.teacher import keep_teacher, train_teacher
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
+from rld_lightning.tasks.watch import Watch
 
 WEIGHTS = "model.teacher.weights"
 
@@ -54,18 +58,25 @@ class Sweep(Callback):
         alone: whether the student is trained by itself as well, with cross-entropy; the networks are then printed side
             by side at the end.
         report: whether a report is written at the end.
+        watch: whether the terminal shows the sweep, a line for each trial that ends and one for what is under way, and
+            the trials' own output goes to their folders.
     """
 
-    def __init__(self, held_out: float, *, store: bool = True, alone: bool = False, report: bool = False) -> None:
+    def __init__(
+        self, held_out: float, *, store: bool = True, alone: bool = False, report: bool = False, watch: bool = False
+    ) -> None:
         self.held_out = held_out
         self.store = store
         self.alone = alone
         self.report = report
+        self.watch = watch
+        self._swept: tuple[str, ...] = ()
         self._lock: FileLock | None = None
+        self._watch: Watch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock: launchers send callbacks along to the processes of trials."""
-        return {**vars(self), "_lock": None}
+        """Without the lock and the screen: launchers send callbacks along to the processes of trials."""
+        return {**vars(self), "_lock": None, "_watch": None}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Puts in what makes a sweep a clean one.
@@ -77,20 +88,50 @@ class Sweep(Callback):
             self._begin(config)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints what the trials came to, and writes the report."""
+        """Prints what the trials came to, and writes the report.
+
+        Raises:
+            SystemExit: a trial has failed (1), or none has finished (2).
+        """
+        failed = 0
+        if self._watch is not None:
+            self._watch.stop()
+            failed = self._watch.failed
         with _ends_the_sweep(config):
             folder = Path(config.hydra.sweep.dir)
-            print_failed(folder)
+            failed = max(failed, print_failed(folder))
             if self.alone:
                 print_networks(folder)
             else:
                 print_settings(config, *_overrides(config))
             if self.report:
                 _write_report(config, folder)
+        if failed:
+            sys.exit(1)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Notes that a trial begins, in whatever process."""
+        known = (Path(config.hydra.runtime.output_dir) / SUMMARY).exists()
+        _note(config, state="begins", trial=self._name(config), known=known)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Notes how a trial has ended."""
+        if job_return.status == JobStatus.COMPLETED:
+            _note(config, state="ends", trial=self._name(config), top1=job_return.return_value)
+        else:
+            error = job_return._return_value  # as a property it would raise it
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            _note(config, state="ends", trial=self._name(config), error=text)
+
+    def _name(self, config: DictConfig) -> str:
+        """The values of a trial, as a command line has them."""
+        own = {key_of(override): line_of(override) for override in _parse_all(config.hydra.overrides.task)}
+        return " ".join(own[key] for key in self._swept if key in own)
 
     def _begin(self, config: DictConfig) -> None:
         folder = Path(config.hydra.sweep.dir)
         swept, fixed = _overrides(config)
+        self._swept = tuple(swept)
         self._hold_out(config, swept, fixed)
         optuna = "n_trials" in config.hydra.sweeper
         if optuna:
@@ -108,6 +149,10 @@ class Sweep(Callback):
         others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
+        if self.watch:
+            for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
+                logging.getLogger(name).setLevel(logging.WARNING)
+            self._watch = Watch(folder)
 
     def _hold_out(self, config: DictConfig, swept: Collection[str], fixed: dict[str, str]) -> None:
         """Holds training images out where something is chosen by its accuracy."""
@@ -150,6 +195,11 @@ class Sweep(Callback):
         return _store(config).find(_data(config, folder / TEACHER).name, teacher.name) is None
 
 
+@rank_zero_only
+def _note(config: DictConfig, **event: Any) -> None:
+    note(Path(config.hydra.sweep.dir), number=config.hydra.job.num, **event)
+
+
 @contextmanager
 def _ends_the_sweep(config: DictConfig) -> Iterator[None]:
     """What a callback raises ends the sweep; Hydra would make a warning of it and go on without what it does."""
@@ -185,7 +235,11 @@ def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float
 def _parsed(config: DictConfig) -> list[Override]:
     """The sweeper's own parameters, then the command's overrides."""
     own = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    return OverridesParser.create().parse_overrides([*own, *config.hydra.overrides.task])
+    return _parse_all([*own, *config.hydra.overrides.task])
+
+
+def _parse_all(lines: Iterable[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(lines))
 
 
 def _overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:

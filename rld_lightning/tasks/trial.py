@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rld_lightning.hydra.script import is_watched
+from rld_lightning.runs.files import PRINTED
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.fit import fit_in_processes
@@ -13,15 +15,15 @@ from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import changed, freeze
 
 
-def run_trial(cfg: DictConfig, resume_hint: str | None = None) -> Summary:
+def run_trial(cfg: DictConfig) -> Summary:
     """Runs :func:`~rld_lightning.tasks.fit.fit` in fresh processes, once: a finished trial is only read.
 
     A trial that was interrupted goes on from its ``last.ckpt``. One that fails leaves ``error.txt`` in its folder, and
-    is tried again when a grid is continued; Optuna proposes another.
+    is tried again when a grid is continued; Optuna proposes another. What it prints goes into ``trial.log``, where the
+    sweep has a line of its own in the terminal.
 
     Args:
         cfg: the composed configuration; ``paths.run`` is the trial's folder.
-        resume_hint: what continues an interrupted one when it is added to the command; by default that of a sweep.
 
     Raises:
         UserError: the trial failed, its folder holds one with other settings, or another process is at it.
@@ -30,5 +32,7 @@ def run_trial(cfg: DictConfig, resume_hint: str | None = None) -> Summary:
     own: dict[str, Any] = {"print_config": False}
     if cfg.logger.get("wandb"):  # trials have the same pair, method and, often, seed
         own["logger.wandb.name"] = f"${{model.label}}-${{method}}-{Path(cfg.paths.run).name}"
-    with locked(Path(cfg.paths.run)):
-        return run_once(changed(cfg, own), partial(fit_in_processes, resume_hint=resume_hint), name="trial")
+    run = Path(cfg.paths.run)
+    with locked(run):
+        output = run / PRINTED if is_watched() else None
+        return run_once(changed(cfg, own), partial(fit_in_processes, output=output), name=None if output else "trial")

@@ -46,10 +46,12 @@ def line_of(override: Override) -> str:
     return override.input_line or ""
 
 
-def print_failed(folder: Path) -> None:
-    """Prints why trials of a sweep have failed, a line each."""
-    for path in sorted(path.parent for path in folder.rglob(ERROR) if not (path.parent / SUMMARY).exists()):
+def print_failed(folder: Path) -> int:
+    """Prints why trials of a sweep have failed, a line each, and returns how many have."""
+    failed = sorted(path.parent for path in folder.rglob(ERROR) if not (path.parent / SUMMARY).exists())
+    for path in failed:
         print_line("failed", f"{path}: {(path / ERROR).read_text().strip()}")
+    return len(failed)
 
 
 def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]) -> None:
@@ -90,7 +92,9 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
         return
     score = f"{rows[0][len(keys)]} % on {validated_on}, n = {best['n']}"
     command = retrain_command(config, best["overrides"], best["run"], fixed)
-    print_line("best", f"{' '.join(best['overrides'])}: {score}; {command}")
+    print_line("best", f"{' '.join(best['overrides'])}: {score}")
+    print_line("next", "train with it on all images, and test once:")
+    console.print(command, soft_wrap=True, markup=False)
 
 
 def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: Mapping[str, str]) -> str:

@@ -198,10 +198,20 @@ def test_a_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monk
     (tmp_path / "last.ckpt").touch()
     assert launching._resume_hint(tmp_path) == f"resume={tmp_path / 'last.ckpt'}"
     monkeypatch.setattr(launching, "is_trial", lambda: True)
-    monkeypatch.setattr(
-        launching.HydraConfig, "get", lambda: SimpleNamespace(sweep=SimpleNamespace(dir="runs/sweeps/a"))
-    )
-    assert launching._resume_hint(tmp_path) == "hydra.sweep.dir=runs/sweeps/a"
+    assert launching._resume_hint(tmp_path) is None  # the sweep says how it goes on
+
+
+def test_what_a_trial_prints_and_why_it_failed_goes_into_its_log(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(launching, "is_trial", lambda: True)
+    log, code = tmp_path / "trial.log", "import sys; print('out'); print('err', file=sys.stderr)"
+    for _ in range(2):  # one that goes on adds to it
+        with launching._started((sys.executable, "-c", code), 1, log) as processes:
+            assert not launching._wait(processes)
+    failure = Failure("KeyError: 'x'", "Traceback ...\n", 0.0)
+    message = launching._explain({0: 1}, {0: failure}, 1, None, log)
+    assert message == f"the process of this run failed with KeyError: 'x'. What it printed is in {log}."
+    assert sorted(log.read_text().splitlines()) == ["Traceback ...", "err", "err", "out", "out"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_single_process_is_not_a_rank():
@@ -294,7 +304,7 @@ def test_processes_get_secrets_that_no_file_of_the_run_has(monkeypatch, tmp_path
     seen = []
 
     @contextmanager
-    def started(command, count):
+    def started(command, count, _output):
         path = Path(command[4]) / "config.yaml"
         seen.append((OmegaConf.load(path).data.storage_options.secret, path.parent.stat().st_mode & 0o077))
         yield []

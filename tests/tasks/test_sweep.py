@@ -243,11 +243,12 @@ def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests
     trials(tmp_path / "sweep", VALUES)
     (tmp_path / "sweep" / "loss.alpha=4,seed=1").mkdir()
     (tmp_path / "sweep" / "loss.alpha=4,seed=1" / "error.txt").write_text("out of memory\n")
-    Sweep(0.1).on_multirun_end(config)
-    *before, last = capsys.readouterr().out.strip().splitlines()
+    with pytest.raises(SystemExit, match="1"):  # for one has failed
+        Sweep(0.1).on_multirun_end(config)
+    *before, best, _, command = capsys.readouterr().out.strip().splitlines()
     assert any("loss.alpha=4,seed=1: out of memory" in line for line in before)
-    assert last.split("loss.alpha=1: ")[1].startswith("52.00 ± 2.83 % on ")
-    command = last.split("n = 2; ")[1]
+    assert best.split("loss.alpha=1: ")[1].startswith("52.00 ± 2.83 % on ")
+    assert best.endswith("n = 2")
     assert command == (
         f"python {sys.argv[0]} recipe=quick loss=rld_ls loss.alpha=1 data.val_fraction=0 "
         "trainer.check_val_every_n_epoch=30"
@@ -357,7 +358,7 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     (folder / "last.ckpt").touch()
     resumed = []
 
-    def fails(_processes, _task, cfg, resume_hint):
+    def fails(_processes, _task, cfg, **_):
         resumed.append(cfg.resume)
         raise UserError("out of memory.")
 
@@ -365,7 +366,7 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
     with pytest.raises(UserError, match="out of memory"):
         run_trial(cfg)
     assert (folder / "error.txt").read_text() == "out of memory.\n"
-    monkeypatch.setattr(fitting, "run_in_processes", lambda _processes, _task, cfg, resume_hint: finish(cfg, 70.0))
+    monkeypatch.setattr(fitting, "run_in_processes", lambda _processes, _task, cfg, **_: finish(cfg, 70.0))
     assert run_trial(cfg).top1 == 70.0
     assert not (folder / "error.txt").exists()
     assert resumed == [str(folder / "last.ckpt")]

@@ -1,0 +1,115 @@
+"""A sweep that can be watched: one line for each trial that ends and, in a terminal, one live line for all."""
+
+import atexit
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+from rich.text import Text
+
+from rld_lightning.console import console, print_line
+from rld_lightning.runs.events import Events
+
+LOOK = 0.3  # seconds between two looks at what has happened
+
+
+class Watch:
+    """Prints what happens to the trials of a sweep until :meth:`stop`; whatever process ends it, the terminal is left
+    as it was.
+
+    Args:
+        sweep: the sweep's folder.
+
+    Attributes:
+        failed: how many trials have failed.
+    """
+
+    def __init__(self, sweep: Path) -> None:
+        self._events = Events(sweep)
+        self._total = 0
+        self._running: dict[int, float] = {}  # when each began
+        self._known: set[int] = set()
+        self._seconds: list[float] = []
+        self._ended = 0
+        self._at_once = 1
+        self._best: tuple[float, str] | None = None
+        self.failed = 0
+        self._over = threading.Event()
+        self._live = Live(get_renderable=self._text, console=console, refresh_per_second=2, transient=True)
+        self._thread = threading.Thread(target=self._look, daemon=True, name="watch-sweep")
+        if console.is_terminal:
+            self._live.start()
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Prints the last of it."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._thread.join()
+        self._live.stop()
+        self._take()
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK):
+            self._take()
+
+    def _text(self) -> Text:
+        return Text.assemble(("   sweep", "bold"), f"  {self.line()}", no_wrap=True, overflow="ellipsis")
+
+    def _take(self) -> None:
+        for event in self._events.new():
+            self.take(event)
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Takes one event: how many trials there are to be, that one begins, or that one ends."""
+        if (total := event.get("total")) is not None:
+            self._total = total
+        elif event["state"] == "begins":
+            self._running[event["number"]] = event["time"]
+            self._known |= {event["number"]} if event["known"] else set()
+            self._at_once = max(self._at_once, len(self._running))
+        else:
+            seconds = event["time"] - self._running.pop(event["number"], event["time"])
+            self._ended += 1
+            text = f"{self._ended}/{self._total}  {event['trial']}"
+            if event.get("error") is not None:
+                self.failed += 1
+                first = event["error"].partition(". ")[0]  # all of it comes at the end of the sweep
+                print_line("failed", f"{text}: {first}")
+                return
+            known = event["number"] in self._known  # a trial of an earlier time takes none
+            if not known:
+                self._seconds.append(seconds)
+            if self._best is None or event["top1"] > self._best[0]:
+                self._best = event["top1"], event["trial"]
+            print_line("trial", f"{text}  {event['top1']:.2f} %  {'was there' if known else duration(seconds)}")
+
+    def line(self, now: float | None = None) -> str:
+        """Done, running, failed, what is left of the time, and the best so far."""
+        parts = [f"{self._ended - self.failed}/{self._total} done", f"{len(self._running)} running"]
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        if self._seconds:
+            parts.append(f"{duration(self._left(now))} left")
+        if self._best is not None:
+            parts.append(f"best {self._best[0]:.2f} %: {self._best[1]}")
+        return ", ".join(parts)
+
+    def _left(self, now: float | None) -> float:
+        now = time.time() if now is None else now
+        mean = sum(self._seconds) / len(self._seconds)
+        waiting = self._total - self._ended - len(self._running)
+        running = sum(max(0.0, mean - (now - began)) for began in self._running.values())
+        return (mean * waiting + running) / self._at_once
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``3 min``, ``2 h 10 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
