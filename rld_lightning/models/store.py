@@ -78,6 +78,11 @@ class TeacherStore:
         others = sorted((Path(self.root).expanduser() / dataset).glob("*.safetensors"))
         return next((other for other in others if canonical_name(other.stem) == canonical_name(name)), None)
 
+    def has(self, dataset: str, name: str) -> bool:
+        """Whether a teacher is there and undamaged."""
+        path = self.find(dataset, name)
+        return path is not None and not is_damaged(read_once(path))
+
     def save(
         self, model: nn.Module | Mapping[str, Tensor], dataset: str, name: str, metadata: Mapping[str, object]
     ) -> Path:
@@ -154,8 +159,8 @@ def resolve_teacher_weights(
 
     Args:
         spec: a file; or ``published``, the published teacher, downloaded unless the store has it; or ``fit``, the
-            store's teacher, ``None`` if it has to be trained first; or ``auto``, the store's teacher, else the
-            published.
+            store's teacher, ``None`` if it has to be trained first, or again because its file is damaged; or ``auto``,
+            the store's teacher, else the published.
         name: the teacher's model name.
         dataset: what the teacher was trained on.
         store: where teachers are kept.
@@ -174,6 +179,8 @@ def resolve_teacher_weights(
             raise FileNotFoundError(f"there is no teacher's weights file at {path}; {_WAYS_OUT}")
         return path
     stored = store.find(dataset, name)
+    if spec == "fit" and not store.has(dataset, name):
+        return None
     if spec == "fit" or (stored and (spec == "auto" or _is_published(stored))):
         return stored
     if canonical_name(name) not in map(canonical_name, PUBLISHED) or dataset != _PUBLISHED_DATASET:

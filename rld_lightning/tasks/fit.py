@@ -1,6 +1,7 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
 import gc
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -33,8 +34,16 @@ from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.results import leave_results, summarise
-from rld_lightning.tasks.teacher import build_teacher, describe_size, find_teacher, keep_teacher, train_teacher
+from rld_lightning.tasks.teacher import (
+    build_teacher,
+    describe_size,
+    find_teacher,
+    is_for_others,
+    keep_teacher,
+    train_teacher,
+)
 from rld_lightning.tasks.teacher_score import measure_teacher
+from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tracking import wandb_run
 
 TASK = "rld_lightning.tasks.fit:fit"
@@ -121,7 +130,12 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
             weights = find_teacher(plan.teacher, data.name, plan.store, plan.resume, plan.before)
         if weights is None:
-            _train_teacher(cfg, plan, plan.teacher, loss, data)
+            turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
+            if is_for_others(data):
+                turn = turn_to_train(plan.store, data.name, plan.teacher.name, plan.run)
+            with turn as lacks:
+                if lacks:
+                    _train_teacher(cfg, plan, plan.teacher, loss, data)
             kept = find_teacher(plan.teacher, data.name, plan.store, None)
             weights = kept or str(plan.run / TEACHER / STUDENT)
         plan = replace(plan, teacher=replace(plan.teacher, weights=weights))
@@ -162,7 +176,8 @@ def _train_teacher(
         connect(deepcopy(loss), student, other, data.image_shape, data.train_label)
     if not (folder / SUMMARY).exists():
         place = plan.store.path(data.name, teacher.name)
-        print_line("teacher", f"{teacher.name} is not in {place}: training it first, with cross-entropy")
+        lacks = f"{teacher.name} is not in {place}" if not place.is_file() else f"{place} is damaged"
+        print_line("teacher", f"{lacks}: training it first, with cross-entropy")
     summary = train_teacher(cfg, folder, partial(fit, resume_hint=False))
     keep_teacher(summary, folder, plan.store, data, teacher.name)
 

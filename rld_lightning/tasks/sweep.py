@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import alone, changed
-from rld_lightning.tasks.teacher import keep_teacher, train_teacher
+from rld_lightning.tasks.teacher import is_for_others, keep_teacher, train_teacher
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
+from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tasks.watch import Watch
 
 WEIGHTS = "model.teacher.weights"
@@ -174,10 +175,16 @@ class Sweep(Callback):
             if (started := started_by()) is not None and started.processes > 1:
                 raise UserError(f"the teacher {name} starts its own processes; start this without {started.by}.")
             shared = (folder / TEACHER).absolute()
-            summary = train_teacher(changed(config, {"seed": _seed(config, swept, shared)}), shared, fit)
-            if self.store:
-                keep_teacher(summary, shared, _store(config), _data(config, shared), name)
-            _add(config, fixed, WEIGHTS, str(folder / TEACHER / STUDENT))
+            data = _data(config, shared)
+            turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
+            if self.store and is_for_others(data) and not shared.exists():
+                turn = turn_to_train(_store(config), data.name, name, folder)
+            with turn as lacks:
+                if lacks:
+                    summary = train_teacher(changed(config, {"seed": _seed(config, swept, shared)}), shared, fit)
+                    if self.store:
+                        keep_teacher(summary, shared, _store(config), data, name)
+                    _add(config, fixed, WEIGHTS, str(folder / TEACHER / STUDENT))
         if self.alone:
             own = (folder / ALONE).absolute()
             seeded = changed(config, {"seed": _seed(config, swept, own)})
@@ -192,7 +199,7 @@ class Sweep(Callback):
             return False
         if not self.store or (folder / TEACHER).exists():
             return True
-        return _store(config).find(_data(config, folder / TEACHER).name, teacher.name) is None
+        return not _store(config).has(_data(config, folder / TEACHER).name, teacher.name)
 
 
 @rank_zero_only

@@ -65,7 +65,7 @@ def find_teacher(
     )
     if path is None and told is not None and told.teacher_sha256 is not None:
         raise ValueError(
-            f"the teacher of the run, {told.teacher[1]}, is gone: bring it back, or name its file with "
+            f"the teacher of the run, {told.teacher[1]}, is gone or damaged: bring it back, or name its file with "
             "model.teacher.weights=."
         )
     return str(path) if path is not None else None
@@ -113,6 +113,11 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
         raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
 
 
+def is_for_others(data: ImageDataModule) -> bool:
+    """Whether a teacher that is trained on these data may be one for other runs: on all training images."""
+    return data.val_fraction == 0 and data.subset == 1
+
+
 def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str) -> None:
     """Keeps a teacher that was trained for a run, or a sweep, for other runs, if it is one for them.
 
@@ -125,7 +130,7 @@ def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: Imag
         data: what it was trained on.
         name: its network.
     """
-    if data.val_fraction == 0 and data.subset == 1 and summary.steps is not None and summary.complete:
+    if is_for_others(data) and summary.steps is not None and summary.complete:
         rank_zero_only(store.add)(folder / STUDENT, data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks look for what rank 0 has stored

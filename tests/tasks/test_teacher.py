@@ -93,5 +93,5 @@ def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
     wanted, store = replace(teacher, weights="fit"), make_plan(tmp_path).store
     assert find_teacher(wanted, "digits", store, str(tmp_path / "moved" / "last.ckpt"), before) == teacher.weights
     gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
-    with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone: bring it back"):
+    with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone or damaged: bring it back"):
         find_teacher(wanted, "digits", store, "last.ckpt", gone)

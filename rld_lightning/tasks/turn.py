@@ -1,0 +1,85 @@
+"""Of several runs that lack the same teacher one trains it, and the others wait and take it."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rld_lightning.console import print_line
+from rld_lightning.distributed import rank_zero_only, started_by
+from rld_lightning.errors import UserError
+from rld_lightning.models.store import TeacherStore
+
+_POLL_SECONDS = 0.2
+# Of these and the run's folder the processes of one run have the same, and no other run has.
+_GROUP = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
+
+
+@contextmanager
+def turn_to_train(store: TeacherStore, dataset: str, name: str, run: Path) -> Iterator[bool]:
+    """Waits until no other run trains a teacher for the store, and keeps others waiting meanwhile.
+
+    Of the processes of a run the first waits for other runs, and the others for what it finds. The lock ends with its
+    process, however that ends.
+
+    Args:
+        store: where the teacher is to be kept.
+        dataset: the name of the data set that it is for.
+        name: its network.
+        run: the folder of the run that needs it.
+
+    Yields:
+        whether the store still lacks it.
+
+    Raises:
+        UserError: nothing can be written there, said before anything is trained for it.
+    """
+    place = store.path(dataset, name)
+    holder, own = place.with_name(f".{place.stem}.holder"), _group(run)
+    if started_by() is not None and vars(rank_zero_only)["rank"] != 0:
+        yield _wait_for_the_first(store, dataset, name, holder, own)
+        return
+    lock = FileLock(place.with_name(f".{place.stem}.lock"))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _wait(lock, f"{name} is being trained for {place} by another run: waiting for it")
+        lacks = not store.has(dataset, name)
+        if lacks:
+            holder.write_text(own)
+    except OSError as error:
+        lock.release()
+        raise UserError(
+            f"the teacher {name} cannot be kept in {place.parent} ({error.strerror or error}): make the folder "
+            "writable, or choose another with paths.teachers=."
+        ) from error
+    try:
+        yield lacks
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _wait(lock: FileLock, words: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print_line("teacher", words)
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: both train
+        pass
+
+
+def _wait_for_the_first(store: TeacherStore, dataset: str, name: str, holder: Path, own: str) -> bool:
+    while True:
+        if store.has(dataset, name):
+            return False
+        if holder.is_file() and holder.read_text() == own:
+            return True
+        time.sleep(_POLL_SECONDS)
+
+
+def _group(run: Path) -> str:
+    return " ".join([str(run.absolute()), *(os.environ.get(name, "") for name in _GROUP)])
