@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class DistillationModule(LightningModule):
         self.scheduler_interval = scheduler_interval
         self.own_rates: list[float | None] = []
         self.best_top1 = float("-inf")
-        self.validated_step = -1
+        self.validated: Tensor | None = None
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         top_k = (1, 5) if num_classes > 5 else (1,)
         self.accuracies = MetricCollection(
@@ -147,8 +148,18 @@ class DistillationModule(LightningModule):
         self._log_epoch("train")
 
     def on_validation_epoch_start(self) -> None:
-        """Begins to count."""
+        """Begins to count, and marks the weights that are validated, which callbacks may have put in others' place."""
         self._begin("val")
+        self.being_validated = self._mark()
+
+    def validated_as_it_is(self) -> bool:
+        """Whether the last validation was of the student as it is now; the same answer on all ranks."""
+        same = self.validated is not None and torch.equal(self.validated, self._mark())
+        return bool(self.trainer.strategy.broadcast(same))
+
+    def _mark(self) -> Tensor:
+        """Sums of the student's weights and statistics, one number a tensor, the same for the same ones."""
+        return torch.stack([value.float().sum() for value in self.student.state_dict().values()])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Student only; the teacher's share of the evaluation is a callback's."""
@@ -157,7 +168,7 @@ class DistillationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's validation accuracy and the best so far."""
         top1 = self._log_epoch("val")
-        self.validated_step = self.global_step
+        self.validated = self.being_validated
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self.best_top1 = max(self.best_top1, top1)
@@ -227,7 +238,10 @@ class DistillationModule(LightningModule):
             rescale(optimizer, schedulers, self.own_rates)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps over a resume the best accuracy, and what the epoch has counted so far."""
+        """Keeps over a resume the best accuracy, and what the epoch has counted so far.
+
+        Files of weights alone hold those that were validated.
+        """
         checkpoint["best_top1"] = self.best_top1
         counts = {
             f"{name} {state}": value
@@ -236,6 +250,15 @@ class DistillationModule(LightningModule):
             if isinstance(value, Tensor)
         }
         checkpoint["epoch_so_far"] = {"means": self.means["train"].state_dict(), "accuracies": gathered(counts)}
+        if "callbacks" not in checkpoint:
+            self._save_average(checkpoint)
+
+    def _save_average(self, checkpoint: dict[str, Any]) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):  # which Lightning asks for whole checkpoints only
+                callback.on_save_checkpoint(self.trainer, self, checkpoint)
+        for beside in ("current_model_state", "averaging_state"):
+            checkpoint.pop(beside, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""

@@ -485,6 +485,14 @@ def test_every_callback(name):
     assert all(map(instantiate, compose(f"callbacks={name}").callbacks.values()))
 
 
+def test_callbacks_add_up_and_early_stopping_looks_at_images_that_it_holds_out():
+    cfg = compose("callbacks=[default,ema,early_stopping]")
+    assert {"checkpoint_last", "average", "early_stopping"} <= set(cfg.callbacks)
+    assert cfg.data.val_fraction == 0.1
+    assert compose("callbacks=[default,early_stopping]", "data.val_fraction=0").data.val_fraction == 0
+    assert compose("callbacks=[default,swa]").callbacks.average.decay is None
+
+
 def test_csv_is_always_logged():
     for name in ("csv", "tensorboard"):
         assert "csv" in compose(f"logger={name}").logger

@@ -13,6 +13,7 @@ from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.step_seed import StepSeed
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
+from rld_lightning.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "CheckpointFiles",
@@ -29,4 +30,5 @@ __all__ = [
     "StepSeed",
     "TeacherMonitor",
     "Throughput",
+    "WeightAverage",
 ]

@@ -200,6 +200,13 @@ def _describe(cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Train
         others = changed_settings(folder, cfg) if told is None else changes(told.settings, cfg)
         new = [f"{key}={now} instead of {before}" for key, (before, now) in others.items()]
         print_line("resume", ", ".join([plan.resume, *new]))
+    watched = [str(getattr(callback, "monitor", "")) for callback in trainer.early_stopping_callbacks]
+    if data.val_split == "test" and any(name.startswith("val/") for name in watched):
+        print_line(
+            "caution",
+            "early stopping looks at the test split, whose images then choose when to end and are no test any more; "
+            "data.val_fraction=0.1 holds some of the training images out for it",
+        )
     print_line("folder", str(plan.run))
 
 

@@ -38,7 +38,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
             f"recipe.optimizer.lr or trainer.gradient_clip_val; what was logged is in {plan.run / METRICS}."
         )
     logged = dict(trainer.callback_metrics)
-    if module.validated_step != trainer.global_step:  # training ended within an epoch, or between validations
+    if not module.validated_as_it_is():  # training ended between validations, or a callback has averaged the weights
         trainer.validate(module, datamodule=data, verbose=False)
         logged |= trainer.callback_metrics
     metrics = {name: float(value) for name, value in logged.items()}

@@ -58,6 +58,7 @@ def test_networks_of_earlier_versions_are_the_same_in_their_spelling(plain):
     ("override", "key", "value"),
     [
         (f"+callbacks.ema={EMA}", "callbacks", "EMAWeightAveraging(decay=0.99)"),
+        ("callbacks=[default,ema]", "callbacks", "WeightAverage(decay=0.999, start=0)"),
         (
             "+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01}",
             "callbacks",
