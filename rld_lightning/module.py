@@ -74,7 +74,8 @@ class DistillationModule(LightningModule):
             raise ValueError(f"scheduler_interval={scheduler_interval!r} is unknown; choose 'epoch' or 'step'.")
         if teacher is not None and teacher.fused and loss.teacher_taps:
             raise ValueError(f"{type(loss).__name__} looks at features of the teacher; set model.teacher.fuse=false.")
-        self.save_hyperparameters({"num_classes": num_classes, **(info or {})})
+        # Loggers get these with the rest of the run's configuration.
+        self.save_hyperparameters({"num_classes": num_classes, **(info or {})}, logger=False)
         self.student = student
         self.loss = loss
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -144,8 +145,9 @@ class DistillationModule(LightningModule):
         self._begin("train")
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's means and training accuracy."""
+        """Logs the epoch's means and training accuracy, and the learning rate (of the first group)."""
         self._log_epoch("train")
+        self.log("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
 
     def on_validation_epoch_start(self) -> None:
         """Begins to count, and marks the weights that are validated, which callbacks may have put in others' place."""

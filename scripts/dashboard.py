@@ -19,11 +19,12 @@ if __name__ == "__main__":
         nargs="+",
         default=[],
         help="pairs, each with views and a run set of its own: options of model= such as wrn40_2_to_wrn16_2, or what "
-        "runs have as their group, such as resnet20_to_resnet8",
+        "runs have as model.label, such as resnet20_to_resnet8",
     )
+    parser.add_argument("--data", metavar="NAME", help="runs of this data set alone, such as cifar100")
     parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the JSON here; needs no key and no network")
     options = parser.parse_args()
     with exit_on_user_error():
         from rld_lightning.tracking.dashboard import save_dashboard  # needs an extra, and takes seconds to import
 
-        save_dashboard(options.entity, options.project, options.pair, options.dry_run)
+        save_dashboard(options.entity, options.project, options.pair, options.data, options.dry_run)

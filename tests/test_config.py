@@ -493,13 +493,14 @@ def test_callbacks_add_up_and_early_stopping_looks_at_images_that_it_holds_out()
     assert compose("callbacks=[default,swa]").callbacks.average.decay is None
 
 
-def test_csv_is_always_logged():
-    for name in ("csv", "tensorboard"):
-        assert "csv" in compose(f"logger={name}").logger
+def test_csv_is_always_logged_and_several_loggers_go_together():
+    for names in ("csv", "tensorboard", "mlflow", "[mlflow,tensorboard]"):
+        assert set(compose(f"logger={names}").logger) == {"csv", *names.strip("[]").split(",")}
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("fit", ["logger=wandb"])  # resolving needs a run
+        cfg = hydra.compose("fit", ["logger=[csv,wandb]", "data=digits"])  # resolving needs a run
     assert set(cfg.logger) == {"csv", "wandb"}
+    assert cfg.logger.wandb.group == "digits-wrn40_2_to_wrn16_2-recipe"
     assert "wandb_examples" in cfg.callbacks
     assert "wandb_examples" not in compose().callbacks
 

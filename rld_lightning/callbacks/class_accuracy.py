@@ -1,4 +1,4 @@
-"""How good student and teacher are at each class."""
+"""How good student and teacher are at each class, and what the student takes it for."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.files import CLASSES, write_csv
+from rld_lightning.runs.files import CLASSES, CONFUSION, write_csv
 
 
 class ClassAccuracy(Callback):
@@ -16,7 +16,8 @@ class ClassAccuracy(Callback):
 
     Its columns: ``class``, ``images``, ``accuracy`` of the student and, where
     :class:`~rld_lightning.callbacks.TeacherMonitor` runs before this one, ``teacher_accuracy``, in percent. A class
-    without images has no accuracy.
+    without images has no accuracy. Beside it ``confusion.csv``, the student's: one row for each ``class`` and
+    ``predicted`` class that at least one image has (``images``).
 
     Args:
         dirpath: where to write.
@@ -25,12 +26,14 @@ class ClassAccuracy(Callback):
     def __init__(self, dirpath: str | Path) -> None:
         self.path = Path(dirpath) / CLASSES
         self.counts: Tensor | None = None
+        self.confusion: Tensor | None = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Begins a validation."""
         classes = pl_module.hparams["num_classes"]
         # (4, C): images, right by the student, seen by the teacher, right by the teacher.
         self.counts = torch.zeros(4, classes, dtype=torch.long, device=trainer.strategy.root_device)
+        self.confusion = self.counts.new_zeros(classes * classes)
 
     def on_validation_batch_end(
         self,
@@ -43,17 +46,21 @@ class ClassAccuracy(Callback):
     ) -> None:
         """Counts a batch."""
         label, teacher = outputs["label"], outputs.get("teacher_prediction")
-        right = [torch.ones_like(label), (outputs["student_logits"].argmax(1) == label).long()]
+        predicted = outputs["student_logits"].argmax(1)
+        right = [torch.ones_like(label), (predicted == label).long()]
         if teacher is not None:
             right += [torch.ones_like(label), (teacher == label).long()]
         assert self.counts is not None  # made when the validation began
+        assert self.confusion is not None
         # Not bincount, which waits for the device.
         rows = torch.stack(right)
         self.counts[: len(rows)].scatter_add_(1, label.expand_as(rows), rows)
+        self.confusion.scatter_add_(0, label * self.counts.shape[1] + predicted, rows[0])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Sums over the ranks, and writes on rank 0."""
         counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
+        confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         images, right, seen, teacher_right = counts.cpu().double()
@@ -63,6 +70,10 @@ class ClassAccuracy(Callback):
         if seen.any():
             table["teacher_accuracy"] = _percent(teacher_right, seen)
         write_csv(self.path, table)
+        confusion = confusion.cpu().view(len(images), -1)
+        labels, predicted = (index.tolist() for index in confusion.nonzero(as_tuple=True))
+        found = {"class": [names[k] for k in labels], "predicted": [names[k] for k in predicted]}
+        write_csv(self.path.with_name(CONFUSION), found | {"images": confusion[confusion > 0].tolist()})
 
 
 def _percent(right: Tensor, images: Tensor) -> list[str]:

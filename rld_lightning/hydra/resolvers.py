@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.runs.naming import loss_choice
+from rld_lightning.runs.naming import dataset_name, loss_choice
 
 
 def tuned(key: str, default: Any, *, _root_: DictConfig) -> Any:
@@ -19,6 +20,18 @@ def tuned(key: str, default: Any, *, _root_: DictConfig) -> Any:
     """
     own = OmegaConf.create(default) if isinstance(default, list | dict) else default
     return OmegaConf.select(_root_, f"model.tuned.{key}", default=own)
+
+
+def choice(group: str, otherwise: str | None = None, *, _root_: DictConfig) -> str | None:
+    """The option of a group that was chosen, such as ``quick`` of ``recipe``.
+
+    Args:
+        group: the group.
+        otherwise: what holds where Hydra has not composed the configuration of a script.
+    """
+    if "hydra" in _root_:
+        return OmegaConf.select(_root_, f"hydra.runtime.choices.{group}", default=otherwise)
+    return HydraConfig.get().runtime.choices.get(group, otherwise) if HydraConfig.initialized() else otherwise
 
 
 def network(name: str | None) -> str | None:
@@ -53,4 +66,6 @@ OmegaConf.register_new_resolver("nodes", nodes, replace=True)
 OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("network", network, replace=True)
 OmegaConf.register_new_resolver("tuned", tuned, replace=True)
+OmegaConf.register_new_resolver("choice", choice, replace=True)
+OmegaConf.register_new_resolver("dataset_name", dataset_name, replace=True)
 OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)

@@ -100,4 +100,6 @@ def _by_epochs_trained(run: Path) -> pd.DataFrame:
 def _learning_rates(run: Path) -> pd.DataFrame:
     """Learning rate of each parameter group by training step; its monitor writes rows without an epoch."""
     rows = pd.read_csv(run / METRICS).set_index("step")
-    return rows[[name for name in rows if name.startswith("lr")]].dropna(how="all")
+    # Of each step as far as it was watched, else of each epoch.
+    names = [name for name in rows if name.startswith("lr-")] or [name for name in rows if name == "lr"]
+    return rows[names].dropna(how="all")

@@ -15,6 +15,7 @@ SUMMARY = "summary.json"  # what a finished run came to
 METRICS = "metrics.csv"  # every logged value
 EARLIER_METRICS = "metrics_earlier.csv"  # of a run that goes on in its own folder
 CLASSES = "classes.csv"  # accuracy of each class
+CONFUSION = "confusion.csv"  # how many images of a class were taken for which
 CURVES = "curves.png"
 STUDENT = "student.safetensors"  # the exported student
 LAST = "last.ckpt"  # to resume from

@@ -26,7 +26,17 @@ _NO_EFFECT = (
     *("paths", "resume", "data.root", "data.cache", "data.bad_images_file", "trainer.default_root_dir"),
     "model.teacher.sha256",  # compared on its own, as of the file that is read
     # what is said about a run, and where
-    *("method", "tags", "notes", "logger", "print_config", "trainer.logger", "trainer.model_registry"),
+    *(
+        "method",
+        "dataset",
+        "recipe_name",
+        "tags",
+        "notes",
+        "logger",
+        "print_config",
+        "trainer.logger",
+        "trainer.model_registry",
+    ),
     # how images come in
     *("data.cache_gb", "data.num_workers", "data.eval_batch_size"),
     # how the work is shared out: batches are global, and evaluation is exact on any number of devices

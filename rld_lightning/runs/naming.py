@@ -1,6 +1,7 @@
 """What runs are called after what they train."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,21 @@ def loss_choice(choice: str, loss: Mapping[str, Any]) -> str:
         loss: the loss's part of the configuration.
     """
     return loss_name(loss) if _is_combined(loss) else choice
+
+
+def dataset_name(choice: str | None, data: Mapping[str, Any]) -> str:
+    """The data set, for W&B: ``cifar100``, or ``photos`` of a folder or of shards of that name.
+
+    Args:
+        choice: ``hydra.runtime.choices.data``; None where that is not known.
+        data: the data's part of the configuration.
+    """
+    if data.get("name"):
+        return str(data["name"])
+    if choice in ("imagefolder", "shards") and data.get("root"):
+        root = str(data["root"]).rstrip("/")
+        return root.rsplit("/", 1)[-1] if "://" in root else Path(root).resolve().name
+    return choice or class_name(data["_target_"]).removesuffix("DataModule").lower()
 
 
 def loss_name(loss: Mapping[str, Any]) -> str:

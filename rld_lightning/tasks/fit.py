@@ -44,7 +44,7 @@ from rld_lightning.tasks.teacher import (
 )
 from rld_lightning.tasks.teacher_score import measure_teacher
 from rld_lightning.tasks.turn import turn_to_train
-from rld_lightning.tracking import wandb_run
+from rld_lightning.tracking import tracked
 
 TASK = "rld_lightning.tasks.fit:fit"
 
@@ -156,7 +156,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
     found = settled(cfg, plan)
     write_provenance(plan.run, found)
     keep_metrics(plan.run, plan.resume)
-    with wandb_run(trainer, found):
+    with tracked(trainer, module, found):
         try:
             _train(plan, trainer, module, data, resume_hint=resume_hint)
             summary = summarise(plan, trainer, module, data)

@@ -158,6 +158,7 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
     own = deepcopy(cfg)
     OmegaConf.set_readonly(own, False)
     OmegaConf.set_struct(own, False)
+    own.dataset, own.recipe_name = cfg.dataset, cfg.recipe_name  # which Hydra knows
     own.pop("hydra", None)
     student = {**cfg.model.student, "name": name, "weights": weights}
     own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})

@@ -261,7 +261,7 @@ def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict):
             values[key] = _without_hydra(cfg[key])
-        elif isinstance(value, str) and "${hydra:" in value:
+        elif isinstance(value, str) and ("${hydra:" in value or "${choice:" in value):
             values[key] = cfg[key]
     return values
 

@@ -25,7 +25,7 @@ from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only, started_by
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.hydra.script import exit_on_user_error
+from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
@@ -204,7 +204,8 @@ class Sweep(Callback):
 
 @rank_zero_only
 def _note(config: DictConfig, **event: Any) -> None:
-    note(Path(config.hydra.sweep.dir), number=config.hydra.job.num, **event)
+    if is_trial():  # Hydra calls its callbacks for a single run as well
+        note(Path(config.hydra.sweep.dir), number=config.hydra.job.num, **event)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def run_trial(cfg: DictConfig) -> Summary:
     freeze(cfg)
     own: dict[str, Any] = {"print_config": False}
     if cfg.logger.get("wandb"):  # trials have the same pair, method and, often, seed
-        own["logger.wandb.name"] = f"${{model.label}}-${{method}}-{Path(cfg.paths.run).name}"
+        own["logger.wandb.name"] = f"${{.group}}-${{method}}-{Path(cfg.paths.run).name}"
     run = Path(cfg.paths.run)
     with locked(run):
         output = run / PRINTED if is_watched() else None

@@ -1,7 +1,8 @@
 """The W&B project's saved views and report, as code: RLD and its baselines, teacher errors, training health, tuning.
 
 Metrics are those that runs log, configuration keys those of ``conf/``, and runs are told apart by what
-``conf/logger/wandb.yaml`` sets: the group is the pair, the job type the loss.
+``conf/logger/wandb.yaml`` sets: the group is data set, networks and recipe, the job type the method. Panels take means
+over what has both in common.
 """
 
 import copy
@@ -46,11 +47,12 @@ from rld_lightning.hydra.options import list_options
 from rld_lightning.tracking.server import has_key, server, trouble
 
 PROJECT = "rld-lightning"  # that of conf/logger/wandb.yaml
-METHOD, PAIR = "JobType", "Group"
+METHOD, GROUP = "JobType", "Group"
 RLD = "rld_lightning.losses.RLDLoss"
 # W&B keeps nested values as {"data": {"value": {"val_fraction": ...}}}; its library adds that "value" in panels alone.
 HELD_OUT = Config("data.value.val_fraction")
 LOSS = Config("loss.value._target_")
+PAIR, DATA = Config("model.value.label"), Config("dataset.value")
 TIMEOUT = 15  # seconds for an answer of the server
 
 
@@ -67,33 +69,36 @@ class Dashboard:
     report: wr.Report
 
 
-def build_dashboard(entity: str, project: str = PROJECT, pairs: Sequence[str] = ()) -> Dashboard:
+def build_dashboard(
+    entity: str, project: str = PROJECT, pairs: Sequence[str] = (), data: str | None = None
+) -> Dashboard:
     """Builds the views and the report; asks no server.
 
     Args:
         entity: user or team that the project belongs to.
         project: the W&B project.
         pairs: labels of teacher-student pairs such as ``resnet20_to_resnet8``: each gets views and a run set of its
-            own. Without any there is one of each for all runs, whose panels keep pairs and losses apart.
+            own. Without any there is one of each for all runs.
+        data: the data set that runs are of; any by default.
 
     Returns:
         the same objects, ids included, whenever it is called with the same arguments.
     """
-    split = METHOD if pairs else None
-    compared, tuned = comparison_parts(split), [tuning_part()]
+    compared, tuned = comparison_parts(), [tuning_part()]
     where: dict[str, Any] = {"entity": entity, "project": project}
     run_sets: Sequence[str | None] = pairs or [None]
     views = []
     for pair in run_sets:
-        views.append(_view(where, "RLD and baselines", compared, pair, _finals(pair), group=not pairs))
-        views.append(_view(where, "Tuning of RLD", tuned, pair, _trials(pair), group=False))
+        name = _of(pair, data)
+        views.append(_view(where, f"RLD and baselines: {name}", compared, _finals(pair, data), group=True))
+        views.append(_view(where, f"Tuning of RLD: {name}", tuned, _trials(pair, data), group=False))
     chapters = [
-        *(_chapter(part, [(pair, _finals(pair)) for pair in run_sets], not pairs) for part in compared),
-        *(_chapter(part, [(pair, _trials(pair)) for pair in run_sets], False) for part in tuned),
+        *(_chapter(part, [(_of(pair, data), _finals(pair, data)) for pair in run_sets], True) for part in compared),
+        *(_chapter(part, [(_of(pair, data), _trials(pair, data)) for pair in run_sets], False) for part in tuned),
     ]
     report = wr.Report(
         **where,
-        title=_title(pairs),
+        title=_title(pairs, data),
         description="Written by scripts/dashboard.py, which overwrites it. Our own runs only, no published numbers.",
         blocks=[wr.TableOfContents(), *(block for chapter in chapters for block in chapter)],
         width="fluid",
@@ -102,26 +107,30 @@ def build_dashboard(entity: str, project: str = PROJECT, pairs: Sequence[str] = 
     return Dashboard(views, report)
 
 
-def _finals(pair: str | None) -> And:
+def _of(pair: str | None, data: str | None) -> str:
+    """What views and run sets are called after."""
+    return f"{pair or 'all pairs'}{f' on {data}' if data else ''}"
+
+
+def _finals(pair: str | None, data: str | None) -> And:
     """Runs on the full training split, validated on the test split."""
-    return _where([HELD_OUT == 0], pair)
+    return _where([HELD_OUT == 0], pair, data)
 
 
-def _trials(pair: str | None) -> And:
+def _trials(pair: str | None, data: str | None) -> And:
     """Runs of RLD validated on a held-out part of the training split."""
-    return _where([HELD_OUT != 0, LOSS == RLD], pair)
+    return _where([HELD_OUT != 0, LOSS == RLD], pair, data)
 
 
-def _where(conditions: list[FilterExpr], pair: str | None) -> And:
-    return And(*conditions, *([] if pair is None else [Metric(PAIR) == pair]))
+def _where(conditions: list[FilterExpr], pair: str | None, data: str | None) -> And:
+    wanted = [key == value for key, value in ((PAIR, pair), (DATA, data)) if value is not None]
+    return And(*conditions, *wanted)
 
 
-def _view(
-    where: dict[str, Any], name: str, parts: list[Part], pair: str | None, filters: And, *, group: bool
-) -> ws.Workspace:
+def _view(where: dict[str, Any], name: str, parts: list[Part], filters: And, *, group: bool) -> ws.Workspace:
     return ws.Workspace(
         **where,
-        name=f"{name}: {pair or 'all pairs'}",
+        name=name,
         sections=[
             ws.Section(
                 name=part.title,
@@ -136,31 +145,29 @@ def _view(
         settings=ws.WorkspaceSettings(max_runs=MAX_RUNS),
         runset_settings=ws.RunsetSettings(
             filters=filters,
-            groupby=[Metric(PAIR), Metric(METHOD)] if group else [],
+            groupby=[Metric(GROUP), Metric(METHOD)] if group else [],
             pinned_columns=[f"summary:{BEST}", f"summary:{LAST}", "config:seed.value"],
         ),
     )
 
 
-def _chapter(part: Part, run_sets: list[tuple[str | None, And]], group: bool) -> list[Any]:
+def _chapter(part: Part, run_sets: list[tuple[str, And]], group: bool) -> list[Any]:
     """Heading, text and panels of a part, the panels two in a row."""
     return [
         wr.H1(part.title),
         wr.P(part.text),
         wr.PanelGrid(
             runsets=[
-                wr.Runset(
-                    name=pair or "all pairs", filters=filters, groupby=[f"run.{PAIR}", f"run.{METHOD}"] if group else []
-                )
-                for pair, filters in run_sets
+                wr.Runset(name=name, filters=filters, groupby=[f"run.{GROUP}", f"run.{METHOD}"] if group else [])
+                for name, filters in run_sets
             ],
             panels=_rows(part.panels),
         ),
     ]
 
 
-def _title(pairs: Sequence[str]) -> str:
-    title = " of ".join(filter(None, ["RLD and its baselines", ", ".join(pairs)]))
+def _title(pairs: Sequence[str], data: str | None) -> str:
+    title = " of ".join(filter(None, ["RLD and its baselines", ", ".join(pairs)])) + (f" on {data}" if data else "")
     return title if len(title) <= 128 else f"RLD and its baselines of {pairs[0]} and {len(pairs) - 1} more pairs"
 
 
@@ -251,7 +258,7 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
 
 
 def label_of(pair: str) -> str:
-    """What runs of a pair have as their group: the label of an option of ``model``, which has its networks.
+    """What runs of a pair have as ``model.label``: the label of an option of ``model``, which has its networks.
 
     Args:
         pair: an option of ``model``, or a label, which is returned as it is.
@@ -267,13 +274,16 @@ def label_of(pair: str) -> str:
     return model.label
 
 
-def save_dashboard(entity: str | None, project: str, pairs: Sequence[str], dry_run: Path | None = None) -> None:
+def save_dashboard(
+    entity: str | None, project: str, pairs: Sequence[str], data: str | None = None, dry_run: Path | None = None
+) -> None:
     """What ``scripts/dashboard.py`` does: builds the dashboard, and saves it in W&B or writes it to a file.
 
     Args:
         entity: user or team; None for the default one of the key.
         project: the W&B project.
         pairs: see :func:`label_of`.
+        data: the data set that runs are of; any by default.
         dry_run: a file to write instead; then neither a key nor a network is needed.
 
     Raises:
@@ -281,7 +291,7 @@ def save_dashboard(entity: str | None, project: str, pairs: Sequence[str], dry_r
     """
     pairs = [label_of(pair) for pair in pairs]
     if dry_run is not None:
-        write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs), dry_run)
+        write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs, data), dry_run)
         print_line("written", str(dry_run))
         return
     hint = "run the same command later, or write the JSON alone, with --dry-run FILE."
@@ -292,7 +302,7 @@ def save_dashboard(entity: str | None, project: str, pairs: Sequence[str], dry_r
     wandb.setup(wandb.Settings(silent=True))  # print_line says it
     try:
         api = wandb.Api(timeout=TIMEOUT)
-        addresses = publish(build_dashboard(entity or api.default_entity or "", project, pairs), api)
+        addresses = publish(build_dashboard(entity or api.default_entity or "", project, pairs, data), api)
     except ValueError:
         raise
     except Exception as error:  # whatever the transport raises, which differs between versions of wandb

@@ -2,9 +2,8 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,17 +14,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.redact import redact, redact_command
+from rld_lightning.module import DistillationModule
+from rld_lightning.redact import redact
 from rld_lightning.tracking import results
 from rld_lightning.tracking.server import server, trouble, wandb_mode
+from rld_lightning.tracking.start import (
+    LONGEST_NAME,
+    environment,
+    hidden_arguments,
+    next_step,
+    tear_down,
+    within_limits,
+)
 
 if TYPE_CHECKING:
     from wandb import Run
 
 ID_FILE = "wandb_run.json"
 STEP = "trainer/global_step"
-_LONGEST_TAG = 64  # characters, as below
-_LONGEST = {"name": 128, "group": 128, "job_type": 64}
 
 
 class WandbLogger(LightningWandbLogger):
@@ -45,6 +51,9 @@ class WandbLogger(LightningWandbLogger):
         finish_timeout: seconds that the end of a run waits for uploads.
         save_dir: the run folder; the id of the run is kept there, in ``wandb_run.json``.
         artifact: the collection that the run's student becomes a version of.
+        log_model: whether it does.
+        watch: which histograms of each layer are logged: "gradients", "parameters" or "all"; None for none.
+        watch_every: steps between two of them.
         **options: see Lightning's logger and ``wandb.init``.
     """
 
@@ -58,19 +67,30 @@ class WandbLogger(LightningWandbLogger):
         finish_timeout: float = 60.0,
         save_dir: str | Path,
         artifact: str = "student",
+        log_model: bool = True,
+        watch: str | None = None,
+        watch_every: int = 200,
         **options: Any,
     ) -> None:
+        if watch not in (None, "gradients", "parameters", "all"):
+            raise ValueError(f"logger.wandb.watch={watch} is unknown; choose gradients, parameters, all, or null.")
         super().__init__(save_dir=save_dir, **options)
         self.folder = Path(save_dir)
         self.answer_timeout = answer_timeout
         self.init_timeout = init_timeout
         self.finish_timeout = finish_timeout
         self.artifact = results.plain_name(artifact)
+        self.log_students = log_model  # Lightning's own would upload checkpoints
+        self.watched, self.watch_every = watch, watch_every
         self.broken = False
+        self._before: Path | None = None
+        self._first_step: int | None = None  # of a run that goes on, until something is logged
+        self._open = ExitStack()
 
     def continue_run(self, folder: Path) -> None:
         """Goes on with the W&B run of a run folder, if it has one; to be called before anything is logged."""
         with suppress(OSError, ValueError, KeyError):
+            self._before = folder
             self._wandb_init["id"] = json.loads((folder / ID_FILE).read_text())["id"]
 
     @property
@@ -89,7 +109,13 @@ class WandbLogger(LightningWandbLogger):
 
     def _begin(self) -> "Run":
         self.folder.mkdir(parents=True, exist_ok=True)
+        # What is to be uploaded waits in the run folder, not in the user's: the folder may be copied before it is.
+        self._open.enter_context(environment("WANDB_DATA_DIR", str(self.folder.absolute() / "wandb")))
         run = self._start()
+        if run.offline and self._before is not None:  # online, wandb asks the server
+            self._first_step = next_step(self._before, run.id)
+        if swept := _swept(run):  # whose trials would all be called alike
+            run.name = f"{run.name}-{','.join(f'{key}={_short(run.config[key])}' for key in swept)}"[:LONGEST_NAME]
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         run.define_metric("val/top1", step_metric=STEP, step_sync=True, summary="max,last")
@@ -129,7 +155,20 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs values at a step of the trainer."""
-        self.attempt(lambda run: run.log(dict(metrics) | ({} if step is None else {STEP: step})))
+        self.attempt(lambda run: self._log(run, dict(metrics) | ({} if step is None else {STEP: step})))
+
+    def _log(self, run: "Run", values: dict[str, float]) -> None:
+        first, self._first_step = self._first_step, None
+        if first is None:
+            run.log(values)
+        else:
+            run.log(values, step=first, commit=True)
+
+    def watch_layers(self, module: DistillationModule) -> None:
+        """Lets wandb log histograms of the student's layers, if that is wanted."""
+        options: dict[str, Any] = {"log": self.watched, "log_freq": self.watch_every, "log_graph": False}
+        if self.watched is not None:
+            self.attempt(lambda run: run.watch(module.student, **options), "histograms")
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]  # never a Namespace
@@ -139,6 +178,10 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def finish(self, succeeded: bool) -> None:
         """Ends the W&B run, or the next one of this process would log into it, and says where it is."""
+        with self._open:
+            self._finish(succeeded)
+
+    def _finish(self, succeeded: bool) -> None:
         run, self._experiment = self._experiment, None
         if run is None or run.disabled:
             return
@@ -151,7 +194,7 @@ class WandbLogger(LightningWandbLogger):
         except Exception as error:  # such as a process of its own that is gone
             complete = False
             print_line("wandb", f"does not end as it should: {_in_short(error)}")
-            _tear_down()
+            tear_down()
         if run.offline or not complete:
             print_line("wandb", f"upload with: wandb sync {folder}")
 
@@ -160,7 +203,7 @@ class WandbLogger(LightningWandbLogger):
 
         wandb.setup(wandb.Settings(silent=True))  # print_line says it
         options = {name: value for name, value in self._wandb_init.items() if value is not None}
-        options |= _within_limits(options)
+        options |= within_limits(options)
         if os.environ.get("WANDB_SWEEP_ID"):
             options = _without(options, ("id", "project", "entity"))
         given = {"WANDB_RUN_ID": "id", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity"}
@@ -178,31 +221,36 @@ class WandbLogger(LightningWandbLogger):
             problem = trouble(self.answer_timeout)
             if problem is None:
                 try:
-                    with _shorter_requests(self.init_timeout), _hidden_arguments():
+                    with environment("WANDB_HTTP_TIMEOUT", str(int(self.init_timeout))), hidden_arguments():
                         known = {"resume": resume} if "id" in options else {}
                         run = wandb.init(**options, **known)
                     print_line("wandb", run.url or "online")
                     return run
                 except Exception as error:  # the server has changed its mind
                     problem = f"lets no run start ({type(error).__name__})"
-                    _tear_down()  # its process would keep the id of the failed run
+                    tear_down()  # its process would keep the id of the failed run
             print_line("wandb", f"offline, because {server()} {problem}")
             options["mode"] = "offline"
-        with _hidden_arguments():
+        with hidden_arguments():
             return wandb.init(**options)
 
 
 @contextmanager
-def wandb_run(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
-    """The W&B run of a run, if it logs to W&B: its configuration at the start, its results and its end at the end.
+def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> Iterator[None]:
+    """Gives all loggers the configuration at the start, and W&B, if there, the results and its end at the end.
 
-    Results are read from the run folder: tables and the student, see :mod:`~rld_lightning.tracking.results`. The
-    student of a run that holds training images out is no result and becomes an artifact of its own, ``...-tuning``.
+    Results are read from the run folder: tables and students, see :mod:`~rld_lightning.tracking.results`. The
+    students of a run that holds training images out are no result and become an artifact of its own, ``...-tuning``.
 
     Args:
         trainer: has the loggers.
+        module: what is trained.
         cfg: the run's configuration.
     """
+    config: Any = dict(module.hparams) | redact(OmegaConf.to_container(cfg, resolve=True))
+    for other in trainer.loggers:
+        if not isinstance(other, WandbLogger):
+            other.log_hyperparams(config)
     logger = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
     if logger is None or not trainer.is_global_zero:
         yield
@@ -213,13 +261,15 @@ def wandb_run(trainer: Trainer, cfg: DictConfig) -> Iterator[None]:
     logger.continue_run(Path(cfg.resume).parent if cfg.resume else run)
     succeeded = False
     try:
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
         logger.log_hyperparams(config)
+        logger.watch_layers(module)
         yield
         logger.attempt(lambda wandb_run: results.log_classes(wandb_run, run), "its table of classes")
+        logger.attempt(lambda wandb_run: results.log_confusion(wandb_run, run), "its confusion matrix")
         # Last, because online wandb asks the server whether it may, and waits for the answer.
-        teacher = cfg.model.teacher if trainer.lightning_module.teacher is not None else None
-        logger.attempt(lambda wandb_run: results.log_models(wandb_run, run, teacher), "its artifacts")
+        if logger.log_students:
+            teacher = None if module.teacher is None else cfg.model.teacher
+            logger.attempt(lambda wandb_run: results.log_models(wandb_run, run, teacher), "its artifacts")
         succeeded = True
     finally:
         logger.finish(succeeded)
@@ -236,49 +286,14 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _tear_down() -> None:
-    """Ends wandb's process; the next run starts another one."""
-    import wandb
-
-    with suppress(Exception):  # which is what it raises where there is no process any more
-        wandb.teardown()
-
-
 def _swept(run: "Run") -> tuple[str, ...]:
     """What a sweep agent has set, which wandb would refuse to change, with a warning each."""
     return tuple(run.config.keys()) if run.sweep_id else ()
 
 
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
-
-
-def _within_limits(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and tags as long as W&B takes them; a single tag may be written as such."""
-    tags = options.get("tags") or ()
-    texts = (str(tag).strip() for tag in ([tags] if isinstance(tags, str) else tags) if tag is not None)
-    short = {name: str(options[name])[:longest] for name, longest in _LONGEST.items() if name in options}
-    return {**short, "tags": [*dict.fromkeys(text[:_LONGEST_TAG] for text in texts if text)]}
-
-
-@contextmanager
-def _hidden_arguments() -> Iterator[None]:
-    """wandb keeps the command line; this is what it sees of it."""
-    before = sys.argv
-    sys.argv = redact_command(before)
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-@contextmanager
-def _shorter_requests(seconds: float) -> Iterator[None]:
-    """wandb verifies the key before its ``init_timeout`` begins, with a time-out of its own."""
-    before = os.environ.get("WANDB_HTTP_TIMEOUT")
-    os.environ["WANDB_HTTP_TIMEOUT"] = before or str(int(seconds))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["WANDB_HTTP_TIMEOUT"]

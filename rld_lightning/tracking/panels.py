@@ -8,7 +8,7 @@ import wandb_workspaces.reports.v2 as wr
 BEST = "val/top1_best"
 TOP1 = "val/top1"  # over the epochs
 LAST = "val/top1.last"  # in the summary of a run, where val/top1 is {"max": ..., "last": ...}
-EPOCH, STEP = "epoch", "trainer/global_step"
+EPOCH = "epoch"
 ALPHA, BETA, TEMPERATURE = (wr.Config(f"loss.{name}") for name in ("alpha", "beta", "temperature"))
 MAX_RUNS = 200  # instead of the 10 that a panel shows by default
 WIDTH, HEIGHT = 12, 8  # of a report's panel, on a grid of 24 columns
@@ -31,23 +31,18 @@ class Part:
     columns: int = 3
 
 
-def comparison_parts(split: str | None) -> list[Part]:
-    """The parts that compare losses.
+def comparison_parts() -> list[Part]:
+    """The parts that compare methods, of run sets that are grouped already."""
 
-    Args:
-        split: what panels group runs by; None where the run set is grouped already.
-    """
-
-    def curve(title: str, *metrics: str, x: str = EPOCH, **options: Any) -> wr.LinePlot:
+    def curve(title: str, *metrics: str, **options: Any) -> wr.LinePlot:
         return wr.LinePlot(
             title=title,
-            x=x,
+            x=EPOCH,
             y=list(metrics),
-            groupby=split,
             groupby_aggfunc="mean",
             groupby_rangefunc="minmax",
             max_runs_to_show=MAX_RUNS,
-            title_x={EPOCH: "epoch", STEP: "training step"}[x],
+            title_x="epoch",
             **options,
         )
 
@@ -55,7 +50,6 @@ def comparison_parts(split: str | None) -> list[Part]:
         return wr.BarPlot(
             title=title,
             metrics=[metric],
-            groupby=split,
             groupby_aggfunc="mean",
             groupby_rangefunc="stddev",
             max_runs_to_show=MAX_RUNS,
@@ -112,15 +106,16 @@ def comparison_parts(split: str | None) -> list[Part]:
                 curve("Terms of RLD (nats)", "train/ce", "train/scd", "train/mcd"),
                 curve("Terms of KD and DKD (nats)", "train/kd", "train/tckd", "train/nckd"),
                 curve("Gradient norm", "train/grad_norm", log_y=True),
-                curve("Learning rate", "lr-SGD", x=STEP),
+                curve("Learning rate", "lr"),
                 curve("Training images/s", "train/images_per_s"),
             ],
         ),
         Part(
             "Classes and examples",
-            "Accuracy of each class, and images that the teacher gets wrong and right, with the distributions of "
-            "teacher and student and what the loss makes of the teacher. Sort and filter by a column.",
-            [table("classes"), table("examples")],
+            "Accuracy of each class, what the student takes for what, and images that the teacher gets wrong and "
+            "right, with the distributions of teacher and student and what the loss makes of the teacher. Sort and "
+            "filter by a column.",
+            [table("classes"), table("confusion_table"), table("examples")],
             columns=1,
         ),
     ]

@@ -8,14 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from omegaconf import DictConfig
 
-from rld_lightning.models.read import WeightsError, read_metadata
-from rld_lightning.runs.files import CLASSES, STUDENT, SUMMARY
+from rld_lightning.models.read import Weights, WeightsError, read_metadata, read_weights
+from rld_lightning.models.save import save_weights
+from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY, WANDB
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
 
+MOST_CELLS = 10_000  # that W&B draws of a table
 ARTIFACT = "wandb_artifact"  # what a weights file calls the artifact that it is
 
 
@@ -31,6 +34,22 @@ def log_classes(run: "Run", folder: Path) -> None:
         run.log({"classes": wandb.Table(columns=[*columns], data=[list(row) for row in zip(*cells, strict=True)])})
 
 
+def log_confusion(run: "Run", folder: Path) -> None:
+    """Draws ``confusion.csv`` of a run folder as a confusion matrix."""
+    import wandb
+
+    path = folder / CONFUSION
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    cells = sorted(((actual, predicted, int(count)) for actual, predicted, count in rows), key=lambda cell: -cell[2])
+    table = wandb.Table(columns=["actual", "predicted", "images"], data=[list(cell) for cell in cells[:MOST_CELLS]])
+    fields = {"Actual": "actual", "Predicted": "predicted", "nPredictions": "images"}
+    title = {"title": "confusion matrix, last validation"}
+    run.log({"confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)})
+
+
 def _numbers(column: Sequence[str]) -> Sequence[int | float | str]:
     """A column of a CSV file as numbers, an empty cell as NaN; as it is where some are none."""
     with suppress(ValueError):
@@ -41,40 +60,61 @@ def _numbers(column: Sequence[str]) -> Sequence[int | float | str]:
 
 
 def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
-    """Logs the exported student as an artifact of the run, with the summary as metadata, and its teacher as an input.
+    """Logs the students as versions of one artifact, with the summary as metadata, and their teacher as an input.
+
+    The exported student, of the last epoch, is the version ``last`` and ``latest``; that of the best epoch is ``best``,
+    which may be the same.
 
     A teacher that was a run logged to W&B is the very artifact that run has left: its file says the artifact's name,
-    and the same content is the same version. Another one becomes an artifact ``teacher-<name>``, by checksum and path
-    alone; weights that come with a package have no file, and no artifact.
+    and the same content is the same version. Another one becomes an artifact ``teacher-<data set>-<name>``, by checksum
+    and path alone; weights that come with a package have no file, and no artifact.
 
     Args:
         run: the W&B run.
         folder: the run folder.
         teacher: ``model.teacher`` of the configuration.
     """
-    import wandb
-
+    summary = json.loads((folder / SUMMARY).read_text())
     if teacher is not None and Path(str(teacher.weights)).is_file():
-        artifact = _teacher(Path(teacher.weights).absolute(), teacher.name)
+        artifact = _teacher(Path(teacher.weights).absolute(), teacher.name, summary["dataset"])
         # What run.use_artifact() does, which refuses to do it offline, and online waits until the server has it.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    summary = json.loads((folder / SUMMARY).read_text())
-    student = wandb.Artifact(read_metadata(folder / STUDENT)[ARTIFACT], "model", metadata=summary)
+    aliases = ["latest", "last", f"seed{summary['seed']}"]
+    last = read_weights(folder / STUDENT)
+    best = read_weights(folder / BEST) if (folder / BEST).exists() else last
+    if _same(best, last):
+        aliases.append("best")
+    else:
+        path = folder / WANDB / "best" / STUDENT
+        facts = last.metadata | {"top1": str(summary["top1_best"])}
+        save_weights(best.state_dict, path, facts)
+        _log_student(run, path, summary | {"top1": summary["top1_best"]}, ["best"])
+    _log_student(run, folder / STUDENT, summary, aliases)
+
+
+def _log_student(run: "Run", path: Path, summary: dict[str, object], aliases: list[str]) -> None:
+    import wandb
+
+    student = wandb.Artifact(read_metadata(path)[ARTIFACT], "model", metadata=summary)
     # Not a copy in a folder of wandb's: the run folder keeps the file.
-    student.add_file(str(folder / STUDENT), policy="immutable", skip_cache=True)
-    run.log_artifact(student, aliases=["latest", f"seed{summary['seed']}"])
+    student.add_file(str(path), name=STUDENT, policy="immutable", skip_cache=True)
+    run.log_artifact(student, aliases=aliases)
 
 
-def _teacher(path: Path, name: str) -> "Artifact":
+def _same(first: Weights, second: Weights) -> bool:
+    a, b = first.state_dict, second.state_dict
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _teacher(path: Path, name: str, dataset: str) -> "Artifact":
     import wandb
 
     try:
         facts = read_metadata(path)
     except WeightsError:  # another format
         facts = {}
-    artifact = wandb.Artifact(
-        facts.get(ARTIFACT) or plain_name(f"teacher-{name}"), "model", metadata={"path": str(path), **facts}
-    )
+    own = plain_name(f"teacher-{dataset}-{name}")
+    artifact = wandb.Artifact(facts.get(ARTIFACT) or own, "model", metadata={"path": str(path), **facts})
     artifact.add_reference(path.as_uri(), name=STUDENT, checksum=True)
     return artifact
 

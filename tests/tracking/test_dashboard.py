@@ -42,7 +42,6 @@ def run(tmp_path_factory):
         "data=digits", "data.subset=0.1", "recipe=quick", "recipe.epochs=1", "trainer=cpu", "trainer.precision=32-true",
         "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", f"model.teacher.weights={teacher}",
         "loss=rld", "logger=wandb", "callbacks.progress=null", "print_config=false",
-        "trainer.log_every_n_steps=1",  # as often is the learning rate logged, and there are 3 steps
     ]  # fmt: skip
     paths = [f"paths.run={folder / 'run'}", f"paths.teachers={folder}", f"paths.runs={folder}"]
     # A process of its own, as W&B wants it: what other tests have done with wandb stays theirs.
@@ -77,7 +76,7 @@ def run_sets(content):
 
 @pytest.fixture
 def content(tmp_path):
-    write_json(build_dashboard("me", pairs=[PAIR]), tmp_path / "dashboard.json")
+    write_json(build_dashboard("me", pairs=[PAIR], data="digits"), tmp_path / "dashboard.json")
     return json.loads((tmp_path / "dashboard.json").read_text())
 
 
@@ -100,8 +99,12 @@ def test_every_metric_of_a_panel_is_one_that_a_run_logs(content, run):
     named = set(re.findall(r'"summary:([^"]+)"', json.dumps(content)))
     assert bars | targets | named <= run["summary"]
     assert {"val/top1.last", "val/top1_best", "val/top1_teacher_wrong"} <= bars | targets | named
-    tables = {panel.table_name for panel in comparison_parts(None)[-1].panels}
-    assert tables == {"classes", "examples"} <= run["summary"] | {key.split(".")[0] for key in run["summary"]}
+    tables = {panel.table_name for panel in comparison_parts()[-1].panels}
+    assert (
+        tables
+        == {"classes", "confusion_table", "examples"}
+        <= run["summary"] | {key.split(".")[0] for key in run["summary"]}
+    )
 
 
 def test_every_configuration_key_is_one_that_a_run_has(content, run):
@@ -117,29 +120,32 @@ def test_every_configuration_key_is_one_that_a_run_has(content, run):
 
 def test_filters_and_groups_are_what_a_run_calls_itself(content, run):
     filters = [{f["key"]["name"]: (f["op"], f["value"]) for f in s["filters"]["filters"]} for s in run_sets(content)]
-    assert all(f["group"] == ("=", PAIR) for f in filters)
-    assert run["run"].run_group == PAIR
+    assert {(f["model.value.label"], f["dataset.value"]) for f in filters} == {(("=", PAIR), ("=", "digits"))}
+    assert (run["config"]["model"]["label"], run["config"]["dataset"]) == (PAIR, "digits")
+    assert run["run"].run_group == f"digits-{PAIR}-quick"
     assert {f["data.value.val_fraction"] for f in filters} == {("=", 0), ("!=", 0)}
     assert run["config"]["data"]["val_fraction"] == 0
     (target,) = {f["loss.value._target_"][1] for f in filters if "loss.value._target_" in f}
     assert target == run["config"]["loss"]["_target_"]
     grouped = [p["config"] for p in panels(content) if "groupAgg" in p["config"]]
     assert grouped
-    assert {(g["groupBy"], g["groupAgg"], g["aggregate"]) for g in grouped} == {("jobType", "mean", True)}
-    assert run["run"].job_type
+    assert {(g.get("groupBy"), g["groupAgg"]) for g in grouped} == {(None, "mean")}  # by what the run sets have
+    keys = [[key["name"] for key in run_set["grouping"]] for run_set in run_sets(content)]
+    assert all(names in ([], ["group", "jobType"]) for names in keys)
+    assert run["run"].job_type == "rld"
 
 
 def test_the_json_is_valid_stable_and_without_collisions(content, tmp_path):
-    write_json(build_dashboard("me", pairs=[PAIR]), tmp_path / "again.json")
+    write_json(build_dashboard("me", pairs=[PAIR], data="digits"), tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == content
     for view in content["views"]:
-        assert view_models.View.model_validate(view).display_name.endswith(PAIR)
+        assert view_models.View.model_validate(view).display_name.endswith(f"{PAIR} on digits")
         assert re.fullmatch(r"nw-[0-9a-f]{11}-v", view["name"])
         ids = Counter(p["__id__"] for s in view["spec"]["section"]["panelBankConfig"]["sections"] for p in s["panels"])
         assert max(ids.values()) == 1
     report = report_models.ReportViewspec.model_validate(content["report"])
     grids = [block for block in report.spec.blocks if isinstance(block, report_models.PanelGrid)]
-    assert len(grids) == len(comparison_parts(None)) + 1
+    assert len(grids) == len(comparison_parts()) + 1
     for grid in grids:
         shown = grid.metadata.panel_bank_section_config.panels
         assert not [p for p in shown if isinstance(p, report_models.UnknownPanel)]
@@ -169,11 +175,11 @@ def test_pairs_get_views_and_run_sets_of_their_own_and_all_pairs_are_kept_apart(
     assert len(build_dashboard("me", pairs=[f"long_name_{i}_to_another" for i in range(9)]).report.title) <= 128
 
 
-def test_a_pair_is_given_as_an_option_or_as_what_runs_have_as_their_group(tmp_path):
-    save_dashboard("me", "p", ["wrn40_2_to_wrn16_2", PAIR], tmp_path / "board.json")
+def test_a_pair_is_given_as_an_option_or_as_what_runs_call_it(tmp_path):
+    save_dashboard("me", "p", ["wrn40_2_to_wrn16_2", PAIR], dry_run=tmp_path / "board.json")
     content = json.loads((tmp_path / "board.json").read_text())
-    groups = [f["value"] for s in run_sets(content) for f in s["filters"]["filters"] if f["key"]["name"] == "group"]
-    assert set(groups) == {"wrn40_2_to_wrn16_2", PAIR}
+    filters = [f for s in run_sets(content) for f in s["filters"]["filters"]]
+    assert {f["value"] for f in filters if f["key"]["name"] == "model.value.label"} == {"wrn40_2_to_wrn16_2", PAIR}
     with pytest.raises(ValueError, match=r"model=pair is any pair; give the label of yours"):
         label_of("pair")
 

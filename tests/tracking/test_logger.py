@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,22 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import yaml
 from helpers.configs import compose
 from helpers.wandb_stub import read_file, read_run, serving, values
+from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from rld_lightning.console import console
+from rld_lightning.models.read import read_weights
+from rld_lightning.models.save import save_weights
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tracking import WandbLogger
-from rld_lightning.tracking.logger import STEP, _within_limits, wandb_facts, wandb_run
+from rld_lightning.tracking.logger import STEP, tracked, wandb_facts
+from rld_lightning.tracking.results import log_models
+from rld_lightning.tracking.start import within_limits
 
 PAIR = (
     "data=digits",
@@ -31,6 +40,7 @@ PAIR = (
 )
 
 
+GROUP = "digits-wrn16_1_to_wrn16_1-recipe"  # which Hydra knows better
 SECRETS = ("AKIAHIDDEN", "hunter2hunter2", "urlpass77")
 STORE = [
     "+store.storage_options={key:AKIAHIDDEN,secret:hunter2hunter2}",
@@ -109,9 +119,33 @@ def test_the_configuration_is_the_runs_nested_and_resolved(finished):
     assert config["model"]["teacher"]["name"] == "wrn16_1"
     assert config["recipe"]["epochs"] == 2
     assert config["dataset"] == "digits"
-    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", "wrn16_1_to_wrn16_1", "rld")
-    assert run.display_name == "wrn16_1_to_wrn16_1-rld-seed0"
-    assert list(run.tags) == ["wrn16_1_to_wrn16_1", "rld"]
+    assert (run.project, run.run_group, run.job_type) == ("rld-lightning", GROUP, "rld")
+    assert run.display_name == f"{GROUP}-rld-seed0"
+    assert list(run.tags) == ["digits", "wrn16_1_to_wrn16_1", "rld", "recipe"]
+
+
+def test_the_learning_rate_is_logged_every_epoch(finished):
+    folder, _, records = finished
+    logged = [row["lr"] for row in (values(r.history.item) for r in records if r.HasField("history")) if "lr" in row]
+    assert len(logged) == 2
+    assert pd.read_csv(folder / "metrics.csv")["lr"].dropna().tolist() == pytest.approx(logged)
+    assert logged[1] < logged[0]  # the end of one cycle
+
+
+def test_other_loggers_get_the_whole_configuration_too(finished, tmp_path):
+    told = yaml.safe_load((finished[0] / "hparams.yaml").read_text())
+    config = yaml.safe_load((finished[0] / "config.yaml").read_text())
+    assert {key: told[key] for key in config} == config
+    assert told.keys() - config.keys() >= {"student", "num_classes", "data_seed", "val_fraction"}
+    board = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+    trainer, module = SimpleNamespace(loggers=[board]), SimpleNamespace(hparams={"student": "a"})
+    with tracked(trainer, module, OmegaConf.create({"loss": {"beta": 8.0, "parts": [1, None]}, "seed": None})):
+        pass
+    board.experiment.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().summary_metadata["_hparams_/session_start_info"]
+    found = HParamsPluginData.FromString(events.plugin_data.content).session_start_info.hparams
+    assert found.keys() == {"student", "loss/beta", "loss/parts", "seed"}
+    assert found["loss/beta"].number_value == 8.0
 
 
 def test_no_file_of_a_run_and_none_of_wandbs_holds_a_secret(finished):
@@ -155,6 +189,11 @@ def test_tables(finished):
     classes = pd.read_csv(folder / "classes.csv")
     assert classes["images"].sum() == 360
     pd.testing.assert_frame_equal(table("classes"), classes, check_dtype=False)
+    confusion = table("confusion_table")
+    assert confusion["images"].sum() == 360
+    right = confusion[confusion["actual"] == confusion["predicted"]].set_index("actual")["images"]
+    share = 100 * right.reindex(classes["class"].astype(str)).fillna(0).to_numpy() / classes["images"]
+    assert share.tolist() == pytest.approx(classes["accuracy"].tolist(), abs=1e-4)
     examples = table("examples")
     assert len(examples) == 16
     assert list(examples)[:3] == ["image", "label", "distributions"]
@@ -165,17 +204,20 @@ def test_tables(finished):
 def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finished):
     folder, _, records = finished
     artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact")}
-    student, teacher = artifacts["wrn16_1_to_wrn16_1-rld"], artifacts["wrn16_1-ce"]
+    student, teacher = artifacts[f"{GROUP}-rld"], artifacts["digits-wrn16_1-recipe-ce"]
     assert (student.type, teacher.type) == ("model", "model")
     assert json.loads(student.metadata)["top1"] == json.loads((folder / "summary.json").read_text())["top1"]
-    assert {"latest", "seed0"} == set(student.aliases)
+    assert {"latest", "last", "seed0", "best"} == set(student.aliases)  # its last epoch was its best
     (content,) = student.manifest.contents
     assert content.local_path == str(folder / "student.safetensors")  # not a copy somewhere else
     assert not student.use_after_commit
     assert teacher.use_after_commit
+    paths = [Path(entry.local_path) for a in artifacts.values() for entry in a.manifest.contents if not entry.ref]
+    assert len(paths) > 20
+    assert all(path.is_file() and path.is_relative_to(folder) for path in paths)  # a copy of the folder has them all
     # The same content is the same version: the one that the teacher's own run has left.
     own = {r.artifact.name: r.artifact for r in read_run(folder / "teacher") if r.HasField("artifact")}
-    assert own["wrn16_1-ce"].digest == teacher.digest
+    assert own["digits-wrn16_1-recipe-ce"].digest == teacher.digest
     assert teacher.manifest.contents[0].ref.startswith("file://")
 
 
@@ -187,6 +229,32 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, monkeypatch, tmp_
     before, after = (next(r.run for r in file if r.HasField("run")) for file in (records, read_run(tmp_path / "run")))
     assert after.run_id == before.run_id == json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
     assert printed.count("wandb  ") == 1  # the way to upload it
+    steps = [
+        [r.history.step.num for r in file if r.HasField("history")] for file in (records, read_run(tmp_path / "run"))
+    ]
+    assert steps[0] == list(range(len(steps[0])))
+    assert steps[1] == list(range(len(steps[0]), len(steps[0]) + len(steps[1])))
+
+
+def test_best_and_last_student_are_versions_of_one_artifact(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("wandb", "teacher"))
+    last = read_weights(folder / "student.safetensors")
+    other = {name: value + 1 for name, value in last.state_dict.items()}
+    save_weights(other, folder / "student.safetensors", last.metadata)  # trained on, and got worse
+    logged = []
+    run = SimpleNamespace(log_artifact=lambda artifact, aliases: logged.append((artifact, aliases)))
+    log_models(run, folder, None)
+    (best, names), (latest, others) = logged
+    assert names == ["best"]
+    assert others == ["latest", "last", "seed0"]
+    assert best.name == latest.name == f"{GROUP}-rld"
+    paths = [artifact.manifest.entries["student.safetensors"].local_path for artifact in (best, latest)]
+    kept = read_weights(paths[0])
+    assert kept.metadata["wandb_artifact"] == f"{GROUP}-rld"
+    assert all((kept.state_dict[name] == value).all() for name, value in last.state_dict.items())
+    assert paths[1] == str(folder / "student.safetensors")
+    told = json.loads((folder / "summary.json").read_text())
+    assert (best.metadata["top1"], latest.metadata["top1"]) == (told["top1_best"], told["top1"])
 
 
 @pytest.fixture
@@ -206,22 +274,25 @@ def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_p
     monkeypatch.setenv("WANDB_RUN_ID", "trial")
     monkeypatch.setenv("WANDB_PROJECT", "sweeps")
     (tmp_path / "wandb_run.json").write_text('{"id": "another"}')
+    parameters = {"loss.alpha": {"value": 0.30298531}, "loss.beta": {"value": 4}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"wandb_version": 1, **parameters}))
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "sweep.yaml"))
     logger = offline(name="name")
     logger.continue_run(tmp_path)
     logger.log_metrics({"val/top1": 1.0}, 1)
     logger.finish(True)
     wandb.teardown()
-    (run,) = (record.run for record in read_run(tmp_path) if record.HasField("run"))
-    assert (run.run_id, run.project, run.display_name) == ("trial", "sweeps", "name")
+    *_, run = (record.run for record in read_run(tmp_path) if record.HasField("run"))
+    assert (run.run_id, run.project, run.display_name) == ("trial", "sweeps", "name-loss.alpha=0.303,loss.beta=4")
 
 
 @pytest.mark.parametrize(("share", "artifact"), [(0.0, "a_to_b-rld"), (0.1, "a_to_b-rld-tuning")])
 def test_a_student_of_a_part_of_the_images_is_an_artifact_of_its_own(offline, tmp_path, share, artifact):
     logger = offline(artifact="a_to_b-rld")
-    module = SimpleNamespace(teacher=None)
-    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True, lightning_module=module)
+    module = SimpleNamespace(teacher=None, hparams={})
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
     cfg = {"paths": {"run": str(tmp_path)}, "resume": None, "data": {"val_fraction": share}, "model": {"teacher": None}}
-    with console.capture(), wandb_run(trainer, OmegaConf.create(cfg)):
+    with console.capture(), tracked(trainer, module, OmegaConf.create(cfg)):
         pass
     assert wandb_facts(tmp_path) == {"wandb_artifact": artifact}
 
@@ -316,5 +387,5 @@ def test_what_wandb_refuses_is_one_line_and_training_goes_on(offline, options):
     ],
 )
 def test_names_and_tags_are_as_wandb_takes_them(tags, kept):
-    limited = _within_limits({"tags": tags, "name": "n" * 200, "group": "g", "job_type": "j" * 200})
+    limited = within_limits({"tags": tags, "name": "n" * 200, "group": "g", "job_type": "j" * 200})
     assert limited == {"tags": kept, "name": "n" * 128, "group": "g", "job_type": "j" * 64}
