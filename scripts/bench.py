@@ -1,23 +1,35 @@
-"""Measure by ratio: `loss` (RLD's time and memory), `step` and `losses` (training steps), `data` (reading JPEGs)."""
+"""Measure by ratio: `fit` (whole jobs), `step` and `losses` (training steps), `loss` (RLD alone), `data` (JPEGs)."""
 
 import argparse
+from pathlib import Path
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=9)
     what = parser.add_subparsers(dest="what", required=True)
+    fit = what.add_parser("fit", help="fit.py from its start to its end, against what public distillation code does")
+    fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits"))
+    fit.add_argument("--root", default="data", help="folder of CIFAR-100")
+    fit.add_argument("--steps", type=int, default=200)
+    fit.add_argument("--with", dest="switches", action="append", default=[], help="overrides of one more contender")
+    fit.add_argument("--report", type=Path, help="a file for the same as JSON")
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
     step = what.add_parser("step", help="a training step against the plain eager float32 one")
     losses = what.add_parser("losses", help="a training step with each loss relative to kd's")
     losses.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
-    for steps, teacher, student in ((step, "wrn40_2", "wrn16_2"), (losses, "resnet20", "resnet8")):
+    for steps, teacher, student in (
+        (fit, "wrn40_2", "wrn16_2"),
+        (step, "wrn40_2", "wrn16_2"),
+        (losses, "resnet20", "resnet8"),
+    ):
         steps.add_argument("--teacher", default=teacher)
         steps.add_argument("--student", default=student)
         steps.add_argument("--batch", type=int, default=64)
-        steps.add_argument("--size", type=int, default=32, help="height and width of the images")
+        if steps is not fit:
+            steps.add_argument("--size", type=int, default=32, help="height and width of the images")
     data = what.add_parser("data", help="JPEG files to training crops on one core, against the usual Pillow pipeline")
     data.add_argument("--images", type=int, default=64)
     data.add_argument("--width", type=int, default=500)
@@ -30,15 +42,19 @@ if __name__ == "__main__":
 
     from rld_lightning.bench.data import bench_data
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
+    from rld_lightning.bench.whole import Job, bench_fit
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.what == "data":
         bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
+    elif options.what == "fit":
+        job = Job(options.data, options.root, options.teacher, options.student, options.batch, options.steps)
+        bench_fit(job, options.rounds, options.switches, options.report)
     elif options.what == "loss":
         bench_loss(options.batch, options.classes, device, options.rounds)
     else:
-        job = (options.teacher, options.student, options.batch, (3, options.size, options.size))
+        pair = (options.teacher, options.student, options.batch, (3, options.size, options.size))
         if options.what == "step":
-            bench_step(*job, device, options.rounds)
+            bench_step(*pair, device, options.rounds)
         else:
-            bench_losses(configured_losses(options.names), *job, device, options.rounds)
+            bench_losses(configured_losses(options.names), *pair, device, options.rounds)

@@ -69,7 +69,7 @@ def bench_loss(batch: int, classes: int, device: torch.device, rounds: int) -> N
     memory = {name: _peak_memory(name, step, batch, classes, device) for name, step in steps.items()}
     base = "plain formula"
     print_table(
-        f"RLD, forward and backward, {batch} x {classes} float32 logits on {_machine(device)}",
+        f"RLD, forward and backward, {batch} x {classes} float32 logits on {machine(device)}",
         ("", "ms, median", "time ratio", "peak MiB", "memory ratio"),
         [(n, 1e3 * seconds[n], seconds[n] / seconds[base], memory[n], memory[n] / memory[base]) for n in contenders],
     )
@@ -135,7 +135,7 @@ def bench_step(
     seconds = time_in_turn(steps, rounds, device)
     base = seconds["plain eager float32"]
     print_table(
-        f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))} on {_machine(device)}",
+        f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))} on {machine(device)}",
         ("step", "ms, median", "images/s", "speed ratio"),
         [(name, 1e3 * value, batch / value, base / value) for name, value in seconds.items()],
     )
@@ -186,7 +186,7 @@ def bench_losses(
     base = next(iter(losses))
     print_table(
         f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))}, "
-        f"{'bfloat16 autocast' if autocast else 'float32'} on {_machine(device)}",
+        f"{'bfloat16 autocast' if autocast else 'float32'} on {machine(device)}",
         ("loss", "ms, median", f"time relative to {base}"),
         [(name, 1e3 * value, value / seconds[base]) for name, value in seconds.items()],
     )
@@ -253,7 +253,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """What the figures were measured on, in a few words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
