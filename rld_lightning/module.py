@@ -116,7 +116,7 @@ class DistillationModule(LightningModule):
             ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
             teacher, ``teacher_logits``, for callbacks that watch.
         """
-        student, teacher = self._outputs(batch.images)
+        student, teacher = self._outputs(batch.images, batch.view, batch.label)
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
         step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1, *strong)
@@ -133,11 +133,13 @@ class DistillationModule(LightningModule):
         outputs["terms"] = {name: term.detach() for name, term in terms.items()}
         return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
 
-    def _outputs(self, images: Tensor) -> tuple[ModelOutput, ModelOutput | None]:
+    def _outputs(
+        self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None
+    ) -> tuple[ModelOutput, ModelOutput | None]:
         """Both forward passes, with the features that the loss looks at."""
         teacher = None
         if self.teacher is not None:
-            teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps))
+            teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps, view=view, label=label))
         return ModelOutput(*forward_with_taps(self.student, images, self.loss.student_taps)), teacher
 
     def on_train_epoch_start(self) -> None:

@@ -43,6 +43,7 @@ class LogitsTable:
     def __init__(self, path: Path, rows: int, classes: int, dtype: str = "float16") -> None:
         if dtype not in STORED:
             raise ValueError(f"logits are stored in {' or '.join(STORED)}, not in {dtype!r}.")
+        self.path = path
         self.dtype = STORED[dtype]
         self.classes = classes
         words = classes * self.dtype.itemsize // 2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rld_lightning.models.logits_table import LogitsTable
 from rld_lightning.models.look import Relook
 from rld_lightning.models.taps import forward_with_taps
 
@@ -69,20 +70,49 @@ class FrozenTeacher(nn.Module):
         if self.dtype is not None:
             self.model = self.model.to(dtype=self.dtype)
         self.relook = relook
+        self.table: LogitsTable | None = None
         self.train()
         self.requires_grad_()
 
-    def forward(self, images: Tensor, paths: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+    def remember(self, table: LogitsTable) -> None:
+        """From now on, looks logits of known views up, and keeps those that it computes.
+
+        Args:
+            table: of the same teacher, see :func:`~rld_lightning.models.logits_table.table_key`.
+        """
+        self.table = table
+
+    def forward(
+        self,
+        images: Tensor,
+        paths: Sequence[str] = (),
+        *,
+        view: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and the outputs of the submodules at ``paths``.
 
         Args:
             images: ``(B, C, H, W)``, floating-point; converted to the teacher's dtype and layout.
             paths: submodules to tap, as ``forward_with_taps`` names them.
+            view: which views of which images they are, int64 ``(B,)``, so that a teacher that remembers need not look.
+            label: their classes, int64 ``(B,)``, likewise.
 
         Returns:
             logits ``(B, K)`` in float32, or float64 if computed in that, and the tapped features by path in the
             dtype they were computed in.
         """
+        if self.table is None or view is None or label is None or paths:
+            return self._compute(images, paths)
+        logits, known = self.table.read(view)
+        if not known.all():
+            # A compiled network is compiled for whole batches.
+            missing = torch.ones_like(known) if self.model._compiled_call_impl else ~known
+            computed, _ = self._compute(images[missing], ())
+            logits[missing] = self.table.write(view[missing], computed, label[missing])
+        return logits, {}
+
+    def _compute(self, images: Tensor, paths: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.fused and paths:
             raise ValueError(f"a teacher with fuse=True has no features to tap ({', '.join(paths)}); use fuse=False")
         if self.model.training:  # someone reached past this class

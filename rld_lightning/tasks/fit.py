@@ -33,6 +33,7 @@ from rld_lightning.tasks.checks import check_loss, check_network, check_start, c
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
+from rld_lightning.tasks.remember import remember_logits
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.teacher import (
     build_teacher,
@@ -152,6 +153,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
         module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
         watch_own(trainer, cfg, plan)
+        remember_logits(module, plan, data, trainer)
     _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)

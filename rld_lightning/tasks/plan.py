@@ -40,6 +40,8 @@ class Teacher:
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
         options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`.
         sha256: of the file; None where it is not known yet, and of what is no file.
+        cache: whether its logits are kept in a table and looked up; ``"auto"``: where that pays.
+        cache_dtype: what they are kept in.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Teacher:
     look: Look | None
     options: Mapping[str, Any]
     sha256: str | None = None
+    cache: bool | str = False
+    cache_dtype: str = "float16"
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,24 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
     """The network to learn from, as ``model.teacher`` says; None without one.
 
     Raises:
-        ValueError: ``mean`` and ``std`` are not three numbers each.
+        ValueError: ``mean`` and ``std`` are not three numbers each, or ``cache`` is another word.
     """
     if settings is None:
         return None
     look = look_of(settings.get("mean"), settings.get("std"), "model.teacher")
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard")}
-    return Teacher(settings.name, settings.weights, settings.published_url, look, options, settings.sha256)
+    if settings.cache not in (True, False, "auto"):
+        raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false or auto.")
+    return Teacher(
+        settings.name,
+        settings.weights,
+        settings.published_url,
+        look,
+        options,
+        settings.sha256,
+        settings.cache,
+        settings.cache_dtype,
+    )
 
 
 def freeze(cfg: DictConfig) -> None:
