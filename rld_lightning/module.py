@@ -88,6 +88,7 @@ class DistillationModule(LightningModule):
         self.own_rates: list[float | None] = []
         self.best_top1 = float("-inf")
         self.validated: Tensor | None = None
+        self.rate: float | Tensor = 0.0  # of the latest step
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         top_k = (1, 5) if num_classes > 5 else (1,)
         self.accuracies = MetricCollection(
@@ -116,6 +117,7 @@ class DistillationModule(LightningModule):
             ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
             teacher, ``teacher_logits``, for callbacks that watch.
         """
+        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # at an epoch's end it is the next one's already
         student, teacher = self._outputs(batch.images, batch.view, batch.label)
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
@@ -149,7 +151,7 @@ class DistillationModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means and training accuracy, and the learning rate (of the first group)."""
         self._log_epoch("train")
-        self.log("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self.log("lr", float(self.rate))
 
     def on_validation_epoch_start(self) -> None:
         """Begins to count, and marks the weights that are validated, which callbacks may have put in others' place."""
@@ -253,7 +255,8 @@ class DistillationModule(LightningModule):
             for state, value in accuracy.metric_state.items()
             if isinstance(value, Tensor)
         }
-        checkpoint["epoch_so_far"] = {"means": self.means["train"].state_dict(), "accuracies": gathered(counts)}
+        means = self.means["train"].state_dict()
+        checkpoint["epoch_so_far"] = {"means": means, "accuracies": gathered(counts), "rate": float(self.rate)}
         if "callbacks" not in checkpoint:
             self._save_average(checkpoint)
 
@@ -267,7 +270,9 @@ class DistillationModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""
         self.best_top1 = checkpoint["best_top1"]
-        so_far = checkpoint.get("epoch_so_far", {"means": [{}], "accuracies": [{}]})  # which earlier versions left out
+        if (so_far := checkpoint.get("epoch_so_far")) is None:  # of an earlier version
+            return
+        self.rate = so_far["rate"]
         self.means["train"].load_state_dict(so_far["means"])
         for key, value in own_share(so_far["accuracies"]).items():
             name, state = key.split(" ")

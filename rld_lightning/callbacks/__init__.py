@@ -6,6 +6,7 @@ from rld_lightning.callbacks.divergence import Diverged, Divergence
 from rld_lightning.callbacks.exact_resume import ExactResume
 from rld_lightning.callbacks.gradient_norm import GradientNorm
 from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
+from rld_lightning.callbacks.metrics_file import MetricsFile
 from rld_lightning.callbacks.optuna_pruner import OptunaPruner
 from rld_lightning.callbacks.own_checkpoints import OwnCheckpoints
 from rld_lightning.callbacks.own_settings import OwnSettings
@@ -23,6 +24,7 @@ __all__ = [
     "ExactResume",
     "GradientNorm",
     "LastCheckpoint",
+    "MetricsFile",
     "OptunaPruner",
     "OwnCheckpoints",
     "OwnSettings",

@@ -1,8 +1,12 @@
 """Where a run stands, so that it goes on from any step as if it had never stopped."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rld_lightning.callbacks.metrics_file import MetricsFile
+from rld_lightning.runs.metrics import Row, known_rows, read_rows
 
 
 class Position(NamedTuple):
@@ -37,14 +41,28 @@ def position(trainer: Trainer) -> Position:
 class ExactResume(Callback):
     """Writes into each checkpoint where the run stands, in the way that Lightning's loops go on from exactly.
 
+    And the rows of ``metrics.csv`` up to there.
+
     Left to themselves, these skip the rest of an epoch that ``max_steps``, ``max_time`` or a signal has cut short, take
     its batches for those of the next one, and forget a validation that was due. Everything else that an epoch has
     gathered is kept by those who gather it (their ``state_dict``).
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rewrites the progress of the loops."""
+        """Rewrites the progress of the loops, and adds the rows."""
         checkpoint["loops"]["fit_loop"] |= _progress(trainer)
+        for logger in _files(trainer):
+            checkpoint["metrics"] = _rows(trainer, logger)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets the file of metrics go on from its rows, or from the file beside one of an earlier version."""
+        if "metrics" in checkpoint:
+            rows = known_rows(checkpoint["metrics"])
+        else:
+            finished = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            rows = [row for row in read_rows(Path(str(trainer.ckpt_path)).parent) if row["epoch"] < finished]
+        for logger in _files(trainer):
+            logger.begin(rows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets an epoch that begins begin: with ``max_steps``, Lightning believes of any that it goes on."""
@@ -75,6 +93,22 @@ def _progress(trainer: Trainer) -> dict[str, Any]:
             "is_last_batch": False,
         },
     }
+
+
+def _files(trainer: Trainer) -> list[MetricsFile]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+
+
+def _rows(trainer: Trainer, logger: MetricsFile) -> list[Row]:
+    """The rows up to where a run stands; at the end of an epoch with its values, which are only logged after that."""
+    epoch, batch, step = position(trainer)
+    rows = [dict(row) for row in logger.rows if row["epoch"] <= epoch - (batch == 0)]
+    if batch == 0 and trainer.fit_loop.epoch_progress.current.completed < epoch:
+        ended = trainer._logger_connector.metrics["log"]
+        if not rows or rows[-1]["epoch"] < epoch - 1:
+            rows.append({"epoch": epoch - 1})
+        rows[-1] |= {"step": step - 1, **{name: float(value) for name, value in ended.items()}}
+    return rows
 
 
 def _validation_is_due(trainer: Trainer, epoch: int, batch: int) -> bool:

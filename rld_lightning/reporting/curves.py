@@ -98,8 +98,10 @@ def _by_epochs_trained(run: Path) -> pd.DataFrame:
 
 
 def _learning_rates(run: Path) -> pd.DataFrame:
-    """Learning rate of each parameter group by training step; its monitor writes rows without an epoch."""
-    rows = pd.read_csv(run / METRICS).set_index("step")
-    # Of each step as far as it was watched, else of each epoch.
+    """The learning rate by training step; earlier versions wrote it as often as a step was logged."""
+    try:
+        rows = pd.read_csv(run / METRICS).set_index("step")
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
     names = [name for name in rows if name.startswith("lr-")] or [name for name in rows if name == "lr"]
     return rows[names].dropna(how="all")

@@ -1,14 +1,24 @@
-"""The values that a run logs: read, kept when it goes on, and joined to the whole story."""
+"""The values that a run logs, one row an epoch: read, and written whole."""
 
 import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rld_lightning.distributed import rank_zero_only
-from rld_lightning.runs.files import EARLIER_METRICS, METRICS, write_csv
+from rld_lightning.runs.files import METRICS
+from rld_lightning.whole import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# An epoch's values by name, with ``epoch`` (from 0) and ``step``.
+Row = dict[str, float]
+
+_COUNTED = ("epoch", "step")  # whole numbers
+_NAME = re.compile(r"[A-Za-z][\w./ @+-]{0,199}")  # of what may come from a stranger, and no formula in a spreadsheet
 
 
 def read_metrics(run: Path) -> "pd.DataFrame":
@@ -19,46 +29,60 @@ def read_metrics(run: Path) -> "pd.DataFrame":
     """
     import pandas as pd  # runs that only train do not need it
 
-    rows = pd.read_csv(run / METRICS)
+    try:
+        rows = pd.read_csv(run / METRICS)
+    except pd.errors.EmptyDataError:
+        rows = pd.DataFrame(columns=["epoch"])
     columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
     epochs = rows.groupby("epoch")[columns].last()
     epochs.index += 1
     return epochs.dropna(axis=1, how="all")
 
 
-@rank_zero_only
-def keep_metrics(run: Path, resume: str | None) -> None:
-    """Before a run goes on in its own folder: saves what was logged there from the logger, which begins a new file."""
-    if not _in_place(run, resume) or not (run / METRICS).exists():
-        return
-    join_metrics(run, resume)  # of an attempt that was killed
-    (run / METRICS).rename(run / EARLIER_METRICS)
+def read_rows(run: Path) -> list[Row]:
+    """The rows of a run's ``metrics.csv``; none where there is no such file.
+
+    Earlier versions have written several an epoch, which become one.
+    """
+    if not (run / METRICS).is_file():
+        return []
+    with (run / METRICS).open(newline="") as file:
+        known = [_numbers(row) for row in csv.DictReader(file)]
+    rows: dict[float, Row] = {}
+    for row in known:
+        if "epoch" in row:
+            rows[row["epoch"]] = rows.get(row["epoch"], {}) | row
+    return list(rows.values())
 
 
-@rank_zero_only
-def join_metrics(run: Path, resume: str | None) -> None:
-    """Puts what was logged before the checkpoint in front, so that a resumed run tells the whole story."""
-    if resume is None:
-        return
-    before = run / EARLIER_METRICS if _in_place(run, resume) else Path(resume).parent / METRICS
-    if not before.exists():
-        return
-    if (run / METRICS).exists():
-        earlier, now = _rows(before), _rows(run / METRICS)
-        start = min((float(row["step"]) for row in now), default=float("inf"))
-        rows = [row for row in earlier if float(row["step"]) < start] + now
-        names = dict.fromkeys(name for row in rows for name in row)
-        write_csv(run / METRICS, {name: [row.get(name, "") for row in rows] for name in names})
-        if _in_place(run, resume):
-            before.unlink()
-    elif _in_place(run, resume):
-        before.rename(run / METRICS)
+def known_rows(values: Any) -> list[Row]:
+    """Rows from a checkpoint, which may be a stranger's: numbers by plain names, and nothing else."""
+    if not isinstance(values, list):
+        return []
+    rows = [_numbers(value) for value in values if isinstance(value, dict)]
+    return [row for row in rows if "epoch" in row]
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def write_rows(run: Path, rows: Iterable[Row]) -> None:
+    """Writes ``metrics.csv`` anew; a killed process leaves the one before."""
+    rows = list(rows)
+    names = dict.fromkeys((*_COUNTED, *(name for row in rows for name in row)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(run / METRICS, text.getvalue().encode())
 
 
-def _in_place(run: Path, resume: str | None) -> bool:
-    return resume is not None and Path(resume).absolute().parent == run.absolute()
+def _numbers(values: Mapping[Any, Any]) -> Row:
+    numbers: Row = {}
+    for name, value in values.items():
+        if isinstance(name, str) and _NAME.fullmatch(name) and value not in (None, ""):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                continue
+            counted = name in _COUNTED
+            if not (counted and not math.isfinite(number)):
+                numbers[name] = int(number) if counted else number
+    return numbers

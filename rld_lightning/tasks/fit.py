@@ -24,7 +24,6 @@ from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import LAST, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.likeness import changed_settings, changes
-from rld_lightning.runs.metrics import join_metrics, keep_metrics
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
@@ -157,13 +156,9 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
     _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)
-    keep_metrics(plan.run, plan.resume)
     with tracked(trainer, module, found):
-        try:
-            _train(plan, trainer, module, data, resume_hint=resume_hint)
-            summary = summarise(plan, trainer, module, data)
-        finally:  # only now: the summary may have to validate, which logs
-            join_metrics(plan.run, plan.resume)
+        _train(plan, trainer, module, data, resume_hint=resume_hint)
+        summary = summarise(plan, trainer, module, data)
         leave_results(plan.run, summary, data, module.student)
     return summary
 

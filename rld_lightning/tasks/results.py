@@ -14,6 +14,7 @@ from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.save import save_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
+from rld_lightning.runs.metrics import Row, read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.plan import Plan
 from rld_lightning.tracking import wandb_facts
@@ -68,7 +69,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         agreement=metrics.get("val/agreement"),
         parameters=count_parameters(module.student),
         macs=count_macs(module.student, data.image_shape),
-        images_per_s=metrics.get("train/images_per_s"),
+        images_per_s=metrics.get("train/images_per_s", _last_row(plan.run).get("train/images_per_s")),
         run=str(plan.run),
         split_images=images if all_batches else data.val_size,  # without those that cannot be read
         steps=trainer.global_step,
@@ -76,6 +77,11 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # which Lightning does not declare
         teacher_sha256=plan.teacher.sha256 if plan.teacher is not None else None,
     )
+
+
+def _last_row(run: Path) -> Row:
+    """What the last epoch has logged, also where nothing was left to train."""
+    return next(iter(read_rows(run)[-1:]), {})
 
 
 def _scheduled_steps(trainer: Trainer, data: ImageDataModule) -> int | None:
@@ -134,7 +140,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
     files = {
         STUDENT: "the student's weights",
         SUMMARY: "these numbers",
-        METRICS: "every logged value",
+        METRICS: "what was logged, one row an epoch",
         CLASSES: "accuracy of each class",
         CURVES: "learning curves",
     }

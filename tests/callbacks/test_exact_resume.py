@@ -3,6 +3,7 @@
 import copy
 import itertools
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from rld_lightning import DistillationModule, FrozenTeacher, KDLoss
-from rld_lightning.callbacks import ExactResume, GradientNorm, LastCheckpoint, StepSeed, TeacherMonitor
+from rld_lightning.callbacks import (
+    ExactResume,
+    GradientNorm,
+    LastCheckpoint,
+    MetricsFile,
+    StepSeed,
+    TeacherMonitor,
+)
 from rld_lightning.data import DigitsDataModule
 
 BATCHES = 6  # an epoch
@@ -29,28 +37,18 @@ def network(seed, dropout=0.0):
 
 
 class Diary(Callback):
-    """Writes down every batch, and the values of each epoch and validation."""
+    """Writes down every batch, and stops after so many."""
 
-    def __init__(self, stop=None, save=None):
-        self.batches, self.values, self.stop, self.save = [], {}, stop, save
+    def __init__(self, stop):
+        self.batches, self.stop = [], stop
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches.append((trainer.current_epoch, batch_idx, batch.index.tolist()))
         trainer.should_stop = trainer.should_stop or self.stop == len(self.batches)
 
-    def on_validation_end(self, trainer, pl_module):
-        self.values[trainer.global_step, "val"] = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
-        }
-
-    def on_train_end(self, trainer, pl_module):
-        self.values[trainer.global_step, "train"] = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")
-        }
-
 
 def fit(folder, *callbacks, schedule="none", resume=None, data=None, **options):
-    diary = Diary(*(options.pop(name, None) for name in ("stop_after", "save_at")))
+    diary = Diary(options.pop("stop_after", None))
     make_scheduler, interval = SCHEDULES[schedule]
     module = DistillationModule(
         network(0, dropout=0.3),
@@ -62,10 +60,10 @@ def fit(folder, *callbacks, schedule="none", resume=None, data=None, **options):
         scheduler_interval=interval,
     )
     last = LastCheckpoint(folder)
-    usual = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0}
+    usual = {"max_epochs": 3, "accelerator": "cpu", "num_sanity_val_steps": 0}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
     watchers = [diary, StepSeed(0), TeacherMonitor(), GradientNorm(), ExactResume(), *callbacks, last]
-    trainer = Trainer(callbacks=watchers, **usual | quiet | options)
+    trainer = Trainer(callbacks=watchers, logger=MetricsFile(folder), **usual | quiet | options)
     data = data or DigitsDataModule(batch_size=240)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer, module, diary
@@ -92,8 +90,12 @@ def check(whole, *parts):
     (trainer, module, diary), (last_trainer, last_module, _) = whole, parts[-1]
     assert [batch for part in parts for batch in part[2].batches] == diary.batches
     assert equal(state(last_trainer, last_module), state(trainer, module))
-    values = {key: value for part in parts for key, value in part[2].values.items()}
-    assert {key: values[key] for key in diary.values} == diary.values
+    assert last_trainer.logger.rows == trainer.logger.rows
+    assert metrics_file(last_trainer) == metrics_file(trainer)
+
+
+def metrics_file(trainer):
+    return (Path(trainer.logger.save_dir) / "metrics.csv").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +156,7 @@ def test_any_checkpoint_of_any_callback_is_one_to_go_on_from(tmp_path, step, opt
     trainer, module, diary = whole
     assert rest[2].batches == diary.batches[step:]
     assert equal(state(*rest[:2]), state(trainer, module))
-    later = {key: value for key, value in diary.values.items() if key[0] > step or (key[0] == step and key[1] == "val")}
-    found = {key: value for key, value in rest[2].values.items() if key in later}
-    assert found == later
+    assert metrics_file(rest[0]) == metrics_file(trainer)
 
 
 def test_an_epoch_that_ends_early_is_gone_on_with_from_a_checkpoint_of_its_end(tmp_path, whole):

@@ -1,46 +1,66 @@
-"""Metrics over interruptions."""
+"""The file of a run's metrics: one row an epoch, whole, and nobody else's formulas."""
 
 import pandas as pd
 import pytest
 
-from rld_lightning.runs.metrics import join_metrics, keep_metrics
+from rld_lightning.callbacks import MetricsFile
+from rld_lightning.runs.metrics import known_rows, read_metrics, read_rows, write_rows
 
 
-def log(run, *steps):
-    run.mkdir(exist_ok=True)
-    pd.DataFrame({"step": steps, "loss": [float(step) for step in steps]}).to_csv(run / "metrics.csv", index=False)
+def log(logger, epoch, step, **values):
+    logger.log_metrics({name.replace("_", "/", 1): value for name, value in values.items()} | {"epoch": epoch}, step)
+    logger.save()
 
 
-def steps(run):
-    return pd.read_csv(run / "metrics.csv")["step"].tolist()
-
-
-def test_a_run_that_goes_on_elsewhere_begins_with_what_was_logged_before_its_checkpoint(tmp_path):
-    log(tmp_path / "first", 1, 2, 3, 4)
-    log(tmp_path / "second", 3, 4, 5)
-    join_metrics(tmp_path / "second", str(tmp_path / "first" / "last.ckpt"))
-    assert steps(tmp_path / "second") == [1, 2, 3, 4, 5]
-    assert steps(tmp_path / "first") == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_goes_on_in_its_own_folder_loses_nothing_however_often(tmp_path, killed):
-    resume = str(tmp_path / "last.ckpt")
-    log(tmp_path, 1, 2, 3)
-    keep_metrics(tmp_path, resume)
-    assert not (tmp_path / "metrics.csv").exists()  # which a logger would delete
-    log(tmp_path, 3, 4, 5)
-    if not killed:  # before it could say so
-        join_metrics(tmp_path, resume)
-    keep_metrics(tmp_path, resume)
-    log(tmp_path, 4, 5, 6)
-    join_metrics(tmp_path, resume)
-    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+def test_one_row_an_epoch_whatever_was_logged_when(tmp_path):
+    logger = MetricsFile(tmp_path)
+    for epoch in range(3):
+        log(logger, epoch, 10 * epoch + 5, loss=9.0)  # of a single step
+        logger.log_metrics({"lr-SGD": 0.1}, 10 * epoch)  # of a callback, without an epoch
+        log(logger, epoch, 10 * epoch + 9, val_top1=50.0 + epoch)
+        log(logger, epoch, 10 * epoch + 9, train_loss=2.0 - epoch)
+    logger.finalize("success")
+    log(logger, 3, 30, val_top1=60.0)  # a validation after training
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert list(table) == ["epoch", "step", "val/top1", "train/loss"]
+    assert table["epoch"].tolist() == [0, 1, 2]
+    assert table["step"].tolist() == [9, 19, 29]
+    assert table["val/top1"].tolist() == [50.0, 51.0, 60.0]
+    assert read_rows(tmp_path) == logger.rows
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_an_attempt_that_logs_nothing_leaves_what_was_there(tmp_path):
-    log(tmp_path, 1, 2)
-    keep_metrics(tmp_path, str(tmp_path / "last.ckpt"))
-    join_metrics(tmp_path, str(tmp_path / "last.ckpt"))
-    assert steps(tmp_path) == [1, 2]
+def test_a_run_that_goes_on_has_each_row_once(tmp_path):
+    write_rows(tmp_path, [{"epoch": epoch, "step": epoch, "val/top1": 1.0} for epoch in range(4)])
+    logger = MetricsFile(tmp_path)
+    logger.begin(read_rows(tmp_path)[:2])  # the checkpoint is older than the file
+    assert pd.read_csv(tmp_path / "metrics.csv")["epoch"].tolist() == [0, 1]
+    log(logger, 2, 2, val_top1=2.0)
+    assert pd.read_csv(tmp_path / "metrics.csv")["val/top1"].tolist() == [1.0, 1.0, 2.0]
+
+
+def test_rows_of_earlier_versions_become_one_an_epoch(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,lr-SGD,train/loss,val/top1\n,0,0.1,,\n0,9,,,50.0\n0,9,,2.0,\n")
+    assert read_rows(tmp_path) == [{"epoch": 0, "step": 9, "train/loss": 2.0, "val/top1": 50.0}]
+
+
+@pytest.mark.parametrize("content", ["", "epoch,step\n", "\n"])
+def test_a_file_without_rows_is_read(tmp_path, content):
+    (tmp_path / "metrics.csv").write_text(content)
+    assert read_rows(tmp_path) == []
+    assert read_metrics(tmp_path).empty
+    assert read_rows(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (None, []),
+        ("rows", []),
+        ([{"epoch": 0, "val/top1": 1.5}], [{"epoch": 0, "val/top1": 1.5}]),
+        ([{"epoch": 0, "=cmd|x": 1.0, "@sum": 1.0, 3: 4.0, "a": "=1+1", "b": [1]}, {"c": 1.0}, 7], [{"epoch": 0}]),
+        ([{"epoch": float("nan")}, {"epoch": "x"}], []),
+    ],
+)
+def test_of_a_strangers_checkpoint_only_numbers_by_plain_names_are_taken(values, expected):
+    assert known_rows(values) == expected
