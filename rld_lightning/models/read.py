@@ -14,8 +14,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
-from typing import IO, Any, TypeGuard
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -25,17 +26,33 @@ from torch import Tensor
 
 from rld_lightning.errors import some
 from rld_lightning.models.seal import is_damaged, without_seal
+from rld_lightning.models.unpack import Part, find_parts, usual_keys, wanted_parts
 
 # The reconstructor is taken from an instance, because numpy 2 moved it: old files name it by its old path.
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
 _NUMPY_SCALAR_PATHS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+_NUMPY_KINDS = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+_POSIX = ("PosixPath", "PurePosixPath")
+_WINDOWS = ("WindowsPath", "PureWindowsPath")
 
-# What published checkpoints hold beside tensors: the command line they were trained with, and a numpy accuracy.
+
+def _without_default(*_: object) -> dict[Any, Any]:
+    """A plain dictionary in the place of a ``defaultdict``: torch fills no other."""
+    return {}
+
+
+# What checkpoints hold beside tensors: the command line they were trained with, paths, a numpy accuracy, a history. All
+# that these do with what a file says is to keep it. Paths are read of any system; Python 3.13 has named them anew.
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
+    SimpleNamespace,
+    (_without_default, "collections.defaultdict"),
+    *(list, dict, int, float, str),  # what a defaultdict makes its values with
+    *((PurePosixPath, f"pathlib{module}.{name}") for module in ("", "._local") for name in _POSIX),
+    *((PureWindowsPath, f"pathlib{module}.{name}") for module in ("", "._local") for name in _WINDOWS),
     np.dtype,
     *((_NUMPY_SCALAR, path) for path in _NUMPY_SCALAR_PATHS),
-    *(type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64")),
+    *(type(np.dtype(name)) for name in _NUMPY_KINDS),
 ]
 
 
@@ -52,26 +69,43 @@ class Weights:
         metadata: what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty.
         source: the file.
         sha256: of the file, as hexadecimal digits; empty where there is none.
+        parts: every state_dict in the file, the likeliest first, with the file's own keys.
+        beside: what else there is in the file, by name.
+        account: what was taken and what was left, in words; empty where there is nothing to tell.
     """
 
     state_dict: dict[str, Tensor]
     metadata: dict[str, str]
     source: Path
     sha256: str = ""
+    parts: tuple[Part, ...] = ()
+    beside: tuple[str, ...] = ()
+    account: str = ""
+
+
+def split_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """A file, and which part of it is asked for: of ``"best.pth::state_dict_ema"`` the one after the colons."""
+    whole = Path(path).expanduser()
+    file, colons, part = str(whole).rpartition("::")
+    return (Path(file), part) if colons and not whole.exists() else (whole, "")
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
     """Reads the weights in a file, on the CPU, whatever its format; the file's content decides, not its suffix.
 
     Understood are safetensors, Lightning checkpoints (of which the student is taken), dictionaries with a state_dict
-    under ``"model"`` or ``"state_dict"``, and plain state_dicts, zipped or in the format before torch 1.6. The prefixes
-    of ``DataParallel`` and ``torch.compile`` are removed from the keys.
+    under ``"model"``, ``"state_dict"`` or another usual name, and plain state_dicts, zipped or in the format before
+    torch 1.6. The prefixes of ``DataParallel`` and ``torch.compile`` are removed from the keys.
+
+    Args:
+        path: the file; with ``::`` and the name of a state_dict in it, or of the prefix of its keys, that part of it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: it is not a weights file, is damaged, or would have to execute code to be read.
+        WeightsError: it is not a weights file, is damaged, or would have to execute code to be read; or it has no such
+            part.
     """
-    path = Path(path).expanduser()
+    path, wanted = split_part(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no weights file at {path}")
     if not path.is_file():
@@ -87,7 +121,18 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         weights = _read_safetensors(content, path)
     else:
         weights = read_checkpoint(BytesIO(content), source=path)
-    return replace(weights, sha256=hashlib.sha256(content).hexdigest())
+    weights = replace(weights, sha256=hashlib.sha256(content).hexdigest())
+    return _part_of(weights, wanted) if wanted else weights
+
+
+def _part_of(weights: Weights, wanted: str) -> Weights:
+    chosen = wanted_parts(list(weights.parts), wanted)
+    if not chosen:
+        names = [part.path for part in weights.parts if part.path]
+        raise WeightsError(
+            f"{weights.source} has no weights under {wanted!r}; it has {some(map(repr, names)) or 'no parts by name'}"
+        )
+    return replace(weights, state_dict=usual_keys(chosen[0]), parts=tuple(chosen), beside=())
 
 
 def read_once(path: Path) -> bytes:
@@ -129,7 +174,8 @@ def _read_safetensors(content: bytes, path: Path) -> Weights:
         raise WeightsError(f"{path} holds no tensors")
     # Where the library has read the header, it is sound.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return Weights(_plain_keys(state_dict), without_seal(header.get("__metadata__") or {}), path)
+    parts = find_parts(state_dict)
+    return Weights(usual_keys(parts[0]), without_seal(header.get("__metadata__") or {}), path, parts=tuple(parts))
 
 
 def read_checkpoint(file: IO[bytes], source: str | Path) -> Weights:
@@ -148,7 +194,17 @@ def read_checkpoint(file: IO[bytes], source: str | Path) -> Weights:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(_explain_load_failure(error, source)) from error
-    return Weights(_find_state_dict(content, source), _hyper_parameters(content), Path(source))
+    parts = find_parts(content)
+    if not parts:
+        found = f"is a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            found = f"has the keys {some(map(repr, content))}" if content else "is empty"
+        raise WeightsError(f"{source} holds no state_dict: it {found}, with tensors neither there nor under 'model'")
+    named = {part.path.partition(".")[0] for part in parts}
+    beside = (
+        () if named == {""} or not isinstance(content, Mapping) else tuple(str(k) for k in content if k not in named)
+    )
+    return Weights(usual_keys(parts[0]), _hyper_parameters(content), Path(source), parts=tuple(parts), beside=beside)
 
 
 def _hyper_parameters(content: object) -> dict[str, str]:
@@ -169,43 +225,3 @@ def _explain_load_failure(error: Exception, source: str | Path) -> str:
         "executed. If you trust the file, open it where it was made and save its state_dict with "
         "`safetensors.torch.save_file`"
     )
-
-
-def _find_state_dict(content: object, source: str | Path) -> dict[str, Tensor]:
-    found = f"is a {type(content).__name__}"
-    if isinstance(content, Mapping):
-        if _is_state_dict(candidate := content.get("state_dict")):
-            return _student_of(_plain_keys(candidate))
-        for candidate in (content.get("model"), content):
-            if _is_state_dict(candidate):
-                return _plain_keys(candidate)
-        found = f"has the keys {some(map(repr, content))}" if content else "is empty"
-    raise WeightsError(f"{source} holds no state_dict: it {found}, with tensors neither there nor under 'model'")
-
-
-def _is_state_dict(candidate: object) -> TypeGuard[Mapping[str, Tensor]]:
-    return (
-        isinstance(candidate, Mapping)
-        and bool(candidate)
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items())
-    )
-
-
-def _plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undoes ``torch.compile``, which may have wrapped any submodule, and ``DataParallel``, which wraps all of it."""
-    uncompiled = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
-    return _strip(uncompiled, "module.")
-
-
-def _student_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the model out of a Lightning module's state_dict, which may hold losses and a teacher as well."""
-    taken = {key: value for key, value in state_dict.items() if key.startswith("student.")} or state_dict
-    prefix = next((p for p in ("student.", "model.", "net.") if all(key.startswith(p) for key in taken)), "")
-    return _strip(_strip(taken, prefix), "module.")
-
-
-def _strip(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Removes a prefix from all keys, if all keys have it."""
-    if not all(key.startswith(prefix) for key in state_dict):
-        return state_dict
-    return {key.removeprefix(prefix): value for key, value in state_dict.items()}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata, read_once
+from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata, read_once, split_part
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.save import save_weights
 from rld_lightning.models.seal import is_damaged
@@ -175,7 +175,7 @@ def resolve_teacher_weights(
     """
     if spec not in ("auto", "published", "fit"):
         path = Path(spec).expanduser()
-        if not path.is_file():
+        if not split_part(path)[0].is_file():
             raise FileNotFoundError(f"there is no teacher's weights file at {path}; {_WAYS_OUT}")
         return path
     stored = store.find(dataset, name)

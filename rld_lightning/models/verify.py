@@ -1,7 +1,7 @@
 """Do weights belong to a network? They are loaded where they do, and the difference is explained where not."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -13,6 +13,9 @@ from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.graft import GraftedStudent
 from rld_lightning.models.read import Weights, WeightsError, read_weights
 from rld_lightning.models.taps import unwrap
+from rld_lightning.models.unpack import fitting
+
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, name: str | None = None) -> Weights:
@@ -20,25 +23,47 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, 
 
     Args:
         model: the model to fill.
-        source: a file, or what ``read_weights`` made of one.
+        source: a file, or what ``read_weights`` made of one. Of several state_dicts in it, the model's is taken.
         name: what error messages call the model; its class if not given.
+
+    Returns:
+        what was loaded, with an account of what was taken and what was left.
 
     Raises:
         FileNotFoundError: as ``read_weights``.
         WeightsError: as ``read_weights``, or the weights are another model's.
     """
-    weights = _without_auxiliary(source if isinstance(source, Weights) else read_weights(source), model)
+    weights = _for_model(source if isinstance(source, Weights) else read_weights(source), model)
     verify_weights(model, weights, name=name)
     unwrap(model).load_state_dict(weights.state_dict)
     return weights
 
 
-def _without_auxiliary(weights: Weights, model: nn.Module) -> Weights:
+def _for_model(weights: Weights, model: nn.Module) -> Weights:
+    """Takes from a file what has the keys and shapes of a model, wherever it lies, and accounts for the rest."""
+    shapes = _shapes(unwrap(model).state_dict())
+    spare = () if any(key.startswith(_AUXILIARY) for key in shapes) else _AUXILIARY
+    places = list(fitting(list(weights.parts), shapes, spare))
+    if not places:
+        return replace(weights, state_dict=_without_auxiliary(weights.state_dict, shapes))
+    place, part = places[0]
+    others = [other for other, _ in places[1:]]
+    whole = next(found.state_dict for found in weights.parts if found.path == part.path)
+    prefix = place.removeprefix(part.path).removeprefix(".")
+    left = [key for key in whole if prefix and not key.startswith(f"{prefix}.")]
+    left += [found.path for found in weights.parts if found.path not in (part.path, *others)]
+    left += weights.beside
+    account = f"taken from {place!r}" if place else ""
+    if others:
+        account += f", not from {some(map(repr, others))}: for those write {weights.source.name}::{others[0]}"
+    if left:
+        account += f"{'; ' if account else ''}left: {some(left)}"
+    return replace(weights, state_dict=_without_auxiliary(part.state_dict, shapes), account=account)
+
+
+def _without_auxiliary(state_dict: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
     """Leaves out torchvision's auxiliary classifiers, which serve training alone, where the model has none."""
-    wanted = unwrap(model).state_dict()
-    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
-    kept = {key: v for key, v in weights.state_dict.items() if key in wanted or not key.startswith(auxiliary)}
-    return replace(weights, state_dict=kept)
+    return {key: v for key, v in state_dict.items() if key in wanted or not key.startswith(_AUXILIARY)}
 
 
 def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = None) -> None:

@@ -134,7 +134,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         model = create_model(name, len(classes.names))
         weights = load_weights(model, weights, name=name)
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
-        print_line("model", f"{name}, weights {weights.source}")
+        print_line("model", f"{name}, weights {weights.source}{f' ({weights.account})' if weights.account else ''}")
         own_look = _own_look(weights, data)
         trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)

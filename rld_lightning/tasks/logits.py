@@ -11,7 +11,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.look import Look, published_look, relook, trained_look
-from rld_lightning.models.read import read_weights
+from rld_lightning.models.read import read_weights, split_part
 from rld_lightning.models.verify import load_weights
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
@@ -106,7 +106,7 @@ def _load(path: str | Path, name: str | None, num_classes: int) -> tuple[nn.Modu
     """A network with its weights, by the name that the file knows, else by ``name``; and the look that it wants."""
     if path == "pretrained" and name is not None:
         return create_model(name, num_classes, pretrained=True), published_look(name)
-    if not Path(path).is_file():
+    if not split_part(path)[0].is_file():
         raise FileNotFoundError(
             f"there are no weights at {path}; run from the folder that the run was started in, or give the teacher's "
             "with --teacher FILE."

@@ -103,6 +103,8 @@ def load_in_order(network: nn.Module, name: str, path: str, data: ImageDataModul
         ValueError: it knows other classes.
     """
     weights = load_weights(network, path, name=name)
+    if weights.account:
+        print_line(role, f"weights {weights.account}")
     known, classes = facts_of(weights).class_names, list(data.class_names)
     if known is None or known == classes:
         return weights

@@ -1,11 +1,14 @@
 """Every format users have is read, nothing that is read is executed, and what does not fit says why."""
 
 import argparse
+import collections
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import threading
+import types
 import zipfile
 from pathlib import Path
 
@@ -120,6 +123,96 @@ def test_safetensors_are_known_by_content(model, tmp_path, file_name):
     assert weights.metadata == {"name": "tiny"}
 
 
+def averaged(state_dict):
+    return {key: 0.5 * value if value.is_floating_point() else value for key, value in state_dict.items()}
+
+
+# Content, and what the account says; the weights of the model are the only ones that are not halved.
+SHAPES = {
+    "model_state_dict": (
+        lambda sd: {"epoch": 1, "model_state_dict": sd, "optimizer_state_dict": {}},
+        "taken from 'model_state_dict'; left: epoch, optimizer_state_dict",
+    ),
+    "net": (lambda sd: {"net": sd, "acc": 93.1}, "taken from 'net'; left: acc"),
+    "teacher": (lambda sd: {"teacher": sd}, "taken from 'teacher'"),
+    "student_and_teacher": (
+        lambda sd: {"teacher": averaged(sd), "student": sd},
+        "taken from 'student', not from 'teacher': for those write x.pth::teacher",
+    ),
+    "ema_alone": (lambda sd: {"state_dict_ema": sd}, "taken from 'state_dict_ema'"),
+    "raw_and_ema": (
+        lambda sd: {"state_dict_ema": averaged(sd), "state_dict": sd, "epoch": 3},
+        "taken from 'state_dict', not from 'state_dict_ema': for those write x.pth::state_dict_ema; left: epoch",
+    ),
+    "averaged_model": (
+        lambda sd: {"state_dict": {**prefixed(sd, "module."), "n_averaged": torch.tensor(3)}},
+        "taken from 'state_dict.module'; left: n_averaged",
+    ),
+    "mdistiller": (lambda sd: {"model": prefixed(sd, "module.student.")}, "taken from 'model.module.student'"),
+    "beside_a_loss": (
+        lambda sd: {"state_dict": {**prefixed(sd, "net."), "criterion.weight": torch.ones(10)}},
+        "taken from 'state_dict.net'; left: criterion.weight",
+    ),
+    "beside_a_teacher_of_its_kind": (
+        lambda sd: {**prefixed(averaged(sd), "teacher."), **prefixed(sd, "learner.")},
+        "taken from 'learner', not from 'teacher': for those write x.pth::teacher",
+    ),
+    "backbone": (lambda sd: {"state_dict": prefixed(sd, "backbone.")}, "taken from 'state_dict.backbone'"),
+    "any_name": (
+        lambda sd: {"my_network": sd, "my_metrics": {"acc": torch.ones(1)}},
+        "taken from 'my_network'; left: my_m",
+    ),
+    "two_deep": (lambda sd: {"model": {"state_dict": sd, "name": "x"}}, "taken from 'model.state_dict'"),
+    "beside_paths": (
+        lambda sd: {
+            "model": sd,
+            "args": argparse.Namespace(out=pathlib.PosixPath("/x"), data=pathlib.PureWindowsPath("c:/x")),
+            "history": collections.defaultdict(list, {"acc": [np.float64(1), np.bool_(True)]}),
+            "more": types.SimpleNamespace(a=1),
+        },
+        "taken from 'model'; left: args, history, more",
+    ),
+    "plain": (lambda sd: sd, ""),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_is_found_in_whatever_shape_it_was_saved(tmp_path, shape):
+    torch.manual_seed(0)
+    model, other = create_model("resnet8", 10), create_model("resnet8", 10)
+    make, account = SHAPES[shape]
+    torch.save(make(model.state_dict()), path := tmp_path / "x.pth")
+    found = load_weights(other, path)
+    assert_same(other.state_dict(), model)
+    assert found.account.startswith(account)
+    assert bool(found.account) == bool(account)
+
+
+@pytest.mark.parametrize("part", ["state_dict_ema", "teacher", "state_dict.ema", "ema"])
+def test_a_part_of_a_file_can_be_asked_for(tmp_path, part):
+    torch.manual_seed(0)
+    model, other = create_model("resnet8", 10), create_model("resnet8", 10)
+    sd = model.state_dict()
+    content = {"state_dict": sd, part: averaged(sd)}
+    if part.endswith("ema") and part != "state_dict_ema":
+        content = {"state_dict": {**prefixed(sd, "net."), **prefixed(averaged(sd), "ema.")}}
+    torch.save(content, tmp_path / "x.pth")
+    if part == "state_dict.ema":
+        part = "ema"
+    load_weights(other, f"{tmp_path / 'x.pth'}::{part}")
+    assert torch.equal(other.conv1.weight, 0.5 * model.conv1.weight)
+    with pytest.raises(WeightsError, match=r"x\.pth has no weights under 'emma'; it has 'state_dict'"):
+        read_weights(f"{tmp_path / 'x.pth'}::emma")
+    with pytest.raises(FileNotFoundError, match=r"y\.pth"):
+        read_weights(f"{tmp_path / 'y.pth'}::ema")
+
+
+def test_the_weights_of_a_deeper_network_are_not_taken_for_those_of_its_first_blocks(tmp_path):
+    torch.save(create_model("resnet32", 10).state_dict(), path := tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="the file looks like resnet32"):
+        load_weights(create_model("resnet20", 10), path)
+
+
 class Exploit:
     """Unpickling it makes a file, if anyone lets it."""
 
@@ -135,7 +228,7 @@ class Exploit:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("hidden", ["plain", "model", "metadata"])
+@pytest.mark.parametrize("hidden", ["plain", "model", "metadata", "history"])
 @pytest.mark.parametrize(("how", "named"), [("system", "system"), ("exec", "exec"), ("copy", r"shutil\.copyfile")])
 def test_refuses_code(model, tmp_path, how, named, hidden, zipped):
     exploit = Exploit(how, marker := tmp_path / "executed")
@@ -143,6 +236,7 @@ def test_refuses_code(model, tmp_path, how, named, hidden, zipped):
         "plain": exploit,
         "model": {"model": {**model.state_dict(), "extra": exploit}},
         "metadata": {"model": model.state_dict(), "opt": exploit},
+        "history": {"model": model.state_dict(), "history": collections.defaultdict(list, {"acc": [exploit]})},
     }[hidden]
     torch.save(content, path := tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError, match=named) as caught:

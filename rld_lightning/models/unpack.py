@@ -1,0 +1,141 @@
+"""Where the weights lie in what a checkpoint holds: under which name, and which prefix their keys have.
+
+People save a model in many shapes: under ``"model"``, ``"state_dict"``, ``"net"``, beside an average of it, inside a
+module that also holds a loss or a teacher. A network that is known decides by its keys; without one the usual names do.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+
+# What files call their model, the likeliest first; of student and teacher, raw and averaged, the first is taken.
+_NAMES = (
+    *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "student", "weights", "params"),
+    *("module", "backbone", "teacher", "state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema"),
+)
+_WRAPPERS = ("student.", "model.", "net.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A state_dict in a file.
+
+    Attributes:
+        path: the keys that lead to it, joined by dots; empty where it is the file's whole content.
+        state_dict: tensors by key, as they are called in the file but for the marks of ``torch.compile``.
+    """
+
+    path: str
+    state_dict: dict[str, Tensor]
+
+
+def find_parts(content: object) -> list[Part]:
+    """All state_dicts in the content of a checkpoint, the likeliest first.
+
+    Args:
+        content: what was read. Searched are the content, its values, and the values of those with a usual name.
+    """
+    if _is_state_dict(content):
+        return [Part("", _uncompiled(content))]
+    if not isinstance(content, Mapping):
+        return []
+    parts = []
+    names = [name for name in (*_NAMES, *content) if isinstance(name, str) and name in content]
+    for name in dict.fromkeys(names):
+        value = content[name]
+        if _is_state_dict(value):
+            parts.append(Part(name, _uncompiled(value)))
+        elif name in _NAMES and isinstance(value, Mapping):
+            inner = (key for key in _NAMES if _is_state_dict(value.get(key)))
+            parts += [Part(f"{name}.{key}", _uncompiled(value[key])) for key in inner]
+    return parts
+
+
+def wanted_parts(parts: list[Part], wanted: str) -> list[Part]:
+    """The part of a file that somebody has asked for.
+
+    Args:
+        parts: all of it.
+        wanted: the path of one, or what its keys begin with.
+
+    Returns:
+        one part, without the prefix; none where there is no such one.
+    """
+    named = [part for part in parts if part.path == wanted]
+    prefix = f"{wanted}."
+    inside = (
+        Part(f"{part.path}.{wanted}".removeprefix("."), _under(part.state_dict, prefix))
+        for part in parts
+        if any(key.startswith(prefix) for key in part.state_dict)
+    )
+    return (named or list(inside))[:1]
+
+
+def usual_keys(part: Part) -> dict[str, Tensor]:
+    """A state_dict with its keys as the network itself calls them, as far as the usual wrappers tell.
+
+    Those are ``DataParallel`` and averaged models, and the student of a module that holds a loss or a teacher as well.
+    """
+    plain = _stripped(part.state_dict, "module.")
+    plain = {key: value for key, value in plain.items() if key.startswith("student.")} or plain
+    for prefix in _WRAPPERS:
+        if plain and all(key.startswith(prefix) for key in plain):
+            return _stripped(_under(plain, prefix), "module.")
+    return plain
+
+
+def fitting(
+    parts: list[Part], shapes: Mapping[str, tuple[int, ...]], spare: tuple[str, ...]
+) -> Iterator[tuple[str, Part]]:
+    """The places of a file where a network's weights are, and nothing else, the likeliest first.
+
+    Args:
+        parts: of the file.
+        shapes: of the network's state_dict; its counters may be absent in the file.
+        spare: prefixes of keys that the file may have more.
+
+    Yields:
+        the path and prefix of a place, and the part with keys as the network's.
+    """
+    counters = {key for key in shapes if key.endswith("num_batches_tracked")}
+    needed = shapes.keys() - counters
+    anchor = next((key for key in shapes if key in needed), "")
+    for part in parts:
+        ends = [key for key in part.state_dict if key == anchor or key.endswith(f".{anchor}")]
+        for prefix in sorted({key.removesuffix(anchor) for key in ends}, key=_likelihood):
+            own = _under(part.state_dict, prefix)
+            more = {key for key in own.keys() - shapes.keys() if not key.startswith(spare)}
+            if more or needed - own.keys() or any(tuple(own[key].shape) != shapes[key] for key in own if key in shapes):
+                continue
+            yield ".".join(filter(None, (part.path, prefix.rstrip(".")))), Part(part.path, own)
+
+
+def _likelihood(prefix: str) -> tuple[bool, bool, int]:
+    return ("ema" in prefix or "teacher" in prefix, "student" not in prefix and prefix != "", len(prefix))
+
+
+def _is_state_dict(candidate: object) -> TypeGuard[StateDict]:
+    return (
+        isinstance(candidate, Mapping)
+        and bool(candidate)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items())
+    )
+
+
+def _uncompiled(state_dict: StateDict) -> dict[str, Tensor]:
+    """Undoes ``torch.compile``, which may have wrapped any submodule."""
+    return {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
+
+
+def _under(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _stripped(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Without a prefix that all keys have, but for the counter of an averaged model."""
+    others = [key for key in state_dict if not key.startswith(prefix)]
+    return _under(state_dict, prefix) if set(others) <= {"n_averaged"} and len(others) < len(state_dict) else state_dict
