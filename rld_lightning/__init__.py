@@ -3,20 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rld_lightning.losses import (
-    CELoss,
-    DistillationLoss,
-    DKDLoss,
-    KDLoss,
-    ModelOutput,
-    RLDLoss,
-    StepContext,
-    dkd_loss,
-    kd_loss,
-    rld_loss,
-)
-
 if TYPE_CHECKING:
+    from rld_lightning.losses import (
+        CELoss,
+        DistillationLoss,
+        DKDLoss,
+        KDLoss,
+        ModelOutput,
+        RLDLoss,
+        StepContext,
+        dkd_loss,
+        kd_loss,
+        rld_loss,
+    )
     from rld_lightning.models import create_model, list_models
     from rld_lightning.models.teacher import FrozenTeacher
     from rld_lightning.module import DistillationModule
@@ -40,8 +39,10 @@ __all__ = [
     "rld_loss",
 ]
 
-# Imported on first use: who wants a loss for a loop of their own should not wait for Lightning and torchvision.
+# Imported on first use: who wants a loss for a loop of their own should not wait for Lightning and torchvision, and a
+# command line's help and mistakes not for PyTorch.
 _HOMES = {
+    **dict.fromkeys(__all__, "rld_lightning.losses"),
     "DistillationModule": "rld_lightning.module",
     "FrozenTeacher": "rld_lightning.models.teacher",
     "create_model": "rld_lightning.models",
@@ -53,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,5 +1,7 @@
 """The processes of a run: who has started them, how many there are, and what they agree on."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import signal
@@ -9,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor
+
+if TYPE_CHECKING:  # imported on use: the command line is read without PyTorch
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Started",
@@ -91,6 +95,8 @@ def _new_name() -> str:
 @cache
 def _rendezvous() -> tuple[torch.distributed.Store, int]:
     """The store through which the processes find each other; kept, because rank 0 may have to serve it."""
+    import torch.distributed
+
     store, rank, _ = next(torch.distributed.rendezvous("env://"))
     return store, rank
 
@@ -106,6 +112,8 @@ def _agreed_name() -> str:
 
 def gathered(counts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """What each process of the run has counted, on the CPU, in the order of their ranks: a collective."""
+    import torch.distributed
+
     own = {name: value.detach().cpu() for name, value in counts.items()}
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
@@ -119,6 +127,8 @@ def own_share(counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
     Its own where there are as many processes as then; otherwise the first takes all.
     """
+    import torch.distributed
+
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
     if len(counts) == processes:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rld_lightning.hydra import known
+
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = {"lightning", "torchvision", "torchmetrics", "pandas", "matplotlib", "scipy", "sklearn", "wandb", "timm"}
 
@@ -30,15 +32,21 @@ def test_losses_and_networks_need_torch_alone(code):
     assert not imported_by(code) & (HEAVY | {"hydra", "omegaconf", "rich", "pytorch_lightning"})
 
 
-def test_a_command_line_needs_torch_and_hydra_alone():
-    code = (
-        "import runpy, sys\n"
-        "sys.argv = ['scripts/fit.py', '--help']\n"
-        "try:\n"
-        "    runpy.run_path('scripts/fit.py', run_name='__main__')\n"
-        "except SystemExit:\n"
-        "    pass\n"
-    )
-    packages = imported_by(code)
-    assert "hydra" in packages
-    assert not packages & HEAVY
+RUN = (
+    "import runpy, sys\n"
+    "sys.argv = ['scripts/fit.py', *{arguments}]\n"
+    "try:\n"
+    "    runpy.run_path('scripts/fit.py', run_name='__main__')\n"
+    "except SystemExit:\n"
+    "    pass\n"
+)
+
+
+def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COMP_LINE", "python scripts/fit.py loss.al")
+    known._remembered.__wrapped__()  # an earlier command, which has seen what there is
+    for arguments in (["--help"], ["-sc", "query=bash"], ["loss.gama=1"]):
+        packages = imported_by(RUN.format(arguments=arguments))
+        assert "hydra" in packages
+        assert not packages & (HEAVY | {"torch"})

@@ -13,8 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from rld_lightning.errors import did_you_mean
-from rld_lightning.losses import list_losses, loss_options
-from rld_lightning.models import list_models
+from rld_lightning.hydra.known import known
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -78,7 +77,7 @@ def network_options() -> dict[str, dict[str, Any]]:
     small_rate = {"tuned": {"lr": 0.01}}
     return {
         name: {"defaults": ["single"], "student": {"name": name}} | (small_rate if name in _SMALL_RATE else {})
-        for name in list_models()
+        for name in known().models
     }
 
 
@@ -92,8 +91,8 @@ def tunable_losses() -> dict[str, dict[str, Any]]:
         ValueError: a preset does not say which loss it starts from.
     """
     presets = yaml.safe_load((CONF / "loss_presets.yaml").read_text()) or {}
-    registered = list_losses()
-    losses = {name: _open_to_pairs(name, _registered(name)) for name in registered if name not in presets}
+    registered = {name: _warmed_up(options) for name, options in known().losses.items()}
+    losses = {name: _open_to_pairs(name, options) for name, options in registered.items() if name not in presets}
     for name, stated in presets.items():
         if (of := stated.pop("of", None)) not in losses:
             raise ValueError(
@@ -101,15 +100,14 @@ def tunable_losses() -> dict[str, dict[str, Any]]:
                 f"{did_you_mean(str(of), losses)}"
             )
         base = losses[of]
-        own = _registered(name) if name in registered else {}
+        own = registered.get(name, {})
         new = {key: value for key, value in own.items() if key == "_target_" or key not in base}
         losses[name] = _open_to_pairs(name, base | new | stated)
     return losses
 
 
-def _registered(name: str) -> dict[str, Any]:
+def _warmed_up(options: dict[str, Any]) -> dict[str, Any]:
     """A loss's options; one that warms up by itself warms up as long as the recipe says."""
-    options = loss_options(name)
     return options | ({"warmup_epochs": "${recipe.warmup_epochs}"} if options.get("warmup_epochs", 1) != 1 else {})
 
 

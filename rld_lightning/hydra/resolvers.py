@@ -1,13 +1,15 @@
-"""What the YAML files in ``conf/`` can call: resolvers, registered by importing this module."""
+"""What the YAML files in ``conf/`` can call: resolvers, registered by importing this module.
+
+They import PyTorch when they are asked: help, completion and typing mistakes need not wait for it.
+"""
 
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
-from rld_lightning.models.registry import canonical_name
+from rld_lightning.hydra.known import known
 from rld_lightning.runs.naming import dataset_name, loss_choice
 
 
@@ -36,7 +38,11 @@ def choice(group: str, otherwise: str | None = None, *, _root_: DictConfig) -> s
 
 def network(name: str | None) -> str | None:
     """A network's name in the spelling of this package; ``None`` where none is given yet."""
-    return canonical_name(name) if name else None
+    if not name or name in known().models:  # which is spelled as it is here
+        return name or None
+    from rld_lightning.models.registry import canonical_name
+
+    return canonical_name(name)
 
 
 def fast_precision(accelerator: str = "auto") -> str:
@@ -44,6 +50,8 @@ def fast_precision(accelerator: str = "auto") -> str:
 
     That is NVIDIA GPUs from compute capability 8.0 on, and CPUs with AVX512-BF16 or AMX.
     """
+    import torch
+
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         fast = torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -52,6 +60,8 @@ def fast_precision(accelerator: str = "auto") -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
+    import torch
+
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.console import console, print_error, quiet_lightning
+from rld_lightning.console import console, print_error, print_line, quiet_lightning
 from rld_lightning.distributed import sigterm_ends
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.compose import compose, expand_combined_loss, in_front
@@ -32,6 +32,10 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     """
 
     quiet_lightning()
+    if not any(
+        re.match(r"--?(?!m$|multirun$)", argument) for argument in sys.argv[1:]
+    ):  # of those others read the output
+        print_line("start", "rld-lightning: composing the configuration, then loading PyTorch and Lightning")
     try:
         register_options()
         sys.argv[1:] = expand_combined_loss(in_front(overrides, sys.argv[1:]))

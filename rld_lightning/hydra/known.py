@@ -1,0 +1,82 @@
+"""What is registered, without importing PyTorch for it: networks by name, and losses with their options.
+
+Importing takes seconds, which help, completion and a typing mistake need not wait for. So what was read last lies in
+the user's cache folder, for the very files that it was read from: another loss, or another default, is read anew.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Known(NamedTuple):
+    """What is registered.
+
+    Attributes:
+        models: names of the networks, in natural order.
+        losses: options of the losses by name, as Hydra instantiates them, in alphabetical order.
+        methods: what each is called, in a few words.
+        on_features: those that look into the networks.
+    """
+
+    models: list[str]
+    losses: dict[str, dict[str, Any]]
+    methods: dict[str, str]
+    on_features: list[str]
+
+
+def known() -> Known:
+    """What is registered now; what lies in the cache counts only before anybody can have registered more."""
+    if {"rld_lightning.losses.registry", "rld_lightning.models.registry"} & sys.modules.keys():
+        return _registered()
+    return _remembered()
+
+
+@cache
+def _remembered() -> Known:
+    file = _cache() / f"known-{hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:16]}.json"
+    state = _state()
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        saved = json.loads(file.read_text())
+        if saved.pop("state") == state:
+            return Known(**saved)
+    found = _registered()
+    with suppress(OSError, TypeError):  # a cache that cannot be kept is none
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            json.dump({**found._asdict(), "state": state}, temporary)
+        Path(temporary.name).replace(file)
+    return found
+
+
+def _registered() -> Known:
+    from rld_lightning.losses import list_losses, loss_class, loss_options
+    from rld_lightning.losses.features import FeatureLoss
+    from rld_lightning.models import list_models
+
+    names = list_losses()
+    return Known(
+        models=list_models(),
+        losses={name: loss_options(name) for name in names},
+        methods={name: loss_class(name).method for name in names},
+        on_features=[name for name in names if issubclass(loss_class(name), FeatureLoss)],
+    )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rld-lightning"
+
+
+def _state() -> str:
+    """Changes with any file that networks or losses are defined in, and with this one."""
+    files = [Path(__file__), *(path for room in ("losses", "models") for path in (_PACKAGE / room).rglob("*.py"))]
+    stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(files)]
+    return hashlib.sha256(repr((sys.version_info, stats)).encode()).hexdigest()

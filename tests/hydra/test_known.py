@@ -1,0 +1,83 @@
+"""What is registered, remembered from one command to the next."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from rld_lightning.hydra import known as knowing
+from rld_lightning.hydra.known import Known, known
+from rld_lightning.losses import list_losses, loss_options
+from rld_lightning.models import list_models
+
+ANY = Known(["a"], {"b": {"_target_": "c", "alpha": 1.0}}, {"b": "B"}, [])
+
+
+def test_what_is_registered_is_known_and_survives_the_cache():
+    found = known()
+    assert found.models == list_models()
+    assert found.losses == {name: loss_options(name) for name in list_losses()}
+    assert all(found.methods.values())
+    assert {"at", "crd"} <= set(found.on_features) <= set(list_losses()) - {"rld", "kd"}
+    saved = json.loads(json.dumps(found.losses))  # lists in the place of tuples, as on a command line
+    assert saved == {
+        name: {k: list(v) if isinstance(v, tuple) else v for k, v in o.items()} for name, o in found.losses.items()
+    }
+
+
+@pytest.fixture
+def reads(monkeypatch, tmp_path):
+    """How often the registries were read, in a process that has not imported them."""
+    package, count = tmp_path / "package", []
+    for room in ("losses", "models"):
+        (package / room).mkdir(parents=True)
+        (package / room / "a.py").touch()
+    monkeypatch.setattr(knowing, "_PACKAGE", package)
+    monkeypatch.setattr(knowing, "_registered", lambda: count.append(1) or ANY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("losses", "models"):
+        monkeypatch.delitem(sys.modules, f"rld_lightning.{name}.registry")
+    return count
+
+
+def ask():
+    knowing._remembered.cache_clear()  # as in another process
+    try:
+        return known()
+    finally:
+        knowing._remembered.cache_clear()
+
+
+def test_the_registries_are_read_again_when_a_file_of_theirs_has_changed(reads, tmp_path):
+    assert ask() == ask() == ANY
+    assert len(reads) == 1
+    os.utime(tmp_path / "package" / "losses" / "a.py", (1, 1))
+    assert ask() == ask() == ANY
+    assert len(reads) == 2
+    (tmp_path / "package" / "models" / "b.py").touch()
+    assert ask() == ANY
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": 1}'])
+def test_a_spoilt_cache_is_written_anew(reads, tmp_path, text):
+    ask()
+    (file,) = (tmp_path / "cache" / "rld-lightning").glob("*.json")
+    file.write_text(text)
+    assert ask() == ask() == ANY
+    assert len(reads) == 2
+
+
+def test_without_a_place_for_it_there_is_no_cache(reads, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert ask() == ask() == ANY
+    assert len(reads) == 2
+
+
+def test_what_somebody_has_registered_since_is_known(reads, monkeypatch):
+    ask()
+    monkeypatch.setitem(sys.modules, "rld_lightning.losses.registry", knowing)
+    assert ask() == ANY
+    assert len(reads) == 2
