@@ -46,7 +46,13 @@ class ExactResume(Callback):
     Left to themselves, these skip the rest of an epoch that ``max_steps``, ``max_time`` or a signal has cut short, take
     its batches for those of the next one, and forget a validation that was due. Everything else that an epoch has
     gathered is kept by those who gather it (their ``state_dict``).
+
+    Attributes:
+        began: the step that the run goes on from; None where it begins.
     """
+
+    def __init__(self) -> None:
+        self.began: int | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewrites the progress of the loops, and adds the rows."""
@@ -56,6 +62,7 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lets the file of metrics go on from its rows, or from the file beside one of an earlier version."""
+        self.began = checkpoint["global_step"]
         if "metrics" in checkpoint:
             rows = known_rows(checkpoint["metrics"])
         else:

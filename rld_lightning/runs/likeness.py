@@ -197,25 +197,20 @@ def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[
     Raises:
         ValueError: a setting is another one.
     """
-    _refuse(f"{run} holds", changed_settings(run, cfg), may_differ)
+    refuse_changes(f"{run} holds", changed_settings(run, cfg), may_differ)
 
 
-def refuse_settings(before: Mapping[str, str], cfg: DictConfig, held: str, *, may_differ: Collection[str] = ()) -> None:
+def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ: Collection[str] = ()) -> None:
     """Checks that a run has the settings that one had before.
 
     Args:
-        before: what :func:`settings` says of that one.
-        cfg: this run's configuration.
         held: the words of the message that come before "a run with".
-        may_differ: settings that may be others.
+        changed: the settings that are others, with the value there and the one here.
+        may_differ: settings that may be.
 
     Raises:
-        ValueError: a setting is another one.
+        ValueError: another one is.
     """
-    _refuse(held, changes(before, cfg), may_differ)
-
-
-def _refuse(held: str, changed: Mapping[str, tuple[str, str]], may_differ: Collection[str]) -> None:
     for key, (before, now) in changed.items():
         if key not in may_differ:
             raise ValueError(

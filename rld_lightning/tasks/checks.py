@@ -10,26 +10,16 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.sampler import share_of_batch
-from rld_lightning.distributed import rank_zero_only
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import facts_of, read_facts
+from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights
-from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.taps import evaluation_mode
-from rld_lightning.runs.checkpoint import Before, read_checkpoint, told
-from rld_lightning.runs.files import LAST, METRICS
-from rld_lightning.runs.likeness import refuse_other_settings, refuse_settings
+from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.plan import Plan
-
-# What a run may change that goes on after it has diverged.
-AGAINST_DIVERGENCE = (
-    *("recipe.optimizer.lr", "recipe.scheduler.max_lr"),
-    *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
-)
+from rld_lightning.tasks.resume import check_folder, check_resume
 
 
 def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
@@ -49,8 +39,7 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
     """
     if plan.processes > 1:
         share_of_batch(plan.batch_size, plan.processes)
-    if plan.resume is None or Path(plan.resume).absolute() != (plan.run / LAST).absolute():
-        _refuse_another_run(plan.run)
+    check_folder(plan.run, plan.resume, cfg.resume)
     before = check_resume(Path(plan.resume), plan.student.name, cfg) if plan.resume is not None else None
     for role, network in (("teacher", plan.teacher), ("student", plan.student)):
         if network is None:
@@ -66,15 +55,6 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
         with torch.device("meta"), suppress(NotImplementedError):
             create_model(network.name)
     return before
-
-
-@rank_zero_only
-def _refuse_another_run(run: Path) -> None:
-    if any((run / name).exists() for name in (METRICS, LAST)):
-        raise ValueError(
-            f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
-            f"on (resume={run / LAST})."
-        )
 
 
 def check_loss(loss: DistillationLoss, plan: Plan) -> None:
@@ -117,61 +97,6 @@ def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule)
             )
     if settings.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
-
-
-def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
-    """Looks whether a file is a checkpoint of a run with the same settings.
-
-    Of these, a run may change its length, its learning rate, and how gradients are clipped.
-
-    Args:
-        path: what the run is to go on from.
-        student: the network that it trains.
-        cfg: its configuration.
-
-    Returns:
-        what it says about its run; None of a checkpoint of an earlier version.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is something else, of another student or of other settings; or the run would be of another
-            length and its schedule does not allow it.
-    """
-    checkpoint = _read(path)
-    found = read_facts(_hyper_parameters(checkpoint), path).name or student
-    if canonical_name(found.split("@")[0]) != canonical_name(student):  # SimKD's has the teacher's, too
-        raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
-    # One-cycle schedules have their length from the beginning.
-    fixed = any(isinstance(schedule, dict) and "total_steps" in schedule for schedule in checkpoint["lr_schedulers"])
-    length = () if fixed else ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
-    may_differ = [*length, *AGAINST_DIVERGENCE, "trainer.precision"]  # the last is the machine's, by itself
-    before = told(checkpoint, path)
-    if before is None:
-        refuse_other_settings(path.parent, cfg, may_differ=may_differ)
-        return None
-    if before.teacher_sha256 is not None:  # wherever the file lies now
-        may_differ.append("model.teacher.weights")
-    refuse_settings(before.settings, cfg, f"{path} is of", may_differ=may_differ)
-    return before
-
-
-def _read(path: Path) -> dict[str, Any]:
-    weights = f"to begin a new run with its weights, use model.student.weights={path}"
-    checkpoint, used = read_checkpoint(path)
-    if not checkpoint.get("optimizer_states"):
-        raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
-    if not isinstance(checkpoint.get("lr_schedulers"), list):
-        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
-    if used != path:
-        step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
-        print_line("caution", f"{path} is damaged or gone: going on from the one before it, {used}{step}")
-    return checkpoint
-
-
-def _hyper_parameters(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """What a checkpoint says about itself, as texts."""
-    values = checkpoint.get("hyper_parameters")
-    return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def check_network(

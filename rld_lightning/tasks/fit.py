@@ -34,6 +34,7 @@ from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_studen
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
 from rld_lightning.tasks.remember import remember_logits
 from rld_lightning.tasks.results import leave_results, summarise
+from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
 from rld_lightning.tasks.teacher import (
     build_teacher,
     describe_size,
@@ -67,7 +68,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
     with user_errors():
         plan = Plan(
             run=Path(cfg.paths.run),
-            resume=cfg.resume,
+            resume=find_checkpoint(cfg.resume),
             processes=processes_to_start(cfg.trainer),
             seed=cfg.seed,
             label=cfg.model.label,
@@ -212,6 +213,7 @@ def _train(
 ) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
+        say_nothing_left(trainer)
     except Diverged:  # which says by itself how to go on
         raise
     except (Exception, SystemExit):

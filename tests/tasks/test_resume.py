@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 
 from rld_lightning.runs.checkpoint import Before, tell
 from rld_lightning.runs.likeness import settings
-from rld_lightning.tasks.checks import check_resume, check_start
+from rld_lightning.tasks.checks import check_start
 from rld_lightning.tasks.plan import Student
+from rld_lightning.tasks.resume import check_folder, check_resume, find_checkpoint
 
 CONFIG = {
     "seed": 0,
@@ -138,8 +139,54 @@ def test_simkds_student_is_known_by_its_own_part(run):
 def test_a_network_that_is_not_built_without_memory_is_not_refused_for_it(tmp_path):
     def begin(name):
         student = Student(name, None, channels_last=True)
-        check_start(make_plan(tmp_path, student=student, teacher=None), OmegaConf.create())
+        check_start(make_plan(tmp_path, student=student, teacher=None), OmegaConf.create({"resume": None}))
 
     begin("torchvision/regnet_y_400mf")
     with pytest.raises(ValueError, match="regnet_y_400mf"):
         begin("torchvision/regnet_y_401mf")
+
+
+@pytest.mark.parametrize("named", ["last.ckpt", ""])
+@pytest.mark.parametrize("left", ["config.yaml", ".hydra/config.yaml", "metrics.csv", "teacher/config.yaml"])
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path, capsys, named, left):
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).touch()
+    given = str(tmp_path / named)
+    assert find_checkpoint(given) is None
+    check_folder(tmp_path, None, given)
+    assert f"there is no checkpoint in {tmp_path} yet: the run begins anew\n" in capsys.readouterr().out
+    assert not (tmp_path / "metrics.csv").exists()
+    check_folder(tmp_path / "new", None, given)  # which takes nothing from there
+    assert ("but its teacher goes on with" in capsys.readouterr().out) is ("teacher" in left)
+
+
+def test_what_a_run_goes_on_from(tmp_path):
+    assert find_checkpoint(None) is None
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "last.ckpt")  # where no run is
+    assert find_checkpoint("/nowhere") == "/nowhere"
+    (tmp_path / "config.yaml").touch()
+    assert find_checkpoint(str(tmp_path / "best.ckpt")) == str(tmp_path / "best.ckpt")
+    for there in ("last.previous.ckpt", "last.ckpt"):
+        (tmp_path / there).touch()
+        assert find_checkpoint(str(tmp_path)) == find_checkpoint(f"{tmp_path}/last.ckpt") == f"{tmp_path}/last.ckpt"
+        check_folder(tmp_path, find_checkpoint(str(tmp_path)), str(tmp_path))
+    with pytest.raises(ValueError, match=f"holds a run already.*go on \\(resume={tmp_path}\\)"):
+        check_folder(tmp_path, None, None)
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(tmp_path):
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"has ended and left no last\.ckpt"):
+        find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "schedules", [[{"total_steps": 9}], [{"last_epoch": 1}, {"_schedulers": [{"T_max": 3}, {"total_steps": 9}]}]]
+)
+@pytest.mark.parametrize("change", ["recipe.epochs=5", "trainer.max_steps=9"])
+def test_a_schedule_that_ends_with_the_run_is_why_it_cannot_be_longer(run, schedules, change):
+    with pytest.raises(ValueError, match=r"its schedule ends with the run.*recipe=cifar240"):
+        run([change], {"lr_schedulers": schedules})
+    run([change], {"lr_schedulers": [{"milestones": {}}]})
+    run(["trainer.max_time=00:00:00:09"], {"lr_schedulers": schedules})

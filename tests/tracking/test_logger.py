@@ -132,11 +132,7 @@ def test_the_learning_rate_is_logged_every_epoch(finished):
     assert logged[1] < logged[0]  # the end of one cycle
 
 
-def test_other_loggers_get_the_whole_configuration_too(finished, tmp_path):
-    told = yaml.safe_load((finished[0] / "hparams.yaml").read_text())
-    config = yaml.safe_load((finished[0] / "config.yaml").read_text())
-    assert {key: told[key] for key in config} == config
-    assert told.keys() - config.keys() >= {"student", "num_classes", "data_seed", "val_fraction"}
+def test_other_loggers_get_the_whole_configuration_too(tmp_path):
     board = TensorBoardLogger(tmp_path, name="", version="tensorboard")
     trainer, module = SimpleNamespace(loggers=[board]), SimpleNamespace(hparams={"student": "a"})
     with tracked(trainer, module, OmegaConf.create({"loss": {"beta": 8.0, "parts": [1, None]}, "seed": None})):

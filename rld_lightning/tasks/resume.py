@@ -1,0 +1,174 @@
+"""What a run goes on from: a checkpoint, a folder, or nothing yet."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from omegaconf import DictConfig
+
+from rld_lightning.callbacks import ExactResume
+from rld_lightning.console import print_line
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.models.facts import read_facts
+from rld_lightning.models.registry import canonical_name
+from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
+from rld_lightning.runs.files import CONFIG, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
+from rld_lightning.runs.likeness import changed_settings, changes, refuse_changes
+from rld_lightning.tasks.processes import started_here
+
+# What a run may change that goes on after it has diverged.
+AGAINST_DIVERGENCE = (
+    *("recipe.optimizer.lr", "recipe.scheduler.max_lr"),
+    *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
+)
+_LENGTH = ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
+
+
+def find_checkpoint(resume: str | None) -> str | None:
+    """What a run goes on from.
+
+    Args:
+        resume: a checkpoint, or the folder of a run, which has its ``last.ckpt``.
+
+    Returns:
+        the checkpoint, whether it is there or not; None where the run in the folder has begun and has none yet, so that
+        it begins anew.
+
+    Raises:
+        ValueError: the run in the folder has ended without one.
+    """
+    if resume is None:
+        return None
+    path = Path(resume)
+    path = path / LAST if path.is_dir() else path
+    folder = path.parent
+    begun = any((folder / name).exists() for name in (CONFIG, HYDRA, LOCK, METRICS, TEACHER))
+    if is_there(path) or path.name != LAST or not begun:
+        return str(path)
+    if (folder / SUMMARY).exists():
+        raise ValueError(f"the run in {folder} has ended and left no {LAST} to go on from; choose another folder.")
+    return None
+
+
+@rank_zero_only
+def check_folder(run: Path, resume: str | None, given: str | None) -> None:
+    """Looks whether a run may use its folder, and clears what one has left there that begins anew.
+
+    Args:
+        run: the run's folder.
+        resume: what it goes on from, as :func:`find_checkpoint` has found it.
+        given: what it was told to go on from.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    if resume is not None and Path(resume).absolute() == (run / LAST).absolute():
+        return
+    if resume is None and given is not None:
+        folder = Path(given) if Path(given).is_dir() else Path(given).parent
+        teacher = f", but its teacher goes on with hydra.run.dir={folder}" if (folder / TEACHER).exists() else ""
+        if folder.absolute() == run.absolute():
+            (run / METRICS).unlink(missing_ok=True)  # of the beginning of an epoch
+            teacher = ""
+        if not started_here():  # by a process that has said so
+            print_line("resume", f"there is no checkpoint in {folder} yet: the run begins anew{teacher}")
+    if any((run / name).exists() for name in (METRICS, LAST)):
+        raise ValueError(
+            f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
+            f"on (resume={run})."
+        )
+
+
+def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
+    """Looks whether a file is a checkpoint of a run with the same settings.
+
+    Of these, a run may change its length, its learning rate, and how gradients are clipped.
+
+    Args:
+        path: what the run is to go on from.
+        student: the network that it trains.
+        cfg: its configuration.
+
+    Returns:
+        what it says about its run; None of a checkpoint of an earlier version.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is something else, of another student or of other settings; or the run would be of another
+            length and its schedule does not allow it.
+    """
+    checkpoint = _read(path)
+    found = read_facts(_hyper_parameters(checkpoint), path).name or student
+    if canonical_name(found.split("@")[0]) != canonical_name(student):  # SimKD's has the teacher's, too
+        raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
+    may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # the last is the machine's
+    before = told(checkpoint, path)
+    changed = changed_settings(path.parent, cfg) if before is None else changes(before.settings, cfg)
+    if before is not None and before.teacher_sha256 is not None:  # wherever the file lies now
+        may_differ.append("model.teacher.weights")
+    _refuse_other_length(path, changed, checkpoint["lr_schedulers"])
+    refuse_changes(f"{path.parent} holds" if before is None else f"{path} is of", changed, may_differ)
+    return before
+
+
+def _refuse_other_length(path: Path, changed: Mapping[str, tuple[str, str]], schedules: Sequence[Any]) -> None:
+    """Refuses to go on longer, or shorter, where the schedule has its length from the beginning."""
+    key = next((key for key in _LENGTH if key in changed), None)
+    follows = any(name.startswith("recipe.scheduler.") and name not in AGAINST_DIVERGENCE for name in changed)
+    if key is None or not (follows or any(map(_has_its_length, schedules))):
+        return
+    before, now = changed[key]
+    raise ValueError(
+        f"{path} is of a run with {key}={before}, and this one has {key}={now}: its schedule ends with the run, and "
+        "for another length would have had other learning rates from the first step on. Continue it with "
+        f"{key}={before}; a run that may become longer has a schedule of steps (recipe=cifar240), or none "
+        "(recipe.scheduler=null)."
+    )
+
+
+def _has_its_length(schedule: Any) -> bool:
+    """Whether the state of a schedule, or of one that it is made of, has the number of all steps, as one-cycle's."""
+    if not isinstance(schedule, dict):
+        return False
+    inner = schedule.get("_schedulers", ())
+    return "total_steps" in schedule or any(map(_has_its_length, inner if isinstance(inner, list | tuple) else ()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    weights = f"to begin a new run with its weights, use model.student.weights={path}"
+    checkpoint, used = read_checkpoint(path)
+    if not checkpoint.get("optimizer_states"):
+        raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
+    if not isinstance(checkpoint.get("lr_schedulers"), list):
+        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
+    if used != path:
+        step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
+        print_line("caution", f"{path} is damaged or gone: going on from the one before it, {used}{step}")
+    return checkpoint
+
+
+def _hyper_parameters(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint says about itself, as texts."""
+    values = checkpoint.get("hyper_parameters")
+    return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def say_nothing_left(trainer: Trainer) -> None:
+    """Prints why a run that went on took no step, if it took none.
+
+    Args:
+        trainer: that was to train.
+    """
+    began = next((c.began for c in trainer.callbacks if isinstance(c, ExactResume)), None)  # type: ignore[attr-defined]
+    if began is None or trainer.global_step > began:
+        return
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
+        why = "the time (trainer.max_time) is over; raise it to train on"
+    elif trainer.max_steps == trainer.global_step:
+        why = f"all {trainer.max_steps:,} steps (trainer.max_steps) are taken; raise it to train on"
+    else:
+        why = f"all {trainer.max_epochs} epochs are trained; raise recipe.epochs to train on, where the schedule allows"
+    print_line("resume", f"nothing is left to train: {why}")
