@@ -1,5 +1,6 @@
 """User mistakes: one clear sentence instead of a traceback."""
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -25,6 +26,20 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, InstantiationException, OmegaConfBaseException) as error:
         raise UserError(_message(error)) from error
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns what a full or read-only disk raises, in the midst of a run, into :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, or choose a folder on "
+            "another disk."
+        ) from error
 
 
 def _message(error: BaseException) -> str:

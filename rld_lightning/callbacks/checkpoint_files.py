@@ -36,10 +36,8 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             write_checkpoint(checkpoint, file, keep=bool(checkpoint.get("optimizer_states")) and self._is_intact(file))
         except OSError as error:
-            goes_on = f"continue with resume={file}" if file.exists() else "begin again"
             raise UserError(
-                f"{file} cannot be written ({error.strerror or error}); what was there is as it was. Make room for it, "
-                f"and {goes_on}."
+                f"{file} cannot be written ({error.strerror or error}); what was there is as it was. Make room for it."
             ) from error
         self._written.add(file)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import console, print_error, print_line, quiet_lightning
 from rld_lightning.distributed import sigterm_ends
-from rld_lightning.errors import UserError, user_errors
+from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.compose import compose, expand_combined_loss, in_front
 from rld_lightning.hydra.notes import note_job
 from rld_lightning.hydra.options import CONF, register_options
@@ -45,9 +45,10 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
     def guarded(cfg: DictConfig) -> float | None:
         quiet_lightning()  # also where a launcher has started another process
-        note_job(cfg)
         try:
-            return task(cfg)
+            with disk_errors():
+                note_job(cfg)
+                return task(cfg)
         except UserError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise

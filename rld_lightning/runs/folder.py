@@ -1,5 +1,6 @@
 """A run folder belongs to one process at a time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from filelock import FileLock, Timeout
 
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.runs.files import LOCK
+from rld_lightning.runs.files import LOCK, WANDB
 
 
 @contextmanager
@@ -37,17 +38,53 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
         the lock; one of a group of processes does not take it.
 
     Raises:
-        UserError: another process has taken it.
+        UserError: another process has taken it, or nothing can be written there.
     """
     lock = FileLock(folder / name)
     if started_by() is not None:
         return lock
     try:
         with user_errors():
+            check_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+            lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"{folder} is being {what} in by another process; wait for it, end it, or choose another folder."
         ) from None
     return lock
+
+
+def check_folder(folder: Path) -> None:
+    """Looks whether a job can write into a folder, and into nothing else.
+
+    The folder may be a stranger's: files are written through links, so that one in it could lead to any file.
+
+    Args:
+        folder: the folder, which need not be there yet, and may itself be a link.
+
+    Raises:
+        ValueError: it is a file, cannot be written to, or holds a link that leads out of it.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"{there} is not a folder; choose another one with hydra.run.dir=.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} cannot be written to: make it writable, or choose another one with hydra.run.dir=.")
+    if there == folder and (link := next(_leading_out(folder), None)) is not None:
+        raise ValueError(
+            f"{link} is a link to {link.readlink()}, out of the folder, where nothing is written: remove it, or "
+            "choose another folder with hydra.run.dir=."
+        )
+
+
+def _leading_out(folder: Path) -> Iterator[Path]:
+    """The links in and below a folder that lead elsewhere."""
+    inside = folder.resolve()
+    for path, inner, files in os.walk(folder):
+        for name in (*inner, *files):
+            link = Path(path, name)
+            if link.is_symlink() and not link.resolve().is_relative_to(inside):
+                yield link
+        if WANDB in inner:
+            inner.remove(WANDB)  # it makes its own anew, and its runs are where they are by its own names

@@ -15,7 +15,7 @@ from rld_lightning.callbacks import Diverged
 from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import started_by
-from rld_lightning.errors import user_errors
+from rld_lightning.errors import disk_errors, user_errors
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
@@ -35,6 +35,7 @@ from rld_lightning.tasks.processes import processes_to_start, run_in_processes, 
 from rld_lightning.tasks.remember import remember_logits
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
+from rld_lightning.tasks.room import check_room
 from rld_lightning.tasks.teacher import (
     build_teacher,
     describe_size,
@@ -84,7 +85,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             scale_lr_from=cfg.recipe.get("scale_lr_from"),
             scheduler_interval=cfg.recipe.scheduler_interval,
         )
-    with locked(plan.run):
+    with locked(plan.run), disk_errors():
         with user_errors():
             plan = replace(plan, before=check_start(plan, cfg))  # one sentence is better early than from all ranks
         if plan.processes > 1:
@@ -153,6 +154,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
         module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
         watch_own(trainer, cfg, plan)
+        check_room(plan.run, trainer, module)
         remember_logits(module, plan, data, trainer)
     _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)

@@ -1,0 +1,81 @@
+"""Whether the disk has room for what a run writes, before it is trained."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim import SGD
+
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.module import DistillationModule
+from rld_lightning.runs.checkpoint import previous_of
+from rld_lightning.runs.files import STUDENT
+
+# Metrics, curves and the like, and what checkpoints hold beside tensors.
+_OTHERS = 2_000_000
+
+
+@rank_zero_only
+def check_room(run: Path, trainer: Trainer, module: DistillationModule) -> None:
+    """Refuses a run whose checkpoints and student do not fit on the disk.
+
+    Args:
+        run: the run's folder.
+        trainer: the run's.
+        module: what is trained.
+
+    Raises:
+        ValueError: there is less room than they take.
+    """
+    folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
+    need, free = room_needed(run, trainer, module), shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(
+            f"the disk of {run} has {free / 1e6:,.0f} MB free, and the checkpoints and the student of the run take "
+            f"{need / 1e6:,.0f} MB: make room, or choose another folder with hydra.run.dir=."
+        )
+
+
+def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
+    """How many more bytes a run writes than lie in its folder already.
+
+    Each checkpoint is written beside the one that it replaces. Those to go on from hold the state of the optimizer, and
+    of them the one before the latest stays.
+
+    Args:
+        run: the run's folder.
+        trainer: the run's.
+        module: what is trained.
+    """
+    weights = _bytes_of(module.state_dict().values())
+    whole = weights + _state_of_optimizer(module)
+    files = [(run / STUDENT, weights)]
+    largest = weights
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
+            continue
+        size = weights if callback.save_weights_only else whole
+        largest = max(largest, size)
+        last = Path(callback.dirpath) / f"{callback.filename or callback.CHECKPOINT_NAME_LAST}.ckpt"
+        files.append((last, size))
+        if not callback.save_weights_only:
+            files.append((previous_of(last), size))
+    there = sum(path.stat().st_size for path, _ in files if path.is_file())
+    return max(0, sum(size for _, size in files) - there) + largest + _OTHERS
+
+
+def _state_of_optimizer(module: DistillationModule) -> int:
+    """The bytes that an optimizer will hold: a momentum in SGD, and two moments in what it is not known of."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = module.make_optimizer(trained)
+    copies = 2
+    if isinstance(optimizer, SGD):
+        copies = int(any(group["momentum"] for group in optimizer.param_groups))
+    return copies * _bytes_of(trained)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

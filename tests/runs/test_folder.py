@@ -1,0 +1,53 @@
+"""A job writes into its own folder and nowhere else."""
+
+import os
+
+import pytest
+
+from rld_lightning.errors import UserError
+from rld_lightning.runs.folder import check_folder, locked
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run" / "teacher").mkdir(parents=True)
+    (tmp_path / "victim").write_text("secret")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", ".lock", ".hydra", "last.ckpt", "fit.log", "teacher/summary.json", "wandb", "gone"]
+)
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_that_leads_out_is_refused(run, name, relative):
+    target = "../" * (1 + name.count("/")) + "victim" if relative else run.parent / "victim"
+    (run / name).symlink_to(target if name != "gone" else "/not/there")
+    for look in (check_folder, lambda folder: locked(folder).__enter__()):
+        with pytest.raises((ValueError, UserError), match=f"{name} is a link to .*out of the folder.*remove it"):
+            look(run)
+    assert (run.parent / "victim").read_text() == "secret"
+
+
+def test_a_folder_may_be_a_link_and_hold_some_of_its_own(run, tmp_path):
+    (run / "latest").symlink_to("teacher")
+    (run / "wandb" / "run-1").mkdir(parents=True)
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    (run / "wandb" / "run-1" / "file").symlink_to("/etc/hostname")  # W&B's own business
+    (tmp_path / "scratch").symlink_to(run)
+    check_folder(run)
+    check_folder(tmp_path / "scratch")
+    check_folder(tmp_path / "new" / "deeper")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_is_no_folder(run):
+    for folder in (run.parent / "victim", run.parent / "victim" / "deeper"):
+        with pytest.raises(ValueError, match="victim is not a folder; choose another one with"):
+            check_folder(folder)
+
+
+def test_what_cannot_be_written_to_is_said(run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for folder in (run, run / "deeper"):
+        with pytest.raises(ValueError, match=r"run cannot be written to: make it writable, or choose another"):
+            check_folder(folder)
