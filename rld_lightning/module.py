@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,16 +123,21 @@ class DistillationModule(LightningModule):
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
         step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1, *strong)
-        terms = self.loss(step)
+        terms, label = self.loss(step), batch.label
+        if batch.other is not None:
+            other = replace(step, label=batch.other.label)
+            terms = mixed_terms(terms, self.loss(other), batch.other.share)
+            step = step if batch.other.share >= 0.5 else other
+            label = step.label  # the class of most of each image, for all that counts and watches
         total = torch.stack(list(terms.values())).sum()
 
         with torch.no_grad():
             statistics = {f"stats/{name}": value for name, value in self.loss.statistics(step).items()}
         train = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()}
-        self.means["train"].update(train | statistics, len(batch.label))
-        self.log("loss", total, prog_bar=True, batch_size=len(batch.label))
-        self._update("train", student.logits.detach(), batch.label)
-        outputs: dict[str, Any] = {"loss": total, "student_logits": student.logits.detach(), "label": batch.label}
+        self.means["train"].update(train | statistics, len(label))
+        self.log("loss", total, prog_bar=True, batch_size=len(label))
+        self._update("train", student.logits.detach(), label)
+        outputs: dict[str, Any] = {"loss": total, "student_logits": student.logits.detach(), "label": label}
         outputs["terms"] = {name: term.detach() for name, term in terms.items()}
         return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
 
@@ -277,6 +283,15 @@ class DistillationModule(LightningModule):
         for key, value in own_share(so_far["accuracies"]).items():
             name, state = key.split(" ")
             setattr(self.accuracies[name], state, value)
+
+
+def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The terms of images of two classes each: ``share * terms + (1 - share) * other``, by name.
+
+    Of cross-entropy that is the cross-entropy with both labels in their proportion, as in Mixup; of terms that do not
+    look at the label, the terms themselves; of any other one, the mean over a label drawn in this proportion.
+    """
+    return {name: share * term + (1 - share) * other[name] for name, term in terms.items()}
 
 
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

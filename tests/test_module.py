@@ -329,3 +329,31 @@ def test_a_fused_teacher_is_refused_where_its_features_are_needed():
 def test_fewer_than_six_classes_have_no_top5():
     job = DistillationModule(network(), CELoss(), SGD, num_classes=5)
     assert [name for name in job.accuracies if name.startswith("val/")] == ["val/top1"]
+
+
+def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
+    """Cross-entropy is that of the mixed label, KD is once itself, and RLD is the mean over the labels."""
+    data = digits(mixup=1.0)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    soft = batch.other.share * nn.functional.one_hot(batch.label, 10)
+    soft = soft + (1 - batch.other.share) * nn.functional.one_hot(batch.other.label, 10)
+    for loss in (CELoss(), KDLoss(), RLDLoss(warmup_epochs=1)):
+        model = module(loss)
+        model.trainer = trainer(tmp_path)
+        model.log = lambda *_, **__: None
+        outputs = model.training_step(batch, 0)
+        student, teacher = outputs["student_logits"], outputs.get("teacher_logits")
+        terms = outputs["terms"]
+        torch.testing.assert_close(terms["ce"], loss.ce_weight * nn.functional.cross_entropy(student, soft))
+        first, second = (loss(student, teacher, label) for label in (batch.label, batch.other.label))
+        for name in terms.keys() - {"ce"}:
+            torch.testing.assert_close(
+                terms[name], batch.other.share * first[name] + (1 - batch.other.share) * second[name]
+            )
+        if isinstance(loss, KDLoss):
+            torch.testing.assert_close(terms["kd"], first["kd"])
+        assert torch.equal(outputs["label"], batch.label if batch.other.share >= 0.5 else batch.other.label)
+    assert not CRDLoss.takes_mixtures
+    assert not CombinedLoss(kd=KDLoss(), crd=CRDLoss()).takes_mixtures
+    assert CombinedLoss(kd=KDLoss(), rld=RLDLoss()).takes_mixtures

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from rld_lightning.data.mix import Mix, Other
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.errors import some
 
@@ -22,6 +23,7 @@ class Batch(NamedTuple):
         strong: the same samples strongly augmented, otherwise like ``images``; ``None`` unless it was asked for.
         view: which of the finitely many views of all training images ``images`` are, int64 ``(B,)`` in
             [0, ``train_views``); ``None`` where there is no end of them, and in evaluation.
+        other: what images that are mixtures have beside ``label``; ``None`` where they are none.
     """
 
     images: Tensor
@@ -29,9 +31,12 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # which hides a method of tuples
     strong: Tensor | None = None
     view: Tensor | None = None
+    other: Other | None = None
 
 
 class _Resumable(Protocol):
+    mix: Mix | None
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -102,6 +107,9 @@ class ImageDataModule(LightningDataModule):
         flip: whether augmentation mirrors images with probability 1/2.
         shuffle: whether training samples are permuted anew in each epoch.
         drop_last: whether the last, smaller training batch of an epoch is left out.
+        mixup: training images are mixed in pairs, in proportions of Beta(mixup, mixup); 0 for none. See
+            :class:`~rld_lightning.data.mix.Mix`.
+        cutmix: boxes of them are, with areas of Beta(cutmix, cutmix); 0 for none.
         strong_view: whether training batches have a second view of their samples, which methods such as MLKD learn
             from: augmented anew like the first and then by
             :class:`~rld_lightning.data.randaugment.RandAugment`. The first view is the same with and without it.
@@ -136,6 +144,8 @@ class ImageDataModule(LightningDataModule):
         flip: bool = True,
         shuffle: bool = True,
         drop_last: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         strong_view: bool = False,
     ) -> None:
         super().__init__()
@@ -160,6 +170,7 @@ class ImageDataModule(LightningDataModule):
         self.flip = flip
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.mix = Mix(mixup, cutmix, seed)
         self.strong_view = strong_view
         self._sizes: tuple[int, ...] | None = None
         self._train_loader: Callable[[], _Resumable | None] = lambda: None
@@ -287,7 +298,8 @@ class ImageDataModule(LightningDataModule):
         self._train_state = dict(state_dict)
 
     def _for_training(self, loader: _Loader) -> _Loader:
-        """Brings a new training loader to where it is to go on."""
+        """Brings a new training loader to where it is to go on, and has it mix images."""
+        loader.mix = self.mix
         state, self._train_state = self._train_state, None
         if state:
             loader.load_state_dict(state)

@@ -176,10 +176,10 @@ class InMemoryDataModule(ImageDataModule):
         return self.splits["train"].labels
 
     @property
-    def train_views(self) -> int:
-        """How many crops and flips there are of all training images, held out or not."""
+    def train_views(self) -> int | None:
+        """How many crops and flips there are of all training images, held out or not; None of mixtures."""
         self._split_sizes()
-        return self._views
+        return None if self.mix else self._views
 
     def views_facts(self) -> dict[str, str | int | float | list[float]]:
         """What decides how the views look: every pixel, the crops and flips, the normalisation."""

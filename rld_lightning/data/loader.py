@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rld_lightning.data.base import Batch
+from rld_lightning.data.mix import Mix, MixDraw, Other, mix_images
 from rld_lightning.data.sampler import EpochSampler
 
 
@@ -22,6 +23,7 @@ class EpochLoader(ABC):
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
+        self.mix: Mix | None = None
         self.batch_size = max(step.stop - step.start for step in sampler.steps)
         self._progress: dict[str, int] | None = None
         self._resume: dict[str, int] | None = None
@@ -37,7 +39,7 @@ class EpochLoader(ABC):
         self._resume = None
         for step, batch in enumerate(self._batches(start), start + 1):
             self._progress = {"epoch": epoch, "batch": step}
-            yield batch
+            yield mixed(batch, self.mix.draw(epoch, step, *batch.images.shape[2:])) if self.mix else batch
         # Lightning stops at the last batch without coming here, and announces each epoch itself.
         self.sampler.set_epoch(epoch + 1)
 
@@ -56,3 +58,13 @@ class EpochLoader(ABC):
     @abstractmethod
     def _batches(self, start: int) -> Iterator[Batch]:
         """Yields the batches of the sampler's epoch from step ``start`` on."""
+
+
+def mixed(batch: Batch, draw: MixDraw) -> Batch:
+    """Mixes the images of a batch, both views in the same way."""
+    return batch._replace(
+        images=mix_images(batch.images, draw),
+        strong=None if batch.strong is None else mix_images(batch.strong, draw),
+        view=None,
+        other=Other(batch.label.roll(1), draw.share),
+    )

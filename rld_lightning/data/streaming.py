@@ -347,7 +347,7 @@ class StreamingLoader(EpochLoader):
             self._some_readable = True
             label, index, *views = (values.to(self.device, non_blocking=True) for values in stacked.tensors)
             images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in views)
-            yield Batch(images, label, index, *strong)
+            yield Batch(images, label, index, strong[0] if strong else None)
 
     def _deliveries(self) -> Iterator[Stacked | list[Sample | Encoded]]:
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rld_lightning.losses.ranges import Weight, check_ranges, must_be, ranges_of
 
+Smoothing = Annotated[float, must_be("in [0, 1) (0 switches it off)", lambda share: 0 <= share < 1)]
 Epochs = Annotated[int, must_be(">= 1 (1 is no warm-up)", lambda epochs: epochs >= 1)]
 
 
@@ -82,11 +83,15 @@ class DistillationLoss(nn.Module):
         warmup_epochs: the method's own terms are multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted
             from 1, constant within an epoch; 1 is no warm-up.
         ignore_index: label of samples that count for nothing.
+        label_smoothing: share of the label that the cross-entropy spreads over all classes (Szegedy et al., CVPR 2016,
+            arXiv 1512.00567). It is the cross-entropy's alone: the method's own terms see the label as it is.
 
     Attributes:
         method: what the method is called, for tables.
         papers: where it comes from: numbers on arXiv, or the venue of what is not there.
         needs_teacher: whether the loss looks at a teacher.
+        takes_mixtures: whether it can be asked twice about one forward pass, once for each label of images that are
+            mixtures (Mixup).
         needs_strong_view: whether it looks at a second, strongly augmented view of each image.
         reuses_classifier: whether the student is trained to end in the teacher's classifier, see
             :func:`~rld_lightning.models.graft`.
@@ -102,6 +107,7 @@ class DistillationLoss(nn.Module):
     papers: ClassVar[tuple[str, ...]] = ()
 
     needs_teacher: bool = field(default=True, init=False)
+    takes_mixtures: bool = field(default=True, init=False)
     needs_strong_view: bool = field(default=False, init=False)
     reuses_classifier: bool = field(default=False, init=False)
     student_taps: Sequence[str] = field(default=(), init=False)
@@ -112,6 +118,7 @@ class DistillationLoss(nn.Module):
     ce_weight: Weight = 1.0
     warmup_epochs: Epochs = 1
     ignore_index: int = -100
+    label_smoothing: Smoothing = 0.0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -184,10 +191,14 @@ class DistillationLoss(nn.Module):
             method = self.terms(step)
             terms = {}
             if self.ce_weight:
-                terms["ce"] = self.ce_weight * cross_entropy(step.student.logits, step.label, self.ignore_index)
+                terms["ce"] = self.ce_weight * self.cross_entropy(step.student.logits, step.label)
             factor = self.warmup(step.epoch)
             terms |= {name: factor * term if factor != 1.0 else term for name, term in method.items()}
         return terms
+
+    def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
+        """That of :func:`cross_entropy`, with this loss's smoothing of labels."""
+        return cross_entropy(logits, label, self.ignore_index, self.label_smoothing)
 
     def describe(self) -> str:
         """One line for the console: hyper-parameters, and how much there is to learn."""
@@ -230,12 +241,14 @@ class LogitLoss(DistillationLoss):
         return type(self).function(step.student.logits, step.teacher_logits, step.label, **options)
 
 
-def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
+def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of ``(B, C)`` or ``(B, C, *)`` logits, in float32 or better; 0 if every label is ignored."""
     if label.is_floating_point() or label.dtype == torch.bool:
         raise ValueError(f"label must hold class indices (integers), got {label.dtype} {tuple(label.shape)}.")
     dtype, label = torch.promote_types(logits.dtype, torch.float32), label.long()
-    total = F.cross_entropy(logits.to(dtype), label, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(
+        logits.to(dtype), label, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
     return total / (label != ignore_index).sum().clamp(min=1)
 
 

@@ -25,6 +25,7 @@ class CombinedLoss(DistillationLoss):
         weights: factor on all terms of a loss by its name; 1 for those that are not named, 0 switches one off.
         ce_weight: weight of the plain cross-entropy.
         ignore_index: label of samples whose cross-entropy does not count.
+        label_smoothing: of the cross-entropy.
         **losses: at least two losses by name.
 
     Raises:
@@ -37,9 +38,10 @@ class CombinedLoss(DistillationLoss):
         weights: Mapping[str, float] | None = None,
         ce_weight: float = 1.0,
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
         **losses: DistillationLoss,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, ignore_index=ignore_index)
+        super().__init__(ce_weight=ce_weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
         if len(losses) < 2:
             raise ValueError(f"a combination needs at least two losses, got {list(losses)}; try loss=[rld,at].")
         unknown = sorted(set(weights or {}) - set(losses))
@@ -58,10 +60,11 @@ class CombinedLoss(DistillationLoss):
         losses = {name: loss for name, loss in losses.items() if self.weights[name]}
         self.losses = nn.ModuleDict(losses)
         self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
+        self.takes_mixtures = all(loss.takes_mixtures for loss in losses.values())
         self.needs_strong_view = any(loss.needs_strong_view for loss in losses.values())
         self.reuses_classifier = any(loss.reuses_classifier for loss in losses.values())
         for loss in losses.values():
-            loss.ce_weight = ce_weight
+            loss.ce_weight, loss.label_smoothing = ce_weight, label_smoothing
         self._collect()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rld_lightning.losses.base import DistillationLoss, StepContext, cross_entropy
+from rld_lightning.losses.base import DistillationLoss, StepContext
 from rld_lightning.losses.mlkd_noaug import OTHER_TEMPERATURES, divergences, one_view
 from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -136,6 +136,6 @@ class MLKDLoss(DistillationLoss):
             ignore_index=self.ignore_index,
         )
         if self.ce_weight:
-            strong = cross_entropy(step.student_strong.logits, step.label, self.ignore_index)
+            strong = self.cross_entropy(step.student_strong.logits, step.label)
             terms["ce_strong"] = self.ce_weight * strong
         return terms

@@ -90,6 +90,8 @@ _TRAINER_DEFAULTS = {
     "trainer.reload_dataloaders_every_n_epochs": "0",
     "trainer.plugins": "None",
 }
+# Likewise of other options that decide; runs of earlier versions do not know them.
+_DEFAULTS = {"data.mixup": "0", "data.cutmix": "0", "loss.label_smoothing": "0"}
 # Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
 _SYNONYMS = {
     "trainer.precision": {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"},
@@ -143,9 +145,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     others = {key: value for key, value in config.items() if key != "callbacks"}
     known = {key: canonical(key, value) for key, value in flat(others).items() if decides(key)}
     known = {key: value for key, value in known.items() if not (key.startswith("trainer.") and value == "None")}
+    for key in [key for key in known if re.fullmatch(r"loss\.\w+\.label_smoothing", key)]:
+        del known[key]  # a sum of losses has its own
     if known.get("trainer.max_epochs") == known.get("recipe.epochs"):
         known.pop("trainer.max_epochs", None)
-    return _TRAINER_DEFAULTS | known | {"callbacks": _callbacks(config)}
+    return _TRAINER_DEFAULTS | _DEFAULTS | known | {"callbacks": _callbacks(config)}
 
 
 def canonical(key: str, value: str) -> str:

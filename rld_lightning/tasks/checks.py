@@ -70,6 +70,20 @@ def check_loss(loss: DistillationLoss, plan: Plan) -> None:
         )
 
 
+def check_mixtures(loss: DistillationLoss, data: ImageDataModule) -> None:
+    """Looks whether a loss can learn from images that are mixed.
+
+    Raises:
+        ValueError: they are mixed, and it cannot.
+    """
+    if data.mix and not loss.takes_mixtures:
+        raise ValueError(
+            f"{type(loss).__name__} cannot learn from mixtures of images (data.mixup={data.mix.mixup}, "
+            f"data.cutmix={data.mix.cutmix}): it remembers each image, or aligns gradients of one label; set both to "
+            "0, or choose another loss."
+        )
+
+
 def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule) -> None:
     """Looks whether a trainer can do all of a run.
 

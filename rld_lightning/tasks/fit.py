@@ -28,7 +28,7 @@ from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.build import build_module, build_trainer, set_up, watch_own
-from rld_lightning.tasks.checks import check_loss, check_network, check_start, check_trainer
+from rld_lightning.tasks.checks import check_loss, check_mixtures, check_network, check_start, check_trainer
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
@@ -124,6 +124,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         loss: DistillationLoss = instantiate(cfg.loss)
         check_loss(loss, plan)
         data: ImageDataModule = instantiate(cfg.data)
+        check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
         usual = adopt_look(plan.student, data, chosen=any(cfg.data.get(key) is not None for key in ("mean", "std")))
         check_network(plan.student.name, data, other_sizes=plan.other_sizes)

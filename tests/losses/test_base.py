@@ -3,7 +3,7 @@ import torch
 from helpers.loss_tester import batch
 from torch.testing import assert_close
 
-from rld_lightning.losses import DistillationLoss, ModelOutput, StepContext
+from rld_lightning.losses import CombinedLoss, DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.base import cross_entropy
 
 
@@ -122,3 +122,22 @@ def test_cross_entropy_of_nothing():
 def test_cross_entropy_wants_class_indices(dtype):
     with pytest.raises(ValueError, match=r"label must hold class indices \(integers\)"):
         cross_entropy(torch.randn(3, 2), torch.tensor([0, 1, 1], dtype=dtype))
+
+
+@pytest.mark.parametrize("make", [Distance, lambda **base: CombinedLoss(a=Distance(), b=Distance(), **base)])
+def test_smoothed_labels_are_torchs_and_the_cross_entropys_alone(make):
+    student, teacher, label = batch()
+    plain, smooth = (make(label_smoothing=share)(student, teacher, label) for share in (0.0, 0.1))
+    theirs = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(student, label)
+    assert_close(smooth.pop("ce"), theirs)
+    assert plain.pop("ce") != theirs
+    assert_close(plain, smooth)
+    with pytest.raises(ValueError, match=r"label_smoothing=1.0 is not allowed; it must be in \[0, 1\)"):
+        Distance(label_smoothing=1.0)
+
+
+def test_smoothed_labels_with_ignored_ones_and_of_pixels():
+    student, label = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randint(5, (2, 3, 4))
+    label[0, 0] = -100
+    expected = torch.nn.functional.cross_entropy(student, label, label_smoothing=0.2)
+    assert_close(cross_entropy(student, label, label_smoothing=0.2), expected)

@@ -74,6 +74,7 @@ def test_options_are_all_of_them():
         "ce_weight": 1.0,
         "warmup_epochs": 20,
         "ignore_index": -100,
+        "label_smoothing": 0.0,
     }
     assert loss_options("at") == {
         "_target_": "rld_lightning.losses.features.ATLoss",
@@ -104,6 +105,7 @@ def test_a_file_in_the_package_is_a_loss(dropped_in):
         "ce_weight": 1.0,
         "warmup_epochs": 1,
         "ignore_index": -100,
+        "label_smoothing": 0.0,
     }
     with pytest.raises(ValueError, match="weight=-1 is not allowed"):
         loss_class("mse")(-1)

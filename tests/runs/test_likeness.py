@@ -94,6 +94,9 @@ def test_networks_of_earlier_versions_are_the_same_in_their_spelling(plain):
         ("++trainer.limit_train_batches=1", "trainer.limit_train_batches", "1"),  # a batch, where 1.0 is all of them
         ("++trainer.limit_val_batches=0.5", "trainer.limit_val_batches", "0.5"),
         ("++trainer.overfit_batches=1", "trainer.overfit_batches", "1"),
+        ("data.mixup=0.2", "data.mixup", "0.2"),
+        ("data.cutmix=1", "data.cutmix", "1"),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing", "0.1"),
         ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm", "True"),
         ("++trainer.unheard_of=3", "trainer.unheard_of", "3"),
         ("+unheard_of=3", "unheard_of", "3"),
@@ -138,6 +141,7 @@ def test_older_runs_that_do_not_say_are_like_those_that_say_the_default(plain):
         del older[key]
     for key in ("sync_batchnorm", "max_steps", "num_nodes", "gradient_clip_val"):
         del older["trainer"][key]
+    del older["loss"]["label_smoothing"], older["data"]["mixup"], older["data"]["cutmix"]
     assert settings(older) == plain
 
 

@@ -136,6 +136,7 @@ class CRDLoss(FeatureLoss):
     papers = ("1910.10699",)
 
     single = True
+    takes_mixtures = False  # a mixture is none of the images that it remembers
 
     own_buffers = (
         "student_memory",

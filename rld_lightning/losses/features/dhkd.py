@@ -88,6 +88,8 @@ class DHKDLoss(DistillationLoss):
     method = "Dual-head KD, gradients aligned"
     papers = ("2411.08937",)
 
+    takes_mixtures = False  # it aligns the gradients of one loss
+
     weight: Weight = 1.0
     temperature: Positive = 2.0
     head: Head = "nonlinear"

@@ -1,0 +1,94 @@
+"""Mixtures of training images: Mixup, and CutMix."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Other(NamedTuple):
+    """What a batch of mixtures has beside its labels.
+
+    Attributes:
+        label: the class of the other image in each, int64 ``(B,)``.
+        share: how much of each image is of its own label, in [0, 1]; the rest is of the other.
+    """
+
+    label: Tensor
+    share: float
+
+
+class MixDraw(NamedTuple):
+    """How the images of a batch are mixed.
+
+    Attributes:
+        share: how much of each is of the image itself, in [0, 1].
+        box: the first row, the one after the last, and the columns likewise, that the other one fills; None where the
+            two lie over each other.
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Mixes each image of a batch with the one before it, all in one proportion, as torchvision's ``v2.MixUp`` does.
+
+    With an image x, the other one x' and l drawn from Beta(a, a)::
+
+        Mixup    l x + (1 - l) x'                            (Zhang et al., ICLR 2018, arXiv 1710.09412)
+        CutMix   x, but for a box of the share 1 - l of its area, which is from x'; a box that reaches over the rim is
+                 cut there, and l is then what is left of x  (Yun et al., ICCV 2019, arXiv 1905.04899)
+
+    With both, each batch is mixed in one of the two ways, at random. What is drawn is a function of the seed, the epoch
+    and the step; the other image is one of the same process.
+
+    Args:
+        mixup: a of Mixup, such as 0.2; 0 for none.
+        cutmix: a of CutMix, such as 1; 0 for none.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: an a below 0.
+    """
+
+    mixup: float
+    cutmix: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name}={value} must be 0, for none, or more: 0.2 mixes little, 1 mixes evenly.")
+
+    def __bool__(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+    def draw(self, epoch: int, step: int, height: int, width: int) -> MixDraw:
+        """Draws how the batch of a step is mixed."""
+        chance = np.random.default_rng([self.seed, epoch, step])
+        boxes = bool(self.cutmix) and (not self.mixup or chance.random() < 0.5)
+        a = self.cutmix if boxes else self.mixup
+        share = float(chance.beta(a, a))
+        if not boxes:
+            return MixDraw(share, None)
+        sides = []
+        for extent in (height, width):
+            half, middle = int(extent * (1 - share) ** 0.5 / 2), int(chance.integers(extent))
+            sides += [max(middle - half, 0), min(middle + half, extent)]
+        top, bottom, left, right = sides
+        return MixDraw(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def mix_images(images: Tensor, draw: MixDraw) -> Tensor:
+    """Mixes images ``(B, 3, H, W)``, each with the one before it, the first with the last."""
+    others = images.roll(1, 0)
+    if draw.box is None:
+        return torch.lerp(others, images, draw.share).contiguous(memory_format=torch.channels_last)
+    top, bottom, left, right = draw.box
+    mixed = images.clone(memory_format=torch.preserve_format)
+    mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return mixed
