@@ -84,6 +84,7 @@ def test_options_are_all_of_them():
         "teacher_taps": (),
         "ce_weight": 1.0,
         "warmup_epochs": 1,
+        "label_smoothing": 0.0,
     }
 
 
