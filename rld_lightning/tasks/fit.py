@@ -45,6 +45,7 @@ from rld_lightning.tasks.teacher import (
     train_teacher,
 )
 from rld_lightning.tasks.teacher_score import measure_teacher
+from rld_lightning.tasks.threads import choose_threads
 from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tracking import tracked
 
@@ -157,6 +158,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         watch_own(trainer, cfg, plan)
         check_room(plan.run, trainer, module)
         remember_logits(module, plan, data, trainer)
+        choose_threads(module, data, trainer)
     _describe(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)

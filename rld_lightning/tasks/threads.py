@@ -1,0 +1,48 @@
+"""How many threads a process computes with, where it computes on a CPU."""
+
+import os
+
+import torch
+from lightning.pytorch import Trainer
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.distributed import devices_per_node
+from rld_lightning.models.complexity import count_macs
+from rld_lightning.module import DistillationModule
+
+# Multiply-accumulates of a step that a thread is worth waiting for. All threads wait for the slowest at every layer:
+# where another program holds one core, small layers run at the pace of its time slices.
+_WORTH = 1e9
+
+
+def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: Trainer) -> None:
+    """Sets the number of threads by the work of a step, and prints it; leaves alone what the user has set.
+
+    It is a function of the job and of the number of cores, not of how busy they are: another number of threads sums in
+    another order, and the same command is to give the same student.
+
+    Args:
+        module: with the networks.
+        data: the data, set up.
+        trainer: that is to train.
+    """
+    if trainer.strategy.root_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    teacher = 0 if module.teacher is None else count_macs(module.teacher.model, data.image_shape)
+    work = data.batch_size / trainer.world_size * (teacher + 3 * count_macs(module.student, data.image_shape))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads_for(work, cores, int(devices_per_node(1)))
+    torch.set_num_threads(threads)
+    print_line("threads", f"{threads} of {cores} cores, for {work / 1e9:.1f} G multiply-accumulates a step")
+
+
+def threads_for(work: float, cores: int, processes: int) -> int:
+    """The number of threads of each process.
+
+    Args:
+        work: multiply-accumulates of a step in this process.
+        cores: of this machine.
+        processes: how many of the run share them.
+    """
+    return max(1, min(cores // processes, round(work / _WORTH)))
