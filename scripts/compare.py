@@ -13,6 +13,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from rld_lightning.hydra.quoting import for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, run_task
 
 SWEPT = {"losses": "loss", "seeds": "seed"}
@@ -27,7 +28,7 @@ def translated(option: str) -> str:
     """
     key, equals, value = option.partition("=")
     if key == "folder":
-        return f"hydra.sweep.dir='{value}'"
+        return f"hydra.sweep.dir={for_hydra(value)}"
     if key in SWEPT:
         entries = [entry.strip() for entry in value.split(",")]
         if not all(re.fullmatch(r"\w+", entry) for entry in entries) or len(set(entries)) < len(entries):

@@ -536,29 +536,12 @@ def fit_help(*arguments):
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_a_typo_in_a_key_is_an_error_with_near_matches():
+def test_a_typo_ends_in_a_sentence_and_without_hydras():
     result = fit_help("loss.alhpa=2", "data.batchsize=3", "--cfg", "job")
-    assert result.returncode == 1
-    assert "Could not override 'loss.alhpa'" in result.stderr
-    assert "loss.alhpa is not known. Did you mean loss.alpha?" in result.stdout
+    assert result.returncode == 2
+    assert result.stdout.startswith("error: loss.alhpa is not known. Did you mean loss.alpha?")
     assert "data.batchsize is not known. Did you mean data.batch_size" in result.stdout
-    assert "Traceback" not in result.stdout + result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("option", "names"),
-    [
-        ("data=cifar10", ("cifar100", "digits", "imagefolder")),
-        ("model=wrn40_3", ("wrn40_2", "wrn40_2_to_wrn16_2", "pair")),
-        ("loss=rdl", ("rld", "rld_ls", "combined")),
-    ],
-)
-def test_a_typo_in_a_group_lists_the_options(option, names):
-    result = fit_help(option, "--cfg", "job")
-    assert result.returncode == 1
-    assert f"Could not find '{option.replace('=', '/')}'" in result.stderr
-    assert set(names) <= set(re.findall(r"\w+", result.stderr))
+    assert result.stderr == ""
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import Tensor
 from rld_lightning.console import print_line
 from rld_lightning.data.base import Batch
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import DIVERGED, LAST
 
@@ -155,7 +156,7 @@ class Divergence(Callback):
             message += f"{remedy}, and begin anew. "
         elif last.exists():
             message += (
-                f"Go on from before that with resume={last} and a smaller recipe.optimizer.lr, or with "
+                f"Go on from before that with {as_argument('resume', last)} and a smaller recipe.optimizer.lr, or with "
                 "trainer.gradient_clip_val=1. "
             )
         else:

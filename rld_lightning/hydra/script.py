@@ -1,26 +1,25 @@
 """The frame of every script: Hydra reads ``conf/``, a task runs, user mistakes end in one sentence."""
 
-import difflib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from io import StringIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rld_lightning.console import console, print_error, print_line, quiet_lightning
+from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import sigterm_ends
 from rld_lightning.errors import UserError, disk_errors, user_errors
-from rld_lightning.hydra.compose import compose, expand_combined_loss, in_front
+from rld_lightning.hydra.compose import expand_combined_loss, in_front
+from rld_lightning.hydra.mistakes import check, checked
 from rld_lightning.hydra.notes import note_job
 from rld_lightning.hydra.options import CONF, register_options
+from rld_lightning.hydra.quoting import with_quotes
 
 
 def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
@@ -28,7 +27,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
     ``overrides`` come before those, which therefore win.
 
-    Exits with 2 and one sentence on a :class:`UserError`; ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    Exits with 2 and a sentence for each mistake of the user's; ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
 
     quiet_lightning()
@@ -36,16 +35,15 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         re.match(r"--?(?!m$|multirun$)", argument) for argument in sys.argv[1:]
     ):  # of those others read the output
         print_line("start", "rld-lightning: composing the configuration, then loading PyTorch and Lightning")
-    try:
+    with exit_on_user_error():
         register_options()
-        sys.argv[1:] = expand_combined_loss(in_front(overrides, sys.argv[1:]))
-    except ValueError as error:
-        print_error(str(error))
-        sys.exit(2)
+        sys.argv[1:] = expand_combined_loss(in_front(overrides, with_quotes(sys.argv[1:])))
 
     def guarded(cfg: DictConfig) -> float | None:
+        composed()
         quiet_lightning()  # also where a launcher has started another process
         try:
+            check(cfg)
             with disk_errors():
                 note_job(cfg)
                 return task(cfg)
@@ -58,14 +56,18 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             sys.exit(2)
 
     try:
+        _hold_back()
         with sigterm_ends():  # launchers of trials, too, clear up behind them
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as stop:
-        if stop.code == 1:  # Hydra has printed what is wrong with the command line, but not what was meant
-            _suggest(config_name)
+        if stop.code == 1 and (words := _held()):
+            with exit_on_user_error():
+                _explain(words, config_name)
         raise
+    finally:
+        composed()
 
 
 def is_trial() -> bool:
@@ -89,35 +91,49 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
 
 
-def _suggest(config_name: str) -> None:
-    """Names the keys nearest to the overrides that the configuration does not know."""
-    given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
-    parser = OverridesParser.create()
-    # One configuration has no place for several values of a key.
-    overrides = [o for o in given if not parser.parse_override(o).is_sweep_override()]
-    unknown: list[str] = []
-    while True:
-        try:
-            values: Any = OmegaConf.to_container(compose(overrides, config_name))
-            break
-        except HydraException as error:
-            found = re.search(r"full_key: (\S+)", f"{error} {error.__cause__}")
-            keys = {o: o.lstrip("+~").split("=")[0] for o in overrides}
-            bad = [o for o, key in keys.items() if found and f"{key}.".startswith(f"{found[1]}.")]
-            if not bad:  # not about a key: Hydra's own message has to do
-                return
-            unknown += dict.fromkeys(keys[o] for o in bad)
-            overrides = [o for o in overrides if o not in bad]
-    for key in unknown:
-        near = difflib.get_close_matches(key, _keys(values), n=3, cutoff=0.75)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all keys."
-        console.print(f"{key} is not known. {hint}", soft_wrap=True, markup=False)
+def composed() -> None:
+    """Says that there is a configuration: from here on, what anybody writes to stderr is shown as it comes."""
+    if isinstance(sys.stderr, _HydrasWords):
+        held, sys.stderr = sys.stderr, sys.stderr.stderr
+        sys.stderr.write(held.getvalue())
 
 
-def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in values.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{key}.")
-    return keys
+class _HydrasWords(StringIO):
+    """What Hydra writes to stderr while it composes: on a mistake, its view of it, or a traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stderr = sys.stderr
+
+
+def _hold_back() -> None:
+    if not os.environ.get("HYDRA_FULL_ERROR"):
+        sys.stderr = _HydrasWords()
+
+
+def _held() -> str:
+    return sys.stderr.getvalue() if isinstance(sys.stderr, _HydrasWords) else ""
+
+
+def _explain(words: str, config_name: str) -> None:
+    """Says in sentences what Hydra has ended with; leaves its own words alone where there are none.
+
+    Raises:
+        UserError: the sentences.
+    """
+    try:
+        checked(sys.argv[1:], config_name)
+    except UserError:
+        _forget()
+        raise
+    # The folders of runs and sweeps are made by Hydra.
+    if found := re.search(
+        r"^(?:FileExists|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", words, re.MULTILINE
+    ):
+        _forget()
+        raise UserError(f"the run's folder cannot be made, {found[1]}; choose another (hydra.run.dir, paths.runs).")
+
+
+def _forget() -> None:
+    if isinstance(sys.stderr, _HydrasWords):
+        sys.stderr = sys.stderr.stderr

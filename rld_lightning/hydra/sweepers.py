@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_line
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.hydra.study import leave_best, open_study, search_space, tell, together
 from rld_lightning.runs.events import note
@@ -104,11 +105,13 @@ def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, conf
     try:
         return launcher.launch([list(lines) for lines in batch], initial_job_idx=first)
     except (KeyboardInterrupt, SystemExit) as stop:  # of Ctrl-C, and of SIGTERM
-        print_line("stopped", f"go on with the same command and hydra.sweep.dir={config.hydra.sweep.dir}")
+        folder = as_argument("hydra.sweep.dir", config.hydra.sweep.dir)
+        print_line("stopped", f"go on with the same command and {folder}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
     except Exception as error:  # each launcher has its own
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
             f"the trials cannot be run, or a process that ran some has died ({type(error).__name__}: {reason}). "
-            f"An interrupted sweep goes on with the same command and hydra.sweep.dir={config.hydra.sweep.dir}."
+            "An interrupted sweep goes on with the same command and "
+            f"{as_argument('hydra.sweep.dir', config.hydra.sweep.dir)}."
         ) from error

@@ -1,7 +1,6 @@
 """One page that says what finished runs came to: HTML, Markdown, and CSV to compute on."""
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
+from rld_lightning.hydra.quoting import as_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
 from rld_lightning.reporting.cost import CostOf, known_cost
 from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
@@ -180,7 +180,7 @@ def _command(run: Run) -> str:
         own = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
         if len(own) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in own):
             own.append(f"loss={run.choices.get('loss', run.method)}")  # which the sweep may have chosen
-        return f"python scripts/fit.py {shlex.join(own)}"
+        return f"python scripts/fit.py {as_command(own)}"
     above = run.folder.parent
     if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"

@@ -59,7 +59,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
         checkpoint = _load(candidate, map_location)
         if checkpoint is not None:
             return checkpoint, candidate
-    weights = f"to begin a new run with its weights, use model.student.weights={path}"
+    weights = "to begin a new run with its weights, give it as model.student.weights"
     if is_damaged(read_once(path)):
         raise ValueError(
             f"{path} is damaged: its bytes are not those that were written, by its checksum, and there is none before "

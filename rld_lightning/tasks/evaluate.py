@@ -18,6 +18,7 @@ from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
@@ -114,13 +115,12 @@ def evaluate(cfg: DictConfig) -> Evaluation:
     """
     freeze(cfg)
     with user_errors():
+        check_parts(cfg)
         processes = processes_to_start(cfg.trainer)
     if processes > 1:
         run_in_processes(processes, "rld_lightning.tasks.evaluate:evaluate", cfg)
         return Evaluation(**json.loads((Path(cfg.paths.run) / EVALUATION).read_text()))
     with user_errors():
-        if cfg.split not in ("test", "val"):
-            raise ValueError(f"split={cfg.split!r} is unknown; choose test or val.")
         weights = read_weights(cfg.weights)
         name = cfg.name or _model_name(weights)
         data: ImageDataModule = instantiate(cfg.data, **split_to_measure(cfg.data, weights))

@@ -16,6 +16,8 @@ from rld_lightning.console import print_config, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import disk_errors, user_errors
+from rld_lightning.hydra.quoting import as_argument
+from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
@@ -68,6 +70,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
     """
     freeze(cfg)
     with user_errors():
+        check_parts(cfg)
         plan = Plan(
             run=Path(cfg.paths.run),
             resume=find_checkpoint(cfg.resume),
@@ -224,5 +227,5 @@ def _train(
     except (Exception, SystemExit):
         last = plan.run / LAST
         if resume_hint and last.exists():
-            print_line("stopped", f"continue with the same command and resume={last}")
+            print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
         raise

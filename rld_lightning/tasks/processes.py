@@ -34,6 +34,7 @@ import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that rank
 from rld_lightning.console import print_line, quiet_lightning
 from rld_lightning.distributed import sigterm_ends, started_by
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.tasks.trainer import make_trainer
 
@@ -211,7 +212,7 @@ def _resume_hint(run: Path) -> str | None:
     if is_trial():
         return None
     last = run / "last.ckpt"
-    return f"resume={last}" if last.exists() else None
+    return as_argument("resume", last) if last.exists() else None
 
 
 def _read_failures(folder: Path, count: int) -> dict[int, Failure]:

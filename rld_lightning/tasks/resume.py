@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rld_lightning.callbacks import ExactResume
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.facts import read_facts
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
@@ -77,7 +78,7 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
     if any((run / name).exists() for name in (METRICS, LAST)):
         raise ValueError(
             f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
-            f"on (resume={run})."
+            f"on ({as_argument('resume', run)})."
         )
 
 
@@ -137,7 +138,7 @@ def _has_its_length(schedule: Any) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    weights = f"to begin a new run with its weights, use model.student.weights={path}"
+    weights = f"to begin a new run with its weights, use {as_argument('model.student.weights', path)}"
     checkpoint, used = read_checkpoint(path)
     if not checkpoint.get("optimizer_states"):
         raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")

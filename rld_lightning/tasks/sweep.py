@@ -25,6 +25,8 @@ from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only, started_by
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.hydra.mistakes import check, with_value
+from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
 from rld_lightning.models.store import TeacherStore
@@ -133,6 +135,10 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         swept, fixed = _overrides(config)
         self._swept = tuple(swept)
+        if not swept:
+            raise UserError(
+                "-m has nothing to go through: give an option several values, such as seed=0,1,2, or leave -m away."
+            )
         self._hold_out(config, swept, fixed)
         optuna = "n_trials" in config.hydra.sweeper
         if optuna:
@@ -149,7 +155,7 @@ class Sweep(Callback):
         varied = {_group(key) for key in swept}
         others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
-        print_line("sweep", f"{folder}; an interrupted one goes on with the same command and hydra.sweep.dir={folder}")
+        print_line("sweep", f"{folder}; an interrupted one goes on with the same command and {_here(folder)}")
         if self.watch:
             for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
                 logging.getLogger(name).setLevel(logging.WARNING)
@@ -169,7 +175,7 @@ class Sweep(Callback):
 
     def _train_first(self, config: DictConfig, swept: Mapping[str, str], fixed: dict[str, str], folder: Path) -> None:
         """Trains what the trials learn from, or are compared to, once and with one seed for all."""
-        fit = partial(fit_in_processes, resume_hint=f"hydra.sweep.dir={folder}")
+        fit = partial(fit_in_processes, resume_hint=_here(folder))
         if self._lacks_teacher(config, swept, folder):
             name = config.model.teacher.name
             if (started := started_by()) is not None and started.processes > 1:
@@ -221,6 +227,10 @@ def _ends_the_sweep(config: DictConfig) -> Iterator[None]:
         sys.exit(2)
 
 
+def _here(folder: Path) -> str:
+    return as_argument("hydra.sweep.dir", folder)
+
+
 def _store(config: DictConfig) -> TeacherStore:
     return TeacherStore(Path(config.paths.teachers))
 
@@ -236,7 +246,7 @@ def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float
     task = config.hydra.overrides.task
     if key in fixed and fixed[key] in task:
         task.remove(fixed[key])
-    fixed[key] = f"{key}={value}"
+    fixed[key] = f"{key}={for_hydra(value) if isinstance(value, str) else value}"
     task.append(fixed[key])
 
 
@@ -284,14 +294,15 @@ def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
 
 
 def _check_values(config: DictConfig, *, listed: bool) -> None:
-    """Composes the configuration with each option that is swept, before anything is trained for the trials.
+    """Composes the configuration with each value that is swept, before anything is trained for the trials.
 
     Args:
         config: the sweep's.
         listed: whether the sweep goes through lists of values.
 
     Raises:
-        UserError: there is no such option, or no such key; or an interval where a list is wanted.
+        UserError: there is no such option, or no such key, or a value is not allowed; or an interval where a list is
+            wanted.
     """
     overrides = {override.get_key_element(): override for override in _parsed(config)}  # as Hydra's sweeper has them
     if listed and (intervals := [o.input_line for o in overrides.values() if o.is_interval_sweep()]):
@@ -305,10 +316,15 @@ def _check_values(config: DictConfig, *, listed: bool) -> None:
     others = [{key: [value]} for key, listed in values.items() if "." not in key for value in listed[1:]]
     loader = GlobalHydra.instance().config_loader()
     for trial in [{}, *others]:
+        lines = [line for key in overrides for line in ({**first, **trial})[key]]
         try:
-            loader.load_sweep_config(config, [line for key in overrides for line in ({**first, **trial})[key]])
+            cfg = loader.load_sweep_config(config, lines)
         except HydraException as error:
             raise UserError(f"{str(error).splitlines()[0]} (--help lists the options)") from error
+        check(cfg)
+        if not trial:
+            for line in [line for key, listed in values.items() if "." in key for line in listed[1:]]:
+                check(with_value(cfg, line))
 
 
 def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:

@@ -1,7 +1,6 @@
 """The trials of a sweep when they are over: by setting, as the command that trains with the best, as a table."""
 
 import re
-import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from omegaconf import DictConfig
 from rld_lightning.console import console, print_files, print_line, print_table
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.hydra.quoting import as_command
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import read_facts
@@ -115,7 +115,7 @@ def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: 
         settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
     epochs = trial.config["recipe"]["epochs"]
     last = [f"{HELD_OUT}=0", f"trainer.check_val_every_n_epoch={epochs}"]
-    return f"python {sys.argv[0]} {shlex.join([*settled.values(), *best, *last])}"
+    return f"python {sys.argv[0]} {as_command([*settled.values(), *best, *last])}"
 
 
 def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:

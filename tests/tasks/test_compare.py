@@ -100,14 +100,17 @@ def test_a_comparison_that_an_earlier_version_began_goes_on(teachers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "trained"),
+    ("experiment", "loss", "trained"),
     [
-        ("experiment=quickstart", ("digits", "wrn16_2", 15)),
-        ("experiment=rld_crd", ("cifar100", "wrn40_2", 240)),  # which brings losses that cross-entropy does not take
+        ("experiment=quickstart", "kd", ("digits", "wrn16_2", 15)),
+        # which brings losses that cross-entropy does not take
+        ("experiment=rld_crd", "combined", ("cifar100", "wrn40_2", 240)),
     ],
 )
-def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(teachers, tmp_path, experiment, trained):
-    compare(tmp_path, experiment, "model.teacher.weights=fit", "loss=choice(kd)")
+def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(
+    teachers, tmp_path, experiment, loss, trained
+):
+    compare(tmp_path, experiment, "model.teacher.weights=fit", f"loss=choice({loss})")
     cfg = OmegaConf.create(OmegaConf.to_container(teachers[0], resolve=True))
     assert (instantiate(cfg.data).name, cfg.model.student.name, cfg.recipe.epochs) == trained
     assert (cfg.model.teacher, cfg.model.tuned) == (None, None)

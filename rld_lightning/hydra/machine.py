@@ -1,0 +1,60 @@
+"""What a configuration asks of this machine and is not there: GPUs, a cluster, a mode of W&B."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rld_lightning.errors import UserError, did_you_mean
+
+_WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Looks whether this machine has what a configuration, whose values have been checked, takes for granted.
+
+    Args:
+        cfg: of any script; with Hydra's part where a sweep begins.
+
+    Raises:
+        UserError: a sentence for each thing that is not there.
+    """
+    faults = [*_gpus(cfg.get("trainer") or {}), *_wandb(cfg), *_cluster(cfg)]
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _gpus(trainer: Any) -> Iterator[str]:
+    wanted = trainer.get("accelerator")
+    if wanted not in ("gpu", "cuda", "mps"):
+        return
+    import torch  # which the run needs as well
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[wanted]:
+        yield (
+            f"trainer.accelerator={wanted} needs a GPU, and PyTorch {torch.__version__} finds none here; choose "
+            "trainer=cpu, or trainer=auto for whatever is there."
+        )
+    elif cuda and isinstance(devices := trainer.get("devices"), int) and devices > torch.cuda.device_count():
+        yield (
+            f"trainer.devices={devices} are more GPUs than this machine has, {torch.cuda.device_count()}; choose fewer."
+        )
+
+
+def _wandb(cfg: DictConfig) -> Iterator[str]:
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in _WANDB_MODES and (cfg.get("logger") or {}).get("wandb"):
+        meant = did_you_mean(mode, _WANDB_MODES)
+        yield f"WANDB_MODE={mode} is not a mode of W&B; choose online, offline or disabled.{meant}"
+
+
+def _cluster(cfg: DictConfig) -> Iterator[str]:
+    launcher = str(((cfg.get("hydra") or {}).get("launcher") or {}).get("_target_", ""))
+    if launcher.endswith("SlurmLauncher") and shutil.which("srun") is None:
+        yield (
+            "launcher=submitit_slurm hands trials to SLURM, and there is no srun on this machine; start the sweep on "
+            "the cluster, or take launcher=joblib, or none."
+        )

@@ -1,0 +1,233 @@
+"""What is wrong with a command line, in sentences: what Hydra refuses, and values that it lets pass."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rld_lightning.errors import UserError, did_you_mean, user_errors
+from rld_lightning.hydra.compose import compose
+from rld_lightning.hydra.machine import check_machine
+from rld_lightning.hydra.options import list_options
+from rld_lightning.hydra.quoting import as_argument
+from rld_lightning.hydra.schema import check_values, unknown_key
+
+_SEARCH_PATH = ("-cd", "--config-dir")
+_CONFIG_NAME = ("-cn", "--config-name")
+_WITH_VALUE = (*_SEARCH_PATH, *_CONFIG_NAME, "-cp", "--config-path", "-p", "--package", "-c", "--cfg", "-i", "--info")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line as Hydra takes it apart.
+
+    Attributes:
+        config_name: the file in ``conf/``.
+        overrides: ``key=value``, as written.
+        folders: more folders of configurations.
+        sweeps: whether ``-m`` says that values are swept.
+    """
+
+    config_name: str
+    overrides: tuple[str, ...]
+    folders: tuple[str, ...]
+    sweeps: bool
+
+    @classmethod
+    def of(cls, arguments: Sequence[str], config_name: str) -> "Command":
+        """Takes apart what stands behind a script's name."""
+        overrides, flags, folders = [], set(), []
+        rest = iter(arguments)
+        for argument in rest:
+            flag, equals, value = argument.partition("=")
+            if not argument.startswith("-"):
+                overrides.append(argument)
+                continue
+            flags.add(flag)
+            if flag in _WITH_VALUE:
+                value = value if equals else next(rest, "")
+                folders += [value] if flag in _SEARCH_PATH else []
+                config_name = value if flag in _CONFIG_NAME else config_name
+        return cls(config_name, tuple(overrides), tuple(folders), bool(flags & {"-m", "--multirun"}))
+
+
+def check(cfg: DictConfig) -> None:
+    """Looks whether a composed configuration is one that a script can work with, before it imports what that takes.
+
+    Raises:
+        UserError: a sentence for each mistake.
+    """
+    check_values(cfg)
+    check_machine(cfg)
+    from rld_lightning.hydra.targets import check_recipe_and_loss  # PyTorch takes seconds; other mistakes come first
+
+    with user_errors():
+        check_recipe_and_loss(cfg)
+
+
+def with_value(cfg: DictConfig, line: str) -> DictConfig:
+    """A configuration with another value of one of its keys, as ``key=value`` says; groups have to be composed."""
+    override = OverridesParser.create().parse_override(line)
+    other = deepcopy(cfg)
+    OmegaConf.set_struct(other, False)
+    OmegaConf.set_readonly(other, False)
+    OmegaConf.update(other, override.get_key_element().lstrip("+"), override.value(), merge=False)
+    return other
+
+
+def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
+    """The configuration that a command line gives, if it is one that a script can work with.
+
+    Args:
+        arguments: what stands behind the script's name. Of values that are swept the first one counts.
+        config_name: the script's file in ``conf/``.
+
+    Raises:
+        UserError: a sentence for each mistake.
+    """
+    command = Command.of(arguments, config_name)
+    faults: list[str] = []
+    lines = []
+    for line in command.overrides:
+        try:
+            if line.startswith("="):
+                raise UserError(_unreadable(line))
+            lines.append(_first(OverridesParser.create().parse_override(line), command))
+        except HydraException:
+            faults.append(_unreadable(line))
+        except UserError as error:
+            faults.append(str(error))
+    searchpath = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in command.folders)}]"]
+    while True:
+        try:
+            cfg = compose([*lines, *(searchpath if command.folders else ())], command.config_name)
+            (check_values if faults else check)(cfg)  # what is wrong already need not wait for PyTorch
+            break
+        except UserError as error:
+            faults.append(str(error))
+            break
+        except yaml.MarkedYAMLError as error:
+            faults.append(_bad_yaml(error))
+            break
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            bad = _culprits(error, lines)
+            faults += list(_explained(error, bad, lines, command)) or [f"{str(error).splitlines()[0]}."]
+            if not bad:
+                break
+            lines = [line for line in lines if line not in bad]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    return cfg
+
+
+def _first(override: Override, command: Command) -> str:
+    """An override as one that sweeps nothing."""
+    line = override.input_line or ""
+    if not override.is_sweep_override():
+        return line
+    if not command.sweeps and not any(re.match(r"\+*(sweep|hydra\.mode)=", other) for other in command.overrides):
+        key = override.get_key_element()
+        raise UserError(
+            f"{line} gives several values; add -m to train with each of them, or write {as_argument(key, '...')} with "
+            "one: a list in brackets, a text with commas in quotes."
+        )
+    if isinstance(interval := override.value(), IntervalSweep):
+        return f"{override.get_key_element()}={interval.start}"
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _unreadable(line: str) -> str:
+    key, equals, value = line.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w.@/:]+", key):
+        return f"{line} is no key=value; --help shows how options are written."
+    return (
+        f"{line} cannot be read: close its brackets and quotes; a text with such signs in it has to be in quotes: "
+        f"{as_argument(key, value)}"
+    )
+
+
+def _bad_yaml(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a configuration file"
+    return f"{place} is no YAML: {error.problem or error.context}; mend it there."
+
+
+def _culprits(error: Exception, lines: Sequence[str]) -> list[str]:
+    """The overrides that an error is about."""
+    text = f"{error} {error.__cause__ or ''}"
+    tests: list[Callable[[str, str, str], bool]] = []
+    if found := re.search(r"(?:override|already at|delete|delete from config\.|argument) '([^']+)'", text):
+        named = found[1]
+        tests.append(lambda line, key, value: named in (key, line.lstrip("~")))
+    if found := re.search(r"full_key: (\S+)", text):
+        full = found[1]
+        tests.append(lambda line, key, value: f"{key}.".startswith(f"{full}."))
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        option = (found[1], found[2])
+        tests.append(lambda line, key, value: (key.split("@")[0], value) == option)
+    if found := re.search(r"Multiple values for ([\w/@]+)", text):
+        group = found[1]
+        tests.append(lambda line, key, value: group == key)
+    if "Config group override must be" in text:
+        tests.append(lambda line, key, value: "." not in key and bool(re.fullmatch(r"null|true|false|\d.*", value)))
+    parts = {line: line.lstrip("+~").partition("=") for line in lines}
+    return [line for line, (key, _, value) in parts.items() if any(test(line, key, value) for test in tests)]
+
+
+def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], command: Command) -> Iterator[str]:
+    """Sentences for what Hydra, or the configuration, says of some overrides."""
+    text, cause = str(error), str(error.__cause__ or "")
+    if option := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        where = "" if bad else " (named in a file, not on the command line)"
+        yield f"{option[1]}={option[2]}{where} is no option{_choose(option[2], choices)}"
+    elif "Config group override must be" in text:
+        yield from (_no_option(line) for line in bad)
+    elif "already at" in text or "Multiple values for" in text:
+        yield from (f"{line} adds what is there already; write {line.lstrip('+')}." for line in bad)
+    elif "Could not delete" in text:
+        yield from (f"{line} takes away what is not there; leave it out." for line in bad)
+    elif "is not a valid" in cause or "expected one of" in cause:
+        yield from (f"{line} is not allowed: {cause.splitlines()[0]}." for line in bad)
+    elif "Could not override" in text:
+        known = _known([line for line in lines if line not in bad], command)
+        yield from (unknown_key(line.lstrip("+~").partition("=")[0], known)[0] for line in bad)
+
+
+def _choose(name: str, choices: Sequence[str]) -> str:
+    if meant := did_you_mean(name, choices):
+        return f".{meant} --help lists all."
+    return f"; choose one of {', '.join(choices)}." if choices else "; there are none."
+
+
+def _no_option(line: str) -> str:
+    """Of ``group=null`` and the like."""
+    group = line.partition("=")[0].lstrip("+")
+    off = f", or switch single ones off with {group}.<name>=null" if group in ("callbacks", "logger") else ""
+    choices = list_options(group)
+    few = ", ".join(choices) if len(choices) <= 12 else "those that --help lists"
+    return f"{line} is no option; choose one of {few}{off}."
+
+
+def _known(lines: Sequence[str], command: Command) -> list[str]:
+    """All keys of a configuration; of that without overrides where there is none with."""
+    for overrides in (lines, ()):
+        with suppress(HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
+            return list(_keys(OmegaConf.to_container(compose(overrides, command.config_name))))
+    return []
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")

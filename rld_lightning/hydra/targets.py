@@ -1,0 +1,196 @@
+"""What the classes that a configuration names take by their signatures: unknown options, values of another type."""
+
+import inspect
+import pydoc
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.errors import UserError, did_you_mean
+from rld_lightning.hydra.kinds import is_whole, shown
+from rld_lightning.hydra.quoting import as_command
+from rld_lightning.losses.ranges import WEIGHT, Range
+
+_LISTS = (list, tuple, set, Sequence, Iterable)
+_SCALARS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("a whole number", is_whole),
+    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    str: ("a text", lambda value: isinstance(value, str)),
+    type(None): ("null", lambda value: value is None),
+}
+
+
+def check_recipe_and_loss(cfg: DictConfig) -> None:
+    """Looks whether optimizer, schedule and loss take what they are given; needs neither Lightning nor data.
+
+    Raises:
+        UserError: a sentence for each mistake.
+    """
+    recipe = cfg.get("recipe") or {}
+    settings = {f"recipe.{name}": recipe.get(name) for name in ("optimizer", "scheduler")} | {"loss": cfg.get("loss")}
+    _refuse(settings)
+
+
+def check_parts(cfg: DictConfig) -> None:
+    """Looks whether trainer, data, callbacks and loggers take what they are given; imports them.
+
+    Raises:
+        UserError: a sentence for each mistake.
+    """
+    groups = {group: cfg.get(group) or {} for group in ("callbacks", "logger")}
+    parts = {f"{group}.{name}": part for group, node in groups.items() for name, part in node.items()}
+    _refuse({"trainer": cfg.trainer, "data": cfg.data} | parts)
+
+
+def _refuse(settings: Mapping[str, Any]) -> None:
+    faults = [fault for key, node in settings.items() if isinstance(node, Mapping) for fault in _faults(key, node)]
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
+    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node)
+    if not isinstance(target := values.get("_target_"), str):
+        yield f"{key}._target_ is missing: name the class, such as {key}._target_=package.module.Class."
+        return
+    found = pydoc.locate(target)
+    if found is None:
+        yield f"{key}._target_={target} is not there{_near_class(target)}"
+        return
+    options = {name: value for name, value in values.items() if not name.startswith("_")}
+    declared = _parameters(found)
+    # Of a partial one the first is given later: the parameters, or the optimizer.
+    named = list(declared or options)[1 if values.get("_partial_") and declared else 0 :]
+    if unknown := [name for name in options if name not in named]:
+        meant = dict.fromkeys(
+            did_you_mean(name, [other for other in named if other not in options]) for name in unknown
+        )
+        them, away = "it" if len(unknown) == 1 else "them", as_command(f"~{key}.{name}" for name in unknown)
+        yield f"{target} takes no {' and no '.join(unknown)}: leave {them} away ({away}).{''.join(meant)}"
+    hints = _hints(found)
+    for name, value in options.items():
+        if name in hints and not _fits(hints[name], value):
+            yield f"{key}.{name}={shown(value)} is not allowed; {_rule(hints[name])}."
+        if name not in unknown and isinstance(value, Mapping) and "_target_" in value:
+            yield from _faults(f"{key}.{name}", value)
+    if key == "loss" and _is_nothing(values, found):
+        yield "all weights of the loss are 0, so that there is nothing to minimise; set one, such as loss.ce_weight=1."
+
+
+def _near_class(target: str) -> str:
+    module, _, name = target.rpartition(".")
+    try:
+        names = vars(import_module(module))
+    except ImportError as error:
+        return f": {error}."
+    except ValueError:  # an empty name
+        return "; give the import path of a class."
+    return f": {module} has no {name}.{did_you_mean(name, [other for other in names if not other.startswith('_')])}"
+
+
+def _parameters(found: Any) -> list[str] | None:
+    """The names of what a class or function takes; None where it takes others as well that nobody declares."""
+    try:
+        own = list(inspect.signature(found).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    names = [parameter.name for parameter in own]
+    bases = iter(found.__mro__[1:] if inspect.isclass(found) else ())
+    while rest := [parameter for parameter in own if parameter.kind is parameter.VAR_KEYWORD]:
+        base = next((base for base in bases if "__init__" in vars(base) and base is not object), None)
+        # What **options: Any are is said by the base classes.
+        if base is None or rest[0].annotation not in (Any, inspect.Parameter.empty):
+            return None
+        names.remove(rest[0].name)
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        names += [parameter.name for parameter in own]
+    return names
+
+
+def _hints(found: Any) -> dict[str, Any]:
+    """Annotations of the constructor and of those that it passes options on to, texts evaluated where that works."""
+    hints: dict[str, Any] = {}
+    for function in (
+        [vars(base).get("__init__") for base in reversed(found.__mro__)] if inspect.isclass(found) else [found]
+    ):
+        with suppress(Exception):  # whatever evaluating the annotations of others raises
+            hints |= get_type_hints(function, include_extras=True)
+    return hints
+
+
+def _fits(annotation: Any, value: Any) -> bool:
+    """Whether a value of a configuration can be meant by an annotation; in doubt, it can."""
+    if annotation in _SCALARS:
+        return _SCALARS[annotation][1](value)
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return any(_fits(arg, value) for arg in args)
+    if origin is Annotated:
+        ranges = [fact for fact in args[1:] if isinstance(fact, Range)]
+        return _fits(args[0], value) and all(_allows(range_, value) for range_ in ranges)
+    if origin is Literal:
+        return value in args
+    is_mapping = isinstance(value, Mapping)
+    if is_mapping and "_target_" in value:
+        return True
+    container = origin or annotation
+    if container in _LISTS:
+        inner = [arg for arg in args if arg is not Ellipsis]
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list and (len(inner) != 1 or all(_fits(inner[0], entry) for entry in value))
+    if container in (dict, Mapping):
+        return is_mapping and (len(args) != 2 or all(_fits(args[1], entry) for entry in value.values()))
+    if isinstance(annotation, type) and not issubclass(annotation, Enum | Path) and annotation is not object:
+        return is_mapping or isinstance(value, annotation)  # a plain value is no tensor
+    return True
+
+
+def _allows(range_: Range, value: Any) -> bool:
+    try:
+        return range_.allows(value)
+    except TypeError:
+        return False
+
+
+def _rule(annotation: Any) -> str:
+    """What a value must be, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    for arg in (annotation, *args):
+        for fact in get_args(arg)[1:] if get_origin(arg) is Annotated else ():
+            if isinstance(fact, Range):
+                whole = "a whole number, and " if get_args(arg)[0] is int else ""
+                return fact.rule.replace("it must be ", f"it must be {whole}", 1)
+    if origin is Literal:
+        return f"choose {' or '.join(map(shown, args))}"
+    names = [
+        _SCALARS[arg][0] for arg in (args if origin in (Union, types.UnionType) else (annotation,)) if arg in _SCALARS
+    ]
+    lists = ["a list"] if any((get_origin(arg) or arg) in _LISTS for arg in (annotation, *args)) else []
+    return f"it must be {' or '.join([*names, *lists]) or inspect.formatannotation(annotation)}"
+
+
+def _is_nothing(values: Mapping[str, Any], loss: Any) -> bool:
+    """Whether all terms of a loss are switched off."""
+    if values.get("ce_weight", 1.0) != 0:
+        return False
+    parts = {name: part for name, part in values.items() if isinstance(part, Mapping) and "_target_" in part}
+    if parts:  # a combination, whose cross-entropy is its own
+        weights = values.get("weights") or {}
+        return all(
+            weights.get(name) == 0 or _is_nothing({**part, "ce_weight": 0}, pydoc.locate(part["_target_"]))
+            for name, part in parts.items()
+        )
+    hints = inspect.signature(loss).parameters
+    own = [name for name, parameter in hints.items() if _is_weight(parameter.annotation) and name != "ce_weight"]
+    return all(values.get(name, hints[name].default) == 0 for name in own) if own else loss.__name__ == "CELoss"
+
+
+def _is_weight(annotation: Any) -> bool:
+    return WEIGHT in get_args(annotation)
