@@ -439,7 +439,7 @@ def test_every_recipe(recipe):
     cfg = compose(f"recipe={recipe}")
     optimizer = instantiate(cfg.recipe.optimizer)([torch.nn.Parameter(torch.zeros(1))])
     scheduler = instantiate(cfg.recipe.scheduler)
-    assert scheduler(optimizer, **({"total_steps": 10} if recipe == "quick" else {}))
+    assert scheduler(optimizer, **({"total_steps": 10} if recipe in ("quick", "adamw_cosine") else {}))
     assert cfg.trainer.max_epochs == cfg.recipe.epochs
 
 
