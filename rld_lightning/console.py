@@ -38,7 +38,16 @@ def quiet_lightning() -> None:
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(
         lambda record: (
-            not record.getMessage().startswith(("💡", "GPU available", "TPU available", "Loading `", "Using bfloat16"))
+            not record.getMessage().startswith(
+                (
+                    "💡",
+                    "`Trainer.fit` stopped: `max_epochs",
+                    "GPU available",
+                    "TPU available",
+                    "Loading `",
+                    "Using bfloat16",
+                )
+            )
         )
     )
 
@@ -97,3 +106,11 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``3 min``, ``2 h 10 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -10,6 +10,7 @@ from rld_lightning.callbacks.metrics_file import MetricsFile
 from rld_lightning.callbacks.optuna_pruner import OptunaPruner
 from rld_lightning.callbacks.own_checkpoints import OwnCheckpoints
 from rld_lightning.callbacks.own_settings import OwnSettings
+from rld_lightning.callbacks.progress import RunProgress
 from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.step_seed import StepSeed
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
@@ -28,6 +29,7 @@ __all__ = [
     "OptunaPruner",
     "OwnCheckpoints",
     "OwnSettings",
+    "RunProgress",
     "SameConfiguration",
     "StepSeed",
     "TeacherMonitor",

@@ -124,6 +124,7 @@ class ImageDataModule(LightningDataModule):
         split_options: the options that decide which images are held out, by what files of weights call them.
     """
 
+    is_benchmark: ClassVar[bool] = False  # whether published tables are about it
     split_options: ClassVar[dict[str, str]] = {"data_seed": "seed", "val_fraction": "val_fraction"}
     name: str
     num_classes: int
@@ -326,7 +327,7 @@ class ImageDataModule(LightningDataModule):
         """What validation runs on, in words that complete "validated on"."""
         if self.val_fraction > 0:
             return f"{self.val_size:,} held-out training images (stratified, seed {self.seed})"
-        return "the test split, as the literature does"
+        return "the test split" + (", as the literature does" if self.is_benchmark else "")
 
     def _split_sizes(self) -> tuple[int, ...]:
         if self._sizes is None:

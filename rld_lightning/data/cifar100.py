@@ -50,6 +50,8 @@ class CIFAR100DataModule(InMemoryDataModule):
         options: see :class:`~rld_lightning.data.in_memory.InMemoryDataModule`.
     """
 
+    is_benchmark = True
+
     name = "cifar100"
     num_classes = 100
     class_names = FINE_LABELS.split()

@@ -42,6 +42,8 @@ class ImageNetDataModule(ImageFolderDataModule):
         options: see :class:`~rld_lightning.data.imagefolder.ImageFolderDataModule`.
     """
 
+    is_benchmark = True
+
     def __init__(self, root: str | Path = "data/imagenet", *, name: str = "imagenet", **options: Any) -> None:
         super().__init__(root, name=name, **options)
 

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 
@@ -31,10 +31,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     """
 
     quiet_lightning()
-    if not any(
-        re.match(r"--?(?!m$|multirun$)", argument) for argument in sys.argv[1:]
-    ):  # of those others read the output
-        print_line("start", "rld-lightning: composing the configuration, then loading PyTorch and Lightning")
+    if not _is_read_by_others(sys.argv[1:]):
+        print_line("start", "composing the configuration, then loading PyTorch and Lightning")
     with exit_on_user_error():
         register_options()
         sys.argv[1:] = expand_combined_loss(in_front(overrides, with_quotes(sys.argv[1:])))
@@ -46,6 +44,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             check(cfg)
             with disk_errors():
                 note_job(cfg)
+                if cfg.get("print_config") and not is_trial():
+                    print_line("config", " ".join(chosen()))
                 return task(cfg)
         except UserError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
@@ -68,6 +68,20 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         raise
     finally:
         composed()
+
+
+def _is_read_by_others(arguments: Sequence[str]) -> bool:
+    """Whether there are flags, all of which but ``--multirun`` ask for something to be printed."""
+    return any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments)
+
+
+def chosen() -> list[str]:
+    """The options that make up the configuration of this job, and what else the command line says."""
+    own = HydraConfig.get()
+    choices = [f"{group}={option}" for group, option in reversed(own.runtime.choices.items()) if option is not None]
+    groups = [choice for choice in choices if not re.match(r"[^=]*[/@]|paths=", choice)]  # neither within others
+    options = {choice.partition("=")[0] for choice in choices}
+    return [*groups, *(o for o in own.overrides.task if o.lstrip("+").partition("=")[0] not in options)]
 
 
 def is_trial() -> bool:

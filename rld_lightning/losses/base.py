@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -201,9 +201,12 @@ class DistillationLoss(nn.Module):
         return cross_entropy(logits, label, self.ignore_index, self.label_smoothing)
 
     def describe(self) -> str:
-        """One line for the console: hyper-parameters, and how much there is to learn."""
+        """One line for the console: what differs from the defaults, and how much there is to learn."""
+        own = {option.name: (getattr(self, option.name), option.default) for option in fields(self) if option.init}
+        changed = {name: value for name, (value, default) in own.items() if value != default}
+        values = ", ".join(f"{key}={value}" for key, value in changed.items()) or "all by default"
         learnable = sum(parameter.numel() for parameter in self.parameters())
-        return f"{type(self).__name__}({self.extra_repr()})" + (f", {learnable:,} parameters" if learnable else "")
+        return f"{type(self).__name__}({values})" + (f", {learnable:,} parameters" if learnable else "")
 
     def extra_repr(self) -> str:
         """All hyper-parameters, so that ``print(loss)`` tells what is minimised."""

@@ -56,6 +56,7 @@ _WATCHERS = {
     "rld_lightning": {
         *("ClassAccuracy", "GradientNorm", "TeacherMonitor", "Throughput", "WandbExamples"),
         *("BestCheckpoint", "Divergence", "ExactResume", "LastCheckpoint", "OwnCheckpoints", "SameConfiguration"),
+        "RunProgress",
         *("StepSeed", "EpochSeed"),  # of what chance does, as a seed; the latter is of earlier versions
     },
     "lightning": {

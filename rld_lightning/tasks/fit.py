@@ -122,7 +122,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
     """Does the job in this process, as one of its group: check, find the teacher, build, train, leave results."""
     gc.collect()  # an earlier run of this process, a teacher's say, leaves its data in reference cycles
     with user_errors():
-        if cfg.print_config:
+        if cfg.print_config == "tree":
             print_config(cfg)
         seed_everything(plan.seed, workers=True, verbose=False)
         loss: DistillationLoss = instantiate(cfg.loss)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.live import Live
 from rich.text import Text
 
-from rld_lightning.console import console, print_line
+from rld_lightning.console import console, duration, print_line
 from rld_lightning.runs.events import Events
 
 LOOK = 0.3  # seconds between two looks at what has happened
@@ -105,11 +105,3 @@ class Watch:
         waiting = self._total - self._ended - len(self._running)
         running = sum(max(0.0, mean - (now - began)) for began in self._running.values())
         return (mean * waiting + running) / self._at_once
-
-
-def duration(seconds: float) -> str:
-    """``41 s``, ``3 min``, ``2 h 10 min``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

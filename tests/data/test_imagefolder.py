@@ -246,7 +246,7 @@ def test_a_folder_with_two_splits(root, tmp_path, folder):
     data = folder_data(tmp_path, name="mine")
     assert (data.train_size, data.val_size, data.test_size) == (21, 10, 10)
     assert data.describe().startswith("mine: 3 classes")
-    assert data.describe().endswith("validated on the test split, as the literature does")
+    assert data.describe().endswith("validated on the test split")
 
 
 def test_imagenets_test_folder_without_classes_is_left_alone(root, tmp_path):

@@ -284,9 +284,7 @@ def test_a_subset_is_a_fraction_of_the_training_split():
 def test_validation_is_the_test_split_unless_some_is_held_out():
     data = toy()
     assert same(list(data.val_dataloader()), list(data.test_dataloader()))
-    assert data.describe() == (
-        "toy: 3 classes, 3x6x5, 103 train and 41 test images, validated on the test split, as the literature does"
-    )
+    assert data.describe() == ("toy: 3 classes, 3x6x5, 103 train and 41 test images, validated on the test split")
     held_out = toy(val_fraction=0.3, seed=4).describe()
     assert held_out.endswith(
         "72 train and 41 test images, validated on 31 held-out training images (stratified, seed 4)"

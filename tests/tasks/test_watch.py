@@ -9,11 +9,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from rld_lightning.console import duration
 from rld_lightning.errors import UserError
 from rld_lightning.runs.events import EVENTS, Events, note
 from rld_lightning.tasks import watch as watching
 from rld_lightning.tasks.sweep import Sweep
-from rld_lightning.tasks.watch import Watch, duration
+from rld_lightning.tasks.watch import Watch
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""The bar in the terminal, on one line of 80 columns: epochs counted from 1, how long the whole run still takes."""
+
+import math
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
+from rich.progress import ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from rld_lightning.console import duration
+
+# What a bar has room for, by the name that it is logged under.
+_SHOWN = {"loss": "loss", "val/top1": "top-1 %"}
+
+
+class RunProgress(RichProgressBar):
+    """Lightning's bar with other columns: epoch, batches, what is left of the run, the loss and the last accuracy.
+
+    Args:
+        refresh_rate: how often a second it is drawn.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._began = (0.0, 0)  # when, and after how many batches of the run
+        self._batches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks where the run is, which may go on."""
+        self._batches = _batches_before(trainer)
+        self._began = time.monotonic(), self._batches
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Counts."""
+        self._batches += 1
+        super().on_train_batch_end(trainer, pl_module, *args)
+
+    def seconds_left(self, trainer: Trainer) -> float | None:
+        """How long the run still takes at its mean pace, validation included; None where nobody can know."""
+        began, before = self._began
+        total = _batches_in_all(trainer)
+        if total is None or self._batches <= before:
+            return None
+        pace = (time.monotonic() - began) / (self._batches - before)
+        return pace * max(0, total - self._batches)
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """Those before the metrics, which Lightning adds."""
+        bar = CustomBarColumn(
+            bar_width=12,
+            complete_style=self.theme.progress_bar,
+            finished_style=self.theme.progress_bar_finished,
+            pulse_style=self.theme.progress_bar_pulse,
+        )
+        line = Column(no_wrap=True)
+        described = TextColumn("{task.description}", table_column=line)
+        return [described, bar, BatchesProcessedColumn(style=""), _Left(self, trainer)]
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The loss and the last accuracy, as texts."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {shown: f"{metrics[name]:.4g}" for name, shown in _SHOWN.items() if name in metrics}
+
+    def _init_progress(self, trainer: Trainer) -> None:
+        super()._init_progress(trainer)
+        if self._metric_component is not None:
+            self._metric_component._table_column = Column(no_wrap=True, overflow="ellipsis")
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs
+        of = f"/{epochs}" if epochs is not None and epochs > 0 else ""
+        return f"{f'Epoch {current_epoch + 1}{of}':{len(self.validation_description)}}"
+
+
+class _Left(ProgressColumn):
+    """How long the run still takes, beside the bar of training."""
+
+    max_refresh = 0.5  # seconds
+
+    def __init__(self, bar: RunProgress, trainer: Trainer) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.bar, self.trainer = bar, trainer
+
+    def render(self, task: Task) -> Text:
+        """Nothing until it is known."""
+        seconds = self.bar.seconds_left(self.trainer) if task.id == self.bar.train_progress_bar_id else None
+        return Text("" if seconds is None else f"{duration(seconds)} left", style="dim")
+
+
+def _batches_before(trainer: Trainer) -> int:
+    within = trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer.fit_loop.restarting else 0
+    batches = trainer.num_training_batches
+    return 0 if math.isinf(batches) else int(trainer.current_epoch * batches + within)
+
+
+def _batches_in_all(trainer: Trainer) -> int | None:
+    """None without an end."""
+    ends = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):
+        ends.append(trainer.max_epochs * int(trainer.num_training_batches))
+    if trainer.max_steps >= 0:
+        ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    return min(ends) if ends else None

@@ -1,0 +1,88 @@
+"""The bar in the terminal."""
+
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from rich import get_console, reconfigure
+
+from rld_lightning.callbacks import RunProgress
+from rld_lightning.callbacks.progress import _batches_in_all
+
+
+def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1):
+    return SimpleNamespace(
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        num_training_batches=batches,
+        accumulate_grad_batches=accumulate,
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "batches"),
+    [
+        (trainer(), 40),
+        (trainer(max_steps=15), 15),
+        (trainer(max_steps=15, accumulate=2), 30),
+        (trainer(max_epochs=-1), None),
+        (trainer(max_epochs=None, max_steps=7), 7),
+        (trainer(batches=math.inf), None),
+    ],
+)
+def test_a_run_has_as_many_batches_as_its_epochs_or_steps(run, batches):
+    assert _batches_in_all(run) == batches
+
+
+def test_what_is_left_is_told_by_the_pace_of_this_part_of_the_run():
+    bar = RunProgress()
+    bar._began, bar._batches = (time.monotonic() - 20, 10), 20  # 2 s a batch, after a run that went on from 10
+    assert bar.seconds_left(trainer()) == pytest.approx(40, rel=0.01)
+    assert bar.seconds_left(trainer(max_epochs=-1)) is None
+    bar._batches = 10
+    assert bar.seconds_left(trainer()) is None  # of the first batch nobody knows
+
+
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        step = super().training_step(batch, batch_idx)
+        self.log("loss", 2.345678, prog_bar=True)
+        self.log("images/s", 1234.5, prog_bar=True)
+        return step
+
+    def on_validation_epoch_end(self):
+        self.log_dict({"val/top1": 54.3219, "val/top5": 90.0}, prog_bar=True)
+
+
+def test_one_line_of_80_columns_counts_epochs_from_1(tmp_path):
+    seen = []
+
+    class Looks(RunProgress):
+        def on_train_batch_end(self, *arguments):
+            super().on_train_batch_end(*arguments)
+            table = self.progress.make_tasks_table([self.progress.tasks[0]])
+            lines = get_console().render_lines(table, pad=False)
+            seen.append(["".join(segment.text for segment in line) for line in lines])
+
+    bar = Looks()
+    try:
+        reconfigure(width=80)
+        bar._console_kwargs = {"width": 80}
+        run = Trainer(
+            default_root_dir=tmp_path, max_epochs=200, max_steps=6, limit_train_batches=3, limit_val_batches=1,
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[bar],
+            num_sanity_val_steps=0,
+        )  # fmt: skip
+        run.fit(Model())
+    finally:
+        reconfigure()
+    assert all(len(line) <= 80 for (line,) in seen)
+    assert [line.split()[1] for (line,) in seen] == ["1/200"] * 3 + ["2/200"] * 3
+    (line,) = seen[4]
+    assert " 2/3 " in line
+    assert "s left" in line
+    assert "loss: 2.346 top-1 %: 54.32" in line
+    assert "images/s" not in line
