@@ -2,13 +2,19 @@
 
 import hashlib
 import shutil
+import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from http import HTTPStatus
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -47,6 +53,75 @@ class SpeedFloor:
                 f"{SLOWEST_BYTES_PER_SECOND:,} that are waited for, run again later or from another address"
             )
         self._since, self._received = time.monotonic(), 0
+
+
+@contextmanager
+def _within(seconds: float, end: Callable[[], None]) -> Iterator[None]:
+    """Ends what takes longer: a socket's own timeout begins anew with each byte.
+
+    Raises:
+        TimeoutError: it did.
+    """
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        end()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    words = f"the server has sent nothing of use for {seconds:.0f} s, run again later or from another address"
+    try:
+        yield
+    except (OSError, HTTPException) as error:  # whatever the end of its connection is taken for
+        if late.is_set():
+            raise TimeoutError(words) from error
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError(words)
+
+
+def _shut(connected: socket.socket | None) -> None:
+    if connected is not None:
+        with suppress(OSError):
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(HTTPConnection):
+    """One to a server that has to answer in time, with all of its headers."""
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        with _within(SLOW_SECONDS, lambda: _shut(self.sock)):
+            super().request(*args, **kwargs)
+
+    def getresponse(self) -> HTTPResponse:
+        shut = partial(_shut, self.sock)
+        with _within(SLOW_SECONDS, shut):
+            response = super().getresponse()
+        vars(response)["shut"] = shut
+        return response
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    """The same, encrypted."""
+
+
+class _Handler(HTTPHandler):
+    def http_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _SecureHandler(HTTPSHandler):
+    def https_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, req)
+
+
+def urlopen(request: Request, timeout: float) -> Any:
+    """As urllib's, but that servers have to answer in time."""
+    return build_opener(_Handler, _SecureHandler).open(request, timeout=timeout)
 
 
 def download(url: str, path: Path) -> None:
@@ -91,13 +166,19 @@ def _receive(url: str, path: Path, have: int) -> int | None:
         bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
         with path.open("ab" if start else "wb") as file, bar:
             task = bar.add_task(f"downloading {url.rpartition('/')[2]}", total=total, completed=start)
-            while block := response.read1(BLOCK_BYTES):  # what is there, where `read` would wait for all of it
+            while block := _next_block(response):
                 floor.add(len(block))
                 if total is None:
                     _check_space(path, SPARE_BYTES)
                 file.write(block)
                 bar.advance(task, len(block))
     return total
+
+
+def _next_block(response: Any) -> bytes:
+    """What is there, where `read` would wait for all of it; for nothing, such as the length of a part, not for ever."""
+    with _within(2 * SLOW_SECONDS, getattr(response, "shut", lambda: None)):
+        return response.read1(BLOCK_BYTES)
 
 
 def _check_scheme(url: str) -> None:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.redact import redact, remember
 from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES
+from rld_lightning.whole import write_whole
 
 
 def note_job(cfg: DictConfig) -> None:
@@ -31,5 +32,4 @@ def note_job(cfg: DictConfig) -> None:
 
 
 def _write(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact(values))))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(redact(values))).encode())

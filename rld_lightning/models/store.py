@@ -7,9 +7,11 @@ without executing anything, checked, and kept as safetensors with a note of wher
 
 import hashlib
 import io
+import json
 import os
+import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -38,6 +40,16 @@ PUBLISHED: Mapping[str, float] = {
     "vgg13": 74.64,
 }
 """The teachers in the archive by their names there, with the top-1 in percent that the papers that use them print."""
+
+PUBLISHED_SHA256: Mapping[str, str] = {
+    "resnet32x4": "22aa12e2b632b19ddde155ccf2388671842ddd304824b3095e0a7fff364beb4f",
+}
+"""Checksums of members of the archive, as far as others have published them with the accuracy that they measured.
+
+Its authors name none. What is downloaded first is recorded, and compared with what comes later."""
+
+_RECORD = ".published.json"  # the SHA-256 of the archive of each address
+_MOST_MEMBER_BYTES = 1 << 30  # ten times the largest
 
 _PUBLISHED_DATASET = "cifar100"
 _PUBLISHED_CLASSES = 100
@@ -139,6 +151,14 @@ class TeacherStore:
     def _store_members(self, archive: Path, url: str, dataset: str, names: Iterable[str]) -> None:
         with archive.open("rb") as file:
             provenance = {"source": "published", "url": url, "archive_sha256": _sha256(file)}
+        record = archive.with_name(_RECORD)
+        known = _read_record(record)
+        if known.get(url, provenance["archive_sha256"]) != provenance["archive_sha256"]:
+            raise DownloadError(
+                f"{url} is another archive than the one of the first download: its SHA-256 is "
+                f"{provenance['archive_sha256'][:12]}..., and {record} has {known[url][:12]}...; if it was replaced "
+                "for a good reason, remove that file"
+            )
         members = {name: f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth" for name in names}
         for name, (member, content) in zip(members, _read_members(archive, url, members.values()), strict=True):
             weights = _parse_published(name, member, content, url)
@@ -150,6 +170,7 @@ class TeacherStore:
                 "member_sha256": _sha256(content),
             }
             self.save(weights.state_dict, dataset, name, metadata)
+        write_whole(record, json.dumps(known | {url: provenance["archive_sha256"]}, indent=1).encode())
 
 
 def resolve_teacher_weights(
@@ -203,6 +224,8 @@ def _is_published(path: Path) -> bool:
 def _parse_published(name: str, member: str, content: bytes, url: str) -> Weights:
     """Reads one member of the archive, and makes sure that it is the model that it should be."""
     try:
+        if PUBLISHED_SHA256.get(name, found := _sha256(content)) != found:
+            raise WeightsError(f"{member} has the SHA-256 {found}, not that of the published {name}")
         weights = read_checkpoint(io.BytesIO(content), source=member)
         with torch.device("meta"):
             verify_weights(create_model(name, num_classes=_PUBLISHED_CLASSES), weights, name=name)
@@ -220,12 +243,34 @@ def _read_members(archive: Path, url: str, paths: Iterable[str]) -> Iterator[tup
             members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
             if missing := [path for path in paths if path not in members]:
                 raise DownloadError(f"{url} lacks {', '.join(missing)}")
+            paths = list(paths)
+            _check_sizes([members[path] for path in paths], archive, url)
             for path in paths:
                 content = tar.extractfile(members[path])
                 assert content is not None  # of a regular file
                 yield path, content.read()
     except tarfile.TarError as error:
         raise DownloadError(f"{url} is not the expected tar archive of teachers ({error})") from error
+
+
+def _check_sizes(members: Sequence[tarfile.TarInfo], archive: Path, url: str) -> None:
+    """Refuses what would fill the memory, or the disk: a tar file may claim more than it holds."""
+    for member in members:
+        if member.issparse() or member.size > _MOST_MEMBER_BYTES:
+            raise DownloadError(f"{url} has an unusable member: {member.name} claims {member.size:,} bytes")
+    needed, free = sum(member.size for member in members), shutil.disk_usage(archive.parent).free
+    if needed > free:
+        raise DownloadError(
+            f"the disk of {archive.parent} has {free:,} bytes free, and the teachers in {url} take {needed:,}"
+        )
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _download(url: str, path: Path) -> None:

@@ -2,10 +2,13 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from rld_lightning.whole import write_whole
 
 _LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
 
@@ -42,11 +45,10 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
         path: the file.
         columns: of one length, by name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    writer = csv.writer(text := StringIO(), lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_whole(path, text.getvalue().encode())
 
 
 def check_file(path: Path) -> None:

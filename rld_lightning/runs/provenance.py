@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.redact import redact
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT
+from rld_lightning.whole import write_whole
 
 
 @rank_zero_only
 def write_provenance(run: Path, cfg: DictConfig) -> None:
     """Leaves the resolved configuration, without secrets, and the versions that the run used."""
-    run.mkdir(parents=True, exist_ok=True)
     values = redact(OmegaConf.to_container(cfg, resolve=True))
-    (run / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    write_whole(run / CONFIG, OmegaConf.to_yaml(OmegaConf.create(values)).encode())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment: dict[str, Any] = {
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def write_provenance(run: Path, cfg: DictConfig) -> None:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
-    (run / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+    write_whole(run / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
 
 
 def processor_name() -> str:

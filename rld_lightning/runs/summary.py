@@ -8,6 +8,7 @@ from typing import Any
 
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.files import CONFIG, SUMMARY, read_yaml
+from rld_lightning.whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Summary:
 
     def write(self, run: Path) -> None:
         """Leaves it in the run's folder."""
-        (run / SUMMARY).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(run / SUMMARY, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
 def read_summary(run: Path) -> Summary:

@@ -31,6 +31,7 @@ from rld_lightning.tasks.classes import match_classes
 from rld_lightning.tasks.plan import freeze
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
 from rld_lightning.tasks.trainer import make_trainer
+from rld_lightning.whole import write_whole
 
 MOST_CLASSES_SHOWN = 20
 
@@ -249,8 +250,7 @@ def _percent(part: float, whole: float) -> float | None:
 
 @rank_zero_only
 def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / EVALUATION).write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    write_whole(run / EVALUATION, (json.dumps(asdict(evaluation), indent=2) + "\n").encode())
     names, images, *shares = zip(*per_class, strict=True)
     accuracy, precision = (["" if share is None else f"{share:.4f}" for share in column] for column in shares)
     write_csv(run / PER_CLASS, {"class": names, "images": images, "accuracy": accuracy, "precision": precision})

@@ -5,10 +5,12 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,7 +120,12 @@ def files(store):
     return sorted(str(path.relative_to(store.root)) for path in store.root.rglob("*") if path.is_file())
 
 
-DONE = ["cifar100/.published.lock", "cifar100/resnet8.safetensors", "cifar100/wrn16_1.safetensors"]
+DONE = [
+    "cifar100/.published.json",
+    "cifar100/.published.lock",
+    "cifar100/resnet8.safetensors",
+    "cifar100/wrn16_1.safetensors",
+]
 
 
 def assert_downloaded(store, paths):
@@ -316,6 +323,54 @@ def test_a_teacher_trained_here_is_not_replaced(store, server):
     before = path.read_bytes()
     assert store.download_published(server.url) == [store.path("cifar100", "wrn_16_1")]
     assert path.read_bytes() == before
+
+
+def test_another_archive_than_the_first_is_refused(store, server):
+    store.download_published(server.url)
+    path = store.path("cifar100", "resnet8")
+    path.unlink()
+    other = server.content = archive(resnet8=pickled(checkpoint("resnet8", seed=5)))
+    with pytest.raises(DownloadError, match=r"is another archive than the one of the first download: .*remove that"):
+        store.download_published(server.url)
+    assert not path.exists()
+    (store.root / "cifar100" / ".published.json").unlink()
+    assert len(store.download_published(server.url)) == 2
+    assert read_metadata(path)["archive_sha256"] == hashlib.sha256(other).hexdigest()
+
+
+def test_a_member_of_known_checksum_has_it(store, server, monkeypatch):
+    monkeypatch.setattr(store_module, "PUBLISHED_SHA256", {"wrn_16_1": "0" * 64})
+    with pytest.raises(DownloadError, match=r"has the SHA-256 .*, not that of the published wrn_16_1"):
+        store.download_published(server.url)
+    known = hashlib.sha256(member_bytes(server.content, "wrn_16_1")).hexdigest()
+    monkeypatch.setattr(store_module, "PUBLISHED_SHA256", {"wrn_16_1": known})
+    assert_downloaded(store, store.download_published(server.url))
+
+
+def test_a_member_that_claims_more_than_there_can_be_is_not_read(store, server):
+    """A sparse one: a block of 512 bytes, and the size of a terabyte."""
+    head = bytearray(tarfile.TarInfo(member_name("resnet8")).tobuf(tarfile.GNU_FORMAT))
+    head[156:157] = tarfile.GNUTYPE_SPARSE
+    head[124:136] = b"%011o\0" % 512
+    head[386:410] = b"%011o\0" % 0 + b"%011o\0" % 512
+    head[483:495] = b"\x80" + (1 << 40).to_bytes(11, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    server.content = bytes(head) + bytes(512) + archive(resnet8=None)
+    with pytest.raises(DownloadError, match=r"claims 1,099,511,627,776 bytes"):
+        store.download_published(server.url)
+
+
+def test_teachers_that_do_not_fit_on_the_disk_are_not_stored(store, server, monkeypatch):
+    usage, asked = shutil.disk_usage, []
+
+    def filled(path):
+        asked.append(path)
+        return usage(path) if len(asked) == 1 else SimpleNamespace(free=1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", filled)
+    with pytest.raises(DownloadError, match=r"has 1,000 bytes free, and the teachers in .* take"):
+        store.download_published(server.url)
 
 
 def resolve(spec, store, name="resnet8", dataset="cifar100", **kwargs):

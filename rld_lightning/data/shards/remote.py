@@ -13,6 +13,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.callbacks import Callback
 
 from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor
+from rld_lightning.whole import write_whole
 
 # fsspec knows more: some read any local file (`local`, `reference`), make up content (`data`) or wrap others by `::`.
 # An address may come from an index that a stranger wrote.
@@ -149,7 +150,7 @@ def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
 def write_bytes(address: str, content: bytes, options: dict[str, Any] | None = None) -> None:
     """Writes a small file."""
     if (path := local_path(address)) is not None:
-        path.write_bytes(content)
+        write_whole(path, content)
         return
     store, inner = open_store(address, options)
     with store_errors(address):
