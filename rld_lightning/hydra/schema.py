@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,6 +58,7 @@ _DEVICES = Kind(
 VALUES: Mapping[str, Kind] = {
     "seed": _SEED,
     "method": TEXT,
+    "dataset": TEXT,
     "resume": TEXT.such_as("resume=runs/.../last.ckpt") | NULL,
     "print_config": words(True, False, "tree"),
     # recipe
@@ -105,6 +107,8 @@ VALUES: Mapping[str, Kind] = {
     "model.teacher.published_url": TEXT,
     "model.teacher.mean": _THREE | NULL,
     "model.teacher.std": list_of(POSITIVE, "three numbers > 0", 3) | NULL,
+    "model.teacher.cache": words("auto", True, False),
+    "model.teacher.cache_dtype": words("float16", "float32"),
     "model.teacher.dtype": words("float16", "bfloat16", "float32", "float64") | NULL,
     "model.teacher.channels_last": FLAG,
     "model.teacher.fuse": FLAG,
@@ -288,9 +292,9 @@ def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
         names = map(str, node) if isinstance(node, Mapping) else ()
         added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
     references = _references(values) if added else set()
-    shipped = _shipped_names() if added else set()
+    shipped = _shipped_keys() if added else set()
     for key in added:
-        if key.rpartition(".")[2] not in shipped and not any(
+        if key not in shipped and not any(
             f"{other}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}.")) for other in references
         ):
             sentence, meant = unknown_key(key, VALUES)
@@ -298,10 +302,21 @@ def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
                 yield sentence
 
 
-def _shipped_names() -> set[str]:
-    """The names of keys in the package's own files, but for those of experiments."""
-    files = [file for group in ("", "model", "recipe", "paths") for file in (CONF / group).glob("*.yaml")]
-    return {name for file in files for name in re.findall(r"^\s*(\w+):", file.read_text(), re.MULTILINE)}
+def _shipped_keys() -> set[str]:
+    """The full keys in the package's own files, but for those of experiments."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    keys = set()
+    for group in ("", "model", "recipe", "paths"):
+        for file in (CONF / group).glob("*.yaml"):
+            keys |= set(_keys(yaml.load(file.read_text(), loader) or {}, f"{group}." if group else ""))
+    return keys
+
+
+def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
