@@ -12,6 +12,10 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="folder to write to; report/ in the first folder by itself")
     parser.add_argument("--title", default="Results", help="heading of the page")
     parser.add_argument("--no-latency", action="store_true", help="do not measure the networks on this machine")
+    parser.add_argument("--latex", action="store_true", help="write the results tables for papers as well, results.tex")
+    parser.add_argument(
+        "--figures", nargs="+", default=[], choices=("pdf", "svg"), help="write figures in these formats beside PNG"
+    )
     options = parser.parse_args()
     out = options.out or options.folders[0] / "report"
     with exit_on_user_error():
@@ -20,6 +24,8 @@ if __name__ == "__main__":
         from rld_lightning.tasks.cost import measure_cost
 
         cost_of = partial(measure_cost, latency=not options.no_latency)
-        files = write_report(options.folders, out, title=options.title, cost_of=cost_of)
-    for path in (files.html, files.markdown, *files.tables):
+        files = write_report(
+            options.folders, out, title=options.title, cost_of=cost_of, latex=options.latex, pictures=options.figures
+        )
+    for path in (files.html, files.markdown, *files.tables, *filter(None, [files.latex])):
         print_line("report", str(path))

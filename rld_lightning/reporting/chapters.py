@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from rld_lightning.reporting import plots
-from rld_lightning.reporting.cost import CostOf
+from rld_lightning.reporting.confusion import confusion_figure
+from rld_lightning.reporting.cost import CostOf, training_cost
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.paper import (
     TEACHER,
@@ -28,11 +29,12 @@ from rld_lightning.runs.finished import Run
 # The columns of a results table that people who compute on get; templates see what stands beside them as well.
 RESULTS = (
     *("role", "method", "epochs", "n", "seeds", "last_mean", "last_std", "best_mean", "best_std"),
+    *("images_per_s", "training_s"),
     *("last_over_ce", "last_over_ce_n", "last_over_kd", "last_over_kd_n"),
     *("published_top1", "published_method", "published_source", "published_second_hand", "published_comparable"),
     "published_departures",
 )
-_BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few_seeds", "recipe")
+_BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few_seeds", "recipe", "runs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Chapter:
         lines: of its table, see :func:`results`.
         comparisons: :func:`~rld_lightning.reporting.tables.compare`, all of them.
         figures: the learning curves.
+        confusion: what the best row takes for what; None where it is not known.
         published: all published numbers about the pair.
     """
 
@@ -54,6 +57,7 @@ class Chapter:
     comparisons: pd.DataFrame
     figures: list[FigureOfPanels]
     published: list[Published]
+    confusion: FigureOfPanels | None = None
 
     @property
     def tested(self) -> pd.DataFrame:
@@ -74,6 +78,11 @@ class Chapter:
     def has_published(self) -> bool:
         """Whether any line has a published number beside it."""
         return bool(self.lines["published_top1"].notna().any())
+
+    @property
+    def has_cost(self) -> bool:
+        """Whether any line says how fast it was trained."""
+        return bool(self.lines["images_per_s"].notna().any())
 
     @property
     def peers(self) -> pd.DataFrame:
@@ -184,7 +193,8 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
     published = published_for_pair(section.dataset, section.teacher, section.student) if section.on_test else []
     figure = plots.curves(section, f"{anchor}-curves")
     lines = results(section, published, sources)
-    return Chapter(section, anchor, lines, compare(section), [figure] if figure else [], published)
+    confusion = confusion_figure(section, f"{anchor}-confusion")
+    return Chapter(section, anchor, lines, compare(section), [figure] if figure else [], published, confusion)
 
 
 def results(section: Section, published: Sequence[Published], sources: Sources) -> pd.DataFrame:
@@ -225,12 +235,14 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
 
 def _own(row: pd.Series) -> dict[str, Any]:
     seeds = row["seeds"]
+    speed, seconds = training_cost(row["runs"])
     in_a_row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return {
         "epochs": row["epochs"], "n": row["n"], "seeds": ", ".join(map(str, seeds)),
         "few_seeds": f"{seeds[0]}-{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds)),
         "last_mean": row["top1_last_mean"], "last_std": row["top1_last_std"],
         "best_mean": row["top1_best_mean"], "best_std": row["top1_best_std"],
+        "images_per_s": speed, "training_s": seconds, "runs": row["runs"],
     }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_fig
 from rld_lightning.reporting.cost import CostOf, known_cost
 from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
 from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
+from rld_lightning.reporting.latex import write_latex
+from rld_lightning.reporting.links import folder_link, paper_links, wandb_link
 from rld_lightning.reporting.paper import EPOCHS
 from rld_lightning.reporting.style import page_colour
 from rld_lightning.reporting.sweeps import Sweep, split_sweeps
@@ -22,6 +24,9 @@ from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP
 from rld_lightning.runs.finished import Found, Run
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
+ROWS_TO_FILTER = 6  # tables with more have a field to filter them by
+PICTURES = ("pdf", "svg")
+LATEX = "results.tex"
 TABLES = ("results", "comparisons", "sweeps", "runs")
 
 READING = (
@@ -39,10 +44,17 @@ class ReportFiles(NamedTuple):
     markdown: Path
     tables: list[Path]
     figures: list[Path]
+    latex: Path | None = None
 
 
 def write_report(
-    folders: Sequence[Path | str], out: Path | str, *, title: str = "Results", cost_of: CostOf = known_cost
+    folders: Sequence[Path | str],
+    out: Path | str,
+    *,
+    title: str = "Results",
+    cost_of: CostOf = known_cost,
+    latex: bool = False,
+    pictures: Sequence[str] = (),
 ) -> ReportFiles:
     """Reads run folders and writes ``report.html`` (self-contained), ``report.md`` with ``figures/``, and CSV files.
 
@@ -50,6 +62,8 @@ def write_report(
         folders: where finished runs lie, at any depth; one whose files cannot be read is named and left out.
         out: folder to write to.
         title: heading of the page.
+        latex: whether the results tables are written for papers as well, as ``results.tex``.
+        pictures: in which formats beside PNG figures are written: ``pdf``, ``svg``.
         cost_of: tells what networks cost; by itself what the runs say about those that they have trained.
 
     Returns:
@@ -57,8 +71,10 @@ def write_report(
 
     Raises:
         FileNotFoundError: a folder is not there.
-        ValueError: there is no finished run.
+        ValueError: there is no finished run, or a format is unknown.
     """
+    if unknown := sorted(set(pictures) - set(PICTURES)):
+        raise ValueError(f"figures cannot be written as {', '.join(unknown)}; choose of {', '.join(PICTURES)}.")
     places, out = [Path(folder) for folder in folders], Path(out)
     frame, everything = read_frame(places)
     if frame.empty:
@@ -93,21 +109,25 @@ def write_report(
         "left_out": [*everything.broken, *left_out],
         "sources": [(sources.letter(key), number) for key, number in sources.used.items()],
         "environments": _environments(everything.runs),
-        "commands": [(run.folder, _command(run)) for run in everything.runs],
+        "commands": [
+            (run.folder, folder_link(run.folder, out), wandb_link(run.folder), _command(run)) for run in everything.runs
+        ],
         "published_epochs": {
             dataset: EPOCHS[dataset]
             for dataset in dict.fromkeys(chapter.section.dataset for chapter in chapters if chapter.has_published)
         },
         "max_trials": MAX_TRIALS,
+        "rows_to_filter": ROWS_TO_FILTER,
     }
     (out / "figures").mkdir(exist_ok=True)
-    figures = [figure for chapter in chapters for figure in chapter.figures]
+    figures = [figure for chapter in chapters for figure in (*chapter.figures, chapter.confusion) if figure]
     figures += [figure for chapter in sweep_chapters for figure in chapter.figures] + scatters
     return ReportFiles(
         _render("report.html.j2", context, out / "report.html"),
         _render("report.md.j2", context, out / "report.md"),
         _write_tables(chapters, sweeps, frame[list(FACTS)], out),
-        [figure.write_png(out / "figures") for figure in figures],
+        [path for figure in figures for path in figure.write(out / "figures", ("png", *dict.fromkeys(pictures)))],
+        write_latex(chapters, out / LATEX) if latex else None,
     )
 
 
@@ -116,8 +136,13 @@ def _remove_earlier(out: Path) -> None:
     page = out / "report.md"
     if not page.exists():
         return
-    pictures = re.findall(r"\]\((figures/[^()/]+\.png)\)", page.read_text(encoding="utf-8"))
-    for name in (*pictures, *(f"{table}.csv" for table in TABLES)):
+    pictures = re.findall(r"\]\((figures/[^()/]+)\.png\)", page.read_text(encoding="utf-8"))
+    kinds = ("png", *PICTURES)
+    for name in (
+        *(f"{picture}.{kind}" for picture in pictures for kind in kinds),
+        *(f"{table}.csv" for table in TABLES),
+        LATEX,
+    ):
         (out / name).unlink(missing_ok=True)
 
 
@@ -213,6 +238,23 @@ def _beside(where: Mapping[str, str | None], table: pd.DataFrame) -> pd.DataFram
     return pd.concat([pd.DataFrame([where] * len(table), index=table.index), table], axis=1)
 
 
+def _duration(seconds: float) -> str:
+    """``1 h 20 min``, ``12 min`` or ``40 s``."""
+    if pd.isna(seconds):
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02} min" if minutes >= 100 else f"{minutes} min"
+
+
+def _each_seed(runs: Sequence[Run] | float) -> str:
+    """The last epoch of each run of a row, for a tooltip; empty of what is no row of runs."""
+    if not isinstance(runs, list):
+        return ""
+    return ", ".join(f"seed {run.summary.seed}: {run.summary.top1:.2f} %" for run in runs)
+
+
 def _signed(value: float | None) -> str:
     if pd.isna(value):
         return "-"
@@ -251,6 +293,9 @@ def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
         "plain": short_value,
         "page_colour": page_colour,
         "code": _code,
+        "duration": _duration,
+        "each_seed": _each_seed,
+        "papers": paper_links,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     path.write_text(environment.get_template(template).render(**context), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import ceil, floor
@@ -72,6 +72,7 @@ _PANEL_STYLE: dict[Any, Any] = {
     "ytick.labelsize": 9,
 }
 
+_NO_DATE: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 DPI = 300  # of pictures for papers
 PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # of logarithmic axes, which write powers by themselves
 
@@ -159,8 +160,8 @@ class FigureOfPanels:
     panels: tuple[Panel, ...]
     legend: tuple[tuple[str, str, str], ...] = ()
 
-    def write_png(self, folder: Path) -> Path:
-        """Writes it as one picture, for Markdown and slides."""
+    def write(self, folder: Path, kinds: Sequence[str] = ("png",)) -> list[Path]:
+        """Writes it as one picture of each kind: ``png`` for Markdown and slides, ``pdf`` and ``svg`` for papers."""
         columns = min(3, len(self.panels))
         rows = -(-len(self.panels) // columns)
         width = sum(panel.size[0] for panel in self.panels[:columns])
@@ -177,9 +178,10 @@ class FigureOfPanels:
             if self.legend:
                 handles = [_handle(*entry) for entry in self.legend]
                 figure.legend(handles=handles, loc="outside lower center", ncols=across)
-            path = folder / f"{self.name}.png"
-            figure.savefig(path, dpi=200)
-        return path
+            paths = [folder / f"{self.name}.{kind}" for kind in kinds]
+            for path, kind in zip(paths, kinds, strict=True):
+                figure.savefig(path, dpi=200, metadata=_NO_DATE.get(kind))
+        return paths
 
 
 def _handle(label: str, colour: str, style: str) -> Line2D:

@@ -34,6 +34,7 @@ TEACHER = "teacher"  # the run folder, within another, of the teacher that was t
 HYDRA = ".hydra"  # what Hydra notes
 CHOICES = f"{HYDRA}/hydra.yaml"  # which options of the groups were chosen
 OVERRIDES = f"{HYDRA}/overrides.yaml"  # what stood on the command line
+WANDB_RUN = "wandb_run.json"  # which W&B run it is
 WANDB = "wandb"  # what W&B keeps
 LOCK = ".lock"  # of the process that trains
 

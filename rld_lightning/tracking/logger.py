@@ -16,6 +16,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.module import DistillationModule
 from rld_lightning.redact import redact
+from rld_lightning.runs.files import WANDB_RUN
 from rld_lightning.tracking import results
 from rld_lightning.tracking.server import server, trouble, wandb_mode
 from rld_lightning.tracking.start import (
@@ -30,7 +31,6 @@ from rld_lightning.tracking.start import (
 if TYPE_CHECKING:
     from wandb import Run
 
-ID_FILE = "wandb_run.json"
 STEP = "trainer/global_step"
 
 
@@ -91,7 +91,7 @@ class WandbLogger(LightningWandbLogger):
         """Goes on with the W&B run of a run folder, if it has one; to be called before anything is logged."""
         with suppress(OSError, ValueError, KeyError):
             self._before = folder
-            self._wandb_init["id"] = json.loads((folder / ID_FILE).read_text())["id"]
+            self._wandb_init["id"] = json.loads((folder / WANDB_RUN).read_text())["id"]
 
     @property
     @rank_zero_experiment
@@ -120,9 +120,11 @@ class WandbLogger(LightningWandbLogger):
         run.define_metric("*", step_metric=STEP, step_sync=True)
         run.define_metric("val/top1", step_metric=STEP, step_sync=True, summary="max,last")
         if not run.disabled:
-            known = {name: getattr(run, name) for name in ("id", "entity", "project")}
+            known = {name: getattr(run, name) for name in ("id", "entity", "project")} | {
+                "url": None if run.offline else run.url
+            }
             known[results.ARTIFACT] = self.artifact
-            (self.folder / ID_FILE).write_text(json.dumps(known, indent=2) + "\n")
+            (self.folder / WANDB_RUN).write_text(json.dumps(known, indent=2) + "\n")
         return run
 
     def _lose(self, error: Exception, extra: str | None = None) -> None:
@@ -278,7 +280,7 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
 def wandb_facts(folder: Path) -> dict[str, str]:
     """What a run folder's weights say about the W&B run that they are from: the artifact's name; empty without one."""
     with suppress(OSError, ValueError, KeyError):
-        return {results.ARTIFACT: json.loads((folder / ID_FILE).read_text())[results.ARTIFACT]}
+        return {results.ARTIFACT: json.loads((folder / WANDB_RUN).read_text())[results.ARTIFACT]}
     return {}
 
 

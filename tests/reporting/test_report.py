@@ -7,13 +7,19 @@ import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
 import yaml
 from helpers.run_factory import write_comparison, write_run, write_sweep
 
+from rld_lightning.reporting.confusion import confusion_figure
+from rld_lightning.reporting.frame import runs_frame
+from rld_lightning.reporting.latex import escape
 from rld_lightning.reporting.report import write_report
+from rld_lightning.reporting.tables import sections
+from rld_lightning.runs.finished import find_runs
 from rld_lightning.tasks.cost import measure_cost
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,6 +59,11 @@ def parse(path):
     return page
 
 
+def write_confusion(folder, rows):
+    lines = [f"{a},{b},{count}" for a, b, count in rows]
+    (folder / "confusion.csv").write_text("\n".join(["class,predicted,images", *lines]))
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
@@ -60,12 +71,20 @@ def report(tmp_path_factory):
     write_comparison(
         runs / "pair", {"ce": 73.2, "kd": 74.9, "rld": 76.0}, 3,
         teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.6,
+        summary={"steps": 1_000, "scheduled_steps": 1_000},
     )  # fmt: skip
+    for seed in range(2):
+        write_confusion(
+            runs / "pair" / "rld" / f"seed{seed}", [("cat", "cat", 8), ("cat", "<b>dog", 2), ("<b>dog", "<b>dog", 5)]
+        )
+    (runs / "pair" / "rld" / "seed2" / "confusion.csv").write_text("class,predicted,images\ncat,cat,many")
+    for seed, address in enumerate(("https://wandb.ai/me/p/runs/a", "javascript:alert(1)", 'https://a.b/" onclick=x')):
+        (runs / "pair" / "kd" / f"seed{seed}" / "wandb_run.json").write_text(json.dumps({"url": address}))
     write_comparison(runs / "quick", {"rld": 70.0}, 2, teacher="wrn40_2", student="wrn16_2", with_teacher=False)
     write_sweep(runs / "sweeps" / "grid", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
     write_run(runs / "sweeps" / "grid" / "bad", error="training diverged in <epoch> 3", held_out=0.1)
     write_run(runs / "interrupted", finished=False)
-    return write_report([runs], root / "out", title="Title & more")
+    return write_report([runs], root / "out", title="Title & more", latex=True, pictures=["svg"])
 
 
 def test_the_results_table(report):
@@ -74,7 +93,7 @@ def test_the_results_table(report):
     rld = results.loc["rld (epochs=240)"]
     cells = rows["rld (epochs=240)"]
     assert cells[1] == f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"
-    assert cells[3:5] == ["240", "3seeds 0-2"]
+    assert cells[3:6] == ["240", "3seeds 0-2", "90071 s"]  # images/s, and 1,000 steps of 64 at that speed
     assert cells[-1].startswith("76.02")  # the paper's, second-hand, and nobody says with which alpha and beta
     assert {"†", "‡"} <= set(cells[-1])
     assert rows["kd"][-1].startswith("74.92")
@@ -136,7 +155,9 @@ def test_markdown_says_the_same_and_shows_the_figures(report):
     text = report.markdown.read_text()
     assert "76.02<sup>" in text
     pictures = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
-    assert len(pictures) == len(report.figures)
+    assert {f"{Path(picture).stem}.{kind}" for picture in pictures for kind in ("png", "svg")} == {
+        path.name for path in report.figures
+    }
     for picture in pictures:
         assert (report.markdown.parent / picture).read_bytes().startswith(b"\x89PNG")
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -152,7 +173,7 @@ def test_one_run_and_nothing_else(tmp_path):
     (tmp_path / "run" / "metrics.csv").unlink()
     (tmp_path / "run" / "environment.json").unlink()
     files = write_report([tmp_path / "run"], tmp_path / "out")
-    assert ["rld", "60.00", "60.10", "30", "1seed 0"] in parse(files.html).rows
+    assert ["rld", "60.00", "60.10", "30", "1seed 0", "900"] in parse(files.html).rows
 
 
 def test_more_rows_than_colours(tmp_path):
@@ -379,7 +400,7 @@ def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
     for number, (name, spoil) in enumerate(SPOILT):
         spoil(write_run(tmp_path / f"bad{number}") / name)
     files = write_report([tmp_path], tmp_path / "out")
-    assert ["rld", "61.23", "61.33", "30", "1seed 0"] in parse(files.html).rows
+    assert ["rld", "61.23", "61.33", "30", "1seed 0", "900"] in parse(files.html).rows
     lines = files.markdown.read_text().splitlines()
     for number in range(len(SPOILT)):
         (line,) = [line for line in lines if line.startswith(f"- `{tmp_path / f'bad{number}'}`: ")]
@@ -389,7 +410,7 @@ def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
 
 @pytest.mark.parametrize("spoil", [pipe, lambda path: path.write_bytes(b"\x00\xff")])
 def test_bad_files_that_no_number_is_read_from_end_nothing(tmp_path, spoil):
-    for name in ("metrics.csv", "student.safetensors"):
+    for name in ("metrics.csv", "student.safetensors", "confusion.csv", "wandb_run.json"):
         spoil(write_run(tmp_path / name) / name)
     spoil(write_run(tmp_path / "failed", finished=False) / "error.txt")
     write_run(tmp_path / "good", "kd", top1=61.23)
@@ -440,3 +461,66 @@ def test_the_script_writes_into_the_first_folder_by_itself(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--no-latency", "--title", "Mine"])
     runpy.run_path(str(REPOSITORY / "scripts" / "report.py"), run_name="__main__")
     assert "<h1>Mine</h1>" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_links_lead_to_folders_papers_and_wandb_and_run_nothing(report):
+    page = report.html.read_text()
+    links = re.findall(r'href="([^"#][^"]*)"', page)
+    assert {link for link in links if "wandb" in link} == {"https://wandb.ai/me/p/runs/a"}
+    assert "https://arxiv.org/abs/2403.01427" in links
+    folders = [link for link in links if not link.startswith("https://")]
+    assert folders
+    assert all((report.html.parent / unquote(link) / "config.yaml").exists() for link in folders)
+    assert "onclick" not in page
+    assert "javascript:" not in page
+
+
+def test_tooltips_tell_seeds_and_sources(report):
+    page = report.html.read_text()
+    runs = pd.read_csv(report.html.parent / "runs.csv").query("method == 'kd'").sort_values("seed")
+    assert (
+        f'title="{", ".join(f"seed {s}: {t:.2f} %" for s, t in zip(runs["seed"], runs["top1_last"], strict=True))}"'
+        in page
+    )
+    assert 'title="Sun et al., Logit Standardization' in page
+
+
+def test_the_confusion_matrix_pools_the_seeds_that_have_one(report):
+    page = report.html.read_text()
+    assert "What the student takes for what" in page
+    assert "Most frequent: cat taken for &lt;b&gt;dog 20.0 %" in page
+    assert "<b>" not in page
+
+
+def test_many_classes_are_their_most_frequent_confusions(tmp_path):
+    folder = write_run(tmp_path / "run")
+    names = [f"c{number:02}" for number in range(30)]
+    write_confusion(
+        folder,
+        [(a, b, 90 if a == b else 10) for a, b in zip(names * 2, names + names[1:] + names[:1], strict=True)][:31],
+    )
+    figure = confusion_figure(sections(runs_frame(find_runs([tmp_path])))[0][0], "name")
+    assert figure.panels[0].alt == "Most frequent confusions of rld: c00 taken for c01 10.0 %."
+
+
+def test_tables_for_latex(report):
+    text = report.latex.read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") > 0
+    rld = next(line for line in text.splitlines() if line.startswith("rld (epochs=240)"))
+    assert rld.endswith(r"\\")
+    results = pd.read_csv(report.html.parent / "results.csv").set_index("method").loc["rld (epochs=240)"]
+    assert rf"{results['last_mean']:.2f} $\pm$ {results['last_std']:.2f}" in rld
+    assert r"76.02\textsuperscript{$\dagger$$\ddagger$}" in rld
+    for table in text.split(r"\toprule")[1:]:
+        lines = [line for line in table.split(r"\bottomrule")[0].splitlines() if line.endswith(r"\\")]
+        assert len({line.replace(r"\&", "").count("&") for line in lines}) == 1
+    assert r"wrn40\_2 $\rightarrow$ wrn16\_2" in text
+    assert (
+        escape("50% of a_b & {c} \\ #1 ~ ^")
+        == r"50\% of a\_b \& \{c\} \textbackslash{} \#1 \textasciitilde{} \textasciicircum{}"
+    )
+
+
+def test_an_unknown_format_of_figures_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be written as jpg; choose of pdf, svg"):
+        write_report([tmp_path], tmp_path / "out", pictures=["jpg"])

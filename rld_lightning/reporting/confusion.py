@@ -1,0 +1,127 @@
+"""What students take for what: the whole matrix of few classes, the most frequent errors of many."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+
+from rld_lightning.reporting.style import BLUE, SEQUENTIAL, FigureOfPanels, Panel
+from rld_lightning.reporting.tables import Section
+from rld_lightning.runs.files import CONFUSION
+from rld_lightning.runs.finished import Run
+
+MAX_CLASSES = 20  # of a matrix that can be read
+MAX_ERRORS = 15
+_LARGEST = 20_000_000  # bytes of a file; ImageNet's has one or two millions
+_LONGEST_NAME = 18
+
+
+def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
+    """The confusions of the best row whose runs have noted any, all its seeds together.
+
+    Args:
+        section: what was measured.
+        name: of the figure's file.
+
+    Returns:
+        None where no run has noted any, or none was made.
+    """
+    for row, runs in section.rows["runs"].items():
+        matrix = _pooled(runs)
+        if matrix is None:
+            continue
+        seeds = f", {len(runs)} seeds together" if len(runs) > 1 else ""
+        where = f"on {section.split}{seeds}, after the last validation"
+        if len(matrix) <= MAX_CLASSES:
+            caption = (
+                f"What {row} takes each class's images for {where}: in percent of the class, so that rows sum to 100."
+            )
+            return FigureOfPanels(name, caption, (_whole(matrix, row),))
+        errors = _errors(matrix)
+        caption = f"The most frequent confusions of {row} {where}: in percent of the class's images."
+        return FigureOfPanels(name, caption, (_bars(errors, row),)) if len(errors) else None
+    return None
+
+
+def _pooled(runs: Sequence[Run]) -> pd.DataFrame | None:
+    """Images by class and prediction, of all runs that say so; None without any."""
+    tables = []
+    for run in runs:
+        path = run.folder / CONFUSION
+        if path.is_file() and path.stat().st_size < _LARGEST:
+            with suppress(ValueError, KeyError, UnicodeDecodeError):  # damaged
+                table = pd.read_csv(path, dtype={"class": str, "predicted": str}, keep_default_na=False)
+                tables.append(table[["class", "predicted", "images"]].astype({"images": int}))
+    if not tables:
+        return None
+    together = pd.concat(tables)
+    counts = together.groupby(["class", "predicted"], sort=False)["images"].sum().unstack(fill_value=0)
+    names = list(dict.fromkeys([*together["class"], *together["predicted"]]))
+    return counts.reindex(index=names, columns=names, fill_value=0)
+
+
+def _shares(matrix: pd.DataFrame) -> pd.DataFrame:
+    totals = matrix.sum(axis=1)
+    return 100 * matrix.div(totals.where(totals > 0), axis=0)
+
+
+def _errors(matrix: pd.DataFrame) -> pd.Series:
+    """The shares of the most frequent confusions, by class and prediction, the largest first."""
+    shares = _shares(matrix).rename_axis(index="class", columns="predicted").stack()
+    wrong = shares[shares.index.get_level_values(0) != shares.index.get_level_values(1)]
+    return wrong[wrong > 0].sort_values(ascending=False, kind="stable")[:MAX_ERRORS]
+
+
+def _whole(matrix: pd.DataFrame, row: str) -> Panel:
+    shares = _shares(matrix)
+
+    def draw(axes: Axes) -> None:
+        colours = colormaps[SEQUENTIAL]
+        axes.pcolormesh(shares.fillna(0).to_numpy(), cmap=colours, vmin=0, vmax=100)
+        for y, line in enumerate(shares.to_numpy()):
+            for x, value in enumerate(line):
+                if value >= 0.5:
+                    red, green, blue, _ = colours(value / 100)
+                    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
+                    axes.text(
+                        x + 0.5,
+                        y + 0.5,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white" if dark else "black",
+                    )
+        ticks = [place + 0.5 for place in range(len(shares))]
+        axes.set_xticks(
+            ticks, [_short(name) for name in shares.columns], rotation=90 if max(map(len, shares.columns)) > 3 else 0
+        )
+        axes.set_yticks(ticks, [_short(name) for name in shares.index])
+        axes.set(xlabel="predicted", ylabel="class")
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+
+    side = 1.6 + 0.34 * len(shares)
+    worst = ", ".join(f"{a} taken for {b} {share:.1f} %" for (a, b), share in _errors(matrix)[:3].items())
+    return Panel("", f"Confusion matrix of {row}. Most frequent: {worst or 'no error'}.", draw, (side + 0.4, side))
+
+
+def _bars(errors: pd.Series, row: str) -> Panel:
+    def draw(axes: Axes) -> None:
+        shown = errors[::-1]
+        names = [f"{_short(a)} taken for {_short(b)}" for a, b in shown.index]
+        bars = axes.barh(range(len(shown)), shown.to_numpy(), color=BLUE, height=0.6)
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.set_yticks(range(len(shown)), names)
+        axes.set(xlabel="share of the class's images (%)", xlim=(0, 1.15 * shown.max()))
+        axes.grid(axis="x")
+
+    worst = ", ".join(f"{a} taken for {b} {share:.1f} %" for (a, b), share in errors[:3].items())
+    return Panel("", f"Most frequent confusions of {row}: {worst}.", draw, (5.6, 1.0 + 0.27 * len(errors)))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

@@ -1,0 +1,87 @@
+r"""The results tables of a report for papers: LaTeX with booktabs, one table a pair, for ``\input`` in a document."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from rld_lightning.reporting.chapters import Chapter
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "→": r"$\rightarrow$", "±": r"$\pm$", "\N{MINUS SIGN}": "$-$",
+    "†": r"$\dagger$", "‡": r"$\ddagger$", "≥": r"$\geq$",
+}  # fmt: skip
+
+
+def write_latex(chapters: Sequence[Chapter], path: Path) -> Path:
+    """Writes a file with one table a chapter, the leader bold and published numbers marked as on the page.
+
+    Args:
+        chapters: of a report.
+        path: the file.
+    """
+    head = r"% \usepackage{booktabs} in the preamble. Written by scripts/report.py of rld-lightning." + "\n"
+    path.write_text(head + "".join(f"\n{_table(chapter)}" for chapter in chapters), encoding="utf-8")
+    return path
+
+
+def escape(text: object) -> str:
+    """A text as LaTeX prints it, on one line."""
+    return "".join(_SPECIAL.get(letter, letter) for letter in " ".join(str(text).split()))
+
+
+def _table(chapter: Chapter) -> str:
+    section = chapter.section
+    columns = ["Method", "Last epoch", "Best epoch", "Epochs", "$n$"]
+    columns += [r"$\Delta$ CE", r"$\Delta$ KD"] if chapter.has_gains else []
+    columns += ["Published"] if chapter.has_published else []
+    lines = [_line(chapter, place, line) for place, line in chapter.lines.iterrows()]
+    teachers = int((chapter.lines["role"] == "teacher").sum())
+    tabular = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
+    body = [*lines[:teachers], *([r"\midrule"] if 0 < teachers < len(lines) else []), *lines[teachers:]]
+    caption = f"{section.title} on {section.dataset}: top-1 in percent on {section.split}, mean ± standard deviation "
+    caption += "over n seeds."
+    if not section.on_test:
+        caption += " Not the test split."
+    if chapter.has_published:
+        caption += " Published numbers are not ours; ‡: trained otherwise than the row; †: second-hand."
+    return "\n".join(
+        [
+            r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}", rf"\label{{tab:{chapter.anchor}}}",
+            tabular, r"\toprule", f"{' & '.join(columns)} \\\\", r"\midrule",
+            *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        ]
+    )  # fmt: skip
+
+
+def _line(chapter: Chapter, place: object, line: pd.Series) -> str:
+    name = f"{line['method']} ({line['role']})" if line["role"] else line["method"]
+    last = _spread(line["last_mean"], line["last_std"])
+    cells = [
+        escape(name), rf"\textbf{{{last}}}" if place == chapter.leader else last,
+        _spread(line["best_mean"], line["best_std"]), escape(line["epochs"]).replace("-", "--"), str(line["n"] or "--"),
+    ]  # fmt: skip
+    if chapter.has_gains:
+        cells += [_gain(line["last_over_ce"]), _gain(line["last_over_kd"])]
+    if chapter.has_published:
+        cells.append(_published(line))
+    return " & ".join(cells) + r" \\"
+
+
+def _spread(mean: float, std: float) -> str:
+    if pd.isna(mean):
+        return "--"
+    return f"{mean:.2f}" if pd.isna(std) else rf"{mean:.2f} $\pm$ {std:.2f}"
+
+
+def _gain(value: float) -> str:
+    return "--" if pd.isna(value) else f"${value:+.2f}$"
+
+
+def _published(line: pd.Series) -> str:
+    if pd.isna(line["published_top1"]):
+        return "--"
+    marks = ("†" if line["published_second_hand"] else "") + ("" if line["published_comparable"] else "‡")
+    return f"{line['published_top1']:.2f}" + (f"\\textsuperscript{{{escape(marks)}}}" if marks else "")
