@@ -8,7 +8,6 @@ their own that names the shards by their addresses.
 import hashlib
 import json
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
+from rld_lightning.data.shards.samples import Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
 
 INDEX_FILE = "index.json"
@@ -30,24 +30,6 @@ class Shard(NamedTuple):
     path: str
     bytes: int
     images: int
-
-
-class Samples(NamedTuple):
-    """The images of a split, in the order of its shards: NumPy arrays, which worker processes share.
-
-    ``offset`` and ``size`` (int64) are the place of an image's bytes in its shard, ``label`` (int64) is its class and
-    ``member`` (bytes) its name there; each is ``(N,)``.
-    """
-
-    offset: np.ndarray
-    size: np.ndarray
-    label: np.ndarray
-    member: np.ndarray
-
-    @classmethod
-    def join(cls, parts: list["Samples"]) -> "Samples":
-        """Puts those of several shards one after the other."""
-        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -70,14 +52,7 @@ class ShardIndex:
 
     def write(self, root: str, options: dict[str, Any] | None = None) -> None:
         """Writes both files into ``root``, a folder or an address; ``options`` are for the store."""
-        arrays = {
-            f"{split}.{name}": values
-            for split, samples in self.samples.items()
-            for name, values in samples._asdict().items()
-        }
-        buffer = BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        samples = buffer.getvalue()
+        samples = pack_samples(self.samples)
         described = {
             "format": FORMAT,
             "name": self.name,
@@ -119,14 +94,16 @@ class ShardIndex:
             samples = read_bytes(join(root, SAMPLES_FILE), options)
             if hashlib.sha256(samples).hexdigest() != described["samples"]["sha256"]:
                 raise ValueError(f"{SAMPLES_FILE} beside it belongs to another index")
-            with np.load(BytesIO(samples), allow_pickle=False) as arrays:
-                found = {split: Samples(*(arrays[f"{split}.{name}"] for name in Samples._fields)) for split in shards}
+            _check_numbers(shards)
+            found = unpack_samples(
+                samples, {split: sum(shard.images for shard in own) for split, own in shards.items()}
+            )
             if missing := {"train", "test"} - set(shards):
                 raise ValueError(f"it has no {' and no '.join(sorted(missing))} split")
             index = cls(described["name"], described["class_names"], shards, found, described["look"])
             index._check()
             return index
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of shards ({error}): {again}.") from error
 
     def _check(self) -> None:
@@ -139,12 +116,6 @@ class ShardIndex:
             raise ValueError(f"its look has {unknown[0]!r}, not one of {', '.join(LOOK)}")
         for split, shards in self.shards.items():
             samples = self.samples[split]
-            for shard in shards:
-                if not all(isinstance(value, int) and value >= 0 for value in (shard.bytes, shard.images)):
-                    raise ValueError(f"{shard.path} has {shard.bytes!r} bytes and {shard.images!r} images")
-            count = sum(shard.images for shard in shards)
-            if any(values.shape != (count,) for values in samples):
-                raise ValueError(f"its {split} shards hold {count:,} images and {len(samples.label):,} are listed")
             length = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
             if any(values.dtype != np.int64 for values in samples[:3]):
                 raise ValueError(f"the places and classes of its {split} images are not whole numbers")
@@ -152,6 +123,12 @@ class ShardIndex:
                 raise ValueError(f"it has {split} images outside their shards")
             if not ((samples.label >= 0) & (samples.label < len(self.class_names))).all():
                 raise ValueError(f"it has {split} images of classes that it does not name")
+
+
+def _check_numbers(shards: dict[str, list[Shard]]) -> None:
+    for shard in (shard for listed in shards.values() for shard in listed):
+        if not all(isinstance(value, int) and value >= 0 for value in (shard.bytes, shard.images)):
+            raise ValueError(f"{shard.path} has {shard.bytes!r} bytes and {shard.images!r} images")
 
 
 def _check_place(root: str, shards: dict[str, list[Shard]]) -> None:

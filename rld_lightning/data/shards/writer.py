@@ -15,8 +15,9 @@ from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rld_lightning.data.decode import BadImageError
-from rld_lightning.data.shards.index import INDEX_FILE, Samples, Shard, ShardIndex
+from rld_lightning.data.shards.index import INDEX_FILE, Shard, ShardIndex
 from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors
+from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
 
 NEEDS_WEBDATASET = "scripts/shards.py needs the package webdataset: pip install 'rld-lightning[shards]'."

@@ -1,0 +1,84 @@
+"""The arrays of an index, read from a compressed file that may be anybody's: no more is unpacked than there can be."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from io import BytesIO
+from typing import IO, NamedTuple
+
+import numpy as np
+
+# Of all arrays together: fourteen million images take some 800 MB.
+MOST_BYTES = 1 << 32
+_MOST_HEADER = 1 << 12
+
+
+class Samples(NamedTuple):
+    """The images of a split, in the order of its shards: NumPy arrays, which worker processes share.
+
+    ``offset`` and ``size`` (int64) are the place of an image's bytes in its shard, ``label`` (int64) is its class and
+    ``member`` (bytes) its name there; each is ``(N,)``.
+    """
+
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    member: np.ndarray
+
+    @classmethod
+    def join(cls, parts: list["Samples"]) -> "Samples":
+        """Puts those of several shards one after the other."""
+        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def pack_samples(samples: Mapping[str, Samples]) -> bytes:
+    """The content of a file with the samples of each split, for :func:`unpack_samples`."""
+    arrays = {f"{split}.{name}": values for split, own in samples.items() for name, values in own._asdict().items()}
+    np.savez_compressed(buffer := BytesIO(), **arrays)
+    return buffer.getvalue()
+
+
+def unpack_samples(content: bytes, counts: Mapping[str, int]) -> dict[str, Samples]:
+    """The samples of each split.
+
+    Args:
+        content: what :func:`pack_samples` has made.
+        counts: how many images each split has.
+
+    Raises:
+        ValueError: it is something else, has other numbers of images, or would unpack to more than ``MOST_BYTES``.
+    """
+    try:
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            names = {split: [f"{split}.{name}.npy" for name in Samples._fields] for split in counts}
+            claimed = sum(archive.getinfo(name).file_size for own in names.values() for name in own)
+            if claimed > MOST_BYTES:
+                raise ValueError(f"its samples claim {claimed:,} bytes, more than the {MOST_BYTES:,} that are read")
+            return {
+                split: Samples(*(_read_array(archive, name, counts[split]) for name in own))
+                for split, own in names.items()
+            }
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"its samples are no arrays: {error}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
+    """An array of ``count`` values; what the file says about its shape decides nothing about how much is read."""
+    with archive.open(name) as file:
+        shape, fortran, dtype = _read_header(file)
+        if len(shape) != 1 or fortran or dtype.hasobject or not dtype.itemsize:
+            raise ValueError(f"{name} is no row of values")
+        if shape[0] != count:
+            raise ValueError(f"its {name.split('.')[0]} shards hold {count:,} images and {shape[0]:,} are listed")
+        wanted = count * dtype.itemsize
+        values = bytearray(file.read(wanted))
+    if len(values) != wanted:
+        raise ValueError(f"{name} breaks off after {len(values):,} of {wanted:,} bytes")
+    return np.frombuffer(values, dtype) if count else np.empty(0, dtype)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("its arrays are of another version of NumPy's format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_MOST_HEADER)
+    return shape, fortran, dtype

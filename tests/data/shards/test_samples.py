@@ -1,0 +1,81 @@
+"""The arrays of an index are unpacked to what they say they are, and to no more."""
+
+import io
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from rld_lightning.data.shards import samples as module
+from rld_lightning.data.shards.samples import Samples, pack_samples, unpack_samples
+
+COUNTS = {"train": 5, "test": 0}
+
+
+def listed(count):
+    whole = np.arange(count, dtype=np.int64)
+    return Samples(whole, whole + 1, whole % 2, np.array([f"{i}.JPEG" for i in range(count)], dtype="S"))
+
+
+def content(**changes):
+    """A file as it is written, with other bytes for some of its arrays."""
+    packed = pack_samples({split: listed(count) for split, count in COUNTS.items()})
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        arrays = {name: archive.read(name) for name in archive.namelist()}
+    arrays |= {f"train.{name}.npy": value for name, value in changes.items()}
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in arrays.items():
+            if value is not None:
+                archive.writestr(name, value)
+    return buffer.getvalue()
+
+
+def npy(values, shape=None):
+    np.save(buffer := io.BytesIO(), values, allow_pickle=True)
+    return buffer.getvalue() if shape is None else buffer.getvalue().replace(b"(5,)", shape)
+
+
+def test_what_is_packed_is_unpacked():
+    found = unpack_samples(content(), COUNTS)
+    for split, count in COUNTS.items():
+        for values, expected in zip(found[split], listed(count), strict=True):
+            assert np.array_equal(values, expected)
+            assert values.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts", "words"),
+    [
+        ({"offset": npy(np.zeros(10**7, np.int64))}, COUNTS, "hold 5 images and 10,000,000 are listed"),
+        ({"offset": npy(np.zeros(10**7, np.int64))}, {"train": 10**12, "test": 0}, "10,000,000 are listed"),
+        ({"size": npy(np.zeros(5, np.int64), b"(10**12,)")}, COUNTS, "rld|malformed|header|shape"),
+        ({"size": npy(np.zeros(5, np.int64))[:-8]}, COUNTS, "breaks off after 32 of 40 bytes"),
+        ({"size": npy(np.zeros((5, 10**6), np.int8))}, COUNTS, "is no row of values"),
+        ({"label": npy(np.array([{}] * 5, object))}, COUNTS, "is no row of values"),
+        ({"label": b"\x93NUMPY\x02\x00"}, COUNTS, "another version"),
+        ({"label": b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535}, COUNTS, "larger than|malformed|header"),
+        ({"member": None}, COUNTS, "its samples are no arrays"),
+    ],
+)
+def test_what_is_no_list_of_images_is_refused_before_it_is_unpacked(changes, counts, words):
+    packed = content(**changes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=words):
+            unpack_samples(packed, counts)
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_claims_too_much_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr(module, "MOST_BYTES", 500)
+    with pytest.raises(ValueError, match=r"its samples claim [\d,]+ bytes, more than the 500 that are read"):
+        unpack_samples(content(), COUNTS)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"PK", content()[:-30], content().replace(b"train.size", b"train.sise")])
+def test_what_is_no_archive_is_refused(damaged):
+    with pytest.raises(ValueError, match="its samples are no arrays"):
+        unpack_samples(damaged, COUNTS)
