@@ -25,12 +25,14 @@ class Known(NamedTuple):
         losses: options of the losses by name, as Hydra instantiates them, in alphabetical order.
         methods: what each is called, in a few words.
         on_features: those that look into the networks.
+        families: networks by the words of the file that defines them.
     """
 
     models: list[str]
     losses: dict[str, dict[str, Any]]
     methods: dict[str, str]
     on_features: list[str]
+    families: dict[str, list[str]]
 
 
 def known() -> Known:
@@ -61,13 +63,19 @@ def _registered() -> Known:
     from rld_lightning.losses import list_losses, loss_class, loss_options
     from rld_lightning.losses.features import FeatureLoss
     from rld_lightning.models import list_models
+    from rld_lightning.models.registry import REGISTRY
 
+    families: dict[str, list[str]] = {}
+    for name in list_models():
+        words = sys.modules[REGISTRY[name].__module__].__doc__ or "Others"
+        families.setdefault(words.partition("\n")[0].partition(":")[0].rstrip("."), []).append(name)
     names = list_losses()
     return Known(
         models=list_models(),
         losses={name: loss_options(name) for name in names},
         methods={name: loss_class(name).method for name in names},
         on_features=[name for name in names if issubclass(loss_class(name), FeatureLoss)],
+        families=families,
     )
 
 

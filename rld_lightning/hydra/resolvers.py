@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
+from rld_lightning.hydra.help import options_help
 from rld_lightning.hydra.known import known
 from rld_lightning.runs.naming import dataset_name, loss_choice
 
@@ -79,3 +80,4 @@ OmegaConf.register_new_resolver("tuned", tuned, replace=True)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
 OmegaConf.register_new_resolver("dataset_name", dataset_name, replace=True)
 OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)
+OmegaConf.register_new_resolver("options_help", options_help, replace=True)

@@ -11,7 +11,7 @@ from rld_lightning.hydra.known import Known, known
 from rld_lightning.losses import list_losses, loss_options
 from rld_lightning.models import list_models
 
-ANY = Known(["a"], {"b": {"_target_": "c", "alpha": 1.0}}, {"b": "B"}, [])
+ANY = Known(["a"], {"b": {"_target_": "c", "alpha": 1.0}}, {"b": "B"}, [], {})
 
 
 def test_what_is_registered_is_known_and_survives_the_cache():
@@ -19,6 +19,7 @@ def test_what_is_registered_is_known_and_survives_the_cache():
     assert found.models == list_models()
     assert found.losses == {name: loss_options(name) for name in list_losses()}
     assert all(found.methods.values())
+    assert sorted(name for names in found.families.values() for name in names) == sorted(found.models)
     assert {"at", "crd"} <= set(found.on_features) <= set(list_losses()) - {"rld", "kd"}
     saved = json.loads(json.dumps(found.losses))  # lists in the place of tuples, as on a command line
     assert saved == {

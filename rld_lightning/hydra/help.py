@@ -1,0 +1,91 @@
+"""What ``--help`` says about the options: those of a script's groups, networks and losses by family."""
+
+import textwrap
+from collections.abc import Iterable
+from itertools import chain
+
+import yaml
+
+from rld_lightning.hydra.known import Known, known
+from rld_lightning.hydra.options import CONF, list_options
+
+WIDTH = 80
+_INDENT = 4
+_IMAGENET = ("resnet34_to_resnet18", "resnet50_to_mobilenetv1")
+
+
+def options_help(config_name: str) -> str:
+    """The groups of a script, each with its options, in lines of :data:`WIDTH` columns.
+
+    Args:
+        config_name: the script's file in ``conf/``.
+    """
+    registered = known()
+    parts = []
+    for group, default in _groups(config_name).items():
+        options = list_options(group)
+        title = f"{group}={default}" if default else group
+        if group == "model":
+            parts.append("\n".join([title, *_networks(options, registered)]))
+        elif group == "loss":
+            parts.append("\n".join([title, *_losses(options, registered)]))
+        else:
+            parts.append(f"{title}\n{_listed(options)}")
+    return "\n\n".join(parts)
+
+
+def _groups(config_name: str) -> dict[str, str | None]:
+    """The groups that a script's configuration is made of, and what they are by default."""
+    defaults = yaml.safe_load((CONF / f"{config_name}.yaml").read_text())["defaults"]
+    entries = chain.from_iterable(entry.items() for entry in defaults if isinstance(entry, dict))
+    return {group: option for group, option in entries if not group.startswith("override ")}
+
+
+def _networks(options: list[str], registered: Known) -> list[str]:
+    pairs = [name for name in options if "_to_" in name]
+    singles = {name for names in registered.families.values() for name in names}
+    frames = [name for name in options if name not in singles and name not in pairs]
+    families = {
+        "Teacher and student on CIFAR-100": [name for name in pairs if name not in _IMAGENET],
+        "Teacher and student on ImageNet": [name for name in pairs if name in _IMAGENET],
+        "Any by name: model.teacher.name=torchvision/resnet34 model.student.name=...": frames,
+        **registered.families,
+    }
+    return [f"  {family}\n{_listed(names)}" for family, names in families.items()]
+
+
+def _losses(options: list[str], registered: Known) -> list[str]:
+    presets = yaml.safe_load((CONF / "loss_presets.yaml").read_text()) or {}
+    own = registered.methods
+    features = {name for name in own if name in registered.on_features}
+    families = {
+        "On logits": {name: method for name, method in own.items() if name not in features},
+        "On features": {name: method for name, method in own.items() if name in features},
+        "One of these with other values": {
+            name: _values(stated) for name, stated in presets.items() if name not in own
+        },
+        "A sum: loss=[rld,at]": {name: "" for name in options if name not in own and name not in presets},
+    }
+    width = max(map(len, options))
+    lines = []
+    for family, losses in families.items():
+        lines.append(f"  {family}")
+        room = WIDTH - _INDENT - width - 2
+        lines += [
+            f"{'':{_INDENT}}{name:{width}}  {textwrap.shorten(words, room, placeholder=' ...')}".rstrip()
+            for name, words in losses.items()
+        ]
+    return lines
+
+
+def _values(stated: dict[str, object]) -> str:
+    """What a preset starts from, and its own values."""
+    values = " ".join(f"{key}={str(value).lower()}" for key, value in stated.items() if key != "of")
+    return f"{stated['of']} {values}".rstrip()
+
+
+def _listed(names: Iterable[str]) -> str:
+    indent = " " * _INDENT
+    return textwrap.fill(
+        ", ".join(names), WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
