@@ -127,11 +127,22 @@ def randaugment_image(image: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Stretches each channel to 0..255; a channel of one value stays."""
-    low, high = images.flatten(1, 2).aminmax(dim=1)
-    low, high = low[:, None, None].int(), high[:, None, None].int()
-    stretched = (images - low) * 255 // (high - low).clamp(min=1)
-    return torch.where(high > low, stretched, images).byte()
+    """Stretches each channel to 0..255; a channel of one value stays.
+
+    Pillow computes a table in floats of 64 bits, which now and then falls short of a whole number; so does this one.
+    """
+    low, high = (x.double() for x in _on_float64(torch.stack(images.flatten(1, 2).aminmax(dim=1))).unsqueeze(-1))
+    values = torch.arange(256, device=low.device, dtype=torch.float64)
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / x is 255 times a rounded reciprocal
+    stretched = (values * scale + -low * scale).clamp(0, 255)
+    table = torch.where(high > low, stretched, values).byte().to(images.device)
+    channels = 256 * torch.arange(table.shape[0] * table.shape[1], device=images.device)
+    bins = channels.view(len(images), 1, 1, -1) + images
+    return table.view(-1).index_select(0, bins.view(-1)).view(images.shape)
+
+
+def _on_float64(values: Tensor) -> Tensor:
+    return values.cpu() if values.device.type == "mps" else values  # Apple's GPUs have no such floats
 
 
 def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
