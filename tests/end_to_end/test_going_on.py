@@ -1,0 +1,167 @@
+"""Runs that are ended anywhere and go on with the same command are those that never stopped."""
+
+import csv
+import json
+
+import pytest
+import torch
+from helpers.configs import compose
+from safetensors.torch import load_file, save_file
+
+from rld_lightning import create_model
+from rld_lightning.errors import UserError
+from rld_lightning.tasks.fit import fit
+
+PAIR = ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=kd")
+SHORT = ("recipe=quick", "recipe.epochs=2", "trainer.limit_train_batches=5", "trainer.limit_val_batches=1")
+
+
+class Killed(BaseException):
+    """Ends a run as nothing that it catches does."""
+
+
+def run(folder, *overrides):
+    teacher = ("model.teacher.weights=auto", f"paths.teachers={folder.parent / 'teachers'}")
+    options = ("data=digits", *PAIR, *teacher, *SHORT, "callbacks.progress=null", "print_config=false", "trainer=cpu")
+    cfg = compose(*options, "trainer.precision=32-true", *overrides, resolve=False)
+    cfg.paths.run = str(folder)
+    return fit(cfg)
+
+
+def killed(folder, step, *overrides):
+    """A run that ends after a step, before anything of it is saved."""
+
+    def kill(callback, trainer, *_):
+        if trainer.global_step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rld_lightning.callbacks.Throughput.on_train_batch_end", kill)
+        with pytest.raises(Killed):
+            run(folder, *overrides)
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [
+            {name: value for name, value in row.items() if name != "train/images_per_s"} for row in csv.DictReader(file)
+        ]
+
+
+def check(folder, whole, *others):
+    ours, theirs = (load_file(f / "student.safetensors") for f in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert rows(folder) == rows(whole)
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, whole))
+    for name in ("run", "images_per_s", "seconds", "peak_memory_gb", *others):
+        assert ours.pop(name, 0) is not None
+        assert theirs.pop(name, 0) is not None
+    assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that never stopped; of a teacher that has learned nothing."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    (folder / "teachers" / "digits").mkdir(parents=True)
+    save_file(create_model("resnet8", 10).state_dict(), folder / "teachers" / "digits" / "resnet8.safetensors")
+    run(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def folder(whole):
+    """A folder beside it, with the same teacher."""
+    return whole.parent / f"run{len(list(whole.parent.iterdir()))}"
+
+
+EVERY_STEP = "callbacks.checkpoint_last.steps=1"
+
+
+@pytest.mark.parametrize("step", [pytest.param(s, marks=() if s == 8 else pytest.mark.slow) for s in range(2, 11)])
+def test_a_run_that_is_killed_after_a_step_goes_on_with_it(folder, whole, step):
+    killed(folder, step, EVERY_STEP)
+    run(folder, EVERY_STEP, f"resume={folder}")
+    check(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(folder, whole, capsys):
+    killed(folder, 3)
+    run(folder, f"resume={folder}/last.ckpt")
+    assert "no checkpoint" in capsys.readouterr().out
+    check(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("rld_lightning.tasks.results.save_weights", 1),
+        ("rld_lightning.runs.summary.Summary.write", 1),
+        ("rld_lightning.callbacks.MetricsFile.save", 3),  # validation, epoch, ...
+        ("rld_lightning.callbacks.MetricsFile.save", 4),
+        ("rld_lightning.callbacks.MetricsFile.finalize", 1),
+    ],
+)
+def test_a_run_that_is_killed_at_its_end_loses_nothing(folder, whole, monkeypatch, capsys, place, count):
+    calls = []
+
+    def kill(*_, **__):
+        calls.append(1)
+        if len(calls) == count:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, kill)
+        with pytest.raises(Killed):
+            run(folder)
+    run(folder, f"resume={folder}")
+    if "results" in place:
+        assert "nothing is left to train: all 2 epochs are trained" in capsys.readouterr().out
+    check(folder, whole)
+
+
+def test_a_finished_run_that_goes_on_elsewhere_leaves_all_that_it_has(folder, whole):
+    run(folder, f"resume={whole}")
+    check(folder, whole)
+    assert {path.name for path in folder.iterdir()} >= {"last.ckpt", "best.ckpt", "metrics.csv", "curves.png"}
+    assert rows(folder) == rows(whole)
+    with pytest.raises(UserError, match="its schedule ends with the run"):
+        run(folder, f"resume={folder}", "recipe.epochs=3")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_was_killed_in_its_first_epoch_is_trained_again(tmp_path):
+    first = "model.teacher.weights=fit"
+    run(tmp_path / "whole", first)
+    assert not list((tmp_path / "teachers").rglob("*.safetensors"))  # after a few batches it is for its run alone
+    killed(tmp_path / "run", 3, first)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    run(tmp_path / "run", first, f"resume={tmp_path / 'run'}")
+    check(tmp_path / "run", tmp_path / "whole", "teacher_sha256")
+
+
+@pytest.mark.slow
+def test_more_epochs_of_a_schedule_of_steps(whole, folder):
+    steps = ("recipe=cifar240", "trainer.limit_train_batches=5", "trainer.limit_val_batches=1")
+    other = folder.with_name(f"{folder.name}-whole")
+    run(other, *steps, "recipe.epochs=3")
+    run(folder, *steps, "recipe.epochs=1")
+    run(folder, *steps, "recipe.epochs=3", f"resume={folder}")
+    check(folder, other)
+
+
+@pytest.mark.slow
+def test_more_time(whole, folder, capsys):
+    time = "trainer.max_time=00:00:00:{}".format
+    options = ("recipe.epochs=40", EVERY_STEP)
+    other = folder.with_name(f"{folder.name}-whole")
+    run(other, *options)
+    run(folder, *options, time("02"))
+    capsys.readouterr()
+    assert run(folder, *options, time("02"), f"resume={folder}").steps < 200
+    assert "nothing is left to train: the time (trainer.max_time) is over" in capsys.readouterr().out
+    run(folder, *options, "trainer.max_time=01:00:00:00", f"resume={folder}")
+    check(folder, other)
