@@ -1,11 +1,13 @@
 """What a run prints: the configuration as a tree, one line a part, a table at the end."""
 
 import logging
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -17,6 +19,8 @@ from rld_lightning.distributed import rank_zero_only
 from rld_lightning.redact import redact, redact_text
 
 console = Console(highlight=False)
+_copies: list[TextIO] = []  # files that get what is printed, see `printed_to`
+_WIDE = 1000  # columns of what is cropped at the console's width, and is there to be copied
 
 # Said by a run's own lines, or by design: checkpoints, metrics and configuration share the run folder, and what is
 # logged at the end of an epoch is already the same on all ranks.
@@ -52,14 +56,48 @@ def quiet_lightning() -> None:
     )
 
 
+@contextmanager
+def printed_to(path: Path) -> Iterator[None]:
+    """Adds to a file what rank 0 prints, what Lightning tells, and what ends this, if it is an error.
+
+    Args:
+        path: the file, in a folder that is there.
+    """
+    if vars(rank_zero_only)["rank"]:
+        yield
+        return
+    with path.open("a", buffering=1) as file:
+        handler = logging.StreamHandler(file)
+        lightning = logging.getLogger("lightning.pytorch")
+        _copies.append(file)
+        lightning.addHandler(handler)
+        try:
+            yield
+        except BaseException as error:
+            kind = type(error).__name__
+            whole = isinstance(error, Exception) and kind != "UserError"  # which is a sentence
+            text = traceback.format_exc() if whole else f"error: {error}" if str(error) else kind
+            file.write(f"{redact_text(text.rstrip())}\n")
+            raise
+        finally:
+            lightning.removeHandler(handler)
+            _copies.remove(file)
+
+
+def _say(*objects: Any, width: int | None = None, **options: Any) -> None:
+    (console if width is None else Console(width=width, highlight=False)).print(*objects, **options)
+    for file in _copies:
+        copy = Console(file=file, width=width or 120, highlight=False, color_system=None)
+        copy.print(*objects, **options)
+
+
 @rank_zero_only
 def print_config(cfg: DictConfig) -> None:
     """Prints the resolved configuration as a tree, without secrets."""
     tree = Tree("[bold]configuration")
     values: Any = redact(OmegaConf.to_container(cfg, resolve=True))
     _grow(tree, values)
-    # A tree is cropped at the console's width, and paths are there to be copied.
-    Console(width=1000, highlight=False).print(tree)
+    _say(tree, width=_WIDE)
 
 
 def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
@@ -73,19 +111,19 @@ def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
 @rank_zero_only
 def print_line(name: str, text: str) -> None:
     """Prints one line about a part of the run: ``name`` in a column of its own."""
-    console.print(f"[bold]{name:>8}[/]  {escape(redact_text(text))}", soft_wrap=True)
+    _say(f"[bold]{name:>8}[/]  {escape(redact_text(text))}", soft_wrap=True)
 
 
 def print_error(text: str) -> None:
     """Prints what is wrong, for a user to put right; from whatever process has found it."""
-    console.print(f"[bold red]error:[/] {escape(redact_text(text))}", soft_wrap=True)
+    _say(f"[bold red]error:[/] {escape(redact_text(text))}", soft_wrap=True)
 
 
 @rank_zero_only
 def print_files(folder: Path, files: Mapping[str, str]) -> None:
     """Prints the files that a run has left in its folder, each with what it holds."""
     for file, what in files.items():
-        console.print(f"  {escape(str(folder / file))}  [dim]{what}", soft_wrap=True)
+        _say(f"  {escape(str(folder / file))}  [dim]{what}", soft_wrap=True)
 
 
 @rank_zero_only
@@ -96,8 +134,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    console.print(f"\n[bold]{escape(title)}", soft_wrap=True)
-    console.print(table)
+    _say(f"\n[bold]{escape(title)}", soft_wrap=True)
+    _say(table)
 
 
 def _cell(value: object) -> str:

@@ -1,5 +1,6 @@
 """Where a run stands, so that it goes on from any step as if it had never stopped."""
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def position(trainer: Trainer) -> Position:
 class ExactResume(Callback):
     """Writes into each checkpoint where the run stands, in the way that Lightning's loops go on from exactly.
 
-    And the rows of ``metrics.csv`` up to there.
+    And the rows of ``metrics.csv`` up to there, and the time that they took.
 
     Left to themselves, these skip the rest of an epoch that ``max_steps``, ``max_time`` or a signal has cut short, take
     its batches for those of the next one, and forget a validation that was due. Everything else that an epoch has
@@ -53,6 +54,25 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self.began: int | None = None
+        self._earlier, self._since = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, with what came before the checkpoint that it goes on from."""
+        return self._earlier + time.monotonic() - self._since
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts the clock."""
+        if stage == "fit":
+            self._since = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adds what came before."""
+        self._earlier = float(state_dict["seconds"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewrites the progress of the loops, and adds the rows."""

@@ -20,11 +20,17 @@ class Throughput(Callback):
         self.window = window
         self.seconds, self.images, self.pending = 0.0, 0, 0
         self.since: float | None = None
+        self.paused = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of an epoch; where a run goes on within one, it goes on."""
         self.seconds, self.images, self.pending = 0.0, 0, 0
-        self.since = None
+        self.since, self.paused = None, False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock again after a checkpoint."""
+        if self.paused:
+            self.since, self.paused = _now(trainer), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -36,10 +42,7 @@ class Throughput(Callback):
         self.pending += len(batch.label) * trainer.world_size
         if (batch_idx + 1) % self.window and batch_idx + 1 < trainer.num_training_batches:
             return
-        now = _now(trainer)
-        self.seconds += now - self.since
-        self.images += self.pending
-        self.since, self.pending = now, 0
+        self._read(trainer)
         pl_module.log("images/s", self.images / self.seconds, prog_bar=True, logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,9 +50,18 @@ class Throughput(Callback):
         if self.seconds:
             pl_module.log("train/images_per_s", self.images / self.seconds)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the epoch has counted so far."""
-        return {"seconds": self.seconds, "images": self.images}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stops the clock until the next step, and adds what the epoch has counted so far."""
+        self._read(trainer)
+        self.since, self.paused = None, self.since is not None
+        checkpoint["callbacks"][self.state_key] = {"seconds": self.seconds, "images": self.images}
+
+    def _read(self, trainer: Trainer) -> None:
+        if self.pending and self.since is not None:
+            now = _now(trainer)
+            self.seconds += now - self.since
+            self.images += self.pending
+            self.since, self.pending = now, 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""

@@ -15,6 +15,7 @@ _LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
 CONFIG = "config.yaml"  # resolved
 ENVIRONMENT = "environment.json"  # versions and hardware
 SUMMARY = "summary.json"  # what a finished run came to
+LOG = "fit.log"  # what was printed
 METRICS = "metrics.csv"  # what was logged, one row an epoch
 CLASSES = "classes.csv"  # accuracy of each class
 CONFUSION = "confusion.csv"  # how many images of a class were taken for which

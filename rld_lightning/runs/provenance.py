@@ -1,35 +1,45 @@
-"""With what a run was made: its configuration, versions and hardware."""
+"""With what a run was made: its configuration, command, versions and hardware."""
 
 import json
+import os
 import platform
 import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.redact import redact
+from rld_lightning.redact import redact, redact_command
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT
 from rld_lightning.whole import write_whole
+
+_COMMAND = "RLD_LIGHTNING_COMMAND"  # for the processes of a run
+_PACKAGES = ("rld-lightning", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy")
 
 
 @rank_zero_only
 def write_provenance(run: Path, cfg: DictConfig) -> None:
-    """Leaves the resolved configuration, without secrets, and the versions that the run used."""
+    """Leaves the resolved configuration, without secrets, and the command, versions and hardware of the run."""
     values = redact(OmegaConf.to_container(cfg, resolve=True))
     write_whole(run / CONFIG, OmegaConf.to_yaml(OmegaConf.create(values)).encode())
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment: dict[str, Any] = {
+        "command": command(),
+        "commit": _commit(Path(__file__).parents[2]),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        **{package.replace("-", "_"): _version(package) for package in _PACKAGES},
+        "torch": torch.__version__,  # with what it was built for
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     write_whole(run / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
 
@@ -39,3 +49,29 @@ def processor_name() -> str:
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()
+
+
+def command() -> str:
+    """The command line of the run, without secrets; of the process that has started this one, if one has."""
+    return os.environ.setdefault(_COMMAND, shlex.join(redact_command(["python", *sys.argv])))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(checkout: Path) -> str | None:
+    """What is checked out, with ``+`` where files have changed since; None where the package is installed elsewhere."""
+    if not (checkout / ".git").exists():
+        return None
+    git = ("git", "-C", str(checkout))
+    try:
+        head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, timeout=5, check=True)
+        files = (*git, "status", "--porcelain", "--untracked-files=no")
+        changed = subprocess.run(files, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, somebody else's checkout, a slow disk
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

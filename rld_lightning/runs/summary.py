@@ -28,6 +28,8 @@ class Summary:
         scheduled_steps: how many the recipe's epochs take on all batches; likewise.
         fast_dev_run: whether it was only to show that everything works, which is no result.
         teacher_sha256: of the file of the teacher; None without one, and likewise.
+        seconds: how long training took, validation included, over all attempts; likewise.
+        peak_memory_gb: the most memory that the first process had in use, of its GPU where it has one; likewise.
     """
 
     model: str
@@ -55,6 +57,8 @@ class Summary:
     scheduled_steps: int | None = None
     fast_dev_run: bool = False
     teacher_sha256: str | None = None
+    seconds: float | None = None
+    peak_memory_gb: float | None = None
 
     @property
     def validated_on(self) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 
 from rld_lightning.callbacks import Diverged
-from rld_lightning.console import print_config, print_line
+from rld_lightning.console import print_config, print_line, printed_to
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import started_by
 from rld_lightning.errors import disk_errors, user_errors
@@ -23,11 +23,11 @@ from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.files import LAST, STUDENT, SUMMARY, TEACHER
+from rld_lightning.runs.files import LAST, LOG, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.likeness import changed_settings, changes
 from rld_lightning.runs.naming import class_name, loss_name
-from rld_lightning.runs.provenance import write_provenance
+from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.build import build_module, build_trainer, set_up, watch_own
 from rld_lightning.tasks.checks import check_loss, check_mixtures, check_network, check_start, check_trainer
@@ -89,7 +89,8 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             scale_lr_from=cfg.recipe.get("scale_lr_from"),
             scheduler_interval=cfg.recipe.scheduler_interval,
         )
-    with locked(plan.run), disk_errors():
+    command()  # which processes that are started here inherit
+    with locked(plan.run), disk_errors(), printed_to(plan.run / LOG):
         with user_errors():
             plan = replace(plan, before=check_start(plan, cfg))  # one sentence is better early than from all ranks
         if plan.processes > 1:

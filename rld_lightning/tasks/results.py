@@ -1,11 +1,14 @@
 """What a run came to, what it leaves behind, and what it prints at its end."""
 
+import sys
 from math import ceil
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from rld_lightning.callbacks import ExactResume
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
@@ -17,6 +20,7 @@ from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
 from rld_lightning.runs.metrics import Row, read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.plan import Plan
+from rld_lightning.tasks.watch import duration
 from rld_lightning.tracking import wandb_facts
 
 
@@ -74,9 +78,27 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         split_images=images if all_batches else data.val_size,  # without those that cannot be read
         steps=trainer.global_step,
         scheduled_steps=_scheduled_steps(trainer, data),
+        seconds=_seconds(trainer),
+        peak_memory_gb=_peak_memory(trainer.strategy.root_device),
         fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # which Lightning does not declare
         teacher_sha256=plan.teacher.sha256 if plan.teacher is not None else None,
     )
+
+
+def _seconds(trainer: Trainer) -> float | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
+    return next((callback.seconds for callback in callbacks if isinstance(callback, ExactResume)), None)
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """The most memory that this process had in use so far, in GB: of its GPU, or else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
+    import resource  # of Unix
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _last_row(run: Path) -> Row:
@@ -129,6 +151,8 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         ("teacher top-1", f"{summary.teacher_top1:.2f} %" if summary.teacher_top1 is not None else None),
         ("agreement with teacher", f"{summary.agreement:.2f} %" if summary.agreement is not None else None),
         ("training speed", f"{summary.images_per_s:,.0f} images/s" if summary.images_per_s else None),
+        ("duration", duration(summary.seconds) if summary.seconds else None),
+        ("peak memory", f"{summary.peak_memory_gb:.2f} GB" if summary.peak_memory_gb else None),
     ]
     print_table(
         f"{summary.model}{teacher}, {summary.loss}, {summary.dataset} (validated on {summary.validated_on})",

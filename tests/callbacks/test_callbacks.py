@@ -159,10 +159,22 @@ class Clock(Callback):
         self.now += 60
 
 
-@pytest.mark.parametrize("window", [1, 5, 100])
-def test_throughput_counts_training_steps_only(tmp_path, monkeypatch, window):
+class Saves(Callback):
+    """Saves after a few steps, which takes a minute each time."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx in (2, 3, 7):
+            trainer.save_checkpoint(trainer.default_root_dir + "/some.ckpt")
+            self.clock.now += 60
+
+
+@pytest.mark.parametrize(("window", "saves"), [(1, False), (5, False), (100, False), (5, True)])
+def test_throughput_counts_training_steps_only(tmp_path, monkeypatch, window, saves):
     clock = Clock()
     monkeypatch.setattr("rld_lightning.callbacks.throughput._now", lambda trainer: clock.now)
-    trainer, _ = run(tmp_path, clock, Throughput(window))
+    trainer, _ = run(tmp_path, Throughput(window), clock, *([Saves(clock)] if saves else []))
     # 1,437 images in steps of 128: eleven timed steps, ten of them whole and the last of 29.
     assert trainer.callback_metrics["train/images_per_s"].item() == pytest.approx((10 * 128 + 29) / 1.1, rel=1e-5)
