@@ -46,7 +46,9 @@ def check_parts(cfg: DictConfig) -> None:
     """
     groups = {group: cfg.get(group) or {} for group in ("callbacks", "logger")}
     parts = {f"{group}.{name}": part for group, node in groups.items() for name, part in node.items()}
-    _refuse({"trainer": cfg.trainer, "data": cfg.data} | parts)
+    trainer = cast(dict[str, Any], OmegaConf.to_container(cfg.trainer, resolve=True))
+    chosen = {name: value for name, value in trainer.items() if value is not None}  # null leaves it to Lightning
+    _refuse({"trainer": chosen, "data": cfg.data} | parts)
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:

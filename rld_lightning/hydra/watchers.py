@@ -1,0 +1,39 @@
+"""Callbacks that cannot do what they are for in a run of this package; told before anything is imported."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rld_lightning.errors import UserError, did_you_mean
+
+# What is logged whatever the loss and whoever watches; other names of train/ and stats/ are the loss's own.
+LOGGED = ("val/top1", "val/ce", "val/top5", "val/top1_best", "train/loss", "train/top1", "train/top5")
+_OTHERS = r"(train|stats)/.+|val/(teacher_top1|agreement|top1_teacher_wrong)|images/s|loss"
+_FINDERS = {"LearningRateFinder": "recipe.optimizer.lr", "BatchSizeFinder": "recipe.batch_size"}
+
+
+def check_watchers(cfg: DictConfig) -> None:
+    """Looks whether callbacks watch what is logged, and do not look for attributes that the module does not have.
+
+    Raises:
+        UserError: a sentence for each that does.
+    """
+    callbacks: Mapping[str, Any] = cfg.get("callbacks") or {}
+    nodes = {name: node for name, node in callbacks.items() if isinstance(node, Mapping)}
+    if faults := [fault for name, node in nodes.items() for fault in _faults(f"callbacks.{name}", node)]:
+        raise UserError("\n".join(faults))
+
+
+def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
+    kind = str(node.get("_target_", "")).rpartition(".")[2]
+    if option := _FINDERS.get(kind):
+        yield (
+            f"{key}: {kind} changes an attribute of the module while it tries values, and here {option} is part of the "
+            f"configuration, on which schedules and run folders rely; try some values instead, -m {option}=..."
+        )
+    monitor = node.get("monitor")
+    if isinstance(monitor, str) and monitor not in LOGGED and not re.fullmatch(_OTHERS, monitor):
+        meant = did_you_mean(monitor, LOGGED)
+        yield f"{key}.monitor={monitor} is not logged; choose one of {', '.join(LOGGED)}.{meant}"
