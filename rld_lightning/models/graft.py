@@ -93,7 +93,9 @@ def graft(student: nn.Module, teacher: nn.Module) -> GraftedStudent:
         ValueError: see :class:`GraftedStudent`; the same of the teacher's classifier.
     """
     like = next(student.parameters())
-    return GraftedStudent(student, deepcopy(classifier_of(teacher)).train()).to(like)
+    classifier = deepcopy(classifier_of(teacher)).train()
+    classifier.__class__ = nn.Linear  # a frozen teacher's is not reached by autocast, the student's is
+    return GraftedStudent(student, classifier).to(like)
 
 
 def _channels_before(stages: Stages, network: nn.Module) -> int:

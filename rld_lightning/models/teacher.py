@@ -32,7 +32,8 @@ class FrozenTeacher(nn.Module):
         model: the trained model, which maps images to logits.
         dtype: what the teacher computes in, as a dtype or its name. It is then kept through ``.half()``,
             ``.to(dtype)`` and the like, and autocast does not reach the teacher. ``None`` leaves the model as it is and
-            follows autocast.
+            follows autocast, up to the last linear layer, which makes the logits in float32: in bfloat16 several
+            classes would often have the same one, and methods that compare them would take a side by chance.
         channels_last: keep weights and images in channels-last layout.
         fuse: fold every BatchNorm that follows a convolution into it; the logits are the same up to rounding, and
             features can no longer be tapped. It pays together with ``channels_last``, and adds nothing to
@@ -64,11 +65,15 @@ class FrozenTeacher(nn.Module):
         self.dtype = _parse_dtype(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         model.eval()
+        last = _last_linear(model)
         executed = fuse_conv_bn(model) if fuse else model
         self.fused = executed is not model
         self.model = executed.to(memory_format=self.memory_format)
         if self.dtype is not None:
             self.model = self.model.to(dtype=self.dtype)
+        elif last is not None:  # of another class, not wrapped, so that its weights keep their keys
+            last.__class__ = WholeLinear
+        self.exact_logits = self.dtype is None and last is not None
         self.relook = relook
         self.table: LogitsTable | None = None
         self.train()
@@ -165,6 +170,25 @@ class FrozenTeacher(nn.Module):
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 
         return super()._apply(keep_dtype if self.dtype else fn, recurse)
+
+
+class WholeLinear(nn.Linear):
+    """A linear layer that autocast does not reach: it computes in the type of its weights, or a wider one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(*, D)`` to ``(*, K)``."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
+
+
+def _last_linear(model: nn.Module) -> nn.Linear | None:
+    """The last plain linear layer, plain again where the model has been a teacher before."""
+    layers: list[nn.Linear] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    plain = [layer for layer in layers if type(layer) in (nn.Linear, WholeLinear)]
+    if not plain:
+        return None
+    plain[-1].__class__ = nn.Linear
+    return plain[-1]
 
 
 def hold_outside(module: nn.Module, name: str, value: nn.Module | None) -> None:

@@ -97,6 +97,7 @@ def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, traine
         "network": canonical_name(planned.name),
         "look": None if look is None else [look.scale.flatten().tolist(), look.shift.flatten().tolist()],
         "precision": str(teacher.dtype or trainer.precision),
+        "exact_logits": teacher.exact_logits,
         "stored": planned.cache_dtype,
     }
     return table_key(teacher.model.state_dict(), facts)

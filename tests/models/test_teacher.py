@@ -8,8 +8,8 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
-from rld_lightning.models.factory import create_model
-from rld_lightning.models.teacher import FrozenTeacher, fuse_conv_bn, hold_outside
+from rld_lightning.models.factory import create_model, list_models
+from rld_lightning.models.teacher import FrozenTeacher, _last_linear, fuse_conv_bn, hold_outside
 
 
 def trained(name="resnet8", classes=10):
@@ -153,6 +153,31 @@ def test_autocast_reaches_only_a_teacher_without_own_dtype(images):
     assert features["layer1.0.conv1"].dtype is torch.bfloat16
     assert following.dtype is torch.float32
     assert not torch.equal(following, expected)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_logits_under_autocast_are_not_rounded_to_bfloat16(images, fuse):
+    images = images.repeat(64, 1, 1, 1) + 0.1 * torch.randn(128, 3, 32, 32)
+    model = trained("wrn16_1", 100).eval()
+    expected, _ = FrozenTeacher(copy.deepcopy(model), dtype="float64")(images)
+    ties = {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = copy.deepcopy(model)(images).float()
+        logits, _ = FrozenTeacher(model, fuse=fuse)(images)
+    for name, values in {"rounded": rounded, "teacher": logits}.items():
+        ties[name] = sum(len(row) - len(row.unique()) for row in values)
+    assert ties["rounded"] > 300
+    assert ties["teacher"] <= 2
+    assert (logits - expected).abs().mean() < 0.9 * (rounded - expected).abs().mean()
+    assert list(model.state_dict()) == list(trained("wrn16_1", 100).state_dict())
+    assert torch.equal(FrozenTeacher(copy.deepcopy(model))(images)[0], copy.deepcopy(model)(images))
+
+
+@pytest.mark.parametrize("name", [*list_models(), "torchvision/efficientnet_b0", "torchvision/swin_t"])
+def test_the_last_linear_layer_makes_the_logits(name):
+    with torch.device("meta"):
+        layer = _last_linear(create_model(name, 7))
+    assert layer.out_features == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
