@@ -31,7 +31,8 @@ def write_whole(path: Path, content: bytes | bytearray | memoryview, *, previous
         OSError: it cannot be written, or is not what was written; what was there is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
+    for written in (path, previous) if previous is not None else (path,):
+        remove_leftovers(written)
     temporary = _temporary(path)
     try:
         # Made with the usual rights of a new file, which those of `tempfile` do not have.

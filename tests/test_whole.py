@@ -100,3 +100,14 @@ def test_of_two_writers_one_wins(tmp_path):
         assert len(set(content)) == 1
     assert [process.exitcode for process in processes] == [0, 0]
     assert names(tmp_path) == ["a"]
+
+
+def test_a_kill_between_two_names_leaves_nothing_behind(tmp_path):
+    """The previous file has its second name, and not yet its own."""
+    write_whole(tmp_path / "a", b"one", previous=tmp_path / "b")
+    (tmp_path / ".b.0123.tmp").hardlink_to(tmp_path / "a")
+    old = time.time() - 10
+    os.utime(tmp_path / "a", (old, old))
+    write_whole(tmp_path / "a", b"two", previous=tmp_path / "b")
+    assert names(tmp_path) == ["a", "b"]
+    assert (tmp_path / "b").read_bytes() == b"one"
