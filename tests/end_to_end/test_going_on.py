@@ -154,6 +154,21 @@ def test_more_epochs_of_a_schedule_of_steps(whole, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stops", [(7,), (2, 5, 9)])
+def test_two_processes_go_on_within_an_epoch(whole, folder, stops):
+    steps = ("recipe=cifar240", "trainer.limit_train_batches=5", "trainer.limit_val_batches=1", "trainer=ddp_cpu")
+    other = folder.with_name(f"{folder.name}-whole")
+    run(other, *steps, "recipe.epochs=2")
+    resume = ()
+    for stop in (*stops, -1):
+        run(folder, *steps, "recipe.epochs=2", f"trainer.max_steps={stop}", *resume)
+        resume = (f"resume={folder}",)
+    check(folder, other)
+    log = (folder / "fit.log").read_text()
+    assert log.count("training  SGD, learning rate 0.05, batch 64 = 2 x 32 on cpu") == len(stops) + 1
+
+
+@pytest.mark.slow
 def test_more_time(whole, folder, capsys):
     time = "trainer.max_time=00:00:00:{}".format
     options = ("recipe.epochs=40", EVERY_STEP)
