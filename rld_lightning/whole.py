@@ -50,7 +50,8 @@ def write_whole(path: Path, content: bytes | bytearray | memoryview, *, previous
             os.replace(temporary, path)  # noqa: PTH105 -- atomic on every platform
         _sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # which a write does not name
+        if error.errno is not None:
+            error.filename = error.filename or str(path)  # which a write does not name
         raise
     finally:
         temporary.unlink(missing_ok=True)
