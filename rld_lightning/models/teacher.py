@@ -2,8 +2,8 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Self
 
 import torch
@@ -41,9 +41,11 @@ class FrozenTeacher(nn.Module):
         shard: share the weights out over the processes of each machine, for a teacher that does not fit one device;
             :meth:`place` does it. Weights are then in contiguous layout. It cannot be fused.
         relook: takes images to the look that the model was trained with; None where they come in it.
+        batch_statistics: where features are tapped, batch norms normalise by the batch, as in training mode, and keep
+            their running statistics as they are. It cannot be fused.
 
     Raises:
-        ValueError: an unknown dtype, or both ``fuse`` and ``shard``.
+        ValueError: an unknown dtype, or ``fuse`` with ``shard`` or ``batch_statistics``.
     """
 
     def __init__(
@@ -55,13 +57,20 @@ class FrozenTeacher(nn.Module):
         fuse: bool = False,
         shard: bool = False,
         relook: Relook | None = None,
+        batch_statistics: bool = False,
     ) -> None:
         super().__init__()
+        if fuse and batch_statistics:
+            raise ValueError(
+                "a fused teacher has no batch norms; set model.teacher.fuse=false, or "
+                "model.teacher.batch_statistics=false."
+            )
         if fuse and shard:
             raise ValueError(
                 "a fused teacher has no blocks to share out; set model.teacher.fuse=false or model.teacher.shard=false."
             )
         self.shard = shard
+        self.batch_statistics = batch_statistics
         self.dtype = _parse_dtype(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         model.eval()
@@ -124,7 +133,8 @@ class FrozenTeacher(nn.Module):
             self.model.eval()
         own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype else nullcontext()
         # Not inference_mode: the losses save the teacher's outputs for the backward pass, which it forbids.
-        with torch.no_grad(), own_precision:
+        norms = batch_statistics(self.model) if self.batch_statistics and paths else nullcontext()
+        with torch.no_grad(), own_precision, norms:
             if self.relook is not None:
                 images = self.relook(images)
             images = images.to(dtype=self._input_dtype(images), memory_format=self.memory_format)
@@ -199,6 +209,19 @@ def hold_outside(module: nn.Module, name: str, value: nn.Module | None) -> None:
     a plain attribute, which the owner has to move to its device itself.
     """
     object.__setattr__(module, name, value)  # nn.Module's own __setattr__ is what registers submodules
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Has the batch norms of a model in evaluation mode normalise by the batch; running statistics stay as they are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:

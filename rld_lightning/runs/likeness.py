@@ -92,7 +92,12 @@ _TRAINER_DEFAULTS = {
     "trainer.plugins": "None",
 }
 # Likewise of other options that decide; runs of earlier versions do not know them.
-_DEFAULTS = {"data.mixup": "0", "data.cutmix": "0", "loss.label_smoothing": "0"}
+_DEFAULTS = {
+    "data.mixup": "0",
+    "data.cutmix": "0",
+    "loss.label_smoothing": "0",
+    "model.teacher.batch_statistics": "False",
+}
 # Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
 _SYNONYMS = {
     "trainer.precision": {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"},

@@ -126,7 +126,7 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
     if settings is None:
         return None
     look = look_of(settings.get("mean"), settings.get("std"), "model.teacher")
-    options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard")}
+    options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard", "batch_statistics")}
     if settings.cache not in (True, False, "auto"):
         raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false or auto.")
     return Teacher(

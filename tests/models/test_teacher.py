@@ -283,3 +283,21 @@ def test_a_teacher_held_outside_is_no_part_of_its_owner(images):
     owner.teacher(images)
     assert_unchanged(owner.teacher, before)
     assert_frozen(copy.deepcopy(owner).teacher)
+
+
+def test_batch_norms_go_by_the_batch_where_features_are_tapped_and_keep_their_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    images = torch.randn(6, 3, 8, 8)
+    model(images)  # moves the statistics
+    training = copy.deepcopy(model).train()
+    before = copy.deepcopy(model.state_dict())
+    teacher = FrozenTeacher(model, batch_statistics=True)
+    logits, features = teacher(images, ("1",))
+    torch.testing.assert_close(features["1"], training[1](training[0](images)))
+    torch.testing.assert_close(logits, training(images))
+    torch.testing.assert_close(teacher(images)[0], copy.deepcopy(model).eval()(images))
+    assert not teacher(images, ("1",))[0].equal(teacher(images)[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"set model\.teacher\.fuse=false, or model"):
+        FrozenTeacher(model, fuse=True, batch_statistics=True)

@@ -91,7 +91,8 @@ class OFDLoss(FeatureLoss):
     The student's maps go through a convolution and a batch norm each. The teacher runs in evaluation mode, as
     everywhere here: its features are then those of the trained teacher, the same in every batch, and its weights and
     statistics stay as they were. The scripts of the authors and mdistiller leave its batch norms in training mode,
-    which normalises by the batch and moves the running statistics; the gradient of a step differs by about a tenth.
+    which normalises by the batch and moves the running statistics; the gradient of a step differs by about a tenth. A
+    run does so with ``model.teacher.batch_statistics=true``.
 
     Where stage counts differ, the deepest are compared, as in mdistiller, each with its own margin (mdistiller counts
     margins from the shallow end). Refused are networks whose stages do not end in a ReLU (MobileNetV2, timm's) and, as
