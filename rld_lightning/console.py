@@ -30,6 +30,7 @@ _NOISE = (
     "Experiment logs directory .* exists and is not empty.*",
     "Checkpoint directory .* exists and is not empty.*",
     "The number of training batches .* is smaller than the logging interval.*",
+    "The ``compute`` method of metric .* was called before the ``update`` method.*",  # it was restored
     ".*does not have many workers which may be a bottleneck.*",
 )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -20,16 +23,26 @@ if TYPE_CHECKING:  # imported on use: the command line is read without PyTorch
     from torch import Tensor
 
 __all__ = [
+    "JOB",
+    "STOPS",
     "Started",
+    "Stopped",
     "devices_per_node",
     "gathered",
+    "leave",
     "nodes",
     "own_share",
     "rank_zero_only",
-    "sigterm_ends",
+    "requeued",
+    "signals_end",
+    "slurm_job",
     "started_by",
+    "started_here",
+    "stopped_by",
     "unique_name",
 ]
+
+JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that a run starts itself
 
 
 def _rank_before_lightning() -> int:
@@ -55,11 +68,33 @@ def started_by() -> Started | None:
     if "TORCHELASTIC_RUN_ID" in known:
         processes = int(known["WORLD_SIZE"])
         return Started("torchrun", processes, max(1, processes // int(known.get("LOCAL_WORLD_SIZE", processes))))
-    # Interactive shells of SLURM have its variables as well; Lightning goes by their names, too.
-    interactive = known.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if int(known.get("SLURM_NTASKS", "1")) > 1 and not interactive:
+    if int(known.get("SLURM_NTASKS", "1")) > 1 and not _interactive():
         return Started("srun", int(known["SLURM_NTASKS"]), int(known.get("SLURM_NNODES", "1")))
     return None
+
+
+def started_here() -> bool:
+    """Whether this process is one of those that a run has started itself."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
+
+
+def slurm_job() -> str | None:
+    """The job of SLURM that this process belongs to, as ``scontrol`` calls it; None outside of one, or in its shell."""
+    known = os.environ
+    if "SLURM_JOB_ID" not in known or _interactive():
+        return None
+    array = known.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{known['SLURM_ARRAY_TASK_ID']}" if array else known["SLURM_JOB_ID"]
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this job again, after it was put back in the queue."""
+    return slurm_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _interactive() -> bool:
+    """Whether this is a shell of SLURM, which has its variables as well; Lightning goes by their names, too."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def devices_per_node(otherwise: int | str) -> int | str:
@@ -77,15 +112,19 @@ def nodes() -> int:
 def unique_name() -> str:
     """A folder name that no other run has: the time, and four random letters for runs of the same second.
 
-    Processes that ``torchrun`` has started agree on one; those of ``srun`` take the job's and the step's number.
+    Processes that ``torchrun`` has started agree on one. In a job of SLURM it is the job's and the step's number, and
+    where no step was started, a digest of the command: a job that is put back in the queue finds its folder again.
     """
     started = started_by()
-    if started is None or started.processes == 1:
-        return _new_name()
-    if started.by == "srun":
-        job = ".".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-        return f"slurm-{job}"
-    return _agreed_name()
+    if started is not None and started.by == "torchrun" and started.processes > 1:
+        return _agreed_name()
+    known = os.environ
+    if started is not None and started.processes > 1:
+        return f"slurm-{known.get('SLURM_JOB_ID', '0')}.{known.get('SLURM_STEP_ID', '0')}"
+    if started is None and slurm_job() is not None and not (sys.stdin is not None and sys.stdin.isatty()):
+        command = hashlib.sha256("\0".join([str(Path.cwd()), *sys.argv]).encode()).hexdigest()
+        return f"slurm-{known['SLURM_JOB_ID']}.{known.get('SLURM_STEP_ID', 'batch')}-{command[:6]}"
+    return _new_name()
 
 
 def _new_name() -> str:
@@ -139,14 +178,58 @@ def own_share(counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run; the exit status is 128 + its number, as shells have it.
+
+    Attributes:
+        said: whether the user has been told, and how to go on.
+    """
+
+    def __init__(self, number: int, *, said: bool = False) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+        self.said = said
+
+
+def stopped_by(codes: Iterable[int]) -> int | None:
+    """The signal that ended processes with these exit statuses; None where something else ended one."""
+    numbers = {code - 128 for code in codes}
+    return max(numbers) if numbers and numbers <= {*STOPS, signal.SIGUSR1} else None
+
+
 @contextmanager
-def sigterm_ends() -> Iterator[None]:
-    """Lets SIGTERM end this process as Ctrl-C does, and not without the processes that it has started."""
+def signals_end() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end this process as Ctrl-C does, and not without the processes that it has started.
+
+    SIGUSR1, which asks a run that trains to save, is not the end of one that has nothing to save yet.
+    """
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that was forked
+            os._exit(128 + number)
+        raise Stopped(number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # by nohup, say
+            signal.signal(number, end if number != signal.SIGUSR1 else lambda *_: None)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process now: what is written is on its way, and Python would collect its garbage for seconds."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -13,6 +13,7 @@ from rld_lightning.callbacks.own_settings import OwnSettings
 from rld_lightning.callbacks.progress import RunProgress
 from rld_lightning.callbacks.same_configuration import SameConfiguration
 from rld_lightning.callbacks.step_seed import StepSeed
+from rld_lightning.callbacks.stop_signals import StopSignals
 from rld_lightning.callbacks.teacher_monitor import TeacherMonitor
 from rld_lightning.callbacks.throughput import Throughput
 from rld_lightning.callbacks.weight_average import WeightAverage
@@ -32,6 +33,7 @@ __all__ = [
     "RunProgress",
     "SameConfiguration",
     "StepSeed",
+    "StopSignals",
     "TeacherMonitor",
     "Throughput",
     "WeightAverage",

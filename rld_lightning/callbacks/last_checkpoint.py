@@ -54,8 +54,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         ends = (stop and trainer.fit_loop._can_stop_early) or trainer.global_step == trainer.max_steps
         if ends or self._is_time(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._restart(trainer)
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves."""
@@ -67,6 +66,11 @@ class LastCheckpoint(ModelCheckpoint):
         there = trainer.strategy.broadcast((Path(str(self.dirpath)) / LAST).exists())
         if not (there or self._should_skip_saving_checkpoint(trainer)):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves now, in all processes; between two steps of the optimizer."""
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._restart(trainer)
 
     def _restart(self, trainer: Trainer) -> None:
         self._saved = (time.monotonic(), trainer.global_step)

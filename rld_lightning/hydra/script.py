@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rld_lightning.console import print_error, print_line, quiet_lightning
-from rld_lightning.distributed import sigterm_ends
+from rld_lightning.distributed import Stopped, leave, signals_end
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.compose import expand_combined_loss, in_front
 from rld_lightning.hydra.mistakes import check, checked
@@ -27,7 +28,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
     ``overrides`` come before those, which therefore win.
 
-    Exits with 2 and a sentence for each mistake of the user's; ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    Exits with 2 and a sentence for each mistake of the user's; ``HYDRA_FULL_ERROR=1`` shows the traceback instead. On a
+    signal it exits with 128 + its number, and one sentence.
     """
 
     quiet_lightning()
@@ -57,10 +59,13 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
     try:
         _hold_back()
-        with sigterm_ends():  # launchers of trials, too, clear up behind them
+        with signals_end():  # launchers of trials, too, clear up behind them
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        if not stopped.said:
+            print_line("stopped", f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else stopped.signal.name}")
+        leave(128 + stopped.signal)
     except SystemExit as stop:
         if stop.code == 1 and (words := _held()):
             with exit_on_user_error():

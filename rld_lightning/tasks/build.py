@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rld_lightning.callbacks import CheckpointFiles, ExactResume, OwnSettings, SameConfiguration
+from rld_lightning.callbacks import CheckpointFiles, ExactResume, OwnSettings, SameConfiguration, StopSignals
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
@@ -138,4 +138,4 @@ def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     teacher = {} if plan.teacher is None else {"model.teacher.sha256": plan.teacher.sha256}
     shared = changed(cfg, teacher)  # where files lie may differ between machines, what is in them may not
     callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
-    callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan))]
+    callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan)), StopSignals()]

@@ -11,10 +11,10 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 
-from rld_lightning.callbacks import Diverged
+from rld_lightning.callbacks import Diverged, StopSignals
 from rld_lightning.console import print_config, print_line, printed_to
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import started_by
+from rld_lightning.distributed import Stopped, requeued, started_by, started_here
 from rld_lightning.errors import disk_errors, user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.targets import check_parts
@@ -23,6 +23,7 @@ from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.module import DistillationModule
+from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST, LOG, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.likeness import changed_settings, changes
@@ -33,7 +34,7 @@ from rld_lightning.tasks.build import build_module, build_trainer, set_up, watch
 from rld_lightning.tasks.checks import check_loss, check_mixtures, check_network, check_start, check_trainer
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
-from rld_lightning.tasks.processes import processes_to_start, run_in_processes, started_here
+from rld_lightning.tasks.processes import processes_to_start, run_in_processes
 from rld_lightning.tasks.remember import remember_logits
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
@@ -73,7 +74,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
         check_parts(cfg)
         plan = Plan(
             run=Path(cfg.paths.run),
-            resume=find_checkpoint(cfg.resume),
+            resume=find_checkpoint(cfg.resume) or _of_requeued(Path(cfg.paths.run)),
             processes=processes_to_start(cfg.trainer),
             seed=cfg.seed,
             label=cfg.model.label,
@@ -98,6 +99,11 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             return read_summary(plan.run)
         # Where processes were started here, the one that has started them says how to continue.
         return _run(cfg, plan, resume_hint=resume_hint and not started_here())
+
+
+def _of_requeued(run: Path) -> str | None:
+    """The checkpoint of this run, where SLURM has started its job again."""
+    return str(run / LAST) if requeued() and is_there(run / LAST) else None
 
 
 def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None) -> Summary:
@@ -220,13 +226,17 @@ def _describe(cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Train
 def _train(
     plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule, *, resume_hint: bool
 ) -> None:
+    (signals,) = (callback for callback in vars(trainer)["callbacks"] if isinstance(callback, StopSignals))
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
+        with signals.listening():
+            trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
         say_nothing_left(trainer)
     except Diverged:  # which says by itself how to go on
         raise
-    except (Exception, SystemExit):
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         last = plan.run / LAST
         if resume_hint and last.exists():
             print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
+            if isinstance(error, Stopped):
+                error.said = True
         raise

@@ -32,15 +32,14 @@ from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
 from rld_lightning.console import print_line, quiet_lightning
-from rld_lightning.distributed import sigterm_ends, started_by
+from rld_lightning.distributed import JOB, Stopped, leave, signals_end, started_by, stopped_by
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.tasks.trainer import make_trainer
 
-JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that are started here
 POLL = 0.1  # seconds between two looks at the processes
-GRACE = 10.0  # seconds that processes have to end by themselves after Ctrl-C
+GRACE = 20.0  # seconds that processes have to end by themselves after a signal: to the end of a step, and to save
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,6 @@ def processes_to_start(trainer: DictConfig) -> int:
     return probe.num_devices if isinstance(probe.strategy.launcher, _SubprocessScriptLauncher) else 1
 
 
-def started_here() -> bool:
-    """Whether this process is a rank that :func:`run_in_processes` has started."""
-    return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
-
-
 def run_in_processes(
     count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None
 ) -> None:
@@ -111,22 +105,30 @@ def run_in_processes(
 
     Raises:
         UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
-        SystemExit: the run was interrupted, by Ctrl-C (130) or SIGTERM (143); its processes had :data:`GRACE` seconds
-            to leave their results.
+        Stopped: the run was stopped by a signal to this process or to one of its own, which had :data:`GRACE` seconds
+            to save. A second signal ends them at once.
     """
     run = Path(cfg.paths.run).absolute()
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
         command = (sys.executable, "-m", "rld_lightning.tasks.processes", task, str(folder), str(os.getpid()))
-        with sigterm_ends(), _started(command, count, output) as processes:
+        with signals_end(), _started(command, count, output) as processes:
+            stop = None
             try:
                 codes = _wait(processes)
-            except (KeyboardInterrupt, SystemExit) as stop:
-                _interrupt(processes)
-                if hint := resume_hint or _resume_hint(run):
-                    print_line("stopped", f"continue with the same command and {hint}")
-                sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
+                if (number := stopped_by(codes.values())) is not None:  # all of them, or soon
+                    stop = number
+                    _let_end(processes)
+            except (KeyboardInterrupt, Stopped) as signalled:
+                stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
+                print_line("stopping", "after this step, and saving; once more stops it at once")
+                with suppress(KeyboardInterrupt, Stopped):
+                    _interrupt(processes)
+            if stop is not None:
+                hint = resume_hint or _resume_hint(run)
+                print_line("stopped", f"continue with the same command and {hint}" if hint else "nothing was saved yet")
+                raise Stopped(stop, said=True)
             if codes:
                 time.sleep(5 * POLL)  # the rank that failed first may be the last to end
         if codes:
@@ -145,7 +147,9 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": JOB,
     }
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
+    # Ranks that cannot save yet inherit that it is ignored; later it is passed on.
+    before = _on_sigusr1(signal.SIG_IGN)
     try:
         for rank in range(count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -161,8 +165,10 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
                         start_new_session=True,
                     )
                 )
+        _on_sigusr1(lambda *_: _pass_on(processes, signal.SIGUSR1))
         yield processes
     finally:
+        _on_sigusr1(before)
         for process in processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
@@ -180,11 +186,29 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
         time.sleep(POLL)
 
 
+def _on_sigusr1(handler: Any) -> Any:
+    """Sets what is done about SIGUSR1, where Python allows it; returns what was."""
+    main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGUSR1, handler) if main else signal.getsignal(signal.SIGUSR1)
+
+
 def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Passes Ctrl-C on, so that loggers can finish, and waits at most :data:`GRACE` seconds for the end."""
+    """Tells them to stop, whatever signal came, so that they save and loggers finish, and waits for the end.
+
+    By SIGTERM, which ends those that are still importing without a traceback.
+    """
+    _pass_on(processes, signal.SIGTERM)
+    _let_end(processes)
+
+
+def _pass_on(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
     for process in processes:
         if _poll(process) is None:
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, number)
+
+
+def _let_end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Waits until all have ended, at most :data:`GRACE` seconds."""
     until = time.monotonic() + GRACE
     while time.monotonic() < until and any(_poll(process) is None for process in processes):
         time.sleep(POLL)
@@ -279,9 +303,12 @@ def _rank(task: str, folder: Path, parent: int) -> int:
     quiet_lightning()
     try:
         module, function = task.split(":")
-        getattr(importlib.import_module(module), function)(OmegaConf.load(folder / "config.yaml"))
+        with signals_end():
+            getattr(importlib.import_module(module), function)(OmegaConf.load(folder / "config.yaml"))
     except KeyboardInterrupt:
         return 130
+    except Stopped as stop:
+        return int(str(stop.code))
     except UserError as error:
         failure = Failure(str(error), None, time.time())
     except Exception as error:
@@ -304,4 +331,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_rank(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
+    code = _rank(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    if stopped_by([code]) is not None:
+        leave(code)
+    sys.exit(code)

@@ -10,14 +10,13 @@ from omegaconf import DictConfig
 
 from rld_lightning.callbacks import ExactResume
 from rld_lightning.console import print_line
-from rld_lightning.distributed import rank_zero_only
+from rld_lightning.distributed import rank_zero_only, started_here
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.facts import read_facts
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
 from rld_lightning.runs.files import CONFIG, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
 from rld_lightning.runs.likeness import changed_settings, changes, refuse_changes
-from rld_lightning.tasks.processes import started_here
 
 # What a run may change that goes on after it has diverged.
 AGAINST_DIVERGENCE = (

@@ -282,13 +282,14 @@ def test_one_sentence_says_what_ended_a_rank_and_its_workers_end_too(tmp_path, e
     assert all_ended([process for rank in ranks for process in rank])
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted_ranks_leave_their_results(tmp_path, stop, code):
     (tmp_path / "last.ckpt").touch()
     watched = Watched(tmp_path)
     ranks = watched.wait_until_all_run()
     watched.process.send_signal(stop)
-    assert watched.end() == (code, f" stopped  continue with the same command and resume={tmp_path}/last.ckpt\n", "")
+    hint = f" stopped  continue with the same command and resume={tmp_path}/last.ckpt\n"
+    assert watched.end() == (code, f"stopping  after this step, and saving; once more stops it at once\n{hint}", "")
     assert [(tmp_path / f"result_{rank}").exists() for rank in (0, 1)] == [True, True]
     assert all_ended([process for rank in ranks for process in rank])
 

@@ -16,15 +16,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rld_lightning.callbacks import SameConfiguration, same_configuration
-from rld_lightning.distributed import started_by, unique_name
+from rld_lightning.distributed import requeued, started_by, started_here, unique_name
 from rld_lightning.errors import UserError
+from rld_lightning.tasks import fit
 from rld_lightning.tasks import processes as launching
-from rld_lightning.tasks.processes import Failure, processes_to_start, started_here
+from rld_lightning.tasks.processes import Failure, processes_to_start
 
 
 @pytest.fixture(autouse=True)
 def _started_by_nobody(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -108,7 +109,7 @@ def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkey
     assert len({name for names in printed for name in names}) == 1
     assert [len(names) for names in printed] == [2, 2]
     srun(monkeypatch)
-    assert unique_name() == "slurm-71.0.0"
+    assert unique_name() == "slurm-71.0"
 
 
 def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
@@ -144,7 +145,7 @@ def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch
         "import os, signal, sys, time\n"
         "rank = os.environ['RANK']\n"
         f"leave = lambda *_: (open('{tmp_path}/result', 'w').close(), sys.exit(0))\n"
-        "signal.signal(signal.SIGINT, leave if rank == '0' else signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, leave if rank == '0' else signal.SIG_IGN)\n"
         f"open('{tmp_path}/ready_' + rank, 'w').close()\n"
         "time.sleep(100)\n"
     )
@@ -238,6 +239,35 @@ def test_a_rank_can_read_what_the_configuration_calls_and_does_not_import_lightn
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "3 False\n"
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_a_job_of_slurm_that_is_started_again_finds_its_folder(monkeypatch, step):
+    srun(monkeypatch, nodes=1, local=1)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    monkeypatch.setattr(sys, "argv", ["fit.py", "seed=1"])
+    monkeypatch.setattr(sys, "stdin", None)
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+    name = unique_name()
+    assert name.startswith("slurm-71.batch-" if step is None else "slurm-71.3-")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert unique_name() == name
+    assert requeued()
+    monkeypatch.setattr(sys, "argv", ["fit.py", "seed=2"])  # another run of the same job
+    assert unique_name() != name
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # where the same command may be given twice
+    assert not unique_name().startswith("slurm")
+    assert not requeued()
+
+
+def test_a_run_of_a_job_that_is_started_again_goes_on(monkeypatch, tmp_path):
+    srun(monkeypatch)
+    (tmp_path / "last.ckpt").touch()
+    assert fit._of_requeued(tmp_path) is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert fit._of_requeued(tmp_path) == str(tmp_path / "last.ckpt")
+    assert fit._of_requeued(tmp_path / "other") is None
 
 
 def test_only_our_own_ranks_are_started_here(monkeypatch):
