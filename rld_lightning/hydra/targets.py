@@ -3,7 +3,7 @@
 import inspect
 import pydoc
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from importlib import import_module
@@ -38,8 +38,12 @@ def check_recipe_and_loss(cfg: DictConfig) -> None:
     _refuse(settings)
 
 
-def check_parts(cfg: DictConfig) -> None:
+def check_parts(cfg: DictConfig, *, found_later: Collection[str] = ()) -> None:
     """Looks whether trainer, data, callbacks and loggers take what they are given; imports them.
+
+    Args:
+        cfg: the configuration.
+        found_later: options of the data that may be null, because a file of weights says them.
 
     Raises:
         UserError: a sentence for each mistake.
@@ -48,7 +52,9 @@ def check_parts(cfg: DictConfig) -> None:
     parts = {f"{group}.{name}": part for group, node in groups.items() for name, part in node.items()}
     trainer = cast(dict[str, Any], OmegaConf.to_container(cfg.trainer, resolve=True))
     chosen = {name: value for name, value in trainer.items() if value is not None}  # null leaves it to Lightning
-    _refuse({"trainer": chosen, "data": cfg.data} | parts)
+    data = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    data = {name: value for name, value in data.items() if value is not None or name not in found_later}
+    _refuse({"trainer": chosen, "data": data} | parts)
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
     """
     freeze(cfg)
     with user_errors():
-        check_parts(cfg)
+        check_parts(cfg, found_later=ImageDataModule.split_options.values())
         processes = processes_to_start(cfg.trainer)
     if processes > 1:
         run_in_processes(processes, "rld_lightning.tasks.evaluate:evaluate", cfg)
