@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean
 
 from rld_lightning.runs.finished import Run
@@ -29,23 +30,13 @@ CostOf = Callable[[str, Sequence[Run]], Cost | None]
 
 
 def training_cost(runs: Sequence[Run]) -> tuple[float | None, float | None]:
-    """What a training costs: images a second, and the seconds of all its steps, without validation; means over runs.
+    """What a training costs: images a second, and seconds, validation included; means over the runs that say so.
 
     Args:
         runs: the runs of a row.
-
-    Returns:
-        None for what no run says.
     """
-    speeds, times = [], []
-    for run in runs:
-        speed, steps = run.summary.images_per_s, run.summary.steps
-        if not isinstance(speed, int | float) or not speed > 0:
-            continue
-        speeds.append(speed)
-        batch = run.config["data"].get("batch_size")
-        if steps is not None and isinstance(batch, int):
-            times.append(steps * batch / speed)
+    told = [(run.summary.images_per_s, run.summary.seconds) for run in runs]
+    speeds, times = ([value for value in values if value and isfinite(value)] for values in zip(*told, strict=True))
     return (fmean(speeds) if speeds else None), (fmean(times) if times else None)
 
 

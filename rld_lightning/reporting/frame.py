@@ -52,8 +52,15 @@ def _is_usable(run: Run) -> bool:
     if summary.teacher or networks.get("teacher"):
         texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
     numbers = [summary.top1, summary.top1_best, summary.ce, summary.seed, summary.epochs, summary.parameters]
-    perhaps = (summary.macs, summary.top5, summary.teacher_top1, summary.images, summary.split_images)
-    numbers += [number for number in (*perhaps, summary.steps, summary.scheduled_steps) if number is not None]
+    perhaps: tuple[float | None, ...] = (
+        summary.macs,
+        summary.top5,
+        summary.teacher_top1,
+        summary.images,
+        summary.split_images,
+    )
+    perhaps += (summary.steps, summary.scheduled_steps, summary.images_per_s, summary.seconds)
+    numbers += [number for number in perhaps if number is not None]
     mappings = [run.choices, run.config["data"], run.config["loss"]]
     mappings += [run.environment] if (run.folder / ENVIRONMENT).exists() else []
     return (

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
+from rld_lightning.console import duration
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
 from rld_lightning.reporting.cost import CostOf, known_cost
@@ -238,16 +239,6 @@ def _beside(where: Mapping[str, str | None], table: pd.DataFrame) -> pd.DataFram
     return pd.concat([pd.DataFrame([where] * len(table), index=table.index), table], axis=1)
 
 
-def _duration(seconds: float) -> str:
-    """``1 h 20 min``, ``12 min`` or ``40 s``."""
-    if pd.isna(seconds):
-        return "-"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60:,} h {minutes % 60:02} min" if minutes >= 100 else f"{minutes} min"
-
-
 def _each_seed(runs: Sequence[Run] | float) -> str:
     """The last epoch of each run of a row, for a tooltip; empty of what is no row of runs."""
     if not isinstance(runs, list):
@@ -293,7 +284,7 @@ def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
         "plain": short_value,
         "page_colour": page_colour,
         "code": _code,
-        "duration": _duration,
+        "duration": duration,
         "each_seed": _each_seed,
         "papers": paper_links,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
