@@ -156,9 +156,9 @@ class Sweep(Callback):
         others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and {_here(folder)}")
+        for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
+            logging.getLogger(name).setLevel(logging.WARNING)
         if self.watch:
-            for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
-                logging.getLogger(name).setLevel(logging.WARNING)
             self._watch = Watch(folder)
 
     def _hold_out(self, config: DictConfig, swept: Collection[str], fixed: dict[str, str]) -> None:
