@@ -84,6 +84,11 @@ class WeightAverage(WeightAveraging):
         if "averaging_state" in checkpoint:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the average also where a run went on and nothing was left to train."""
+        if stage == "fit":  # after others may have saved the weights
+            self._copy_average_to_current(pl_module)
+
     def _swap_models(self, pl_module: LightningModule) -> None:
         if self.updates:
             super()._swap_models(pl_module)

@@ -19,6 +19,7 @@ from rld_lightning.callbacks import (
     MetricsFile,
     StepSeed,
     TeacherMonitor,
+    WeightAverage,
 )
 from rld_lightning.data import DigitsDataModule
 
@@ -171,3 +172,17 @@ def test_a_stop_waits_for_the_step_of_accumulated_gradients(tmp_path):
     first = fit(tmp_path, stop_after=8, **options)  # of 6 batches an epoch, which the optimizer steps after 4 and 6
     assert [batch[:2] for batch in first[2].batches][-1] == (1, 3)
     check(at_once, first, fit(tmp_path, resume=tmp_path / "last.ckpt", **options))
+
+
+@pytest.mark.parametrize("average", [{"decay": 0.9}, pytest.param({}, marks=pytest.mark.slow)])
+def test_an_average_of_weights_goes_on_and_is_what_a_run_ends_with(tmp_path, average):
+    at_once = fit(tmp_path / "at once", WeightAverage(**average), schedule="onecycle")
+    resume = tmp_path / "last.ckpt"
+    first = fit(tmp_path, WeightAverage(**average), schedule="onecycle", stop_after=14)
+    check(at_once, first, fit(tmp_path, WeightAverage(**average), schedule="onecycle", resume=resume))
+    again = fit(tmp_path / "again", WeightAverage(**average), schedule="onecycle", resume=resume)
+    assert again[2].batches == []  # nothing is left to train
+    assert equal(again[1].state_dict(), at_once[1].state_dict())
+    last, copy = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path, tmp_path / "again"))
+    assert equal(copy["current_model_state"], last["current_model_state"])
+    assert not equal(last["state_dict"], last["current_model_state"])
