@@ -106,7 +106,7 @@ def _compare(path: Path, content: bytes | bytearray | memoryview) -> None:
     at, expected = 0, memoryview(content)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            if block != expected[at : at + len(block)]:
+            if block != bytes(expected[at : at + len(block)]):  # of a view each byte would be compared on its own
                 break
             at += len(block)
     if at != len(expected):

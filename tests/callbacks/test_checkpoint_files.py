@@ -1,8 +1,11 @@
 """Checkpoints are whole, the damaged one is seen, and the one before it is taken."""
 
 import errno
+import multiprocessing
 import os
 import random
+import tempfile
+import time
 
 import pytest
 import torch
@@ -50,7 +53,7 @@ def test_previous_has_the_name_that_runs_know(tmp_path):
 def test_a_damaged_checkpoint_is_seen_whichever_bit_it_is(last):
     content = last.read_bytes()
     assert step_of(last) == 2
-    for bit in random.Random(1).sample(range(8 * len(content)), 150):
+    for bit in random.Random(1).sample(range(8 * len(content)), 100):
         last.write_bytes(content)
         flip(last, bit)
         assert step_of(last) == 1, bit
@@ -101,6 +104,31 @@ def test_what_cannot_be_written_is_said_in_one_sentence(last, monkeypatch, code)
     assert sorted(path.name for path in last.parent.iterdir()) == [LAST, PREVIOUS]
 
 
+def _save_for_ever(path):
+    files = CheckpointFiles()
+    for step in range(10**6):
+        files.save_checkpoint(checkpoint(step, more=torch.zeros(200_000)), path)
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """Whatever disk the folder for temporary files is on, as it is not used."""
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    path, chance = tmp_path / LAST, random.Random(0)
+    CheckpointFiles().save_checkpoint(checkpoint(-1), path)
+    for _ in range(6):
+        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(path,))
+        process.start()
+        time.sleep(chance.uniform(0.03, 0.12))
+        process.kill()
+        process.join()
+        assert read_checkpoint(path)[1] == path, "and no one before it is needed"
+    for left in tmp_path.glob(".*.tmp"):
+        os.utime(left, (0, 0))
+    CheckpointFiles().save_checkpoint(checkpoint(0), path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [LAST, PREVIOUS]
+
+
 def fit(folder, epochs, resume=None):
     torch.manual_seed(0)
     student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
@@ -121,8 +149,6 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(tmp_path):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("plugins", ["null", "[{_target_: lightning.pytorch.plugins.io.AsyncCheckpointIO}]"])
-def test_every_run_has_them_but_one_with_others(tmp_path, plugins):
-    cfg = compose("trainer=cpu", f"paths.run={tmp_path}", f"+trainer.plugins={plugins}")
-    trainer = build_trainer(cfg)
-    assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles) is (plugins == "null")
+def test_every_run_has_them(tmp_path):
+    trainer = build_trainer(compose("trainer=cpu", f"paths.run={tmp_path}"))
+    assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles)

@@ -2,9 +2,14 @@
 
 import os
 
+import hydra
 import pytest
+from helpers.configs import CONF
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.folder import CheckFolder
 from rld_lightning.runs.folder import check_folder, locked
 
 
@@ -51,3 +56,19 @@ def test_what_cannot_be_written_to_is_said(run, monkeypatch):
     for folder in (run, run / "deeper"):
         with pytest.raises(ValueError, match=r"run cannot be written to: make it writable, or choose another"):
             check_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["run", "multirun"])
+def test_a_job_looks_at_the_folder_that_its_own_choices_name(tmp_path, monkeypatch, capsys, kind):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("fit", ["data=digits", f"paths.runs={tmp_path}/runs"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # as it is when Hydra asks
+    look = getattr(CheckFolder(), f"on_{kind}_start")
+    look(config)
+    (tmp_path / "runs").touch()
+    with pytest.raises(SystemExit) as end:
+        look(config)
+    assert end.value.code == 2
+    assert "runs is not a folder" in " ".join(capsys.readouterr().out.split())
+    assert HydraConfig.instance().cfg is None

@@ -35,9 +35,7 @@ def build(folder, make_optimizer):
     return trainer, module
 
 
-@pytest.mark.parametrize(
-    "make_optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: SGD(p, lr=0.1), lambda p: AdamW(p, lr=0.1)]
-)
+@pytest.mark.parametrize("make_optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=0.1)])
 def test_the_estimate_is_what_is_written(tmp_path, make_optimizer):
     trainer, module = build(tmp_path, make_optimizer)
     estimate = room_needed(tmp_path, trainer, module)
