@@ -22,7 +22,7 @@ from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
-from rld_lightning.models.look import Look, Relook, relook, trained_look
+from rld_lightning.models.look import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, write_csv
@@ -136,7 +136,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         weights = load_weights(model, weights, name=name)
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}{f' ({weights.account})' if weights.account else ''}")
-        own_look = _own_look(weights, data)
+        own_look = _own_look(weights, data, name)
         trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
     data.trainer = trainer
@@ -187,18 +187,24 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
         )
 
 
-def _own_look(weights: Weights, data: ImageDataModule) -> Relook | None:
+def _own_look(weights: Weights, data: ImageDataModule, name: str) -> Relook | None:
     """What takes the data's images to the look that a model was trained with, as its file says; tells of both."""
-    facts = facts_of(weights)
+    facts, given = facts_of(weights), Look(tuple(data.mean), tuple(data.std))
+    if (own := trained_look(facts)) is None and (published := published_look(name)) not in (None, given):
+        print_line(
+            "caution",
+            f"{weights.source} does not say what images were normalised with, and {name} is published for {published}; "
+            f"it is measured with {given}",
+        )
     trained, found = facts.image_shape, data.image_shape
     if trained is not None and trained != found:
         print_line(
             "caution",
             f"{weights.source} was trained with image_shape {list(trained)}, and is measured with {list(found)}",
         )
-    own_look = relook(Look(data.mean, data.std), trained_look(facts))
+    own_look = relook(given, own)
     if own_look is not None:
-        print_line("model", f"sees images normalised with its own {trained_look(facts)}, as its file says")
+        print_line("model", f"sees images normalised with its own {own}, as its file says")
     return own_look
 
 

@@ -120,6 +120,14 @@ def test_a_model_sees_images_as_it_was_trained_to(measure, capsys):
     assert "was trained with image_shape [3, 32, 32], and is measured with [3, 8, 8]" in capsys.readouterr().out
 
 
+def test_what_a_library_wants_is_said_where_the_file_says_nothing(measure, capsys):
+    measure(name="torchvision/shufflenet_v2_x0_5", facts={"mean": [0.3054] * 3, "std": [0.376] * 3})
+    assert "caution" not in capsys.readouterr().out
+    measure(name="torchvision/shufflenet_v2_x0_5")
+    output = capsys.readouterr().out
+    assert "is published for mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]; it is measured with" in output
+
+
 def test_a_network_that_cannot_take_the_images_is_refused(measure):
     with pytest.raises(UserError, match=r"torchvision/squeezenet1_1 cannot take images of 3x8x8.*data\.image_size="):
         measure(name="torchvision/squeezenet1_1")
