@@ -3,17 +3,17 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -46,6 +46,8 @@ class DistillationModule(LightningModule):
         teacher: required when ``loss.needs_teacher``, unused otherwise.
         num_classes: C.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler steps.
+        scheduler_monitor: the logged value that ``ReduceLROnPlateau`` looks at; by default ``val/ce``, or ``val/top1``
+            where it waits for a maximum.
         info: plain facts (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
 
     Raises:
@@ -66,6 +68,7 @@ class DistillationModule(LightningModule):
         teacher: FrozenTeacher | None = None,
         num_classes: int,
         scheduler_interval: str = "epoch",
+        scheduler_monitor: str | None = None,
         info: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +89,7 @@ class DistillationModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.scheduler_interval = scheduler_interval
+        self.scheduler_monitor = scheduler_monitor
         self.own_rates: list[float | None] = []
         self.best_top1 = float("-inf")
         self.validated: Tensor | None = None
@@ -236,12 +240,15 @@ class DistillationModule(LightningModule):
         self.own_rates = remember_first_rates(optimizer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
-        parameters = inspect.signature(self.make_scheduler).parameters
-        wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
-        steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if wants_steps else {}
-        scheduler = self.make_scheduler(optimizer, **steps)
+        scheduler = make_schedule(self.make_scheduler, optimizer, lambda: int(self.trainer.estimated_stepping_batches))
         self.own_rates = remember_first_rates(optimizer)  # where the schedule begins, which may be lower
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval}}
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduler_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            monitor = self.scheduler_monitor or ("val/ce" if scheduler.mode == "min" else "val/top1")
+            # As often as what it looks at is measured.
+            every = self.trainer.check_val_every_n_epoch if monitor.startswith("val/") else 1
+            settings |= {"monitor": monitor, "interval": "epoch", "frequency": every or 1}
+        return {"optimizer": optimizer, "lr_scheduler": cast(LRSchedulerConfigType, settings)}
 
     def on_train_start(self) -> None:
         """Where a run goes on from a checkpoint with another learning rate: its own, at that place of the schedule."""
@@ -292,6 +299,19 @@ def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share:
     look at the label, the terms themselves; of any other one, the mean over a label drawn in this proportion.
     """
     return {name: share * term + (1 - share) * other[name] for name, term in terms.items()}
+
+
+def make_schedule(make: Callable[..., LRScheduler], optimizer: Optimizer, steps: Callable[[], int]) -> LRScheduler:
+    """A schedule for an optimizer; one that takes ``total_steps`` and has none is given the run's.
+
+    Args:
+        make: called with the optimizer.
+        optimizer: whose rates it changes.
+        steps: of the whole run; asked where it is needed, because counting them sets up the data.
+    """
+    parameters = inspect.signature(make).parameters
+    wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
+    return make(optimizer, **({"total_steps": steps()} if wants_steps else {}))
 
 
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The training step: what is trained, what is saved, what is logged, what is resumed."""
 
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,19 @@ def test_one_cycle_is_told_the_number_of_steps(tmp_path):
     fitted = trainer(tmp_path)
     fitted.fit(job, digits())
     assert fitted.lr_scheduler_configs[0].scheduler.total_steps == fitted.global_step == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "monitor", "looked_at"),
+    [({}, None, "val/ce"), ({"mode": "max"}, None, "val/top1"), ({}, "train/loss", "train/loss")],
+)
+def test_a_plateau_is_looked_for_in_what_is_validated(options, monitor, looked_at):
+    job = module(scheduler_interval="step", scheduler_monitor=monitor)
+    job.make_scheduler = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, **options)
+    job._trainer = SimpleNamespace(check_val_every_n_epoch=3)
+    schedule = job.configure_optimizers()["lr_scheduler"]
+    every = 3 if looked_at.startswith("val/") else 1
+    assert (schedule["monitor"], schedule["interval"], schedule["frequency"]) == (looked_at, "epoch", every)
 
 
 def test_milestones_take_effect_after_their_epoch(tmp_path):

@@ -20,6 +20,7 @@ from rld_lightning.hydra.machine import check_machine
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.schema import check_values, unknown_key
+from rld_lightning.hydra.watchers import check_watchers
 
 _SEARCH_PATH = ("-cd", "--config-dir")
 _CONFIG_NAME = ("-cn", "--config-name")
@@ -67,6 +68,7 @@ def check(cfg: DictConfig) -> None:
         UserError: a sentence for each mistake.
     """
     check_values(cfg)
+    check_watchers(cfg)
     check_machine(cfg)
     from rld_lightning.hydra.targets import check_recipe_and_loss  # PyTorch takes seconds; other mistakes come first
 

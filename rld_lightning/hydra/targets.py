@@ -50,11 +50,14 @@ def check_parts(cfg: DictConfig, *, found_later: Collection[str] = ()) -> None:
     """
     groups = {group: cfg.get(group) or {} for group in ("callbacks", "logger")}
     parts = {f"{group}.{name}": part for group, node in groups.items() for name, part in node.items()}
-    trainer = cast(dict[str, Any], OmegaConf.to_container(cfg.trainer, resolve=True))
-    chosen = {name: value for name, value in trainer.items() if value is not None}  # null leaves it to Lightning
-    data = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
-    data = {name: value for name, value in data.items() if value is not None or name not in found_later}
-    _refuse({"trainer": chosen, "data": data} | parts)
+    # Null leaves an option to Lightning.
+    trainer = {name: value for name, value in _plain(cfg.trainer).items() if value is not None}
+    data = {name: value for name, value in _plain(cfg.data).items() if value is not None or name not in found_later}
+    _refuse({"trainer": trainer, "data": data} | parts)
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
@@ -64,7 +67,7 @@ def _refuse(settings: Mapping[str, Any]) -> None:
 
 
 def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
-    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node)
+    values = _plain(node) if isinstance(node, DictConfig) else dict(node)
     if not isinstance(target := values.get("_target_"), str):
         yield f"{key}._target_ is missing: name the class, such as {key}._target_=package.module.Class."
         return

@@ -77,6 +77,7 @@ def build_module(
         teacher=teacher,
         num_classes=data.num_classes,
         scheduler_interval=plan.scheduler_interval,
+        scheduler_monitor=plan.scheduler_monitor,
         info={
             "student": name,
             "dataset": data.name,

@@ -1,5 +1,6 @@
 """What would go wrong later, said before anything is trained or measured: one sentence each."""
 
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.sampler import share_of_batch
@@ -17,6 +20,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.read import Weights
 from rld_lightning.models.taps import evaluation_mode
+from rld_lightning.module import make_schedule
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.plan import Plan
 from rld_lightning.tasks.resume import check_folder, check_resume
@@ -82,6 +86,28 @@ def check_mixtures(loss: DistillationLoss, data: ImageDataModule) -> None:
             f"data.cutmix={data.mix.cutmix}): it remembers each image, or aligns gradients of one label; set both to "
             "0, or choose another loss."
         )
+
+
+def check_recipe(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], scheduler: Callable[[Optimizer], LRScheduler] | None
+) -> None:
+    """Makes the optimizer and the schedule of a run once for a parameter of nobody's: training begins much later.
+
+    Args:
+        optimizer: called with the parameters.
+        scheduler: called with the optimizer; None without a schedule.
+
+    Raises:
+        ValueError: one of them cannot be made.
+    """
+    what = "optimizer"
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+        what = "scheduler"
+        if scheduler is not None:
+            make_schedule(scheduler, made, lambda: 1000)
+    except Exception as error:  # each class refuses its options in its own way
+        raise ValueError(f"recipe.{what} cannot be made of its options: {error}") from error
 
 
 def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule) -> None:

@@ -15,7 +15,7 @@ from rld_lightning.callbacks import Diverged, StopSignals
 from rld_lightning.console import print_config, print_line, printed_to
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import Stopped, requeued, started_by, started_here
-from rld_lightning.errors import disk_errors, user_errors
+from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import DistillationLoss
@@ -31,7 +31,14 @@ from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.build import build_module, build_trainer, set_up, watch_own
-from rld_lightning.tasks.checks import check_loss, check_mixtures, check_network, check_start, check_trainer
+from rld_lightning.tasks.checks import (
+    check_loss,
+    check_mixtures,
+    check_network,
+    check_recipe,
+    check_start,
+    check_trainer,
+)
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
@@ -89,6 +96,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             recipe_rate=cfg.recipe.optimizer.lr,
             scale_lr_from=cfg.recipe.get("scale_lr_from"),
             scheduler_interval=cfg.recipe.scheduler_interval,
+            scheduler_monitor=cfg.recipe.get("scheduler_monitor"),
         )
     command()  # which processes that are started here inherit
     with locked(plan.run), disk_errors(), printed_to(plan.run / LOG):
@@ -134,6 +142,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         seed_everything(plan.seed, workers=True, verbose=False)
         loss: DistillationLoss = instantiate(cfg.loss)
         check_loss(loss, plan)
+        check_recipe(instantiate(cfg.recipe.optimizer), instantiate(cfg.recipe.get("scheduler")))
         data: ImageDataModule = instantiate(cfg.data)
         check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
@@ -164,7 +173,9 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             plan = replace(plan, teacher=replace(plan.teacher, sha256=sha256))
             measure_teacher(teacher, facts, data, trainer)
         recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
-        module = build_module(plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.scheduler))
+        module = build_module(
+            plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.get("scheduler"))
+        )
         watch_own(trainer, cfg, plan)
         check_room(plan.run, trainer, module)
         remember_logits(module, plan, data, trainer)
@@ -239,4 +250,6 @@ def _train(
             print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
             if isinstance(error, Stopped):
                 error.said = True
+        if "metric" in str(error) and "not available" in str(error):  # of a loss's own values this is known only now
+            raise UserError(f"a callback or the schedule looks at what is not logged: {error}") from error
         raise

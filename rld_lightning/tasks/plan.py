@@ -75,6 +75,7 @@ class Plan:
         recipe_rate: the recipe's learning rate.
         scale_lr_from: the batch size that it is for; None where it holds for any.
         scheduler_interval: when the schedule steps.
+        scheduler_monitor: what a schedule looks at that waits for a plateau; None for the usual.
         before: what the checkpoint that it goes on from says about its run; None where it says nothing.
     """
 
@@ -94,6 +95,7 @@ class Plan:
     recipe_rate: float
     scale_lr_from: int | None
     scheduler_interval: str
+    scheduler_monitor: str | None
     before: Before | None = None
 
     @property

@@ -26,5 +26,6 @@ def make_plan(run: Path, **values: Any) -> Plan:
         "recipe_rate": 0.1,
         "scale_lr_from": None,
         "scheduler_interval": "step",
+        "scheduler_monitor": None,
     }
     return Plan(run=run, **usual | values)

@@ -190,6 +190,14 @@ VALUES = {
     "~logger": r"logger is missing, and cannot be done without: leave ~logger away",
     "~logger.csv": r"logger\.csv is missing, .* leave ~logger\.csv away; .* metrics\.csv",
     "logger.csv=null": r"logger\.csv=null .* such as logger=csv, which is always there",
+    "+callbacks.es={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}": (
+        r"callbacks\.es\.monitor=val_loss is not logged; choose one of val/top1, val/ce"
+    ),
+    "callbacks.checkpoint_best.monitor=val/acc": r"checkpoint_best\.monitor=val/acc is not logged",
+    "+callbacks.lr={_target_:lightning.pytorch.callbacks.LearningRateFinder}": (
+        r"LearningRateFinder changes an attribute .* try some values instead, -m recipe\.optimizer\.lr="
+    ),
+    "+callbacks.bs={_target_:lightning.pytorch.callbacks.BatchSizeFinder}": r"BatchSizeFinder .* -m recipe\.batch_s",
     # paths, seed, resume
     "paths.data=null": r"paths\.data=null .* a text",
     "paths.teachers=3": r"paths\.teachers=3 .* a text",
