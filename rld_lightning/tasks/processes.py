@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -122,12 +123,15 @@ def run_in_processes(
                     _let_end(processes)
             except (KeyboardInterrupt, Stopped) as signalled:
                 stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
-                print_line("stopping", "after this step, and saving; once more stops it at once")
+                if parent_process() is None:  # else a launcher's, one of several
+                    print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
                     _interrupt(processes)
             if stop is not None:
                 hint = resume_hint or _resume_hint(run)
-                print_line("stopped", f"continue with the same command and {hint}" if hint else "nothing was saved yet")
+                if hint or not is_trial():  # of a trial the sweep says it
+                    how = f"continue with the same command and {hint}" if hint else "nothing was saved yet"
+                    print_line("stopped", how)
                 raise Stopped(stop, said=True)
             if codes:
                 time.sleep(5 * POLL)  # the rank that failed first may be the last to end
