@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from rld_lightning.callbacks.metrics_file import MetricsFile
 from rld_lightning.runs.metrics import Row, known_rows, read_rows
@@ -91,10 +92,22 @@ class ExactResume(Callback):
         for logger in _files(trainer):
             logger.begin(rows)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets a run that has stopped early be at its end, as :class:`~lightning.pytorch.callbacks.Timer` does."""
+        if self.began is not None and has_stopped_early(trainer):
+            trainer.should_stop = True
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets an epoch that begins begin: with ``max_steps``, Lightning believes of any that it goes on."""
         if position(trainer).batch == 0:
             trainer.fit_loop.epoch_loop.restarting = False
+
+
+def has_stopped_early(trainer: Trainer) -> bool:
+    """Whether an early stopping has ended the run, be it before the checkpoint that it goes on from."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
+    stoppings = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+    return any(stopping.wait_count >= stopping.patience or stopping.stopped_epoch > 0 for stopping in stoppings)
 
 
 def _progress(trainer: Trainer) -> dict[str, Any]:

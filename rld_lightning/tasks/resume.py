@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 
 from rld_lightning.callbacks import ExactResume
+from rld_lightning.callbacks.exact_resume import has_stopped_early
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only, started_here
 from rld_lightning.hydra.quoting import as_argument
@@ -167,6 +168,8 @@ def say_nothing_left(trainer: Trainer) -> None:
     timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
     if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
         why = "the time (trainer.max_time) is over; raise it to train on"
+    elif has_stopped_early(trainer):
+        why = "it has stopped early"
     elif trainer.max_steps == trainer.global_step:
         why = f"all {trainer.max_steps:,} steps (trainer.max_steps) are taken; raise it to train on"
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from rld_lightning import DistillationModule, FrozenTeacher, KDLoss
@@ -21,6 +21,7 @@ from rld_lightning.callbacks import (
     TeacherMonitor,
     WeightAverage,
 )
+from rld_lightning.callbacks.exact_resume import has_stopped_early
 from rld_lightning.data import DigitsDataModule
 
 BATCHES = 6  # an epoch
@@ -186,3 +187,14 @@ def test_an_average_of_weights_goes_on_and_is_what_a_run_ends_with(tmp_path, ave
     last, copy = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path, tmp_path / "again"))
     assert equal(copy["current_model_state"], last["current_model_state"])
     assert not equal(last["state_dict"], last["current_model_state"])
+
+
+@pytest.mark.slow
+def test_a_run_that_has_stopped_early_is_at_its_end(tmp_path):
+    stop = {"monitor": "val/top1", "mode": "max", "min_delta": 100.0, "patience": 1}
+    first = fit(tmp_path, EarlyStopping(**stop))
+    assert len(first[2].batches) == 2 * BATCHES
+    again = fit(tmp_path / "again", EarlyStopping(**stop), resume=tmp_path / "last.ckpt")
+    assert again[2].batches == []
+    assert equal(again[1].state_dict(), first[1].state_dict())
+    assert has_stopped_early(again[0])
