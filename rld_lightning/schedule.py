@@ -1,6 +1,8 @@
-"""A schedule of the learning rate that PyTorch has only in parts."""
+"""Schedules of the learning rate that PyTorch has only in parts."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,3 +58,40 @@ class WarmupCosine(LRScheduler):
             return (step + 1) / self.warmup_steps
         done = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+class WarmupMultiStep(LRScheduler):
+    """PyTorch's ``MultiStepLR``, with a linear rise before: epoch e = 1, 2, ... of the first W has e / W of the rate.
+
+    Args:
+        optimizer: whose rate it is.
+        milestones: after so many epochs the rate is multiplied by ``gamma``, in rising order.
+        gamma: the factor.
+        warmup: W; 1 is no rise.
+        last_epoch: the epoch that was the last one; -1 begins.
+
+    Raises:
+        ValueError: milestones that do not rise, or no warm-up of 1 or more.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        milestones: Sequence[int],
+        gamma: float = 0.1,
+        warmup: int = 1,
+        last_epoch: int = -1,
+    ) -> None:
+        self.milestones = list(milestones)
+        if self.milestones != sorted(self.milestones):
+            raise ValueError(f"milestones={self.milestones} of the schedule must rise.")
+        if warmup < 1:
+            raise ValueError(f"warmup={warmup} of the schedule must be a number of epochs, 1 for no rise.")
+        self.gamma = gamma
+        self.warmup = warmup
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each group of parameters."""
+        rise = min((self.last_epoch + 1) / self.warmup, 1.0)
+        return [rate * rise * self.gamma ** bisect_right(self.milestones, self.last_epoch) for rate in self.base_lrs]

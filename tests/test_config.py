@@ -276,6 +276,7 @@ def test_a_preset_of_no_loss_is_refused(monkeypatch, tmp_path, preset, words):
 def test_every_setting_of_a_pair_reaches_its_loss(model):
     tuned = dict(pair(model).model.tuned or {})
     assert tuned.pop("lr", 0.01) == 0.01
+    assert tuned.pop("epochs", {"mlkd": 960}) == {"mlkd": 960}  # of a recipe
     for name, settings in tuned.items():
         loss = loss_of(model, name)
         assert {key: loss[key] for key in settings} == settings, name
@@ -415,6 +416,27 @@ def test_cifar240_is_the_literatures_recipe():
         "_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
     }  # fmt: skip
     assert (recipe.scheduler.milestones, recipe.scheduler.gamma) == ([150, 180, 210], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "lr"),
+    [("wrn40_2_to_wrn16_2", 480, 0.025), ("vgg13_to_mobilenetv2", 480, 0.01), ("resnet32x4_to_shufflev2", 960, 0.01)],
+)
+def test_mlkd_has_a_recipe_of_its_own(model, epochs, lr):
+    recipe = compose(f"model={model}", "loss=mlkd", "recipe=mlkd").recipe
+    assert (recipe.epochs, recipe.optimizer.lr, recipe.scheduler.milestones) == (epochs, lr, [150, 180, 210])
+
+
+def test_ldrld_and_simkd_have_recipes_of_their_own():
+    ldrld = compose("loss=ldrld", "recipe=ldrld").recipe
+    assert (ldrld.epochs, ldrld.scheduler.warmup, ldrld.scheduler.milestones) == (240, 20, [150, 180, 210])
+    simkd = compose("model=resnet34_to_resnet18", "recipe=imagenet120").recipe
+    assert (simkd.epochs, simkd.batch_size, simkd.optimizer.lr) == (120, 256, 0.1)
+    assert simkd.scheduler.milestones == [30, 60, 90]
+    for name in ("mlkd", "ldrld"):
+        own = hydra.utils.get_class(compose(f"loss={name}", resolve=False).loss._target_).own_recipe
+        assert own == name
+        assert (CONF / "recipe" / f"{own}.yaml").exists()
 
 
 def test_imagenet100_is_the_literatures_recipe():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
 
-from rld_lightning.schedule import WarmupCosine
+from rld_lightning.schedule import WarmupCosine, WarmupMultiStep
 
 
 def rates(make, steps=40):
@@ -41,6 +41,16 @@ def test_it_ends_where_it_should_and_goes_on_from_its_state():
 
     torch.testing.assert_close(rates(resumed, steps=10)[0], whole[10:20])
     assert half.state_dict()["total_steps"] == 20  # which a run that goes on with another length is told
+
+
+def test_steps_after_a_rise_are_pytorchs():
+    plain, _ = rates(lambda optimizer: MultiStepLR(optimizer, [15, 18, 21], 0.1), steps=24)
+    ours, _ = rates(lambda optimizer: WarmupMultiStep(optimizer, [15, 18, 21], 0.1, warmup=8), steps=24)
+    rise = (torch.arange(1, 25) / 8).clamp(max=1)[:, None]
+    torch.testing.assert_close(ours, plain * rise)
+    for wrong in ({"warmup": 0}, {"milestones": [3, 2]}):
+        with pytest.raises(ValueError, match="of the schedule must"):
+            WarmupMultiStep(torch.optim.SGD([torch.zeros(1)], lr=1), **{"milestones": [2]} | wrong)
 
 
 @pytest.mark.parametrize("options", [{"total_steps": None}, {"total_steps": 0}, {"warmup": 1.0}, {"final": 2.0}])

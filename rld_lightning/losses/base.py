@@ -89,6 +89,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         method: what the method is called, for tables.
         papers: where it comes from: numbers on arXiv, or the venue of what is not there.
+        own_recipe: the recipe that the authors' code trains CIFAR-100 with, where it is not the usual one.
         needs_teacher: whether the loss looks at a teacher.
         takes_mixtures: whether it can be asked twice about one forward pass, once for each label of images that are
             mixtures (Mixup).
@@ -105,6 +106,7 @@ class DistillationLoss(nn.Module):
 
     method: ClassVar[str] = ""
     papers: ClassVar[tuple[str, ...]] = ()
+    own_recipe: ClassVar[str] = ""
 
     needs_teacher: bool = field(default=True, init=False)
     takes_mixtures: bool = field(default=True, init=False)

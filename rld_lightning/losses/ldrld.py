@@ -83,12 +83,13 @@ class LDRLDLoss(LogitLoss):
     """``ce_weight * CE + alpha * local + beta * remaining``; see :func:`ldrld_loss`.
 
     Defaults are those of the published code and of its one example (ResNet-32x4 to ResNet-8x4 on CIFAR-100), which
-    also warms the learning rate up over 20 epochs. The code multiplies everything by ``ce_weight`` once more; at 1
-    there is no difference.
+    also warms the learning rate up over 20 epochs (``recipe=ldrld``). The code multiplies everything by ``ce_weight``
+    once more; at 1 there is no difference.
     """
 
     method = "Local dense relational logit distillation"
     papers = ("2507.15911",)
+    own_recipe = "ldrld"
     function = staticmethod(ldrld_loss)
 
     alpha: Weight = 10.5

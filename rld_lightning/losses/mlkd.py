@@ -103,6 +103,7 @@ class MLKDLoss(DistillationLoss):
 
     method = "Multi-level logit distillation, two views"
     papers = ("CVPR 2023",)
+    own_recipe = "mlkd"
     needs_strong_view = True
 
     temperature: Positive = 4.0

@@ -17,6 +17,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import Stopped, requeued, started_by, started_here
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.quoting import as_argument
+from rld_lightning.hydra.resolvers import choice
 from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
@@ -210,6 +211,9 @@ def _describe(cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Train
     """Prints one line for each part of the run that has not had its own yet."""
     print_line("student", f"{module.hparams['student']}, {describe_size(module.student, data.image_shape)}")
     print_line("loss", module.loss.describe())
+    own, recipe = module.loss.own_recipe, choice("recipe", _root_=cfg)
+    if own and recipe == "cifar240":
+        print_line("recipe", f"{recipe}; the public code of {plan.loss} trains otherwise, as recipe={own} does")
     rate = f"{plan.learning_rate:g}"
     if plan.scale_lr_from is not None:
         rate += f" = {plan.recipe_rate:g} x {plan.batch_size} / {plan.scale_lr_from}"
