@@ -18,6 +18,7 @@ from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
@@ -181,9 +182,10 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
     facts = facts_of(weights)
     if facts.num_classes not in (None, data.num_classes) and not set(facts.class_names or ()) & set(data.class_names):
         of = f" of {facts.dataset}" if facts.dataset else ""
+        option = facts.dataset if facts.dataset in list_options("data") else ""
         raise ValueError(
             f"{weights.source} knows the {facts.num_classes} classes{of} and {data.name} has {data.num_classes}; "
-            "choose the data it was trained on with data=."
+            f"choose the data it was trained on with data={option}."
         )
 
 

@@ -157,16 +157,16 @@ def test_autocast_reaches_only_a_teacher_without_own_dtype(images):
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_logits_under_autocast_are_not_rounded_to_bfloat16(images, fuse):
-    images = images.repeat(64, 1, 1, 1) + 0.1 * torch.randn(128, 3, 32, 32)
+    images = images.repeat(24, 1, 1, 1) + 0.1 * torch.randn(48, 3, 32, 32)
     model = trained("wrn16_1", 100).eval()
-    expected, _ = FrozenTeacher(copy.deepcopy(model), dtype="float64")(images)
+    expected, _ = FrozenTeacher(copy.deepcopy(model), dtype="float32")(images)
     ties = {}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rounded = copy.deepcopy(model)(images).float()
         logits, _ = FrozenTeacher(model, fuse=fuse)(images)
     for name, values in {"rounded": rounded, "teacher": logits}.items():
         ties[name] = sum(len(row) - len(row.unique()) for row in values)
-    assert ties["rounded"] > 300
+    assert ties["rounded"] > 100
     assert ties["teacher"] <= 2
     assert (logits - expected).abs().mean() < 0.9 * (rounded - expected).abs().mean()
     assert list(model.state_dict()) == list(trained("wrn16_1", 100).state_dict())
