@@ -10,7 +10,7 @@ OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-lowest lint format docs-tables build clean
+.PHONY: help install quickstart test test-slow soak test-lowest lint format docs-tables build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -30,6 +30,9 @@ test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(RUN) -m pytest -q -m slow
+
+soak: $(INSTALLED) ## break runs in every way by the hundred, and count those that end as if nothing had happened
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/soak.py
 
 test-lowest: ## the default tests with the lowest supported versions, in .venv-lowest
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
