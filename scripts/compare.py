@@ -61,7 +61,10 @@ if __name__ == "__main__":
         metavar="key=value",
         help="losses=ce,kd,dkd,rld seeds=0,1,2 folder=runs/compare/<pair>, and any of scripts/fit.py's for all runs",
     )
+    parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="more configurations, of your own")
     with exit_on_user_error():
         # The sweep says itself that it is one, but Hydra cannot read that where something else is wrong.
-        sys.argv[1:] = ["--multirun", *map(translated, parser.parse_args().options)]
+        given = parser.parse_args()
+        more = ["--config-dir", given.config_dir] if given.config_dir else []
+        sys.argv[1:] = ["--multirun", *more, *map(translated, given.options)]
     run_task(main, "fit", "sweep=compare")

@@ -1,7 +1,10 @@
 """Measure any checkpoint or export: `python scripts/eval.py weights=runs/.../student.safetensors data=cifar100`."""
 
+import sys
+
 from omegaconf import DictConfig
 
+from rld_lightning.hydra.measured import data_of
 from rld_lightning.hydra.script import run_task
 
 
@@ -15,4 +18,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    run_task(main, "eval")
+    run_task(main, "eval", *data_of(sys.argv[1:]))

@@ -36,9 +36,12 @@ if __name__ == "__main__":
     write = options.pop("write")
     with exit_on_user_error():
         if "runs" in options:
-            options["runs"], found = read_frame(options["runs"])
+            folders = options["runs"]
+            options["runs"], found = read_frame(folders)
             for folder, reason in found.broken:
                 print_line("left out", f"{folder}: {reason}")
+            if write is write_all and options["runs"].empty:
+                raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}; toy needs none.")
         if "data" in options:
             options["reader"] = LogitReader(options.pop("data"), options.pop("teacher"))
         for file in write(**options):

@@ -60,6 +60,12 @@ def with_quotes(arguments: Iterable[str]) -> list[str]:
     return [_with_quotes(argument) for argument in arguments]
 
 
+def read_text(value: str) -> str:
+    """What a value on a command line is as a text, with or without Hydra's quotes."""
+    read = _read(value)
+    return read if isinstance(read, str) else value
+
+
 def _with_quotes(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or not value or argument.startswith("-") or isinstance(_read(value), str):

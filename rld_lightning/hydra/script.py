@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +21,7 @@ from rld_lightning.hydra.compose import expand_combined_loss, in_front
 from rld_lightning.hydra.mistakes import check, checked
 from rld_lightning.hydra.notes import note_job
 from rld_lightning.hydra.options import CONF, register_options
+from rld_lightning.hydra.places import anchored
 from rld_lightning.hydra.quoting import with_quotes
 
 
@@ -42,6 +44,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     def guarded(cfg: DictConfig) -> float | None:
         composed()
         quiet_lightning()  # also where a launcher has started another process
+        if (job := HydraConfig.get()).job.chdir:
+            cfg = anchored(cfg, Path(job.runtime.cwd))
         try:
             check(cfg)
             with disk_errors():
