@@ -1,7 +1,7 @@
 """The training step: student, optional teacher, loss and optimiser as one LightningModule."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -122,7 +122,8 @@ class DistillationModule(LightningModule):
             ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
             teacher, ``teacher_logits``, for callbacks that watch.
         """
-        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]  # at an epoch's end it is the next one's already
+        for optimizer in self.trainer.optimizers[:1]:
+            self.rate = optimizer.param_groups[0]["lr"]  # at an epoch's end it is the next one's already
         student, teacher = self._outputs(batch.images, batch.view, batch.label)
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
@@ -141,9 +142,20 @@ class DistillationModule(LightningModule):
         self.means["train"].update(train | statistics, len(label))
         self.log("loss", total, prog_bar=True, batch_size=len(label))
         self._update("train", student.logits.detach(), label)
-        outputs: dict[str, Any] = {"loss": total, "student_logits": student.logits.detach(), "label": label}
+        share = self._share_of_step(batch_idx)
+        outputs: dict[str, Any] = {"loss": total if share == 1 else share * total, "label": label}
+        outputs["student_logits"] = student.logits.detach()
         outputs["terms"] = {name: term.detach() for name, term in terms.items()}
         return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
+
+    def _share_of_step(self, batch_idx: int) -> float:
+        """See :func:`share_of_step`; 1 where gradients are not accumulated, or nobody knows how many batches come."""
+        every, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if every == 1 or batches == float("inf"):
+            return 1.0
+        steps = getattr(getattr(self.trainer.train_dataloader, "sampler", None), "steps", None)
+        sizes = [1] * int(batches) if steps is None else [step.stop - step.start for step in steps[: int(batches)]]
+        return share_of_step(sizes, batch_idx, every)
 
     def _outputs(
         self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None
@@ -312,6 +324,20 @@ def make_schedule(make: Callable[..., LRScheduler], optimizer: Optimizer, steps:
     parameters = inspect.signature(make).parameters
     wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
     return make(optimizer, **({"total_steps": steps()} if wants_steps else {}))
+
+
+def share_of_step(sizes: Sequence[int], batch_idx: int, every: int) -> float:
+    """Factor on a batch's mean loss that makes an optimizer step one on the mean over all images of its batches.
+
+    Lightning divides each by ``every``, also in the last step of an epoch, which may have fewer and smaller batches.
+
+    Args:
+        sizes: of all batches of the epoch.
+        batch_idx: the batch.
+        every: batches to a step of the optimizer.
+    """
+    first = batch_idx - batch_idx % every
+    return every * sizes[batch_idx] / sum(sizes[first : first + every])
 
 
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

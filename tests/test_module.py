@@ -14,7 +14,7 @@ from rld_lightning.callbacks import StepSeed, TeacherMonitor
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
-from rld_lightning.module import term_shares
+from rld_lightning.module import share_of_step, term_shares
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -371,3 +371,35 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
     assert not CRDLoss.takes_mixtures
     assert not CombinedLoss(kd=KDLoss(), crd=CRDLoss()).takes_mixtures
     assert CombinedLoss(kd=KDLoss(), rld=RLDLoss()).takes_mixtures
+
+
+class Gradients(Callback):
+    """The gradient of each step of the optimizer."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.seen.append(torch.cat([p.grad.flatten().clone() for p in module.student.parameters()]))
+
+
+def test_accumulated_gradients_are_those_of_one_batch_also_in_the_last_smaller_step(tmp_path):
+    def gradients(batch_size, every):
+        torch.manual_seed(0)
+        linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+        job = DistillationModule(linear, CELoss(), partial(torch.optim.SGD, lr=0.0), num_classes=10)
+        callback = Gradients()
+        fitted = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=every, callbacks=[callback])
+        fitted.fit(job, DigitsDataModule(batch_size=batch_size, augment=False))
+        return callback.seen, fitted.callback_metrics["train/loss"]
+
+    (whole, loss), (parts, same) = gradients(64, 1), gradients(16, 4)  # the last step has 29 images: 16 and 13
+    assert len(whole) == len(parts) == 23
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(same, loss)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(0, 1.0), (3, 1.0), (4, 4 * 16 / 29), (5, 4 * 13 / 29)])
+def test_share_of_step(batch, expected):
+    assert share_of_step([16, 16, 16, 16, 16, 13], batch, 4) == expected

@@ -91,13 +91,14 @@ class EpochSampler(SequentialSampler):
         """Cuts an epoch into global batches of ``batch_size`` and takes the equal share of ``rank`` from each.
 
         The last, smaller batch is shared equally too, because distributed training averages the gradients of the
-        processes with equal weight; where it does not divide, it is filled up from the start of the epoch.
+        processes with equal weight; where it does not divide, it is filled up from the start of the epoch. So it is
+        where a process would get a single image, of which batch norm knows no variance, unless all batches are such.
         """
         share = share_of_batch(batch_size, world_size)
         full, rest = divmod(size, batch_size)
         batches = list(torch.arange(full * batch_size).view(full, world_size, share)[:, rank])
         if rest and not drop_last:
-            share = -(-rest // world_size)
+            share = max(-(-rest // world_size), min(share, 2))
             batches.append((full * batch_size + rank * share + torch.arange(share)) % size)
         if not batches:
             raise ValueError(

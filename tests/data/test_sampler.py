@@ -38,6 +38,24 @@ def test_training_visits_every_position_in_batches():
     assert len(training(50_000, 64, drop_last=True)) == 781
 
 
+@pytest.mark.parametrize(
+    ("size", "batch_size", "world_size", "last"),
+    [
+        (65, 64, 1, [64, 0]),
+        (66, 64, 2, [64, 65, 0, 1]),
+        (67, 64, 2, [64, 65, 66, 0]),
+        (68, 64, 1, [64, 65, 66, 67]),
+        (1, 64, 1, [0, 0]),
+        (3, 1, 1, [2]),  # as all others
+        (5, 2, 2, [4, 0]),
+    ],
+)
+def test_no_process_gets_a_last_batch_of_one_image(size, batch_size, world_size, last):
+    ranks = [batches(training(size, batch_size, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert list(chain(*(rank[-1] for rank in ranks))) == last
+    assert set(chain(*chain(*ranks))) == set(range(size))
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_ranks_together_take_the_global_batches(world_size, drop_last):
@@ -53,9 +71,9 @@ def test_ranks_together_take_the_global_batches(world_size, drop_last):
 
 
 def test_last_training_batch_gives_each_rank_an_equal_share():
-    # One sample is left for three processes.
+    # One sample is left for three processes, and none is to train on a single one.
     ranks = [batches(training(13, 12, rank=rank, world_size=3)) for rank in range(3)]
-    assert [rank[-1] for rank in ranks] == [[12], [0], [1]]
+    assert [rank[-1] for rank in ranks] == [[12, 0], [1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

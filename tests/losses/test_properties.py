@@ -13,7 +13,9 @@ from rld_lightning.losses.registry import list_losses, loss_class
 LOSSES = [name for name in list_losses() if ".features." not in loss_class(name).__module__]
 # A common offset of the logits matters to these: they copy logits, or make temperatures of the largest.
 KNOW_OFFSETS = {"revision", "dtkd"}
+# Of the gradient of a sample, and of one that saturates: its largest is some tens.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+SATURATED = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 KINDS = ("random", "ties", "one-hot teacher", "constant", "equal", "ruled out", "true class ruled out")
 
 
@@ -60,8 +62,7 @@ def check(name, batch):
     if name not in KNOW_OFFSETS:
         gradient = gradient.double()
         along, size = gradient.sum(-1).abs(), gradient.abs().sum(-1)
-        tiny = 1e-6 if student.dtype in (torch.float16, torch.bfloat16) else 1e-7
-        assert (along <= ROUNDING[student.dtype] * size + tiny).all(), (along, size)
+        assert (along <= ROUNDING[student.dtype] * size + SATURATED[student.dtype]).all(), (along, size)
 
 
 CHECKS = [HealthCheck.too_slow]
@@ -76,7 +77,7 @@ def test_any_logits(name, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=1000, derandomize=True, deadline=None, database=None, suppress_health_check=CHECKS)
+@settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=CHECKS)
 @given(batch=batches())
 def test_very_many_logits(name, batch):
     check(name, batch)
