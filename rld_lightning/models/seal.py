@@ -7,6 +7,7 @@ marks of being sealed, so that a bit that is flipped in one of them does not pas
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from io import BytesIO
@@ -44,19 +45,28 @@ def seal_checkpoint(saved: BytesIO) -> memoryview:
 
 
 def sealed_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytearray:
-    """The bytes of a safetensors file with their checksum.
+    """The bytes of a safetensors file with their checksum, the same for the same tensors and metadata.
 
     Args:
         tensors: contiguous, on the CPU, none shares memory with another.
         metadata: what is noted in the header.
     """
     marks = {_DIGEST_KEY: _ZERO.decode(), _SEALED_KEY: "true"}
-    content = bytearray(safetensors.torch.save(tensors, metadata={**metadata, **marks}))
+    content = _in_order(safetensors.torch.save(tensors), {**metadata, **marks})
     found = _DIGEST.search(content, 0, _header_end(content))
     assert found is not None  # a key of text, whose quotes are not escaped
     at = found.start(1)
     content[at : at + _DIGITS] = _digest(content, at)
     return content
+
+
+def _in_order(saved: bytes, metadata: Mapping[str, str]) -> bytearray:
+    """A safetensors file with metadata in their order, where the library's is another one each time."""
+    end = 8 + int.from_bytes(saved[:8], "little")
+    header = {"__metadata__": dict(metadata), **json.loads(saved[8:end])}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return bytearray(len(text).to_bytes(8, "little") + text + saved[end:])
 
 
 def is_damaged(content: bytes | bytearray | memoryview) -> bool:

@@ -144,7 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
     if not isinstance(checkpoint.get("lr_schedulers"), list):
         raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
-    if used != path:
+    if used != path and not started_here():  # by a process that has said so
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
         print_line("caution", f"{path} is damaged or gone: going on from the one before it, {used}{step}")
     return checkpoint

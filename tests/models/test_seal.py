@@ -22,7 +22,7 @@ def checkpoint(tmp_path, **extra):
 
 def export(tmp_path):
     path = tmp_path / "student.safetensors"
-    save_weights(nn.Linear(30, 20), path, {"name": "linear", "top1": 71.5, "classes": ["a", 'b"sha256":"']})
+    save_weights(nn.Linear(30, 20), path, {"name": "linear", "top1": 71.5, "classes": ["ä", 'b"sha256":"']})
     return path
 
 
@@ -66,8 +66,17 @@ def test_other_readers_take_a_sealed_checkpoint_as_it_is(tmp_path, mmap):
 def test_other_readers_take_a_sealed_export_as_it_is(tmp_path):
     path = export(tmp_path)
     assert safetensors.torch.load_file(path).keys() == {"weight", "bias"}
-    told = {"name": "linear", "top1": "71.5", "classes": '["a", "b\\"sha256\\":\\""]'}
+    told = {"name": "linear", "top1": "71.5", "classes": '["\\u00e4", "b\\"sha256\\":\\""]'}
     assert read_metadata(path) == read_weights(path).metadata == told
+
+
+def test_the_same_weights_make_the_same_file(tmp_path):
+    torch.manual_seed(0)
+    content = export(tmp_path).read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+    for _ in range(5):
+        torch.manual_seed(0)
+        assert export(tmp_path).read_bytes() == content
 
 
 def test_files_without_a_seal_are_read_as_before(tmp_path):
