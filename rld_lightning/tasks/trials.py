@@ -16,6 +16,7 @@ from rld_lightning.models.complexity import count_macs, count_parameters, images
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import read_facts
 from rld_lightning.models.read import read_metadata
+from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER
 from rld_lightning.runs.finished import Run, find_runs, read_run
@@ -115,7 +116,7 @@ def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: 
         settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
     epochs = trial.config["recipe"]["epochs"]
     last = [f"{HELD_OUT}=0", f"trainer.check_val_every_n_epoch={epochs}"]
-    return f"python {sys.argv[0]} {as_command([*settled.values(), *best, *last])}"
+    return f"python {sys.argv[0]} {as_command(map(redact_text, [*settled.values(), *best, *last]))}"
 
 
 def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:

@@ -239,7 +239,8 @@ def best_command(config, swept):
 
 
 def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests_once(start, tmp_path, capsys):
-    config = start("loss.alpha=1,2,4", "seed=0,1", "recipe=quick", "launcher=joblib", "loss=rld_ls")
+    secret = "+store.secret=hunter2hunter2"
+    config = start("loss.alpha=1,2,4", "seed=0,1", "recipe=quick", "launcher=joblib", "loss=rld_ls", secret)
     trials(tmp_path / "sweep", VALUES)
     (tmp_path / "sweep" / "loss.alpha=4,seed=1").mkdir()
     (tmp_path / "sweep" / "loss.alpha=4,seed=1" / "error.txt").write_text("out of memory\n")
@@ -250,7 +251,7 @@ def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests
     assert best.split("loss.alpha=1: ")[1].startswith("52.00 ± 2.83 % on ")
     assert best.endswith("n = 2")
     assert command == (
-        f"python {sys.argv[0]} recipe=quick loss=rld_ls loss.alpha=1 data.val_fraction=0 "
+        f"python {sys.argv[0]} recipe=quick loss=rld_ls +store.secret=REDACTED loss.alpha=1 data.val_fraction=0 "
         "trainer.check_val_every_n_epoch=30"
     )
     overrides = command.split()[2:]
