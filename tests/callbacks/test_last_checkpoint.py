@@ -46,10 +46,10 @@ STEPS = 90  # an epoch
 @pytest.mark.parametrize(
     ("seconds", "options", "expected"),
     [
-        (1.0, {}, [90, 180]),  # a minute and a half an epoch
+        pytest.param(1.0, {}, [90, 180], marks=pytest.mark.slow),  # a minute and a half an epoch
         (1.0, {"minutes": 0.5}, [30, 60, 90, 120, 150, 180]),
         (60.0, {}, [*range(10, 90, 10), 90, *range(100, 180, 10), 180]),
-        (60.0, {"minutes": None}, [90, 180]),
+        pytest.param(60.0, {"minutes": None}, [90, 180], marks=pytest.mark.slow),
         (1.0, {"minutes": None, "steps": 40}, [40, 80, 90, 130, 170, 180]),
     ],
 )
