@@ -355,6 +355,7 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
     for loss in (CELoss(), KDLoss(), RLDLoss(warmup_epochs=1)):
         model = module(loss)
         model.trainer = trainer(tmp_path)
+        model.trainer.strategy.optimizers = [SGD(model.student.parameters())]
         model.log = lambda *_, **__: None
         outputs = model.training_step(batch, 0)
         student, teacher = outputs["student_logits"], outputs.get("teacher_logits")

@@ -169,7 +169,7 @@ def departures(run: Run) -> list[str]:
     found = {
         f"{summary.epochs} epochs, not {EPOCHS.get(dataset)}": summary.epochs != EPOCHS.get(dataset),
         "another recipe" if "recipe" in run.choices else "recipe not known": (
-            run.choices.get("recipe") != RECIPES.get(dataset)
+            run.choices.get("recipe") not in (RECIPES.get(dataset), run.method)  # of LDRLD
         ),
         f"{precision}, not float32": precision != FLOAT32,
         f"teacher in {teacher_type}": teacher_type not in ("None", "float32"),
