@@ -43,15 +43,15 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
     lock = FileLock(folder / name)
     if started_by() is not None:
         return lock
-    try:
-        with user_errors():
-            check_folder(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+    with user_errors():
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder} is being {what} in by another process; wait for it, end it, or choose another folder."
-        ) from None
+        except Timeout:  # an OSError, which would be said in the lock's own words
+            raise UserError(
+                f"{folder} is being {what} in by another process; wait for it, end it, or choose another folder."
+            ) from None
     return lock
 
 

@@ -31,6 +31,7 @@ from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
+from rld_lightning.reporting.labels import short_value
 from rld_lightning.runs.events import note
 from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, SWEEP, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
@@ -127,9 +128,10 @@ class Sweep(Callback):
             _note(config, state="ends", trial=self._name(config), error=text)
 
     def _name(self, config: DictConfig) -> str:
-        """The values of a trial, as a command line has them."""
+        """The values of a trial, long numbers shortened."""
         own = {key_of(override): line_of(override) for override in _parse_all(config.hydra.overrides.task)}
-        return " ".join(own[key] for key in self._swept if key in own)
+        parts = [own[key].partition("=") for key in self._swept if key in own]
+        return " ".join(f"{key}={short_value(value)}" for key, _, value in parts)
 
     def _begin(self, config: DictConfig) -> None:
         folder = Path(config.hydra.sweep.dir)

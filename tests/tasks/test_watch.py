@@ -12,8 +12,8 @@ from rich.console import Console
 from rld_lightning.console import duration
 from rld_lightning.errors import UserError
 from rld_lightning.runs.events import EVENTS, Events, note
+from rld_lightning.tasks import sweep
 from rld_lightning.tasks import watch as watching
-from rld_lightning.tasks.sweep import Sweep
 from rld_lightning.tasks.watch import Watch
 
 
@@ -82,12 +82,13 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     assert list(Events(tmp_path).new()) == []  # another sweep in the folder begins anew
 
 
-def test_a_trial_tells_how_it_ends_wherever_it_runs(tmp_path):
+def test_a_trial_tells_how_it_ends_wherever_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "is_trial", lambda: True)
     config, callback = begin_sweep("loss.alpha=1,2", "recipe=quick", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    callback._watch.stop()
+    callback.callback._watch.stop()
     callback = pickle.loads(pickle.dumps(callback))  # as launchers do
     events = Events(tmp_path / "sweep")
-    config.hydra.overrides.task = ["loss.alpha=2", "recipe=quick"]
+    config.hydra.overrides.task = ["loss.alpha=2.718281828", "recipe=quick"]
     config.hydra.runtime.output_dir = str(tmp_path / "sweep" / "loss.alpha=2")
     config.hydra.job.num = 5
     callback.on_job_start(config)
@@ -97,11 +98,10 @@ def test_a_trial_tells_how_it_ends_wherever_it_runs(tmp_path):
         callback.on_job_end(config, returned)
     keys = ("state", "number", "trial", "known", "top1", "error")
     assert [{key: event[key] for key in keys if key in event} for event in events.new()] == [
-        {"state": "begins", "number": 5, "trial": "loss.alpha=2", "known": False},
-        {"state": "ends", "number": 5, "trial": "loss.alpha=2", "top1": 60.0},
-        {"state": "ends", "number": 5, "trial": "loss.alpha=2", "error": "out of memory"},
-        {"state": "ends", "number": 5, "trial": "loss.alpha=2", "error": "KeyError: 'bug'"},
+        {"state": "begins", "number": 5, "trial": "loss.alpha=2.718", "known": False},
+        {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "top1": 60.0},
+        {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "error": "out of memory"},
+        {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "error": "KeyError: 'bug'"},
     ]
-    assert isinstance(callback, Sweep)
     assert OmegaConf.select(config, "hydra.callbacks.sweep.watch")
     assert Path(config.hydra.sweep.dir).exists()
