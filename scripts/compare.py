@@ -7,6 +7,8 @@ python scripts/compare.py model=pair model.teacher.name=resnet20 model.student.n
 It is scripts/fit.py with sweep=compare (conf/sweep/compare.yaml), and other words for what that sweeps.
 """
 
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
 import argparse
 import re
 import sys

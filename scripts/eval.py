@@ -1,5 +1,7 @@
 """Measure any checkpoint or export: `python scripts/eval.py weights=runs/.../student.safetensors data=cifar100`."""
 
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
 import sys
 
 from omegaconf import DictConfig

@@ -1,5 +1,7 @@
 """Train a student: `python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld`. All options: `--help`, `--cfg job`."""
 
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.script import is_trial, run_task

@@ -1,5 +1,7 @@
 """The main job in miniature: teacher, student alone, student distilled. Takes fit.py's options: `loss=dkd seed=1`."""
 
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.script import run_task

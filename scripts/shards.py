@@ -1,5 +1,7 @@
 """Pack images into shards: `python scripts/shards.py data=imagenet out=/shards/imagenet`; or index existing ones."""
 
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.script import run_task

@@ -1,5 +1,6 @@
 """What a library user imports, and what the command line needs before anything runs, stays light."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,18 @@ def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeyp
         packages = imported_by(RUN.format(arguments=arguments))
         assert "hydra" in packages
         assert not packages & (HEAVY | {"torch"})
+
+
+def test_ctrl_c_while_a_script_imports_ends_in_one_sentence():
+    code = "import rld_lightning.interrupt; raise {}"
+    interrupted, failed = (
+        subprocess.run([sys.executable, "-c", code.format(error)], capture_output=True, text=True, cwd=REPOSITORY)
+        for error in ("KeyboardInterrupt", "ValueError")
+    )
+    assert (interrupted.returncode, interrupted.stderr) == (130, "")
+    assert interrupted.stdout == " stopped  by Ctrl-C, before anything was done\n"
+    assert failed.returncode == 1
+    assert "ValueError" in failed.stderr
+    for script in (REPOSITORY / "scripts").glob("*.py"):
+        if "run_task" in (text := script.read_text()):
+            assert re.search(r"^(import|from) (\S+)", text, re.MULTILINE)[2] == "rld_lightning.interrupt"
