@@ -217,7 +217,8 @@ _OF_FIT = (
     *("recipe.epochs", "recipe.optimizer", "recipe.optimizer._target_", "recipe.optimizer.lr"),
     *("recipe.scheduler_interval", "callbacks", "logger", "logger.csv"),
 )
-_OF_ALL = ("data", "trainer", "paths.run")
+_OF_ALL = ("data", "paths.run")
+_OF_NETWORKS = ("trainer",)  # not of scripts/shards.py, which runs none
 # Groups whose keys the package reads by name; what classes take is for their signatures.
 _NAMED = ("", "recipe", "model", "model.student", "model.teacher", "paths")
 _GROUPS = {key[:end] for key in VALUES for end in (*(dot.start() for dot in re.finditer(r"\.", key)), None)}
@@ -275,7 +276,8 @@ _LEFT_OPEN = ("seed", "data.seed", "data.val_fraction")
 
 
 def _missing(values: Mapping[str, Any]) -> Iterator[str]:
-    for key in _OF_ALL + (_OF_FIT if "model" in values else ()):
+    others = () if "index" in values else _OF_NETWORKS
+    for key in (*_OF_ALL, *others, *(_OF_FIT if "model" in values else ())):
         group, _, name = key.rpartition(".")
         above = _find(values, group) if group else values
         if isinstance(above, Mapping) and name not in above:

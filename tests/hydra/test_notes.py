@@ -21,7 +21,15 @@ def written_below(folder):
 
 
 def test_the_jobs_of_a_sweep_get_secrets_and_leave_none(monkeypatch, tmp_path):
-    command = ["shards.py", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "out=/out", *OVERRIDES]
+    command = [
+        "shards.py",
+        "-m",
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}",
+        "out=/out",
+        "data.root=/photos",
+        *OVERRIDES,
+    ]
     monkeypatch.setattr(sys, "argv", command)
     got = []
 
