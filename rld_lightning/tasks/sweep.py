@@ -137,7 +137,7 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         swept, fixed = _overrides(config)
         self._swept = tuple(swept)
-        if not swept:
+        if not swept and not config.hydra.sweeper.get("params"):  # of which a command may leave one value: seed=3
             raise UserError(
                 "-m has nothing to go through: give an option several values, such as seed=0,1,2, or leave -m away."
             )
