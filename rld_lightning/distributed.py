@@ -136,7 +136,14 @@ def _rendezvous() -> tuple[torch.distributed.Store, int]:
     """The store through which the processes find each other; kept, because rank 0 may have to serve it."""
     import torch.distributed
 
-    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    try:
+        store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    except torch.distributed.DistNetworkError as error:
+        port = os.environ.get("MASTER_PORT")
+        raise ConnectionError(
+            f"the processes cannot find each other by port {port} ({error}); choose another (torchrun --master-port, "
+            "MASTER_PORT)."
+        ) from error
     return store, rank
 
 

@@ -1,6 +1,7 @@
 """User mistakes: one clear sentence instead of a traceback."""
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -44,13 +45,15 @@ def disk_errors() -> Iterator[None]:
 
 def _message(error: BaseException) -> str:
     from hydra.errors import InstantiationException
-    from omegaconf.errors import MissingMandatoryValue
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     # Hydra wraps what a constructor raised in a message of its own; the sentence to show is the constructor's.
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; add {error.full_key}=... to the command."
+    if isinstance(error, OmegaConfBaseException):  # the lines behind the first one are about its own types
+        return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
     return str(error)
 
 

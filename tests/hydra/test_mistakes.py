@@ -9,7 +9,7 @@ from helpers.configs import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.mistakes import check, checked, with_value
 from rld_lightning.hydra.options import list_options
 
@@ -314,6 +314,13 @@ def test_what_is_wrong_with_a_command_line(command, tmp_path):
     GlobalHydra.instance().clear()
     with pytest.raises(UserError, match=COMMANDS[command]):
         checked(shlex.split(command.format(own=tmp_path)))
+
+
+def test_what_a_resolver_raises_is_one_line():
+    OmegaConf.register_new_resolver("raises", lambda: 1 / 0)
+    with pytest.raises(UserError, match=r"^division by zero$"), user_errors():
+        OmegaConf.create({"a": "${raises:}"}).a  # noqa: B018
+    OmegaConf.clear_resolver("raises")
 
 
 @pytest.mark.slow
