@@ -1,6 +1,7 @@
 """What a run prints: the configuration as a tree, one line a part, a table at the end."""
 
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ def quiet_lightning() -> None:
     """Silences, once a process, what Lightning prints at every start and that says nothing about this run."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning").propagate = False  # it has a handler of its own, and Hydra's root would say it again
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(
         lambda record: (
@@ -51,6 +53,8 @@ def quiet_lightning() -> None:
                     "TPU available",
                     "Loading `",
                     "Using bfloat16",
+                    "Restoring states from",
+                    "Restored all states from",
                 )
             )
         )
@@ -85,8 +89,9 @@ def printed_to(path: Path) -> Iterator[None]:
             _copies.remove(file)
 
 
-def _say(*objects: Any, width: int | None = None, **options: Any) -> None:
-    (console if width is None else Console(width=width, highlight=False)).print(*objects, **options)
+def _say(*objects: Any, width: int | None = None, shown: str | None = None, **options: Any) -> None:
+    screen = console if width is None else Console(width=width, highlight=False)
+    screen.print(*(objects if shown is None else [shown]), **options)
     for file in _copies:
         copy = Console(file=file, width=width or 120, highlight=False, color_system=None)
         copy.print(*objects, **options)
@@ -110,14 +115,48 @@ def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
 
 
 @rank_zero_only
-def print_line(name: str, text: str) -> None:
-    """Prints one line about a part of the run: ``name`` in a column of its own."""
-    _say(f"[bold]{name:>8}[/]  {escape(redact_text(text))}", soft_wrap=True)
+def print_line(name: str, text: str, *, pasted: bool = False) -> None:
+    """Prints one line about a part of the run: ``name`` in a column of its own.
+
+    In a terminal it is folded between words; what is ``pasted`` into a command line never is.
+    """
+    text = redact_text(text)
+    head, folded = f"[bold]{name:>8}[/]  ", text if pasted else _folded(text, max(len(name), 8) + 2, " " * 10)
+    _say(head + escape(text), shown=head + escape(folded), soft_wrap=True)
+
+
+def end_line() -> None:
+    """Leaves, in a terminal, the line in which it has written ``^C``, behind a bar perhaps."""
+    if console.is_terminal:
+        console.print()
 
 
 def print_error(text: str) -> None:
     """Prints what is wrong, for a user to put right; from whatever process has found it."""
-    _say(f"[bold red]error:[/] {escape(redact_text(text))}", soft_wrap=True)
+    text = redact_text(text)
+    head = "[bold red]error:[/] "
+    _say(head + escape(text), shown=head + escape(_folded(text, len("error: "))), soft_wrap=True)
+
+
+def _folded(text: str, used: int, indent: str = "") -> str:
+    """In a terminal, ``text`` with line breaks between words; paths and what is quoted stay whole, to be copied.
+
+    Args:
+        text: what is printed.
+        used: columns that are taken in its first line.
+        indent: what its other lines begin with.
+    """
+    if not console.is_terminal:
+        return text
+    folded, column = "", used
+    for gap, word in re.findall(r"([ ]*)((?:[^\s']*=)?'[^'\n]*'\S*|\S+|\n)", text):
+        if word == "\n":
+            folded, column = f"{folded}\n", 0
+        elif column > used and column + len(gap) + len(word) > console.width:
+            folded, column = f"{folded}\n{indent}{word}", len(indent) + len(word)
+        else:
+            folded, column = f"{folded}{gap}{word}", column + len(gap) + len(word)
+    return folded
 
 
 @rank_zero_only

@@ -1,11 +1,14 @@
 """What a run prints is in its folder as well."""
 
 import logging
+import re
+from io import StringIO
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
-from rld_lightning.console import print_config, print_line, print_table, printed_to
+from rld_lightning.console import print_config, print_error, print_line, print_table, printed_to, quiet_lightning
 from rld_lightning.errors import UserError
 
 
@@ -31,6 +34,31 @@ def test_what_is_printed_is_added_to_the_file(tmp_path, capsys):
     assert inner.read_text() == " teacher  is trained\n"
 
 
+def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
+    screen = StringIO()
+    monkeypatch.setattr(
+        "rld_lightning.console.console", Console(file=screen, force_terminal=True, width=40, no_color=True)
+    )
+    path = "/photos/" + "a" * 40
+    with printed_to(tmp_path / "fit.log"):
+        print_line("teacher", f"resnet20 of [{path}] the teacher's own, resume='{path} b' and resume=c")
+        print_line("next", "python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld", pasted=True)
+        print_error("one\n  two of several words, which are more than a line")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
+    assert lines == [
+        " teacher  resnet20 of",
+        f"          [{path}]",
+        "          the teacher's own,",
+        f"          resume='{path} b'",
+        "          and resume=c",
+        "    next  python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld",
+        "error: one",
+        "  two of several words, which are more",
+        "than a line",
+    ]
+    assert len((tmp_path / "fit.log").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     ("error", "written"),
     [
@@ -52,3 +80,13 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     with printed_to(tmp_path / "fit.log"):
         print_line("data", "of rank 1")
     assert not (tmp_path / "fit.log").exists()
+
+
+def test_what_lightning_tells_is_told_once(capsys, caplog):
+    """Its own handler prints it; Hydra's, at the root, would print and write it again."""
+    quiet_lightning()
+    lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO):
+        lightning.info("something new")
+        lightning.info("Restoring states from the checkpoint path at last.ckpt")
+    assert not caplog.records  # the root's

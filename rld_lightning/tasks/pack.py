@@ -33,7 +33,7 @@ def make_shards(cfg: DictConfig) -> ShardIndex:
         size = sum(shard.bytes for shard in shards) / 1e9
         images = sum(shard.images for shard in shards)
         print_line(split, f"{images:,} images in {len(shards):,} shards, {size:.3g} GB")
-    print_line("train with", f"data=shards data.root={target}")
+    print_line("train with", f"data=shards data.root={target}", pasted=True)
     return index
 
 

@@ -32,7 +32,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
-from rld_lightning.console import print_line, quiet_lightning
+from rld_lightning.console import end_line, print_line, quiet_lightning
 from rld_lightning.distributed import JOB, Stopped, leave, signals_end, started_by, stopped_by
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
@@ -124,6 +124,7 @@ def run_in_processes(
             except (KeyboardInterrupt, Stopped) as signalled:
                 stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
                 if parent_process() is None:  # else a launcher's, one of several
+                    end_line()
                     print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
                     _interrupt(processes)

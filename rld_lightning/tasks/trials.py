@@ -155,7 +155,7 @@ def print_networks(folder: Path) -> None:
     for run in (*trials, alone):
         print_files(run.folder, {CURVES: f"learning curves, {run.summary.loss}"})
     for command, what in _NEXT.items():
-        print_line("next", f"{command}  {what}")
+        print_line("next", f"{command}  {what}", pasted=True)
 
 
 _NEXT: Mapping[str, str] = {

@@ -198,7 +198,7 @@ class WandbLogger(LightningWandbLogger):
             print_line("wandb", f"does not end as it should: {_in_short(error)}")
             tear_down()
         if run.offline or not complete:
-            print_line("wandb", f"upload with: wandb sync {folder}")
+            print_line("wandb", f"upload with: wandb sync {folder}", pasted=True)
 
     def _start(self) -> "Run":
         import wandb
