@@ -33,6 +33,7 @@ _NOISE = (
     "The number of training batches .* is smaller than the logging interval.*",
     "The ``compute`` method of metric .* was called before the ``update`` method.*",  # it was restored
     ".*does not have many workers which may be a bottleneck.*",
+    "This DataLoader will create .* worker processes in total.*",  # data.num_workers, of which a store keeps many busy
 )
 
 
@@ -163,7 +164,9 @@ def _folded(text: str, used: int, indent: str = "") -> str:
 def print_files(folder: Path, files: Mapping[str, str]) -> None:
     """Prints the files that a run has left in its folder, each with what it holds."""
     for file, what in files.items():
-        _say(f"  {escape(str(folder / file))}  [dim]{what}", soft_wrap=True)
+        path = f"  {folder / file}"
+        folded = _folded(f"  {what}", len(path), " " * 4)
+        _say(f"{escape(path)}  [dim]{what}", shown=f"{escape(path)}[dim]{folded}", soft_wrap=True)
 
 
 @rank_zero_only

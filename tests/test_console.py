@@ -82,11 +82,17 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "fit.log").exists()
 
 
-def test_what_lightning_tells_is_told_once(capsys, caplog):
+def test_what_lightning_tells_is_told_once():
     """Its own handler prints it; Hydra's, at the root, would print and write it again."""
     quiet_lightning()
-    lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    with caplog.at_level(logging.INFO):
-        lightning.info("something new")
-        lightning.info("Restoring states from the checkpoint path at last.ckpt")
-    assert not caplog.records  # the root's
+    own, root = StringIO(), StringIO()
+    handlers = {"lightning": logging.StreamHandler(own), "": logging.StreamHandler(root)}
+    for name, handler in handlers.items():
+        logging.getLogger(name).addHandler(handler)
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.warning("Restoring states from the checkpoint path at last.ckpt")  # which a line of the run says
+    told.warning("something new")
+    for name, handler in handlers.items():
+        logging.getLogger(name).removeHandler(handler)
+    assert own.getvalue() == "something new\n"
+    assert not root.getvalue()

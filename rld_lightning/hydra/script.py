@@ -74,6 +74,12 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         if stop.code == 1 and (words := _held()):
             with exit_on_user_error():
                 _explain(words, config_name)
+        if stop.code == 2 and (flags := re.search(r"unrecognized arguments: (.+)", _held())):
+            _forget()
+            print_error(
+                f"{flags[1]} is not known. Options are written key=value, as in recipe.epochs=10: --help lists them, "
+                "and --hydra-help the flags."
+            )
         raise
     finally:
         composed()
@@ -151,7 +157,7 @@ def _explain(words: str, config_name: str) -> None:
         raise
     # The folders of runs and sweeps are made by Hydra.
     if found := re.search(
-        r"^(?:FileExists|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", words, re.MULTILINE
+        r"^(?:FileExists|FileNotFound|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", words, re.MULTILINE
     ):
         _forget()
         raise UserError(f"the run's folder cannot be made, {found[1]}; choose another (hydra.run.dir, paths.runs).")

@@ -182,7 +182,9 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
     facts = facts_of(weights)
     if facts.num_classes not in (None, data.num_classes) and not set(facts.class_names or ()) & set(data.class_names):
         of = f" of {facts.dataset}" if facts.dataset else ""
-        option = facts.dataset if facts.dataset in list_options("data") else ""
+        option = (
+            facts.dataset if facts.dataset in list_options("data") else "imagefolder (or shards) and data.root=<folder>"
+        )
         raise ValueError(
             f"{weights.source} knows the {facts.num_classes} classes{of} and {data.name} has {data.num_classes}; "
             f"choose the data it was trained on with data={option}."
