@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.errors import UserError
 from rld_lightning.redact import redact, redact_text
 
 console = Console(highlight=False)
@@ -80,9 +81,8 @@ def printed_to(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            kind = type(error).__name__
-            whole = isinstance(error, Exception) and kind != "UserError"  # which is a sentence
-            text = traceback.format_exc() if whole else f"error: {error}" if str(error) else kind
+            whole = isinstance(error, Exception) and not isinstance(error, UserError)  # which is a sentence
+            text = traceback.format_exc() if whole else f"error: {error}" if str(error) else type(error).__name__
             file.write(f"{redact_text(text.rstrip())}\n")
             raise
         finally:

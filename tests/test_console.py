@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from rld_lightning.callbacks import Diverged
 from rld_lightning.console import print_config, print_error, print_line, print_table, printed_to, quiet_lightning
 from rld_lightning.errors import UserError
 
@@ -63,6 +64,7 @@ def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
     ("error", "written"),
     [
         (UserError("a sentence"), "error: a sentence\n"),
+        (Diverged("training diverged"), "error: training diverged\n"),
         (KeyboardInterrupt(), "KeyboardInterrupt\n"),
         (RuntimeError("out of memory"), "RuntimeError: out of memory\n"),
     ],
