@@ -60,6 +60,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
         if checkpoint is not None:
             return checkpoint, candidate
     weights = "to begin a new run with its weights, give it as model.student.weights"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is gone, and {previous_of(path)} before it is damaged; begin again in another folder."
+        )
     if is_damaged(read_once(path)):
         raise ValueError(
             f"{path} is damaged: its bytes are not those that were written, by its checksum, and there is none before "

@@ -72,6 +72,8 @@ def test_two_damaged_ones_are_refused(last):
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*none before it; take a copy"):
         read_checkpoint(last)
     last.unlink()
+    with pytest.raises(ValueError, match=r"last\.ckpt is gone, and .*previous\.ckpt before it is damaged; begin again"):
+        read_checkpoint(last)
     previous_of(last).unlink()
     with pytest.raises(FileNotFoundError, match="there is no checkpoint to resume from"):
         read_checkpoint(last)
