@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import Batch
+from rld_lightning.distributed import gathered
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
@@ -169,14 +170,11 @@ class Divergence(Callback):
         for name, wanted in (("", step), ("_before", step - 1)):
             for recent in self.recent:
                 if recent.step == wanted:
-                    own |= {f"index{name}": recent.index.cpu(), f"label{name}": recent.label.cpu()}
-        gathered: list[Any] = [own]
-        if trainer.world_size > 1:
-            gathered = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, own)
+                    own |= {f"index{name}": recent.index, f"label{name}": recent.label}
+        parts = gathered(own)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            arrays: dict[str, Any] = {name: torch.cat([part[name] for part in gathered]).numpy() for name in own}
+            arrays: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).numpy() for name in own}
             np.savez(self.folder / DIVERGED, **arrays)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rld_lightning.distributed import rank_zero_only
 from rld_lightning.runs.metrics import Row, write_rows
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -120,7 +120,7 @@ class StopSignals(Checkpoint):
 
     def _obey(self, trainer: Trainer, *, waits: bool) -> None:
         self._since_saved += 1
-        told = self._agreed(trainer)
+        told = self._agreed()
         if told == _SAVE and self._since_saved < 10:  # of one that has heard it a batch later
             self.heard = told = 0 if self.heard <= _SAVE else self.heard
         if not told:
@@ -139,13 +139,10 @@ class StopSignals(Checkpoint):
         if stops:
             if told == _SAVE:
                 _requeue()
-            self._stop(trainer, told - _STOP if told >= _STOP else signal.SIGUSR1)
+            self.training = False
+            raise Stopped(told - _STOP if told >= _STOP else signal.SIGUSR1)
 
-    def _stop(self, trainer: Trainer, number: int) -> NoReturn:
-        self.training = False
-        raise Stopped(number)
-
-    def _agreed(self, trainer: Trainer) -> int:
+    def _agreed(self) -> int:
         """What has been heard by any process until the batch before; by this one until now, where it is alone."""
         if self._group is None:
             return self.heard

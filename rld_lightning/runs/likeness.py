@@ -55,9 +55,10 @@ _NO_EFFECT = (
 _WATCHERS = {
     "rld_lightning": {
         *("ClassAccuracy", "GradientNorm", "TeacherMonitor", "Throughput", "WandbExamples"),
-        *("BestCheckpoint", "Divergence", "ExactResume", "LastCheckpoint", "OwnCheckpoints", "SameConfiguration"),
+        *("Divergence", "ExactResume", "LastCheckpoint", "OwnCheckpoints", "SameConfiguration"),
         "RunProgress",
-        *("StepSeed", "EpochSeed"),  # of what chance does, as a seed; the latter is of earlier versions
+        "StepSeed",  # of what chance does, as a seed
+        *("BestCheckpoint", "EpochSeed"),  # of earlier versions
     },
     "lightning": {
         *("RichProgressBar", "TQDMProgressBar", "ModelSummary", "RichModelSummary"),
@@ -146,7 +147,7 @@ def decides(key: str) -> bool:
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """Everything in a resolved configuration that decides what is trained, as ``{"loss.alpha": "1", ...}``.
 
-    Callbacks are one setting, ``callbacks``: ``None``, or such as ``EMAWeightAveraging(decay=0.99)``.
+    Callbacks are one setting, ``callbacks``: ``None``, or such as ``WeightAverage(decay=0.99, start=0)``.
     """
     others = {key: value for key, value in config.items() if key != "callbacks"}
     known = {key: canonical(key, value) for key, value in flat(others).items() if decides(key)}
@@ -176,7 +177,7 @@ def _callbacks(config: Mapping[str, Any]) -> str:
 
 
 def _callback(options: Any) -> str:
-    """``EMAWeightAveraging(decay=0.99)``; empty of one that is switched off, or has no effect on the result."""
+    """``WeightAverage(decay=0.99, start=0)``; empty of one that is switched off, or has no effect on the result."""
     if not isinstance(options, Mapping):
         return str(options or "")
     values = flat(options)

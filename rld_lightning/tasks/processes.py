@@ -37,6 +37,7 @@ from rld_lightning.distributed import JOB, Stopped, leave, signals_end, started_
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
+from rld_lightning.runs.files import LAST
 from rld_lightning.tasks.trainer import make_trainer
 
 POLL = 0.1  # seconds between two looks at the processes
@@ -240,7 +241,7 @@ def _resume_hint(run: Path) -> str | None:
     """Returns what continues a single run; None without a checkpoint, and of a trial, of which the sweep says it."""
     if is_trial():
         return None
-    last = run / "last.ckpt"
+    last = run / LAST
     return as_argument("resume", last) if last.exists() else None
 
 

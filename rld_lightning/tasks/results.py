@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from rld_lightning.callbacks import ExactResume
-from rld_lightning.console import print_files, print_line, print_table
+from rld_lightning.console import duration, print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError
@@ -20,7 +20,6 @@ from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
 from rld_lightning.runs.metrics import Row, read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.plan import Plan
-from rld_lightning.tasks.watch import duration
 from rld_lightning.tracking import wandb_facts
 
 
