@@ -53,8 +53,13 @@ def _message(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; add {error.full_key}=... to the command."
     if isinstance(error, OmegaConfBaseException):  # the lines behind the first one are about its own types
-        return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
+        return re.sub(r"^\w+ raised while resolving interpolation: ", "", first_line(error))
     return str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; of one that says nothing what it is called."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def some(items: Iterable[str]) -> str:

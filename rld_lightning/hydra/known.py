@@ -11,8 +11,9 @@ import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
+
+from rld_lightning.whole import write_whole
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -52,10 +53,7 @@ def _remembered() -> Known:
             return Known(**saved)
     found = _registered()
     with suppress(OSError, TypeError):  # a cache that cannot be kept is none
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-            json.dump({**found._asdict(), "state": state}, temporary)
-        Path(temporary.name).replace(file)
+        write_whole(file, json.dumps({**found._asdict(), "state": state}).encode())
     return found
 
 

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rld_lightning.errors import UserError, did_you_mean, user_errors
+from rld_lightning.errors import UserError, did_you_mean, first_line, user_errors
 from rld_lightning.hydra.compose import compose
 from rld_lightning.hydra.machine import check_machine
 from rld_lightning.hydra.options import list_options
@@ -122,7 +122,7 @@ def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
             break
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             bad = _culprits(error, lines)
-            faults += list(_explained(error, bad, lines, command)) or [f"{str(error).splitlines()[0]}."]
+            faults += list(_explained(error, bad, lines, command)) or [f"{first_line(error)}."]
             if not bad:
                 break
             lines = [line for line in lines if line not in bad]

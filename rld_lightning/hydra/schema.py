@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, first_line
 from rld_lightning.hydra.kinds import (
     BELOW_ONE,
     COUNT,
@@ -253,7 +253,7 @@ def _wrong_values(cfg: DictConfig, values: Mapping[str, Any]) -> tuple[list[str]
             value = _resolved(cfg, key) if _refers(raw) else raw
         except OmegaConfBaseException as error:
             if "HydraConfig was not set" not in str(error):
-                empty.append(f"{key} has no value: {str(error).splitlines()[0]}.")
+                empty.append(f"{key} has no value: {first_line(error)}.")
             continue
         if value == _MISSING:
             empty.append(f"{key} has no value; add {key}=... to the command.")

@@ -14,6 +14,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, Transforme
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from rld_lightning.errors import first_line
+
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
@@ -93,7 +95,7 @@ def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tu
         )
     except Exception as error:  # of a database, or of what is none
         raise ValueError(
-            f"{options.storage} cannot be opened by Optuna {optuna.__version__}: {_line(error)}"
+            f"{options.storage} cannot be opened by Optuna {optuna.__version__}: {first_line(error)}"
         ) from error
     trials = study.get_trials(deepcopy=False)
     study.sampler, to_go = _sampler(options, space, len(trials))
@@ -200,7 +202,3 @@ def together(n_jobs: Any) -> int:
     if not isinstance(n_jobs, int) or n_jobs < 1:
         raise ValueError(f"hydra.sweeper.n_jobs={n_jobs} must be a whole number from 1 on, or -1 for one a core.")
     return n_jobs
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -1,6 +1,6 @@
 """How a sweep runs its trials: all of a grid, or those that a study of Optuna's proposes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_line
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, first_line
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.hydra.study import leave_best, open_study, search_space, tell, together
@@ -34,8 +34,9 @@ def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     assert launcher is not None
     assert context is not None
     with exit_on_user_error():
-        lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-        overrides = OverridesParser.create(context.config_loader).parse_overrides([*lines, *arguments])
+        overrides = OverridesParser.create(context.config_loader).parse_overrides(
+            [*own_params(sweeper.params), *arguments]
+        )
         batches = sweeper.split_arguments(overrides, sweeper.max_batch_size)
         _note(config, sum(map(len, batches)))
         first = 0
@@ -62,7 +63,7 @@ def sweep_study(
         SystemExit: a mistake in the options, or the trials cannot be run; with one sentence.
     """
     with exit_on_user_error():
-        space, fixed = search_space([*_own(options), *arguments], loader)
+        space, fixed = search_space([*own_params(options.get("params")), *arguments], loader)
         study, to_go = open_study(OmegaConf.create(options), space)
         _note(config, to_go)
         at_once, first = together(options["n_jobs"]), 0
@@ -79,8 +80,9 @@ def sweep_study(
         leave_best(study, Path(config.hydra.sweep.dir))
 
 
-def _own(options: dict[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in (options.get("params") or {}).items()]
+def own_params(params: Mapping[str, Any] | None) -> list[str]:
+    """A sweeper's own parameters as overrides."""
+    return [f"{key}={value}" for key, value in (params or {}).items()]
 
 
 def _value(returned: JobReturn) -> float | None:
@@ -109,9 +111,8 @@ def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, conf
         print_line("stopped", f"go on with the same command and {folder}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
     except Exception as error:  # each launcher has its own
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"the trials cannot be run, or a process that ran some has died ({type(error).__name__}: {reason}). "
-            "An interrupted sweep goes on with the same command and "
+            "the trials cannot be run, or a process that ran some has died "
+            f"({type(error).__name__}: {first_line(error)}). An interrupted sweep goes on with the same command and "
             f"{as_argument('hydra.sweep.dir', config.hydra.sweep.dir)}."
         ) from error

@@ -204,11 +204,11 @@ def read_checkpoint(file: IO[bytes], source: str | Path) -> Weights:
     beside = (
         () if named == {""} or not isinstance(content, Mapping) else tuple(str(k) for k in content if k not in named)
     )
-    return Weights(usual_keys(parts[0]), _hyper_parameters(content), Path(source), parts=tuple(parts), beside=beside)
+    return Weights(usual_keys(parts[0]), hyper_parameters(content), Path(source), parts=tuple(parts), beside=beside)
 
 
-def _hyper_parameters(content: object) -> dict[str, str]:
-    """What a Lightning checkpoint was made with, such as the student's name."""
+def hyper_parameters(content: object) -> dict[str, str]:
+    """What a Lightning checkpoint was made with, such as the student's name, as texts; nothing of another file."""
     values = content.get("hyper_parameters") if isinstance(content, Mapping) else None
     return {str(key): str(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
 

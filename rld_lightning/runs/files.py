@@ -1,6 +1,7 @@
 """The files in a run folder: their names, and how they are written and read."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -51,6 +52,11 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     write_whole(path, text.getvalue().encode())
+
+
+def write_json(path: Path, values: object) -> None:
+    """Writes plain values; the folder is made if need be."""
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def check_file(path: Path) -> None:

@@ -1,15 +1,13 @@
 """The values that a run logs, one row an epoch: read, and written whole."""
 
 import csv
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rld_lightning.runs.files import METRICS
-from rld_lightning.whole import write_whole
+from rld_lightning.runs.files import METRICS, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,11 +65,7 @@ def write_rows(run: Path, rows: Iterable[Row]) -> None:
     """Writes ``metrics.csv`` anew; a killed process leaves the one before."""
     rows = list(rows)
     names = dict.fromkeys((*_COUNTED, *(name for row in rows for name in row)))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(run / METRICS, text.getvalue().encode())
+    write_csv(run / METRICS, {name: [row.get(name, "") for row in rows] for name in names})
 
 
 def _numbers(values: Mapping[Any, Any]) -> Row:

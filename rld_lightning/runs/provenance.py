@@ -1,6 +1,5 @@
 """With what a run was made: its configuration, command, versions and hardware."""
 
-import json
 import os
 import platform
 import re
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.redact import redact, redact_command
-from rld_lightning.runs.files import CONFIG, ENVIRONMENT
+from rld_lightning.runs.files import CONFIG, ENVIRONMENT, write_json
 from rld_lightning.whole import write_whole
 
 _COMMAND = "RLD_LIGHTNING_COMMAND"  # for the processes of a run
@@ -41,7 +40,7 @@ def write_provenance(run: Path, cfg: DictConfig) -> None:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-    write_whole(run / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
+    write_json(run / ENVIRONMENT, environment)
 
 
 def processor_name() -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.runs.files import CONFIG, SUMMARY, read_yaml
-from rld_lightning.whole import write_whole
+from rld_lightning.runs.files import CONFIG, SUMMARY, read_yaml, write_json
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Summary:
 
     def write(self, run: Path) -> None:
         """Leaves it in the run's folder."""
-        write_whole(run / SUMMARY, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_json(run / SUMMARY, asdict(self))
 
 
 def read_summary(run: Path) -> Summary:

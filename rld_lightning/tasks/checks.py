@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.sampler import share_of_batch
+from rld_lightning.errors import first_line
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
@@ -166,9 +167,10 @@ def check_network(
         with evaluation_mode(network), torch.no_grad():
             logits = network(torch.zeros(2, *data.image_shape))
     except Exception as error:  # each library refuses images in its own way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         size = "another size with data.image_size=, or " if other_sizes else ""
-        raise ValueError(f"{name} cannot take images of {shape} ({reason}); choose {size}another model.") from error
+        raise ValueError(
+            f"{name} cannot take images of {shape} ({first_line(error)}); choose {size}another model."
+        ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if found != (2, num_classes):
         raise ValueError(

@@ -26,13 +26,12 @@ from rld_lightning.models.facts import facts_of
 from rld_lightning.models.look import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
-from rld_lightning.runs.files import EVALUATION, PER_CLASS, write_csv
+from rld_lightning.runs.files import EVALUATION, PER_CLASS, write_csv, write_json
 from rld_lightning.tasks.checks import check_network, check_split, split_to_measure
 from rld_lightning.tasks.classes import match_classes
 from rld_lightning.tasks.plan import freeze
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
 from rld_lightning.tasks.trainer import make_trainer
-from rld_lightning.whole import write_whole
 
 MOST_CLASSES_SHOWN = 20
 
@@ -260,7 +259,7 @@ def _percent(part: float, whole: float) -> float | None:
 
 @rank_zero_only
 def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path) -> None:
-    write_whole(run / EVALUATION, (json.dumps(asdict(evaluation), indent=2) + "\n").encode())
+    write_json(run / EVALUATION, asdict(evaluation))
     names, images, *shares = zip(*per_class, strict=True)
     accuracy, precision = (["" if share is None else f"{share:.4f}" for share in column] for column in shares)
     write_csv(run / PER_CLASS, {"class": names, "images": images, "accuracy": accuracy, "precision": precision})

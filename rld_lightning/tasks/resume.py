@@ -14,6 +14,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only, started_here
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.facts import read_facts
+from rld_lightning.models.read import hyper_parameters
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
 from rld_lightning.runs.files import CONFIG, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
@@ -101,7 +102,7 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
             length and its schedule does not allow it.
     """
     checkpoint = _read(path)
-    found = read_facts(_hyper_parameters(checkpoint), path).name or student
+    found = read_facts(hyper_parameters(checkpoint), path).name or student
     if canonical_name(found.split("@")[0]) != canonical_name(student):  # SimKD's has the teacher's, too
         raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
     may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # the last is the machine's
@@ -148,12 +149,6 @@ def _read(path: Path) -> dict[str, Any]:
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
         print_line("caution", f"{path} is damaged or gone: going on from the one before it, {used}{step}")
     return checkpoint
-
-
-def _hyper_parameters(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """What a checkpoint says about itself, as texts."""
-    values = checkpoint.get("hyper_parameters")
-    return {str(key): str(value) for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def say_nothing_left(trainer: Trainer) -> None:

@@ -24,11 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only, started_by
-from rld_lightning.errors import UserError, user_errors
+from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.mistakes import check, with_value
 from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
+from rld_lightning.hydra.sweepers import own_params
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import short_value
@@ -44,6 +45,7 @@ from rld_lightning.tasks.teacher import is_for_others, keep_teacher, train_teach
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
 from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tasks.watch import Watch
+from rld_lightning.whole import write_whole
 
 WEIGHTS = "model.teacher.weights"
 
@@ -254,8 +256,7 @@ def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float
 
 def _parsed(config: DictConfig) -> list[Override]:
     """The sweeper's own parameters, then the command's overrides."""
-    own = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    return _parse_all([*own, *config.hydra.overrides.task])
+    return _parse_all([*own_params(config.hydra.sweeper.get("params")), *config.hydra.overrides.task])
 
 
 def _parse_all(lines: Iterable[str]) -> list[Override]:
@@ -322,7 +323,7 @@ def _check_values(config: DictConfig, *, listed: bool) -> None:
         try:
             cfg = loader.load_sweep_config(config, lines)
         except HydraException as error:
-            raise UserError(f"{str(error).splitlines()[0]} (--help lists the options)") from error
+            raise UserError(f"{first_line(error)} (--help lists the options)") from error
         check(cfg)
         if not trial:
             for line in [line for key, listed in values.items() if "." in key for line in listed[1:]]:
@@ -352,10 +353,7 @@ def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]
                 f"{folder} holds a sweep of another command: they differ in {', '.join(differing)}. Continue it with "
                 f"its own{values}, or choose another hydra.sweep.dir."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = record.with_suffix(".tmp")
-    OmegaConf.save(OmegaConf.create(sorted(current)), temporary)
-    temporary.replace(record)
+    write_whole(record, OmegaConf.to_yaml(OmegaConf.create(sorted(current))).encode())
 
 
 def _canonical(lines: Iterable[str], folder: Path) -> set[str]:

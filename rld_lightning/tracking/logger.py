@@ -16,7 +16,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.module import DistillationModule
 from rld_lightning.redact import redact
-from rld_lightning.runs.files import WANDB_RUN
+from rld_lightning.runs.files import WANDB_RUN, write_json
 from rld_lightning.tracking import results
 from rld_lightning.tracking.server import server, trouble, wandb_mode
 from rld_lightning.tracking.start import (
@@ -124,7 +124,7 @@ class WandbLogger(LightningWandbLogger):
                 "url": None if run.offline else run.url
             }
             known[results.ARTIFACT] = self.artifact
-            (self.folder / WANDB_RUN).write_text(json.dumps(known, indent=2) + "\n")
+            write_json(self.folder / WANDB_RUN, known)
         return run
 
     def _lose(self, error: Exception, extra: str | None = None) -> None:
