@@ -42,6 +42,7 @@ class WeightAverage(WeightAveraging):
         self.decay = decay
         self.start = start
         self.due = False
+        self.swapped = False  # whether the module has the average, and the average's place the weights
 
     @property
     def updates(self) -> int:
@@ -75,9 +76,12 @@ class WeightAverage(WeightAveraging):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the average in the weights' place, and these beside it."""
+        """Puts the average in the weights' place, and these beside it; within a validation it is there already."""
         if self.updates:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            if self.swapped:
+                keys = ("state_dict", "current_model_state")
+                checkpoint |= zip(keys, [checkpoint[key] for key in reversed(keys)], strict=True)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts both back in their places."""
@@ -92,6 +96,7 @@ class WeightAverage(WeightAveraging):
     def _swap_models(self, pl_module: LightningModule) -> None:
         if self.updates:
             super()._swap_models(pl_module)
+            self.swapped = not self.swapped
 
     def _copy_average_to_current(self, pl_module: LightningModule) -> None:
         if self.updates:

@@ -34,7 +34,7 @@ class Watcher(Callback):
         self.validated.append(deepcopy(pl_module.student.state_dict()))
 
 
-def fit(folder, average, epochs=EPOCHS, **options):
+def fit(folder, average, epochs=EPOCHS, others=(), **options):
     torch.manual_seed(0)
     student, teacher = network(), FrozenTeacher(network())
     module = DistillationModule(
@@ -51,7 +51,7 @@ def fit(folder, average, epochs=EPOCHS, **options):
     last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True)
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[average, watcher, best, last],
+        num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[average, watcher, best, last, *others],
     )  # fmt: skip
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=500, eval_batch_size=360), **options)
     return module, watcher
@@ -102,6 +102,28 @@ def test_a_mean_of_epochs_begins_where_it_should_and_is_not_there_before(tmp_pat
 def test_a_run_that_ends_before_the_average_begins_leaves_its_weights(tmp_path):
     module, watcher = fit(tmp_path, WeightAverage(start=0.9), epochs=1)
     close(dict(module.student.state_dict()), watcher.trained[-1])
+
+
+class Saver(Callback):
+    """Saves before the validation of the second epoch, and within it, as a run does that is told to stop."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.folder / "before.ckpt")
+
+    def on_validation_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.folder / "within.ckpt")
+
+
+def test_a_checkpoint_within_a_validation_takes_neither_for_the_other(tmp_path):
+    fit(tmp_path, WeightAverage(decay=0.7), epochs=2, others=[Saver(tmp_path)])
+    before, within = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "within"))
+    for key in ("state_dict", "current_model_state"):
+        close(floats(within[key]), floats(before[key]))
 
 
 @pytest.mark.parametrize("decay", [0.9, None])
