@@ -10,7 +10,7 @@ OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow soak test-lowest lint format docs-tables build clean
+.PHONY: help install quickstart test test-slow soak test-lowest lint format audit docs-tables build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -48,6 +48,10 @@ lint: $(INSTALLED) ## ruff, who may import whom, and types
 format: $(INSTALLED) ## let ruff put the style right
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+audit: $(INSTALLED) ## ask PyPI and OSV for known vulnerabilities of the tested versions
+	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit
+	$(RUN) -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
 docs-tables: $(INSTALLED) ## write the tables of losses in docs/losses.md from the code
 	$(RUN) docs/tables.py
