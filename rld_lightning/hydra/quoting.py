@@ -70,6 +70,8 @@ def _with_quotes(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or not value or argument.startswith("-") or isinstance(_read(value), str):
         return argument
+    if value.lower() == "null":
+        return argument
     parts = value.split(",")
     if len(parts) > 1 and all(map(_exists, parts)):
         return f"{key}={','.join(map(_quoted, parts))}"

@@ -56,7 +56,7 @@ def test_teacher_monitor_recounts(tmp_path):
 
 def test_a_teacher_that_is_never_wrong_has_no_accuracy_where_it_is(tmp_path):
     class Oracle(FrozenTeacher):
-        def forward(self, images, paths=()):
+        def forward(self, images, paths=(), **_):
             return torch.nn.functional.one_hot(self.answers.pop(0), 10).float(), {}
 
     class Tell(Callback):
@@ -137,7 +137,7 @@ def test_the_teacher_sees_validation_images_once(tmp_path):
     class Counting(FrozenTeacher):
         images = 0
 
-        def forward(self, images, paths=()):
+        def forward(self, images, paths=(), **_):
             self.images += len(images)
             return super().forward(images, paths)
 

@@ -91,6 +91,7 @@ def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"student"}
     facts = {"num_classes": 10, "student": "wrn16_1", "dataset": "digits", "data_seed": 0, "val_fraction": 0.0}
+    facts |= {"mean": list(DigitsDataModule.mean), "std": list(DigitsDataModule.std)}
     assert checkpoint["hyper_parameters"] == facts
 
 
@@ -164,7 +165,7 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("model.student.weights=pretrained",), "is for torchvision/<name> and timm/<name>, not for wrn16_1"),
         (("model.student.name=torchvision/alexnet",), "torchvision/alexnet cannot take images of 3x8x8"),
         (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),
-        (("model.teacher.weights=null",), "model.teacher.weights has no value"),
+        (("model.teacher.weights=null",), "model.teacher.weights=null is not allowed"),
         (("+trainer.limit_val_batches=0", "loss=ce"), "trainer.limit_val_batches=0 leaves no accuracy to report"),
         (
             ("trainer.limit_train_batches=0.01", "loss=ce"),

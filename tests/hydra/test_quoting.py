@@ -56,6 +56,7 @@ def test_paths_are_read_as_they_are_given(tmp_path, monkeypatch):
     (argument,) = with_quotes(["data.root=${oc.env:HOME}/a=1"])
     assert argument == "data.root='${oc.env:HOME}/a=1'"
     same = ["-m", "seed=0,1", "loss=[kd,at]", "weights=a,b", "resume='a=1'", "data=digits", "loss.alpha=1=2", "~logger"]
+    same += ["model.teacher.weights=null", "resume=null"]
     assert with_quotes(same) == same
 
 

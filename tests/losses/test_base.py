@@ -25,7 +25,10 @@ def test_a_method_of_ones_own():
     terms = Distance(ce_weight=0.5)(student, teacher, label)
     assert_close(terms, {"ce": 0.5 * cross_entropy(student, label), "distance": distance})
     assert list(Distance(ce_weight=0)(student, teacher, label)) == ["distance"]
-    assert repr(Distance()) == "Distance(ce_weight=1.0, warmup_epochs=1, ignore_index=-100, weight=2.0)"
+    assert (
+        repr(Distance())
+        == "Distance(ce_weight=1.0, warmup_epochs=1, ignore_index=-100, label_smoothing=0.0, weight=2.0)"
+    )
     assert Distance().statistics(StepContext(ModelOutput(student), ModelOutput(teacher), label)) == {}
 
 

@@ -39,4 +39,6 @@ def test_what_it_refuses():
 
 
 def test_prints_its_hyperparameters():
-    assert repr(CELoss(ce_weight=0.5)) == "CELoss(ce_weight=0.5, warmup_epochs=1, ignore_index=-100)"
+    assert (
+        repr(CELoss(ce_weight=0.5)) == "CELoss(ce_weight=0.5, warmup_epochs=1, ignore_index=-100, label_smoothing=0.0)"
+    )

@@ -52,12 +52,13 @@ def test_common_keywords(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_modules_take_what_their_function_takes(name):
     parameters = inspect.signature(LOSSES[name]).parameters
-    assert {"ce_weight", "warmup_epochs"} <= set(parameters)
+    every = {"ce_weight", "warmup_epochs", "label_smoothing"}
+    assert every <= set(parameters)
     if not issubclass(LOSSES[name], LogitLoss):
         return
     theirs = inspect.signature(LOSSES[name].function).parameters
     own = {p for p, parameter in theirs.items() if parameter.kind is parameter.KEYWORD_ONLY} - {"reduction"}
-    assert set(parameters) == own | {"ce_weight", "warmup_epochs"}
+    assert set(parameters) == own | every
     for p in own:
         assert parameters[p].annotation == theirs[p].annotation, "the module and the function state one range"
         # A weight of 1 is none; other defaults are the same for both.
