@@ -23,6 +23,7 @@ def test_bench_of_steps_prints_ratios(capsys):
     assert "plain eager float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_of_losses_is_relative_to_kd(capsys):
     losses = bench.configured_losses(["[rld,fitnet]", "simkd", "mlkd", "crd"])
     bench.bench_losses(losses, "wrn_16_1", "resnet8", 4, (3, 16, 16), torch.device("cpu"), rounds=1)

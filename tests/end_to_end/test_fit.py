@@ -260,6 +260,7 @@ def test_a_resumed_run_tells_the_whole_story(tmp_path):
     assert float(known["best_model_score"]) == pytest.approx(metrics["val/top1"].dropna().iloc[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
     pair = (*PAIR[1:], "loss=kd", "model.teacher.weights=fit", f"paths.teachers={tmp_path / 'teachers'}")
     options = (*pair, "recipe.scheduler=null", "data.val_fraction=0.5")
@@ -306,6 +307,7 @@ def test_a_fast_dev_run_does_everything_once_and_leaves_no_result(tmp_path):
     assert find_runs([tmp_path]) == []
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
     for image in (f"{split}/{name}/{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):
@@ -318,6 +320,7 @@ def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
     assert in_process(tmp_path / "second", *options, *resume).epochs == 2
 
 
+@pytest.mark.slow
 def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

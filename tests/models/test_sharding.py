@@ -127,6 +127,7 @@ def compare_and_leave(rank, folder):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_teacher_shared_out_over_two_processes_is_the_same_teacher(tmp_path):
     other = mp.get_context("spawn").Process(target=compare_and_leave, args=(1, tmp_path))
     other.start()

@@ -176,6 +176,7 @@ def test_one_run_and_nothing_else(tmp_path):
     assert ["rld", "60.00", "60.10", "30", "1seed 0", "900"] in parse(files.html).rows
 
 
+@pytest.mark.slow
 def test_more_rows_than_colours(tmp_path):
     for alpha in range(12):
         write_run(tmp_path / str(alpha), "at", top1=50 + alpha, settings={"loss.weight": alpha})
@@ -191,6 +192,7 @@ def test_networks_that_are_gone_and_html_in_names(tmp_path):
     parse(page)
 
 
+@pytest.mark.slow
 def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
     measured = []
 
@@ -206,6 +208,7 @@ def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
     assert "one image at a time, measured for this report on" in page
 
 
+@pytest.mark.slow
 def test_files_that_are_no_safetensors_stop_nothing(tmp_path):
     folder = write_run(tmp_path / "run", weights=str(tmp_path / "ckpt_epoch_240.pth"))
     for file in (tmp_path / "ckpt_epoch_240.pth", folder / "student.safetensors"):
@@ -228,6 +231,7 @@ def test_the_teacher_of_a_sweep_has_no_command_of_its_own(tmp_path):
     assert f"the teacher of all runs in {tmp_path / 'pair'}, trained before them" in page
 
 
+@pytest.mark.slow
 def test_a_grafted_student_has_its_own_cost(tmp_path):
     folder = write_run(tmp_path / "run", "simkd")
     summary = json.loads((folder / "summary.json").read_text())
@@ -237,6 +241,7 @@ def test_a_grafted_student_has_its_own_cost(tmp_path):
     assert "resnet8@resnet20: 1 M parameters" in page
 
 
+@pytest.mark.slow
 def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path):
     write_comparison(tmp_path / "runs" / "a", {"kd": 59.0, "rld": 61.0})
     write_sweep(tmp_path / "runs" / "sweeps" / "s", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
@@ -253,6 +258,7 @@ def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path):
     assert "pair-resnet20-to-resnet8-cifar100-curves.png" in figures
 
 
+@pytest.mark.slow
 def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
     means = {"ce": 57.0, "kd": 59.0, "dkd": 59.1, "rld": 61.0}
     write_comparison(tmp_path / "a", means, seeds=4, spread=0.05)
@@ -268,11 +274,19 @@ def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ({"kd": (0.0, 3.0, -2.9)}, "not significantly ahead of the one row that"),
-        ({"kd": (0.0, 3.0, -2.9), "dkd": (0.1, 3.0, -2.9)}, "not significantly ahead of any of the 2 rows that"),
         ({"kd": (0.0, 3.0, -2.9), "dkd": (5.0, 5.1, 5.2)}, "significantly ahead of 1 of the 2 rows that"),
-        ({"kd": (5.0, 5.1, 5.2)}, "; significantly ahead of the one row that"),
-        ({"kd": (5.0, 5.1, 5.2), "dkd": (5.0, 5.1, 5.2)}, "; significantly ahead of both rows that"),
+        *(
+            pytest.param(gains, words, marks=pytest.mark.slow)
+            for gains, words in [
+                ({"kd": (0.0, 3.0, -2.9)}, "not significantly ahead of the one row that"),
+                (
+                    {"kd": (0.0, 3.0, -2.9), "dkd": (0.1, 3.0, -2.9)},
+                    "not significantly ahead of any of the 2 rows that",
+                ),
+                ({"kd": (5.0, 5.1, 5.2)}, "; significantly ahead of the one row that"),
+                ({"kd": (5.0, 5.1, 5.2), "dkd": (5.0, 5.1, 5.2)}, "; significantly ahead of both rows that"),
+            ]
+        ),
     ],
 )
 def test_the_headline_says_in_words_what_the_tests_found(tmp_path, gains, words):

@@ -89,6 +89,7 @@ def config_paths(content):
         yield from (f["key"]["name"] for f in run_set["filters"]["filters"] if f["key"]["section"] == "config")
 
 
+@pytest.mark.slow
 def test_every_metric_of_a_panel_is_one_that_a_run_logs(content, run):
     logits = torch.randn(4, 10)
     others = {f"train/{term}" for loss in (KDLoss(), DKDLoss()) for term in loss(logits, logits, torch.arange(4))}

@@ -214,6 +214,7 @@ def figures(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_script_leaves_files_and_says_what_is_missing(make_run, tmp_path, figures):
     make_run("rld", top1=60.0)
     make_run("ce", top1=50.0)
