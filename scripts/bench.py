@@ -42,7 +42,7 @@ if __name__ == "__main__":
 
     from rld_lightning.bench.data import bench_data
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
-    from rld_lightning.bench.whole import Job, bench_fit
+    from rld_lightning.bench.jobs import Job, bench_fit
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.what == "data":

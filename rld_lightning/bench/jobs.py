@@ -130,7 +130,7 @@ def _ours(job: Job, teacher: Path, place: Path) -> list[str]:
 def _time(command: Sequence[str], place: Path, plain: bool, job: Job) -> dict[str, float]:
     place.mkdir()
     ended = place / "ended.json"
-    stamps = f"+callbacks.step_times={{_target_: rld_lightning.bench.whole.StepTimes, path: {ended}}}"
+    stamps = f"+callbacks.step_times={{_target_: rld_lightning.bench.jobs.StepTimes, path: {ended}}}"
     path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     start = time.time()
     result = subprocess.run(
