@@ -63,7 +63,7 @@ class Divergence(Callback):
         loss = torch.stack(list(terms.values())).sum().float()
         teacher = outputs.get("teacher_logits")
         seen = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
-        seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, batch.label, loss)]
+        seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, outputs["label"], loss)]
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
         self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(terms)))
         self._note(torch.stack([*seen, *(term.float() for term in terms.values())]), loss)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class OptunaPruner(Callback):
     """Reports ``val/top1`` of each epoch to the study and stops where Optuna's pruner says so.
 
-    Hydra's sweeper asks the study for values and gives them to a process; which trial this is shows in the values. A
+    The sweeper asks the study for values and gives them to a process; which trial this is shows in the values. A
     pruned trial ends with the accuracy that it has, and the sweeper tells the study so.
 
     Args:

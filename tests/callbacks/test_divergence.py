@@ -1,6 +1,7 @@
 """Runs that diverge: seen at the step, told apart, never saved, and let go on with another learning rate."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss
 from rld_lightning.callbacks import Diverged, Divergence
 from rld_lightning.callbacks.divergence import _Values, why
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.data.base import Batch
 
 
 def network(seed=0):
@@ -120,6 +122,16 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, change, wo
     assert named["index"].tolist() == order[6 * 128 : 7 * 128].tolist()
     assert named["index_before"].tolist() == order[5 * 128 : 6 * 128].tolist()
     assert named["label"].shape == named["label_before"].shape == (128,)
+
+
+def test_the_teacher_of_mixtures_is_held_to_the_class_of_most_of_each_image(tmp_path):
+    watch, label = Divergence(tmp_path), torch.arange(10)
+    outputs = {"terms": {"kd": torch.tensor(math.nan)}, "student_logits": torch.eye(10), "label": label}
+    batch = Batch(torch.zeros(10, 3, 8, 8), label.roll(1), label)
+    watch.on_train_batch_end(
+        SimpleNamespace(current_epoch=0), None, outputs | {"teacher_logits": torch.eye(10)}, batch, 0
+    )
+    assert watch.bad[5] == 10
 
 
 def _batches():
