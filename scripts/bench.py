@@ -41,8 +41,8 @@ if __name__ == "__main__":
     import torch  # help and mistakes need not wait for it
 
     from rld_lightning.bench.data import bench_data
-    from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
     from rld_lightning.bench.jobs import Job, bench_fit
+    from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.what == "data":

@@ -7,9 +7,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.redact import redact, remember
-from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES
-from rld_lightning.whole import write_whole
+from rld_lightning.redact import remember
+from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_yaml
 
 
 def note_job(cfg: DictConfig) -> None:
@@ -24,12 +23,8 @@ def note_job(cfg: DictConfig) -> None:
     folder = Path(own.runtime.output_dir)
     hydra: Any = OmegaConf.to_container(own, enum_to_str=True)
     remember(OmegaConf.to_container(cfg))
-    _write(folder / HYDRA / "config.yaml", OmegaConf.to_container(cfg, enum_to_str=True))
-    _write(folder / CHOICES, {"hydra": hydra})
-    _write(folder / OVERRIDES, hydra["overrides"]["task"])
-    if own.mode == RunMode.MULTIRUN and (sweep := Path(own.sweep.dir) / "multirun.yaml").exists():
-        _write(sweep, OmegaConf.to_container(OmegaConf.load(sweep)))  # which Hydra has written before the first job
-
-
-def _write(path: Path, values: Any) -> None:
-    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(redact(values))).encode())
+    write_yaml(folder / HYDRA / "config.yaml", OmegaConf.to_container(cfg, enum_to_str=True))
+    write_yaml(folder / CHOICES, {"hydra": hydra})
+    write_yaml(folder / OVERRIDES, hydra["overrides"]["task"])
+    if own.mode == RunMode.MULTIRUN and (sweep := Path(own.sweep.dir) / SWEEPER).exists():
+        write_yaml(sweep, OmegaConf.to_container(OmegaConf.load(sweep)))  # as sweepers of others write it

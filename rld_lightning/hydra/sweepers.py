@@ -17,6 +17,7 @@ from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.hydra.study import leave_best, open_study, search_space, tell, together
 from rld_lightning.runs.events import note
+from rld_lightning.runs.files import SWEEPER, write_yaml
 
 
 def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
@@ -90,10 +91,9 @@ def _value(returned: JobReturn) -> float | None:
 
 
 def _note(config: DictConfig, total: int) -> None:
-    """Leaves the sweep's configuration where Hydra's own sweeper does, and how many trials there are to be."""
+    """Leaves the sweep's configuration, without secrets, where Hydra's own sweeper does, and the number of trials."""
     folder = Path(config.hydra.sweep.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "multirun.yaml")
+    write_yaml(folder / SWEEPER, OmegaConf.to_container(config, enum_to_str=True))
     note(folder, total=total)
 
 

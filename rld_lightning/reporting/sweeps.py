@@ -13,7 +13,7 @@ import pandas as pd
 
 from rld_lightning.reporting.frame import LAST, pool_seeds, runs_frame
 from rld_lightning.reporting.labels import differing, short_key, short_value
-from rld_lightning.runs.files import CONFIG, STUDY
+from rld_lightning.runs.files import CONFIG, STUDY, SWEEPER
 from rld_lightning.runs.finished import Run
 
 # The axes of heat maps, where these are swept: across, down, and one map each.
@@ -202,7 +202,7 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
 def _sweep_folder(run: Run) -> Path | None:
     """The folder of the sweep that a run is a trial of: Hydra leaves ``multirun.yaml`` there."""
     for folder in list(run.folder.parents)[:4]:
-        if (folder / "multirun.yaml").exists() or (folder / STUDY).exists() or folder.parent.name == "sweeps":
+        if (folder / SWEEPER).exists() or (folder / STUDY).exists() or folder.parent.name == "sweeps":
             return folder
         if (folder / CONFIG).exists():  # a teacher that was trained for a run
             return None

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
+from rld_lightning.redact import redact
 from rld_lightning.whole import write_whole
 
 _LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
@@ -31,6 +33,7 @@ PRINTED = "trial.log"  # what a trial's processes have printed, where the sweep 
 EVALUATION = "evaluation.json"  # of scripts/eval.py
 PER_CLASS = "per_class.csv"  # likewise
 SWEEP = "sweep.yaml"  # what a sweep varies and what it does not, in the sweep's folder
+SWEEPER = "multirun.yaml"  # the configuration of a sweep, likewise
 STUDY = "study.db"  # of an Optuna sweep
 TEACHER = "teacher"  # the run folder, within another, of the teacher that was trained for it
 HYDRA = ".hydra"  # what Hydra notes
@@ -57,6 +60,11 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
 def write_json(path: Path, values: object) -> None:
     """Writes plain values; the folder is made if need be."""
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_yaml(path: Path, values: Any) -> None:
+    """Writes plain values without secrets; interpolations stay what they are, and the folder is made if need be."""
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(redact(values))).encode())
 
 
 def check_file(path: Path) -> None:

@@ -14,9 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.redact import redact, redact_command
-from rld_lightning.runs.files import CONFIG, ENVIRONMENT, write_json
-from rld_lightning.whole import write_whole
+from rld_lightning.redact import redact_command
+from rld_lightning.runs.files import CONFIG, ENVIRONMENT, write_json, write_yaml
 
 _COMMAND = "RLD_LIGHTNING_COMMAND"  # for the processes of a run
 _PACKAGES = ("rld-lightning", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy")
@@ -25,8 +24,7 @@ _PACKAGES = ("rld-lightning", "torch", "torchvision", "lightning", "torchmetrics
 @rank_zero_only
 def write_provenance(run: Path, cfg: DictConfig) -> None:
     """Leaves the resolved configuration, without secrets, and the command, versions and hardware of the run."""
-    values = redact(OmegaConf.to_container(cfg, resolve=True))
-    write_whole(run / CONFIG, OmegaConf.to_yaml(OmegaConf.create(values)).encode())
+    write_yaml(run / CONFIG, OmegaConf.to_container(cfg, resolve=True))
     environment: dict[str, Any] = {
         "command": command(),
         "commit": _commit(Path(__file__).parents[2]),

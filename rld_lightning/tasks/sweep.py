@@ -34,7 +34,7 @@ from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import short_value
 from rld_lightning.runs.events import note
-from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, SWEEP, TEACHER, read_config
+from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, SWEEP, TEACHER, read_config, write_yaml
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
@@ -45,7 +45,6 @@ from rld_lightning.tasks.teacher import is_for_others, keep_teacher, train_teach
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
 from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tasks.watch import Watch
-from rld_lightning.whole import write_whole
 
 WEIGHTS = "model.teacher.weights"
 
@@ -353,7 +352,7 @@ def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str]
                 f"{folder} holds a sweep of another command: they differ in {', '.join(differing)}. Continue it with "
                 f"its own{values}, or choose another hydra.sweep.dir."
             )
-    write_whole(record, OmegaConf.to_yaml(OmegaConf.create(sorted(current))).encode())
+    write_yaml(record, sorted(current))
 
 
 def _canonical(lines: Iterable[str], folder: Path) -> set[str]:

@@ -20,6 +20,16 @@ def written_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_sweep_leaves_no_secret_before_its_first_job(monkeypatch, tmp_path):
+    options = ["-m", "seed=0", f"hydra.sweep.dir={tmp_path}", "out=/out", "data.root=/photos"]
+    monkeypatch.setattr(sys, "argv", ["shards.py", *options, *OVERRIDES])
+    monkeypatch.setattr("rld_lightning.hydra.script.note_job", lambda cfg: None)
+    run_task(lambda cfg: None, "shards")
+    text = (tmp_path / "multirun.yaml").read_text()
+    assert "REDACTED" in text
+    assert not [secret for secret in SECRETS if secret in text]
+
+
 def test_the_jobs_of_a_sweep_get_secrets_and_leave_none(monkeypatch, tmp_path):
     command = [
         "shards.py",
