@@ -328,6 +328,8 @@ def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
         key: the full key.
         known: all full keys that there are.
     """
+    if options := _options_with(key):
+        return f"{key} is not known, for want of {' or '.join(options[:3])}; add one to the command.", options
     known = list(known)
     group, _, name = key.rpartition(".")
     names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
@@ -340,6 +342,19 @@ def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     if group and names:
         return f"{key} is not known; {group} has {', '.join(sorted(names))}.", []
     return f"{key} is not known; `--cfg all` prints all keys.", []
+
+
+def _options_with(key: str) -> list[str]:
+    """Options, as they are chosen, whose file has a full key: ``logger=wandb`` of ``logger.wandb.project``."""
+    group = key.partition(".")[0]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found = []
+    for file in (CONF / group).glob("*.yaml") if re.fullmatch(r"\w+", group) else ():
+        text = file.read_text()
+        prefix = "" if text.startswith("# @package _global_") else f"{group}."
+        if key in _keys(yaml.load(text, loader) or {}, prefix):
+            found.append(f"{group}={file.stem}")
+    return sorted(found, key=len)
 
 
 def _near_leaves(name: str, known: Iterable[str], cutoff: float) -> list[str]:

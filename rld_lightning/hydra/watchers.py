@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig
 
 from rld_lightning.errors import UserError, did_you_mean
+from rld_lightning.hydra.options import CONF
 
 # What is logged whatever the loss and whoever watches; other names of train/ and stats/ are the loss's own.
 LOGGED = ("val/top1", "val/ce", "val/top5", "val/top1_best", "train/loss", "train/top1", "train/top5")
@@ -22,8 +24,18 @@ def check_watchers(cfg: DictConfig) -> None:
     """
     callbacks: Mapping[str, Any] = cfg.get("callbacks") or {}
     nodes = {name: node for name, node in callbacks.items() if isinstance(node, Mapping)}
-    if faults := [fault for name, node in nodes.items() for fault in _faults(f"callbacks.{name}", node)]:
+    faults = [fault for name, node in nodes.items() for fault in _faults(f"callbacks.{name}", node)]
+    if "recipe" in cfg and nodes and not callbacks.keys() & _default():
+        faults.append(
+            "callbacks has none of callbacks=default, which measure, save and show a run; choose it as well, as in "
+            "callbacks=[default,ema], and switch single ones off with callbacks.<name>=null."
+        )
+    if faults:
         raise UserError("\n".join(faults))
+
+
+def _default() -> set[str]:
+    return set(yaml.safe_load((CONF / "callbacks/default.yaml").read_text()))
 
 
 def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:

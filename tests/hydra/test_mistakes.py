@@ -269,11 +269,15 @@ COMMANDS = {
     "loss=kd loss.beta=2": r"loss\.beta is not known; loss has .*temperature, warmup_epochs, weight\.",
     "+recipe.epochs=3": r"adds what is there already; write recipe\.epochs=3",
     "+model=resnet20": r"adds what is there already; write model=resnet20",
+    "logger.wandb.project=x": r"logger\.wandb\.project is not known, for want of logger=wandb; add",
+    "model=resnet8 model.teacher.name=x": r"model\.teacher\.name is not known, for want of model=pair",
+    "callbacks=ema": r"none of callbacks=default.*callbacks=\[default,ema\]",
+    "callbacks=[swa,early_stopping] logger=wandb": r"none of callbacks=default",
     "~foo": r"~foo takes away what is not there",
     "model=wrn40_3": r"model=wrn40_3 is no option\. Did you mean 'wrn40_2'",
     "data=cifar10": r"data=cifar10 is no option\. Did you mean 'cifar100'",
     "loss=rdl": r"loss=rdl is no option\. Did you mean .*'rld'",
-    "recipe=fast": r"recipe=fast is no option; choose one of cifar240,",
+    "recipe=fast": r"recipe=fast is no option; choose one of adamw_cosine, cifar240,",
     "experiment=quikstart": r"experiment=quikstart is no option\. Did you mean 'quickstart'",
     "sweep=rld_gird": r"sweep=rld_gird is no option\. Did you mean 'rld_grid'",
     "launcher=slurm": r"launcher=slurm is no option",
@@ -334,5 +338,6 @@ def test_what_is_right_is_left_alone():
 @pytest.mark.parametrize("group", ["data", "recipe", "experiment", "debug", "logger", "callbacks"])
 def test_every_shipped_option_passes(group):
     for name in list_options(group):
-        cfg = compose(f"{group}={name}", "trainer=cpu", resolve=False)
+        beside = f"[default,{name}]" if group == "callbacks" and name != "default" else name
+        cfg = compose(f"{group}={beside}", "trainer=cpu", resolve=False)
         check(with_value(cfg, "data.root=/x"))
