@@ -10,6 +10,8 @@ from rld_lightning.runs.naming import class_name
 def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashable] = ()) -> list[str]:
     """The fewest keys that tell all settings apart, the loss's first; a key that says nothing new is left out.
 
+    That some saw fewer images is said all the same: two numbers beside each other would mislead without it.
+
     Args:
         settings: to be told apart.
         known: what the reader knows of each already.
@@ -18,7 +20,7 @@ def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashab
     keys = []
     for key in differing(settings):
         refined: list[Hashable] = list(zip(classes, (values.get(key) for values in settings), strict=True))
-        if len(set(refined)) > len(set(classes)):
+        if len(set(refined)) > len(set(classes)) or key == "data.subset":
             keys.append(key)
             classes = refined
     return keys

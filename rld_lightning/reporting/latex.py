@@ -43,6 +43,8 @@ def _table(chapter: Chapter) -> str:
     body = [*lines[:teachers], *([r"\midrule"] if 0 < teachers < len(lines) else []), *lines[teachers:]]
     caption = f"{section.title} on {section.dataset}: top-1 in percent on {section.split}, mean ± standard deviation "
     caption += "over n seeds."
+    if chapter.leader is not None and len(chapter.peers) < len(chapter.lines) - teachers:
+        caption += f" Bold: the highest of the {len(chapter.peers)} with one recipe and n ≥ {chapter.peers['n'].min()}."
     if not section.on_test:
         caption += " Not the test split."
     if chapter.has_published:

@@ -313,6 +313,8 @@ def test_labels_say_as_little_as_will_do():
     ]
     assert distinguishing(settings) == ["recipe.epochs"]
     assert distinguishing(settings, known=["30", "60"]) == []
+    fewer_images = [{**settings[0], "data.subset": "0.3"}, settings[1] | {"data.subset": "1.0"}]
+    assert distinguishing(fewer_images, known=["30", "60"]) == ["data.subset"]
     values = {
         "loss.alpha": "2.0",
         "recipe.scheduler._target_": "torch.optim.lr_scheduler.OneCycleLR",
