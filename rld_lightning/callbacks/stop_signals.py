@@ -113,7 +113,8 @@ class StopSignals(Checkpoint):
         elif self.training and self.heard < _STOP:
             self.heard = _STOP + number
             if _is_first() and not started_here():  # else whoever has started it says so
-                os.write(2, b"stopping after this step, and saving; once more stops it at once\n")
+                line = b"stopping after this step, and saving; once more stops it at once\n"
+                os.write(2, b"\n" + line if os.isatty(2) else line)  # behind ^C, and a bar
         else:
             signal.signal(number, lambda *_: os._exit(128 + number))
             raise Stopped(number)
