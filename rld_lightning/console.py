@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from rld_lightning.distributed import rank_zero_only
+from rld_lightning.distributed import is_first, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.redact import redact, redact_text
 
@@ -70,7 +70,7 @@ def printed_to(path: Path) -> Iterator[None]:
     Args:
         path: the file, in a folder that is there.
     """
-    if vars(rank_zero_only)["rank"]:
+    if not is_first():
         yield
         return
     with path.open("a", buffering=1) as file:

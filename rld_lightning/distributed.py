@@ -29,6 +29,7 @@ __all__ = [
     "Stopped",
     "devices_per_node",
     "gathered",
+    "is_first",
     "leave",
     "nodes",
     "own_share",
@@ -52,6 +53,11 @@ def _rank_before_lightning() -> int:
 
 
 vars(rank_zero_only).setdefault("rank", _rank_before_lightning())
+
+
+def is_first() -> bool:
+    """Whether this is rank 0 of a run, or its only process."""
+    return int(vars(rank_zero_only)["rank"]) == 0
 
 
 class Started(NamedTuple):

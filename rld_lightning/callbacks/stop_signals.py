@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
 from rld_lightning.console import print_line
-from rld_lightning.distributed import STOPS, Stopped, rank_zero_only, slurm_job, started_here
+from rld_lightning.distributed import STOPS, Stopped, is_first, rank_zero_only, slurm_job, started_here
 
 _SAVE = 1  # what processes tell each other: to save, or a stop's number and this much
 _STOP = 100
@@ -112,7 +112,7 @@ class StopSignals(Checkpoint):
             self.heard = max(self.heard, _SAVE) if self.training else self.heard
         elif self.training and self.heard < _STOP:
             self.heard = _STOP + number
-            if _is_first() and not started_here():  # else whoever has started it says so
+            if is_first() and not started_here():  # else whoever has started it says so
                 line = b"stopping after this step, and saving; once more stops it at once\n"
                 os.write(2, b"\n" + line if os.isatty(2) else line)  # behind ^C, and a bar
         else:
@@ -157,10 +157,6 @@ class StopSignals(Checkpoint):
             return 0
         told[1].wait()
         return int(told[0])
-
-
-def _is_first() -> bool:
-    return int(vars(rank_zero_only)["rank"]) == 0
 
 
 def _save(trainer: Trainer) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rld_lightning.console import print_line
-from rld_lightning.distributed import rank_zero_only, started_by
+from rld_lightning.distributed import is_first, started_by
 from rld_lightning.errors import UserError
 from rld_lightning.models.store import TeacherStore
 
@@ -39,7 +39,7 @@ def turn_to_train(store: TeacherStore, dataset: str, name: str, run: Path) -> It
     """
     place = store.path(dataset, name)
     holder, own = place.with_name(f".{place.stem}.holder"), _group(run)
-    if started_by() is not None and vars(rank_zero_only)["rank"] != 0:
+    if started_by() is not None and not is_first():
         yield _wait_for_the_first(store, dataset, name, holder, own)
         return
     lock = FileLock(place.with_name(f".{place.stem}.lock"))

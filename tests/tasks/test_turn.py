@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
@@ -84,7 +85,7 @@ def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, mo
         time.sleep(0.01)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(turn.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
     place = store.path(*NAME)
     holder = place.with_name(f".{place.stem}.holder")
     holder.write_text(turn._group(tmp_path / "run"))  # as it is where all processes have that environment
