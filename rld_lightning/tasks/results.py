@@ -143,7 +143,11 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
     teacher = f" from {summary.teacher}" if summary.teacher else ""
     if (run / METRICS).exists():
         _draw_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
+    by_heart = (
+        _last_row(run).get("train/top1") if not summary.trained_whole else None
+    )  # what debug=overfit is looked at for
     rows = [
+        ("top-1, training images", f"{by_heart:.2f} %" if by_heart is not None else None),
         ("top-1, last epoch", f"{summary.top1:.2f} %"),
         ("top-1, best epoch", f"{summary.top1_best:.2f} %"),
         ("top-5, last epoch", f"{summary.top5:.2f} %" if summary.top5 is not None else None),

@@ -94,7 +94,7 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     score = f"{rows[0][len(keys)]} % on {validated_on}, n = {best['n']}"
     command = retrain_command(config, best["overrides"], best["run"], fixed)
     print_line("best", f"{' '.join(best['overrides'])}: {score}")
-    print_line("next", "train with it on all images, and test once:")
+    print_line("next", "train with it on the held-out images as well, and test once:")
     console.print(command, soft_wrap=True, markup=False)
 
 
