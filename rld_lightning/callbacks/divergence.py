@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ class Divergence(Callback):
             )
         else:
             message += "Begin anew with a smaller recipe.optimizer.lr, or with trainer.gradient_clip_val=1. "
-        raise Diverged(f"{message}Nothing of it was saved; the batch is named in {self.folder / DIVERGED}.")
+        named = f"; the batch is named in {file}" if (file := self.folder / DIVERGED).exists() else ""
+        raise Diverged(f"{message}Nothing of it was saved{named}.")
 
     def _leave_batch(self, trainer: Trainer, step: int) -> None:
         """Writes which images the step saw, on all ranks together, and those of the step before."""
@@ -175,7 +177,8 @@ class Divergence(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).numpy() for name in own}
-            np.savez(self.folder / DIVERGED, **arrays)
+            with suppress(OSError):  # a full disk is not to hide why the run ends
+                np.savez(self.folder / DIVERGED, **arrays)
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,15 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, change, wo
     assert named["label"].shape == named["label_before"].shape == (128,)
 
 
+def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(Diverged, match=r"training diverged.*Nothing of it was saved\.$"):
+        fit(tmp_path, At(6, spoil_weights), every_step(tmp_path))
+
+
 def test_the_teacher_of_mixtures_is_held_to_the_class_of_most_of_each_image(tmp_path):
     watch, label = Divergence(tmp_path), torch.arange(10)
     outputs = {"terms": {"kd": torch.tensor(math.nan)}, "student_logits": torch.eye(10), "label": label}
