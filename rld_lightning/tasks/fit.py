@@ -17,7 +17,6 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import Stopped, requeued, started_by, started_here
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.quoting import as_argument
-from rld_lightning.hydra.resolvers import choice
 from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
@@ -27,7 +26,6 @@ from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST, LOG, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
-from rld_lightning.runs.likeness import changed_settings, changes
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
@@ -40,6 +38,7 @@ from rld_lightning.tasks.checks import (
     check_start,
     check_trainer,
 )
+from rld_lightning.tasks.describe import describe_run
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
@@ -49,7 +48,6 @@ from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
 from rld_lightning.tasks.room import check_room
 from rld_lightning.tasks.teacher import (
     build_teacher,
-    describe_size,
     find_teacher,
     is_for_others,
     keep_teacher,
@@ -181,7 +179,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_room(plan.run, trainer, module)
         remember_logits(module, plan, data, trainer)
         choose_threads(module, data, trainer)
-    _describe(cfg, plan, data, trainer, module)
+    describe_run(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)
     with tracked(trainer, module, found):
@@ -205,37 +203,6 @@ def _train_teacher(
         print_line("teacher", f"{lacks}: training it first, with cross-entropy")
     summary = train_teacher(cfg, folder, partial(fit, resume_hint=False))
     keep_teacher(summary, folder, plan.store, data, teacher.name)
-
-
-def _describe(cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Trainer, module: DistillationModule) -> None:
-    """Prints one line for each part of the run that has not had its own yet."""
-    print_line("student", f"{module.hparams['student']}, {describe_size(module.student, data.image_shape)}")
-    print_line("loss", module.loss.describe())
-    own, recipe = module.loss.own_recipe, choice("recipe", _root_=cfg)
-    if own and recipe == "cifar240":
-        print_line("recipe", f"{recipe}; the public code of {plan.loss} trains otherwise, as recipe={own} does")
-    rate = f"{plan.learning_rate:g}"
-    if plan.scale_lr_from is not None:
-        rate += f" = {plan.recipe_rate:g} x {plan.batch_size} / {plan.scale_lr_from}"
-    devices = trainer.world_size
-    print_line(
-        "training",
-        f"{plan.optimizer}, learning rate {rate}, batch {plan.batch_size} = {devices} x {plan.batch_size // devices} "
-        f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {trainer.max_epochs} epochs",
-    )
-    if plan.resume is not None:
-        told, folder = plan.before, Path(plan.resume).parent
-        others = changed_settings(folder, cfg) if told is None else changes(told.settings, cfg)
-        new = [f"{key}={now} instead of {before}" for key, (before, now) in others.items()]
-        print_line("resume", ", ".join([plan.resume, *new]))
-    watched = [str(getattr(callback, "monitor", "")) for callback in trainer.early_stopping_callbacks]
-    if data.val_split == "test" and any(name.startswith("val/") for name in watched):
-        print_line(
-            "caution",
-            "early stopping looks at the test split, whose images then choose when to end and are no test any more; "
-            "data.val_fraction=0.1 holds some of the training images out for it",
-        )
-    print_line("folder", str(plan.run))
 
 
 def _train(

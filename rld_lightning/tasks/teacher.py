@@ -11,7 +11,6 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import devices_per_node, rank_zero_only
 from rld_lightning.errors import UserError
-from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import WeightsFacts, facts_of
 from rld_lightning.models.look import Look, relook
@@ -21,6 +20,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
+from rld_lightning.tasks.describe import describe_size
 from rld_lightning.tasks.look import check_size, load_in_order, teacher_look
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import Teacher, alone
@@ -208,8 +208,3 @@ def _known(facts: WeightsFacts) -> str:
     epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
     known = ", ".join(filter(None, (top1, epochs, facts.source)))
     return f" ({known})" if known else ""
-
-
-def describe_size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """Parameters and multiply-accumulates of a model, for the console."""
-    return f"{count_parameters(model) / 1e6:.2f} M parameters, {count_macs(model, image_shape) / 1e6:.1f} M MACs"
