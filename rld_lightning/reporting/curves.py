@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.style import styled, whole_epochs
-from rld_lightning.runs.files import CURVES, METRICS
-from rld_lightning.runs.finished import read_run
+from rld_lightning.runs.files import CURVES, METRICS, read_config
 from rld_lightning.runs.metrics import read_metrics
+from rld_lightning.runs.summary import Summary
 
 # What is logged under train/ beside the terms of the loss.
 NO_TERMS = {
@@ -23,7 +23,7 @@ NO_TERMS = {
 
 
 @styled
-def plot_curves(run: Path, title: str) -> Path:
+def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     """Draws accuracy, loss terms, their shares, teacher statistics, gradient norm and learning rate of a run.
 
     An epoch that was trained in part is drawn where it ended: 60 of 782 steps at 0.08.
@@ -31,11 +31,12 @@ def plot_curves(run: Path, title: str) -> Path:
     Args:
         run: a run folder with a ``metrics.csv``.
         title: heading of the picture.
+        summary: what the run came to, which says how much of its epochs was trained; None: all.
 
     Returns:
         the picture's path, ``curves.png``.
     """
-    metrics, rates = _by_epochs_trained(run), _learning_rates(run)
+    metrics, rates = _by_epochs_trained(run, summary), _learning_rates(run)
     terms = {
         name: name.removeprefix("train/") for name in metrics if name.startswith("train/") and name not in NO_TERMS
     }
@@ -81,13 +82,12 @@ def plot_curves(run: Path, title: str) -> Path:
     return run / CURVES
 
 
-def _by_epochs_trained(run: Path) -> pd.DataFrame:
+def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:
     """:func:`read_metrics` by the epochs that had been trained, as far as the run says how many steps one has."""
     metrics = read_metrics(run)
     with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # of a run that says too little
-        finished = read_run(run)
-        summary, epochs = finished.summary, int(finished.config["trainer"]["max_epochs"])
-        if summary.steps is None or summary.scheduled_steps is None or metrics.empty:
+        epochs = int(read_config(run)["trainer"]["max_epochs"])
+        if summary is None or summary.steps is None or summary.scheduled_steps is None or metrics.empty:
             return metrics
         rows = pd.read_csv(run / METRICS).dropna(subset=list(metrics), how="all")
         # Steps are counted from 0, but by a validation after the last one.

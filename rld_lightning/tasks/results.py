@@ -139,13 +139,15 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         **wandb_facts(run),
     }
     save_weights(student, run / STUDENT, facts)
-    summary.write(run)  # last of the two: a run with a summary is a finished one
     teacher = f" from {summary.teacher}" if summary.teacher else ""
-    if (run / METRICS).exists():
-        _draw_curves(run, f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}")
-    by_heart = (
-        _last_row(run).get("train/top1") if not summary.trained_whole else None
-    )  # what debug=overfit is looked at for
+    try:
+        if (run / METRICS).exists():
+            title = f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}"
+            _draw_curves(run, title, summary)
+    finally:
+        summary.write(run)  # last: a run with a summary is a finished one
+    # What debug=overfit is looked at for.
+    by_heart = _last_row(run).get("train/top1") if not summary.trained_whole else None
     rows = [
         ("top-1, training images", f"{by_heart:.2f} %" if by_heart is not None else None),
         ("top-1, last epoch", f"{summary.top1:.2f} %"),
@@ -174,10 +176,10 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
     print_files(run, {name: what for name, what in files.items() if (run / name).exists()})
 
 
-def _draw_curves(run: Path, title: str) -> None:
+def _draw_curves(run: Path, title: str, summary: Summary) -> None:
     try:
         from rld_lightning.reporting.curves import plot_curves  # pandas and matplotlib are of an extra
     except ImportError as error:
         print_line("curves", f'are not drawn ({error}): pip install "rld-lightning[report]"')
         return
-    plot_curves(run, title)
+    plot_curves(run, title, summary)

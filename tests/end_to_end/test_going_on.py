@@ -99,6 +99,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(folder, wh
     ("place", "count"),
     [
         ("rld_lightning.tasks.results.save_weights", 1),
+        ("rld_lightning.reporting.curves.plot_curves", 1),
         ("rld_lightning.runs.summary.Summary.write", 1),
         ("rld_lightning.callbacks.MetricsFile.save", 3),  # validation, epoch, ...
         ("rld_lightning.callbacks.MetricsFile.save", 4),

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.runs.metrics import read_metrics
+from rld_lightning.runs.summary import read_summary
 
 METRICS = """epoch,step,loss,lr-SGD,train/loss,train/ce,train/kd,stats/teacher_wrong,val/ce,val/top1,val/top5,\
 stats/ce_share,stats/kd_share,train/grad_norm,train/top1_teacher_wrong,val/top1_teacher_wrong
@@ -75,7 +76,7 @@ def drawn_on(monkeypatch, run):
 
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", keep)
-    plot_curves(run, "title")
+    plot_curves(run, "title", read_summary(run))
     return found[0]
 
 
