@@ -9,6 +9,7 @@ from helpers.configs import compose
 from safetensors.torch import load_file, save_file
 
 from rld_lightning import create_model
+from rld_lightning.callbacks import Throughput
 from rld_lightning.errors import UserError
 from rld_lightning.tasks.fit import fit
 
@@ -31,12 +32,15 @@ def run(folder, *overrides):
 def killed(folder, step, *overrides):
     """A run that ends after a step, before anything of it is saved."""
 
-    def kill(callback, trainer, *_):
+    measure = Throughput.on_train_batch_end
+
+    def kill(callback, trainer, *rest):
         if trainer.global_step == step:
             raise Killed
+        measure(callback, trainer, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rld_lightning.callbacks.Throughput.on_train_batch_end", kill)
+        patch.setattr(Throughput, "on_train_batch_end", kill)
         with pytest.raises(Killed):
             run(folder, *overrides)
 
