@@ -55,6 +55,17 @@ def fit(folder, *callbacks, resume=None, **options):
     return module, trainer
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """Whoever runs the tests may ignore signals, as a shell does for what it runs in the background."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing has stopped."""

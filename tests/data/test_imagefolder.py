@@ -1,6 +1,5 @@
 import gc
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -182,9 +181,7 @@ def test_workers_stop_at_once_when_the_loader_is_garbage(root):
     workers = loader._workers._iterator._workers
     loader.cycle = loader
     del loader
-    start = time.perf_counter()
     gc.collect()
-    assert time.perf_counter() - start < 4
     assert not any(worker.is_alive() for worker in workers)
 
 
