@@ -44,6 +44,7 @@ def run(overrides: Sequence[str], log: Path, broken: Callable[[], None] | None =
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
     if broken is not None:
         broken()
     from rld_lightning.hydra.script import run_task
