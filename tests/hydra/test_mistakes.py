@@ -251,7 +251,11 @@ OTHER_GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", VALUES)
+# Every third is for every day.
+EACH = [pytest.param(command, marks=() if i % 3 == 0 else pytest.mark.slow) for i, command in enumerate(VALUES)]
+
+
+@pytest.mark.parametrize("command", EACH)
 def test_a_value_of_the_wrong_type_or_range(command):
     assert re.search(VALUES[command], told(command))
 
