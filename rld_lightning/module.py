@@ -154,8 +154,10 @@ class DistillationModule(LightningModule):
         if every == 1 or batches == float("inf"):
             return 1.0
         steps = getattr(getattr(self.trainer.train_dataloader, "sampler", None), "steps", None)
-        sizes = [1] * int(batches) if steps is None else [step.stop - step.start for step in steps[: int(batches)]]
-        return share_of_step(sizes, batch_idx, every)
+        first = batch_idx - batch_idx % every
+        last = min(first + every, int(batches))  # of the batches that make this step of the optimizer
+        sizes = [1] * (last - first) if steps is None else [step.stop - step.start for step in steps[first:last]]
+        return share_of_step(sizes, batch_idx - first, every)
 
     def _outputs(
         self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None
@@ -332,8 +334,8 @@ def share_of_step(sizes: Sequence[int], batch_idx: int, every: int) -> float:
     Lightning divides each by ``every``, also in the last step of an epoch, which may have fewer and smaller batches.
 
     Args:
-        sizes: of all batches of the epoch.
-        batch_idx: the batch.
+        sizes: of the epoch's batches, or of those of one step of the optimizer.
+        batch_idx: the batch among them.
         every: batches to a step of the optimizer.
     """
     first = batch_idx - batch_idx % every
