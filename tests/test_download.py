@@ -147,38 +147,27 @@ def test_what_the_disk_has_no_room_for_is_not_written(tmp_path, monkeypatch, len
     assert not path.exists() if length else path.stat().st_size < 1 << 30
 
 
-def slow_line(handler):
-    handler.wfile.write(b"HTTP/1.1 2")
-    trickle_of(handler, b"0")
+# What is sent at once, and what then comes byte by byte, over and over.
+TRICKLES = {
+    "status line": (b"HTTP/1.1 2", b"0"),
+    "headers": (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n", b"X-Header: y\r\n"),
+    "length of a part": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", b"0"),
+    "redirection": (b"HTTP/1.1 302 Found\r\nLocation: /else\r\nContent-Length: 0\r\n", b"X-Header: y\r\n"),
+}
 
 
-def slow_headers(handler):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n")
-    trickle_of(handler, b"X-Header: y\r\n")
+@pytest.mark.parametrize(("at_once", "trickle"), TRICKLES.values(), ids=TRICKLES)
+def test_a_server_that_sends_what_is_no_content_byte_by_byte_is_ended(tmp_path, monkeypatch, at_once, trickle):
+    def send(handler):
+        handler.wfile.write(at_once)
+        handler.wfile.flush()
+        while True:
+            for byte in trickle:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.01)
 
-
-def slow_length_of_a_part(handler):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
-    trickle_of(handler, b"0")
-
-
-def slow_redirection(handler):
-    handler.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: /else\r\nContent-Length: 0\r\n")
-    trickle_of(handler, b"X-Header: y\r\n")
-
-
-def trickle_of(handler, text):
-    handler.wfile.flush()
-    while True:
-        for byte in text:
-            handler.wfile.write(bytes([byte]))
-            time.sleep(0.01)
-
-
-@pytest.mark.parametrize("answer", [slow_line, slow_headers, slow_length_of_a_part, slow_redirection])
-def test_a_server_that_sends_what_is_no_content_byte_by_byte_is_ended(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(module, "SLOW_SECONDS", 0.3)
-    with server(answer) as url:
+    with server(send) as url:
         start = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"failed: the server has sent nothing of use for \d s, run again"):
             fetch(url, tmp_path / "x", "0" * 32)
