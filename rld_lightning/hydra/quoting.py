@@ -20,6 +20,8 @@ PATHS = frozenset(
     )
 )
 
+_UNREADABLE = object()
+
 
 def as_argument(key: str, value: Any) -> str:
     """An option of a command as it can be pasted into a shell: ``"resume='runs/a=1/last.ckpt'"``.
@@ -68,14 +70,13 @@ def read_text(value: str) -> str:
 
 def _with_quotes(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or not value or argument.startswith("-") or isinstance(_read(value), str):
-        return argument
-    if value.lower() == "null":
+    read = _read(value)
+    if not equals or not value or argument.startswith("-") or read is None or isinstance(read, str):
         return argument
     parts = value.split(",")
     if len(parts) > 1 and all(map(_exists, parts)):
         return f"{key}={','.join(map(_quoted, parts))}"
-    is_a_list = _read(value) is not None  # which a path in brackets or with commas is to Hydra
+    is_a_list = read is not _UNREADABLE  # which a path in brackets or with commas is to Hydra
     if _exists(value) if is_a_list else key.lstrip("+") in PATHS or _exists(value):
         return f"{key}={_quoted(value)}"
     return argument
@@ -99,9 +100,9 @@ def _parser() -> OverridesParser:
 
 
 def _read(value: str) -> Any:
-    """What Hydra makes of a value without quotes; None where it cannot read it."""
+    """What Hydra makes of a value without quotes, None of null; ``_UNREADABLE`` where it cannot read it."""
     try:
         override = _parser().parse_override(f"key={value}")
     except HydraException:
-        return None
+        return _UNREADABLE
     return override.value() if not override.is_sweep_override() else override
