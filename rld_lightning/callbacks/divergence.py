@@ -18,6 +18,7 @@ from rld_lightning.distributed import gathered
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
+from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import DIVERGED, LAST
 
 _LARGE_IMAGES = 100.0  # normalised ones reach 3 or so
@@ -156,7 +157,7 @@ class Divergence(Callback):
         last = self.folder / LAST
         if remedy is not None:
             message += f"{remedy}, and begin anew. "
-        elif last.exists():
+        elif is_there(last):
             message += (
                 f"Go on from before that with {as_argument('resume', last)} and a smaller recipe.optimizer.lr, or with "
                 "trainer.gradient_clip_val=1. "

@@ -120,7 +120,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if path.suffix == ".safetensors" or content[8:9] == b"{":
         weights = _read_safetensors(content, path)
     else:
-        weights = read_checkpoint(BytesIO(content), source=path)
+        weights = read_torch_weights(BytesIO(content), source=path)
     weights = replace(weights, sha256=hashlib.sha256(content).hexdigest())
     return _part_of(weights, wanted) if wanted else weights
 
@@ -178,7 +178,7 @@ def _read_safetensors(content: bytes, path: Path) -> Weights:
     return Weights(usual_keys(parts[0]), without_seal(header.get("__metadata__") or {}), path, parts=tuple(parts))
 
 
-def read_checkpoint(file: IO[bytes], source: str | Path) -> Weights:
+def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
     """Reads the weights in an open ``torch.save``d file; ``source`` is what error messages call it.
 
     Raises:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.read import Weights, WeightsError, read_checkpoint, read_metadata, read_once, split_part
+from rld_lightning.models.read import Weights, WeightsError, read_metadata, read_once, read_torch_weights, split_part
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.save import save_weights
 from rld_lightning.models.seal import is_damaged
@@ -226,7 +226,7 @@ def _parse_published(name: str, member: str, content: bytes, url: str) -> Weight
     try:
         if PUBLISHED_SHA256.get(name, found := _sha256(content)) != found:
             raise WeightsError(f"{member} has the SHA-256 {found}, not that of the published {name}")
-        weights = read_checkpoint(io.BytesIO(content), source=member)
+        weights = read_torch_weights(io.BytesIO(content), source=member)
         with torch.device("meta"):
             verify_weights(create_model(name, num_classes=_PUBLISHED_CLASSES), weights, name=name)
     except WeightsError as error:

@@ -217,7 +217,7 @@ def _train(
         raise
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         last = plan.run / LAST
-        if resume_hint and last.exists():
+        if resume_hint and is_there(last):
             print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
             if isinstance(error, Stopped):
                 error.said = True

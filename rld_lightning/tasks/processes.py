@@ -37,6 +37,7 @@ from rld_lightning.distributed import JOB, Stopped, leave, signals_end, started_
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
+from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST
 from rld_lightning.tasks.trainer import make_trainer
 
@@ -242,7 +243,7 @@ def _resume_hint(run: Path) -> str | None:
     if is_trial():
         return None
     last = run / LAST
-    return as_argument("resume", last) if last.exists() else None
+    return as_argument("resume", last) if is_there(last) else None
 
 
 def _read_failures(folder: Path, count: int) -> dict[int, Failure]:

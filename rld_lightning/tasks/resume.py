@@ -76,7 +76,7 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
             teacher = ""
         if not started_here():  # by a process that has said so
             print_line("resume", f"there is no checkpoint in {folder} yet: the run begins anew{teacher}")
-    if any((run / name).exists() for name in (METRICS, LAST)):
+    if (run / METRICS).exists() or is_there(run / LAST):
         raise ValueError(
             f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
             f"on ({as_argument('resume', run)})."

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.optim import SGD
 
@@ -52,6 +52,8 @@ def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
     """
     weights = _bytes_of(module.state_dict().values())
     whole = weights + _state_of_optimizer(module)
+    if any(isinstance(callback, WeightAveraging) for callback in vars(trainer)["callbacks"]):
+        whole += weights  # those that are trained, beside their average
     files = [(run / STUDENT, weights)]
     largest = weights
     for callback in trainer.checkpoint_callbacks:

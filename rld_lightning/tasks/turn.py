@@ -38,11 +38,11 @@ def turn_to_train(store: TeacherStore, dataset: str, name: str, run: Path) -> It
         UserError: nothing can be written there, said before anything is trained for it.
     """
     place = store.path(dataset, name)
+    lock = FileLock(place.with_name(f".{place.stem}.lock"))
     holder, own = place.with_name(f".{place.stem}.holder"), _group(run)
     if started_by() is not None and not is_first():
-        yield _wait_for_the_first(store, dataset, name, holder, own)
+        yield _wait_for_the_first(store, dataset, name, lock, holder, own)
         return
-    lock = FileLock(place.with_name(f".{place.stem}.lock"))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         _wait(lock, f"{name} is being trained for {place} by another run: waiting for it")
@@ -72,13 +72,23 @@ def _wait(lock: FileLock, words: str) -> None:
         pass
 
 
-def _wait_for_the_first(store: TeacherStore, dataset: str, name: str, holder: Path, own: str) -> bool:
+def _wait_for_the_first(store: TeacherStore, dataset: str, name: str, lock: FileLock, holder: Path, own: str) -> bool:
     while True:
         if store.has(dataset, name):
             return False
-        if holder.is_file() and holder.read_text() == own:
+        if holder.is_file() and holder.read_text() == own and _is_held(lock, holder):
             return True
         time.sleep(_POLL_SECONDS)
+
+
+def _is_held(lock: FileLock, holder: Path) -> bool:
+    """Whether a process has the lock; if none has, one that was killed has left what the holder says: it is removed."""
+    try:
+        with lock.acquire(timeout=0):
+            holder.unlink(missing_ok=True)
+    except (Timeout, NotImplementedError):
+        return True
+    return False
 
 
 def _group(run: Path) -> str:

@@ -196,7 +196,7 @@ def test_one_sentence_says_what_happened(capsys, codes, failures, sentence, trac
 
 def test_a_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monkeypatch, tmp_path):
     assert launching._resume_hint(tmp_path) is None
-    (tmp_path / "last.ckpt").touch()
+    (tmp_path / "last.previous.ckpt").touch()  # the latest is gone: it goes on from the one before
     assert launching._resume_hint(tmp_path) == f"resume={tmp_path / 'last.ckpt'}"
     monkeypatch.setattr(launching, "is_trial", lambda: True)
     assert launching._resume_hint(tmp_path) is None  # the sweep says how it goes on

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD, AdamW
 
 from rld_lightning import CELoss, DistillationModule
-from rld_lightning.callbacks import CheckpointFiles
+from rld_lightning.callbacks import CheckpointFiles, WeightAverage
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError, disk_errors
 from rld_lightning.models.factory import create_model
@@ -20,7 +20,7 @@ from rld_lightning.tasks import room
 from rld_lightning.tasks.room import check_room, room_needed
 
 
-def build(folder, make_optimizer):
+def build(folder, make_optimizer, *more):
     module = DistillationModule(create_model("resnet20", 10), CELoss(), make_optimizer, num_classes=10)
     plain = {"enable_version_counter": False}
     callbacks = [
@@ -29,15 +29,22 @@ def build(folder, make_optimizer):
     ]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
     trainer = Trainer(
-        max_epochs=2, accelerator="cpu", limit_train_batches=1, limit_val_batches=1, callbacks=callbacks,
+        max_epochs=2, accelerator="cpu", limit_train_batches=1, limit_val_batches=1, callbacks=[*callbacks, *more],
         plugins=[CheckpointFiles()], **quiet,
     )  # fmt: skip
     return trainer, module
 
 
-@pytest.mark.parametrize("make_optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=0.1)])
-def test_the_estimate_is_what_is_written(tmp_path, make_optimizer):
-    trainer, module = build(tmp_path, make_optimizer)
+@pytest.mark.parametrize(
+    ("make_optimizer", "more"),
+    [
+        (lambda p: SGD(p, lr=0.1, momentum=0.9), ()),
+        (lambda p: AdamW(p, lr=0.1), ()),
+        (lambda p: SGD(p, lr=0.1, momentum=0.9), (WeightAverage(decay=0.9),)),
+    ],
+)
+def test_the_estimate_is_what_is_written(tmp_path, make_optimizer, more):
+    trainer, module = build(tmp_path, make_optimizer, *more)
     estimate = room_needed(tmp_path, trainer, module)
     trainer.fit(module, DigitsDataModule(batch_size=8))
     save_weights(module.student, tmp_path / "student.safetensors")

@@ -97,6 +97,20 @@ def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, mo
         assert not lacks
 
 
+def test_what_a_killed_run_has_left_is_not_taken_for_the_first_process(store, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # the same as before, and so is the folder
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    place = store.path(*NAME)
+    place.parent.mkdir(parents=True)
+    holder = place.with_name(f".{place.stem}.holder")
+    holder.write_text(turn._group(tmp_path / "run"))
+    threading.Timer(0.3, store.save, (model, *NAME, {})).start()  # by another run, which the first waits for
+    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+        assert not lacks
+    assert not holder.exists()
+
+
 def test_a_store_that_cannot_be_written_to_is_named_before_training(tmp_path):
     (tmp_path / "teachers").touch()
     with (
