@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.configs import CONF, compose
 
+from rld_lightning import __main__ as main
 from rld_lightning.losses import ModelOutput, StepContext, list_losses, loss_class, registry
 from rld_lightning.models import create_model, forward_with_taps
 from rld_lightning.models.registry import REGISTRY
@@ -205,6 +206,8 @@ def test_every_other_command_is_one_that_is_known():
                 assert name in ("fit", "eval", "shards", "compare", "report", "figures", "dashboard", "bench")
             case ("python", "-m", "pytest", *arguments):
                 assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
+            case ("rld-lightning", name, *_):
+                assert name in main.commands()
             case ("make", target, *_):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
             case ("torchrun" | "sbatch", *arguments):

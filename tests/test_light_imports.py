@@ -53,6 +53,11 @@ def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeyp
         assert not packages & (HEAVY | {"torch"})
 
 
+def test_the_list_of_commands_needs_nothing():
+    code = "import sys; from rld_lightning.__main__ import main; sys.argv = ['rld-lightning']; main()"
+    assert not imported_by(code) & (HEAVY | {"torch", "hydra", "omegaconf", "rich"})
+
+
 def test_ctrl_c_while_a_script_imports_ends_in_one_sentence():
     code = "import rld_lightning.interrupt; raise {}"
     interrupted, failed = (

@@ -20,8 +20,9 @@ from rld_lightning.console import console, print_table
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.save import save_weights
+from rld_lightning.shipped import shipped
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fit.py"
+SCRIPT = shipped("scripts") / "fit.py"
 DATA = {"cifar100": (100, (3, 32, 32)), "digits": (10, (3, 8, 8))}
 
 
@@ -131,7 +132,7 @@ def _time(command: Sequence[str], place: Path, plain: bool, job: Job) -> dict[st
     place.mkdir()
     ended = place / "ended.json"
     stamps = f"+callbacks.step_times={{_target_: rld_lightning.bench.jobs.StepTimes, path: {ended}}}"
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     start = time.time()
     result = subprocess.run(
         [*command, f"--ended={ended}" if plain else stamps],

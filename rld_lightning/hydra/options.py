@@ -5,7 +5,6 @@ takes an option's place.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,8 +13,9 @@ from hydra.core.plugins import Plugins
 
 from rld_lightning.errors import did_you_mean
 from rld_lightning.hydra.known import known
+from rld_lightning.shipped import shipped
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = shipped("conf")
 
 _PLUGINS = "hydra_plugins.rld_lightning_sweepers"
 _SWEEPERS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,67 @@
+"""The command ``rld-lightning``: its names, its help, and how it runs a script. From a wheel: test_wheel.py."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from rld_lightning import __main__ as command
+from rld_lightning.shipped import shipped
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Calls the command, and puts back what it changes in this process."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(Path.cwd())])
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["rld-lightning", *words])
+        command.main()
+
+    return call
+
+
+def test_every_script_is_a_command_with_its_first_words_as_help(called, capsys):
+    called("--help")
+    text = capsys.readouterr().out
+    for script in (REPOSITORY / "scripts").glob("*.py"):
+        assert f"\n  {script.stem:12}" in text
+    assert "\n  fit         Train a student\n" in text
+
+
+def test_an_unknown_command_ends_in_a_sentence(called, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        called("fti")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().out.startswith("error: fti is no command. Did you mean 'fit'? Choose one of bench, ")
+
+
+def test_a_script_runs_as_by_python_and_sees_modules_of_the_current_folder_last(called, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "scripts" / "mine.py"
+    script.parent.mkdir()
+    script.write_text("if __name__ == '__main__':\n    import sys\n    print(__file__, sys.argv, __spec__)\n")
+    monkeypatch.setattr(command, "shipped", tmp_path.joinpath)
+    monkeypatch.chdir(tmp_path)
+    called("mine", "--help")
+    assert capsys.readouterr().out.strip() == f"{script} {[str(script), '--help']} None"
+    assert sys.path[-1] == str(tmp_path)
+    assert os.environ["PYTHONPATH"] == f"/elsewhere{os.pathsep}{tmp_path}"
+
+
+def test_completion_offers_commands_and_leaves_scripts_that_are_not_hydras_to_the_shell(called, monkeypatch, capsys):
+    for line, words in {"rld-lightning re": " ".join(command.commands()), "rld-lightning report ru": ""}.items():
+        monkeypatch.setenv("COMP_LINE", line)
+        called("-sc", "query=bash")
+        assert capsys.readouterr().out.strip() == words
+
+
+def test_what_comes_with_the_package_is_inside_it_or_beside_it(monkeypatch, tmp_path):
+    assert shipped("conf") == REPOSITORY / "conf"
+    monkeypatch.setattr("rld_lightning.shipped._PACKAGE", tmp_path / "package")
+    (tmp_path / "package" / "conf").mkdir(parents=True)
+    assert shipped("conf") == tmp_path / "package" / "conf"
