@@ -62,8 +62,9 @@ def loss_options(name: str) -> dict[str, Any]:
         ValueError: no loss has this name.
     """
     cls = loss_class(name)
-    package = import_module(cls.__module__.rpartition(".")[0])
-    home = package.__name__ if getattr(package, cls.__name__, None) is cls else cls.__module__
+    package, home = cls.__module__.rpartition(".")[0], cls.__module__
+    if package and getattr(import_module(package), cls.__name__, None) is cls:
+        home = package
     parameters = inspect.signature(cls).parameters.values()
     return {"_target_": f"{home}.{cls.__name__}", **{p.name: p.default for p in parameters}}
 

@@ -99,6 +99,12 @@ def dropped_in(tmp_path, monkeypatch):
     vars(rld_lightning.losses).pop("mse", None)
 
 
+def test_a_loss_of_a_module_outside_of_all_packages_has_options(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY})
+    exec(MSE, {"__name__": "mine"})
+    assert loss_options("mse")["_target_"] == "mine.MSELoss"
+
+
 def test_a_file_in_the_package_is_a_loss(dropped_in):
     assert loss_options("mse") == {
         "_target_": "rld_lightning.losses.mse.MSELoss",
