@@ -280,7 +280,7 @@ def test_extras_that_are_named_exist():
 
 def test_the_order_of_the_rooms_is_the_one_that_is_checked():
     (layers,) = [c["layers"] for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
-    (chain,) = re.findall(r"`tasks` >[^.]*", PAGES["CONTRIBUTING.md"])
+    (chain,) = re.findall(r"`__main__` >[^.]*", PAGES["CONTRIBUTING.md"])
     assert [re.findall(r"\w+", room) for room in chain.split(">")] == [re.findall(r"\w+", room) for room in layers]
 
 

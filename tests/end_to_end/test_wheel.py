@@ -111,7 +111,7 @@ def test_a_project_of_ones_own_needs_no_checkout(environment, project):
     """A pair and a loss of its own, in two processes; then what a run leaves is measured and reported."""
     own = ("--config-dir", "conf", "data=digits", "model=mine", "loss=own", "recipe=quick", "recipe.epochs=1")
     run(environment, project, "rld-lightning", "fit", *own, "trainer=ddp_cpu", "trainer.max_steps=4")
-    (found,) = [found for found in find_runs([project / "runs"]).runs if found.config["model"]["teacher"]]
+    (found,) = [found for found in find_runs([project / "runs"]) if found.config["model"]["teacher"]]
     assert found.config["loss"] == {"_target_": "own_loss.OwnLoss", "weight": 0.5}
     weights = f"weights={found.folder / 'student.safetensors'}"
     assert "top-1" in run(environment, project, "rld-lightning", "eval", weights, "trainer=cpu")
@@ -123,5 +123,5 @@ def test_a_comparison_starts_its_runs(environment, project):
     own = ("--config-dir", "conf", "data=digits", "model=mine", "losses=own,ce", "seeds=0", "recipe=quick")
     few = ("recipe.epochs=1", "trainer.max_steps=2", "trainer=cpu", "folder=compared")
     run(environment, project, "rld-lightning", "compare", *own, *few)
-    methods = {found.config["method"] for found in find_runs([project / "compared"]).runs}
+    methods = {found.config["method"] for found in find_runs([project / "compared"])}
     assert {"own", "ce"} <= methods
