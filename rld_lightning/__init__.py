@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from rld_lightning.models import create_model, list_models
     from rld_lightning.models.teacher import FrozenTeacher
+    from rld_lightning.models.verify import load_weights
     from rld_lightning.module import DistillationModule
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "dkd_loss",
     "kd_loss",
     "list_models",
+    "load_weights",
     "rld_loss",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "FrozenTeacher": "rld_lightning.models.teacher",
     "create_model": "rld_lightning.models",
     "list_models": "rld_lightning.models",
+    "load_weights": "rld_lightning.models.verify",
 }
 
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from rld_lightning.data.base import Batch
+from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.distributed import gathered, own_share
 from rld_lightning.learning_rate import remember_first_rates, rescale
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
@@ -118,10 +118,15 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: both forward passes and the loss.
 
+        Args:
+            batch: or what anybody's loader yields, see :func:`~rld_lightning.data.base.as_batch`; likewise below.
+            batch_idx: its number in the epoch.
+
         Returns:
             ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
             teacher, ``teacher_logits``, for callbacks that watch.
         """
+        batch = as_batch(batch)
         for optimizer in self.trainer.optimizers[:1]:
             self.rate = optimizer.param_groups[0]["lr"]  # at an epoch's end it is the next one's already
         student, teacher = self._outputs(batch.images, batch.view, batch.label)
@@ -217,6 +222,7 @@ class DistillationModule(LightningModule):
         self._log_epoch("test")
 
     def _evaluation_step(self, split: str, batch: Batch) -> dict[str, Tensor]:
+        batch = as_batch(batch)
         if len(batch.label):
             # A measurement, not a race: bfloat16's ties move accuracy by up to a tenth of a percent.
             with torch.autocast(batch.images.device.type, enabled=False):

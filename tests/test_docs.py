@@ -10,11 +10,16 @@ import pandas as pd
 import pytest
 import torch
 from helpers.configs import CONF, compose
+from lightning import pytorch
+from lightning.pytorch import Trainer as LightningTrainer
 
 from rld_lightning import __main__ as main
+from rld_lightning import data as data_sets
+from rld_lightning.data import InMemoryDataModule
 from rld_lightning.losses import ModelOutput, StepContext, list_losses, loss_class, registry
 from rld_lightning.models import create_model, forward_with_taps
 from rld_lightning.models.registry import REGISTRY
+from rld_lightning.models.store import TeacherStore
 from rld_lightning.reporting import figures
 from rld_lightning.runs import files
 from rld_lightning.runs.finished import find_runs
@@ -60,6 +65,31 @@ def test_a_loss_in_a_loop_of_your_own(text):
     exec(block(text), scope)
     assert set(scope["terms"]) == {"ce", "scd", "mcd"}
     assert student.grad.abs().sum() > 0
+
+
+class Noise(InMemoryDataModule):
+    """In the place of CIFAR-100."""
+
+    name, num_classes, image_shape = "noise", 100, (3, 32, 32)
+    mean, std = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
+
+    def __init__(self, root, **options):
+        super().__init__(**options)
+
+    def read_split(self, train):
+        return torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8), torch.arange(8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_without_hydra(tmp_path, monkeypatch):
+    few = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainers = []
+    monkeypatch.setattr(pytorch, "Trainer", lambda **options: trainers.append(LightningTrainer(**few)) or trainers[0])
+    monkeypatch.setattr(data_sets, "CIFAR100DataModule", Noise)
+    monkeypatch.chdir(tmp_path)
+    TeacherStore("teachers").save(create_model("wrn40_2", 100), "cifar100", "wrn40_2", {})
+    exec(block("module = DistillationModule"), {})
+    assert trainers[0].callback_metrics["train/mcd"] > 0
 
 
 def pair():
@@ -135,7 +165,7 @@ def test_adding_a_data_set():
 
 def test_every_block_of_code_is_run_here():
     tests = Path(__file__).read_text()
-    names = re.findall(r"\"((?:class|def|criterion =|terms =) \w+)\"", tests)
+    names = re.findall(r"\"((?:class|def|criterion =|terms =|module =) \w+)\"", tests)
     assert all(any(name in code for name in names) for code in PYTHON)
 
 

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss, create_model
-from rld_lightning.callbacks import StepSeed, TeacherMonitor
+from rld_lightning.callbacks import Divergence, StepSeed, TeacherMonitor, Throughput
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
@@ -372,6 +373,31 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
     assert not CRDLoss.takes_mixtures
     assert not CombinedLoss(kd=KDLoss(), crd=CRDLoss()).takes_mixtures
     assert CombinedLoss(kd=KDLoss(), rld=RLDLoss()).takes_mixtures
+
+
+def test_anybodys_loader_trains_as_a_data_module_does(tmp_path):
+    data = DigitsDataModule(batch_size=256, augment=False, shuffle=False)
+    data.setup()
+    splits = [DataLoader(TensorDataset(*merged(data)), batch_size=256) for merged in (trained_on, tested_on)]
+
+    def values(*given):
+        watching = [TeacherMonitor(), Divergence(tmp_path), Throughput()]
+        fitted = trainer(tmp_path, max_epochs=1, callbacks=watching)
+        fitted.fit(module(), *given)
+        return {name: value for name, value in fitted.callback_metrics.items() if "images" not in name}
+
+    theirs, ours = values(*splits), values(data)
+    assert theirs.keys() == ours.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, msg=name)
+
+
+def trained_on(data):
+    return [torch.cat(parts) for parts in zip(*(batch[:2] for batch in data.train_dataloader()), strict=True)]
+
+
+def tested_on(data):
+    return [torch.cat(parts) for parts in zip(*(batch[:2] for batch in data.val_dataloader()), strict=True)]
 
 
 class Gradients(Callback):

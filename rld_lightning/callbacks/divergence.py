@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rld_lightning.console import print_line
-from rld_lightning.data.base import Batch
+from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.distributed import gathered
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
@@ -61,6 +61,7 @@ class Divergence(Callback):
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Any], batch: Batch, batch_idx: int
     ) -> None:
         """Looks at a step, and now and then reads what was seen."""
+        batch = as_batch(batch)
         terms: Mapping[str, Tensor] = outputs["terms"]
         loss = torch.stack(list(terms.values())).sum().float()
         teacher = outputs.get("teacher_logits")
@@ -173,7 +174,8 @@ class Divergence(Callback):
         for name, wanted in (("", step), ("_before", step - 1)):
             for recent in self.recent:
                 if recent.step == wanted:
-                    own |= {f"index{name}": recent.index, f"label{name}": recent.label}
+                    named = {f"index{name}": recent.index, f"label{name}": recent.label}
+                    own |= {key: value for key, value in named.items() if value is not None}
         parts = gathered(own)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from rld_lightning.data.base import as_batch
 from rld_lightning.metrics import EpochMeans
 from rld_lightning.module import DistillationModule
 
@@ -56,7 +57,7 @@ class TeacherMonitor(Callback):
         """Counts a validation batch, asking the teacher the first time."""
         if pl_module.teacher is None:
             return
-        key = (dataloader_idx, batch_idx)
+        batch, key = as_batch(batch), (dataloader_idx, batch_idx)
         if not len(batch.label) and not pl_module.teacher.shard:  # one that is shared out runs in all processes or none
             self.predictions[key] = batch.label
         if key not in self.predictions:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rld_lightning.data.base import as_batch
+
 
 class Throughput(Callback):
     """Logs the epoch's mean so far as ``images/s`` (progress bar) and at its end as ``train/images_per_s``.
@@ -39,7 +41,7 @@ class Throughput(Callback):
         if self.since is None:  # the first step, also of a resumed run, pays for warm-up and loader start
             self.since = _now(trainer)
             return
-        self.pending += len(batch.label) * trainer.world_size
+        self.pending += len(as_batch(batch).label) * trainer.world_size
         if (batch_idx + 1) % self.window and batch_idx + 1 < trainer.num_training_batches:
             return
         self._read(trainer)

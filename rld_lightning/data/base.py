@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,7 +14,7 @@ from rld_lightning.errors import some
 
 
 class Batch(NamedTuple):
-    """What a loader yields, ready for a model on the training device.
+    """What a loader yields, ready for a model on the training device; ``x, y = batch[:2]`` are images and labels.
 
     Attributes:
         images: normalised float32 images ``(B, 3, H, W)`` in ``channels_last`` memory format.
@@ -32,6 +32,27 @@ class Batch(NamedTuple):
     strong: Tensor | None = None
     view: Tensor | None = None
     other: Other | None = None
+
+
+def as_batch(batch: Any) -> Batch:
+    """What anybody's loader yields, as a :class:`Batch`.
+
+    Args:
+        batch: one; or a list or tuple ``(images, label)``, or ``(images, label, index)``, of tensors. ``index`` is
+            ``None`` where the loader does not say it: losses with a memory need it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch):
+        images, label, *index = batch
+        return Batch(images, label, *(index or cast(list[Tensor], [None])))
+    raise ValueError(
+        f"a loader yields {type(batch).__name__}, which is no batch to train on; it must be (images, label), "
+        "(images, label, index) or a rld_lightning.data.Batch."
+    )
 
 
 class _Resumable(Protocol):

@@ -8,7 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import nn
 
-from rld_lightning.data import DigitsDataModule, ImageFolderDataModule
+from rld_lightning.data import Batch, DigitsDataModule, ImageFolderDataModule
+from rld_lightning.data.base import as_batch
 
 
 class Recorder(LightningModule):
@@ -157,3 +158,17 @@ def test_rank_and_device_are_the_trainers():
     data = digits()
     data.trainer = trainer()
     assert (data.rank, data.world_size, data.device) == (0, 1, torch.device("cpu"))
+
+
+def test_batches_of_anybodys_loader_become_batches():
+    images, label, index = torch.zeros(2, 3, 4, 4), torch.arange(2), torch.arange(2) + 5
+    own = Batch(images, label, index)
+    assert as_batch(own) is own
+    x, y = own[:2]
+    assert x is images
+    assert y is label
+    assert as_batch([images, label]) == Batch(images, label, None)
+    assert as_batch((images, label, index)).index is index
+    for wrong in ({"x": images}, [images], [images, [0, 1]], images):
+        with pytest.raises(ValueError, match=r"must be \(images, label\), \(images, label, index\) or a"):
+            as_batch(wrong)
