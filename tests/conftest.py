@@ -1,6 +1,10 @@
 """Pieces that tests of several rooms share."""
 
+import gc
 import os
+from collections import defaultdict
+from math import ceil
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,3 +22,26 @@ def _same_arithmetic():
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the cases of a ``thinned(n)`` test one in n, drawn once and for all, is for every day; the others are slow."""
+    cases = defaultdict(list)
+    for item in items:
+        if thinned := item.get_closest_marker("thinned"):
+            cases[item.function.__module__, item.function.__qualname__, *thinned.args].append(item)
+    for (*_, n), group in cases.items():
+        group.sort(key=lambda item: crc32(item.nodeid.encode()))
+        for item in group[ceil(len(group) / n) :]:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """Imported libraries are no garbage: looking through them again and again takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries report what is still there at the end

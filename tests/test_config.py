@@ -73,6 +73,7 @@ def test_small_students_start_at_a_small_learning_rate(name):
     assert pair(name).recipe.optimizer.lr == lr
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name):
     cfg = compose(f"loss={name}").loss
@@ -82,6 +83,7 @@ def test_every_loss(name):
         assert isinstance(cfg.logit_standardization, bool)
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("model", PAIRS)
 def test_every_pair_with_the_losses_that_are_tuned_for_pairs(model):
     cfg = pair(model)
@@ -117,6 +119,7 @@ def test_what_hydra_would_take_for_another_loss_is_refused(loss):
         expand_combined_loss(["-m", loss])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [name for name in LOSSES if "_" not in name or name == "mlkd_noaug"])
 def test_configured_values_are_the_defaults_of_the_class(name):
     cfg = compose("model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", f"loss={name}").loss
@@ -145,6 +148,7 @@ def test_reversed_distillation():
     assert (cfg.model.teacher.name, cfg.model.student.name, cfg.loss.beta) == ("resnet56", "wrn40_2", 8.0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", SINGLES)
 def test_every_single_model(model):
     cfg = compose(f"model={model}", "loss=ce")

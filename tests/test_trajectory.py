@@ -104,6 +104,7 @@ def assert_the_references(steps, expected):
     assert max(deviation(step, other, keys) for step, other in zip(steps, expected, strict=True)) < 1e-6
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
 def test_float64_trajectory_begins_as_the_references(method, tmp_path):
     facts, _, steps = train(method, torch.float64, tmp_path, steps=4)
@@ -132,6 +133,7 @@ def test_float64_trajectory_is_the_references(method, tmp_path):
     torch.testing.assert_close(teacher, expected["teacher_eval_logits"].double(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
 def test_float32_trajectory_within_the_references_own_sensitivity(method, tmp_path):
     facts, _, steps = train(method, torch.float32, tmp_path)

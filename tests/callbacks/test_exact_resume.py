@@ -149,6 +149,7 @@ EVERY, HALVES, SECOND = {}, {"val_check_interval": 0.5}, {"check_val_every_n_epo
 FAST = [(6, EVERY), (9, HALVES)]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(("step", "options"), mostly_slow(FAST, range(1, 19), [EVERY, HALVES, SECOND]))
 def test_any_checkpoint_of_any_callback_is_one_to_go_on_from(tmp_path, step, options):

@@ -43,6 +43,7 @@ def fit(folder, *callbacks, last=None, **options):
 STEPS = 90  # an epoch
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("seconds", "options", "expected"),
     [

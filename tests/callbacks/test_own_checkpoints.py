@@ -70,6 +70,7 @@ def test_the_best_epoch_moves_with_its_score(first, tmp_path, copied, score):
     assert saved == (0 if stays else 1)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize(
     "form", ["local://{victim}", "file://{victim}", "{victim}", "{run}/../victim", "{run}/../victim/best.ckpt"]

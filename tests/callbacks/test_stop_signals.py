@@ -73,6 +73,7 @@ def whole(tmp_path_factory):
     return module.state_dict(), trainer.callback_metrics
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("place", "step"), [({"train": 4}, 5), ({"train": BATCHES - 1}, BATCHES), ({"validation": 1}, BATCHES)]

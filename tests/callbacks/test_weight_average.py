@@ -126,6 +126,7 @@ def test_a_checkpoint_within_a_validation_takes_neither_for_the_other(tmp_path):
         close(floats(within[key]), floats(before[key]))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_a_resumed_average_is_the_same(tmp_path, decay):
     whole, _ = fit(tmp_path / "whole", WeightAverage(decay))

@@ -122,6 +122,7 @@ def test_every_test_image_is_evaluated_once(data):
     assert torch.equal(torch.cat(model.evaluated), torch.arange(data.test_size))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("step", [2, 3, 4], ids=["mid-epoch", "end of epoch", "mid second epoch"])
 def test_a_resumed_run_sees_the_same_batches(data, step, tmp_path):
     data.strong_view = True

@@ -153,6 +153,7 @@ def upright(path):
     return np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).transpose(2, 0, 1)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
 def test_photographs_are_turned_as_every_viewer_turns_them(tmp_path, suffix, orientation, monkeypatch):

@@ -76,6 +76,7 @@ def apply(name, images, magnitude):
     return ADJUSTMENTS[OPERATIONS.index(name) - 1](images, magnitude[:, None, None, None])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (17, 30), (2, 3), (96, 64)])
 @pytest.mark.parametrize("name", OPERATIONS[1:])
 def test_every_operation_is_pillows(name, height, width):

@@ -149,6 +149,7 @@ def test_a_finished_run_is_not_overwritten(finished):
     assert (folder / "run" / "summary.json").read_text() == before
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -283,6 +284,7 @@ SLOW_CUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "cut", ["trainer.max_steps=1", "data.subset=0.1", *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW_CUTS)]
 )

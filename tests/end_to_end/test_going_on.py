@@ -83,6 +83,7 @@ def folder(whole):
 EVERY_STEP = "callbacks.checkpoint_last.steps=1"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("step", [pytest.param(s, marks=() if s == 8 else pytest.mark.slow) for s in range(2, 11)])
 def test_a_run_that_is_killed_after_a_step_goes_on_with_it(folder, whole, step):
     killed(folder, step, EVERY_STEP)

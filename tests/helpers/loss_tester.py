@@ -176,11 +176,13 @@ class LossTester:
 
     # Values
 
+    @pytest.mark.thinned(4)
     @pytest.mark.parametrize(("scenario", "dtype"), RUNS, ids=str)
     def test_naive_formula(self, scenario, dtype, hyper):
         student, teacher, label = batch(scenario)
         self.assert_naive(student, teacher, label, hyper, dtype)
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize(("scale", "dtype"), SATURATED, ids=str)
     def test_saturated_logits(self, scale, dtype, hyper):
         if not self.saturates:
@@ -202,6 +204,7 @@ class LossTester:
 
         assert torch.autograd.gradcheck(terms, student)
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_student_with_the_teachers_logits(self, dtype, hyper):
         for scenario in ("teacher_right", "teacher_wrong"):
@@ -268,6 +271,7 @@ class LossTester:
         )
         assert_close({name: first[name] + second[name] for name in total}, total)
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_maps_are_batches_of_pixels(self, reduction, hyper):
         if not self.per_sample:
@@ -289,6 +293,7 @@ class LossTester:
             (terms, flat(gradient)), ({k: v.reshape(shape) for k, v in expected.items()}, expected_gradient)
         )
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("ignore_index", [-100, 255, 3])
     def test_ignored_samples_count_for_nothing(self, ignore_index, hyper):
         if not self.per_sample:
@@ -338,6 +343,7 @@ class LossTester:
 
     # How it is run
 
+    @pytest.mark.thinned(2)
     @pytest.mark.parametrize("rows", [1, 3])
     def test_row_blocks(self, rows, hyper, monkeypatch):
         whole = [torch.cat(pair) for pair in zip(batch(), batch(seed=1), strict=True)]
@@ -345,6 +351,7 @@ class LossTester:
         monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 10 * rows)
         self.assert_same(self.value_and_gradient(self.call, *whole, **hyper), expected)
 
+    @pytest.mark.thinned(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_autocast(self, dtype, hyper):
         student, teacher, label = batch()
@@ -373,6 +380,7 @@ class LossTester:
                 atol=1e-5,
             )
 
+    @pytest.mark.thinned(5)
     def test_traces_as_one_graph(self):
         self.assert_compiles(self.settings[0], backend="eager")
 
@@ -382,6 +390,7 @@ class LossTester:
 
     # What is refused
 
+    @pytest.mark.thinned(4)
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -405,6 +414,7 @@ class LossTester:
             with pytest.raises(ValueError, match=message):
                 loss(student, teacher, label)
 
+    @pytest.mark.thinned(4)
     @pytest.mark.parametrize(
         ("change", "message"),
         [

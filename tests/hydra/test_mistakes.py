@@ -251,11 +251,8 @@ OTHER_GROUPS = {
 }  # fmt: skip
 
 
-# Every third is for every day.
-EACH = [pytest.param(command, marks=() if i % 3 == 0 else pytest.mark.slow) for i, command in enumerate(VALUES)]
-
-
-@pytest.mark.parametrize("command", EACH)
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("command", VALUES)
 def test_a_value_of_the_wrong_type_or_range(command):
     assert re.search(VALUES[command], told(command))
 

@@ -87,6 +87,7 @@ def check(case, dtype):
     case.assert_gradient("student_logits", gradient)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_logit_method(case, dtype):
@@ -94,6 +95,7 @@ def test_logit_method(case, dtype):
     check(case, dtype)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", STRESS, ids=str)
 def test_rld_where_the_reference_is_not_finite(case):
     (dtype,) = case.dtypes

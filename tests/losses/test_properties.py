@@ -70,6 +70,7 @@ def check(name, batch):
 CHECKS = [HealthCheck.too_slow]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=CHECKS)
 @given(batch=batches())

@@ -177,6 +177,7 @@ def test_channels_last_gives_the_same_logits(name):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_forward_is_one_graph(name):
     torch.compiler.reset()

@@ -39,6 +39,7 @@ def test_state_dict_and_sizes(name):
     assert sum(buffer.numel() for buffer in model.buffers()) == facts["num_buffer_elements"]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_feature_shapes(name):
     facts = MODELS[name]
@@ -68,6 +69,7 @@ def test_norms_before_the_preactivations(name):
     assert all(isinstance(model.get_submodule(norm), nn.BatchNorm2d) for norm in norms)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", WITH_LOGITS)
 def test_logits_and_features(name, logits):
     facts = MODELS[name]

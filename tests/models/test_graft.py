@@ -38,6 +38,7 @@ def grafted(student="resnet8", teacher="wrn16_2"):
     return model, network
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", list_models())
 @torch.inference_mode()
 def test_the_classifier_s_input_is_the_average_of_the_last_map(name):
@@ -157,6 +158,7 @@ def test_stages_can_be_tapped():
     assert classifier_of(model) is model.classifier
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("student", "teacher"), [("resnet8", "resnet8x4"), ("mobilenetv2", "resnet18"), ("vgg8", "torchvision/resnet18")]
 )

@@ -19,6 +19,7 @@ def plain():
     return composed()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -54,6 +55,7 @@ def test_networks_of_earlier_versions_are_the_same_in_their_spelling(plain):
     assert settings(old) == plain
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [

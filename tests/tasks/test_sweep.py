@@ -34,6 +34,7 @@ def start(tmp_path):
     return lambda *command: begin_sweep(*command, f"hydra.sweep.dir={tmp_path / 'sweep'}")[0]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("command", "share"),
     [
@@ -136,6 +137,7 @@ def test_students_of_several_kinds_have_one_teacher(start, teachers, tmp_path, v
     assert [cfg.model.student.name for cfg in teachers] == ["resnet14"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "varied",
     [
@@ -264,6 +266,7 @@ def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
     assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in best_command(config, ["loss.alpha"])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("command", "value", "printed"),
     [

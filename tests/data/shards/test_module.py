@@ -89,6 +89,7 @@ def test_every_image_once_an_epoch_in_another_order(shards):
     assert not torch.equal(merge(train_epoch(shards, 1, mixed_shards=None)).index, second.index)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("place", ["file", "http"])
 def test_batches_do_not_depend_on_workers_or_place(shards, place, tmp_path):
     expected = [train_epoch(shards, epoch, strong_view=True) for epoch in (0, 1)]

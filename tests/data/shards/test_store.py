@@ -98,6 +98,7 @@ def test_shards_of_a_server_are_fetched_once_for_all_processes(shards, tmp_path)
         assert [name for name in asked if name.endswith(".tar")] == tars
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_cache_stays_within_its_bounds(shards, tmp_path, num_workers):
     size = (shards / "train-000000.tar").stat().st_size
@@ -202,6 +203,7 @@ def test_a_store_of_an_unknown_kind_is_refused():
         shards_data("carrier-pigeon://loft")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "address",
     [
