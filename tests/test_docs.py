@@ -209,6 +209,13 @@ def test_every_eval_and_packing_composes(name):
         check_hydra(name, overrides)
 
 
+def test_every_teacher_composes():
+    found = {words[0]: words[1:] for words in commands("python", "scripts/teachers.py")}
+    assert list(found) == ["list", "fetch", "fit", "verify"]
+    check_hydra("fit", ["loss=ce", *found["fit"]])
+    check_hydra("eval", [word for word in found["verify"] if "=" in word])
+
+
 @pytest.mark.parametrize("overrides", commands("python", "scripts/compare.py"), ids=" ".join)
 def test_every_comparison_composes(overrides):
     own = dict(o.split("=") for o in overrides if o.startswith(("losses=", "seeds=")))
@@ -233,7 +240,17 @@ def test_every_other_command_is_one_that_is_known():
         match command:
             case ("python", script, *_) if (ROOT / script).is_file():
                 name = Path(script).stem
-                assert name in ("fit", "eval", "shards", "compare", "report", "figures", "dashboard", "bench")
+                assert name in (
+                    "fit",
+                    "eval",
+                    "shards",
+                    "compare",
+                    "report",
+                    "figures",
+                    "dashboard",
+                    "bench",
+                    "teachers",
+                )
             case ("python", "-m", "pytest", *arguments):
                 assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
             case ("rld-lightning", name, *_):

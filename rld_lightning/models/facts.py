@@ -30,6 +30,7 @@ class WeightsFacts:
         name: the model's name, for :func:`~rld_lightning.models.create_model`.
         dataset: the data set that it was trained on.
         source: who made it, such as ``"fit"`` or ``"published"``.
+        url: where it was downloaded from.
         num_classes: C, at least 2.
         class_names: the classes, in the order of the logits.
         image_shape: (channels, height, width) of the images.
@@ -45,6 +46,7 @@ class WeightsFacts:
     name: str | None = None
     dataset: str | None = None
     source: str | None = None
+    url: str | None = None
     num_classes: int | None = None
     class_names: list[str] | None = None
     image_shape: tuple[int, int, int] | None = None
@@ -149,6 +151,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, _TEXT),
     "dataset": (_is_text, _TEXT),
     "source": (_is_text, _TEXT),
+    "url": (_is_text, _TEXT),
     "num_classes": (_is_whole(2, 1 << 24), "a whole number from 2 on"),
     "class_names": (
         lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),

@@ -22,6 +22,13 @@ from torch import Tensor, nn
 
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.published import (
+    PUBLISHED,
+    PUBLISHED_CLASSES,
+    PUBLISHED_DATASET,
+    PUBLISHED_SHA256,
+    PUBLISHED_URL,
+)
 from rld_lightning.models.read import Weights, WeightsError, read_metadata, read_once, read_torch_weights, split_part
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.save import save_weights
@@ -29,33 +36,12 @@ from rld_lightning.models.seal import is_damaged
 from rld_lightning.models.verify import verify_weights
 from rld_lightning.whole import write_whole
 
-PUBLISHED_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
-
-PUBLISHED: Mapping[str, float] = {
-    "resnet56": 72.34,
-    "resnet110": 74.31,
-    "resnet32x4": 79.42,
-    "ResNet50": 79.34,
-    "wrn_40_2": 75.61,
-    "vgg13": 74.64,
-}
-"""The teachers in the archive by their names there, with the top-1 in percent that the papers that use them print."""
-
-PUBLISHED_SHA256: Mapping[str, str] = {
-    "resnet32x4": "22aa12e2b632b19ddde155ccf2388671842ddd304824b3095e0a7fff364beb4f",
-}
-"""Checksums of members of the archive, as far as others have published them with the accuracy that they measured.
-
-Its authors name none. What is downloaded first is recorded, and compared with what comes later."""
-
 _RECORD = ".published.json"  # the SHA-256 of the archive of each address
 _MOST_MEMBER_BYTES = 1 << 30  # ten times the largest
 
-_PUBLISHED_DATASET = "cifar100"
-_PUBLISHED_CLASSES = 100
 _WAYS_OUT = (
     "give a file with model.teacher.weights=/path/to/file, use a published teacher with "
-    f"model.teacher.weights=published ({_PUBLISHED_DATASET}: {', '.join(map(canonical_name, PUBLISHED))}), or train "
+    f"model.teacher.weights=published ({PUBLISHED_DATASET}: {', '.join(map(canonical_name, PUBLISHED))}), or train "
     "the teacher first with model.teacher.weights=fit"
 )
 
@@ -122,7 +108,7 @@ class TeacherStore:
         write_whole(path, content)
         return path
 
-    def download_published(self, url: str = PUBLISHED_URL, dataset: str = _PUBLISHED_DATASET) -> list[Path]:
+    def download_published(self, url: str = PUBLISHED_URL, dataset: str = PUBLISHED_DATASET) -> list[Path]:
         """Fetches the published teachers that the store lacks; teachers that were trained here are not replaced.
 
         An interrupted download is continued by the next call where the server allows it, and of several processes
@@ -163,7 +149,7 @@ class TeacherStore:
         for name, (member, content) in zip(members, _read_members(archive, url, members.values()), strict=True):
             weights = _parse_published(name, member, content, url)
             metadata = {
-                "num_classes": _PUBLISHED_CLASSES,
+                "num_classes": PUBLISHED_CLASSES,
                 "top1": PUBLISHED[name],
                 **provenance,
                 "member": member,
@@ -204,7 +190,7 @@ def resolve_teacher_weights(
         return None
     if spec == "fit" or (stored and (spec == "auto" or _is_published(stored))):
         return stored
-    if canonical_name(name) not in map(canonical_name, PUBLISHED) or dataset != _PUBLISHED_DATASET:
+    if canonical_name(name) not in map(canonical_name, PUBLISHED) or dataset != PUBLISHED_DATASET:
         raise ValueError(
             f"there are no published weights of {name} for {dataset}, nor any in {store.root}; {_WAYS_OUT}"
         )
@@ -228,7 +214,7 @@ def _parse_published(name: str, member: str, content: bytes, url: str) -> Weight
             raise WeightsError(f"{member} has the SHA-256 {found}, not that of the published {name}")
         weights = read_torch_weights(io.BytesIO(content), source=member)
         with torch.device("meta"):
-            verify_weights(create_model(name, num_classes=_PUBLISHED_CLASSES), weights, name=name)
+            verify_weights(create_model(name, num_classes=PUBLISHED_CLASSES), weights, name=name)
     except WeightsError as error:
         raise DownloadError(f"{url} has an unusable member: {error}") from error
     if not all(value.isfinite().all() for value in weights.state_dict.values()):

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,13 @@ def processor_name() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def command() -> str:
-    """The command line of the run, without secrets; of the process that has started this one, if one has."""
-    return os.environ.setdefault(_COMMAND, shlex.join(redact_command(["python", *sys.argv])))
+def command(words: Sequence[str] | None = None) -> str:
+    """The command line of the run, without secrets; of the process that has started this one, if one has.
+
+    Args:
+        words: script and arguments, where they are not what Python has now; the first call counts.
+    """
+    return os.environ.setdefault(_COMMAND, shlex.join(redact_command(["python", *(words or sys.argv)])))
 
 
 def _version(package: str) -> str | None:

@@ -105,11 +105,12 @@ class EvaluationModule(LightningModule):
         self.results: dict[str, Tensor] = {**self.metrics.compute(), "nll": self.nll.compute()}
 
 
-def evaluate(cfg: DictConfig) -> Evaluation:
+def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Evaluation:
     """Does what ``conf/eval.yaml`` describes, prints it, and leaves ``evaluation.json`` and ``per_class.csv``.
 
     Args:
         cfg: the composed configuration.
+        classes_shown: how many classes are printed, the least accurate first; where this process measures by itself.
 
     Raises:
         UserError: the weights cannot be read or do not fit the model or the data.
@@ -165,7 +166,7 @@ def evaluate(cfg: DictConfig) -> Evaluation:
         ece=percent["ece"],
         shared_classes=classes.shared,
     )
-    _report(evaluation, per_class, Path(cfg.paths.run))
+    _report(evaluation, per_class, Path(cfg.paths.run), classes_shown)
     return evaluation
 
 
@@ -258,7 +259,7 @@ def _percent(part: float, whole: float) -> float | None:
 
 
 @rank_zero_only
-def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path) -> None:
+def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path, classes_shown: int) -> None:
     write_json(run / EVALUATION, asdict(evaluation))
     names, images, *shares = zip(*per_class, strict=True)
     accuracy, precision = (["" if share is None else f"{share:.4f}" for share in column] for column in shares)
@@ -269,9 +270,8 @@ def _report(evaluation: Evaluation, per_class: Sequence[ClassResult], run: Path)
         ("top-1 %", "top-5 %", "NLL", "ECE %"),
         [(f"{evaluation.top1:.2f}", evaluation.top5, f"{evaluation.nll:.4f}", evaluation.ece)],
     )
-    shown = per_class[:MOST_CLASSES_SHOWN]
-    title = (
-        "Classes" if len(shown) == len(per_class) else f"The {len(shown)} least accurate of {len(per_class)} classes"
-    )
-    print_table(title, ("class", "images", "accuracy %", "precision %"), shown)
+    if shown := per_class[:classes_shown]:
+        all_of_them = len(shown) == len(per_class)
+        title = "Classes" if all_of_them else f"The {len(shown)} least accurate of {len(per_class)} classes"
+        print_table(title, ("class", "images", "accuracy %", "precision %"), shown)
     print_files(run, {EVALUATION: "these numbers", PER_CLASS: "every class"})

@@ -100,6 +100,7 @@ def test_every_command_helps(environment, project):
         ("rld-lightning fit loss.alp", {"loss.alpha="}),
         ("rld-lightning fit --config-dir conf model=mi", {"model=mine"}),
         ("rld-lightning report ru", set()),
+        ("rld-lightning teachers fit model=wrn40_", {"model=wrn40_2"}),
     ],
 )
 def test_the_tab_key_completes(environment, project, line, words):

@@ -1,0 +1,185 @@
+"""What the store of teachers holds, where it comes from, and whether it scores what it should."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from rld_lightning.console import print_line, print_table, quiet_lightning
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.errors import UserError, did_you_mean, user_errors
+from rld_lightning.hydra.mistakes import checked
+from rld_lightning.hydra.options import list_options
+from rld_lightning.hydra.quoting import for_hydra, with_quotes
+from rld_lightning.models.facts import WeightsFacts, read_facts
+from rld_lightning.models.published import PUBLISHED, PUBLISHED_DATASET, published_top1
+from rld_lightning.models.read import WeightsError, read_metadata, read_once
+from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.seal import is_damaged
+from rld_lightning.models.store import TeacherStore
+from rld_lightning.runs.summary import Summary
+from rld_lightning.tasks.evaluate import evaluate
+from rld_lightning.tasks.fit import fit
+from rld_lightning.tasks.teacher import is_for_others, keep_teacher
+from rld_lightning.tasks.turn import turn_to_train
+
+TOLERANCE = 0.1  # points: ten images of CIFAR-100's test split, for rounding on other hardware
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A teacher in the store.
+
+    Attributes:
+        dataset: what it is for.
+        path: its file.
+        sha256: of the file.
+        facts: what it says about itself; nothing where it cannot be used.
+        refusal: why it cannot be used; empty where it can.
+    """
+
+    dataset: str
+    path: Path
+    sha256: str
+    facts: WeightsFacts
+    refusal: str = ""
+
+    @property
+    def name(self) -> str:
+        """The network."""
+        return canonical_name(self.path.stem)
+
+    @property
+    def expected(self) -> float | None:
+        """The top-1 that it should have, in percent: the published one, or what its own run has measured."""
+        return published_top1(self.dataset, self.name) if self.facts.source == "published" else self.facts.top1
+
+
+def stored_teachers(store: TeacherStore) -> Iterator[Stored]:
+    """Everything in a store, by data set and name; damaged files, too."""
+    for path in sorted(Path(store.root).expanduser().glob("*/*.safetensors")):
+        content = read_once(path)
+        facts, refusal = WeightsFacts(), f"{path} is damaged" if is_damaged(content) else ""
+        try:
+            facts = facts if refusal else read_facts(read_metadata(path), path)
+        except WeightsError as error:
+            refusal = str(error)
+        yield Stored(path.parent.name, path, hashlib.sha256(content).hexdigest(), facts, refusal)
+
+
+def print_teachers(store: TeacherStore) -> None:
+    """Prints what a store holds: accuracy, checksum, source; and the published teachers that it lacks."""
+    found = list(stored_teachers(store))
+    rows: list[tuple[object, ...]] = [
+        (
+            f"{teacher.dataset}/{teacher.name}",
+            teacher.facts.top1,
+            published_top1(teacher.dataset, teacher.name),
+            teacher.sha256[:12],
+            "unusable" if teacher.refusal else teacher.facts.source,
+        )
+        for teacher in found
+    ]
+    there = {teacher.name for teacher in found if teacher.dataset == PUBLISHED_DATASET}
+    for name in sorted(set(map(canonical_name, PUBLISHED)) - there):
+        published = published_top1(PUBLISHED_DATASET, name)
+        rows.append((f"{PUBLISHED_DATASET}/{name}", None, published, None, "fetch gets it"))
+    print_table(f"Teachers in {store.root}", ("teacher", "top-1 %", "published", "SHA-256", "source"), rows)
+    for url in sorted({teacher.facts.url for teacher in found if teacher.facts.url}):
+        print_line("from", url)
+    for refusal in filter(None, (teacher.refusal for teacher in found)):
+        print_line("unusable", refusal)
+
+
+def fetch_teachers(store: TeacherStore, url: str) -> None:
+    """Downloads the published teachers that a store lacks.
+
+    Raises:
+        DownloadError: the archive cannot be fetched, or is not what was expected.
+    """
+    for path in store.download_published(url):
+        print_line("teacher", str(path))
+
+
+def fit_teacher(cfg: DictConfig) -> Summary:
+    """Trains a single network, by ``conf/fit.yaml``, and keeps it in the store.
+
+    Raises:
+        UserError: the store has it, it would be none for other runs, or its training failed.
+    """
+    name = cfg.model.student.name
+    with user_errors():
+        if cfg.model.teacher is not None:
+            raise ValueError(f"{cfg.model.label} is a pair; name the teacher alone, such as model=wrn40_2.")
+        data: ImageDataModule = instantiate(cfg.data)
+        if not is_for_others(data):
+            raise ValueError("a teacher of the store has learned from all images: data.val_fraction=0 data.subset=1.")
+    store = TeacherStore(Path(cfg.paths.teachers))
+    with turn_to_train(store, data.name, name, Path(cfg.paths.run)) as lacks:
+        if not lacks:
+            raise UserError(f"{store.find(data.name, name)} is there; move it away to train {name} again.")
+        summary = fit(cfg)
+        keep_teacher(summary, Path(cfg.paths.run), store, data, name)
+    kept = store.find(data.name, name)
+    print_line("teacher", f"kept as {kept}" if kept else "not kept: its run was not one to the end, on all images")
+    return summary
+
+
+def verify_teachers(store: TeacherStore, names: Sequence[str], overrides: Sequence[str]) -> None:
+    """Measures teachers of a store on the test split, and compares with what they should have.
+
+    Args:
+        store: where they are.
+        names: which ones, however they are spelled; all where none is given.
+        overrides: of ``conf/eval.yaml``, such as ``data.root=...``; with ``data=...`` those of one data set alone.
+
+    Raises:
+        UserError: there is no such teacher, or one scores something else.
+    """
+    quiet_lightning()
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    teachers = _chosen(list(stored_teachers(store)), names, given.get("data"), store)
+    rows, wrong = [], []
+    for teacher in teachers:
+        top1 = difference = None
+        if not teacher.refusal:
+            run = Path(given.get("paths.runs", "runs")) / "verify" / teacher.dataset / teacher.name
+            run.mkdir(parents=True, exist_ok=True)
+            own = [f"weights={for_hydra(str(teacher.path))}", f"paths.run={for_hydra(str(run))}"]
+            if "data" not in given:
+                own.append(f"data={teacher.dataset}")
+            top1 = evaluate(checked([*own, *with_quotes(overrides)], "eval"), classes_shown=0).top1
+            difference = None if teacher.expected is None else top1 - teacher.expected
+        verdict = "unusable" if teacher.refusal else _verdict(difference)
+        if teacher.refusal or abs(difference or 0.0) > TOLERANCE:
+            wrong.append(teacher.refusal or f"{teacher.path} is {verdict}")
+        rows.append((f"{teacher.dataset}/{teacher.name}", top1, teacher.expected, difference, verdict))
+    print_table("Teachers, measured", ("teacher", "top-1 %", "should be", "difference", ""), rows)
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _chosen(found: Sequence[Stored], names: Sequence[str], dataset: str | None, store: TeacherStore) -> list[Stored]:
+    of_data = [teacher for teacher in found if dataset in (None, teacher.dataset)]
+    there = [teacher.name for teacher in of_data]
+    for name in names:
+        if canonical_name(name) not in there:
+            raise UserError(
+                f"{name} is not in {store.root}; there are {', '.join(there) or 'none'}.{did_you_mean(name, there)}"
+            )
+    wanted = list(map(canonical_name, names)) or there
+    chosen = [teacher for teacher in of_data if teacher.name in wanted]
+    if not chosen:
+        raise UserError(f"{store.root} holds no teacher; fetch or fit one, or name the folder with --root.")
+    if unknown := sorted({teacher.dataset for teacher in chosen} - {dataset, *list_options("data")}):
+        raise UserError(f"{unknown[0]} is no data set by name; say where it is, such as data=imagefolder data.root=...")
+    return chosen
+
+
+def _verdict(difference: float | None) -> str:
+    if difference is None:
+        return "nothing to compare with"
+    return "as it should be" if abs(difference) <= TOLERANCE else f"{difference:+.2f} points off what it should be"

@@ -1,0 +1,56 @@
+"""The store of teachers: `list` it, `fetch` the published ones, `fit` one, `verify` what they score."""
+
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rld_lightning.hydra.script import exit_on_user_error, run_task
+
+GIVEN = list(sys.argv)
+
+
+def main(cfg: DictConfig) -> float:
+    """The teacher's top-1 accuracy in percent."""
+    from rld_lightning.runs.provenance import command  # Lightning takes seconds that help need not wait for
+    from rld_lightning.tasks.teachers import fit_teacher
+
+    command(GIVEN)
+    return fit_teacher(cfg).top1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["fit"], ["-sc"]):  # the latter at the tab key
+        sys.argv[1:] = [word for word in sys.argv[1:] if word != "fit"]
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(" fit ", " ", 1)
+        run_task(main, "fit", "loss=ce")
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="accuracy, checksum and source of each teacher")
+    fetch = commands.add_parser("fetch", help="download the published teachers of CIFAR-100 that are missing")
+    fetch.add_argument("--url", help="their archive, if not its home page; file:// works, too")
+    verify = commands.add_parser(
+        "verify", help="measure teachers on the test split, and compare with what is published"
+    )
+    verify.add_argument("words", nargs="*", metavar="NAME | KEY=VALUE", help="networks (all), and what eval.py takes")
+    for command in (listing, fetch, verify):
+        command.add_argument("--root", type=Path, default=Path("teachers"), help="the folder of the store")
+    commands.add_parser("fit", help="train one with cross-entropy and keep it: model=wrn40_2, and what fit.py takes")
+    options = parser.parse_args()
+    with exit_on_user_error():
+        from rld_lightning.models.store import PUBLISHED_URL, TeacherStore
+        from rld_lightning.tasks import teachers
+
+        store = TeacherStore(options.root)
+        if options.what == "list":
+            teachers.print_teachers(store)
+        elif options.what == "fetch":
+            teachers.fetch_teachers(store, options.url or PUBLISHED_URL)
+        else:
+            settings = [word for word in options.words if "=" in word]
+            teachers.verify_teachers(store, [word for word in options.words if word not in settings], settings)

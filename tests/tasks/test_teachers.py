@@ -1,0 +1,152 @@
+"""The store of teachers as a user sees it: listed, filled, and measured against what is published."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import compose
+
+from rld_lightning.errors import UserError
+from rld_lightning.models import create_model
+from rld_lightning.models.published import PUBLISHED, published_top1
+from rld_lightning.models.store import TeacherStore
+from rld_lightning.tasks import teachers
+from rld_lightning.tasks.evaluate import evaluate
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "teachers.py"
+SMALL = ("trainer=cpu", "data.eval_batch_size=512")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store with two networks for the digits, and a damaged file."""
+    monkeypatch.chdir(tmp_path)
+    kept = TeacherStore(tmp_path / "teachers")
+    for name, top1 in (("resnet8", 50.0), ("wrn16_1", None)):
+        torch.manual_seed(0)
+        facts = {"num_classes": 10, **({"top1": top1} if top1 else {})}
+        kept.save(create_model(name, 10), "digits", name, facts)
+    damaged = kept.save(create_model("resnet14", 10), "digits", "resnet14", {})
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    return kept
+
+
+def test_published_accuracies_are_found_however_a_name_is_spelled():
+    assert published_top1("cifar100", "wrn_40_2") == published_top1("cifar100", "wrn40_2") == 75.61
+    assert published_top1("cifar100", "wrn28_4") == 78.6
+    assert published_top1("cifar100", "resnet8") is None
+    assert published_top1("digits", "wrn40_2") is None
+
+
+def test_the_list_has_accuracy_checksum_source_and_what_is_missing(store, capsys):
+    found = {teacher.name: teacher for teacher in teachers.stored_teachers(store)}
+    assert [found[name].refusal for name in ("resnet8", "wrn16_1", "resnet14")] == [
+        "",
+        "",
+        f"{found['resnet14'].path} is damaged",
+    ]
+    teachers.print_teachers(store)
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert all(word in lines["digits/resnet8"] for word in ("50.00", "fit", found["resnet8"].sha256[:12]))
+    assert "unusable" in lines["digits/resnet14"]
+    assert "75.61" in lines["cifar100/wrn40_2"]
+    assert sum("fetch gets it" in line for line in lines.values()) == len(PUBLISHED)
+
+
+def test_what_a_file_says_about_itself_is_not_markup(store, capsys):
+    store.save(create_model("resnet8", 10), "digits", "resnet20", {"url": "[red]x[/red]\x1b[2J"})
+    teachers.print_teachers(store)
+    output = capsys.readouterr().out
+    assert "\x1b[2J" not in output
+    assert "says url='[red]x[/red]\\x1b[2J' about itself, which is not a line" in output
+
+
+def measured(store, name):
+    weights = store.find("digits", name)
+    cfg = compose("data=digits", f"weights={weights}", "trainer=cpu", "paths.run=own", name="eval", resolve=False)
+    return evaluate(cfg, classes_shown=0).top1
+
+
+def test_teachers_are_measured_and_one_that_is_off_is_told(store, capsys):
+    top1 = measured(store, "resnet8")
+    with pytest.raises(UserError) as refusal:
+        teachers.verify_teachers(store, [], SMALL)
+    messages = str(refusal.value).splitlines()
+    assert [message.rpartition("/")[2] for message in messages] == [
+        "resnet14.safetensors is damaged",
+        f"resnet8.safetensors is {top1 - 50:+.2f} points off what it should be",
+    ]
+    assert "nothing to compare with" in capsys.readouterr().out
+    written = json.loads((store.root.parent / "runs/verify/digits/resnet8/evaluation.json").read_text())
+    assert written["top1"] == top1
+
+
+def test_a_teacher_that_is_as_it_was_is_no_mistake(store, capsys):
+    top1 = measured(store, "resnet8")
+    torch.manual_seed(0)
+    store.save(create_model("resnet8", 10), "digits", "resnet8", {"num_classes": 10, "top1": top1 + 0.05})
+    teachers.verify_teachers(store, ["ResNet8"], [*SMALL, "data=digits"])
+    assert "as it should be" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides", "words"),
+    [
+        (["resnet9"], (), r"resnet9 is not in .*; there are resnet14, resnet8, wrn16_1\. Did you mean 'resnet8'"),
+        ([], ("data=cifar100",), "holds no teacher; fetch or fit one"),
+        (["resnet8"], ("data.rot=1",), "data.rot is not known"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(store, names, overrides, words):
+    with pytest.raises(UserError, match=words):
+        teachers.verify_teachers(store, names, overrides)
+
+
+def test_a_store_of_folders_of_images_needs_to_be_told_where_they_are(store):
+    store.save(create_model("resnet8", 10), "photos", "resnet8", {"num_classes": 10})
+    with pytest.raises(UserError, match="photos is no data set by name; say where it is, such as data=imagefolder"):
+        teachers.verify_teachers(store, ["resnet8"], SMALL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8"),
+            "is a pair; name the teacher alone",
+        ),
+        (("model=resnet8", "loss=ce", "data.val_fraction=0.1"), "has learned from all images: data.val_fraction=0"),
+        (("model=resnet8", "loss=ce"), "resnet8.safetensors is there; move it away to train resnet8 again"),
+    ],
+)
+def test_what_would_be_no_teacher_is_not_trained(store, overrides, words):
+    cfg = compose("data=digits", f"paths.teachers={store.root}", f"paths.run={store.root / 'run'}", *overrides)
+    with pytest.raises(UserError, match=words):
+        teachers.fit_teacher(cfg)
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_kept_and_as_it_was(tmp_path):
+    """As a user does: by the script."""
+
+    def call(*words):
+        command = [sys.executable, SCRIPT, *words]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return result.returncode, result.stdout + result.stderr
+
+    own = ("data=digits", "model=resnet8", "recipe=quick", "recipe.epochs=1", "trainer=cpu")
+    assert call("fit", *own)[0] == 0
+    assert "as it should be" in call("verify", "resnet8", "trainer=cpu")[1]
+    code, output = call("fit", *own)
+    assert code == 2
+    assert "is there; move it away" in output
+    (environment,) = tmp_path.glob("runs/digits/resnet8/ce/*/environment.json")
+    assert json.loads(environment.read_text())["command"].endswith("teachers.py fit " + " ".join(own))
+    code, output = call("fetch", "--url", "file:///nowhere")
+    assert code == 2
+    assert output.startswith("error: file:///nowhere cannot be downloaded")
