@@ -22,6 +22,7 @@ from rld_lightning.distributed import gathered, own_share
 from rld_lightning.learning_rate import remember_first_rates, rescale
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.metrics import EpochMeans
+from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
 
@@ -81,6 +82,7 @@ class DistillationModule(LightningModule):
         # Loggers get these with the rest of the run's configuration.
         self.save_hyperparameters({"num_classes": num_classes, **(info or {})}, logger=False)
         self.student = student
+        self.compiled: CompiledForward | None = None  # the student's training steps
         self.loss = loss
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [f"loss.{name}" for name in loss.own_buffers]
@@ -171,6 +173,8 @@ class DistillationModule(LightningModule):
         teacher = None
         if self.teacher is not None:
             teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps, view=view, label=label))
+        if self.compiled is not None:  # for a loss without taps
+            return ModelOutput(self.compiled(images)), teacher
         return ModelOutput(*forward_with_taps(self.student, images, self.loss.student_taps)), teacher
 
     def on_train_epoch_start(self) -> None:

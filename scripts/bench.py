@@ -1,4 +1,4 @@
-"""Measure by ratio: `fit` (whole jobs), `step` and `losses` (training steps), `loss` (RLD alone), `data` (JPEGs)."""
+"""Measure by ratio: `fit` (jobs), `startup`, `step` and `losses` (training steps), `loss` (RLD), `data` (JPEGs)."""
 
 import argparse
 from pathlib import Path
@@ -8,12 +8,21 @@ if __name__ == "__main__":
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=9)
     what = parser.add_subparsers(dest="what", required=True)
-    fit = what.add_parser("fit", help="fit.py from its start to its end, against what public distillation code does")
+    fit = what.add_parser("fit", help="fit.py with all that it does, against what public distillation code does")
     fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits"))
     fit.add_argument("--root", default="data", help="folder of CIFAR-100")
-    fit.add_argument("--steps", type=int, default=200)
-    fit.add_argument("--with", dest="switches", action="append", default=[], help="overrides of one more contender")
+    fit.add_argument("--seconds", type=float, default=4, help="how long each runs in a round")
+    fit.add_argument("--folder", type=Path, help="where the teacher and its logits are kept, for the next time")
+    fit.add_argument("--prepare", type=int, metavar="STEPS", help="fill --folder and compile in so many steps, and end")
+    fit.add_argument(
+        "--with",
+        dest="switches",
+        action="append",
+        default=[],
+        help="overrides of one of ours; for several, several times",
+    )
     fit.add_argument("--report", type=Path, help="a file for the same as JSON")
+    what.add_parser("startup", help="seconds of --help, of a run's first step, of a sweep's trial")
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
@@ -37,19 +46,27 @@ if __name__ == "__main__":
     data.add_argument("--quality", type=int, default=90)
     data.add_argument("--size", type=int, default=224, help="height and width of the crops")
     options = parser.parse_args()
+    if options.what == "fit" and options.prepare and options.folder is None:
+        parser.error("--prepare needs --folder")
 
     import torch  # help and mistakes need not wait for it
 
     from rld_lightning.bench.data import bench_data
-    from rld_lightning.bench.jobs import Job, bench_fit
+    from rld_lightning.bench.jobs import Job, bench_fit, prepare_fit
+    from rld_lightning.bench.startup import bench_startup
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.what == "data":
         bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
     elif options.what == "fit":
-        job = Job(options.data, options.root, options.teacher, options.student, options.batch, options.steps)
-        bench_fit(job, options.rounds, options.switches, options.report)
+        job = Job(options.data, options.root, options.teacher, options.student, options.batch)
+        if options.prepare:
+            prepare_fit(job, options.prepare, options.switches, options.folder)
+        else:
+            bench_fit(job, options.rounds, options.seconds, options.switches, options.folder, options.report)
+    elif options.what == "startup":
+        bench_startup(options.rounds)
     elif options.what == "loss":
         bench_loss(options.batch, options.classes, device, options.rounds)
     else:

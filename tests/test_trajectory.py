@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from rld_lightning import DistillationModule, FrozenTeacher, KDLoss, RLDLoss, create_model
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.base import Batch
+from rld_lightning.models.compiled import CompiledForward
 
 FOLDER = Path(__file__).parent / "golden" / "trajectory"
 PRECISION = {torch.float32: "32-true", torch.float64: "64-true"}
@@ -57,7 +58,7 @@ class Recorder(Callback):
         self.steps[-1]["grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
 
 
-def train(method, dtype, tmp_path, steps=20):
+def train(method, dtype, tmp_path, steps=20, compiled=False):
     facts = golden(method)
     teacher, student = create_model("resnet20"), create_model("resnet8")
     teacher.load_state_dict(load_file(FOLDER / "teacher_resnet20.safetensors"))
@@ -69,13 +70,11 @@ def train(method, dtype, tmp_path, steps=20):
         Batch(images[start : start + 64], labels[start : start + 64], torch.arange(start, start + 64))
         for start in range(0, 64 * steps, 64)
     ]
-    module = DistillationModule(
-        student,
-        make_loss(method, facts["hyper"]),
-        optimizer,
-        teacher=FrozenTeacher(teacher, dtype=dtype),
-        num_classes=100,
-    )
+    frozen = FrozenTeacher(teacher, dtype=dtype)
+    assert frozen.fold((3, 32, 32)) == 21  # as it is in a run
+    module = DistillationModule(student, make_loss(method, facts["hyper"]), optimizer, teacher=frozen, num_classes=100)
+    if compiled:
+        module.compiled = CompiledForward(student, 64)
     recorder = Recorder()
     trainer = Trainer(
         max_epochs=1,
@@ -112,9 +111,10 @@ def test_float64_trajectory_begins_as_the_references(method, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("method", ["rld", "kd"])
-def test_float64_trajectory_is_the_references(method, tmp_path):
-    facts, module, steps = train(method, torch.float64, tmp_path)
+def test_float64_trajectory_is_the_references(method, compiled, tmp_path):
+    facts, module, steps = train(method, torch.float64, tmp_path, compiled=compiled)
 
     assert len(facts["steps_float64"]) == 20
     assert_the_references(steps, facts["steps_float64"])

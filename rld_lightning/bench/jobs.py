@@ -1,14 +1,20 @@
-"""Whole jobs, from pressing Enter: ``scripts/fit.py`` with all that it watches and logs, against a plain trainer."""
+"""Whole jobs, from pressing Enter: ``scripts/fit.py`` with all that it watches and logs, against a plain trainer.
+
+All contenders run at once, of which all but one are stopped: each computes for some seconds, in turn. So starting up
+is paid once, and a machine that is slower for a while is so for all alike.
+"""
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +30,33 @@ from rld_lightning.shipped import shipped
 
 SCRIPT = shipped("scripts") / "fit.py"
 DATA = {"cifar100": (100, (3, 32, 32)), "digits": (10, (3, 8, 8))}
+PLAIN = "plain trainer"
 
 
 class StepTimes(Callback):
-    """Leaves the time at which each training step had ended in a file.
+    """Writes into a file when each training step has ended, in seconds since the epoch of the clock.
 
     Args:
-        path: the file, JSON.
+        path: the file, a line for each step.
     """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        self.ended: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Looks at the clock."""
-        self.ended.append(time.time())
+        write_time(self.path)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the file."""
-        self.path.write_text(json.dumps(self.ended))
+
+def write_time(path: Path) -> None:
+    """Adds the time to a file."""
+    with path.open("a") as file:
+        file.write(f"{time.time()}\n")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained.
+    """What is trained, with RLD, a pair's own recipe and random weights of the teacher.
 
     Attributes:
         data: ``cifar100`` or ``digits``.
@@ -56,7 +64,6 @@ class Job:
         teacher: its network.
         student: its network.
         batch: images a step.
-        steps: how many.
     """
 
     data: str
@@ -64,91 +71,178 @@ class Job:
     teacher: str
     student: str
     batch: int
-    steps: int
 
 
-def bench_fit(job: Job, rounds: int, switches: Sequence[str], report: Path | None) -> None:
-    """Runs both in turn, each a fresh process, and prints their medians and the limit of this machine.
+@dataclass
+class Contender:
+    """A process that trains, and that is stopped for as long as others are measured.
+
+    Attributes:
+        command: what it is.
+        folder: its own, for its log and the times of its steps.
+        first_step: seconds from its start to the end of its first step.
+        rates: images/s, each of some seconds.
+    """
+
+    command: Sequence[str]
+    folder: Path
+    first_step: float = 0.0
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def times(self) -> Path:
+        """When steps have ended."""
+        return self.folder / "times"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Starts it, waits for some steps and stops it; in the end it is killed, with the processes that it started."""
+        start = time.time()
+        with (self.folder / "log").open("w") as log:
+            process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment(), start_new_session=True)
+        self.process = process
+        try:
+            self._wait(steps=3, seconds=0)
+            self.first_step = self._ended()[0] - start
+            self._signal(signal.SIGSTOP)
+            yield
+        finally:
+            if process.poll() is None:
+                self._signal(signal.SIGKILL)
+            process.wait()
+
+    def measure(self, seconds: float, batch: int, steps: int = 3) -> None:
+        """Has it run for some seconds, and at least some steps; of the first one the beginning is not known."""
+        before = len(self._ended())
+        self._signal(signal.SIGCONT)
+        self._wait(before + steps, seconds)
+        self._signal(signal.SIGSTOP)
+        times = self._ended()[before:]
+        self.rates.append((len(times) - 1) * batch / (times[-1] - times[0]))
+
+    def _wait(self, steps: int, seconds: float) -> None:
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop or len(self._ended()) < steps:
+            if self.process.poll() is not None:
+                log = (self.folder / "log").read_text()
+                raise RuntimeError(f"{' '.join(self.command)} has ended:\n{log[-4000:]}")
+            time.sleep(0.02)
+
+    def _ended(self) -> list[float]:
+        return [float(line) for line in self.times.read_text().split()] if self.times.exists() else []
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+
+def bench_fit(
+    job: Job, rounds: int, seconds: float, switches: Sequence[str], folder: Path | None, report: Path | None
+) -> None:
+    """Runs all in turn, and prints their medians and the limit of this machine.
 
     Args:
-        job: what is trained; the teacher's weights are random.
+        job: what is trained.
         rounds: how often each runs.
-        switches: for each further contender of ours, its overrides, such as ``"model.teacher.cache=false"``.
+        seconds: for how long.
+        switches: for each contender of ours, its overrides, such as ``"model.teacher.cache=false"``; one without any
+            where there are none.
+        folder: where the teacher and its logits are kept, for the next time.
         report: a file for the same as JSON.
     """
-    contenders: dict[str, list[str] | None] = {"plain trainer": None, "fit.py": []}
-    contenders |= {f"fit.py {switch}": switch.split() for switch in switches}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    classes, shape = DATA[job.data]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        teacher = Path(folder) / "teacher.safetensors"
-        save_weights(create_model(job.teacher, classes), teacher, {"name": job.teacher, "num_classes": classes})
-        for number in range(rounds):
-            for name, overrides in contenders.items():
-                place = Path(folder) / f"{len(found[name])}-{number}-{len(name)}"
-                command = _plain(job) if overrides is None else [*_ours(job, teacher, place), *overrides]
-                found[name].append(_time(command, place, overrides is None, job))
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
-    }
-    base = medians["plain trainer"]
-    rows = [
-        (name, m["images_per_s"], m["images_per_s"] / base["images_per_s"], m["first_step_s"], m["whole_s"])
-        for name, m in medians.items()
-    ]
-    limits = _limits(job, classes, shape)
-    rows += [
-        (f"limit: {kind} matrices", value, value / base["images_per_s"], 0.0, 0.0) for kind, value in limits.items()
-    ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the contenders too
+    overrides = {f"fit.py {switch}".strip(): switch for switch in switches or [""]}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        teacher = keep_teacher(job, folder or place)
+        contenders = {PLAIN: Contender(_plain(job, place / "0"), place / "0")}
+        for number, (title, switch) in enumerate(overrides.items(), 1):
+            own = place / str(number)
+            contenders[title] = Contender([*fit_command(job, teacher, own), *switch.split()], own)
+        with ExitStack() as stack:
+            for contender in contenders.values():
+                contender.folder.mkdir()
+                stack.enter_context(contender.running())
+            for _ in range(rounds):
+                for contender in contenders.values():
+                    contender.measure(seconds, job.batch)
+    base, limits = contenders[PLAIN], limit(job)
+    rows: list[tuple[object, ...]] = [(title, *_row(contender, base)) for title, contender in contenders.items()]
+    plain_rate = statistics.median(base.rates)
+    rows += [(f"limit: {kind} matrices", rate, f"{rate / plain_rate:.2f}", None) for kind, rate in limits.items()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print_table(
-        f"{job.teacher} to {job.student} on {job.data}, {job.steps} steps of {job.batch} on {machine(device)}",
-        ("", "images/s", "ratio", "s to the first step", "s in all"),
+        f"{job.teacher} to {job.student} on {job.data}, batch {job.batch}, on {machine(device)}",
+        ("", "images/s", "ratio (of the rounds)", "s to the first step"),
         rows,
     )
-    console.print(f"medians of {rounds} runs in alternation; images/s after the first fifth of the steps", style="dim")
+    console.print(f"medians of {rounds} rounds in alternation, of {seconds:g} s each", style="dim")
     if report is not None:
-        facts = {"job": asdict(job), "machine": machine(device), "runs": found, "limits": limits}
+        runs = {title: {"first_step_s": c.first_step, "images_per_s": c.rates} for title, c in contenders.items()}
+        facts = {"job": asdict(job), "machine": machine(device), "runs": runs, "limits": limits}
         report.write_text(json.dumps(facts, indent=1))
 
 
-def _plain(job: Job) -> list[str]:
-    options = {"data": job.data, "root": job.root, "teacher": job.teacher, "student": job.student}
-    sizes = {"batch": str(job.batch), "steps": str(job.steps)}
-    return [sys.executable, "-m", "rld_lightning.bench.plain", *(f"--{k}={v}" for k, v in {**options, **sizes}.items())]
+def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> None:
+    """Runs ours for some steps, unmeasured, so that code is compiled and the teacher's logits are known.
+
+    Args:
+        job: what is trained.
+        steps: how many.
+        switches: as of :func:`bench_fit`.
+        folder: where the teacher and its logits are kept.
+    """
+    teacher = keep_teacher(job, folder)
+    for switch in switches or [""]:
+        with tempfile.TemporaryDirectory() as name:
+            own = Path(name)
+            contender = Contender([*fit_command(job, teacher, own), *switch.split()], own)
+            with contender.running():
+                contender.measure(0, job.batch, steps)
 
 
-def _ours(job: Job, teacher: Path, place: Path) -> list[str]:
+def keep_teacher(job: Job, folder: Path) -> Path:
+    """Leaves a teacher with random weights in a folder, always the same ones."""
+    path = folder / f"{job.teacher}_{job.data}.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        classes, _ = DATA[job.data]
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(create_model(job.teacher, classes), path, {"name": job.teacher, "num_classes": classes})
+    return path
+
+
+def fit_command(job: Job, teacher: Path, folder: Path) -> list[str]:
+    """Our command, which leaves the times of its steps in a folder."""
     root = [f"data.root={job.root}"] if job.data == "cifar100" else []
     return [
         sys.executable, str(SCRIPT), f"data={job.data}", *root, f"data.batch_size={job.batch}", "model=pair",
         f"model.teacher.name={job.teacher}", f"model.student.name={job.student}", f"model.teacher.weights={teacher}",
-        "loss=rld", f"trainer.max_steps={job.steps}", f"hydra.run.dir={place}", f"paths.teachers={teacher.parent}",
+        "loss=rld", f"hydra.run.dir={folder / 'run'}", f"paths.teachers={teacher.parent}",
+        f"+callbacks.step_times={{_target_: rld_lightning.bench.jobs.StepTimes, path: {folder / 'times'}}}",
     ]  # fmt: skip
 
 
-def _time(command: Sequence[str], place: Path, plain: bool, job: Job) -> dict[str, float]:
-    place.mkdir()
-    ended = place / "ended.json"
-    stamps = f"+callbacks.step_times={{_target_: rld_lightning.bench.jobs.StepTimes, path: {ended}}}"
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    start = time.time()
-    result = subprocess.run(
-        [*command, f"--ended={ended}" if plain else stamps],
-        check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-    whole = time.time() - start
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
-    times = json.loads(ended.read_text())
-    first = len(times) // 5
-    steady = (len(times) - 1 - first) * job.batch / (times[-1] - times[first])
-    return {"images_per_s": steady, "first_step_s": times[0] - start, "whole_s": whole}
+def environment() -> dict[str, str]:
+    """Of processes that can import this package where it is not installed."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
 
 
-def _limits(job: Job, classes: int, shape: tuple[int, int, int]) -> Mapping[str, float]:
+def _plain(job: Job, folder: Path) -> list[str]:
+    options = {**asdict(job), "times": folder / "times"}
+    return [sys.executable, "-m", "rld_lightning.bench.plain", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def _row(contender: Contender, base: Contender) -> tuple[float, str, float]:
+    ratios = [ours / plain for ours, plain in zip(contender.rates, base.rates, strict=True)]
+    spread = "" if contender is base else f" ({min(ratios):.2f} to {max(ratios):.2f})"
+    return statistics.median(contender.rates), f"{statistics.median(ratios):.2f}{spread}", contender.first_step
+
+
+def limit(job: Job) -> Mapping[str, float]:
     """Images/s if convolutions ran as fast as large square matrix products do here, and nothing else took time."""
+    classes, shape = DATA[job.data]
     teacher, student = (count_macs(create_model(name, classes), shape) for name in (job.teacher, job.student))
     operations = 2 * (teacher + 3 * student)  # backward computes the gradient of images and of weights
     device = "cuda" if torch.cuda.is_available() else "cpu"

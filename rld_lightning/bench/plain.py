@@ -1,12 +1,11 @@
 """What public distillation code does, for comparison: ``python -m rld_lightning.bench.plain``.
 
 Pillow images through torchvision's transforms in two loader processes, networks eager in float32 and contiguous layout,
-RLD as one writes it down, ``.item()`` and a progress bar in every step. It leaves the time of each step in a file.
+RLD as one writes it down, ``.item()`` and a progress bar in every step. It leaves the time of each step in a
+file, and trains until it is killed.
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
+from rld_lightning.bench.jobs import write_time
 from rld_lightning.bench.steps import plain_rld
 from rld_lightning.data import CIFAR100DataModule, DigitsDataModule
 from rld_lightning.models import create_model
@@ -49,8 +49,17 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def train(data_name: str, root: str, teacher_name: str, student_name: str, batch: int, steps: int) -> list[float]:
-    """Trains for some steps, and returns when each had ended, in seconds since the epoch of the clock."""
+def train(data_name: str, root: str, teacher_name: str, student_name: str, batch: int, times: Path) -> None:
+    """Trains until it is killed.
+
+    Args:
+        data_name: ``cifar100`` or ``digits``.
+        root: folder of CIFAR-100.
+        teacher_name: its network.
+        student_name: its network.
+        batch: images a step.
+        times: a file that gets the time of each step.
+    """
     torch.manual_seed(0)
     data = CIFAR100DataModule(root) if data_name == "cifar100" else DigitsDataModule()
     data.prepare_data()
@@ -61,9 +70,8 @@ def train(data_name: str, root: str, teacher_name: str, student_name: str, batch
     student = create_model(student_name, data.num_classes).to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     criterion = torch.nn.CrossEntropyLoss()
-    ended: list[float] = []
-    losses, accuracies = [], []
-    while len(ended) < steps:
+    while True:
+        losses, accuracies = [], []
         for image, label in track(loader, description="training"):
             image, label = image.to(device), label.to(device)
             with torch.no_grad():
@@ -75,19 +83,15 @@ def train(data_name: str, root: str, teacher_name: str, student_name: str, batch
             optimizer.step()
             losses.append(loss.item())
             accuracies.append((logits.argmax(1) == label).float().mean().item())
-            ended.append(time.time())
-            if len(ended) == steps:
-                break
+            write_time(times)
         print(f"loss {np.mean(losses):.3f}, top-1 {100 * np.mean(accuracies):.2f}")
-    return ended
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for option in ("data", "root", "teacher", "student", "ended"):
+    for option in ("data", "root", "teacher", "student"):
         parser.add_argument(f"--{option}", required=True)
-    for option in ("batch", "steps"):
-        parser.add_argument(f"--{option}", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--times", type=Path, required=True)
     given = parser.parse_args()
-    seconds = train(given.data, given.root, given.teacher, given.student, given.batch, given.steps)
-    Path(given.ended).write_text(json.dumps(seconds))
+    train(given.data, given.root, given.teacher, given.student, given.batch, given.times)

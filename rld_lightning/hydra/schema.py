@@ -94,7 +94,7 @@ VALUES: Mapping[str, Kind] = {
     "recipe.scheduler_monitor": TEXT | NULL,
     # model
     "model.label": TEXT,
-    "model.compile": FLAG,
+    "model.compile": words("auto", True, False),
     "model.tuned": KEYS | NULL,
     "model.student": KEYS.such_as("model.student.name=resnet20"),
     "model.student.name": TEXT.such_as("resnet20") | NULL,
@@ -111,7 +111,7 @@ VALUES: Mapping[str, Kind] = {
     "model.teacher.cache_dtype": words("float16", "float32"),
     "model.teacher.dtype": words("float16", "bfloat16", "float32", "float64") | NULL,
     "model.teacher.channels_last": FLAG,
-    "model.teacher.fuse": FLAG,
+    "model.teacher.fuse": words("auto", True, False),
     "model.teacher.shard": FLAG,
     # data
     "data.root": TEXT.such_as("data.root=/photos"),

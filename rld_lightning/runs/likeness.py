@@ -48,6 +48,7 @@ _NO_EFFECT = (
     *(f"trainer.{key}" for key in ("limit_test_batches", "limit_predict_batches")),
     # in which order the same numbers are summed, which changes a result as much as other hardware does
     *(f"trainer.{key}" for key in ("deterministic", "benchmark", "inference_mode")),
+    *("model.compile", "model.teacher.fuse"),
     # how the teacher's logits are rounded, or computed in which batch: likewise
     *("model.teacher.cache", "model.teacher.cache_dtype"),
 )

@@ -23,6 +23,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.look import load_in_order
 from rld_lightning.tasks.plan import Plan, changed, settled
+from rld_lightning.tasks.speed import fold_teacher
 from rld_lightning.tasks.trainer import make_trainer
 
 
@@ -68,8 +69,10 @@ def build_module(
         plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
         if student is not plain and plan.teacher is not None:
             name = f"{name}@{plan.teacher.name}"
+        if plan.teacher is not None and plan.teacher.options["fuse"] == "auto":
+            fold_teacher(teacher, loss, data)
     layout = torch.channels_last if plan.student.channels_last else torch.preserve_format
-    module = DistillationModule(
+    return DistillationModule(
         student.to(memory_format=layout),
         loss.to(memory_format=layout),
         optimizer,
@@ -86,14 +89,6 @@ def build_module(
             **data.split_facts,
         },
     )
-    if plan.compile:
-        # In place, so that checkpoint keys stay those of the plain model. Not where hooks would send it back to eager:
-        # those of taps, and those that gather the weights of a teacher that is shared out.
-        if not loss.student_taps:
-            module.student.compile()
-        if teacher is not None and not teacher.shard and not loss.teacher_taps:
-            teacher.model.compile()
-    return module
 
 
 def watchers(cfg: DictConfig) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from rld_lightning.tasks.remember import remember_logits
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
 from rld_lightning.tasks.room import check_room
+from rld_lightning.tasks.speed import compile_steps
 from rld_lightning.tasks.teacher import (
     build_teacher,
     find_teacher,
@@ -179,6 +180,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_room(plan.run, trainer, module)
         remember_logits(module, plan, data, trainer)
         choose_threads(module, data, trainer)
+        compile_steps(module, plan, data, trainer)
     describe_run(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)

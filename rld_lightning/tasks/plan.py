@@ -38,7 +38,7 @@ class Teacher:
         weights: a file, or ``"pretrained"``; or where to look for a file, ``"auto"``, ``"fit"`` or ``"published"``.
         published_url: the archive of published teachers.
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
-        options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`.
+        options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
         sha256: of the file; None where it is not known yet, and of what is no file.
         cache: whether its logits are kept in a table and looked up; ``"auto"``: where that pays.
         cache_dtype: what they are kept in.
@@ -67,7 +67,7 @@ class Plan:
         student: the network to train.
         teacher: the network to learn from; None without one, and where the loss needs none.
         store: where trained teachers are kept.
-        compile: whether the networks are compiled.
+        compile: whether training steps are compiled; ``"auto"``: where that pays.
         loss: what the loss is called.
         batch_size: over all processes.
         other_sizes: whether the data can have another ``data.image_size``.
@@ -87,7 +87,7 @@ class Plan:
     student: Student
     teacher: Teacher | None
     store: TeacherStore
-    compile: bool
+    compile: bool | str
     loss: str
     batch_size: int
     other_sizes: bool

@@ -166,7 +166,8 @@ def build_teacher(
         origin = f"{teacher.weights}{_known(facts)}"
     size = describe_size(network, data.image_shape)  # before the teacher takes the network over
     wanted, who = teacher_look(teacher, facts, usual)
-    frozen = FrozenTeacher(network, **teacher.options, relook=relook(Look(data.mean, data.std), wanted))
+    options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: once the loss has seen it
+    frozen = FrozenTeacher(network, **options, relook=relook(Look(data.mean, data.std), wanted))
     precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
     shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
     print_line("teacher", f"{teacher.name}, {size}, {precision}, weights {origin}{shares}")

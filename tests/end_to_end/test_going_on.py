@@ -92,6 +92,20 @@ def test_a_run_that_is_killed_after_a_step_goes_on_with_it(folder, whole, step):
 
 
 @pytest.mark.slow
+def test_a_compiled_run_is_the_same_up_to_rounding_and_goes_on_exactly(folder, whole, capsys):
+    compiled = folder.with_name(f"{folder.name}_compiled")
+    run(compiled, "model.compile=true")
+    assert "compile  the student and teacher in training steps" in capsys.readouterr().out
+    ours, theirs = (load_file(f / "student.safetensors") for f in (compiled, whole))
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3)
+    killed(folder, 8, EVERY_STEP, "model.compile=true")
+    run(folder, EVERY_STEP, "model.compile=true", f"resume={folder}")
+    check(folder, compiled)
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(folder, whole, capsys):
     killed(folder, 3)
     run(folder, f"resume={folder}/last.ckpt")
