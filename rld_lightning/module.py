@@ -25,6 +25,7 @@ from rld_lightning.metrics import EpochMeans
 from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
+from rld_lightning.watching import callbacks_of
 
 
 class DistillationModule(LightningModule):
@@ -298,9 +299,8 @@ class DistillationModule(LightningModule):
             self._save_average(checkpoint)
 
     def _save_average(self, checkpoint: dict[str, Any]) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):  # which Lightning asks for whole checkpoints only
-                callback.on_save_checkpoint(self.trainer, self, checkpoint)
+        for average in callbacks_of(self.trainer, WeightAveraging):  # which Lightning asks for whole checkpoints only
+            average.on_save_checkpoint(self.trainer, self, checkpoint)
         for beside in ("current_model_state", "averaging_state"):
             checkpoint.pop(beside, None)
 

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from rld_lightning.callbacks.metrics_file import MetricsFile
 from rld_lightning.runs.metrics import Row, known_rows, read_rows
+from rld_lightning.watching import callbacks_of
 
 
 class Position(NamedTuple):
@@ -105,8 +106,7 @@ class ExactResume(Callback):
 
 def has_stopped_early(trainer: Trainer) -> bool:
     """Whether an early stopping has ended the run, be it before the checkpoint that it goes on from."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
-    stoppings = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+    stoppings = callbacks_of(trainer, EarlyStopping)
     return any(stopping.wait_count >= stopping.patience or stopping.stopped_epoch > 0 for stopping in stoppings)
 
 

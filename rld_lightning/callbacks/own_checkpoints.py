@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from rld_lightning.watching import callbacks_of
 from rld_lightning.whole import write_whole
 
 
@@ -25,8 +26,8 @@ class OwnCheckpoints(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewrites the states before Lightning hands them out, the same in all processes."""
         states, source = checkpoint["callbacks"], Path(str(trainer.ckpt_path)).parent
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
+        for callback in callbacks_of(trainer, ModelCheckpoint):
+            if callback.state_key in states:
                 state = states[callback.state_key]
                 known = _known(callback, state, source) if trainer.is_global_zero else None
                 states[callback.state_key] = trainer.strategy.broadcast(known)

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
 from rld_lightning.console import print_line
 from rld_lightning.distributed import STOPS, Stopped, is_first, rank_zero_only, slurm_job, started_here
+from rld_lightning.watching import callbacks_of
 
 _SAVE = 1  # what processes tell each other: to save, or a stop's number and this much
 _STOP = 100
@@ -161,10 +162,9 @@ class StopSignals(Checkpoint):
 
 def _save(trainer: Trainer) -> bool:
     """Saves ``last.ckpt`` in all processes, if there is who does."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, LastCheckpoint):
-            callback.save(trainer)
-            return True
+    for callback in callbacks_of(trainer, LastCheckpoint):
+        callback.save(trainer)
+        return True
     return False
 
 

@@ -58,6 +58,7 @@ from rld_lightning.tasks.teacher_score import measure_teacher
 from rld_lightning.tasks.threads import choose_threads
 from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tracking import tracked
+from rld_lightning.watching import callbacks_of
 
 TASK = "rld_lightning.tasks.fit:fit"
 
@@ -210,7 +211,7 @@ def _train_teacher(
 def _train(
     plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule, *, resume_hint: bool
 ) -> None:
-    (signals,) = (callback for callback in vars(trainer)["callbacks"] if isinstance(callback, StopSignals))
+    (signals,) = callbacks_of(trainer, StopSignals)
     try:
         with signals.listening():
             trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)

@@ -5,7 +5,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 
 from rld_lightning.callbacks import ExactResume
@@ -21,6 +21,7 @@ from rld_lightning.runs.metrics import Row, read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.plan import Plan
 from rld_lightning.tracking import wandb_facts
+from rld_lightning.watching import callbacks_of
 
 
 def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule) -> Summary:
@@ -85,8 +86,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
 
 
 def _seconds(trainer: Trainer) -> float | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
-    return next((callback.seconds for callback in callbacks if isinstance(callback, ExactResume)), None)
+    return next((callback.seconds for callback in callbacks_of(trainer, ExactResume)), None)
 
 
 def _peak_memory(device: torch.device) -> float | None:

@@ -19,6 +19,7 @@ from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
 from rld_lightning.runs.files import CONFIG, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
 from rld_lightning.runs.likeness import changed_settings, changes, refuse_changes
+from rld_lightning.watching import callbacks_of
 
 # What a run may change that goes on after it has diverged.
 AGAINST_DIVERGENCE = (
@@ -157,11 +158,10 @@ def say_nothing_left(trainer: Trainer) -> None:
     Args:
         trainer: that was to train.
     """
-    began = next((c.began for c in trainer.callbacks if isinstance(c, ExactResume)), None)  # type: ignore[attr-defined]
+    began = next((callback.began for callback in callbacks_of(trainer, ExactResume)), None)
     if began is None or trainer.global_step > began:
         return
-    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
-    if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
+    if any((left := timer.time_remaining()) is not None and left <= 0 for timer in callbacks_of(trainer, Timer)):
         why = "the time (trainer.max_time) is over; raise it to train on"
     elif has_stopped_early(trainer):
         why = "it has stopped early"

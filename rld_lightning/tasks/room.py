@@ -13,6 +13,7 @@ from rld_lightning.distributed import rank_zero_only
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import previous_of
 from rld_lightning.runs.files import STUDENT
+from rld_lightning.watching import callbacks_of
 
 # Metrics, curves and the like, and what checkpoints hold beside tensors.
 _OTHERS = 2_000_000
@@ -52,12 +53,12 @@ def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
     """
     weights = _bytes_of(module.state_dict().values())
     whole = weights + _state_of_optimizer(module)
-    if any(isinstance(callback, WeightAveraging) for callback in vars(trainer)["callbacks"]):
+    if callbacks_of(trainer, WeightAveraging):
         whole += weights  # those that are trained, beside their average
     files = [(run / STUDENT, weights)]
     largest = weights
-    for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
+    for callback in callbacks_of(trainer, ModelCheckpoint):
+        if callback.dirpath is None or "://" in str(callback.dirpath):
             continue
         size = weights if callback.save_weights_only else whole
         largest = max(largest, size)
