@@ -19,12 +19,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.distributed import gathered, own_share
-from rld_lightning.learning_rate import remember_first_rates, rescale
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.metrics import EpochMeans
 from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
+from rld_lightning.schedule import remember_first_rates, rescale
 from rld_lightning.watching import callbacks_of
 
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from rld_lightning.learning_rate import remember_first_rates, rescale
+from rld_lightning.schedule import remember_first_rates, rescale
 
 
 def warm_up_then_cosine(optimizer):

@@ -1,0 +1,6 @@
+"""The learning rate: schedules that PyTorch has only in parts, and another rate for a run that goes on."""
+
+from rld_lightning.schedule.rescale import remember_first_rates, rescale
+from rld_lightning.schedule.warmup import WarmupCosine, WarmupMultiStep
+
+__all__ = ["WarmupCosine", "WarmupMultiStep", "remember_first_rates", "rescale"]
