@@ -82,6 +82,7 @@ def test_the_package_is_the_wheels(environment, project):
     code = "import rld_lightning; from rld_lightning.hydra.options import CONF; print(rld_lightning.__file__, CONF)"
     places = run(environment, project, "python", "-c", code).split()
     assert all(Path(place).is_relative_to(environment) for place in places)
+    assert (Path(places[0]).parent / "py.typed").is_file()
     assert run(environment, project, "rld-lightning", "--version").strip() == f"rld-lightning {__version__}"
 
 
