@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         rld_loss,
     )
     from rld_lightning.models import create_model, list_models
+    from rld_lightning.models.student import Student, load_student
     from rld_lightning.models.teacher import FrozenTeacher
     from rld_lightning.models.verify import load_weights
     from rld_lightning.module import DistillationModule
@@ -33,10 +34,12 @@ __all__ = [
     "ModelOutput",
     "RLDLoss",
     "StepContext",
+    "Student",
     "create_model",
     "dkd_loss",
     "kd_loss",
     "list_models",
+    "load_student",
     "load_weights",
     "rld_loss",
 ]
@@ -47,6 +50,8 @@ _HOMES = {
     **dict.fromkeys(__all__, "rld_lightning.losses"),
     "DistillationModule": "rld_lightning.module",
     "FrozenTeacher": "rld_lightning.models.teacher",
+    "Student": "rld_lightning.models.student",
+    "load_student": "rld_lightning.models.student",
     "create_model": "rld_lightning.models",
     "list_models": "rld_lightning.models",
     "load_weights": "rld_lightning.models.verify",

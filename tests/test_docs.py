@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from helpers.configs import CONF, compose
+from helpers.exports import digits_run
 from lightning import pytorch
 from lightning.pytorch import Trainer as LightningTrainer
+from PIL import Image
 
 from rld_lightning import __main__ as main
 from rld_lightning import data as data_sets
@@ -92,6 +94,15 @@ def test_lightning_without_hydra(tmp_path, monkeypatch):
     assert trainers[0].callback_metrics["train/mcd"] > 0
 
 
+def test_a_student_in_code_of_your_own(tmp_path, monkeypatch):
+    digits_run(tmp_path / "runs" / "first")
+    Image.new("RGB", (20, 30)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block("logits = student"), scope)
+    assert scope["logits"].shape == (1, 10)
+
+
 def pair():
     return create_model("resnet14", 10).eval(), create_model("resnet8", 10)
 
@@ -165,7 +176,7 @@ def test_adding_a_data_set():
 
 def test_every_block_of_code_is_run_here():
     tests = Path(__file__).read_text()
-    names = re.findall(r"\"((?:class|def|criterion =|terms =|module =) \w+)\"", tests)
+    names = re.findall(r"\"((?:class|def|criterion =|terms =|module =|logits =) \w+)\"", tests)
     assert all(any(name in code for name in names) for code in PYTHON)
 
 
@@ -201,7 +212,7 @@ def test_every_fit_composes(overrides):
     check_hydra("fit", overrides)
 
 
-@pytest.mark.parametrize("name", ["eval", "shards"])
+@pytest.mark.parametrize("name", ["eval", "export", "shards"])
 def test_every_eval_and_packing_composes(name):
     found = commands("python", f"scripts/{name}.py")
     assert found
@@ -240,17 +251,7 @@ def test_every_other_command_is_one_that_is_known():
         match command:
             case ("python", script, *_) if (ROOT / script).is_file():
                 name = Path(script).stem
-                assert name in (
-                    "fit",
-                    "eval",
-                    "shards",
-                    "compare",
-                    "report",
-                    "figures",
-                    "dashboard",
-                    "bench",
-                    "teachers",
-                )
+                assert name in main.commands()
             case ("python", "-m", "pytest", *arguments):
                 assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
             case ("rld-lightning", name, *_):
@@ -321,7 +322,7 @@ def test_files_of_a_run_that_are_named_are_left_by_runs():
 def test_extras_that_are_named_exist():
     table = PAGES["docs/training.md"].split("| extra | for |")[1].split("\n\n")[0]
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if line else "")}
-    assert named == set(PROJECT["project"]["optional-dependencies"]) - {"onnx"}  # which nothing needs yet
+    assert named == set(PROJECT["project"]["optional-dependencies"])
     assert set(re.findall(r"rld-lightning\[(\w+)\]", MANUAL)) <= named
 
 

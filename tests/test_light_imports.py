@@ -33,6 +33,11 @@ def test_losses_and_networks_need_torch_alone(code):
     assert not imported_by(code) & (HEAVY | {"hydra", "omegaconf", "rich", "pytorch_lightning"})
 
 
+def test_a_trained_student_needs_no_more_than_images_need():
+    code = "import rld_lightning; rld_lightning.load_student; import rld_lightning.data.centre_crop"
+    assert imported_by(code) & (HEAVY | {"hydra", "omegaconf", "pytorch_lightning", "onnx"}) <= {"torchvision"}
+
+
 RUN = (
     "import runpy, sys\n"
     "sys.argv = ['scripts/fit.py', *{arguments}]\n"

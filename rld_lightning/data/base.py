@@ -334,6 +334,11 @@ class ImageDataModule(LightningDataModule):
         return {name: getattr(self, option) for name, option in self.split_options.items()}
 
     @property
+    def eval_resize(self) -> int:
+        """What the shorter side of an evaluation image becomes before its centre is cropped; here: it has that size."""
+        return self.image_shape[-1]
+
+    @property
     def has_own_validation(self) -> bool:
         """Whether validation runs on other images than the test split's."""
         return self.val_fraction > 0

@@ -26,9 +26,6 @@ from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.errors import UserError
 
-# An evaluation image that is longer than so many times its shorter side is cut to that before it is resized, since it
-# would take as much memory as its other side asks for: 256 x 768,000 pixels for one of 2 x 6,000.
-MOST_ASPECT = 32
 # So many files of a class that cannot be read, one after the other, are no accident.
 MOST_REPLACEMENTS = 8
 # A crop of twice the size that it is resized to, or more, comes out the same (within half of 255 steps on average)
@@ -99,28 +96,6 @@ class RandomCropFlip(v2.RandomResizedCrop):
         target_height, target_width = (REDUCING_GAP * side for side in self.size)
         spare = min(crop["height"] // target_height, crop["width"] // target_width)
         return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
-
-
-class CentreCrop(v2.Transform):
-    """``v2.Resize`` of the shorter side and then ``v2.CenterCrop``, of an image of any aspect in bounded memory.
-
-    Args:
-        resize: what the shorter side becomes.
-        size: height and width of the result.
-    """
-
-    def __init__(self, resize: int, size: Sequence[int]) -> None:
-        super().__init__()
-        self.resize = resize
-        self.size = list(size)
-
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """Resizes and cuts out."""
-        longest = MOST_ASPECT * min(inpt.shape[-2:])
-        if max(inpt.shape[-2:]) > longest:
-            inpt = v2.functional.center_crop(inpt, [min(side, longest) for side in inpt.shape[-2:]])
-        resized = v2.functional.resize(inpt, [self.resize], antialias=True)
-        return v2.functional.center_crop(resized, self.size)
 
 
 class Sample(NamedTuple):

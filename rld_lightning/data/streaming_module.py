@@ -12,9 +12,10 @@ from torchvision.transforms import v2
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
 from rld_lightning.data.base import ImageDataModule, stratified_split, stratified_subset
+from rld_lightning.data.centre_crop import CentreCrop
 from rld_lightning.data.decode import DECODERS
 from rld_lightning.data.sampler import EpochSampler
-from rld_lightning.data.streaming import CentreCrop, Images, RandomCropFlip, StreamedImages, StreamingLoader
+from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, StreamingLoader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -176,6 +177,11 @@ class StreamingDataModule(ImageDataModule):
             num_workers=self.num_workers,
             report=self.bad_image_report if self.bad_images == "replace" else None,
         )
+
+    @property
+    def eval_resize(self) -> int:
+        """What the shorter side of an evaluation image becomes before its centre is cropped."""
+        return self.resize
 
     @property
     def has_own_validation(self) -> bool:

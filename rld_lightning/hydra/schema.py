@@ -196,7 +196,15 @@ VALUES: Mapping[str, Kind] = {
     "paths.runs": TEXT,
     "paths.teachers": TEXT,
     "paths.run": TEXT,
-    # scripts/eval.py and scripts/shards.py
+    # scripts that train nothing
+    "run": TEXT.such_as("run=runs/.../<run>, the folder of a finished run"),
+    "formats": list_of(words("safetensors", "onnx", "onnx_int8", "torch_export"), "formats in brackets").such_as(
+        "[safetensors,onnx,onnx_int8,torch_export]"
+    ),
+    "pixels": FLAG,
+    "val_images": whole(0) | NULL,
+    "train_images": COUNT,
+    "root": TEXT | NULL,
     "weights": TEXT.such_as("weights=runs/.../student.safetensors"),
     "name": TEXT | NULL,
     "split": words("test", "val"),
@@ -217,8 +225,9 @@ _OF_FIT = (
     *("recipe.epochs", "recipe.optimizer", "recipe.optimizer._target_", "recipe.optimizer.lr"),
     *("recipe.scheduler_interval", "callbacks", "logger", "logger.csv"),
 )
-_OF_ALL = ("data", "paths.run")
-_OF_NETWORKS = ("trainer",)  # not of scripts/shards.py, which runs none
+_OF_ALL = ("paths.run",)
+_OF_DATA = ("data",)  # of those that look at images by themselves
+_OF_NETWORKS = ("trainer",)  # and run a network on them
 # Groups whose keys the package reads by name; what classes take is for their signatures.
 _NAMED = ("", "recipe", "model", "model.student", "model.teacher", "paths")
 _GROUPS = {key[:end] for key in VALUES for end in (*(dot.start() for dot in re.finditer(r"\.", key)), None)}
@@ -268,7 +277,7 @@ def _may_be_open(key: str, values: Mapping[str, Any]) -> bool:
     """Whether null means that somebody else decides: Lightning, or the file that a script measures."""
     if key.startswith("trainer."):
         return key not in ("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices")
-    return key in _LEFT_OPEN and "recipe" not in values
+    return key in (_LEFT_OPEN if "recipe" not in values else ()) or (key == "out" and "index" not in values)
 
 
 # Options that scripts which train nothing leave to the file that they look at.
@@ -276,7 +285,8 @@ _LEFT_OPEN = ("seed", "data.seed", "data.val_fraction")
 
 
 def _missing(values: Mapping[str, Any]) -> Iterator[str]:
-    others = () if "index" in values else _OF_NETWORKS
+    networks = "model" in values or "split" in values
+    others = (*(_OF_DATA if networks or "index" in values else ()), *(_OF_NETWORKS if networks else ()))
     for key in (*_OF_ALL, *others, *(_OF_FIT if "model" in values else ())):
         group, _, name = key.rpartition(".")
         above = _find(values, group) if group else values

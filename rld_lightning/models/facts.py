@@ -16,6 +16,7 @@ from rld_lightning.models.read import Weights, WeightsError
 _MOST_SHOWN = 60  # characters of a refused value
 _LONGEST_TEXT = 300
 _LARGEST = 1 << 32
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 # What decides which images a network is measured on, and for how many classes it is built. Everything else is compared
 # or shown only, and there text that is not JSON, as checkpoints of other programs have it, says nothing.
@@ -36,6 +37,8 @@ class WeightsFacts:
         image_shape: (channels, height, width) of the images.
         mean: of each channel of the images, for values in [0, 1].
         std: standard deviation of each channel, likewise.
+        resize: what the shorter side of an image becomes before its centre is cropped, in pixels.
+        interpolation: how it is resized, ``"bilinear"`` or ``"bicubic"``.
         data_seed: seed of what was held out, in [0, 2**32).
         val_fraction: share of the training split that was held out, in [0, 1).
         test_fraction: share of a folder without a test split that was held out for testing, in [0, 1).
@@ -52,6 +55,8 @@ class WeightsFacts:
     image_shape: tuple[int, int, int] | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    resize: int | None = None
+    interpolation: str | None = None
     data_seed: int | None = None
     val_fraction: float | None = None
     test_fraction: float | None = None
@@ -93,7 +98,7 @@ def _read(key: str, text: str | None, source: str | Path) -> Any:
     if text is None:
         return None
     accepts, kind = _KINDS[key]
-    if kind is _TEXT:
+    if kind is _TEXT or key == "interpolation":
         if not accepts(text):
             raise _refusal(key, text, kind, source)
         return text
@@ -160,6 +165,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image_shape": (_is_three(_is_whole(1, 65537)), _SHAPE),
     "mean": (_is_three(_is_number), _CHANNELS),
     "std": (_is_three(lambda value: _is_number(value) and value > 0), _SPREADS),
+    "resize": (_is_whole(1, 65537), "a whole number from 1 to 65536"),
+    "interpolation": (lambda value: value in INTERPOLATIONS, " or ".join(INTERPOLATIONS)),
     "data_seed": (_is_whole(0, _LARGEST), "a whole number in [0, 2**32)"),
     "val_fraction": (_is_share, "a number in [0, 1)"),
     "test_fraction": (_is_share, "a number in [0, 1)"),

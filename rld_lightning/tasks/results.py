@@ -128,6 +128,8 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
         "image_shape": list(data.image_shape),
+        "resize": data.eval_resize,
+        "interpolation": "bilinear",
         "mean": list(data.mean),
         "std": list(data.std),
         "loss": summary.loss,

@@ -1,0 +1,246 @@
+"""Networks as ONNX files: written by PyTorch's exporter, quantised and run by ONNX Runtime."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rld_lightning.models.facts import WeightsFacts, read_facts
+from rld_lightning.models.read import WeightsError, read_once
+from rld_lightning.models.taps import unwrap
+
+PIXELS = "pixels"  # the input of a network with its preprocessing inside; "images" without
+# What is computed in int8. Softmax, and the arithmetic of the preprocessing, keep their precision.
+_QUANTISED = (
+    *("Conv", "MatMul", "Gemm", "Add", "Mul", "Relu", "Clip", "Concat", "Reshape", "Transpose", "Flatten"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean"),
+)
+
+
+def example_of(image_shape: tuple[int, int, int], *, pixels: bool = False) -> Tensor:
+    """Two images to trace a network with: one would be taken for the only batch size that there is."""
+    channels, height, width = image_shape
+    if pixels:
+        return torch.zeros(2, height, width, channels, dtype=torch.uint8)
+    return torch.zeros(2, channels, height, width)
+
+
+def plain_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network for exporters: in evaluation mode, on the CPU, in float32 and in the usual layout."""
+    copy = deepcopy(unwrap(network)).cpu().float().to(memory_format=torch.contiguous_format)
+    return copy.requires_grad_(False).eval()
+
+
+def to_onnx(
+    network: nn.Module, image_shape: tuple[int, int, int], facts: Mapping[str, object], *, pixels: bool = False
+) -> bytes:
+    """An ONNX file of a network, for batches of any size.
+
+    Args:
+        network: a :func:`plain_copy`.
+        image_shape: channels, height and width.
+        facts: what is noted in the file; strings are kept, other values are written as JSON.
+        pixels: whether it takes uint8 ``(B, H, W, 3)`` and gives probabilities; otherwise it takes normalised images
+            ``(B, 3, H, W)`` and gives logits.
+
+    Returns:
+        the file; its input is called ``"pixels"`` or ``"images"``, its output ``"probabilities"`` or ``"logits"``.
+
+    Raises:
+        ImportError: the packages of the extra are not there.
+        ValueError: the exporter cannot translate the network.
+    """
+    _import("onnx")
+    _import("onnxscript")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                (example_of(image_shape, pixels=pixels),),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[PIXELS if pixels else "images"],
+                output_names=["probabilities" if pixels else "logits"],
+                verbose=False,
+            )
+    except Exception as error:  # each stage of the exporter raises its own
+        raise ValueError(
+            f"PyTorch's ONNX exporter cannot translate {type(network).__name__} ({_last_line(error)}); leave onnx out "
+            "of formats=."
+        ) from error
+    assert program is not None  # with dynamo=True
+    return _with_facts(program.model_proto, facts)
+
+
+def quantise_onnx(content: bytes, batches: Iterable[Tensor]) -> bytes:
+    """The same network in int8: static quantisation by ONNX Runtime, one scale a channel of the weights.
+
+    Args:
+        content: an ONNX file in float32.
+        batches: what the network takes, of training images; from them come the ranges of its intermediate values.
+
+    Raises:
+        ImportError: ONNX Runtime or onnx is not there.
+        ValueError: ONNX Runtime cannot quantise it.
+    """
+    onnx, _ = _import("onnx"), _import("onnxruntime")
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    model = onnx.load_from_string(content)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {model.graph.input[0].name: batch.numpy()}
+
+    with TemporaryDirectory() as folder, _quiet():
+        whole, prepared, quantised = (str(Path(folder, f"{name}.onnx")) for name in ("whole", "prepared", "int8"))
+        Path(whole).write_bytes(content)
+        try:
+            quant_pre_process(whole, prepared, skip_symbolic_shape=True)  # folds batch norm into convolutions
+            quantization.quantize_static(
+                prepared,
+                quantised,
+                Reader(),
+                per_channel=True,
+                op_types_to_quantize=list(_QUANTISED),
+            )
+        except Exception as error:  # likewise
+            raise ValueError(f"ONNX Runtime cannot quantise the network ({_last_line(error)}).") from error
+        return _with_facts(onnx.load(quantised), facts | {"quantised": "int8"})
+
+
+class OnnxNetwork:
+    """An ONNX file, run by ONNX Runtime; called with a batch, it gives the file's first output.
+
+    The file is data: ONNX Runtime runs the operations that it knows itself, and none that lies in other files.
+
+    Args:
+        source: a file, or its bytes.
+        threads: of one operation; by default as many as PyTorch takes.
+        device: ``"cpu"``, or ``"cuda"`` where ONNX Runtime has it.
+
+    Raises:
+        ImportError: ONNX Runtime is not there.
+        WeightsError: it is not a network of one input of images and one output.
+    """
+
+    def __init__(self, source: str | Path | bytes, *, threads: int | None = None, device: str = "cpu") -> None:
+        runtime = _import("onnxruntime")
+        self.source = Path("<bytes>") if isinstance(source, bytes) else Path(source).expanduser()
+        content = source if isinstance(source, bytes) else read_once(self.source)
+        _check_whole(content, self.source)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3  # what is wrong is raised
+        providers = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+        try:
+            self.session = runtime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+        except Exception as error:  # which ONNX Runtime derives from nothing in common
+            raise WeightsError(f"{self.source} is not an ONNX file that can be run ({_last_line(error)})") from error
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4 or len(outputs) < 1 or len(outputs[0].shape) != 2:
+            shapes = [[tuple(value.shape) for value in values] for values in (inputs, outputs)]
+            raise WeightsError(
+                f"{self.source} takes {shapes[0]} and gives {shapes[1]}; a classifier takes one batch of images "
+                "(B, 3, H, W) and gives (B, C)"
+            )
+        self.input, self.output = inputs[0], outputs[0]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its writer has noted in it."""
+        return dict(self.session.get_modelmeta().custom_metadata_map)
+
+    @property
+    def facts(self) -> WeightsFacts:
+        """What it says about itself, checked as the header of a file of weights is."""
+        return read_facts(self.metadata, self.source)
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether it takes uint8 ``(B, H, W, 3)`` and gives probabilities, and not normalised images and logits."""
+        return self.input.type == "tensor(uint8)"
+
+    @property
+    def num_classes(self) -> int | None:
+        """C, where the file says it."""
+        width = self.output.shape[1]
+        return width if isinstance(width, int) else None
+
+    @property
+    def image_size(self) -> int | None:
+        """The side of the images, where the file says it."""
+        side = self.input.shape[2]
+        return side if isinstance(side, int) else None
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Runs a batch ``(B, ...)`` on the CPU."""
+        (found,) = self.session.run([self.output.name], {self.input.name: np.ascontiguousarray(batch.cpu().numpy())})
+        return torch.from_numpy(found)
+
+
+def _check_whole(content: bytes, source: Path) -> None:
+    """Refuses a file that would have others read, which ONNX Runtime looks for in the current folder.
+
+    Raises:
+        WeightsError: it has weights elsewhere, or is no ONNX file.
+    """
+    onnx = _import("onnx")
+    try:
+        tensors = list(onnx.external_data_helper._get_all_tensors(onnx.load_from_string(content)))
+    except Exception as error:  # protobuf has errors of its own
+        raise WeightsError(f"{source} is not an ONNX file that can be run ({_last_line(error)})") from error
+    if any(map(onnx.external_data_helper.uses_external_data, tensors)):
+        raise WeightsError(f"{source} has weights in other files, which are not read; save it as one file")
+
+
+def _with_facts(model: Any, facts: Mapping[str, object]) -> bytes:
+    onnx = _import("onnx")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    onnx.helper.set_model_props(model, texts)
+    onnx.checker.check_model(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def _import(package: str) -> ModuleType:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ImportError(f'ONNX files need {package}: pip install "rld-lightning[onnx]"') from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what exporters say about themselves."""
+    loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

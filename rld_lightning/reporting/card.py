@@ -1,0 +1,221 @@
+"""The card of an exported student: what it is, how good it is and how it is used, as the Hugging Face Hub shows it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import yaml
+
+from rld_lightning.models.complexity import count_macs, count_parameters
+from rld_lightning.models.student import HUB_WEIGHTS, Student
+from rld_lightning.runs.finished import Run
+
+_MOST_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One file of an export, and how it compares with the student in PyTorch on the same images.
+
+    Attributes:
+        format: such as ``"onnx"``.
+        file: its name in the export's folder.
+        size: in bytes.
+        sha256: of the file, as hexadecimal digits.
+        images: how many were compared; 0 where none were, and then the rest is None.
+        top1: its accuracy on them, in percent.
+        torch_top1: the student's, likewise.
+        agreement: share of the images whose likeliest class is the same, in percent.
+        max_difference: largest difference of a logit, or of a probability where the file gives these.
+    """
+
+    format: str
+    file: str
+    size: int
+    sha256: str
+    images: int
+    top1: float | None = None
+    torch_top1: float | None = None
+    agreement: float | None = None
+    max_difference: float | None = None
+
+
+def model_card(student: Student, run: Run, exported: Sequence[Exported], *, pixels: bool) -> str:
+    """The text of ``README.md``, in Markdown with a header in YAML.
+
+    Args:
+        student: what was exported.
+        run: that has trained it.
+        exported: the files of the export.
+        pixels: whether the ONNX and ``.pt2`` files take pixels and give probabilities.
+    """
+    summary, in_timm = run.summary, student.name.startswith("timm/")
+    header = {
+        "library_name": "timm" if in_timm else "rld-lightning",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", *(["timm"] if in_timm else []), "rld-lightning"]
+        + (["knowledge-distillation"] if summary.teacher else []),
+        "model-index": [
+            {
+                "name": student.name,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": summary.dataset, "type": summary.dataset, "split": summary.split},
+                        "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(summary.top1, 2)}],
+                    }
+                ],
+            }
+        ],
+    }
+    taught = f", distilled from {summary.teacher}" if summary.teacher else ""
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {_text(student.name)} on {_text(summary.dataset)}",
+        f"An image classifier for {len(student.classes)} classes{_text(taught)}, trained with "
+        "[rld-lightning](https://arxiv.org/abs/2408.07703).",
+        "## Results",
+        _table(("", "student", "teacher"), _results(student, run)),
+        f"Accuracy is that of the last epoch on {_text(summary.validated_on)} (n = {summary.images}).",
+        "## What it was trained with",
+        _table(("", ""), _training(run)),
+        "## What it wants to see",
+        f"RGB images: {student.transform.describe()}. Classes: {_classes(student.classes)}.",
+        "## Use",
+        _use(student, exported, pixels=pixels),
+    ]
+    if rows := [_compared(file) for file in exported]:
+        columns = ("file", "MB", "top-1 %", "PyTorch's %", "agreement %", "largest difference", "images")
+        parts += ["## Files", _table(columns, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(student: Student, run: Run) -> list[tuple[str, str, str]]:
+    summary, size = run.summary, (3, *student.transform.size)
+    rows = [("top-1 %", _number(summary.top1), _number(summary.teacher_top1))]
+    if summary.top5 is not None:
+        rows.append(("top-5 %", _number(summary.top5), "-"))
+    rows.append(("agreement with the teacher %", _number(summary.agreement), "-"))
+    rows.append(("parameters", f"{count_parameters(student.network):,}", "-"))
+    rows.append(("multiply-accumulates an image", f"{count_macs(student.network, size):,}", "-"))
+    return [row for row in rows if row[1] != "-"]
+
+
+def _training(run: Run) -> list[tuple[str, str]]:
+    summary, environment = run.summary, run.environment
+    rows: Mapping[str, object] = {
+        "data": summary.dataset,
+        "teacher": summary.teacher,
+        "teacher's file, SHA-256": summary.teacher_sha256,
+        "loss": f"{run.method} ({summary.loss})",
+        "epochs": summary.epochs,
+        "seed": summary.seed,
+        "options": " ".join(map(_without_places, run.overrides)),
+        "commit": environment.get("commit"),
+        "versions": ", ".join(
+            f"{name} {environment[name]}" for name in ("rld_lightning", "torch") if name in environment
+        ),
+    }
+    return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
+
+
+def _without_places(override: str) -> str:
+    """An override without the folders of somebody's machine: a card is there to be published."""
+    key, equals, value = override.partition("=")
+    return f"{key}=.../{PurePath(value).name}" if equals and value.startswith(("/", "~")) else override
+
+
+def _use(student: Student, exported: Sequence[Exported], *, pixels: bool) -> str:
+    files = {file.format: file.file for file in exported}
+    blocks = []
+    if "safetensors" in files:
+        blocks.append(
+            'from rld_lightning import load_student\n\nstudent = load_student(".")  # this folder\n'
+            'student.predict("photo.jpg")  # [[Prediction(name=..., probability=...), ...]]'
+        )
+        if student.name.startswith("timm/"):
+            blocks.append('import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True).eval()')
+    if onnx := files.get("onnx", files.get("onnx_int8")):
+        height, width = student.transform.size
+        takes = (
+            f'{{"pixels": pixels}})  # uint8 (B, {height}, {width}, 3) to probabilities'
+            if pixels
+            else f'{{"images": images}})  # normalised float32 (B, 3, {height}, {width}) to logits'
+        )
+        session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{onnx}")\n'
+        blocks.append(f"{session}(found,) = session.run(None, {takes}")
+    if "torch_export" in files:
+        blocks.append(f'import torch\n\nmodel = torch.export.load("{files["torch_export"]}").module()')
+    return "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+
+
+def _compared(file: Exported) -> tuple[str, ...]:
+    difference = "-" if file.max_difference is None else f"{file.max_difference:.2g}"
+    return (
+        f"`{file.file}`",
+        f"{file.size / 1e6:.2f}",
+        *map(_number, (file.top1, file.torch_top1, file.agreement)),
+        difference,
+        str(file.images or "-"),
+    )
+
+
+def _classes(names: Sequence[str]) -> str:
+    shown = ", ".join(map(_text, names[:_MOST_CLASSES]))
+    more = f" and {len(names) - _MOST_CLASSES} more, in `config.json`" if len(names) > _MOST_CLASSES else ""
+    return shown + more
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell if cell.startswith('`') else _text(cell) for cell in row)} |" for row in cells
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _text(value: object) -> str:
+    """A name in Markdown: of one line, with neither HTML nor links nor cells of its own."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`|\[\]<>*])", r"\\\1", line)
+
+
+def hub_config(student: Student) -> dict[str, object]:
+    """``config.json`` as timm reads it, with our own part beside it.
+
+    ``architecture`` is timm's name of a ``timm/`` network; other networks have theirs under ``rld_lightning`` alone, so
+    that timm does not take them for one of its own.
+    """
+    look, library = student.transform, student.name.partition("/")
+    shared: dict[str, object] = {
+        "num_classes": len(student.classes),
+        "input_size": [3, *look.size],
+        "interpolation": look.interpolation,
+        "crop_pct": min(look.size) / look.resize,
+        "crop_mode": "center",
+        "mean": list(look.mean),
+        "std": list(look.std),
+    }
+    own = {"name": student.name, "weights": HUB_WEIGHTS, "resize": look.resize}
+    config: dict[str, object] = {"architecture": library[2]} if library[0] == "timm" else {}
+    return config | {
+        "num_classes": len(student.classes),
+        "label_names": student.classes,
+        "pretrained_cfg": shared | _timm_layers(student),
+        "rld_lightning": own,
+    }
+
+
+def _timm_layers(student: Student) -> dict[str, object]:
+    """What timm calls the first and the last layer of one of its networks."""
+    config = getattr(student.network, "pretrained_cfg", None)
+    found = (
+        {key: config.get(key) for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")}
+        if config
+        else {}
+    )
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if value}

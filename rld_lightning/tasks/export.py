@@ -1,0 +1,325 @@
+"""Exports a student in formats that others read, and shows on real images that each does what it does in PyTorch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from rld_lightning.console import print_files, print_line, print_table
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.errors import user_errors
+from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
+from rld_lightning.models.preprocessing import PixelsToProbabilities
+from rld_lightning.models.save import save_weights
+from rld_lightning.models.student import EXPORT, HUB_CONFIG, HUB_WEIGHTS, RUN_WEIGHTS, Student, load_student
+from rld_lightning.reporting.card import Exported, hub_config, model_card
+from rld_lightning.runs.files import write_json
+from rld_lightning.runs.finished import Run, read_run
+from rld_lightning.runs.rebuild import build_data
+from rld_lightning.tasks.checks import first_other
+from rld_lightning.tasks.plan import freeze
+from rld_lightning.whole import write_whole
+
+FORMATS = ("safetensors", "onnx", "onnx_int8", "torch_export")
+FILES = {"safetensors": HUB_WEIGHTS, "onnx": "model.onnx", "onnx_int8": "model.int8.onnx", "torch_export": "model.pt2"}
+CARD = "README.md"
+RESULTS = "export.json"
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export has left; also in its ``export.json``.
+
+    Attributes:
+        folder: where the files lie.
+        model: what was exported.
+        dataset: what it was compared on.
+        split: which images of it, ``"test"`` or ``"val"``.
+        pixels: whether the ONNX and ``.pt2`` files take uint8 pixels and give probabilities.
+        files: the files, with how they compare.
+    """
+
+    folder: str
+    model: str
+    dataset: str
+    split: str
+    pixels: bool
+    files: tuple[Exported, ...]
+
+
+def export(cfg: DictConfig) -> Export:
+    """Does what ``conf/export.yaml`` describes.
+
+    Raises:
+        UserError: the run is not finished, its data are not there, a package is missing, or a format cannot hold the
+            network.
+    """
+    freeze(cfg)
+    with user_errors():
+        return export_run(
+            Path(cfg.run),
+            cfg.formats,
+            out=None if cfg.out is None else Path(cfg.out),
+            val_images=cfg.val_images,
+            train_images=cfg.train_images,
+            pixels=cfg.pixels,
+            root=None if cfg.root is None else Path(cfg.root),
+        )
+
+
+def export_run(
+    run: Path,
+    formats: Sequence[str] = ("safetensors", "onnx", "torch_export"),
+    *,
+    out: Path | None = None,
+    val_images: int | None = 1000,
+    train_images: int = 256,
+    pixels: bool = False,
+    root: Path | None = None,
+) -> Export:
+    """Exports the student of a finished run, compares each file with it on validation images, and prints a table.
+
+    The folder is laid out as the Hugging Face Hub has models: ``config.json``, ``model.safetensors``, a model card in
+    ``README.md``, and beside them ``model.onnx``, ``model.int8.onnx``, ``model.pt2`` and ``export.json``.
+
+    Args:
+        run: the folder of a finished run: its ``student.safetensors``, ``summary.json`` and ``config.yaml`` are read.
+        formats: of :data:`FORMATS`; the card and ``export.json`` are always written.
+        out: where to; ``<run>/export`` by default.
+        val_images: how many of the images that the run was validated on each file is compared on, classes mixed; None
+            for all, 0 for none, and then the data need not be there.
+        train_images: how many training images ``onnx_int8`` is calibrated on.
+        pixels: whether the ONNX and ``.pt2`` files take uint8 pixels ``(B, H, W, 3)`` and give probabilities.
+        root: where the data lie, if not where they lay when the run was trained.
+
+    Returns:
+        what was written, and how it compares.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or its data are not there.
+        ImportError: a package is missing; the message says how to install it.
+        ValueError: a format is unknown or cannot hold the network, or the run's files are not what they should be.
+    """
+    _check(formats, val_images)
+    finished = read_run(run)
+    student = load_student(run / RUN_WEIGHTS)
+    folder = out or run / EXPORT
+    if folder.is_symlink() and not folder.resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"{folder} is a link out of the run's folder, where nothing is written: give out= yourself.")
+    print_line("model", f"{student.name}, {len(student.classes)} classes, of {run}")
+    needs_data = val_images != 0 or "onnx_int8" in formats
+    data = _data(finished, student, root) if needs_data else None
+    images, label = _sample(data, val_images) if data is not None and val_images != 0 else (None, None)
+    writer = _Writer(student, folder, pixels=pixels)
+    expected = _run(student.network, images)
+    compared = [
+        _compare(made, run_file, writer.takes(images, made.format), expected, label, pixels=writer.pixels(made.format))
+        for made, run_file in writer.write(formats, lambda: _calibration(data, train_images))
+    ]
+    result = Export(
+        str(folder), student.name, finished.summary.dataset, finished.summary.split, pixels, tuple(compared)
+    )
+    write_whole(folder / CARD, model_card(student, finished, compared, pixels=pixels).encode())
+    write_json(folder / RESULTS, asdict(result))
+    _report(result)
+    return result
+
+
+def _check(formats: Sequence[str], val_images: int | None) -> None:
+    if not formats or (unknown := [name for name in formats if name not in FORMATS]):
+        raise ValueError(
+            f"formats={list(formats)}: {unknown[0] if formats else 'none'} is not known; "
+            f"choose of {', '.join(FORMATS)}."
+        )
+    if val_images is not None and val_images < 0:
+        raise ValueError(f"val_images={val_images} must be a number of images, 0 for none, or null for all.")
+    if any(name.startswith("onnx") for name in formats):
+        lacking = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+        if lacking:
+            raise ImportError(
+                f'ONNX files need {lacking[0]}: pip install "rld-lightning[onnx]", or leave them out of formats='
+            )
+
+
+def _data(run: Run, student: Student, root: Path | None) -> ImageDataModule:
+    """The run's data as they are evaluated: training images, too, come as they are."""
+    settings = run.config["data"] | {"augment": False, "subset": 1.0, "mixup": 0.0, "cutmix": 0.0}
+    settings = {key: value for key, value in settings.items() if key in run.config["data"]}
+    data = build_data(replace(run, config=run.config | {"data": settings}), root)
+    data.prepare_data()
+    data.setup("fit")
+    if list(data.class_names) != student.classes:
+        raise ValueError(
+            f"{data.name} has other classes than {run.folder / RUN_WEIGHTS} was trained on"
+            f"{first_other(student.classes, list(data.class_names))}; give the data's folder with root=."
+        )
+    data.normalize_with(student.transform.mean, student.transform.std)
+    print_line("data", data.describe())
+    return data
+
+
+def _sample(data: ImageDataModule, number: int | None) -> tuple[Tensor, Tensor]:
+    """The first validation images of an order that mixes the classes, and their labels."""
+    images, label, count = [], [], 0
+    for batch in data.val_sample(_BATCH):
+        images.append(batch.images)
+        label.append(batch.label)
+        count += len(batch.label)
+        if number is not None and count >= number:
+            break
+    return torch.cat(images)[:number], torch.cat(label)[:number]
+
+
+def _calibration(data: ImageDataModule | None, number: int) -> Iterator[Tensor]:
+    """Training images, as validation would see them, in batches."""
+    assert data is not None
+    count = 0
+    for batch in data.train_dataloader():
+        yield batch.images[: number - count]
+        count += len(batch.images)
+        if count >= number:
+            return
+
+
+class _Writer:
+    """Writes the files of an export, each whole or not at all.
+
+    Args:
+        student: what is exported.
+        folder: where to.
+        pixels: whether programs take pixels and give probabilities.
+    """
+
+    def __init__(self, student: Student, folder: Path, *, pixels: bool) -> None:
+        self.student = student
+        self.folder = folder
+        self._pixels = pixels
+        self.shape = (3, *student.transform.size)
+        network = PixelsToProbabilities(student.network, student.transform) if pixels else student.network
+        self.network = plain_copy(network)
+        self._onnx: bytes | None = None
+
+    def pixels(self, format: str) -> bool:
+        """Whether a format takes pixels; safetensors hold weights alone."""
+        return self._pixels and format != "safetensors"
+
+    def takes(self, images: Tensor | None, format: str) -> Tensor | None:
+        """Normalised images as a format takes them."""
+        if images is None or not self.pixels(format):
+            return images
+        return self.student.transform.pixels(images).permute(0, 2, 3, 1).contiguous()
+
+    def write(
+        self, formats: Iterable[str], calibration: Callable[[], Iterator[Tensor]]
+    ) -> Iterator[tuple[Exported, Callable[[Tensor], Tensor]]]:
+        """Writes the formats in turn; yields what each has become, and what runs the file that was written."""
+        for format in dict.fromkeys(formats):
+            print_line("export", f"{format}: {self.folder / FILES[format]}")
+            path = self.folder / FILES[format]
+            if format == "safetensors":
+                save_weights(self.student.network, path, self.facts)
+                write_json(self.folder / HUB_CONFIG, hub_config(self.student))
+                runs: Callable[[Tensor], Tensor] = load_student(self.folder)
+            elif format == "torch_export":
+                write_whole(path, self._exported_program())
+                runs = torch.export.load(path).module()
+            else:
+                content = self._onnx_file()
+                if format == "onnx_int8":
+                    batches = (taken for batch in calibration() if (taken := self.takes(batch, format)) is not None)
+                    content = quantise_onnx(content, batches)
+                write_whole(path, content)
+                runs = OnnxNetwork(path)
+            content = path.read_bytes()
+            yield Exported(format, path.name, len(content), hashlib.sha256(content).hexdigest(), 0), runs
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What each file says about itself."""
+        look, known = self.student.transform, asdict(self.student.facts)
+        return {key: value for key, value in known.items() if value is not None} | {
+            "name": self.student.name,
+            "num_classes": len(self.student.classes),
+            "class_names": self.student.classes,
+            "image_shape": list(self.shape),
+            "resize": look.resize,
+            "interpolation": look.interpolation,
+            "mean": list(look.mean),
+            "std": list(look.std),
+        }
+
+    def _onnx_file(self) -> bytes:
+        if self._onnx is None:
+            self._onnx = to_onnx(self.network, self.shape, self.facts, pixels=self._pixels)
+        return self._onnx
+
+    def _exported_program(self) -> bytes:
+        example = example_of(self.shape, pixels=self._pixels)
+        try:
+            program = torch.export.export(self.network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        except Exception as error:  # each stage raises its own
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(
+                f"torch.export cannot trace {self.student.name} ({reason}); leave torch_export out of formats=."
+            ) from error
+        torch.export.save(program, file := BytesIO(), extra_files={"facts.json": json.dumps(self.facts)})
+        return file.getvalue()
+
+
+@torch.inference_mode()
+def _run(network: Callable[[Tensor], Tensor] | nn.Module, images: Tensor | None) -> Tensor | None:
+    return None if images is None else torch.cat([network(batch) for batch in images.split(_BATCH)])
+
+
+def _compare(
+    made: Exported,
+    network: Callable[[Tensor], Tensor],
+    images: Tensor | None,
+    expected: Tensor | None,
+    label: Tensor | None,
+    *,
+    pixels: bool,
+) -> Exported:
+    found = _run(network, images)
+    if found is None or expected is None or label is None:
+        return made
+    wanted, best = (expected.softmax(1) if pixels else expected), expected.argmax(1)
+    return replace(
+        made,
+        images=len(label),
+        top1=_percent(found.argmax(1) == label),
+        torch_top1=_percent(best == label),
+        agreement=_percent(found.argmax(1) == best),
+        max_difference=float((found - wanted).abs().max()),
+    )
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())
+
+
+def _report(result: Export) -> None:
+    images = max((file.images for file in result.files), default=0)
+    on = f", compared with PyTorch on {images:,} {result.split} images of {result.dataset}" if images else ""
+    rows = [
+        (
+            file.file,
+            f"{file.size / 1e6:.2f}",
+            file.top1,
+            file.torch_top1,
+            file.agreement,
+            None if file.max_difference is None else f"{file.max_difference:.1e}",
+        )
+        for file in result.files
+    ]
+    columns = ("file", "MB", "top-1 %", "PyTorch", "agree %", "max diff")
+    print_table(f"{result.model}{on}", columns, rows)
+    print_files(Path(result.folder), {CARD: "the model card", RESULTS: "these numbers"})

@@ -1,0 +1,18 @@
+"""Export a student: `python scripts/export.py run=runs/.../<run> formats=[safetensors,onnx,torch_export]`."""
+
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
+from omegaconf import DictConfig
+
+from rld_lightning.hydra.script import run_task
+
+
+def main(cfg: DictConfig) -> None:
+    """Writes the files, and compares them."""
+    from rld_lightning.tasks.export import export  # takes seconds that help and mistakes need not wait for
+
+    export(cfg)
+
+
+if __name__ == "__main__":
+    run_task(main, "export")

@@ -1,0 +1,80 @@
+"""ONNX files, opened by ONNX Runtime."""
+
+import pytest
+import torch
+from helpers.exports import small_onnx
+from torch import nn
+
+from rld_lightning.models import create_model
+from rld_lightning.models.onnx_file import OnnxNetwork, plain_copy, quantise_onnx, to_onnx
+from rld_lightning.models.preprocessing import PixelsToProbabilities, Preprocessing
+from rld_lightning.models.read import WeightsError
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+def test_a_file_is_run_and_says_what_it_is(tmp_path):
+    content, weights = small_onnx({"name": "linear", "class_names": '["a", "b"]'})
+    (tmp_path / "m.onnx").write_bytes(content)
+    network = OnnxNetwork(tmp_path / "m.onnx")
+    assert (network.num_classes, network.image_size, network.takes_pixels) == (10, 8, False)
+    assert (network.facts.name, network.facts.class_names) == ("linear", ["a", "b"])
+    images = torch.randn(3, 3, 8, 8).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(images), images.flatten(1) @ weights, rtol=1e-4, atol=1e-4)
+    assert OnnxNetwork(small_onnx({}, pixels=True)[0]).takes_pixels
+
+
+def test_what_is_no_classifier_is_refused(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"no")
+    with pytest.raises(WeightsError, match=r"m\.onnx is not an ONNX file that can be run"):
+        OnnxNetwork(tmp_path / "m.onnx")
+    with pytest.raises(WeightsError, match=r"says mean='\[1\]' about itself, which is not a list of three numbers"):
+        OnnxNetwork(small_onnx({"mean": "[1]", "name": "x"})[0]).facts  # noqa: B018
+
+
+def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    content, weights = small_onnx({})
+    (tmp_path / "secret").write_bytes(weights.numpy().tobytes())
+    model = onnx.load_from_string(content)
+    (tensor,) = model.graph.initializer
+    tensor.ClearField("raw_data")
+    onnx.external_data_helper.set_external_data(tensor, "secret")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(WeightsError, match="weights in other files"):
+        OnnxNetwork(tmp_path / "m.onnx")
+
+
+def test_int8_is_near_and_a_quarter_of_the_size():
+    content, weights = small_onnx({"name": "linear"}, size=32)
+    images = torch.rand(64, 3, 32, 32)
+    small = quantise_onnx(content, [images[:32], images[32:]])
+    assert len(small) < 0.3 * len(content)
+    network, expected = OnnxNetwork(small), images.flatten(1) @ weights
+    assert network.metadata == {"name": "linear", "quantised": "int8"}
+    assert (network(images) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet8", "wrn16_1", "mobilenetv2", "shufflev1", "shufflev2", "vgg8"])
+def test_networks_of_the_package_are_the_same_in_onnx(name):
+    network = plain_copy(create_model(name, 10))
+    onnx = OnnxNetwork(to_onnx(network, (3, 32, 32), {"name": name}))
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(onnx(images), network(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_pixels_in_and_probabilities_out():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    transform = Preprocessing((8, 8), 8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    inside = plain_copy(PixelsToProbabilities(network, transform))
+    onnx = OnnxNetwork(to_onnx(inside, (3, 8, 8), {}, pixels=True))
+    pixels = torch.randint(256, (5, 8, 8, 3), dtype=torch.uint8)
+    expected = network(transform.normalize(pixels.permute(0, 3, 1, 2))).softmax(1)
+    torch.testing.assert_close(onnx(pixels), expected)
+    assert (onnx.session.get_inputs()[0].name, onnx.output.name) == ("pixels", "probabilities")

@@ -1,0 +1,65 @@
+"""From pictures to what a network takes: bit for bit what validation does."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.data import ready, write_jpegs
+from helpers.exports import write_digits
+from PIL import Image
+
+from rld_lightning.data import ImageFolderDataModule
+from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.preprocessing import PixelsToProbabilities, Preprocessing, pixels_of, preprocessing_of
+from rld_lightning.models.read import WeightsError
+
+LOOK = {"mean": (0.3054,) * 3, "std": (0.3760,) * 3}
+
+
+def test_pictures_of_the_right_size_become_what_validation_sees(tmp_path):
+    paths, batch = write_digits(tmp_path / "digits")
+    transform = Preprocessing((8, 8), 8, **LOOK)
+    images = torch.stack([transform(path) for path in paths])
+    assert torch.equal(images, batch.images)
+    pixels = torch.stack([pixels_of(path) for path in paths])
+    assert torch.equal(transform.pixels(images), pixels)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
+    inside = PixelsToProbabilities(network, transform)(pixels.permute(0, 2, 3, 1))
+    torch.testing.assert_close(inside, network(images).softmax(1))
+
+
+def test_pictures_of_other_sizes_do_too(tmp_path):
+    write_jpegs(tmp_path, {"train": 1, "val": 3}, size=(50, 37), ending=".jpg")
+    data = ready(ImageFolderDataModule(tmp_path, image_size=16, resize=20, num_workers=0))
+    transform = Preprocessing((16, 16), data.eval_resize, data.mean, data.std)
+    (batch,) = data.val_dataloader()
+    paths = [data.splits["test"].path(index) for index in batch.index.tolist()]
+    assert torch.equal(torch.stack([transform(path) for path in paths]), batch.images)
+
+
+def test_files_arrays_tensors_and_images_are_the_same_picture(tmp_path):
+    turned = Image.fromarray(np.random.default_rng(0).integers(256, size=(6, 9, 3), dtype=np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    from_file = pixels_of(tmp_path / "turned.png")
+    assert from_file.shape == (3, 9, 6)
+    assert torch.equal(pixels_of(Image.open(tmp_path / "turned.png")), from_file)
+    assert torch.equal(pixels_of(from_file.permute(1, 2, 0).numpy()), from_file)
+    assert torch.equal(pixels_of(from_file), from_file)
+    for other in (np.zeros((4, 4), np.uint8), torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="is not understood; give a path"):
+            pixels_of(other)
+
+
+def test_what_is_given_wins_over_the_file_and_that_over_the_library():
+    said = WeightsFacts(image_shape=(3, 32, 32), resize=40, **LOOK)
+    assert preprocessing_of(said, "resnet8", "f") == Preprocessing((32, 32), 40, **LOOK)
+    given = preprocessing_of(said, "resnet8", "f", image_size=64, mean=[0.0, 0.0, 0.0], interpolation="bicubic")
+    assert given == Preprocessing((64, 64), 73, (0.0, 0.0, 0.0), LOOK["std"], "bicubic")
+    assert preprocessing_of(WeightsFacts(dataset="cifar100", image_shape=(3, 32, 32), **LOOK), "x", "f").resize == 32
+    published = preprocessing_of(WeightsFacts(), "torchvision/resnet18", "f")
+    assert (published.size, published.resize, published.mean) == ((224, 224), 256, (0.485, 0.456, 0.406))
+    with pytest.raises(WeightsError, match="give image_size=, mean=, std="):
+        preprocessing_of(WeightsFacts(), "resnet8", "f")
+    with pytest.raises(WeightsError, match="resize=20 is less than the 32 pixels"):
+        preprocessing_of(said, "resnet8", "f", resize=20)

@@ -1,0 +1,86 @@
+"""A trained network ready to use, from whatever holds it."""
+
+import json
+
+import pytest
+import torch
+from helpers.exports import digits_facts, digits_run, write_digits
+
+import rld_lightning
+from rld_lightning.models import create_model
+from rld_lightning.models.read import WeightsError
+from rld_lightning.models.save import save_weights
+from rld_lightning.models.student import load_student
+
+
+@pytest.fixture
+def run(tmp_path):
+    return digits_run(tmp_path / "run"), tmp_path / "run"
+
+
+def test_runs_files_and_checkpoints_hold_the_same_student(run, tmp_path):
+    network, folder = run
+    settings = {"student": "resnet8", "dataset": "digits", "mean": [0.3054] * 3}
+    checkpoint = {f"student.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": checkpoint, "hyper_parameters": settings}, folder / "last.ckpt")
+    images = torch.randn(4, 3, 8, 8)
+    for path in (folder, str(folder / "student.safetensors"), folder / "last.ckpt"):
+        student = rld_lightning.load_student(path)
+        assert student.classes == list("0123456789")
+        assert student.transform.size == (8, 8)
+        assert not student.training
+        assert torch.equal(student(images), network(images))
+
+
+def test_it_names_what_pictures_show(run, tmp_path):
+    network, folder = run
+    paths, batch = write_digits(tmp_path / "digits")
+    found = load_student(folder).predict(*paths[:5], top=3)
+    best = network(batch.images[:5]).softmax(1).topk(3)
+    assert [[int(name) for name, _ in row] for row in found] == best.indices.tolist()
+    torch.testing.assert_close(torch.tensor([[p for _, p in row] for row in found]), best.values)
+    assert load_student(folder).predict() == []
+
+
+def test_a_file_that_says_little_is_helped(tmp_path):
+    network = create_model("resnet8", 7).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="does not say which model it is of; give name="):
+        load_student(tmp_path / "w.pth")
+    look = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    student = load_student(tmp_path / "w.pth", name="resnet8", **look)
+    assert student.classes == [str(index) for index in range(7)]
+    assert student.transform.size == (16, 16)
+    assert load_student(tmp_path / "w.pth", name="resnet8", class_names="abcdefg", **look).classes == list("abcdefg")
+
+
+def test_what_a_file_says_is_not_imported(tmp_path):
+    save_weights(create_model("resnet8", 10), tmp_path / "w.safetensors", digits_facts("os:system"))
+    with pytest.raises(WeightsError, match="is code to import; give name=os:system yourself"):
+        load_student(tmp_path / "w.safetensors")
+    for program in ("model.onnx", "model.pt2"):
+        with pytest.raises(WeightsError, match="is a program with weights in it"):
+            load_student(tmp_path / program)
+    with pytest.raises(FileNotFoundError, match=r"holds neither student\.safetensors"):
+        load_student(tmp_path)
+
+
+def test_folders_as_timm_writes_them_are_read(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    save_weights(network, tmp_path / "model.safetensors")
+    config = {"architecture": "mobilenetv3_small_050", "num_classes": 3, "label_names": ["a", "b", "c"]}
+    look = {"input_size": [3, 64, 64], "crop_pct": 0.8, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.2] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": look}))
+    student = load_student(tmp_path)
+    assert (student.name, student.classes) == ("timm/mobilenetv3_small_050", ["a", "b", "c"])
+    assert student.transform.describe().startswith("shorter side to 80 (bicubic), centre 64x64, mean [0.5")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(student(images), network(images))
+    for wrong, reason in ((look | {"std": [0, 1, 1]}, "says std="), (look | {"interpolation": "random"}, "bicubic")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": wrong}))
+        with pytest.raises(WeightsError, match=reason):
+            load_student(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(WeightsError, match="is not the configuration of an image classifier"):
+        load_student(tmp_path)

@@ -1,0 +1,111 @@
+"""scripts/export.py: files that others read, each opened by who reads it."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from helpers.configs import compose
+from helpers.exports import digits_run
+from safetensors.torch import load_file
+
+from rld_lightning.errors import UserError
+from rld_lightning.models import create_model
+from rld_lightning.models.onnx_file import OnnxNetwork
+from rld_lightning.models.student import load_student
+from rld_lightning.tasks.export import export, export_run
+
+options = partial(compose, name="export", resolve=False)
+
+
+def test_weights_with_their_card(tmp_path, capsys):
+    network = digits_run(tmp_path / "run")
+    found = export(options(f"run={tmp_path / 'run'}", "formats=[safetensors]", "val_images=100"))
+    folder = tmp_path / "run" / "export"
+    (file,) = found.files
+    assert (file.images, file.agreement, file.max_difference, file.top1) == (100, 100, 0, file.torch_top1)
+    assert json.loads((folder / "export.json").read_text())["files"][0]["sha256"] == file.sha256
+    tensors = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensors[key], value) for key, value in network.state_dict().items())
+    assert load_student(folder).classes == list("0123456789")
+    header, card = (folder / "README.md").read_text().split("---\n")[1:3]
+    assert yaml.safe_load(header)["model-index"][0]["results"][0]["metrics"][0]["value"] == 60.0
+    assert "| top-1 % | 60.00 | 68.00 |" in card
+    assert "| loss | rld (RLD) |" in card
+    assert str(tmp_path) not in card
+    assert "compared with PyTorch on 100 test images of digits" in capsys.readouterr().out
+
+
+def test_names_bring_no_markup_into_a_card(tmp_path):
+    digits_run(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["dataset"] = "<img src=x>|[a](b)\n# c"
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    export_run(tmp_path / "run", ["safetensors"], val_images=0)
+    card = (tmp_path / "run" / "export" / "README.md").read_text().split("---\n", 2)[2]
+    assert "<img" not in card.replace("\\<", "")
+    assert "\n# c" not in card
+
+
+def test_a_library_of_networks_reads_its_own(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = digits_run(tmp_path / "run", "timm/mobilenetv3_small_050", size=32)
+    export_run(tmp_path / "run", ["safetensors"], out=tmp_path / "hub", val_images=0)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(theirs(images), network(images))
+    config = timm.data.resolve_model_data_config(theirs)
+    assert (config["input_size"], config["crop_pct"], config["interpolation"]) == ((3, 32, 32), 1.0, "bilinear")
+    assert config["mean"] == pytest.approx((0.3054,) * 3)
+
+
+def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch):
+    digits_run(tmp_path / "run")
+    with pytest.raises(UserError, match="is not the folder of a finished run"):
+        export(options(f"run={tmp_path}"))
+    with pytest.raises(ValueError, match="tflite is not known; choose of safetensors, onnx, onnx_int8, torch_export"):
+        export_run(tmp_path / "run", ["tflite"])
+    monkeypatch.setattr("rld_lightning.tasks.export.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "rld-lightning\[onnx\]", or leave them out of formats='):
+        export(options(f"run={tmp_path / 'run'}"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "run" / "export").symlink_to(tmp_path / "out")
+    with pytest.raises(ValueError, match="is a link out of the run's folder"):
+        export_run(tmp_path / "run", ["safetensors"])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_other_data_than_the_students_are_refused(tmp_path):
+    digits_run(tmp_path / "run")
+    from rld_lightning.models.save import save_weights
+
+    facts = {"name": "resnet8", "class_names": list("abcdefghij"), "image_shape": [3, 8, 8]}
+    facts |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    save_weights(create_model("resnet8", 10), tmp_path / "run" / "student.safetensors", facts)
+    with pytest.raises(ValueError, match=r"other classes than .*class 0 is 'a' there and '0' here.*root="):
+        export_run(tmp_path / "run", ["safetensors"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pixels", [False, True])
+def test_all_formats_do_what_the_student_does(tmp_path, pixels):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    network = digits_run(tmp_path / "run")
+    formats = ["safetensors", "onnx", "onnx_int8", "torch_export"]
+    found = export_run(tmp_path / "run", formats, val_images=None, train_images=100, pixels=pixels)
+    assert [file.format for file in found.files] == formats
+    assert {file.images for file in found.files} == {360}
+    for file in found.files:
+        assert file.max_difference < (2 if file.format == "onnx_int8" else 1e-4)
+        assert file.agreement > (80 if file.format == "onnx_int8" else 99)
+    folder = tmp_path / "run" / "export"
+    transform = load_student(folder).transform
+    images = torch.stack([transform(torch.randint(256, (3, 8, 8), dtype=torch.uint8)) for _ in range(3)])
+    taken = transform.pixels(images).permute(0, 2, 3, 1).contiguous() if pixels else images
+    wanted = network(images).softmax(1) if pixels else network(images)
+    torch.testing.assert_close(OnnxNetwork(folder / "model.onnx")(taken), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(taken), wanted, rtol=1e-3, atol=1e-4)
+    assert OnnxNetwork(folder / "model.int8.onnx").facts.class_names == list("0123456789")
+    assert "## Files" in (folder / "README.md").read_text()
