@@ -5,6 +5,7 @@ import torch
 import yaml
 from PIL import Image
 
+from helpers.data import merge
 from helpers.run_factory import write_run
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models import create_model
@@ -42,7 +43,7 @@ def write_digits(folder):
     """The test images as PNG files; gives their paths and the batch that validation makes of them."""
     data = DigitsDataModule()
     data.setup()
-    batch = next(iter(data.test_dataloader()))
+    batch = merge(list(data.test_dataloader()))
     folder.mkdir(parents=True)
     paths = []
     for number, index in enumerate(batch.index):

@@ -1,0 +1,305 @@
+"""Says what images show, with any student, checkpoint, export or ONNX file, after the preprocessing of validation."""
+
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from rld_lightning.console import print_files, print_line, print_table
+from rld_lightning.data.augment import Normalize
+from rld_lightning.data.bad_images import BadImage, BadImageReport
+from rld_lightning.data.centre_crop import CentreCrop
+from rld_lightning.data.image_list import ImageList
+from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.data.streaming import StreamedImages, StreamingLoader
+from rld_lightning.errors import user_errors
+from rld_lightning.models.onnx_file import OnnxNetwork
+from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
+from rld_lightning.models.student import Prediction, load_student
+from rld_lightning.tasks.plan import freeze
+from rld_lightning.whole import write_whole
+
+STDIN = STDOUT = "-"
+MOST_ROWS_SHOWN = 40
+_FEW = 64  # images that are read sooner than a process for it is started
+
+
+class Classifier(NamedTuple):
+    """A network that is asked.
+
+    Attributes:
+        probabilities: of normalised images ``(B, 3, H, W)``, ``(B, C)``.
+        classes: the C names.
+        transform: what it wants to see.
+        name: what it is called.
+        device: where it takes images.
+    """
+
+    probabilities: Callable[[Tensor], Tensor]
+    classes: Sequence[str]
+    transform: Preprocessing
+    name: str
+    device: torch.device
+
+
+class Answer(NamedTuple):
+    """What an image shows, the likeliest first; or why it cannot be read."""
+
+    image: str
+    found: list[Prediction]
+    error: str = ""
+
+
+def predict(cfg: DictConfig) -> int:
+    """Does what ``conf/predict.yaml`` describes.
+
+    Args:
+        cfg: the composed configuration.
+
+    Returns:
+        how many images could not be read.
+
+    Raises:
+        UserError: the weights cannot be used, there are no images, or none of them can be read.
+    """
+    freeze(cfg)
+    with user_errors():
+        sources = [cfg.images] if isinstance(cfg.images, str) else list(cfg.images)
+        paths = find_images(sources)
+        classifier = load_classifier(cfg)
+    print_line("model", f"{classifier.name}, {len(classifier.classes)} classes, {cfg.weights}")
+    print_line("images", f"{len(paths):,}: {classifier.transform.describe()}")
+    answers = answer(classifier, paths, top=cfg.top, batch_size=cfg.batch_size, num_workers=cfg.num_workers)
+    write = {"csv": _csv, "jsonl": _json_lines, "table": _csv}[cfg.format]
+    to_stdout = cfg.out == STDOUT
+    known: list[Answer] = []
+    if to_stdout and cfg.format != "table":
+        for lines in write(_kept(answers, known), min(cfg.top, len(classifier.classes))):
+            sys.stdout.buffer.write(lines)
+            sys.stdout.flush()
+    else:
+        known = list(answers)
+    if cfg.format == "table":
+        _print(known, classifier)
+    broken = [found for found in known if found.error]
+    for found in broken[:MOST_ROWS_SHOWN]:
+        print_line("broken", f"{found.image}: {found.error}")
+    if broken:
+        print_line("broken", f"{len(broken):,} of {len(known):,} images could not be read")
+    if not to_stdout:
+        suffix = "jsonl" if cfg.format == "jsonl" else "csv"
+        path = Path(cfg.out) if cfg.out else Path(cfg.paths.run) / f"predictions.{suffix}"
+        with user_errors():
+            write_whole(path, b"".join(write(known, min(cfg.top, len(classifier.classes)))))
+        print_files(path.parent, {path.name: "each image"})
+    return len(broken)
+
+
+def find_images(sources: Iterable[str]) -> list[str]:
+    """The files that are meant, in their order, each once.
+
+    Args:
+        sources: files, folders (with all below them), patterns such as ``photos/**/*.jpg``, and ``-`` for a list on
+            standard input, one a line.
+
+    Raises:
+        FileNotFoundError: there is nothing of a name, or no image at all.
+    """
+    found: dict[str, None] = {}
+    for source in sources:
+        if source == STDIN:
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            found |= dict.fromkeys(line for line in lines if line)
+            continue
+        path = os.path.expanduser(source)  # noqa: PTH111 -- a pattern is no path
+        if os.path.lexists(path):
+            matches = [path]
+        elif matches := sorted(glob.glob(path, recursive=True)):  # noqa: PTH207 -- patterns with a root
+            pass
+        else:
+            raise FileNotFoundError(f"images={source}: there is no such file or folder, and nothing matches it.")
+        for match in matches:
+            found |= dict.fromkeys(_below(match) if Path(match).is_dir() else [match])
+    if not found:
+        raise FileNotFoundError(
+            f"images={', '.join(sources)}: there is no image in it; files that end in {', '.join(IMG_EXTENSIONS)} are "
+            "looked for."
+        )
+    return list(found)
+
+
+def _below(folder: str) -> Iterator[str]:
+    for path, inner, files in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from (str(Path(path, name)) for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS))
+
+
+def load_classifier(cfg: DictConfig) -> Classifier:
+    """The network of ``weights=``, with what the command says in place of what the file does.
+
+    Raises:
+        WeightsError: it cannot be used, or says too little about itself.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={cfg.device} is not there; choose device=cpu.")
+    options = {key: cfg[key] for key in ("image_size", "resize", "mean", "std", "interpolation")}
+    options = {key: list(v) if OmegaConf.is_list(v) else v for key, v in options.items() if v is not None}
+    names = None if cfg.class_names is None else _names(cfg.class_names)
+    if str(cfg.weights).endswith(".onnx"):
+        return _of_onnx(OnnxNetwork(cfg.weights, device=device.type), cfg.name, names, options)
+    student = load_student(cfg.weights, name=cfg.name, class_names=names, **options).to(device)
+
+    def probabilities(images: Tensor) -> Tensor:
+        return student(images).float().softmax(1)
+
+    return Classifier(probabilities, student.classes, student.transform, student.name, device)
+
+
+def _of_onnx(network: OnnxNetwork, name: str | None, names: list[str] | None, options: dict[str, object]) -> Classifier:
+    facts = network.facts
+    if facts.image_shape is None and network.image_size is not None:
+        options = {"image_size": network.image_size} | options
+    name = name or facts.name or network.source.name
+    transform = preprocessing_of(facts, name, network.source, **options)  # type: ignore[arg-type]  # of a checked configuration
+    classes = names or facts.class_names or [str(index) for index in range(network.num_classes or 0)]
+    if network.num_classes is not None and len(classes) != network.num_classes:
+        raise ValueError(
+            f"{network.source} tells {network.num_classes} classes apart, and there are {len(classes)} names for them; "
+            "give class_names=."
+        )
+
+    def probabilities(images: Tensor) -> Tensor:
+        if network.takes_pixels:
+            return network(transform.pixels(images).permute(0, 2, 3, 1))
+        return network(images).softmax(1)
+
+    return Classifier(probabilities, classes, transform, name, torch.device("cpu"))
+
+
+def _names(given: object) -> list[str]:
+    """Class names as a list, or from a text file, a name a line."""
+    if not isinstance(given, str):
+        return [str(name) for name in given]  # type: ignore[attr-defined]
+    return [line for line in Path(given).expanduser().read_text().splitlines() if line]
+
+
+class _Broken(BadImageReport):
+    """Keeps why images cannot be read, instead of saying so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+
+    def add(self, images: Iterable[BadImage], consequence: str) -> None:
+        """Keeps them."""
+        self.reasons.update((image.path, image.reason) for image in images)
+
+
+@torch.inference_mode()
+def answer(
+    classifier: Classifier, paths: Sequence[str], *, top: int = 5, batch_size: int = 64, num_workers: int | None = None
+) -> Iterator[Answer]:
+    """What each image shows, in their order, as batches are done; a bar in a terminal shows how far it is.
+
+    The images come by the loader and the transform of validation.
+
+    Args:
+        classifier: who is asked.
+        paths: the files.
+        top: how many classes to name.
+        batch_size: images in a batch.
+        num_workers: processes that read; by default none for a few images.
+
+    Raises:
+        UnreadableImagesError: none of them can be read.
+    """
+    transform, report = classifier.transform, _Broken()
+    images = ImageList(
+        list(classifier.classes), np.array([os.fsencode(path) for path in paths]), torch.zeros(len(paths)).long()
+    )
+    loader = StreamingLoader(
+        StreamedImages(images, CentreCrop(transform.resize, transform.size, transform.interpolation)),
+        EpochSampler.for_evaluation(len(paths), batch_size),
+        Normalize(transform.mean, transform.std, *transform.size, classifier.device),
+        device=classifier.device,
+        num_workers=(0 if len(paths) < _FEW else min(4, os.cpu_count() or 1)) if num_workers is None else num_workers,
+        report=report,
+    )
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        bar, done = progress.add_task("images", total=len(paths)), 0
+        for batch, step in zip(loader, loader.sampler.steps, strict=True):
+            found = classifier.probabilities(batch.images) if len(batch.index) else torch.empty(0, 1)
+            best = found.topk(min(top, found.shape[1]), 1)
+            rows = dict(zip(batch.index.tolist(), zip(*(part.tolist() for part in best), strict=True), strict=True))
+            for position in range(done, done + step.stop - step.start):
+                path = paths[position]
+                if position in rows:
+                    named = [Prediction(classifier.classes[i], p) for p, i in zip(*rows[position], strict=True)]
+                    yield Answer(path, named)
+                else:
+                    yield Answer(path, [], report.reasons.get(path, "it cannot be read"))
+            done += step.stop - step.start
+            progress.update(bar, completed=done)
+
+
+def _kept(answers: Iterable[Answer], known: list[Answer]) -> Iterator[Answer]:
+    for found in answers:
+        known.append(found)
+        yield found
+
+
+def _csv(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
+    """Lines of a table: the image, classes and probabilities in turn, and what is wrong with it."""
+    ranks = range(1, top + 1)
+    columns = ["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")), "error"]
+    yield _line(columns)
+    for found in answers:
+        cells = [cell for name, p in found.found for cell in (_plain(name), f"{p:.6f}")]
+        yield _line([_plain(found.image), *(cells or [""] * 2 * top), _plain(found.error)])
+
+
+def _line(cells: Sequence[str]) -> bytes:
+    csv.writer(text := StringIO(), lineterminator="\n").writerow(cells)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _plain(text: str) -> str:
+    """A text that no spreadsheet takes for a formula, of one line."""
+    line = " ".join(text.splitlines())
+    return f"'{line}" if line.startswith(("=", "+", "-", "@", "\t")) else line
+
+
+def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
+    for found in answers:
+        if found.error:
+            row: dict[str, object] = {"image": found.image, "error": found.error}
+        else:
+            row = {
+                "image": found.image,
+                "classes": [{"class": name, "probability": round(p, 6)} for name, p in found.found],
+            }
+        yield (json.dumps(row) + "\n").encode()
+
+
+def _print(answers: Sequence[Answer], classifier: Classifier) -> None:
+    shown = [found for found in answers if not found.error][:MOST_ROWS_SHOWN]
+    width = max((len(found.found) for found in shown), default=0)
+    rows = [(found.image, *(f"{name} {100 * p:.1f} %" for name, p in found.found)) for found in shown]
+    left = len(answers) - len(shown)
+    title = f"{classifier.name} on {len(answers):,} images" + (f", the first {len(shown)}" if left else "")
+    print_table(title, ("image", *(f"{rank}." for rank in range(1, width + 1))), rows)

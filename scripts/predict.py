@@ -1,0 +1,26 @@
+"""Say what images show: `python scripts/predict.py weights=runs/.../<run> images=/photos`."""
+
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+
+import sys
+
+from omegaconf import DictConfig
+
+from rld_lightning.console import console
+from rld_lightning.hydra.script import run_task
+
+UNREADABLE = 3  # exit code where some images could not be read
+
+
+def main(cfg: DictConfig) -> None:
+    """Names the likeliest classes of each image."""
+    from rld_lightning.tasks.predict import predict  # takes seconds that help and mistakes need not wait for
+
+    if predict(cfg):
+        sys.exit(UNREADABLE)
+
+
+if __name__ == "__main__":
+    if "out=-" in sys.argv[1:]:
+        console.stderr = True  # standard output is for the results alone
+    run_task(main, "predict")

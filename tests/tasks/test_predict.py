@@ -1,0 +1,139 @@
+"""scripts/predict.py: the images that are meant, the preprocessing of validation, answers in three forms."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import compose
+from helpers.exports import digits_facts, digits_run, small_onnx, write_digits
+from PIL import Image
+
+from rld_lightning.errors import UserError
+from rld_lightning.tasks.evaluate import evaluate
+from rld_lightning.tasks.predict import find_images, predict
+
+REPOSITORY = Path(__file__).parents[2]
+options = partial(compose, name="predict", resolve=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run, and the test images of digits as files."""
+    folder = tmp_path_factory.mktemp("predict")
+    network = digits_run(folder / "run")
+    paths, batch = write_digits(folder / "digits")
+    return folder, network, paths, batch
+
+
+def ask(place, tmp_path, *overrides):
+    folder = place[0]
+    cfg = options(f"weights={folder / 'run'}", f"images={folder / 'digits'}", f"out={tmp_path / 'out'}", *overrides)
+    broken = predict(cfg)
+    return broken, (tmp_path / "out").read_text()
+
+
+def test_it_is_as_often_right_as_eval_says(place, tmp_path, capsys):
+    folder, network, paths, batch = place
+    broken, text = ask(place, tmp_path, "format=csv", "top=3")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert (broken, [row["image"] for row in rows]) == (0, [str(path) for path in paths])
+    best = network(batch.images).softmax(1).topk(3)
+    assert [int(row["class_3"]) for row in rows] == best.indices[:, 2].tolist()
+    assert float(rows[0]["probability_1"]) == pytest.approx(best.values[0, 0].item(), abs=1e-5)
+    right = sum(int(row["class_1"]) == label for row, label in zip(rows, batch.label.tolist(), strict=True))
+    weights = f"weights={folder / 'run' / 'student.safetensors'}"
+    cfg = compose(weights, "data=digits", "trainer=cpu", f"paths.run={tmp_path / 'eval'}", name="eval", resolve=False)
+    found = evaluate(cfg)
+    assert found.images >= len(rows)
+    if found.images == len(rows):
+        assert 100 * right / len(rows) == pytest.approx(found.top1, abs=1e-4)
+
+
+def test_broken_images_are_named_and_the_others_answered(place, tmp_path, capsys):
+    _folder, _, paths, _ = place
+    (tmp_path / "broken.jpg").write_bytes(b"no")
+    (tmp_path / "=1+1.png").write_bytes(paths[0].read_bytes())
+    broken, text = ask(place, tmp_path, f"images=[{paths[0]},{tmp_path}]", "format=jsonl", "top=20", "batch_size=1")
+    first, formula, bad = map(json.loads, text.splitlines())
+    assert broken == 1
+    assert len(first["classes"]) == 10
+    assert sum(row["probability"] for row in first["classes"]) == pytest.approx(1, abs=1e-4)
+    assert formula["classes"] == first["classes"]
+    assert bad["image"] == str(tmp_path / "broken.jpg")
+    assert "cannot identify image file" in bad["error"]
+    assert "1 of 3 images could not be read" in capsys.readouterr().out
+    (tmp_path / "out").unlink()
+    _, text = ask(place, tmp_path, f"images={tmp_path}", "format=table", "top=1")
+    assert ("broken", text.splitlines()[2].startswith(f"{tmp_path}/broken.jpg,,,")) == ("broken", True)
+    assert "1." in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the 1 images"):
+        ask(place, tmp_path, f"images={tmp_path / 'broken.jpg'}")
+
+
+def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch):
+    for name in ("b/2.jpg", "b/1.PNG", "b/.hidden/3.jpg", "b/note.txt", "a[1].jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["b"]) == ["b/1.PNG", "b/2.jpg"]
+    assert find_images(["**/*.jpg", "b/2.jpg"]) == ["a[1].jpg", "b/2.jpg"]
+    assert find_images(["a[1].jpg"]) == ["a[1].jpg"]
+    lines = b"b/2.jpg\r\n\nnot there.jpg\n\xff.jpg\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert find_images(["-"]) == ["b/2.jpg", "not there.jpg", "\udcff.jpg"]
+    for wrong in ("nothing", "*.gif"):
+        with pytest.raises(FileNotFoundError, match="there is no such file or folder, and nothing matches it"):
+            find_images([wrong])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no image in it"):
+        find_images(["empty"])
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_onnx_files_answer_as_their_numbers_say(place, tmp_path, pixels):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    facts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in digits_facts("linear").items()}
+    content, weights = small_onnx(facts, pixels=pixels)
+    (tmp_path / "m.onnx").write_bytes(content)
+    _, text = ask(place, tmp_path, f"weights={tmp_path / 'm.onnx'}", "format=csv", "top=1")
+    _folder, _, paths, batch = place
+    raw = torch.stack([torch.from_numpy(__import__("numpy").array(Image.open(path))) for path in paths]).float()
+    logits = raw.flatten(1) @ weights if pixels else batch.images.flatten(1) @ weights
+    found = [int(row["class_1"]) for row in csv.DictReader(io.StringIO(text))]
+    assert found == logits.argmax(1).tolist()
+
+
+def test_what_a_foreign_file_lacks_is_asked_for(place, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "m.onnx").write_bytes(small_onnx({})[0])
+    weights = f"weights={tmp_path / 'm.onnx'}"
+    with pytest.raises(UserError, match=r"does not say what images have to look like; give mean=, std="):
+        ask(place, tmp_path, weights)
+    look = ("mean=[0.5,0.5,0.5]", "std=[0.5,0.5,0.5]", "resize=8")
+    with pytest.raises(UserError, match="tells 10 classes apart, and there are 2 names"):
+        ask(place, tmp_path, weights, *look, "class_names=[a,b]")
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    _, text = ask(place, tmp_path, weights, *look, f"class_names={tmp_path / 'names.txt'}", "top=1")
+    assert {row["class_1"] for row in csv.DictReader(io.StringIO(text))} <= set("abcdefghij")
+
+
+@pytest.mark.slow
+def test_standard_output_is_for_the_answers_alone(place, tmp_path):
+    folder, _, paths, _ = place
+    command = [sys.executable, str(REPOSITORY / "scripts" / "predict.py"), f"weights={folder / 'run'}", "images=-"]
+    command += ["format=jsonl", "out=-", "top=1"]
+    listed = f"{paths[0]}\n{tmp_path / 'missing.jpg'}\n"
+    done = subprocess.run(command, input=listed, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    answered, missing = map(json.loads, done.stdout.splitlines())
+    assert (answered["image"], missing["image"]) == (str(paths[0]), str(tmp_path / "missing.jpg"))
+    assert "No such file" in missing["error"]
+    assert "1 of 2 images could not be read" in done.stderr
