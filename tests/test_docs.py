@@ -212,7 +212,7 @@ def test_every_fit_composes(overrides):
     check_hydra("fit", overrides)
 
 
-@pytest.mark.parametrize("name", ["eval", "export", "shards"])
+@pytest.mark.parametrize("name", ["cost", "eval", "export", "predict", "shards"])
 def test_every_eval_and_packing_composes(name):
     found = commands("python", f"scripts/{name}.py")
     assert found
@@ -254,6 +254,8 @@ def test_every_other_command_is_one_that_is_known():
                 assert name in main.commands()
             case ("python", "-m", "pytest", *arguments):
                 assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
+            case ("find", *words):
+                check_hydra("predict", words[words.index("scripts/predict.py") + 1 :])
             case ("rld-lightning", name, *_):
                 assert name in main.commands()
             case ("make", target, *_):

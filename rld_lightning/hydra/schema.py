@@ -206,6 +206,12 @@ VALUES: Mapping[str, Kind] = {
     "train_images": COUNT,
     "root": TEXT | NULL,
     "images": TEXT.such_as("images=/photos, or - for a list on standard input") | list_of(TEXT, "several in brackets"),
+    "backends": list_of(words("eager", "compiled", "onnx", "onnx_int8"), "backends in brackets").such_as(
+        "[eager,compiled,onnx,onnx_int8]"
+    ),
+    "batch_sizes": list_of(COUNT, "whole numbers >= 1 in brackets").such_as("[1,64]"),
+    "seconds": POSITIVE,
+    "threads": COUNT | NULL,
     "top": COUNT,
     "format": words("table", "csv", "jsonl"),
     "batch_size": COUNT,

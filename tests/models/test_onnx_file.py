@@ -40,8 +40,8 @@ def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "secret").write_bytes(weights.numpy().tobytes())
     model = onnx.load_from_string(content)
     (tensor,) = model.graph.initializer
-    tensor.ClearField("raw_data")
     onnx.external_data_helper.set_external_data(tensor, "secret")
+    tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(WeightsError, match="weights in other files"):

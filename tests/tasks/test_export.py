@@ -56,7 +56,7 @@ def test_a_library_of_networks_reads_its_own(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(theirs(images), network(images))
     config = timm.data.resolve_model_data_config(theirs)
-    assert (config["input_size"], config["crop_pct"], config["interpolation"]) == ((3, 32, 32), 1.0, "bilinear")
+    assert (*config["input_size"], config["crop_pct"], config["interpolation"]) == (3, 32, 32, 1.0, "bilinear")
     assert config["mean"] == pytest.approx((0.3054,) * 3)
 
 

@@ -1,0 +1,188 @@
+"""What a network takes on this machine: latency by percentiles, and memory, each contender in a process of its own."""
+
+import gc
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.onnx_file import OnnxNetwork
+from rld_lightning.models.verify import load_weights
+
+BACKENDS = ("eager", "compiled", "onnx", "onnx_int8")
+_WARM_UP = 3
+_LEAST = 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network and what runs it.
+
+    Attributes:
+        name: of the network, for :func:`~rld_lightning.models.create_model`.
+        weights: its file; ``"pretrained"`` for those of its library. With ONNX the file that is run.
+        num_classes: C.
+        image_shape: channels, height and width.
+        backend: of :data:`BACKENDS`.
+    """
+
+    name: str
+    weights: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    backend: str
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a batch takes, in milliseconds.
+
+    Attributes:
+        batch_size: images in a batch.
+        batches: how many were timed.
+        p50: half of them took no longer.
+        p90: nine tenths.
+        p99: ninety-nine hundredths.
+    """
+
+    batch_size: int
+    batches: int
+    p50: float
+    p90: float
+    p99: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second, at the median."""
+        return 1000 * self.batch_size / self.p50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contender takes.
+
+    Attributes:
+        latencies: by batch size.
+        peak_mb: the most memory that came on top of what the process had before the network was there, at the largest
+            batch, weights included; of the GPU where it runs there. None where the system does not say, and of compiled
+            networks, where most of it is the compiler's.
+        error: why it does not run; empty where it does.
+    """
+
+    latencies: tuple[Latency, ...] = ()
+    peak_mb: float | None = None
+    error: str = ""
+
+
+def measure_alone(
+    contender: Contender, batch_sizes: tuple[int, ...], seconds: float, threads: int, device: str
+) -> Measured:
+    """:func:`measure` in a fresh process, so that memory and threads are those of this network alone."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure, contender, batch_sizes, seconds, threads, device).result()
+        except BrokenProcessPool:  # the system has ended it, for want of memory perhaps
+            return Measured(error="its process was ended")
+
+
+def measure(
+    contender: Contender, batch_sizes: tuple[int, ...], seconds: float, threads: int, device: str = "cpu"
+) -> Measured:
+    """Times forward passes in evaluation mode, of random images that are on the device already.
+
+    Args:
+        contender: what to measure.
+        batch_sizes: images in a batch, each on its own.
+        seconds: how long to time each, after a warm-up; at least ten batches.
+        threads: of one operation on the CPU.
+        device: ``"cpu"`` or ``"cuda"``; int8 runs on the CPU.
+    """
+    torch.set_num_threads(threads)
+    where = torch.device(device)
+    _forget_peak(where)
+    before = _memory(where)
+    try:
+        network = _build(contender, threads, where)
+        with torch.inference_mode():
+            latencies = tuple(
+                _time(network, size, contender.image_shape, seconds, where) for size in sorted(batch_sizes)
+            )
+    except Exception as error:  # compilers and exporters raise their own
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return Measured(error=lines[0] if lines else type(error).__name__)
+    peak = _peak(where)
+    known = contender.backend != "compiled" and before is not None and peak is not None
+    return Measured(latencies, (peak - before) / 1e6 if known else None)  # type: ignore[operator]
+
+
+def _build(contender: Contender, threads: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    if contender.backend.startswith("onnx"):
+        return OnnxNetwork(contender.weights, threads=threads, device=device.type)
+    pretrained = contender.weights == "pretrained"
+    network = create_model(contender.name, contender.num_classes, **({"pretrained": True} if pretrained else {}))
+    if not pretrained:
+        load_weights(network, contender.weights, name=contender.name)
+    network = network.eval().requires_grad_(False).to(device)
+    if contender.backend == "compiled":
+        network.compile()
+    gc.collect()
+    return network
+
+
+def _time(
+    network: Callable[[Tensor], Tensor],
+    batch_size: int,
+    image_shape: tuple[int, int, int],
+    seconds: float,
+    device: torch.device,
+) -> Latency:
+    images = torch.randn(batch_size, *image_shape, device=device)
+    for _ in range(_WARM_UP):
+        network(images)
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < _LEAST or time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        network(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(1000 * (time.perf_counter() - start))
+    p50, p90, p99 = np.percentile(taken, (50, 90, 99)).tolist()
+    return Latency(batch_size, len(taken), p50, p90, p99)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use
+        except OSError:
+            return
+
+
+def _memory(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_process("VmRSS")
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
+
+
+def _of_process(key: str) -> int | None:
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{key}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * int(found[1]) if found else None

@@ -1,0 +1,60 @@
+"""Accuracy against latency: one point a network and what runs it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from rld_lightning.reporting.style import GREEN, PINK, STUDENT, TEACHER, save_figure, styled
+
+_MARKERS = {"eager": "o", "compiled": "^", "onnx": "s", "onnx_int8": "D"}
+_COLOURS = {"teacher": TEACHER, "student": STUDENT}
+
+
+class Point(NamedTuple):
+    """A network and what runs it.
+
+    Attributes:
+        role: such as ``"student"``.
+        backend: such as ``"onnx"``.
+        milliseconds: median for one batch.
+        top1: in percent.
+    """
+
+    role: str
+    backend: str
+    milliseconds: float
+    top1: float
+
+
+@styled
+def draw_latency(points: Sequence[Point], batch_size: int, title: str, folder: Path) -> list[Path]:
+    """Writes ``cost.png`` and ``cost.pdf``.
+
+    Args:
+        points: at least one.
+        batch_size: that the latency is of.
+        title: above it; says on what machine.
+        folder: where to.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    spare = [GREEN, PINK]
+    for role in dict.fromkeys(point.role for point in points):
+        colour = _COLOURS.get(role) or spare.pop()
+        own = sorted((point for point in points if point.role == role), key=lambda point: point.milliseconds)
+        axes.plot([p.milliseconds for p in own], [p.top1 for p in own], color=colour, linewidth=0.8, alpha=0.5)
+        for point in own:
+            axes.plot(point.milliseconds, point.top1, marker=_MARKERS[point.backend], color=colour, linestyle="")
+        axes.plot([], [], color=colour, label=role, linewidth=4)
+    for backend in dict.fromkeys(point.backend for point in points):
+        axes.plot([], [], color="grey", marker=_MARKERS[backend], linestyle="", label=backend.replace("_", " "))
+    axes.set_xscale("log")
+    axes.margins(0.12, 0.2)
+    axes.grid(which="both", axis="both")
+    images = "one image" if batch_size == 1 else f"{batch_size} images"
+    axes.set(xlabel=f"median latency for {images} (ms)", ylabel="top-1 (%)")
+    axes.set_title(title, fontsize=8, fontweight="normal")
+    figure.legend(loc="outside right center")
+    return save_figure(figure, folder, "cost")

@@ -1,0 +1,68 @@
+"""scripts/cost.py: teacher and student of a run side by side."""
+
+import json
+from functools import partial
+
+import pytest
+import yaml
+from helpers.configs import compose
+from helpers.exports import digits_facts, digits_run
+
+from rld_lightning.bench.latency import measure
+from rld_lightning.errors import UserError
+from rld_lightning.models import count_macs, count_parameters, create_model
+from rld_lightning.models.save import save_weights
+from rld_lightning.tasks.latency import cost
+
+options = partial(compose, name="cost", resolve=False)
+
+
+@pytest.fixture
+def run(tmp_path):
+    digits_run(tmp_path / "run")
+    save_weights(create_model("resnet20", 10), tmp_path / "teacher.safetensors", digits_facts("resnet20"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["model"]["teacher"]["weights"] = str(tmp_path / "teacher.safetensors")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "run"
+
+
+def ask(run, *overrides):
+    return cost(options(f"run={run}", f"paths.run={run.parent / 'cost'}", "seconds=0.02", *overrides))
+
+
+def test_teacher_and_student_side_by_side(run, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("rld_lightning.tasks.latency.measure_alone", measure)  # a process takes seconds to start
+    teacher, student = ask(run, "backends=[eager]", "batch_sizes=[1,2]", "threads=1", "device=cpu")
+    assert [(row.role, row.name, row.top1) for row in (teacher, student)] == [
+        ("teacher", "resnet20", 68.0),
+        ("student", "resnet8", 60.0),
+    ]
+    network = create_model("resnet8", 10)
+    assert (student.parameters, student.macs) == (count_parameters(network), count_macs(network, (3, 8, 8)))
+    assert student.file_mb == pytest.approx((run / "student.safetensors").stat().st_size / 1e6)
+    written = json.loads((run.parent / "cost" / "cost.json").read_text())
+    assert written["rows"][1]["measured"]["latencies"][0]["p50"] == student.measured.latencies[0].p50
+    assert "1 thread" in written["machine"]
+    assert (run.parent / "cost" / "cost.png").stat().st_size > 10_000
+    assert "Batch of 2" in capsys.readouterr().out
+
+
+def test_files_that_are_gone_are_named(run):
+    (run.parent / "teacher.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the teacher's weights are not at .*teacher\.safetensors; run from where"):
+        ask(run)
+    with pytest.raises(UserError, match="must name at least one each"):
+        ask(run, "batch_sizes=[]")
+
+
+@pytest.mark.slow
+def test_all_backends(run):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    rows = ask(run, "backends=[eager,onnx,onnx_int8]", "batch_sizes=[1]", "threads=1", "device=cpu")
+    assert [row.measured.error for row in rows] == [""] * 6
+    files = {row.backend: row.file_mb for row in rows if row.role == "student"}
+    assert files["onnx_int8"] < 0.6 * files["onnx"]
+    assert {row.backend: row.top1 for row in rows if row.role == "student"}["onnx_int8"] is None
