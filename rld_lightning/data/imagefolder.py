@@ -3,9 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.image_list import ImageList, find_splits
+from rld_lightning.data.split_file import read_split, write_split
+from rld_lightning.data.streaming import Images
 from rld_lightning.data.streaming_module import StreamingDataModule
+from rld_lightning.distributed import is_first
 
 
 class ImageFolderDataModule(StreamingDataModule):
@@ -20,6 +26,8 @@ class ImageFolderDataModule(StreamingDataModule):
     Args:
         root: the folder.
         test_fraction: share of the images in the test split, if the folder does not say.
+        split_file: where it is written which image is in which split, if chance has decided that. A file that is there
+            is followed, also where images have come or gone since.
         name: name of the data set, by default that of the folder.
         options: see :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """
@@ -27,14 +35,49 @@ class ImageFolderDataModule(StreamingDataModule):
     split_options = ImageDataModule.split_options | {"test_fraction": "test_fraction"}
 
     def __init__(
-        self, root: str | Path, *, test_fraction: float = 0.2, name: str | None = None, **options: Any
+        self,
+        root: str | Path,
+        *,
+        test_fraction: float = 0.2,
+        split_file: str | Path | None = None,
+        name: str | None = None,
+        **options: Any,
     ) -> None:
         self.root = Path(root)
         super().__init__(name=self.root.resolve().name if name is None else name, **options)
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction} must be in (0, 1), 0.2 for a fifth of the images.")
         self.test_fraction = test_fraction
+        self.split_file = None if split_file is None else Path(split_file)
+        self._since = ""
 
     def find_splits(self) -> dict[str, ImageList]:
         """Lists the files of ``"train"``, ``"test"`` and, where the folder has one of its own, ``"val"``."""
         return find_splits(self.root, self.test_fraction)
+
+    def _held_out(self) -> dict[str, Images]:
+        if self.split_file is None:
+            return super()._held_out()
+        if self.split_file.exists():
+            return self._as_written(self.split_file)
+        splits = super()._held_out()
+        drawn = self.val_fraction > 0 or (self.root / splits["train"].class_names[0]).is_dir()  # no folders of splits
+        if drawn and is_first():
+            write_split(self.split_file, self.root, splits)
+        return splits
+
+    def _as_written(self, file: Path) -> dict[str, Images]:
+        train, *others = self.find_splits().values()
+        paths = np.array([path for images in (train, *others) for path in images.paths])
+        labels = torch.cat([images.labels for images in (train, *others)])
+        written = read_split(file, self.root, ImageList(train.class_names, paths, labels))
+        if self.val_fraction > 0 and "val" not in written.splits:
+            raise ValueError(f"{file} holds no images out for validation; set data.val_fraction=0.")
+        counts = ((written.gone, "of them are gone"), (written.new, "have come since and are left out"))
+        self._since = "".join(f", {count:,} {what}" for count, what in counts if count)
+        return dict(written.splits)
+
+    def describe(self) -> str:
+        """One line for the console, which also says whether the folder has changed since it was shared out."""
+        since = f"; shared out as in {self.split_file}{self._since}" if self._since else ""
+        return f"{super().describe()}{since}"

@@ -102,14 +102,19 @@ class StreamingDataModule(ImageDataModule):
     @cached_property
     def splits(self) -> Mapping[str, Images]:
         """The images of ``"train"``, ``"test"`` and, where it is not the test split, ``"val"``."""
+        splits = self._held_out()
+        if self.subset < 1:
+            train = splits["train"]
+            splits["train"] = train.take(stratified_subset(train.labels, self.subset, self.seed))
+        return splits
+
+    def _held_out(self) -> dict[str, Images]:
+        """The splits, with all training images that are not held out."""
         splits = dict(self.find_splits())
         if self.val_fraction > 0:
             train = splits["train"]
             kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
             splits |= {"train": train.take(kept), "val": train.take(held_out)}
-        if self.subset < 1:
-            train = splits["train"]
-            splits["train"] = train.take(stratified_subset(train.labels, self.subset, self.seed))
         return splits
 
     @property

@@ -54,6 +54,8 @@ _DEVICES = Kind(
     ),
 )
 
+_BATCH = COUNT | Kind("auto, for one that suits the device and the number of images", lambda value: value == "auto")
+
 # By full key; a key that a configuration does not have is not asked for.
 VALUES: Mapping[str, Kind] = {
     "seed": _SEED,
@@ -61,9 +63,10 @@ VALUES: Mapping[str, Kind] = {
     "dataset": TEXT,
     "resume": TEXT.such_as("resume=runs/.../last.ckpt") | NULL,
     "print_config": words(True, False, "tree"),
+    "after": list_of(words("alone", "networks"), "alone and networks"),
     # recipe
     "recipe.epochs": COUNT.such_as("recipe.epochs=240"),
-    "recipe.batch_size": COUNT,
+    "recipe.batch_size": _BATCH,
     "recipe.scale_lr_from": COUNT.such_as("the batch size that lr is meant for") | NULL,
     "recipe.warmup_epochs": Kind("a whole number >= 1 (1 is no warm-up)", COUNT.allows),
     "recipe.optimizer": KEYS.such_as("recipe.optimizer._target_=torch.optim.AdamW"),
@@ -103,6 +106,7 @@ VALUES: Mapping[str, Kind] = {
     "model.teacher": KEYS.such_as("model.teacher.name=resnet56") | NULL,
     "model.teacher.name": TEXT.such_as("resnet56") | NULL,
     "model.teacher.weights": TEXT.such_as("a file, auto, fit, published or pretrained"),
+    "model.teacher.start": TEXT.such_as("a file, or pretrained") | NULL,
     "model.teacher.sha256": TEXT | NULL,
     "model.teacher.published_url": TEXT,
     "model.teacher.mean": _THREE | NULL,
@@ -115,7 +119,7 @@ VALUES: Mapping[str, Kind] = {
     "model.teacher.shard": FLAG,
     # data
     "data.root": TEXT.such_as("data.root=/photos"),
-    "data.batch_size": COUNT,
+    "data.batch_size": _BATCH,
     "data.eval_batch_size": COUNT,
     "data.val_fraction": Kind(
         "a number >= 0 and < 1 (0 validates on the test split, 0.1 holds out a tenth of the training split)",
@@ -137,6 +141,7 @@ VALUES: Mapping[str, Kind] = {
     "data.decode": words("auto", "pil", "cuda"),
     "data.bad_images": words("replace", "error"),
     "data.bad_images_file": TEXT | NULL,
+    "data.split_file": TEXT | NULL,
     "data.mixed_shards": COUNT | NULL,
     "data.streams": COUNT,
     "data.cache": TEXT,

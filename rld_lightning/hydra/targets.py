@@ -53,6 +53,8 @@ def check_parts(cfg: DictConfig, *, found_later: Collection[str] = ()) -> None:
     # Null leaves an option to Lightning.
     trainer = {name: value for name, value in _plain(cfg.trainer).items() if value is not None}
     data = {name: value for name, value in _plain(cfg.data).items() if value is not None or name not in found_later}
+    if data.get("batch_size") == "auto":  # found later, too
+        del data["batch_size"]
     _refuse({"trainer": trainer, "data": data} | parts)
 
 

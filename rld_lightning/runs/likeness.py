@@ -24,6 +24,7 @@ SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
 _NO_EFFECT = (
     # where things lie
     *("paths", "resume", "data.root", "data.cache", "data.bad_images_file", "trainer.default_root_dir"),
+    "data.split_file",
     "model.teacher.sha256",  # compared on its own, as of the file that is read
     # what is said about a run, and where
     *(
@@ -34,6 +35,7 @@ _NO_EFFECT = (
         "notes",
         "logger",
         "print_config",
+        "after",
         "trainer.logger",
         "trainer.model_registry",
     ),
@@ -99,6 +101,7 @@ _DEFAULTS = {
     "data.cutmix": "0",
     "loss.label_smoothing": "0",
     "model.teacher.batch_statistics": "False",
+    "model.teacher.start": "None",
 }
 # Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
 _SYNONYMS = {
@@ -109,7 +112,7 @@ _SYNONYMS = {
     "trainer.overfit_batches": {"0.0": "0", "1.0": "all"},
 }
 _MOST_SHOWN = 300  # characters
-_FILES = ("model.teacher.weights", "model.student.weights")
+_FILES = ("model.teacher.weights", "model.teacher.start", "model.student.weights")
 _NETWORKS = ("model.label", "model.teacher.name", "model.student.name")
 _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
@@ -264,4 +267,6 @@ def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, 
     now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as files are written
     if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # whichever file that was
         now.pop("model.teacher.weights")
+    for key in [key for key in ("data.batch_size", "recipe.batch_size") if now.get(key) == "auto"]:  # likewise
+        now.pop(key)
     return {key: (value, now[key]) for key, value in before.items() if key in now and now[key] != value}

@@ -13,10 +13,11 @@ import rld_lightning.data
 from rld_lightning.data import ImageDataModule, ImageNetDataModule
 from rld_lightning.losses import CombinedLoss, DistillationLoss
 from rld_lightning.losses.registry import list_losses, loss_class
+from rld_lightning.runs.files import SPLIT
 from rld_lightning.runs.finished import Run
 
 # Where data come from and what is written of them is not for a folder to say.
-_PLACES = ("download", "url", "cache", "storage_options", "bad_images_file")
+_PLACES = ("download", "url", "cache", "storage_options", "bad_images_file", "split_file")
 
 
 def build_data(run: Run, root: Path | None = None) -> ImageDataModule:
@@ -34,6 +35,8 @@ def build_data(run: Run, root: Path | None = None) -> ImageDataModule:
     classes = [getattr(data, name) for name in data.__all__]
     own = [cls for cls in classes if issubclass(cls, ImageDataModule) and not inspect.isabstract(cls)]
     settings = {key: value for key, value in run.config["data"].items() if key not in _PLACES}
+    if (run.folder / SPLIT).is_file() and "split_file" in run.config["data"]:
+        settings["split_file"] = str(run.folder / SPLIT)
     place = settings.get("root")
     if root is not None and place is not None:
         settings["root"] = str(root)

@@ -23,7 +23,7 @@ from rld_lightning.models.read import Weights
 from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.module import make_schedule
 from rld_lightning.runs.checkpoint import Before
-from rld_lightning.tasks.plan import Plan
+from rld_lightning.tasks.plan import Plan, Teacher
 from rld_lightning.tasks.resume import check_folder, check_resume
 
 
@@ -42,7 +42,7 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
         ValueError: the folder holds another run, the checkpoint is not of this one, a network has no name that is
             known, or the processes cannot share the batch.
     """
-    if plan.processes > 1:
+    if plan.processes > 1 and plan.batch_size is not None:
         share_of_batch(plan.batch_size, plan.processes)
     check_folder(plan.run, plan.resume, cfg.resume)
     before = check_resume(Path(plan.resume), plan.student.name, cfg) if plan.resume is not None else None
@@ -51,9 +51,11 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
             continue
         if network.name is None:
             raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
-        if network.weights == "pretrained" and not network.name.startswith(("torchvision/", "timm/")):
+        start = network.start if isinstance(network, Teacher) else None
+        option = "weights" if start is None else "start"
+        if "pretrained" in (network.weights, start) and not network.name.startswith(("torchvision/", "timm/")):
             raise ValueError(
-                f"model.{role}.weights=pretrained is for torchvision/<name> and timm/<name>, not for {network.name}; "
+                f"model.{role}.{option}=pretrained is for torchvision/<name> and timm/<name>, not for {network.name}; "
                 f"give {'a file' if role == 'student' else 'a file, published or fit'}."
             )
         # A wrong name should not wait for a download. RegNets compute widths with tensors, which meta ones refuse.

@@ -28,6 +28,7 @@ def describe_run(
     if plan.scale_lr_from is not None:
         rate += f" = {plan.recipe_rate:g} x {plan.batch_size} / {plan.scale_lr_from}"
     devices = trainer.world_size
+    assert plan.batch_size is not None  # of a plan that is complete
     epochs = "1 epoch" if trainer.max_epochs == 1 else f"{trainer.max_epochs} epochs"
     print_line(
         "training",

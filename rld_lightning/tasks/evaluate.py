@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
+from rld_lightning.data.imagefolder import ImageFolderDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.options import list_options
@@ -26,7 +27,7 @@ from rld_lightning.models.facts import facts_of
 from rld_lightning.models.look import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
-from rld_lightning.runs.files import EVALUATION, PER_CLASS, write_csv, write_json
+from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, write_csv, write_json
 from rld_lightning.tasks.checks import check_network, check_split, split_to_measure
 from rld_lightning.tasks.classes import match_classes
 from rld_lightning.tasks.plan import freeze
@@ -126,6 +127,7 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         weights = read_weights(cfg.weights)
         name = cfg.name or _model_name(weights)
         data: ImageDataModule = instantiate(cfg.data, **split_to_measure(cfg.data, weights))
+        _share_out_as_trained(weights, data, Path(cfg.paths.run))
         _check_number_of_classes(weights, data)
         check_split(weights, data, cfg.split)
         data.prepare_data()
@@ -140,13 +142,9 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         own_look = _own_look(weights, data, name)
         trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
-    data.trainer = trainer
-    loader = data.test_dataloader if cfg.split == "test" else data.val_dataloader
-    data.setup("test")
-    trainer.test(module, loader(), verbose=False)
-
+    test_with(trainer, module, data, cfg.split)
     percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
-    per_class = _per_class(module.results["per_class"], classes.names)
+    per_class = class_results(module.results["per_class"], classes.names)
     if not any(result.images for result in per_class):
         raise UserError(
             f"not one image of the {cfg.split} split of {data.name} was evaluated, so that there is no result: raise "
@@ -170,11 +168,36 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
     return evaluation
 
 
+def test_with(trainer: Trainer, module: EvaluationModule, data: ImageDataModule, split: str) -> None:
+    """Runs a model over a split of the data, in all processes of a trainer.
+
+    Args:
+        trainer: that has done nothing yet.
+        module: the model; has its ``results`` afterwards.
+        data: the data, which now belong to this trainer.
+        split: ``"test"`` or ``"val"``.
+    """
+    data.trainer = trainer
+    loader = data.test_dataloader if split == "test" else data.val_dataloader
+    data.setup("test")
+    trainer.test(module, loader(), verbose=False)
+
+
 def _model_name(weights: Weights) -> str:
     name = facts_of(weights).name
     if name is None:
         raise ValueError(f"{weights.source} does not say which model it is of; add name=<model>.")
     return name
+
+
+def _share_out_as_trained(weights: Weights, data: ImageDataModule, run: Path) -> None:
+    """Has a folder of images shared out as the run of the weights has written it down, unless the command says how."""
+    written = weights.source.parent / SPLIT
+    if not isinstance(data, ImageFolderDataModule) or data.split_file != run / SPLIT:
+        return
+    if written.is_file() and facts_of(weights).dataset == data.name:
+        data.split_file = written
+        print_line("data", f"shared out as in {written}")
 
 
 def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
@@ -245,7 +268,7 @@ class ClassResult(NamedTuple):
     precision: float | None
 
 
-def _per_class(stat_scores: Tensor, class_names: list[str]) -> list[ClassResult]:
+def class_results(stat_scores: Tensor, class_names: list[str]) -> list[ClassResult]:
     """All classes, the least accurate first, those without images last."""
     results = [
         ClassResult(name, int(images), _percent(right, images), _percent(right, right + wrong))

@@ -29,6 +29,8 @@ from rld_lightning.runs.folder import locked
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
+from rld_lightning.tasks.after import go_on
+from rld_lightning.tasks.batch_size import AUTO, make_data, suitable_batch
 from rld_lightning.tasks.build import build_module, build_trainer, set_up, watch_own
 from rld_lightning.tasks.checks import (
     check_loss,
@@ -39,6 +41,7 @@ from rld_lightning.tasks.checks import (
     check_trainer,
 )
 from rld_lightning.tasks.describe import describe_run
+from rld_lightning.tasks.finished import Finished
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
@@ -91,7 +94,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             store=TeacherStore(Path(cfg.paths.teachers)),
             compile=cfg.model.compile,
             loss=loss_name(cfg.loss),
-            batch_size=cfg.data.batch_size,
+            batch_size=None if cfg.data.batch_size == AUTO else cfg.data.batch_size,
             other_sizes="image_size" in cfg.data,
             optimizer=class_name(cfg.recipe.optimizer._target_),
             recipe_rate=cfg.recipe.optimizer.lr,
@@ -144,7 +147,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         loss: DistillationLoss = instantiate(cfg.loss)
         check_loss(loss, plan)
         check_recipe(instantiate(cfg.recipe.optimizer), instantiate(cfg.recipe.get("scheduler")))
-        data: ImageDataModule = instantiate(cfg.data)
+        data = make_data(cfg.data)
         check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
         usual = adopt_look(plan.student, data, chosen=any(cfg.data.get(key) is not None for key in ("mean", "std")))
@@ -155,7 +158,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             weights = find_teacher(plan.teacher, data.name, plan.store, plan.resume, plan.before)
         if weights is None:
             turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
-            if is_for_others(data):
+            if is_for_others(data, plan.teacher.start):
                 turn = turn_to_train(plan.store, data.name, plan.teacher.name, plan.run)
             with turn as lacks:
                 if lacks:
@@ -167,6 +170,9 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         plan = replace(plan, teacher=None)
     with user_errors():
         trainer = build_trainer(cfg)
+        if plan.batch_size is None:
+            data.batch_size = _choose_batch(plan, data, trainer)
+            plan = replace(plan, batch_size=data.batch_size)
         check_trainer(trainer, cfg.trainer, data)
         teacher = None
         if plan.teacher is not None:
@@ -189,7 +195,18 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         _train(plan, trainer, module, data, resume_hint=resume_hint)
         summary = summarise(plan, trainer, module, data)
         leave_results(plan.run, summary, data, module.student)
+    go_on(Finished(cfg, plan, data, module, summary, partial(fit, resume_hint=False)))
     return summary
+
+
+def _choose_batch(plan: Plan, data: ImageDataModule, trainer: Trainer) -> int:
+    """One that suits device and data; the one that it had where a run goes on."""
+    before = None if plan.before is None else plan.before.settings.get("data.batch_size")
+    if before is not None and before.isdecimal() and 0 < int(before) <= data.train_size:
+        return int(before)
+    chosen = suitable_batch(data.train_size, trainer.strategy.root_device, trainer.world_size)
+    print_line("batch", f"{chosen}, for {data.train_size:,} images on {trainer.strategy.root_device.type}")
+    return chosen
 
 
 def _train_teacher(
@@ -198,14 +215,18 @@ def _train_teacher(
     """Trains the teacher that there is not yet, in ``<run>/teacher``, and keeps it for other runs if it is for them."""
     folder = plan.run / TEACHER
     with user_errors():  # fresh networks show that the loss can work with them, before one is trained for it
-        student, other = (create_model(name, data.num_classes) for name in (plan.student.name, teacher.name))
+        pretrained = {"pretrained": True} if plan.student.weights == "pretrained" else {}  # fetched now, or refused
+        student = create_model(plan.student.name, data.num_classes, **pretrained)
+        other = create_model(teacher.name, data.num_classes)
         connect(deepcopy(loss), student, other, data.image_shape, data.train_label)
     if not (folder / SUMMARY).exists():
         place = plan.store.path(data.name, teacher.name)
-        lacks = f"{teacher.name} is not in {place}" if not place.is_file() else f"{place} is damaged"
-        print_line("teacher", f"{lacks}: training it first, with cross-entropy")
+        why = f"{teacher.name} is not in {place}" if not place.is_file() else f"{place} is damaged"
+        if teacher.start is not None:
+            why = f"{teacher.name} begins with {teacher.start}"
+        print_line("teacher", f"{why}: training it first, with cross-entropy")
     summary = train_teacher(cfg, folder, partial(fit, resume_hint=False))
-    keep_teacher(summary, folder, plan.store, data, teacher.name)
+    keep_teacher(summary, folder, plan.store, data, teacher.name, teacher.start)
 
 
 def _train(

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning.models.look import Look, look_of
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.files import SPLIT
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Teacher:
         name: for :func:`~rld_lightning.models.create_model`.
         weights: a file, or ``"pretrained"``; or where to look for a file, ``"auto"``, ``"fit"`` or ``"published"``.
         published_url: the archive of published teachers.
+        start: what one that has to be trained begins from, as ``weights`` of a student.
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
         options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
         sha256: of the file; None where it is not known yet, and of what is no file.
@@ -50,6 +52,7 @@ class Teacher:
     look: Look | None
     options: Mapping[str, Any]
     sha256: str | None = None
+    start: str | None = None
     cache: bool | str = False
     cache_dtype: str = "float16"
 
@@ -69,7 +72,7 @@ class Plan:
         store: where trained teachers are kept.
         compile: whether training steps are compiled; ``"auto"``: where that pays.
         loss: what the loss is called.
-        batch_size: over all processes.
+        batch_size: over all processes; None until one has been chosen that suits the device and the data.
         other_sizes: whether the data can have another ``data.image_size``.
         optimizer: its class.
         recipe_rate: the recipe's learning rate.
@@ -89,7 +92,7 @@ class Plan:
     store: TeacherStore
     compile: bool | str
     loss: str
-    batch_size: int
+    batch_size: int | None
     other_sizes: bool
     optimizer: str
     recipe_rate: float
@@ -111,6 +114,7 @@ class Plan:
             raise ValueError(
                 f"recipe.scale_lr_from={self.scale_lr_from} must be a batch size, such as 256, or null for no scaling."
             )
+        assert self.batch_size is not None  # rates are asked for once it is known
         return self.recipe_rate * self.batch_size / self.scale_lr_from
 
 
@@ -138,6 +142,7 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
         look,
         options,
         settings.sha256,
+        settings.get("start"),
         settings.cache,
         settings.cache_dtype,
     )
@@ -175,6 +180,8 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
     own = deepcopy(cfg)
     OmegaConf.set_readonly(own, False)
     OmegaConf.set_struct(own, False)
+    if "split_file" in own.data and (written := Path(cfg.paths.run) / SPLIT).is_file():
+        own.data.split_file = str(written)  # the images of a folder are shared out as those of the run
     own.dataset, own.recipe_name = cfg.dataset, cfg.recipe_name  # which Hydra knows
     own.pop("hydra", None)
     student = {**cfg.model.student, "name": name, "weights": weights}
@@ -184,6 +191,7 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
     own.print_config = False
     own.paths.run = str(folder)
     own.resume = None
+    own.after = []
     own.callbacks.pop("pruner", None)  # which would take it for a trial
     if "WANDB_RUN_ID" in os.environ:  # a sweep agent's, for the run that this one is for
         own.logger.pop("wandb", None)
@@ -199,6 +207,8 @@ def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
         plan: the run's.
     """
     found: dict[str, Any] = {"resume": plan.resume}
+    if plan.batch_size is not None:
+        found |= {"data.batch_size": plan.batch_size, "recipe.batch_size": plan.batch_size}
     if plan.teacher is not None:
         found["model.teacher.weights"] = plan.teacher.weights
         found["model.teacher.sha256"] = plan.teacher.sha256

@@ -18,7 +18,6 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_files, print_line
@@ -38,6 +37,7 @@ from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, SWEEP, TEACHER, r
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
+from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import alone, changed
@@ -186,13 +186,14 @@ class Sweep(Callback):
             shared = (folder / TEACHER).absolute()
             data = _data(config, shared)
             turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
-            if self.store and is_for_others(data) and not shared.exists():
+            start = config.model.teacher.get("start")
+            if self.store and is_for_others(data, start) and not shared.exists():
                 turn = turn_to_train(_store(config), data.name, name, folder)
             with turn as lacks:
                 if lacks:
                     summary = train_teacher(changed(config, {"seed": _seed(config, swept, shared)}), shared, fit)
                     if self.store:
-                        keep_teacher(summary, shared, _store(config), data, name)
+                        keep_teacher(summary, shared, _store(config), data, name, start)
                     _add(config, fixed, WEIGHTS, str(folder / TEACHER / STUDENT))
         if self.alone:
             own = (folder / ALONE).absolute()
@@ -206,7 +207,7 @@ class Sweep(Callback):
         teacher = config.model.teacher
         if teacher is None or teacher.weights != "fit" or ("loss" not in swept and loss_name(config.loss) == "CE"):
             return False
-        if not self.store or (folder / TEACHER).exists():
+        if not self.store or teacher.get("start") is not None or (folder / TEACHER).exists():
             return True
         return not _store(config).has(_data(config, folder / TEACHER).name, teacher.name)
 
@@ -240,7 +241,7 @@ def _store(config: DictConfig) -> TeacherStore:
 
 def _data(config: DictConfig, folder: Path) -> ImageDataModule:
     """The data of a run in a folder, not loaded."""
-    return instantiate(changed(config, {"paths.run": str(folder)}).data)
+    return make_data(changed(config, {"paths.run": str(folder)}).data)
 
 
 def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float) -> None:

@@ -60,9 +60,11 @@ def find_teacher(
         if before is not None:
             print_line("teacher", f"the one that the run in {folder} had: {before}")
             return before
-    path = resolve_teacher_weights(
-        teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
-    )
+    path = None
+    if teacher.weights != "fit" or teacher.start is None:  # one that starts from somewhere is the run's own
+        path = resolve_teacher_weights(
+            teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
+        )
     if path is None and told is not None and told.teacher_sha256 is not None:
         raise ValueError(
             f"the teacher of the run, {told.teacher[1]}, is gone or damaged: bring it back, or name its file with "
@@ -108,17 +110,24 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
     """
     name = cfg.model.teacher.name
     try:
-        return run_once(alone(cfg, name, None, folder), fit, name="teacher")
+        return run_once(alone(cfg, name, cfg.model.teacher.get("start"), folder), fit, name="teacher")
     except UserError as error:
         raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
 
 
-def is_for_others(data: ImageDataModule) -> bool:
-    """Whether a teacher that is trained on these data may be one for other runs: on all training images."""
-    return data.val_fraction == 0 and data.subset == 1
+def is_for_others(data: ImageDataModule, start: str | None) -> bool:
+    """Whether a teacher may be one for other runs: trained on all training images, from random weights.
+
+    Args:
+        data: that it is trained on.
+        start: what it begins from.
+    """
+    return data.val_fraction == 0 and data.subset == 1 and start is None
 
 
-def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str) -> None:
+def keep_teacher(
+    summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str, start: str | None
+) -> None:
     """Keeps a teacher that was trained for a run, or a sweep, for other runs, if it is one for them.
 
     That is one that was trained to the end on all training images, and measured on all.
@@ -129,8 +138,9 @@ def keep_teacher(summary: Summary, folder: Path, store: TeacherStore, data: Imag
         store: where teachers are kept.
         data: what it was trained on.
         name: its network.
+        start: what it began from.
     """
-    if is_for_others(data) and summary.steps is not None and summary.complete:
+    if is_for_others(data, start) and summary.steps is not None and summary.complete:
         rank_zero_only(store.add)(folder / STUDENT, data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks look for what rank 0 has stored

@@ -1,0 +1,75 @@
+"""Which image is in which split, written down, so that a folder that grows is still split as it was."""
+
+import csv
+import os
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rld_lightning.data.image_list import ImageList
+from rld_lightning.data.streaming import Images
+from rld_lightning.whole import write_whole
+
+_SPLITS = ("train", "val", "test")
+_LARGEST = 1 << 30  # bytes
+
+
+class WrittenSplit(NamedTuple):
+    """Images as a file has shared them out.
+
+    Attributes:
+        splits: ``"train"``, ``"test"`` and, where the file has one, ``"val"``, each in the order of the file.
+        gone: how many images of the file are not there any more.
+        new: how many there are that the file does not name; they are in no split.
+    """
+
+    splits: dict[str, ImageList]
+    gone: int
+    new: int
+
+
+def write_split(path: Path, root: Path, splits: Mapping[str, Images]) -> None:
+    """Writes a line ``split,image`` for each image, by its path within ``root``."""
+    writer = csv.writer(text := StringIO(), lineterminator="\n")
+    writer.writerow(("split", "image"))
+    for name, images in splits.items():
+        writer.writerows((name, _within(root, images.path(i))) for i in range(len(images.labels)))
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
+    """Shares images out as a file says, which may be a stranger's: its paths are compared, and never opened.
+
+    Args:
+        path: the file.
+        root: the folder that its paths are in.
+        images: all that there are, of whatever split.
+
+    Raises:
+        ValueError: it is no such file, or leaves no image to train on or to test.
+    """
+    way_out = "move it away, or have the folder shared out anew with data.split_file=null"
+    if not path.is_file() or path.stat().st_size > _LARGEST:
+        raise ValueError(f"{path} is not a file that says which image is in which split; {way_out}.")
+    place = {_within(root, images.path(i)): i for i in range(len(images.labels))}
+    rows = list(csv.reader(StringIO(path.read_bytes().decode("utf-8", "surrogateescape"))))
+    if rows[:1] != [["split", "image"]] or any(len(row) != 2 or row[0] not in _SPLITS for row in rows[1:]):
+        raise ValueError(f"{path} has other lines than split,image with the splits {', '.join(_SPLITS)}; {way_out}.")
+    split_of = {image: split for split, image in rows[1:]}
+    found: dict[str, list[int]] = {name: [] for name in _SPLITS if name in split_of.values()}
+    for image, split in split_of.items():
+        if image in place:
+            found[split].append(place[image])
+    for name in ("train", "test", *found):
+        if not found.get(name):
+            raise ValueError(f"{path} has no {name} image that is in {root}; {way_out}.")
+    known = sum(map(len, found.values()))
+    splits = {name: images.take(torch.tensor(positions)) for name, positions in found.items()}
+    return WrittenSplit(splits, gone=len(split_of) - known, new=len(place) - known)
+
+
+def _within(root: Path, path: str) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()

@@ -1,0 +1,163 @@
+"""Teacher, student alone and distilled student of a run, side by side: how good they are, and what they cost."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from rld_lightning.console import print_files, print_line, print_table
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.errors import user_errors
+from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import facts_of
+from rld_lightning.models.look import Look, relook, trained_look
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv, write_json
+from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
+from rld_lightning.tasks.finished import Finished
+from rld_lightning.tasks.look import load_in_order
+from rld_lightning.tasks.once import run_once
+from rld_lightning.tasks.plan import alone
+from rld_lightning.tasks.trainer import make_trainer
+
+ALONE = "alone"  # the run folder, within another, of the student that was trained by itself
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a run; written to ``networks.json``.
+
+    Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, and are of the
+    test split. Time is the median of one image at a time, in float32, on the device of the run.
+
+    Attributes:
+        role: ``"teacher"``, ``"student alone"`` or ``"distilled student"``.
+        name: for :func:`~rld_lightning.models.create_model`.
+        parameters: how many.
+        macs: multiply-accumulates for an image.
+        bytes: of its file of weights, or of its parameters where it has none of its own.
+        milliseconds: for an image.
+    """
+
+    role: str
+    name: str
+    split: str
+    images: int
+    top1: float
+    top5: float | None
+    nll: float
+    ece: float
+    parameters: int
+    macs: int
+    bytes: int
+    milliseconds: float
+
+
+class _Logits(nn.Module):
+    """A teacher as a network that returns its logits."""
+
+    def __init__(self, teacher: FrozenTeacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.teacher(images)[0]
+
+
+def train_alone(finished: Finished) -> None:
+    """Trains the student of a run by itself: with cross-entropy, the same data, recipe and first weights."""
+    plan = finished.plan
+    if plan.teacher is None:
+        return  # it has been
+    folder = plan.run / ALONE
+    if not (folder / SUMMARY).exists():
+        print_line("alone", f"{plan.student.name} is trained once more, by itself, to compare with")
+    run_once(alone(finished.cfg, plan.student.name, plan.student.weights, folder), finished.fit, name="alone")
+
+
+def compare_networks(finished: Finished) -> None:
+    """Measures the networks of a run on its test split, which nothing was chosen by where images were held out.
+
+    Prints a table and leaves ``networks.json`` and ``networks.csv``, the accuracy of each class.
+    """
+    with user_errors():
+        measured = [_measure(finished, *network) for network in _networks(finished)]
+    _report(finished.plan.run, [network for network, _ in measured], [classes for _, classes in measured])
+
+
+def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
+    """Role, name, network and the bytes of each."""
+    plan, data, module = finished.plan, finished.data, finished.module
+    if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
+        file = Path(str(plan.teacher.weights))
+        size = file.stat().st_size if file.is_file() else _bytes(module.teacher)
+        yield "teacher", plan.teacher.name, _Logits(module.teacher), size
+    file = plan.run / ALONE / STUDENT
+    if file.is_file():
+        network = create_model(plan.student.name, data.num_classes)
+        weights = load_in_order(network, plan.student.name, str(file), data, "alone")
+        look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts_of(weights)))
+        network = network if look is None else nn.Sequential(look, network)
+        yield "student alone", plan.student.name, network, file.stat().st_size
+    role = "distilled student" if plan.teacher is not None else "student alone"
+    yield role, finished.summary.model, module.student, (plan.run / STUDENT).stat().st_size
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def _measure(
+    finished: Finished, role: str, name: str, network: nn.Module, size: int
+) -> tuple[Network, list[ClassResult]]:
+    data = finished.data
+    trainer = make_trainer(finished.cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module = EvaluationModule(network, data.num_classes)
+    test_with(trainer, module, data, "test")
+    classes = class_results(module.results["per_class"], list(data.class_names))
+    device = trainer.strategy.root_device
+    speed = images_per_second(network.to(device), data.image_shape, batch_size=1, seconds=0.5)
+    percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
+    measured = Network(
+        role=role,
+        name=name,
+        split="test",
+        images=sum(result.images for result in classes),
+        top1=percent["top1"],
+        top5=percent.get("top5"),
+        nll=float(module.results["nll"]),
+        ece=percent["ece"],
+        parameters=count_parameters(network),
+        macs=count_macs(network, data.image_shape),
+        bytes=size,
+        milliseconds=1000 / speed,
+    )
+    return measured, classes
+
+
+@rank_zero_only
+def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[ClassResult]]) -> None:
+    write_json(run / NETWORKS, [asdict(network) for network in networks])
+    roles = [network.role for network in networks]
+    lines: dict[str, Callable[[Network], str]] = {
+        "network": lambda network: network.name,
+        "top-1 %": lambda network: f"{network.top1:.2f}",
+        "ECE %": lambda network: f"{network.ece:.2f}",
+        "NLL": lambda network: f"{network.nll:.4f}",
+        "parameters, M": lambda network: f"{network.parameters / 1e6:.2f}",
+        "MACs, M": lambda network: f"{network.macs / 1e6:,.1f}",
+        "file, MB": lambda network: f"{network.bytes / 1e6:.1f}",
+        "one image, ms": lambda network: f"{network.milliseconds:.2f}",
+    }
+    rows = [(what, *map(show, networks)) for what, show in lines.items()]
+    print_table(f"{networks[0].images:,} images of the test split", ("", *roles), rows)
+    by_name = [{result.name: result for result in results} for results in classes]
+    hardest = [result.name for result in classes[-1]]  # for the student that was asked for
+    table = [(name, by_name[-1][name].images, *(found[name].accuracy for found in by_name)) for name in hardest]
+    write_csv(run / NETWORKS_CLASSES, dict(zip(("class", "images", *roles), zip(*table, strict=True), strict=True)))
+    shown = table[:MOST_CLASSES_SHOWN]
+    which = f"the {len(shown)} hardest of {len(table)} classes" if len(shown) < len(table) else "each class"
+    print_table(f"Accuracy of {which}, %", ("class", "images", *roles), shown)
+    print_files(run, {NETWORKS: "these numbers", NETWORKS_CLASSES: "every class"})

@@ -1,0 +1,65 @@
+"""What follows a run: the student alone, and all networks side by side."""
+
+import csv
+import json
+
+import pytest
+from helpers.configs import compose
+from helpers.photos import grow
+
+from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
+from rld_lightning.tasks.fit import fit
+from rld_lightning.tasks.teacher import is_for_others
+
+
+def small(run, root, *overrides):
+    return compose(
+        *("experiment=folder", f"data.root={root}", "data.image_size=16", "data.num_workers=0", "trainer=cpu"),
+        *("model.teacher.name=resnet8", "model.student.name=resnet8", "model.student.weights=null"),
+        *("model.teacher.start=null", "recipe.epochs=1", f"paths.run={run}", f"paths.teachers={run}/teachers"),
+        *overrides,
+        resolve=False,
+    )
+
+
+def test_the_experiment_is_complete():
+    cfg = compose("experiment=folder", "data.root=/photos")
+    assert (cfg.model.teacher.weights, cfg.model.teacher.start) == ("fit", "pretrained")
+    assert (cfg.recipe.batch_size, cfg.data.batch_size, cfg.data.val_fraction) == ("auto", "auto", 0.1)
+    assert {"average", "early_stopping", "checkpoint_best"} <= cfg.callbacks.keys()
+    assert cfg.callbacks.early_stopping.patience < cfg.recipe.epochs
+    assert cfg.data.split_file == "/run/split.csv"
+    assert compose("recipe=patient").data.mixup == 1
+    assert compose("recipe=patient", "data.mixup=0.2").data.mixup == 0.2
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_three_networks_side_by_side(tmp_path, capsys):
+    grow(tmp_path / "photos", ("cat", "dog", "owl"))
+    run = tmp_path / "run"
+    fit(small(run, tmp_path / "photos"))
+    found = json.loads((run / NETWORKS).read_text())
+    assert [network["role"] for network in found] == ["teacher", "student alone", "distilled student"]
+    assert {network["images"] for network in found} == {6}
+    assert found[1]["parameters"] == found[2]["parameters"]
+    rows = list(csv.DictReader((run / NETWORKS_CLASSES).open()))
+    assert {row["class"] for row in rows} == {"cat", "dog", "owl"}
+    for network in found:  # classes have two images each
+        assert sum(float(row[network["role"]]) for row in rows) / 3 == pytest.approx(network["top1"])
+    assert not list((run / "alone").glob(SPLIT))  # it is shared out as the run is
+    assert not list((run / "alone").glob("networks*"))
+    # Once more: what is finished is only read, and what is missing is made up for.
+    (run / NETWORKS).unlink()
+    capsys.readouterr()
+    before = (run / "alone" / SUMMARY).stat().st_mtime_ns
+    fit(small(run, tmp_path / "photos", f"resume={run}"))
+    assert json.loads((run / NETWORKS).read_text())[2]["top1"] == found[2]["top1"]
+    assert (run / "alone" / SUMMARY).stat().st_mtime_ns == before
+
+
+def test_a_teacher_that_starts_from_somewhere_is_the_runs_own():
+    class Data:
+        val_fraction, subset = 0.0, 1.0
+
+    assert is_for_others(Data(), None)
+    assert not is_for_others(Data(), "pretrained")
