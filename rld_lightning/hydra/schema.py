@@ -105,7 +105,11 @@ VALUES: Mapping[str, Kind] = {
     "model.student.channels_last": FLAG,
     "model.teacher": KEYS.such_as("model.teacher.name=resnet56") | NULL,
     "model.teacher.name": TEXT.such_as("resnet56") | NULL,
-    "model.teacher.weights": TEXT.such_as("a file, auto, fit, published or pretrained"),
+    "model.teacher.weights": TEXT.such_as("a file, auto, fit, published or pretrained")
+    | list_of(TEXT, "files, whose teachers teach together"),
+    "model.teacher.mean_of": words("logits", "probabilities"),
+    "model.teacher.class_map": KEYS.such_as("{cat:tabby,dog:207}") | TEXT.such_as("a file of lines cat,tabby") | NULL,
+    "model.teacher.image_size": COUNT | words("auto") | NULL,
     "model.teacher.start": TEXT.such_as("a file, or pretrained") | NULL,
     "model.teacher.sha256": TEXT | NULL,
     "model.teacher.published_url": TEXT,

@@ -1,10 +1,19 @@
 """Networks of torchvision and timm; either library is imported when it is asked for."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from rld_lightning.errors import first_line
+
+# Whose errors are those of a network.
+_CLIENTS = {"huggingface_hub", "httpx", "requests", "urllib3"}
 # With auxiliary classifiers these two return a tuple while they train. Their published weights were trained on images
 # in [-1, 1], to which `transform_input` converts; always, because no file of weights would say whether to.
 _INCEPTIONS = ("googlenet", "inception_v3")
@@ -35,7 +44,8 @@ def torchvision_model(name: str, num_classes: int, pretrained: bool = False, **k
     if not pretrained:
         return _without_inplace(torchvision.models.get_model(name, num_classes=num_classes, **options))
     weights = _published_weights(name)
-    model = torchvision.models.get_model(name, weights=weights, **kwargs)
+    with _fetching(f"torchvision/{name}", Path(torch.hub.get_dir()) / "checkpoints"):
+        model = torchvision.models.get_model(name, weights=weights, **kwargs)
     if num_classes != len(weights.meta["categories"]) or name in _INCEPTIONS:
         source, model = model.state_dict(), torchvision.models.get_model(name, num_classes=num_classes, **options)
         fitting = {key: source[key] for key, value in model.state_dict().items() if value.shape == source[key].shape}
@@ -63,6 +73,22 @@ def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], in
     return None
 
 
+def published_classes(name: str) -> list[str] | None:
+    """What the classes of a network's pretrained weights are called; None for other networks.
+
+    timm does not name them. Its classifiers of 1,000 classes have those of ImageNet in the usual order, by WordNet id.
+
+    Args:
+        name: as in :func:`published_input`.
+    """
+    library, _, plain = name.partition("/")
+    if library == "torchvision":
+        return list(_published_weights(plain).meta["categories"])
+    if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
+        return list(_published_weights("resnet18").meta["categories"]) if config.num_classes == 1000 else None
+    return None
+
+
 def _published_weights(name: str) -> Any:
     import torchvision
 
@@ -87,7 +113,25 @@ def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     timm = _import_timm()
     if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would go on with random ones
         raise ValueError(f"timm has no pretrained weights of {name}; timm.list_pretrained() lists the models that do.")
-    return _without_inplace(timm.create_model(name, num_classes=num_classes, **kwargs))
+    with _fetching(f"timm/{name}", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"):
+        return _without_inplace(timm.create_model(name, num_classes=num_classes, **kwargs))
+
+
+@contextmanager
+def _fetching(name: str, cache: Path) -> Iterator[None]:
+    """Says in a sentence that weights could not be fetched; each library has errors of its own for it."""
+    try:
+        yield
+    except Exception as error:
+        # Of urllib, or of the hub's clients; what was cut short has another checksum.
+        of_network = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
+        if not of_network and "invalid hash" not in str(error):
+            raise
+        raise ConnectionError(
+            f"the pretrained weights of {name} are not in {cache} and cannot be fetched ({first_line(error)}): run it "
+            "once where there is a network, bring that folder along, or take other weights (a file, or null for random "
+            "ones)."
+        ) from error
 
 
 def _without_inplace(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.libraries import published_input
@@ -71,13 +72,16 @@ class Relook(nn.Module):
     Args:
         given: the look that images come in.
         wanted: the look that they leave in.
+        size: height and width that they leave in, resized by bilinear interpolation, with antialiasing; None for those
+            that they come in.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, given: Look, wanted: Look) -> None:
+    def __init__(self, given: Look, wanted: Look, size: tuple[int, int] | None = None) -> None:
         super().__init__()
+        self.size = size
         (mean, std), (own_mean, own_std) = (
             torch.tensor(look, dtype=torch.float64)[..., None, None] for look in (given, wanted)
         )
@@ -85,11 +89,14 @@ class Relook(nn.Module):
         self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to the same shape."""
-        images = images.to(torch.promote_types(images.dtype, self.scale.dtype))
+        """``(B, 3, H, W)`` to the same shape, but for the size."""
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        if self.size is not None:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         return torch.addcmul(self.shift, images, self.scale)
 
 
-def relook(given: Look, wanted: Look | None) -> Relook | None:
-    """What takes images to the look that a network wants; None where it is the one that they have."""
-    return None if wanted in (None, given) else Relook(given, wanted)
+def relook(given: Look, wanted: Look | None, size: tuple[int, int] | None = None) -> Relook | None:
+    """What takes images to the look, and the size, that a network wants; None where they have both."""
+    wanted = given if wanted is None else wanted
+    return None if wanted == given and size is None else Relook(given, wanted, size)

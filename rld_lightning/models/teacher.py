@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.logits_table import LogitsTable
 from rld_lightning.models.look import Relook
 from rld_lightning.models.taps import forward_with_taps
@@ -74,15 +75,16 @@ class FrozenTeacher(nn.Module):
         self.dtype = _parse_dtype(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         model.eval()
-        last = _last_linear(model)
+        lasts = [_last_linear(member) for member in (model.members if isinstance(model, Ensemble) else (model,))]
         executed = fuse_conv_bn(model) if fuse else model
         self.fused = executed is not model
         self.model = executed.to(memory_format=self.memory_format)
         if self.dtype is not None:
             self.model = self.model.to(dtype=self.dtype)
-        elif last is not None:  # of another class, not wrapped, so that its weights keep their keys
-            last.__class__ = WholeLinear
-        self.exact_logits = self.dtype is None and last is not None
+        else:
+            for last in filter(None, lasts):  # of another class, not wrapped, so that its weights keep their keys
+                last.__class__ = WholeLinear
+        self.exact_logits = self.dtype is None and None not in lasts
         self.relook = relook
         self.table: LogitsTable | None = None
         self.train()

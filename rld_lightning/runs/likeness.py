@@ -102,6 +102,7 @@ _DEFAULTS = {
     "loss.label_smoothing": "0",
     "model.teacher.batch_statistics": "False",
     "model.teacher.start": "None",
+    "model.teacher.mean_of": "logits",
 }
 # Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
 _SYNONYMS = {
@@ -167,7 +168,7 @@ def canonical(key: str, value: str) -> str:
     """The same text for the same value: ``1`` for ``1.0``, a whole path of a file, one spelling of a network's name."""
     if key in _NETWORKS:
         return canonical_label(value)
-    if key in _FILES and value not in _NO_FILES:
+    if key in _FILES and value not in _NO_FILES and not value.startswith("["):
         return str(Path(value).absolute())
     return re.sub(r"^(-?\d+)\.0$", r"\1", _SYNONYMS.get(key, {}).get(value, value))
 

@@ -149,6 +149,7 @@ def check_network(
     *,
     other_sizes: bool = False,
     num_classes: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> None:
     """Has a network show that it turns two images of the data into logits.
 
@@ -158,16 +159,18 @@ def check_network(
         network: the network, on the CPU; by default a fresh one of this name.
         other_sizes: whether the data can have another ``data.image_size``.
         num_classes: how many it tells apart; by default those of the data.
+        image_size: height and width of the images that it gets; by default those of the data.
 
     Raises:
         ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
     """
     num_classes = data.num_classes if num_classes is None else num_classes
     network = create_model(name, num_classes) if network is None else network
-    shape = "x".join(map(str, data.image_shape))
+    image_shape = data.image_shape if image_size is None else (3, *image_size)
+    shape = "x".join(map(str, image_shape))
     try:
         with evaluation_mode(network), torch.no_grad():
-            logits = network(torch.zeros(2, *data.image_shape))
+            logits = network(torch.zeros(2, *image_shape))
     except Exception as error:  # each library refuses images in its own way
         size = "another size with data.image_size=, or " if other_sizes else ""
         raise ValueError(

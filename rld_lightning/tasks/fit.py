@@ -154,7 +154,8 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_network(plan.student.name, data, other_sizes=plan.other_sizes)
     if loss.needs_teacher and plan.teacher is not None:
         with user_errors():
-            check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
+            if plan.teacher.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
+                check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
             weights = find_teacher(plan.teacher, data.name, plan.store, plan.resume, plan.before)
         if weights is None:
             turn: AbstractContextManager[bool] = nullcontext(enter_result=True)

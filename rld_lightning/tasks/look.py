@@ -44,18 +44,19 @@ def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look
     return usual
 
 
-def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look) -> tuple[Look, str]:
+def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrained: bool) -> tuple[Look, str]:
     """What a teacher wants images normalised with, and who says so.
 
     Args:
         teacher: what it is.
         facts: what its file says.
         usual: what to take where nobody says anything.
+        pretrained: whether its weights are its library's.
     """
     if teacher.look is not None:
         return teacher.look, "model.teacher.mean and std"
     published = published_look(teacher.name)
-    if teacher.weights == "pretrained":
+    if pretrained:
         return published or usual, "its library says so"
     if (trained := trained_look(facts)) is not None:
         return trained, "its file says so"
@@ -68,21 +69,23 @@ def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look) -> tuple[Lo
     return usual, "as the data have it"
 
 
-def check_size(name: str, facts: WeightsFacts, data: ImageDataModule, *, pretrained: bool) -> None:
-    """Says where a teacher was trained on images of another size.
+def teacher_size(teacher: Teacher, facts: WeightsFacts, data: ImageDataModule, *, pretrained: bool) -> tuple[int, int]:
+    """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
 
     Args:
-        name: of its network.
+        teacher: what it is.
         facts: what its file says.
         data: the data.
         pretrained: whether its weights are its library's.
     """
-    trained = facts.image_shape[1:] if facts.image_shape is not None else None
-    if pretrained and (published := published_input(name)) is not None:
-        trained = published[2], published[2]
-    if trained not in (None, data.image_shape[1:]):
-        known, given = ("x".join(map(str, size)) for size in (trained, data.image_shape[1:]))
-        print_line("caution", f"the teacher was trained on images of {known} and gets {given}")
+    given = data.image_shape[1:]
+    if teacher.image_size is None:
+        return given
+    if teacher.image_size != "auto":
+        return int(teacher.image_size), int(teacher.image_size)
+    if pretrained and (published := published_input(teacher.name)) is not None:
+        return published[2], published[2]
+    return given if facts.image_shape is None else facts.image_shape[1:]
 
 
 def load_in_order(network: nn.Module, name: str, path: str, data: ImageDataModule, role: str) -> Weights:

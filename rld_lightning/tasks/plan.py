@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from rld_lightning.models.classes import read_class_map
 from rld_lightning.models.look import Look, look_of
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.runs.checkpoint import Before
@@ -36,8 +37,12 @@ class Teacher:
 
     Attributes:
         name: for :func:`~rld_lightning.models.create_model`.
-        weights: a file, or ``"pretrained"``; or where to look for a file, ``"auto"``, ``"fit"`` or ``"published"``.
+        weights: a file, several for an ensemble, or ``"pretrained"``; or where to look for a file, ``"auto"``,
+            ``"fit"`` or ``"published"``.
         published_url: the archive of published teachers.
+        mean_of: what an ensemble takes the mean of, see :class:`~rld_lightning.models.ensemble.Ensemble`.
+        class_map: which of its classes those of the data are, see :func:`~rld_lightning.models.classes.places_of`.
+        image_size: the side of the images that it wants; ``"auto"``: what it was trained with; None: the data's.
         start: what one that has to be trained begins from, as ``weights`` of a student.
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
         options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
@@ -47,12 +52,15 @@ class Teacher:
     """
 
     name: str
-    weights: str | None
+    weights: str | tuple[str, ...] | None
     published_url: str
     look: Look | None
     options: Mapping[str, Any]
     sha256: str | None = None
     start: str | None = None
+    mean_of: str = "logits"
+    class_map: Mapping[str, str | int] | None = None
+    image_size: int | str | None = "auto"
     cache: bool | str = False
     cache_dtype: str = "float16"
 
@@ -135,16 +143,24 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard", "batch_statistics")}
     if settings.cache not in (True, False, "auto"):
         raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false or auto.")
+    weights, class_map = settings.weights, settings.get("class_map")
+    if isinstance(class_map, str):
+        class_map = read_class_map(Path(class_map).expanduser())
+    elif class_map is not None:
+        class_map = {str(name): target for name, target in class_map.items()}
     return Teacher(
         settings.name,
-        settings.weights,
+        tuple(weights) if isinstance(weights, ListConfig) else weights,
         settings.published_url,
         look,
         options,
-        settings.sha256,
-        settings.get("start"),
-        settings.cache,
-        settings.cache_dtype,
+        sha256=settings.sha256,
+        start=settings.get("start"),
+        mean_of=settings.get("mean_of", "logits"),
+        class_map=class_map,
+        image_size=settings.get("image_size", "auto"),
+        cache=settings.cache,
+        cache_dtype=settings.cache_dtype,
     )
 
 
@@ -210,6 +226,7 @@ def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
     if plan.batch_size is not None:
         found |= {"data.batch_size": plan.batch_size, "recipe.batch_size": plan.batch_size}
     if plan.teacher is not None:
-        found["model.teacher.weights"] = plan.teacher.weights
+        weights = plan.teacher.weights
+        found["model.teacher.weights"] = list(weights) if isinstance(weights, tuple) else weights
         found["model.teacher.sha256"] = plan.teacher.sha256
     return changed(cfg, found)

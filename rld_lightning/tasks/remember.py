@@ -95,7 +95,7 @@ def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, traine
         **data.views_facts(),
         "classes": data.num_classes,
         "network": canonical_name(planned.name),
-        "look": None if look is None else [look.scale.flatten().tolist(), look.shift.flatten().tolist()],
+        "look": None if look is None else [look.scale.flatten().tolist(), look.shift.flatten().tolist(), look.size],
         "precision": str(teacher.dtype or trainer.precision),
         "exact_logits": teacher.exact_logits,
         "stored": planned.cache_dtype,

@@ -1,6 +1,8 @@
 """The teacher of a run: where its weights are, how it is trained first, and the frozen network that it makes."""
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,9 +13,10 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import devices_per_node, rank_zero_only
 from rld_lightning.errors import UserError
-from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import WeightsFacts, facts_of
-from rld_lightning.models.look import Look, relook
+from rld_lightning.models.ensemble import Ensemble
+from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.look import Look
+from rld_lightning.models.read import split_part
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
@@ -21,14 +24,14 @@ from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.describe import describe_size
-from rld_lightning.tasks.look import check_size, load_in_order, teacher_look
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import Teacher, alone
+from rld_lightning.tasks.teacher_network import load_network
 
 
 def find_teacher(
     teacher: Teacher, dataset: str, store: TeacherStore, resume: str | None, told: Before | None = None
-) -> str | None:
+) -> str | tuple[str, ...] | None:
     """Finds the weights of a run's teacher.
 
     Args:
@@ -39,7 +42,7 @@ def find_teacher(
         told: what that says about its run.
 
     Returns:
-        the file, or ``"pretrained"``; None where the teacher has to be trained first.
+        the file, or several, or ``"pretrained"``; None where the teacher has to be trained first.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,6 +57,11 @@ def find_teacher(
         raise ValueError("model.teacher.weights has no value; give a file, auto, fit, published or pretrained.")
     if teacher.weights == "pretrained":
         return "pretrained"
+    if isinstance(teacher.weights, tuple):
+        for file in teacher.weights:
+            if not split_part(file)[0].is_file():
+                raise FileNotFoundError(f"there is no teacher's weights file at {file}: an ensemble is one of files.")
+        return teacher.weights
     if resume is not None and teacher.weights in ("auto", "fit", "published"):
         folder = Path(resume).parent
         before = _teacher_before(folder, teacher.name) if told is None else _file_of(*told.teacher, teacher.name)
@@ -164,26 +172,29 @@ def build_teacher(
     Raises:
         ValueError: the weights are another network's, know other classes, or are not those that they have to be.
     """
-    sha256 = None
-    if teacher.weights == "pretrained":
-        network, origin, facts = _pretrained(teacher.name, data.num_classes), "pretrained", WeightsFacts()
+    files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
+    loaded = [load_network(teacher, file, data, usual) for file in files]
+    first, facts = loaded[0], loaded[0].facts
+    sha256 = first.sha256
+    if len(loaded) > 1:
+        members, looks = [found.network for found in loaded], [found.relook for found in loaded]
+        network: nn.Module = Ensemble(members, teacher.mean_of, looks)
+        own_look = None
+        facts = replace(facts, top1=None)  # of one
+        sha256 = hashlib.sha256(",".join(str(found.sha256) for found in loaded).encode()).hexdigest()
     else:
-        network = create_model(teacher.name, data.num_classes)
-        weights = load_in_order(network, teacher.name, str(teacher.weights), data, "teacher")
-        sha256 = weights.sha256
+        network, own_look = first.network, first.relook
+    if sha256 is not None:
         _check_sha256(teacher, sha256, before)
-        facts = facts_of(weights)
-        origin = f"{teacher.weights}{_known(facts)}"
-    size = describe_size(network, data.image_shape)  # before the teacher takes the network over
-    wanted, who = teacher_look(teacher, facts, usual)
+    shape = data.image_shape if own_look is None or own_look.size is None else (3, *own_look.size)
+    size = describe_size(network, shape)  # before the teacher takes the network over
     options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: once the loss has seen it
-    frozen = FrozenTeacher(network, **options, relook=relook(Look(data.mean, data.std), wanted))
+    frozen = FrozenTeacher(network, **options, relook=own_look)
     precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
     shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
-    print_line("teacher", f"{teacher.name}, {size}, {precision}, weights {origin}{shares}")
-    if frozen.relook is not None:
-        print_line("teacher", f"sees images normalised with its own {wanted} ({who})")
-    check_size(teacher.name, facts, data, pretrained=teacher.weights == "pretrained")
+    name = teacher.name if len(loaded) == 1 else f"the mean of the {teacher.mean_of} of {len(loaded)} {teacher.name}"
+    origin = ", ".join(found.origin for found in loaded)
+    print_line("teacher", f"{name}, {size}, {precision}, weights {origin}{shares}")
     return frozen, facts, sha256
 
 
@@ -199,23 +210,3 @@ def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
             f"{before.teacher_sha256[:12]}...; bring that one back, name its file with model.teacher.weights=, or "
             "begin another run."
         )
-
-
-def _pretrained(name: str, num_classes: int) -> nn.Module:
-    network = create_model(name, num_classes, pretrained=True)
-    known = getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
-    if known != num_classes:
-        raise ValueError(
-            f"the pretrained {name} knows {known:,} classes and the data has {num_classes}, so its classifier would be "
-            f"random; fine-tune it on the data first (model=single model.student.name={name} "
-            "model.student.weights=pretrained loss=ce) and give its file with model.teacher.weights=."
-        )
-    return network
-
-
-def _known(facts: WeightsFacts) -> str:
-    """What a weights file says about itself, for the console."""
-    top1 = f"top-1 {facts.top1:.2f} %" if facts.top1 is not None else ""
-    epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
-    known = ", ".join(filter(None, (top1, epochs, facts.source)))
-    return f" ({known})" if known else ""

@@ -85,11 +85,13 @@ def test_classes_of_a_teacher_are_matched_by_name(tmp_path, data, file, capsys):
         build(tmp_path, file(class_names=["owl", *NAMES[1:]]), data)
 
 
-def test_another_size_is_said(tmp_path, data, file, capsys):
-    build(tmp_path, file(image_shape=[3, 8, 8]), data)
-    assert "caution" not in capsys.readouterr().out
-    build(tmp_path, file(image_shape=[3, 32, 32]), data)
-    assert "the teacher was trained on images of 32x32 and gets 8x8" in capsys.readouterr().out
+def test_images_have_the_size_that_a_teacher_was_trained_with(tmp_path, data, file, capsys):
+    assert build(tmp_path, file(image_shape=[3, 8, 8]), data).relook is None
+    for own, size in (("auto", 32), (16, 16)):
+        assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=own).relook.size == (size, size)
+        said = f"sees images of {size}x{size}, made of those of 8x8"
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=None).relook is None
 
 
 def test_the_data_are_normalised_as_the_weights_of_the_student_want_it(data, file, capsys):

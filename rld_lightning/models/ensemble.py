@@ -1,0 +1,52 @@
+"""Several trained networks as one teacher."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rld_lightning.models.look import Relook
+
+MEANS = ("logits", "probabilities")
+
+
+class Ensemble(nn.Module):
+    """The mean of what its members say of an image.
+
+    Of ``"logits"``, or of ``"probabilities"`` (at temperature 1), whose logarithms are then the logits; a loss with
+    another temperature takes the mean first and its temperature afterwards. Other than probabilities, logits have a
+    scale of their own: a member with larger ones weighs more.
+
+    Args:
+        members: each maps images ``(B, 3, H, W)`` to logits ``(B, C)`` of the same classes.
+        mean_of: ``"logits"`` or ``"probabilities"``.
+        relooks: for each member what takes images to the look that it was trained with; None where they come in it.
+
+    Raises:
+        ValueError: no member, or an unknown ``mean_of``.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], mean_of: str = "logits", relooks: Sequence[Relook | None] | None = None
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("an ensemble has at least one member.")
+        if mean_of not in MEANS:
+            raise ValueError(f"mean_of={mean_of!r} is unknown; choose {' or '.join(MEANS)}.")
+        self.members = nn.ModuleList(members)
+        self.relooks = nn.ModuleList(
+            nn.Identity() if look is None else look for look in relooks or [None] * len(members)
+        )
+        self.mean_of = mean_of
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, C)``, in float32 or better."""
+        seen = (look(images).to(images.dtype) for look in self.relooks)
+        logits = torch.stack([member(view) for member, view in zip(self.members, seen, strict=True)])
+        with torch.autocast(images.device.type, enabled=False):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.mean_of == "logits":
+                return logits.mean(0)
+            return F.log_softmax(logits, dim=-1).logsumexp(0) - torch.tensor(len(logits), dtype=logits.dtype).log()
