@@ -41,9 +41,11 @@ def network(name: str | None) -> str | None:
     """A network's name in the spelling of this package; ``None`` where none is given yet."""
     if not name or name in known().models:  # which is spelled as it is here
         return name or None
+    if name.startswith("transformers/"):  # a folder, maybe
+        return name.rstrip("/").rpartition("/")[2]
     from rld_lightning.models.registry import canonical_name
 
-    return canonical_name(name)
+    return canonical_name(name).replace(":", ".")
 
 
 def fast_precision(accelerator: str = "auto") -> str:

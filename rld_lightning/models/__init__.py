@@ -11,6 +11,7 @@ from rld_lightning.models import cifar, imagenet
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.graft import GraftedStudent, graft
+from rld_lightning.models.imported import trust
 from rld_lightning.models.registry import register_model
 from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import FeatureTaps, forward_with_taps
@@ -27,6 +28,7 @@ __all__ = [
     "list_models",
     "register_model",
     "stages_of",
+    "trust",
 ]
 
 

@@ -10,7 +10,14 @@ from torch import nn
 from rld_lightning.errors import did_you_mean
 from rld_lightning.models import registry
 from rld_lightning.models.graft import GraftedStudent
-from rld_lightning.models.libraries import timm_model, timm_names, torchvision_model, torchvision_names
+from rld_lightning.models.imported import build_imported, is_from_elsewhere
+from rld_lightning.models.libraries import (
+    timm_model,
+    timm_names,
+    torchvision_model,
+    torchvision_names,
+    transformers_model,
+)
 from rld_lightning.models.stages import classifier_of
 
 _LIBRARIES = {"torchvision": (torchvision_names, torchvision_model), "timm": (timm_names, timm_model)}
@@ -26,7 +33,9 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         name: a registered name (``"wrn40_2"``, also as ``"wrn_40_2"``, see
             :func:`~rld_lightning.models.registry.canonical_name`), ``"torchvision/resnet34"`` or
             ``"timm/vit_tiny_patch16_224"``; or two of them, ``"resnet8@resnet32x4"``: the first, to be ended in the
-            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`.
+            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`. Also
+            ``"my_package.module:build"`` and ``"transformers/<model>"``, if the user has named them, see
+            :func:`~rld_lightning.models.imported.trust`.
         num_classes: number of logits, at least 2.
         **kwargs: passed to the (first) builder. The two libraries take ``pretrained=True``: ImageNet weights, with a
             fresh classifier when ``num_classes`` is not theirs. For torchvision these are the original ones
@@ -41,6 +50,8 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier needs at least 2.")
+    if is_from_elsewhere(name):
+        return _from_elsewhere(name, num_classes, **kwargs)
     name = registry.canonical_name(name)
     student, at, teacher = name.partition("@")
     if at:
@@ -54,6 +65,11 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     if name not in registry.REGISTRY:
         raise ValueError(_unknown(name, [*registry.REGISTRY, *list_models("torchvision/*")]))
     return registry.REGISTRY[name](num_classes=num_classes, **kwargs)
+
+
+def _from_elsewhere(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    build = transformers_model if name.startswith("transformers/") else build_imported
+    return build(name, num_classes, **kwargs)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from rld_lightning.errors import first_line
+from rld_lightning.models import huggingface
+from rld_lightning.models.huggingface import transformers_classes, transformers_input
 
 # Whose errors are those of a network.
 _CLIENTS = {"huggingface_hub", "httpx", "requests", "urllib3"}
@@ -70,6 +72,9 @@ def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], in
         return tuple(found.mean), tuple(found.std), found.crop_size[0]
     if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
         return tuple(config.mean), tuple(config.std), config.input_size[-1]
+    if library == "transformers":
+        with _fetching(name, _hub_cache()):
+            return transformers_input(name)
     return None
 
 
@@ -86,6 +91,9 @@ def published_classes(name: str) -> list[str] | None:
         return list(_published_weights(plain).meta["categories"])
     if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
         return list(_published_weights("resnet18").meta["categories"]) if config.num_classes == 1000 else None
+    if library == "transformers":
+        with _fetching(name, _hub_cache()):
+            return transformers_classes(name)
     return None
 
 
@@ -113,8 +121,18 @@ def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     timm = _import_timm()
     if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would go on with random ones
         raise ValueError(f"timm has no pretrained weights of {name}; timm.list_pretrained() lists the models that do.")
-    with _fetching(f"timm/{name}", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"):
+    with _fetching(f"timm/{name}", _hub_cache()):
         return _without_inplace(timm.create_model(name, num_classes=num_classes, **kwargs))
+
+
+def transformers_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """As that of :mod:`~rld_lightning.models.huggingface`, and says in a sentence what cannot be fetched."""
+    with _fetching(name, _hub_cache()):
+        return _without_inplace(huggingface.transformers_model(name, num_classes, pretrained))
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
 
 
 @contextmanager

@@ -19,12 +19,15 @@ from rld_lightning.errors import first_line
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
+from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.read import Weights
 from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.module import make_schedule
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.plan import Plan, Teacher
 from rld_lightning.tasks.resume import check_folder, check_resume
+
+LIBRARIES = ("torchvision/", "timm/", "transformers/")  # which have weights of their own
 
 
 def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
@@ -53,14 +56,16 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
             raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
         start = network.start if isinstance(network, Teacher) else None
         option = "weights" if start is None else "start"
-        if "pretrained" in (network.weights, start) and not network.name.startswith(("torchvision/", "timm/")):
+        if "pretrained" in (network.weights, start) and not network.name.startswith(LIBRARIES):
             raise ValueError(
-                f"model.{role}.{option}=pretrained is for torchvision/<name> and timm/<name>, not for {network.name}; "
+                f"model.{role}.{option}=pretrained is for torchvision/, timm/ and transformers/ names, not for "
+                f"{network.name}; "
                 f"give {'a file' if role == 'student' else 'a file, published or fit'}."
             )
         # A wrong name should not wait for a download. RegNets compute widths with tensors, which meta ones refuse.
-        with torch.device("meta"), suppress(NotImplementedError):
-            create_model(network.name)
+        if network.name not in FOREIGN:
+            with torch.device("meta"), suppress(NotImplementedError):
+                create_model(network.name)
     return before
 
 

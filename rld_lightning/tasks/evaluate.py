@@ -24,6 +24,7 @@ from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
+from rld_lightning.models.imported import trust
 from rld_lightning.models.look import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
@@ -124,6 +125,7 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         run_in_processes(processes, "rld_lightning.tasks.evaluate:evaluate", cfg)
         return Evaluation(**json.loads((Path(cfg.paths.run) / EVALUATION).read_text()))
     with user_errors():
+        trust(cfg.name)
         weights = read_weights(cfg.weights)
         name = cfg.name or _model_name(weights)
         data: ImageDataModule = instantiate(cfg.data, **split_to_measure(cfg.data, weights))

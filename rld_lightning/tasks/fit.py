@@ -21,6 +21,7 @@ from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.imported import trust
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import is_there
@@ -83,6 +84,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
     freeze(cfg)
     with user_errors():
         check_parts(cfg)
+        trust(cfg.model.student.name, *([cfg.model.teacher.name] if cfg.model.teacher else []))
         plan = Plan(
             run=Path(cfg.paths.run),
             resume=find_checkpoint(cfg.resume) or _of_requeued(Path(cfg.paths.run)),

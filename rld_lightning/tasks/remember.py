@@ -10,6 +10,7 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs
+from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.logits_table import LogitsTable, table_bytes, table_key
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.teacher import FrozenTeacher
@@ -100,4 +101,6 @@ def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, traine
         "exact_logits": teacher.exact_logits,
         "stored": planned.cache_dtype,
     }
+    if planned.name in FOREIGN:  # whose weights are not seen
+        facts["sha256"] = planned.sha256
     return table_key(teacher.model.state_dict(), facts)

@@ -29,6 +29,7 @@ from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
 from rld_lightning.hydra.sweepers import own_params
+from rld_lightning.models.imported import trust
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import short_value
@@ -136,6 +137,7 @@ class Sweep(Callback):
 
     def _begin(self, config: DictConfig) -> None:
         folder = Path(config.hydra.sweep.dir)
+        trust(config.model.student.name, *([config.model.teacher.name] if config.model.teacher else []))
         swept, fixed = _overrides(config)
         self._swept = tuple(swept)
         if not swept and not config.hydra.sweeper.get("params"):  # of which a command may leave one value: seed=3

@@ -1,15 +1,19 @@
 """The network of a teacher, or one of several: weights, classes in the order of the data, and how it sees images."""
 
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.errors import some
+from rld_lightning.errors import first_line, some
 from rld_lightning.models.classes import number_of_classes, places_of, select_classes
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import WeightsFacts, facts_of
+from rld_lightning.models.foreign import FOREIGN, Columns, OnnxNetwork, ScriptedNetwork, load_foreign
 from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.look import Look, Relook, relook
 from rld_lightning.models.read import Weights, read_weights
@@ -49,7 +53,15 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
     Raises:
         ValueError: the weights are another network's, or know other classes.
     """
-    if weights == "pretrained":
+    foreign: ScriptedNetwork | OnnxNetwork | None = None
+    network: nn.Module
+    if teacher.name in FOREIGN:
+        foreign, sha256 = (
+            load_foreign(teacher.name, Path(weights)),
+            hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+        )
+        network, facts, origin = foreign, WeightsFacts(), weights
+    elif weights == "pretrained":
         network, facts, sha256, origin = _pretrained(teacher, data), WeightsFacts(), None, "pretrained"
     else:
         network, read = _of_file(teacher, weights, data)
@@ -57,6 +69,10 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
         origin = f"{weights}{_known(facts)}"
     look, who = teacher_look(teacher, facts, usual, pretrained=weights == "pretrained")
     size = teacher_size(teacher, facts, data, pretrained=weights == "pretrained")
+    if foreign is not None:
+        if teacher.image_size == "auto" and foreign.size is not None:
+            size = foreign.size
+        network = _of_foreign(foreign, teacher, data, size)
     given = Look(tuple(data.mean), tuple(data.std))
     own = relook(given, look, size if size != data.image_shape[1:] else None)
     if look != given:
@@ -83,12 +99,27 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
     return _selected(network, teacher, known, count, classes), weights
 
 
+def _of_foreign(network: nn.Module, teacher: Teacher, data: ImageDataModule, size: tuple[int, int]) -> nn.Module:
+    """A program with the logits of the classes of the data."""
+    try:
+        with torch.no_grad():
+            said = network(torch.zeros(2, 3, *size))
+    except Exception as error:  # each runtime refuses images in its own way
+        raise ValueError(
+            f"the {teacher.name} teacher cannot take images of {size[0]}x{size[1]} ({first_line(error)}); give another "
+            "side with model.teacher.image_size=."
+        ) from error
+    if teacher.class_map is None and said.shape[-1] == data.num_classes:
+        return network
+    return Columns(network, places_of(list(data.class_names), None, said.shape[-1], teacher.class_map))
+
+
 def _pretrained(teacher: Teacher, data: ImageDataModule) -> nn.Module:
     classes, name = list(data.class_names), teacher.name
     names = published_classes(name)
     wanted = teacher.class_map is not None or (names is not None and set(classes) < set(names))
     network = create_model(name, len(names) if wanted and names else data.num_classes, pretrained=True)
-    known = getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
+    known = len(names) if names else getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
     if wanted and names is not None:
         return _selected(network, teacher, names, len(names), classes)
     if known != data.num_classes:

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rld_lightning.console import print_line, print_table, quiet_lightning
-from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import UserError, did_you_mean, user_errors
 from rld_lightning.hydra.mistakes import checked
 from rld_lightning.hydra.options import list_options
@@ -21,6 +19,7 @@ from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.seal import is_damaged
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.runs.summary import Summary
+from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher import is_for_others, keep_teacher
@@ -114,15 +113,15 @@ def fit_teacher(cfg: DictConfig) -> Summary:
     with user_errors():
         if cfg.model.teacher is not None:
             raise ValueError(f"{cfg.model.label} is a pair; name the teacher alone, such as model=wrn40_2.")
-        data: ImageDataModule = instantiate(cfg.data)
-        if not is_for_others(data):
+        data = make_data(cfg.data)
+        if not is_for_others(data, None):
             raise ValueError("a teacher of the store has learned from all images: data.val_fraction=0 data.subset=1.")
     store = TeacherStore(Path(cfg.paths.teachers))
     with turn_to_train(store, data.name, name, Path(cfg.paths.run)) as lacks:
         if not lacks:
             raise UserError(f"{store.find(data.name, name)} is there; move it away to train {name} again.")
         summary = fit(cfg)
-        keep_teacher(summary, Path(cfg.paths.run), store, data, name)
+        keep_teacher(summary, Path(cfg.paths.run), store, data, name, None)
     kept = store.find(data.name, name)
     print_line("teacher", f"kept as {kept}" if kept else "not kept: its run was not one to the end, on all images")
     return summary

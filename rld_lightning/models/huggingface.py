@@ -1,0 +1,77 @@
+"""Image classifiers of transformers, by an identifier of the hub or a local folder."""
+
+from typing import Any
+
+from torch import nn
+
+from rld_lightning.models.imported import check_trusted, with_logits
+
+PREFIX = "transformers/"
+
+
+def transformers_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """A classifier; code that comes with weights is not run.
+
+    Args:
+        name: ``transformers/google/vit-base-patch16-224``, or ``transformers//my/folder``.
+        num_classes: C; of pretrained weights with another number the classifier is fresh.
+        pretrained: whether to take its weights; otherwise they are random.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: there is no such model, or it cannot be fetched.
+    """
+    from transformers import AutoModelForImageClassification
+
+    identifier = _identifier(name)
+    if pretrained:
+        model = AutoModelForImageClassification.from_pretrained(
+            identifier, num_labels=num_classes, ignore_mismatched_sizes=True
+        )
+    else:
+        config = _config(name)
+        config.num_labels = num_classes
+        model = AutoModelForImageClassification.from_config(config)
+    return with_logits(model)
+
+
+def transformers_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
+    """What a model wants to see, as its preprocessor says: mean, standard deviation, and the side of images."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    identifier = _identifier(name)
+    try:
+        found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(identifier)[0]
+    except OSError:  # it has none
+        return None
+    size = found.get("crop_size") if found.get("do_center_crop") else found.get("size")
+    sides = list(size.values()) if isinstance(size, dict) else [size]
+    if not sides or not isinstance(sides[0], int):
+        return None
+    if not found.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3, sides[0]
+    mean, std = found.get("image_mean"), found.get("image_std")
+    return (tuple(mean), tuple(std), sides[0]) if mean and std else None
+
+
+def transformers_classes(name: str) -> list[str]:
+    """What its classes are called, in the order of its logits."""
+    names = _config(name).id2label
+    return [str(names[number]) for number in sorted(names)]
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(_identifier(name))
+
+
+def _identifier(name: str) -> str:
+    check_trusted(name)
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'transformers/ models need transformers: pip install "rld-lightning[transformers]"'
+        ) from error
+    return name.removeprefix(PREFIX)

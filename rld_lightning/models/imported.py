@@ -1,0 +1,116 @@
+"""Networks from elsewhere, which only who runs a program may name: by import path, or of transformers.
+
+A name may also come from a file, which may be a stranger's, and importing a module or asking a server because a file
+says so would be more than reading it. So such names are taken once :func:`trust` has been told them.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rld_lightning.errors import did_you_mean, first_line
+
+_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
+_HUB = "transformers/"
+_named: set[str] = set()
+
+
+def is_from_elsewhere(name: str) -> bool:
+    """Whether a name is ``my_package.module:build`` or ``transformers/...``."""
+    return name.startswith(_HUB) or _PATH.fullmatch(name) is not None
+
+
+def trust(*names: str | None) -> None:
+    """Takes names that the user has given, on a command line or in a program of theirs.
+
+    Args:
+        names: of any network; None is none.
+    """
+    _named.update(name for name in names if name is not None and is_from_elsewhere(name))
+
+
+def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """Imports a builder, has it build, and sees to it that logits come out, whatever the network returns.
+
+    Args:
+        name: ``my_package.module:build``, of something that takes ``num_classes``; modules are also looked for in the
+            working directory.
+        num_classes: C.
+        **kwargs: passed on.
+
+    Raises:
+        ValueError: nobody has trusted the name; it cannot be imported; or it builds no network.
+    """
+    check_trusted(name)
+    module, _, path = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{name} cannot be imported ({first_line(error)}); run this in the folder that {module.split('.')[0]} is "
+            "in, or put that on PYTHONPATH."
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{name} is not there: {module} has no {path}.{did_you_mean(path, dir(found))}")
+        found = getattr(found, part)
+    try:
+        network = found(num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name} does not build a network from num_classes={num_classes}: {error}.") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} builds a {type(network).__name__}, which is no torch.nn.Module.")
+    return with_logits(network)
+
+
+def check_trusted(name: str) -> None:
+    """Refuses a name that nobody has trusted.
+
+    Raises:
+        ValueError: it was read from a file.
+    """
+    if name not in _named:
+        raise ValueError(
+            f"{name!r} is a network from elsewhere, named by a file and not by you: nothing was imported or fetched. "
+            f"If you trust it, name it yourself (name={name}, or rld_lightning.models.trust({name!r}))."
+        )
+
+
+def with_logits(network: nn.Module) -> nn.Module:
+    """Has a network return its logits alone, where it returns a tuple, a mapping or an object; its keys stay.
+
+    Args:
+        network: is changed; its class becomes one of the same name.
+    """
+    own = type(network)
+    network.__class__ = type(own.__name__, (_Logits, own), {"__module__": own.__module__})
+    return network
+
+
+class _Logits(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return logits_of(super().forward(*args, **kwargs))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network returns: a tensor, the first of a tuple or list, or what is called ``logits``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return logits_of(output["logits"])
+    if isinstance(found := getattr(output, "logits", None), Tensor):
+        return found
+    if isinstance(output, tuple | list) and output:
+        return logits_of(output[0])
+    raise ValueError(f"the network returns a {type(output).__name__} without logits.")

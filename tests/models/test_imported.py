@@ -1,0 +1,149 @@
+"""Networks from elsewhere: imported where the user names them, and never because a file does."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rld_lightning.models import create_model, trust
+from rld_lightning.models.imported import is_from_elsewhere, logits_of, with_logits
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        return {"features": images, "logits": self.fc(images.mean((2, 3)))}
+
+class zoo:
+    build = Net
+
+def number(num_classes):
+    return num_classes
+
+def other(classes):
+    return Net(classes)
+"""
+IMAGES = torch.ones(2, 3, 4, 4)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A module in the working directory, which marks that it was imported."""
+    (tmp_path / "my_nets.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n{MODULE}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("rld_lightning.models.imported._named", set())
+    monkeypatch.delitem(sys.modules, "my_nets", raising=False)
+    yield tmp_path / "imported"
+    sys.modules.pop("my_nets", None)
+
+
+def test_what_a_file_names_is_not_imported(elsewhere):
+    trust("my_nets:zoo.build", "resnet8", None)
+    with pytest.raises(ValueError, match="named by a file and not by you: nothing was imported"):
+        create_model("my_nets:Net", 4)
+    with pytest.raises(ValueError, match="nothing was imported or fetched"):
+        create_model("transformers/google/vit-base-patch16-224", 4)
+    assert not elsewhere.exists()
+
+
+def test_what_the_user_names_is(elsewhere):
+    trust("my_nets:Net", "my_nets:zoo.build")
+    for name in ("my_nets:Net", "my_nets:zoo.build"):
+        network = create_model(name, 4)
+        assert elsewhere.exists()
+        assert network(IMAGES).shape == (2, 4)
+        assert set(network.state_dict()) == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my_nest:Net", r"my_nest:Net cannot be imported \(No module named 'my_nest'\); run this in the folder"),
+        ("my_nets:Nets", r"my_nets has no Nets\. Did you mean 'Net'"),
+        ("my_nets:number", r"builds a int, which is no torch\.nn\.Module"),
+        ("my_nets:other", "does not build a network from num_classes=4"),
+    ],
+)
+def test_what_is_no_network_is_said(elsewhere, name, words):
+    trust(name)
+    with pytest.raises(ValueError, match=words):
+        create_model(name, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("a.b:c.d", True), ("transformers/x", True), ("resnet8@wrn16_2", False), ("a:b c", False), ("/x/y:z", False),
+     ("timm/vit", False), (":a", False), ("a:", False), ("a::b", False)],
+)  # fmt: skip
+def test_an_import_path_is_told_by_its_form(name, found):
+    assert is_from_elsewhere(name) == found
+
+
+@dataclass
+class Output:
+    loss: None
+    logits: Tensor
+
+
+def test_logits_are_found_in_whatever_comes_out():
+    logits = torch.zeros(2, 3)
+    for output in (logits, (logits, 1), [logits], {"logits": logits}, Output(None, logits), ((logits,), 2)):
+        assert logits_of(output) is logits
+    for output in ((), {"output": logits}, "logits", None):
+        with pytest.raises(ValueError, match="without logits"):
+            logits_of(output)
+
+
+def test_a_network_is_still_what_it_was():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    expected = plain(IMAGES)
+    same = with_logits(plain)
+    assert isinstance(same, nn.Sequential)
+    assert type(same).__name__ == "Sequential"
+    torch.testing.assert_close(same(IMAGES), expected)
+    exported = torch.export.export(same, (IMAGES,))
+    torch.testing.assert_close(exported.module()(IMAGES), expected)
+
+
+def test_a_classifier_of_transformers_from_a_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from rld_lightning.models.libraries import published_classes, published_input
+
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=8, id2label={0: "owl", 1: "cat", 2: "dog"})
+    whole = transformers.ViTForImageClassification(config).eval()
+    whole.save_pretrained(tmp_path)
+    looks = '"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "size": {"height": 8, "width": 8}'
+    (tmp_path / "preprocessor_config.json").write_text(f'{{"do_normalize": true, {looks}}}')
+    name = f"transformers/{tmp_path}"
+    trust(name)
+    network, images = create_model(name, 3, pretrained=True).eval(), torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), whole(images).logits)
+    assert create_model(name, 5)(images).shape == (2, 5)
+    assert published_input(name) == ((0.5,) * 3, (0.25,) * 3, 8)
+    assert published_classes(name) == ["owl", "cat", "dog"]
+    trust("transformers//there/is/none")
+    with pytest.raises(ConnectionError, match=r"weights of transformers//there/is/none are not in"):
+        create_model("transformers//there/is/none", 3, pretrained=True)
+
+
+def test_weights_that_cannot_be_fetched_are_said_in_a_sentence(monkeypatch, tmp_path):
+    from urllib.error import URLError
+
+    def offline(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(ConnectionError, match=r"weights of torchvision/resnet18 are not in .*cannot be"):
+        create_model("torchvision/resnet18", 10, pretrained=True)
