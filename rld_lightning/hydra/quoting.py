@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 PATHS = frozenset(
     (
         *("paths.data", "paths.runs", "paths.teachers", "paths.run"),
-        *("data.root", "data.cache", "data.bad_images_file", "model.teacher.weights", "model.student.weights"),
+        *("data.root", "data.cache", "data.bad_images_file", "data.split_file"),
+        *("model.teacher.weights", "model.teacher.start", "model.student.weights"),
         *("resume", "weights", "out", "index.train", "index.test", "index.val", "index.class_names"),
         *("hydra.run.dir", "hydra.sweep.dir"),
     )

@@ -82,6 +82,8 @@ class LogitReader:
             raise ValueError(
                 f"{run.folder} was trained without a teacher; choose a distilled run, or add --teacher FILE."
             )
+        if not isinstance(settings["weights"], str):
+            raise ValueError(f"{run.folder} had several teachers; choose one with --teacher FILE.")
         return settings["weights"], settings["name"]
 
     def _of(self, data: ImageDataModule, weights: str | Path, name: str | None) -> tuple[Tensor, Tensor, Tensor]:
