@@ -101,6 +101,8 @@ class FrozenTeacher(nn.Module):
         Returns:
             how many were folded; 0 where the model cannot be traced, or would give other logits.
         """
+        if self.relook is not None and self.relook.size is not None:
+            image_shape = (3, *self.relook.size)
         with warnings.catch_warnings(action="ignore"):
             folded = fuse_conv_bn(self.model)
         gone = _count_norms(self.model) - _count_norms(folded)

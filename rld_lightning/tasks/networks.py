@@ -19,7 +19,7 @@ from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, Evalua
 from rld_lightning.tasks.finished import Finished
 from rld_lightning.tasks.look import load_in_order
 from rld_lightning.tasks.once import run_once
-from rld_lightning.tasks.plan import alone
+from rld_lightning.tasks.plan import alone, changed
 from rld_lightning.tasks.trainer import make_trainer
 
 ALONE = "alone"  # the run folder, within another, of the student that was trained by itself
@@ -94,15 +94,21 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
         file = Path(str(plan.teacher.weights))
         size = file.stat().st_size if file.is_file() else _bytes(module.teacher)
         yield "teacher", plan.teacher.name, _Logits(module.teacher), size
-    file = plan.run / ALONE / STUDENT
-    if file.is_file():
-        network = create_model(plan.student.name, data.num_classes)
-        weights = load_in_order(network, plan.student.name, str(file), data, "alone")
-        look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts_of(weights)))
-        network = network if look is None else nn.Sequential(look, network)
-        yield "student alone", plan.student.name, network, file.stat().st_size
     role = "distilled student" if plan.teacher is not None else "student alone"
-    yield role, finished.summary.model, module.student, (plan.run / STUDENT).stat().st_size
+    files = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}
+    for role, file in files.items():
+        if file.is_file():
+            name = finished.summary.model if file.parent == plan.run else plan.student.name
+            yield role, name, _read(finished, name, file), file.stat().st_size
+
+
+def _read(finished: Finished, name: str, file: Path) -> nn.Module:
+    """A student as it lies in its file, for the images of the run's data."""
+    data = finished.data
+    network = create_model(name, data.num_classes)
+    weights = load_in_order(network, name, str(file), data, "student")
+    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts_of(weights)))
+    return network if look is None else nn.Sequential(look, network)
 
 
 def _bytes(network: nn.Module) -> int:
@@ -113,7 +119,8 @@ def _measure(
     finished: Finished, role: str, name: str, network: nn.Module, size: int
 ) -> tuple[Network, list[ClassResult]]:
     data = finished.data
-    trainer = make_trainer(finished.cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    exact = changed(finished.cfg, {"trainer.precision": "32-true"}).trainer  # a measurement, not a race
+    trainer = make_trainer(exact, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     module = EvaluationModule(network, data.num_classes)
     test_with(trainer, module, data, "test")
     classes = class_results(module.results["per_class"], list(data.class_names))
