@@ -89,7 +89,7 @@ def compare_networks(finished: Finished) -> None:
 
 def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
     """Role, name, network and the bytes of each."""
-    plan, data, module = finished.plan, finished.data, finished.module
+    plan, module = finished.plan, finished.module
     if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
         file = Path(str(plan.teacher.weights))
         size = file.stat().st_size if file.is_file() else _bytes(module.teacher)
