@@ -115,9 +115,10 @@ def places_of(
     place |= {name: number for number, name in enumerate(known or ())}
     wanted = {name: class_map.get(name, name) for name in classes}
     if lost := {name: target for name, target in wanted.items() if target not in place}:
+        missing = some(f"{name!r} ({target!r})" for name, target in lost.items())
         names = f"such as {some(map(repr, known))}" if known else "which has no names for them"
         raise ValueError(
-            f"the teacher has no class for {some(f'{name!r} ({target!r})' for name, target in lost.items())}; say which of its {count:,}, {names}, it is with "
+            f"the teacher has no class for {missing}; say which of its {count:,}, {names}, it is with "
             f"model.teacher.class_map={{{next(iter(lost))}:<its name, or its number from 0 on>}}."
         )
     places = [place[target] for target in wanted.values()]
