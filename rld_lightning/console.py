@@ -38,6 +38,11 @@ _NOISE = (
 )
 
 
+def look_again() -> None:
+    """Finds out anew what the console prints to, in a process that was forked and prints elsewhere."""
+    vars(console).update(vars(Console(highlight=False)))
+
+
 @cache
 def quiet_lightning() -> None:
     """Silences, once a process, what Lightning prints at every start and that says nothing about this run."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # imported on use: the command line is read without PyTorch
     from torch import Tensor
 
 __all__ = [
+    "GRACE",
     "JOB",
     "STOPS",
     "Started",
@@ -31,6 +32,7 @@ __all__ = [
     "gathered",
     "is_first",
     "leave",
+    "look_for_rank",
     "nodes",
     "own_share",
     "rank_zero_only",
@@ -40,10 +42,13 @@ __all__ = [
     "started_by",
     "started_here",
     "stopped_by",
+    "trials_at_once",
     "unique_name",
 ]
 
 JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that a run starts itself
+GRACE = 20.0  # seconds that processes have to end by themselves after a signal: to the end of a step, and to save
+TRIALS = "RLD_LIGHTNING_TRIALS"  # for the processes of trials that run side by side: how many do
 
 
 def _rank_before_lightning() -> int:
@@ -53,6 +58,11 @@ def _rank_before_lightning() -> int:
 
 
 vars(rank_zero_only).setdefault("rank", _rank_before_lightning())
+
+
+def look_for_rank() -> None:
+    """Takes the rank from the environment, which was another one when Lightning was imported in what was forked."""
+    vars(rank_zero_only)["rank"] = _rank_before_lightning()
 
 
 def is_first() -> bool:
@@ -82,6 +92,12 @@ def started_by() -> Started | None:
 def started_here() -> bool:
     """Whether this process is one of those that a run has started itself."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
+
+
+def trials_at_once() -> int | None:
+    """How many trials of a sweep run side by side on this machine, where this process belongs to one; else None."""
+    known = os.environ.get(TRIALS, "")
+    return int(known) if known.isdecimal() else None
 
 
 def slurm_job() -> str | None:

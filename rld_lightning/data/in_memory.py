@@ -169,6 +169,10 @@ class InMemoryDataModule(ImageDataModule):
         self._origin = self._origin.to(self.device)
         self._sizes = tuple(len(self.splits[name].labels) for name in ("train", self.val_split, "test"))
 
+    def take_over(self, other: "InMemoryDataModule") -> None:
+        """Takes what another module with the same options has read, which both share."""
+        self.splits, self._origin, self._views = dict(other.splits), other._origin, other._views
+
     @property
     def train_label(self) -> Tensor:
         """Class of each training image, int64 ``(N,)``, on the trainer's device."""

@@ -7,8 +7,26 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from rld_lightning import warm
 from rld_lightning.hydra.mistakes import check
 from rld_lightning.hydra.script import composed, exit_on_user_error
+
+# What a trial imports sooner or later, in an order in which the end of a sweep is noticed in between.
+_OF_TRIALS = (
+    "torch",
+    "torchvision",
+    "lightning.pytorch",
+    "sklearn.datasets",
+    "pandas",
+    "rld_lightning.reporting.curves",
+    "matplotlib.backends.backend_agg",
+    "rld_lightning.losses.features",
+    "rld_lightning.tasks.processes",
+    "rld_lightning.tasks.trial",
+    "rld_lightning.tasks.sweep",
+    "rld_lightning.hydra.side_by_side",
+)
+_HERE = ("BasicLauncher", "SideBySideLauncher")  # those that start trials on this machine
 
 
 class Later(Callback):
@@ -16,11 +34,13 @@ class Later(Callback):
 
     Args:
         of: the callback's import path.
+        warm: whether the processes of trials are forked from one that has imported everything.
         options: what it takes.
     """
 
-    def __init__(self, of: str, **options: Any) -> None:
+    def __init__(self, of: str, *, warm: bool = True, **options: Any) -> None:
         self.settings = {"_target_": of, **options}
+        self.warm = warm
         self.callback: Callback | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -36,6 +56,8 @@ class Later(Callback):
         """As :meth:`on_run_start`; then the sweep begins."""
         composed()
         self.on_run_start(config)
+        if self.warm and str(config.hydra.launcher._target_).endswith(_HERE):
+            warm.warm_up(_OF_TRIALS)  # which imports while this process does
         self.callback = instantiate(self.settings)
         assert self.callback is not None
         self.callback.on_multirun_start(config, **options)

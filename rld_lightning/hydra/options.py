@@ -38,6 +38,12 @@ _SAMPLERS: dict[str, dict[str, Any]] = {
     "random": {"_target_": "optuna.samplers.RandomSampler", "seed": None},
     "grid": {"_target_": "optuna.samplers.GridSampler", "seed": None},
 }
+_LAUNCHERS: dict[str, dict[str, Any]] = {
+    "joblib": {
+        "_target_": "hydra_plugins.rld_lightning_launchers.SideBySideLauncher",
+        "n_jobs": "${trials_at_once:${trainer.accelerator},${trainer.devices}}",
+    },
+}
 _SMALL_RATE = ("mobilenetv2", "shufflev1", "shufflev2")  # the literature trains them with a learning rate of 0.01
 
 
@@ -61,7 +67,8 @@ def register_options() -> None:
         for name in options.keys() - _files(group):
             store.store(group=group, name=name, node=options[name])
     Plugins.instance()  # these come first, because Hydra's own and others of the name would take our place
-    for group, options in (("hydra/sweeper", _SWEEPERS), ("hydra/sweeper/sampler", _SAMPLERS)):
+    own = {"hydra/sweeper": _SWEEPERS, "hydra/sweeper/sampler": _SAMPLERS, "hydra/launcher": _LAUNCHERS}
+    for group, options in own.items():
         for name, node in options.items():
             store.store(group=group, name=name, node=node)
 

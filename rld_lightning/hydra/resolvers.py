@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
+from rld_lightning.hydra.gpus import trials_at_once
 from rld_lightning.hydra.help import options_help
 from rld_lightning.hydra.known import known
 from rld_lightning.runs.naming import dataset_name, loss_choice
@@ -77,6 +78,7 @@ OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, repl
 OmegaConf.register_new_resolver("devices_per_node", devices_per_node, replace=True)
 OmegaConf.register_new_resolver("nodes", nodes, replace=True)
 OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("trials_at_once", trials_at_once, replace=True)
 OmegaConf.register_new_resolver("network", network, replace=True)
 OmegaConf.register_new_resolver("tuned", tuned, replace=True)
 OmegaConf.register_new_resolver("choice", choice, replace=True)

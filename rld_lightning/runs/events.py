@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Events:
         self._read = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Those that have come since the last call."""
+        """Those that have come since the last call; what is no event is passed over."""
         if not self._file.exists():
             return
         with self._file.open("rb") as file:
@@ -43,4 +44,8 @@ class Events:
                 if not line.endswith(b"\n"):  # it is being written
                     return
                 self._read += len(line)
-                yield json.loads(line)
+                event = None
+                with suppress(ValueError):  # two cut each other, on a disk of several machines say
+                    event = json.loads(line)
+                if isinstance(event, dict):
+                    yield event

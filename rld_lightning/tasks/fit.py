@@ -43,6 +43,7 @@ from rld_lightning.tasks.checks import (
 )
 from rld_lightning.tasks.describe import describe_run
 from rld_lightning.tasks.finished import Finished
+from rld_lightning.tasks.kept import make_data
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes

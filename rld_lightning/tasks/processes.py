@@ -1,8 +1,8 @@
 """A run with several processes: one that reads the command line and watches, and the ranks that train.
 
 Every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one folder.
-They get the environment that ``torchrun`` gives, so that there is one way to run and two to start. Why neither of the
-launchers at hand:
+They get the environment that ``torchrun`` gives, so that there is one way to run and two to start. Those of a sweep are
+forked from one that has imported everything (:mod:`rld_lightning.warm`). Why neither of the launchers at hand:
 
 - Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in a
   sweep every rank would sweep on its own, and nobody is left to say what happened when rank 0 dies.
@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,6 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -32,17 +30,29 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
-from rld_lightning.console import end_line, print_line, quiet_lightning
-from rld_lightning.distributed import JOB, Stopped, leave, signals_end, started_by, stopped_by
+from rld_lightning import warm
+from rld_lightning.console import end_line, look_again, print_line, quiet_lightning
+from rld_lightning.distributed import (
+    GRACE,
+    JOB,
+    Stopped,
+    leave,
+    look_for_rank,
+    signals_end,
+    started_by,
+    stopped_by,
+    trials_at_once,
+)
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST
 from rld_lightning.tasks.trainer import make_trainer
+from rld_lightning.warm import Process
+from rld_lightning.warm import poll as _poll
 
 POLL = 0.1  # seconds between two looks at the processes
-GRACE = 20.0  # seconds that processes have to end by themselves after a signal: to the end of a step, and to save
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def run_in_processes(
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
-        command = (sys.executable, "-m", "rld_lightning.tasks.processes", task, str(folder), str(os.getpid()))
+        command = (*warm.PYTHON_M, "rld_lightning.tasks.processes", task, str(folder), str(os.getpid()))
         with signals_end(), _started(command, count, output) as processes:
             stop = None
             try:
@@ -125,7 +135,7 @@ def run_in_processes(
                     _let_end(processes)
             except (KeyboardInterrupt, Stopped) as signalled:
                 stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
-                if parent_process() is None:  # else a launcher's, one of several
+                if trials_at_once() is None:  # else the launcher says it
                     end_line()
                     print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
@@ -144,7 +154,7 @@ def run_in_processes(
 
 
 @contextmanager
-def _started(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _started(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[Process]]:
     """Starts the ranks, each in a session of its own, and kills what is left of them in the end."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -154,7 +164,7 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": JOB,
     }
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     # Ranks that cannot save yet inherit that it is ignored; later it is passed on.
     before = _on_sigusr1(signal.SIG_IGN)
     try:
@@ -162,16 +172,7 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
             with output.open("ab") if output else nullcontext() as file:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT if file else None,
-                        start_new_session=True,
-                    )
-                )
+                processes.append(warm.start(command, environment, file))
         _on_sigusr1(lambda *_: _pass_on(processes, signal.SIGUSR1))
         yield processes
     finally:
@@ -183,7 +184,7 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
                 time.sleep(POLL / 10)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+def _wait(processes: Sequence[Process]) -> dict[int, int]:
     """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
     while True:
         codes = [_poll(process) for process in processes]
@@ -199,7 +200,7 @@ def _on_sigusr1(handler: Any) -> Any:
     return signal.signal(signal.SIGUSR1, handler) if main else signal.getsignal(signal.SIGUSR1)
 
 
-def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _interrupt(processes: Sequence[Process]) -> None:
     """Tells them to stop, whatever signal came, so that they save and loggers finish, and waits for the end.
 
     By SIGTERM, which ends those that are still importing without a traceback.
@@ -208,34 +209,17 @@ def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     _let_end(processes)
 
 
-def _pass_on(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+def _pass_on(processes: Sequence[Process], number: signal.Signals) -> None:
     for process in processes:
         if _poll(process) is None:
             os.kill(process.pid, number)
 
 
-def _let_end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _let_end(processes: Sequence[Process]) -> None:
     """Waits until all have ended, at most :data:`GRACE` seconds."""
     until = time.monotonic() + GRACE
     while time.monotonic() < until and any(_poll(process) is None for process in processes):
         time.sleep(POLL)
-
-
-def _poll(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code of a process, None while it runs.
-
-    ``Popen.poll`` takes a lock, which stays taken where the handler of a signal raises in between: whoever then waits
-    for the process waits for ever.
-    """
-    if process.returncode is None:
-        try:
-            ended, status = os.waitpid(process.pid, os.WNOHANG)
-        except ChildProcessError:  # such a signal came between the answer and its noting
-            process.returncode = 1
-        else:
-            if ended:
-                process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode
 
 
 def _resume_hint(run: Path) -> str | None:
@@ -304,9 +288,21 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _rank(task: str, folder: Path, parent: int) -> int:
-    """Does the work of one process and returns its exit status."""
-    _end_with(parent)
+def main(arguments: Sequence[str]) -> int:
+    """Does the work of one process, and returns its exit status.
+
+    Args:
+        arguments: the task and the folder with the configuration.
+    """
+    code = _rank(arguments[0], Path(arguments[1]))
+    if stopped_by([code]) is not None:
+        leave(code)
+    return code
+
+
+def _rank(task: str, folder: Path) -> int:
+    look_for_rank()
+    look_again()
     quiet_lightning()
     try:
         module, function = task.split(":")
@@ -326,19 +322,6 @@ def _rank(task: str, folder: Path, parent: int) -> int:
     return 1
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process and its data loaders within a second when its parent is gone, killed for example."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
-
-
 if __name__ == "__main__":
-    code = _rank(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
-    if stopped_by([code]) is not None:
-        leave(code)
-    sys.exit(code)
+    warm.end_with(int(sys.argv[3]))
+    sys.exit(main(sys.argv[1:]))

@@ -40,6 +40,7 @@ from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.fit import fit_in_processes
+from rld_lightning.tasks.kept import share_data
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import alone, changed
 from rld_lightning.tasks.teacher import is_for_others, keep_teacher, train_teacher
@@ -160,6 +161,7 @@ class Sweep(Callback):
         varied = {_group(key) for key in swept}
         others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
+        share_data(config.data)
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and {_here(folder)}")
         for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
             logging.getLogger(name).setLevel(logging.WARNING)

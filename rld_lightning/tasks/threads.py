@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import devices_per_node
+from rld_lightning.distributed import devices_per_node, trials_at_once
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.module import DistillationModule
 
@@ -32,7 +32,7 @@ def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: T
     teacher = 0 if module.teacher is None else count_macs(module.teacher.model, data.image_shape)
     work = data.batch_size / trainer.world_size * (teacher + 3 * count_macs(module.student, data.image_shape))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads_for(work, cores, int(devices_per_node(1)))
+    threads = threads_for(work, cores, int(devices_per_node(1)) * (trials_at_once() or 1))
     torch.set_num_threads(threads)
     print_line("threads", f"{threads} of {cores} cores, for {work / 1e9:.1f} G multiply-accumulates a step")
 
@@ -43,6 +43,6 @@ def threads_for(work: float, cores: int, processes: int) -> int:
     Args:
         work: multiply-accumulates of a step in this process.
         cores: of this machine.
-        processes: how many of the run share them.
+        processes: how many of the run, and of trials beside it, share them.
     """
     return max(1, min(cores // processes, round(work / _WORTH)))

@@ -3,6 +3,7 @@
 import atexit
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ class Watch:
         return Text.assemble(("   sweep", "bold"), f"  {self.line()}", no_wrap=True, overflow="ellipsis")
 
     def _take(self) -> None:
-        for event in self._events.new():
-            self.take(event)
+        with suppress(OSError):  # the next look may be luckier
+            for event in self._events.new():
+                with suppress(KeyError, TypeError, ValueError, AttributeError):  # another version's, say
+                    self.take(event)
 
     def take(self, event: dict[str, Any]) -> None:
         """Takes one event: how many trials there are to be, that one begins, or that one ends."""

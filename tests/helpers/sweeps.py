@@ -20,6 +20,6 @@ def begin_sweep(*command: str) -> tuple[DictConfig, Sweep]:
         OmegaConf.set_readonly(config.hydra, False)
         config.hydra.job.config_name = "fit"
         config.hydra.overrides.task = [option for option in command if not option.startswith("hydra")]
-        callback = instantiate(config.hydra.callbacks.sweep)
+        callback = instantiate(config.hydra.callbacks.sweep, warm=False)
         callback.on_multirun_start(config, config_name="fit")
     return config, callback

@@ -82,6 +82,22 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     assert list(Events(tmp_path).new()) == []  # another sweep in the folder begins anew
 
 
+def test_events_that_cannot_be_read_do_not_end_the_watch(watch, tmp_path, capsys):
+    for text in (
+        "not JSON",
+        '"a text"',
+        '{"state": "begins"}',
+        '{"state": "ends", "number": 1, "time": "x"}',
+        "\udcff",
+    ):
+        with (tmp_path / EVENTS).open("a", errors="surrogateescape") as file:
+            file.write(f"{text}\n")
+    note(tmp_path, total=1)
+    note(tmp_path, state="ends", number=0, trial="x=0", top1=50.0)
+    watch.stop()
+    assert " ".join(capsys.readouterr().out.split()).endswith("x=0 50.00 % 0 s")
+
+
 def test_a_trial_tells_how_it_ends_wherever_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "is_trial", lambda: True)
     config, callback = begin_sweep("loss.alpha=1,2", "recipe=quick", f"hydra.sweep.dir={tmp_path / 'sweep'}")

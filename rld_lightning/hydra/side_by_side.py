@@ -1,0 +1,205 @@
+"""Trials of a sweep side by side: each is one of Hydra's jobs in a process of its own, with its share of the GPUs."""
+
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import cloudpickle
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from rld_lightning.console import end_line, print_line
+from rld_lightning.distributed import GRACE, TRIALS, Stopped, signals_end, stopped_by
+from rld_lightning.errors import UserError
+from rld_lightning.hydra.gpus import VISIBLE, gpu_shares
+from rld_lightning.runs.files import ERROR
+from rld_lightning.warm import PYTHON_M, Process, end_with, poll, start
+
+_POLL = 0.05  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True)
+class _Running:
+    index: int
+    process: Process
+
+
+class Jobs:
+    """Runs jobs of a sweep, so many at a time.
+
+    Args:
+        context: Hydra's loader of configurations and callbacks.
+        config: the sweep's.
+        task: what a job does.
+        at_once: how many run at a time.
+
+    Raises:
+        UserError: none can run.
+    """
+
+    def __init__(self, context: HydraContext, config: DictConfig, task: TaskFunction, at_once: int) -> None:
+        if at_once == -1:
+            at_once = os.cpu_count() or 1
+        if at_once < 1:
+            raise UserError(f"hydra.launcher.n_jobs={at_once} must be 1 or more, or -1 for one a core.")
+        self.context = context
+        self.config = config
+        self.task = task
+        self.at_once = at_once
+        self.shares = gpu_shares(config.get("trainer") or {})
+
+    def run(self, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        """Runs all, and returns what each has returned; one that was killed has failed.
+
+        Args:
+            overrides: of each job.
+            first: the first one's number.
+
+        Raises:
+            KeyboardInterrupt: by Ctrl-C; nothing is left running.
+            Stopped: by another signal, likewise.
+        """
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        returned: dict[int, JobReturn] = {}
+        waiting, running = deque(range(len(overrides))), dict[int, _Running]()
+        with TemporaryDirectory(prefix="rld-jobs-") as scratch:
+            folder = Path(scratch)
+            # By value: main of a script cannot be imported.
+            shared = (self.context, self.config, self.task, Singleton.get_state())
+            (folder / "shared").write_bytes(cloudpickle.dumps(shared))
+            try:
+                while waiting or running:
+                    for slot in range(self.at_once):
+                        if slot not in running and waiting:
+                            index = waiting.popleft()
+                            running[slot] = _Running(index, self._start(slot, folder, first + index, overrides[index]))
+                    for slot, job in list(running.items()):
+                        if (code := poll(job.process)) is not None:
+                            del running[slot]
+                            if (number := stopped_by([code])) is not None:
+                                raise Stopped(number)
+                            number = first + job.index
+                            returned[job.index] = self._returned(folder, number, code, overrides[job.index])
+                    time.sleep(_POLL)
+            except (KeyboardInterrupt, Stopped):
+                end_line()
+                print_line("stopping", "after this step, and saving; once more stops it at once")
+                with suppress(KeyboardInterrupt, Stopped):
+                    _let_end([job.process for job in running.values()])
+                raise
+            finally:
+                for job in running.values():  # what it has started ends with it
+                    _kill(job.process)
+        return [returned[index] for index in range(len(overrides))]
+
+    def _start(self, slot: int, folder: Path, number: int, overrides: Sequence[str]) -> Process:
+        (folder / f"job_{number}").write_bytes(pickle.dumps(list(overrides)))
+        command = [*PYTHON_M, __name__, str(folder), str(number), str(os.getpid())]
+        return start(command, {**os.environ, TRIALS: str(self.at_once), **self.environment(slot)})
+
+    def environment(self, slot: int) -> Mapping[str, str]:
+        """What the jobs of a slot get that those of another do not: trials are dealt to the GPUs in turn."""
+        return {VISIBLE: self.shares[slot % len(self.shares)]} if self.shares else {}
+
+    def _returned(self, folder: Path, number: int, code: int, overrides: Sequence[str]) -> JobReturn:
+        """What a job has returned that has ended."""
+        file = folder / f"returned_{number}"
+        if file.exists():
+            returned: JobReturn = pickle.loads(file.read_bytes())
+            return returned
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        error = UserError(f"the process that watches over this trial {end}, and the trial with it.")
+        config = job_config(self.context, self.config, number, overrides)
+        HydraConfig.instance().set_config(config)
+        trial = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+        with open_dict(config.hydra.runtime):
+            config.hydra.runtime.output_dir = str(trial.absolute())
+        trial.mkdir(parents=True, exist_ok=True)
+        (trial / ERROR).write_text(f"{error}\n")
+        lost = JobReturn(overrides=list(overrides), status=JobStatus.FAILED, _return_value=error)
+        self.context.callbacks.on_job_end(config=config, job_return=lost)
+        HydraConfig.instance().set_config(self.config)
+        return lost
+
+
+def job_config(context: HydraContext, config: DictConfig, number: int, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one of a sweep's jobs.
+
+    Args:
+        context: with the loader.
+        config: the sweep's.
+        number: the job's.
+        overrides: its own.
+    """
+    own = context.config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(own):
+        own.hydra.job.id = f"{own.hydra.job.name}_{number}"
+        own.hydra.job.num = number
+    return own
+
+
+def _let_end(processes: Sequence[Process]) -> None:
+    """Tells jobs to stop, which tell their trials, and waits until they have."""
+    for process in processes:
+        if poll(process) is None:
+            os.kill(process.pid, signal.SIGTERM)
+    until = time.monotonic() + GRACE + 5
+    while time.monotonic() < until and any(poll(process) is None for process in processes):
+        time.sleep(_POLL)
+
+
+def _kill(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    while poll(process) is None:
+        time.sleep(_POLL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a job, in a process of its own, and returns its exit status.
+
+    Args:
+        arguments: the folder with what all jobs share, and this one's number.
+    """
+    folder, number = Path(arguments[0]), int(arguments[1])
+    try:
+        with signals_end():
+            context, config, task, singletons = pickle.loads((folder / "shared").read_bytes())
+            overrides = pickle.loads((folder / f"job_{number}").read_bytes())
+            setup_globals()
+            Singleton.set_state(singletons)
+            own = job_config(context, config, number, overrides)
+            HydraConfig.instance().set_config(own)
+            returned = run_job(
+                task_function=task,
+                config=own,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=context,
+            )
+            file = folder / f"returned_{number}"
+            file.with_suffix(".part").write_bytes(cloudpickle.dumps(returned))
+            file.with_suffix(".part").replace(file)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Stopped as stop:
+        return 128 + stop.signal
+    return 0
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[3]))
+    sys.exit(main(sys.argv[1:]))

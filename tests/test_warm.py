@@ -1,0 +1,228 @@
+"""Processes that are forked from one that has imported what they need are like those that Python starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rld_lightning import warm
+from rld_lightning.warm import Forked
+
+JOB = """
+import json, os, random, signal, subprocess, sys, time, uuid
+kept, at_import = [], os.getpid()
+
+def keep(text):
+    kept.append(text)
+
+def main(arguments):
+    out, what = arguments[0], arguments[1]
+    if what == "say":
+        print("out"), print("err", file=sys.stderr)
+        facts = {
+            "pid": os.getpid(), "group": os.getpgrp(), "session": os.getsid(0), "cwd": os.getcwd(),
+            "argv": sys.argv[1:], "x": os.environ.get("X"), "path": os.environ.get("PATH") is not None,
+            "usr1": signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN, "chance": [random.random(), uuid.uuid4().hex],
+            "int": signal.getsignal(signal.SIGINT) == signal.default_int_handler, "kept": kept,
+            "stdin": sys.stdin.read(), "warm": at_import != os.getpid(), "files": len(os.listdir("/proc/self/fd")),
+        }
+        open(out, "w").write(json.dumps(facts))
+    elif what == "fail":
+        raise RuntimeError("wrong")
+    elif what == "exit":
+        sys.exit(int(arguments[2]))
+    elif what == "wait":
+        worker = subprocess.Popen(["sleep", "100"])
+        open(out, "w").write(f"{os.getpid()} {worker.pid}")
+        time.sleep(100)
+    elif what == "nest":
+        from rld_lightning import warm
+        inner = warm.start([*warm.PYTHON_M, "warm_job", out, *arguments[2:]], os.environ)
+        while warm.poll(inner) is None:
+            time.sleep(0.005)
+        return inner.returncode + 10 * (type(inner).__name__ == "Forked")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a module to fork; the server is ended afterwards."""
+    (tmp_path / "warm_job.py").write_text(JOB)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(warm, "_server", None)
+    yield tmp_path
+    warm.cool_down()
+
+
+def start(place, *arguments, **environment):
+    with (place / "log").open("ab") as log:
+        command = [*warm.PYTHON_M, "warm_job", str(place / "out"), *arguments]
+        return warm.start(command, {**os.environ, **environment}, log)
+
+
+def finish(process):
+    until = time.monotonic() + 20
+    while warm.poll(process) is None:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return process.returncode
+
+
+def read(path):
+    until = time.monotonic() + 20
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return path.read_text()
+
+
+def is_gone(pid):
+    for _ in range(400):
+        if not (stat := Path(f"/proc/{pid}/stat")).exists() or " Z " in stat.read_text():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are started anew")
+
+
+def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(place, monkeypatch):
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        plain, facts = start(place, "say", X="1"), []
+        assert isinstance(plain, subprocess.Popen)
+        assert finish(plain) == 0
+        facts.append(json.loads((place / "out").read_text()))
+        warm.warm_up(["warm_job"])
+        monkeypatch.chdir(place)
+        for value in ("2", "3"):
+            process = start(place, "say", X=value)
+            assert isinstance(process, Forked)
+            assert finish(process) == 0
+            facts.append(json.loads((place / "out").read_text()))
+            assert facts[-1]["pid"] == process.pid
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    for fact in facts:
+        assert fact["pid"] == fact["group"] == fact["session"]
+    assert [fact["x"] for fact in facts] == ["1", "2", "3"]
+    assert [fact["warm"] for fact in facts] == [False, True, True]
+    assert facts[1]["cwd"] == str(place)
+    for key in ("argv", "path", "usr1", "int", "stdin", "files"):
+        assert facts[0][key] == facts[1][key] == facts[2][key], key
+    assert len({value for fact in facts for value in fact["chance"]}) == 6
+    assert sorted((place / "log").read_text().split()) == ["err"] * 3 + ["out"] * 3
+
+
+def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
+    warm.warm_up(["warm_job"])
+    assert finish(start(place, "fail")) == 1
+    assert "RuntimeError: wrong" in (place / "log").read_text()
+    assert finish(start(place, "exit", "7")) == 7
+    process = start(place, "wait")
+    read(place / "out")
+    os.kill(process.pid, signal.SIGKILL)
+    assert finish(process) == -signal.SIGKILL
+
+
+def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
+    warm.warm_up(["warm_job"])
+    process = start(place, "wait")
+    pid, worker = read(place / "out").split()
+    process._connection.close()  # as the end of who has asked for it does
+    assert is_gone(pid)
+    assert is_gone(worker)
+
+
+def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_more(place):
+    warm.warm_up(["warm_job"])
+    process = start(place, "wait")
+    pid, worker = read(place / "out").split()
+    os.kill(warm._server.process.pid, signal.SIGKILL)
+    assert finish(process) == -signal.SIGKILL
+    assert is_gone(pid)
+    assert is_gone(worker)
+    again = start(place, "exit", "5")
+    assert isinstance(again, Forked)
+    assert finish(again) == 5
+    os.kill(warm._server.process.pid, signal.SIGKILL)
+    plain = start(place, "exit", "6")
+    assert isinstance(plain, subprocess.Popen)
+    assert finish(plain) == 6
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("import threading; threading.Thread(target=threading.Event().wait).start()", subprocess.Popen),
+        ("1 / 0", Forked),
+    ],
+)
+def test_a_server_with_threads_forks_nothing_and_one_that_lacks_a_module_does(place, code, kind):
+    (place / "odd.py").write_text(code)
+    warm.warm_up(["odd", "warm_job"])
+    process = start(place, "exit", "4")
+    assert isinstance(process, kind)
+    assert finish(process) == 4
+
+
+def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
+    warm.warm_up(["warm_job"])
+    warm.prepare("warm_job:keep", "data")
+    warm.prepare("warm_job:nothing_of_this_name")
+    assert finish(start(place, "nest", "exit", "3")) == 13
+    assert finish(start(place, "nest", "say")) == 10
+    assert json.loads((place / "out").read_text())["kept"] == ["data"]
+
+
+def test_a_server_ends_with_who_has_started_it(place):
+    script = (
+        "import os, signal, sys, time; from rld_lightning import warm; warm.warm_up(['warm_job'])\n"
+        f"process = warm.start([*warm.PYTHON_M, 'warm_job', {str(place / 'out')!r}, 'wait'], os.environ)\n"
+        f"while not os.path.exists({str(place / 'out')!r}): time.sleep(0.01)\n"
+        "print(warm._server.process.pid, warm._server.address, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    server, address = done.stdout.split()
+    pid, worker = read(place / "out").split()
+    assert is_gone(server)
+    assert is_gone(pid)
+    assert is_gone(worker)
+    assert not Path(address).parent.exists()
+
+
+@pytest.mark.slow
+def test_what_trials_import_starts_no_thread_and_no_gpu_and_they_have_all_their_threads(place, monkeypatch):
+    from rld_lightning.hydra.later import _OF_TRIALS
+
+    (place / "look.py").write_text(
+        "import os, sys\n"
+        "def main(arguments):\n"
+        "    import torch\n"
+        "    torch.ones(4_000_000).exp().sum()  # by OpenMP's pool\n"
+        "    facts = torch.get_num_threads(), torch.cuda.is_initialized(), len(sys.modules) > 2000\n"
+        "    open(arguments[0], 'w').write(repr(facts))\n"
+        "    return 0\n"
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    warm.warm_up(_OF_TRIALS)
+    for wanted in ({"OMP_NUM_THREADS": "3"}, {}):
+        with (place / "log").open("ab") as log:
+            process = warm.start([*warm.PYTHON_M, "look", str(place / "out")], {**os.environ, **wanted}, log)
+        assert isinstance(process, Forked)
+        until = time.monotonic() + 100
+        while warm.poll(process) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert process.returncode == 0
+        threads = int(wanted.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+        assert (place / "out").read_text() == repr((threads, False, True))
