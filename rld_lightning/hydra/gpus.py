@@ -28,7 +28,7 @@ def gpu_shares(trainer: Mapping[str, Any]) -> list[str]:
     accelerator, devices = trainer.get("accelerator"), trainer.get("devices")
     if accelerator not in (None, "auto", "gpu", "cuda") or not isinstance(devices, int | str | None):
         return []
-    each = int(devices) if str(devices).isdecimal() else 1  # auto and -1 are all, and each trial sees one
+    each = int(devices or 0) if str(devices).isdecimal() else 1  # auto and -1 are all, and each trial sees one
     if each == 0:
         return []
     gpus = visible_gpus()

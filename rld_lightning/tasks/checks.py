@@ -24,7 +24,7 @@ from rld_lightning.models.read import Weights
 from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.module import make_schedule
 from rld_lightning.runs.checkpoint import Before
-from rld_lightning.tasks.plan import Plan, Teacher
+from rld_lightning.tasks.plan import Plan, Student, Teacher
 from rld_lightning.tasks.resume import check_folder, check_resume
 
 LIBRARIES = ("torchvision/", "timm/", "transformers/")  # which have weights of their own
@@ -49,7 +49,21 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
         share_of_batch(plan.batch_size, plan.processes)
     check_folder(plan.run, plan.resume, cfg.resume)
     before = check_resume(Path(plan.resume), plan.student.name, cfg) if plan.resume is not None else None
-    for role, network in (("teacher", plan.teacher), ("student", plan.student)):
+    check_names(plan.student, plan.teacher)
+    return before
+
+
+def check_names(student: Student, teacher: Teacher | None) -> None:
+    """Looks whether the networks of a run are known.
+
+    Args:
+        student: the network to train.
+        teacher: the network to learn from, if there is one.
+
+    Raises:
+        ValueError: one has no name that is known, or cannot have the weights that it is to have.
+    """
+    for role, network in (("teacher", teacher), ("student", student)):
         if network is None:
             continue
         if network.name is None:
@@ -66,7 +80,6 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
         if network.name not in FOREIGN:
             with torch.device("meta"), suppress(NotImplementedError):
                 create_model(network.name)
-    return before
 
 
 def check_loss(loss: DistillationLoss, plan: Plan) -> None:

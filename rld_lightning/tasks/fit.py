@@ -43,7 +43,7 @@ from rld_lightning.tasks.checks import (
 )
 from rld_lightning.tasks.describe import describe_run
 from rld_lightning.tasks.finished import Finished
-from rld_lightning.tasks.kept import make_data
+from rld_lightning.tasks.kept import take_kept
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
@@ -151,6 +151,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_loss(loss, plan)
         check_recipe(instantiate(cfg.recipe.optimizer), instantiate(cfg.recipe.get("scheduler")))
         data = make_data(cfg.data)
+        take_kept(data, cfg.data)
         check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
         usual = adopt_look(plan.student, data, chosen=any(cfg.data.get(key) is not None for key in ("mean", "std")))

@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning import warm
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.in_memory import InMemoryDataModule
+from rld_lightning.tasks.batch_size import make_data
 
 _kept: dict[str, InMemoryDataModule] = {}
 
@@ -28,23 +28,22 @@ def keep(settings: str) -> None:
     Args:
         settings: ``data`` as JSON.
     """
-    data = instantiate(OmegaConf.create(json.loads(settings)))
+    data = make_data(OmegaConf.create(json.loads(settings)))
     if isinstance(data, InMemoryDataModule):
         data.setup()
         _kept[settings] = data
 
 
-def make_data(settings: DictConfig) -> ImageDataModule:
-    """The data module that ``data`` describes; what was read before it was forked it need not read.
+def take_kept(data: ImageDataModule, settings: DictConfig) -> None:
+    """Gives data what was read before this process was forked, so that it need not read.
 
     Args:
-        settings: ``data``.
+        data: the data, not set up.
+        settings: the ``data`` that it was made of.
     """
-    data: ImageDataModule = instantiate(settings)
     kept = _kept.get(_as_text(settings)) if _kept else None
     if kept is not None and isinstance(data, InMemoryDataModule):
         data.take_over(kept)
-    return data
 
 
 def _as_text(settings: DictConfig) -> str:

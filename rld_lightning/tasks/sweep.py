@@ -39,6 +39,7 @@ from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.batch_size import make_data
+from rld_lightning.tasks.early import check_trial
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.kept import share_data
 from rld_lightning.tasks.once import run_once
@@ -161,7 +162,7 @@ class Sweep(Callback):
         varied = {_group(key) for key in swept}
         others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
-        share_data(config.data)
+        share_data(changed(config, {"paths.run": str(folder)}).data)
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and {_here(folder)}")
         for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -329,9 +330,12 @@ def _check_values(config: DictConfig, *, listed: bool) -> None:
         except HydraException as error:
             raise UserError(f"{first_line(error)} (--help lists the options)") from error
         check(cfg)
+        check_trial(cfg)
         if not trial:
             for line in [line for key, listed in values.items() if "." in key for line in listed[1:]]:
                 check(with_value(cfg, line))
+                if line.startswith(("model.", "data.")):
+                    check_trial(with_value(cfg, line))
 
 
 def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:

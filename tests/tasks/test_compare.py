@@ -77,7 +77,8 @@ def test_the_store_has_no_part_in_it(teachers, tmp_path):
 
 
 def test_a_teacher_that_is_there_is_used_as_it_is(teachers, tmp_path):
-    options = (*PAIR, "model.teacher.weights=/my/teacher.pth", "data.val_fraction=0.1", "loss=choice(kd)")
+    (tmp_path / "teacher.pth").touch()
+    options = (*PAIR, f"model.teacher.weights={tmp_path / 'teacher.pth'}", "data.val_fraction=0.1", "loss=choice(kd)")
     config, _ = compare(tmp_path, *options)
     assert config.hydra.overrides.task == ["sweep=compare", *options]
     assert not teachers

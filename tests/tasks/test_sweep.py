@@ -167,7 +167,7 @@ def test_a_stored_teacher_is_found_by_the_name_of_its_data(start, teachers, tmp_
     stored = tmp_path / "photos" / "resnet14.safetensors"
     stored.parent.mkdir()
     stored.touch()
-    start("loss.alpha=1,2", *PAIR, "data=imagefolder", "data.root=/my/photos", f"paths.teachers={tmp_path}")
+    start("loss.alpha=1,2", *PAIR, "data=imagefolder", f"data.root={stored.parent}", f"paths.teachers={tmp_path}")
     assert not teachers
 
 
@@ -184,7 +184,10 @@ def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
     assert "they differ in recipe=cifar240, recipe=quick." in capsys.readouterr().out
 
 
-def test_a_teachers_file_is_the_same_however_its_path_is_written(start):
+def test_a_teachers_file_is_the_same_however_its_path_is_written(start, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "t.pth").touch()
     start("loss.alpha=1,2", "model.teacher.weights=teachers/t.pth")
     start("loss.alpha=1,2", f"model.teacher.weights={Path('teachers/t.pth').absolute()}")
 
@@ -421,3 +424,19 @@ def test_a_folder_with_other_settings_is_left_alone(cfg):
     with pytest.raises(UserError, match=r"holds a run with recipe\.optimizer\.lr=0\.05, and this one has .*lr=0\.7"):
         run_trial(cfg)
     assert not (folder / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8,resnet9x"], "resnet9x"),
+        (["model=resnet8", "loss=ce", "seed=0,1", "resume=/nowhere/run"], "resume=/nowhere/run is not there"),
+        (["loss.alpha=1,2", "model.teacher.weights=/nowhere/teacher.pth"], "weights file at /nowhere/teacher.pth"),
+        (["loss.alpha=1,2", "data=imagefolder", "data.root=/nowhere/photos"], "/nowhere/photos is not a folder"),
+    ],
+)
+def test_what_every_trial_would_end_with_is_said_before_one_starts(start, tmp_path, capsys, command, sentence):
+    with pytest.raises(SystemExit):
+        start(*command)
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "sweep").exists()
