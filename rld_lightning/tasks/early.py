@@ -40,4 +40,4 @@ def check_trial(cfg: DictConfig) -> None:
             data = make_data(settings)
             if not isinstance(data, InMemoryDataModule):  # which may be downloaded; others say what they lack
                 data.prepare_data()
-                data.setup()
+                data.setup("fit")
