@@ -1,0 +1,31 @@
+"""What is public: every name of it is there, says what it is, and is known to editors."""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import rld_lightning
+
+ROOMS = ("losses", "losses.features", "models", "data", "callbacks")
+
+
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_every_public_name_is_there_and_says_what_it_is(room):
+    module = import_module(f"rld_lightning.{room}".rstrip("."))
+    assert list(module.__all__) == sorted(set(module.__all__))
+    for name in module.__all__:
+        assert getattr(module, name).__doc__
+
+
+def test_editors_see_what_is_imported_on_first_use():
+    tree = ast.parse(Path(rld_lightning.__file__).read_text())
+    (only_for_them,) = [node for node in tree.body if isinstance(node, ast.If)]
+    names = {alias.name for node in only_for_them.body for alias in node.names}
+    assert names == set(rld_lightning.__all__) <= set(dir(rld_lightning))
+
+
+def test_the_changes_name_the_version_or_what_comes_after_it():
+    changes = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    assert f"\n## {rld_lightning.__version__}\n" in changes
