@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rld_lightning import __main__ as command
-from rld_lightning.shipped import shipped
+from rld_lightning.shipped import invocation, shipped
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -65,3 +65,5 @@ def test_what_comes_with_the_package_is_inside_it_or_beside_it(monkeypatch, tmp_
     monkeypatch.setattr("rld_lightning.shipped._PACKAGE", tmp_path / "package")
     (tmp_path / "package" / "conf").mkdir(parents=True)
     assert shipped("conf") == tmp_path / "package" / "conf"
+    assert invocation(str(tmp_path / "package/scripts/fit.py")) == ["rld-lightning", "fit"]
+    assert invocation("scripts/fit.py") == ["python", "scripts/fit.py"]

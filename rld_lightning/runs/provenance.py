@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.redact import redact_command
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, write_json, write_yaml
+from rld_lightning.shipped import invocation
 
 _COMMAND = "RLD_LIGHTNING_COMMAND"  # for the processes of a run
 _PACKAGES = ("rld-lightning", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy")
@@ -55,7 +56,8 @@ def command(words: Sequence[str] | None = None) -> str:
     Args:
         words: script and arguments, where they are not what Python has now; the first call counts.
     """
-    return os.environ.setdefault(_COMMAND, shlex.join(redact_command(["python", *(words or sys.argv)])))
+    script, *rest = words or sys.argv
+    return os.environ.setdefault(_COMMAND, shlex.join(redact_command([*invocation(script), *rest])))
 
 
 def _version(package: str) -> str | None:

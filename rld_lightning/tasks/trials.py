@@ -20,6 +20,7 @@ from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER
 from rld_lightning.runs.finished import Run, find_runs, read_run
+from rld_lightning.shipped import invocation
 
 ALONE = "alone"  # folder of the student that was trained by itself
 HELD_OUT = "data.val_fraction"
@@ -116,7 +117,7 @@ def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: 
         settled["loss"] = f"loss={config.hydra.runtime.choices.loss}"  # which sweep=... may have chosen
     epochs = trial.config["recipe"]["epochs"]
     last = [f"{HELD_OUT}=0", f"trainer.check_val_every_n_epoch={epochs}"]
-    return f"python {sys.argv[0]} {as_command(map(redact_text, [*settled.values(), *best, *last]))}"
+    return f"{' '.join(invocation(sys.argv[0]))} {as_command(map(redact_text, [*settled.values(), *best, *last]))}"
 
 
 def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:

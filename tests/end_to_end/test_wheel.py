@@ -115,6 +115,7 @@ def test_a_project_of_ones_own_needs_no_checkout(environment, project):
     run(environment, project, "rld-lightning", "fit", *own, "trainer=ddp_cpu", "trainer.max_steps=4")
     (found,) = [found for found in find_runs([project / "runs"]) if found.config["model"]["teacher"]]
     assert found.config["loss"] == {"_target_": "own_loss.OwnLoss", "weight": 0.5}
+    assert found.environment["command"].startswith("rld-lightning fit --config-dir conf data=digits")
     weights = f"weights={found.folder / 'student.safetensors'}"
     assert "top-1" in run(environment, project, "rld-lightning", "eval", weights, "trainer=cpu")
     run(environment, project, "rld-lightning", "report", "runs", "--out", "page", "--no-latency")
