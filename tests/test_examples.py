@@ -10,7 +10,7 @@ from rld_lightning import CELoss, FrozenTeacher, RLDLoss, create_model, rld_loss
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NEEDS = {"timm_task.py": "timm.task", "hf_trainer.py": "transformers"}
-SLOW = {"hf_trainer.py", "lightning_script.py"}
+SLOW = {"hf_trainer.py", "lightning_script.py", "own_lightning_module.py"}
 
 
 def load(name, run_name="example"):

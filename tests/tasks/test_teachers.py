@@ -86,6 +86,7 @@ def test_teachers_are_measured_and_one_that_is_off_is_told(store, capsys):
     assert written["top1"] == top1
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_as_it_was_is_no_mistake(store, capsys):
     top1 = measured(store, "resnet8")
     torch.manual_seed(0)
