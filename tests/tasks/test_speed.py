@@ -1,5 +1,6 @@
 """What is folded and compiled, and when: a function of the job alone, and the same numbers up to rounding."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -141,3 +142,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, capsys):
     for _ in range(2):
         torch.testing.assert_close(forward(images), student(images))
     assert capsys.readouterr().out.count("Sequential cannot be compiled") == 1
+
+
+@pytest.mark.slow
+def test_two_views_of_a_step_have_their_gradients(monkeypatch):
+    torch.compiler.reset()
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend="aot_eager", **options))
+    student = create_model("resnet8").double().train()
+    twin, views = deepcopy(student), torch.randn(2, 4, 3, 32, 32).double()
+    for forward, network in ((CompiledForward(student, 4), student), (twin, twin)):
+        (forward(views[0]).square().mean() + forward(views[1]).abs().mean()).backward()
+        assert network.conv1.weight.grad is not None
+    for ours, theirs in zip(student.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(student.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
