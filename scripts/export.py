@@ -1,4 +1,4 @@
-"""Export a student: `python scripts/export.py run=runs/.../<run> formats=[safetensors,onnx,torch_export]`."""
+"""Export a student: `python scripts/export.py run=runs/... formats=[safetensors,onnx,torch_export]`."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 

@@ -1,6 +1,7 @@
 """What a network takes on this machine: latency by percentiles, and memory, each contender in a process of its own."""
 
 import gc
+import logging
 import multiprocessing
 import re
 import sys
@@ -109,6 +110,7 @@ def measure(
         device: ``"cpu"`` or ``"cuda"``; int8 runs on the CPU.
     """
     torch.set_num_threads(threads)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a machine without a GPU is no news
     where = torch.device(device)
     _forget_peak(where)
     before = _memory(where)

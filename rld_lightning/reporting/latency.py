@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rld_lightning.reporting.style import GREEN, PINK, STUDENT, TEACHER, save_figure, styled
+from rld_lightning.reporting.style import DPI, GREEN, PINK, STUDENT, TEACHER, styled
 
 _MARKERS = {"eager": "o", "compiled": "^", "onnx": "s", "onnx_int8": "D"}
 _COLOURS = {"teacher": TEACHER, "student": STUDENT}
@@ -29,14 +30,14 @@ class Point(NamedTuple):
 
 
 @styled
-def draw_latency(points: Sequence[Point], batch_size: int, title: str, folder: Path) -> list[Path]:
-    """Writes ``cost.png`` and ``cost.pdf``.
+def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Path) -> None:
+    """Draws the points into a picture.
 
     Args:
         points: at least one.
         batch_size: that the latency is of.
         title: above it; says on what machine.
-        folder: where to.
+        path: the picture.
     """
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -51,10 +52,13 @@ def draw_latency(points: Sequence[Point], batch_size: int, title: str, folder: P
     for backend in dict.fromkeys(point.backend for point in points):
         axes.plot([], [], color="grey", marker=_MARKERS[backend], linestyle="", label=backend.replace("_", " "))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12, 0.2)
-    axes.grid(which="both", axis="both")
+    axes.grid()
     images = "one image" if batch_size == 1 else f"{batch_size} images"
     axes.set(xlabel=f"median latency for {images} (ms)", ylabel="top-1 (%)")
     axes.set_title(title, fontsize=8, fontweight="normal")
     figure.legend(loc="outside right center")
-    return save_figure(figure, folder, "cost")
+    figure.savefig(path, dpi=DPI)

@@ -178,20 +178,22 @@ def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str) -> None:
             for (role, name), row in reversed(sized.items())
         ],
     )
+    ran = [row for row in rows if not row.measured.error]
+    print_table(
+        f"Files, and peak memory at a batch of {max(sizes)}",
+        ("", "file MB", "peak MB", "top-1 %", "of images"),
+        [
+            (f"{row.role} {row.backend}", row.file_mb, row.measured.peak_mb, row.top1, row.top1 and row.top1_images)
+            for row in ran
+        ],
+    )
     for index, size in enumerate(sorted(sizes)):
         lines = []
-        for row in rows:
-            if not row.measured.error:
-                found = row.measured.latencies[index]
-                times = [f"{value:.2f}" for value in (found.p50, found.p90, found.p99)]
-                speed = f"{found.images_per_s:,.0f}"
-                rest = (speed, found.batches, row.file_mb, row.measured.peak_mb)
-                lines.append((f"{row.role}, {row.backend}", *times, *rest))
-        print_table(
-            f"Batch of {size}, {machine}",
-            ("", "ms p50", "p90", "p99", "images/s", "n", "file MB", "peak MB"),
-            lines,
-        )
+        for row in ran:
+            found = row.measured.latencies[index]
+            times = [f"{value:.2f}" for value in (found.p50, found.p90, found.p99)]
+            lines.append((f"{row.role} {row.backend}", *times, f"{found.images_per_s:,.0f}", found.batches))
+        print_table(f"Batch of {size}, {machine}", ("", "ms p50", "p90", "p99", "images/s", "n"), lines)
 
 
 def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> bool:
@@ -209,5 +211,5 @@ def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> b
     if points:
         names = {row.role: row.name for row in rows}
         title = ", ".join(f"{role}: {name}" for role, name in names.items())
-        draw_latency(points, batch_size, f"{title}\n{machine}", folder)
+        draw_latency(points, batch_size, f"{title}\n{machine}", folder / "cost.png")
     return bool(points)

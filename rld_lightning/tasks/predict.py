@@ -297,9 +297,11 @@ def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
 
 
 def _print(answers: Sequence[Answer], classifier: Classifier) -> None:
-    shown = [found for found in answers if not found.error][:MOST_ROWS_SHOWN]
+    read = [found for found in answers if not found.error]
+    shown = read[:MOST_ROWS_SHOWN]
     width = max((len(found.found) for found in shown), default=0)
     rows = [(found.image, *(f"{name} {100 * p:.1f} %" for name, p in found.found)) for found in shown]
-    left = len(answers) - len(shown)
-    title = f"{classifier.name} on {len(answers):,} images" + (f", the first {len(shown)}" if left else "")
+    title = f"{classifier.name} on {len(read):,} images" + (
+        f", the first {len(shown)}" if len(read) > len(shown) else ""
+    )
     print_table(title, ("image", *(f"{rank}." for rank in range(1, width + 1))), rows)
