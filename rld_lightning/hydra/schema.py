@@ -63,7 +63,7 @@ VALUES: Mapping[str, Kind] = {
     "dataset": TEXT,
     "resume": TEXT.such_as("resume=runs/.../last.ckpt") | NULL,
     "print_config": words(True, False, "tree"),
-    "after": list_of(words("alone", "networks"), "alone and networks"),
+    "after": list_of(words("alone", "networks", "export"), "alone, networks and export"),
     # recipe
     "recipe.epochs": COUNT.such_as("recipe.epochs=240"),
     "recipe.batch_size": _BATCH,

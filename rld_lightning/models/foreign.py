@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rld_lightning.errors import first_line
+from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.imported import logits_of
+from rld_lightning.models.onnx_file import OnnxNetwork
 
 FOREIGN = ("torchscript", "onnx")  # names of networks
 
@@ -25,6 +25,7 @@ class ScriptedNetwork(nn.Module):
     """
 
     size: tuple[int, int] | None = None  # it does not say
+    facts = WeightsFacts()
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -38,12 +39,12 @@ class ScriptedNetwork(nn.Module):
         return logits_of(self.program(images))
 
 
-class OnnxNetwork(nn.Module):
-    """An ONNX file, run by ONNX Runtime in float32, on its GPU provider where that is installed.
+class OnnxTeacher(nn.Module):
+    """An ONNX file as a network, run by ONNX Runtime, on a GPU where it has that.
 
     Args:
-        path: the file, with one input, images ``(B, 3, H, W)``, and logits ``(B, C)`` as its first output. B may be
-            fixed; batches are then cut, and filled up.
+        path: the file, which takes normalised images ``(B, 3, H, W)`` and gives logits ``(B, C)``. B may be fixed;
+            batches are then cut, and filled up.
 
     Raises:
         ImportError: ONNX Runtime is not installed.
@@ -52,38 +53,25 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError('an ONNX teacher needs onnxruntime: pip install "rld-lightning[onnx]"') from error
-        there = onnxruntime.get_available_providers()
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), providers=providers)
-        except Exception as error:  # of a kind of its own for each reason
-            raise ValueError(f"{path} is no ONNX file that can be run ({first_line(error)}).") from error
-        inputs = self._session.get_inputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 4:
-            raise ValueError(f"{path} takes {[entry.shape for entry in inputs]}, not images alone (B, 3, H, W).")
-        self._input, shape = inputs[0].name, inputs[0].shape
-        self._type = np.float16 if "float16" in inputs[0].type else np.float32
-        self._batch = shape[0] if isinstance(shape[0], int) else None
-        fixed = [side for side in shape[2:] if isinstance(side, int)]
-        self.size = (fixed[0], fixed[1]) if len(fixed) == 2 else None
+        self.file = OnnxNetwork(path, device="cuda" if torch.cuda.is_available() else "cpu")
+        if self.file.takes_pixels:
+            raise ValueError(
+                f"{path} takes pixels and gives probabilities; a teacher gives logits of normalised images."
+            )
+        batch, _, height, width = self.file.input.shape
+        self.facts = self.file.facts
+        self.batch = batch if isinstance(batch, int) else None
+        self.takes_half = "float16" in self.file.input.type
+        self.size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, C)`` on the same device."""
-        given = images.float().cpu().numpy().astype(self._type)
-        step = self._batch or len(given)
+        given = images.half() if self.takes_half else images.float()
         said = []
-        for first in range(0, len(given), step):
-            part = given[first : first + step]
-            filled = np.concatenate([part, np.repeat(part[-1:], step - len(part), 0)]) if len(part) < step else part
-            said.append(self._run(np.ascontiguousarray(filled))[: len(part)])
-        return torch.from_numpy(np.concatenate(said)).to(images.device)
-
-    def _run(self, images: Any) -> Any:
-        return self._session.run(None, {self._input: images})[0].astype(np.float32)
+        for part in given.split(self.batch or len(given)):
+            missing = (self.batch or len(part)) - len(part)
+            said.append(self.file(torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]))[: len(part)])
+        return torch.cat(said).float().to(images.device)
 
 
 class Columns(nn.Module):
@@ -104,11 +92,11 @@ class Columns(nn.Module):
         return self.network(images)[:, self.places]
 
 
-def load_foreign(name: str, path: Path) -> ScriptedNetwork | OnnxNetwork:
+def load_foreign(name: str, path: Path) -> ScriptedNetwork | OnnxTeacher:
     """Loads a file of one of the two kinds.
 
     Args:
         name: ``"torchscript"`` or ``"onnx"``.
         path: the file.
     """
-    return ScriptedNetwork(path) if name == "torchscript" else OnnxNetwork(path)
+    return ScriptedNetwork(path) if name == "torchscript" else OnnxTeacher(path)

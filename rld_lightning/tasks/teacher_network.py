@@ -13,7 +13,7 @@ from rld_lightning.errors import first_line, some
 from rld_lightning.models.classes import number_of_classes, places_of, select_classes
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import WeightsFacts, facts_of
-from rld_lightning.models.foreign import FOREIGN, Columns, OnnxNetwork, ScriptedNetwork, load_foreign
+from rld_lightning.models.foreign import FOREIGN, Columns, OnnxTeacher, ScriptedNetwork, load_foreign
 from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.look import Look, Relook, relook
 from rld_lightning.models.read import Weights, read_weights
@@ -53,14 +53,14 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
     Raises:
         ValueError: the weights are another network's, or know other classes.
     """
-    foreign: ScriptedNetwork | OnnxNetwork | None = None
+    foreign: ScriptedNetwork | OnnxTeacher | None = None
     network: nn.Module
     if teacher.name in FOREIGN:
         foreign, sha256 = (
             load_foreign(teacher.name, Path(weights)),
             hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
         )
-        network, facts, origin = foreign, WeightsFacts(), weights
+        network, facts, origin = foreign, foreign.facts, weights
     elif weights == "pretrained":
         network, facts, sha256, origin = _pretrained(teacher, data), WeightsFacts(), None, "pretrained"
     else:
@@ -99,7 +99,9 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
     return _selected(network, teacher, known, count, classes), weights
 
 
-def _of_foreign(network: nn.Module, teacher: Teacher, data: ImageDataModule, size: tuple[int, int]) -> nn.Module:
+def _of_foreign(
+    network: ScriptedNetwork | OnnxTeacher, teacher: Teacher, data: ImageDataModule, size: tuple[int, int]
+) -> nn.Module:
     """A program with the logits of the classes of the data."""
     try:
         with torch.no_grad():
@@ -109,9 +111,10 @@ def _of_foreign(network: nn.Module, teacher: Teacher, data: ImageDataModule, siz
             f"the {teacher.name} teacher cannot take images of {size[0]}x{size[1]} ({first_line(error)}); give another "
             "side with model.teacher.image_size=."
         ) from error
-    if teacher.class_map is None and said.shape[-1] == data.num_classes:
+    classes, known = list(data.class_names), network.facts.class_names
+    if teacher.class_map is None and said.shape[-1] == len(classes) and known in (None, classes):
         return network
-    return Columns(network, places_of(list(data.class_names), None, said.shape[-1], teacher.class_map))
+    return Columns(network, places_of(classes, known, said.shape[-1], teacher.class_map))
 
 
 def _pretrained(teacher: Teacher, data: ImageDataModule) -> nn.Module:
