@@ -60,3 +60,25 @@ class EpochMeans:
         own = own_share(states)
         self._names = tuple(name for name in own if name != _WEIGHT)
         self._totals = torch.stack([own[name] for name in (*self._names, _WEIGHT)]) if own else None
+
+
+def top_k_percent(logits: Tensor, label: Tensor, k: int) -> Tensor:
+    """Share of the rows ``(N, C)`` whose label is among the k largest, in percent."""
+    found = logits.argmax(1) == label if k == 1 else (logits.topk(k).indices == label[:, None]).any(1)
+    return 100 * (found.float() if found.device.type == "mps" else found.double()).mean()  # which has no float64
+
+
+def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``stats/<term>_share`` of each ``train/<term>``, in percent of ``train/loss``.
+
+    Args:
+        means: the means over an epoch.
+
+    Returns:
+        nothing where the loss has a single term, or is 0.
+    """
+    terms = {name.removeprefix("train/"): mean for name, mean in means.items() if name.startswith("train/")}
+    total = terms.pop("loss", None)
+    if len(terms) < 2 or not total:
+        return {}
+    return {f"stats/{name}_share": 100 * mean / total for name, mean in terms.items()}

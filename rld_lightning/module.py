@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -17,10 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from rld_lightning.capture import CapturedStep
+from rld_lightning.console import print_line
 from rld_lightning.data.base import Batch, as_batch
-from rld_lightning.distributed import gathered, own_share
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
-from rld_lightning.metrics import EpochMeans
+from rld_lightning.losses.graph import last_warmup, why_no_graph
+from rld_lightning.metrics import EpochMeans, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
@@ -50,6 +52,8 @@ class DistillationModule(LightningModule):
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler steps.
         scheduler_monitor: the logged value that ``ReduceLROnPlateau`` looks at; by default ``val/ce``, or ``val/top1``
             where it waits for a maximum.
+        capture: whether both forward passes, the loss and the backward pass are recorded as a CUDA graph and replayed;
+            ``"auto"``: on a GPU. Where a run does not go into one (:func:`why_not_captured`) it says so.
         info: plain facts (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
 
     Raises:
@@ -71,6 +75,7 @@ class DistillationModule(LightningModule):
         num_classes: int,
         scheduler_interval: str = "epoch",
         scheduler_monitor: str | None = None,
+        capture: bool | str = False,
         info: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
@@ -93,16 +98,20 @@ class DistillationModule(LightningModule):
         self.make_scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.scheduler_monitor = scheduler_monitor
+        self.capture = capture
+        self.captured: CapturedStep | None = None
+        self.has_gradient = False  # after a step, whether it has computed it
         self.own_rates: list[float | None] = []
         self.best_top1 = float("-inf")
         self.validated: Tensor | None = None
         self.rate: float | Tensor = 0.0  # of the latest step
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         top_k = (1, 5) if num_classes > 5 else (1,)
+        self.top_k = {f"train/top{k}": k for k in top_k}
         self.accuracies = MetricCollection(
             {
                 f"{split}/top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
-                for split in self.means
+                for split in ("val", "test")
                 for k in top_k
             },
             compute_groups=False,  # which it would find by comparing states, and that waits for the device
@@ -119,7 +128,7 @@ class DistillationModule(LightningModule):
         return self.student(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """One step: both forward passes and the loss.
+        """One step: both forward passes and the loss; where the step is captured, the backward pass as well.
 
         Args:
             batch: or what anybody's loader yields, see :func:`~rld_lightning.data.base.as_batch`; likewise below.
@@ -127,34 +136,79 @@ class DistillationModule(LightningModule):
 
         Returns:
             ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
-            teacher, ``teacher_logits``, for callbacks that watch.
+            teacher, ``teacher_logits``, for callbacks that watch. Where the step is captured, the next one overwrites
+            them.
         """
         batch = as_batch(batch)
         for optimizer in self.trainer.optimizers[:1]:
             self.rate = optimizer.param_groups[0]["lr"]  # at an epoch's end it is the next one's already
-        student, teacher = self._outputs(batch.images, batch.view, batch.label)
+        self.has_gradient = self.captured is not None and batch.other is None
+        found = self._captured(batch) if self.has_gradient else self._losses(batch, self.current_epoch + 1)
+        total, label = found["train/loss"], found["label"]
+        self.means["train"].update({k: v for k, v in found.items() if k.startswith(("train/", "stats/"))}, len(label))
+        self.log("loss", total, prog_bar=True, batch_size=len(label))
+        share = self._share_of_step(batch_idx)
+        outputs: dict[str, Any] = {"loss": total if share == 1 else share * total, "label": label}
+        outputs["student_logits"] = found["student_logits"].detach()
+        outputs["terms"] = {
+            name.removeprefix("train/"): term.detach()
+            for name, term in found.items()
+            if name.startswith("train/") and name not in ("train/loss", *self.top_k)
+        }
+        return outputs if "teacher_logits" not in found else outputs | {"teacher_logits": found["teacher_logits"]}
+
+    def _losses(self, batch: Batch, epoch: int, soft: Tensor | None = None) -> dict[str, Tensor]:
+        """What a step comes to, by name, which reads nothing from the device.
+
+        Args:
+            batch: the batch.
+            epoch: counted from 1.
+            soft: the teacher's logits, where they are there.
+        """
+        student, teacher = self._outputs(batch.images, batch.view, batch.label, soft)
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
-        step = StepContext(student, teacher, batch.label, batch.index, self.current_epoch + 1, *strong)
-        terms, label = self.loss(step), batch.label
+        step = StepContext(student, teacher, batch.label, batch.index, epoch, *strong)
+        terms = self.loss(step)
         if batch.other is not None:
             other = replace(step, label=batch.other.label)
             terms = mixed_terms(terms, self.loss(other), batch.other.share)
+            # The class of most of each image, for all that counts and watches.
             step = step if batch.other.share >= 0.5 else other
-            label = step.label  # the class of most of each image, for all that counts and watches
-        total = torch.stack(list(terms.values())).sum()
-
         with torch.no_grad():
             statistics = {f"stats/{name}": value for name, value in self.loss.statistics(step).items()}
-        train = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()}
-        self.means["train"].update(train | statistics, len(label))
-        self.log("loss", total, prog_bar=True, batch_size=len(label))
-        self._update("train", student.logits.detach(), label)
-        share = self._share_of_step(batch_idx)
-        outputs: dict[str, Any] = {"loss": total if share == 1 else share * total, "label": label}
-        outputs["student_logits"] = student.logits.detach()
-        outputs["terms"] = {name: term.detach() for name, term in terms.items()}
-        return outputs if teacher is None else outputs | {"teacher_logits": teacher.logits}
+            right = {name: top_k_percent(student.logits, step.label, k) for name, k in self.top_k.items()}
+        total = torch.stack(list(terms.values())).sum()
+        found = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()} | statistics | right
+        found |= {"student_logits": student.logits, "label": step.label}
+        return found if teacher is None else found | {"teacher_logits": teacher.logits}
+
+    def _captured(self, batch: Batch) -> dict[str, Tensor]:
+        """As :meth:`_losses`, with the gradient."""
+        assert self.captured is not None
+        soft = None
+        if self.teacher is not None and self.teacher.table is not None:  # which looks whether it knows a view
+            soft, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
+        epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # all that such a loss knows of it
+        return self.captured(epoch, batch.images, batch.label, batch.index, soft)
+
+    def _with_gradient(
+        self, epoch: int, images: Tensor, label: Tensor, index: Tensor, soft: Tensor | None
+    ) -> dict[str, Tensor]:
+        found = self._losses(Batch(images, label, index), epoch, soft)
+        with torch.autocast(images.device.type, enabled=False):  # which is for the way there alone
+            found["train/loss"].backward()
+        return found
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass, unless it was a part of the step."""
+        if not self.has_gradient:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Forgets the gradient of the step before, unless that of this one is there already."""
+        if not self.has_gradient:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _share_of_step(self, batch_idx: int) -> float:
         """See :func:`share_of_step`; 1 where gradients are not accumulated, or nobody knows how many batches come."""
@@ -168,11 +222,11 @@ class DistillationModule(LightningModule):
         return share_of_step(sizes, batch_idx - first, every)
 
     def _outputs(
-        self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None
+        self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None, soft: Tensor | None = None
     ) -> tuple[ModelOutput, ModelOutput | None]:
         """Both forward passes, with the features that the loss looks at."""
-        teacher = None
-        if self.teacher is not None:
+        teacher = None if soft is None else ModelOutput(soft)
+        if self.teacher is not None and soft is None:
             teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps, view=view, label=label))
         if self.compiled is not None:  # for a loss without taps
             return ModelOutput(self.compiled(images)), teacher
@@ -207,7 +261,7 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's validation accuracy and the best so far."""
-        top1 = self._log_epoch("val")
+        top1 = float(self._log_epoch("val")["val/top1"])
         self.validated = self.being_validated
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -250,14 +304,14 @@ class DistillationModule(LightningModule):
         for accuracy in self._accuracies(split).values():
             accuracy.reset()
 
-    def _log_epoch(self, split: str) -> float:
+    def _log_epoch(self, split: str) -> dict[str, Tensor]:
         # Metrics and means synchronise themselves over the ranks, in this order on all, so their values are the same.
         # What was counted stays until the next epoch begins: a run that has to end here may go on within this one.
         values = {name: 100 * accuracy.compute() for name, accuracy in self._accuracies(split).items()}
         self.log_dict(values, prog_bar=split == "val")
         means = self.means[split].compute(self.trainer.strategy.reduce)
-        self.log_dict(means | term_shares(means))
-        return float(values[f"{split}/top1"])
+        self.log_dict(means | term_shares({name: mean for name, mean in means.items() if name not in self.top_k}))
+        return {**means, **values}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
@@ -280,6 +334,29 @@ class DistillationModule(LightningModule):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for optimizer in self.trainer.optimizers:
             rescale(optimizer, schedulers, self.own_rates)
+        self.captured = self._to_capture()
+
+    def on_train_end(self) -> None:
+        """Gives the memory of the captured step back."""
+        if self.captured is not None and self.captured.failed:
+            print_line("capture", f"the step was done as it is, it cannot be recorded: {self.captured.failed}")
+        self.captured = None
+
+    def _to_capture(self) -> CapturedStep | None:
+        """The step to be captured; None where it is done as it is."""
+        cuda = self.device.type == "cuda"
+        if not (cuda if self.capture == "auto" else self.capture):
+            return None
+        if reason := why_not_captured(self, self.trainer):
+            print_line("capture", f"off: {reason}")
+            return None
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        watched = [*self.parameters(), *self.buffers()]
+        if self.teacher is not None:
+            watched += [*self.teacher.parameters(), *self.teacher.buffers()]
+        if cuda:
+            print_line("capture", "each step is launched as one CUDA graph; model.capture=false: it is not")
+        return CapturedStep(self._with_gradient, parameters, lambda: watched, record=cuda)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps over a resume the best accuracy, and what the epoch has counted so far.
@@ -287,14 +364,7 @@ class DistillationModule(LightningModule):
         Files of weights alone hold those that were validated.
         """
         checkpoint["best_top1"] = self.best_top1
-        counts = {
-            f"{name} {state}": value
-            for name, accuracy in self._accuracies("train").items()
-            for state, value in accuracy.metric_state.items()
-            if isinstance(value, Tensor)
-        }
-        means = self.means["train"].state_dict()
-        checkpoint["epoch_so_far"] = {"means": means, "accuracies": gathered(counts), "rate": float(self.rate)}
+        checkpoint["epoch_so_far"] = {"means": self.means["train"].state_dict(), "rate": float(self.rate)}
         if "callbacks" not in checkpoint:
             self._save_average(checkpoint)
 
@@ -310,10 +380,28 @@ class DistillationModule(LightningModule):
         if (so_far := checkpoint.get("epoch_so_far")) is None:  # of an earlier version
             return
         self.rate = so_far["rate"]
-        self.means["train"].load_state_dict(so_far["means"])
-        for key, value in own_share(so_far["accuracies"]).items():
-            name, state = key.split(" ")
-            setattr(self.accuracies[name], state, value)
+        means = so_far["means"]
+        if "accuracies" in so_far:  # of an earlier version, which counted what was right beside them
+            for mean, counts in zip(means, so_far["accuracies"], strict=True):
+                mean |= {name.removesuffix(" tp"): 100 * n for name, n in counts.items() if name.endswith(" tp")}
+        self.means["train"].load_state_dict(means)
+
+
+def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:
+    """What of a run does not go into a CUDA graph, or has not been shown to; nothing where all does."""
+    if reason := why_no_graph(module.loss):
+        return reason
+    if trainer.world_size > 1:
+        return "several processes share a step"
+    if trainer.accumulate_grad_batches > 1:
+        return "gradients are accumulated"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return "the loss is scaled in float16"
+    if module.student._compiled_call_impl is not None:
+        return "the networks are compiled"
+    if torch.is_anomaly_enabled():
+        return "anomalies are looked for"
+    return ""
 
 
 def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -350,19 +438,3 @@ def share_of_step(sizes: Sequence[int], batch_idx: int, every: int) -> float:
     """
     first = batch_idx - batch_idx % every
     return every * sizes[batch_idx] / sum(sizes[first : first + every])
-
-
-def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``stats/<term>_share`` of each ``train/<term>``, in percent of ``train/loss``.
-
-    Args:
-        means: the means over an epoch.
-
-    Returns:
-        nothing where the loss has a single term, or is 0.
-    """
-    terms = {name.removeprefix("train/"): mean for name, mean in means.items() if name.startswith("train/")}
-    total = terms.pop("loss", None)
-    if len(terms) < 2 or not total:
-        return {}
-    return {f"stats/{name}_share": 100 * mean / total for name, mean in terms.items()}

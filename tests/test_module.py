@@ -15,7 +15,8 @@ from rld_lightning.callbacks import Divergence, StepSeed, TeacherMonitor, Throug
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
-from rld_lightning.module import share_of_step, term_shares
+from rld_lightning.metrics import term_shares
+from rld_lightning.module import share_of_step
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 

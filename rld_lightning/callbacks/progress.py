@@ -28,6 +28,7 @@ class RunProgress(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self._began = (0.0, 0)  # when, and after how many batches of the run
         self._batches = 0
+        self._drawn = 0.0  # when
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks where the run is, which may go on."""
@@ -38,7 +39,11 @@ class RunProgress(RichProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Counts."""
         self._batches += 1
-        super().on_train_batch_end(trainer, pl_module, *args)
+        # Not at each batch: what it shows is read from the device, which would wait.
+        now = time.monotonic()
+        if self.is_enabled and (trainer.is_last_batch or now - self._drawn >= 1 / self.refresh_rate):
+            self._drawn = now
+            super().on_train_batch_end(trainer, pl_module, *args)
 
     def seconds_left(self, trainer: Trainer) -> float | None:
         """How long the run still takes at its mean pace, validation included; None where nobody can know."""

@@ -98,6 +98,7 @@ VALUES: Mapping[str, Kind] = {
     # model
     "model.label": TEXT,
     "model.compile": words("auto", True, False),
+    "model.capture": words("auto", True, False),
     "model.tuned": KEYS | NULL,
     "model.student": KEYS.such_as("model.student.name=resnet20"),
     "model.student.name": TEXT.such_as("resnet20") | NULL,
@@ -247,7 +248,7 @@ VALUES: Mapping[str, Kind] = {
 }
 # What a run cannot do without, whatever ~key takes away.
 _OF_FIT = (
-    *("seed", "method", "resume", "print_config", "model.label", "model.compile", "model.teacher"),
+    *("seed", "method", "resume", "print_config", "model.label", "model.compile", "model.capture", "model.teacher"),
     *("model.student.name", "model.student.weights", "model.student.channels_last", "data.batch_size"),
     *("recipe.epochs", "recipe.optimizer", "recipe.optimizer._target_", "recipe.optimizer.lr"),
     *("recipe.scheduler_interval", "callbacks", "logger", "logger.csv"),

@@ -51,6 +51,7 @@ _NO_EFFECT = (
     # in which order the same numbers are summed, which changes a result as much as other hardware does
     *(f"trainer.{key}" for key in ("deterministic", "benchmark", "inference_mode")),
     *("model.compile", "model.teacher.fuse"),
+    "model.capture",  # how the same step is launched
     # how the teacher's logits are rounded, or computed in which batch: likewise
     *("model.teacher.cache", "model.teacher.cache_dtype"),
 )

@@ -81,6 +81,7 @@ def build_module(
         num_classes=data.num_classes,
         scheduler_interval=plan.scheduler_interval,
         scheduler_monitor=plan.scheduler_monitor,
+        capture=plan.capture,
         info={
             "student": name,
             "dataset": data.name,

@@ -96,6 +96,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             teacher=plan_teacher(cfg.model.teacher),
             store=TeacherStore(Path(cfg.paths.teachers)),
             compile=cfg.model.compile,
+            capture=cfg.model.capture,
             loss=loss_name(cfg.loss),
             batch_size=None if cfg.data.batch_size == AUTO else cfg.data.batch_size,
             other_sizes="image_size" in cfg.data,

@@ -79,6 +79,7 @@ class Plan:
         teacher: the network to learn from; None without one, and where the loss needs none.
         store: where trained teachers are kept.
         compile: whether training steps are compiled; ``"auto"``: where that pays.
+        capture: whether a step is launched as one CUDA graph; ``"auto"``: on a GPU.
         loss: what the loss is called.
         batch_size: over all processes; None until one has been chosen that suits the device and the data.
         other_sizes: whether the data can have another ``data.image_size``.
@@ -99,6 +100,7 @@ class Plan:
     teacher: Teacher | None
     store: TeacherStore
     compile: bool | str
+    capture: bool | str
     loss: str
     batch_size: int | None
     other_sizes: bool

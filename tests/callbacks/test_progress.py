@@ -67,7 +67,7 @@ def test_one_line_of_80_columns_counts_epochs_from_1(tmp_path):
             lines = get_console().render_lines(table, pad=False)
             seen.append(["".join(segment.text for segment in line) for line in lines])
 
-    bar = Looks()
+    bar = Looks(refresh_rate=1_000_000)  # at each batch
     try:
         reconfigure(width=80)
         bar._console_kwargs = {"width": 80}

@@ -435,7 +435,7 @@ def test_decoding_on_a_gpu_needs_one(tmp_path):
         ImageFolderDataModule(tmp_path, decode="cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_nvjpeg_gives_the_same_crops(folder):
     data = ready(ImageFolderDataModule(folder, image_size=16, batch_size=3, decode="cuda", num_workers=1))
     with pytest.raises(ValueError, match="decode=cuda needs a run on a GPU, and this one is on cpu"):

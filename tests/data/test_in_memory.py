@@ -338,7 +338,7 @@ def test_sizes_before_setup_say_what_to_call():
     assert issubclass(Toy, ImageDataModule)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @views
 def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait(strong_view):
     data = toy(strong_view=strong_view)

@@ -19,6 +19,7 @@ def make_plan(run: Path, **values: Any) -> Plan:
         "teacher": Teacher("resnet14", "auto", "", None, options),
         "store": TeacherStore(run / "teachers"),
         "compile": False,
+        "capture": False,
         "loss": "KD",
         "batch_size": 64,
         "other_sizes": True,

@@ -1,0 +1,127 @@
+"""What ``scripts/gpu_check.sh`` asks of Python: facts of the machine, how long trainings may be, what was found."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rld_lightning.bench.steps import machine
+from rld_lightning.models.read import read_weights
+from rld_lightning.models.save import save_weights
+from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
+from rld_lightning.runs.metrics import read_rows
+
+IMAGES = 50_000  # of an epoch
+_WEIGHTS = ("teacher", "rld-0", "kd-0", "ce-0", "rld-1")  # of which runs, so that there are 8 files at most
+_LONGEST_LOG = 200_000  # characters
+
+
+def facts(state: Path) -> None:
+    """Writes and prints what the machine is, and how fast it multiplies and copies.
+
+    Args:
+        state: the folder that the check goes on from.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Any] = {"torch": torch.__version__, "machine": machine(device)}
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found["capability"] = torch.cuda.get_device_capability()
+    size = 8192 if device.type == "cuda" else 1024
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        seconds = _seconds(lambda a=a, b=b: a @ b, device)
+        found[f"{name} matrix TFLOP/s"] = 2 * size**3 / seconds / 1e12
+    values = torch.empty(2**26, device=device)
+    found["copy GB/s"] = 2 * values.nbytes / _seconds(values.clone, device) / 1e9
+    write_json(state / "facts.json", found)
+    print(json.dumps(found, indent=1))
+
+
+def _seconds(work: Any, device: torch.device) -> float:
+    """Least of five, each until the device has finished."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
+    """How many epochs, 240 at most and a multiple of 8, a teacher and a first round of students may have.
+
+    Args:
+        state: with the short runs ``pace-teacher`` and ``pace-student``.
+        budget: seconds for all of it.
+        side_by_side: how many times as long students take that share the device.
+    """
+    speeds = [_summary(state / "runs" / name).get("images_per_s") for name in ("pace-teacher", "pace-student")]
+    if not all(speeds):
+        return 64
+    teacher, student = (IMAGES / float(speed) for speed in speeds if speed)
+    return max(8, min(240, int(budget / (teacher + side_by_side * student)) // 8 * 8))
+
+
+def gather(state: Path, out: Path) -> None:
+    """Leaves what there is by now in at most 8 files: ``log.txt``, ``results.json``, ``metrics.csv`` and weights.
+
+    Args:
+        state: the folder that the check goes on from.
+        out: where they are written.
+    """
+    runs = {path.name: path for path in sorted((state / "runs").iterdir()) if path.is_dir()}
+    logs = {path.stem: _text(path) for path in [state / "log.txt", *sorted((state / "logs").glob("*.txt"))]}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").write_text("\n".join(f"==== {name}\n{text[-_LONGEST_LOG:]}" for name, text in logs.items()))
+    stages = [line.split() for line in _text(state / "stages.txt").splitlines()]
+    results = {
+        "facts": _json(state / "facts.json"),
+        "stages": [{"name": name, "status": int(rc), "seconds": int(took)} for name, rc, took in stages],
+        "bench": {path.stem: _json(path) for path in sorted(state.glob("bench-*.json"))},
+        "epochs": _text(state / "epochs").strip(),
+        "runs": {name: _summary(path) or {"unfinished": (path / LAST).exists()} for name, path in runs.items()},
+    }
+    write_json(out / "results.json", results)
+    rows = [{"run": name, **row} for name, path in runs.items() if (path / METRICS).exists() for row in read_rows(path)]
+    if rows:
+        columns = dict.fromkeys(key for row in rows for key in row)
+        write_csv(out / METRICS, {key: [row.get(key, "") for row in rows] for key in columns})
+    for name in _WEIGHTS:
+        source, target = state / "runs" / name / STUDENT, out / f"{name}.safetensors"
+        if source.exists() and not target.exists():
+            _save_half(source, target)
+
+
+def _save_half(source: Path, target: Path) -> None:
+    weights = read_weights(source)
+    state = {key: value.half() if value.is_floating_point() else value for key, value in weights.state_dict.items()}
+    save_weights(state, target, weights.metadata)
+
+
+def _summary(run: Path) -> Mapping[str, Any]:
+    return _json(run / SUMMARY)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    what, where, *rest = sys.argv[1:]
+    if what == "facts":
+        facts(Path(where))
+    elif what == "epochs":
+        print(epochs(Path(where), float(rest[0])))
+    else:
+        gather(Path(where), Path(rest[0]))

@@ -1,0 +1,150 @@
+"""The work of a training step recorded as a CUDA graph, and launched as one.
+
+Small networks leave a GPU waiting for Python, which launches a thousand kernels a step, one by one.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = tuple[Tensor | None, ...]
+Function = Callable[..., dict[str, Tensor]]
+
+
+@dataclass
+class _Recording:
+    """What is known of calls with inputs of one layout.
+
+    Attributes:
+        state: what the calls so far had in common; None of none.
+        calls: how many of them there were.
+        inputs: where the graph reads.
+        outputs: where it writes.
+        gradients: of each parameter, likewise.
+        replay: does the work again; None until it is recorded.
+    """
+
+    state: Hashable = None
+    calls: int = 0
+    inputs: Inputs = ()
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    gradients: tuple[Tensor | None, ...] = ()
+    replay: Callable[[], Any] | None = None
+
+
+class CapturedStep:
+    """Calls a function that computes the gradients of parameters anew, and from some calls on replays what it did.
+
+    Each call does the work once: the first ones as they are, which warms the device up, and one that records computes
+    nothing before its replay. What is called with other inputs in between, as an epoch's last and smaller batch, is
+    done as it is until there were enough of them, too.
+
+    The function reads nothing from the device, changes tensors where they are, and ``backward()`` is all that touches
+    gradients. Without a graph (``record=False``, and where there is no CUDA) the same is done with the same buffers,
+    but by calling it: what a test can compare.
+
+    Args:
+        function: called with a constant and tensors; returns tensors by name.
+        parameters: whose gradients it computes.
+        watched: all tensors that it reads or changes beside its inputs; once one lies elsewhere it is recorded anew.
+        warm_up: calls with the same constant and the same watched tensors before it is recorded.
+        record: whether there is to be a graph.
+
+    Attributes:
+        failed: why it could not be recorded; empty where it could, or has not been tried.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        parameters: Iterable[nn.Parameter],
+        watched: Callable[[], Iterable[Tensor]],
+        *,
+        warm_up: int = 3,
+        record: bool = True,
+    ) -> None:
+        self.function = function
+        self.parameters = list(parameters)
+        self.watched = watched
+        self.warm_up = warm_up
+        self.record = record and torch.cuda.is_available()
+        self.failed = ""
+        self._recordings: dict[Hashable, _Recording] = {}
+        # Warm-up and recording on one stream, which nothing but these waits for.
+        self._stream = torch.cuda.Stream() if self.record else None
+
+    def __call__(self, constant: Hashable, *inputs: Tensor | None) -> dict[str, Tensor]:
+        """Does the work.
+
+        Args:
+            constant: what else the function depends on.
+            inputs: on one device.
+
+        Returns:
+            what the function returns, without gradient; a later call may overwrite it.
+        """
+        layout = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs)
+        found = self._recordings.setdefault(layout, _Recording())
+        state = (constant, tuple(tensor.data_ptr() for tensor in self.watched()))
+        if found.state != state:
+            found.state, found.calls, found.replay = state, 0, None
+        found.calls += 1
+        if found.replay is None and found.calls > self.warm_up and not self.failed:
+            self._record(found, constant, inputs)
+        if found.replay is None:
+            return self._as_it_is(constant, inputs)
+        for buffer, value in zip(found.inputs, inputs, strict=True):
+            if buffer is not None and value is not None:
+                buffer.copy_(value, non_blocking=True)
+        found.replay()
+        for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
+            parameter.grad = gradient
+        return dict(found.outputs)
+
+    def _run(self, constant: Hashable, inputs: Inputs) -> dict[str, Tensor]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        return {name: value.detach() for name, value in self.function(constant, *inputs).items()}
+
+    def _as_it_is(self, constant: Hashable, inputs: Inputs) -> dict[str, Tensor]:
+        if self._stream is None:
+            return self._run(constant, inputs)
+        # What is freed there is only taken again there, after all that has been asked for before.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            outputs = self._run(constant, inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return outputs
+
+    def _record(self, found: _Recording, constant: Hashable, inputs: Inputs) -> None:
+        found.inputs = tuple(None if x is None else x.clone() for x in inputs)
+        if self._stream is None:
+            found.outputs, found.gradients = {}, ()
+            found.replay = lambda: self._again(found, constant)
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as those of loaders, may use the device meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                found.outputs = self._run(constant, found.inputs)
+        except RuntimeError as error:  # of a network that reads from the device, say
+            self.failed = str(error).strip().splitlines()[0]
+            return
+        found.gradients = tuple(parameter.grad for parameter in self.parameters)
+        found.replay = graph.replay
+
+    def _again(self, found: _Recording, constant: Hashable) -> None:
+        """What replaying a graph does, by calling the function: outputs and gradients stay where they are."""
+        outputs = self._run(constant, found.inputs)
+        gradients = tuple(parameter.grad for parameter in self.parameters)
+        if not found.outputs:
+            found.outputs, found.gradients = outputs, gradients
+            return
+        for name, value in outputs.items():
+            found.outputs[name].copy_(value)
+        for kept, gradient in zip(found.gradients, gradients, strict=True):
+            if kept is not None and gradient is not None:
+                kept.copy_(gradient)

@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, for a machine that has one for some minutes and no network, in calls of limited
+# time: the CUDA tests, the bench, then on CIFAR-100 a teacher (WRN-40-2) and students of it (WRN-16-2; rld, kd and ce
+# together, seed after seed). A call goes on where the last one stopped; what was found lies in $OUT after each stage.
+#
+#   scripts/gpu_check.sh pack FOLDER   here, with a network: FOLDER/wheels for the machine, FOLDER/parts of the data
+#   scripts/gpu_check.sh               there
+#   SCALE=0.001 scripts/gpu_check.sh   anywhere: all of it a thousandth as long
+#
+# DATA    CIFAR-100's folder (data)          PARTS  or a folder with parts of it, which may come in several calls
+# OUT     8 files at most (runs/gpu_check)   STATE  what goes on in the next call (/tmp/gpu_check)
+# WHEELS  packages to install from           FROM   OUT of another machine: its teacher is taken
+# LIMIT   seconds of this call (570)         BUDGET seconds that all trainings may take (600); EPOCHS follow, to 240
+# SEEDS   of the students (0 1 2 3 4)        DRY    1: only print what would be run
+set -uo pipefail
+cd "$(dirname "$0")/.."
+START=$(date +%s)
+DATA=${DATA:-data} OUT=${OUT:-runs/gpu_check} STATE=${STATE:-/tmp/gpu_check} LIMIT=${LIMIT:-570} BUDGET=${BUDGET:-600}
+SCALE=${SCALE:-1} SEEDS=${SEEDS:-0 1 2 3 4} DRY=${DRY:-} PARTS=${PARTS:-} WHEELS=${WHEELS:-} FROM=${FROM:-} EPOCHS=${EPOCHS:-}
+TEACHER=wrn40_2 STUDENT=wrn16_2 SPARE=20 # seconds to stop and to gather in
+PYTHON=${PYTHON:-python3}
+RUNS=$STATE/runs
+export PYTHONPATH=$STATE/site:$PWD PYTHONUNBUFFERED=1 COLUMNS=110 WANDB_MODE=disabled PYTHONDONTWRITEBYTECODE=1
+
+say() { printf '%4d s  %s\n' $(($(date +%s) - START)) "$*" | tee -a "$STATE/log.txt"; }
+left() { echo $((START + LIMIT - SPARE - $(date +%s))); }
+
+pack() { # what a machine without a network lacks; pip fetches no wheel of antlr4, so it is built
+    local folder=$1
+    mkdir -p "$folder/wheels" "$folder/parts"
+    "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$folder/wheels" \
+        hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 || return 1
+    # A part travels in a call of at most 64 MiB, beside this repository.
+    tar --create --directory "$DATA" cifar-100-python | xz -T0 -1 | split --bytes=47M - "$folder/parts/cifar." || return 1
+    (cd "$folder/parts" && sha256sum cifar.* >SHA256SUMS)
+    du -h "$folder"/wheels/* "$folder"/parts/*
+}
+
+join_data() { # keeps what this call has brought, and says whether that is all
+    mkdir -p "$STATE/parts"
+    cp -n "$PARTS"/* "$STATE/parts/" 2>/dev/null
+    [ -f "$STATE/data/.whole" ] && return 0
+    (cd "$STATE/parts" && sha256sum --quiet --check SHA256SUMS) >"$STATE/parts.txt" 2>&1 || return 1
+    mkdir -p "$STATE/data" && cat "$STATE"/parts/cifar.* | xz -d | tar --extract --directory "$STATE/data" &&
+        touch "$STATE/data/.whole"
+}
+
+gather() {
+    [ "$DRY" ] || "$PYTHON" -m rld_lightning.bench.evidence gather "$STATE" "$OUT" >>"$STATE/log.txt" 2>&1
+}
+
+# stage NAME SECONDS COMMAND...: once, whatever comes of it, unless the time of the call ends it. A run takes part as
+# often as it needs. 0: done; 1: to be gone on with; 2: failed.
+stage() {
+    local name=$1 limit=$2 began rc
+    shift 2
+    if [ "$DRY" ]; then echo "$*"; return 0; fi
+    [ -e "$STATE/done/$name" ] && return "$(cat "$STATE/done/$name")"
+    ((limit > $(left))) && limit=$(left)
+    ((limit < 10)) && { say "$name: no time left"; return 1; }
+    began=$(date +%s)
+    # The run that is told to stop saves where it stands.
+    timeout --kill-after=15 "$limit" "$@" >>"$STATE/logs/$name.txt" 2>&1
+    rc=$?
+    say "$name: exit status $rc after $(($(date +%s) - began)) of $limit s"
+    echo "$name $rc $(($(date +%s) - began))" >>"$STATE/stages.txt"
+    case $rc in
+        0) echo 0 >"$STATE/done/$name" ;;
+        124 | 137 | 143) [[ $name == run-* ]] && return 1; echo 2 >"$STATE/done/$name" ;;
+        *) tail -5 "$STATE/logs/$name.txt" | tee -a "$STATE/log.txt"; echo 2 >"$STATE/done/$name" ;;
+    esac
+    return "$(cat "$STATE/done/$name")"
+}
+
+# run NAME SECONDS OVERRIDES...: a training, from its last checkpoint where it has one.
+run() {
+    local name=$1 limit=$2 resume=()
+    shift 2
+    [ -e "$RUNS/$name/last.ckpt" ] && resume=("resume=$RUNS/$name")
+    stage "run-$name" "$limit" "$PYTHON" scripts/fit.py data=cifar100 "data.root=$DATA" "paths.teachers=$STATE/teachers" \
+        "hydra.run.dir=$RUNS/$name" callbacks.progress=null "${SHORT[@]}" "$@" "${resume[@]}"
+}
+
+if [ "${1:-}" = pack ]; then pack "$2"; exit; fi
+mkdir -p "$STATE/done" "$STATE/logs" "$RUNS" "$OUT"
+trap gather EXIT
+if [ "$WHEELS" ] && [ ! -e "$STATE/site" ]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$STATE/site" "$WHEELS"/*.whl || exit 1
+fi
+if [ "$PARTS" ]; then
+    join_data || { say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
+    DATA=$STATE/data
+fi
+if [ "$FROM" ] && [ -e "$FROM/teacher.safetensors" ]; then
+    mkdir -p "$RUNS/teacher" && cp -n "$FROM/teacher.safetensors" "$RUNS/teacher/student.safetensors"
+    echo 0 >"$STATE/done/run-teacher"
+fi
+
+scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n *= s; print int(n < least ? least : n) }'; }
+SHORT=() TOGETHER=${TOGETHER:-3}
+if [ "$SCALE" != 1 ]; then # two epochs, of so many batches that steps are scaled
+    EPOCHS=2
+    SHORT=("trainer.limit_train_batches=$(scaled $((240 * 782 / 2)) 2)" "trainer.limit_val_batches=$(scaled 200 1)")
+fi
+ROUNDS=$(scaled 9 1) STEPS=$(scaled 2000 6) PACE=$(scaled 782 4)
+PACED=("trainer.max_steps=$PACE" trainer.limit_val_batches=1)
+
+stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
+stage tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda $(grep -rl --include="test_*.py" mark.cuda tests)
+gather
+
+# Short trainings first: they are the first sign that everything works there, and how long the long ones may be.
+SHORT_BEFORE=("${SHORT[@]}") SHORT=("${PACED[@]}")
+run pace-teacher 90 "model=$TEACHER" loss=ce
+PACE_WEIGHTS=$RUNS/pace-teacher/student.safetensors
+run pace-student 90 model=wrn40_2_to_wrn16_2 loss=rld "model.teacher.weights=$PACE_WEIGHTS"
+SHORT=("${SHORT_BEFORE[@]}")
+
+BENCH=("$PYTHON" scripts/bench.py --rounds "$ROUNDS")
+stage bench-step 60 "${BENCH[@]}" step
+stage bench-loss 60 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
+stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds 1 fit --root "$DATA" --steps "$STEPS" \
+    --with model.capture=false --with model.teacher.cache=false --report "$STATE/bench-fit.json"
+gather
+
+[ "$EPOCHS" ] || EPOCHS=$(cat "$STATE/epochs" 2>/dev/null || "$PYTHON" -m rld_lightning.bench.evidence epochs "$STATE" "$BUDGET")
+echo "$EPOCHS" >"$STATE/epochs"
+say "trainings of $EPOCHS epochs"
+RECIPE=("recipe.epochs=$EPOCHS" "recipe.warmup_epochs=$(((EPOCHS + 11) / 12))"
+    "recipe.scheduler.milestones=[$((EPOCHS * 5 / 8)),$((EPOCHS * 3 / 4)),$((EPOCHS * 7 / 8))]")
+
+run teacher 3600 "model=$TEACHER" loss=ce "${RECIPE[@]}" || { say "teacher: not finished"; exit 0; }
+gather
+for seed in $SEEDS; do
+    pids=()
+    for loss in rld kd ce; do # side by side: a batch of 64 leaves most of a GPU idle
+        pair=(model=wrn40_2_to_wrn16_2 "loss=$loss" "model.teacher.weights=$RUNS/teacher/student.safetensors")
+        [ $loss = ce ] && pair=("model=$STUDENT" loss=ce)
+        run "$loss-$seed" 3600 "${pair[@]}" "seed=$seed" "${RECIPE[@]}" &
+        pids+=($!)
+        ((${#pids[@]} >= TOGETHER)) && { wait "${pids[@]}"; pids=(); }
+    done
+    wait
+    [ "$DRY" ] && break
+    gather
+    (($(left) < 10)) && { say "students: go on in the next call"; exit 0; }
+done
+say "all done"

@@ -1,0 +1,248 @@
+"""A captured step is the same step: the same weights, logs and checkpoints, with and without."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rld_lightning import CELoss, DistillationModule, DKDLoss, FrozenTeacher, KDLoss, RLDLoss, create_model
+from rld_lightning.callbacks import Divergence, ExactResume, GradientNorm, StepSeed, TeacherMonitor, Throughput
+from rld_lightning.capture import CapturedStep
+from rld_lightning.data import DigitsDataModule
+from rld_lightning.losses import CombinedLoss
+from rld_lightning.losses.features import FitNetLoss
+from rld_lightning.module import why_not_captured
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+STEP_LR = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
+
+
+def network(width=4, seed=0):
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(width * 36, 10))
+
+
+def module(loss=None, capture=True, **options):
+    options = {"scheduler": STEP_LR, "scheduler_interval": "step"} | options
+    loss = RLDLoss(warmup_epochs=3) if loss is None else loss
+    teacher = FrozenTeacher(network(8, seed=1), channels_last=True)
+    return DistillationModule(network(), loss, SGD, teacher=teacher, num_classes=10, capture=capture, **options)
+
+
+class Losses(Callback):
+    """Keeps what each step came to."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        values = [outputs["loss"], *outputs["terms"].values(), outputs["student_logits"].double().sum()]
+        self.seen.append([float(value) for value in values])
+
+
+def fit(job, folder, *, accelerator="cpu", resume=None, callbacks=(), **options):
+    watch = Losses()
+    trainer = Trainer(
+        **{
+            "max_epochs": 5,
+            "accelerator": accelerator,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 1,
+            "default_root_dir": folder,
+            "callbacks": [StepSeed(0), GradientNorm(), TeacherMonitor(), watch, *callbacks],
+            **options,
+        }
+    )
+    # Twelve batches, of which the last is smaller.
+    trainer.fit(job, DigitsDataModule(batch_size=128), ckpt_path=resume)
+    return trainer, watch.seen
+
+
+def assert_same(one, other, job, twin):
+    (trainer, seen), (with_graph, seen_too) = one, other
+    assert seen == seen_too
+    for (name, value), again in zip(job.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, again), name
+    logged, again = trainer.callback_metrics, with_graph.callback_metrics
+    assert {name: float(value) for name, value in logged.items()} == {k: float(v) for k, v in again.items()}
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (partial(RLDLoss, warmup_epochs=2), {"gradient_clip_val": 0.5, "max_epochs": 4}),
+        (CELoss, {"max_epochs": 1}),
+        (partial(DKDLoss, warmup_epochs=2), {"precision": "bf16-mixed", "max_epochs": 1}),
+        (lambda: CombinedLoss(rld=RLDLoss(warmup_epochs=2), kd=KDLoss()), {"max_epochs": 1}),
+    ],
+    ids=["rld clipped", "ce", "dkd bfloat16", "rld and kd"],
+)
+def test_a_captured_run_is_the_same_run(tmp_path, loss, options):
+    job, twin = module(loss(), capture=False), module(loss())
+    plain, captured = fit(job, tmp_path, **options), fit(twin, tmp_path, **options)
+    assert_same(plain, captured, job, twin)
+
+
+def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatch, tmp_path):
+    recorded = []
+    monkeypatch.setattr(CapturedStep, "_record", spy(CapturedStep._record, recorded))
+    fit(module(RLDLoss(warmup_epochs=2)), tmp_path, max_epochs=5)
+    # In each epoch whose weights differ; and the epoch's last batch, after it was the same three times.
+    assert [(epoch, len(images)) for _, epoch, (images, *_) in recorded] == [(1, 128), (2, 128), (2, 29)]
+
+
+def spy(method, calls):
+    def called(self, *arguments):
+        calls.append(arguments)
+        return method(self, *arguments)
+
+    return called
+
+
+def test_a_captured_run_goes_on_from_any_step(tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 18:
+                trainer.save_checkpoint(tmp_path / "between.ckpt")
+
+    options = {"max_epochs": 3, "limit_val_batches": 0}
+    whole, rest = (module(scheduler=None) for _ in range(2))
+    _, everything = fit(whole, tmp_path, callbacks=[ExactResume(), Save()], **options)
+    # The run that goes on warms up within the epoch.
+    _, after = fit(rest, tmp_path, resume=tmp_path / "between.ckpt", callbacks=[ExactResume()], **options)
+    assert after == everything[18:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+def test_what_does_not_go_into_a_graph_is_said_and_done_as_it_is(tmp_path, capsys):
+    job, twin = module(capture=False), module()
+    options = {"accumulate_grad_batches": 2, "max_epochs": 1}
+    assert_same(fit(job, tmp_path, **options), fit(twin, tmp_path, **options), job, twin)
+    assert "gradients are accumulated" in capsys.readouterr().out
+
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    assert why_not_captured(module(), trainer) == ""
+    learns = FitNetLoss()
+    assert "looks at more than the logits" in why_not_captured(module(learns), trainer)
+    both = CombinedLoss(rld=RLDLoss(), fitnet=FitNetLoss())
+    assert "looks at more than the logits" in why_not_captured(module(both), trainer)
+
+
+class Reads(TorchDispatchMode):
+    """Notes each operation that makes a GPU wait for Python, or Python for a GPU."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indexed = name in ("index", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name in self.WAITS or indexed:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
+    reads = Reads()
+
+    class Look(Callback):
+        """First and last of the callbacks: all that happens in between is a step, with its logs and watchers."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 6:
+                reads.__enter__()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 6:
+                reads.__exit__(None, None, None)
+
+    job = module(capture=capture)
+    watchers = [Divergence(tmp_path), Throughput(), Look()]
+    options = {"max_epochs": 1, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+    monkeypatch.setattr(Losses, "on_train_batch_end", lambda *_: None)
+    monkeypatch.setattr("rld_lightning.losses.rows._check_labels", lambda *_: None)  # which waits on a CPU alone
+    fit(job, tmp_path, callbacks=watchers, **options)
+    assert reads.found == []
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_on_a_gpu_the_graph_computes_what_the_step_does(tmp_path, precision):
+    options = {"accelerator": "gpu", "devices": 1, "precision": precision, "max_epochs": 3, "gradient_clip_val": 1.0}
+    torch.backends.cudnn.deterministic = True
+    try:
+        runs = {}
+        for capture in (False, True):
+            job = module(RLDLoss(warmup_epochs=2), capture=capture)
+            job.student = create_model("resnet8", 10).to(memory_format=torch.channels_last)
+            job.student.load_state_dict(resnet8())
+            runs[capture] = job, fit(job, tmp_path, **options)
+            assert not (capture and job.captured)  # given back
+    finally:
+        torch.backends.cudnn.deterministic = False
+    (plain, (_, seen)), (captured, (_, seen_too)) = runs[False], runs[True]
+    torch.testing.assert_close(torch.tensor(seen_too), torch.tensor(seen), rtol=2e-2, atol=1e-3)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(captured.state_dict()[name], value, rtol=5e-2, atol=5e-3)
+
+
+def resnet8():
+    torch.manual_seed(2)
+    return create_model("resnet8", 10).state_dict()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_replay_is_the_function():
+    device = torch.device("cuda")
+    layer = nn.Linear(8, 4, device=device)
+    calls = []
+
+    def function(factor, x):
+        calls.append(factor)
+        loss = factor * layer(x).square().sum()
+        loss.backward()
+        return {"loss": loss}
+
+    step = CapturedStep(function, layer.parameters(), layer.parameters)
+    for number in range(10):
+        x = torch.randn(5, 8, device=device)
+        found = step(2.0, x)["loss"].clone()
+        gradient = layer.weight.grad.clone()
+        layer.weight.grad = None
+        expected = 2 * layer(x).square().sum()
+        torch.testing.assert_close(found, expected.detach())
+        torch.testing.assert_close(gradient, *torch.autograd.grad(expected, layer.weight))
+        with torch.no_grad():
+            layer.weight -= 0.01 * gradient
+        assert len(calls) == min(number + 1, 4)  # three as they are, one that is recorded
+    assert not step.failed
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is():
+    layer = nn.Linear(8, 4, device="cuda")
+
+    def function(factor, x):
+        loss = layer(x).sum()
+        loss.backward()
+        return {"loss": loss * loss.item()}  # which waits
+
+    step = CapturedStep(function, layer.parameters(), layer.parameters)
+    for _ in range(6):
+        x = torch.randn(5, 8, device="cuda")
+        torch.testing.assert_close(step(1, x)["loss"], layer(x).sum().detach().square())
+    assert step.failed
