@@ -40,6 +40,8 @@ class LogitsTable:
         OSError: the file cannot be made.
     """
 
+    complete = False  # nobody has looked at all rows
+
     def __init__(self, path: Path, rows: int, classes: int, dtype: str = "float16") -> None:
         if dtype not in STORED:
             raise ValueError(f"logits are stored in {' or '.join(STORED)}, not in {dtype!r}.")
