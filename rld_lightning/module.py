@@ -1,7 +1,7 @@
 """The training step: student, optional teacher, loss and optimiser as one LightningModule."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ class DistillationModule(LightningModule):
         student: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
         loss: what is minimised; one that looks inside the networks has been connected to them
             (:meth:`~rld_lightning.losses.base.DistillationLoss.connect`).
-        optimizer: called with the parameters to train.
+        optimizer: called with the parameters to train; on a GPU with ``fused=True`` as well, where it takes that.
         scheduler: called with the optimizer; if it takes ``total_steps`` and has none, it is given the run's.
         teacher: required when ``loss.needs_teacher``, unused otherwise.
         num_classes: C.
@@ -68,7 +68,7 @@ class DistillationModule(LightningModule):
         self,
         student: nn.Module,
         loss: DistillationLoss,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        optimizer: Callable[..., Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         *,
         teacher: FrozenTeacher | None = None,
@@ -315,7 +315,8 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(parameters, **fused(self.make_optimizer, self.trainer))
         self.own_rates = remember_first_rates(optimizer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
@@ -397,11 +398,24 @@ def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:
         return "gradients are accumulated"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return "the loss is scaled in float16"
-    if module.student._compiled_call_impl is not None:
+    if module.student._compiled_call_impl is not None or getattr(module, "compiled", None) is not None:
         return "the networks are compiled"
     if torch.is_anomaly_enabled():
         return "anomalies are looked for"
     return ""
+
+
+def fused(make: Callable[..., Optimizer], trainer: Trainer) -> dict[str, bool]:
+    """Has an optimizer update all weights in one kernel on a GPU, where it can and nobody has chosen.
+
+    Not where gradients are clipped or scaled: Lightning refuses the first, and watchers would see them scaled.
+    """
+    ways = ("fused", "foreach", "capturable", "differentiable")
+    chosen = set(ways) & set(getattr(make, "keywords", {})) or "fused" not in inspect.signature(make).parameters
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if chosen or scaled or trainer.gradient_clip_val or trainer.strategy.root_device.type != "cuda":
+        return {}
+    return {"fused": True}
 
 
 def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A captured step is the same step: the same weights, logs and checkpoints, with and without."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rld_lightning.capture import CapturedStep
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
-from rld_lightning.module import why_not_captured
+from rld_lightning.module import fused, why_not_captured
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
 STEP_LR = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
@@ -134,6 +135,17 @@ def test_what_does_not_go_into_a_graph_is_said_and_done_as_it_is(tmp_path, capsy
     assert "looks at more than the logits" in why_not_captured(module(learns), trainer)
     both = CombinedLoss(rld=RLDLoss(), fitnet=FitNetLoss())
     assert "looks at more than the logits" in why_not_captured(module(both), trainer)
+
+
+def test_an_optimizer_is_fused_on_a_gpu_unless_something_is_against_it():
+    def on(device="cuda", clip=None, scaler=None):
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        plugin = SimpleNamespace(scaler=scaler)
+        return SimpleNamespace(strategy=strategy, precision_plugin=plugin, gradient_clip_val=clip)
+
+    assert fused(SGD, on()) == fused(torch.optim.AdamW, on(clip=0)) == {"fused": True}
+    assert fused(SGD, on("cpu")) == fused(SGD, on(clip=1.0)) == fused(SGD, on(scaler=object())) == {}
+    assert fused(partial(SGD, foreach=True), on()) == fused(torch.optim.Rprop, on()) == {}
 
 
 class Reads(TorchDispatchMode):
