@@ -23,4 +23,12 @@ class StepSeed(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds them."""
         place = f"{self.seed}/{trainer.current_epoch}/{batch_idx}/{trainer.global_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=4).digest(), "little"))
+        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=4).digest(), "little")
+        device = trainer.strategy.root_device
+        if device.type not in ("cpu", "cuda"):
+            torch.manual_seed(seed)
+            return
+        # As torch.manual_seed, which also formats a traceback for each kind of device that nobody uses.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
