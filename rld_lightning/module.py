@@ -400,7 +400,7 @@ def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:
         return "gradients are accumulated"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return "the loss is scaled in float16"
-    if module.student._compiled_call_impl is not None or getattr(module, "compiled", None) is not None:
+    if module.compiled is not None or module.student._compiled_call_impl is not None:
         return "the networks are compiled"
     if torch.is_anomaly_enabled():
         return "anomalies are looked for"

@@ -102,7 +102,7 @@ if [ "$SCALE" != 1 ]; then # two epochs, of so many batches that steps are scale
     EPOCHS=2
     SHORT=("trainer.limit_train_batches=$(scaled $((240 * 782 / 2)) 2)" "trainer.limit_val_batches=$(scaled 200 1)")
 fi
-ROUNDS=$(scaled 9 1) PACE=$(scaled 782 4) LONG=(--steps "$(scaled 2000 6)")
+ROUNDS=$(scaled 9 1) PACE=$(scaled 782 4) SECONDS_EACH=$(scaled 6 1)
 PACED=("trainer.max_steps=$PACE" trainer.limit_val_batches=1)
 
 stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
@@ -119,8 +119,8 @@ SHORT=("${SHORT_BEFORE[@]}")
 BENCH=("$PYTHON" scripts/bench.py --rounds "$ROUNDS")
 stage bench-step 60 "${BENCH[@]}" step
 stage bench-loss 60 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
-stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" "${LONG[@]}" \
-    --with model.capture=false --with model.teacher.cache=false --report "$STATE/bench-fit.json"
+stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" --folder "$STATE/bench" \
+    --with= --with=model.capture=false --with=model.teacher.cache=false --report "$STATE/bench-fit.json"
 gather
 
 [ "$EPOCHS" ] || EPOCHS=$(cat "$STATE/epochs" 2>/dev/null || "$PYTHON" -m rld_lightning.bench.evidence epochs "$STATE" "$BUDGET")
