@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import DistillationLoss, StepContext
-from rld_lightning.losses.numerics import softmax_kl
+from rld_lightning.losses.divergences import softmax_kl
 from rld_lightning.losses.ranges import Count, Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, by_row_blocks, logit_rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import Epochs, LogitLoss
-from rld_lightning.losses.numerics import binary_kl, kl_rows, margin, masked_log_softmax
+from rld_lightning.losses.divergences import margin, margin_kl, softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
@@ -50,9 +50,9 @@ def dkd_loss(
 
 def decoupled_kl(teacher: Tensor, student: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Divergences ``(N,)`` of the true class from the rest and within the rest, of tempered logits ``(N, C)``."""
-    true = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, label.unsqueeze(-1), True)
-    target = binary_kl(margin(teacher, label), margin(student, label))
-    return target, kl_rows(masked_log_softmax(teacher, true), masked_log_softmax(student, true))
+    true = torch.zeros_like(teacher).scatter_(-1, label.unsqueeze(-1), 1.0)
+    target = margin_kl(margin(teacher, label), student, label)
+    return target, softmax_kl(teacher, student, drop=true)
 
 
 @register_loss("dkd")

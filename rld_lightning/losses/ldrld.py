@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import binary_kl, kl_rows, masked_log_softmax, softmax_kl
+from rld_lightning.losses.divergences import softmax_kl
+from rld_lightning.losses.numerics import binary_kl
 from rld_lightning.losses.ranges import Positive, Weight, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
@@ -63,8 +64,8 @@ def ldrld_loss(
     # All differences (n, k, k) by broadcasting: picking the pairs by index would add up the gradient in any order.
     pairs = binary_kl(*(x.unsqueeze(-1) - x.unsqueeze(-2) for x in (teacher_leading, leading)))
     local = (pair_weights(leading) * pairs).sum((-1, -2)) + softmax_kl(teacher_leading, leading)
-    lead = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, classes, True)
-    remaining = kl_rows(masked_log_softmax(teacher, lead), masked_log_softmax(student, lead))
+    lead = torch.zeros_like(teacher).scatter_(-1, classes, 1.0)
+    remaining = softmax_kl(teacher, student, drop=lead)
     return {
         "local": (alpha * temperature**2, local / (k * (k - 1) / 2 + 1)),
         "remaining": (beta * temperature**2, remaining),

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import margin, softmax_kl, standardize, total
+from rld_lightning.losses.divergences import softmax_kl
+from rld_lightning.losses.numerics import margin, standardize, total
 from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import by_row_blocks, logit_rows

@@ -4,11 +4,10 @@ Only the correction, as RLD (arXiv 2408.07703) compares with it: beside the teac
 logits, in which the true class has been raised.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import kl_rows
+from rld_lightning.losses.divergences import softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
@@ -48,10 +47,9 @@ def rc_loss(
     Returns:
         ``{"kd": kd_weight * KD, "rc": rc_weight * RC}`` in nats.
     """
-    log_probs = F.log_softmax(student_logits / temperature, -1)
-    corrected = correct_logits(student_logits.detach(), label)
-    kd = kl_rows(F.log_softmax(teacher_logits / temperature, -1), log_probs)
-    rc = kl_rows(F.log_softmax(corrected / temperature, -1), log_probs)
+    student = student_logits / temperature
+    kd = softmax_kl(teacher_logits / temperature, student)
+    rc = softmax_kl(correct_logits(student_logits.detach(), label) / temperature, student)
     return {"kd": (kd_weight * temperature**2, kd), "rc": (rc_weight * temperature**2, rc)}
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import Epochs, LogitLoss, StepContext
-from rld_lightning.losses.numerics import binary_kl, kl_rows, margin, masked_log_softmax
+from rld_lightning.losses.divergences import largest_margin, margin_kl, marks, softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight, choose
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, logit_rows, row_loss
 
 Mask = Annotated[Literal["ge", "g"], choose("'ge' (the paper's) or 'g' (its ablation)", "ge", "g")]
+ABOVE = {"ge": torch.ge, "g": torch.gt}
 
 
 @row_loss
@@ -63,19 +64,19 @@ def rld_loss(
         ``{"scd": alpha * SCD, "mcd": beta * MCD}`` in nats.
     """
     cold = temperature if confidence_temperature is None else confidence_temperature
-    top, drop = teacher_logits.argmax(-1), dropped_classes(teacher_logits, label, mask)
     student, teacher = student_logits / cold, teacher_logits / cold
-    confidence = binary_kl(margin(teacher, top), margin(student, label))
+    confidence = margin_kl(largest_margin(teacher), student, label)
     if cold != temperature:
         student, teacher = student_logits / temperature, teacher_logits / temperature
-    correlation = kl_rows(masked_log_softmax(teacher, drop), masked_log_softmax(student, drop))
+    true = teacher_logits.gather(-1, label.unsqueeze(-1))
+    correlation = softmax_kl(teacher, student, drop=marks(ABOVE[mask], teacher_logits, true))
     return {"scd": (alpha * cold**2, confidence), "mcd": (beta * temperature**2, correlation)}
 
 
 def dropped_classes(teacher: Tensor, label: Tensor, mask: Mask) -> Tensor:
     """The set M of each row of ``(N, C)`` teacher logits, ``(N, C)`` bool: the classes that MCD leaves out."""
     true = teacher.gather(-1, label.unsqueeze(-1))
-    return teacher >= true if mask == "ge" else teacher > true
+    return ABOVE[mask](teacher, true)
 
 
 @register_loss("rld")

@@ -23,7 +23,7 @@ class LogitRows(NamedTuple):
     """Checked logits, one distribution a row.
 
     Attributes:
-        student: ``(N, C)``, float32 or float64, carries the gradient.
+        student: ``(N, C)``, float32 or float64, carries the gradient; rows to ignore hold 0.
         teacher: ``(N, C)``, the same type, detached.
         label: ``(N,)`` int64 in ``[0, C)``; rows to ignore hold 0. ``None`` for methods that do not use labels.
         valid: ``(N,)`` bool, False where the label is ``ignore_index``. ``None`` when there are no labels.
@@ -70,7 +70,7 @@ def logit_rows(
     ignore_index: int = -100,
     temperature: float = 1.0,
 ) -> LogitRows:
-    """Checks a batch and turns it into rows.
+    """Checks a batch and turns it into rows that can be calculated with.
 
     Args:
         student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
@@ -85,6 +85,32 @@ def logit_rows(
         ValueError: shapes, class counts or types that do not fit, or a label outside ``[0, C)``. Labels on an
             accelerator are checked by an assertion on the device, which costs no synchronisation.
     """
+    rows = checked_rows(student_logits, teacher_logits, label, ignore_index, temperature)
+    student, teacher = prepared(rows.student, rows.teacher, _if_any_is_not(rows.valid), logit_standardization)
+    return rows._replace(student=student, teacher=teacher)
+
+
+def prepared(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, logit_standardization: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits of :func:`checked_rows`, or of some of its rows, in one type, finite, and z-scored if so wished."""
+    if valid is not None:
+        # No gradient comes out of what an ignored sample holds: not even NaN times 0.
+        student = student.masked_fill(~valid.unsqueeze(-1), 0.0)
+    student, teacher = bounded(student), bounded(teacher.to(student.dtype))
+    return (standardize(student), standardize(teacher)) if logit_standardization else (student, teacher)
+
+
+def _if_any_is_not(valid: Tensor | None) -> Tensor | None:
+    """The same, or ``None`` if all samples count. An accelerator is not asked, for that would make it wait."""
+    asked = valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if asked and valid.all() else valid
+
+
+def checked_rows(
+    student_logits: Tensor, teacher_logits: Tensor, label: Tensor | None, ignore_index: int, temperature: float
+) -> LogitRows:
+    """The checks of :func:`logit_rows`; the student's logits are in the type to compute in, the rest is as it came."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits.ndim < 2 or not logits.is_floating_point():
             raise ValueError(
@@ -109,11 +135,7 @@ def logit_rows(
     dtype = torch.promote_types(dtype, torch.float32)
     if temperature > 100 and student_logits.device.type != "mps":
         dtype = torch.float64
-    student = bounded(_classes_last(student_logits).to(dtype))
-    teacher = bounded(_classes_last(teacher_logits.detach()).to(dtype))
-    if logit_standardization:
-        student, teacher = standardize(student), standardize(teacher)
-
+    student, teacher = _classes_last(student_logits).to(dtype), _classes_last(teacher_logits.detach())
     if label is None:
         return LogitRows(student, teacher, None, None, shape)
     if label.shape != shape or label.is_floating_point() or label.dtype == torch.bool:
@@ -123,8 +145,9 @@ def logit_rows(
         )
     label = label.reshape(-1).long()
     valid = label != ignore_index
-    _check_labels(label, valid, num_classes, ignore_index)
-    return LogitRows(student, teacher, torch.where(valid, label, 0), valid, shape)
+    of_rows = torch.where(valid, label, 0)
+    _check_labels(of_rows, num_classes, ignore_index)
+    return LogitRows(student, teacher, of_rows, valid, shape)
 
 
 def _classes_last(logits: Tensor) -> Tensor:
@@ -132,15 +155,16 @@ def _classes_last(logits: Tensor) -> Tensor:
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
-def _check_labels(label: Tensor, valid: Tensor, num_classes: int, ignore_index: int) -> None:
-    if torch.compiler.is_compiling():
+def _check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
+    if torch.compiler.is_compiling() or not label.numel():
         return
-    in_range = (~valid | ((label >= 0) & (label < num_classes))).all()
+    lowest, highest = label.aminmax()
     if label.device.type != "cpu":
         # Reading the value would make every step wait for the device.
+        in_range = (lowest >= 0) & (highest < num_classes)
         torch._assert_async(in_range, f"label outside [0, {num_classes}) and not ignore_index={ignore_index}")
-    elif not in_range:
-        wrong = label[valid & ((label < 0) | (label >= num_classes))][0].item()
+    elif lowest < 0 or highest >= num_classes:
+        wrong = label[(label < 0) | (label >= num_classes)][0].item()
         raise ValueError(
             f"label {wrong} is outside [0, {num_classes}) and is not ignore_index={ignore_index}; "
             "check the number of classes of the model and of the data."
@@ -185,83 +209,104 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
             raise ValueError(f"{formula.__name__} needs the labels of the samples.")
         standardization, ignore_index, reduction = (options.pop(name, default) for name, default in common.items())
         temperatures = [v for k, v in options.items() if k.endswith("temperature") and v is not None]
-        rows = logit_rows(
-            student_logits,
-            teacher_logits,
-            label,
-            logit_standardization=standardization,
-            ignore_index=ignore_index,
-            temperature=max(temperatures, default=1.0),
-        )
-        weights: dict[str, float] = {}
+        rows = checked_rows(student_logits, teacher_logits, label, ignore_index, max(temperatures, default=1.0))
+        names: list[str] = []
 
-        def row_losses(*tensors: Tensor) -> tuple[Tensor, ...]:
-            terms = rows_of(*tensors, **options)
-            weights.update({name: weight for name, (weight, _) in terms.items()})
-            return tuple(loss for _, loss in terms.values())
+        def row_losses(
+            student: Tensor, teacher: Tensor, label: Tensor | None = None, valid: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
+            student, teacher = prepared(student, teacher, valid, standardization)
+            terms = rows_of(student, teacher, *(() if label is None else (label,)), **options)
+            names[:] = terms
+            return tuple(weight * loss for weight, loss in terms.values())
 
-        labels = () if rows.label is None else (rows.label,)
-        losses = by_row_blocks(row_losses, rows.student, rows.teacher, *labels)
-        pairs = zip(weights.items(), losses, strict=True)
-        return {name: weight * rows.reduce(per_row, reduction) for (name, weight), per_row in pairs}
+        rows = rows._replace(valid=_if_any_is_not(rows.valid))
+        labels = [tensor for tensor in (rows.label, rows.valid) if tensor is not None]
+        losses = by_row_blocks(row_losses, rows.student, rows.teacher, *labels, alike=True)
+        return {name: rows.reduce(per_row, reduction) for name, per_row in zip(names, losses, strict=True)}
 
     return cast(Callable[P, dict[str, Tensor]], loss)
 
 
-# Logits in a block: its temporaries stay in the cache (CPU) or are few beside the weights (accelerators).
-BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**22}
+# Logits in a block, for each thread: its temporaries stay in the cache (CPU) or are few beside the weights (others).
+BLOCK_ELEMENTS = {"cpu": 2**17, "other": 2**22}
 
 
 def by_row_blocks(
-    row_losses: Callable[..., tuple[Tensor, ...]], student: Tensor, *others: Tensor
+    row_losses: Callable[..., tuple[Tensor, ...]], student: Tensor, *others: Tensor, alike: bool = False
 ) -> tuple[Tensor, ...]:
     """``row_losses(student, *others)`` of large inputs a block of rows at a time, with the gradient in the same sweep.
 
     Losses of rows are independent, so each block's gradient can be taken at once instead of keeping its dozen
     ``(N, C)`` temporaries until the backward pass: with many classes that is faster (a block stays in the cache) and
-    takes memory for one gradient a loss. Small inputs, where this would not pay, go straight through.
+    takes memory for one gradient a loss, or for a single one. Small inputs, where this would not pay, go straight
+    through.
 
     Args:
         row_losses: maps ``(n, C)`` student rows and the matching rows of ``others`` to a tuple of ``(n,)`` losses.
         student: ``(N, C)``, the only argument that may need a gradient (a second derivative needs the direct way).
         others: tensors with ``N`` rows.
+        alike: what is minimised is most likely the sum of the losses, or a multiple of it for each row, so that one
+            gradient will do; where that turns out wrong, the sweep is done again. To find out costs an accelerator a
+            wait, which is why there each loss still has its own.
     """
-    block = BLOCK_ELEMENTS.get(student.device.type, BLOCK_ELEMENTS["other"])
-    if student.numel() <= 4 * block or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return row_losses(student, *others)
-    return _RowBlocks.apply(row_losses, max(1, block // student.shape[1]), student, *others)
+    on_cpu = student.device.type == "cpu"
+    block = BLOCK_ELEMENTS["cpu"] * torch.get_num_threads() if on_cpu else BLOCK_ELEMENTS["other"]
+    if student.numel() <= 4 * block:
+        return row_losses(student, *others)
+    return _RowBlocks.apply(row_losses, max(1, block // student.shape[1]), alike and on_cpu, student, *others)
 
 
 class _RowBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, row_losses: Callable[..., tuple[Tensor, ...]], size: int, student: Tensor, *others: Tensor
+        ctx: Any,
+        row_losses: Callable[..., tuple[Tensor, ...]],
+        size: int,
+        alike: bool,
+        student: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        need_gradient = ctx.needs_input_grad[2]
-        values: list[tuple[Tensor, ...]] = []
-        gradients: list[Tensor] = []
-        for start in range(0, len(student), size):
-            rows = slice(start, start + size)
-            leaf = student[rows].detach().requires_grad_(need_gradient)
-            with torch.set_grad_enabled(need_gradient):
-                losses = row_losses(leaf, *(other[rows] for other in others))
-            values.append(tuple(loss.detach() for loss in losses))
-            if need_gradient:
-                gradients = gradients or [torch.empty_like(student) for _ in losses]
-                for i, (loss, gradient) in enumerate(zip(losses, gradients, strict=True), start=1):
-                    (gradient[rows],) = torch.autograd.grad(
-                        loss, leaf, torch.ones_like(loss), retain_graph=i < len(losses)
-                    )
-        ctx.save_for_backward(*gradients)
-        return tuple(torch.cat(parts) for parts in zip(*values, strict=True))
+        ctx.row_losses, ctx.size, ctx.alike = row_losses, size, alike
+        ctx.save_for_backward(student, *others)
+        losses, ctx.gradients = _sweep(row_losses, size, alike, ctx.needs_input_grad[3], student, *others)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         # ``once_differentiable`` would let this pass, and the second derivative would silently be without this loss.
         if torch.is_grad_enabled():
             raise RuntimeError("a batch this large has no second derivative (create_graph=True); split the batch.")
-        result = None
-        for weight, gradient in zip(outer, ctx.saved_tensors, strict=True):
-            weight = weight.unsqueeze(-1)
-            result = weight * gradient if result is None else result.addcmul_(weight, gradient)
-        return None, None, result, *(None for _ in ctx.needs_input_grad[3:])
+        alike = ctx.alike and all(torch.equal(outer[0], weight) for weight in outer[1:])
+        if alike != ctx.alike or ctx.gradients is None:
+            _, ctx.gradients = _sweep(ctx.row_losses, ctx.size, alike, True, *ctx.saved_tensors)
+        # They are large and used up here; who asks for them again pays for another sweep.
+        (result, *more), ctx.gradients = ctx.gradients, None
+        result.mul_(outer[0].unsqueeze(-1))
+        for weight, gradient in zip(outer[1:], more, strict=False):
+            result.addcmul_(weight.unsqueeze(-1), gradient)
+        return None, None, None, result, *(None for _ in ctx.needs_input_grad[4:])
+
+
+def _sweep(
+    row_losses: Callable[..., tuple[Tensor, ...]], size: int, alike: bool, differentiate: bool, *inputs: Tensor
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The losses of all rows, and their gradients ``(N, C)``: of the sum alone where they are alike."""
+    student, *others = inputs
+    values: list[tuple[Tensor, ...]] = []
+    gradients: list[Tensor] = []
+    for start in range(0, len(student), size):
+        rows = slice(start, start + size)
+        leaf = student[rows].detach().requires_grad_(differentiate)
+        with torch.set_grad_enabled(differentiate):
+            losses = row_losses(leaf, *(other[rows] for other in others))
+        values.append(tuple(loss.detach() for loss in losses))
+        if differentiate:
+            sums = [losses] if alike else [(loss,) for loss in losses]
+            gradients = gradients or [torch.empty_like(student) for _ in sums]
+            for i, (summands, gradient) in enumerate(zip(sums, gradients, strict=True), start=1):
+                ones = [torch.ones_like(loss) for loss in summands]
+                (gradient[rows],) = torch.autograd.grad(summands, leaf, ones, retain_graph=i < len(sums))
+    return tuple(torch.cat(parts) for parts in zip(*values, strict=True)), gradients

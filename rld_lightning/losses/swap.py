@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY
 from torch import Tensor
 
 from rld_lightning.losses.base import LogitLoss
-from rld_lightning.losses.numerics import softmax_kl
+from rld_lightning.losses.divergences import softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, row_loss

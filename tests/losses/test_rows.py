@@ -88,6 +88,23 @@ def test_blocks_backward_twice(blocks):
     assert torch.equal(student.grad, first)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_blocks_that_keep_one_gradient(together, blocks):
+    """Right whatever the weights, which only decide whether the sweep has to be done again."""
+    student, teacher, label = rows_of(23)
+    outer = torch.randn(3, 23, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if together:
+        outer = outer[:1].expand(3, -1)
+    expected = torch.autograd.grad(three_losses(student, teacher, label), student, outer.unbind())
+    function, sizes = blocks(17)
+    losses = by_row_blocks(function, student, teacher, label, alike=True)
+    assert_close(torch.autograd.grad(losses, student, outer.unbind(), retain_graph=True), expected)
+    assert len(sizes) == (8 if together else 16)
+    # What was kept is used up: the same again, by another sweep.
+    assert_close(torch.autograd.grad(losses, student, outer.unbind()), expected)
+    assert len(sizes) == (16 if together else 24)
+
+
 def test_blocks_refuse_second_derivatives(blocks):
     student, teacher, label = rows_of(23)
     total = sum(loss.sum() for loss in by_row_blocks(blocks(17)[0], student, teacher, label))
@@ -144,7 +161,8 @@ def test_blocks_in_the_losses(reduction, dtype, monkeypatch):
 
     expected = run()
     monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", 29)
-    assert_close(run(), expected)
+    # T^2 beta = 128 times the last bit of a sum, whose exponentials depend on how many of them there are at a time.
+    assert_close(run(), expected, rtol=1e-5, atol=2e-5)
 
 
 def test_block_sizes_that_are_shipped():
@@ -176,7 +194,9 @@ def test_rows_of_maps():
     label = torch.tensor([[0, 1, 2, -100], [1, 1, -100, 0]], dtype=torch.int32)
     found = logit_rows(student, teacher, label)
     assert found.shape == (2, 4)
-    assert found.student.tolist() == [[b * 12 + p, b * 12 + 4 + p, b * 12 + 8 + p] for b in range(2) for p in range(4)]
+    expected = [[b * 12 + p, b * 12 + 4 + p, b * 12 + 8 + p] for b in range(2) for p in range(4)]
+    expected[3] = expected[6] = [0, 0, 0]  # ignored
+    assert found.student.tolist() == expected
     assert found.label.tolist() == [0, 1, 2, 0, 1, 1, 0, 0]
     assert found.valid.tolist() == [True, True, True, False, True, True, False, True]
     assert not found.teacher.requires_grad
