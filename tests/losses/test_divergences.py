@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rld_lightning.losses import numerics
+from rld_lightning.losses import numerics, rld_loss
 from rld_lightning.losses.divergences import largest_margin, margin, margin_kl, marks, softmax_kl
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -109,3 +109,21 @@ def test_marks(dtype):
     _, teacher, _, _ = rows(dtype)
     for comparison in (torch.ge, torch.gt, torch.eq):
         assert torch.equal(marks(comparison, teacher, teacher[:, :1]), comparison(teacher, teacher[:, :1]).to(dtype))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("classes", [100, 21841])
+def test_a_gpu_gives_what_the_cpu_gives(classes, compiled):
+    """In a few kernels, in blocks of rows, and fused by the compiler."""
+    student, teacher, _, label = rows(torch.float32, 3.0, count=1024, classes=classes)
+    label[::5] = -100
+    function = torch.compile(rld_loss) if compiled else rld_loss
+
+    def run(function, device):
+        leaf = student.detach().to(device).requires_grad_()
+        terms = function(leaf, teacher.to(device), label.to(device))
+        (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
+        return {name: term.detach().cpu() for name, term in terms.items()}, gradient.cpu()
+
+    assert_close(run(function, "cuda"), run(rld_loss, "cpu"), rtol=1e-4, atol=1e-6)
