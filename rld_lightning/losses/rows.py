@@ -103,8 +103,9 @@ def prepared(
 
 def _if_any_is_not(valid: Tensor | None) -> Tensor | None:
     """The same, or ``None`` if all samples count. An accelerator is not asked, for that would make it wait."""
-    asked = valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if asked and valid.all() else valid
+    if valid is None or torch.compiler.is_compiling() or valid.device.type != "cpu":
+        return valid
+    return None if valid.all() else valid
 
 
 def checked_rows(
