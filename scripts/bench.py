@@ -1,4 +1,4 @@
-"""Measure by ratio: `fit` (jobs), `startup`, `step` and `losses` (training steps), `loss` (RLD), `data` (JPEGs)."""
+"""Measure by ratio: `fit` (jobs), `epoch`, `startup`, `step`, `losses` (steps), `loss` (RLD alone), `data` (JPEGs)."""
 
 import argparse
 from pathlib import Path
@@ -27,17 +27,21 @@ if __name__ == "__main__":
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
     step = what.add_parser("step", help="a training step against the plain eager float32 one")
+    epoch = what.add_parser("epoch", help="what an epoch of fit.py costs beside its steps")
+    epoch.add_argument("--root", default="data", help="folder of CIFAR-100")
+    epoch.add_argument("--epochs", type=int, default=4)
     losses = what.add_parser("losses", help="a training step with each loss relative to kd's")
     losses.add_argument("names", nargs="*", help="losses such as rld or [rld,at]; none for all")
     for steps, teacher, student in (
         (fit, "wrn40_2", "wrn16_2"),
         (step, "wrn40_2", "wrn16_2"),
+        (epoch, "wrn40_2", "wrn16_2"),
         (losses, "resnet20", "resnet8"),
     ):
         steps.add_argument("--teacher", default=teacher)
         steps.add_argument("--student", default=student)
         steps.add_argument("--batch", type=int, default=64)
-        if steps is not fit:
+        if steps not in (fit, epoch):
             steps.add_argument("--size", type=int, default=32, help="height and width of the images")
     data = what.add_parser("data", help="JPEG files to training crops on one core, against the usual Pillow pipeline")
     data.add_argument("--images", type=int, default=64)
@@ -52,6 +56,7 @@ if __name__ == "__main__":
     import torch  # help and mistakes need not wait for it
 
     from rld_lightning.bench.data import bench_data
+    from rld_lightning.bench.epochs import bench_epoch
     from rld_lightning.bench.jobs import Job, bench_fit, prepare_fit
     from rld_lightning.bench.startup import bench_startup
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
@@ -67,6 +72,8 @@ if __name__ == "__main__":
             bench_fit(job, options.rounds, options.seconds, options.switches, options.folder, options.report)
     elif options.what == "startup":
         bench_startup(options.rounds)
+    elif options.what == "epoch":
+        bench_epoch(options.root, options.teacher, options.student, options.batch, options.epochs)
     elif options.what == "loss":
         bench_loss(options.batch, options.classes, device, options.rounds)
     else:

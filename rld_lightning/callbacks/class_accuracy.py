@@ -1,18 +1,24 @@
 """How good student and teacher are at each class, and what the student takes it for."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import CLASSES, CONFUSION, write_csv
 
+_SECONDS = 10.0  # between two files that are soon replaced
+
 
 class ClassAccuracy(Callback):
-    """Leaves ``classes.csv`` after each validation: one row a class, in the order of the labels.
+    """Leaves ``classes.csv`` of the last validation: one row a class, in the order of the labels.
+
+    It is written after each, or after short epochs every few seconds, and where the run ends or stops.
 
     Its columns: ``class``, ``images``, ``accuracy`` of the student and, where
     :class:`~rld_lightning.callbacks.TeacherMonitor` runs before this one, ``teacher_accuracy``, in percent. A class
@@ -27,6 +33,8 @@ class ClassAccuracy(Callback):
         self.path = Path(dirpath) / CLASSES
         self.counts: Tensor | None = None
         self.confusion: Tensor | None = None
+        self._finished: tuple[Tensor, Tensor] | None = None  # what is not written yet
+        self._written = float("-inf")  # when
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Begins a validation."""
@@ -58,11 +66,28 @@ class ClassAccuracy(Callback):
         self.confusion.scatter_add_(0, label * self.counts.shape[1] + predicted, rows[0])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Sums over the ranks, and writes on rank 0."""
+        """Sums over the ranks, and writes on rank 0 where it is time."""
         counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
         confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
+        self._finished = counts, confusion
+        if trainer.state.fn != TrainerFn.FITTING or time.monotonic() - self._written > _SECONDS:
+            self._write(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes."""
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self._finished is None:
+            return
+        (counts, confusion), self._finished = self._finished, None
+        self._written = time.monotonic()
         images, right, seen, teacher_right = counts.cpu().double()
         data = trainer.datamodule  # type: ignore[attr-defined]
         names = getattr(data, "class_names", None) or range(len(images))

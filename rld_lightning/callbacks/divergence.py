@@ -51,6 +51,7 @@ class Divergence(Callback):
         self.every = every
         self.spike = spike
         self.step = 0  # batches of this process, to tell its recent ones apart
+        self.looked = 0  # the step after which the weights were looked at: they change in no other way
         self.recent: deque[_Recent] = deque(maxlen=every + 1)
         self.told = -1  # the epoch whose spike was said
         self.bad: Tensor | None = None  # the first step without a finite loss and its values, after `_VALUES`
@@ -117,6 +118,7 @@ class Divergence(Callback):
         """
         if self.bad is None or self.jump is None:  # no step since the run began or went on
             return
+        state, self.looked = state and self.looked != self.step, self.step if state else self.looked
         finite = _state_is_finite(trainer, module) if state else True
         seen = torch.cat([self.bad, self.jump, self.bad.new_full((1,), float(finite))])
         everyones = [seen]
@@ -262,9 +264,11 @@ def _right(teacher: Tensor | None, label: Tensor, like: Tensor) -> Tensor:
 
 
 def _state_is_finite(trainer: Trainer, module: DistillationModule) -> bool:
-    tensors = [*module.state_dict().values(), *_optimizer_tensors(trainer)]
-    flags = [value.isfinite().all().to(module.device) for value in tensors if value.is_floating_point()]
-    return bool(torch.stack(flags).all())
+    found = [*module.state_dict().values(), *_optimizer_tensors(trainer)]
+    tensors = [value for value in found if value.is_floating_point()]
+    # A finite sum has finite summands, and takes a third of the time; large ones may have another.
+    sums = torch.stack([value.sum().to(module.device, torch.float32) for value in tensors])
+    return bool(sums.isfinite().all()) or all(bool(value.isfinite().all()) for value in tensors)
 
 
 def _optimizer_tensors(trainer: Trainer) -> Iterable[Tensor]:

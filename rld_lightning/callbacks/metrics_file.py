@@ -1,5 +1,6 @@
 """``metrics.csv``: what a run logs, one row an epoch."""
 
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from lightning.pytorch.loggers import Logger
 
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.runs.metrics import Row, write_rows
+
+_SECONDS = 10.0
 
 
 class MetricsFile(Logger):
@@ -27,6 +30,8 @@ class MetricsFile(Logger):
         self.folder = Path(save_dir)
         self.rows: list[Row] = []
         self._ended = False
+        self._part = False  # whether the epoch whose values came last has others to come
+        self._written = float("-inf")  # when
 
     @property
     def name(self) -> str:
@@ -61,6 +66,7 @@ class MetricsFile(Logger):
         if not self._ended and step is not None:
             self.rows[-1]["step"] = step
         self.rows[-1] |= values
+        self._part = not self._ended and all(name.startswith("val/") for name in values)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -68,12 +74,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the file."""
-        if self.rows:
+        """Writes the file; between a validation and the end of its epoch only if the last time is a while ago."""
+        if self.rows and not (self._part and time.monotonic() - self._written < _SECONDS):
+            self._written = time.monotonic()
             write_rows(self.folder, self.rows)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Notes that the training has ended."""
-        self._ended = True
+        self._ended, self._part = True, False
         self.save()

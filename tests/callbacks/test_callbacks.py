@@ -90,6 +90,28 @@ def test_class_accuracy_recounts_student_and_teacher(tmp_path):
     assert mean == pytest.approx(trainer.callback_metrics["val/top1"].item(), rel=1e-4)
 
 
+def test_class_tables_of_short_epochs_are_written_where_the_run_ends_or_stops(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("rld_lightning.callbacks.class_accuracy.write_csv", lambda path, _: written.append(path.name))
+    both = ["classes.csv", "confusion.csv"]
+    run(tmp_path, ClassAccuracy(tmp_path), epochs=3)
+    assert written == 2 * both, "after the first epoch and at the end"
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.current_epoch == 2:
+                raise SystemExit
+
+    del written[:]
+    with pytest.raises(SystemExit):
+        run(tmp_path, ClassAccuracy(tmp_path), Stop(), epochs=3)
+    assert written == 2 * both
+    monkeypatch.setattr("rld_lightning.callbacks.class_accuracy._SECONDS", 0)
+    del written[:]
+    run(tmp_path, ClassAccuracy(tmp_path), epochs=3)
+    assert written == 3 * both
+
+
 def test_class_accuracy_without_a_teachers_predictions_and_without_images_of_a_class(tmp_path):
     run(tmp_path, ClassAccuracy(tmp_path), epochs=1, limit_val_batches=1, eval_batch_size=4)
     table = pd.read_csv(tmp_path / "classes.csv")

@@ -158,6 +158,13 @@ def test_it_is_read_every_few_steps_where_nothing_is_saved(tmp_path):
     assert steps[-1] == 9
 
 
+def test_weights_are_looked_at_once_a_step(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr("rld_lightning.callbacks.divergence._state_is_finite", lambda *_: looks.append(1) or True)
+    fit(tmp_path, saving(tmp_path, save_on_train_epoch_end=True), max_epochs=3)
+    assert len(looks) == 3, "before the validation, and not again at the epoch's end and for the checkpoint"
+
+
 def test_the_last_gradient_of_an_epoch_is_neither_saved_nor_the_best(tmp_path):
     student = nn.Sequential(network(), LastGradient())
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val/top1", mode="max", save_weights_only=True)

@@ -1,0 +1,125 @@
+"""What an epoch costs beside its steps: validation, metrics, files. ``fit.py`` itself runs, with few steps an epoch."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rld_lightning.bench.jobs import SCRIPT
+from rld_lightning.bench.steps import machine
+from rld_lightning.console import console, print_table
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.save import save_weights
+
+_STEPS = 8  # an epoch
+
+
+class EpochTimes(Callback):
+    """Leaves in a file, in seconds, what steps take, what lies between epochs, and the validation's forward pass in it.
+
+    Args:
+        path: the file, JSON.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.steps: list[float] = []
+        self.between: list[float] = []
+        self.forward: list[float] = []
+        self._ended: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hears of each forward pass of the student."""
+        self._began, student = 0.0, cast("torch.nn.Module", pl_module.student)
+
+        def begin(*_: Any) -> None:
+            self._began = _now(trainer)
+
+        def end(student: torch.nn.Module, *_: Any) -> None:
+            if not student.training and self.forward:
+                self.forward[-1] += _now(trainer) - self._began
+
+        student.register_forward_pre_hook(begin)
+        student.register_forward_hook(end)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts what has passed since the last step of the epoch before."""
+        if batch_idx == 0 and self._ended is not None:
+            self.between.append(_now(trainer) - self._ended)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts a step."""
+        now = _now(trainer)
+        if batch_idx > 1 and self._ended is not None:  # the first ones warm up
+            self.steps.append(now - self._ended)
+        self._ended = now
+        if batch_idx == _STEPS - 1:
+            self.forward.append(0.0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the file."""
+        self.path.write_text(json.dumps({"steps": self.steps, "between": self.between, "forward": self.forward}))
+
+
+def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) -> None:
+    """Trains on CIFAR-100 for some short epochs, and says what whole ones would spend outside of steps.
+
+    Args:
+        root: folder of CIFAR-100.
+        teacher: its network, with random weights; its logits are looked up from the second epoch on, if at all.
+        student: its network.
+        batch: images a step.
+        epochs: at least 3: between the first two the teacher sees the validation images.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        weights, found = Path(folder) / "teacher.safetensors", Path(folder) / "times.json"
+        torch.manual_seed(0)
+        save_weights(create_model(teacher, 100), weights, {"name": teacher, "num_classes": 100})
+        command = [
+            sys.executable, str(SCRIPT), "data=cifar100", f"data.root={root}", f"data.batch_size={batch}", "model=pair",
+            f"model.teacher.name={teacher}", f"model.student.name={student}", f"model.teacher.weights={weights}",
+            "loss=rld", f"recipe.epochs={epochs}", f"trainer.limit_train_batches={_STEPS}",
+            f"hydra.run.dir={folder}/run", f"paths.teachers={folder}",
+            f"+callbacks.times={{_target_: rld_lightning.bench.epochs.EpochTimes, path: {found}}}",
+        ]  # fmt: skip
+        path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+        result = subprocess.run(
+            command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        if result.returncode:
+            raise RuntimeError(f"fit.py failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        times = json.loads(found.read_text())
+    steps = -(-50_000 // batch) * statistics.median(times["steps"])
+    rows: list[tuple[str, float, float | None]] = [("steps", steps, None)]
+    first, *later = zip(times["between"], times["forward"], strict=False)
+    forward = statistics.median(own for _, own in later)
+    rest = statistics.median(between - own for between, own in later)
+    rows += [
+        ("student's forward pass of the validation", forward, 100 * forward / steps),
+        ("all else between two epochs", rest, 100 * rest / steps),
+        ("once a run: the teacher's forward pass of the validation", max(0.0, first[0] - first[1] - rest), None),
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print_table(
+        f"an epoch of {teacher} to {student}, CIFAR-100, batch {batch}, on {machine(device)}",
+        ("", "s an epoch", "% of the steps"),
+        rows,
+    )
+    said = f"medians of {len(times['steps'])} steps and {len(later)} epochs"
+    console.print(f"{said}; steps as many as a whole epoch has", style="dim")
+
+
+def _now(trainer: Trainer) -> float:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+    return time.perf_counter()
