@@ -1,4 +1,4 @@
-"""The store of teachers: `list` it, `fetch` the published ones, `fit` one, `verify` what they score."""
+"""The store of teachers: `list` it, `fetch` the published ones, `fit` one, `cache` its logits, `verify` them."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 
@@ -23,11 +23,23 @@ def main(cfg: DictConfig) -> float:
     return fit_teacher(cfg).top1
 
 
+def fill(cfg: DictConfig) -> None:
+    """Computes a teacher's logits of all views of the training images."""
+    from rld_lightning.tasks.cache import cache
+
+    cache(cfg)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["fit"], ["-sc"]):  # the latter at the tab key
-        sys.argv[1:] = [word for word in sys.argv[1:] if word != "fit"]
-        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(" fit ", " ", 1)
-        run_task(main, "fit", "loss=ce")
+    if sys.argv[1:2] in (["fit"], ["cache"], ["-sc"]):  # the last at the tab key
+        filling = "cache" in sys.argv[1:2]
+        line = os.environ.get("COMP_LINE", "").replace(" fit ", " ", 1).replace(" cache ", " ", 1)
+        os.environ["COMP_LINE"] = line
+        sys.argv[1:] = [word for word in sys.argv[1:] if word not in ("fit", "cache")]
+        if filling:
+            run_task(fill, "fit", "hydra.run.dir=${paths.runs}/cache/${unique_name:}")
+        else:
+            run_task(main, "fit", "loss=ce")
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
@@ -41,6 +53,9 @@ if __name__ == "__main__":
     for command in (listing, fetch, verify):
         command.add_argument("--root", type=Path, default=Path("teachers"), help="the folder of the store")
     commands.add_parser("fit", help="train one with cross-entropy and keep it: model=wrn40_2, and what fit.py takes")
+    commands.add_parser(
+        "cache", help="compute its logits of all views of the training images ahead, for fit.py with the same options"
+    )
     options = parser.parse_args()
     with exit_on_user_error():
         from rld_lightning.models.store import PUBLISHED_URL, TeacherStore

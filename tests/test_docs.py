@@ -222,8 +222,9 @@ def test_every_eval_and_packing_composes(name):
 
 def test_every_teacher_composes():
     found = {words[0]: words[1:] for words in commands("python", "scripts/teachers.py")}
-    assert list(found) == ["list", "fetch", "fit", "verify"]
+    assert list(found) == ["list", "fetch", "fit", "verify", "cache"]
     check_hydra("fit", ["loss=ce", *found["fit"]])
+    check_hydra("fit", found["cache"])
     check_hydra("eval", [word for word in found["verify"] if "=" in word])
 
 

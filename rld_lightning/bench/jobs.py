@@ -34,7 +34,7 @@ PLAIN = "plain trainer"
 
 
 class StepTimes(Callback):
-    """Writes into a file when each training step has ended, see :func:`write_time`.
+    """Writes into a file when each training step has ended, in seconds since the epoch of the clock.
 
     Args:
         path: the file, a line for each step.
@@ -49,9 +49,9 @@ class StepTimes(Callback):
 
 
 def write_time(path: Path) -> None:
-    """Adds a line to a file: seconds since the epoch of the clock, and seconds of CPU of this process."""
+    """Adds the time to a file."""
     with path.open("a") as file:
-        file.write(f"{time.time()} {time.process_time()}\n")
+        file.write(f"{time.time()}\n")
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,12 @@ class Contender:
         folder: its own, for its log and the times of its steps.
         first_step: seconds from its start to the end of its first step.
         rates: images/s, each of some seconds.
-        cpu_rates: likewise, of seconds of CPU, which a busy machine moves less; processes that load data not counted.
     """
 
     command: Sequence[str]
     folder: Path
     first_step: float = 0.0
     rates: list[float] = field(default_factory=list)
-    cpu_rates: list[float] = field(default_factory=list)
 
     @property
     def times(self) -> Path:
@@ -99,14 +97,13 @@ class Contender:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Starts it, waits for some steps and stops it; in the end it is killed, with the processes that it started."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the contenders as well
         start = time.time()
         with (self.folder / "log").open("w") as log:
             process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment(), start_new_session=True)
         self.process = process
         try:
             self._wait(steps=3, seconds=0)
-            self.first_step = self._ended()[0][0] - start
+            self.first_step = self._ended()[0] - start
             self._signal(signal.SIGSTOP)
             yield
         finally:
@@ -120,10 +117,8 @@ class Contender:
         self._signal(signal.SIGCONT)
         self._wait(before + steps, seconds)
         self._signal(signal.SIGSTOP)
-        (first, cpu_first), *others = self._ended()[before:]
-        last, cpu_last = others[-1]
-        self.rates.append(len(others) * batch / (last - first))
-        self.cpu_rates.append(len(others) * batch / (cpu_last - cpu_first))
+        times = self._ended()[before:]
+        self.rates.append((len(times) - 1) * batch / (times[-1] - times[0]))
 
     def _wait(self, steps: int, seconds: float) -> None:
         stop = time.monotonic() + seconds
@@ -133,10 +128,8 @@ class Contender:
                 raise RuntimeError(f"{' '.join(self.command)} has ended:\n{log[-4000:]}")
             time.sleep(0.02)
 
-    def _ended(self) -> list[tuple[float, float]]:
-        lines = self.times.read_text().splitlines(keepends=True) if self.times.exists() else []
-        pairs = [line.split() for line in lines if line.endswith("\n")]
-        return [(float(wall), float(cpu)) for wall, cpu in pairs]
+    def _ended(self) -> list[float]:
+        return [float(line) for line in self.times.read_text().split()] if self.times.exists() else []
 
     def _signal(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
@@ -156,6 +149,7 @@ def bench_fit(
         folder: where the teacher and its logits are kept, for the next time.
         report: a file for the same as JSON.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the contenders too
     overrides = {f"fit.py {switch}".strip(): switch for switch in switches or [""]}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -174,21 +168,16 @@ def bench_fit(
     base, limits = contenders[PLAIN], limit(job)
     rows: list[tuple[object, ...]] = [(title, *_row(contender, base)) for title, contender in contenders.items()]
     plain_rate = statistics.median(base.rates)
-    rows += [
-        (f"limit: {kind} matrices", rate, f"{rate / plain_rate:.2f}", *[None] * 3) for kind, rate in limits.items()
-    ]
+    rows += [(f"limit: {kind} matrices", rate, f"{rate / plain_rate:.2f}", None) for kind, rate in limits.items()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print_table(
         f"{job.teacher} to {job.student} on {job.data}, batch {job.batch}, on {machine(device)}",
-        ("", "images/s", "ratio (of the rounds)", "images/s of CPU", "ratio (of the rounds)", "s to the first step"),
+        ("", "images/s", "ratio (of the rounds)", "s to the first step"),
         rows,
     )
     console.print(f"medians of {rounds} rounds in alternation, of {seconds:g} s each", style="dim")
     if report is not None:
-        runs = {
-            title: {"first_step_s": c.first_step, "images_per_s": c.rates, "images_per_cpu_s": c.cpu_rates}
-            for title, c in contenders.items()
-        }
+        runs = {title: {"first_step_s": c.first_step, "images_per_s": c.rates} for title, c in contenders.items()}
         facts = {"job": asdict(job), "machine": machine(device), "runs": runs, "limits": limits}
         report.write_text(json.dumps(facts, indent=1))
 
@@ -245,13 +234,10 @@ def _plain(job: Job, folder: Path) -> list[str]:
     return [sys.executable, "-m", "rld_lightning.bench.plain", *(f"--{key}={value}" for key, value in options.items())]
 
 
-def _row(contender: Contender, base: Contender) -> tuple[object, ...]:
-    row: list[object] = []
-    for rates, plain in ((contender.rates, base.rates), (contender.cpu_rates, base.cpu_rates)):
-        ratios = [ours / theirs for ours, theirs in zip(rates, plain, strict=True)]
-        spread = "" if contender is base else f" ({min(ratios):.2f} to {max(ratios):.2f})"
-        row += [statistics.median(rates), f"{statistics.median(ratios):.2f}{spread}"]
-    return (*row, contender.first_step)
+def _row(contender: Contender, base: Contender) -> tuple[float, str, float]:
+    ratios = [ours / plain for ours, plain in zip(contender.rates, base.rates, strict=True)]
+    spread = "" if contender is base else f" ({min(ratios):.2f} to {max(ratios):.2f})"
+    return statistics.median(contender.rates), f"{statistics.median(ratios):.2f}{spread}", contender.first_step
 
 
 def limit(job: Job) -> Mapping[str, float]:

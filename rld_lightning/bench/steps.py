@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.connect import connect
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.logits_table import LogitsTable
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher
 
 Step = Callable[[], object]
+_ROWS = 100_000  # of a table of logits
 
 
 def plain_rld(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 4.0) -> Tensor:
@@ -82,7 +85,10 @@ def bench_loss(batch: int, classes: int, device: torch.device, rounds: int) -> N
 def bench_step(
     teacher_name: str, student_name: str, batch: int, image_shape: Sequence[int], device: torch.device, rounds: int
 ) -> None:
-    """A whole training step with RLD: the plain one (eager, float32, contiguous) against this project's."""
+    """A whole training step with RLD: the plain one (eager, float32, contiguous) against this project's.
+
+    That with the teacher's forward pass, and with its logits looked up in a table on disk, which knows them.
+    """
     images = torch.randn(batch, *image_shape, device=device)
     label = torch.randint(100, (batch,), device=device)
     bf16 = fast_precision(device.type) == "bf16-mixed"
@@ -117,6 +123,18 @@ def bench_step(
         teacher = FrozenTeacher(network, channels_last=True)
         return lambda images: teacher(images)[0]
 
+    rows = torch.randint(_ROWS, (rounds + 2, batch), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def looking_up(table: LogitsTable) -> Callable[[Tensor], Tensor]:
+        each = iter(rows)
+
+        def teacher(images: Tensor) -> Tensor:
+            logits, known = table.read(next(each))
+            assert known.all()
+            return logits
+
+        return teacher
+
     def models() -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         return create_model(teacher_name).to(device).eval(), create_model(student_name).to(device).train()
@@ -124,18 +142,27 @@ def bench_step(
     criterion = RLDLoss()
     plain, student = models()
     steps = {"plain eager float32": student_step(student, plain_teacher, plain_loss, images, False)}
-    for name, autocast in (("ours, float32", False), ("ours, bfloat16 autocast", True)):
-        if autocast and not bf16:
-            continue
-        network, student = models()
-        steps[name] = student_step(
-            student.to(memory_format=torch.channels_last),
-            frozen(network),
-            lambda student, teacher, label: _total(criterion(student, teacher, label)),
-            images.to(memory_format=torch.channels_last),
-            autocast,
-        )
-    seconds = time_in_turn(steps, rounds, device)
+    with TemporaryDirectory() as folder:
+        table = LogitsTable(Path(folder) / "table", _ROWS, 100)
+        for some in torch.arange(_ROWS).split(1000):
+            table.write(some, 5 * torch.randn(len(some), 100), some % 100)
+        for name, autocast, cached in (
+            ("ours, float32", False, False),
+            ("ours, float32, cached logits", False, True),
+            ("ours, bfloat16 autocast", True, False),
+            ("ours, bfloat16, cached logits", True, True),
+        ):
+            if autocast and not bf16:
+                continue
+            network, student = models()
+            steps[name] = student_step(
+                student.to(memory_format=torch.channels_last),
+                looking_up(table) if cached else frozen(network),
+                lambda student, teacher, label: _total(criterion(student, teacher, label)),
+                images.to(memory_format=torch.channels_last),
+                autocast,
+            )
+        seconds = time_in_turn(steps, rounds, device)
     base = seconds["plain eager float32"]
     print_table(
         f"{teacher_name} to {student_name}, batch {batch}, {'x'.join(map(str, image_shape))} on {machine(device)}",

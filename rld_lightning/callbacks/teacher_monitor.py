@@ -62,7 +62,7 @@ class TeacherMonitor(Callback):
             self.predictions[key] = batch.label
         if key not in self.predictions:
             # Hooks run outside the step's autocast, so this is measured in float32, as the student is.
-            self.predictions[key] = pl_module.teacher(batch.images)[0].argmax(1)
+            self.predictions[key] = pl_module.teacher.validate(batch.images, batch.index, batch.label).argmax(1)
         outputs["teacher_prediction"] = self.predictions[key]
         self._update("val", self.predictions[key], outputs)
 

@@ -48,6 +48,13 @@ def number_views(draw: CropFlip, padding: int, flip: bool) -> Tensor:
     return 2 * place + draw.flip if flip else place
 
 
+def view_of_number(number: Tensor, padding: int, flip: bool) -> CropFlip:
+    """The crop and flip that :func:`number_views` numbers so, ``(N,)`` each."""
+    place = number // 2 if flip else number
+    mirrored = number % 2 == 1 if flip else torch.zeros_like(number, dtype=torch.bool)
+    return CropFlip(place // (2 * padding + 1), place % (2 * padding + 1), mirrored)
+
+
 def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width: int) -> Tensor:
     """Gathers a batch of images, each cropped and perhaps mirrored as drawn.
 

@@ -229,6 +229,18 @@ class ImageDataModule(LightningDataModule):
         """
         return None
 
+    def val_facts(self) -> dict[str, str | list[float]] | None:
+        """What decides how the validation images look, in their order, as plain values; None: it is not known."""
+        return None
+
+    def views_of(self, images: slice) -> Tensor:
+        """Numbers of all views of some of the images that are trained on, int64, in ascending order."""
+        raise NotImplementedError(f"{type(self).__name__} has views without number")
+
+    def look_at(self, view: Tensor) -> Batch:
+        """The views of these numbers ``(B,)``, of images that are trained on, as training batches have them."""
+        raise NotImplementedError(f"{type(self).__name__} has views without number")
+
     def views_facts(self) -> dict[str, str | int | float | list[float]]:
         """What decides how the views look, as plain values; read where ``train_views`` is a number."""
         raise NotImplementedError(f"{type(self).__name__} has views without number")

@@ -15,6 +15,7 @@ from rld_lightning.data.augment import (
     draw_crop_flip,
     number_views,
     pad_images,
+    view_of_number,
 )
 from rld_lightning.data.base import Batch, ImageDataModule, stratified_split, stratified_subset
 from rld_lightning.data.loader import EpochLoader
@@ -185,12 +186,30 @@ class InMemoryDataModule(ImageDataModule):
         self._split_sizes()
         return None if self.mix else self._views
 
+    def val_facts(self) -> dict[str, str | list[float]] | None:
+        """What decides how the validation images look, in their order, as plain values."""
+        images = _digest(self.splits[self.val_split].images)
+        return {"data": self.name, "images": images, "mean": list(self.mean), "std": list(self.std)}
+
+    def views_of(self, images: slice) -> Tensor:
+        """Numbers of all views of some of the images that are trained on, int64, in ascending order."""
+        views = count_views(self.padding, self._flips)
+        return (self._origin[images, None] * views + torch.arange(views, device=self._origin.device)).flatten()
+
+    def look_at(self, view: Tensor) -> Batch:
+        """The views of these numbers ``(B,)``, of images that are trained on, as training batches have them."""
+        split, views = self.splits["train"], count_views(self.padding, self._flips)
+        index = torch.searchsorted(self._origin, view // views)
+        draw, (_, height, width) = view_of_number(view % views, self.padding, self._flips), self.image_shape
+        images = self._normalize(self.device)(crop_flip(split.images, index, draw, height, width))
+        return Batch(images, split.labels[index], index, view=view)
+
     def views_facts(self) -> dict[str, str | int | float | list[float]]:
         """What decides how the views look: every pixel, the crops and flips, the normalisation."""
         images, _ = self.read_split(train=True)
         return {
             "data": self.name,
-            "images": blake2b(images.contiguous().numpy().data, digest_size=16).hexdigest(),
+            "images": _digest(images),
             "padding": self.padding,
             "flip": self._flips,
             "mean": list(self.mean),
@@ -232,3 +251,7 @@ class InMemoryDataModule(ImageDataModule):
     def _normalize(self, device: torch.device) -> Normalize:
         _, height, width = self.image_shape
         return Normalize(self.mean, self.std, height, width, device)
+
+
+def _digest(images: Tensor) -> str:
+    return blake2b(images.cpu().contiguous().numpy().data, digest_size=16).hexdigest()

@@ -116,7 +116,7 @@ VALUES: Mapping[str, Kind] = {
     "model.teacher.published_url": TEXT,
     "model.teacher.mean": _THREE | NULL,
     "model.teacher.std": list_of(POSITIVE, "three numbers > 0", 3) | NULL,
-    "model.teacher.cache": words("auto", True, False),
+    "model.teacher.cache": words("auto", True, False, "fill"),
     "model.teacher.cache_dtype": words("float16", "float32"),
     "model.teacher.dtype": words("float16", "bfloat16", "float32", "float64") | NULL,
     "model.teacher.channels_last": FLAG,

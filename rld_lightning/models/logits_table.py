@@ -4,11 +4,14 @@ A crop and a flip make finitely many views of an image (162 with a padding of 4)
 a view whenever it is met. The file is one table, a row a view. It is sparse: what was not met takes no room.
 """
 
+import errno
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ _VERSION = 1  # of the rows
 
 class LogitsTable:
     """Rows of logits in a file that several processes fill and read at once.
+
+    Rows are read from a mapping of the file into memory, and written as bytes into the file: where the disk is full,
+    writing into a mapping would end the process, and so rows are not kept any more, which is said once.
 
     A row ends in a checksum of its own: what is not there yet (zeros), what another process is just writing and what a
     crash has left half written is not taken for logits, but computed again. So nothing is locked.
@@ -55,6 +61,7 @@ class LogitsTable:
             if file.tell() not in (0, size):
                 raise ValueError(f"{path} has {file.tell():,} bytes, not the {size:,} of this table; move it away.")
             os.truncate(file.fileno(), size)
+        self._file = path.open("r+b", buffering=0)
         flat = torch.from_file(str(path), shared=True, size=size // 2, dtype=torch.int16)
         self.table = flat.view(rows, words + 1)
         # Odd weights: no two words of a row can be exchanged, and no single bit flipped, without another sum.
@@ -69,10 +76,13 @@ class LogitsTable:
         Returns:
             logits, float32 ``(B, C)``, and which of them are known, bool ``(B,)``; both on the device of ``rows``.
         """
-        found = self.table[rows.to(self.table.device)]
-        known = found[:, -1] == self._checksum(found[:, :-1])
+        found = self._rows(rows)
         logits = found[:, :-1].contiguous().view(self.dtype).float()
-        return logits.to(rows.device), known.to(rows.device)
+        return logits.to(rows.device), self._are_whole(found).to(rows.device)
+
+    def known(self, rows: Tensor) -> Tensor:
+        """Which views are known, bool ``(B,)`` of int64 ``(B,)``."""
+        return self._are_whole(self._rows(rows)).to(rows.device)
 
     def write(self, rows: Tensor, logits: Tensor, label: Tensor) -> Tensor:
         """Keeps the logits of views.
@@ -88,9 +98,34 @@ class LogitsTable:
         stored = round_beside_label(logits, label) if self.dtype == torch.float16 else logits.to(self.dtype)
         whole = stored.isfinite().all(1)
         words = stored[whole].to(self.table.device).view(torch.int16)
-        row = torch.cat([words, self._checksum(words)[:, None]], 1)
-        self.table[rows[whole].to(self.table.device)] = row
+        self._keep(rows[whole].to(self.table.device), torch.cat([words, self._checksum(words)[:, None]], 1))
         return torch.where(whole[:, None], stored.float(), logits.float())
+
+    def _keep(self, rows: Tensor, content: Tensor) -> None:
+        if self._file.closed:
+            return
+        if not hasattr(os, "pwrite"):  # on Windows
+            self.table[rows] = content
+            return
+        rows, order = rows.sort()
+        content = content[order]
+        starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist()]  # of neighbours, in one go
+        width = content.shape[1] * content.itemsize
+        try:
+            for first, stop in pairwise([*starts, len(rows)]):
+                whole = content[first:stop].numpy().data.cast("B")
+                if os.pwrite(self._file.fileno(), whole, int(rows[first]) * width) < len(whole):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.close()
+            why = error.strerror or error
+            warnings.warn(f"no more of the teacher's logits are kept in {self.path}: {why}", stacklevel=3)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        return self.table.index_select(0, rows.to(self.table.device))  # on a CPU three times as fast as table[rows]
+
+    def _are_whole(self, found: Tensor) -> Tensor:
+        return found[:, -1] == self._checksum(found[:, :-1])
 
     def _checksum(self, words: Tensor) -> Tensor:
         # Not 0 of a row of zeros.

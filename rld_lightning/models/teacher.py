@@ -88,6 +88,7 @@ class FrozenTeacher(nn.Module):
         self.exact_logits = self.dtype is None and None not in lasts
         self.relook = relook
         self.table: LogitsTable | None = None
+        self.validation_table: LogitsTable | None = None
         self.train()
         self.requires_grad_()
 
@@ -145,13 +146,28 @@ class FrozenTeacher(nn.Module):
             return self._compute(images, paths)
         if self.table.complete:  # without asking the device what it lacks
             return self.table.read(view)[0], {}
-        logits, known = self.table.read(view)
+        return self._look_up(self.table, images, view, label), {}
+
+    def validate(self, images: Tensor, index: Tensor | None, label: Tensor) -> Tensor:
+        """Logits ``(B, K)`` of validation images, which it may have seen before.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            index: their positions among all validation images, int64 ``(B,)``.
+            label: their classes, int64 ``(B,)``.
+        """
+        if self.validation_table is None or index is None:
+            return self(images)[0]
+        return self._look_up(self.validation_table, images, index, label)
+
+    def _look_up(self, table: LogitsTable, images: Tensor, rows: Tensor, label: Tensor) -> Tensor:
+        logits, known = table.read(rows)
         if not known.all():
             # A compiled network is compiled for whole batches.
             missing = torch.ones_like(known) if self.model._compiled_call_impl else ~known
             computed, _ = self._compute(images[missing], ())
-            logits[missing] = self.table.write(view[missing], computed, label[missing])
-        return logits, {}
+            logits[missing] = table.write(rows[missing], computed, label[missing])
+        return logits
 
     def _compute(self, images: Tensor, paths: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.fused and paths:

@@ -47,7 +47,7 @@ from rld_lightning.tasks.kept import take_kept
 from rld_lightning.tasks.look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
-from rld_lightning.tasks.remember import remember_logits
+from rld_lightning.tasks.remember import remember_logits, remember_validation
 from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
 from rld_lightning.tasks.room import check_room
@@ -184,6 +184,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         if plan.teacher is not None:
             teacher, facts, sha256 = build_teacher(plan.teacher, data, usual, plan.before)
             plan = replace(plan, teacher=replace(plan.teacher, sha256=sha256))
+            remember_validation(teacher, plan, data)
             measure_teacher(teacher, facts, data, trainer)
         recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
         module = build_module(

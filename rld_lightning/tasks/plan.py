@@ -47,7 +47,8 @@ class Teacher:
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
         options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
         sha256: of the file; None where it is not known yet, and of what is no file.
-        cache: whether its logits are kept in a table and looked up; ``"auto"``: where that pays.
+        cache: whether its logits are kept in a table and looked up; ``"auto"``: where that pays; ``"fill"``: and all
+            are computed before the training.
         cache_dtype: what they are kept in.
     """
 
@@ -143,8 +144,8 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
         return None
     look = look_of(settings.get("mean"), settings.get("std"), "model.teacher")
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard", "batch_statistics")}
-    if settings.cache not in (True, False, "auto"):
-        raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false or auto.")
+    if settings.cache not in (True, False, "auto", "fill"):
+        raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false, auto or fill.")
     weights, class_map = settings.weights, settings.get("class_map")
     if isinstance(class_map, str):
         class_map = read_class_map(Path(class_map).expanduser())

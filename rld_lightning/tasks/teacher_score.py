@@ -21,8 +21,9 @@ _FAR = 5.0  # points of top-1
 def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageDataModule, trainer: Trainer) -> None:
     """Measures a teacher on validation images, as many as a few seconds allow, and prints what it scores.
 
-    In float32, as its accuracy is measured during training. A word of caution follows where it is near chance, or far
-    below what its file says. A teacher that is shared out is in no single place yet, and is left out.
+    In float32, as its accuracy is measured during training; what it remembers of earlier runs takes no time. A word of
+    caution follows where it is near chance, or far below what its file says. A teacher that is shared out is in no
+    single place yet, and is left out.
 
     Args:
         teacher: the teacher, on the CPU, where it is afterwards, too.
@@ -41,7 +42,7 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
     right = seen = 0
     end = time.monotonic() + SECONDS
     for batch in data.val_sample(_BATCH):
-        logits, _ = teacher(batch.images.to(device))
+        logits = teacher.validate(batch.images.to(device), batch.index.to(device), batch.label.to(device))
         if logits.isnan().any():
             raise ValueError(
                 f"the teacher's logits of {data.name} are not numbers (NaN): its weights are damaged, or need "

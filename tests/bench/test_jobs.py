@@ -7,12 +7,7 @@ import pytest
 
 from rld_lightning.bench.jobs import Contender
 
-STEPS = """
-import sys, time
-while True:
-    time.sleep(0.01)
-    open(sys.argv[1], "a").write(f"{time.time()} {time.process_time()}\\n")
-"""
+STEPS = "import sys, time\nwhile True:\n    time.sleep(0.01)\n    open(sys.argv[1], 'a').write(f'{time.time()}\\n')"
 
 
 def test_a_contender_computes_only_in_its_turn_and_ends(tmp_path):
@@ -25,7 +20,6 @@ def test_a_contender_computes_only_in_its_turn_and_ends(tmp_path):
         contender.measure(0.1, batch=64)
     assert contender.first_step > 0
     assert 640 < contender.rates[0] < 6400
-    assert contender.cpu_rates[0] > contender.rates[0]  # it sleeps most of the time
     assert contender.process.returncode < 0
 
 

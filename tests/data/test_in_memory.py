@@ -378,6 +378,17 @@ def test_a_view_has_one_number_in_every_run(options, count):
     assert all(batch.view is None for batch in data.test_dataloader())
 
 
+@pytest.mark.parametrize("options", [{}, {"flip": False}, {"padding": 0}, {"subset": 0.4, "val_fraction": 0.3}])
+def test_a_view_is_made_by_its_number_as_an_epoch_makes_it(options):
+    data = toy(**options)
+    batch = merge(epoch_of(data.train_dataloader(), 3))
+    assert all(torch.equal(*pair) for pair in zip(data.look_at(batch.view)[:3], batch[:3], strict=True))
+    views = data.views_of(slice(0, data.train_size))
+    assert set(batch.view.tolist()) <= set(views.tolist())
+    assert len(views) * 103 == data.train_size * data.train_views
+    assert torch.equal(data.look_at(data.views_of(slice(5, 7))).index.unique(), torch.tensor([5, 6]))
+
+
 def test_views_are_told_apart_by_what_they_show():
     facts = toy().views_facts()
     assert toy(seed=1, val_fraction=0.3, batch_size=6, subset=0.5).views_facts() == facts

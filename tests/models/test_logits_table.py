@@ -96,6 +96,22 @@ def test_logits_that_cannot_be_kept_are_not(tmp_path, value):
     assert table.read(torch.arange(4))[1].tolist() == [True, False, True, True]
 
 
+def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, recwarn):
+    logits, label = logits_and_labels(size=8)
+    table = LogitsTable(tmp_path / "table", 16, 100)
+    table.write(torch.arange(4), logits[:4], label[:4])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    said = table.write(torch.arange(4, 8), logits[4:], label[4:])
+    table.write(torch.arange(8, 16), logits, label)
+    assert [str(w.message).partition(" in ")[0] for w in recwarn] == ["no more of the teacher's logits are kept"]
+    assert_close(said, logits[4:], rtol=3 * EPS, atol=2**-24)
+    assert table.read(torch.arange(16))[1].tolist() == [True] * 4 + [False] * 12
+
+
 def fill(path, seed):
     table = LogitsTable(path, 400, 100)
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,73 @@
+"""The logits of a teacher for all views of the training images, computed by themselves: for runs and sweeps to come."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig
+
+from rld_lightning.errors import user_errors
+from rld_lightning.hydra.targets import check_parts
+from rld_lightning.losses.kd import KDLoss
+from rld_lightning.models.imported import trust
+from rld_lightning.models.store import TeacherStore
+from rld_lightning.tasks.batch_size import make_data
+from rld_lightning.tasks.build import set_up
+from rld_lightning.tasks.checks import check_network
+from rld_lightning.tasks.fill import fill_table
+from rld_lightning.tasks.look import adopt_look
+from rld_lightning.tasks.plan import freeze, plan_student, plan_teacher
+from rld_lightning.tasks.remember import impossible, open_table
+from rld_lightning.tasks.speed import fold_teacher
+from rld_lightning.tasks.teacher import build_teacher, find_teacher
+from rld_lightning.tasks.trainer import make_trainer
+
+
+def cache(cfg: DictConfig) -> Path:
+    """Fills the table that runs of this configuration look the teacher's logits up in.
+
+    In one process, on the first device. More of them, started beside it, share the work.
+
+    Args:
+        cfg: of ``conf/fit.yaml``; what is trained does not matter.
+
+    Returns:
+        the file.
+
+    Raises:
+        UserError: there is no teacher, or no end of views, or no room; or something in the configuration is wrong.
+    """
+    freeze(cfg)
+    with user_errors():
+        check_parts(cfg)
+        planned = plan_teacher(cfg.model.teacher)
+        if planned is None:
+            raise ValueError("the model has no teacher whose logits could be kept; choose a pair, as in model=pair.")
+        trust(planned.name)
+        planned = replace(planned, cache="fill")
+        seed_everything(cfg.seed, workers=True, verbose=False)
+        data = make_data(cfg.data)
+        set_up(data, strong_view=False)
+        chosen = any(cfg.data.get(key) is not None for key in ("mean", "std"))
+        usual = adopt_look(plan_student(cfg.model.student), data, chosen=chosen)
+        if planned.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
+            check_network(planned.name, data, other_sizes="image_size" in cfg.data)
+        store = TeacherStore(Path(cfg.paths.teachers))
+        weights = find_teacher(planned, data.name, store, None)
+        if weights is None:
+            raise ValueError(
+                f"the teacher {planned.name} is not in {store.path(data.name, planned.name)}; name its file with "
+                "model.teacher.weights=, or train it first."
+            )
+        planned, trainer = replace(planned, weights=weights), make_trainer(cfg.trainer, logger=False)
+        teacher, _, sha256 = build_teacher(planned, data, usual)
+        planned = replace(planned, sha256=sha256)
+        if planned.options["fuse"] == "auto":
+            fold_teacher(teacher, KDLoss(), data)  # as for any loss that looks at logits alone
+        if reason := impossible(teacher, trainer, data):
+            raise ValueError(f"the teacher's logits cannot be kept: {reason}.")
+        table = open_table(teacher, planned, data, trainer, store)
+        assert table is not None
+        teacher.remember(table)
+    fill_table(teacher, data, trainer)
+    return table.path

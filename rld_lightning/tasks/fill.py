@@ -1,0 +1,98 @@
+"""Computes a teacher's logits of all views ahead, in batches as large as pay."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from lightning.pytorch import Trainer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from rld_lightning.console import console, duration, print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.distributed import is_first
+from rld_lightning.models.teacher import FrozenTeacher
+
+_BATCH = {"cpu": 256}
+_BATCH_ELSEWHERE = 2048
+_IMAGES = 32  # whose views are looked at together, for what is missing
+_SAY_SECONDS = 60.0
+
+
+def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) -> None:
+    """Computes the logits of all views of the images that are trained on, as far as the teacher's table lacks them.
+
+    As training does, in its precision. It may be interrupted, and goes on from what is there. Several processes, of
+    this run or of others, begin at different images and leave out what the others have done.
+
+    Args:
+        teacher: with a table; it is brought to the trainer's device.
+        data: the data, set up.
+        trainer: that is to train.
+    """
+    table = teacher.table
+    assert table is not None
+    data.trainer = trainer
+    data.setup("fit")  # which brings the images to the trainer's device
+    device, precision = trainer.strategy.root_device, trainer.precision_plugin
+    teacher.place(device)
+    teacher.remember(table)  # the file: whether all is known is looked up where it is brought to the device to train
+    started, computed = time.monotonic(), 0
+    with _progress(data.train_size) as advance:
+        for view in _batches(_missing(teacher, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
+            batch = data.look_at(view)
+            with precision.forward_context():
+                teacher(precision.convert_input(batch.images), view=view, label=batch.label)
+            computed += len(view)
+    if computed:
+        seconds = time.monotonic() - started
+        print_line("cache", f"{computed:,} views computed in {duration(seconds)}, {computed / seconds:,.0f} a second")
+
+
+def _missing(teacher: FrozenTeacher, data: ImageDataModule, advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """Numbers of views that are not known, of a few images at a time."""
+    assert teacher.table is not None
+    # Not drawn from the seed, which all processes share.
+    share = data.rank / data.world_size if data.world_size > 1 else random.SystemRandom().random()
+    images = torch.arange(data.train_size).roll(-int(share * data.train_size)).split(_IMAGES)
+    for block in images:
+        ends = [0, *((block.diff() != 1).nonzero().flatten() + 1).tolist(), len(block)]  # the last meets the first
+        for first, last in pairwise(ends):
+            view = data.views_of(slice(int(block[first]), int(block[last - 1]) + 1))
+            yield view[~teacher.table.known(view)]
+        advance(len(block))
+
+
+def _batches(parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """The same numbers, ``size`` at a time; fewer at the end."""
+    rest: Tensor | None = None
+    for part in parts:
+        *whole, rest = (part if rest is None else torch.cat([rest, part])).split(size)
+        yield from whole
+    if rest is not None and len(rest):
+        yield rest
+
+
+@contextmanager
+def _progress(images: int) -> Iterator[Callable[[int], None]]:
+    """A bar with what is left, or without a terminal a line a minute; gets how many images more are done."""
+    done, started = 0, time.monotonic()
+    said = started
+    columns = (TextColumn("filling the cache"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (console.is_terminal and is_first()), transient=True) as bar:
+        task = bar.add_task("", total=images)
+
+        def advance(more: int) -> None:
+            nonlocal done, said
+            done += more
+            bar.advance(task, more)
+            now = time.monotonic()
+            if not console.is_terminal and now - said > _SAY_SECONDS:
+                said = now
+                left = duration((now - started) * (images - done) / done)
+                print_line("cache", f"{100 * done / images:.0f} % of the images looked at, {left} left")
+
+        yield advance
