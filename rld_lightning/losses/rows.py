@@ -191,6 +191,7 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
             divergence = softmax_kl(teacher_logits / temperature, student_logits / temperature)
             return {"kd": (temperature**2, divergence)}
 
+    Any differentiable tensors do; those of :mod:`~rld_lightning.losses.divergences` are fast with many classes.
     It is given rows, some or all of a batch: logits ``(n, C)`` in float32 or float64, those of the teacher without
     gradient, and labels ``(n,)`` in ``[0, C)``. The last three keywords are none of its business.
 
