@@ -53,7 +53,7 @@ def bench_startup(rounds: int) -> None:
 
 def _sweep(folder: Path, trials: int) -> tuple[float, float]:
     seeds = ",".join(map(str, range(trials)))
-    return _time([*_FIT, "-m", f"seed={seeds}", "trainer.max_steps=1", f"hydra.sweep.dir={folder}"])
+    return _time([*_FIT[:2], "-m", *_FIT[2:], f"seed={seeds}", "trainer.max_steps=1", f"hydra.sweep.dir={folder}"])
 
 
 def _time(command: Sequence[str]) -> tuple[float, float]:
