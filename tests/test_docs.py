@@ -267,6 +267,8 @@ def test_every_other_command_is_one_that_is_known():
                 check_hydra("fit", arguments[script + 1 :])
             case ("wandb", "sweep", path):
                 assert (ROOT / path).is_file()
+            case ("scripts/gpu_check.sh", *_) | (_, "scripts/gpu_check.sh", *_):
+                assert (ROOT / "scripts" / "gpu_check.sh").is_file()
             case ("CUDA_VISIBLE_DEVICES=0", "wandb", "agent", _) | (".", ".venv/bin/activate"):
                 pass
             case _:
