@@ -318,7 +318,7 @@ class DistillationModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.make_optimizer(parameters, **fused(self.make_optimizer, self.trainer))
+        optimizer = self.make_optimizer(parameters, **fused(self.make_optimizer, self.trainer, self.device))
         self.own_rates = remember_first_rates(optimizer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
@@ -407,17 +407,17 @@ def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:
     return ""
 
 
-def fused(make: Callable[..., Optimizer], trainer: Trainer) -> dict[str, bool]:
+def fused(make: Callable[..., Optimizer], trainer: Trainer, device: torch.device) -> dict[str, bool]:
     """Has an optimizer update all weights in one kernel on a GPU, where it can and nobody has chosen.
 
     Not where gradients are clipped or scaled: Lightning refuses the first, and watchers would see them scaled.
     """
+    if device.type != "cuda":
+        return {}
     ways = ("fused", "foreach", "capturable", "differentiable")
     chosen = set(ways) & set(getattr(make, "keywords", {})) or "fused" not in inspect.signature(make).parameters
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if chosen or scaled or trainer.gradient_clip_val or trainer.strategy.root_device.type != "cuda":
-        return {}
-    return {"fused": True}
+    return {} if chosen or scaled or trainer.gradient_clip_val else {"fused": True}
 
 
 def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -379,7 +379,7 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
 def test_anybodys_loader_trains_as_a_data_module_does(tmp_path):
     data = DigitsDataModule(batch_size=256, augment=False, shuffle=False)
     data.setup()
-    splits = [DataLoader(TensorDataset(*merged(data)), batch_size=256) for merged in (trained_on, tested_on)]
+    splits = [DataLoader(TensorDataset(*merged(data)), batch_size=256) for merged in (trained_on, for_tests)]
 
     def values(*given):
         watching = [TeacherMonitor(), Divergence(tmp_path), Throughput()]
@@ -397,7 +397,7 @@ def trained_on(data):
     return [torch.cat(parts) for parts in zip(*(batch[:2] for batch in data.train_dataloader()), strict=True)]
 
 
-def tested_on(data):
+def for_tests(data):
     return [torch.cat(parts) for parts in zip(*(batch[:2] for batch in data.val_dataloader()), strict=True)]
 
 
