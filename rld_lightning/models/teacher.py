@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.logits_table import LogitsTable
 from rld_lightning.models.look import Relook
@@ -75,6 +76,7 @@ class FrozenTeacher(nn.Module):
         self.batch_statistics = batch_statistics
         self.dtype = _parse_dtype(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.parameter_count = count_parameters(model)
         model.eval()
         lasts = [_last_linear(member) for member in (model.members if isinstance(model, Ensemble) else (model,))]
         executed = fuse_conv_bn(model) if fuse else model

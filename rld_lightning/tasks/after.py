@@ -24,9 +24,7 @@ def export_student(finished: Finished) -> None:
         print_line("export", 'without ONNX, which needs pip install "rld-lightning[onnx]"')
     with user_errors():
         export_run(run, formats)
-    print_line(
-        "next", f"python scripts/predict.py {as_argument('weights', run)} images=<files or folders>", pasted=True
-    )
+    print_line("next", f"python scripts/predict.py {as_argument('weights', run)} images=photo.jpg", pasted=True)
 
 
 STEPS: Mapping[str, Callable[[Finished], None]] = {

@@ -35,8 +35,8 @@ class Network:
     Attributes:
         role: ``"teacher"``, ``"student alone"`` or ``"distilled student"``.
         name: for :func:`~rld_lightning.models.create_model`.
-        parameters: how many.
-        macs: multiply-accumulates for an image.
+        parameters: how many, of a teacher before its batch norms were folded; None of a program that does not tell.
+        macs: multiply-accumulates for an image; None likewise.
         bytes: of its file of weights, or of its parameters where it has none of its own.
         milliseconds: for an image.
     """
@@ -49,8 +49,8 @@ class Network:
     top5: float | None
     nll: float
     ece: float
-    parameters: int
-    macs: int
+    parameters: int | None
+    macs: int | None
     bytes: int
     milliseconds: float
 
@@ -127,6 +127,7 @@ def _measure(
     device = trainer.strategy.root_device
     speed = images_per_second(network.to(device), data.image_shape, batch_size=1, seconds=0.5)
     percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
+    teacher = network.teacher if isinstance(network, _Logits) else None
     measured = Network(
         role=role,
         name=name,
@@ -136,12 +137,16 @@ def _measure(
         top5=percent.get("top5"),
         nll=float(module.results["nll"]),
         ece=percent["ece"],
-        parameters=count_parameters(network),
-        macs=count_macs(network, data.image_shape),
+        parameters=(teacher.parameter_count if teacher is not None else count_parameters(network)) or None,
+        macs=count_macs(network, data.image_shape) or None,
         bytes=size,
         milliseconds=1000 / speed,
     )
     return measured, classes
+
+
+def _millions(count: int | None, form: str) -> str:
+    return "-" if count is None else format(count / 1e6, form)
 
 
 @rank_zero_only
@@ -153,8 +158,8 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
         "top-1 %": lambda network: f"{network.top1:.2f}",
         "ECE %": lambda network: f"{network.ece:.2f}",
         "NLL": lambda network: f"{network.nll:.4f}",
-        "parameters, M": lambda network: f"{network.parameters / 1e6:.2f}",
-        "MACs, M": lambda network: f"{network.macs / 1e6:,.1f}",
+        "parameters, M": lambda network: _millions(network.parameters, ".2f"),
+        "MACs, M": lambda network: _millions(network.macs, ",.1f"),
         "file, MB": lambda network: f"{network.bytes / 1e6:.1f}",
         "one image, ms": lambda network: f"{network.milliseconds:.2f}",
     }

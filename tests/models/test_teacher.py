@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
+from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.teacher import FrozenTeacher, _last_linear, fuse_conv_bn, hold_outside
 
@@ -301,3 +302,12 @@ def test_batch_norms_go_by_the_batch_where_features_are_tapped_and_keep_their_st
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"set model\.teacher\.fuse=false, or model"):
         FrozenTeacher(model, fuse=True, batch_statistics=True)
+
+
+def test_its_size_is_that_of_the_model_before_it_was_folded():
+    model = create_model("resnet8")
+    expected = count_parameters(model)
+    teacher = FrozenTeacher(model)
+    assert teacher.fold((3, 32, 32)) > 0
+    assert teacher.parameter_count == expected > count_parameters(teacher)
+    assert FrozenTeacher(create_model("resnet8"), fuse=True).parameter_count == expected
