@@ -27,13 +27,13 @@ def bench_startup(rounds: int) -> None:
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
-            one, three = (_sweep(place / str(trials), trials) for trials in (1, 3))
+            two, four = (_sweep(place / str(trials), trials) for trials in (2, 4))
             of_round = {
                 "import torch, lightning": _time([sys.executable, "-c", "import torch, lightning"]),
                 "fit.py --help": _time([sys.executable, str(SCRIPT), "--help"]),
                 "fit.py, a run of one step": _time([*_FIT, "trainer.max_steps=1", f"hydra.run.dir={place / 'run'}"]),
-                "a sweep of one trial of one step": one,
-                "each further trial": ((three[0] - one[0]) / 2, (three[1] - one[1]) / 2),
+                "a sweep of two trials of one step": two,
+                "each further trial": ((four[0] - two[0]) / 2, (four[1] - two[1]) / 2),
             }
         for name, taken in of_round.items():
             found.setdefault(name, []).append(taken)
