@@ -21,7 +21,7 @@ from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.module import DistillationModule
-from rld_lightning.tasks.look import load_in_order
+from rld_lightning.tasks.own_look import load_in_order
 from rld_lightning.tasks.plan import Plan, changed, settled
 from rld_lightning.tasks.speed import fold_teacher
 from rld_lightning.tasks.trainer import make_trainer

@@ -15,11 +15,11 @@ from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.build import set_up
 from rld_lightning.tasks.checks import check_network
 from rld_lightning.tasks.fill import fill_table
-from rld_lightning.tasks.look import adopt_look
+from rld_lightning.tasks.own_look import adopt_look
 from rld_lightning.tasks.plan import freeze, plan_student, plan_teacher
 from rld_lightning.tasks.remember import impossible, open_table
 from rld_lightning.tasks.speed import fold_teacher
-from rld_lightning.tasks.teacher import build_teacher, find_teacher
+from rld_lightning.tasks.teacher_of_run import build_teacher, find_teacher
 from rld_lightning.tasks.trainer import make_trainer
 
 

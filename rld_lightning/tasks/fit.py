@@ -44,7 +44,7 @@ from rld_lightning.tasks.checks import (
 from rld_lightning.tasks.describe import describe_run
 from rld_lightning.tasks.finished import Finished
 from rld_lightning.tasks.kept import take_kept
-from rld_lightning.tasks.look import adopt_look
+from rld_lightning.tasks.own_look import adopt_look
 from rld_lightning.tasks.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.processes import processes_to_start, run_in_processes
 from rld_lightning.tasks.remember import remember_logits, remember_validation
@@ -52,7 +52,7 @@ from rld_lightning.tasks.results import leave_results, summarise
 from rld_lightning.tasks.resume import find_checkpoint, say_nothing_left
 from rld_lightning.tasks.room import check_room
 from rld_lightning.tasks.speed import compile_steps
-from rld_lightning.tasks.teacher import (
+from rld_lightning.tasks.teacher_of_run import (
     build_teacher,
     find_teacher,
     is_for_others,

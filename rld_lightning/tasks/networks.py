@@ -17,8 +17,8 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv, write_json
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.finished import Finished
-from rld_lightning.tasks.look import load_in_order
 from rld_lightning.tasks.once import run_once
+from rld_lightning.tasks.own_look import load_in_order
 from rld_lightning.tasks.plan import alone, changed
 from rld_lightning.tasks.trainer import make_trainer
 

@@ -44,7 +44,7 @@ from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.kept import share_data
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import alone, changed
-from rld_lightning.tasks.teacher import is_for_others, keep_teacher, train_teacher
+from rld_lightning.tasks.teacher_of_run import is_for_others, keep_teacher, train_teacher
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
 from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tasks.watch import Watch

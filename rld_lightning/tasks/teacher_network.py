@@ -19,7 +19,7 @@ from rld_lightning.models.look import Look, Relook, relook
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.tasks.checks import check_network
-from rld_lightning.tasks.look import load_in_order, teacher_look, teacher_size
+from rld_lightning.tasks.own_look import load_in_order, teacher_look, teacher_size
 from rld_lightning.tasks.plan import Teacher
 
 

@@ -22,7 +22,7 @@ from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.teacher import is_for_others, keep_teacher
+from rld_lightning.tasks.teacher_of_run import is_for_others, keep_teacher
 from rld_lightning.tasks.turn import turn_to_train
 
 TOLERANCE = 0.1  # points: ten images of CIFAR-100's test split, for rounding on other hardware

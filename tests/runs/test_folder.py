@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from rld_lightning.errors import UserError
-from rld_lightning.hydra.folder import CheckFolder
+from rld_lightning.hydra.checked_folder import CheckFolder
 from rld_lightning.runs.folder import check_folder, locked
 
 

@@ -13,8 +13,8 @@ from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.look import Look
 from rld_lightning.models.save import save_weights
 from rld_lightning.tasks import teacher_network
-from rld_lightning.tasks.teacher import build_teacher
 from rld_lightning.tasks.teacher_network import load_network
+from rld_lightning.tasks.teacher_of_run import build_teacher
 
 LOOK = Look((0.5,) * 3, (0.5,) * 3)
 

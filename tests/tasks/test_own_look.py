@@ -14,9 +14,9 @@ from rld_lightning.models.look import Look
 from rld_lightning.models.save import save_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.tasks import teacher_score
-from rld_lightning.tasks.look import adopt_look, load_in_order
+from rld_lightning.tasks.own_look import adopt_look, load_in_order
 from rld_lightning.tasks.plan import Student
-from rld_lightning.tasks.teacher import build_teacher
+from rld_lightning.tasks.teacher_of_run import build_teacher
 from rld_lightning.tasks.teacher_score import measure_teacher
 
 NAMES = [str(digit) for digit in range(10)]

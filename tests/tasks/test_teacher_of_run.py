@@ -12,7 +12,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.look import Look
 from rld_lightning.models.save import save_weights
 from rld_lightning.runs.checkpoint import Before
-from rld_lightning.tasks.teacher import _teacher_before, build_teacher, find_teacher
+from rld_lightning.tasks.teacher_of_run import _teacher_before, build_teacher, find_teacher
 
 USUAL = Look((0.5,) * 3, (0.5,) * 3)
 
