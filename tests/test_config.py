@@ -607,6 +607,6 @@ def test_every_sweep(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
 def test_every_launcher(name):
-    plugin = name.removesuffix("_slurm")
-    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
-    assert f"hydra_{plugin}_launcher" in compose_with_hydra(f"launcher={name}").hydra.launcher._target_
+    plugin = {"joblib": "rld_lightning_launchers", "submitit_slurm": "hydra_submitit_launcher"}[name]
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    assert f".{plugin}." in compose_with_hydra(f"launcher={name}").hydra.launcher._target_

@@ -163,7 +163,7 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
         (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
         (("model.teacher.weights=pretrained",), "pretrained is for torchvision/<name> and timm/<name>"),
-        (("model.student.weights=pretrained",), "is for torchvision/<name> and timm/<name>, not for wrn16_1"),
+        (("model.student.weights=pretrained",), "is for torchvision/, timm/ and transformers/ names, not for wrn16_1"),
         (("model.student.name=torchvision/alexnet",), "torchvision/alexnet cannot take images of 3x8x8"),
         (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),
         (("model.teacher.weights=null",), "model.teacher.weights=null is not allowed"),
