@@ -21,9 +21,9 @@ def transformers_model(name: str, num_classes: int, pretrained: bool = False) ->
         ImportError: transformers is not installed.
         OSError: there is no such model, or it cannot be fetched.
     """
+    identifier = _identifier(name)
     from transformers import AutoModelForImageClassification
 
-    identifier = _identifier(name)
     if pretrained:
         model = AutoModelForImageClassification.from_pretrained(
             identifier, num_labels=num_classes, ignore_mismatched_sizes=True
@@ -37,9 +37,9 @@ def transformers_model(name: str, num_classes: int, pretrained: bool = False) ->
 
 def transformers_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
     """What a model wants to see, as its preprocessor says: mean, standard deviation, and the side of images."""
+    identifier = _identifier(name)
     from transformers.image_processing_base import ImageProcessingMixin
 
-    identifier = _identifier(name)
     try:
         found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(identifier)[0]
     except OSError:  # it has none
@@ -61,9 +61,10 @@ def transformers_classes(name: str) -> list[str]:
 
 
 def _config(name: str) -> Any:
+    identifier = _identifier(name)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(_identifier(name))
+    return AutoConfig.from_pretrained(identifier)
 
 
 def _identifier(name: str) -> str:

@@ -147,3 +147,10 @@ def test_weights_that_cannot_be_fetched_are_said_in_a_sentence(monkeypatch, tmp_
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     with pytest.raises(ConnectionError, match=r"weights of torchvision/resnet18 are not in .*cannot be"):
         create_model("torchvision/resnet18", 10, pretrained=True)
+
+
+def test_transformers_that_are_missing_are_asked_for_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    trust("transformers/some/model")
+    with pytest.raises(ImportError, match=r'need transformers: pip install "rld-lightning\[transformers\]"'):
+        create_model("transformers/some/model", 4)

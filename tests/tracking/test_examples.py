@@ -95,6 +95,7 @@ def test_without_matplotlib_a_run_goes_without_the_table_and_says_why(monkeypatc
     assert not stage.loggers[0].broken
 
 
+@pytest.mark.slow
 def test_importing_the_room_imports_neither_wandb_nor_pandas_nor_the_pictures():
     rooms = "{'wandb', 'pandas', 'rld_lightning.reporting', 'rld_lightning.tracking.pictures'}"
     code = f"import sys, rld_lightning.tracking; print({rooms} & set(sys.modules))"

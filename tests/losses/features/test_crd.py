@@ -281,6 +281,7 @@ def train(rank, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_memories_of_one(tmp_path):
     other = mp.get_context("spawn").Process(target=train, args=(1, tmp_path))
     other.start()
