@@ -212,7 +212,7 @@ def test_every_fit_composes(overrides):
     check_hydra("fit", overrides)
 
 
-@pytest.mark.parametrize("name", ["cost", "eval", "export", "predict", "shards"])
+@pytest.mark.parametrize("name", ["cost", "demo", "eval", "export", "predict", "shards"])
 def test_every_eval_and_packing_composes(name):
     found = commands("python", f"scripts/{name}.py")
     assert found

@@ -222,6 +222,8 @@ VALUES: Mapping[str, Kind] = {
     "batch_sizes": list_of(COUNT, "whole numbers >= 1 in brackets").such_as("[1,64]"),
     "seconds": POSITIVE,
     "threads": COUNT | NULL,
+    "teacher": TEXT.such_as("a file") | NULL,
+    "port": whole(0, 65535),
     "top": COUNT,
     "format": words("table", "csv", "jsonl"),
     "batch_size": COUNT,

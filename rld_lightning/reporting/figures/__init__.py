@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from rld_lightning.console import print_line
 from rld_lightning.reporting.logits import LogitSource
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WriteFigure = Callable[..., list[Path]]
 _FIGURES: dict[str, "RegisteredFigure"] = {}
@@ -66,7 +68,7 @@ def list_figures() -> list[RegisteredFigure]:
     return [_FIGURES[name] for name in sorted(_FIGURES)]
 
 
-def write_all(out: Path, runs: pd.DataFrame, *, reader: LogitSource) -> list[Path]:
+def write_all(out: Path, runs: "pd.DataFrame", *, reader: LogitSource) -> list[Path]:
     """Every figure that some runs suffice for; says why where they do not.
 
     Args:
