@@ -10,7 +10,7 @@ OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow soak test-lowest lint format audit docs-tables build clean
+.PHONY: help install quickstart test test-slow soak test-lowest lint format audit docs docs-tables build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -53,6 +53,9 @@ audit: $(INSTALLED) ## ask PyPI and OSV for known vulnerabilities of the tested 
 	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit
 	$(RUN) -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
+docs: $(INSTALLED) ## the manual as a site, in site/; links are checked
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 docs-tables: $(INSTALLED) ## write the tables of losses in docs/losses.md from the code
 	$(RUN) docs/tables.py
 
@@ -60,4 +63,4 @@ build: $(INSTALLED) ## the wheel, in dist/
 	$(RUN) -m build --wheel
 
 clean: ## remove what was built (not data, teachers or runs)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from omegaconf import OmegaConf
@@ -38,10 +39,23 @@ def losses_table() -> str:
             student = graft(student, teacher)
         loss.connect(student, teacher, (3, 32, 32), torch.arange(100))
         trained = sum(parameter.numel() for parameter in loss.parameters())
-        source = ", ".join(re.sub(r"^\d{4}\.\d{4,5}$", r"[\g<0>](https://arxiv.org/abs/\g<0>)", p) for p in loss.papers)
         tested = "public code" if name in golden else "second formula"
-        rows.append((f"`{name}`", loss.method, source, looks_at(type(loss)), f"{trained:,}" if trained else "", tested))
+        rows.append(
+            (
+                f"`{name}`",
+                loss.method,
+                papers(type(loss)),
+                looks_at(type(loss)),
+                f"{trained:,}" if trained else "",
+                tested,
+            )
+        )
     return table(("`loss=`", "method", "source", "looks at", "trains", "tested against"), rows)
+
+
+def papers(cls: type[DistillationLoss]) -> str:
+    """Where a method comes from, with links to what is on arXiv."""
+    return ", ".join(re.sub(r"^\d{4}\.\d{4,5}$", r"[\g<0>](https://arxiv.org/abs/\g<0>)", p) for p in cls.papers)
 
 
 def looks_at(cls: type[DistillationLoss]) -> str:
@@ -66,6 +80,12 @@ def looks_at(cls: type[DistillationLoss]) -> str:
 
 def presets_table() -> str:
     """Every other option of ``loss=``: a registered loss with other values."""
+    return table(("`loss=`", "is", "with"), presets())
+
+
+@cache
+def presets() -> list[tuple[str, str, str]]:
+    """The rows of that table."""
     classes = {loss_options(name)["_target_"]: name for name in list_losses()}
     rows = []
     for preset in sorted({*list_options("loss")} - {*list_losses(), "combined"}):
@@ -76,7 +96,7 @@ def presets_table() -> str:
         changed = {key: value for key, value in loss.items() if defaults[key] != value}
         values = " ".join(f"loss.{key}={str(value).lower()}" for key, value in changed.items())
         rows.append((f"`{preset}`", f"`{name}`", f"`{values}`"))
-    return table(("`loss=`", "is", "with"), rows)
+    return rows
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
