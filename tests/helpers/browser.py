@@ -74,8 +74,8 @@ class Browser:
 
 
 @contextmanager
-def chromium(profile):
-    """A browser with a new profile; skips the test where there is none."""
+def chromium(profile, *flags):
+    """A browser with a new profile, and more flags perhaps; skips the test where there is none."""
     driver, program = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if driver is None or program is None:
         pytest.skip("needs chromium and chromedriver")
@@ -84,7 +84,7 @@ def chromium(profile):
         line = next(line for line in process.stdout if "successfully on port" in line)
         port = line.rpartition("port")[2].strip(" .\n")
         address = f"http://127.0.0.1:{port}/session"
-        options = {"binary": program, "args": [*FLAGS, f"--user-data-dir={profile}"]}
+        options = {"binary": program, "args": [*FLAGS, *flags, f"--user-data-dir={profile}"]}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         request = Request(address, json.dumps({"capabilities": {"alwaysMatch": wanted}}).encode())
         with urlopen(request, timeout=60) as answer:

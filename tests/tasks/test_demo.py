@@ -1,10 +1,13 @@
 """scripts/demo.py: what the page is told of a picture, and what its server refuses."""
 
+import base64
 import http.client
 import json
 import socket
 import threading
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import pytest
@@ -158,8 +161,8 @@ def test_a_run_whose_teacher_cannot_be_shown_is_refused_in_a_sentence(place, tmp
 
 
 @contextmanager
-def serving(facts, ask):
-    with DemoServer(facts, ask, 0) as server:
+def running(server):
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -172,7 +175,7 @@ def serving(facts, ask):
 @pytest.fixture(scope="module")
 def server(place):
     page = place[3]
-    with serving(page.facts(), page.ask) as server:
+    with running(DemoServer(page.facts(), page.ask, 0)) as server:
         yield server
 
 
@@ -260,7 +263,7 @@ def test_a_fault_of_a_network_is_said_on_the_terminal_and_the_page_goes_on(capsy
     def fail(content, label):
         raise RuntimeError("out of \x1b[31mpaint")
 
-    with serving({}, fail) as server:
+    with running(DemoServer({}, fail, 0)) as server:
         status, _, content = request(server, body=picture())
         assert (status, json.loads(content)["error"]) == (500, "That failed; the terminal says why.")
         assert request(server, "GET", "/")[0] == 200
@@ -268,7 +271,7 @@ def test_a_fault_of_a_network_is_said_on_the_terminal_and_the_page_goes_on(capsy
 
 
 def test_connections_are_few_and_a_port_is_taken_once(capsys):
-    with serving({}, lambda *_: {}) as server:
+    with running(DemoServer({}, lambda *_: {}, 0)) as server:
         silent = [socket.create_connection(server.server_address) for _ in range(40)]
         with pytest.raises((ConnectionError, http.client.BadStatusLine)):
             request(server, "GET", "/")
@@ -320,6 +323,14 @@ def test_the_page_in_a_real_browser(server, place, tmp_path):
             assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
         assert browser.log() == []
 
+        # Another picture, dropped.
+        drop = """const files = new DataTransfer(), drawn = document.createElement('canvas');
+            drawn.toBlob(blob => { files.items.add(new File([blob], 'drawn.webp', {type: blob.type}));
+            dispatchEvent(new DragEvent('drop', {dataTransfer: files, cancelable: true})); }, 'image/webp')"""
+        browser.run(drop)
+        browser.wait("return document.getElementById('picture').naturalWidth == 300")
+        browser.wait("return document.getElementById('status').textContent.includes('masked')")
+
         # What is no picture is said in a sentence, and nothing of the last one stays.
         browser.type("#file", tmp_path / "note.png")
         browser.wait("return document.getElementById('status').className == 'bad'")
@@ -340,7 +351,7 @@ def test_names_of_classes_are_text_in_a_real_browser(place, tmp_path):
         return found | {"words": named["classes"][:1]}
 
     (tmp_path / "picture.png").write_bytes(picture())
-    with serving(named, ask) as server, chromium(tmp_path / "profile") as browser:
+    with running(DemoServer(named, ask, 0)) as server, chromium(tmp_path / "profile") as browser:
         browser.open(server.address)
         browser.wait("return document.querySelectorAll('#label option').length == 10")
         browser.type("#file", tmp_path / "picture.png")
@@ -348,9 +359,38 @@ def test_names_of_classes_are_text_in_a_real_browser(place, tmp_path):
         assert browser.run("return document.querySelectorAll('img').length") == 2
         assert "<img" in browser.run("return document.getElementById('words').textContent")
         assert browser.run("return document.title") == "What RLD makes of a picture"
-        # A page of elsewhere: its own name points here, or it asks from where it is.
-        browser.open("data:text/html,<title>elsewhere</title>")
-        ask = "return fetch(arguments[0], {method: 'POST', mode: 'no-cors', body: 'x'}).then(r => r.type, () => 'no')"
-        before = dict(page._remembered)
-        browser.run(ask, f"{server.address}ask")
-        assert page._remembered == before
+
+
+POST = """
+const bytes = Uint8Array.from(atob(arguments[1]), c => c.charCodeAt(0));
+const options = {method: 'POST', mode: arguments[2], body: new Blob([bytes], {type: 'image/png'})};
+return fetch(arguments[0], options).then(answer => answer.status, () => 'failed');
+"""
+
+
+@pytest.mark.slow
+def test_other_pages_cannot_ask_in_a_real_browser(tmp_path):
+    asked = []
+    content = base64.b64encode(picture()).decode()
+    (tmp_path / "index.html").write_text("<title>other</title>")
+    other = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    with (
+        running(DemoServer({}, lambda *question: asked.append(question) or {}, 0)) as server,
+        running(other),
+        chromium(tmp_path / "profile", "--host-resolver-rules=MAP rebound.example 127.0.0.1") as browser,
+    ):
+        port = server.server_address[1]
+        browser.open(server.address)
+        assert browser.run(POST, f"{server.address}ask", content, "cors") == 200
+        assert len(asked) == 1
+        # A page of another program on this machine, and one of nowhere.
+        for address in (f"http://127.0.0.1:{other.server_address[1]}/", "data:text/html,<title>other</title>"):
+            browser.open(address)
+            assert browser.run("return document.title") == "other"
+            for mode in ("cors", "no-cors"):
+                assert browser.run(POST, f"{server.address}ask", content, mode) in ("failed", 0)
+        # A stranger's name that points here.
+        browser.open(f"http://rebound.example:{port}/")
+        assert "for this machine alone" in browser.run("return document.body.textContent")
+        assert browser.run(POST, f"http://rebound.example:{port}/ask", content, "cors") in ("failed", 421)
+        assert len(asked) == 1
