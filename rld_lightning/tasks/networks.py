@@ -30,7 +30,7 @@ class Network:
     """A network of a run; written to ``networks.json``.
 
     Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, and are of the
-    test split. Time is the median of one image at a time, in float32, on the device of the run.
+    test split. Time is the fastest of one image at a time, in float32, on the device of the run.
 
     Attributes:
         role: ``"teacher"``, ``"student alone"`` or ``"distilled student"``.

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
@@ -167,11 +168,16 @@ _NEXT: Mapping[str, str] = {
 
 
 def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:
-    """Name, accuracy, parameters, MACs and speed of a network that was trained, or taught, in a run."""
+    """Name, accuracy and cost of a network that was trained, or taught, in a run."""
     file = run.folder / STUDENT
     facts = read_facts(read_metadata(file), file)
     if facts.num_classes is None or facts.image_shape is None:
         raise ValueError(f"{file} does not say what images it is for; give a folder that this package has written.")
-    model = create_model(name, facts.num_classes)
-    macs, speed = count_macs(model, facts.image_shape), images_per_second(model, facts.image_shape)
-    return name, top1, count_parameters(model), macs / 1e6, speed
+    return name, top1, *_cost(name, facts.num_classes, facts.image_shape)
+
+
+@cache
+def _cost(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[int, float, float]:
+    """Parameters, MACs in millions and images/s of a network; measured once, as its weights make no difference."""
+    model = create_model(name, num_classes)
+    return count_parameters(model), count_macs(model, image_shape) / 1e6, images_per_second(model, image_shape)
