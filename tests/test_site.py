@@ -97,6 +97,14 @@ def test_formulas_of_docstrings_become_tex(formulas, text, tex):
     assert formulas.tex(text) == tex
 
 
+def test_lines_are_aligned_at_the_sign_that_defines(formulas):
+    shown = formulas.display("P_k = a / b,  b = 2    (a remark)\n-log c - sum over k = 1 ... K of d_k")
+    rows = re.search('alttext="(.*?)"', shown)[1].split(r" \\ ")
+    assert [row.split("&amp;")[0].strip() for row in rows] == [r"\begin{align*}P_{k}", "", ""]
+    assert rows[1].endswith(r"b = 2 \quad \text{(a remark)}")
+    assert r"\sum_{k = 1 \ldots  K} d_{k}" in rows[2]
+
+
 @pytest.mark.parametrize("code", ['{"scd": alpha * SCD}', "temperature=1", "(B, C)", "loss.alpha", "None", "a[b] + c"])
 def test_code_is_no_formula(formulas, code):
     assert not formulas.is_formula(code)

@@ -15,7 +15,7 @@ SIGNS = {
     "<=": r"\le ",
     "...": r"\ldots ",
     "*": r"\cdot ",
-    "~": r"\sim ",
+    "~": r"\,\sim\,",
     ".": r"\cdot ",
     "{": r"\{",
     "}": r"\}",
@@ -118,7 +118,7 @@ def display(block: str) -> str:
     for line in block.strip().splitlines():
         whole = re.sub(r" +(=|&) ", r" \1 ", line.strip())
         left, equals, right = whole.partition(" = ")
-        if not equals or re.search(r"[(,]$|  ", left) or ("(" in left and ")" not in left):
+        if not equals or re.search("[(,]$|  | over ", left) or ("(" in left and ")" not in left):
             left, equals, right = "", "", whole
         first, *others = re.split(" {2,}", right)
         row = (rf"{tex(left)} & = " if equals else "& ") + tex(first)
