@@ -14,6 +14,7 @@ from rld_lightning.models.look import Look, look_of
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import SPLIT
+from rld_lightning.tasks.batch_size import AUTO
 
 
 @dataclass(frozen=True)
@@ -226,8 +227,9 @@ def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
         plan: the run's.
     """
     found: dict[str, Any] = {"resume": plan.resume}
-    if plan.batch_size is not None:
-        found |= {"data.batch_size": plan.batch_size, "recipe.batch_size": plan.batch_size}
+    if plan.batch_size is not None:  # where it was to be chosen; a recipe's need not be that of the data
+        keys = ("data.batch_size", "recipe.batch_size")
+        found |= {key: plan.batch_size for key in keys if OmegaConf.select(cfg, key) == AUTO}
     if plan.teacher is not None:
         weights = plan.teacher.weights
         found["model.teacher.weights"] = list(weights) if isinstance(weights, tuple) else weights

@@ -162,7 +162,7 @@ def test_a_finished_run_is_not_overwritten(finished):
         (("model.student.name=null",), "model.student.name has no value"),
         (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
         (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
-        (("model.teacher.weights=pretrained",), "pretrained is for torchvision/<name> and timm/<name>"),
+        (("model.teacher.weights=pretrained",), "pretrained is for torchvision/, timm/ and transformers/ names"),
         (("model.student.weights=pretrained",), "is for torchvision/, timm/ and transformers/ names, not for wrn16_1"),
         (("model.student.name=torchvision/alexnet",), "torchvision/alexnet cannot take images of 3x8x8"),
         (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),

@@ -85,3 +85,12 @@ def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_w
     assert cfg.recipe.optimizer.lr == 0.1
     with pytest.raises(ValueError, match=r"recipe\.scale_lr_from=0 must be a batch size"):
         _ = replace(plan, scale_lr_from=0).learning_rate
+
+
+def test_only_a_batch_that_was_to_be_chosen_is_written_down(tmp_path):
+    given = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "data.batch_size=4")
+    left = settled(given, replace(make_plan(tmp_path), teacher=None, batch_size=4))
+    assert (left.data.batch_size, left.recipe.batch_size) == (4, given.recipe.batch_size) == (4, 64)
+    chosen = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "recipe.batch_size=auto")
+    left = settled(chosen, replace(make_plan(tmp_path), teacher=None, batch_size=32))
+    assert (left.data.batch_size, left.recipe.batch_size) == (32, 32)

@@ -103,7 +103,7 @@ def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkey
     script = "from rld_lightning.distributed import unique_name; print(unique_name(), unique_name())"
     start = subprocess.Popen
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, stdout=subprocess.PIPE, text=True, **k))
+        patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, **k | {"stdout": subprocess.PIPE, "text": True}))
         with launching._started((sys.executable, "-c", script), 2) as processes:
             printed = [process.communicate(timeout=100)[0].split() for process in processes]
     assert len({name for names in printed for name in names}) == 1

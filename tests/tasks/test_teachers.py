@@ -132,7 +132,7 @@ def test_what_would_be_no_teacher_is_not_trained(store, overrides, words):
 
 
 @pytest.mark.slow
-def test_a_teacher_is_trained_kept_and_as_it_was(tmp_path):
+def test_a_teacher_is_trained_kept_and_as_it_was(tmp_path, monkeypatch):
     """As a user does: by the script."""
 
     def call(*words):
@@ -140,6 +140,7 @@ def test_a_teacher_is_trained_kept_and_as_it_was(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         return result.returncode, result.stdout + result.stderr
 
+    monkeypatch.delenv("RLD_LIGHTNING_COMMAND", raising=False)  # of runs in this process
     own = ("data=digits", "model=resnet8", "recipe=quick", "recipe.epochs=1", "trainer=cpu")
     assert call("fit", *own)[0] == 0
     assert "as it should be" in call("verify", "resnet8", "trainer=cpu")[1]
