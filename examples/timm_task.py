@@ -1,4 +1,4 @@
-"""RLD in timm's training script, as a task of timm's. `python examples/timm_task.py`.
+"""RLD in the training script of timm (1.0.31 or newer), as a task of it. `python examples/timm_task.py`.
 
 timm's train.py makes a task, `LogitDistillationTask(model, teacher_model=..., ...)`, which computes the loss: put
 `RLDTask(model, teacher_model=..., ...)` in its place. All else of the script stays: DDP, EMA, mixed precision.

@@ -9,12 +9,13 @@ import torch
 from rld_lightning import CELoss, FrozenTeacher, RLDLoss, create_model, rld_loss
 
 FOLDER = Path(__file__).parents[1] / "examples"
-NEEDS = {"timm_task.py": "timm.task", "hf_trainer.py": "transformers"}
+NEEDS = {"timm_task.py": "timm", "hf_trainer.py": "transformers"}
+TIMM = "1.0.31"  # whose tasks the example follows
 SLOW = {"hf_trainer.py", "lightning_script.py", "own_lightning_module.py"}
 
 
 def load(name, run_name="example"):
-    pytest.importorskip(NEEDS.get(name, "torch"))
+    pytest.importorskip(NEEDS.get(name, "torch"), minversion=TIMM if name == "timm_task.py" else None)
     return runpy.run_path(str(FOLDER / name), run_name=run_name)
 
 
@@ -64,8 +65,8 @@ def test_pixels_are_rows_too():
 
 
 def test_timms_task_gives_the_losses_terms_and_moves_the_student_alone():
+    timm = pytest.importorskip("timm", minversion=TIMM)
     example = load("timm_task.py")
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     small = {"num_classes": 10, "img_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2, "embed_dim": 16}
     teacher, student = (timm.create_model("vit_tiny_patch16_224", **small) for _ in range(2))

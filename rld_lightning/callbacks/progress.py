@@ -71,6 +71,9 @@ class RunProgress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         return {shown: f"{metrics[name]:.4g}" for name, shown in _SHOWN.items() if name in metrics}
 
+    def _should_update(self, current: int, total: int | float) -> bool:
+        return True  # Lightning before 2.6.1 takes the rate for a number of batches; when to draw is decided above
+
     def _init_progress(self, trainer: Trainer) -> None:
         super()._init_progress(trainer)
         if self._metric_component is not None:
