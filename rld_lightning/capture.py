@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rld_lightning.errors import first_line
+
 Inputs = tuple[Tensor | None, ...]
 Function = Callable[..., dict[str, Tensor]]
 
@@ -131,7 +133,7 @@ class CapturedStep:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 found.outputs = self._run(constant, found.inputs)
         except RuntimeError as error:  # of a network that reads from the device, say
-            self.failed = str(error).strip().splitlines()[0]
+            self.failed = first_line(error)
             return
         found.gradients = tuple(parameter.grad for parameter in self.parameters)
         found.replay = graph.replay

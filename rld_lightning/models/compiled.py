@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.console import print_line
+from rld_lightning.errors import first_line
 
 
 class CompiledForward:
@@ -37,7 +38,7 @@ class CompiledForward:
             if not isinstance(error, TorchDynamoException):
                 raise
             self.compiled = None  # nothing has run yet
-            print_line("compile", f"off: {type(self.network).__name__} cannot be compiled: {_first_line(error)}")
+            print_line("compile", f"off: {type(self.network).__name__} cannot be compiled: {first_line(error)}")
             return self.network(images)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -54,10 +55,5 @@ def why_not_compiled(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # of the compiler, the linker, a cache that cannot be written ...
-        return _first_line(error)
+        return first_line(error)
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the advice that follows."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.errors import user_errors
+from rld_lightning.errors import first_line, user_errors
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
 from rld_lightning.models.save import save_weights
@@ -266,7 +266,7 @@ class _Writer:
         try:
             program = torch.export.export(self.network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         except Exception as error:  # each stage raises its own
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise ValueError(
                 f"torch.export cannot trace {self.student.name} ({reason}); leave torch_export out of formats=."
             ) from error
