@@ -3,8 +3,11 @@
 Small networks leave a GPU waiting for Python, which launches a thousand kernels a step, one by one.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +43,9 @@ class _Recording:
 class CapturedStep:
     """Calls a function that computes the gradients of parameters anew, and from some calls on replays what it did.
 
-    Each call does the work once: the first ones as they are, which warms the device up, and one that records computes
-    nothing before its replay. What is called with other inputs in between, as an epoch's last and smaller batch, is
-    done as it is until there were enough of them, too.
+    Each call does the work once: the first ones as they are, which warms the device up and shows what waits for it (no
+    graph can), and one that records computes nothing before its replay. What is called with other inputs in between,
+    as an epoch's last and smaller batch, is done as it is until there were enough of them, too.
 
     The function reads nothing from the device, changes tensors where they are, and ``backward()`` is all that touches
     gradients. Without a graph (``record=False``, and where there is no CUDA) the same is done with the same buffers,
@@ -97,7 +100,7 @@ class CapturedStep:
         if found.replay is None and found.calls > self.warm_up and not self.failed:
             self._record(found, constant, inputs)
         if found.replay is None:
-            return self._as_it_is(constant, inputs)
+            return self._as_it_is(constant, inputs, last=found.calls == self.warm_up)
         for buffer, value in zip(found.inputs, inputs, strict=True):
             if buffer is not None and value is not None:
                 buffer.copy_(value, non_blocking=True)
@@ -111,13 +114,18 @@ class CapturedStep:
             parameter.grad = None
         return {name: value.detach() for name, value in self.function(constant, *inputs).items()}
 
-    def _as_it_is(self, constant: Hashable, inputs: Inputs) -> dict[str, Tensor]:
+    def _as_it_is(self, constant: Hashable, inputs: Inputs, last: bool) -> dict[str, Tensor]:
         if self._stream is None:
             return self._run(constant, inputs)
         # What is freed there is only taken again there, after all that has been asked for before.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            outputs = self._run(constant, inputs)
+            if last and not self.failed:
+                with notice_waits() as places:
+                    outputs = self._run(constant, inputs)
+                self.failed = f"{places[0]} waits for the GPU" if places else ""
+            else:
+                outputs = self._run(constant, inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
         return outputs
 
@@ -134,6 +142,7 @@ class CapturedStep:
                 found.outputs = self._run(constant, found.inputs)
         except RuntimeError as error:  # of a network that reads from the device, say
             self.failed = first_line(error)
+            forget_recording(self._stream.device)
             return
         found.gradients = tuple(parameter.grad for parameter in self.parameters)
         found.replay = graph.replay
@@ -150,3 +159,33 @@ class CapturedStep:
         for kept, gradient in zip(found.gradients, gradients, strict=True):
             if kept is not None and gradient is not None:
                 kept.copy_(gradient)
+
+
+@contextmanager
+def notice_waits() -> Iterator[list[str]]:
+    """Finds the lines of Python, as ``"file.py:12"``, that wait for the GPU meanwhile; PyTorch knows of most of them.
+
+    Yields:
+        a list, filled at the end.
+    """
+    places: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            places.append(f"{Path(warning.filename).name}:{warning.lineno}")
+        elif "Synchronization debug mode" not in str(warning.message):  # is a prototype, it says
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def forget_recording(device: torch.device) -> None:
+    """Forgets what a recording that failed has left behind, and would be in the way of the step as it is."""
+    torch.clear_autocast_cache()  # weights in bfloat16 that were to be computed in the graph
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())  # one that does not wait for the recording's end

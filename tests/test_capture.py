@@ -1,5 +1,6 @@
 """A captured step is the same step: the same weights, logs and checkpoints, with and without."""
 
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rld_lightning import CELoss, DistillationModule, DKDLoss, FrozenTeacher, KDLoss, RLDLoss, create_model
 from rld_lightning.callbacks import Divergence, ExactResume, GradientNorm, StepSeed, TeacherMonitor, Throughput
-from rld_lightning.capture import CapturedStep
+from rld_lightning.capture import CapturedStep, notice_waits
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
@@ -245,16 +246,41 @@ def test_on_a_gpu_a_replay_is_the_function():
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is():
+@pytest.mark.parametrize("wait", [lambda loss: loss.item(), lambda loss: torch.cuda.synchronize()])
+def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is(wait):
     layer = nn.Linear(8, 4, device="cuda")
 
     def function(factor, x):
-        loss = layer(x).sum()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.dropout(layer(x), 0.0).float().sum()
+        wait(loss)
         loss.backward()
-        return {"loss": loss * loss.item()}  # which waits
+        return {"loss": loss}
 
     step = CapturedStep(function, layer.parameters(), layer.parameters)
     for _ in range(6):
         x = torch.randn(5, 8, device="cuda")
-        torch.testing.assert_close(step(1, x)["loss"], layer(x).sum().detach().square())
+        with torch.autocast("cuda", torch.bfloat16):
+            expected = layer(x).float().sum().detach()
+        torch.testing.assert_close(step(1, x)["loss"], expected)
+        torch.rand(4, device="cuda")  # needs a generator that no recording holds
     assert step.failed
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_line_that_waits_for_the_gpu_is_named_and_other_warnings_come_through(monkeypatch):
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        with notice_waits() as places:
+            warnings.warn("called a synchronizing CUDA operation (...)", UserWarning, stacklevel=1)
+            warnings.warn("something else", UserWarning, stacklevel=1)
+        return places
+
+    with pytest.warns(UserWarning, match="something else") as told:
+        places = step()
+    assert [place.partition(":")[0] for place in places] == ["test_capture.py"]
+    assert len(told) == 1
+    assert modes == [0, "warn", 0]
