@@ -1,5 +1,6 @@
 """Ends a run whose loss or weights are no numbers any more, before anything of it is saved, and says why."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -54,9 +55,10 @@ class Divergence(Callback):
         self.looked = 0  # the step after which the weights were looked at: they change in no other way
         self.recent: deque[_Recent] = deque(maxlen=every + 1)
         self.told = -1  # the epoch whose spike was said
-        self.bad: Tensor | None = None  # the first step without a finite loss and its values, after `_VALUES`
-        self.usual: Tensor | None = None  # (2,): mean of the latest losses, and the first
-        self.jump: Tensor | None = None  # (4,): the largest spike since the last reading, after `_Jump`
+        self.rows: list[
+            Tensor
+        ] = []  # what was seen of each step since the last reading: its loss, then as in `_Values`
+        self.usual: tuple[float, float] | None = None  # mean of the latest losses, and the first
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Any], batch: Batch, batch_idx: int
@@ -70,7 +72,7 @@ class Divergence(Callback):
         seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, outputs["label"], loss)]
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
         self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(terms)))
-        self._note(torch.stack([*seen, *(term.float() for term in terms.values())]), loss)
+        self.rows.append(torch.stack([*seen, *(term.float() for term in terms.values())]))
         self.step += 1
         if self.step % self.every == 0:
             self._read(trainer, pl_module)
@@ -88,22 +90,27 @@ class Divergence(Callback):
         """Looks at the weights and the optimizer's state, which are not saved if they are not finite."""
         self._read(trainer, pl_module, state=True)
 
-    def _note(self, values: Tensor, loss: Tensor) -> None:
-        """Remembers, on the device, the first step that went wrong and the largest spike."""
-        step = float(self.step)
-        if self.bad is None or self.usual is None or self.jump is None:
-            self.bad = torch.cat([values.new_full((1,), -1.0), values])
-            self.usual = torch.stack([loss, loss]).abs()
-            self.jump = values.new_zeros(4)
-        first = (self.bad[0] < 0) & ~loss.isfinite()
-        self.bad = torch.where(first, torch.cat([values.new_full((1,), step), values]), self.bad)
-        mean, before = self.usual.unbind()
-        ratio = loss / torch.maximum(mean, before).clamp(min=1e-6)
-        jump = torch.stack([ratio, loss.new_full((), step), loss, mean])
-        self.jump = torch.where(ratio > self.jump[0], jump, self.jump)
-        # A spike counts as the largest loss that is none: what is usual must not follow it at once.
-        mean = mean + (1 - _MEMORY) * (torch.minimum(loss.abs(), self.spike * mean) - mean)
-        self.usual = torch.stack([mean, before])
+    def _worst(self) -> tuple[list[float], list[float]]:
+        """What the steps since the last reading came to, which waits for the device.
+
+        Returns:
+            the number of the first step without a finite loss and its values, -1 before them where there is none; and
+            of the largest spike its ratio to the usual loss, the number of the step, its loss and the usual one.
+        """
+        rows: list[list[float]] = torch.stack(self.rows).tolist() if self.rows else []
+        bad, jump = [-1.0] * (6 + len(self.recent[-1].terms)), [0.0] * 4
+        for step, row in enumerate(rows, self.step - len(rows)):
+            loss = row[0]
+            if bad[0] < 0 and not math.isfinite(loss):
+                bad = [float(step), *row]
+            mean, first = self.usual or (abs(loss), abs(loss))
+            ratio = loss / max(mean, first, 1e-6)
+            if ratio > jump[0]:
+                jump = [ratio, float(step), loss, mean]
+            # A spike counts as the largest loss that is none: what is usual must not follow it at once.
+            self.usual = mean + (1 - _MEMORY) * (min(abs(loss), self.spike * mean) - mean), first
+        self.rows = []
+        return bad, jump
 
     def _read(self, trainer: Trainer, module: DistillationModule, *, state: bool = False) -> None:
         """Reads what all ranks saw, which waits for the device.
@@ -116,21 +123,20 @@ class Divergence(Callback):
         Raises:
             Diverged: on all ranks, in the same words.
         """
-        if self.bad is None or self.jump is None:  # no step since the run began or went on
+        if not self.recent:  # no step since the run began or went on
             return
         state, self.looked = state and self.looked != self.step, self.step if state else self.looked
         finite = _state_is_finite(trainer, module) if state else True
-        seen = torch.cat([self.bad, self.jump, self.bad.new_full((1,), float(finite))])
-        everyones = [seen]
+        bad, jump = self._worst()
+        ranks = [[*bad, *jump, float(finite)]]
         if trainer.world_size > 1:
+            seen = torch.tensor(ranks[0], device=module.device)
             everyones = [torch.empty_like(seen) for _ in range(trainer.world_size)]
             torch.distributed.all_gather(everyones, seen)
-        ranks = torch.stack(everyones).tolist()
-        self.jump = torch.zeros_like(self.jump)
+            ranks = torch.stack(everyones).tolist()
         latest = self.recent[-1]
-        bad = [rank[: len(self.bad)] for rank in ranks if rank[0] >= 0]
-        if bad:
-            step, loss, images, student, teacher, right, *terms = min(bad)
+        if worst := min((rank[: len(bad)] for rank in ranks if rank[0] >= 0), default=None):
+            step, loss, images, student, teacher, right, *terms = worst
             values = _Values(loss, images, student, teacher, right, dict(zip(latest.terms, terms, strict=True)))
             self._end(trainer, int(step), values)
         if not all(rank[-1] for rank in ranks):

@@ -213,6 +213,13 @@ class ImageDataModule(LightningDataModule):
         """Where batches are delivered: the attached trainer's device, the CPU without one."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """A batch on the device; one that is there already as it is, without a look at each of its parts."""
+        if isinstance(batch, Batch) and batch.images.device == device:
+            return batch
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
+
     @property
     def train_label(self) -> Tensor:
         """Class of each training image, int64 ``(N,)``, at the position that a batch calls its ``index``.

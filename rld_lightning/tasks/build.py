@@ -25,6 +25,7 @@ from rld_lightning.tasks.own_look import load_in_order
 from rld_lightning.tasks.plan import Plan, changed, settled
 from rld_lightning.tasks.speed import fold_teacher
 from rld_lightning.tasks.trainer import make_trainer
+from rld_lightning.watching import skip_idle_hooks
 
 
 def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
@@ -136,3 +137,4 @@ def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     shared = changed(cfg, teacher)  # where files lie may differ between machines, what is in them may not
     callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
     callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan)), StopSignals()]
+    skip_idle_hooks(trainer)

@@ -140,7 +140,7 @@ def test_the_teacher_of_mixtures_is_held_to_the_class_of_most_of_each_image(tmp_
     watch.on_train_batch_end(
         SimpleNamespace(current_epoch=0), None, outputs | {"teacher_logits": torch.eye(10)}, batch, 0
     )
-    assert watch.bad[5] == 10
+    assert watch.rows[0][4] == 10
 
 
 def _batches():

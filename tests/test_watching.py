@@ -1,0 +1,53 @@
+"""Which of a trainer's callbacks are called in a step."""
+
+from types import SimpleNamespace
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from rld_lightning import CELoss, DistillationModule, create_model
+from rld_lightning.data import DigitsDataModule
+from rld_lightning.watching import callbacks_of, skip_idle_hooks
+
+
+class Counts(Callback):
+    """Does something in one of a step's hooks."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def on_train_batch_end(self, *_):
+        self.batches += 1
+
+
+def test_only_hooks_that_do_something_are_called_in_a_step():
+    counts, given, idle = Counts(), Counts(), Callback()
+    given.on_before_zero_grad = lambda *_: setattr(given, "zeroed", True)
+    trainer = SimpleNamespace(callbacks=[counts, given, idle])
+    skip_idle_hooks(trainer)
+    assert [counts.on_train_batch_start, counts.on_before_zero_grad, idle.on_train_batch_end] == [None] * 3
+    assert callable(counts.on_train_batch_end)
+    assert callable(given.on_before_zero_grad)
+    assert callable(idle.on_fit_start), "hooks outside of a step stay"
+    skip_idle_hooks(trainer)  # again, as where a trainer is used twice
+    assert callbacks_of(trainer, Counts) == [counts, given]
+
+
+def test_lightning_passes_over_them(tmp_path):
+    counts = Counts()
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 3}
+    trainer = Trainer(accelerator="cpu", callbacks=[counts, Callback()], default_root_dir=tmp_path, **options)
+    skip_idle_hooks(trainer)
+    job = DistillationModule(create_model("resnet8", 10), CELoss(), torch.optim.SGD, num_classes=10)
+    trainer.fit(job, DigitsDataModule(batch_size=32))
+    assert counts.batches == 3
+
+
+def test_a_batch_that_is_there_is_not_looked_through():
+    data = DigitsDataModule(batch_size=32)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert data.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
+    elsewhere = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert {elsewhere.images.device.type, elsewhere.label.device.type} == {"meta"}
+    assert batch.images.device.type == "cpu"
