@@ -26,12 +26,12 @@ def transformers_model(name: str, num_classes: int, pretrained: bool = False) ->
 
     if pretrained:
         model = AutoModelForImageClassification.from_pretrained(
-            identifier, num_labels=num_classes, ignore_mismatched_sizes=True
+            identifier, num_labels=num_classes, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     else:
         config = _config(name)
         config.num_labels = num_classes
-        model = AutoModelForImageClassification.from_config(config)
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     return with_logits(model)
 
 
@@ -64,7 +64,7 @@ def _config(name: str) -> Any:
     identifier = _identifier(name)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(identifier)
+    return AutoConfig.from_pretrained(identifier, trust_remote_code=False)  # by default it would ask at the terminal
 
 
 def _identifier(name: str) -> str:

@@ -1,5 +1,6 @@
 """Networks from elsewhere: imported where the user names them, and never because a file does."""
 
+import json
 import sys
 from dataclasses import dataclass
 
@@ -147,6 +148,21 @@ def test_weights_that_cannot_be_fetched_are_said_in_a_sentence(monkeypatch, tmp_
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     with pytest.raises(ConnectionError, match=r"weights of torchvision/resnet18 are not in .*cannot be"):
         create_model("torchvision/resnet18", 10, pretrained=True)
+
+
+def test_code_beside_a_classifier_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import ViTConfig as Config\n")
+    config = {"auto_map": {"AutoConfig": "own.Config"}, "model_type": "own"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    name = f"transformers/{tmp_path}"
+    trust(name)
+    for pretrained in (False, True):
+        with pytest.raises((ValueError, OSError)):
+            create_model(name, 3, pretrained=pretrained)
+    assert not ran.exists()
 
 
 def test_transformers_that_are_missing_are_asked_for_in_one_sentence(monkeypatch):
