@@ -1,4 +1,4 @@
-"""Measure by ratio: `fit` (jobs), `epoch`, `startup`, `step`, `losses` (steps), `loss` (RLD alone), `data` (JPEGs)."""
+"""Measure by ratio: `fit` (jobs), `epoch`, `startup`, `overhead`, `step`, `losses`, `loss`, `data` (JPEGs)."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,7 @@ if __name__ == "__main__":
     )
     fit.add_argument("--report", type=Path, help="a file for the same as JSON")
     what.add_parser("startup", help="seconds of --help, of a run's first step, of a sweep's trial")
+    what.add_parser("overhead", help="what a step costs beside its kernels, in a loop, in Lightning, in fit.py")
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
@@ -58,6 +59,7 @@ if __name__ == "__main__":
     from rld_lightning.bench.data import bench_data
     from rld_lightning.bench.epochs import bench_epoch
     from rld_lightning.bench.jobs import Job, bench_fit, prepare_fit
+    from rld_lightning.bench.overhead import bench_overhead
     from rld_lightning.bench.startup import bench_startup
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
 
@@ -72,6 +74,8 @@ if __name__ == "__main__":
             bench_fit(job, options.rounds, options.seconds, options.switches, options.folder, options.report)
     elif options.what == "startup":
         bench_startup(options.rounds)
+    elif options.what == "overhead":
+        bench_overhead(device, options.rounds)
     elif options.what == "epoch":
         bench_epoch(options.root, options.teacher, options.student, options.batch, options.epochs)
     elif options.what == "loss":

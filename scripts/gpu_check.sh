@@ -118,6 +118,7 @@ SHORT=("${SHORT_BEFORE[@]}")
 
 BENCH=("$PYTHON" scripts/bench.py --rounds "$ROUNDS")
 stage bench-step 60 "${BENCH[@]}" step
+stage bench-overhead 60 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" overhead
 stage bench-loss 60 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
 stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" --folder "$STATE/bench" \
     --with= --with=model.capture=false --with=model.teacher.cache=false --report "$STATE/bench-fit.json"
