@@ -1,5 +1,6 @@
 """Reading single images in worker processes, and putting them together to batches on the device."""
 
+import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -301,6 +302,7 @@ class StreamingLoader(EpochLoader):
             num_workers=num_workers,
             collate_fn=list if on_device else stack,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_keep_to_own,
             pin_memory=device.type == "cuda" and not on_device,
             # The base seed of the workers is drawn from here instead of the random state of training.
             generator=torch.Generator(),
@@ -308,6 +310,10 @@ class StreamingLoader(EpochLoader):
         # The workers have to be stopped before the garbage collector gets to their queues: in a reference cycle, and
         # trainers are full of them, it closes the queues first and then waits five seconds for each deaf worker.
         weakref.finalize(self, _stop_workers, self._workers)
+
+    def close(self) -> None:
+        """Ends the workers, also in the middle of an epoch; whoever iterates anew gets others."""
+        _stop_workers(self._workers)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         self._keys.start = start
@@ -382,4 +388,11 @@ class StreamingLoader(EpochLoader):
 
 
 def _stop_workers(loader: DataLoader[Any]) -> None:
-    loader._iterator = None
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None and loader.num_workers:  # who is in the middle of an epoch may hold it still
+        iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the kind with workers
+
+
+def _keep_to_own(worker: int) -> None:
+    """Leaves alone what the worker was forked with: garbage of the parent, its workers say, is not for it to end."""
+    gc.freeze()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ class StreamingDataModule(ImageDataModule):
         self.decode = decode
         self.bad_images = bad_images
         self.bad_image_report = BadImageReport(None if bad_images_file is None else Path(bad_images_file))
+        self._loaders: WeakSet[StreamingLoader] = WeakSet()
 
     def _set_look(
         self,
@@ -174,7 +176,7 @@ class StreamingDataModule(ImageDataModule):
             decode=self.decode,
             replace=training and self.bad_images == "replace",
         )
-        return StreamingLoader(
+        loader = StreamingLoader(
             dataset,
             sampler,
             Normalize(self.mean, self.std, *self.image_shape[1:], self.device),
@@ -182,6 +184,17 @@ class StreamingDataModule(ImageDataModule):
             num_workers=self.num_workers,
             report=self.bad_image_report if self.bad_images == "replace" else None,
         )
+        self._loaders.add(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Ends the workers of all loaders: a trainer keeps its loaders, and the next training forks with them."""
+        for loader in list(self._loaders):
+            loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the workers where a training fails or is stopped, of which Lightning does not tell :meth:`teardown`."""
+        self.teardown()
 
     @property
     def eval_resize(self) -> int:

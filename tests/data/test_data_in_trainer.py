@@ -1,5 +1,9 @@
 """What Lightning's loops do with the loaders: announce epochs, resume, share batches, leave samplers alone."""
 
+import gc
+import multiprocessing
+import os
+
 import pytest
 import torch
 from helpers.data import same
@@ -82,6 +86,69 @@ def test_epochs_are_announced_and_differ(data):
     assert not same(model.trained[:3], model.trained[3:])
     for epoch in (model.trained[:3], model.trained[3:]):
         assert sorted(torch.cat([batch.index for batch in epoch]).tolist()) == list(range(data.train_size))
+
+
+class Failing(Recorder):
+    """Fails at its first step, with more batches on their way."""
+
+    def training_step(self, batch, batch_idx):
+        raise KeyError("step")
+
+
+class Garbage:
+    """A piece of a reference cycle, which must not be ended by another process than its own."""
+
+    def __init__(self, path):
+        self.path, self.home, self.me = path, os.getpid(), self
+
+    def __del__(self):
+        self.path.write_text("ended at home" if os.getpid() == self.home else "ended elsewhere")
+
+
+class Collecting:
+    """The files of a split, which are read where garbage has just been collected."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
+
+    def read(self, index):
+        gc.collect()
+        return self.images.read(index)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_no_worker_outlives_a_training(folder, fails):
+    runner = trainer(max_steps=1, limit_val_batches=0)  # of three
+    if fails:
+        with pytest.raises(KeyError):
+            runner.fit(Failing(), folder)
+    else:
+        runner.fit(Recorder(), folder)
+        trainer(1).fit(again := Recorder(), folder)
+        assert len(again.trained) == 3
+    loaders = list(folder._loaders)
+    assert loaders  # the trainer is alive, and with it they are
+    assert all(loader._workers._iterator is None for loader in loaders)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_leaves_what_it_was_forked_with_alone(folder, tmp_path):
+    folder.prepare_data()
+    folder.setup()
+    loader = folder.train_dataloader()
+    loader.dataset.images = Collecting(loader.dataset.images)
+    gc.disable()  # what is in a cycle has to be there when workers are forked
+    try:
+        Garbage(tmp_path / "end.txt")
+        assert len(list(loader)) == 3
+    finally:
+        gc.enable()
+    assert not (tmp_path / "end.txt").exists()
+    gc.collect()
+    assert (tmp_path / "end.txt").read_text() == "ended at home"
 
 
 @pytest.fixture(params=["memory", "folder", "shards"])
