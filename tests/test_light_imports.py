@@ -58,6 +58,15 @@ def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeyp
         assert not packages & (HEAVY | {"torch"})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["model.student.weights=/nowhere.pth", "loss.temperature=0"])
+def test_what_is_not_there_is_told_before_lightning_is_imported(mistake, tmp_path):
+    packages = imported_by(RUN.format(arguments=[mistake, f"paths.runs={tmp_path}"]))
+    assert "torch" in packages
+    assert not packages & HEAVY
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_list_of_commands_needs_nothing():
     code = "import sys; from rld_lightning.__main__ import main; sys.argv = ['rld-lightning']; main()"
     assert not imported_by(code) & (HEAVY | {"torch", "hydra", "omegaconf", "rich"})

@@ -70,10 +70,12 @@ def check(cfg: DictConfig) -> None:
     check_values(cfg)
     check_watchers(cfg)
     check_machine(cfg)
-    from rld_lightning.hydra.targets import check_recipe_and_loss  # PyTorch takes seconds; other mistakes come first
+    from rld_lightning.hydra.named import check_named  # PyTorch takes seconds; other mistakes come first
+    from rld_lightning.hydra.targets import check_recipe_and_loss
 
     with user_errors():
         check_recipe_and_loss(cfg)
+        check_named(cfg)
 
 
 def with_value(cfg: DictConfig, line: str) -> DictConfig:

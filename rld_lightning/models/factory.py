@@ -56,15 +56,33 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     student, at, teacher = name.partition("@")
     if at:
         return _grafted_model(student, teacher, num_classes, **kwargs)
-    library, slash, plain = name.partition("/")
-    if slash and library in _LIBRARIES:
-        names, build = _LIBRARIES[library]
-        if plain not in names():
-            raise ValueError(_unknown(name, list_models(f"{library}/*")))
-        return build(plain, num_classes, **kwargs)
-    if name not in registry.REGISTRY:
-        raise ValueError(_unknown(name, [*registry.REGISTRY, *list_models("torchvision/*")]))
+    check_name(name)
+    library, _, plain = name.partition("/")
+    if library in _LIBRARIES:
+        return _LIBRARIES[library][1](plain, num_classes, **kwargs)
     return registry.REGISTRY[name](num_classes=num_classes, **kwargs)
+
+
+def check_name(name: str) -> None:
+    """Looks whether :func:`create_model` knows a name; what is from elsewhere only a try can tell.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: a ``timm/`` name without timm.
+    """
+    if is_from_elsewhere(name):
+        return
+    name = registry.canonical_name(name)
+    student, at, teacher = name.partition("@")
+    library, slash, plain = name.partition("/")
+    if at:
+        check_name(student)
+        check_name(teacher)
+    elif slash and library in _LIBRARIES:
+        if plain not in _LIBRARIES[library][0]():
+            raise ValueError(_unknown(name, list_models(f"{library}/*")))
+    elif name not in registry.REGISTRY:
+        raise ValueError(_unknown(name, [*registry.REGISTRY, *list_models("torchvision/*")]))
 
 
 def _from_elsewhere(name: str, num_classes: int, **kwargs: Any) -> nn.Module:

@@ -90,6 +90,18 @@ def split_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
     return (Path(file), part) if colons and not whole.exists() else (whole, "")
 
 
+def existing_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """As :func:`split_part`, of a file that is there.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    file, part = split_part(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no weights file at {file}")
+    return file, part
+
+
 def read_weights(path: str | os.PathLike[str]) -> Weights:
     """Reads the weights in a file, on the CPU, whatever its format; the file's content decides, not its suffix.
 
@@ -105,9 +117,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         WeightsError: it is not a weights file, is damaged, or would have to execute code to be read; or it has no such
             part.
     """
-    path, wanted = split_part(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no weights file at {path}")
+    path, wanted = existing_part(path)
     if not path.is_file():
         raise WeightsError(f"{path} is not a file; give the weights file itself")
     content = read_once(path)

@@ -36,6 +36,8 @@ from rld_lightning.models.seal import is_damaged
 from rld_lightning.models.verify import verify_weights
 from rld_lightning.whole import write_whole
 
+# Weights of a teacher that are looked for, fetched or made when a run starts; others are a file's.
+SOURCES = ("auto", "fit", "published", "pretrained")
 _RECORD = ".published.json"  # the SHA-256 of the archive of each address
 _MOST_MEMBER_BYTES = 1 << 30  # ten times the largest
 
@@ -159,6 +161,18 @@ class TeacherStore:
         write_whole(record, json.dumps(known | {url: provenance["archive_sha256"]}, indent=1).encode())
 
 
+def teacher_file(spec: str | os.PathLike[str]) -> Path:
+    """The path of a teacher's weights, which may ask for a part of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(spec).expanduser()
+    if not split_part(path)[0].is_file():
+        raise FileNotFoundError(f"there is no teacher's weights file at {path}; {_WAYS_OUT}")
+    return path
+
+
 def resolve_teacher_weights(
     spec: str | os.PathLike[str], *, name: str, dataset: str, store: TeacherStore, url: str = PUBLISHED_URL
 ) -> Path | None:
@@ -181,10 +195,7 @@ def resolve_teacher_weights(
         ValueError: there is no such teacher, or it cannot be downloaded (``DownloadError``).
     """
     if spec not in ("auto", "published", "fit"):
-        path = Path(spec).expanduser()
-        if not split_part(path)[0].is_file():
-            raise FileNotFoundError(f"there is no teacher's weights file at {path}; {_WAYS_OUT}")
-        return path
+        return teacher_file(spec)
     stored = store.find(dataset, name)
     if spec == "fit" and not store.has(dataset, name):
         return None

@@ -6,15 +6,12 @@ from omegaconf import DictConfig
 
 from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.errors import user_errors
-from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.checks import check_names
 from rld_lightning.tasks.plan import changed, plan_student, plan_teacher
 from rld_lightning.tasks.resume import find_checkpoint
-
-_FETCHED = ("auto", "fit", "published", "pretrained")  # weights that are looked for, or made, when a run starts
 
 
 def check_trial(cfg: DictConfig) -> None:
@@ -29,9 +26,6 @@ def check_trial(cfg: DictConfig) -> None:
     with user_errors():
         teacher = None if loss_name(cfg.loss) == "CE" else plan_teacher(cfg.model.teacher)
         check_names(plan_student(cfg.model.student), teacher)
-        if teacher is not None and teacher.weights not in (None, *_FETCHED):
-            store = TeacherStore(Path(cfg.paths.teachers))
-            resolve_teacher_weights(str(teacher.weights), name=teacher.name, dataset="", store=store)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not is_there(Path(checkpoint)):
             raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
         settings = changed(cfg, {"paths.run": cfg.paths.runs}).data  # a trial has its folder later

@@ -243,6 +243,14 @@ OTHER_GROUPS = {
     ("loss=[kd,at]", "loss.kd.weight=abc"): r"loss\.kd\.weight=abc .* finite number >= 0",
     ("loss=[kd,at]", "loss.weights.kd=abc"): r"loss\.weights=\{.*\} is not allowed",
     ("loss=[kd,at]", "loss.ce_weight=0 loss.weights.kd=0 loss.weights.at=0"): r"all weights of the loss are 0",
+    ("loss=kd", "model.student.name=resnett20"): r"unknown model 'resnett20'\. Did you mean 'resnet20'",
+    ("loss=kd", "model.student.name=resnet8@resnett20"): r"unknown model 'resnett20'",
+    ("loss=kd", "model.teacher.name=torchvision/resnet3"): r"unknown model .* Did you mean 'torchvision/resnet34'",
+    ("loss=kd", "model.student.weights=/nowhere.pth"): r"there is no weights file at /nowhere\.pth",
+    ("loss=kd", "+model.teacher.start=/nowhere.pth::ema"): r"there is no weights file at /nowhere\.pth",
+    ("loss=kd", "model.teacher.weights=/nowhere.pth"): r"no teacher's weights file at /nowhere\.pth; give a file with",
+    ("eval", "weights=/nowhere.pth"): r"there is no weights file at /nowhere\.pth",
+    ("eval", f"weights={__file__} name=resnett20"): r"unknown model 'resnett20'",
     ("eval", "split=train"): r"split=train .* test or val",
     ("eval", "split=test"): r"weights has no value; add weights=\.\.\. to the command",
     ("eval", "weights=3"): r"weights=3 .* such as weights=runs/\.\.\./student\.safetensors",
@@ -326,6 +334,11 @@ def test_what_a_resolver_raises_is_one_line():
     with pytest.raises(UserError, match=r"^division by zero$"), user_errors():
         OmegaConf.create({"a": "${raises:}"}).a  # noqa: B018
     OmegaConf.clear_resolver("raises")
+
+
+def test_what_a_run_has_no_need_of_may_be_elsewhere():
+    check(with_value(base("loss=ce"), "model.teacher.weights=/nowhere.pth"))
+    check(with_value(base("loss=kd"), "model.student.name=my_package.module:build"))  # only a try can tell
 
 
 @pytest.mark.slow

@@ -1,0 +1,36 @@
+"""Networks and files of weights that a configuration names and that are not there; Lightning is not asked."""
+
+from omegaconf import DictConfig
+
+from rld_lightning.models.factory import check_name
+from rld_lightning.models.foreign import FOREIGN
+from rld_lightning.models.read import existing_part
+from rld_lightning.models.store import SOURCES, teacher_file
+from rld_lightning.runs.naming import loss_name
+
+
+def check_named(cfg: DictConfig) -> None:
+    """Looks whether what a configuration names is there; nothing is fetched, and no file is opened.
+
+    Args:
+        cfg: of any script.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ImportError: the library of a network is not installed.
+        ValueError: a network is not known.
+    """
+    model = cfg.get("model") or {}
+    student, teacher = model.get("student") or {}, model.get("teacher") or {}
+    if teacher.get("name") not in (None, *FOREIGN):
+        check_name(teacher.name)
+    program = str(cfg.get("weights")).endswith(".onnx")  # which may be called anything
+    for name in (student.get("name"), None if program else cfg.get("name")):
+        if name is not None:
+            check_name(name)
+    for weights in (student.get("weights"), teacher.get("start"), cfg.get("weights")):
+        if weights not in (None, "pretrained"):
+            existing_part(weights)
+    of_teacher = teacher.get("weights")
+    if isinstance(of_teacher, str) and of_teacher not in SOURCES and loss_name(cfg.loss) != "CE":
+        teacher_file(of_teacher)
