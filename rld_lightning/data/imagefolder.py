@@ -1,5 +1,7 @@
 """Any folder of class folders, such as ImageNet: too big for the device, hence streamed by worker processes."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import torch
 
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.data.image_list import ImageList, find_splits
+from rld_lightning.data.image_list import TEST_FOLDER, ImageList, find_splits
 from rld_lightning.data.split_file import read_split, write_split
 from rld_lightning.data.streaming import Images
 from rld_lightning.data.streaming_module import StreamingDataModule
@@ -17,11 +19,12 @@ from rld_lightning.distributed import is_first
 class ImageFolderDataModule(StreamingDataModule):
     """A folder of class folders of images.
 
-    Three layouts are understood. ``root/train`` beside one of ``root/{val,valid,validation,test}``: the latter is the
-    test split, as ImageNet's ``val`` is. ``root/train``, one of ``root/{val,valid,validation}`` and ``root/test``, all
-    with class folders: validation and test split are different. ``root/<class>/...``: a fixed, stratified
-    ``test_fraction`` of the images is the test split. Splits may also be called ``Train``, ``training``, ``train_set``
-    and the like; folders that look like splits by names of their own are refused.
+    Three layouts are understood. ``root/train`` beside one of ``root/{val,valid,validation,test}``: the latter is
+    the test split, as ImageNet's ``val`` is. ``root/train``, one of ``root/{val,valid,validation}`` and
+    ``root/test``, all with class folders: validation and test split are different, and nothing is held out of
+    ``train``. ``root/<class>/...``: a fixed, stratified ``test_fraction`` of the images is the test split. Splits
+    may also be called ``Train``, ``training``, ``train_set`` and the like; folders that look like splits by names
+    of their own are refused.
 
     Args:
         root: the folder.
@@ -61,10 +64,13 @@ class ImageFolderDataModule(StreamingDataModule):
         if self.split_file.exists():
             return self._as_written(self.split_file)
         splits = super()._held_out()
-        drawn = self.val_fraction > 0 or (self.root / splits["train"].class_names[0]).is_dir()  # no folders of splits
-        if drawn and is_first():
+        if (self.val_fraction > 0 or self._is_flat(splits)) and is_first():
             write_split(self.split_file, self.root, splits)
         return splits
+
+    def _is_flat(self, splits: Mapping[str, Images]) -> bool:
+        """Whether the folder has classes, and no folders of splits."""
+        return (self.root / splits["train"].class_names[0]).is_dir()
 
     def _as_written(self, file: Path) -> dict[str, Images]:
         train, *others = self.find_splits().values()
@@ -78,6 +84,10 @@ class ImageFolderDataModule(StreamingDataModule):
         return dict(written.splits)
 
     def describe(self) -> str:
-        """One line for the console, which also says whether the folder has changed since it was shared out."""
+        """One line for the console, with what is the test split and whether the folder has changed since."""
+        splits, tested = self.splits, ""
+        if self.val_split == "val" and not self.is_benchmark and not self._is_flat(splits):
+            folder = Path(os.path.relpath(splits["test"].path(0), self.root)).parts[0]
+            tested = "" if folder == TEST_FOLDER else f"; {folder}/ is the test split"
         since = f"; shared out as in {self.split_file}{self._since}" if self._since else ""
-        return f"{super().describe()}{since}"
+        return f"{super().describe()}{tested}{since}"

@@ -44,6 +44,10 @@ class StreamingDataModule(ImageDataModule):
         mean: mean of each channel; by default ImageNet's, as are its models.
         std: standard deviation of each channel.
         options: see :class:`~rld_lightning.data.base.ImageDataModule`.
+
+    Attributes:
+        spared: the ``val_fraction`` that was asked for in vain: where there is a validation split beside the test
+            split, it is what validation runs on, nothing is held out, and ``val_fraction`` is 0 once that is known.
     """
 
     # What the workers read from, and what the user calls it.
@@ -78,6 +82,7 @@ class StreamingDataModule(ImageDataModule):
         self.decode = decode
         self.bad_images = bad_images
         self.bad_image_report = BadImageReport(None if bad_images_file is None else Path(bad_images_file))
+        self.spared = 0.0
         self._loaders: WeakSet[StreamingLoader] = WeakSet()
 
     def _set_look(
@@ -113,7 +118,9 @@ class StreamingDataModule(ImageDataModule):
     def _held_out(self) -> dict[str, Images]:
         """The splits, with all training images that are not held out."""
         splits = dict(self.find_splits())
-        if self.val_fraction > 0:
+        if "val" in splits and self.val_fraction > 0:
+            self.spared, self.val_fraction = self.val_fraction, 0.0  # so that all that is said and written is true
+        elif self.val_fraction > 0:
             train = splits["train"]
             kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
             splits |= {"train": train.take(kept), "val": train.take(held_out)}
@@ -205,6 +212,11 @@ class StreamingDataModule(ImageDataModule):
     def has_own_validation(self) -> bool:
         """Whether validation runs on other images than the test split's."""
         return super().has_own_validation or "val" in self.splits
+
+    def describe(self) -> str:
+        """One line for the console, which also says where nothing was held out although that was asked for."""
+        spared = f", so that data.val_fraction={self.spared:g} holds no training images out" if self.spared else ""
+        return f"{super().describe()}{spared}"
 
     @property
     def validated_on(self) -> str:

@@ -237,6 +237,24 @@ def test_a_folder_with_three_splits(root, tmp_path):
     assert len(merge(data.val_dataloader()).label) == 10
 
 
+def test_a_validation_split_of_its_own_is_what_validation_runs_on(root, tmp_path):
+    shutil.copytree(root, tmp_path / "pets")
+    write_classes(tmp_path / "pets" / "test", counts=(2, 2, 1))
+    data = folder_data(tmp_path / "pets", val_fraction=0.2, split_file=tmp_path / "split.csv")
+    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 5)  # as without it
+    assert data.describe().endswith(
+        "the 10 images of the folder's own validation split, so that data.val_fraction=0.2 holds no training images out"
+    )
+    assert data.split_facts["val_fraction"] == 0  # which the files of a run say
+    assert not (tmp_path / "split.csv").exists()  # chance has decided nothing
+
+
+def test_of_two_folders_val_is_the_test_split_and_some_of_train_is_held_out(root):
+    data = folder_data(root, val_fraction=0.2)
+    assert (data.train_size, data.val_size, data.test_size) == (16, 5, 10)
+    assert data.describe().endswith("5 held-out training images (stratified, seed 0); val/ is the test split")
+
+
 @pytest.mark.parametrize("folder", ["val", "valid", "validation", "test"])
 def test_a_folder_with_two_splits(root, tmp_path, folder):
     shutil.copytree(root / "train", tmp_path / "train")
