@@ -9,6 +9,7 @@ import yaml
 
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.student import HUB_WEIGHTS, Student
+from rld_lightning.reporting.trio import read_networks, table_of
 from rld_lightning.runs.finished import Run
 
 _MOST_CLASSES = 20
@@ -78,6 +79,7 @@ def model_card(student: Student, run: Run, exported: Sequence[Exported], *, pixe
         "## Results",
         _table(("", "student", "teacher"), _results(student, run)),
         f"Accuracy is that of the last epoch on {_text(summary.validated_on)} (n = {summary.images}).",
+        *_beside(run),
         "## What it was trained with",
         _table(("", ""), _training(run)),
         "## What it wants to see",
@@ -100,6 +102,20 @@ def _results(student: Student, run: Run) -> list[tuple[str, str, str]]:
     rows.append(("parameters", f"{count_parameters(student.network):,}", "-"))
     rows.append(("multiply-accumulates an image", f"{count_macs(student.network, size):,}", "-"))
     return [row for row in rows if row[1] != "-"]
+
+
+def _beside(run: Run) -> list[str]:
+    """Teacher, student alone and distilled student side by side, where the run has measured them."""
+    if not (networks := read_networks(run.folder)):
+        return []
+    device = f" on {_text(networks[-1].device)}" if networks[-1].device else ""
+    return [
+        "## Beside the others",
+        _table(*table_of(networks)),
+        f"Measured once on the {networks[-1].images:,} images of the {_text(networks[-1].split)} split. ECE is the "
+        "expected calibration error in 15 bins, NLL the negative log-likelihood in nats; time is the fastest of one "
+        f"image at a time, in float32{device}.",
+    ]
 
 
 def _training(run: Run) -> list[tuple[str, str]]:

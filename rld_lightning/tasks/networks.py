@@ -1,9 +1,9 @@
 """Teacher, student alone and distilled student of a run, side by side: how good they are, and what they cost."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rld_lightning.console import print_files, print_line, print_table
@@ -14,7 +14,9 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.look import Look, relook, trained_look
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv, write_json
+from rld_lightning.reporting.trio import Network, table_of, write_networks
+from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
+from rld_lightning.runs.provenance import processor_name
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.finished import Finished
 from rld_lightning.tasks.once import run_once
@@ -23,36 +25,6 @@ from rld_lightning.tasks.plan import alone, changed
 from rld_lightning.tasks.trainer import make_trainer
 
 ALONE = "alone"  # the run folder, within another, of the student that was trained by itself
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of a run; written to ``networks.json``.
-
-    Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, and are of the
-    test split. Time is the fastest of one image at a time, in float32, on the device of the run.
-
-    Attributes:
-        role: ``"teacher"``, ``"student alone"`` or ``"distilled student"``.
-        name: for :func:`~rld_lightning.models.create_model`.
-        parameters: how many, of a teacher before its batch norms were folded; None of a program that does not tell.
-        macs: multiply-accumulates for an image; None likewise.
-        bytes: of its file of weights, or of its parameters where it has none of its own.
-        milliseconds: for an image.
-    """
-
-    role: str
-    name: str
-    split: str
-    images: int
-    top1: float
-    top5: float | None
-    nll: float
-    ece: float
-    parameters: int | None
-    macs: int | None
-    bytes: int
-    milliseconds: float
 
 
 class _Logits(nn.Module):
@@ -141,30 +113,17 @@ def _measure(
         macs=count_macs(network, data.image_shape) or None,
         bytes=size,
         milliseconds=1000 / speed,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
     )
     return measured, classes
 
 
-def _millions(count: int | None, form: str) -> str:
-    return "-" if count is None else format(count / 1e6, form)
-
-
 @rank_zero_only
 def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[ClassResult]]) -> None:
-    write_json(run / NETWORKS, [asdict(network) for network in networks])
-    roles = [network.role for network in networks]
-    lines: dict[str, Callable[[Network], str]] = {
-        "network": lambda network: network.name,
-        "top-1 %": lambda network: f"{network.top1:.2f}",
-        "ECE %": lambda network: f"{network.ece:.2f}",
-        "NLL": lambda network: f"{network.nll:.4f}",
-        "parameters, M": lambda network: _millions(network.parameters, ".2f"),
-        "MACs, M": lambda network: _millions(network.macs, ",.1f"),
-        "file, MB": lambda network: f"{network.bytes / 1e6:.1f}",
-        "one image, ms": lambda network: f"{network.milliseconds:.2f}",
-    }
-    rows = [(what, *map(show, networks)) for what, show in lines.items()]
-    print_table(f"{networks[0].images:,} images of the test split", ("", *roles), rows)
+    write_networks(run, networks)
+    head, rows = table_of(networks)
+    print_table(f"{networks[0].images:,} images of the test split", head, rows)
+    roles = head[1:]
     by_name = [{result.name: result for result in results} for results in classes]
     hardest = [result.name for result in classes[-1]]  # for the student that was asked for
     table = [(name, by_name[-1][name].images, *(found[name].accuracy for found in by_name)) for name in hardest]

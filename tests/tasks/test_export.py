@@ -1,6 +1,7 @@
 """scripts/export.py: files that others read, each opened by who reads it."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.student import load_student
+from rld_lightning.reporting.trio import Network, read_networks, write_networks
 from rld_lightning.tasks.export import export, export_run
 
 options = partial(compose, name="export", resolve=False)
@@ -46,6 +48,46 @@ def test_names_bring_no_markup_into_a_card(tmp_path):
     card = (tmp_path / "run" / "export" / "README.md").read_text().split("---\n", 2)[2]
     assert "<img" not in card.replace("\\<", "")
     assert "\n# c" not in card
+
+
+def test_the_card_has_the_table_of_the_networks(tmp_path):
+    digits_run(tmp_path / "run")
+    names, roles = ("a|b<img src=x>\n# c", "resnet8", "resnet8"), ("teacher", "student alone", "distilled student")
+    networks = [
+        Network(role, name, "test", 360, 95.5, None, 0.25, 1.5, None if role == "teacher" else 78042, None, 320168, 0.8)
+        for role, name in zip(roles, names, strict=True)
+    ]
+    write_networks(tmp_path / "run", networks)
+    assert read_networks(tmp_path / "run") == networks
+    export_run(tmp_path / "run", ["safetensors"], val_images=0)
+    card = (tmp_path / "run" / "export" / "README.md").read_text().split("---\n", 2)[2]
+    assert "|  | teacher | student alone | distilled student |" in card
+    assert "| network | a\\|b\\<img src=x\\> # c | resnet8 | resnet8 |" in card
+    assert "| parameters, M | - | 0.08 | 0.08 |" in card
+    assert "| one image, ms | 0.80 | 0.80 | 0.80 |" in card
+    assert "on the 360 images of the test split" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("{", "not JSON"),
+        ("{}", "not a list"),
+        ('[{"role": "teacher"}]', "whose bytes"),
+        ('[{"role": "somebody"}]', "whose bytes"),
+        ("[" * 100_000, "not JSON"),
+        (lambda one: one | {"top1": float("nan")}, "whose top1"),
+        (lambda one: one | {"name": ["x"]}, "whose name"),
+        (lambda one: one | {"role": "boss"}, "whose role"),
+        (lambda one: one | {"images": 1.5}, "whose images"),
+    ],
+)
+def test_networks_of_a_stranger_are_plain_values_in_range(tmp_path, text, about):
+    if callable(text):
+        text = json.dumps([text(asdict(Network("teacher", "x", "test", 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, 1.0)))])
+    (tmp_path / "networks.json").write_text(text)
+    with pytest.raises(ValueError, match=about):
+        read_networks(tmp_path)
 
 
 def test_a_library_of_networks_reads_its_own(tmp_path):

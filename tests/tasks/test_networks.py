@@ -48,7 +48,7 @@ def test_from_a_folder_to_three_networks_side_by_side(tmp_path, capsys):
         assert sum(float(row[network["role"]]) for row in rows) / 3 == pytest.approx(network["top1"])
     assert not list((run / "alone").glob(SPLIT))  # it is shared out as the run is
     assert not list((run / "alone").glob("networks*"))
-    assert (run / "export" / "README.md").is_file()
+    assert "| network | resnet8 | resnet8 | resnet8 |" in (run / "export" / "README.md").read_text()
     # Once more: what is finished is only read, and what is missing is made up for.
     (run / NETWORKS).unlink()
     capsys.readouterr()

@@ -1,0 +1,112 @@
+"""Teacher, student alone and distilled student of a run: what was measured of them, and their table."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from rld_lightning.runs.files import NETWORKS, check_file, write_json
+
+ROLES = ("teacher", "student alone", "distilled student")
+_LONGEST = 300  # characters of a name
+_LARGEST = 1e18
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a run; written to ``networks.json``.
+
+    Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, and are of the
+    test split. Time is the fastest of one image at a time, in float32, on the device of the run.
+
+    Attributes:
+        role: of :data:`ROLES`.
+        name: for :func:`~rld_lightning.models.create_model`.
+        parameters: how many, of a teacher before its batch norms were folded; None of a program that does not tell.
+        macs: multiply-accumulates for an image; None likewise.
+        bytes: of its file of weights, or of its parameters where it has none of its own.
+        milliseconds: for an image.
+        device: what that was measured on; None where an earlier version has not said so.
+    """
+
+    role: str
+    name: str
+    split: str
+    images: int
+    top1: float
+    top5: float | None
+    nll: float
+    ece: float
+    parameters: int | None
+    macs: int | None
+    bytes: int
+    milliseconds: float
+    device: str | None = None
+
+
+_TEXTS = ("role", "name", "split", "device")
+_MAY_LACK = ("top5", "parameters", "macs", "device")
+_IN_TABLE: dict[str, Callable[[Network], str]] = {
+    "network": lambda network: network.name,
+    "top-1 %": lambda network: f"{network.top1:.2f}",
+    "ECE %": lambda network: f"{network.ece:.2f}",
+    "NLL": lambda network: f"{network.nll:.4f}",
+    "parameters, M": lambda network: _millions(network.parameters, ".2f"),
+    "MACs, M": lambda network: _millions(network.macs, ",.1f"),
+    "file, MB": lambda network: f"{network.bytes / 1e6:.1f}",
+    "one image, ms": lambda network: f"{network.milliseconds:.2f}",
+}
+
+
+def table_of(networks: Sequence[Network]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A column for each network and a row for each thing that was measured: the head, and the rows."""
+    head = ("", *(network.role for network in networks))
+    return head, [(what, *map(show, networks)) for what, show in _IN_TABLE.items()]
+
+
+def write_networks(run: Path, networks: Sequence[Network]) -> None:
+    """Leaves them in the run's folder."""
+    write_json(run / NETWORKS, [asdict(network) for network in networks])
+
+
+def read_networks(run: Path) -> list[Network]:
+    """The networks that a run has measured, none where it has not. The folder may be a stranger's.
+
+    Raises:
+        ValueError: the file is not as a run writes it.
+    """
+    path = run / NETWORKS
+    if not path.exists():
+        return []
+    check_file(path)
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}. Move it away.") from error
+    known = {field.name for field in fields(Network)}
+    if not isinstance(found, list) or len(found) > len(ROLES) or not all(isinstance(one, dict) for one in found):
+        raise ValueError(f"{path} is not a list of at most {len(ROLES)} networks. Move it away.")
+    networks = []
+    for one in found:
+        values = dict.fromkeys(known) | {key: value for key, value in one.items() if key in known}
+        if wrong := [key for key, value in values.items() if not _is_value(key, value)]:
+            raise ValueError(f"{path} has a network whose {sorted(wrong)[0]} is not as a run writes it. Move it away.")
+        networks.append(Network(**values))
+    return networks
+
+
+def _is_value(key: str, value: object) -> bool:
+    if value is None:
+        return key in _MAY_LACK
+    if key == "role":
+        return value in ROLES
+    if key in _TEXTS:
+        return isinstance(value, str) and 0 < len(value) <= _LONGEST
+    whole = key in ("images", "parameters", "macs", "bytes")
+    return type(value) in ((int,) if whole else (int, float)) and isfinite(value) and 0 <= value < _LARGEST  # type: ignore[arg-type, operator]
+
+
+def _millions(count: int | None, form: str) -> str:
+    return "-" if count is None else format(count / 1e6, form)
