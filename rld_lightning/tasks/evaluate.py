@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -106,6 +106,13 @@ class EvaluationModule(LightningModule):
         """Computes everything, on all ranks in the same order."""
         self.results: dict[str, Tensor] = {**self.metrics.compute(), "nll": self.nll.compute()}
 
+    def scores(self, split: str) -> dict[str, Any]:
+        """How good the model is, by the names of :class:`Evaluation`, once a split has been run over."""
+        found = {name: float(value) for name, value in self.results.items() if name != "per_class"}
+        percent = {name: 100 * found[name] for name in ("top1", "top5", "ece") if name in found}
+        images = int(self.results["per_class"][:, -1].sum())
+        return {"split": split, "images": images, "top5": None, "nll": found["nll"], **percent}
+
 
 def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Evaluation:
     """Does what ``conf/eval.yaml`` describes, prints it, and leaves ``evaluation.json`` and ``per_class.csv``.
@@ -145,7 +152,6 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
     test_with(trainer, module, data, cfg.split)
-    percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
     per_class = class_results(module.results["per_class"], classes.names)
     if not any(result.images for result in per_class):
         raise UserError(
@@ -158,13 +164,8 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         weights=str(weights.source),
         model=name,
         dataset=data.name,
-        split=cfg.split,
-        images=sum(result.images for result in per_class),
-        top1=percent["top1"],
-        top5=percent.get("top5"),
-        nll=float(module.results["nll"]),
-        ece=percent["ece"],
         shared_classes=classes.shared,
+        **module.scores(cfg.split),
     )
     _report(evaluation, per_class, Path(cfg.paths.run), classes_shown)
     return evaluation

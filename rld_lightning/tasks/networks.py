@@ -98,21 +98,15 @@ def _measure(
     classes = class_results(module.results["per_class"], list(data.class_names))
     device = trainer.strategy.root_device
     speed = images_per_second(network.to(device), data.image_shape, batch_size=1, seconds=0.5)
-    percent = {key: 100 * float(module.results[key]) for key in ("top1", "top5", "ece") if key in module.results}
     teacher = network.teacher if isinstance(network, _Logits) else None
     measured = Network(
         role=role,
         name=name,
-        split="test",
-        images=sum(result.images for result in classes),
-        top1=percent["top1"],
-        top5=percent.get("top5"),
-        nll=float(module.results["nll"]),
-        ece=percent["ece"],
         parameters=(teacher.parameter_count if teacher is not None else count_parameters(network)) or None,
         macs=count_macs(network, data.image_shape) or None,
         bytes=size,
         milliseconds=1000 / speed,
+        **module.scores("test"),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
     )
     return measured, classes
