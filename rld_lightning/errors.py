@@ -68,7 +68,7 @@ def some(items: Iterable[str]) -> str:
     return ", ".join(items[:_MOST_LISTED]) + (", ..." if len(items) > _MOST_LISTED else "")
 
 
-def did_you_mean(value: str, choices: Iterable[str], limit: int = 3) -> str:
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """``" Did you mean 'a', 'b'?"`` with the nearest choices, or ``""`` when none is near.
 
     Upper and lower case, ``-``, ``_`` and a library before a slash make no difference: ``resnet-8`` is near
@@ -79,8 +79,8 @@ def did_you_mean(value: str, choices: Iterable[str], limit: int = 3) -> str:
         by_plain_name.setdefault(_plain(choice), []).append(choice)
     plain = _plain(value)
     # Names that differ in spelling only are what was meant; others beside them would be noise.
-    near = [plain] if plain in by_plain_name else get_close_matches(plain, by_plain_name, n=limit)
-    names = [choice for key in near for choice in by_plain_name[key]][:limit]
+    near = [plain] if plain in by_plain_name else get_close_matches(plain, by_plain_name, n=_MOST_LISTED)
+    names = [choice for key in near for choice in by_plain_name[key]][:_MOST_LISTED]
     return f" Did you mean {', '.join(map(repr, names))}?" if names else ""
 
 

@@ -20,7 +20,6 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.verify import load_weights
 
-BACKENDS = ("eager", "compiled", "onnx", "onnx_int8")
 _WARM_UP = 3
 _LEAST = 10
 
@@ -34,7 +33,7 @@ class Contender:
         weights: its file; ``"pretrained"`` for those of its library. With ONNX the file that is run.
         num_classes: C.
         image_shape: channels, height and width.
-        backend: of :data:`BACKENDS`.
+        backend: ``"eager"``, ``"compiled"``, ``"onnx"`` or ``"onnx_int8"``.
     """
 
     name: str

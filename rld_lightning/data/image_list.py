@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from rld_lightning.data.base import stratified_split
 from rld_lightning.data.decode import read_file
 
+_MOST_QUOTED = 10
 TRAIN_FOLDER = "train"
 VAL_FOLDERS = ("val", "valid", "validation")
 TEST_FOLDER = "test"
@@ -158,7 +159,7 @@ def _folders_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _quote(names: list[str], limit: int = 10) -> str:
-    """Writes out at most ``limit`` names for an error message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(map(repr, names[:limit])) or "none") + more
+def _quote(names: list[str]) -> str:
+    """Writes out at most :data:`_MOST_QUOTED` names for an error message."""
+    more = f" and {len(names) - _MOST_QUOTED} more" if len(names) > _MOST_QUOTED else ""
+    return (", ".join(map(repr, names[:_MOST_QUOTED])) or "none") + more

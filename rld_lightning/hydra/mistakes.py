@@ -19,7 +19,8 @@ from rld_lightning.hydra.compose import compose
 from rld_lightning.hydra.machine import check_machine
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
-from rld_lightning.hydra.schema import check_values, unknown_key
+from rld_lightning.hydra.unknown import unknown_key
+from rld_lightning.hydra.values import check_values
 from rld_lightning.hydra.watchers import check_watchers
 
 _SEARCH_PATH = ("-cd", "--config-dir")

@@ -1,20 +1,13 @@
-"""Which values each key of ``conf/`` may have, and the check of a composed configuration by it.
+"""Which values each key of ``conf/`` may have.
 
 It is a table of plain functions, which costs nothing at the start of a program: mistakes are told before PyTorch
-Lightning is imported, and those of one command all at once. What classes take that a configuration names is for
-:mod:`rld_lightning.hydra.targets`.
+Lightning is imported, and those of one command all at once (:mod:`rld_lightning.hydra.values`). What classes take that
+a configuration names is for :mod:`rld_lightning.hydra.targets`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
-from typing import Any, cast
+from collections.abc import Mapping
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from rld_lightning.errors import UserError, first_line
 from rld_lightning.hydra.kinds import (
     BELOW_ONE,
     COUNT,
@@ -30,11 +23,9 @@ from rld_lightning.hydra.kinds import (
     is_whole,
     list_of,
     number,
-    shown,
     whole,
     words,
 )
-from rld_lightning.hydra.options import CONF
 
 _SEED = whole(0, 2**32 - 1)
 _CLASS = Kind(
@@ -248,189 +239,3 @@ VALUES: Mapping[str, Kind] = {
     "index.class_names": TEXT | NULL,
     "index.name": TEXT | NULL,
 }
-# What a run cannot do without, whatever ~key takes away.
-_OF_FIT = (
-    *("seed", "method", "resume", "print_config", "model.label", "model.compile", "model.capture", "model.teacher"),
-    *("model.student.name", "model.student.weights", "model.student.channels_last", "data.batch_size"),
-    *("recipe.epochs", "recipe.optimizer", "recipe.optimizer._target_", "recipe.optimizer.lr"),
-    *("recipe.scheduler_interval", "callbacks", "logger", "logger.csv"),
-)
-_OF_ALL = ("paths.run",)
-_OF_DATA = ("data",)  # of those that look at images by themselves
-_OF_NETWORKS = ("trainer",)  # and run a network on them
-# Groups whose keys the package reads by name; what classes take is for their signatures.
-_NAMED = ("", "recipe", "model", "model.student", "model.teacher", "paths")
-_GROUPS = {key[:end] for key in VALUES for end in (*(dot.start() for dot in re.finditer(r"\.", key)), None)}
-_GROUPS |= {"hydra", "loss"}
-_OURS = "${fast_precision:"  # always right, and asks PyTorch
-_ABSENT, _MISSING = "<absent>", "???"
-
-
-def check_values(cfg: DictConfig) -> None:
-    """Looks whether the values of a composed configuration can be what they are meant to be.
-
-    Args:
-        cfg: of any script; interpolations that only a running Hydra can answer are left out without one.
-
-    Raises:
-        UserError: a sentence for each mistake.
-    """
-    values = cast(dict[str, Any], OmegaConf.to_container(cfg))
-    wrong, empty = _wrong_values(cfg, values)
-    if faults := [*wrong, *_missing(values), *_unknown(values)] or empty:
-        raise UserError("\n".join(dict.fromkeys(faults)))
-
-
-def _wrong_values(cfg: DictConfig, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Sentences for values that are not allowed; and for those that there are not, which others may have caused."""
-    wrong, empty, told = [], [], []
-    for key, kind in VALUES.items():
-        raw = _find(values, key)
-        if isinstance(raw, str) and raw.startswith(_OURS):
-            continue
-        try:
-            value = _resolved(cfg, key) if _refers(raw) else raw
-        except OmegaConfBaseException as error:
-            if "HydraConfig was not set" not in str(error):
-                empty.append(f"{key} has no value: {first_line(error)}.")
-            continue
-        if value == _MISSING:
-            empty.append(f"{key} has no value; add {key}=... to the command.")
-        elif not (value == _ABSENT or kind.allows(value) or (value is None and _may_be_open(key, values))):
-            if not isinstance(raw, str) or not _refers(raw) or value not in told:  # of another key, which has been told
-                wrong.append(f"{key}={shown(value)} is not allowed; it must be {kind.must_be}.")
-            told.append(value)
-    return wrong, empty
-
-
-def _may_be_open(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether null means that somebody else decides: Lightning, or the file that a script measures."""
-    if key.startswith("trainer."):
-        return key not in ("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices")
-    return key in (_LEFT_OPEN if "recipe" not in values else ()) or (key == "out" and "index" not in values)
-
-
-# Options that scripts which train nothing leave to the file that they look at.
-_LEFT_OPEN = ("seed", "data.seed", "data.val_fraction")
-
-
-def _missing(values: Mapping[str, Any]) -> Iterator[str]:
-    networks = "model" in values or "split" in values
-    others = (*(_OF_DATA if networks or "index" in values else ()), *(_OF_NETWORKS if networks else ()))
-    for key in (*_OF_ALL, *others, *(_OF_FIT if "model" in values else ())):
-        group, _, name = key.rpartition(".")
-        above = _find(values, group) if group else values
-        if isinstance(above, Mapping) and name not in above:
-            kind = VALUES.get(key)
-            must_be = f"; it must be {kind.must_be}" if kind else ""
-            yield f"{key} is missing, and cannot be done without: leave ~{key} away{must_be}."
-
-
-def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that nothing reads and that are like those which are read, of ``+recipe.epoch=3`` or a file of one's own."""
-    added = []
-    for group in _NAMED:
-        node = _find(values, group) if group else values
-        names = map(str, node) if isinstance(node, Mapping) else ()
-        added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
-    references = _references(values) if added else set()
-    shipped = _shipped_keys() if added else set()
-    for key in added:
-        if key not in shipped and not any(
-            f"{other}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}.")) for other in references
-        ):
-            sentence, meant = unknown_key(key, VALUES)
-            if meant:
-                yield sentence
-
-
-def _shipped_keys() -> set[str]:
-    """The full keys in the package's own files, but for those of experiments."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    keys = set()
-    for group in ("", "model", "recipe", "paths"):
-        for file in (CONF / group).glob("*.yaml"):
-            keys |= set(_keys(yaml.load(file.read_text(), loader) or {}, f"{group}." if group else ""))
-    return keys
-
-
-def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in values.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{name}.")
-
-
-def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
-    """A sentence that says that a key is not known, and the keys that may have been meant.
-
-    Args:
-        key: the full key.
-        known: all full keys that there are.
-    """
-    if options := _options_with(key):
-        return f"{key} is not known, for want of {' or '.join(options[:3])}; add one to the command.", options
-    known = list(known)
-    group, _, name = key.rpartition(".")
-    names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
-    meant = [names[near] for near in get_close_matches(name, names, n=2, cutoff=0.7)] if group else []
-    # What is nearly the name of a key in another group was hardly meant by who has named a group.
-    meant = meant or _near_leaves(name, known, 1.0 if names and group else 0.8)
-    meant = meant or ([] if names and group else get_close_matches(key, known, n=2, cutoff=0.8))
-    if meant:
-        return f"{key} is not known. Did you mean {' or '.join(meant)}?", meant
-    if group and names:
-        return f"{key} is not known; {group} has {', '.join(sorted(names))}.", []
-    return f"{key} is not known; `--cfg all` prints all keys.", []
-
-
-def _options_with(key: str) -> list[str]:
-    """Options, as they are chosen, whose file has a full key: ``logger=wandb`` of ``logger.wandb.project``."""
-    group = key.partition(".")[0]
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = []
-    for file in (CONF / group).glob("*.yaml") if re.fullmatch(r"\w+", group) else ():
-        text = file.read_text()
-        prefix = "" if text.startswith("# @package _global_") else f"{group}."
-        if key in _keys(yaml.load(text, loader) or {}, prefix):
-            found.append(f"{group}={file.stem}")
-    return sorted(found, key=len)
-
-
-def _near_leaves(name: str, known: Iterable[str], cutoff: float) -> list[str]:
-    """Full keys that end in a name, or nearly; what is tuned for a loss is not meant."""
-    leaves: dict[str, str] = {}
-    for key in known:  # the first of a name is what most mean by it
-        if not key.startswith("model.tuned."):
-            leaves.setdefault(key.rpartition(".")[2], key)
-    return [leaves[near] for near in get_close_matches(name, leaves, n=2, cutoff=cutoff)]
-
-
-def _references(values: Any) -> set[str]:
-    """The keys that interpolations anywhere in a configuration name, without leading dots."""
-    if isinstance(values, Mapping):
-        return {name for value in values.values() for name in _references(value)}
-    if isinstance(values, list):
-        return {name for value in values for name in _references(value)}
-    return {found.lstrip(".") for found in re.findall(r"\$\{(?:[\w.]+:)?([\w.]+)", str(values))}
-
-
-def _find(values: Any, key: str) -> Any:
-    """A value by full key, as it is written; :data:`_ABSENT` where there is no such key."""
-    for name in key.split("."):
-        if not isinstance(values, Mapping) or name not in values:
-            return _ABSENT
-        values = values[name]
-    return values
-
-
-def _refers(raw: Any) -> bool:
-    """Whether there is an interpolation in a value."""
-    if isinstance(raw, list):
-        return any(map(_refers, raw))
-    return isinstance(raw, str) and "${" in raw
-
-
-def _resolved(cfg: DictConfig, key: str) -> Any:
-    value = OmegaConf.select(cfg, key, throw_on_resolution_failure=True)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

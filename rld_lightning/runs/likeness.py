@@ -203,18 +203,17 @@ def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
     return name == "EarlyStopping" and patience.isdecimal() and int(patience) >= _NEVER and thresholds == {"None"}
 
 
-def refuse_other_settings(run: Path, cfg: DictConfig, *, may_differ: Collection[str] = ()) -> None:
+def refuse_other_settings(run: Path, cfg: DictConfig) -> None:
     """Checks that the run in a folder has the settings of this one.
 
     Args:
         run: the folder; one without a run suits any.
         cfg: this run's configuration.
-        may_differ: settings that may be others.
 
     Raises:
         ValueError: a setting is another one.
     """
-    refuse_changes(f"{run} holds", changed_settings(run, cfg), may_differ)
+    refuse_changes(f"{run} holds", changed_settings(run, cfg))
 
 
 def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ: Collection[str] = ()) -> None:

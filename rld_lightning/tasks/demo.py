@@ -229,10 +229,10 @@ def teacher_of(run: Run, file: str | None = None) -> Teacher:
     )
 
 
-def shown_rows(sample: Refinement, best: int = BEST) -> list[int]:
+def shown_rows(sample: Refinement) -> list[int]:
     """The classes with a row: the likeliest of both networks and the label, by falling probability of the student."""
     both = (sample.student_logits, sample.teacher_logits)
-    chosen = {sample.label}.union(*(logits.topk(min(best, len(logits))).indices.tolist() for logits in both))
+    chosen = {sample.label}.union(*(logits.topk(min(BEST, len(logits))).indices.tolist() for logits in both))
     return [index for index in sample.student_logits.argsort(descending=True, stable=True).tolist() if index in chosen]
 
 

@@ -15,9 +15,6 @@ def naive_weight(student, teacher, temperature, bound):
     return (entropies[0] + entropies[0] * entropies[1] / bound) / 2
 
 
-ON_Z_SCORES = {"logit_standardization": True}
-
-
 class TestEAKD(LossTester):
     function = staticmethod(eakd_loss)
     module = EAKDLoss

@@ -1,0 +1,115 @@
+"""Keys that nothing reads, and those that may have been meant."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+
+from rld_lightning.hydra.options import CONF
+from rld_lightning.hydra.schema import VALUES
+
+ABSENT = "<absent>"
+# Groups whose keys the package reads by name; what classes take is for their signatures.
+_NAMED = ("", "recipe", "model", "model.student", "model.teacher", "paths")
+_GROUPS = {key[:end] for key in VALUES for end in (*(dot.start() for dot in re.finditer(r"\.", key)), None)}
+_GROUPS |= {"hydra", "loss"}
+
+
+def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that nothing reads and that are like those which are read, of ``+recipe.epoch=3`` or a file of one's own."""
+    added = []
+    for group in _NAMED:
+        node = find(values, group) if group else values
+        names = map(str, node) if isinstance(node, Mapping) else ()
+        added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
+    references = _references(values) if added else set()
+    shipped = _shipped_keys() if added else set()
+    for key in added:
+        if key not in shipped and not any(
+            f"{other}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}.")) for other in references
+        ):
+            sentence, meant = unknown_key(key, VALUES)
+            if meant:
+                yield sentence
+
+
+def _shipped_keys() -> set[str]:
+    """The full keys in the package's own files, but for those of experiments."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    keys = set()
+    for group in ("", "model", "recipe", "paths"):
+        for file in (CONF / group).glob("*.yaml"):
+            keys |= set(_keys(yaml.load(file.read_text(), loader) or {}, f"{group}." if group else ""))
+    return keys
+
+
+def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
+    """A sentence that says that a key is not known, and the keys that may have been meant.
+
+    Args:
+        key: the full key.
+        known: all full keys that there are.
+    """
+    if options := _options_with(key):
+        return f"{key} is not known, for want of {' or '.join(options[:3])}; add one to the command.", options
+    known = list(known)
+    group, _, name = key.rpartition(".")
+    names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
+    meant = [names[near] for near in get_close_matches(name, names, n=2, cutoff=0.7)] if group else []
+    # What is nearly the name of a key in another group was hardly meant by who has named a group.
+    meant = meant or _near_leaves(name, known, 1.0 if names and group else 0.8)
+    meant = meant or ([] if names and group else get_close_matches(key, known, n=2, cutoff=0.8))
+    if meant:
+        return f"{key} is not known. Did you mean {' or '.join(meant)}?", meant
+    if group and names:
+        return f"{key} is not known; {group} has {', '.join(sorted(names))}.", []
+    return f"{key} is not known; `--cfg all` prints all keys.", []
+
+
+def _options_with(key: str) -> list[str]:
+    """Options, as they are chosen, whose file has a full key: ``logger=wandb`` of ``logger.wandb.project``."""
+    group = key.partition(".")[0]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found = []
+    for file in (CONF / group).glob("*.yaml") if re.fullmatch(r"\w+", group) else ():
+        text = file.read_text()
+        prefix = "" if text.startswith("# @package _global_") else f"{group}."
+        if key in _keys(yaml.load(text, loader) or {}, prefix):
+            found.append(f"{group}={file.stem}")
+    return sorted(found, key=len)
+
+
+def _near_leaves(name: str, known: Iterable[str], cutoff: float) -> list[str]:
+    """Full keys that end in a name, or nearly; what is tuned for a loss is not meant."""
+    leaves: dict[str, str] = {}
+    for key in known:  # the first of a name is what most mean by it
+        if not key.startswith("model.tuned."):
+            leaves.setdefault(key.rpartition(".")[2], key)
+    return [leaves[near] for near in get_close_matches(name, leaves, n=2, cutoff=cutoff)]
+
+
+def _references(values: Any) -> set[str]:
+    """The keys that interpolations anywhere in a configuration name, without leading dots."""
+    if isinstance(values, Mapping):
+        return {name for value in values.values() for name in _references(value)}
+    if isinstance(values, list):
+        return {name for value in values for name in _references(value)}
+    return {found.lstrip(".") for found in re.findall(r"\$\{(?:[\w.]+:)?([\w.]+)", str(values))}
+
+
+def find(values: Any, key: str) -> Any:
+    """A value by full key, as it is written; :data:`ABSENT` where there is no such key."""
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return ABSENT
+        values = values[name]
+    return values

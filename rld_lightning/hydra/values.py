@@ -1,0 +1,95 @@
+"""The check of a composed configuration by the table of :mod:`rld_lightning.hydra.schema`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rld_lightning.errors import UserError, first_line
+from rld_lightning.hydra.kinds import shown
+from rld_lightning.hydra.schema import VALUES
+from rld_lightning.hydra.unknown import ABSENT, find, unknown_keys
+
+# What a run cannot do without, whatever ~key takes away.
+_OF_FIT = (
+    *("seed", "method", "resume", "print_config", "model.label", "model.compile", "model.capture", "model.teacher"),
+    *("model.student.name", "model.student.weights", "model.student.channels_last", "data.batch_size"),
+    *("recipe.epochs", "recipe.optimizer", "recipe.optimizer._target_", "recipe.optimizer.lr"),
+    *("recipe.scheduler_interval", "callbacks", "logger", "logger.csv"),
+)
+_OF_ALL = ("paths.run",)
+_OF_DATA = ("data",)  # of those that look at images by themselves
+_OF_NETWORKS = ("trainer",)  # and run a network on them
+# Options that scripts which train nothing leave to the file that they look at.
+_LEFT_OPEN = ("seed", "data.seed", "data.val_fraction")
+_OURS = "${fast_precision:"  # always right, and asks PyTorch
+_MISSING = "???"
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Looks whether the values of a composed configuration can be what they are meant to be.
+
+    Args:
+        cfg: of any script; interpolations that only a running Hydra can answer are left out without one.
+
+    Raises:
+        UserError: a sentence for each mistake.
+    """
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg))
+    wrong, empty = _wrong_values(cfg, values)
+    if faults := [*wrong, *_missing(values), *unknown_keys(values)] or empty:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+def _wrong_values(cfg: DictConfig, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Sentences for values that are not allowed; and for those that there are not, which others may have caused."""
+    wrong, empty, told = [], [], []
+    for key, kind in VALUES.items():
+        raw = find(values, key)
+        if isinstance(raw, str) and raw.startswith(_OURS):
+            continue
+        try:
+            value = _resolved(cfg, key) if _refers(raw) else raw
+        except OmegaConfBaseException as error:
+            if "HydraConfig was not set" not in str(error):
+                empty.append(f"{key} has no value: {first_line(error)}.")
+            continue
+        if value == _MISSING:
+            empty.append(f"{key} has no value; add {key}=... to the command.")
+        elif not (value == ABSENT or kind.allows(value) or (value is None and _may_be_open(key, values))):
+            if not isinstance(raw, str) or not _refers(raw) or value not in told:  # of another key, which has been told
+                wrong.append(f"{key}={shown(value)} is not allowed; it must be {kind.must_be}.")
+            told.append(value)
+    return wrong, empty
+
+
+def _may_be_open(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether null means that somebody else decides: Lightning, or the file that a script measures."""
+    if key.startswith("trainer."):
+        return key not in ("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices")
+    return key in (_LEFT_OPEN if "recipe" not in values else ()) or (key == "out" and "index" not in values)
+
+
+def _missing(values: Mapping[str, Any]) -> Iterator[str]:
+    networks = "model" in values or "split" in values
+    others = (*(_OF_DATA if networks or "index" in values else ()), *(_OF_NETWORKS if networks else ()))
+    for key in (*_OF_ALL, *others, *(_OF_FIT if "model" in values else ())):
+        group, _, name = key.rpartition(".")
+        above = find(values, group) if group else values
+        if isinstance(above, Mapping) and name not in above:
+            kind = VALUES.get(key)
+            must_be = f"; it must be {kind.must_be}" if kind else ""
+            yield f"{key} is missing, and cannot be done without: leave ~{key} away{must_be}."
+
+
+def _refers(raw: Any) -> bool:
+    """Whether there is an interpolation in a value."""
+    if isinstance(raw, list):
+        return any(map(_refers, raw))
+    return isinstance(raw, str) and "${" in raw
+
+
+def _resolved(cfg: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(cfg, key, throw_on_resolution_failure=True)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
