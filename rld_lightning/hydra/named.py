@@ -22,11 +22,9 @@ def check_named(cfg: DictConfig) -> None:
     """
     model = cfg.get("model") or {}
     student, teacher = model.get("student") or {}, model.get("teacher") or {}
-    if teacher.get("name") not in (None, *FOREIGN):
-        check_name(teacher.name)
     program = str(cfg.get("weights")).endswith(".onnx")  # which may be called anything
-    for name in (student.get("name"), None if program else cfg.get("name")):
-        if name is not None:
+    for name in (teacher.get("name"), student.get("name"), None if program else cfg.get("name")):
+        if name is not None and (name not in FOREIGN or name == student.get("name")):
             check_name(name)
     for weights in (student.get("weights"), teacher.get("start"), cfg.get("weights")):
         if weights not in (None, "pretrained"):

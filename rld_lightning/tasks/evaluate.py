@@ -109,7 +109,7 @@ class EvaluationModule(LightningModule):
     def scores(self, split: str) -> dict[str, Any]:
         """How good the model is, by the names of :class:`Evaluation`, once a split has been run over."""
         found = {name: float(value) for name, value in self.results.items() if name != "per_class"}
-        percent = {name: 100 * found[name] for name in ("top1", "top5", "ece") if name in found}
+        percent = {name: 100 * value for name, value in found.items() if name != "nll"}
         images = int(self.results["per_class"][:, -1].sum())
         return {"split": split, "images": images, "top5": None, "nll": found["nll"], **percent}
 
