@@ -5,51 +5,49 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only, started_by
-from rld_lightning.errors import UserError, first_line, user_errors
-from rld_lightning.hydra.mistakes import check, with_value
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
-from rld_lightning.hydra.sweepers import own_params
 from rld_lightning.models.imported import trust
 from rld_lightning.models.store import TeacherStore
-from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import short_value
 from rld_lightning.runs.events import note
-from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, SWEEP, TEACHER, read_config, write_yaml
+from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
-from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.batch_size import make_data
-from rld_lightning.tasks.early import check_trial
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.kept import share_data
 from rld_lightning.tasks.once import run_once
 from rld_lightning.tasks.plan import alone, changed
+from rld_lightning.tasks.swept import (
+    WEIGHTS,
+    check_swept,
+    group_of,
+    overrides_of,
+    parse,
+    refuse_another_sweep,
+    values_of,
+)
 from rld_lightning.tasks.teacher_of_run import is_for_others, keep_teacher, train_teacher
 from rld_lightning.tasks.trials import ALONE, HELD_OUT, key_of, line_of, print_failed, print_networks, print_settings
 from rld_lightning.tasks.turn import turn_to_train
 from rld_lightning.tasks.watch import Watch
-
-WEIGHTS = "model.teacher.weights"
 
 
 class Sweep(Callback):
@@ -111,7 +109,7 @@ class Sweep(Callback):
             if self.alone:
                 print_networks(folder)
             else:
-                print_settings(config, *_overrides(config))
+                print_settings(config, *overrides_of(config))
             if self.report:
                 _write_report(config, folder)
         if failed:
@@ -133,14 +131,14 @@ class Sweep(Callback):
 
     def _name(self, config: DictConfig) -> str:
         """The values of a trial, long numbers shortened."""
-        own = {key_of(override): line_of(override) for override in _parse_all(config.hydra.overrides.task)}
+        own = {key_of(override): line_of(override) for override in parse(config.hydra.overrides.task)}
         parts = [own[key].partition("=") for key in self._swept if key in own]
         return " ".join(f"{key}={short_value(value)}" for key, _, value in parts)
 
     def _begin(self, config: DictConfig) -> None:
         folder = Path(config.hydra.sweep.dir)
         trust(config.model.student.name, *([config.model.teacher.name] if config.model.teacher else []))
-        swept, fixed = _overrides(config)
+        swept, fixed = overrides_of(config)
         self._swept = tuple(swept)
         if not swept and not config.hydra.sweeper.get("params"):  # of which a command may leave one value: seed=3
             raise UserError(
@@ -155,12 +153,12 @@ class Sweep(Callback):
             raise UserError(
                 "Optuna would choose the luckiest seed; sweep with one, then repeat the best setting with seed=0,1,2."
             )
-        _check_values(config, listed=not optuna)
+        check_swept(config, listed=not optuna)
         self._lock = lock_folder(folder, ".sweep.lock", "swept")  # until the process ends; trials have their own
-        _same_sweep(folder, swept, fixed, values_too=optuna)
+        refuse_another_sweep(folder, swept, fixed, values_too=optuna)
         self._train_first(config, swept, fixed, folder)
-        varied = {_group(key) for key in swept}
-        others = dict.fromkeys(f'"{_group(key)}"' for key in fixed if _group(key) not in varied)
+        varied = {group_of(key) for key in swept}
+        others = dict.fromkeys(f'"{group_of(key)}"' for key in fixed if group_of(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
         share_data(changed(config, {"paths.run": str(folder)}).data)
         print_line("sweep", f"{folder}; an interrupted one goes on with the same command and {_here(folder)}")
@@ -259,130 +257,22 @@ def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float
     task.append(fixed[key])
 
 
-def _parsed(config: DictConfig) -> list[Override]:
-    """The sweeper's own parameters, then the command's overrides."""
-    return _parse_all([*own_params(config.hydra.sweeper.get("params")), *config.hydra.overrides.task])
-
-
-def _parse_all(lines: Iterable[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(lines))
-
-
-def _overrides(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """What is swept and what is fixed, by key, as written: the sweeper's own parameters and the command."""
-    overrides = {key_of(override): override for override in _parsed(config)}  # the last one wins
-    swept = {key: line_of(override) for key, override in overrides.items() if override.is_sweep_override()}
-    return swept, {key: line_of(override) for key, override in overrides.items() if key not in swept}
-
-
-def _group(key: str) -> str:
-    """A key as Hydra compares it to those that it leaves out of folder names: ``loss`` of ``loss@loss.at``."""
-    return key.split("@")[0]
-
-
-def _parse(line: str) -> Override:
-    return OverridesParser.create().parse_override(line)
-
-
-def _values(override: Override) -> list[str]:
-    """The overrides that a swept one stands for; of an interval its ends."""
-    if isinstance(ends := override.value(), IntervalSweep):
-        return [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
 def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
     """The seed of what is trained for all trials: that of a run that has begun, else the first of the trials'."""
     if (folder / CONFIG).exists():
         return read_config(folder)["seed"]
     if "seed" not in swept:
         return config.seed
-    first = _values(_parse(swept["seed"]))[0]
+    first = values_of(*parse([swept["seed"]]))[0]
     return int(first.partition("=")[2])
-
-
-def _check_values(config: DictConfig, *, listed: bool) -> None:
-    """Composes the configuration with each value that is swept, before anything is trained for the trials.
-
-    Args:
-        config: the sweep's.
-        listed: whether the sweep goes through lists of values.
-
-    Raises:
-        UserError: there is no such option, or no such key, or a value is not allowed; or an interval where a list is
-            wanted.
-    """
-    overrides = {override.get_key_element(): override for override in _parsed(config)}  # as Hydra's sweeper has them
-    if listed and (intervals := [o.input_line for o in overrides.values() if o.is_interval_sweep()]):
-        raise UserError(
-            f"{intervals[0]} has no list of values, which a grid goes through: write them with commas between, or let "
-            "Optuna choose (hydra/sweeper=optuna)."
-        )
-    values = {key: _values(override) for key, override in overrides.items() if override.is_sweep_override()}
-    first = {key: listed[:1] for key, listed in values.items()}
-    first |= {key: [line_of(override)] for key, override in overrides.items() if key not in values}
-    others = [{key: [value]} for key, listed in values.items() if "." not in key for value in listed[1:]]
-    loader = GlobalHydra.instance().config_loader()
-    for trial in [{}, *others]:
-        lines = [line for key in overrides for line in ({**first, **trial})[key]]
-        try:
-            cfg = loader.load_sweep_config(config, lines)
-        except HydraException as error:
-            raise UserError(f"{first_line(error)} (--help lists the options)") from error
-        check(cfg)
-        check_trial(cfg)
-        if not trial:
-            for line in [line for key, listed in values.items() if "." in key for line in listed[1:]]:
-                check(with_value(cfg, line))
-                if line.startswith(("model.", "data.")):
-                    check_trial(with_value(cfg, line))
-
-
-def _same_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
-    """Leaves :data:`SWEEP`, and refuses a command that would mix other trials with those of a folder.
-
-    Args:
-        folder: the sweep's.
-        swept: overrides that are swept, by key.
-        fixed: overrides that are not.
-        values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
-    """
-    record = folder / SWEEP
-    current = {line for key, line in fixed.items() if decides(key)}
-    current |= set(swept.values()) if values_too else set(swept)
-    current = _canonical(map(redact_text, current), folder)
-    if record.exists():
-        saved = _canonical(OmegaConf.load(record), folder)
-        if differing := sorted(saved ^ current):
-            values = (
-                "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"
-            )
-            raise UserError(
-                f"{folder} holds a sweep of another command: they differ in {', '.join(differing)}. Continue it with "
-                f"its own{values}, or choose another hydra.sweep.dir."
-            )
-    write_yaml(record, sorted(current))
-
-
-def _canonical(lines: Iterable[str], folder: Path) -> set[str]:
-    """Overrides, and keys, as the same texts however they were written."""
-    parts = (line.partition("=") for line in lines)
-    # How trials are chosen and started says nothing about them.
-    texts = {
-        f"{key}={canonical(key, value)}" if equals else key
-        for key, equals, value in parts
-        if key not in ("launcher", "sweep")
-    }
-    own = f"{WEIGHTS}={(folder / TEACHER / STUDENT).absolute()}"  # as comparisons of earlier versions have it
-    return {f"{WEIGHTS}=fit" if text == own else text for text in texts}
 
 
 def _write_report(config: DictConfig, folder: Path) -> None:
     from rld_lightning.reporting.report import write_report  # pandas and matplotlib take seconds
     from rld_lightning.tasks.cost import measure_cost
 
-    swept, _ = _overrides(config)
-    losses = [line.partition("=")[2] for line in _values(_parse(swept["loss"]))] if "loss" in swept else []
+    swept, _ = overrides_of(config)
+    losses = [line.partition("=")[2] for line in values_of(*parse([swept["loss"]]))] if "loss" in swept else []
     title = f"{config.model.label}: {', '.join(losses)}" if losses else config.model.label
     files = write_report([folder], folder / "report", title=title, cost_of=measure_cost)
     print_files(folder / "report", {files.html.name: "the results", files.markdown.name: "the same as Markdown"})

@@ -24,6 +24,7 @@ from rld_lightning.runs.folder import locked
 from rld_lightning.tasks import fit as fitting
 from rld_lightning.tasks import sweep
 from rld_lightning.tasks.sweep import Sweep
+from rld_lightning.tasks.swept import overrides_of
 from rld_lightning.tasks.trial import run_trial
 from rld_lightning.tasks.trials import HELD_OUT, _trials, retrain_command
 
@@ -87,7 +88,7 @@ def test_a_sweep_that_cannot_be_ends_in_one_sentence_before_anything_is_trained(
 
 
 def test_whatever_goes_wrong_at_the_start_ends_the_sweep(start, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "_same_sweep", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(sweep, "refuse_another_sweep", lambda *_args, **_options: 1 / 0)
     with pytest.raises(SystemExit, match="2"):  # of anything else Hydra would make a warning
         start("loss.alpha=1,2")
     assert f"error: the sweep in {tmp_path / 'sweep'} ends: ZeroDivisionError" in capsys.readouterr().out
@@ -240,7 +241,7 @@ def best_command(config, swept):
     """The command that trains with the single setting of a sweep."""
     settings = sweep_settings(_trials(Path(config.hydra.sweep.dir)), swept)
     ((overrides, run),) = zip(settings["overrides"], settings["run"], strict=True)
-    return retrain_command(config, overrides, run, sweep._overrides(config)[1])
+    return retrain_command(config, overrides, run, overrides_of(config)[1])
 
 
 def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests_once(start, tmp_path, capsys):
@@ -289,7 +290,7 @@ def test_the_command_of_a_combination_composes_to_what_was_tried(start, tmp_path
     run = write_run(tmp_path / "sweep" / value, settings={}, held_out=0.1)
     trial_overrides = [*(o for o in expanded if "," not in o), value]
     OmegaConf.save(OmegaConf.create(trial_overrides), run / ".hydra" / "overrides.yaml")
-    line = best_command(config, sweep._overrides(config)[0])
+    line = best_command(config, overrides_of(config)[0])
     assert printed in line
     assert compose(*shlex.split(line)[2:]).loss == compose(*trial_overrides).loss
 
