@@ -205,6 +205,7 @@ VALUES: Mapping[str, Kind] = {
     "pixels": FLAG,
     "val_images": whole(0) | NULL,
     "train_images": COUNT,
+    "any_size": FLAG,
     "root": TEXT | NULL,
     "images": TEXT.such_as("images=/photos, or - for a list on standard input") | list_of(TEXT, "several in brackets"),
     "backends": list_of(words("eager", "compiled", "onnx", "onnx_int8"), "backends in brackets").such_as(

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.models.facts import WeightsFacts, read_facts
+from rld_lightning.models.preprocessing import PixelsToProbabilities
 from rld_lightning.models.read import WeightsError, read_once
 from rld_lightning.models.taps import unwrap
 
 PIXELS = "pixels"  # the input of a network with its preprocessing inside; "images" without
+_RESIZES = "resizes"  # noted in a file that does that itself
 # What is computed in int8. Softmax, and the arithmetic of the preprocessing, keep their precision.
 _QUANTISED = (
     *("Conv", "MatMul", "Gemm", "Add", "Mul", "Relu", "Clip", "Concat", "Reshape", "Transpose", "Flatten"),
@@ -27,12 +29,26 @@ _QUANTISED = (
 )
 
 
-def example_of(image_shape: tuple[int, int, int], *, pixels: bool = False) -> Tensor:
-    """Two images to trace a network with: one would be taken for the only batch size that there is."""
+def example_of(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
+    """What to trace a network with, and which of its extents are free.
+
+    Args:
+        network: a :func:`plain_copy`, of a :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities` or
+            another network.
+        image_shape: channels, height and width that the network takes.
+
+    Returns:
+        two images, as one would be taken for the only batch size that there is; and names of the free extents.
+    """
     channels, height, width = image_shape
-    if pixels:
-        return torch.zeros(2, height, width, channels, dtype=torch.uint8)
-    return torch.zeros(2, channels, height, width)
+    batch = {0: torch.export.Dim("batch")}
+    if not isinstance(network, PixelsToProbabilities):
+        return torch.zeros(2, channels, height, width), (batch,)
+    if not network.resize:
+        return torch.zeros(2, height, width, channels, dtype=torch.uint8), (batch,)
+    side = network.preprocessing.resize  # sizes of which nothing special is true
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    return torch.zeros(2, 2 * side + 3, 3 * side + 5, channels, dtype=torch.uint8), (free,)
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
@@ -41,17 +57,14 @@ def plain_copy(network: nn.Module) -> nn.Module:
     return copy.requires_grad_(False).eval()
 
 
-def to_onnx(
-    network: nn.Module, image_shape: tuple[int, int, int], facts: Mapping[str, object], *, pixels: bool = False
-) -> bytes:
+def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mapping[str, object]) -> bytes:
     """An ONNX file of a network, for batches of any size.
 
     Args:
-        network: a :func:`plain_copy`.
-        image_shape: channels, height and width.
+        network: a :func:`plain_copy`, which takes normalised images ``(B, 3, H, W)`` and gives logits, or, as a
+            :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities`, pixels and probabilities.
+        image_shape: channels, height and width that the network takes.
         facts: what is noted in the file; strings are kept, other values are written as JSON.
-        pixels: whether it takes uint8 ``(B, H, W, 3)`` and gives probabilities; otherwise it takes normalised images
-            ``(B, 3, H, W)`` and gives logits.
 
     Returns:
         the file; its input is called ``"pixels"`` or ``"images"``, its output ``"probabilities"`` or ``"logits"``.
@@ -62,13 +75,15 @@ def to_onnx(
     """
     _import("onnx")
     _import("onnxscript")
+    example, free = example_of(network, image_shape)
+    pixels = isinstance(network, PixelsToProbabilities)
     try:
         with _quiet():
             program = torch.onnx.export(
                 network,
-                (example_of(image_shape, pixels=pixels),),
+                (example,),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=free,
                 input_names=[PIXELS if pixels else "images"],
                 output_names=["probabilities" if pixels else "logits"],
                 verbose=False,
@@ -79,7 +94,8 @@ def to_onnx(
             "of formats=."
         ) from error
     assert program is not None  # with dynamo=True
-    return _with_facts(program.model_proto, facts)
+    own = {_RESIZES: True} if isinstance(network, PixelsToProbabilities) and network.resize else {}
+    return _with_facts(program.model_proto, {**facts, **own})
 
 
 def quantise_onnx(content: bytes, batches: Iterable[Tensor]) -> bytes:
@@ -176,6 +192,11 @@ class OnnxNetwork:
     def takes_pixels(self) -> bool:
         """Whether it takes uint8 ``(B, H, W, 3)`` and gives probabilities, and not normalised images and logits."""
         return self.input.type == "tensor(uint8)"
+
+    @property
+    def resizes(self) -> bool:
+        """Whether it is one of ours that takes images of any size, and resizes and crops them itself."""
+        return self.takes_pixels and self.metadata.get(_RESIZES) == "true"
 
     @property
     def num_classes(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.libraries import published_input
@@ -72,6 +73,14 @@ class Preprocessing:
         )
         return images.double().mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
 
+    def framed(self, pixels: Tensor) -> Tensor:
+        """Cropped uint8 pixels ``(B, 3, H, W)`` in a black frame, of which resizing and cropping leaves the same."""
+        (height, width), side = self.size, self.resize
+        frame = pixels.new_zeros(*pixels.shape[:-2], side, side)
+        top, left = _half(side - height), _half(side - width)
+        frame[..., top : top + height, left : left + width] = pixels
+        return frame
+
     def describe(self) -> str:
         """One line for the console."""
         height, width = self.size
@@ -82,29 +91,63 @@ class Preprocessing:
 
 
 class PixelsToProbabilities(nn.Module):
-    """A network with its normalisation before it and softmax behind: uint8 ``(B, H, W, 3)`` to ``(B, C)``.
+    """A network with its preprocessing before it and softmax behind: uint8 ``(B, H, W, 3)`` to ``(B, C)``.
 
-    Pixels lie as cameras and decoders leave them, channels last; they have the network's size already.
+    Pixels lie as cameras and decoders leave them, channels last. They are resized and cropped as :class:`Preprocessing`
+    does, but for its rounding between columns and rows: values differ by about 1 of 255 at most, or more where bicubic
+    interpolation overshoots.
 
     Args:
         network: maps normalised images ``(B, 3, H, W)`` to logits ``(B, C)``.
         preprocessing: what it wants to see.
+        resize: whether images of any size come, those of a batch of one; otherwise they have the network's already.
+
+    Raises:
+        ValueError: with ``resize``, the crop may be larger than what it is cut from.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, *, resize: bool = False) -> None:
         super().__init__()
+        if resize and max(preprocessing.size) > preprocessing.resize:
+            height, width = preprocessing.size
+            raise ValueError(
+                f"images of {height}x{width} cannot be cut from any that is resized to {preprocessing.resize}; give "
+                "any_size=false, and images of that size."
+            )
         self.network = network
+        self.preprocessing = preprocessing
+        self.resize = resize
         for name in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, name))[:, None, None]
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Probabilities, each row of sum 1."""
-        images = pixels.permute(0, 3, 1, 2).float().div(255.0).sub(self.mean).div(self.std)
-        return self.network(images).float().softmax(1)
+        images = pixels.permute(0, 3, 1, 2).float()
+        if self.resize:
+            images = self._crop(images)
+        return self.network(images.div(255.0).sub(self.mean).div(self.std)).float().softmax(1)
+
+    def _crop(self, images: Tensor) -> Tensor:
+        """The centre of resized images, in whole numbers that a program can compute for each size anew."""
+        side, (height, width) = self.preprocessing.resize, self.preprocessing.size
+        shorter = torch.sym_min(*images.shape[-2:])
+        size: list[int] = [side * extent // shorter for extent in images.shape[-2:]]  # type: ignore[misc]  # whole numbers or their symbols
+        images = F.interpolate(images, size, mode=self.preprocessing.interpolation, antialias=True)
+        images = images.round().clamp(0, 255)
+        for dim, extent, own in zip((2, 3), size, (height, width), strict=True):
+            # Not a slice, of which exporters would note whether it was all there is.
+            images = images.index_select(dim, _half(extent - own) + torch.arange(own, device=images.device))
+        return images
+
+
+def _half(number: int) -> int:
+    """Half of a number, at .5 the even neighbour, as torchvision has it: ``round(number / 2)``."""
+    below = number // 2
+    return (number + below - below // 2 * 2) // 2
 
 
 def pixels_of(picture: "Picture") -> Tensor:

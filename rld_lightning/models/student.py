@@ -131,8 +131,13 @@ def find_weights(path: str | os.PathLike[str]) -> Weights:
     """
     file, part = split_part(path)
     if not file.is_dir():
-        if file.suffix in (".onnx", ".pt2"):
+        if file.suffix == ".onnx":
             raise WeightsError(f"{file} is a program with weights in it, not weights; give the export's folder instead")
+        if file.suffix == ".pt2":
+            raise WeightsError(
+                f"{file} is a program, and torch.export.load runs whatever is in one; give the export's folder or "
+                "its model.safetensors, which hold the same network, or its model.onnx to scripts/predict.py"
+            )
         weights = read_weights(path)
         beside = file.with_name(RUN_WEIGHTS)
         if part or file.suffix != ".ckpt" or not beside.is_file():

@@ -42,7 +42,9 @@ class Exported:
     max_difference: float | None = None
 
 
-def model_card(student: Student, run: Run, exported: Sequence[Exported], *, pixels: bool) -> str:
+def model_card(
+    student: Student, run: Run, exported: Sequence[Exported], *, pixels: bool, any_size: bool = False
+) -> str:
     """The text of ``README.md``, in Markdown with a header in YAML.
 
     Args:
@@ -50,6 +52,7 @@ def model_card(student: Student, run: Run, exported: Sequence[Exported], *, pixe
         run: that has trained it.
         exported: the files of the export.
         pixels: whether the ONNX and ``.pt2`` files take pixels and give probabilities.
+        any_size: whether these are of images of any size.
     """
     summary, in_timm = run.summary, student.name.startswith("timm/")
     header = {
@@ -85,7 +88,7 @@ def model_card(student: Student, run: Run, exported: Sequence[Exported], *, pixe
         "## What it wants to see",
         f"RGB images: {student.transform.describe()}. Classes: {_classes(student.classes)}.",
         "## Use",
-        _use(student, exported, pixels=pixels),
+        _use(student, exported, pixels=pixels, any_size=any_size),
     ]
     if rows := [_compared(file) for file in exported]:
         columns = ("file", "MB", "top-1 %", "PyTorch's %", "agreement %", "largest difference", "images")
@@ -142,7 +145,7 @@ def _without_places(override: str) -> str:
     return f"{key}=.../{PurePath(value).name}" if equals and value.startswith(("/", "~")) else override
 
 
-def _use(student: Student, exported: Sequence[Exported], *, pixels: bool) -> str:
+def _use(student: Student, exported: Sequence[Exported], *, pixels: bool, any_size: bool) -> str:
     files = {file.format: file.file for file in exported}
     blocks = []
     if "safetensors" in files:
@@ -154,8 +157,9 @@ def _use(student: Student, exported: Sequence[Exported], *, pixels: bool) -> str
             blocks.append('import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True).eval()')
     if onnx := files.get("onnx", files.get("onnx_int8")):
         height, width = student.transform.size
+        shape = "(B, H, W, 3), of any size," if any_size else f"(B, {height}, {width}, 3)"
         takes = (
-            f'{{"pixels": pixels}})  # uint8 (B, {height}, {width}, 3) to probabilities'
+            f'{{"pixels": pixels}})  # uint8 {shape} to probabilities'
             if pixels
             else f'{{"images": images}})  # normalised float32 (B, 3, {height}, {width}) to logits'
         )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.data.decode import decode_image
+from rld_lightning.data.in_memory import InMemoryDataModule, Split
+from rld_lightning.data.streaming_module import StreamingDataModule
 from rld_lightning.errors import first_line, user_errors
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
@@ -44,6 +48,7 @@ class Export:
         dataset: what it was compared on.
         split: which images of it, ``"test"`` or ``"val"``.
         pixels: whether the ONNX and ``.pt2`` files take uint8 pixels and give probabilities.
+        any_size: whether these are of images of any size.
         files: the files, with how they compare.
     """
 
@@ -52,6 +57,7 @@ class Export:
     dataset: str
     split: str
     pixels: bool
+    any_size: bool
     files: tuple[Exported, ...]
 
 
@@ -71,6 +77,7 @@ def export(cfg: DictConfig) -> Export:
             val_images=cfg.val_images,
             train_images=cfg.train_images,
             pixels=cfg.pixels,
+            any_size=cfg.any_size,
             root=None if cfg.root is None else Path(cfg.root),
         )
 
@@ -83,6 +90,7 @@ def export_run(
     val_images: int | None = 1000,
     train_images: int = 256,
     pixels: bool = False,
+    any_size: bool = True,
     root: Path | None = None,
 ) -> Export:
     """Exports the student of a finished run, compares each file with it on validation images, and prints a table.
@@ -98,6 +106,7 @@ def export_run(
             for all, 0 for none, and then the data need not be there.
         train_images: how many training images ``onnx_int8`` is calibrated on.
         pixels: whether the ONNX and ``.pt2`` files take uint8 pixels ``(B, H, W, 3)`` and give probabilities.
+        any_size: whether these are of images of any size, which are resized and cropped; else of the network's size.
         root: where the data lie, if not where they lay when the run was trained.
 
     Returns:
@@ -117,17 +126,22 @@ def export_run(
     print_line("model", f"{student.name}, {len(student.classes)} classes, of {run}")
     needs_data = val_images != 0 or "onnx_int8" in formats
     data = _data(finished, student, root) if needs_data else None
-    images, label = _sample(data, val_images) if data is not None and val_images != 0 else (None, None)
-    writer = _Writer(student, folder, pixels=pixels)
-    expected = _run(student.network, images)
-    compared = [
-        _compare(made, run_file, writer.takes(images, made.format), expected, label, pixels=writer.pixels(made.format))
-        for made, run_file in writer.write(formats, lambda: _calibration(data, train_images))
-    ]
+    sample = _sample(data, val_images) if data is not None and val_images != 0 else None
+    writer = _Writer(student, folder, pixels=pixels, any_size=any_size)
+    expected = None if sample is None else _run(student.network, sample.images.split(_BATCH))
+    compared = []
+    for made, run_file in writer.write(formats, lambda: _calibration(data, train_images)):
+        if sample is None or expected is None:
+            compared.append(made)
+            continue
+        own = writer.program_resizes(made.format)
+        batches = _pictures(data, sample.positions) if own else writer.takes(sample.images, made.format).split(_BATCH)
+        compared.append(_compare(made, _run(run_file, batches), expected, sample.label, writer.pixels(made.format)))
+    summary = finished.summary
     result = Export(
-        str(folder), student.name, finished.summary.dataset, finished.summary.split, pixels, tuple(compared)
+        str(folder), student.name, summary.dataset, summary.split, pixels, pixels and any_size, tuple(compared)
     )
-    write_whole(folder / CARD, model_card(student, finished, compared, pixels=pixels).encode())
+    write_whole(folder / CARD, model_card(student, finished, compared, pixels=pixels, any_size=any_size).encode())
     write_json(folder / RESULTS, asdict(result))
     _report(result)
     return result
@@ -166,16 +180,40 @@ def _data(run: Run, student: Student, root: Path | None) -> ImageDataModule:
     return data
 
 
-def _sample(data: ImageDataModule, number: int | None) -> tuple[Tensor, Tensor]:
-    """The first validation images of an order that mixes the classes, and their labels."""
-    images, label, count = [], [], 0
+class _Sample(NamedTuple):
+    """Validation images ``(N, 3, H, W)``, their classes, and where they stand in their split."""
+
+    images: Tensor
+    label: Tensor
+    positions: Tensor
+
+
+def _sample(data: ImageDataModule, number: int | None) -> _Sample:
+    """The first validation images of an order that mixes the classes."""
+    batches, count = [], 0
     for batch in data.val_sample(_BATCH):
-        images.append(batch.images)
-        label.append(batch.label)
+        batches.append((batch.images, batch.label, batch.index))
         count += len(batch.label)
         if number is not None and count >= number:
             break
-    return torch.cat(images)[:number], torch.cat(label)[:number]
+    return _Sample(*(torch.cat(parts)[:number] for parts in zip(*batches, strict=True)))
+
+
+def _pictures(data: ImageDataModule | None, positions: Tensor) -> Iterator[Tensor]:
+    """The same images before they were resized, uint8 ``(B, H, W, 3)``, neighbours of one size together."""
+    assert isinstance(data, StreamingDataModule | InMemoryDataModule)
+    split, together = data.splits[data.val_split], list[Tensor]()
+    decoder = "pil" if getattr(data, "decode", None) == "pil" else "auto"
+    for position in positions.tolist():
+        if isinstance(split, Split):
+            picture = split.images[position]
+        else:
+            picture = decode_image(split.read(position), decoder).permute(1, 2, 0)
+        if together and (len(together) == _BATCH or together[0].shape != picture.shape):
+            yield torch.stack(together)
+            together = []
+        together.append(picture)
+    yield torch.stack(together)
 
 
 def _calibration(data: ImageDataModule | None, number: int) -> Iterator[Tensor]:
@@ -196,14 +234,18 @@ class _Writer:
         student: what is exported.
         folder: where to.
         pixels: whether programs take pixels and give probabilities.
+        any_size: whether these are of images of any size.
     """
 
-    def __init__(self, student: Student, folder: Path, *, pixels: bool) -> None:
+    def __init__(self, student: Student, folder: Path, *, pixels: bool, any_size: bool) -> None:
         self.student = student
         self.folder = folder
         self._pixels = pixels
         self.shape = (3, *student.transform.size)
-        network = PixelsToProbabilities(student.network, student.transform) if pixels else student.network
+        self._resize = pixels and any_size
+        network = student.network
+        if pixels:
+            network = PixelsToProbabilities(network, student.transform, resize=any_size)
         self.network = plain_copy(network)
         self._onnx: bytes | None = None
 
@@ -211,11 +253,17 @@ class _Writer:
         """Whether a format takes pixels; safetensors hold weights alone."""
         return self._pixels and format != "safetensors"
 
-    def takes(self, images: Tensor | None, format: str) -> Tensor | None:
+    def program_resizes(self, format: str) -> bool:
+        """Whether a format takes images of any size."""
+        return self._resize and self.pixels(format)
+
+    def takes(self, images: Tensor, format: str) -> Tensor:
         """Normalised images as a format takes them."""
-        if images is None or not self.pixels(format):
+        if not self.pixels(format):
             return images
-        return self.student.transform.pixels(images).permute(0, 2, 3, 1).contiguous()
+        look = self.student.transform
+        pixels = look.pixels(images)
+        return (look.framed(pixels) if self._resize else pixels).permute(0, 2, 3, 1).contiguous()
 
     def write(
         self, formats: Iterable[str], calibration: Callable[[], Iterator[Tensor]]
@@ -234,8 +282,7 @@ class _Writer:
             else:
                 content = self._onnx_file()
                 if format == "onnx_int8":
-                    batches = (taken for batch in calibration() if (taken := self.takes(batch, format)) is not None)
-                    content = quantise_onnx(content, batches)
+                    content = quantise_onnx(content, (self.takes(batch, format) for batch in calibration()))
                 write_whole(path, content)
                 runs = OnnxNetwork(path)
             content = path.read_bytes()
@@ -258,13 +305,13 @@ class _Writer:
 
     def _onnx_file(self) -> bytes:
         if self._onnx is None:
-            self._onnx = to_onnx(self.network, self.shape, self.facts, pixels=self._pixels)
+            self._onnx = to_onnx(self.network, self.shape, self.facts)
         return self._onnx
 
     def _exported_program(self) -> bytes:
-        example = example_of(self.shape, pixels=self._pixels)
+        example, free = example_of(self.network, self.shape)
         try:
-            program = torch.export.export(self.network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(self.network, (example,), dynamic_shapes=free)
         except Exception as error:  # each stage raises its own
             reason = first_line(error)
             raise ValueError(
@@ -275,22 +322,11 @@ class _Writer:
 
 
 @torch.inference_mode()
-def _run(network: Callable[[Tensor], Tensor] | nn.Module, images: Tensor | None) -> Tensor | None:
-    return None if images is None else torch.cat([network(batch) for batch in images.split(_BATCH)])
+def _run(network: Callable[[Tensor], Tensor] | nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    return torch.cat([network(batch) for batch in batches])
 
 
-def _compare(
-    made: Exported,
-    network: Callable[[Tensor], Tensor],
-    images: Tensor | None,
-    expected: Tensor | None,
-    label: Tensor | None,
-    *,
-    pixels: bool,
-) -> Exported:
-    found = _run(network, images)
-    if found is None or expected is None or label is None:
-        return made
+def _compare(made: Exported, found: Tensor, expected: Tensor, label: Tensor, pixels: bool) -> Exported:
     wanted, best = (expected.softmax(1) if pixels else expected), expected.argmax(1)
     return replace(
         made,

@@ -73,8 +73,22 @@ def test_pixels_in_and_probabilities_out():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     transform = Preprocessing((8, 8), 8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     inside = plain_copy(PixelsToProbabilities(network, transform))
-    onnx = OnnxNetwork(to_onnx(inside, (3, 8, 8), {}, pixels=True))
+    onnx = OnnxNetwork(to_onnx(inside, (3, 8, 8), {}))
     pixels = torch.randint(256, (5, 8, 8, 3), dtype=torch.uint8)
     expected = network(transform.normalize(pixels.permute(0, 3, 1, 2))).softmax(1)
     torch.testing.assert_close(onnx(pixels), expected)
     assert (onnx.session.get_inputs()[0].name, onnx.output.name) == ("pixels", "probabilities")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("resize", "interpolation"), [(8, "bilinear"), (11, "bilinear"), (11, "bicubic")])
+def test_pictures_of_any_size_go_in(resize, interpolation):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    transform = Preprocessing((8, 8), resize, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
+    onnx = OnnxNetwork(to_onnx(plain_copy(PixelsToProbabilities(network, transform, resize=True)), (3, 8, 8), {}))
+    assert onnx.resizes
+    for size in ((1, 8, 8), (3, 40, 27), (2, 9, 100), (1, 5, 4)):
+        smooth = nn.functional.interpolate(torch.rand(size[0], 3, 3, 3), size[1:], mode="bilinear")
+        pixels = smooth.mul(255).byte()
+        expected = network(transform.normalize(transform.crop(pixels))).softmax(1)
+        torch.testing.assert_close(onnx(pixels.permute(0, 2, 3, 1)), expected, atol=0.01, rtol=0)

@@ -36,6 +36,20 @@ def test_pictures_of_other_sizes_do_too(tmp_path):
     assert torch.equal(torch.stack([transform(path) for path in paths]), batch.images)
 
 
+@pytest.mark.parametrize(("size", "resize"), [((8, 8), 8), ((8, 8), 11), ((7, 10), 12)])
+def test_the_preprocessing_within_a_network_sees_the_same(size, resize):
+    transform = Preprocessing(size, resize, **LOOK)
+    inside = PixelsToProbabilities(torch.nn.Flatten(), transform, resize=True)
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((40, 27), (27, 41), (5, 4), (9, 200), (13, 13)):
+        pixels = torch.randint(256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+        assert (inside._crop(pixels.float()) - transform.crop(pixels)).abs().max() <= 1
+    cropped = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=generator)
+    assert torch.equal(inside._crop(transform.framed(cropped).float()), cropped.float())
+    with pytest.raises(ValueError, match="images of 9x16 cannot be cut from any that is resized to 12"):
+        PixelsToProbabilities(torch.nn.Flatten(), Preprocessing((9, 16), 12, **LOOK), resize=True)
+
+
 def test_files_arrays_tensors_and_images_are_the_same_picture(tmp_path):
     turned = Image.fromarray(np.random.default_rng(0).integers(256, size=(6, 9, 3), dtype=np.uint8))
     exif = turned.getexif()

@@ -1,6 +1,9 @@
 """A trained network ready to use, from whatever holds it."""
 
+import io
 import json
+import pickle
+import zipfile
 
 import pytest
 import torch
@@ -58,11 +61,35 @@ def test_what_a_file_says_is_not_imported(tmp_path):
     save_weights(create_model("resnet8", 10), tmp_path / "w.safetensors", digits_facts("os:system"))
     with pytest.raises(WeightsError, match="is code to import; give name=os:system yourself"):
         load_student(tmp_path / "w.safetensors")
-    for program in ("model.onnx", "model.pt2"):
-        with pytest.raises(WeightsError, match="is a program with weights in it"):
-            load_student(tmp_path / program)
+    with pytest.raises(WeightsError, match="is a program with weights in it"):
+        load_student(tmp_path / "model.onnx")
     with pytest.raises(FileNotFoundError, match=r"holds neither student\.safetensors"):
         load_student(tmp_path)
+
+
+class _Opens:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".pt", ".pth", ".ckpt", ".safetensors"])
+def test_programs_of_torch_export_are_not_run_whatever_they_are_called(tmp_path, ending):
+    """They are archives that say themselves which of their weights are pickled, and are believed by PyTorch."""
+    pickled = io.BytesIO()
+    torch.save(_Opens(tmp_path / "was_run"), pickled)
+    weight = {"path_name": "weight_0", "is_param": True, "use_pickle": True, "tensor_meta": None}
+    with zipfile.ZipFile(file := tmp_path / f"model{ending}", "w") as archive:
+        archive.writestr("archive/data/weights/model_weights_config.json", json.dumps({"config": {"weight": weight}}))
+        archive.writestr("archive/data/weights/weight_0", pickled.getvalue())
+        archive.writestr("archive/data.pkl", pickle.dumps(_Opens(tmp_path / "was_run")))
+        archive.writestr("archive/archive_format", "pt2")
+    match = "torch.export.load runs whatever is in one; give the export's folder" if ending == ".pt2" else None
+    with pytest.raises(WeightsError, match=match):
+        load_student(file, name="resnet8", class_names="abc", image_size=8, mean=[0.5] * 3, std=[0.5] * 3)
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_folders_as_timm_writes_them_are_read(tmp_path):

@@ -8,15 +8,18 @@ import pytest
 import torch
 import yaml
 from helpers.configs import compose
+from helpers.data import ready, write_jpegs
 from helpers.exports import digits_run
 from safetensors.torch import load_file
 
+from rld_lightning.data import ImageFolderDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
 from rld_lightning.models.onnx_file import OnnxNetwork
+from rld_lightning.models.preprocessing import Preprocessing
 from rld_lightning.models.student import load_student
 from rld_lightning.reporting.trio import Network, read_networks, write_networks
-from rld_lightning.tasks.export import export, export_run
+from rld_lightning.tasks.export import _pictures, _sample, export, export_run
 
 options = partial(compose, name="export", resolve=False)
 
@@ -129,14 +132,30 @@ def test_other_data_than_the_students_are_refused(tmp_path):
         export_run(tmp_path / "run", ["safetensors"])
 
 
+def test_files_that_resize_are_compared_on_the_pictures_as_they_lie_there(tmp_path):
+    for number, size in enumerate([(50, 37), (50, 37), (20, 90)]):
+        write_jpegs(tmp_path / "parts" / str(number), {"train": 1, "val": 2}, size=size, ending=".jpg")
+        for file in (tmp_path / "parts" / str(number)).rglob("*.jpg"):
+            place = tmp_path / "all" / file.parent.relative_to(tmp_path / "parts" / str(number))
+            place.mkdir(parents=True, exist_ok=True)
+            file.rename(place / f"{number}{file.name}")
+    data = ready(ImageFolderDataModule(tmp_path / "all", image_size=16, resize=20, num_workers=0))
+    transform = Preprocessing((16, 16), data.eval_resize, data.mean, data.std)
+    sample = _sample(data, 5)
+    batches = list(_pictures(data, sample.positions))
+    assert len({batch.shape[1:] for batch in batches}) == 2
+    seen = torch.cat([transform.normalize(transform.crop(batch.permute(0, 3, 1, 2))) for batch in batches])
+    assert torch.equal(seen, sample.images)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pixels", [False, True])
-def test_all_formats_do_what_the_student_does(tmp_path, pixels):
+@pytest.mark.parametrize(("pixels", "any_size"), [(False, True), (True, False), (True, True)])
+def test_all_formats_do_what_the_student_does(tmp_path, pixels, any_size):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     network = digits_run(tmp_path / "run")
     formats = ["safetensors", "onnx", "onnx_int8", "torch_export"]
-    found = export_run(tmp_path / "run", formats, val_images=None, train_images=100, pixels=pixels)
+    found = export_run(tmp_path / "run", formats, val_images=None, train_images=100, pixels=pixels, any_size=any_size)
     assert [file.format for file in found.files] == formats
     assert {file.images for file in found.files} == {360}
     for file in found.files:
