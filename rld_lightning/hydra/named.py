@@ -1,10 +1,11 @@
 """Networks and files of weights that a configuration names and that are not there; Lightning is not asked."""
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from rld_lightning.models.factory import check_name
 from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.read import existing_part
+from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.store import SOURCES, teacher_file
 from rld_lightning.runs.naming import loss_name
 
@@ -23,12 +24,14 @@ def check_named(cfg: DictConfig) -> None:
     model = cfg.get("model") or {}
     student, teacher = model.get("student") or {}, model.get("teacher") or {}
     program = str(cfg.get("weights")).endswith(".onnx")  # which may be called anything
-    for name in (teacher.get("name"), student.get("name"), None if program else cfg.get("name")):
+    files = teacher.get("weights")
+    count = len(files) if isinstance(files, ListConfig) else 1
+    of_teacher = names_of_members(teacher.name, count) if teacher.get("name") is not None else ()
+    for name in (*of_teacher, student.get("name"), None if program else cfg.get("name")):
         if name is not None and (name not in FOREIGN or name == student.get("name")):
             check_name(name)
     for weights in (student.get("weights"), teacher.get("start"), cfg.get("weights")):
         if weights not in (None, "pretrained"):
             existing_part(weights)
-    of_teacher = teacher.get("weights")
-    if isinstance(of_teacher, str) and of_teacher not in SOURCES and loss_name(cfg.loss) != "CE":
-        teacher_file(of_teacher)
+    if isinstance(files, str) and files not in SOURCES and loss_name(cfg.loss) != "CE":
+        teacher_file(files)

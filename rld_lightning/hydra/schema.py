@@ -96,7 +96,7 @@ VALUES: Mapping[str, Kind] = {
     "model.student.weights": TEXT.such_as("a file") | NULL,
     "model.student.channels_last": FLAG,
     "model.teacher": KEYS.such_as("model.teacher.name=resnet56") | NULL,
-    "model.teacher.name": TEXT.such_as("resnet56") | NULL,
+    "model.teacher.name": TEXT.such_as("resnet56, or resnet56+wrn40_2 of an ensemble") | NULL,
     "model.teacher.weights": TEXT.such_as("a file, auto, fit, published or pretrained")
     | list_of(TEXT, "files, whose teachers teach together"),
     "model.teacher.mean_of": words("logits", "probabilities"),

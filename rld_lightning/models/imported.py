@@ -31,7 +31,8 @@ def trust(*names: str | None) -> None:
     Args:
         names: of any network; None is none.
     """
-    _named.update(name for name in names if name is not None and is_from_elsewhere(name))
+    each = (part for name in names if name is not None for part in {name, *name.split("+")})  # of an ensemble
+    _named.update(part for part in each if is_from_elsewhere(part))
 
 
 def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:

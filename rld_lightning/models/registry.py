@@ -1,5 +1,6 @@
 """Where networks of this package, and of a user's own, get their names."""
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -33,10 +34,31 @@ def canonical_name(name: str) -> str:
 
     In registered names upper and lower case, ``-`` and ``_`` make no difference, because files of other code and of
     earlier versions spell them otherwise. Names of the libraries' networks and unknown ones stay as they are; of
-    ``resnet8@wrn_16_2`` each of both is looked at.
+    ``resnet8@wrn_16_2`` and ``resnet8+wrn_16_2`` each of both is looked at.
     """
     spellings = {_plain(known): known for known in REGISTRY}
-    return "@".join(spellings.get(_plain(part), part) for part in name.split("@"))
+    return "".join(spellings.get(_plain(part), part) for part in re.split("([@+])", name))
+
+
+def names_of_members(name: str, count: int) -> tuple[str, ...]:
+    """The networks of a teacher's files: one for all, or one for each, as in ``resnet56+wrn40_2``.
+
+    Args:
+        name: of the teacher.
+        count: how many files it has.
+
+    Raises:
+        ValueError: it names more networks than one, and not as many as there are files.
+    """
+    names = tuple(name.split("+"))
+    if len(names) == 1 or (count == 1 and name.startswith("transformers/")):  # a folder of any name
+        return (name,) * count
+    if len(names) != count:
+        raise ValueError(
+            f"model.teacher.name={name} names {len(names)} networks, and model.teacher.weights {count} file(s): give "
+            "as many files, in that order, such as model.teacher.name=resnet56+wrn40_2 model.teacher.weights=[a,b]."
+        )
+    return names
 
 
 def canonical_label(label: str) -> str:

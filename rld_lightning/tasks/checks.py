@@ -21,6 +21,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.read import Weights
+from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.module import make_schedule
 from rld_lightning.runs.checkpoint import Before
@@ -77,9 +78,11 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
                 f"give {'a file' if role == 'student' else 'a file, published or fit'}."
             )
         # A wrong name should not wait for a download. RegNets compute widths with tensors, which meta ones refuse.
-        if network.name not in FOREIGN:
-            with torch.device("meta"), suppress(NotImplementedError):
-                create_model(network.name)
+        files = len(network.weights) if isinstance(network.weights, tuple) else 1
+        for name in names_of_members(network.name, files):
+            if name not in FOREIGN:
+                with torch.device("meta"), suppress(NotImplementedError):
+                    create_model(name)
 
 
 def check_loss(loss: DistillationLoss, plan: Plan) -> None:

@@ -111,7 +111,9 @@ def networks(run: Run) -> Iterator[Network]:
     student = load_student(run.folder / RUN_WEIGHTS)
     shape, classes = (3, *student.transform.size), len(student.classes)
     teacher = run.config["model"].get("teacher")
-    if run.summary.teacher is not None and teacher:
+    if run.summary.teacher is not None and teacher and isinstance(teacher["weights"], list):
+        print_line("teacher", "made of several networks, which are not measured as one")
+    elif run.summary.teacher is not None and teacher:
         name, weights = str(teacher["name"]), str(teacher["weights"])
         if weights != "pretrained" and not Path(weights).is_file():
             raise FileNotFoundError(f"the teacher's weights are not at {weights}; run from where the run was started.")

@@ -63,8 +63,9 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
     """Role, name, network and the bytes of each."""
     plan, module = finished.plan, finished.module
     if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
-        file = Path(str(plan.teacher.weights))
-        size = file.stat().st_size if file.is_file() else _bytes(module.teacher)
+        weights = plan.teacher.weights
+        files = [Path(file) for file in (weights if isinstance(weights, tuple) else (str(weights),))]
+        size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
         yield "teacher", plan.teacher.name, _Logits(module.teacher), size
     role = "distilled student" if plan.teacher is not None else "student alone"
     files = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}

@@ -37,7 +37,8 @@ class Teacher:
     """The network to learn from: ``model.teacher``.
 
     Attributes:
-        name: for :func:`~rld_lightning.models.create_model`.
+        name: for :func:`~rld_lightning.models.create_model`; of unlike networks all, as
+            :func:`~rld_lightning.models.registry.names_of_members` reads them.
         weights: a file, several for an ensemble, or ``"pretrained"``; or where to look for a file, ``"auto"``,
             ``"fit"`` or ``"published"``.
         published_url: the archive of published teachers.

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs
+from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.logits_table import LogitsTable, table_bytes, table_key
+from rld_lightning.models.look import Relook
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
@@ -201,12 +204,18 @@ def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, traine
 
 
 def _said_by(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule) -> dict[str, Any]:
-    look = teacher.relook
+    members = teacher.model.relooks if isinstance(teacher.model, Ensemble) else ()
     return {
         "classes": data.num_classes,
         "network": canonical_name(planned.name),
-        "look": None if look is None else [look.scale.flatten().tolist(), look.shift.flatten().tolist(), look.size],
+        "look": _plain_look(teacher.relook),
         "exact_logits": teacher.exact_logits,
-        "of several": [planned.mean_of, str(planned.look), str(planned.class_map)],
-        "sha256": planned.sha256 if planned.name in FOREIGN else None,  # whose weights are not seen
+        "of several": [planned.mean_of, str(planned.look), str(planned.class_map), *map(_plain_look, members)],
+        "sha256": planned.sha256 if set(FOREIGN) & set(planned.name.split("+")) else None,  # whose weights are not seen
     }
+
+
+def _plain_look(look: nn.Module | None) -> list[Any] | None:
+    if not isinstance(look, Relook):
+        return None
+    return [look.scale.flatten().tolist(), look.shift.flatten().tolist(), look.size]

@@ -17,7 +17,7 @@ from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.look import Look
 from rld_lightning.models.read import split_part
-from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.registry import canonical_name, names_of_members
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.runs.checkpoint import Before
@@ -173,7 +173,10 @@ def build_teacher(
         ValueError: the weights are another network's, know other classes, or are not those that they have to be.
     """
     files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
-    loaded = [load_network(teacher, file, data, usual) for file in files]
+    names = names_of_members(teacher.name, len(files))
+    loaded = [
+        load_network(replace(teacher, name=name), file, data, usual) for name, file in zip(names, files, strict=True)
+    ]
     first, facts = loaded[0], loaded[0].facts
     sha256 = first.sha256
     if len(loaded) > 1:
@@ -192,7 +195,8 @@ def build_teacher(
     frozen = FrozenTeacher(network, **options, relook=own_look)
     precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
     shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
-    name = teacher.name if len(loaded) == 1 else f"the mean of the {teacher.mean_of} of {len(loaded)} {teacher.name}"
+    kinds = f"{len(names)} {names[0]}" if len(set(names)) == 1 else " and ".join(names)
+    name = names[0] if len(names) == 1 else f"the mean of the {teacher.mean_of} of {kinds}"
     origin = ", ".join(found.origin for found in loaded)
     print_line("teacher", f"{name}, {size}, {precision}, weights {origin}{shares}")
     return frozen, facts, sha256

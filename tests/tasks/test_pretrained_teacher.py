@@ -1,6 +1,7 @@
 """Teachers that do not fit the data are refused in one sentence, and those that know more are taken in part."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers.plans import make_plan
 from torch import nn
 
+from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.look import Look
@@ -106,3 +108,28 @@ def test_a_file_that_knows_more_is_taken_in_part_and_several_teach_together(tmp_
     )
     with torch.no_grad():
         torch.testing.assert_close(plain.network.eval()(images), files[0][0](images)[:, [2, 1]])
+
+
+def test_unlike_networks_teach_together(tmp_path, capsys):
+    names, looks = ("resnet8", "mobilenetv2"), ([0.5] * 3, [0.25] * 3)
+    networks, paths = [], []
+    for name, std in zip(names, looks, strict=True):
+        networks.append(create_model(name, 2).eval())
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+        save_weights(networks[-1], Path(paths[-1]), {"name": name, "mean": [0.5] * 3, "std": std, "num_classes": 2})
+    data = data_of("cat", "dog")
+    teacher = replace(make_plan(tmp_path).teacher, name="resnet8+mobilenet_v2", weights=tuple(paths))
+    frozen, _, _ = build_teacher(teacher, data, LOOK)
+    images = torch.randn(2, 3, 32, 32)
+    pixels = images * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
+    with torch.no_grad():
+        expected = sum(net((pixels - 0.5) / std[0]) for net, std in zip(networks, looks, strict=True)) / 2
+    torch.testing.assert_close(frozen(images)[0], expected, rtol=1e-4, atol=1e-4)
+    said = " ".join(capsys.readouterr().out.split())
+    parameters, macs = (sum(map(count, networks)) / 1e6 for count in (count_parameters, count_macs))
+    assert "the mean of the logits of resnet8 and mobilenet_v2" in said
+    assert f"{parameters:.2f} M parameters, {macs:.1f} M MACs" in said
+    with pytest.raises(ValueError, match="mobilenetv2"):
+        build_teacher(replace(teacher, weights=tuple(reversed(paths))), data, LOOK)
+    with pytest.raises(ValueError, match=r"names 2 networks, and model.teacher.weights 1 file\(s\)"):
+        build_teacher(replace(teacher, weights=paths[0]), data, LOOK)

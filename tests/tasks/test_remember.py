@@ -18,7 +18,9 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.losses import MLKDLoss
 from rld_lightning.losses.features import ATLoss
+from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.logits_table import LogitsTable, round_beside_label
+from rld_lightning.models.look import Look, Relook
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.tasks.cache import cache
 from rld_lightning.tasks.fit import fit
@@ -300,3 +302,23 @@ def test_a_teacher_computes_what_it_does_not_know_and_nothing_else(tmp_path, com
     teacher(images)
     teacher(images, ["fc"], view=view, label=label)
     assert computed == [8, 3, 5, 8, 8]
+
+
+def test_a_table_is_of_all_members_with_their_looks(tmp_path):
+    data = ready(DigitsDataModule(batch_size=100))
+    plan = make_plan(tmp_path)
+    plan = replace(plan, teacher=replace(plan.teacher, name="resnet8+resnet14", cache=True))
+    members, given = [create_model(name, 10) for name in ("resnet8", "resnet14")], Look((0.5,) * 3, (0.5,) * 3)
+
+    def table(*stds):
+        looks = [Relook(given, Look((0.5,) * 3, (std,) * 3)) for std in stds]
+        teacher = FrozenTeacher(Ensemble([deepcopy(member) for member in members], relooks=looks))
+        remember_validation(teacher, plan, data)
+        return teacher.validation_table.path
+
+    first = table(0.25, 0.2)
+    assert table(0.25, 0.2) == first
+    assert len({first, table(0.25, 0.3), table(0.2, 0.25)}) == 3
+    with torch.no_grad():
+        members[1].fc.bias += 1
+    assert table(0.25, 0.2) != first
