@@ -26,7 +26,7 @@ def check_named(cfg: DictConfig) -> None:
     program = str(cfg.get("weights")).endswith(".onnx")  # which may be called anything
     files = teacher.get("weights")
     count = len(files) if isinstance(files, ListConfig) else 1
-    of_teacher = names_of_members(teacher.name, count) if teacher.get("name") is not None else ()
+    of_teacher = names_of_members(teacher["name"], count) if teacher.get("name") is not None else ()
     for name in (*of_teacher, student.get("name"), None if program else cfg.get("name")):
         if name is not None and (name not in FOREIGN or name == student.get("name")):
             check_name(name)

@@ -68,8 +68,8 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
         size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
         yield "teacher", plan.teacher.name, _Logits(module.teacher), size
     role = "distilled student" if plan.teacher is not None else "student alone"
-    files = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}
-    for role, file in files.items():
+    students = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}
+    for role, file in students.items():
         if file.is_file():
             name = finished.summary.model if file.parent == plan.run else plan.student.name
             yield role, name, _read(finished, name, file), file.stat().st_size
