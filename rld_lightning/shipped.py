@@ -1,6 +1,8 @@
-"""Where the folders lie that come with the package: the configuration and the scripts."""
+"""Where the folders lie that come with the package, the configuration and the scripts, and how a script is called."""
 
+import sys
 from pathlib import Path
+from shlex import quote
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -23,3 +25,19 @@ def invocation(script: str) -> list[str]:
     """
     path = Path(script)
     return ["rld-lightning", path.stem] if path.parent == _PACKAGE / "scripts" else ["python", script]
+
+
+def called(name: str) -> str:
+    """How one of the scripts is called from here, for a line that says what to run next.
+
+    Args:
+        name: such as ``predict``.
+
+    Returns:
+        ``rld-lightning predict`` from an installed wheel; in a checkout ``python scripts/predict.py``, with the folder
+        as it was written where one of the scripts is running.
+    """
+    scripts = shipped("scripts")
+    running = Path(sys.argv[0])
+    folder = running.parent if running.resolve().parent == scripts else Path("scripts")
+    return " ".join(["rld-lightning", name] if scripts.parent == _PACKAGE else ["python", quote(f"{folder / name}.py")])

@@ -1,12 +1,15 @@
 """The command ``rld-lightning``: its names, its help, and how it runs a script. From a wheel: test_wheel.py."""
 
+import ast
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from rld_lightning import __main__ as command
+from rld_lightning.shipped import called as called_here
 from rld_lightning.shipped import invocation, shipped
 
 REPOSITORY = Path(__file__).parents[1]
@@ -67,3 +70,30 @@ def test_what_comes_with_the_package_is_inside_it_or_beside_it(monkeypatch, tmp_
     assert shipped("conf") == tmp_path / "package" / "conf"
     assert invocation(str(tmp_path / "package/scripts/fit.py")) == ["rld-lightning", "fit"]
     assert invocation("scripts/fit.py") == ["python", "scripts/fit.py"]
+
+
+def test_what_to_run_next_is_said_as_it_can_be_run_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/pytest"])
+    assert called_here("predict") == "python scripts/predict.py"
+    (tmp_path / "my checkout").symlink_to(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["my checkout/scripts/fit.py"])
+    assert called_here("predict") == "python 'my checkout/scripts/predict.py'"
+    wheel = tmp_path / "package"
+    (wheel / "scripts").mkdir(parents=True)
+    monkeypatch.setattr("rld_lightning.shipped._PACKAGE", wheel)
+    monkeypatch.setattr(sys, "argv", [str(wheel / "scripts" / "fit.py")])
+    assert called_here("predict") == "rld-lightning predict"
+
+
+def test_no_line_says_by_itself_how_a_script_is_called():
+    """An installed wheel has no folder ``scripts`` to call them in: :func:`rld_lightning.shipped.called` knows."""
+    package = REPOSITORY / "rld_lightning"
+    for path in {*package.rglob("*.py")} - {package / "__main__.py", package / "shipped.py"}:
+        if "scripts/" not in path.read_text():
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docs]
+        said = [text for text in texts if isinstance(text, str) and re.search(r"scripts/\w+\.py", text)]
+        assert not said, f"{path}: {said}"

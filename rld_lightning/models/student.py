@@ -136,7 +136,7 @@ def find_weights(path: str | os.PathLike[str]) -> Weights:
         if file.suffix == ".pt2":
             raise WeightsError(
                 f"{file} is a program, and torch.export.load runs whatever is in one; give the export's folder or "
-                "its model.safetensors, which hold the same network, or its model.onnx to scripts/predict.py"
+                "its model.safetensors, which hold the same network, or predict with its model.onnx"
             )
         weights = read_weights(path)
         beside = file.with_name(RUN_WEIGHTS)

@@ -22,7 +22,7 @@ def write_latex(chapters: Sequence[Chapter], path: Path) -> Path:
         chapters: of a report.
         path: the file.
     """
-    head = r"% \usepackage{booktabs} in the preamble. Written by scripts/report.py of rld-lightning." + "\n"
+    head = r"% \usepackage{booktabs} in the preamble. Written by rld-lightning report." + "\n"
     path.write_text(head + "".join(f"\n{_table(chapter)}" for chapter in chapters), encoding="utf-8")
     return path
 

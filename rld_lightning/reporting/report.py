@@ -23,6 +23,7 @@ from rld_lightning.reporting.sweeps import Sweep, split_sweeps
 from rld_lightning.reporting.tables import Section, compare, sections
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP
 from rld_lightning.runs.finished import Found, Run
+from rld_lightning.shipped import called
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
 ROWS_TO_FILTER = 6  # tables with more have a field to filter them by
@@ -165,7 +166,7 @@ def _nothing_finished(folders: Sequence[Path], found: Found) -> str:
         first = found.unfinished[0]
         reason = _reason(first)
         return f"none of the {len(found.unfinished)} runs in {where} is finished; the first is {first}: {reason}."
-    return f"there are no runs in {where}; give folders that scripts/fit.py has written, such as runs/."
+    return f"there are no runs in {where}; give folders that {called('fit')} has written, such as runs/."
 
 
 def _reason(folder: Path) -> str:
@@ -206,7 +207,7 @@ def _command(run: Run) -> str:
         own = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
         if len(own) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in own):
             own.append(f"loss={run.choices.get('loss', run.method)}")  # which the sweep may have chosen
-        return f"python scripts/fit.py {as_command(own)}"
+        return f"{called('fit')} {as_command(own)}"
     above = run.folder.parent
     if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"

@@ -7,6 +7,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
 from rld_lightning.hydra.quoting import as_argument
+from rld_lightning.shipped import called
 from rld_lightning.tasks.finished import Finished
 from rld_lightning.tasks.networks import compare_networks, train_alone
 
@@ -24,7 +25,7 @@ def export_student(finished: Finished) -> None:
         print_line("export", 'without ONNX, which needs pip install "rld-lightning[onnx]"')
     with user_errors():
         export_run(run, formats)
-    print_line("next", f"python scripts/predict.py {as_argument('weights', run)} images=photo.jpg", pasted=True)
+    print_line("next", f"{called('predict')} {as_argument('weights', run)} images=photo.jpg", pasted=True)
 
 
 STEPS: Mapping[str, Callable[[Finished], None]] = {

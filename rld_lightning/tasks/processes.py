@@ -48,6 +48,7 @@ from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST
+from rld_lightning.shipped import shipped
 from rld_lightning.tasks.trainer import make_trainer
 from rld_lightning.warm import Process
 from rld_lightning.warm import poll as _poll
@@ -98,7 +99,8 @@ def processes_to_start(trainer: DictConfig) -> int:
     if probe.num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={probe.num_nodes} has to be started on every node, by torchrun or srun: see "
-            "scripts/slurm/fit.sbatch, or torchrun --nnodes --nproc-per-node scripts/fit.py ... trainer=ddp."
+            f"{shipped('scripts') / 'slurm' / 'fit.sbatch'}, or torchrun --nnodes --nproc-per-node "
+            "-m rld_lightning fit ... trainer=ddp."
         )
     return probe.num_devices if isinstance(probe.strategy.launcher, _SubprocessScriptLauncher) else 1
 

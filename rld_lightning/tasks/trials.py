@@ -21,7 +21,7 @@ from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER
 from rld_lightning.runs.finished import Run, find_runs, read_run
-from rld_lightning.shipped import invocation
+from rld_lightning.shipped import called, invocation
 
 ALONE = "alone"  # folder of the student that was trained by itself
 HELD_OUT = "data.val_fraction"
@@ -156,15 +156,13 @@ def print_networks(folder: Path) -> None:
     console.print("images/s: forward passes of 64 images on this machine", style="dim")
     for run in (*trials, alone):
         print_files(run.folder, {CURVES: f"learning curves, {run.summary.loss}"})
-    for command, what in _NEXT.items():
+    suggested = {
+        f"{called('quickstart')} loss=dkd": f"another loss ({called('fit')} --help lists all)",
+        f"{called('compare')} experiment=quickstart losses=ce,kd,rld seeds=0,1,2": "several, with spread and a report",
+        f"{called('fit')} model=wrn40_2_to_wrn16_2 loss=rld": "a pair of the papers, on CIFAR-100",
+    }
+    for command, what in suggested.items():
         print_line("next", f"{command}  {what}", pasted=True)
-
-
-_NEXT: Mapping[str, str] = {
-    "python scripts/quickstart.py loss=dkd": "another loss (scripts/fit.py --help lists all)",
-    "python scripts/compare.py experiment=quickstart losses=ce,kd,rld seeds=0,1,2": "several, with spread and a report",
-    "python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld": "a pair of the papers, on CIFAR-100",
-}
 
 
 def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:

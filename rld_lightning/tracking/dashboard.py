@@ -99,7 +99,7 @@ def build_dashboard(
     report = wr.Report(
         **where,
         title=_title(pairs, data),
-        description="Written by scripts/dashboard.py, which overwrites it. Our own runs only, no published numbers.",
+        description="Written by rld-lightning dashboard, which overwrites it. Our own runs only, no published numbers.",
         blocks=[wr.TableOfContents(), *(block for chapter in chapters for block in chapter)],
         width="fluid",
     )

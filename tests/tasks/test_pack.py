@@ -62,5 +62,5 @@ def test_mistakes_are_one_sentence(photos, tmp_path, monkeypatch):
         make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'broken'}"))
     assert not (tmp_path / "broken" / "index.json").exists()
     monkeypatch.setitem(__import__("sys").modules, "webdataset.writer", None)
-    with pytest.raises(UserError, match=r"scripts/shards.py needs the package webdataset: pip install 'rld-"):
+    with pytest.raises(UserError, match=r"packing shards needs the package webdataset: pip install 'rld-"):
         make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'without'}"))

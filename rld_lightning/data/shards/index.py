@@ -17,6 +17,7 @@ from torch import Tensor
 from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
 from rld_lightning.data.shards.samples import Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
+from rld_lightning.shipped import called
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"
@@ -75,13 +76,13 @@ class ShardIndex:
             ValueError: the files are not an index, or not of one another.
         """
         path = join(root, INDEX_FILE)
-        again = "make it again with scripts/shards.py"
+        again = f"make it again with {called('shards')}"
         try:
             content = read_bytes(path, options)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{path} is not there: set root to a folder or an address of shards with their index, which "
-                "scripts/shards.py makes from a folder of images or from shards."
+                f"{called('shards')} makes from a folder of images or from shards."
             ) from error
         try:
             described = json.loads(content)

@@ -20,7 +20,7 @@ from rld_lightning.data.shards.remote import join, local_path, open_store, store
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
 
-NEEDS_WEBDATASET = "scripts/shards.py needs the package webdataset: pip install 'rld-lightning[shards]'."
+NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in random order, and in the same one whatever the seed of a run.
 ORDER_SEED = 0
 MOST_CLASS_BYTES = 100
