@@ -56,7 +56,9 @@ if __name__ == "__main__":
     commands.add_parser(
         "cache", help="compute its logits of all views of the training images ahead, for fit.py with the same options"
     )
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
+    if more and (options.what != "verify" or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     with exit_on_user_error():
         from rld_lightning.models.store import PUBLISHED_URL, TeacherStore
         from rld_lightning.tasks import teachers
@@ -67,5 +69,6 @@ if __name__ == "__main__":
         elif options.what == "fetch":
             teachers.fetch_teachers(store, options.url or PUBLISHED_URL)
         else:
-            settings = [word for word in options.words if "=" in word]
-            teachers.verify_teachers(store, [word for word in options.words if word not in settings], settings)
+            words = [*options.words, *more]  # argparse takes none that stand behind --root
+            settings = [word for word in words if "=" in word]
+            teachers.verify_teachers(store, [word for word in words if word not in settings], settings)

@@ -1,6 +1,7 @@
 """The store of teachers as a user sees it: listed, filled, and measured against what is published."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,31 @@ def test_teachers_are_measured_and_one_that_is_off_is_told(store, capsys):
     assert "nothing to compare with" in capsys.readouterr().out
     written = json.loads((store.root.parent / "runs/verify/digits/resnet8/evaluation.json").read_text())
     assert written["top1"] == top1
+
+
+@pytest.mark.parametrize("off", [0.05, 5.0])
+def test_verify_compares_published_teachers_with_what_is_published(store, monkeypatch, capsys, off):
+    """And not with what a file says about itself; the exit code tells."""
+    torch.manual_seed(0)
+    facts = {"num_classes": 10, "source": "published", "top1": 99.0}
+    weights = store.save(create_model("resnet8", 10), "digits", "resnet8", facts)
+    top1 = measured(store, "resnet8")
+    monkeypatch.setattr("rld_lightning.models.published.PUBLISHED_DATASET", "digits")
+    monkeypatch.setitem(PUBLISHED, "resnet8", top1 + off)
+    monkeypatch.setattr(sys, "argv", ["teachers.py", "verify", "resnet8", "--root", str(store.root), *SMALL])
+    capsys.readouterr()
+    if off < teachers.TOLERANCE:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    else:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert ended.value.code == 2
+    output = capsys.readouterr().out
+    (row,) = (line for line in output.splitlines() if "digits/resnet8" in line and "│" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:4] == ["digits/resnet8", f"{top1:.2f}", f"{top1 + off:.2f}", f"{-off:.2f}"]
+    wrong = "error: " + f"{weights} is -5.00 points off what it should be"
+    assert (cells[4] == "as it should be") == (off < teachers.TOLERANCE) == (wrong not in output)
 
 
 @pytest.mark.slow
