@@ -361,6 +361,9 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
         model.log = lambda *_, **__: None
         outputs = model.training_step(batch, 0)
         student, teacher = outputs["student_logits"], outputs.get("teacher_logits")
+        if teacher is not None:  # has seen what the student has
+            torch.testing.assert_close(student, model.student(batch.images))
+            torch.testing.assert_close(teacher, model.teacher(batch.images)[0])
         terms = outputs["terms"]
         torch.testing.assert_close(terms["ce"], loss.ce_weight * nn.functional.cross_entropy(student, soft))
         first, second = (loss(student, teacher, label) for label in (batch.label, batch.other.label))

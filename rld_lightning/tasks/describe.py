@@ -21,6 +21,9 @@ def describe_run(
     """Prints one line for each part of the run that has not had its own yet."""
     print_line("student", f"{module.hparams['student']}, {describe_size(module.student, data.image_shape)}")
     print_line("loss", module.loss.describe())
+    if data.mix:
+        how = " ".join(f"data.{name}={a:g}" for name in ("mixup", "cutmix") if (a := getattr(data.mix, name)))
+        print_line("mixed", f"{how}: of two images and labels each; train top-1 is of the label with the larger share")
     own, recipe = module.loss.own_recipe, choice("recipe", _root_=cfg)
     if own and recipe == "cifar240":
         print_line("recipe", f"{recipe}; the public code of {plan.loss} trains otherwise, as recipe={own} does")
