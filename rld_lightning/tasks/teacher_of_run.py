@@ -1,5 +1,6 @@
 """The teacher of a run: where its weights are, how it is trained first, and the frozen network that it makes."""
 
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -118,9 +119,11 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
     """
     name = cfg.model.teacher.name
     try:
-        return run_once(alone(cfg, name, cfg.model.teacher.get("start"), folder), fit, name="teacher")
+        summary = run_once(alone(cfg, name, cfg.model.teacher.get("start"), folder), fit, name="teacher")
     except UserError as error:
         raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
+    gc.collect()  # its network, optimizer and data lie in reference cycles: on the device, while the student trains
+    return summary
 
 
 def is_for_others(data: ImageDataModule, start: str | None) -> bool:

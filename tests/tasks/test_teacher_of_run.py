@@ -1,9 +1,12 @@
 """Where a run's teacher is, and what a folder that it goes on from may say about that."""
 
+import gc
 import hashlib
+import weakref
 from dataclasses import replace
 
 import pytest
+from helpers.configs import compose
 from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
@@ -12,6 +15,8 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.look import Look
 from rld_lightning.models.save import save_weights
 from rld_lightning.runs.checkpoint import Before
+from rld_lightning.tasks.build import build_module
+from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher_of_run import _teacher_before, build_teacher, find_teacher
 
 USUAL = Look((0.5,) * 3, (0.5,) * 3)
@@ -95,3 +100,29 @@ def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
     gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
     with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone or damaged: bring it back"):
         find_teacher(wanted, "digits", store, "last.ckpt", gone)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_trained_first_is_gone_when_its_student_is_made(tmp_path, monkeypatch, capsys):
+    """And both train on mixtures of images, which is said."""
+    students, left = [], []
+
+    def build(*args):
+        left.extend(student() is not None for student in students)
+        module = build_module(*args)
+        students.append(weakref.ref(module.student))
+        return module
+
+    monkeypatch.setattr("rld_lightning.tasks.fit.build_module", build)
+    networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=wrn16_1", "model.teacher.weights=fit")
+    short = ("recipe=patient", "recipe.epochs=1", "trainer.max_steps=1", "data.subset=0.1", "trainer=cpu")
+    paths = (f"paths.run={tmp_path / 'run'}", f"paths.teachers={tmp_path / 'teachers'}")
+    cfg = compose("data=digits", "loss=rld", *networks, *short, *paths, resolve=False)
+    gc.disable()  # which would clear up by itself at some time
+    try:
+        summary = fit(cfg)
+    finally:
+        gc.enable()
+    assert left == [False]
+    assert (summary.model, summary.teacher) == ("wrn16_1", "resnet8")
+    assert capsys.readouterr().out.count("mixed  data.mixup=1: of two images and labels each") == 2
