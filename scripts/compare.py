@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="more configurations, of your own")
     with exit_on_user_error():
         # The sweep says itself that it is one, but Hydra cannot read that where something else is wrong.
-        given = parser.parse_args()
+        given = parser.parse_intermixed_args()  # options may stand between them
         more = ["--config-dir", given.config_dir] if given.config_dir else []
         sys.argv[1:] = ["--multirun", *more, *map(translated, given.options)]
     run_task(main, "fit", "sweep=compare")

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--figures", nargs="+", default=[], choices=("pdf", "svg"), help="write figures in these formats beside PNG"
     )
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # options may stand between folders
     out = options.out or options.folders[0] / "report"
     with exit_on_user_error():
         from rld_lightning.console import print_line  # --help waits for none of these

@@ -463,7 +463,7 @@ def test_nothing_to_report_is_one_sentence(tmp_path, prepare, words):
 
 
 def test_the_script_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nowhere")])
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--latex", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPOSITORY / "scripts" / "report.py"), run_name="__main__")
     assert stop.value.code == 2

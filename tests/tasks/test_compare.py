@@ -186,7 +186,7 @@ def test_the_script_says_in_other_words_what_is_swept(translated):
 
 
 def test_the_script_ends_on_a_mistake(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare.py", "losses=ce,ce"])
+    monkeypatch.setattr(sys, "argv", ["compare.py", "seeds=0", "--config-dir", "conf", "losses=ce,ce"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert "error: losses=ce,ce is not a list" in capsys.readouterr().out
