@@ -1,10 +1,7 @@
 """What an epoch costs beside its steps: validation, metrics, files. ``fit.py`` itself runs, with few steps an epoch."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rld_lightning.bench.jobs import SCRIPT
+from rld_lightning.bench.jobs import run_fit
 from rld_lightning.bench.steps import machine
 from rld_lightning.console import console, print_table
 from rld_lightning.models.factory import create_model
@@ -85,19 +82,13 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
         weights, found = Path(folder) / "teacher.safetensors", Path(folder) / "times.json"
         torch.manual_seed(0)
         save_weights(create_model(teacher, 100), weights, {"name": teacher, "num_classes": 100})
-        command = [
-            sys.executable, str(SCRIPT), "data=cifar100", f"data.root={root}", f"data.batch_size={batch}", "model=pair",
+        run_fit([
+            "data=cifar100", f"data.root={root}", f"data.batch_size={batch}", "model=pair",
             f"model.teacher.name={teacher}", f"model.student.name={student}", f"model.teacher.weights={weights}",
             "loss=rld", f"recipe.epochs={epochs}", f"trainer.limit_train_batches={_STEPS}",
             f"hydra.run.dir={folder}/run", f"paths.teachers={folder}",
             f"+callbacks.times={{_target_: rld_lightning.bench.epochs.EpochTimes, path: {found}}}",
-        ]  # fmt: skip
-        path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-        result = subprocess.run(
-            command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-        )
-        if result.returncode:
-            raise RuntimeError(f"fit.py failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        ])  # fmt: skip
         times = json.loads(found.read_text())
     steps = -(-50_000 // batch) * statistics.median(times["steps"])
     rows: list[tuple[str, float, float | None]] = [("steps", steps, None)]

@@ -229,6 +229,18 @@ def environment() -> dict[str, str]:
     }
 
 
+def run_fit(overrides: Sequence[str]) -> None:
+    """Has ``fit.py`` run to its end, in silence.
+
+    Raises:
+        RuntimeError: it failed; with its last words.
+    """
+    command = [sys.executable, str(SCRIPT), *overrides]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
+    if result.returncode:
+        raise RuntimeError(f"fit.py failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+
+
 def _plain(job: Job, folder: Path) -> list[str]:
     options = {**asdict(job), "times": folder / "times"}
     return [sys.executable, "-m", "rld_lightning.bench.plain", *(f"--{key}={value}" for key, value in options.items())]

@@ -3,8 +3,6 @@
 import json
 import logging
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from rld_lightning.bench.jobs import SCRIPT, environment
+from rld_lightning.bench.jobs import run_fit
 from rld_lightning.bench.steps import machine
 from rld_lightning.console import console, print_table
 
@@ -157,15 +155,12 @@ def _lightning(device: torch.device) -> StepClock:
 def _fit(device: torch.device) -> StepClock:
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times.json"
-        command = [
-            sys.executable, str(SCRIPT), "data=digits", f"data.batch_size={_BATCH}", "loss=ce", "recipe=quick",
+        run_fit([
+            "data=digits", f"data.batch_size={_BATCH}", "loss=ce", "recipe=quick",
             f"model.student.name={__name__}:{one_layer.__name__}", "recipe.epochs=1", "trainer.precision=bf16-mixed",
             f"trainer.accelerator={'gpu' if device.type == 'cuda' else device.type}", f"hydra.run.dir={folder}/run",
             f"+callbacks.clock={{_target_: {__name__}.{StepClock.__name__}, path: {times}}}",
-        ]  # fmt: skip
-        result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
-        if result.returncode:
-            raise RuntimeError(f"fit.py failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        ])  # fmt: skip
         clock = StepClock()
         clock.cpu, clock.wall = json.loads(times.read_text())
     return clock
