@@ -121,6 +121,7 @@ class Collecting:
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_no_worker_outlives_a_training(folder, fails):
+    before = multiprocessing.active_children()  # of loaders of other tests, which await the garbage collector
     runner = trainer(max_steps=1, limit_val_batches=0)  # of three
     if fails:
         with pytest.raises(KeyError):
@@ -132,7 +133,7 @@ def test_no_worker_outlives_a_training(folder, fails):
     loaders = list(folder._loaders)
     assert loaders  # the trainer is alive, and with it they are
     assert all(loader._workers._iterator is None for loader in loaders)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_a_worker_leaves_what_it_was_forked_with_alone(folder, tmp_path):
