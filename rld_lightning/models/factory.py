@@ -18,8 +18,10 @@ from rld_lightning.models.libraries import (
     torchvision_names,
     transformers_model,
 )
+from rld_lightning.models.own_size import at_size, split_size
 from rld_lightning.models.stages import classifier_of
 
+_GRAFTED = re.compile(r"([^@]*(?:@\d+)?)@(.*)")  # the student's name may have a size, and so may the teacher's
 _LIBRARIES = {"torchvision": (torchvision_names, torchvision_model), "timm": (timm_names, timm_model)}
 
 
@@ -33,7 +35,8 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         name: a registered name (``"wrn40_2"``, also as ``"wrn_40_2"``, see
             :func:`~rld_lightning.models.registry.canonical_name`), ``"torchvision/resnet34"`` or
             ``"timm/vit_tiny_patch16_224"``; or two of them, ``"resnet8@resnet32x4"``: the first, to be ended in the
-            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`. Also
+            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`. With a number of
+            pixels behind it, ``"timm/resnet18@224"``, a network resizes images to that many a side first. Also
             ``"my_package.module:build"`` and ``"transformers/<model>"``, if the user has named them, see
             :func:`~rld_lightning.models.imported.trust`.
         num_classes: number of logits, at least 2.
@@ -50,12 +53,14 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier needs at least 2.")
+    plain, side = split_size(name)
+    if side is not None:
+        return at_size(create_model(plain, num_classes, **kwargs), side)
     if is_from_elsewhere(name):
         return _from_elsewhere(name, num_classes, **kwargs)
     name = registry.canonical_name(name)
-    student, at, teacher = name.partition("@")
-    if at:
-        return _grafted_model(student, teacher, num_classes, **kwargs)
+    if (grafted := _GRAFTED.fullmatch(name)) is not None:
+        return _grafted_model(*grafted.groups(), num_classes, **kwargs)
     check_name(name)
     library, _, plain = name.partition("/")
     if library in _LIBRARIES:
@@ -70,14 +75,14 @@ def check_name(name: str) -> None:
         ValueError: an unknown name.
         ImportError: a ``timm/`` name without timm.
     """
+    name, _ = split_size(name)
     if is_from_elsewhere(name):
         return
     name = registry.canonical_name(name)
-    student, at, teacher = name.partition("@")
     library, slash, plain = name.partition("/")
-    if at:
-        check_name(student)
-        check_name(teacher)
+    if (grafted := _GRAFTED.fullmatch(name)) is not None:
+        for part in grafted.groups():
+            check_name(part)
     elif slash and library in _LIBRARIES:
         if plain not in _LIBRARIES[library][0]():
             raise ValueError(_unknown(name, list_models(f"{library}/*")))

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rld_lightning.errors import did_you_mean, first_line
+from rld_lightning.models.own_size import split_size
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _HUB = "transformers/"
@@ -32,7 +33,7 @@ def trust(*names: str | None) -> None:
         names: of any network; None is none.
     """
     each = (part for name in names if name is not None for part in {name, *name.split("+")})  # of an ensemble
-    _named.update(part for part in each if is_from_elsewhere(part))
+    _named.update(plain for part in each for plain in {part, split_size(part)[0]} if is_from_elsewhere(plain))
 
 
 def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:

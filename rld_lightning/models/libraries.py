@@ -13,6 +13,7 @@ from torch import nn
 from rld_lightning.errors import first_line
 from rld_lightning.models import huggingface
 from rld_lightning.models.huggingface import transformers_classes, transformers_input
+from rld_lightning.models.own_size import split_size
 
 # Whose errors are those of a network.
 _CLIENTS = {"huggingface_hub", "httpx", "requests", "urllib3"}
@@ -65,6 +66,7 @@ def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], in
         mean and standard deviation of each channel that images are normalised with, and the side of the images; None
         for other networks, and where the library does not say.
     """
+    name, _ = split_size(name)
     library, _, plain = name.partition("/")
     if library == "torchvision":
         weights = _published_weights(plain)
@@ -86,6 +88,7 @@ def published_classes(name: str) -> list[str] | None:
     Args:
         name: as in :func:`published_input`.
     """
+    name, _ = split_size(name)
     library, _, plain = name.partition("/")
     if library == "torchvision":
         return list(_published_weights(plain).meta["categories"])

@@ -8,6 +8,7 @@ from pathlib import PurePath
 import yaml
 
 from rld_lightning.models.complexity import count_macs, count_parameters
+from rld_lightning.models.own_size import split_size
 from rld_lightning.models.student import HUB_WEIGHTS, Student
 from rld_lightning.reporting.trio import read_networks, table_of
 from rld_lightning.runs.finished import Run
@@ -208,12 +209,14 @@ def hub_config(student: Student) -> dict[str, object]:
     """``config.json`` as timm reads it, with our own part beside it.
 
     ``architecture`` is timm's name of a ``timm/`` network; other networks have theirs under ``rld_lightning`` alone, so
-    that timm does not take them for one of its own.
+    that timm does not take them for one of its own. A network that sees images in a size of its own is given them in
+    that size by timm, which makes them of the picture straight.
     """
-    look, library = student.transform, student.name.partition("/")
+    plain, side = split_size(student.name)
+    look, library = student.transform, plain.partition("/")
     shared: dict[str, object] = {
         "num_classes": len(student.classes),
-        "input_size": [3, *look.size],
+        "input_size": [3, *(look.size if side is None else (side, side))],
         "interpolation": look.interpolation,
         "crop_pct": min(look.size) / look.resize,
         "crop_mode": "center",

@@ -20,6 +20,7 @@ from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.foreign import FOREIGN
+from rld_lightning.models.libraries import published_input
 from rld_lightning.models.read import Weights
 from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.taps import evaluation_mode
@@ -186,6 +187,7 @@ def check_network(
         ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
     """
     num_classes = data.num_classes if num_classes is None else num_classes
+    own = "" if network is not None or other_sizes else _at_its_size(name)
     network = create_model(name, num_classes) if network is None else network
     image_shape = data.image_shape if image_size is None else (3, *image_size)
     shape = "x".join(map(str, image_shape))
@@ -193,7 +195,7 @@ def check_network(
         with evaluation_mode(network), torch.no_grad():
             logits = network(torch.zeros(2, *image_shape))
     except Exception as error:  # each library refuses images in its own way
-        size = "another size with data.image_size=, or " if other_sizes else ""
+        size = "another size with data.image_size=, or " if other_sizes else own
         raise ValueError(
             f"{name} cannot take images of {shape} ({first_line(error)}); choose {size}another model."
         ) from error
@@ -202,6 +204,12 @@ def check_network(
         raise ValueError(
             f"{name} makes {found} of two images of {shape}, not logits {(2, num_classes)}; choose another model."
         )
+
+
+def _at_its_size(name: str) -> str:
+    """A way out for a network that its library has published for images of another size."""
+    published = published_input(name) if name.startswith(("torchvision/", "timm/")) and "@" not in name else None
+    return "" if published is None else f"{name}@{published[2]}, which resizes them itself, or "
 
 
 def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None:

@@ -8,6 +8,7 @@ from rld_lightning.models.classes import order_of, reorder_classes
 from rld_lightning.models.facts import WeightsFacts, facts_of
 from rld_lightning.models.libraries import published_input
 from rld_lightning.models.look import Look, published_look, trained_look
+from rld_lightning.models.own_size import split_size
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.tasks.checks import check_classes, first_other
@@ -28,6 +29,8 @@ def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look
         what the data were normalised with before.
     """
     usual = Look(tuple(data.mean), tuple(data.std))
+    if (side := split_size(student.name)[1]) is not None:
+        print_line("student", "sees images of {0}x{0}, made of those of {1}x{2}".format(side, *data.image_shape[1:]))
     if student.weights == "pretrained":
         wanted = published_look(student.name)
     elif student.weights is not None:
@@ -79,7 +82,7 @@ def teacher_size(teacher: Teacher, facts: WeightsFacts, data: ImageDataModule, *
         pretrained: whether its weights are its library's.
     """
     given = data.image_shape[1:]
-    if teacher.image_size is None:
+    if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself
         return given
     if teacher.image_size != "auto":
         return int(teacher.image_size), int(teacher.image_size)
