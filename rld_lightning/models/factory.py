@@ -60,7 +60,7 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         return _from_elsewhere(name, num_classes, **kwargs)
     name = registry.canonical_name(name)
     if (grafted := _GRAFTED.fullmatch(name)) is not None:
-        return _grafted_model(*grafted.groups(), num_classes, **kwargs)
+        return _grafted_model(grafted[1], grafted[2], num_classes, **kwargs)
     check_name(name)
     library, _, plain = name.partition("/")
     if library in _LIBRARIES:
