@@ -111,7 +111,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_ended(tmp_path, monkeypatch)
         )
         with pytest.raises(FileNotFoundError, match=message):
             fetch(url, tmp_path / "x", "0" * 32)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60  # and not for ever
     assert 0 < (tmp_path / "x.part").stat().st_size < 100  # which the next call continues
 
 
@@ -171,4 +171,4 @@ def test_a_server_that_sends_what_is_no_content_byte_by_byte_is_ended(tmp_path, 
         start = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"failed: the server has sent nothing of use for \d s, run again"):
             fetch(url, tmp_path / "x", "0" * 32)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60  # and not for ever

@@ -97,6 +97,7 @@ class FeatureTester:
             several = isinstance(tensors[field], list)
             case.assert_gradient(field, [gradients.pop(0) for _ in tensors[field]] if several else gradients.pop(0))
 
+    @pytest.mark.thinned(3)
     def test_every_parameter_of_student_and_loss_learns(self, pair):
         teacher, student = self.networks(*pair)
         loss = self.connected(teacher, student)

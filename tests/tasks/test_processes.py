@@ -154,7 +154,7 @@ def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch
             time.sleep(0.01)
         start = time.monotonic()
         launching._interrupt(processes)
-        assert 1 <= time.monotonic() - start < 5
+        assert 1 <= time.monotonic() - start < 60
     assert (tmp_path / "result").exists()
     assert [process.returncode for process in processes] == [0, -9]
 
