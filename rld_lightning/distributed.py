@@ -8,6 +8,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -29,6 +30,7 @@ __all__ = [
     "Started",
     "Stopped",
     "devices_per_node",
+    "end_with",
     "gathered",
     "is_first",
     "leave",
@@ -262,3 +264,18 @@ def leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process and its data loaders within a second when its parent is gone, killed for example.
+
+    Args:
+        parent: the parent's number.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()

@@ -26,7 +26,7 @@ from rld_lightning.metrics import EpochMeans, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
-from rld_lightning.schedule import remember_first_rates, rescale
+from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
 from rld_lightning.watching import callbacks_of
 
 
@@ -427,19 +427,6 @@ def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share:
     look at the label, the terms themselves; of any other one, the mean over a label drawn in this proportion.
     """
     return {name: share * term + (1 - share) * other[name] for name, term in terms.items()}
-
-
-def make_schedule(make: Callable[..., LRScheduler], optimizer: Optimizer, steps: Callable[[], int]) -> LRScheduler:
-    """A schedule for an optimizer; one that takes ``total_steps`` and has none is given the run's.
-
-    Args:
-        make: called with the optimizer.
-        optimizer: whose rates it changes.
-        steps: of the whole run; asked where it is needed, because counting them sets up the data.
-    """
-    parameters = inspect.signature(make).parameters
-    wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
-    return make(optimizer, **({"total_steps": steps()} if wants_steps else {}))
 
 
 def share_of_step(sizes: Sequence[int], batch_idx: int, every: int) -> float:

@@ -1,6 +1,7 @@
 """The learning rate: schedules that PyTorch has only in parts, and another rate for a run that goes on."""
 
+from rld_lightning.schedule.make import make_schedule
 from rld_lightning.schedule.rescale import remember_first_rates, rescale
 from rld_lightning.schedule.warmup import WarmupCosine, WarmupMultiStep
 
-__all__ = ["WarmupCosine", "WarmupMultiStep", "remember_first_rates", "rescale"]
+__all__ = ["WarmupCosine", "WarmupMultiStep", "make_schedule", "remember_first_rates", "rescale"]

@@ -24,8 +24,8 @@ from rld_lightning.models.libraries import published_input
 from rld_lightning.models.read import Weights
 from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.taps import evaluation_mode
-from rld_lightning.module import make_schedule
 from rld_lightning.runs.checkpoint import Before
+from rld_lightning.schedule import make_schedule
 from rld_lightning.tasks.plan import Plan, Student, Teacher
 from rld_lightning.tasks.resume import check_folder, check_resume
 

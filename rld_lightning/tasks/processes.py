@@ -36,6 +36,7 @@ from rld_lightning.distributed import (
     GRACE,
     JOB,
     Stopped,
+    end_with,
     leave,
     look_for_rank,
     signals_end,
@@ -325,5 +326,5 @@ def _rank(task: str, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    warm.end_with(int(sys.argv[3]))
+    end_with(int(sys.argv[3]))
     sys.exit(main(sys.argv[1:]))
