@@ -55,9 +55,7 @@ class Divergence(Callback):
         self.looked = 0  # the step after which the weights were looked at: they change in no other way
         self.recent: deque[_Recent] = deque(maxlen=every + 1)
         self.told = -1  # the epoch whose spike was said
-        self.rows: list[
-            Tensor
-        ] = []  # what was seen of each step since the last reading: its loss, then as in `_Values`
+        self.rows: list[Tensor] = []  # of each step since the last reading: its loss, then as in `_Values`
         self.usual: tuple[float, float] | None = None  # mean of the latest losses, and the first
 
     def on_train_batch_end(
