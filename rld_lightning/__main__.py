@@ -3,10 +3,12 @@
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 
 import ast
+import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +17,11 @@ from rld_lightning.errors import did_you_mean
 from rld_lightning.shipped import shipped
 
 PROGRAM = "rld-lightning"
+_HELP = {"-h", "--help"}
 _COMPLETION = "-sc"  # as in Hydra's scripts
 _CONFIG_DIR = re.compile(r"(-cd|--config-dir)[ =](\S+) ")
 _ENDING = f"""
+  {PROGRAM} fit experiment=folder data.root=/photos   from a folder of photographs to a small model
   {PROGRAM} COMMAND --help               what it takes
   {PROGRAM} fit --config-dir FOLDER ...  your own configurations on top: FOLDER/model/mine.yaml is model=mine
   eval "$({PROGRAM} -sc install=bash)"   completes commands and options at the tab key
@@ -35,12 +39,13 @@ def main() -> None:
     if words and words[0] in scripts:
         _see_own_modules()
         path = scripts[words[0]]
-        run_script(path, str(path), words[1:])  # by its path it can be started again, for another process
+        with _said_as_called(scripts) if _HELP & {*words} else nullcontext():
+            run_script(path, str(path), words[1:])  # by its path it can be started again, for another process
     elif words[:1] == [_COMPLETION]:
         _complete(scripts, words)
     elif words in (["-V"], ["--version"]):
         print(PROGRAM, __version__)
-    elif not words or words[0] in ("-h", "--help"):
+    elif not words or words[0] in _HELP:
         print(f"usage: {PROGRAM} COMMAND ...\n")
         for name, path in scripts.items():
             print(f"  {name:12}{_summary(path)}")
@@ -68,6 +73,18 @@ def run_script(path: Path, called: str, arguments: Sequence[str]) -> None:
     sys.modules["__main__"] = module
     sys.argv = [called, *arguments]
     exec(compile(path.read_bytes(), path, "exec"), vars(module))
+
+
+@contextmanager
+def _said_as_called(scripts: Iterable[str]) -> Iterator[None]:
+    """Has a script's help, which is that of a checkout, name the commands of an installed wheel."""
+    held = io.StringIO()
+    try:
+        with redirect_stdout(held):
+            yield
+    finally:
+        named = rf"(?:python\s+)?(?:[^\s`]*/)?\b({'|'.join(scripts)})\.py\b"
+        print(re.sub(named, rf"{PROGRAM} \1", held.getvalue()), end="")
 
 
 def _see_own_modules() -> None:

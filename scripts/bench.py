@@ -1,12 +1,16 @@
-"""Measure by ratio: `fit` (jobs), `epoch`, `startup`, `overhead`, `step`, `losses`, `loss`, `data` (JPEGs)."""
+"""Measure how fast this is, by ratio to a plain loop: `fit` (jobs), `step`, `losses`, `data` (JPEGs) and others."""
 
 import argparse
 from pathlib import Path
 
+from rld_lightning.shipped import called
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("bench"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, by turns")
     what = parser.add_subparsers(dest="what", required=True)
     fit = what.add_parser("fit", help="fit.py with all that it does, against what public distillation code does")
     fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits"))

@@ -1,4 +1,4 @@
-"""Compare losses on a pair, from nothing to a report. What is there already is not repeated: the same command goes on.
+r"""Compare losses on a pair, from nothing to a report. What is there already is not repeated: the same command goes on.
 
 python scripts/compare.py model=wrn40_2_to_wrn16_2 losses=ce,kd,dkd,rld seeds=0,1,2
 python scripts/compare.py model=pair model.teacher.name=resnet20 model.student.name=resnet8 model.teacher.weights=fit \
@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from rld_lightning.hydra.quoting import for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, run_task
+from rld_lightning.shipped import called
 
 SWEPT = {"losses": "loss", "seeds": "seed"}
 NOT_FOR_ALL = r"[+~]*((loss|seed|sweep|resume)=|loss@|hydra\.sweep(?!\.dir=))"  # runs of a comparison differ in it
@@ -56,7 +57,9 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "options",
         nargs="*",

@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 
 from rld_lightning.hydra.script import exit_on_user_error
+from rld_lightning.shipped import called
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
+        prog=called("dashboard"),
         description=__doc__,
         epilog="Run again, it overwrites what it has saved before, edits made in the browser included: a view is found "
         "by its internal name, the report by its title. Copies under other names are left alone.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.script import exit_on_user_error, run_task
+from rld_lightning.shipped import called
 
 GIVEN = list(sys.argv)
 
@@ -41,7 +42,9 @@ if __name__ == "__main__":
         else:
             run_task(main, "fit", "loss=ce")
         sys.exit()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("teachers"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="accuracy, checksum and source of each teacher")
     fetch = commands.add_parser("fetch", help="download the published teachers of CIFAR-100 that are missing")

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from rld_lightning.hydra import options
-from rld_lightning.hydra.compose import expand_combined_loss
+from rld_lightning.hydra.compose import expand_combined_loss, with_own_folder
 from rld_lightning.hydra.options import register_options
 from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_loss, registry
 from rld_lightning.models import list_models
@@ -101,6 +101,12 @@ def test_losses_combine_in_a_list():
     assert (loss.losses["rld_ls"].logit_standardization, loss.losses["at"].weight) == (True, 10)
     assert loss_name(cfg.loss) == "rld_ls+at"
     assert expand_combined_loss(["seed=1", "loss=rld"]) == ["seed=1", "loss=rld"]
+
+
+def test_a_folder_that_is_named_is_the_one_that_hydra_makes():
+    assert with_own_folder(["seed=1", "paths.run=x/paths.run=y"]) == ["seed=1", "hydra.run.dir=x/paths.run=y"]
+    for left in (["-m", "paths.run=x"], ["paths.run=x", "hydra.run.dir=y"], ["paths.runs=x"]):
+        assert with_own_folder(left) == left
 
 
 @pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], []])

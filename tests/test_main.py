@@ -50,10 +50,25 @@ def test_a_script_runs_as_by_python_and_sees_modules_of_the_current_folder_last(
     script.write_text("if __name__ == '__main__':\n    import sys\n    print(__file__, sys.argv, __spec__)\n")
     monkeypatch.setattr(command, "shipped", tmp_path.joinpath)
     monkeypatch.chdir(tmp_path)
-    called("mine", "--help")
-    assert capsys.readouterr().out.strip() == f"{script} {[str(script), '--help']} None"
+    called("mine", "--flag")
+    assert capsys.readouterr().out.strip() == f"{script} {[str(script), '--flag']} None"
     assert sys.path[-1] == str(tmp_path)
     assert os.environ["PYTHONPATH"] == f"/elsewhere{os.pathsep}{tmp_path}"
+
+
+def test_help_names_the_command_that_was_called(called, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "scripts" / "mine.py"
+    script.parent.mkdir()
+    script.write_text(
+        'print("usage: python /my-place/scripts/mine.py; `python\\nscripts/mine.py`, what mine.py takes, a/b.py")'
+    )
+    monkeypatch.setattr(command, "shipped", tmp_path.joinpath)
+    monkeypatch.chdir(tmp_path)
+    called("mine", "-h")
+    ours = "rld-lightning mine"
+    assert capsys.readouterr().out == f"usage: {ours}; `{ours}`, what {ours} takes, a/b.py\n"
+    called("mine", "run=x")
+    assert "python /my-place/scripts/mine.py" in capsys.readouterr().out
 
 
 def test_completion_offers_commands_and_leaves_scripts_that_are_not_hydras_to_the_shell(called, monkeypatch, capsys):

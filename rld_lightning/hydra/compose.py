@@ -49,6 +49,13 @@ def expand_combined_loss(arguments: list[str]) -> list[str]:
     return in_front(expanded, ["loss=combined" if argument in lists else argument for argument in arguments])
 
 
+def with_own_folder(arguments: Sequence[str]) -> list[str]:
+    """Has Hydra make the folder that ``paths.run=`` names, and no empty one beside it. A sweep has a folder a run."""
+    if {"-m", "--multirun"} & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
+        return list(arguments)
+    return [re.sub("^paths.run=", "hydra.run.dir=", argument) for argument in arguments]
+
+
 def in_front(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Puts overrides before those on a command line, but behind its flags, which must not stand between overrides."""
     is_override = ["=" in argument and not argument.startswith("-") for argument in arguments]

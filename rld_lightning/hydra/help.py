@@ -1,5 +1,6 @@
-"""What ``--help`` says about the options: those of a script's groups, networks and losses by family."""
+"""What ``--help`` says about the options: a script's values, those of its groups, networks and losses by family."""
 
+import re
 import textwrap
 from collections.abc import Iterable
 from itertools import chain
@@ -11,6 +12,7 @@ from rld_lightning.hydra.options import CONF, list_options
 
 WIDTH = 80
 _INDENT = 4
+_LONG = 25  # what has a line of its own
 _IMAGENET = ("resnet34_to_resnet18", "resnet50_to_mobilenetv1")
 
 
@@ -32,6 +34,32 @@ def options_help(config_name: str) -> str:
         else:
             parts.append(f"{title}\n{_listed(options)}")
     return "\n\n".join(parts)
+
+
+def values_help(config_name: str) -> str:
+    """The values of a script's own, with their defaults and what its file in ``conf/`` says about them.
+
+    Args:
+        config_name: the file, whose groups are not among them.
+    """
+    own = (CONF / f"{config_name}.yaml").read_text().partition("_self_\n")[2].partition("\nhydra:")[0]
+    entries = [
+        (f"{key}={value.replace('???', '...').replace(', ', ',')}" if key else "", words or heading)
+        for key, value, words, heading in re.findall(r"^(\w+): ([^#\n]+?)(?: # (.*))?$|^# (.*)$", own, re.MULTILINE)
+    ]
+    wide = max(len(entry) for entry, _ in entries if len(entry) < _LONG)
+    indent = " " * (_INDENT + wide + 2)
+    lines = []
+    for entry, words in entries:
+        if not entry:
+            lines.append(f"  {words}")
+            continue
+        first = f"{'':{_INDENT}}{entry:{wide}}  "
+        if wide < len(entry):
+            lines.append(first.rstrip())
+            first = indent
+        lines.append(textwrap.fill(words, WIDTH, initial_indent=first, subsequent_indent=indent) or first.rstrip())
+    return "\n".join(lines)
 
 
 def _groups(config_name: str) -> dict[str, str | None]:

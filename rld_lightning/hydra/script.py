@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import Stopped, leave, signals_end
 from rld_lightning.errors import UserError, disk_errors, user_errors
-from rld_lightning.hydra.compose import expand_combined_loss, in_front
+from rld_lightning.hydra.compose import expand_combined_loss, in_front, with_own_folder
 from rld_lightning.hydra.mistakes import check, checked
 from rld_lightning.hydra.notes import note_job
 from rld_lightning.hydra.options import CONF, register_options
@@ -39,7 +39,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         print_line("start", "composing the configuration, then loading PyTorch and Lightning")
     with exit_on_user_error():
         register_options()
-        sys.argv[1:] = expand_combined_loss(in_front(overrides, with_quotes(sys.argv[1:])))
+        sys.argv[1:] = expand_combined_loss(in_front(overrides, with_own_folder(with_quotes(sys.argv[1:]))))
 
     def guarded(cfg: DictConfig) -> float | None:
         composed()

@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.errors import did_you_mean, some
-from rld_lightning.models.factory import create_model
+from rld_lightning.models.factory import blueprint, create_model
 
 
 def order_of(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
@@ -146,7 +145,4 @@ def read_class_map(path: Path) -> dict[str, str | int]:
 
 
 def _shapes(name: str, num_classes: int) -> dict[str, torch.Size]:
-    with suppress(NotImplementedError), torch.device("meta"):
-        return {key: value.shape for key, value in create_model(name, num_classes).state_dict().items()}
-    # RegNets compute widths with tensors, which meta ones refuse.
-    return {key: value.shape for key, value in create_model(name, num_classes).state_dict().items()}
+    return {key: value.shape for key, value in blueprint(name, num_classes).state_dict().items()}

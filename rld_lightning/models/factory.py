@@ -1,6 +1,7 @@
 """The one door to every network: by registered name, or ``torchvision/<name>`` and ``timm/<name>``."""
 
 import re
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -68,6 +69,21 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     return registry.REGISTRY[name](num_classes=num_classes, **kwargs)
 
 
+def blueprint(name: str, num_classes: int = 100) -> nn.Module:
+    """A network for its keys and shapes, without memory for its weights where its builder can do that.
+
+    A builder of the user's may load files, or compute with what it makes, so that it builds as it always does.
+
+    Args:
+        name: as for :func:`create_model`, and what it raises.
+        num_classes: C.
+    """
+    with suppress(NotImplementedError), torch.device("cpu" if ":" in name else "meta"):
+        return create_model(name, num_classes)
+    # RegNets compute widths with tensors, which meta ones refuse.
+    return create_model(name, num_classes)
+
+
 def check_name(name: str) -> None:
     """Looks whether :func:`create_model` knows a name; what is from elsewhere only a try can tell.
 
@@ -122,8 +138,6 @@ def _natural(name: str) -> list[str | int]:
 
 
 def _grafted_model(student: str, teacher: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    # Only the shape of the teacher's classifier is wanted.
-    with torch.device("meta"):
-        classifier = classifier_of(create_model(teacher, num_classes))
+    classifier = classifier_of(blueprint(teacher, num_classes))
     backbone = create_model(student, num_classes, **kwargs)
     return GraftedStudent(backbone, nn.Linear(classifier.in_features, num_classes, classifier.bias is not None))

@@ -1,7 +1,6 @@
 """What would go wrong later, said before anything is trained or measured: one sentence each."""
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.errors import first_line
 from rld_lightning.losses.base import DistillationLoss
-from rld_lightning.models.factory import create_model
+from rld_lightning.models.factory import blueprint, create_model
 from rld_lightning.models.facts import facts_of
 from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.libraries import published_input
@@ -73,17 +72,17 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
         start = network.start if isinstance(network, Teacher) else None
         option = "weights" if start is None else "start"
         if "pretrained" in (network.weights, start) and not network.name.startswith(LIBRARIES):
+            ways = "a file, published or fit" if (role, option) == ("teacher", "weights") else "a file, or null"
+            own = ", where what it builds has weights already" if ":" in network.name else ""
             raise ValueError(
                 f"model.{role}.{option}=pretrained is for torchvision/, timm/ and transformers/ names, not for "
-                f"{network.name}; "
-                f"give {'a file' if role == 'student' else 'a file, published or fit'}."
+                f"{network.name}; give {ways}{own}."
             )
-        # A wrong name should not wait for a download. RegNets compute widths with tensors, which meta ones refuse.
+        # A wrong name should not wait for a download.
         files = len(network.weights) if isinstance(network.weights, tuple) else 1
         for name in names_of_members(network.name, files):
             if name not in FOREIGN:
-                with torch.device("meta"), suppress(NotImplementedError):
-                    create_model(name)
+                blueprint(name)
 
 
 def check_loss(loss: DistillationLoss, plan: Plan) -> None:

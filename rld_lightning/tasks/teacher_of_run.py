@@ -17,6 +17,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.look import Look
+from rld_lightning.models.own_size import split_size
 from rld_lightning.models.read import split_part
 from rld_lightning.models.registry import canonical_name, names_of_members
 from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
@@ -26,7 +27,7 @@ from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.describe import describe_size
 from rld_lightning.tasks.once import run_once
-from rld_lightning.tasks.plan import Teacher, alone
+from rld_lightning.tasks.plan import Teacher, alone, changed
 from rld_lightning.tasks.teacher_network import load_network
 
 
@@ -79,6 +80,11 @@ def find_teacher(
             f"the teacher of the run, {told.teacher[1]}, is gone or damaged: bring it back, or name its file with "
             "model.teacher.weights=."
         )
+    if path is None and isinstance(teacher.image_size, int):
+        raise ValueError(
+            f"model.teacher.image_size={teacher.image_size} is for a teacher that is there; one that is trained first "
+            f"has its size in its name: model.teacher.name={split_size(teacher.name)[0]}@{teacher.image_size}."
+        )
     return str(path) if path is not None else None
 
 
@@ -118,8 +124,10 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
         UserError: it failed.
     """
     name = cfg.model.teacher.name
+    own = alone(cfg, name, cfg.model.teacher.get("start"), folder)
+    look = {f"data.{key}": found for key in ("mean", "std") if (found := cfg.model.teacher.get(key)) is not None}
     try:
-        summary = run_once(alone(cfg, name, cfg.model.teacher.get("start"), folder), fit, name="teacher")
+        summary = run_once(changed(own, look), fit, name="teacher")
     except UserError as error:
         raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
     gc.collect()  # its network, optimizer and data lie in reference cycles: on the device, while the student trains

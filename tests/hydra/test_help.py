@@ -3,9 +3,10 @@
 import re
 
 import pytest
+import yaml
 from helpers.configs import CONF, LOSSES, PAIRS, SINGLES
 
-from rld_lightning.hydra.help import WIDTH, options_help
+from rld_lightning.hydra.help import WIDTH, options_help, values_help
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,23 @@ def test_what_is_no_group_of_a_script_is_not_listed(text):
     assert set(groups) < {path.name for path in CONF.iterdir()}
     assert not {"wandb_sweeps", "parts", "hydra"} & set(groups)
     assert re.findall(r"^(\w+)=", options_help("eval"), re.MULTILINE) == ["data", "trainer", "paths"]
+
+
+@pytest.mark.parametrize("script", ["export", "predict", "cost", "demo", "eval", "shards"])
+def test_a_scripts_own_values_are_listed_with_their_defaults(script):
+    text = values_help(script)
+    own = yaml.safe_load((CONF / f"{script}.yaml").read_text())
+    expected = {key for key, value in own.items() if key not in ("defaults", "hydra") and not isinstance(value, dict)}
+    assert expected <= set(re.findall(r"^ +(\w+)=", text, re.MULTILINE))
+    assert all(len(line) <= WIDTH for line in text.splitlines())
+    assert "${values_help:" + script + "}" in (CONF / f"{script}.yaml").read_text()
+
+
+def test_values_that_have_to_be_given_long_ones_and_headings():
+    text = values_help("export")
+    assert "    run=...           the folder of a finished run\n" in text
+    assert "    formats=[safetensors,onnx,torch_export]\n                      and onnx_int8, which" in text
+    assert "\n  What the file does not say about itself, or is not to be believed:\n    name=null " in values_help(
+        "predict"
+    )
+    assert "\n    batch_size=64\n" in values_help("predict")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.models import create_model, trust
+from rld_lightning.models.factory import blueprint
 from rld_lightning.models.imported import is_from_elsewhere, logits_of, with_logits
 
 MODULE = """
@@ -31,6 +32,12 @@ def number(num_classes):
 
 def other(classes):
     return Net(classes)
+
+def loads(num_classes):
+    network = Net(num_classes)
+    network.fc.load_state_dict({"weight": torch.eye(num_classes, 3), "bias": torch.zeros(num_classes)})
+    network.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+    return network
 """
 IMAGES = torch.ones(2, 3, 4, 4)
 
@@ -63,6 +70,15 @@ def test_what_the_user_names_is(elsewhere):
         assert elsewhere.exists()
         assert network(IMAGES).shape == (2, 4)
         assert set(network.state_dict()) == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.filterwarnings("error:.*no-op")
+def test_a_builder_that_loads_weights_and_computes_is_looked_at_too(elsewhere):
+    trust("my_nets:loads")
+    for name in ("my_nets:loads", "my_nets:loads@8"):
+        assert blueprint(name, 4).fc.weight[0].tolist() == [1, 0, 0]
+    assert blueprint("resnet8", 4).fc.weight.is_meta
+    assert not blueprint("torchvision/regnet_y_400mf", 4).fc.weight.is_meta  # meta tensors refuse to compute widths
 
 
 @pytest.mark.parametrize(

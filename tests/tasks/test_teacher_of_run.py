@@ -14,10 +14,11 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.look import Look
 from rld_lightning.models.save import save_weights
+from rld_lightning.models.store import TeacherStore
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.build import build_module
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.teacher_of_run import _teacher_before, build_teacher, find_teacher
+from rld_lightning.tasks.teacher_of_run import _teacher_before, build_teacher, find_teacher, train_teacher
 
 USUAL = Look((0.5,) * 3, (0.5,) * 3)
 
@@ -100,6 +101,22 @@ def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
     gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
     with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone or damaged: bring it back"):
         find_teacher(wanted, "digits", store, "last.ckpt", gone)
+
+
+def test_a_teacher_is_trained_on_what_it_will_see(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr("rld_lightning.tasks.teacher_of_run.run_once", lambda cfg, fit, name: found.append(cfg.data))
+    own = ("model.teacher.mean=[0.5,0.5,0.4]", "model.teacher.std=[0.5,0.5,0.3]")
+    for overrides in ((), own):
+        cfg = compose(
+            "data=digits", "model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", *overrides
+        )
+        train_teacher(cfg, tmp_path, fit)
+    assert "mean" not in found[0] or found[0].mean is None
+    assert (found[1].mean, found[1].std) == ([0.5, 0.5, 0.4], [0.5, 0.5, 0.3])
+    teacher = replace(make_plan(tmp_path).teacher, name="my.nets:build", weights="fit", image_size=64)
+    with pytest.raises(ValueError, match=r"has its size in its name: model\.teacher\.name=my\.nets:build@64\."):
+        find_teacher(teacher, "digits", TeacherStore(tmp_path), None)
 
 
 @pytest.mark.slow
