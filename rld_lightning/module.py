@@ -188,16 +188,19 @@ class DistillationModule(LightningModule):
     def _captured(self, batch: Batch) -> dict[str, Tensor]:
         """As :meth:`_losses`, with the gradient."""
         assert self.captured is not None
-        soft = None
-        if self.teacher is not None and self.teacher.table is not None:  # which looks whether it knows a view
-            soft, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
+        soft = view = None
+        if self.teacher is not None and self.teacher.table is not None:
+            if self.teacher.table.complete:
+                view = batch.view
+            else:  # it waits for whether views are known
+                soft, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
         epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # all that such a loss knows of it
-        return self.captured(epoch, batch.images, batch.label, batch.index, soft)
+        return self.captured(epoch, batch.images, batch.label, batch.index, view, soft)
 
     def _with_gradient(
-        self, epoch: int, images: Tensor, label: Tensor, index: Tensor, soft: Tensor | None
+        self, epoch: int, images: Tensor, label: Tensor, index: Tensor, view: Tensor | None, soft: Tensor | None
     ) -> dict[str, Tensor]:
-        found = self._losses(Batch(images, label, index), epoch, soft)
+        found = self._losses(Batch(images, label, index, view=view), epoch, soft)
         with torch.autocast(images.device.type, enabled=False):  # which is for the way there alone
             found["train/loss"].backward()
         return found
@@ -254,8 +257,14 @@ class DistillationModule(LightningModule):
         return bool(self.trainer.strategy.broadcast(same))
 
     def _mark(self) -> Tensor:
-        """Sums of the student's weights and statistics, one number a tensor, the same for the same ones."""
-        return torch.stack([value.float().sum() for value in self.student.state_dict().values()])
+        """Sums of the bits of the student's weights and statistics, one number a tensor.
+
+        On any device the same for the same ones, as sums of floating-point numbers are not: a trainer that has ended
+        has brought them back to the CPU.
+        """
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        values = self.student.state_dict().values()
+        return torch.stack([value.detach().view(bits[value.itemsize]).sum() for value in values]).cpu()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Student only; the teacher's share of the evaluation is a callback's."""
@@ -400,8 +409,8 @@ def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:
         return "gradients are accumulated"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return "the loss is scaled in float16"
-    if module.compiled is not None or module.student._compiled_call_impl is not None:
-        return "the networks are compiled"
+    if module.student._compiled_call_impl is not None:  # by somebody else, who may have chosen graphs of its own
+        return "the student has been compiled"
     if torch.is_anomaly_enabled():
         return "anomalies are looked for"
     return ""

@@ -11,7 +11,7 @@
 # OUT     8 files at most (runs/gpu_check)   STATE  what goes on in the next call (/tmp/gpu_check)
 # WHEELS  packages to install from           FROM   OUT of another machine: its teacher is taken
 # LIMIT   seconds of this call (570)         BUDGET seconds that all trainings may take (600); EPOCHS follow, to 240
-# SEEDS   of the students (0 1 2 3 4)        DRY    1: only print what would be run
+# SEEDS   of the students (0 1 2 3 4); ' ': no training   DRY    1: only print what would be run
 set -uo pipefail
 cd "$(dirname "$0")/.."
 START=$(date +%s)
@@ -124,6 +124,7 @@ stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --ro
     --with= --with=model.capture=false --with=model.teacher.cache=false --report "$STATE/bench-fit.json"
 gather
 
+[ "${SEEDS// /}" ] || { say "no seeds, no trainings"; exit 0; }
 [ "$EPOCHS" ] || EPOCHS=$(cat "$STATE/epochs" 2>/dev/null || "$PYTHON" -m rld_lightning.bench.evidence epochs "$STATE" "$BUDGET")
 echo "$EPOCHS" >"$STATE/epochs"
 say "trainings of $EPOCHS epochs"

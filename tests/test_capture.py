@@ -236,9 +236,10 @@ def test_on_a_gpu_a_replay_is_the_function():
         found = step(2.0, x)["loss"].clone()
         gradient = layer.weight.grad.clone()
         layer.weight.grad = None
-        expected = 2 * layer(x).square().sum()
+        weight = layer.weight.detach().clone().requires_grad_()  # whose own node no other stream has made
+        expected = 2 * nn.functional.linear(x, weight, layer.bias.detach()).square().sum()
         torch.testing.assert_close(found, expected.detach())
-        torch.testing.assert_close(gradient, *torch.autograd.grad(expected, layer.weight))
+        torch.testing.assert_close(gradient, *torch.autograd.grad(expected, weight))
         with torch.no_grad():
             layer.weight -= 0.01 * gradient
         assert len(calls) == min(number + 1, 4)  # three as they are, one that is recorded

@@ -20,15 +20,15 @@ class ResidentTable(LogitsTable):
         device: where the rows are to lie.
 
     Attributes:
-        complete: whether each row is known.
+        complete: whether each row that will be looked up is known.
     """
 
     def __init__(self, file: LogitsTable, device: torch.device) -> None:
         self.__dict__.update(vars(file))
         self.file = file
         self.table, self.weights = file.table.to(device, copy=True), file.weights.to(device)
-        parts = torch.arange(len(self.table), device=device).split(_ROWS)
-        self.complete = all(bool(self.read(rows)[1].all()) for rows in parts)
+        asked = torch.arange(len(self.table)) if self.asked is None else self.asked()
+        self.complete = all(bool(self.known(rows).all()) for rows in asked.to(device).split(_ROWS))
 
     def write(self, rows: Tensor, logits: Tensor, label: Tensor) -> Tensor:
         """Keeps the logits of views, in the file too."""

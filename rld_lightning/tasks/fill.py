@@ -39,6 +39,8 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     data.setup("fit")  # which brings the images to the trainer's device
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     teacher.place(device)
+    if teacher.table is not None and teacher.table.complete:
+        return
     teacher.remember(table)  # the file: whether all is known is looked up where it is brought to the device to train
     started, computed = time.monotonic(), 0
     with _progress(data.train_size) as advance:

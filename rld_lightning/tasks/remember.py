@@ -1,7 +1,9 @@
 """Whether a run looks the teacher's logits up instead of computing them, and where they lie."""
 
+import math
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.fill import fill_table
 from rld_lightning.tasks.plan import Plan, Teacher
+from rld_lightning.tasks.speed import images_to_come
 
 _SHARE = 0.05  # of a step that the teacher has to take: looking up is not for nothing
 _SAMPLE = 2000  # rows
@@ -53,14 +56,24 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
             "" if share >= _SHARE else "the teacher takes little of a step; model.teacher.cache=true switches it on"
         )
         why = f"the teacher takes {share:.0%} of a step: its"
+    ahead = plan.teacher.cache == "fill"
+    if not reason and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
+        # What a step lacks it has to ask for and to launch by itself: dearer than a teacher in the graph of the step.
+        ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
+        path = table_path(module.teacher, plan.teacher, data, trainer, plan.store)
+        if not ahead and not _is_known(path, plan.teacher, data):
+            reason = (
+                "on a GPU it pays where all is known, or to come; model.teacher.cache=fill computes all of it ahead"
+            )
     if reason:
         print_line("cache", f"off: {reason}")
         return
     table = open_table(module.teacher, plan.teacher, data, trainer, plan.store, why)
     if table is None:
         return
+    table.asked = partial(data.views_of, slice(0, data.train_size))
     module.teacher.remember(table)
-    if plan.teacher.cache == "fill":
+    if ahead:
         fill_table(module.teacher, data, trainer)
 
 
@@ -113,8 +126,8 @@ def open_table(
     """
     rows = data.train_views
     assert rows is not None  # or it were impossible
-    folder = _folder(store, data, planned)
-    path = folder / f"{canonical_name(planned.name)}-{_key(teacher, planned, data, trainer)}.logits"
+    path = table_path(teacher, planned, data, trainer, store)
+    folder = path.parent
     size, taken = table_bytes(rows, data.num_classes, planned.cache_dtype), _bytes_on_disk(path)
     free = _free(path)
     if size - taken > free * (0.5 if planned.cache == "auto" else 0.9):
@@ -139,6 +152,26 @@ def open_table(
         f"about {known:.0f} % known: {path}{beside}",
     )
     return table
+
+
+def table_path(
+    teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer, store: TeacherStore
+) -> Path:
+    """Where the table of a teacher lies, whether it is there or not; arguments as of :func:`open_table`."""
+    key = _key(teacher, planned, data, trainer)
+    return _folder(store, data, planned) / f"{canonical_name(planned.name)}-{key}.logits"
+
+
+def _is_known(path: Path, planned: Teacher, data: ImageDataModule) -> bool:
+    """Whether there is a table, and a sample of what a run asks of it is known."""
+    if not path.is_file() or data.train_views is None:
+        return False
+    try:
+        table = LogitsTable(path, data.train_views, data.num_classes, planned.cache_dtype)
+    except (OSError, ValueError):  # which is said where it is to be used
+        return False
+    asked = data.views_of(slice(0, data.train_size))
+    return bool(table.known(asked[:: max(1, len(asked) // _SAMPLE)]).all())
 
 
 def _other_looks(loss: DistillationLoss) -> str:

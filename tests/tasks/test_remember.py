@@ -174,7 +174,7 @@ def module_with(loss, teacher=None):
     return DistillationModule(student, loss, torch.optim.SGD, teacher=teacher, num_classes=10)
 
 
-TRAINER = SimpleNamespace(precision="32-true")
+TRAINER = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

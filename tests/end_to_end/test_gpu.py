@@ -1,0 +1,102 @@
+"""The main job on a GPU, as a user runs it: what only shows there is where tensors lie, and what waits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PAIR = (
+    "data=digits",
+    "model=pair",
+    "model.teacher.name=wrn16_2",
+    "model.student.name=wrn16_1",
+    "recipe=quick",
+    "trainer=gpu",
+)
+pytestmark = pytest.mark.cuda
+
+
+def run(folder, script, *arguments):
+    command = [sys.executable, SCRIPTS / script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def fit(folder, name, *options):
+    """Trains a student in a folder of this name; its summary, and what was printed."""
+    out = run(folder, "fit.py", *PAIR, "recipe.epochs=3", f"hydra.run.dir={folder / name}", *options)
+    return json.loads((folder / name / "summary.json").read_text()), out
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run that has trained its teacher, in the folder that others share."""
+    folder = tmp_path_factory.mktemp("gpu")
+    return folder, *fit(folder, "first", "model.teacher.weights=fit", "after=[alone,networks]")
+
+
+def test_a_run_trains_its_teacher_and_says_how_it_goes(first):
+    folder, summary, out = first
+    assert "capture  each step is launched as one CUDA graph" in out
+    assert "cannot be recorded" not in out
+    assert summary["top1"] > 30
+    assert len(pd.read_csv(folder / "first" / "metrics.csv")) == 3
+
+
+def test_what_is_left_is_evaluated_as_it_was(first):
+    folder, summary, _ = first
+    weights = f"weights={folder / 'first' / 'student.safetensors'}"
+    run(folder, "eval.py", "data=digits", weights, f"hydra.run.dir={folder / 'eval'}", "trainer=gpu")
+    found = json.loads((folder / "eval" / "evaluation.json").read_text())
+    assert found["top1"] == pytest.approx(summary["top1"], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model.teacher.cache=true"],
+        ["model.teacher.cache=fill"],
+        ["model.teacher.cache=false", "model.capture=false"],
+        ["model.teacher.cache=false", "model.compile=true"],
+        ["trainer.precision=32-true", "trainer.gradient_clip_val=1.0"],
+        ["trainer.precision=16-mixed"],
+        ["trainer.accumulate_grad_batches=2", "loss=dkd"],
+        ["loss=crd", "data.val_fraction=0.2"],
+        ["loss=mlkd"],
+        ["recipe=patient", "recipe.epochs=3"],
+    ],
+    ids=" ".join,
+)
+def test_each_way_of_a_step_learns(first, options):
+    folder, *_ = first
+    summary, out = fit(folder, " ".join(options).replace("=", "-").replace("/", "-"), *options)
+    assert summary["top1"] > 20
+    assert "cannot be recorded" not in out
+
+
+def test_a_run_goes_on_where_it_stopped(first):
+    folder, *_ = first
+    whole, _ = fit(folder, "whole", "recipe.scheduler=null")
+    fit(folder, "part", "recipe.scheduler=null", "trainer.max_steps=30")
+    fit(folder, "part", "recipe.scheduler=null", f"resume={folder / 'part'}")
+    rows = [pd.read_csv(folder / name / "metrics.csv")["val/ce"].tolist()[-1] for name in ("whole", "part")]
+    assert rows[0] == pytest.approx(rows[1], rel=0.05)
+    assert whole["top1"] > 20
+
+
+def test_a_sweep_trains_its_trials(first):
+    folder, *_ = first
+    sweep = ("-m", "loss.alpha=1,2", f"hydra.sweep.dir={folder / 'sweep'}", "hydra.callbacks.sweep.report=true")
+    run(folder, "fit.py", *PAIR, "recipe.epochs=2", "data.val_fraction=0.2", *sweep)
+    assert len(list((folder / "sweep").glob("*/summary.json"))) == 2
+
+
+def test_the_other_commands_work_on_what_it_left(first):
+    folder, *_ = first
+    run(folder, "cost.py", f"run={folder / 'first'}", "seconds=0.1", "backends=[eager,compiled]")
+    run(folder, "export.py", f"run={folder / 'first'}")
