@@ -1,6 +1,6 @@
 """Means over an epoch and all ranks, with one collective at its end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,14 +25,13 @@ class EpochMeans:
 
     def update(self, values: Mapping[str, Tensor], weight: int) -> None:
         """Counts scalars, the same names each time, as the means of ``weight`` samples."""
-        counted = torch.stack([value.detach() for value in values.values()])
-        if counted.device.type != "mps":  # which has no float64
-            counted = counted.double()
-        # The means of no samples are NaN, and so is zero times that.
-        counted = counted * weight if weight else torch.zeros_like(counted)
-        counted = torch.cat([counted, counted.new_full((1,), weight)])
-        self._names = tuple(values)
-        self._totals = counted if self._totals is None else self._totals.to(counted.device) + counted
+        self.add(values, counts(values.values(), weight))
+
+    def add(self, names: Iterable[str], counted: Tensor) -> None:
+        """As :meth:`update`, of what :func:`counts` has made of the scalars of these names."""
+        self._names = tuple(names)
+        # Not the same tensor: what a graph computes is overwritten by its next replay.
+        self._totals = counted.clone() if self._totals is None else self._totals.to(counted.device) + counted
 
     def reset(self) -> None:
         """Begins to count anew."""
@@ -60,6 +59,16 @@ class EpochMeans:
         own = own_share(states)
         self._names = tuple(name for name in own if name != _WEIGHT)
         self._totals = torch.stack([own[name] for name in (*self._names, _WEIGHT)]) if own else None
+
+
+def counts(values: Iterable[Tensor], weight: int) -> Tensor:
+    """Scalars as the means of ``weight`` samples: each times that, and the weight itself, float64 ``(N + 1,)``."""
+    counted = torch.stack([value.detach() for value in values])
+    if counted.device.type != "mps":  # which has no float64
+        counted = counted.double()
+    # The means of no samples are NaN, and so is zero times that.
+    counted = counted * weight if weight else torch.zeros_like(counted)
+    return torch.cat([counted, counted.new_full((1,), weight)])
 
 
 def top_k_percent(logits: Tensor, label: Tensor, k: int) -> Tensor:

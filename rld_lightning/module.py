@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -22,12 +22,12 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.losses.graph import last_warmup, why_no_graph
-from rld_lightning.metrics import EpochMeans, term_shares, top_k_percent
+from rld_lightning.metrics import EpochMeans, counts, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher, hold_outside
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
-from rld_lightning.watching import callbacks_of
+from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
 
 
 class DistillationModule(LightningModule):
@@ -101,6 +101,8 @@ class DistillationModule(LightningModule):
         self.capture = capture
         self.captured: CapturedStep | None = None
         self.has_gradient = False  # after a step, whether it has computed it
+        self.watchers: list[Watcher] = []  # whose part of a step is captured with it
+        self.seen: dict[Any, Tensor] = {}  # what they saw of the latest step
         self.own_rates: list[float | None] = []
         self.best_top1 = float("-inf")
         self.validated: Tensor | None = None
@@ -142,21 +144,24 @@ class DistillationModule(LightningModule):
         batch = as_batch(batch)
         for optimizer in self.trainer.optimizers[:1]:
             self.rate = optimizer.param_groups[0]["lr"]  # at an epoch's end it is the next one's already
-        self.has_gradient = self.captured is not None and batch.other is None
+        self.has_gradient, self.seen = self.captured is not None and batch.other is None, {}
         found = self._captured(batch) if self.has_gradient else self._losses(batch, self.current_epoch + 1)
-        total, label = found["train/loss"], found["label"]
-        self.means["train"].update({k: v for k, v in found.items() if k.startswith(("train/", "stats/"))}, len(label))
+        total = found["train/loss"]
+        self.means["train"].add(_counted(found), found["counted"])
         # Where somebody sees it: this takes as long as launching a step.
         if batch_idx % 10 == 0 or self.trainer._logger_connector.should_update_logs:
-            self.log("loss", total, prog_bar=True, batch_size=len(label))
+            self.log("loss", total, prog_bar=shown_by_lightning(self.trainer), batch_size=len(found["label"]))
         share = self._share_of_step(batch_idx)
-        outputs: dict[str, Any] = {"loss": total if share == 1 else share * total, "label": label}
-        outputs["student_logits"] = found["student_logits"].detach()
-        outputs["terms"] = {
+        return {"loss": total if share == 1 else share * total, **self._to_watch(found)}
+
+    def _to_watch(self, found: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What callbacks get of a step."""
+        terms = {
             name.removeprefix("train/"): term.detach()
             for name, term in found.items()
             if name.startswith("train/") and name not in ("train/loss", *self.top_k)
         }
+        outputs = {"label": found["label"], "student_logits": found["student_logits"].detach(), "terms": terms}
         return outputs if "teacher_logits" not in found else outputs | {"teacher_logits": found["teacher_logits"]}
 
     def _losses(self, batch: Batch, epoch: int, soft: Tensor | None = None) -> dict[str, Tensor]:
@@ -182,6 +187,7 @@ class DistillationModule(LightningModule):
             right = {name: top_k_percent(student.logits, step.label, k) for name, k in self.top_k.items()}
         total = torch.stack(list(terms.values())).sum()
         found = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()} | statistics | right
+        found["counted"] = counts([found[name] for name in _counted(found)], len(step.label))
         found |= {"student_logits": student.logits, "label": step.label}
         return found if teacher is None else found | {"teacher_logits": teacher.logits}
 
@@ -195,15 +201,21 @@ class DistillationModule(LightningModule):
             else:  # it waits for whether views are known
                 soft, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
         epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # all that such a loss knows of it
-        return self.captured(epoch, batch.images, batch.label, batch.index, view, soft)
+        found = self.captured(epoch, batch.images, batch.label, batch.index, view, soft)
+        self.seen = {w: found[f"seen/{n}"] for n, w in enumerate(self.watchers) if f"seen/{n}" in found}
+        return found
 
     def _with_gradient(
         self, epoch: int, images: Tensor, label: Tensor, index: Tensor, view: Tensor | None, soft: Tensor | None
     ) -> dict[str, Tensor]:
-        found = self._losses(Batch(images, label, index, view=view), epoch, soft)
+        batch = Batch(images, label, index, view=view)
+        found = self._losses(batch, epoch, soft)
         with torch.autocast(images.device.type, enabled=False):  # which is for the way there alone
             found["train/loss"].backward()
-        return found
+            outputs = self._to_watch(found)
+            with torch.no_grad():
+                seen = {f"seen/{n}": watcher.look(self, outputs, batch) for n, watcher in enumerate(self.watchers)}
+        return found | {name: value for name, value in seen.items() if value is not None}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass, unless it was a part of the step."""
@@ -352,7 +364,7 @@ class DistillationModule(LightningModule):
         """Gives the memory of the captured step back."""
         if self.captured is not None and self.captured.failed:
             print_line("capture", f"the step was done as it is, it cannot be recorded: {self.captured.failed}")
-        self.captured = None
+        self.captured, self.watchers, self.seen = None, [], {}
 
     def _to_capture(self) -> CapturedStep | None:
         """The step to be captured; None where it is done as it is."""
@@ -368,7 +380,8 @@ class DistillationModule(LightningModule):
             watched += [*self.teacher.parameters(), *self.teacher.buffers()]
         if cuda:
             print_line("capture", "each step is launched as one CUDA graph; model.capture=false: it is not")
-        return CapturedStep(self._with_gradient, parameters, lambda: watched, record=cuda)
+        self.watchers = [callback for callback in callbacks_of(self.trainer, Callback) if isinstance(callback, Watcher)]
+        return CapturedStep(self._with_gradient, parameters, watched, record=cuda)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps over a resume the best accuracy, and what the epoch has counted so far.
@@ -397,6 +410,11 @@ class DistillationModule(LightningModule):
             for mean, counts in zip(means, so_far["accuracies"], strict=True):
                 mean |= {name.removesuffix(" tp"): 100 * n for name, n in counts.items() if name.endswith(" tp")}
         self.means["train"].load_state_dict(means)
+
+
+def _counted(found: Mapping[str, Tensor]) -> list[str]:
+    """Of what a step came to, that which epochs have means of."""
+    return [name for name in found if name.startswith(("train/", "stats/"))]
 
 
 def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:

@@ -1,9 +1,10 @@
-"""The callbacks of a trainer, in a list that Lightning keeps and does not declare."""
+"""The callbacks of a trainer, in a list that Lightning keeps and does not declare, and what they cost a step."""
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
+    from torch import Tensor
 
 Kind = TypeVar("Kind", bound="Callback")
 
@@ -16,6 +17,39 @@ def callbacks_of(trainer: "Trainer", kind: type[Kind]) -> list[Kind]:
         kind: the class.
     """
     return [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, kind)]
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """A callback that says apart what it computes of a step, so that this is a part of the step's CUDA graph.
+
+    Of a step that was launched as one, :func:`seen_in_step` has what it returned when the callback's hooks are called;
+    the next step overwrites it. Else there is nothing, and they compute it themselves.
+    """
+
+    def look(self, pl_module: Any, outputs: Any, batch: Any) -> "Tensor | None":
+        """What it counts of a step, after the backward pass; it reads nothing from the device and changes nothing.
+
+        Args:
+            pl_module: the module, whose parameters have their gradients.
+            outputs: as ``on_train_batch_end`` gets them, without ``loss``.
+            batch: likewise; of it, images, label, index and view.
+        """
+
+
+def seen_in_step(watcher: Watcher, pl_module: Any) -> "Tensor | None":
+    """What a watcher saw of the latest step, where that was launched as a graph."""
+    return getattr(pl_module, "seen", {}).get(watcher)
+
+
+def shown_by_lightning(trainer: "Trainer") -> bool:
+    """Whether there is a bar that shows what is logged for it (``prog_bar=True``).
+
+    Lightning reads such values from the device in each step, which so waits for the one before; a bar that
+    ``reads_by_itself`` needs none of them.
+    """
+    bar = trainer.progress_bar_callback
+    return bar is not None and not getattr(bar, "reads_by_itself", False)
 
 
 _EACH_STEP = (

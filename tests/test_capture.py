@@ -230,7 +230,7 @@ def test_on_a_gpu_a_replay_is_the_function():
         loss.backward()
         return {"loss": loss}
 
-    step = CapturedStep(function, layer.parameters(), layer.parameters)
+    step = CapturedStep(function, layer.parameters(), layer.parameters())
     for number in range(10):
         x = torch.randn(5, 8, device=device)
         found = step(2.0, x)["loss"].clone()
@@ -258,7 +258,7 @@ def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is(wait):
         loss.backward()
         return {"loss": loss}
 
-    step = CapturedStep(function, layer.parameters(), layer.parameters)
+    step = CapturedStep(function, layer.parameters(), layer.parameters())
     for _ in range(6):
         x = torch.randn(5, 8, device="cuda")
         with torch.autocast("cuda", torch.bfloat16):

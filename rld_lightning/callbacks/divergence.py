@@ -21,6 +21,7 @@ from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import DIVERGED, LAST
+from rld_lightning.watching import seen_in_step
 
 _LARGE_IMAGES = 100.0  # normalised ones reach 3 or so
 _MEMORY = 0.98  # of the mean loss that a spike is compared to: some 50 steps
@@ -63,17 +64,23 @@ class Divergence(Callback):
     ) -> None:
         """Looks at a step, and now and then reads what was seen."""
         batch = as_batch(batch)
-        terms: Mapping[str, Tensor] = outputs["terms"]
-        loss = torch.stack(list(terms.values())).sum().float()
-        teacher = outputs.get("teacher_logits")
-        seen = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
-        seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, outputs["label"], loss)]
+        seen = seen_in_step(self, pl_module)
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
-        self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(terms)))
-        self.rows.append(torch.stack([*seen, *(term.float() for term in terms.values())]))
+        self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(outputs["terms"])))
+        # A copy: what a graph computes is overwritten by its next replay.
+        self.rows.append(self.look(pl_module, outputs, batch) if seen is None else seen.clone())
         self.step += 1
         if self.step % self.every == 0:
             self._read(trainer, pl_module)
+
+    def look(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
+        """A step's row, see :class:`~rld_lightning.watching.Watcher`."""
+        terms: list[Tensor] = list(outputs["terms"].values())
+        loss = torch.stack(terms).sum().float()
+        teacher = outputs.get("teacher_logits")
+        seen = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
+        seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, outputs["label"], loss)]
+        return torch.stack([*seen, *(term.float() for term in terms)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Looks at the weights, of which the best are saved after the validation."""

@@ -1,10 +1,14 @@
 """How long the gradient is that an optimiser step gets."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
+
+from rld_lightning.watching import seen_in_step
 
 
 class GradientNorm(Callback):
@@ -16,7 +20,7 @@ class GradientNorm(Callback):
     """
 
     def __init__(self) -> None:
-        self.totals: torch.Tensor | None = None
+        self.totals: Tensor | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins an epoch."""
@@ -24,13 +28,14 @@ class GradientNorm(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds a step."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return
-        norm = torch.nn.utils.get_total_norm(gradients).float()
-        counts = norm.isfinite()
-        step = torch.stack([torch.where(counts, norm, 0.0), counts.float()])
-        self.totals = step if self.totals is None else self.totals.to(step.device) + step
+        seen = seen_in_step(self, pl_module)
+        step = _norm(p for group in optimizer.param_groups for p in group["params"]) if seen is None else seen
+        if step is not None:
+            self.totals = step.clone() if self.totals is None else self.totals.to(step.device) + step
+
+    def look(self, pl_module: LightningModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+        """What a step adds, see :class:`~rld_lightning.watching.Watcher`."""
+        return _norm(pl_module.parameters())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the mean; all ranks have the same gradient."""
@@ -47,3 +52,13 @@ class GradientNorm(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.totals = state_dict.get("totals")
+
+
+def _norm(parameters: Iterable[Tensor]) -> Tensor | None:
+    """The 2-norm of their gradients and 1, or 0 and 0 where it is not finite, ``(2,)``; None where there are none."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    norm = torch.nn.utils.get_total_norm(gradients).float()
+    finite = norm.isfinite()
+    return torch.stack([torch.where(finite, norm, 0.0), finite.float()])

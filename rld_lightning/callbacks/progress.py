@@ -24,6 +24,8 @@ class RunProgress(RichProgressBar):
         refresh_rate: how often a second it is drawn.
     """
 
+    reads_by_itself = True  # see `shown_by_lightning`
+
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._began = (0.0, 0)  # when, and after how many batches of the run
@@ -69,6 +71,8 @@ class RunProgress(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The loss and the last accuracy, as texts."""
         metrics = super().get_metrics(trainer, pl_module)
+        if "loss" in trainer.callback_metrics:
+            metrics["loss"] = float(trainer.callback_metrics["loss"])
         return {shown: f"{metrics[name]:.4g}" for name, shown in _SHOWN.items() if name in metrics}
 
     def _should_update(self, current: int, total: int | float) -> bool:

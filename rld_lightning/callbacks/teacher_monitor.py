@@ -1,5 +1,6 @@
 """How good the teacher is on what the student sees, and how much the student follows it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,8 +8,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rld_lightning.data.base import as_batch
-from rld_lightning.metrics import EpochMeans
+from rld_lightning.metrics import EpochMeans, counts
 from rld_lightning.module import DistillationModule
+from rld_lightning.watching import seen_in_step
+
+_SAMPLES = ("teacher_top1", "agreement", "teacher_wrong", "right_alone")  # of which means are taken
 
 
 class TeacherMonitor(Callback):
@@ -34,8 +38,16 @@ class TeacherMonitor(Callback):
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Tensor], batch: Any, batch_idx: int
     ) -> None:
         """Counts a training batch."""
-        if "teacher_logits" in outputs:
-            self._update("train", outputs["teacher_logits"].argmax(1), outputs)
+        seen = seen_in_step(self, pl_module)
+        counted = self.look(pl_module, outputs, batch) if seen is None else seen
+        if counted is not None:
+            self.means["train"].add(_SAMPLES, counted)
+
+    def look(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+        """What a training batch counts, see :class:`~rld_lightning.watching.Watcher`."""
+        if "teacher_logits" not in outputs:
+            return None
+        return _count(outputs["teacher_logits"].argmax(1), outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Logs the epoch's values."""
@@ -64,7 +76,7 @@ class TeacherMonitor(Callback):
             # Hooks run outside the step's autocast, so this is measured in float32, as the student is.
             self.predictions[key] = pl_module.teacher.validate(batch.images, batch.index, batch.label).argmax(1)
         outputs["teacher_prediction"] = self.predictions[key]
-        self._update("val", self.predictions[key], outputs)
+        self.means["val"].add(_SAMPLES, _count(self.predictions[key], outputs))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Logs the epoch's values."""
@@ -78,17 +90,6 @@ class TeacherMonitor(Callback):
         """Goes on from there."""
         self.means["train"].load_state_dict(state_dict["train"])
 
-    def _update(self, split: str, teacher: Tensor, outputs: dict[str, Tensor]) -> None:
-        student, label = outputs["student_logits"].argmax(1), outputs["label"]
-        samples = {
-            "teacher_top1": teacher == label,
-            "agreement": teacher == student,
-            "teacher_wrong": teacher != label,
-            "right_alone": (teacher != label) & (student == label),
-        }
-        shares = 100 * torch.stack(list(samples.values())).float().mean(1)
-        self.means[split].update(dict(zip(samples, shares, strict=True)), len(teacher))
-
     def _log(self, split: str, trainer: Trainer, pl_module: DistillationModule) -> None:
         means = self.means[split].compute(trainer.strategy.reduce)
         if means:
@@ -97,3 +98,11 @@ class TeacherMonitor(Callback):
             if wrong > 0:
                 means["top1_teacher_wrong"] = 100 * alone / wrong
         pl_module.log_dict({f"{split}/{name}": value for name, value in means.items()})
+
+
+def _count(teacher: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Counts ``_SAMPLES``, given the teacher's predictions, int64 ``(B,)``."""
+    student, label = outputs["student_logits"].argmax(1), outputs["label"]
+    wrong = teacher != label
+    samples = torch.stack([~wrong, teacher == student, wrong, wrong & (student == label)])
+    return counts((100 * samples.float().mean(1)).unbind(), len(teacher))

@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rld_lightning.data.base import as_batch
+from rld_lightning.watching import shown_by_lightning
 
 
 class Throughput(Callback):
-    """Logs the epoch's mean so far as ``images/s`` (progress bar) and at its end as ``train/images_per_s``.
+    """Logs ``train/images_per_s``, the epoch's mean, and that so far as ``images/s`` for a progress bar of Lightning's.
 
     Only training steps count: validation, checkpoints and the start of each epoch lie outside the clock.
 
@@ -45,7 +46,8 @@ class Throughput(Callback):
         if (batch_idx + 1) % self.window and batch_idx + 1 < trainer.num_training_batches:
             return
         self._read(trainer)
-        pl_module.log("images/s", self.images / self.seconds, prog_bar=True, logger=False)
+        if shown_by_lightning(trainer):
+            pl_module.log("images/s", self.images / self.seconds, prog_bar=True, logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the epoch's mean."""

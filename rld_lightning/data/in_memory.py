@@ -1,6 +1,6 @@
 """Small data sets: the whole split is one uint8 tensor on the training device, augmented a batch at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from rld_lightning.data.base import Batch, ImageDataModule, stratified_split, st
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_randaugment
 from rld_lightning.data.sampler import EpochSampler
+
+_TOGETHER = 1024  # images
 
 
 class Split(NamedTuple):
@@ -82,11 +84,21 @@ class InMemoryLoader(EpochLoader):
         if self.strong_view:
             # Last, so that the first view is the same with and without this one.
             strong_draw, augment = self._draw_crops(generator), self._draw_randaugment(generator)
-        for number, step in enumerate(self.sampler.steps[start:], start):
-            images, strong = self.normalize(self._crop(index[step], draw, step)), None
-            if self.strong_view:
-                strong = self.normalize(augment(self._crop(index[step], strong_draw, step), number))
-            yield Batch(images, label[step], index[step], strong, None if view is None else view[step])
+        number = start
+        for steps in self._together(self.sampler.steps[start:]):
+            some = slice(steps[0].start, steps[-1].stop)
+            images = self.normalize(self._crop(index[some], draw, some))
+            for step in steps:
+                own, strong = images[step.start - some.start : step.stop - some.start], None
+                if self.strong_view:
+                    strong = self.normalize(augment(self._crop(index[step], strong_draw, step), number))
+                yield Batch(own, label[step], index[step], strong, None if view is None else view[step])
+                number += 1
+
+    def _together(self, steps: Sequence[slice]) -> Iterator[Sequence[slice]]:
+        """Those whose images are made in one go: on a GPU, launching takes longer than making them."""
+        each = 1 if self.split.images.device.type == "cpu" else max(1, _TOGETHER // self.batch_size)
+        return (steps[first : first + each] for first in range(0, len(steps), each))
 
     @property
     def _crop_size(self) -> tuple[int, int]:

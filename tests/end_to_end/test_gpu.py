@@ -37,7 +37,7 @@ def fit(folder, name, *options):
 def first(tmp_path_factory):
     """A run that has trained its teacher, in the folder that others share."""
     folder = tmp_path_factory.mktemp("gpu")
-    return folder, *fit(folder, "first", "model.teacher.weights=fit", "after=[alone,networks]")
+    return folder, *fit(folder, "first", "model.teacher.weights=fit")
 
 
 def test_a_run_trains_its_teacher_and_says_how_it_goes(first):
@@ -69,6 +69,7 @@ def test_what_is_left_is_evaluated_as_it_was(first):
         ["loss=crd", "data.val_fraction=0.2"],
         ["loss=mlkd"],
         ["recipe=patient", "recipe.epochs=3"],
+        ["after=[alone,networks,export]"],
     ],
     ids=" ".join,
 )
