@@ -101,6 +101,21 @@ def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatc
     assert [(epoch, len(images)) for _, epoch, (images, *_) in recorded] == [(1, 128), (2, 128), (2, 29)]
 
 
+def test_what_callbacks_see_of_a_step_is_captured_with_it(monkeypatch, tmp_path):
+    looked = []
+    monkeypatch.setattr(TeacherMonitor, "look", spy(TeacherMonitor.look, looked))
+    job = module(RLDLoss(warmup_epochs=1))
+    fit(job, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
+    assert job.watchers == []
+    assert job.seen == {}
+    # Where it is recorded, and before; not by the hooks of the 24 steps again.
+    twice = module(RLDLoss(warmup_epochs=1), capture=False)
+    here = len(looked)
+    monkeypatch.setattr(DistillationModule, "_captured", spy(DistillationModule._captured, captured := []))
+    fit(twice, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
+    assert (here, len(looked) - here, captured) == (24, 24, [])
+
+
 def spy(method, calls):
     def called(self, *arguments):
         calls.append(arguments)
@@ -172,14 +187,12 @@ def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
     reads = Reads()
 
     class Look(Callback):
-        """First and last of the callbacks: all that happens in between is a step, with its logs and watchers."""
+        """Of all that happens between the beginnings of two steps, with logs, watchers and the next batch."""
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 6:
                 reads.__enter__()
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if batch_idx == 6:
+            elif batch_idx == 7:
                 reads.__exit__(None, None, None)
 
     job = module(capture=capture)

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from rld_lightning.capture import CapturedStep
 from rld_lightning.console import console, print_table
 from rld_lightning.hydra.compose import compose, expand_combined_loss
 from rld_lightning.hydra.options import list_options
@@ -24,6 +25,7 @@ from rld_lightning.losses.connect import connect
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.logits_table import LogitsTable
+from rld_lightning.models.resident_table import resident
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher import FrozenTeacher
 
@@ -87,7 +89,9 @@ def bench_step(
 ) -> None:
     """A whole training step with RLD: the plain one (eager, float32, contiguous) against this project's.
 
-    That with the teacher's forward pass, and with its logits looked up in a table on disk, which knows them.
+    That with the teacher's forward pass, and with its logits looked up in a table on disk, which knows them. On a GPU
+    also as ``fit.py`` does it: recorded as one CUDA graph, with the teacher folded, the table on the device, and the
+    networks compiled.
     """
     images = torch.randn(batch, *image_shape, device=device)
     label = torch.randint(100, (batch,), device=device)
@@ -162,6 +166,12 @@ def bench_step(
                 images.to(memory_format=torch.channels_last),
                 autocast,
             )
+        if device.type == "cuda" and bf16:
+            for cached, compiled in ((False, False), (True, False), (False, True), (True, True)):
+                name = "ours, bfloat16, one graph" + ", cached logits" * cached + ", compiled" * compiled
+                network, student = models()
+                known = resident(table, device) if cached else None
+                steps[name] = graph_step(student, network, known, rows[0], images, label, compiled=compiled)
         seconds = time_in_turn(steps, rounds, device)
     base = seconds["plain eager float32"]
     print_table(
@@ -170,6 +180,56 @@ def bench_step(
         [(name, 1e3 * value, batch / value, base / value) for name, value in seconds.items()],
     )
     console.print(f"medians of {rounds} rounds in alternation", style="dim")
+
+
+def graph_step(
+    student: nn.Module,
+    network: nn.Module,
+    table: LogitsTable | None,
+    rows: Tensor,
+    images: Tensor,
+    label: Tensor,
+    *,
+    compiled: bool = False,
+) -> Step:
+    """A training step whose passes and loss are one CUDA graph; off a GPU the same, as it is.
+
+    Args:
+        student: in training mode.
+        network: the teacher's.
+        table: of its logits, which knows all; None where they are computed.
+        rows: of the images in it, int64 ``(B,)``.
+        images: ``(B, 3, H, W)``.
+        label: int64 ``(B,)``.
+        compiled: whether both networks are.
+    """
+    cuda = images.device.type == "cuda"
+    student, criterion = student.to(memory_format=torch.channels_last), RLDLoss()
+    teacher = FrozenTeacher(network, channels_last=True)
+    teacher.fold(images.shape[1:])
+    if compiled:
+        teacher.model.compile(dynamic=False)
+    forward = torch.compile(student, dynamic=False) if compiled else student
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=cuda)
+
+    def work(_: Hashable, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            soft = teacher(images)[0] if table is None else table.read_known(rows)
+            total = _total(criterion(forward(images), soft, label))
+        total.backward()
+        return {"loss": total}
+
+    watched = [*student.parameters(), *student.buffers()]
+    step = CapturedStep(work, student.parameters(), watched, record=cuda)
+    images = images.to(memory_format=torch.channels_last)
+    for _ in range(step.warm_up + 1):  # so that it is recorded before anybody looks at the clock
+        step(None, images, rows)
+
+    def run() -> None:
+        step(None, images, rows)
+        optimizer.step()
+
+    return run
 
 
 def bench_losses(

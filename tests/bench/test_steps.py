@@ -30,3 +30,22 @@ def test_bench_of_losses_is_relative_to_kd(capsys):
     rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [name.strip() for name, *_ in rows] == ["kd", "[rld,fitnet]", "simkd", "mlkd", "crd"]
     assert float(rows[0][2]) == 1
+
+
+def test_the_step_of_a_graph_trains_as_a_loop_does():
+    torch.manual_seed(0)
+    images, label, rows = torch.randn(8, 3, 32, 32), torch.randint(10, (8,)), torch.arange(8)
+    teacher, student, other = (bench.create_model("resnet8", 10) for _ in range(3))
+    other.load_state_dict(student.state_dict())
+    step = bench.graph_step(student, teacher, None, rows, images, label)
+    optimizer = torch.optim.SGD(other.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    for _ in range(2):
+        step()
+        with torch.no_grad():
+            soft = teacher.eval()(images)
+        terms = bench.rld_loss(other(images), soft, label)
+        optimizer.zero_grad()
+        (torch.nn.functional.cross_entropy(other(images), label) + sum(terms.values())).backward()
+        optimizer.step()
+    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=2e-3)  # bfloat16

@@ -338,6 +338,18 @@ def test_sizes_before_setup_say_what_to_call():
     assert issubclass(Toy, ImageDataModule)
 
 
+@views
+def test_images_of_several_batches_made_together_are_the_same(strong_view, monkeypatch):
+    expected = train_epoch(strong_view=strong_view)
+    monkeypatch.setattr(
+        "rld_lightning.data.in_memory.InMemoryLoader._together",
+        lambda _, steps: [steps[first : first + 3] for first in range(0, len(steps), 3)],
+    )
+    together = train_epoch(strong_view=strong_view)
+    assert same(together, expected)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in together)
+
+
 @pytest.mark.cuda
 @views
 def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait(strong_view):

@@ -21,6 +21,7 @@ from rld_lightning.losses.features import ATLoss
 from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.logits_table import LogitsTable, round_beside_label
 from rld_lightning.models.look import Look, Relook
+from rld_lightning.models.resident_table import ResidentTable
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.tasks.cache import cache
 from rld_lightning.tasks.fit import fit
@@ -228,6 +229,37 @@ def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys,
     module = DistillationModule(create_model("resnet8", 10), CELoss(), torch.optim.SGD, num_classes=10)
     remember_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
     assert not capsys.readouterr().out
+
+
+def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatch):
+    filled = []
+    monkeypatch.setattr("rld_lightning.tasks.remember.fill_table", lambda *_: filled.append(True))
+    data = ready(DigitsDataModule(val_fraction=0.1), 0, 1)
+    gpu = SimpleNamespace(root_device=torch.device("cuda"))
+
+    def table(epochs, cache="auto"):
+        trainer = SimpleNamespace(
+            precision="32-true", strategy=gpu, max_epochs=epochs, max_steps=-1, limit_train_batches=1.0
+        )
+        torch.manual_seed(0)
+        module = module_with(KDLoss())
+        remember_logits(module, planned(tmp_path, tmp_path, cache), data, trainer)
+        return module.teacher.table
+
+    assert table(3) is None
+    assert "off: on a GPU it pays where all is known, or to come" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.logits"))
+    assert table(3, cache=True) is not None
+    assert not filled
+    assert table(data.train_views) is not None  # as long as computing all of them
+    assert filled
+    known = table(3, cache=True)
+    for view in known.asked().split(1000):  # of the images that are trained on; the held-out ones' stay unknown
+        known.write(view, torch.randn(len(view), 10), torch.zeros_like(view))
+    assert table(3) is not None
+    assert ResidentTable(known, torch.device("cpu")).complete
+    known.asked = None
+    assert not ResidentTable(known, torch.device("cpu")).complete
 
 
 def test_each_teacher_view_and_precision_has_a_table_of_its_own(tmp_path):
