@@ -407,8 +407,8 @@ class DistillationModule(LightningModule):
         self.rate = so_far["rate"]
         means = so_far["means"]
         if "accuracies" in so_far:  # of an earlier version, which counted what was right beside them
-            for mean, counts in zip(means, so_far["accuracies"], strict=True):
-                mean |= {name.removesuffix(" tp"): 100 * n for name, n in counts.items() if name.endswith(" tp")}
+            for mean, right in zip(means, so_far["accuracies"], strict=True):
+                mean |= {name.removesuffix(" tp"): 100 * n for name, n in right.items() if name.endswith(" tp")}
         self.means["train"].load_state_dict(means)
 
 
