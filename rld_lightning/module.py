@@ -214,7 +214,9 @@ class DistillationModule(LightningModule):
             found["train/loss"].backward()
             outputs = self._to_watch(found)
             with torch.no_grad():
-                seen = {f"seen/{n}": watcher.look(self, outputs, batch) for n, watcher in enumerate(self.watchers)}
+                seen = {
+                    f"seen/{n}": watcher.look_at_step(self, outputs, batch) for n, watcher in enumerate(self.watchers)
+                }
         return found | {name: value for name, value in seen.items() if value is not None}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -27,7 +27,7 @@ class Watcher(Protocol):
     the next step overwrites it. Else there is nothing, and they compute it themselves.
     """
 
-    def look(self, pl_module: Any, outputs: Any, batch: Any) -> "Tensor | None":
+    def look_at_step(self, pl_module: Any, outputs: Any, batch: Any) -> "Tensor | None":
         """What it counts of a step, after the backward pass; it reads nothing from the device and changes nothing.
 
         Args:

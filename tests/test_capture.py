@@ -103,7 +103,7 @@ def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatc
 
 def test_what_callbacks_see_of_a_step_is_captured_with_it(monkeypatch, tmp_path):
     looked = []
-    monkeypatch.setattr(TeacherMonitor, "look", spy(TeacherMonitor.look, looked))
+    monkeypatch.setattr(TeacherMonitor, "look_at_step", spy(TeacherMonitor.look_at_step, looked))
     job = module(RLDLoss(warmup_epochs=1))
     fit(job, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
     assert job.watchers == []

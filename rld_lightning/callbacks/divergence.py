@@ -68,12 +68,12 @@ class Divergence(Callback):
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
         self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(outputs["terms"])))
         # A copy: what a graph computes is overwritten by its next replay.
-        self.rows.append(self.look(pl_module, outputs, batch) if seen is None else seen.clone())
+        self.rows.append(self.look_at_step(pl_module, outputs, batch) if seen is None else seen.clone())
         self.step += 1
         if self.step % self.every == 0:
             self._read(trainer, pl_module)
 
-    def look(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
+    def look_at_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
         """A step's row, see :class:`~rld_lightning.watching.Watcher`."""
         terms: list[Tensor] = list(outputs["terms"].values())
         loss = torch.stack(terms).sum().float()

@@ -33,7 +33,7 @@ class GradientNorm(Callback):
         if step is not None:
             self.totals = step.clone() if self.totals is None else self.totals.to(step.device) + step
 
-    def look(self, pl_module: LightningModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+    def look_at_step(self, pl_module: LightningModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
         """What a step adds, see :class:`~rld_lightning.watching.Watcher`."""
         return _norm(pl_module.parameters())
 

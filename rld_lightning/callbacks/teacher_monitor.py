@@ -39,11 +39,11 @@ class TeacherMonitor(Callback):
     ) -> None:
         """Counts a training batch."""
         seen = seen_in_step(self, pl_module)
-        counted = self.look(pl_module, outputs, batch) if seen is None else seen
+        counted = self.look_at_step(pl_module, outputs, batch) if seen is None else seen
         if counted is not None:
             self.means["train"].add(_SAMPLES, counted)
 
-    def look(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+    def look_at_step(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
         """What a training batch counts, see :class:`~rld_lightning.watching.Watcher`."""
         if "teacher_logits" not in outputs:
             return None
