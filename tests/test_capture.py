@@ -16,6 +16,7 @@ from rld_lightning.capture import CapturedStep, notice_waits
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
+from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.module import fused, why_not_captured
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
@@ -91,6 +92,16 @@ def test_a_captured_run_is_the_same_run(tmp_path, loss, options):
     job, twin = module(loss(), capture=False), module(loss())
     plain, captured = fit(job, tmp_path, **options), fit(twin, tmp_path, **options)
     assert_same(plain, captured, job, twin)
+
+
+@pytest.mark.slow
+def test_a_compiled_student_goes_into_the_graph(tmp_path):
+    jobs = [module(capture=capture) for capture in (False, True)]
+    for job in jobs:
+        job.compiled = CompiledForward(job.student, 128)
+    plain, captured = (fit(job, tmp_path, max_epochs=2) for job in jobs)
+    assert all(job.compiled.compiled is not None for job in jobs)
+    assert_same(plain, captured, *jobs)
 
 
 def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatch, tmp_path):
