@@ -65,8 +65,8 @@ class StreamingDataModule(ImageDataModule):
         decode: str = "auto",
         bad_images: str = "replace",
         bad_images_file: str | Path | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -89,8 +89,8 @@ class StreamingDataModule(ImageDataModule):
         self,
         image_size: int = 224,
         resize: int | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         self.resize = round(image_size / 0.875) if resize is None else resize
         if not 0 < image_size <= self.resize:
@@ -99,8 +99,8 @@ class StreamingDataModule(ImageDataModule):
                 "not larger than the resized image."
             )
         self.image_shape = (3, image_size, image_size)
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean = tuple(IMAGENET_MEAN if mean is None else mean)
+        self.std = tuple(IMAGENET_STD if std is None else std)
 
     def find_splits(self) -> Mapping[str, Images]:
         """Finds the images of ``"train"``, ``"test"`` and, where there is one of its own, ``"val"``."""

@@ -130,6 +130,7 @@ VALUES: Mapping[str, Kind] = {
     "data.drop_last": FLAG,
     "data.image_size": COUNT | NULL,
     "data.resize": COUNT | NULL,
+    "data.scale": list_of(SHARE, "two numbers > 0 and <= 1, the smaller first", 2),
     "data.padding": whole(0),
     "data.mean": _THREE | NULL,
     "data.std": list_of(POSITIVE, "three numbers > 0", 3) | NULL,

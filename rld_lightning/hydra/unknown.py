@@ -72,6 +72,9 @@ def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
         return f"{key} is not known. Did you mean {' or '.join(meant)}?", meant
     if group and names:
         return f"{key} is not known; {group} has {', '.join(sorted(names))}.", []
+    own = [other for other in known if "." not in other]
+    if not group and 0 < len(known) <= 2 * len(own):  # a script's own few, and no configuration of groups
+        return f"{key} is not known; there are {', '.join(own)}.", []
     return f"{key} is not known; `--cfg all` prints all keys.", []
 
 

@@ -100,6 +100,10 @@ _TRAINER_DEFAULTS = {
 _DEFAULTS = {
     "data.mixup": "0",
     "data.cutmix": "0",
+    "data.mean": "None",
+    "data.std": "None",
+    "data.resize": "None",
+    "data.scale": "[0.08, 1.0]",
     "loss.label_smoothing": "0",
     "model.teacher.batch_statistics": "False",
     "model.teacher.start": "None",

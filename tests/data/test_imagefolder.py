@@ -78,6 +78,11 @@ def test_classes_are_known_before_setup(root):
     assert data.resize == 256
 
 
+def test_what_is_not_said_of_the_look_is_imagenets():
+    folder, usual = (ImageFolderDataModule("photos", **given) for given in ({"mean": None, "std": [0.5] * 3}, {}))
+    assert (folder.mean, folder.std) == (usual.mean, (0.5, 0.5, 0.5))
+
+
 def test_evaluation_is_resize_and_centre_crop(root):
     data = folder_data(root)
     reference = transforms.Compose(

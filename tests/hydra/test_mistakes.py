@@ -54,6 +54,8 @@ VALUES = {
     "data.subset=0": r"data\.subset=0 .* > 0 and <= 1",
     "data.subset=1.5": r"data\.subset=1\.5 .* > 0 and <= 1",
     "data.subset=half": r"data\.subset=half .* > 0 and <= 1",
+    "+data.scale=[0,1]": r"data\.scale=\[0, ?1\] .* two numbers > 0 and <= 1",
+    "+data.scale=0.5": r"data\.scale=0\.5 .* two numbers > 0 and <= 1",
     "data.augment=maybe": r"data\.augment=maybe .* true or false",
     "data.augment=1": r"data\.augment=1 .* true or false",
     "data.drop_last=none": r"data\.drop_last=none .* true or false",

@@ -98,6 +98,7 @@ def test_networks_of_earlier_versions_are_the_same_in_their_spelling(plain):
         ("++trainer.overfit_batches=1", "trainer.overfit_batches", "1"),
         ("data.mixup=0.2", "data.mixup", "0.2"),
         ("data.cutmix=1", "data.cutmix", "1"),
+        ("+data.mean=[0.5,0.5,0.5]", "data.mean", "[0.5, 0.5, 0.5]"),
         ("loss.label_smoothing=0.1", "loss.label_smoothing", "0.1"),
         ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm", "True"),
         ("++trainer.unheard_of=3", "trainer.unheard_of", "3"),

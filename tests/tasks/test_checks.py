@@ -1,10 +1,12 @@
 """Networks, files and data that do not belong together."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.plans import make_plan
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -115,3 +117,16 @@ def test_images_that_a_model_was_trained_on(split, facts, options, refused):
         return
     with pytest.raises(ValueError, match=refused):
         checks.check_split(weights(**facts), data(**options), split)
+
+
+@pytest.mark.parametrize("weights", ["/my/teacher.pth", ("/a.pth", "/b.pth"), "published"])
+def test_what_a_teacher_would_begin_with_does_not_matter_where_it_is_there(tmp_path, weights):
+    plan = make_plan(tmp_path)
+    checks.check_names(plan.student, replace(plan.teacher, weights=weights, start="pretrained"))
+
+
+@pytest.mark.parametrize("weights", ["fit", "auto"])
+def test_a_teacher_that_is_trained_first_begins_with_what_there_is(tmp_path, weights):
+    plan = make_plan(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.teacher\.start=pretrained is for torchvision/.*give a file, or null"):
+        checks.check_names(plan.student, replace(plan.teacher, weights=weights, start="pretrained"))

@@ -1,0 +1,21 @@
+"""What is said of keys that nothing reads."""
+
+import pytest
+
+from rld_lightning.hydra.unknown import unknown_key
+
+PREDICT = ["weights", "images", "top", "format", "hydra.run.dir"]
+FIT = ["seed", "resume", "data.root", "data.batch_size", "recipe.epochs", "recipe.batch_size", "trainer.devices"]
+
+
+@pytest.mark.parametrize(
+    ("key", "known", "sentence"),
+    [
+        ("top_k", PREDICT, "top_k is not known; there are weights, images, top, format."),
+        ("weight", PREDICT, "weight is not known. Did you mean weights?"),
+        ("preprocessing", FIT, "preprocessing is not known; `--cfg all` prints all keys."),
+        ("data.colour", FIT, "data.colour is not known; data has batch_size, root."),
+    ],
+)
+def test_an_unknown_key_is_told_with_those_that_there_are(key, known, sentence):
+    assert unknown_key(key, known)[0] == sentence
