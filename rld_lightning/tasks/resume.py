@@ -1,5 +1,6 @@
 """What a run goes on from: a checkpoint, a folder, or nothing yet."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
     """
     checkpoint = _read(path)
     found = read_facts(hyper_parameters(checkpoint), path).name or student
-    if canonical_name(found.split("@")[0]) != canonical_name(student):  # SimKD's has the teacher's, too
+    # SimKD's has the teacher's name behind it; digits alone are a size, which is the student's own.
+    if not re.fullmatch(rf"{re.escape(canonical_name(student))}(@.*\D.*)?", canonical_name(found)):
         raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
     may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # the last is the machine's
     before = told(checkpoint, path)

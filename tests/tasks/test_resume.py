@@ -5,6 +5,7 @@ import torch
 from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.checkpoint import Before, tell
 from rld_lightning.runs.likeness import settings
 from rld_lightning.tasks.checks import check_start
@@ -64,6 +65,33 @@ def test_what_is_advised_to_a_run_that_has_diverged(run):
 def test_what_a_run_cannot_go_on_from(run, options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
+
+
+NAMES = ["resnet8", "resnet8@24", "my.nets:small@24", "timm/resnet18@224", "transformers/me/vit@a@32", "ResNet8@24"]
+
+
+@pytest.mark.parametrize("behind", ["", "@resnet14", "@resnet14@32", "@timm/resnet18"])
+@pytest.mark.parametrize("student", NAMES)
+def test_a_student_goes_on_whatever_its_name_has_behind_it(run, student, behind):
+    own = [f"model.student.name={student}"]
+    run(own, {"hyper_parameters": {"student": student + behind}} | told_of(student))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("resnet8@24", "resnet8"), ("resnet8", "resnet8@24"), ("resnet8@24", "resnet8@2")]
+)
+def test_another_size_is_another_student(run, before, now):
+    with pytest.raises(ValueError, match=f"is of a run with {before}, and this one trains {now}"):
+        run([f"model.student.name={now}"], {"hyper_parameters": {"student": before}} | told_of(now))
+
+
+def told_of(student):
+    """What a checkpoint says of its run, that trained a student."""
+    return {
+        key: value
+        for key, value in with_settings(model__student__name=canonical_name(student)).items()
+        if key not in CHECKPOINT
+    }
 
 
 def with_settings(**changes):
