@@ -69,8 +69,9 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
             continue
         if network.name is None:
             raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
-        trained_first = isinstance(network, Teacher) and network.weights in ("auto", "fit")
-        start = network.start if trained_first else None  # an experiment's does not matter to one that is there
+        start = None  # an experiment's does not matter to a teacher that is there
+        if isinstance(network, Teacher) and network.weights in ("auto", "fit"):
+            start = network.start
         option = "weights" if start is None else "start"
         if "pretrained" in (network.weights, start) and not network.name.startswith(LIBRARIES):
             ways = "a file, published or fit" if (role, option) == ("teacher", "weights") else "a file, or null"
