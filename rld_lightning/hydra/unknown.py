@@ -26,11 +26,12 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
         added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
     references = _references(values) if added else set()
     shipped = _shipped_keys() if added else set()
+    known = [key for key in VALUES if "." in key or key in values]  # of the other scripts' own few, none
     for key in added:
         if key not in shipped and not any(
             f"{other}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}.")) for other in references
         ):
-            sentence, meant = unknown_key(key, VALUES)
+            sentence, meant = unknown_key(key, known)
             if meant:
                 yield sentence
 

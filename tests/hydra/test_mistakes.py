@@ -80,7 +80,7 @@ VALUES = {
     "+model.student.nmae=resnet8": r"model\.student\.nmae is not known\. Did you mean model\.student\.name\?",
     "+model.teacher.weight=fit": r"model\.teacher\.weight is not known\. Did you mean model\.teacher\.weights\?",
     "+model.compiled=true": r"model\.compiled is not known\. Did you mean model\.compile\?",
-    "~model.compile": r"model\.compile is missing, .* leave ~model\.compile away; it must be true or false",
+    "~model.compile": r"model\.compile is missing, .* leave ~model\.compile away; it must be auto, true or false",
     # loss
     "loss.alpha=abc": r"loss\.alpha=abc is not allowed; it must be a finite number >= 0",
     "loss.alpha=-1": r"loss\.alpha=-1 is not allowed; it must be a finite number >= 0",
