@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
+from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.facts import facts_of
@@ -17,6 +18,7 @@ from rld_lightning.models.teacher import FrozenTeacher
 from rld_lightning.reporting.trio import Network, table_of, write_networks
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
 from rld_lightning.runs.provenance import processor_name
+from rld_lightning.shipped import called
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.finished import Finished
 from rld_lightning.tasks.once import run_once
@@ -127,3 +129,18 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
     which = f"the {len(shown)} hardest of {len(table)} classes" if len(shown) < len(table) else "each class"
     print_table(f"Accuracy of {which}, %", ("class", "images", *roles), shown)
     print_files(run, {NETWORKS: "these numbers", NETWORKS_CLASSES: "every class"})
+    if gain := has_not_paid(networks):
+        print_line("caution", gain)
+        print_line("alone", f"exported by {called('export')} {as_argument('run', run / ALONE)}", pasted=True)
+
+
+def has_not_paid(networks: Sequence[Network]) -> str:
+    """A sentence where the student alone is as good as the distilled one or better; else empty."""
+    top1 = {network.role: network.top1 for network in networks}
+    by_itself, distilled = top1.get("student alone"), top1.get("distilled student")
+    if by_itself is None or distilled is None or distilled > by_itself:
+        return ""
+    return (
+        f"the distilled student has {distilled:.2f} % and the student alone {by_itself:.2f} %, of one run each: the "
+        "teacher has not helped, with this loss in these epochs"
+    )

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from helpers.configs import compose
@@ -9,6 +11,7 @@ from helpers.photos import grow
 
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
 from rld_lightning.tasks.fit import fit
+from rld_lightning.tasks.networks import has_not_paid
 from rld_lightning.tasks.teacher_of_run import is_for_others
 
 
@@ -56,6 +59,23 @@ def test_from_a_folder_to_three_networks_side_by_side(tmp_path, capsys):
     fit(small(run, tmp_path / "photos", f"resume={run}"))
     assert json.loads((run / NETWORKS).read_text())[2]["top1"] == found[2]["top1"]
     assert (run / "alone" / SUMMARY).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ({"teacher": 90.0, "student alone": 70.0, "distilled student": 71.0}, ""),
+        ({"teacher": 90.0, "student alone": 70.0}, ""),
+        ({"student alone": 70.0, "distilled student": 70.0}, "has 70.00 % and the student alone 70.00 %"),
+        (
+            {"teacher": 90.0, "student alone": 84.9, "distilled student": 83.6},
+            "has 83.60 % and .* alone 84.90 %",
+        ),
+    ],
+)
+def test_a_teacher_that_has_not_helped_is_said(scores, said):
+    found = has_not_paid([SimpleNamespace(role=role, top1=top1) for role, top1 in scores.items()])
+    assert re.search(said, found) if said else not found
 
 
 def test_a_teacher_that_starts_from_somewhere_is_the_runs_own():
