@@ -11,13 +11,16 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.imported import check_trusted, is_from_elsewhere, trust
 from rld_lightning.models.onnx_file import OnnxNetwork
+from rld_lightning.models.own_size import split_size
 from rld_lightning.models.verify import load_weights
 
 _WARM_UP = 3
@@ -87,13 +90,24 @@ class Measured:
 def measure_alone(
     contender: Contender, batch_sizes: tuple[int, ...], seconds: float, threads: int, device: str
 ) -> Measured:
-    """:func:`measure` in a fresh process, so that memory and threads are those of this network alone."""
+    """:func:`measure` in a fresh process, so that memory and threads are those of this network alone.
+
+    Raises:
+        ValueError: the network is from elsewhere, and nobody has trusted its name.
+    """
+    if is_from_elsewhere(plain := split_size(contender.name)[0]):
+        check_trusted(plain)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(measure, contender, batch_sizes, seconds, threads, device).result()
+            return pool.submit(_measure_trusted, contender, batch_sizes, seconds, threads, device).result()
         except BrokenProcessPool:  # the system has ended it, for want of memory perhaps
             return Measured(error="its process was ended")
+
+
+def _measure_trusted(contender: Contender, *how: Any) -> Measured:
+    trust(contender.name)  # as it was in the process that has asked
+    return measure(contender, *how)
 
 
 def measure(

@@ -230,6 +230,7 @@ VALUES: Mapping[str, Kind] = {
     "std": list_of(POSITIVE, "three numbers > 0", 3) | NULL,
     "weights": TEXT.such_as("weights=runs/.../student.safetensors"),
     "name": TEXT | NULL,
+    "trust": TEXT.such_as("my_package.module:build") | list_of(TEXT, "names in brackets") | NULL,
     "split": words("test", "val"),
     "out": TEXT,
     "shard_mb": POSITIVE,

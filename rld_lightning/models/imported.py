@@ -6,7 +6,7 @@ says so would be more than reading it. So such names are taken once :func:`trust
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ def is_from_elsewhere(name: str) -> bool:
     return name.startswith(_HUB) or _PATH.fullmatch(name) is not None
 
 
-def trust(*names: str | None) -> None:
+def trust(*names: str | Sequence[str] | None) -> None:
     """Takes names that the user has given, on a command line or in a program of theirs.
 
     Args:
-        names: of any network; None is none.
+        names: of any network, or several; None is none.
     """
-    each = (part for name in names if name is not None for part in {name, *name.split("+")})  # of an ensemble
+    flat = (one for name in names if name is not None for one in ((name,) if isinstance(name, str) else name))
+    each = (part for name in flat for part in {name, *name.split("+")})  # of an ensemble
     _named.update(plain for part in each for plain in {part, split_size(part)[0]} if is_from_elsewhere(plain))
 
 
@@ -81,7 +82,8 @@ def check_trusted(name: str) -> None:
     if name not in _named:
         raise ValueError(
             f"{name!r} is a network from elsewhere, named by a file and not by you: nothing was imported or fetched. "
-            f"If you trust it, name it yourself (name={name}, or rld_lightning.models.trust({name!r}))."
+            f"If you trust it, name it yourself (trust={name} or name={name}, whichever the command has; in a program "
+            f"rld_lightning.models.trust({name!r}))."
         )
 
 

@@ -181,7 +181,7 @@ def demo(cfg: DictConfig) -> None:
     with user_errors():
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={device} is not there; choose device=cpu.")
-        trust(cfg.name)
+        trust(cfg.name, cfg.trust)
         run = read_run(Path(cfg.run))
         networks = Demo(run, cfg.teacher, device, cfg.name)
     print_line("student", f"{networks.names['student']}, {len(networks.student.classes)} classes, of {run.folder}")

@@ -19,6 +19,7 @@ from rld_lightning.data.decode import decode_image
 from rld_lightning.data.in_memory import InMemoryDataModule, Split
 from rld_lightning.data.streaming_module import StreamingDataModule
 from rld_lightning.errors import first_line, user_errors
+from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
 from rld_lightning.models.save import save_weights
@@ -70,6 +71,7 @@ def export(cfg: DictConfig) -> Export:
     """
     freeze(cfg)
     with user_errors():
+        trust(cfg.trust)
         return export_run(
             Path(cfg.run),
             cfg.formats,

@@ -13,6 +13,7 @@ from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.errors import user_errors
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, RUN_WEIGHTS, load_student
 from rld_lightning.models.verify import load_weights
@@ -81,6 +82,7 @@ def cost(cfg: DictConfig) -> list[Row]:
     with user_errors():
         if not sizes or not cfg.backends:
             raise ValueError("batch_sizes= and backends= must name at least one each, such as batch_sizes=[1,64].")
+        trust(cfg.trust)
         run = read_run(Path(cfg.run))
         found = list(networks(run))
         rows = []

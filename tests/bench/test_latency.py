@@ -1,9 +1,12 @@
 """What a network takes: counted, in order, and an error is said instead of raised."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from helpers.exports import digits_run
 
 from rld_lightning.bench.latency import Contender, measure, measure_alone
+from rld_lightning.models import imported, trust
 
 
 @pytest.fixture
@@ -25,6 +28,27 @@ def test_percentiles_are_of_the_batches_that_were_timed(contender):
 def test_what_does_not_run_is_said(contender, tmp_path):
     wrong = Contender("resnet8", contender.weights, 7, (3, 8, 8), "eager")
     assert "the file has 10 classes, the model 7" in measure(wrong, (1,), 0.01, 1).error
+
+
+def test_a_network_from_elsewhere_is_measured_once_it_is_trusted(contender, monkeypatch):
+    monkeypatch.setattr("rld_lightning.models.imported._named", set())
+    monkeypatch.setattr("rld_lightning.bench.latency.ProcessPoolExecutor", Here)
+    other = Contender("rld_lightning.models.cifar.resnet:resnet8@16", contender.weights, 10, (3, 8, 8), "eager")
+    with pytest.raises(ValueError, match="named by a file and not by you"):
+        measure_alone(other, (1,), 0.01, 1, "cpu")
+    trust([other.name])
+    assert measure_alone(other, (1,), 0.01, 1, "cpu").error == ""
+
+
+class Here(ThreadPoolExecutor):
+    """Another process, that has been told nothing."""
+
+    def __init__(self, workers, mp_context):
+        super().__init__(workers)
+
+    def submit(self, *args):
+        imported._named.clear()
+        return super().submit(*args)
 
 
 @pytest.mark.slow
