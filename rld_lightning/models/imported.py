@@ -99,8 +99,8 @@ def with_logits(network: nn.Module) -> nn.Module:
 
 
 class _Logits(nn.Module):
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return logits_of(super().forward(*args, **kwargs))
+    def forward(self, images: Tensor) -> Tensor:  # alone, as exporters know no sizes of *args
+        return logits_of(super().forward(images))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rld_lightning.models import create_model, trust
 from rld_lightning.models.factory import blueprint
 from rld_lightning.models.imported import is_from_elsewhere, logits_of, with_logits
+from rld_lightning.models.onnx_file import example_of, plain_copy
 
 MODULE = """
 import torch
@@ -186,3 +187,13 @@ def test_transformers_that_are_missing_are_asked_for_in_one_sentence(monkeypatch
     trust("transformers/some/model")
     with pytest.raises(ImportError, match=r'need transformers: pip install "rld-lightning\[transformers\]"'):
         create_model("transformers/some/model", 4)
+
+
+@pytest.mark.parametrize("name", ["my_nets:zoo.build", "my_nets:zoo.build@6"])
+def test_batches_of_any_size_are_exported_of_what_returns_more_than_logits(elsewhere, name):
+    trust(name)
+    network = plain_copy(create_model(name, 4))
+    example, free = example_of(network, (3, 4, 4))
+    program = torch.export.export(network, (example,), dynamic_shapes=free)
+    images = torch.randn(5, 3, 4, 4)
+    torch.testing.assert_close(program.module()(images), network(images))
