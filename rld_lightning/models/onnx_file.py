@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mappin
             )
     except Exception as error:  # each stage of the exporter raises its own
         raise ValueError(
-            f"PyTorch's ONNX exporter cannot translate {type(network).__name__} ({_last_line(error)}); leave onnx out "
+            f"PyTorch's ONNX exporter cannot translate {type(network).__name__} ({_reason(error)}); leave onnx out "
             "of formats=."
         ) from error
     assert program is not None  # with dynamo=True
@@ -137,7 +138,7 @@ def quantise_onnx(content: bytes, batches: Iterable[Tensor]) -> bytes:
                 op_types_to_quantize=list(_QUANTISED),
             )
         except Exception as error:  # likewise
-            raise ValueError(f"ONNX Runtime cannot quantise the network ({_last_line(error)}).") from error
+            raise ValueError(f"ONNX Runtime cannot quantise the network ({_reason(error)}).") from error
         return _with_facts(onnx.load(quantised), facts | {"quantised": "int8"})
 
 
@@ -168,7 +169,7 @@ class OnnxNetwork:
         try:
             self.session = runtime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
         except Exception as error:  # which ONNX Runtime derives from nothing in common
-            raise WeightsError(f"{self.source} is not an ONNX file that can be run ({_last_line(error)})") from error
+            raise WeightsError(f"{self.source} is not an ONNX file that can be run ({_reason(error)})") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or len(outputs) < 1 or len(outputs[0].shape) != 2:
             shapes = [[tuple(value.shape) for value in values] for values in (inputs, outputs)]
@@ -226,7 +227,7 @@ def _check_whole(content: bytes, source: Path) -> None:
     try:
         tensors = list(onnx.external_data_helper._get_all_tensors(onnx.load_from_string(content)))
     except Exception as error:  # protobuf has errors of its own
-        raise WeightsError(f"{source} is not an ONNX file that can be run ({_last_line(error)})") from error
+        raise WeightsError(f"{source} is not an ONNX file that can be run ({_reason(error)})") from error
     if any(map(onnx.external_data_helper.uses_external_data, tensors)):
         raise WeightsError(f"{source} has weights in other files, which are not read; save it as one file")
 
@@ -246,7 +247,10 @@ def _import(package: str) -> ModuleType:
         raise ImportError(f'ONNX files need {package}: pip install "rld-lightning[onnx]"') from error
 
 
-def _last_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """What an exporter's long text gives as the reason, else its last line."""
+    if summary := re.search(r"Exception summary\s+(\S.*)", str(error)):
+        return summary[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

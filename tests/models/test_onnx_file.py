@@ -5,7 +5,7 @@ import torch
 from helpers.exports import small_onnx
 from torch import nn
 
-from rld_lightning.models import create_model
+from rld_lightning.models import create_model, onnx_file
 from rld_lightning.models.onnx_file import OnnxNetwork, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities, Preprocessing
 from rld_lightning.models.read import WeightsError
@@ -92,3 +92,11 @@ def test_pictures_of_any_size_go_in(resize, interpolation):
         pixels = smooth.mul(255).byte()
         expected = network(transform.normalize(transform.crop(pixels))).softmax(1)
         torch.testing.assert_close(onnx(pixels.permute(0, 2, 3, 1)), expected, atol=0.01, rtol=0)
+
+
+def test_the_reason_of_an_exporter_is_said_and_not_where_to_read_on():
+    error = RuntimeError(
+        "Failed.\n- Modify it.\n\n## Exception summary\n\n<class 'A'>: no such shape\nMore.\n(Refer to it.)"
+    )
+    assert onnx_file._reason(error) == "<class 'A'>: no such shape"
+    assert onnx_file._reason(RuntimeError("one\ntwo\n")) == "two"
