@@ -129,8 +129,8 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
     which = f"the {len(shown)} hardest of {len(table)} classes" if len(shown) < len(table) else "each class"
     print_table(f"Accuracy of {which}, %", ("class", "images", *roles), shown)
     print_files(run, {NETWORKS: "these numbers", NETWORKS_CLASSES: "every class"})
-    if gain := has_not_paid(networks):
-        print_line("caution", gain)
+    if caution := has_not_paid(networks):
+        print_line("caution", caution)
         print_line("alone", f"exported by {called('export')} {as_argument('run', run / ALONE)}", pasted=True)
 
 

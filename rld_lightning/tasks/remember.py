@@ -60,7 +60,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     if not reason and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
         # What a step lacks it has to ask for and to launch by itself: dearer than a teacher in the graph of the step.
         ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
-        path = table_path(module.teacher, plan.teacher, data, trainer, plan.store)
+        path = _table_path(module.teacher, plan.teacher, data, trainer, plan.store)
         if not ahead and not _is_known(path, plan.teacher, data):
             reason = (
                 "on a GPU it pays where all is known, or to come; model.teacher.cache=fill computes all of it ahead"
@@ -126,7 +126,7 @@ def open_table(
     """
     rows = data.train_views
     assert rows is not None  # or it were impossible
-    path = table_path(teacher, planned, data, trainer, store)
+    path = _table_path(teacher, planned, data, trainer, store)
     folder = path.parent
     size, taken = table_bytes(rows, data.num_classes, planned.cache_dtype), _bytes_on_disk(path)
     free = _free(path)
@@ -154,7 +154,7 @@ def open_table(
     return table
 
 
-def table_path(
+def _table_path(
     teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer, store: TeacherStore
 ) -> Path:
     """Where the table of a teacher lies, whether it is there or not; arguments as of :func:`open_table`."""
