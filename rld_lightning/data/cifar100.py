@@ -7,7 +7,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -94,8 +93,8 @@ class CIFAR100DataModule(InMemoryDataModule):
         content = path.read_bytes()
         _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), FILE_MD5[split])
         entry = pickle.loads(content, encoding="latin1")
-        images = entry["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(entry["fine_labels"])
+        images = torch.from_numpy(entry["data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1)
+        return images.contiguous(), torch.tensor(entry["fine_labels"])
 
     def _missing(self) -> list[str]:
         return [name for name in FILE_MD5 if not (self.root / FOLDER / name).exists()]

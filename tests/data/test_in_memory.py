@@ -406,6 +406,19 @@ def test_views_are_told_apart_by_what_they_show():
     assert toy(seed=1, val_fraction=0.3, batch_size=6, subset=0.5).views_facts() == facts
     for options in ({"padding": 1}, {"flip": False}, {"augment": False}):
         assert toy(**options).views_facts() != facts
-    other = toy()
-    other.read_split = lambda train: (Toy.read_split(other, train)[0] ^ 1, None)
-    assert other.views_facts() != facts
+    other = Toy()
+    images, labels = other.read_split(train=True)
+    other.read_split = lambda train: (images ^ 1, labels)
+    assert ready(other).views_facts() != facts
+
+
+def test_views_are_told_apart_without_reading_again():
+    data, shared = toy(val_fraction=0.3), Toy(val_fraction=0.3)
+    shared.take_over(data)
+    facts = data.views_facts()
+    for one in (data, shared):
+        one.read_split = None
+        one.setup()
+        assert one.views_facts() == facts
+    with pytest.raises(RuntimeError, match="not loaded yet"):
+        Toy().views_facts()
