@@ -8,7 +8,7 @@ from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.reporting.figures import RegisteredFigure, list_figures, write_all
 from rld_lightning.reporting.frame import read_frame
 from rld_lightning.shipped import called
-from rld_lightning.tasks.logits import LogitReader
+from rld_lightning.tasks.logit_reader import LogitReader
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", figure: RegisteredFigure) -> None:

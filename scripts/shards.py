@@ -9,7 +9,7 @@ from rld_lightning.hydra.script import run_task
 
 def main(cfg: DictConfig) -> None:
     """Packs, or makes an index."""
-    from rld_lightning.tasks.pack import make_shards  # takes seconds that help and mistakes need not wait for
+    from rld_lightning.tasks.shards import make_shards  # takes seconds that help and mistakes need not wait for
 
     make_shards(cfg)
 

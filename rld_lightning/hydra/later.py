@@ -21,7 +21,7 @@ _OF_TRIALS = (
     "rld_lightning.reporting.curves",
     "matplotlib.backends.backend_agg",
     "rld_lightning.losses.features",
-    "rld_lightning.tasks.processes",
+    "rld_lightning.tasks.run.processes",
     "rld_lightning.tasks.trial",
     "rld_lightning.tasks.sweep",
     "rld_lightning.hydra.side_by_side",

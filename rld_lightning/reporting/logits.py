@@ -1,4 +1,4 @@
-"""What networks say about images, as figures get it; :mod:`rld_lightning.tasks.logits` runs the networks."""
+"""What networks say about images, as figures get it; :mod:`rld_lightning.tasks.logit_reader` runs the networks."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -29,11 +29,11 @@ from rld_lightning.models.look import Look, Relook, published_look, relook, trai
 from rld_lightning.models.read import Weights, read_weights
 from rld_lightning.models.verify import load_weights
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, write_csv, write_json
-from rld_lightning.tasks.checks import check_network, check_split, split_to_measure
-from rld_lightning.tasks.matched_classes import match_classes
-from rld_lightning.tasks.plan import freeze
-from rld_lightning.tasks.processes import processes_to_start, run_in_processes
-from rld_lightning.tasks.trainer import make_trainer
+from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
+from rld_lightning.tasks.run.matched_classes import match_classes
+from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.run.processes import processes_to_start, run_in_processes
+from rld_lightning.tasks.run.trainer import make_trainer
 
 MOST_CLASSES_SHOWN = 20
 

@@ -28,8 +28,8 @@ from rld_lightning.reporting.card import Exported, hub_config, model_card
 from rld_lightning.runs.files import write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.rebuild import build_data
-from rld_lightning.tasks.checks import first_other
-from rld_lightning.tasks.plan import freeze
+from rld_lightning.tasks.run.checks import first_other
+from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.whole import write_whole
 
 FORMATS = ("safetensors", "onnx", "onnx_int8", "torch_export")

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.summary import Summary
-from rld_lightning.tasks.plan import Plan
+from rld_lightning.tasks.run.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Finished:
         data: its data, set up.
         module: its student and its teacher, on the device that they were trained on.
         summary: what it came to.
-        fit: does another run, see :func:`~rld_lightning.tasks.once.run_once`.
+        fit: does another run, see :func:`~rld_lightning.tasks.run.once.run_once`.
     """
 
     cfg: DictConfig

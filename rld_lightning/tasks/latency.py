@@ -21,7 +21,7 @@ from rld_lightning.runs.files import check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.tasks.export import RESULTS
-from rld_lightning.tasks.plan import freeze
+from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.whole import write_whole
 
 COST = "cost.json"

@@ -21,10 +21,10 @@ from rld_lightning.runs.provenance import processor_name
 from rld_lightning.shipped import called
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.finished import Finished
-from rld_lightning.tasks.once import run_once
-from rld_lightning.tasks.own_look import load_in_order
-from rld_lightning.tasks.plan import alone, changed
-from rld_lightning.tasks.trainer import make_trainer
+from rld_lightning.tasks.run.once import run_once
+from rld_lightning.tasks.run.own_look import load_in_order
+from rld_lightning.tasks.run.plan import alone, changed
+from rld_lightning.tasks.run.trainer import make_trainer
 
 ALONE = "alone"  # the run folder, within another, of the student that was trained by itself
 

@@ -29,7 +29,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
-from rld_lightning.tasks.plan import freeze
+from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.whole import write_whole
 
 STDIN = STDOUT = "-"

@@ -19,11 +19,11 @@ from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.seal import is_damaged
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.runs.summary import Summary
-from rld_lightning.tasks.batch_size import make_data
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.teacher_of_run import is_for_others, keep_teacher
-from rld_lightning.tasks.turn import turn_to_train
+from rld_lightning.tasks.run.batch_size import make_data
+from rld_lightning.tasks.teacher.training_lock import turn_to_train
+from rld_lightning.tasks.teacher.weights import is_for_others, keep_teacher
 
 TOLERANCE = 0.1  # points: ten images of CIFAR-100's test split, for rounding on other hardware
 

@@ -20,7 +20,7 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.runs.checkpoint import is_there, previous_of, read_checkpoint
 from rld_lightning.runs.files import LAST, PREVIOUS
-from rld_lightning.tasks.build import build_trainer
+from rld_lightning.tasks.run.build import build_trainer
 
 
 def checkpoint(step, **others):

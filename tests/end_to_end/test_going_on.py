@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(folder, wh
 @pytest.mark.parametrize(
     ("place", "count"),
     [
-        ("rld_lightning.tasks.results.save_weights", 1),
+        ("rld_lightning.tasks.run.results.save_weights", 1),
         ("rld_lightning.reporting.curves.plot_curves", 1),
         ("rld_lightning.runs.summary.Summary.write", 1),
         ("rld_lightning.callbacks.MetricsFile.save", 3),  # validation, epoch, ...

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rld_lightning.tasks.processes import run_in_processes
+from rld_lightning.tasks.run.processes import run_in_processes
 
 pytestmark = pytest.mark.slow  # each process imports Lightning
 

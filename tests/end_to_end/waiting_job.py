@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.tasks.processes import run_in_processes
+from rld_lightning.tasks.run.processes import run_in_processes
 
 
 def wait(cfg):

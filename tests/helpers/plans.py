@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rld_lightning.models.store import TeacherStore
-from rld_lightning.tasks.plan import Plan, Student, Teacher
+from rld_lightning.tasks.run.plan import Plan, Student, Teacher
 
 
 def make_plan(run: Path, **values: Any) -> Plan:

@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from helpers.configs import CONF
-from rld_lightning.tasks.sweep import Sweep
+from rld_lightning.tasks.sweep.callback import Sweep
 
 
 def begin_sweep(*command: str) -> tuple[DictConfig, Sweep]:

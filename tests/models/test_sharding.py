@@ -15,8 +15,8 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.sharding import blocks
 from rld_lightning.models.store import TeacherStore
 from rld_lightning.models.teacher import FrozenTeacher
-from rld_lightning.tasks.plan import Teacher
-from rld_lightning.tasks.teacher_of_run import find_teacher
+from rld_lightning.tasks.run.plan import Teacher
+from rld_lightning.tasks.teacher.weights import find_teacher
 
 TAPS = ["layer1", "layer3.0.relu:in", "fc:in"]
 

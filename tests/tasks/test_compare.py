@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from rld_lightning.errors import UserError
 from rld_lightning.reporting import report
 from rld_lightning.runs.likeness import differences
-from rld_lightning.tasks import sweep
 from rld_lightning.tasks.cost import measure_cost
+from rld_lightning.tasks.sweep import callback as sweep
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 PAIR = ["model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", "recipe=quick"]

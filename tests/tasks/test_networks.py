@@ -12,7 +12,7 @@ from helpers.photos import grow
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.networks import has_not_paid
-from rld_lightning.tasks.teacher_of_run import is_for_others
+from rld_lightning.tasks.teacher.weights import is_for_others
 
 
 def small(run, root, *overrides):

@@ -12,7 +12,8 @@ from helpers.sweeps import begin_sweep
 from rld_lightning.models import create_model
 from rld_lightning.models.save import save_weights
 from rld_lightning.runs.summary import read_summary
-from rld_lightning.tasks import sweep, trials
+from rld_lightning.tasks.sweep import callback as sweep
+from rld_lightning.tasks.sweep import trial_tables as trials
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "quickstart.py"
 

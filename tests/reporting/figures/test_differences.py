@@ -17,7 +17,7 @@ from rld_lightning.reporting.figures.refine import rld_of, usual_rld
 from rld_lightning.reporting.frame import read_frame
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.reporting.tables import sections
-from rld_lightning.tasks.logits import LogitReader
+from rld_lightning.tasks.logit_reader import LogitReader
 
 
 def test_differences_are_those_of_the_published_loop():

@@ -13,7 +13,7 @@ from rld_lightning.reporting.figures.explain import MOST_CLASSES, draw_refinemen
 from rld_lightning.reporting.figures.explain_page import explain_in_words, numbers_of, write_page
 from rld_lightning.reporting.figures.refine import refine
 from rld_lightning.reporting.style import page_svg
-from rld_lightning.tasks.logits import LogitReader
+from rld_lightning.tasks.logit_reader import LogitReader
 
 
 def kl(p, q):

@@ -1,0 +1,283 @@
+"""What the page of the demo answers: the networks behind it, and what RLD makes of the teacher on a picture."""
+
+import base64
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.data.decode import BadImageError, decode_image, read_header
+from rld_lightning.errors import user_errors
+from rld_lightning.losses.rld import RLDLoss
+from rld_lightning.models.foreign import FOREIGN
+from rld_lightning.models.imported import trust
+from rld_lightning.models.look import Look, look_of
+from rld_lightning.models.student import RUN_WEIGHTS, load_student
+from rld_lightning.reporting.figures.explain_page import explain_in_words
+from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
+from rld_lightning.runs.finished import Run, read_run
+from rld_lightning.tasks.demo.web_server import serve
+from rld_lightning.tasks.run.plan import Teacher, freeze
+from rld_lightning.tasks.teacher.weights import build_teacher
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MOST_PIXELS = 50_000_000  # less than data may have: some hundred megabytes while one picture is decoded
+BEST = 5  # classes of each network that have a row
+_REMEMBERED = 8  # pictures whose logits are kept, for another label
+_TIMED, _LEAST, _SECONDS = 11, 3, 0.3  # passes at most and at least, and for how long
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What a teacher is told of the images: those that the student takes."""
+
+    name: str
+    class_names: list[str]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Asked(NamedTuple):
+    """What both networks have said to a picture.
+
+    Attributes:
+        student: logits ``(C,)``, float32.
+        teacher: logits ``(C,)``, float32.
+        milliseconds: of each, median of some passes with a batch of one.
+        seen: the pixels that the networks get, as a ``data:`` address of a PNG file.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    milliseconds: dict[str, float]
+    seen: str
+
+
+class Demo:
+    """Teacher and student of a finished run, asked about one picture at a time; threads take turns.
+
+    Args:
+        run: a finished run, whose student lies in its folder.
+        teacher: the teacher's file, if not where it lay when the run was trained.
+        device: where both compute.
+        name: the student's network, where its file names one from elsewhere.
+
+    Raises:
+        FileNotFoundError: a file is not where it was.
+        ValueError: the run has no teacher, or one that is not of one file of weights.
+    """
+
+    def __init__(self, run: Run, teacher: str | None = None, device: str = "cpu", name: str | None = None) -> None:
+        self.device = torch.device(device)
+        student = load_student(run.folder / RUN_WEIGHTS, name=name)
+        look = student.transform
+        images = _Images(
+            run.summary.dataset, student.classes, len(student.classes), (3, *look.size), look.mean, look.std
+        )
+        planned = teacher_of(run, teacher)
+        data = cast(ImageDataModule, images)  # as much of it as a teacher asks for
+        frozen, _, _ = build_teacher(planned, data, Look(look.mean, look.std))
+        self.student, self.teacher = student.to(self.device).eval(), frozen.to(self.device).eval()
+        self.names = {"student": student.name, "teacher": planned.name}
+        own = rld_of(run)
+        self.loss: RLDLoss = own or usual_rld(run)
+        self.distilled_with = run.method
+        self.trained_with_rld = own is not None
+        self._turn = threading.Lock()
+        self._remembered: OrderedDict[bytes, Asked] = OrderedDict()
+        self._time(torch.zeros(1, 3, *look.size))  # the first passes are slow
+
+    def facts(self) -> dict[str, Any]:
+        """What the page has to know before there is a picture; plain values."""
+        loss = self.loss
+        settings = {"alpha": loss.alpha, "beta": loss.beta, "temperature": loss.temperature, "mask": loss.mask}
+        return {
+            "classes": self.student.classes,
+            "names": self.names,
+            "method": self.distilled_with,
+            "rld": self.trained_with_rld,
+            "settings": settings,
+            "device": str(self.device),
+        }
+
+    def ask(self, content: bytes, label: int | None = None) -> dict[str, Any]:
+        """What is said about a picture.
+
+        Args:
+            content: a JPEG, PNG or WebP file.
+            label: the class that RLD is to take for true; None takes the student's favourite.
+
+        Returns:
+            plain values for the page.
+
+        Raises:
+            BadImageError: there is no such picture in the bytes, or too large a one.
+            ValueError: there is no class of this number.
+        """
+        if label is not None and not 0 <= label < len(self.student.classes):
+            raise ValueError(f"there is no class {label}")
+        with self._turn:
+            key = hashlib.sha256(content).digest()
+            if key not in self._remembered:
+                self._remembered[key] = self._look(content)
+                while len(self._remembered) > _REMEMBERED:
+                    self._remembered.popitem(last=False)
+            self._remembered.move_to_end(key)
+            asked = self._remembered[key]
+        label = int(asked.student.argmax()) if label is None else label
+        sample = refine(asked.student, asked.teacher, label, self.loss)
+        return answer(asked, sample, self.student.classes, self.loss)
+
+    def _look(self, content: bytes) -> Asked:
+        pixels = self.student.transform.crop(_decode(content))
+        images = self.student.transform.normalize(pixels)[None]
+        logits, milliseconds = self._time(images)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file := BytesIO(), "PNG")
+        seen = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return Asked(logits["student"], logits["teacher"], milliseconds, seen)
+
+    @torch.inference_mode()
+    def _time(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        images = images.to(self.device)
+        networks: Mapping[str, Callable[[Tensor], Tensor]] = {
+            "teacher": lambda images: self.teacher(images)[0],
+            "student": self.student,
+        }
+        logits, milliseconds = {}, {}
+        for role, network in networks.items():
+            taken: list[float] = []
+            end = time.perf_counter() + _SECONDS
+            while len(taken) < _LEAST or (len(taken) < _TIMED and time.perf_counter() < end):
+                start = time.perf_counter()
+                logits[role] = network(images)[0].float().cpu()  # waits for the device
+                taken.append(1000 * (time.perf_counter() - start))
+            milliseconds[role] = float(np.median(taken))
+        return logits, milliseconds
+
+
+def demo(cfg: DictConfig) -> None:
+    """Does what ``conf/demo.yaml`` describes, until it is stopped.
+
+    Raises:
+        UserError: the run is not finished, a network's file is not where it was, or the port is taken.
+    """
+    freeze(cfg)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else str(cfg.device)
+    with user_errors():
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device} is not there; choose device=cpu.")
+        trust(cfg.name, cfg.trust)
+        run = read_run(Path(cfg.run))
+        networks = Demo(run, cfg.teacher, device, cfg.name)
+    print_line("student", f"{networks.names['student']}, {len(networks.student.classes)} classes, of {run.folder}")
+    serve(networks.facts(), networks.ask, cfg.port)
+
+
+def teacher_of(run: Run, file: str | None = None) -> Teacher:
+    """The teacher of a finished run, as its configuration describes it, which is a stranger's perhaps.
+
+    Args:
+        run: a finished run.
+        file: its weights, if not where they lay when the run was trained.
+
+    Raises:
+        FileNotFoundError: its file is not there.
+        ValueError: there is none, or it is not one file of weights of a network of this package or its libraries.
+    """
+    settings = run.config["model"].get("teacher")
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"{run.folder} was trained without a teacher; choose a distilled run.")
+    name, weights = settings["name"], settings.get("weights") if file is None else file
+    if not isinstance(weights, str) or name in FOREIGN:
+        kind = f"is a program ({name})" if name in FOREIGN else "is made of several"
+        raise ValueError(
+            f"the teacher of {run.folder} {kind}, which the page does not run; choose a run with a teacher of one file "
+            "of weights, or add teacher=FILE."
+        )
+    if weights != "pretrained" and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"the teacher's weights are not at {weights}; run from where the run was started, or add teacher=FILE."
+        )
+    size, classes = settings.get("image_size"), settings.get("class_map")
+    if classes is not None and not isinstance(classes, dict):
+        raise ValueError(f"the teacher of {run.folder} has its classes in another file, {classes}, which is not read.")
+    if not (size in (None, "auto") or (type(size) is int and 0 < size <= 4096)):
+        raise ValueError(f"{run.folder} says model.teacher.image_size={size!r}, which no run has.")
+    return Teacher(
+        name,
+        weights,
+        "",
+        look_of(settings.get("mean"), settings.get("std"), "model.teacher"),
+        {"fuse": False, "dtype": None},
+        class_map=classes,
+        image_size=size,
+    )
+
+
+def shown_rows(sample: Refinement) -> list[int]:
+    """The classes with a row: the likeliest of both networks and the label, by falling probability of the student."""
+    both = (sample.student_logits, sample.teacher_logits)
+    chosen = {sample.label}.union(*(logits.topk(min(BEST, len(logits))).indices.tolist() for logits in both))
+    return [index for index in sample.student_logits.argsort(descending=True, stable=True).tolist() if index in chosen]
+
+
+def answer(asked: Asked, sample: Refinement, classes: Sequence[str], loss: RLDLoss) -> dict[str, Any]:
+    """What the page shows of a picture, in plain values; probabilities are in [0, 1].
+
+    Args:
+        asked: what the networks have said.
+        sample: what RLD makes of that.
+        classes: the C names.
+        loss: RLD, as the run has it.
+    """
+    shown = shown_rows(sample)
+    sides = {"teacher": sample.teacher_probs, "refined": sample.teacher_correlation, "student": sample.student_probs}
+    others = torch.ones(len(classes), dtype=torch.bool)
+    others[shown] = False
+    return {
+        "seen": asked.seen,
+        "label": sample.label,
+        "temperature": loss.temperature,
+        "networks": {
+            role: {"class": classes[int(logits.argmax())], "probability": float(logits.softmax(0).max())}
+            | {"milliseconds": asked.milliseconds[role]}
+            for role, logits in (("teacher", asked.teacher), ("student", asked.student))
+        },
+        "rows": [
+            {"class": classes[index], "true": index == sample.label, "masked": bool(sample.masked[index])}
+            | {side: float(probs[index]) for side, probs in sides.items()}
+            for index in shown
+        ],
+        "others": {"count": int(others.sum()), "masked": int(sample.masked[others].sum())}
+        | {side: float(probs[others].sum()) for side, probs in sides.items()},
+        "masked": int(sample.masked.sum()),
+        "confidence": {"teacher": sample.teacher_confidence, "student": sample.student_confidence},
+        "terms": sample.terms,
+        "words": explain_in_words(sample, classes, loss),
+    }
+
+
+def _decode(content: bytes) -> Tensor:
+    """Pixels of a picture of an allowed format and size, uint8 ``(3, H, W)``."""
+    file = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+    header = read_header(file)
+    if header.format not in FORMATS:
+        raise BadImageError(f"pictures of the format {header.format} are not taken; choose JPEG, PNG or WebP")
+    if header.height * header.width > MOST_PIXELS:
+        raise BadImageError(f"its {header.width:,} x {header.height:,} pixels are more than {MOST_PIXELS:,}")
+    return decode_image(file, header=header)

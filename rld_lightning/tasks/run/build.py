@@ -1,0 +1,140 @@
+"""The parts of a run that take more than their part of the configuration to be made."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rld_lightning.callbacks import CheckpointFiles, ExactResume, OwnSettings, SameConfiguration, StopSignals
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.losses.connect import connect
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.module import DistillationModule
+from rld_lightning.tasks.run.fold_and_compile import fold_teacher
+from rld_lightning.tasks.run.own_look import load_in_order
+from rld_lightning.tasks.run.plan import Plan, changed, settled
+from rld_lightning.tasks.run.trainer import make_trainer
+from rld_lightning.watching import skip_idle_hooks
+
+
+def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
+    """Downloads data where need be, sets them up, and prints their line.
+
+    Args:
+        data: the data.
+        strong_view: whether the loss looks at a second view of each image.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    print_line("data", data.describe())
+    data.strong_view = strong_view
+
+
+def build_module(
+    plan: Plan,
+    data: ImageDataModule,
+    loss: DistillationLoss,
+    teacher: FrozenTeacher | None,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: Callable[[Optimizer], LRScheduler] | None,
+) -> DistillationModule:
+    """The student and what it is trained with.
+
+    Args:
+        plan: what the run is to do.
+        data: the data, set up.
+        loss: what is minimised.
+        teacher: with its weights; None where the loss needs none.
+        optimizer: called with the parameters to train.
+        scheduler: called with the optimizer.
+    """
+    # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
+    seed_everything(plan.seed, workers=True, verbose=False)
+    name, weights = plan.student.name, plan.student.weights
+    pretrained = {"pretrained": True} if weights == "pretrained" else {}
+    student = create_model(name, data.num_classes, **pretrained)
+    if weights not in (None, "pretrained"):
+        load_in_order(student, name, weights, data, "student")
+    if teacher is not None:
+        plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
+        if student is not plain and plan.teacher is not None:
+            name = f"{name}@{plan.teacher.name}"
+        if plan.teacher is not None and plan.teacher.options["fuse"] == "auto":
+            fold_teacher(teacher, loss, data)
+    layout = torch.channels_last if plan.student.channels_last else torch.preserve_format
+    return DistillationModule(
+        student.to(memory_format=layout),
+        loss.to(memory_format=layout),
+        optimizer,
+        scheduler,
+        teacher=teacher,
+        num_classes=data.num_classes,
+        scheduler_interval=plan.scheduler_interval,
+        scheduler_monitor=plan.scheduler_monitor,
+        capture=plan.capture,
+        info={
+            "student": name,
+            "dataset": data.name,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            **data.split_facts,
+        },
+    )
+
+
+def watchers(cfg: DictConfig) -> dict[str, Any]:
+    """Who watches a run: its loggers and callbacks, as arguments of the trainer.
+
+    Args:
+        cfg: the run's configuration.
+    """
+    callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    enabled = {}
+    for option, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+        if cfg.trainer.get(option) is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+        # Lightning would put its own in the place of what callbacks.<name>=null has switched off.
+        enabled[option] = any(isinstance(callback, kind) for callback in callbacks)
+    return {
+        "logger": [instantiate(logger) for logger in cfg.logger.values() if logger],
+        "callbacks": [*callbacks, ExactResume()],
+        **enabled,
+    }
+
+
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """The trainer of a run, with :func:`watchers`, whose checkpoints are whole and verified.
+
+    Args:
+        cfg: the run's configuration.
+    """
+    trainer = make_trainer(cfg.trainer, **watchers(cfg))
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and none from trainer.plugins
+        trainer.strategy.checkpoint_io = CheckpointFiles()
+    return trainer
+
+
+def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
+    """Adds who watches each run, whatever its configuration says, once its teacher has been found.
+
+    Args:
+        trainer: the run's.
+        cfg: the run's configuration.
+        plan: what the run is to do.
+    """
+    teacher = {} if plan.teacher is None else {"model.teacher.sha256": plan.teacher.sha256}
+    shared = changed(cfg, teacher)  # where files lie may differ between machines, what is in them may not
+    callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
+    callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan)), StopSignals()]
+    skip_idle_hooks(trainer)

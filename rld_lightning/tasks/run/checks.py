@@ -1,0 +1,286 @@
+"""What would go wrong later, said before anything is trained or measured: one sentence each."""
+
+from collections.abc import Callable, Iterable
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.data.sampler import share_of_batch
+from rld_lightning.errors import first_line
+from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.models.factory import blueprint, create_model
+from rld_lightning.models.facts import facts_of
+from rld_lightning.models.foreign import FOREIGN
+from rld_lightning.models.libraries import published_input
+from rld_lightning.models.read import Weights
+from rld_lightning.models.registry import names_of_members
+from rld_lightning.models.taps import evaluation_mode
+from rld_lightning.runs.checkpoint import Before
+from rld_lightning.schedule import make_schedule
+from rld_lightning.tasks.run.plan import Plan, Student, Teacher
+from rld_lightning.tasks.run.resume import check_folder, check_resume
+
+LIBRARIES = ("torchvision/", "timm/", "transformers/")  # which have weights of their own
+
+
+def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
+    """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
+
+    Args:
+        plan: what the run is to do.
+        cfg: its configuration.
+
+    Returns:
+        what the checkpoint that it goes on from says about its run, if it says something.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint to resume from.
+        ValueError: the folder holds another run, the checkpoint is not of this one, a network has no name that is
+            known, or the processes cannot share the batch.
+    """
+    if plan.processes > 1 and plan.batch_size is not None:
+        share_of_batch(plan.batch_size, plan.processes)
+    check_folder(plan.run, plan.resume, cfg.resume)
+    before = check_resume(Path(plan.resume), plan.student.name, cfg) if plan.resume is not None else None
+    check_names(plan.student, plan.teacher)
+    return before
+
+
+def check_names(student: Student, teacher: Teacher | None) -> None:
+    """Looks whether the networks of a run are known.
+
+    Args:
+        student: the network to train.
+        teacher: the network to learn from, if there is one.
+
+    Raises:
+        ValueError: one has no name that is known, or cannot have the weights that it is to have.
+    """
+    for role, network in (("teacher", teacher), ("student", student)):
+        if network is None:
+            continue
+        if network.name is None:
+            raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
+        start = None  # an experiment's does not matter to a teacher that is there
+        if isinstance(network, Teacher) and network.weights in ("auto", "fit"):
+            start = network.start
+        option = "weights" if start is None else "start"
+        if "pretrained" in (network.weights, start) and not network.name.startswith(LIBRARIES):
+            ways = "a file, published or fit" if (role, option) == ("teacher", "weights") else "a file, or null"
+            own = ", where what it builds has weights already" if ":" in network.name else ""
+            raise ValueError(
+                f"model.{role}.{option}=pretrained is for torchvision/, timm/ and transformers/ names, not for "
+                f"{network.name}; give {ways}{own}."
+            )
+        # A wrong name should not wait for a download.
+        files = len(network.weights) if isinstance(network.weights, tuple) else 1
+        for name in names_of_members(network.name, files):
+            if name not in FOREIGN:
+                blueprint(name)
+
+
+def check_loss(loss: DistillationLoss, plan: Plan) -> None:
+    """Looks whether a loss has the teacher that it needs.
+
+    Raises:
+        ValueError: it needs one, and there is none.
+    """
+    if loss.needs_teacher and plan.teacher is None:
+        raise ValueError(
+            f"the loss needs a teacher and model={plan.label} has none; choose a pair "
+            "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
+        )
+
+
+def check_mixtures(loss: DistillationLoss, data: ImageDataModule) -> None:
+    """Looks whether a loss can learn from images that are mixed.
+
+    Raises:
+        ValueError: they are mixed, and it cannot.
+    """
+    if data.mix and not loss.takes_mixtures:
+        raise ValueError(
+            f"{type(loss).__name__} cannot learn from mixtures of images (data.mixup={data.mix.mixup}, "
+            f"data.cutmix={data.mix.cutmix}): it remembers each image, or aligns gradients of one label; set both to "
+            "0, or choose another loss."
+        )
+
+
+def check_recipe(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], scheduler: Callable[[Optimizer], LRScheduler] | None
+) -> None:
+    """Makes the optimizer and the schedule of a run once for a parameter of nobody's: training begins much later.
+
+    Args:
+        optimizer: called with the parameters.
+        scheduler: called with the optimizer; None without a schedule.
+
+    Raises:
+        ValueError: one of them cannot be made.
+    """
+    what = "optimizer"
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+        what = "scheduler"
+        if scheduler is not None:
+            make_schedule(scheduler, made, lambda: 1000)
+    except Exception as error:  # each class refuses its options in its own way
+        raise ValueError(f"recipe.{what} cannot be made of its options: {error}") from error
+
+
+def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule) -> None:
+    """Looks whether a trainer can do all of a run.
+
+    Args:
+        trainer: the trainer.
+        settings: ``trainer``.
+        data: the data, set up.
+
+    Raises:
+        ValueError: it trains or validates never, cannot share out the batch, or has no GPUs for what needs them.
+    """
+    if trainer.limit_val_batches == 0:
+        raise ValueError(
+            "trainer.limit_val_batches=0 leaves no accuracy to report; to validate less often, set "
+            "trainer.check_val_every_n_epoch."
+        )
+    share_of_batch(data.batch_size, trainer.world_size)
+    for split, sampler in (("train", data.train_sampler()), ("val", data.eval_sampler(data.val_size))):
+        option = "overfit_batches" if settings.get("overfit_batches") else f"limit_{split}_batches"
+        limit, number = getattr(trainer, f"limit_{split}_batches"), len(sampler)
+        if limit * (number if isinstance(limit, float) else 1) < 1:
+            raise ValueError(
+                f"trainer.{option}={limit} is none of the {number} {split} batches; take a number of them, such as "
+                f"trainer.{option}=1, or a share of {ceil(1000 / number) / 1000:g} or more."
+            )
+    if settings.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
+
+
+def check_network(
+    name: str,
+    data: ImageDataModule,
+    network: nn.Module | None = None,
+    *,
+    other_sizes: bool = False,
+    num_classes: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> None:
+    """Has a network show that it turns two images of the data into logits.
+
+    Args:
+        name: the model's name.
+        data: the data, set up.
+        network: the network, on the CPU; by default a fresh one of this name.
+        other_sizes: whether the data can have another ``data.image_size``.
+        num_classes: how many it tells apart; by default those of the data.
+        image_size: height and width of the images that it gets; by default those of the data.
+
+    Raises:
+        ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
+    """
+    num_classes = data.num_classes if num_classes is None else num_classes
+    own = "" if network is not None or other_sizes else _at_its_size(name)
+    network = create_model(name, num_classes) if network is None else network
+    image_shape = data.image_shape if image_size is None else (3, *image_size)
+    shape = "x".join(map(str, image_shape))
+    try:
+        with evaluation_mode(network), torch.no_grad():
+            logits = network(torch.zeros(2, *image_shape))
+    except Exception as error:  # each library refuses images in its own way
+        size = "another size with data.image_size=, or " if other_sizes else own
+        raise ValueError(
+            f"{name} cannot take images of {shape} ({first_line(error)}); choose {size}another model."
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != (2, num_classes):
+        raise ValueError(
+            f"{name} makes {found} of two images of {shape}, not logits {(2, num_classes)}; choose another model."
+        )
+
+
+def _at_its_size(name: str) -> str:
+    """A way out for a network that its library has published for images of another size."""
+    published = published_input(name) if name.startswith(("torchvision/", "timm/")) and "@" not in name else None
+    return "" if published is None else f"{name}@{published[2]}, which resizes them itself, or "
+
+
+def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None:
+    """Refuses weights of other classes, where their file names its own.
+
+    Args:
+        weights: the weights and what their file says about them.
+        data: the data, set up.
+        way_out: what the user can do, to end the sentence.
+
+    Raises:
+        ValueError: the classes are others, or in another order.
+    """
+    known, classes = facts_of(weights).class_names, list(data.class_names)
+    if known is not None and known != classes:
+        raise ValueError(
+            f"{weights.source} was trained on other classes than those of {data.name}{first_other(known, classes)}; "
+            f"{way_out}."
+        )
+
+
+def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
+    """What the run of a file has held out, for the options of the data that their configuration leaves open (null).
+
+    Args:
+        settings: the data's part of the configuration.
+        weights: the weights and what their file says about them.
+
+    Returns:
+        values by option, such as ``{"seed": 0, "val_fraction": 0.1}``; 0 where the file does not say.
+
+    Raises:
+        WeightsError: what the file says is not a number in range.
+    """
+    facts = facts_of(weights)
+    options = {option: getattr(facts, name) or 0 for name, option in ImageDataModule.split_options.items()}
+    return {option: value for option, value in options.items() if settings[option] is None}
+
+
+def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
+    """Refuses to measure weights on images that they were trained on, as far as their file says what was held out.
+
+    Args:
+        weights: the weights and what their file says about them.
+        data: the data.
+        split: ``"test"`` or ``"val"``.
+
+    Raises:
+        ValueError: other images were held out when they were trained.
+    """
+    facts = facts_of(weights)
+    if facts.dataset != data.name:
+        return
+    # How the training split is cut up does not change the test split; and where nothing is cut off, no seed counts.
+    harmless = ImageDataModule.split_options if split == "test" else () if data.val_fraction else ("data_seed",)
+    for name, value in data.split_facts.items():
+        known, option = getattr(facts, name), f"data.{data.split_options[name]}"
+        if name not in harmless and known not in (None, value):
+            raise ValueError(
+                f"{weights.source} was trained with {option}={known}, and with {option}={value} it would be measured "
+                f"on images that it was trained on; add {option}={known}."
+            )
+
+
+def first_other(known: list[str], classes: list[str]) -> str:
+    """The first class that two lists do not have in the same place, in brackets; empty without one.
+
+    Args:
+        known: the classes of a file.
+        classes: those of the data.
+    """
+    pairs = enumerate(zip(known, classes, strict=False))
+    return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

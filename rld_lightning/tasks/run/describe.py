@@ -1,0 +1,58 @@
+"""What a run prints about itself before it trains."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from torch import nn
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.hydra.resolvers import choice
+from rld_lightning.models.complexity import count_macs, count_parameters
+from rld_lightning.module import DistillationModule
+from rld_lightning.runs.likeness import changed_settings, changes
+from rld_lightning.tasks.run.plan import Plan
+
+
+def describe_run(
+    cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Trainer, module: DistillationModule
+) -> None:
+    """Prints one line for each part of the run that has not had its own yet."""
+    print_line("student", f"{module.hparams['student']}, {describe_size(module.student, data.image_shape)}")
+    print_line("loss", module.loss.describe())
+    if data.mix:
+        how = " ".join(f"data.{name}={a:g}" for name in ("mixup", "cutmix") if (a := getattr(data.mix, name)))
+        print_line("mixed", f"{how}: of two images and labels each; train top-1 is of the label with the larger share")
+    own, recipe = module.loss.own_recipe, choice("recipe", _root_=cfg)
+    if own and recipe == "cifar240":
+        print_line("recipe", f"{recipe}; the public code of {plan.loss} trains otherwise, as recipe={own} does")
+    rate = f"{plan.learning_rate:g}"
+    if plan.scale_lr_from is not None:
+        rate += f" = {plan.recipe_rate:g} x {plan.batch_size} / {plan.scale_lr_from}"
+    devices = trainer.world_size
+    assert plan.batch_size is not None  # of a plan that is complete
+    epochs = "1 epoch" if trainer.max_epochs == 1 else f"{trainer.max_epochs} epochs"
+    print_line(
+        "training",
+        f"{plan.optimizer}, learning rate {rate}, batch {plan.batch_size} = {devices} x {plan.batch_size // devices} "
+        f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {epochs}",
+    )
+    if plan.resume is not None:
+        told, folder = plan.before, Path(plan.resume).parent
+        others = changed_settings(folder, cfg) if told is None else changes(told.settings, cfg)
+        new = [f"{key}={now} instead of {before}" for key, (before, now) in others.items()]
+        print_line("resume", ", ".join([plan.resume, *new]))
+    watched = [str(getattr(callback, "monitor", "")) for callback in trainer.early_stopping_callbacks]
+    if data.val_split == "test" and any(name.startswith("val/") for name in watched):
+        print_line(
+            "caution",
+            "early stopping looks at the test split, whose images then choose when to end and are no test any more; "
+            "data.val_fraction=0.1 holds some of the training images out for it",
+        )
+    print_line("folder", str(plan.run))
+
+
+def describe_size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """Parameters and multiply-accumulates of a model, for the console."""
+    return f"{count_parameters(model) / 1e6:.2f} M parameters, {count_macs(model, image_shape) / 1e6:.1f} M MACs"

@@ -1,0 +1,330 @@
+"""A run with several processes: one that reads the command line and watches, and the ranks that train.
+
+Every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one folder.
+They get the environment that ``torchrun`` gives, so that there is one way to run and two to start. Those of a sweep are
+forked from one that has imported everything (:mod:`rld_lightning.warm`). Why neither of the launchers at hand:
+
+- Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in a
+  sweep every rank would sweep on its own, and nobody is left to say what happened when rank 0 dies.
+- torch's (``torch.distributed.elastic``) ends the others by SIGTERM, which Lightning answers with a broadcast to
+  processes that are gone, and waits 30 s before it kills them; it leaves the data loaders of a killed rank running; and
+  it orders failures by whole seconds, and so names a rank that lost its connection instead of the one that was killed.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
+from rld_lightning import warm
+from rld_lightning.console import end_line, look_again, print_line, quiet_lightning
+from rld_lightning.distributed import (
+    GRACE,
+    JOB,
+    Stopped,
+    end_with,
+    leave,
+    look_for_rank,
+    signals_end,
+    started_by,
+    stopped_by,
+    trials_at_once,
+)
+from rld_lightning.errors import UserError
+from rld_lightning.hydra.quoting import as_argument
+from rld_lightning.hydra.script import is_trial
+from rld_lightning.runs.checkpoint import is_there
+from rld_lightning.runs.files import LAST
+from rld_lightning.shipped import shipped
+from rld_lightning.tasks.run.trainer import make_trainer
+from rld_lightning.warm import Process
+from rld_lightning.warm import poll as _poll
+
+POLL = 0.1  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The exception that ended a rank, written by itself; ``traceback`` is None for a :class:`UserError`."""
+
+    message: str
+    traceback: str | None
+    time: float
+
+
+def processes_to_start(trainer: DictConfig) -> int:
+    """How many processes a run needs that nobody has started yet; 1 where this process does it alone.
+
+    Args:
+        trainer: the trainer's part of the configuration.
+
+    Raises:
+        ValueError: ``torchrun`` or ``srun`` has started another number of processes than the trainer wants, a sweep was
+            started with them, or the run needs several nodes and nobody has started the others.
+    """
+    if trainer.devices == 1 and trainer.get("num_nodes", 1) == 1 and started_by() is None:
+        return 1
+    # Here, so that ranks end quietly on a Ctrl-C while they import it.
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    # Its device count alone is of interest: no precision, which may have to ask, and so occupy, a GPU.
+    probe = make_trainer(trainer, precision=None, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    wanted = probe.num_devices * probe.num_nodes
+    if (started := started_by()) is not None:
+        if wanted != started.processes:
+            raise ValueError(
+                f"{started.by} has started {started.processes} process(es) and the trainer wants {probe.num_devices} "
+                f"on {probe.num_nodes} node(s); leave trainer.devices and trainer.num_nodes away and choose "
+                "trainer=ddp, or trainer=ddp_cpu without GPUs, which take both from there."
+            )
+        if is_trial() and started.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+            raise ValueError(
+                f"--multirun under {started.by} would sweep once in each process, each with other values; start it "
+                "without: every trial starts its own processes. On several nodes use launcher=submitit_slurm."
+            )
+        return 1
+    if probe.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={probe.num_nodes} has to be started on every node, by torchrun or srun: see "
+            f"{shipped('scripts') / 'slurm' / 'fit.sbatch'}, or torchrun --nnodes --nproc-per-node "
+            "-m rld_lightning fit ... trainer=ddp."
+        )
+    return probe.num_devices if isinstance(probe.strategy.launcher, _SubprocessScriptLauncher) else 1
+
+
+def run_in_processes(
+    count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None
+) -> None:
+    """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
+
+    Args:
+        count: number of processes on this machine.
+        task: a function that takes the configuration, as ``package.module:function``.
+        cfg: the configuration; ``paths.run`` is the folder that all of them share.
+        resume_hint: what continues an interrupted run when it is added to the command; by default the last checkpoint
+            in ``paths.run``. Of a trial the sweep says so.
+        output: a file that gets, at its end, what the processes print; by default they print where this one does.
+
+    Raises:
+        UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
+        Stopped: the run was stopped by a signal to this process or to one of its own, which had :data:`GRACE` seconds
+            to save. A second signal ends them at once.
+    """
+    run = Path(cfg.paths.run).absolute()
+    with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
+        folder = Path(scratch)
+        OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
+        command = (*warm.PYTHON_M, "rld_lightning.tasks.run.processes", task, str(folder), str(os.getpid()))
+        with signals_end(), _started(command, count, output) as processes:
+            stop = None
+            try:
+                codes = _wait(processes)
+                if (number := stopped_by(codes.values())) is not None:  # all of them, or soon
+                    stop = number
+                    _let_end(processes)
+            except (KeyboardInterrupt, Stopped) as signalled:
+                stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
+                if trials_at_once() is None:  # else the launcher says it
+                    end_line()
+                    print_line("stopping", "after this step, and saving; once more stops it at once")
+                with suppress(KeyboardInterrupt, Stopped):
+                    _interrupt(processes)
+            if stop is not None:
+                hint = resume_hint or _resume_hint(run)
+                if hint or not is_trial():  # of a trial the sweep says it
+                    how = f"continue with the same command and {hint}" if hint else "nothing was saved yet"
+                    print_line("stopped", how)
+                raise Stopped(stop, said=True)
+            if codes:
+                time.sleep(5 * POLL)  # the rank that failed first may be the last to end
+        if codes:
+            failures = _read_failures(folder, count)
+            raise UserError(_explain(codes, failures, count, resume_hint or _resume_hint(run), output))
+
+
+@contextmanager
+def _started(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[Process]]:
+    """Starts the ranks, each in a session of its own, and kills what is left of them in the end."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": JOB,
+    }
+    processes: list[Process] = []
+    # Ranks that cannot save yet inherit that it is ignored; later it is passed on.
+    before = _on_sigusr1(signal.SIG_IGN)
+    try:
+        for rank in range(count):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
+            with output.open("ab") if output else nullcontext() as file:
+                processes.append(warm.start(command, environment, file))
+        _on_sigusr1(lambda *_: _pass_on(processes, signal.SIGUSR1))
+        yield processes
+    finally:
+        _on_sigusr1(before)
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
+            while _poll(process) is None:
+                time.sleep(POLL / 10)
+
+
+def _wait(processes: Sequence[Process]) -> dict[int, int]:
+    """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
+    while True:
+        codes = [_poll(process) for process in processes]
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed or None not in codes:
+            return failed
+        time.sleep(POLL)
+
+
+def _on_sigusr1(handler: Any) -> Any:
+    """Sets what is done about SIGUSR1, where Python allows it; returns what was."""
+    main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGUSR1, handler) if main else signal.getsignal(signal.SIGUSR1)
+
+
+def _interrupt(processes: Sequence[Process]) -> None:
+    """Tells them to stop, whatever signal came, so that they save and loggers finish, and waits for the end.
+
+    By SIGTERM, which ends those that are still importing without a traceback.
+    """
+    _pass_on(processes, signal.SIGTERM)
+    _let_end(processes)
+
+
+def _pass_on(processes: Sequence[Process], number: signal.Signals) -> None:
+    for process in processes:
+        if _poll(process) is None:
+            os.kill(process.pid, number)
+
+
+def _let_end(processes: Sequence[Process]) -> None:
+    """Waits until all have ended, at most :data:`GRACE` seconds."""
+    until = time.monotonic() + GRACE
+    while time.monotonic() < until and any(_poll(process) is None for process in processes):
+        time.sleep(POLL)
+
+
+def _resume_hint(run: Path) -> str | None:
+    """Returns what continues a single run; None without a checkpoint, and of a trial, of which the sweep says it."""
+    if is_trial():
+        return None
+    last = run / LAST
+    return as_argument("resume", last) if is_there(last) else None
+
+
+def _read_failures(folder: Path, count: int) -> dict[int, Failure]:
+    """Reads what the ranks have written before they ended, by rank."""
+    failures = {}
+    for rank in range(count):
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # it wrote nothing, or was killed while it did
+            failures[rank] = Failure(**json.loads((folder / f"failure_{rank}.json").read_text()))
+    return failures
+
+
+def _explain(
+    codes: Mapping[int, int],
+    failures: Mapping[int, Failure],
+    count: int,
+    resume_hint: str | None,
+    output: Path | None = None,
+) -> str:
+    """Makes one sentence of what ended the run; the traceback of an exception goes to where the processes print."""
+    # Others may fail because of the first one, and even end before it. A rank that was killed has written nothing;
+    # one that has failed may abort on its way out.
+    killed = [rank for rank, code in codes.items() if code < 0 and rank not in failures]
+    rank, *_ = [*killed, *sorted(failures, key=lambda rank: failures[rank].time), *codes]
+    failure = failures.get(rank)
+    if failure is None:
+        code = codes[rank]
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    elif failure.traceback is None:
+        return failure.message
+    else:
+        with output.open("a") if output else nullcontext(sys.stderr) as file:
+            file.write(failure.traceback)
+        end = f"failed with {failure.message}"
+    advice = " There is no checkpoint yet to continue from."
+    if resume_hint:
+        advice = f" Continue with the same command and {resume_hint}."
+    elif is_trial():
+        advice = f" What it printed is in {output}." if output else ""
+    if count == 1:
+        return f"the process of this run {end}.{advice}"
+    return f"rank {rank} of {count} {end}, and the others were ended with it: nothing is left running.{advice}"
+
+
+def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration with its interpolations, which a run still uses, but for those that only Hydra can answer."""
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    for key, value in values.items():
+        if isinstance(value, dict):
+            values[key] = _without_hydra(cfg[key])
+        elif isinstance(value, str) and ("${hydra:" in value or "${choice:" in value):
+            values[key] = cfg[key]
+    return values
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does the work of one process, and returns its exit status.
+
+    Args:
+        arguments: the task and the folder with the configuration.
+    """
+    code = _rank(arguments[0], Path(arguments[1]))
+    if stopped_by([code]) is not None:
+        leave(code)
+    return code
+
+
+def _rank(task: str, folder: Path) -> int:
+    look_for_rank()
+    look_again()
+    quiet_lightning()
+    try:
+        module, function = task.split(":")
+        with signals_end():
+            getattr(importlib.import_module(module), function)(OmegaConf.load(folder / "config.yaml"))
+    except KeyboardInterrupt:
+        return 130
+    except Stopped as stop:
+        return int(str(stop.code))
+    except UserError as error:
+        failure = Failure(str(error), None, time.time())
+    except Exception as error:
+        failure = Failure(f"{type(error).__name__}: {error}", traceback.format_exc(), time.time())
+    else:
+        return 0
+    (folder / f"failure_{os.environ['RANK']}.json").write_text(json.dumps(asdict(failure)))
+    return 1
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[3]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""The data of a sweep's trials: read once by the process that they are forked from, whose memory they share."""
+
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning import warm
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.data.in_memory import InMemoryDataModule
+from rld_lightning.tasks.run.batch_size import make_data
+
+_kept: dict[str, InMemoryDataModule] = {}
+
+
+def share_data(settings: DictConfig) -> None:
+    """Has the process that trials are forked from read their data, where it is small.
+
+    Args:
+        settings: ``data``; trials with other settings read for themselves.
+    """
+    warm.prepare(f"{__name__}:keep", _as_text(settings))
+
+
+def keep(settings: str) -> None:
+    """Reads data and keeps them for those that are forked from here.
+
+    Args:
+        settings: ``data`` as JSON.
+    """
+    data = make_data(OmegaConf.create(json.loads(settings)))
+    if isinstance(data, InMemoryDataModule):
+        data.setup()
+        _kept[settings] = data
+
+
+def take_kept(data: ImageDataModule, settings: DictConfig) -> None:
+    """Gives data what was read before this process was forked, so that it need not read.
+
+    Args:
+        data: the data, not set up.
+        settings: the ``data`` that it was made of.
+    """
+    kept = _kept.get(_as_text(settings)) if _kept else None
+    if kept is not None and isinstance(data, InMemoryDataModule):
+        data.take_over(kept)
+
+
+def _as_text(settings: DictConfig) -> str:
+    values: Any = OmegaConf.to_container(settings, resolve=True)
+    if not values.get("val_fraction") and values.get("subset") == 1:
+        values["seed"] = 0  # which chooses nothing
+    return json.dumps(values, sort_keys=True)

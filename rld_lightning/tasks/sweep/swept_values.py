@@ -1,0 +1,126 @@
+"""What a command line sweeps and what it holds fixed, and whether each of the values can be."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from rld_lightning.errors import UserError, first_line
+from rld_lightning.hydra.mistakes import check, with_value
+from rld_lightning.hydra.sweepers import own_params
+from rld_lightning.redact import redact_text
+from rld_lightning.runs.files import STUDENT, SWEEP, TEACHER, write_yaml
+from rld_lightning.runs.likeness import canonical, decides
+from rld_lightning.tasks.sweep.trial_checks import check_trial
+from rld_lightning.tasks.sweep.trial_tables import key_of, line_of
+
+WEIGHTS = "model.teacher.weights"
+
+
+def _parsed(config: DictConfig) -> list[Override]:
+    """The sweeper's own parameters, then the command's overrides."""
+    return parse([*own_params(config.hydra.sweeper.get("params")), *config.hydra.overrides.task])
+
+
+def parse(lines: Iterable[str]) -> list[Override]:
+    """Takes overrides apart."""
+    return OverridesParser.create().parse_overrides(list(lines))
+
+
+def overrides_of(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """What is swept and what is fixed, by key, as written: the sweeper's own parameters and the command."""
+    overrides = {key_of(override): override for override in _parsed(config)}  # the last one wins
+    swept = {key: line_of(override) for key, override in overrides.items() if override.is_sweep_override()}
+    return swept, {key: line_of(override) for key, override in overrides.items() if key not in swept}
+
+
+def group_of(key: str) -> str:
+    """A key as Hydra compares it to those that it leaves out of folder names: ``loss`` of ``loss@loss.at``."""
+    return key.split("@")[0]
+
+
+def values_of(override: Override) -> list[str]:
+    """The overrides that a swept one stands for; of an interval its ends."""
+    if isinstance(ends := override.value(), IntervalSweep):
+        return [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def check_swept(config: DictConfig, *, listed: bool) -> None:
+    """Composes the configuration with each value that is swept, before anything is trained for the trials.
+
+    Args:
+        config: the sweep's.
+        listed: whether the sweep goes through lists of values.
+
+    Raises:
+        UserError: there is no such option, or no such key, or a value is not allowed; or an interval where a list is
+            wanted.
+    """
+    overrides = {override.get_key_element(): override for override in _parsed(config)}  # as Hydra's sweeper has them
+    if listed and (intervals := [o.input_line for o in overrides.values() if o.is_interval_sweep()]):
+        raise UserError(
+            f"{intervals[0]} has no list of values, which a grid goes through: write them with commas between, or let "
+            "Optuna choose (hydra/sweeper=optuna)."
+        )
+    values = {key: values_of(override) for key, override in overrides.items() if override.is_sweep_override()}
+    first = {key: listed[:1] for key, listed in values.items()}
+    first |= {key: [line_of(override)] for key, override in overrides.items() if key not in values}
+    others = [{key: [value]} for key, listed in values.items() if "." not in key for value in listed[1:]]
+    loader = GlobalHydra.instance().config_loader()
+    for trial in [{}, *others]:
+        lines = [line for key in overrides for line in ({**first, **trial})[key]]
+        try:
+            cfg = loader.load_sweep_config(config, lines)
+        except HydraException as error:
+            raise UserError(f"{first_line(error)} (--help lists the options)") from error
+        check(cfg)
+        check_trial(cfg)
+        if not trial:
+            for line in [line for key, listed in values.items() if "." in key for line in listed[1:]]:
+                check(with_value(cfg, line))
+                if line.startswith(("model.", "data.")):
+                    check_trial(with_value(cfg, line))
+
+
+def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
+    """Leaves :data:`SWEEP`, and refuses a command that would mix other trials with those of a folder.
+
+    Args:
+        folder: the sweep's.
+        swept: overrides that are swept, by key.
+        fixed: overrides that are not.
+        values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
+    """
+    record = folder / SWEEP
+    current = {line for key, line in fixed.items() if decides(key)}
+    current |= set(swept.values()) if values_too else set(swept)
+    current = _canonical(map(redact_text, current), folder)
+    if record.exists():
+        saved = _canonical(OmegaConf.load(record), folder)
+        if differing := sorted(saved ^ current):
+            values = (
+                "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"
+            )
+            raise UserError(
+                f"{folder} holds a sweep of another command: they differ in {', '.join(differing)}. Continue it with "
+                f"its own{values}, or choose another hydra.sweep.dir."
+            )
+    write_yaml(record, sorted(current))
+
+
+def _canonical(lines: Iterable[str], folder: Path) -> set[str]:
+    """Overrides, and keys, as the same texts however they were written."""
+    parts = (line.partition("=") for line in lines)
+    # How trials are chosen and started says nothing about them.
+    texts = {
+        f"{key}={canonical(key, value)}" if equals else key
+        for key, equals, value in parts
+        if key not in ("launcher", "sweep")
+    }
+    own = f"{WEIGHTS}={(folder / TEACHER / STUDENT).absolute()}"  # as comparisons of earlier versions have it
+    return {f"{WEIGHTS}=fit" if text == own else text for text in texts}

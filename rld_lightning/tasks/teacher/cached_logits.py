@@ -1,0 +1,254 @@
+"""Whether a run looks the teacher's logits up instead of computing them, and where they lie."""
+
+import math
+import shutil
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.losses.base import DistillationLoss
+from rld_lightning.models.complexity import count_macs
+from rld_lightning.models.ensemble import Ensemble
+from rld_lightning.models.foreign import FOREIGN
+from rld_lightning.models.logits_table import LogitsTable, table_bytes, table_key
+from rld_lightning.models.look import Relook
+from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.module import DistillationModule
+from rld_lightning.tasks.run.fold_and_compile import images_to_come
+from rld_lightning.tasks.run.plan import Plan, Teacher
+from rld_lightning.tasks.teacher.fill_cache import fill_table
+
+_SHARE = 0.05  # of a step that the teacher has to take: looking up is not for nothing
+_SAMPLE = 2000  # rows
+_VALIDATION = "validation-"  # what tables of validation images begin with, which take little
+_BLOCK = 512  # bytes, in which systems count what a file takes
+
+
+def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
+    """Has the teacher remember its logits, in a file beside the teachers, where that is wanted; prints one line.
+
+    Args:
+        module: with the teacher and the loss, which has been connected.
+        plan: what the run is to do.
+        data: the data, set up.
+        trainer: that is to train.
+
+    Raises:
+        ValueError: an unknown type to keep logits in, or no room for them where they are to be kept.
+        OSError: the file cannot be made.
+    """
+    if module.teacher is None or plan.teacher is None or not plan.teacher.cache:
+        return
+    reason = _other_looks(module.loss) or impossible(module.teacher, trainer, data)
+    why = "the teacher's"
+    if not reason and plan.teacher.cache == "auto":
+        share = _share_of_step(module, data)
+        reason = (
+            "" if share >= _SHARE else "the teacher takes little of a step; model.teacher.cache=true switches it on"
+        )
+        why = f"the teacher takes {share:.0%} of a step: its"
+    ahead = plan.teacher.cache == "fill"
+    if not reason and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
+        # What a step lacks it has to ask for and to launch by itself: dearer than a teacher in the graph of the step.
+        ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
+        path = _table_path(module.teacher, plan.teacher, data, trainer, plan.store)
+        if not ahead and not _is_known(path, plan.teacher, data):
+            reason = (
+                "on a GPU it pays where all is known, or to come; model.teacher.cache=fill computes all of it ahead"
+            )
+    if reason:
+        print_line("cache", f"off: {reason}")
+        return
+    table = open_table(module.teacher, plan.teacher, data, trainer, plan.store, why)
+    if table is None:
+        return
+    table.asked = partial(data.views_of, slice(0, data.train_size))
+    module.teacher.remember(table)
+    if ahead:
+        fill_table(module.teacher, data, trainer)
+
+
+def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModule) -> None:
+    """Has a teacher remember what it says of the validation images, in float32, where it remembers anything.
+
+    So runs and trials ask it once, be it for its own accuracy or for what the student has in common with it.
+
+    Args:
+        teacher: the teacher.
+        plan: what the run is to do.
+        data: the data, set up.
+    """
+    facts, planned = data.val_facts(), plan.teacher
+    if facts is None or planned is None or not planned.cache or teacher.shard or torch.float64 in _types(teacher):
+        return
+    facts |= {**_said_by(teacher, planned, data), "validated in": str(teacher.dtype)}
+    key = table_key(teacher.model.state_dict(), facts)
+    path = _folder(plan.store, data, planned) / f"{_VALIDATION}{canonical_name(planned.name)}-{key}.logits"
+    size = table_bytes(data.val_size, data.num_classes, "float32")
+    with suppress(OSError):  # where nothing can be written, it is computed each time
+        if size < _free(path) / 2:
+            teacher.validation_table = LogitsTable(path, data.val_size, data.num_classes, "float32")
+
+
+def open_table(
+    teacher: FrozenTeacher,
+    planned: Teacher,
+    data: ImageDataModule,
+    trainer: Trainer,
+    store: TeacherStore,
+    why: str = "the teacher's",
+) -> LogitsTable | None:
+    """The table of a teacher, which is made where there is none; prints one line about it.
+
+    Args:
+        teacher: of which :func:`impossible` says nothing.
+        planned: what it is, and how its logits are kept.
+        data: the data, set up.
+        trainer: that is to train.
+        store: beside whose teachers it lies.
+        why: what the line begins with.
+
+    Returns:
+        None where the disk has no room, or cannot be written to, and ``planned.cache`` is ``"auto"``.
+
+    Raises:
+        ValueError: where it has no room, and that is not so.
+        OSError: where it cannot be written to, likewise.
+    """
+    rows = data.train_views
+    assert rows is not None  # or it were impossible
+    path = _table_path(teacher, planned, data, trainer, store)
+    folder = path.parent
+    size, taken = table_bytes(rows, data.num_classes, planned.cache_dtype), _bytes_on_disk(path)
+    free = _free(path)
+    if size - taken > free * (0.5 if planned.cache == "auto" else 0.9):
+        full = f"it may grow by {_gigabytes(size - taken)}, and {_gigabytes(free)} are free in {folder}"
+        if planned.cache != "auto":
+            raise ValueError(f"the teacher's logits have no room: {full}; make room, or set model.teacher.cache=false.")
+        print_line("cache", f"off: {full}; make room to have it")
+        return None
+    try:
+        table = LogitsTable(path, rows, data.num_classes, planned.cache_dtype)
+    except OSError as error:
+        if planned.cache != "auto":
+            raise
+        print_line("cache", f"off: {path} cannot be written ({error.strerror or error})")
+        return None
+    known = 100 * table.known(torch.linspace(0, rows - 1, min(rows, _SAMPLE)).long()).float().mean()
+    others = [other for other in folder.glob("*.logits") if other != path and not other.name.startswith(_VALIDATION)]
+    beside = f"; {len(others)} other(s) there take {_gigabytes(sum(map(_bytes_on_disk, others)))}" if others else ""
+    print_line(
+        "cache",
+        f"{why} logits of {rows:,} views are looked up, in {planned.cache_dtype}, {_gigabytes(size)} when full, "
+        f"about {known:.0f} % known: {path}{beside}",
+    )
+    return table
+
+
+def _table_path(
+    teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer, store: TeacherStore
+) -> Path:
+    """Where the table of a teacher lies, whether it is there or not; arguments as of :func:`open_table`."""
+    key = _key(teacher, planned, data, trainer)
+    return _folder(store, data, planned) / f"{canonical_name(planned.name)}-{key}.logits"
+
+
+def _is_known(path: Path, planned: Teacher, data: ImageDataModule) -> bool:
+    """Whether there is a table, and a sample of what a run asks of it is known."""
+    if not path.is_file() or data.train_views is None:
+        return False
+    try:
+        table = LogitsTable(path, data.train_views, data.num_classes, planned.cache_dtype)
+    except (OSError, ValueError):  # which is said where it is to be used
+        return False
+    asked = data.views_of(slice(0, data.train_size))
+    return bool(table.known(asked[:: max(1, len(asked) // _SAMPLE)]).all())
+
+
+def _other_looks(loss: DistillationLoss) -> str:
+    """Why a loss wants more than logits of views; nothing where it does not."""
+    if loss.teacher_taps:
+        return f"{type(loss).__name__} looks inside the teacher"
+    if loss.needs_strong_view:
+        return f"{type(loss).__name__} looks at strongly augmented images, of which there is no end"
+    return ""
+
+
+def impossible(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) -> str:
+    """Why logits cannot be looked up; nothing where they can."""
+    if data.train_views is None:
+        return "there is no end of augmented images of these data"
+    if teacher.shard:
+        return "the teacher is shared out"
+    if torch.float64 in _types(teacher) or "64" in str(trainer.precision):
+        return "logits in float64 would be rounded"
+    return ""
+
+
+def _share_of_step(module: DistillationModule, data: ImageDataModule) -> float:
+    """How much of a step's work is the teacher's, in (0, 1)."""
+    assert module.teacher is not None
+    teacher, student = (count_macs(net, data.image_shape) for net in (module.teacher.model, module.student))
+    return teacher / (teacher + 3 * student)  # backward takes as long as two forwards
+
+
+def _types(teacher: FrozenTeacher) -> tuple[torch.dtype | None, torch.dtype | None]:
+    return teacher.dtype, next((parameter.dtype for parameter in teacher.parameters()), None)
+
+
+def _folder(store: TeacherStore, data: ImageDataModule, planned: Teacher) -> Path:
+    return store.path(data.name, planned.name).parent / "logits"
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free on the disk of a file that may not be there yet, nor its folder."""
+    return shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """What a file takes there, holes left out."""
+    if not path.is_file():
+        return 0
+    found = path.stat()
+    return int(getattr(found, "st_blocks", found.st_size / _BLOCK) * _BLOCK)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer) -> str:
+    facts = {
+        **data.views_facts(),
+        **_said_by(teacher, planned, data),
+        "precision": str(teacher.dtype or trainer.precision),
+        "stored": planned.cache_dtype,
+    }
+    return table_key(teacher.model.state_dict(), facts)
+
+
+def _said_by(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule) -> dict[str, Any]:
+    members = teacher.model.relooks if isinstance(teacher.model, Ensemble) else ()
+    return {
+        "classes": data.num_classes,
+        "network": canonical_name(planned.name),
+        "look": _plain_look(teacher.relook),
+        "exact_logits": teacher.exact_logits,
+        "of several": [planned.mean_of, str(planned.look), str(planned.class_map), *map(_plain_look, members)],
+        "sha256": planned.sha256 if set(FOREIGN) & set(planned.name.split("+")) else None,  # whose weights are not seen
+    }
+
+
+def _plain_look(look: nn.Module | None) -> list[Any] | None:
+    if not isinstance(look, Relook):
+        return None
+    return [look.scale.flatten().tolist(), look.shift.flatten().tolist(), look.size]

@@ -1,0 +1,154 @@
+"""The network of a teacher, or one of several: weights, classes in the order of the data, and how it sees images."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.errors import first_line, some
+from rld_lightning.models.classes import number_of_classes, places_of, select_classes
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.facts import WeightsFacts, facts_of
+from rld_lightning.models.foreign import FOREIGN, Columns, OnnxTeacher, ScriptedNetwork, load_foreign
+from rld_lightning.models.libraries import published_classes
+from rld_lightning.models.look import Look, Relook, relook
+from rld_lightning.models.read import Weights, read_weights
+from rld_lightning.models.verify import load_weights
+from rld_lightning.tasks.run.checks import check_network
+from rld_lightning.tasks.run.own_look import load_in_order, teacher_look, teacher_size
+from rld_lightning.tasks.run.plan import Teacher
+
+
+class TeacherNetwork(NamedTuple):
+    """A network that a teacher is, or is made of.
+
+    Attributes:
+        network: on the CPU; maps images as it wants them to logits of the classes of the data, in their order.
+        relook: takes images of the data to how it wants them; None where they come so.
+        facts: what its file says.
+        sha256: of its file; None where there is none.
+        origin: where its weights are from, in words.
+    """
+
+    network: nn.Module
+    relook: Relook | None
+    facts: WeightsFacts
+    sha256: str | None
+    origin: str
+
+
+def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: Look) -> TeacherNetwork:
+    """Loads a network of a teacher, and prints what is special about it.
+
+    Args:
+        teacher: what it is.
+        weights: a file, or ``"pretrained"``.
+        data: the data, set up.
+        usual: what images are normalised with where nobody says anything.
+
+    Raises:
+        ValueError: the weights are another network's, or know other classes.
+    """
+    foreign: ScriptedNetwork | OnnxTeacher | None = None
+    network: nn.Module
+    if teacher.name in FOREIGN:
+        foreign, sha256 = (
+            load_foreign(teacher.name, Path(weights)),
+            hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+        )
+        network, facts, origin = foreign, foreign.facts, weights
+    elif weights == "pretrained":
+        network, facts, sha256, origin = _pretrained(teacher, data), WeightsFacts(), None, "pretrained"
+    else:
+        network, read = _of_file(teacher, weights, data)
+        facts, sha256 = facts_of(read), read.sha256
+        origin = f"{weights}{_known(facts)}"
+    look, who = teacher_look(teacher, facts, usual, pretrained=weights == "pretrained")
+    size = teacher_size(teacher, facts, data, pretrained=weights == "pretrained")
+    if foreign is not None:
+        if teacher.image_size == "auto" and foreign.size is not None:
+            size = foreign.size
+        network = _of_foreign(foreign, teacher, data, size)
+    given = Look(tuple(data.mean), tuple(data.std))
+    own = relook(given, look, size if size != data.image_shape[1:] else None)
+    if look != given:
+        print_line("teacher", f"sees images normalised with its own {look} ({who})")
+    if size != data.image_shape[1:]:
+        print_line("teacher", "sees images of {}x{}, made of those of {}x{}".format(*size, *data.image_shape[1:]))
+    check_network(teacher.name, data, network, image_size=size)
+    return TeacherNetwork(network, own, facts, sha256, origin)
+
+
+def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Module, Weights]:
+    """A network with the weights of a file, for the classes of the data, of which the file may know more."""
+    weights, classes = read_weights(path), list(data.class_names)
+    known = facts_of(weights).class_names
+    count = len(known) if known is not None else number_of_classes(teacher.name, weights.state_dict)
+    more = known is not None and len(known) > len(classes) and set(classes) <= set(known)
+    if count is None or (teacher.class_map is None and not more):
+        network = create_model(teacher.name, data.num_classes)
+        return network, load_in_order(network, teacher.name, path, data, "teacher")
+    network = create_model(teacher.name, count)
+    weights = load_weights(network, path, name=teacher.name)
+    if weights.account:
+        print_line("teacher", f"weights {weights.account}")
+    return _selected(network, teacher, known, count, classes), weights
+
+
+def _of_foreign(
+    network: ScriptedNetwork | OnnxTeacher, teacher: Teacher, data: ImageDataModule, size: tuple[int, int]
+) -> nn.Module:
+    """A program with the logits of the classes of the data."""
+    try:
+        with torch.no_grad():
+            said = network(torch.zeros(2, 3, *size))
+    except Exception as error:  # each runtime refuses images in its own way
+        raise ValueError(
+            f"the {teacher.name} teacher cannot take images of {size[0]}x{size[1]} ({first_line(error)}); give another "
+            "side with model.teacher.image_size=."
+        ) from error
+    classes, known = list(data.class_names), network.facts.class_names
+    if teacher.class_map is None and said.shape[-1] == len(classes) and known in (None, classes):
+        return network
+    return Columns(network, places_of(classes, known, said.shape[-1], teacher.class_map))
+
+
+def _pretrained(teacher: Teacher, data: ImageDataModule) -> nn.Module:
+    classes, name = list(data.class_names), teacher.name
+    names = published_classes(name)
+    wanted = teacher.class_map is not None or (names is not None and set(classes) < set(names))
+    network = create_model(name, len(names) if wanted and names else data.num_classes, pretrained=True)
+    known = len(names) if names else getattr(network, "pretrained_cfg", {}).get("num_classes", 1000)
+    if wanted and names is not None:
+        return _selected(network, teacher, names, len(names), classes)
+    if known != data.num_classes:
+        raise ValueError(
+            f"the pretrained {name} knows {known:,} classes and the data has {data.num_classes}, so its classifier "
+            "would be random; fine-tune it on the data first (model.teacher.weights=fit "
+            f"model.teacher.start=pretrained, or model=single model.student.name={name} "
+            "model.student.weights=pretrained loss=ce and then its file with model.teacher.weights=), or say which of "
+            "them the data's are with model.teacher.class_map=."
+        )
+    return network
+
+
+def _selected(
+    network: nn.Module, teacher: Teacher, known: list[str] | None, count: int, classes: list[str]
+) -> nn.Module:
+    places = places_of(classes, known, count, teacher.class_map)
+    pairs = [f"{name} is {known[place] if known else place}" for name, place in zip(classes, places, strict=True)]
+    how = "as model.teacher.class_map says" if teacher.class_map is not None else "by name"
+    print_line("teacher", f"of its {count:,} classes the {len(classes)} of the data are taken {how}: {some(pairs)}")
+    return select_classes(network, teacher.name, places, count)
+
+
+def _known(facts: WeightsFacts) -> str:
+    """What a weights file says about itself, for the console."""
+    top1 = f"top-1 {facts.top1:.2f} %" if facts.top1 is not None else ""
+    epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
+    known = ", ".join(filter(None, (top1, epochs, facts.source)))
+    return f" ({known})" if known else ""

@@ -1,0 +1,227 @@
+"""The teacher of a run: where its weights are, how it is trained first, and the frozen network that it makes."""
+
+import gc
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from rld_lightning.console import print_line
+from rld_lightning.data.base import ImageDataModule
+from rld_lightning.distributed import devices_per_node, rank_zero_only
+from rld_lightning.errors import UserError
+from rld_lightning.models.ensemble import Ensemble
+from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.look import Look
+from rld_lightning.models.own_size import split_size
+from rld_lightning.models.read import split_part
+from rld_lightning.models.registry import canonical_name, names_of_members
+from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
+from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.files import CONFIG, STUDENT, read_config
+from rld_lightning.runs.summary import Summary
+from rld_lightning.tasks.run.describe import describe_size
+from rld_lightning.tasks.run.once import run_once
+from rld_lightning.tasks.run.plan import Teacher, alone, changed
+from rld_lightning.tasks.teacher.network import load_network
+
+
+def find_teacher(
+    teacher: Teacher, dataset: str, store: TeacherStore, resume: str | None, told: Before | None = None
+) -> str | tuple[str, ...] | None:
+    """Finds the weights of a run's teacher.
+
+    Args:
+        teacher: what it is, and where to look.
+        dataset: the name of the data set that it is for.
+        store: where teachers are kept.
+        resume: the checkpoint that the run goes on from: it keeps the teacher that it had.
+        told: what that says about its run.
+
+    Returns:
+        the file, or several, or ``"pretrained"``; None where the teacher has to be trained first.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such teacher, or no second process to share it out to.
+    """
+    if teacher.options["shard"] and int(devices_per_node(1)) < 2:
+        raise ValueError(
+            "model.teacher.shard=true shares the teacher out over the processes of a machine, and there is one; take "
+            "more devices (trainer=ddp trainer.devices=2), or model.teacher.shard=false."
+        )
+    if teacher.weights is None:
+        raise ValueError("model.teacher.weights has no value; give a file, auto, fit, published or pretrained.")
+    if teacher.weights == "pretrained":
+        return "pretrained"
+    if isinstance(teacher.weights, tuple):
+        for file in teacher.weights:
+            if not split_part(file)[0].is_file():
+                raise FileNotFoundError(f"there is no teacher's weights file at {file}: an ensemble is one of files.")
+        return teacher.weights
+    if resume is not None and teacher.weights in ("auto", "fit", "published"):
+        folder = Path(resume).parent
+        before = _teacher_before(folder, teacher.name) if told is None else _file_of(*told.teacher, teacher.name)
+        if before is not None:
+            print_line("teacher", f"the one that the run in {folder} had: {before}")
+            return before
+    path = None
+    if teacher.weights != "fit" or teacher.start is None:  # one that starts from somewhere is the run's own
+        path = resolve_teacher_weights(
+            teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
+        )
+    if path is None and told is not None and told.teacher_sha256 is not None:
+        raise ValueError(
+            f"the teacher of the run, {told.teacher[1]}, is gone or damaged: bring it back, or name its file with "
+            "model.teacher.weights=."
+        )
+    if path is None and isinstance(teacher.image_size, int):
+        raise ValueError(
+            f"model.teacher.image_size={teacher.image_size} is for a teacher that is there; one that is trained first "
+            f"has its size in its name: model.teacher.name={split_size(teacher.name)[0]}@{teacher.image_size}."
+        )
+    return str(path) if path is not None else None
+
+
+def _teacher_before(folder: Path, name: str) -> str | None:
+    """The file of the teacher that a run had before it goes on, if it is still there.
+
+    The folder may be a stranger's: its configuration is read as plain YAML, and what it says is a file to read weights
+    from or nothing.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    found = read_config(folder)
+    for key in ("model", "teacher"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return _file_of(found.get("name"), found.get("weights"), name) if isinstance(found, dict) else None
+
+
+def _file_of(name: object, weights: object, wanted: str) -> str | None:
+    """The file of a teacher, if it is the one that is wanted and its file is there."""
+    if not isinstance(name, str) or not isinstance(weights, str) or canonical_name(name) != canonical_name(wanted):
+        return None
+    return weights if Path(weights).is_file() else None
+
+
+def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Summary]) -> Summary:
+    """Trains the teacher of a run, or of runs to come, or goes on with it, or finds it finished.
+
+    Args:
+        cfg: the configuration of the runs that it is for.
+        folder: its own run folder.
+        fit: does the run, see :func:`~rld_lightning.tasks.run.once.run_once`.
+
+    Returns:
+        what it came to; its weights are in its folder.
+
+    Raises:
+        UserError: it failed.
+    """
+    name = cfg.model.teacher.name
+    own = alone(cfg, name, cfg.model.teacher.get("start"), folder)
+    look = {f"data.{key}": found for key in ("mean", "std") if (found := cfg.model.teacher.get(key)) is not None}
+    try:
+        summary = run_once(changed(own, look), fit, name="teacher")
+    except UserError as error:
+        raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
+    gc.collect()  # its network, optimizer and data lie in reference cycles: on the device, while the student trains
+    return summary
+
+
+def is_for_others(data: ImageDataModule, start: str | None) -> bool:
+    """Whether a teacher may be one for other runs: trained on all training images, from random weights.
+
+    Args:
+        data: that it is trained on.
+        start: what it begins from.
+    """
+    return data.val_fraction == 0 and data.subset == 1 and start is None
+
+
+def keep_teacher(
+    summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str, start: str | None
+) -> None:
+    """Keeps a teacher that was trained for a run, or a sweep, for other runs, if it is one for them.
+
+    That is one that was trained to the end on all training images, and measured on all.
+
+    Args:
+        summary: what its training came to.
+        folder: its run folder.
+        store: where teachers are kept.
+        data: what it was trained on.
+        name: its network.
+        start: what it began from.
+    """
+    if is_for_others(data, start) and summary.steps is not None and summary.complete:
+        rank_zero_only(store.add)(folder / STUDENT, data.name, name)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other ranks look for what rank 0 has stored
+
+
+def build_teacher(
+    teacher: Teacher, data: ImageDataModule, usual: Look, before: Before | None = None
+) -> tuple[FrozenTeacher, WeightsFacts, str | None]:
+    """Loads and freezes a teacher, and prints its lines.
+
+    Args:
+        teacher: what it is, and where its weights are.
+        data: the data, set up.
+        usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
+            known.
+        before: what the checkpoint that the run goes on from says about its run.
+
+    Returns:
+        the teacher, what is known about its weights, and the SHA-256 of their file, if they are in one.
+
+    Raises:
+        ValueError: the weights are another network's, know other classes, or are not those that they have to be.
+    """
+    files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
+    names = names_of_members(teacher.name, len(files))
+    loaded = [
+        load_network(replace(teacher, name=name), file, data, usual) for name, file in zip(names, files, strict=True)
+    ]
+    first, facts = loaded[0], loaded[0].facts
+    sha256 = first.sha256
+    if len(loaded) > 1:
+        members, looks = [found.network for found in loaded], [found.relook for found in loaded]
+        network: nn.Module = Ensemble(members, teacher.mean_of, looks)
+        own_look = None
+        facts = replace(facts, top1=None)  # of one
+        sha256 = hashlib.sha256(",".join(str(found.sha256) for found in loaded).encode()).hexdigest()
+    else:
+        network, own_look = first.network, first.relook
+    if sha256 is not None:
+        _check_sha256(teacher, sha256, before)
+    shape = data.image_shape if own_look is None or own_look.size is None else (3, *own_look.size)
+    size = describe_size(network, shape)  # before the teacher takes the network over
+    options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: once the loss has seen it
+    frozen = FrozenTeacher(network, **options, relook=own_look)
+    precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
+    shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
+    kinds = f"{len(names)} {names[0]}" if len(set(names)) == 1 else " and ".join(names)
+    name = names[0] if len(names) == 1 else f"the mean of the {teacher.mean_of} of {kinds}"
+    origin = ", ".join(found.origin for found in loaded)
+    print_line("teacher", f"{name}, {size}, {precision}, weights {origin}{shares}")
+    return frozen, facts, sha256
+
+
+def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
+    if teacher.sha256 not in (None, found):
+        raise ValueError(
+            f"{teacher.weights} has the SHA-256 {found}, not {teacher.sha256}: give the file that it is of, or another "
+            "model.teacher.sha256."
+        )
+    if before is not None and before.teacher_sha256 is not None and before.teacher_sha256 != found:
+        raise ValueError(
+            f"{teacher.weights} is not the teacher that the run had: its SHA-256 is {found[:12]}... and not "
+            f"{before.teacher_sha256[:12]}...; bring that one back, name its file with model.teacher.weights=, or "
+            "begin another run."
+        )

@@ -1,0 +1,160 @@
+"""What is folded and compiled, and when: a function of the job alone, and the same numbers up to rounding."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.plans import make_plan
+from torch import nn
+
+from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, create_model
+from rld_lightning.losses.features import ATLoss
+from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.tasks.run import fold_and_compile as speed
+from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_come
+
+DATA = SimpleNamespace(image_shape=(3, 32, 32), train_size=50_000, batch_size=64)
+
+
+def trainer_of(epochs=240, device="cpu", **options):
+    usual = {"max_epochs": epochs, "max_steps": -1, "limit_train_batches": 1.0, "accumulate_grad_batches": 1}
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(strategy=strategy, world_size=1, **usual | options)
+
+
+def module_of(loss=None, teacher=True, **options):
+    frozen = FrozenTeacher(create_model("resnet8"), **options) if teacher else None
+    return DistillationModule(create_model("resnet8"), loss or KDLoss(), torch.optim.SGD, teacher=frozen, num_classes=9)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "images"),
+    [
+        (trainer_of(2), 100_000),
+        (trainer_of(2, limit_train_batches=0.1), 10_000),
+        (trainer_of(2, limit_train_batches=3), 384),
+        (trainer_of(2, max_steps=10, accumulate_grad_batches=4), 2560),
+        (trainer_of(-1), float("inf")),
+    ],
+)
+def test_images_to_come_are_those_of_the_whole_run(trainer, images):
+    assert images_to_come(DATA, trainer) == images
+
+
+@pytest.mark.parametrize(
+    ("trainer", "compiled"), [(trainer_of(240), True), (trainer_of(10), False), (trainer_of(240, "cuda"), False)]
+)
+def test_auto_compiles_the_student_in_long_runs_on_a_cpu(trainer, compiled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "why_not_compiled", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
+    module = module_of()
+    compile_steps(module, make_plan(tmp_path, compile="auto"), DATA, trainer)
+    assert (module.compiled is not None) == compiled
+    assert module.teacher.model._compiled_call_impl is None
+    assert ("the student in training steps" in capsys.readouterr().out) == compiled
+
+
+def test_without_a_compiler_auto_goes_on_with_one_line_and_true_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "why_not_compiled", lambda device: "no C++ compiler")
+    module = module_of()
+    compile_steps(module, make_plan(tmp_path, compile="auto"), DATA, trainer_of())
+    assert module.compiled is None
+    assert "off: nothing can be compiled here (no C++ compiler)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"model\.compile=true: .* \(no C\+\+ compiler\); set model\.compile=false"):
+        compile_steps(module, make_plan(tmp_path, compile=True), DATA, trainer_of())
+
+
+def test_no_network_that_is_looked_into_is_compiled_or_folded(tmp_path, capsys):
+    module = module_of(ATLoss(student_taps=["layer1"], teacher_taps=["layer1"]))
+    fold_teacher(module.teacher, module.loss, DATA)
+    compile_steps(module, make_plan(tmp_path, compile=True), DATA, trainer_of())
+    assert module.compiled is None
+    assert not module.teacher.fused
+    assert not capsys.readouterr().out
+
+
+def test_a_teacher_that_nobody_looks_into_is_folded(capsys):
+    module = module_of()
+    model, images = module.teacher.model, torch.randn(2, 3, 32, 32)
+    expected, _ = module.teacher(images)
+    fold_teacher(module.teacher, module.loss, DATA)
+    assert module.teacher.fused
+    assert module.teacher.model is not model
+    torch.testing.assert_close(module.teacher(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert "9 batch norms folded" in capsys.readouterr().out
+
+
+class TwoWays(nn.Module):
+    """Tracing follows the way for what is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.fc(self.norm(self.conv(x)).mean((2, 3)))
+        return x if isinstance(x, torch.Tensor) else -x
+
+
+def test_a_teacher_that_would_say_something_else_stays_as_it_is(capsys):
+    teacher = FrozenTeacher(TwoWays())
+    fold_teacher(teacher, CELoss(), DATA)
+    assert not teacher.fused
+    assert isinstance(teacher.model, TwoWays)
+    assert not capsys.readouterr().out
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Compiles without a compiler, and counts the graphs."""
+    torch.compiler.reset()
+    graphs, original = [], torch.compile
+
+    def eager(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend=eager, **options))
+    return graphs
+
+
+def test_batches_of_another_size_compile_nothing(backend):
+    student = create_model("resnet8").train()
+    forward, images = CompiledForward(student, 4), torch.randn(4, 3, 32, 32)
+    for size in (4, 3, 4, 2):
+        assert forward(images[:size]).shape == (size, 100)
+    assert len(backend) == 1
+    assert student._compiled_call_impl is None
+    assert list(student.state_dict()) == list(create_model("resnet8").state_dict())
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, capsys):
+    torch.compiler.reset()
+    original = torch.compile
+
+    def fail(graph, inputs):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend=fail, **options))
+    student = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    forward, images = CompiledForward(student, 4), torch.randn(4, 3, 2, 2)
+    for _ in range(2):
+        torch.testing.assert_close(forward(images), student(images))
+    assert capsys.readouterr().out.count("Sequential cannot be compiled") == 1
+
+
+@pytest.mark.slow
+def test_two_views_of_a_step_have_their_gradients(monkeypatch):
+    torch.compiler.reset()
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend="aot_eager", **options))
+    student = create_model("resnet8").double().train()
+    twin, views = deepcopy(student), torch.randn(2, 4, 3, 32, 32).double()
+    for forward, network in ((CompiledForward(student, 4), student), (twin, twin)):
+        (forward(views[0]).square().mean() + forward(views[1]).abs().mean()).backward()
+        assert network.conv1.weight.grad is not None
+    for ours, theirs in zip(student.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(student.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)

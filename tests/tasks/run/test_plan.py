@@ -1,0 +1,96 @@
+"""What is found out for a run goes into a plan, and nothing into its configuration."""
+
+import hashlib
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import compose
+from helpers.plans import make_plan
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import ReadonlyConfigError
+
+from rld_lightning.runs.likeness import differences, settings
+from rld_lightning.runs.summary import read_summary
+from rld_lightning.tasks.evaluate import evaluate
+from rld_lightning.tasks.fit import fit
+from rld_lightning.tasks.run.plan import changed, settled
+from rld_lightning.tasks.trial import run_trial
+
+PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "recipe=quick")
+SHORT = ("recipe.epochs=1", "trainer=cpu", "data.subset=0.1", "print_config=false", "callbacks.progress=null")
+
+
+@pytest.mark.parametrize("task", [fit, pytest.param(run_trial, marks=pytest.mark.slow)])
+def test_a_run_leaves_its_configuration_as_it_was(tmp_path, task):
+    paths = (f"paths.run={tmp_path / 'run'}", f"paths.teachers={tmp_path / 'teachers'}")
+    cfg = compose(*PAIR, *SHORT, *paths, "loss=kd", "model.teacher.weights=fit", "logger=csv", resolve=False)
+    before = OmegaConf.to_container(cfg)
+    task(cfg)
+    assert OmegaConf.to_container(cfg) == before
+    with pytest.raises(ReadonlyConfigError):
+        cfg.seed = 1
+    left = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert left.model.teacher.weights == str(
+        tmp_path / "run" / "teacher" / "student.safetensors"
+    )  # of a part of the data
+    saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["rld_lightning"]
+    assert saved["settings"] == settings(OmegaConf.to_container(left))
+    assert saved["teacher_sha256"] == left.model.teacher.sha256 == read_summary(tmp_path / "run").teacher_sha256
+    assert saved["teacher_sha256"] == hashlib.sha256(Path(left.model.teacher.weights).read_bytes()).hexdigest()
+    if task is fit:
+        evaluation = (f"weights={tmp_path / 'run' / 'student.safetensors'}", f"paths.run={tmp_path / 'eval'}")
+        cfg = compose("data=digits", "trainer=cpu", *evaluation, name="eval", resolve=False)
+        before = OmegaConf.to_container(cfg)
+        evaluate(cfg)
+        assert OmegaConf.to_container(cfg) == before
+
+
+def test_a_plan_cannot_be_changed(tmp_path):
+    plan = make_plan(tmp_path)
+    with pytest.raises(FrozenInstanceError):
+        plan.run = Path("/elsewhere")
+
+
+def test_what_was_found_is_in_the_configuration_that_a_run_leaves(tmp_path):
+    cfg = compose(*PAIR, f"paths.run={tmp_path}", resolve=False)
+    plan = make_plan(tmp_path)
+    left = settled(cfg, replace(plan, teacher=replace(plan.teacher, weights="/my/teacher.pth", sha256="ab")))
+    left, before = (OmegaConf.to_container(part, resolve=True) for part in (left, cfg))
+    assert differences(before, left).keys() == {"model.teacher.weights"}
+    assert left["model"]["teacher"]["weights"] == "/my/teacher.pth"
+    assert left["model"]["teacher"]["sha256"] == "ab"
+
+
+def test_a_changed_configuration_is_another_one():
+    cfg = compose("recipe=quick", "recipe.epochs=30", resolve=False)
+    other = changed(cfg, {"recipe.epochs": 7, "logger.mine.name": "x"})
+    assert (cfg.recipe.epochs, cfg.trainer.max_epochs, "mine" in cfg.logger) == (30, 30, False)
+    assert (other.recipe.epochs, other.trainer.max_epochs, other.logger.mine.name) == (7, 7, "x")
+    with pytest.raises(ReadonlyConfigError):
+        other.seed = 1
+
+
+def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_with_it(tmp_path):
+    plan = make_plan(tmp_path, batch_size=256)
+    assert plan.learning_rate == 0.1
+    plan = replace(plan, scale_lr_from=64)
+    assert plan.learning_rate == pytest.approx(0.4)
+    cfg = compose("recipe=quick", "data.batch_size=256", "recipe.optimizer.lr=0.1", resolve=False)
+    recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe
+    assert instantiate(recipe.optimizer).keywords["lr"] == pytest.approx(0.4)
+    assert recipe.scheduler.max_lr == pytest.approx(0.4)
+    assert cfg.recipe.optimizer.lr == 0.1
+    with pytest.raises(ValueError, match=r"recipe\.scale_lr_from=0 must be a batch size"):
+        _ = replace(plan, scale_lr_from=0).learning_rate
+
+
+def test_only_a_batch_that_was_to_be_chosen_is_written_down(tmp_path):
+    given = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "data.batch_size=4")
+    left = settled(given, replace(make_plan(tmp_path), teacher=None, batch_size=4))
+    assert (left.data.batch_size, left.recipe.batch_size) == (4, given.recipe.batch_size) == (4, 64)
+    chosen = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "recipe.batch_size=auto")
+    left = settled(chosen, replace(make_plan(tmp_path), teacher=None, batch_size=32))
+    assert (left.data.batch_size, left.recipe.batch_size) == (32, 32)

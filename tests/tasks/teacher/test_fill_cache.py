@@ -1,0 +1,88 @@
+"""A table that is filled ahead is the one that training fills."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.data import epoch_of, ready
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch.testing import assert_close
+
+from rld_lightning import FrozenTeacher, create_model
+from rld_lightning.data import DigitsDataModule
+from rld_lightning.models.logits_table import LogitsTable
+from rld_lightning.tasks.teacher.fill_cache import fill_table
+
+
+class SmallDigits(DigitsDataModule):
+    """Few views, so that all of them are soon there."""
+
+    def __init__(self, **options):
+        super().__init__(**{"padding": 1, "subset": 0.05} | options)
+
+
+def teacher_with(path, data, dtype="float32"):
+    torch.manual_seed(0)
+    teacher = FrozenTeacher(create_model("resnet8", 10))
+    teacher.remember(LogitsTable(path, data.train_views, 10, dtype))
+    return teacher
+
+
+def trainer(precision=None, rank=0, world=1):
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(
+        strategy=strategy, precision_plugin=precision or Precision(), global_rank=rank, world_size=world
+    )
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [(None, "float32"), ("bf16", "float16")])
+def test_what_is_filled_ahead_is_what_a_step_computes(tmp_path, precision, dtype, capsys):
+    precision = precision and MixedPrecision("bf16-mixed", "cpu")
+    data = ready(SmallDigits(val_fraction=0.2))
+    teacher = teacher_with(tmp_path / "table", data, dtype)
+    fill_table(teacher, data, trainer(precision))
+    assert f"{data.train_size * 9:,} views computed" in capsys.readouterr().out
+    known = teacher.table.known(torch.arange(data.train_views))
+    assert torch.equal(known.nonzero()[:, 0], data.views_of(slice(0, data.train_size)))
+    batch = epoch_of(data.train_dataloader(), 5)[0]
+    with (precision or Precision()).forward_context():
+        looked_up, _ = teacher(torch.zeros_like(batch.images), view=batch.view, label=batch.label)
+        live, _ = teacher(batch.images)
+    # bfloat16 rounds at every layer, and sums of other batches round to the other side now and then.
+    close = {"rtol": 1e-5, "atol": 1e-5} if precision is None else {"rtol": 0.02, "atol": 0.05}
+    assert_close(looked_up, live, **close)
+
+
+def test_it_goes_on_where_it_was_interrupted_and_leaves_out_what_another_has_done(tmp_path, monkeypatch, capsys):
+    computed, original = [], FrozenTeacher._compute
+
+    def compute(self, images, paths):
+        if len(computed) == 1 and not resumed:
+            raise KeyboardInterrupt
+        computed.append(len(images))
+        return original(self, images, paths)
+
+    monkeypatch.setattr(FrozenTeacher, "_compute", compute)
+    data, resumed = ready(SmallDigits()), False
+    with pytest.raises(KeyboardInterrupt):
+        fill_table(teacher_with(tmp_path / "table", data), data, trainer())
+    resumed = True
+    fill_table(teacher_with(tmp_path / "table", data), data, trainer(rank=1, world=3))
+    assert sum(computed) == data.train_size * 9, "each once"
+    capsys.readouterr()
+    fill_table(teacher_with(tmp_path / "table", data), data, trainer(rank=2, world=3))
+    assert not capsys.readouterr().out.strip()
+    assert sum(computed) == data.train_size * 9
+
+
+def test_two_that_fill_at_once_make_one_table(tmp_path):
+    data = [ready(SmallDigits()) for _ in range(2)]
+    teachers = [teacher_with(tmp_path / "table", own) for own in data]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill_table, teachers, data, [trainer(), trainer()]))
+    view = data[0].views_of(slice(0, data[0].train_size))
+    batch = data[0].look_at(view)
+    logits, known = teachers[0].table.read(view)
+    assert known.all()
+    assert_close(logits, teachers[0](batch.images)[0], rtol=1e-5, atol=1e-5)

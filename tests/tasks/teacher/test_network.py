@@ -1,0 +1,135 @@
+"""Teachers that do not fit the data are refused in one sentence, and those that know more are taken in part."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.plans import make_plan
+from torch import nn
+
+from rld_lightning.models.complexity import count_macs, count_parameters
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.libraries import published_classes
+from rld_lightning.models.look import Look
+from rld_lightning.models.save import save_weights
+from rld_lightning.tasks.teacher import network as teacher_network
+from rld_lightning.tasks.teacher.network import load_network
+from rld_lightning.tasks.teacher.weights import build_teacher
+
+LOOK = Look((0.5,) * 3, (0.5,) * 3)
+
+
+def data_of(*names, size=32):
+    looks = {"mean": LOOK.mean, "std": LOOK.std, "image_shape": (3, size, size)}
+    return SimpleNamespace(name="photos", class_names=list(names), num_classes=len(names), **looks)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Networks without a download, and what they were asked to be."""
+    calls = []
+
+    def without_a_download(name, num_classes, pretrained=False):
+        calls.append((name, num_classes, pretrained))
+        torch.manual_seed(0)
+        return create_model("resnet8", num_classes)
+
+    monkeypatch.setattr(teacher_network, "create_model", without_a_download)
+    monkeypatch.setattr(
+        teacher_network, "select_classes", lambda network, name, places, count: nn.Sequential(network, Only(places))
+    )
+    return calls
+
+
+class Only(nn.Module):
+    def __init__(self, places):
+        super().__init__()
+        self.places = places
+
+    def forward(self, logits):
+        return logits[:, self.places]
+
+
+def teacher_of(tmp_path, **values):
+    return replace(make_plan(tmp_path).teacher, name="torchvision/resnet18", weights="pretrained", **values)
+
+
+def test_a_pretrained_teacher_keeps_to_its_own_number_of_classes(tmp_path, built):
+    names = [str(number) for number in range(10)]
+    with pytest.raises(ValueError, match=r"torchvision/resnet18 knows 1,000 classes and the data has 10.*class_map="):
+        load_network(teacher_of(tmp_path), "pretrained", data_of(*names), LOOK)
+    assert built == [("torchvision/resnet18", 10, True)]
+
+
+def test_of_a_pretrained_teacher_the_classes_of_the_data_are_taken(tmp_path, built, capsys):
+    found = load_network(teacher_of(tmp_path), "pretrained", data_of("tabby", "golden retriever"), LOOK)
+    assert built == [("torchvision/resnet18", 1000, True)]
+    names = published_classes("torchvision/resnet18")
+    assert found.network[1].places == [names.index("tabby"), 207]
+    output = " ".join(capsys.readouterr().out.split())
+    assert "of its 1,000 classes the 2 of the data are taken by name: tabby is tabby, golden retriever is" in output
+    assert "sees images of 224x224, made of those of 32x32" in output
+    assert found.relook.size == (224, 224)
+    found = load_network(teacher_of(tmp_path, class_map={"dog": 207, "cat": "tabby"}, image_size=None), "pretrained",
+                         data_of("cat", "dog"), LOOK)  # fmt: skip
+    assert (found.network[1].places, found.relook.size) == ([names.index("tabby"), 207], None)
+
+
+def test_a_file_that_knows_more_is_taken_in_part_and_several_teach_together(tmp_path, capsys):
+    files = []
+    for seed, names in enumerate((["owl", "dog", "cat"], ["cat", "dog"])):
+        torch.manual_seed(seed)
+        network = create_model("resnet8", len(names)).eval()
+        path = tmp_path / f"{seed}.safetensors"
+        facts = {"class_names": names, "num_classes": len(names), "image_shape": [3, 16 << seed, 16 << seed]}
+        files.append((network, path, names))
+        save_weights(network, path, {"name": "resnet8", "mean": [0.5] * 3, "std": [0.5] * 3, **facts})
+    data = data_of("cat", "dog")
+    paths = tuple(str(path) for _, path, _ in files)
+    teacher = replace(make_plan(tmp_path).teacher, name="resnet8", weights=paths, mean_of="probabilities")
+    frozen, facts, sha256 = build_teacher(teacher, data, LOOK)
+    images = torch.randn(2, 3, 32, 32)
+    small = nn.functional.interpolate(images, (16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = (files[0][0](small)[:, [2, 1]].softmax(1) + files[1][0](images).softmax(1)) / 2
+    torch.testing.assert_close(frozen(images)[0].exp(), expected)
+    assert len(sha256) == 64
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the mean of the probabilities of 2 resnet8" in said
+    assert facts.top1 is None
+    with pytest.raises(ValueError, match=r"no class for 'dog' \('fox'\).*class_map=\{dog:"):
+        load_network(replace(teacher, class_map={"dog": "fox"}), paths[0], data, LOOK)
+    # A file without names says how many by its shapes.
+    save_weights(files[0][0], tmp_path / "plain.safetensors")
+    plain = load_network(
+        replace(teacher, class_map={"cat": 2, "dog": 1}), str(tmp_path / "plain.safetensors"), data, LOOK
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(plain.network.eval()(images), files[0][0](images)[:, [2, 1]])
+
+
+def test_unlike_networks_teach_together(tmp_path, capsys):
+    names, looks = ("resnet8", "mobilenetv2"), ([0.5] * 3, [0.25] * 3)
+    networks, paths = [], []
+    for name, std in zip(names, looks, strict=True):
+        networks.append(create_model(name, 2).eval())
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+        save_weights(networks[-1], Path(paths[-1]), {"name": name, "mean": [0.5] * 3, "std": std, "num_classes": 2})
+    data = data_of("cat", "dog")
+    teacher = replace(make_plan(tmp_path).teacher, name="resnet8+mobilenet_v2", weights=tuple(paths))
+    frozen, _, _ = build_teacher(teacher, data, LOOK)
+    images = torch.randn(2, 3, 32, 32)
+    pixels = images * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
+    with torch.no_grad():
+        expected = sum(net((pixels - 0.5) / std[0]) for net, std in zip(networks, looks, strict=True)) / 2
+    torch.testing.assert_close(frozen(images)[0], expected, rtol=1e-4, atol=1e-4)
+    said = " ".join(capsys.readouterr().out.split())
+    parameters, macs = (sum(map(count, networks)) / 1e6 for count in (count_parameters, count_macs))
+    assert "the mean of the logits of resnet8 and mobilenet_v2" in said
+    assert f"{parameters:.2f} M parameters, {macs:.1f} M MACs" in said
+    with pytest.raises(ValueError, match="mobilenetv2"):
+        build_teacher(replace(teacher, weights=tuple(reversed(paths))), data, LOOK)
+    with pytest.raises(ValueError, match=r"names 2 networks, and model.teacher.weights 1 file\(s\)"):
+        build_teacher(replace(teacher, weights=paths[0]), data, LOOK)

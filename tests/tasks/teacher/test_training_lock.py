@@ -1,0 +1,135 @@
+"""Of several runs that lack the same teacher one trains it."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rld_lightning.distributed import rank_zero_only
+from rld_lightning.errors import UserError
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
+from rld_lightning.tasks.teacher import training_lock as turn
+from rld_lightning.tasks.teacher.training_lock import turn_to_train
+
+NAME = ("digits", "resnet8")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return TeacherStore(tmp_path / "teachers")
+
+
+@pytest.fixture
+def model():
+    return create_model("resnet8", 10)
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_of_several_runs_trains_and_the_others_take_it(store, model, tmp_path):
+    trained = []
+
+    def run(number):
+        with turn_to_train(store, *NAME, tmp_path / str(number)) as lacks:
+            if lacks:
+                time.sleep(0.2)
+                trained.append(number)
+                store.save(model, *NAME, {})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    assert len(trained) == 1
+    assert not list(store.root.rglob("*.holder"))
+
+
+def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, capsys):
+    def hold(held):
+        with turn_to_train(store, *NAME, tmp_path / "other"):
+            held.set()
+            time.sleep(60)
+
+    fork = multiprocessing.get_context("fork")
+    other = fork.Process(target=hold, args=(held := fork.Event(),))
+    other.start()
+    assert held.wait(20)
+    threading.Timer(0.3, os.kill, (other.pid, signal.SIGKILL)).start()
+    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+        assert lacks
+    other.join()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "resnet8 is being trained for" in said
+    assert "by another run: waiting for it" in said
+
+
+def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, monkeypatch):
+    def first(found):
+        with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+            found.append(lacks)
+            if lacks:
+                assert others.wait(20)
+                store.save(model, *NAME, {})
+
+    others, found = threading.Event(), []
+    thread = threading.Thread(target=first, args=(found,))
+    thread.start()
+    while not found:
+        time.sleep(0.01)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    place = store.path(*NAME)
+    holder = place.with_name(f".{place.stem}.holder")
+    holder.write_text(turn._group(tmp_path / "run"))  # as it is where all processes have that environment
+    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+        assert lacks
+    others.set()
+    thread.join()
+    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+        assert not lacks
+
+
+def test_what_a_killed_run_has_left_is_not_taken_for_the_first_process(store, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # the same as before, and so is the folder
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    place = store.path(*NAME)
+    place.parent.mkdir(parents=True)
+    holder = place.with_name(f".{place.stem}.holder")
+    holder.write_text(turn._group(tmp_path / "run"))
+    threading.Timer(0.3, store.save, (model, *NAME, {})).start()  # by another run, which the first waits for
+    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+        assert not lacks
+    assert not holder.exists()
+
+
+def test_a_store_that_cannot_be_written_to_is_named_before_training(tmp_path):
+    (tmp_path / "teachers").touch()
+    with (
+        pytest.raises(
+            UserError, match=r"resnet8 cannot be kept in .*teachers/digits .*choose another with paths\.teach"
+        ),
+        turn_to_train(TeacherStore(tmp_path / "teachers"), *NAME, tmp_path),
+    ):
+        pass
+
+
+def test_a_damaged_teacher_is_trained_again_and_never_used(store, model):
+    path = store.save(model, *NAME, {})
+    assert store.has(*NAME)
+    damage(path)
+    assert not store.has(*NAME)
+
+    def found(weights):
+        return resolve_teacher_weights(weights, name="resnet8", dataset="digits", store=store)
+
+    assert found("fit") is None
+    assert found("auto") == path  # which is refused when it is read

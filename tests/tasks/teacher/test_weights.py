@@ -1,0 +1,145 @@
+"""Where a run's teacher is, and what a folder that it goes on from may say about that."""
+
+import gc
+import hashlib
+import weakref
+from dataclasses import replace
+
+import pytest
+from helpers.configs import compose
+from helpers.plans import make_plan
+from omegaconf import OmegaConf
+
+from rld_lightning.data import DigitsDataModule
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.look import Look
+from rld_lightning.models.save import save_weights
+from rld_lightning.models.store import TeacherStore
+from rld_lightning.runs.checkpoint import Before
+from rld_lightning.tasks.fit import fit
+from rld_lightning.tasks.run.build import build_module
+from rld_lightning.tasks.teacher.weights import _teacher_before, build_teacher, find_teacher, train_teacher
+
+USUAL = Look((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Leaves the configuration of a run, and gives its folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher.safetensors").touch()
+
+    def write(config):
+        if isinstance(config, str):
+            (tmp_path / "config.yaml").write_text(config)
+        else:
+            OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
+        return tmp_path
+
+    return write
+
+
+def said(weights, name="resnet20"):
+    return {"model": {"teacher": {"name": name, "weights": weights}}}
+
+
+def test_a_run_keeps_the_teacher_that_it_had(folder, tmp_path):
+    weights = str(tmp_path / "teacher.safetensors")
+    assert _teacher_before(folder(said(weights)), "resnet20") == weights
+    assert _teacher_before(tmp_path / "elsewhere", "resnet20") is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        said("gone.safetensors"), said("."), said("pretrained"), said("teacher.safetensors", name="resnet32"),
+        said({"_target_": "pathlib.Path", "_args_": ["it_ran"]}), said(["teacher.safetensors"]), said(3), said(None),
+        {"model": {"teacher": None}}, {"model": {"teacher": "teacher.safetensors"}}, {"model": ["teacher"]}, {}, [],
+        "model: {teacher: {name: resnet20, weights: '${oc.env:WEIGHTS}'}}",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_anything_but_a_file_of_weights_says_nothing(folder, monkeypatch, config):
+    monkeypatch.setenv("WEIGHTS", "teacher.safetensors")
+    assert _teacher_before(folder(config), "resnet20") is None
+
+
+@pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.getcwd []", "\x00"])
+def test_what_is_no_plain_yaml_is_refused_by_name(folder, text):
+    with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run \("):
+        _teacher_before(folder(text), "resnet20")
+
+
+@pytest.fixture
+def known(tmp_path):
+    """A teacher in a file, what the run that had it has said about it, and the data."""
+    path = tmp_path / "teacher.safetensors"
+    save_weights(create_model("resnet8", 10), path)
+    teacher = replace(make_plan(tmp_path).teacher, name="resnet8", weights=str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    (data := DigitsDataModule()).setup("fit")
+    said = {"model.teacher.name": "resnet8", "model.teacher.weights": str(path)}
+    return teacher, Before(said, sha256), data
+
+
+def test_a_teacher_that_was_replaced_is_not_taken_for_the_one_that_a_run_had(known):
+    teacher, before, data = known
+    assert build_teacher(teacher, data, USUAL, before)[2] == before.teacher_sha256
+    build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
+    build_teacher(teacher, data, USUAL, Before({}, None))
+    save_weights(create_model("resnet8", 10), teacher.weights)
+    with pytest.raises(ValueError, match=r"is not the teacher that the run had: its SHA-256 is .* bring that one back"):
+        build_teacher(teacher, data, USUAL, before)
+    with pytest.raises(ValueError, match=f"has the SHA-256 .*, not {before.teacher_sha256}: give the file"):
+        build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
+
+
+def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
+    teacher, before, _ = known
+    wanted, store = replace(teacher, weights="fit"), make_plan(tmp_path).store
+    assert find_teacher(wanted, "digits", store, str(tmp_path / "moved" / "last.ckpt"), before) == teacher.weights
+    gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
+    with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone or damaged: bring it back"):
+        find_teacher(wanted, "digits", store, "last.ckpt", gone)
+
+
+def test_a_teacher_is_trained_on_what_it_will_see(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr("rld_lightning.tasks.teacher.weights.run_once", lambda cfg, fit, name: found.append(cfg.data))
+    own = ("model.teacher.mean=[0.5,0.5,0.4]", "model.teacher.std=[0.5,0.5,0.3]")
+    for overrides in ((), own):
+        cfg = compose(
+            "data=digits", "model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", *overrides
+        )
+        train_teacher(cfg, tmp_path, fit)
+    assert "mean" not in found[0] or found[0].mean is None
+    assert (found[1].mean, found[1].std) == ([0.5, 0.5, 0.4], [0.5, 0.5, 0.3])
+    teacher = replace(make_plan(tmp_path).teacher, name="my.nets:build", weights="fit", image_size=64)
+    with pytest.raises(ValueError, match=r"has its size in its name: model\.teacher\.name=my\.nets:build@64\."):
+        find_teacher(teacher, "digits", TeacherStore(tmp_path), None)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_trained_first_is_gone_when_its_student_is_made(tmp_path, monkeypatch, capsys):
+    """And both train on mixtures of images, which is said."""
+    students, left = [], []
+
+    def build(*args):
+        left.extend(student() is not None for student in students)
+        module = build_module(*args)
+        students.append(weakref.ref(module.student))
+        return module
+
+    monkeypatch.setattr("rld_lightning.tasks.fit.build_module", build)
+    networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=wrn16_1", "model.teacher.weights=fit")
+    short = ("recipe=patient", "recipe.epochs=1", "trainer.max_steps=1", "data.subset=0.1", "trainer=cpu")
+    paths = (f"paths.run={tmp_path / 'run'}", f"paths.teachers={tmp_path / 'teachers'}")
+    cfg = compose("data=digits", "loss=rld", *networks, *short, *paths, resolve=False)
+    gc.disable()  # which would clear up by itself at some time
+    try:
+        summary = fit(cfg)
+    finally:
+        gc.enable()
+    assert left == [False]
+    assert (summary.model, summary.teacher) == ("wrn16_1", "resnet8")
+    assert capsys.readouterr().out.count("mixed  data.mixup=1: of two images and labels each") == 2
