@@ -106,6 +106,8 @@ class Chapter:
         notes = []
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
+        if self.section.teacher_top1 and not self.section.on_test:
+            notes.append("The teacher's accuracy flatters it where it was trained on these images, too.")
         for name, unshared in self.section.runs.groupby("name", sort=False)["unshared"]:
             if keys := unlike(list(unshared)):
                 notes.append(

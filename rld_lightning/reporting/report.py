@@ -190,8 +190,8 @@ def _environments(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Path]]
     groups: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for run in runs:
         if (run.folder / ENVIRONMENT).exists():
-            words = tuple((key, _words(value)) for key, value in run.environment.items() if key != "command")
-            groups.setdefault(words, []).append(run.folder)
+            known = {key: value for key, value in run.environment.items() if key != "command" and value is not None}
+            groups.setdefault(tuple((key, _words(value)) for key, value in known.items()), []).append(run.folder)
     return [(dict(words), where) for words, where in groups.items()]
 
 

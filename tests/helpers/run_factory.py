@@ -98,6 +98,7 @@ def write_run(
     choices["model"] = model or config["model"]["label"]
     hydra = {"hydra": {"runtime": {"choices": choices}}}
     environment = {"python": "3.11.7", "torch": "2.15.0", "platform": "Linux-x86_64", "threads": 1, "gpus": []}
+    environment["commit"] = None
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))

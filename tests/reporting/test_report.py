@@ -136,6 +136,11 @@ def test_failed_and_unfinished_runs_are_named(report):
     assert "1 failed or unfinished" in page
 
 
+def test_what_is_not_known_of_a_machine_is_not_said(report):
+    page = report.html.read_text()
+    assert "platform Linux-x86_64 · threads 1 · gpus none</p>" in page
+
+
 def test_the_page_needs_nothing_else(report):
     page = report.html.read_text()
     assert "<title>Title &amp; more</title>" in page

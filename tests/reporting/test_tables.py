@@ -179,6 +179,8 @@ def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
         (True, "the test split", 1),
         (False, "5,000 held-out training images (stratified)", 2),  # one split, whatever its seed
     ]
+    flattered = "The teacher's accuracy flatters it where it was trained on these images, too."
+    assert [flattered in make_chapter(section, "pair", Sources()).notes for section in found] == [False, True]
 
 
 def test_of_repetitions_the_one_that_finished_last_counts(tmp_path):

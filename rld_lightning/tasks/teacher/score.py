@@ -57,7 +57,8 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
         return
     top1 = 100 * right / seen
     recorded = facts.top1 if facts.dataset in (None, data.name) else None
-    print_line("teacher", f"top-1 {top1:.2f} % on {seen:,} of {data.val_size:,} validation images")
+    images = f"{seen:,} of {data.val_size:,} validation images{_learnt(facts, data)}"
+    print_line("teacher", f"top-1 {top1:.2f} % on {images}")
     chance = 100 / data.num_classes
     fallen = recorded is not None and top1 < recorded - _luck(recorded, seen) - _FAR
     guessing = top1 <= chance + _luck(chance, seen) + _FAR * (1 - chance / 100)
@@ -71,6 +72,12 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
 def _luck(percent: float, images: int) -> float:
     """Three standard deviations of an accuracy measured on so many images, in points."""
     return 3 * sqrt(percent * (100 - percent) / images)
+
+
+def _learnt(facts: WeightsFacts, data: ImageDataModule) -> str:
+    """A word of caution where images are held out of a training split that the teacher may have seen all of."""
+    held_out = facts.dataset == data.name and all(getattr(facts, k) == v for k, v in data.split_facts.items())
+    return "" if held_out or not data.val_fraction else ", which it may have been trained on"
 
 
 def _causes(facts: WeightsFacts, teacher: FrozenTeacher, data: ImageDataModule) -> str:

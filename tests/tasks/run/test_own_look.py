@@ -156,6 +156,16 @@ def test_a_teacher_is_measured_first(data, capsys, percent, recorded, dataset, d
         assert f"the teacher's top-1 is {doubt}" in output
 
 
+def test_a_teacher_may_know_the_images_that_are_held_out_of_its_students(capsys):
+    data = DigitsDataModule(val_fraction=0.2, seed=1)
+    data.setup()
+    for facts in ({}, {"dataset": "digits"}, {"dataset": "digits", "val_fraction": 0.2, "data_seed": 0}):
+        measure(data, 90, **facts)
+        assert "validation images, which it may have been trained on" in capsys.readouterr().out
+    measure(data, 90, dataset="digits", val_fraction=0.2, data_seed=1)
+    assert "trained on" not in capsys.readouterr().out
+
+
 def test_what_is_known_of_a_teacher_is_no_cause_of_its_failure(data, capsys):
     measure(data, 15, mean=data.mean, std=data.std, image_shape=data.image_shape, class_names=NAMES)
     assert "it may not have been trained to the end" in capsys.readouterr().out
