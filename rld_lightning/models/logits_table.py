@@ -68,6 +68,11 @@ class LogitsTable:
         # Odd weights: no two words of a row can be exchanged, and no single bit flipped, without another sum.
         self.weights = 2 * torch.arange(words, dtype=torch.int32) + 1
 
+    @property
+    def keeps(self) -> bool:
+        """Whether rows are still written: not any more once that has failed."""
+        return not self._file.closed
+
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Looks views up.
 
@@ -106,7 +111,7 @@ class LogitsTable:
         return torch.where(whole[:, None], stored.float(), logits.float())
 
     def _keep(self, rows: Tensor, content: Tensor) -> None:
-        if self._file.closed:
+        if not self.keeps:
             return
         if not hasattr(os, "pwrite"):  # on Windows
             self.table[rows] = content

@@ -2,9 +2,10 @@
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,10 +15,12 @@ from torch import Tensor
 from rld_lightning.console import console, duration, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import is_first
+from rld_lightning.models.logits_table import LogitsTable
 from rld_lightning.models.teacher import FrozenTeacher
 
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
+_AHEAD = 2  # batches that are computed while one is written
 _IMAGES = 32  # whose views are looked at together, for what is missing
 _SAY_SECONDS = 60.0
 
@@ -43,28 +46,34 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
         return
     teacher.remember(table)  # the file: whether all is known is looked up where it is brought to the device to train
     started, computed = time.monotonic(), 0
-    with _progress(data.train_size) as advance:
-        for view in _batches(_missing(teacher, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
-            batch = data.look_at(view)
+    writing: deque[Future[Tensor]] = deque()
+    # Leaving waits for what is being written, whatever the reason.
+    with _progress(data.train_size) as advance, ThreadPoolExecutor(1) as writer:
+        for view in _batches(_missing(table, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
+            batch = data.look_at(view.to(device))
             with precision.forward_context():
-                teacher(precision.convert_input(batch.images), view=view, label=batch.label)
+                logits, _ = teacher(precision.convert_input(batch.images))
+            writing.append(writer.submit(table.write, batch.view, logits, batch.label))
             computed += len(view)
+            if len(writing) > _AHEAD:
+                writing.popleft().result()
+            if not table.keeps:  # and has said why
+                break
+        for last in writing:
+            last.result()
     if computed:
         seconds = time.monotonic() - started
         print_line("cache", f"{computed:,} views computed in {duration(seconds)}, {computed / seconds:,.0f} a second")
 
 
-def _missing(teacher: FrozenTeacher, data: ImageDataModule, advance: Callable[[int], None]) -> Iterator[Tensor]:
-    """Numbers of views that are not known, of a few images at a time."""
-    assert teacher.table is not None
+def _missing(table: LogitsTable, data: ImageDataModule, advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """Numbers of views that are not known, of a few images at a time, on the CPU: nothing waits for the device."""
     # Not drawn from the seed, which all processes share.
     share = data.rank / data.world_size if data.world_size > 1 else random.SystemRandom().random()
-    images = torch.arange(data.train_size).roll(-int(share * data.train_size)).split(_IMAGES)
-    for block in images:
-        ends = [0, *((block.diff() != 1).nonzero().flatten() + 1).tolist(), len(block)]  # the last meets the first
-        for first, last in pairwise(ends):
-            view = data.views_of(slice(int(block[first]), int(block[last - 1]) + 1))
-            yield view[~teacher.table.known(view)]
+    views = data.views_of(slice(0, data.train_size)).cpu().view(data.train_size, -1)
+    for block in views.roll(-int(share * data.train_size), 0).split(_IMAGES):
+        view = block.flatten()
+        yield view[~table.known(view)]
         advance(len(block))
 
 

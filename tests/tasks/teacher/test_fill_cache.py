@@ -1,5 +1,6 @@
 """A table that is filled ahead is the one that training fills."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -86,3 +87,16 @@ def test_two_that_fill_at_once_make_one_table(tmp_path):
     logits, known = teachers[0].table.read(view)
     assert known.all()
     assert_close(logits, teachers[0](batch.images)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_disk_ends_it(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr("rld_lightning.tasks.teacher.fill_cache._BATCH", {"cpu": 9})
+    data = ready(SmallDigits())
+    with pytest.warns(UserWarning, match="no more of the teacher's logits are kept"):
+        fill_table(teacher_with(tmp_path / "table", data), data, trainer())
+    computed = int(re.search(r"([\d,]+) views computed", capsys.readouterr().out)[1].replace(",", ""))
+    assert computed < data.train_size * 9 / 2
