@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rld_lightning.models import create_model, list_models
     from rld_lightning.models.student import Student, load_student
     from rld_lightning.models.teacher import FrozenTeacher
-    from rld_lightning.models.verify import load_weights
+    from rld_lightning.models.weights.verify import load_weights
     from rld_lightning.module import DistillationModule
 
 __version__ = "0.1.0"
@@ -54,7 +54,7 @@ _HOMES = {
     "load_student": "rld_lightning.models.student",
     "create_model": "rld_lightning.models",
     "list_models": "rld_lightning.models",
-    "load_weights": "rld_lightning.models.verify",
+    "load_weights": "rld_lightning.models.weights.verify",
 }
 
 

@@ -25,7 +25,7 @@ from rld_lightning.losses.graph import last_warmup, why_no_graph
 from rld_lightning.metrics import EpochMeans, counts, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.taps import forward_with_taps
-from rld_lightning.models.teacher import FrozenTeacher, hold_outside
+from rld_lightning.models.teacher.frozen import FrozenTeacher, hold_outside
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
 from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
 

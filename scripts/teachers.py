@@ -63,7 +63,7 @@ if __name__ == "__main__":
     if more and (options.what != "verify" or any(word.startswith("-") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     with exit_on_user_error():
-        from rld_lightning.models.store import PUBLISHED_URL, TeacherStore
+        from rld_lightning.models.teacher.teacher_store import PUBLISHED_URL, TeacherStore
         from rld_lightning.tasks import teachers
 
         store = TeacherStore(options.root)

@@ -22,7 +22,7 @@ from rld_lightning.hydra.compose import expand_combined_loss, with_own_folder
 from rld_lightning.hydra.options import register_options
 from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_loss, registry
 from rld_lightning.models import list_models
-from rld_lightning.models.store import PUBLISHED_URL
+from rld_lightning.models.teacher.teacher_store import PUBLISHED_URL
 from rld_lightning.runs.naming import loss_choice, loss_name
 from rld_lightning.tasks.run.trainer import make_trainer
 

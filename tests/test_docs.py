@@ -23,7 +23,7 @@ from rld_lightning.data import InMemoryDataModule
 from rld_lightning.losses import ModelOutput, StepContext, list_losses, loss_class, registry
 from rld_lightning.models import create_model, forward_with_taps
 from rld_lightning.models.registry import REGISTRY
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.reporting import figures
 from rld_lightning.runs import files
 from rld_lightning.runs.finished import find_runs

@@ -14,7 +14,7 @@ from rld_lightning.bench.jobs import run_fit
 from rld_lightning.bench.steps import machine
 from rld_lightning.console import console, print_table
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 
 _STEPS = 8  # an epoch
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rld_lightning.bench.steps import machine
-from rld_lightning.models.read import read_weights
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.read import read_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
 from rld_lightning.runs.metrics import read_rows
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import check_trusted, is_from_elsewhere, trust
+from rld_lightning.models.input_size import split_size
 from rld_lightning.models.onnx_file import OnnxNetwork
-from rld_lightning.models.own_size import split_size
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.weights.verify import load_weights
 
 _WARM_UP = 3
 _LEAST = 10

@@ -24,10 +24,10 @@ from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.connect import connect
 from rld_lightning.losses.rld import RLDLoss, rld_loss
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.logits_table import LogitsTable
-from rld_lightning.models.resident_table import resident
 from rld_lightning.models.taps import forward_with_taps
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.logits_table import LogitsTable
+from rld_lightning.models.teacher.resident_table import resident
 
 Step = Callable[[], object]
 _ROWS = 100_000  # of a table of logits

@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rld_lightning.errors import UserError
-from rld_lightning.models.read import read_once
-from rld_lightning.models.seal import is_damaged
+from rld_lightning.models.weights.read import read_once
+from rld_lightning.models.weights.seal import is_damaged
 from rld_lightning.runs.checkpoint import read_checkpoint, write_checkpoint
 
 

@@ -3,10 +3,10 @@
 from omegaconf import DictConfig, ListConfig
 
 from rld_lightning.models.factory import check_name
-from rld_lightning.models.foreign import FOREIGN
-from rld_lightning.models.read import existing_part
 from rld_lightning.models.registry import names_of_members
-from rld_lightning.models.store import SOURCES, teacher_file
+from rld_lightning.models.teacher.teacher_store import SOURCES, teacher_file
+from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
+from rld_lightning.models.weights.read import existing_part
 from rld_lightning.runs.naming import loss_name
 
 

@@ -1,7 +1,8 @@
 """Networks by name, and intermediate features by module path.
 
 Families of networks lie in ``cifar/`` and ``imagenet/``. Every file there is imported here, so one that registers its
-models with :func:`~rld_lightning.models.registry.register_model` needs no other.
+models with :func:`~rld_lightning.models.registry.register_model` needs no other. Files of weights are read and written
+in ``weights/``; the frozen teacher and what it is made of lie in ``teacher/``.
 """
 
 from importlib import import_module

@@ -12,6 +12,7 @@ from rld_lightning.errors import did_you_mean
 from rld_lightning.models import registry
 from rld_lightning.models.graft import GraftedStudent
 from rld_lightning.models.imported import build_imported, is_from_elsewhere
+from rld_lightning.models.input_size import at_size, split_size
 from rld_lightning.models.libraries import (
     timm_model,
     timm_names,
@@ -19,7 +20,6 @@ from rld_lightning.models.libraries import (
     torchvision_names,
     transformers_model,
 )
-from rld_lightning.models.own_size import at_size, split_size
 from rld_lightning.models.stages import classifier_of
 
 _GRAFTED = re.compile(r"([^@]*(?:@\d+)?)@(.*)")  # the student's name may have a size, and so may the teacher's

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rld_lightning.errors import did_you_mean, first_line
-from rld_lightning.models.own_size import split_size
+from rld_lightning.models.input_size import split_size
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _HUB = "transformers/"

@@ -13,7 +13,7 @@ from torch import nn
 from rld_lightning.errors import first_line
 from rld_lightning.models import huggingface
 from rld_lightning.models.huggingface import transformers_classes, transformers_input
-from rld_lightning.models.own_size import split_size
+from rld_lightning.models.input_size import split_size
 
 # Whose errors are those of a network.
 _CLIENTS = {"huggingface_hub", "httpx", "requests", "urllib3"}

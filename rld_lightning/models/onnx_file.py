@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rld_lightning.models.facts import WeightsFacts, read_facts
 from rld_lightning.models.preprocessing import PixelsToProbabilities
-from rld_lightning.models.read import WeightsError, read_once
 from rld_lightning.models.taps import unwrap
+from rld_lightning.models.weights.facts import WeightsFacts, read_facts
+from rld_lightning.models.weights.read import WeightsError, read_once
 
 PIXELS = "pixels"  # the input of a network with its preprocessing inside; "images" without
 _RESIZES = "resizes"  # noted in a file that does that itself

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.libraries import published_input
-from rld_lightning.models.read import WeightsError
+from rld_lightning.models.weights.facts import WeightsFacts
+from rld_lightning.models.weights.read import WeightsError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import WeightsFacts, facts_of
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
-from rld_lightning.models.read import Weights, WeightsError, read_weights, split_part
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.weights.facts import WeightsFacts, facts_of
+from rld_lightning.models.weights.read import Weights, WeightsError, read_weights, split_part
+from rld_lightning.models.weights.verify import load_weights
 
 if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture

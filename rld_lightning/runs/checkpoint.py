@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rld_lightning.models.read import read_once
-from rld_lightning.models.seal import is_damaged, seal_checkpoint
+from rld_lightning.models.weights.read import read_once
+from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
 from rld_lightning.whole import write_whole
 
 _KEY = "rld_lightning"  # of a checkpoint, beside those of Lightning

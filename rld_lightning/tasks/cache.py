@@ -10,7 +10,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.kd import KDLoss
 from rld_lightning.models.imported import trust
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.build import set_up
 from rld_lightning.tasks.run.checks import check_network

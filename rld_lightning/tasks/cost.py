@@ -7,8 +7,8 @@ import torch
 
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import read_facts
-from rld_lightning.models.read import read_metadata
+from rld_lightning.models.weights.facts import read_facts
+from rld_lightning.models.weights.read import read_metadata
 from rld_lightning.reporting.cost import Cost, known_cost
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run

@@ -23,11 +23,11 @@ from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import facts_of
 from rld_lightning.models.imported import trust
-from rld_lightning.models.look import Look, Relook, published_look, relook, trained_look
-from rld_lightning.models.read import Weights, read_weights
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
+from rld_lightning.models.weights.facts import facts_of
+from rld_lightning.models.weights.read import Weights, read_weights
+from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, write_csv, write_json
 from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
 from rld_lightning.tasks.run.matched_classes import match_classes

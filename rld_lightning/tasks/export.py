@@ -22,8 +22,8 @@ from rld_lightning.errors import first_line, user_errors
 from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
-from rld_lightning.models.save import save_weights
 from rld_lightning.models.student import EXPORT, HUB_CONFIG, HUB_WEIGHTS, RUN_WEIGHTS, Student, load_student
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.card import Exported, hub_config, model_card
 from rld_lightning.runs.files import write_json
 from rld_lightning.runs.finished import Run, read_run

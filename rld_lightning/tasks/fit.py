@@ -22,7 +22,7 @@ from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST, LOG, STUDENT, SUMMARY, TEACHER

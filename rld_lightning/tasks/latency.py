@@ -16,7 +16,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, RUN_WEIGHTS, load_student
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.runs.files import check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name

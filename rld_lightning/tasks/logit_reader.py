@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import facts_of
-from rld_lightning.models.look import Look, published_look, relook, trained_look
-from rld_lightning.models.read import read_weights, split_part
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.normalisation import Look, published_look, relook, trained_look
+from rld_lightning.models.weights.facts import facts_of
+from rld_lightning.models.weights.read import read_weights, split_part
+from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run

@@ -12,9 +12,9 @@ from rld_lightning.errors import user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import facts_of
-from rld_lightning.models.look import Look, relook, trained_look
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.normalisation import Look, relook, trained_look
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.reporting.trio import Network, table_of, write_networks
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
 from rld_lightning.runs.provenance import processor_name

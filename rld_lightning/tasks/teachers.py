@@ -12,12 +12,12 @@ from rld_lightning.errors import UserError, did_you_mean, user_errors
 from rld_lightning.hydra.mistakes import checked
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import for_hydra, with_quotes
-from rld_lightning.models.facts import WeightsFacts, read_facts
-from rld_lightning.models.published import PUBLISHED, PUBLISHED_DATASET, published_top1
-from rld_lightning.models.read import WeightsError, read_metadata, read_once
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.models.seal import is_damaged
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.published import PUBLISHED, PUBLISHED_DATASET, published_top1
+from rld_lightning.models.teacher.teacher_store import TeacherStore
+from rld_lightning.models.weights.facts import WeightsFacts, read_facts
+from rld_lightning.models.weights.read import WeightsError, read_metadata, read_once
+from rld_lightning.models.weights.seal import is_damaged
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit

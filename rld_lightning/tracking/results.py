@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from omegaconf import DictConfig
 
-from rld_lightning.models.read import Weights, WeightsError, read_metadata, read_weights
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.read import Weights, WeightsError, read_metadata, read_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY, WANDB
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rld_lightning.bench.evidence import epochs, gather
 from rld_lightning.models import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from tests.helpers.configs import compose
 from tests.helpers.run_factory import write_run
 

@@ -11,7 +11,7 @@ from torch import nn
 from rld_lightning.callbacks import WeightAverage
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import KDLoss
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
 
 EPOCHS, STEPS = 4, 3

@@ -10,7 +10,7 @@ from torch import nn
 
 from rld_lightning import RLDLoss, create_model
 from rld_lightning.data.in_memory import InMemoryDataModule
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
 
 

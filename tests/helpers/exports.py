@@ -9,7 +9,7 @@ from helpers.data import merge
 from helpers.run_factory import write_run
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 
 
 def digits_run(folder, name="resnet8", *, size=8, seed=0):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks.run.plan import Plan, Student, Teacher
 
 

@@ -18,10 +18,10 @@ from rld_lightning.models import (
     list_models,
     stages_of,
 )
-from rld_lightning.models.read import WeightsError
-from rld_lightning.models.save import save_weights
 from rld_lightning.models.stages import classifier_of
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.weights.read import WeightsError
+from rld_lightning.models.weights.save import save_weights
+from rld_lightning.models.weights.verify import load_weights
 
 CLASSES = 7
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from torch import nn
 from rld_lightning.models import create_model, onnx_file
 from rld_lightning.models.onnx_file import OnnxNetwork, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities, Preprocessing
-from rld_lightning.models.read import WeightsError
+from rld_lightning.models.weights.read import WeightsError
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

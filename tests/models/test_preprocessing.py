@@ -8,9 +8,9 @@ from helpers.exports import write_digits
 from PIL import Image
 
 from rld_lightning.data import ImageFolderDataModule
-from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.preprocessing import PixelsToProbabilities, Preprocessing, pixels_of, preprocessing_of
-from rld_lightning.models.read import WeightsError
+from rld_lightning.models.weights.facts import WeightsFacts
+from rld_lightning.models.weights.read import WeightsError
 
 LOOK = {"mean": (0.3054,) * 3, "std": (0.3760,) * 3}
 

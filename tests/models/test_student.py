@@ -11,9 +11,9 @@ from helpers.exports import digits_facts, digits_run, write_digits
 
 import rld_lightning
 from rld_lightning.models import create_model
-from rld_lightning.models.read import WeightsError
-from rld_lightning.models.save import save_weights
 from rld_lightning.models.student import load_student
+from rld_lightning.models.weights.read import WeightsError
+from rld_lightning.models.weights.save import save_weights
 
 
 @pytest.fixture

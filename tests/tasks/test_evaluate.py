@@ -9,7 +9,7 @@ from helpers.configs import compose
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.evaluate import evaluate
 
 

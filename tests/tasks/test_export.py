@@ -123,7 +123,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch):
 
 def test_other_data_than_the_students_are_refused(tmp_path):
     digits_run(tmp_path / "run")
-    from rld_lightning.models.save import save_weights
+    from rld_lightning.models.weights.save import save_weights
 
     facts = {"name": "resnet8", "class_names": list("abcdefghij"), "image_shape": [3, 8, 8]}
     facts |= {"mean": [0.5] * 3, "std": [0.5] * 3}

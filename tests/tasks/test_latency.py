@@ -11,7 +11,7 @@ from helpers.exports import digits_facts, digits_run
 from rld_lightning.bench.latency import measure
 from rld_lightning.errors import UserError
 from rld_lightning.models import count_macs, count_parameters, create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.latency import cost
 
 options = partial(compose, name="cost", resolve=False)

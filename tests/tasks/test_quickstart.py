@@ -10,7 +10,7 @@ from helpers.run_factory import write_run
 from helpers.sweeps import begin_sweep
 
 from rld_lightning.models import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.sweep import callback as sweep
 from rld_lightning.tasks.sweep import trial_tables as trials

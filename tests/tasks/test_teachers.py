@@ -12,8 +12,8 @@ from helpers.configs import compose
 
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
-from rld_lightning.models.published import PUBLISHED, published_top1
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.published import PUBLISHED, published_top1
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks import teachers
 from rld_lightning.tasks.evaluate import evaluate
 
@@ -94,7 +94,7 @@ def test_verify_compares_published_teachers_with_what_is_published(store, monkey
     facts = {"num_classes": 10, "source": "published", "top1": 99.0}
     weights = store.save(create_model("resnet8", 10), "digits", "resnet8", facts)
     top1 = measured(store, "resnet8")
-    monkeypatch.setattr("rld_lightning.models.published.PUBLISHED_DATASET", "digits")
+    monkeypatch.setattr("rld_lightning.models.teacher.published.PUBLISHED_DATASET", "digits")
     monkeypatch.setitem(PUBLISHED, "resnet8", top1 + off)
     monkeypatch.setattr(sys, "argv", ["teachers.py", "verify", "resnet8", "--root", str(store.root), *SMALL])
     capsys.readouterr()

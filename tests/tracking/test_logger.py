@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from rld_lightning.console import console
-from rld_lightning.models.read import read_weights
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.read import read_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tracking import WandbLogger
 from rld_lightning.tracking.logger import STEP, tracked, wandb_facts

@@ -12,7 +12,7 @@ from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to
 from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, classifier_of
-from rld_lightning.models.teacher import hold_outside
+from rld_lightning.models.teacher.frozen import hold_outside
 
 PoolSize = Annotated[int, must_be("an integer >= 1", lambda size: isinstance(size, int) and size >= 1)]
 

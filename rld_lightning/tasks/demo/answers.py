@@ -22,10 +22,10 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.decode import BadImageError, decode_image, read_header
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.rld import RLDLoss
-from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.imported import trust
-from rld_lightning.models.look import Look, look_of
+from rld_lightning.models.normalisation import Look, look_of
 from rld_lightning.models.student import RUN_WEIGHTS, load_student
+from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.reporting.figures.explain_page import explain_in_words
 from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
 from rld_lightning.runs.finished import Run, read_run

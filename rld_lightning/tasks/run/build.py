@@ -19,7 +19,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.own_look import load_in_order

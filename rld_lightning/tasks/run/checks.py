@@ -17,12 +17,12 @@ from rld_lightning.data.sampler import share_of_batch
 from rld_lightning.errors import first_line
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.factory import blueprint, create_model
-from rld_lightning.models.facts import facts_of
-from rld_lightning.models.foreign import FOREIGN
 from rld_lightning.models.libraries import published_input
-from rld_lightning.models.read import Weights
 from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.taps import evaluation_mode
+from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
+from rld_lightning.models.weights.facts import facts_of
+from rld_lightning.models.weights.read import Weights
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.schedule import make_schedule
 from rld_lightning.tasks.run.plan import Plan, Student, Teacher

@@ -9,7 +9,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.compiled import CompiledForward, why_not_compiled
 from rld_lightning.models.complexity import count_macs
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.plan import Plan
 

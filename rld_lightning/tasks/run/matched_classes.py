@@ -5,7 +5,7 @@ from typing import NamedTuple
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
-from rld_lightning.models.facts import WeightsFacts
+from rld_lightning.models.weights.facts import WeightsFacts
 
 
 class MatchedClasses(NamedTuple):

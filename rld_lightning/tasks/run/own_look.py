@@ -5,12 +5,12 @@ from torch import nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.classes import order_of, reorder_classes
-from rld_lightning.models.facts import WeightsFacts, facts_of
+from rld_lightning.models.input_size import split_size
 from rld_lightning.models.libraries import published_input
-from rld_lightning.models.look import Look, published_look, trained_look
-from rld_lightning.models.own_size import split_size
-from rld_lightning.models.read import Weights, read_weights
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.normalisation import Look, published_look, trained_look
+from rld_lightning.models.weights.facts import WeightsFacts, facts_of
+from rld_lightning.models.weights.read import Weights, read_weights
+from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.tasks.run.checks import check_classes, first_other
 from rld_lightning.tasks.run.plan import Student, Teacher
 

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rld_lightning.models.classes import read_class_map
-from rld_lightning.models.look import Look, look_of
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.normalisation import Look, look_of
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import SPLIT
 from rld_lightning.tasks.run.batch_size import AUTO
@@ -42,12 +42,12 @@ class Teacher:
         weights: a file, several for an ensemble, or ``"pretrained"``; or where to look for a file, ``"auto"``,
             ``"fit"`` or ``"published"``.
         published_url: the archive of published teachers.
-        mean_of: what an ensemble takes the mean of, see :class:`~rld_lightning.models.ensemble.Ensemble`.
+        mean_of: what an ensemble takes the mean of, see :class:`~rld_lightning.models.teacher.ensemble.Ensemble`.
         class_map: which of its classes those of the data are, see :func:`~rld_lightning.models.classes.places_of`.
         image_size: the side of the images that it wants; ``"auto"``: what it was trained with; None: the data's.
         start: what one that has to be trained begins from, as ``weights`` of a student.
         look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
-        options: of :class:`~rld_lightning.models.teacher.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
+        options: of :class:`~rld_lightning.models.teacher.frozen.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
         sha256: of the file; None where it is not known yet, and of what is no file.
         cache: whether its logits are kept in a table and looked up; ``"auto"``: where that pays; ``"fill"``: and all
             are computed before the training.

@@ -14,7 +14,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.models.complexity import count_macs, count_parameters
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
 from rld_lightning.runs.metrics import Row, read_rows

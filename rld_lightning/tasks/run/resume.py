@@ -14,9 +14,9 @@ from rld_lightning.callbacks.exact_resume import has_stopped_early
 from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only, started_here
 from rld_lightning.hydra.quoting import as_argument
-from rld_lightning.models.facts import read_facts
-from rld_lightning.models.read import hyper_parameters
 from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.weights.facts import read_facts
+from rld_lightning.models.weights.read import hyper_parameters
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
 from rld_lightning.runs.files import CONFIG, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
 from rld_lightning.runs.likeness import changed_settings, changes, refuse_changes

@@ -24,7 +24,7 @@ from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
 from rld_lightning.hydra.study import check_options
 from rld_lightning.models.imported import trust
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.reporting.labels import short_value
 from rld_lightning.runs.events import note
 from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, TEACHER, read_config

@@ -15,8 +15,8 @@ from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import read_facts
-from rld_lightning.models.read import read_metadata
+from rld_lightning.models.weights.facts import read_facts
+from rld_lightning.models.weights.read import read_metadata
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER

@@ -15,13 +15,13 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs
-from rld_lightning.models.ensemble import Ensemble
-from rld_lightning.models.foreign import FOREIGN
-from rld_lightning.models.logits_table import LogitsTable, table_bytes, table_key
-from rld_lightning.models.look import Relook
+from rld_lightning.models.normalisation import Relook
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.models.store import TeacherStore
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.logits_table import LogitsTable, table_bytes, table_key
+from rld_lightning.models.teacher.teacher_store import TeacherStore
+from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import images_to_come
 from rld_lightning.tasks.run.plan import Plan, Teacher

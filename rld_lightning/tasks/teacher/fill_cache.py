@@ -15,8 +15,8 @@ from torch import Tensor
 from rld_lightning.console import console, duration, print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import is_first
-from rld_lightning.models.logits_table import LogitsTable
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.logits_table import LogitsTable
 
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048

@@ -12,12 +12,18 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import first_line, some
 from rld_lightning.models.classes import number_of_classes, places_of, select_classes
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import WeightsFacts, facts_of
-from rld_lightning.models.foreign import FOREIGN, Columns, OnnxTeacher, ScriptedNetwork, load_foreign
 from rld_lightning.models.libraries import published_classes
-from rld_lightning.models.look import Look, Relook, relook
-from rld_lightning.models.read import Weights, read_weights
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.normalisation import Look, Relook, relook
+from rld_lightning.models.teacher.torchscript_and_onnx import (
+    FOREIGN,
+    Columns,
+    OnnxTeacher,
+    ScriptedNetwork,
+    load_foreign,
+)
+from rld_lightning.models.weights.facts import WeightsFacts, facts_of
+from rld_lightning.models.weights.read import Weights, read_weights
+from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.own_look import load_in_order, teacher_look, teacher_size
 from rld_lightning.tasks.run.plan import Teacher

@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.models.facts import WeightsFacts
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.facts import WeightsFacts
 
 SECONDS = 3.0
 _BATCH = 64

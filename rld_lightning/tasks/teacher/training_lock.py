@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from rld_lightning.console import print_line
 from rld_lightning.distributed import is_first, started_by
 from rld_lightning.errors import UserError
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 
 _POLL_SECONDS = 0.2
 # Of these and the run's folder the processes of one run have the same, and no other run has.

@@ -14,14 +14,14 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import devices_per_node, rank_zero_only
 from rld_lightning.errors import UserError
-from rld_lightning.models.ensemble import Ensemble
-from rld_lightning.models.facts import WeightsFacts
-from rld_lightning.models.look import Look
-from rld_lightning.models.own_size import split_size
-from rld_lightning.models.read import split_part
+from rld_lightning.models.input_size import split_size
+from rld_lightning.models.normalisation import Look
 from rld_lightning.models.registry import canonical_name, names_of_members
-from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
+from rld_lightning.models.weights.facts import WeightsFacts
+from rld_lightning.models.weights.read import split_part
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary

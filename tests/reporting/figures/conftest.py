@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rld_lightning.models import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting import style
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.summary import Summary

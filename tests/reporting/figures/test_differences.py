@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rld_lightning.models.read import read_weights
+from rld_lightning.models.weights.read import read_weights
 from rld_lightning.reporting.figures.differences import (
     DifferenceMap,
     difference_maps,

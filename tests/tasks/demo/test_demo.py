@@ -22,7 +22,7 @@ from rld_lightning.data.decode import BadImageError
 from rld_lightning.errors import UserError
 from rld_lightning.losses import RLDLoss
 from rld_lightning.models import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.finished import read_run
 from rld_lightning.tasks.demo import answers as demo_task
 from rld_lightning.tasks.demo.answers import Demo, shown_rows, teacher_of

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.models.read import Weights
+from rld_lightning.models.weights.read import Weights
 from rld_lightning.tasks.run import checks
 
 

@@ -15,7 +15,7 @@ from rld_lightning.callbacks import CheckpointFiles, WeightAverage
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError, disk_errors
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.run import disk_space as room
 from rld_lightning.tasks.run.disk_space import check_room, room_needed
 

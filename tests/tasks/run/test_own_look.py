@@ -9,10 +9,10 @@ from helpers.plans import make_plan
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import WeightsFacts
-from rld_lightning.models.look import Look
-from rld_lightning.models.save import save_weights
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.normalisation import Look
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.facts import WeightsFacts
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.run.own_look import adopt_look, load_in_order
 from rld_lightning.tasks.run.plan import Student
 from rld_lightning.tasks.teacher import score as teacher_score

@@ -18,11 +18,11 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.losses import MLKDLoss
 from rld_lightning.losses.features import ATLoss
-from rld_lightning.models.ensemble import Ensemble
-from rld_lightning.models.logits_table import LogitsTable, round_beside_label
-from rld_lightning.models.look import Look, Relook
-from rld_lightning.models.resident_table import ResidentTable
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.normalisation import Look, Relook
+from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.logits_table import LogitsTable, round_beside_label
+from rld_lightning.models.teacher.resident_table import ResidentTable
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks.cache import cache
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher import cached_logits

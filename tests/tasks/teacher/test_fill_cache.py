@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from rld_lightning import FrozenTeacher, create_model
 from rld_lightning.data import DigitsDataModule
-from rld_lightning.models.logits_table import LogitsTable
+from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.tasks.teacher.fill_cache import fill_table
 
 

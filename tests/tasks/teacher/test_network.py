@@ -12,8 +12,8 @@ from torch import nn
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
-from rld_lightning.models.look import Look
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.normalisation import Look
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.teacher import network as teacher_network
 from rld_lightning.tasks.teacher.network import load_network
 from rld_lightning.tasks.teacher.weights import build_teacher

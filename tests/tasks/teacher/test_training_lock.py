@@ -12,7 +12,7 @@ import pytest
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.store import TeacherStore, resolve_teacher_weights
+from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
 from rld_lightning.tasks.teacher import training_lock as turn
 from rld_lightning.tasks.teacher.training_lock import turn_to_train
 

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.look import Look
-from rld_lightning.models.save import save_weights
-from rld_lightning.models.store import TeacherStore
+from rld_lightning.models.normalisation import Look
+from rld_lightning.models.teacher.teacher_store import TeacherStore
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.run.build import build_module

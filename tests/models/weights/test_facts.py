@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from rld_lightning.models.facts import WeightsFacts, facts_of, read_facts
-from rld_lightning.models.read import WeightsError, read_weights
-from rld_lightning.models.save import save_weights
+from rld_lightning.models.weights.facts import WeightsFacts, facts_of, read_facts
+from rld_lightning.models.weights.read import WeightsError, read_weights
+from rld_lightning.models.weights.save import save_weights
 
 GOOD = {
     "name": "resnet8",

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rld_lightning.models.complexity import count_parameters
-from rld_lightning.models.ensemble import Ensemble
-from rld_lightning.models.logits_table import LogitsTable
-from rld_lightning.models.look import Relook
-from rld_lightning.models.resident_table import resident
+from rld_lightning.models.normalisation import Relook
 from rld_lightning.models.taps import forward_with_taps
+from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.logits_table import LogitsTable
+from rld_lightning.models.teacher.resident_table import resident
 
 DTYPES = {
     "float32": torch.float32,
@@ -120,7 +120,7 @@ class FrozenTeacher(nn.Module):
         """From now on, looks logits of known views up, and keeps those that it computes.
 
         Args:
-            table: of the same teacher, see :func:`~rld_lightning.models.logits_table.table_key`.
+            table: of the same teacher, see :func:`~rld_lightning.models.teacher.logits_table.table_key`.
         """
         self.table = table
 
@@ -206,7 +206,7 @@ class FrozenTeacher(nn.Module):
             return
         if processes < 2:
             raise ValueError(f"shard=True shares the teacher out over at least two processes, not {processes}.")
-        from rld_lightning.models.sharding import shard_over_machine  # FSDP takes a second
+        from rld_lightning.models.teacher.sharding import shard_over_machine  # FSDP takes a second
 
         if self.relook is not None:
             self.relook.to(device)

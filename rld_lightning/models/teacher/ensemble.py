@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rld_lightning.models.look import Relook
+from rld_lightning.models.normalisation import Relook
 
 MEANS = ("logits", "probabilities")
 

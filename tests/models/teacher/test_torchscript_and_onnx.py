@@ -9,8 +9,8 @@ from torch import nn
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.foreign import load_foreign
-from rld_lightning.models.look import Look
+from rld_lightning.models.normalisation import Look
+from rld_lightning.models.teacher.torchscript_and_onnx import load_foreign
 from rld_lightning.tasks.teacher.weights import build_teacher
 
 LOOK = Look((0.5,) * 3, (0.5,) * 3)

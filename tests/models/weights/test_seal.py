@@ -8,9 +8,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from rld_lightning.models.read import WeightsError, read_metadata, read_weights
-from rld_lightning.models.save import save_weights
-from rld_lightning.models.seal import is_damaged, seal_checkpoint
+from rld_lightning.models.weights.read import WeightsError, read_metadata, read_weights
+from rld_lightning.models.weights.save import save_weights
+from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
 
 
 def checkpoint(tmp_path, **extra):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rld_lightning.errors import some
 from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.graft import GraftedStudent
-from rld_lightning.models.read import Weights, WeightsError, read_weights
 from rld_lightning.models.taps import unwrap
-from rld_lightning.models.unpack import fitting
+from rld_lightning.models.weights.read import Weights, WeightsError, read_weights
+from rld_lightning.models.weights.unpack import fitting
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.errors import first_line
-from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.imported import logits_of
 from rld_lightning.models.onnx_file import OnnxNetwork
+from rld_lightning.models.weights.facts import WeightsFacts
 
 FOREIGN = ("torchscript", "onnx")  # names of networks
 

@@ -6,13 +6,13 @@ from torch.nn import functional as F
 
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.factory import check_name, create_model
-from rld_lightning.models.look import published_look
+from rld_lightning.models.input_size import split_size
+from rld_lightning.models.normalisation import published_look
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, to_onnx
-from rld_lightning.models.own_size import split_size
-from rld_lightning.models.save import save_weights
 from rld_lightning.models.student import load_student
 from rld_lightning.models.taps import feature_shapes, forward_with_taps
-from rld_lightning.models.teacher import fuse_conv_bn
+from rld_lightning.models.teacher.frozen import fuse_conv_bn
+from rld_lightning.models.weights.save import save_weights
 
 
 def images():

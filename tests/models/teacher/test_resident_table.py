@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rld_lightning.models.logits_table import LogitsTable
-from rld_lightning.models.resident_table import ResidentTable, resident
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.logits_table import LogitsTable
+from rld_lightning.models.teacher.resident_table import ResidentTable, resident
 
 
 def filled(path, rows, classes=5, dtype="float16"):

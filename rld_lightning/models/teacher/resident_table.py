@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rld_lightning.models.logits_table import LogitsTable
+from rld_lightning.models.teacher.logits_table import LogitsTable
 
 _ROWS = 2**18  # looked at in one go
 _SHARE = 0.5  # of the free memory that a table may take

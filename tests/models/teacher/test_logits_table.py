@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from rld_lightning import rld_loss
-from rld_lightning.models.logits_table import LogitsTable, round_beside_label, table_bytes, table_key
+from rld_lightning.models.teacher.logits_table import LogitsTable, round_beside_label, table_bytes, table_key
 
 EPS = 2**-11
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from rld_lightning.models.classes import order_of, reorder_classes
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.facts import WeightsFacts
-from rld_lightning.models.look import Look, Relook, look_of, published_look, relook, trained_look
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.normalisation import Look, Relook, look_of, published_look, relook, trained_look
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.facts import WeightsFacts
 
 IMAGENET = Look((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OTHER = Look((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))

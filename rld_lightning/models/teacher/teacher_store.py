@@ -22,18 +22,25 @@ from torch import Tensor, nn
 
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.published import (
+from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.teacher.published import (
     PUBLISHED,
     PUBLISHED_CLASSES,
     PUBLISHED_DATASET,
     PUBLISHED_SHA256,
     PUBLISHED_URL,
 )
-from rld_lightning.models.read import Weights, WeightsError, read_metadata, read_once, read_torch_weights, split_part
-from rld_lightning.models.registry import canonical_name
-from rld_lightning.models.save import save_weights
-from rld_lightning.models.seal import is_damaged
-from rld_lightning.models.verify import verify_weights
+from rld_lightning.models.weights.read import (
+    Weights,
+    WeightsError,
+    read_metadata,
+    read_once,
+    read_torch_weights,
+    split_part,
+)
+from rld_lightning.models.weights.save import save_weights
+from rld_lightning.models.weights.seal import is_damaged
+from rld_lightning.models.weights.verify import verify_weights
 from rld_lightning.whole import write_whole
 
 # Weights of a teacher that are looked for, fetched or made when a run starts; others are a file's.

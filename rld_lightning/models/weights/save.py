@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rld_lightning.models.seal import sealed_safetensors
+from rld_lightning.models.weights.seal import sealed_safetensors
 from rld_lightning.whole import write_whole
 
 

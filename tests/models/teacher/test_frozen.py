@@ -10,7 +10,7 @@ from torch import nn
 
 from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.factory import create_model, list_models
-from rld_lightning.models.teacher import FrozenTeacher, _last_linear, fuse_conv_bn, hold_outside
+from rld_lightning.models.teacher.frozen import FrozenTeacher, _last_linear, fuse_conv_bn, hold_outside
 
 
 def trained(name="resnet8", classes=10):

@@ -20,9 +20,9 @@ import torchvision
 from torch import nn
 
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.read import Weights, WeightsError, read_metadata, read_weights
-from rld_lightning.models.save import save_weights
-from rld_lightning.models.verify import identify, load_weights
+from rld_lightning.models.weights.read import Weights, WeightsError, read_metadata, read_weights
+from rld_lightning.models.weights.save import save_weights
+from rld_lightning.models.weights.verify import identify, load_weights
 
 
 def tiny(classes=5, width=4):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rld_lightning.models.facts import WeightsFacts
 from rld_lightning.models.libraries import published_input
+from rld_lightning.models.weights.facts import WeightsFacts
 
 
 class Look(NamedTuple):

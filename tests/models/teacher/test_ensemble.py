@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from rld_lightning.losses import KDLoss, RLDLoss
-from rld_lightning.models.ensemble import Ensemble
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.look import Look, Relook
+from rld_lightning.models.normalisation import Look, Relook
 from rld_lightning.models.stages import stages_of
-from rld_lightning.models.teacher import FrozenTeacher, WholeLinear
+from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.frozen import FrozenTeacher, WholeLinear
 
 
 class Says(nn.Module):

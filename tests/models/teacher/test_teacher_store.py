@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from rld_lightning.models import store as store_module
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.read import WeightsError, read_metadata, read_weights
-from rld_lightning.models.save import save_weights
-from rld_lightning.models.store import PUBLISHED, DownloadError, TeacherStore, resolve_teacher_weights
-from rld_lightning.models.verify import load_weights
+from rld_lightning.models.teacher import teacher_store as store_module
+from rld_lightning.models.teacher.teacher_store import PUBLISHED, DownloadError, TeacherStore, resolve_teacher_weights
+from rld_lightning.models.weights.read import WeightsError, read_metadata, read_weights
+from rld_lightning.models.weights.save import save_weights
+from rld_lightning.models.weights.verify import load_weights
 
 NAMES = ("resnet8", "wrn_16_1")  # as the archive spells them
 WAYS_OUT = ("model.teacher.weights=/path/to/file", "model.teacher.weights=published", "model.teacher.weights=fit")

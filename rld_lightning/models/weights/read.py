@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from rld_lightning.errors import some
-from rld_lightning.models.seal import is_damaged, without_seal
-from rld_lightning.models.unpack import Part, find_parts, usual_keys, wanted_parts
+from rld_lightning.models.weights.seal import is_damaged, without_seal
+from rld_lightning.models.weights.unpack import Part, find_parts, usual_keys, wanted_parts
 
 # The reconstructor is taken from an instance, because numpy 2 moved it: old files name it by its old path.
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]

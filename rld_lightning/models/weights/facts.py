@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from rld_lightning.models.read import Weights, WeightsError
+from rld_lightning.models.weights.read import Weights, WeightsError
 
 _MOST_SHOWN = 60  # characters of a refused value
 _LONGEST_TEXT = 300
@@ -68,7 +68,7 @@ def facts_of(weights: Weights) -> WeightsFacts:
     """Reads the facts of a file of weights.
 
     Args:
-        weights: what :func:`~rld_lightning.models.read.read_weights` made of the file.
+        weights: what :func:`~rld_lightning.models.weights.read.read_weights` made of the file.
 
     Raises:
         WeightsError: a value is not of its kind or not in its range; the message names file, key and value.

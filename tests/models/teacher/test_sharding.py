@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.sharding import blocks
-from rld_lightning.models.store import TeacherStore
-from rld_lightning.models.teacher import FrozenTeacher
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.sharding import blocks
+from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks.run.plan import Teacher
 from rld_lightning.tasks.teacher.weights import find_teacher
 
