@@ -28,7 +28,7 @@ class SideBySideLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs trials; one that fails, or is killed, does not end the others."""
-        from rld_lightning.hydra.side_by_side import Jobs
+        from rld_lightning.hydra.sweeps.side_by_side import Jobs
 
         context: Any = self.hydra_context
         jobs = Jobs(context, self.config, self.task_function, self.n_jobs)

@@ -21,7 +21,7 @@ class GridSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs all trials."""
-        from rld_lightning.hydra.sweepers import sweep_grid
+        from rld_lightning.hydra.sweeps.sweepers import sweep_grid
 
         sweep_grid(self, arguments)
 
@@ -54,6 +54,6 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Asks the study for trials and tells it what they came to."""
-        from rld_lightning.hydra.sweepers import sweep_study
+        from rld_lightning.hydra.sweeps.sweepers import sweep_study
 
         sweep_study(self.config, self.launcher, self.loader, self.options, arguments)

@@ -6,7 +6,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from rld_lightning.hydra.measured import data_of
+from rld_lightning.hydra.data_of_weights import data_of
 from rld_lightning.hydra.script import run_task
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rld_lightning.hydra import known
+from rld_lightning.hydra import registered_names
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = {"lightning", "torchvision", "torchmetrics", "pandas", "matplotlib", "scipy", "sklearn", "wandb", "timm"}
@@ -51,7 +51,7 @@ RUN = (
 def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COMP_LINE", "python scripts/fit.py loss.al")
-    known._remembered.__wrapped__()  # an earlier command, which has seen what there is
+    registered_names._remembered.__wrapped__()  # an earlier command, which has seen what there is
     for arguments in (["--help"], ["-sc", "query=bash"], ["loss.gama=1"]):
         packages = imported_by(RUN.format(arguments=arguments))
         assert "hydra" in packages

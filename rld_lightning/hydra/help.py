@@ -7,8 +7,8 @@ from itertools import chain
 
 import yaml
 
-from rld_lightning.hydra.known import Known, known
 from rld_lightning.hydra.options import CONF, list_options
+from rld_lightning.hydra.registered_names import Known, known
 
 WIDTH = 80
 _INDENT = 4

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rld_lightning import warm
-from rld_lightning.hydra.mistakes import check
+from rld_lightning.hydra.checks.mistakes import check
 from rld_lightning.hydra.script import composed, exit_on_user_error
 
 # What a trial imports sooner or later, in an order in which the end of a sweep is noticed in between.
@@ -24,7 +24,7 @@ _OF_TRIALS = (
     "rld_lightning.tasks.run.processes",
     "rld_lightning.tasks.trial",
     "rld_lightning.tasks.sweep",
-    "rld_lightning.hydra.side_by_side",
+    "rld_lightning.hydra.sweeps.side_by_side",
 )
 _HERE = ("BasicLauncher", "SideBySideLauncher")  # those that start trials on this machine
 

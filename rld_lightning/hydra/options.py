@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from rld_lightning.errors import did_you_mean
-from rld_lightning.hydra.known import known
+from rld_lightning.hydra.registered_names import known
 from rld_lightning.shipped import shipped
 
 CONF = shipped("conf")

@@ -9,9 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
-from rld_lightning.hydra.gpus import trials_at_once
+from rld_lightning.hydra.gpu_shares import trials_at_once
 from rld_lightning.hydra.help import options_help, values_help
-from rld_lightning.hydra.known import known
+from rld_lightning.hydra.registered_names import known
 from rld_lightning.runs.naming import dataset_name, loss_choice
 
 

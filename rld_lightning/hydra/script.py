@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import Stopped, leave, signals_end
 from rld_lightning.errors import UserError, disk_errors, user_errors
+from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.compose import expand_combined_loss, in_front, with_own_folder
-from rld_lightning.hydra.mistakes import check, checked
-from rld_lightning.hydra.notes import note_job
+from rld_lightning.hydra.dot_hydra import note_job
 from rld_lightning.hydra.options import CONF, register_options
-from rld_lightning.hydra.places import anchored
+from rld_lightning.hydra.paths import anchored
 from rld_lightning.hydra.quoting import with_quotes
 
 

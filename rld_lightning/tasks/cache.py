@@ -7,7 +7,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from rld_lightning.errors import user_errors
-from rld_lightning.hydra.targets import check_parts
+from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.losses.kd import KDLoss
 from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore

@@ -19,8 +19,8 @@ from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.data.imagefolder import ImageFolderDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.hydra.options import list_options
-from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust

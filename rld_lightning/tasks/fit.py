@@ -16,8 +16,8 @@ from rld_lightning.console import print_config, print_line, printed_to
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import Stopped, requeued, started_by, started_here
 from rld_lightning.errors import UserError, disk_errors, user_errors
+from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.hydra.quoting import as_argument
-from rld_lightning.hydra.targets import check_parts
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model

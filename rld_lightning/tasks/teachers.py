@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from rld_lightning.console import print_line, print_table, quiet_lightning
 from rld_lightning.errors import UserError, did_you_mean, user_errors
-from rld_lightning.hydra.mistakes import checked
+from rld_lightning.hydra.checks.mistakes import checked
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import for_hydra, with_quotes
 from rld_lightning.models.registry import canonical_name

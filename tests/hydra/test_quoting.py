@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rld_lightning.hydra.places import anchored
+from rld_lightning.hydra.paths import anchored
 from rld_lightning.hydra.quoting import as_argument, as_command, with_quotes
 
 PATHS = (

@@ -22,7 +22,7 @@ from rld_lightning.distributed import rank_zero_only, started_by
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
-from rld_lightning.hydra.study import check_options
+from rld_lightning.hydra.sweeps.optuna_study import check_options
 from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.reporting.labels import short_value

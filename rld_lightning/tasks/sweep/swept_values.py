@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.errors import UserError, first_line
-from rld_lightning.hydra.mistakes import check, with_value
-from rld_lightning.hydra.sweepers import own_params
+from rld_lightning.hydra.checks.mistakes import check, with_value
+from rld_lightning.hydra.sweeps.sweepers import own_params
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.files import STUDENT, SWEEP, TEACHER, write_yaml
 from rld_lightning.runs.likeness import canonical, decides

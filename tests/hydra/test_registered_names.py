@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from rld_lightning.hydra import known as knowing
-from rld_lightning.hydra.known import Known, known
+from rld_lightning.hydra import registered_names
+from rld_lightning.hydra.registered_names import Known, known
 from rld_lightning.losses import list_losses, loss_options
 from rld_lightning.models import list_models
 
@@ -34,8 +34,8 @@ def reads(monkeypatch, tmp_path):
     for room in ("losses", "models"):
         (package / room).mkdir(parents=True)
         (package / room / "a.py").touch()
-    monkeypatch.setattr(knowing, "_PACKAGE", package)
-    monkeypatch.setattr(knowing, "_registered", lambda: count.append(1) or ANY)
+    monkeypatch.setattr(registered_names, "_PACKAGE", package)
+    monkeypatch.setattr(registered_names, "_registered", lambda: count.append(1) or ANY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("losses", "models"):
         monkeypatch.delitem(sys.modules, f"rld_lightning.{name}.registry")
@@ -43,11 +43,11 @@ def reads(monkeypatch, tmp_path):
 
 
 def ask():
-    knowing._remembered.cache_clear()  # as in another process
+    registered_names._remembered.cache_clear()  # as in another process
     try:
         return known()
     finally:
-        knowing._remembered.cache_clear()
+        registered_names._remembered.cache_clear()
 
 
 def test_the_registries_are_read_again_when_a_file_of_theirs_has_changed(reads, tmp_path):
@@ -79,6 +79,6 @@ def test_without_a_place_for_it_there_is_no_cache(reads, monkeypatch, tmp_path):
 
 def test_what_somebody_has_registered_since_is_known(reads, monkeypatch):
     ask()
-    monkeypatch.setitem(sys.modules, "rld_lightning.losses.registry", knowing)
+    monkeypatch.setitem(sys.modules, "rld_lightning.losses.registry", registered_names)
     assert ask() == ANY
     assert len(reads) == 2

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rld_lightning.errors import UserError, user_errors
-from rld_lightning.hydra.mistakes import check, checked, with_value
+from rld_lightning.hydra.checks.mistakes import check, checked, with_value
 from rld_lightning.hydra.options import list_options
 
 

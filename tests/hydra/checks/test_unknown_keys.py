@@ -2,7 +2,7 @@
 
 import pytest
 
-from rld_lightning.hydra.unknown import unknown_key
+from rld_lightning.hydra.checks.unknown_keys import unknown_key
 
 PREDICT = ["weights", "images", "top", "format", "hydra.run.dir"]
 FIT = ["seed", "resume", "data.root", "data.batch_size", "recipe.epochs", "recipe.batch_size", "trainer.devices"]

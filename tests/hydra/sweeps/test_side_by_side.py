@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from rld_lightning.distributed import TRIALS, Stopped, trials_at_once
 from rld_lightning.errors import UserError
-from rld_lightning.hydra import gpus, side_by_side
-from rld_lightning.hydra.side_by_side import Jobs
+from rld_lightning.hydra import gpu_shares
+from rld_lightning.hydra.sweeps import side_by_side
+from rld_lightning.hydra.sweeps.side_by_side import Jobs
 
 
 @pytest.fixture
@@ -49,8 +50,8 @@ def with_gpus(monkeypatch):
 )
 def test_each_trial_gets_gpus_of_its_own(with_gpus, count, visible, accelerator, devices, shares):
     with_gpus(count, visible)
-    assert gpus.gpu_shares(OmegaConf.create({"accelerator": accelerator, "devices": devices})) == shares
-    assert gpus.trials_at_once(accelerator, devices) == (len(shares) or 2)
+    assert gpu_shares.gpu_shares(OmegaConf.create({"accelerator": accelerator, "devices": devices})) == shares
+    assert gpu_shares.trials_at_once(accelerator, devices) == (len(shares) or 2)
 
 
 def test_where_more_run_than_there_are_gpus_they_are_dealt_in_turn(with_gpus, sweep):

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.options import _SAMPLERS, _SWEEPERS
-from rld_lightning.hydra.study import open_study, search_space
-from rld_lightning.hydra.sweepers import sweep_study
+from rld_lightning.hydra.sweeps.optuna_study import open_study, search_space
+from rld_lightning.hydra.sweeps.sweepers import sweep_study
 
 optuna = pytest.importorskip("optuna")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402

@@ -15,7 +15,7 @@ from rld_lightning.console import print_line
 from rld_lightning.errors import UserError, first_line
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.hydra.study import leave_best, open_study, search_space, tell, together
+from rld_lightning.hydra.sweeps.optuna_study import leave_best, open_study, search_space, tell, together
 from rld_lightning.runs.events import note
 from rld_lightning.runs.files import SWEEPER, write_yaml
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rld_lightning.hydra.measured import data_of
+from rld_lightning.hydra.data_of_weights import data_of
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """Which values each key of ``conf/`` may have.
 
 It is a table of plain functions, which costs nothing at the start of a program: mistakes are told before PyTorch
-Lightning is imported, and those of one command all at once (:mod:`rld_lightning.hydra.values`). What classes take that
-a configuration names is for :mod:`rld_lightning.hydra.targets`.
+Lightning is imported, and those of one command all at once (:mod:`rld_lightning.hydra.checks.values`). What classes
+take that a configuration names is for :mod:`rld_lightning.hydra.checks.targets`.
 """
 
 import re
 from collections.abc import Mapping
 
-from rld_lightning.hydra.kinds import (
+from rld_lightning.hydra.checks.value_kinds import (
     BELOW_ONE,
     COUNT,
     FINITE,

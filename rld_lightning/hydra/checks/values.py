@@ -1,4 +1,4 @@
-"""The check of a composed configuration by the table of :mod:`rld_lightning.hydra.schema`."""
+"""The check of a composed configuration by the table of :mod:`rld_lightning.hydra.checks.schema`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -7,9 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rld_lightning.errors import UserError, first_line
-from rld_lightning.hydra.kinds import shown
-from rld_lightning.hydra.schema import VALUES
-from rld_lightning.hydra.unknown import ABSENT, find, unknown_keys
+from rld_lightning.hydra.checks.schema import VALUES
+from rld_lightning.hydra.checks.unknown_keys import ABSENT, find, unknown_keys
+from rld_lightning.hydra.checks.value_kinds import shown
 
 # What a run cannot do without, whatever ~key takes away.
 _OF_FIT = (

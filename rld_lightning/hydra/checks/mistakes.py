@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rld_lightning.errors import UserError, did_you_mean, first_line, user_errors
+from rld_lightning.hydra.checks.callbacks import check_watchers
+from rld_lightning.hydra.checks.machine import check_machine
+from rld_lightning.hydra.checks.unknown_keys import unknown_key
+from rld_lightning.hydra.checks.values import check_values
 from rld_lightning.hydra.compose import compose
-from rld_lightning.hydra.machine import check_machine
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
-from rld_lightning.hydra.unknown import unknown_key
-from rld_lightning.hydra.values import check_values
-from rld_lightning.hydra.watchers import check_watchers
 
 _SEARCH_PATH = ("-cd", "--config-dir")
 _CONFIG_NAME = ("-cn", "--config-name")
@@ -71,8 +71,10 @@ def check(cfg: DictConfig) -> None:
     check_values(cfg)
     check_watchers(cfg)
     check_machine(cfg)
-    from rld_lightning.hydra.named import check_named  # PyTorch takes seconds; other mistakes come first
-    from rld_lightning.hydra.targets import check_recipe_and_loss
+    from rld_lightning.hydra.checks.networks_and_files import (
+        check_named,  # PyTorch takes seconds; other mistakes come first
+    )
+    from rld_lightning.hydra.checks.targets import check_recipe_and_loss
 
     with user_errors():
         check_recipe_and_loss(cfg)

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from rld_lightning.hydra.checks.schema import VALUES
 from rld_lightning.hydra.options import CONF
-from rld_lightning.hydra.schema import VALUES
 
 ABSENT = "<absent>"
 # Groups whose keys the package reads by name; what classes take is for their signatures.

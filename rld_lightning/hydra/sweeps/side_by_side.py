@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from rld_lightning.console import end_line, print_line
 from rld_lightning.distributed import GRACE, TRIALS, Stopped, end_with, signals_end, stopped_by
 from rld_lightning.errors import UserError
-from rld_lightning.hydra.gpus import VISIBLE, gpu_shares
+from rld_lightning.hydra.gpu_shares import VISIBLE, gpu_shares
 from rld_lightning.runs.files import ERROR
 from rld_lightning.warm import PYTHON_M, Process, poll, start
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.errors import UserError, did_you_mean
-from rld_lightning.hydra.kinds import is_whole, shown
+from rld_lightning.hydra.checks.value_kinds import is_whole, shown
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.losses.ranges import WEIGHT, Range
 
