@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.watching import callbacks_of
-from rld_lightning.whole import write_whole
 
 
 class OwnCheckpoints(Callback):

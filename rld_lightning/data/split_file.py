@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.data.image_list import ImageList
 from rld_lightning.data.streaming import Images
-from rld_lightning.whole import write_whole
 
 _SPLITS = ("train", "val", "test")
 _LARGEST = 1 << 30  # bytes

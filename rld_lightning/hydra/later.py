@@ -7,7 +7,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rld_lightning import warm
+from rld_lightning import forked_processes
 from rld_lightning.hydra.checks.mistakes import check
 from rld_lightning.hydra.script import composed, exit_on_user_error
 
@@ -57,7 +57,7 @@ class Later(Callback):
         composed()
         self.on_run_start(config)
         if self.warm and str(config.hydra.launcher._target_).endswith(_HERE):
-            warm.warm_up(_OF_TRIALS)  # which imports while this process does
+            forked_processes.warm_up(_OF_TRIALS)  # which imports while this process does
         self.callback = instantiate(self.settings)
         assert self.callback is not None
         self.callback.on_multirun_start(config, **options)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rld_lightning.whole import write_whole
+from rld_lightning.atomic_files import write_whole
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

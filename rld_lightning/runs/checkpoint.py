@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.models.weights.read import read_once
 from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
-from rld_lightning.whole import write_whole
 
 _KEY = "rld_lightning"  # of a checkpoint, beside those of Lightning
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.redact import redact
-from rld_lightning.whole import write_whole
 
 _LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
 

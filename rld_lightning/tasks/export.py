@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.decode import decode_image
@@ -30,7 +31,6 @@ from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.rebuild import build_data
 from rld_lightning.tasks.run.checks import first_other
 from rld_lightning.tasks.run.plan import freeze
-from rld_lightning.whole import write_whole
 
 FORMATS = ("safetensors", "onnx", "onnx_int8", "torch_export")
 FILES = {"safetensors": HUB_WEIGHTS, "onnx": "model.onnx", "onnx_int8": "model.int8.onnx", "torch_export": "model.pt2"}

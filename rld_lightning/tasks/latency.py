@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.bench.latency import Contender, Measured, measure_alone
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.errors import user_errors
@@ -22,7 +23,6 @@ from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.tasks.export import RESULTS
 from rld_lightning.tasks.run.plan import freeze
-from rld_lightning.whole import write_whole
 
 COST = "cost.json"
 

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImage, BadImageReport
@@ -30,7 +31,6 @@ from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
 from rld_lightning.tasks.run.plan import freeze
-from rld_lightning.whole import write_whole
 
 STDIN = STDOUT = "-"
 MOST_ROWS_SHOWN = 40

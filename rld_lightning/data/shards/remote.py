@@ -12,8 +12,8 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.callbacks import Callback
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor
-from rld_lightning.whole import write_whole
 
 # fsspec knows more: some read any local file (`local`, `reference`), make up content (`data`) or wrap others by `::`.
 # An address may come from an index that a stranger wrote.

@@ -22,9 +22,9 @@ from omegaconf import DictConfig, open_dict
 from rld_lightning.console import end_line, print_line
 from rld_lightning.distributed import GRACE, TRIALS, Stopped, end_with, signals_end, stopped_by
 from rld_lightning.errors import UserError
+from rld_lightning.forked_processes import PYTHON_M, Process, poll, start
 from rld_lightning.hydra.gpu_shares import VISIBLE, gpu_shares
 from rld_lightning.runs.files import ERROR
-from rld_lightning.warm import PYTHON_M, Process, poll, start
 
 _POLL = 0.05  # seconds between two looks at the processes
 

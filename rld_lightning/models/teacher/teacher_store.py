@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.download import download
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.registry import canonical_name
@@ -41,7 +42,6 @@ from rld_lightning.models.weights.read import (
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.models.weights.seal import is_damaged
 from rld_lightning.models.weights.verify import verify_weights
-from rld_lightning.whole import write_whole
 
 # Weights of a teacher that are looked for, fetched or made when a run starts; others are a file's.
 SOURCES = ("auto", "fit", "published", "pretrained")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.models.weights.seal import sealed_safetensors
-from rld_lightning.whole import write_whole
 
 
 def save_weights(

@@ -2,7 +2,8 @@
 
 Every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one folder.
 They get the environment that ``torchrun`` gives, so that there is one way to run and two to start. Those of a sweep are
-forked from one that has imported everything (:mod:`rld_lightning.warm`). Why neither of the launchers at hand:
+forked from one that has imported everything (:mod:`rld_lightning.forked_processes`). Why neither of the launchers at
+hand:
 
 - Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in a
   sweep every rank would sweep on its own, and nobody is left to say what happened when rank 0 dies.
@@ -30,7 +31,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
-from rld_lightning import warm
+from rld_lightning import forked_processes
 from rld_lightning.console import end_line, look_again, print_line, quiet_lightning
 from rld_lightning.distributed import (
     GRACE,
@@ -45,14 +46,14 @@ from rld_lightning.distributed import (
     trials_at_once,
 )
 from rld_lightning.errors import UserError
+from rld_lightning.forked_processes import Process
+from rld_lightning.forked_processes import poll as _poll
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import LAST
 from rld_lightning.shipped import shipped
 from rld_lightning.tasks.run.trainer import make_trainer
-from rld_lightning.warm import Process
-from rld_lightning.warm import poll as _poll
 
 POLL = 0.1  # seconds between two looks at the processes
 
@@ -128,7 +129,7 @@ def run_in_processes(
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
-        command = (*warm.PYTHON_M, "rld_lightning.tasks.run.processes", task, str(folder), str(os.getpid()))
+        command = (*forked_processes.PYTHON_M, "rld_lightning.tasks.run.processes", task, str(folder), str(os.getpid()))
         with signals_end(), _started(command, count, output) as processes:
             stop = None
             try:
@@ -175,7 +176,7 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
             with output.open("ab") if output else nullcontext() as file:
-                processes.append(warm.start(command, environment, file))
+                processes.append(forked_processes.start(command, environment, file))
         _on_sigusr1(lambda *_: _pass_on(processes, signal.SIGUSR1))
         yield processes
     finally:

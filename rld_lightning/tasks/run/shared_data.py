@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning import warm
+from rld_lightning import forked_processes
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.tasks.run.batch_size import make_data
@@ -19,7 +19,7 @@ def share_data(settings: DictConfig) -> None:
     Args:
         settings: ``data``; trials with other settings read for themselves.
     """
-    warm.prepare(f"{__name__}:keep", _as_text(settings))
+    forked_processes.prepare(f"{__name__}:keep", _as_text(settings))
 
 
 def keep(settings: str) -> None:

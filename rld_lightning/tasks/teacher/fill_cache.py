@@ -51,6 +51,7 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     with _progress(data.train_size) as advance, ThreadPoolExecutor(1) as writer:
         for view in _batches(_missing(table, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
             batch = data.look_at(view.to(device))
+            assert batch.view is not None  # of data whose views are counted
             with precision.forward_context():
                 logits, _ = teacher(precision.convert_input(batch.images))
             writing.append(writer.submit(table.write, batch.view, logits, batch.label))

@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has imported what trials need (:mod:`~rld_lightning.warm_server`).
+"""Processes that are forked from one that has imported what trials need (:mod:`~rld_lightning.fork_server`).
 
 What starts processes does so through :func:`start`; where there is no such server, that starts ``python -m``. Every
 process is one of its own: its session, folder, environment, output, signals and exit status are those that it would
@@ -223,7 +223,7 @@ def _start_server(server: _Server) -> None:
             listener.listen(128)  # it answers when it has imported
             # One thread of OpenBLAS, whose others would be there before the fork.
             server.process = subprocess.Popen(
-                [sys.executable, "-m", "rld_lightning.warm_server", str(listener.fileno()), str(end), *server.modules],
+                [sys.executable, "-m", "rld_lightning.fork_server", str(listener.fileno()), str(end), *server.modules],
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 pass_fds=(listener.fileno(), end),

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from rld_lightning import whole
-from rld_lightning.whole import remove_leftovers, write_whole
+from rld_lightning import atomic_files
+from rld_lightning.atomic_files import remove_leftovers, write_whole
 
 
 def names(folder):
@@ -47,7 +47,7 @@ def test_what_was_there_stays_when_the_disk_is_full_or_fails(tmp_path, monkeypat
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(whole if step == "_compare" else os, step, fail)
+    monkeypatch.setattr(atomic_files if step == "_compare" else os, step, fail)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, b"two")
     monkeypatch.undo()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rld_lightning import warm
-from rld_lightning.warm import Forked
+from rld_lightning import forked_processes as forked
+from rld_lightning.forked_processes import Forked
 
 JOB = """
 import json, os, random, signal, subprocess, sys, time, uuid
@@ -41,9 +41,9 @@ def main(arguments):
         open(out, "w").write(f"{os.getpid()} {worker.pid}")
         time.sleep(100)
     elif what == "nest":
-        from rld_lightning import warm
-        inner = warm.start([*warm.PYTHON_M, "warm_job", out, *arguments[2:]], os.environ)
-        while warm.poll(inner) is None:
+        from rld_lightning import forked_processes as forked
+        inner = forked.start([*forked.PYTHON_M, "warm_job", out, *arguments[2:]], os.environ)
+        while forked.poll(inner) is None:
             time.sleep(0.005)
         return inner.returncode + 10 * (type(inner).__name__ == "Forked")
     return 0
@@ -58,20 +58,20 @@ def place(tmp_path, monkeypatch):
     """A folder with a module to fork; the server is ended afterwards."""
     (tmp_path / "warm_job.py").write_text(JOB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(warm, "_server", None)
+    monkeypatch.setattr(forked, "_server", None)
     yield tmp_path
-    warm.cool_down()
+    forked.cool_down()
 
 
 def start(place, *arguments, **environment):
     with (place / "log").open("ab") as log:
-        command = [*warm.PYTHON_M, "warm_job", str(place / "out"), *arguments]
-        return warm.start(command, {**os.environ, **environment}, log)
+        command = [*forked.PYTHON_M, "warm_job", str(place / "out"), *arguments]
+        return forked.start(command, {**os.environ, **environment}, log)
 
 
 def finish(process):
     until = time.monotonic() + 20
-    while warm.poll(process) is None:
+    while forked.poll(process) is None:
         assert time.monotonic() < until
         time.sleep(0.005)
     return process.returncode
@@ -103,7 +103,7 @@ def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(plac
         assert isinstance(plain, subprocess.Popen)
         assert finish(plain) == 0
         facts.append(json.loads((place / "out").read_text()))
-        warm.warm_up(["warm_job"])
+        forked.warm_up(["warm_job"])
         monkeypatch.chdir(place)
         for value in ("2", "3"):
             process = start(place, "say", X=value)
@@ -125,7 +125,7 @@ def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(plac
 
 
 def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
-    warm.warm_up(["warm_job"])
+    forked.warm_up(["warm_job"])
     assert finish(start(place, "fail")) == 1
     assert "RuntimeError: wrong" in (place / "log").read_text()
     assert finish(start(place, "exit", "7")) == 7
@@ -136,7 +136,7 @@ def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
 
 
 def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
-    warm.warm_up(["warm_job"])
+    forked.warm_up(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
     process._connection.close()  # as the end of who has asked for it does
@@ -145,17 +145,17 @@ def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
 
 
 def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_more(place):
-    warm.warm_up(["warm_job"])
+    forked.warm_up(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
-    os.kill(warm._server.process.pid, signal.SIGKILL)
+    os.kill(forked._server.process.pid, signal.SIGKILL)
     assert finish(process) == -signal.SIGKILL
     assert is_gone(pid)
     assert is_gone(worker)
     again = start(place, "exit", "5")
     assert isinstance(again, Forked)
     assert finish(again) == 5
-    os.kill(warm._server.process.pid, signal.SIGKILL)
+    os.kill(forked._server.process.pid, signal.SIGKILL)
     plain = start(place, "exit", "6")
     assert isinstance(plain, subprocess.Popen)
     assert finish(plain) == 6
@@ -170,16 +170,16 @@ def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_
 )
 def test_a_server_with_threads_forks_nothing_and_one_that_lacks_a_module_does(place, code, kind):
     (place / "odd.py").write_text(code)
-    warm.warm_up(["odd", "warm_job"])
+    forked.warm_up(["odd", "warm_job"])
     process = start(place, "exit", "4")
     assert isinstance(process, kind)
     assert finish(process) == 4
 
 
 def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
-    warm.warm_up(["warm_job"])
-    warm.prepare("warm_job:keep", "data")
-    warm.prepare("warm_job:nothing_of_this_name")
+    forked.warm_up(["warm_job"])
+    forked.prepare("warm_job:keep", "data")
+    forked.prepare("warm_job:nothing_of_this_name")
     assert finish(start(place, "nest", "exit", "3")) == 13
     assert finish(start(place, "nest", "say")) == 10
     assert json.loads((place / "out").read_text())["kept"] == ["data"]
@@ -187,10 +187,11 @@ def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
 
 def test_a_server_ends_with_who_has_started_it(place):
     script = (
-        "import os, signal, sys, time; from rld_lightning import warm; warm.warm_up(['warm_job'])\n"
-        f"process = warm.start([*warm.PYTHON_M, 'warm_job', {str(place / 'out')!r}, 'wait'], os.environ)\n"
+        "import os, signal, sys, time; from rld_lightning import forked_processes as forked\n"
+        "forked.warm_up(['warm_job'])\n"
+        f"process = forked.start([*forked.PYTHON_M, 'warm_job', {str(place / 'out')!r}, 'wait'], os.environ)\n"
         f"while not os.path.exists({str(place / 'out')!r}): time.sleep(0.01)\n"
-        "print(warm._server.process.pid, warm._server.address, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(forked._server.process.pid, forked._server.address, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
     server, address = done.stdout.split()
@@ -215,13 +216,13 @@ def test_what_trials_import_starts_no_thread_and_no_gpu_and_they_have_all_their_
         "    return 0\n"
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    warm.warm_up(_OF_TRIALS)
+    forked.warm_up(_OF_TRIALS)
     for wanted in ({"OMP_NUM_THREADS": "3"}, {}):
         with (place / "log").open("ab") as log:
-            process = warm.start([*warm.PYTHON_M, "look", str(place / "out")], {**os.environ, **wanted}, log)
+            process = forked.start([*forked.PYTHON_M, "look", str(place / "out")], {**os.environ, **wanted}, log)
         assert isinstance(process, Forked)
         until = time.monotonic() + 100
-        while warm.poll(process) is None and time.monotonic() < until:
+        while forked.poll(process) is None and time.monotonic() < until:
             time.sleep(0.01)
         assert process.returncode == 0
         threads = int(wanted.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))

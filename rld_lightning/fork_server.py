@@ -1,4 +1,4 @@
-"""The server of :mod:`rld_lightning.warm`: imports what trials need, and forks a process for each that is asked for."""
+"""The server of :mod:`rld_lightning.forked_processes`: imports what trials need, and forks a process when asked to."""
 
 import atexit
 import gc
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rld_lightning.distributed import end_with, leave
-from rld_lightning.warm import IGNORABLE, UNFIT, use
+from rld_lightning.forked_processes import IGNORABLE, UNFIT, use
 
 
 def serve(listener: socket.socket, alive: int, modules: Sequence[str]) -> "partial[int] | None":
