@@ -14,7 +14,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights, WeightsError, read_weights, split_part
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 
 if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture
@@ -113,6 +113,7 @@ def load_student(
     name = str(name or facts.name)
     classes = list(class_names or facts.class_names or ())
     number = len(classes) or facts.num_classes or _width(weights)
+    check_fits(name, number, weights)
     network = create_model(name, number)
     load_weights(network, weights, name=name)
     transform = preprocessing_of(facts, name, weights.source, **look)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rld_lightning.atomic_files import write_whole
+from rld_lightning.models.weights.claims import load_plainly
 from rld_lightning.models.weights.read import read_once
 from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
 
@@ -80,7 +81,7 @@ def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
     if is_damaged(content):
         return None
     try:
-        checkpoint = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
+        checkpoint = load_plainly(content, map_location)
     except Exception:  # whatever a file that is no checkpoint is taken for
         return None
     return checkpoint if isinstance(checkpoint, dict) else None

@@ -14,6 +14,9 @@ from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.provenance import processor_name
 
+# What is believed of a folder that may be a stranger's: a network is built, and run, for so many.
+_MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
+
 
 def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cost | None:
     """The cost of a network by name.
@@ -53,8 +56,9 @@ def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:
             facts = read_facts(read_metadata(weights) if weights.is_file() else {}, weights)
         except (ValueError, OSError):  # left in part, or of another kind
             continue
-        if facts.num_classes is not None and facts.image_shape is not None:
-            return facts.num_classes, facts.image_shape
+        classes, shape = facts.num_classes, facts.image_shape
+        if classes is not None and shape is not None and classes <= _MOST_CLASSES and max(shape) <= _LARGEST_SIDE:
+            return classes, shape
     size = runs[0].config["data"].get("image_size")
-    size = size if isinstance(size, int) else 32
+    size = size if type(size) is int and 0 < size <= _LARGEST_SIDE else 32
     return 100, (3, size, size)

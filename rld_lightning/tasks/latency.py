@@ -17,7 +17,8 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, RUN_WEIGHTS, load_student
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.read import read_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.runs.files import check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
@@ -125,6 +126,8 @@ def networks(run: Run) -> Iterator[Network]:
 
 def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tuple[int, ...], float, int, str]) -> Row:
     pretrained = network.weights == "pretrained"
+    if not pretrained:
+        check_fits(network.name, network.num_classes, read_weights(network.weights))
     model = create_model(network.name, network.num_classes, **({"pretrained": True} if pretrained else {}))
     if not pretrained:
         load_weights(model, network.weights, name=network.name)

@@ -12,7 +12,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look, published_look, relook, trained_look
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.read import read_weights, split_part
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
@@ -117,6 +117,7 @@ def _load(path: str | Path, name: str | None, num_classes: int) -> tuple[nn.Modu
     name = weights.metadata.get("name") or weights.metadata.get("student") or name
     if name is None:
         raise ValueError(f"{path} does not say which model it is of; give weights that this package has written.")
+    check_fits(name, num_classes, weights)
     model = create_model(name, num_classes)
     load_weights(model, weights, name=name)
     return model, trained_look(facts_of(weights))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.errors import some
+from rld_lightning.models.weights.claims import ClaimError, as_text, load_plainly
 from rld_lightning.models.weights.seal import is_damaged, without_seal
 from rld_lightning.models.weights.unpack import Part, find_parts, usual_keys, wanted_parts
 
@@ -201,7 +202,7 @@ def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
     allowed = torch.serialization.get_safe_globals()
     try:
         with torch.serialization.safe_globals([extra for extra in _SAFE_GLOBALS if extra not in allowed]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = load_plainly(file.read())
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(_explain_load_failure(error, source)) from error
     parts = find_parts(content)
@@ -220,11 +221,13 @@ def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
 def hyper_parameters(content: object) -> dict[str, str]:
     """What a Lightning checkpoint was made with, such as the student's name, as texts; nothing of another file."""
     values = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    return {str(key): str(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
+    return {as_text(key): as_text(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
 
 
 def _explain_load_failure(error: Exception, source: str | Path) -> str:
     refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if isinstance(error, ClaimError):
+        return f"{source} was refused: {error}"
     if refused is None:
         return (
             f"{source} is neither a safetensors file nor a PyTorch checkpoint that can be read without executing it; "

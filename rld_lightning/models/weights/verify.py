@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from rld_lightning.errors import some
 from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.graft import GraftedStudent
+from rld_lightning.models.imported import is_from_elsewhere
+from rld_lightning.models.input_size import split_size
 from rld_lightning.models.taps import unwrap
 from rld_lightning.models.weights.read import Weights, WeightsError, read_weights
 from rld_lightning.models.weights.unpack import fitting
@@ -37,6 +39,28 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, 
     verify_weights(model, weights, name=name)
     unwrap(model).load_state_dict(weights.state_dict)
     return weights
+
+
+def check_fits(name: str, num_classes: int, weights: Weights) -> None:
+    """Looks whether weights are a network's before there is one: a file of some bytes may name one of many gigabytes.
+
+    Args:
+        name: as for :func:`~rld_lightning.models.create_model`, and what that raises. A network from elsewhere, which
+            only the user can have named, is looked at once it is there.
+        num_classes: C.
+        weights: what was read from a file.
+
+    Raises:
+        WeightsError: they are another network's.
+    """
+    if is_from_elsewhere(split_size(name)[0]):
+        return
+    try:
+        with torch.device("meta"):
+            network = create_model(name, num_classes)
+    except (NotImplementedError, RuntimeError):  # some compute with tensors while they are made
+        return
+    verify_weights(network, _for_model(weights, network), name=name)
 
 
 def _for_model(weights: Weights, model: nn.Module) -> Weights:

@@ -23,7 +23,7 @@ from rld_lightning.models.teacher.torchscript_and_onnx import (
 )
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights, read_weights
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.own_look import load_in_order, teacher_look, teacher_size
 from rld_lightning.tasks.run.plan import Teacher
@@ -95,7 +95,9 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
     known = facts_of(weights).class_names
     count = len(known) if known is not None else number_of_classes(teacher.name, weights.state_dict)
     more = known is not None and len(known) > len(classes) and set(classes) <= set(known)
-    if count is None or (teacher.class_map is None and not more):
+    all_of_them = count is None or (teacher.class_map is None and not more)
+    check_fits(teacher.name, data.num_classes if count is None or all_of_them else count, weights)
+    if count is None or all_of_them:
         network = create_model(teacher.name, data.num_classes)
         return network, load_in_order(network, teacher.name, path, data, "teacher")
     network = create_model(teacher.name, count)
