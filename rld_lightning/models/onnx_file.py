@@ -225,11 +225,23 @@ def _check_whole(content: bytes, source: Path) -> None:
     """
     onnx = _import("onnx")
     try:
-        tensors = list(onnx.external_data_helper._get_all_tensors(onnx.load_from_string(content)))
+        model = onnx.load_from_string(content)
     except Exception as error:  # protobuf has errors of its own
         raise WeightsError(f"{source} is not an ONNX file that can be run ({_reason(error)})") from error
-    if any(map(onnx.external_data_helper.uses_external_data, tensors)):
+    if any(tensor.external_data or tensor.data_location for tensor in _messages(model, onnx.TensorProto)):
         raise WeightsError(f"{source} has weights in other files, which are not read; save it as one file")
+
+
+def _messages(whole: Any, kind: type) -> Iterator[Any]:
+    """All of a kind within a message, wherever: onnx's own list of tensors leaves out those that sparse ones have."""
+    waiting = [whole]
+    while waiting:
+        message = waiting.pop()
+        if isinstance(message, kind):
+            yield message
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                waiting += [value] if hasattr(value, "ListFields") else value
 
 
 def _with_facts(model: Any, facts: Mapping[str, object]) -> bytes:

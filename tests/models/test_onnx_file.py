@@ -33,7 +33,8 @@ def test_what_is_no_classifier_is_refused(tmp_path):
         OnnxNetwork(small_onnx({"mean": "[1]", "name": "x"})[0]).facts  # noqa: B018
 
 
-def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["initializer", "sparse initializer", "sparse value"])
+def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch, place):
     onnx = pytest.importorskip("onnx")
     monkeypatch.chdir(tmp_path)
     content, weights = small_onnx({})
@@ -43,6 +44,16 @@ def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch):
     onnx.external_data_helper.set_external_data(tensor, "secret")
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
+    if place != "initializer":  # of which only the values may lie elsewhere
+        everywhere = onnx.numpy_helper.from_array(torch.arange(weights.numel()).numpy(), "places")
+        sparse = onnx.helper.make_sparse_tensor(tensor, everywhere, weights.shape)
+        del sparse.values.dims[:], model.graph.initializer[:]
+        sparse.values.dims.append(weights.numel())
+        if place == "sparse initializer":
+            model.graph.sparse_initializer.append(sparse)
+        else:
+            constant = onnx.helper.make_node("Constant", [], [tensor.name], sparse_value=sparse)
+            model.graph.node.insert(0, constant)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(WeightsError, match="weights in other files"):
         OnnxNetwork(tmp_path / "m.onnx")
