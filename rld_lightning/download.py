@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -119,9 +119,19 @@ class _SecureHandler(HTTPSHandler):
         return self.do_open(_SecureConnection, req)
 
 
+class _Redirections(HTTPRedirectHandler):
+    """Looks at where an address leads, before it is followed; an encrypted one may lead to none that is not."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        _check_scheme(newurl)
+        if req.type == "https" and urlsplit(newurl).scheme.lower() != "https":
+            raise ValueError(f"{req.full_url} leads to {newurl}, which is not encrypted, and is not followed there")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def urlopen(request: Request, timeout: float) -> Any:
-    """As urllib's, but that servers have to answer in time."""
-    return build_opener(_Handler, _SecureHandler).open(request, timeout=timeout)
+    """As urllib's, but that servers have to answer in time, and lead to none but other servers."""
+    return build_opener(_Handler, _SecureHandler, _Redirections).open(request, timeout=timeout)
 
 
 def download(url: str, path: Path) -> None:
@@ -131,10 +141,13 @@ def download(url: str, path: Path) -> None:
     right one is the caller's to check.
 
     Raises:
-        OSError: the server cannot be reached, lacks the file, is too slow (:class:`SpeedFloor`), or stops before its
-            end, or the disk has no room for it. (``http.client.HTTPException`` for answers that are no HTTP.)
-        ValueError: the address is none, or not of one of the ``SCHEMES``.
+        OSError: the server cannot be reached, lacks the file, is too slow (:class:`SpeedFloor`), stops before its
+            end or goes on after it, or the disk has no room for it. (``http.client.HTTPException`` for answers that are
+            no HTTP.)
+        ValueError: the address is none, or not of one of the ``SCHEMES``, or leads to such a one.
     """
+    if path.is_symlink():  # a folder that came from elsewhere could have one that leads to any file
+        path.unlink()
     have = path.stat().st_size if path.exists() else 0
     try:
         total = _receive(url, path, have)
@@ -158,7 +171,7 @@ def _receive(url: str, path: Path, have: int) -> int | None:
         _check_scheme(response.url)  # after redirections
         start = have if response.status == HTTPStatus.PARTIAL_CONTENT else 0
         length = response.headers["Content-Length"]
-        total = start + int(length) if length else None
+        total = start + int(length) if length and length.isdecimal() else None
         if total is not None:
             _check_space(path, total - start)
         floor = SpeedFloor()
@@ -170,6 +183,10 @@ def _receive(url: str, path: Path, have: int) -> int | None:
                 floor.add(len(block))
                 if total is None:
                     _check_space(path, SPARE_BYTES)
+                elif file.tell() + len(block) > total:  # in pieces, say, which the length is not heeded of
+                    raise ConnectionError(
+                        f"the server goes on after {total:,} bytes, which is all that there should be"
+                    )
                 file.write(block)
                 bar.advance(task, len(block))
     return total

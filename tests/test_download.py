@@ -6,8 +6,9 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+from urllib.request import Request
 
 import pytest
 
@@ -69,23 +70,31 @@ def test_other_addresses_than_those_of_servers_and_files_are_refused(tmp_path, u
     assert not list(tmp_path.iterdir())
 
 
-def test_a_redirection_to_another_kind_of_address_is_no_way_around(tmp_path, monkeypatch):
-    def redirected(request, timeout):
-        return contextmanager(lambda: (yield SimpleNamespace(url="ftp://127.0.0.1/x", status=200, headers={})))()
-
-    monkeypatch.setattr(module, "urlopen", redirected)
-    with pytest.raises(ValueError, match="addresses that begin with ftp: are refused"):
-        download("http://127.0.0.1/x", tmp_path / "x")
-
-    def to_a_file(handler):
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("ftp://127.0.0.1:1/x", "begin with ftp: are refused"),
+        ("file:///etc/passwd", "not allowed"),
+        ("data:,x", "not allowed"),
+    ],
+)
+def test_a_redirection_to_another_kind_of_address_is_no_way_around(tmp_path, location, words):
+    def lead_there(handler):
         handler.send_response(302)
-        handler.send_header("Location", "file:///etc/passwd")
+        handler.send_header("Location", location)
         handler.end_headers()
 
-    monkeypatch.undo()
-    with server(to_a_file) as url, pytest.raises(OSError, match="not allowed"):
+    with server(lead_there) as url, pytest.raises((OSError, ValueError), match=words):
         download(url, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encrypted_address_leads_to_no_other():
+    request = Request("https://a.example/x")
+    lead = partial(module._Redirections().redirect_request, request, None, 302, "Found", {})
+    assert lead("https://b.example/x").full_url == "https://b.example/x"
+    with pytest.raises(ValueError, match=r"leads to http://b\.example/x, which is not encrypted"):
+        lead("http://b.example/x")
 
 
 def test_files_and_servers_are_downloaded_from(tmp_path):
@@ -145,6 +154,31 @@ def test_what_the_disk_has_no_room_for_is_not_written(tmp_path, monkeypatch, len
             download(url, tmp_path / "x")
     path = tmp_path / "x"
     assert not path.exists() if length else path.stat().st_size < 1 << 30
+
+
+@pytest.mark.parametrize("head", [{"Content-Length": "10", "Transfer-Encoding": "chunked"}, {"Content-Length": "-5"}])
+def test_what_goes_on_after_its_length_is_not_written(tmp_path, monkeypatch, head):
+    def send(handler):
+        handler.send_response(200)
+        for name, value in head.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(b"100000\r\n" * (len(head) > 1) + bytes(1 << 20) + b"\r\n")
+
+    monkeypatch.setattr(module, "SPARE_BYTES", shutil.disk_usage(tmp_path).free - (1 << 24))
+    with server(send) as url, pytest.raises(OSError, match=r"goes on after 10 bytes|GB are needed"):
+        download(url, tmp_path / "x")
+    assert (tmp_path / "x").stat().st_size < 1 << 28
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"my ")
+    (tmp_path / "x").symlink_to(mine)
+    (tmp_path / "here").write_bytes(b"my content")
+    download((tmp_path / "here").as_uri(), tmp_path / "x")
+    assert (mine.read_bytes(), (tmp_path / "x").read_bytes()) == (b"my ", b"my content")
 
 
 # What is sent at once, and what then comes byte by byte, over and over.

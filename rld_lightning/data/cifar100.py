@@ -111,6 +111,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         with tarfile.open(archive) as tar:
             for name, md5 in FILE_MD5.items():
                 part = folder / f"{name}.part"
+                part.unlink(missing_ok=True)  # it may be a link, in a folder that came from elsewhere
                 source = tar.extractfile(f"{FOLDER}/{name}")
                 assert source is not None  # a regular file, as the checksum of the archive says
                 with source, part.open("wb") as target:

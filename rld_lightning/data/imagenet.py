@@ -97,6 +97,8 @@ class ImageNetDataModule(ImageFolderDataModule):
     def _unpack(self, split: str) -> None:
         # A hidden folder, which no listing takes for a class; under its name a split is complete.
         part = self.root / f".{split}.part"
+        if part.is_symlink():  # in a folder that came from elsewhere; what it leads to is left alone
+            part.unlink()
         shutil.rmtree(part, ignore_errors=True)
         try:
             if split == "train":
