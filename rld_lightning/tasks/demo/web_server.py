@@ -10,14 +10,16 @@ requests name. What the standard library does not do is done here:
   ``Origin`` of a question must be the page itself, so that no other page can ask;
 - a picture's length is looked at before it is read, its type before it is decoded, and no path is ever opened: the
   files are read once, before the first request;
-- connections are few and wait for no more than some seconds;
+- connections are few, wait for no more than some seconds, and are heard for no more than a minute in all;
 - the page may load nothing but its own files, and be shown in no frame.
 """
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +37,7 @@ MOST_BYTES = 20_000_000  # of a picture
 TYPES = ("image/jpeg", "image/png", "image/webp")
 _MOST_CONNECTIONS = 32  # browsers open some ahead
 _SECONDS = 10  # that a connection may be silent
+_MOST_SECONDS = 60  # that it may take to say all: a byte now and then is no silence
 _OURS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")  # any port: the other end of an SSH tunnel has one
 _PAGE = Path(__file__).parent / "page"
 _FILES = {
@@ -89,13 +92,22 @@ class DemoServer(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answers, and makes room for another."""
+        hearing = threading.Timer(_MOST_SECONDS, _hear_no_more, [request])
+        hearing.daemon = True
         try:
+            hearing.start()
             super().process_request_thread(request, client_address)
         finally:
+            hearing.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing of connections that break off."""
+
+
+def _hear_no_more(request: socket.socket) -> None:
+    with suppress(OSError):  # it has ended
+        request.shutdown(socket.SHUT_RD)
 
 
 def serve(facts: Mapping[str, Any], ask: Ask, port: int) -> None:

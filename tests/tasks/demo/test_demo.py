@@ -5,7 +5,8 @@ import http.client
 import json
 import socket
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -25,6 +26,7 @@ from rld_lightning.models import create_model
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.finished import read_run
 from rld_lightning.tasks.demo import answers as demo_task
+from rld_lightning.tasks.demo import web_server as demo_server
 from rld_lightning.tasks.demo.answers import Demo, shown_rows, teacher_of
 from rld_lightning.tasks.demo.web_server import HEADERS, MOST_BYTES, TYPES, DemoServer, serve
 
@@ -282,6 +284,22 @@ def test_connections_are_few_and_a_port_is_taken_once(capsys):
 
 
 TAB = "\ue004"
+
+
+@pytest.mark.parametrize("said", ["GET / HTTP/1.1\r\n", "POST /ask HTTP/1.1\r\n{}Content-Length: 99999\r\n\r\n"])
+def test_nobody_is_heard_for_ever(monkeypatch, said):
+    monkeypatch.setattr(demo_server, "_MOST_SECONDS", 0.2)
+    with running(DemoServer({}, lambda content, label: {}, 0)) as server:
+        host = f"127.0.0.1:{server.server_address[1]}"
+        rules = f"Host: {host}\r\nOrigin: http://{host}\r\nContent-Type: image/png\r\n"
+        with socket.create_connection(server.server_address, timeout=5) as connection:
+            connection.sendall(said.format(rules).encode())
+            end = time.monotonic() + 5
+            with suppress(OSError):  # it is closed
+                while time.monotonic() < end:
+                    connection.sendall(b"x")
+                    time.sleep(0.02)
+            assert time.monotonic() < end
 
 
 @pytest.mark.slow
