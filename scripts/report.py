@@ -22,8 +22,11 @@ if __name__ == "__main__":
     with exit_on_user_error():
         from rld_lightning.console import print_line  # --help waits for none of these
         from rld_lightning.reporting.report import write_report
+        from rld_lightning.runs.folder import check_within
         from rld_lightning.tasks.cost import measure_cost
 
+        if options.out is None:
+            check_within(out, options.folders[0], "--out")
         cost_of = partial(measure_cost, latency=not options.no_latency)
         files = write_report(
             options.folders, out, title=options.title, cost_of=cost_of, latex=options.latex, pictures=options.figures

@@ -171,10 +171,14 @@ def _use(student: Student, exported: Sequence[Exported], *, pixels: bool, any_si
     return "\n\n".join(f"```python\n{block}\n```" for block in blocks)
 
 
+class _Code(str):
+    """A text of ours between backticks, which is printed as it is."""
+
+
 def _compared(file: Exported) -> tuple[str, ...]:
     difference = "-" if file.max_difference is None else f"{file.max_difference:.2g}"
     return (
-        f"`{file.file}`",
+        _Code(f"`{file.file}`"),
         f"{file.size / 1e6:.2f}",
         *map(_number, (file.top1, file.torch_top1, file.agreement)),
         difference,
@@ -191,7 +195,7 @@ def _classes(names: Sequence[str]) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [columns, ["---"] * len(columns), *rows]
     return "\n".join(
-        f"| {' | '.join(cell if cell.startswith('`') else _text(cell) for cell in row)} |" for row in cells
+        f"| {' | '.join(cell if isinstance(cell, _Code) else _text(cell) for cell in row)} |" for row in cells
     )
 
 

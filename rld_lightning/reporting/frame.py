@@ -1,13 +1,12 @@
 """Finished runs as one table, a line each, of which results, sweeps, CSV files and figures are groups."""
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from rld_lightning.runs.files import ENVIRONMENT, SUMMARY
+from rld_lightning.runs.files import ENVIRONMENT, SUMMARY, plain_cell
 from rld_lightning.runs.finished import Found, Run, find_all
 
 LAST, BEST = "top1_last", "top1_best"
@@ -130,16 +129,8 @@ def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 def write_csv(table: pd.DataFrame, path: Path) -> Path:
     """Writes a table for programs to read; no spreadsheet takes a text of it for a formula or a new line."""
-    table.map(_plain_cell).to_csv(path, index=False)
+    table.map(plain_cell).to_csv(path, index=False)
     return path
-
-
-def _plain_cell(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    text = value.replace("\r", " ")
-    number = re.fullmatch(r"-|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not number else text
 
 
 def recipe(settings: Mapping[str, str], *, with_teacher: bool) -> dict[str, str]:

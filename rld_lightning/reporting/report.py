@@ -23,6 +23,7 @@ from rld_lightning.reporting.sweeps import Sweep, split_sweeps
 from rld_lightning.reporting.tables import Section, compare, sections
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP
 from rld_lightning.runs.finished import Found, Run
+from rld_lightning.runs.folder import check_folder
 from rld_lightning.shipped import called
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
@@ -73,7 +74,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: a folder is not there.
-        ValueError: there is no finished run, or a format is unknown.
+        ValueError: there is no finished run, a format is unknown, or a link leads out of ``out``.
     """
     if unknown := sorted(set(pictures) - set(PICTURES)):
         raise ValueError(f"figures cannot be written as {', '.join(unknown)}; choose of {', '.join(PICTURES)}.")
@@ -84,6 +85,7 @@ def write_report(
     sweeps, to_compare = split_sweeps(frame)
     in_part = to_compare[~to_compare["complete"]].sort_values(["dataset", "pair", "method", "seed"], kind="stable")
     found, left_out = sections(to_compare)
+    check_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     sources = Sources()
@@ -260,9 +262,15 @@ def _code(text: object) -> str:
     return line if "<" in line else f"`{line.replace('`', chr(39))}`"
 
 
+class _Ours(str):
+    """What a macro has made, of values that were looked at when they were printed into it."""
+
+
 def _in_markdown(value: object) -> str:
-    """What templates print into Markdown, where HTML counts: names bring none."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value))
+    """What templates print into Markdown, where HTML and links count: names bring none."""
+    if isinstance(value, _Ours):
+        return value
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value)).replace("](", "] (")
 
 
 def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
@@ -288,6 +296,7 @@ def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
         "duration": duration,
         "each_seed": _each_seed,
         "papers": paper_links,
+        "ours": _Ours,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     path.write_text(environment.get_template(template).render(**context), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from rld_lightning.atomic_files import write_whole
 from rld_lightning.redact import redact
 
 _LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
+_SEXAGESIMAL = re.compile(rb"\d(:\d+){30}")  # 1:30 is 90 to YAML; reading one of 100,000 digits takes hours
 
 CONFIG = "config.yaml"  # resolved
 ENVIRONMENT = "environment.json"  # versions and hardware
@@ -56,8 +58,17 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
     """
     writer = csv.writer(text := StringIO(), lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
+    writer.writerows(zip(*(map(plain_cell, column) for column in columns.values()), strict=True))
     write_whole(path, text.getvalue().encode())
+
+
+def plain_cell(value: object) -> object:
+    """A value of a table that no spreadsheet takes for a formula or a new line: class names may be a stranger's."""
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")
+    number = re.fullmatch(r"-|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not number else text
 
 
 def write_json(path: Path, values: object) -> None:
@@ -92,6 +103,8 @@ def read_yaml(path: Path) -> Any:
         # Nested aliases make billions of values of a few lines; a run writes none.
         if b"*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
             raise ValueError(f"{path} has YAML aliases, which no run writes. Move it away.")
+        if _SEXAGESIMAL.search(text):
+            raise ValueError(f"{path} has a number with dozens of colons, which no run writes. Move it away.")
         return yaml.load(text, Loader=loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}. Move it away.") from error

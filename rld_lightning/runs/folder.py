@@ -55,26 +55,42 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
     return lock
 
 
-def check_folder(folder: Path) -> None:
+def check_within(folder: Path, above: Path, option: str) -> None:
+    """Looks whether a folder that is written to because another one was named lies in that.
+
+    Args:
+        folder: such as ``<run>/export``, which need not be there yet.
+        above: the folder that was named, which may be a stranger's.
+        option: what names another one.
+
+    Raises:
+        ValueError: it is a link out of it.
+    """
+    if folder.is_symlink() and not folder.resolve().is_relative_to(above.resolve()):
+        raise ValueError(f"{folder} is a link out of {above}, where nothing is written: give {option} yourself.")
+
+
+def check_folder(folder: Path, option: str = "hydra.run.dir=") -> None:
     """Looks whether a job can write into a folder, and into nothing else.
 
     The folder may be a stranger's: files are written through links, so that one in it could lead to any file.
 
     Args:
         folder: the folder, which need not be there yet, and may itself be a link.
+        option: what names another one.
 
     Raises:
         ValueError: it is a file, cannot be written to, or holds a link that leads out of it.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise ValueError(f"{there} is not a folder; choose another one with hydra.run.dir=.")
+        raise ValueError(f"{there} is not a folder; choose another one with {option}.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there} cannot be written to: make it writable, or choose another one with hydra.run.dir=.")
+        raise ValueError(f"{there} cannot be written to: make it writable, or choose another one with {option}.")
     if there == folder and (link := next(_leading_out(folder), None)) is not None:
         raise ValueError(
             f"{link} is a link to {link.readlink()}, out of the folder, where nothing is written: remove it, or "
-            "choose another folder with hydra.run.dir=."
+            f"choose another folder with {option}."
         )
 
 

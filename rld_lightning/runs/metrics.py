@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # An epoch's values by name, with ``epoch`` (from 0) and ``step``.
 Row = dict[str, float]
 
+_LARGEST = 1 << 28  # bytes of a file: an epoch has some hundreds
+_MOST_EPOCHS = 1 << 32
 _COUNTED = ("epoch", "step")  # whole numbers
 _NAME = re.compile(r"[A-Za-z][\w./ @+-]{0,199}")  # of what may come from a stranger, and no formula in a spreadsheet
 
@@ -23,16 +25,22 @@ def read_metrics(run: Path) -> "pd.DataFrame":
     """The values logged at the end of epochs, one row an epoch (counted from 1), one column a metric.
 
     Args:
-        run: a run folder with a ``metrics.csv``.
+        run: a run folder with a ``metrics.csv``, which may be a stranger's: what is no number in it is left out.
+
+    Raises:
+        ValueError: the file is no table, or larger than that of any run.
     """
     import pandas as pd  # runs that only train do not need it
 
+    if (run / METRICS).stat().st_size > _LARGEST:
+        raise ValueError(f"{run / METRICS} has more than {_LARGEST:,} bytes, which no run's has.")
     try:
         rows = pd.read_csv(run / METRICS)
     except pd.errors.EmptyDataError:
         rows = pd.DataFrame(columns=["epoch"])
     columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
-    epochs = rows.groupby("epoch")[columns].last()
+    numbers = rows[["epoch", *columns]].apply(pd.to_numeric, errors="coerce")
+    epochs = numbers[numbers["epoch"].between(0, _MOST_EPOCHS)].groupby("epoch")[columns].last()
     epochs.index += 1
     return epochs.dropna(axis=1, how="all")
 

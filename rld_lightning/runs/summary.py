@@ -2,9 +2,9 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.files import CONFIG, SUMMARY, read_yaml, write_json
@@ -102,11 +102,26 @@ def read_summary(run: Path) -> Summary:
         if "split" not in values:
             values |= _split_of_older(run, values)
         for role in ("model", "teacher"):  # which earlier versions spelled otherwise
-            values[role] = values[role] and canonical_name(str(values[role]))
-        known = {field.name for field in fields(Summary)}
-        return Summary(**{name: value for name, value in values.items() if name in known})
+            if isinstance(values[role], str):
+                values[role] = canonical_name(values[role])
+        found = Summary(**{name: value for name, value in values.items() if name in _KINDS})
+        if wrong := [name for name, kind in _KINDS.items() if not _is_value(kind, getattr(found, name))]:
+            raise TypeError(f"{wrong[0]} is of another kind")
+        return found
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
+
+
+_KINDS: dict[str, Any] = get_type_hints(Summary) | {"split": Literal["test", "val"]}
+_LARGEST = 1 << 62
+
+
+def _is_value(kind: Any, value: object) -> bool:
+    """Whether a value is of a field's kind; the file may be a stranger's, and what reads it takes that for granted."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return bool({int, float} & {*kinds}) and abs(value) < _LARGEST
+    return value in kinds if get_origin(kind) is Literal else type(value) in kinds
 
 
 def _split_of_older(run: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.card import Exported, hub_config, model_card
 from rld_lightning.runs.files import write_json
 from rld_lightning.runs.finished import Run, read_run
+from rld_lightning.runs.folder import check_within
 from rld_lightning.runs.rebuild import build_data
 from rld_lightning.tasks.run.checks import first_other
 from rld_lightning.tasks.run.plan import freeze
@@ -123,8 +124,8 @@ def export_run(
     finished = read_run(run)
     student = load_student(run / RUN_WEIGHTS)
     folder = out or run / EXPORT
-    if folder.is_symlink() and not folder.resolve().is_relative_to(run.resolve()):
-        raise ValueError(f"{folder} is a link out of the run's folder, where nothing is written: give out= yourself.")
+    if out is None:
+        check_within(folder, run, "out=")
     print_line("model", f"{student.name}, {len(student.classes)} classes, of {run}")
     needs_data = val_images != 0 or "onnx_int8" in formats
     data = _data(finished, student, root) if needs_data else None

@@ -386,6 +386,7 @@ SPOILT = [
     ("config.yaml", lambda path: path.write_text(BOMB)),
     ("config.yaml", lambda path: path.write_text("[" * 100_000)),
     ("config.yaml", lambda path: path.write_text("a: " + "x" * 2_000_000)),
+    ("config.yaml", lambda path: path.write_text("a: 1" + ":1" * 490_000)),
     ("config.yaml", lambda path: path.write_text("!!python/object/apply:os.system ['true']")),
     ("config.yaml", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     ("config.yaml", lambda path: change(path, model=None)),
@@ -403,6 +404,7 @@ SPOILT = [
     ("environment.json", pipe),
     ("summary.json", lambda path: path.write_text("{}")),
     ("summary.json", lambda path: change(path, top1="a lot")),
+    ("summary.json", lambda path: change(path, steps=10**30)),
     ("summary.json", lambda path: change(path, dataset=["a"])),
     ("summary.json", lambda path: change(path, teacher_top1="high")),
     ("summary.json", lambda path: change(path, split="val", images=None, val_fraction=0.1)),
@@ -434,6 +436,41 @@ def test_bad_files_that_no_number_is_read_from_end_nothing(tmp_path, spoil):
     spoil(write_run(tmp_path / "failed", finished=False) / "error.txt")
     write_run(tmp_path / "good", "kd", top1=61.23)
     assert "61.23" in write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).markdown.read_text()
+
+
+@pytest.mark.parametrize("link", ["report.html", "figures", "results.csv"])
+def test_nothing_is_written_or_removed_through_a_link(tmp_path, link):
+    write_run(tmp_path / "runs" / "run")
+    out, mine = tmp_path / "runs" / "report", tmp_path / "mine"
+    for folder in (out, mine):
+        folder.mkdir()
+    (mine / "keep.png").write_text("mine")
+    (out / "report.md").write_text("![mine](figures/keep.png)")
+    (out / link).symlink_to(mine if link == "figures" else mine / "keep.png")
+    with pytest.raises(ValueError, match=rf"report/{link} is a link to .*choose another folder with --out"):
+        write_report([tmp_path / "runs"], out)
+    assert (mine / "keep.png").read_text() == "mine"
+
+
+def test_a_link_in_place_of_the_reports_folder_is_not_followed(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "runs" / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "runs" / "report").symlink_to(tmp_path / "mine")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "runs"), "--no-latency"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "scripts" / "report.py"), run_name="__main__")
+    assert "is a link out of" in "".join(capsys.readouterr())
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_no_links_or_pictures_of_others_in_markdown(tmp_path):
+    outside = "[click](javascript:alert(1)) ![x](https://evil.example/x.png)"
+    write_run(tmp_path / "failed", error=outside)
+    write_run(tmp_path / "named", outside.replace("/", ""), student=outside, dataset=outside)
+    text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
+    targets = re.findall(r"\]\(([^)]*)", text)
+    assert targets
+    assert all(target.startswith("figures/") for target in targets)
 
 
 @pytest.mark.parametrize("name", ["a/../$\\frac{$ 1|b`c", "<script>alert(1)</script>", "=1+1"])

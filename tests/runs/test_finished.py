@@ -148,6 +148,20 @@ def test_a_broken_summary_is_named(tmp_path, text):
         read_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"images": "<b>9</b>"}, {"epochs": 1.5}, {"seed": True}, {"steps": 10**30}, {"split": "all"}, {"top1": None}),
+        *({"teacher_top1": [1]}, {"model": 3}, {"fast_dev_run": 0}),
+    ],
+)
+def test_a_value_of_another_kind_is_no_summary(tmp_path, value):
+    make(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(asdict(SUMMARY) | value))
+    with pytest.raises(ValueError, match=r"is not the summary of a run"):
+        read_run(tmp_path / "run")
+
+
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         find_runs([tmp_path / "nowhere"])

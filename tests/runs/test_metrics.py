@@ -44,6 +44,11 @@ def test_rows_of_earlier_versions_become_one_an_epoch(tmp_path):
     assert read_rows(tmp_path) == [{"epoch": 0, "step": 9, "train/loss": 2.0, "val/top1": 50.0}]
 
 
+def test_of_a_strangers_file_only_numbers_are_taken(tmp_path):
+    (tmp_path / "metrics.csv").write_text('epoch,val/top1\n0,50\n1,many\n"=1+1",60\n2,70\n1e300,80\n')
+    assert read_metrics(tmp_path)["val/top1"].dropna().to_dict() == {1: 50.0, 3: 70.0}
+
+
 @pytest.mark.parametrize("content", ["", "epoch,step\n", "\n"])
 def test_a_file_without_rows_is_read(tmp_path, content):
     (tmp_path / "metrics.csv").write_text(content)
