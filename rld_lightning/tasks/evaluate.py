@@ -27,7 +27,7 @@ from rld_lightning.models.imported import trust
 from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.read import Weights, read_weights
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, write_csv, write_json
 from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
 from rld_lightning.tasks.run.matched_classes import match_classes
@@ -99,7 +99,11 @@ class EvaluationModule(LightningModule):
         if not len(label):
             return
         logits = self.model(images if self.relook is None else self.relook(images)).float()
-        self.metrics.update(logits, label)
+        # Probabilities, as torchmetrics would take the logits of a batch that all lie in [0, 1] for some.
+        self.metrics["ece"].update(logits.softmax(1), label)
+        for name, metric in self.metrics.items():
+            if name != "ece":
+                metric.update(logits, label)
         self.nll.update(cross_entropy(logits, label), weight=len(label))
 
     def on_test_epoch_end(self) -> None:
@@ -144,6 +148,7 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         _check_held_out(weights, data, cfg.split)
         print_line("data", data.describe())
         classes = match_classes(facts_of(weights), data)
+        check_fits(name, len(classes.names), weights)
         model = create_model(name, len(classes.names))
         weights = load_weights(model, weights, name=name)
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))

@@ -7,10 +7,11 @@ import torch
 from helpers.configs import compose
 
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.data.base import Batch
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.tasks.evaluate import evaluate
+from rld_lightning.tasks.evaluate import EvaluationModule, evaluate
 
 
 @pytest.fixture
@@ -156,3 +157,31 @@ def test_what_a_file_says_is_never_instantiated(measure, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=rf"s\.{form} says {key}=.*which is not a"):
         measure(f"weights={tmp_path / f's.{form}'}")
     assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize(("classes", "draw"), [(10, torch.rand), (10, torch.randn), (4, torch.rand)])
+def test_scores_are_those_of_the_definitions(classes, draw):
+    generator = torch.Generator().manual_seed(0)
+    logits = draw(300, classes, generator=generator)  # of which none lies outside of [0, 1], with rand
+    label = torch.where(torch.rand(300, generator=generator) < 0.5, logits.argmax(1), 1)  # some classes have no image
+    module = EvaluationModule(torch.nn.Identity(), classes)
+    for part in torch.arange(300).split(128):  # the last batch is smaller
+        module.test_step(Batch(logits[part], label[part], part), 0)
+    module.on_test_epoch_end()
+    probabilities = logits.double().softmax(1)
+    confidence, found = probabilities.max(1)
+    right, bins, ece = found == label, (15 * confidence).ceil(), 0.0
+    for number in range(1, 16):
+        own = bins == number
+        if own.any():
+            ece += float(own.sum() * (right[own].double().mean() - confidence[own].mean()).abs() / 300)
+    ranks = (logits > logits.gather(1, label[:, None])).sum(1)
+    expected = {"top1": 100 * float(right.double().mean()), "ece": 100 * ece}
+    expected["nll"] = -float(probabilities.gather(1, label[:, None]).log().mean())
+    scores = module.scores("val")
+    assert (scores.pop("split"), scores.pop("images")) == ("val", 300)
+    if classes > 5:
+        expected["top5"] = 100 * float((ranks < 5).double().mean())
+    else:
+        assert scores.pop("top5") is None
+    assert scores == pytest.approx(expected, rel=1e-5)
