@@ -1,4 +1,4 @@
-"""Measure any checkpoint or export: `python scripts/eval.py weights=runs/.../student.safetensors data=cifar100`."""
+"""Measure any checkpoint or export: `python scripts/eval.py weights=runs/...`."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 

@@ -22,7 +22,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     if "pair" in figure.parameters:
         command.add_argument("--pair", help="such as resnet20_to_resnet8, where the folders hold several")
     if "reader" in figure.parameters:
-        command.add_argument("--teacher", type=Path, metavar="FILE", help="its weights, if they have moved")
+        command.add_argument(
+            "--teacher",
+            type=Path,
+            metavar="PATH",
+            help="its weights, if they have moved: a folder of a run or of an export, or a file",
+        )
         command.add_argument("--data", type=Path, metavar="FOLDER", help="the data, if they have moved")
     figure.add_options(command)
 

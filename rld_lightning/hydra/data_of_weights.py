@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rld_lightning.hydra.quoting import read_text
+from rld_lightning.runs.files import STUDENT
 
 _COMPLETE = ("cifar100", "digits", "imagenet")  # options that need nothing else, called as their data set
+_EXPORTED = (STUDENT, "model.safetensors")  # in the folder of a run, and of an export
 
 
 def data_of(arguments: Sequence[str]) -> tuple[str, ...]:
-    """``("data=digits",)`` where ``weights=`` names an export that was trained on it, and the command names no data.
+    """``("data=digits",)`` where ``weights=`` names a run, or an export, on it, and the command names no data.
 
     Args:
         arguments: what stands behind the name of a script that measures weights.
@@ -18,7 +20,11 @@ def data_of(arguments: Sequence[str]) -> tuple[str, ...]:
     if any(re.match(r"\+*data=", argument) for argument in arguments):
         return ()
     given = [argument.partition("=")[2] for argument in arguments if argument.startswith("weights=")]
-    path = Path(read_text(given[-1])).expanduser() if given else Path()
+    path = Path(read_text(given[-1]).partition("::")[0]).expanduser() if given else Path()
+    if path.is_dir():
+        path = next((path / name for name in _EXPORTED if (path / name).is_file()), path)
+    elif path.suffix == ".ckpt":
+        path = path.with_name(STUDENT)
     if path.suffix != ".safetensors" or not path.is_file():
         return ()
     from safetensors import SafetensorError, safe_open

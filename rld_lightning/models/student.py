@@ -1,10 +1,7 @@
 """A trained network ready to use: its weights, its classes, and what it wants to see, from whatever holds them."""
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,17 +9,15 @@ from torch import Tensor, nn
 
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
+from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
-from rld_lightning.models.weights.read import Weights, WeightsError, read_weights, split_part
+from rld_lightning.models.weights.read import Weights, WeightsError
 from rld_lightning.models.weights.verify import check_fits, load_weights
 
 if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture
 
-RUN_WEIGHTS = "student.safetensors"  # in the folder of a run
-HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # in a folder as the Hugging Face Hub has them
-EXPORT = "export"  # such a folder within that of a run
-_MOST_CONFIG = 10_000_000  # bytes; class names of the largest data sets are some hundred thousand
+EXPORT = "export"  # the folder of an export within that of a run
 
 
 class Prediction(NamedTuple):
@@ -118,68 +113,6 @@ def load_student(
     load_weights(network, weights, name=name)
     transform = preprocessing_of(facts, name, weights.source, **look)
     return Student(network, classes or [str(index) for index in range(number)], transform, name, facts)
-
-
-def find_weights(path: str | os.PathLike[str]) -> Weights:
-    """Reads weights from a file or a folder, with what lies beside them and says more about them.
-
-    Args:
-        path: as in :func:`load_student`.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        WeightsError: it cannot be used.
-    """
-    file, part = split_part(path)
-    if not file.is_dir():
-        if file.suffix == ".onnx":
-            raise WeightsError(f"{file} is a program with weights in it, not weights; give the export's folder instead")
-        if file.suffix == ".pt2":
-            raise WeightsError(
-                f"{file} is a program, and torch.export.load runs whatever is in one; give the export's folder or "
-                "its model.safetensors, which hold the same network, or predict with its model.onnx"
-            )
-        weights = read_weights(path)
-        beside = file.with_name(RUN_WEIGHTS)
-        if part or file.suffix != ".ckpt" or not beside.is_file():
-            return weights
-        known = read_weights(beside).metadata  # a checkpoint of a run knows less than what the run has exported
-        return replace(weights, metadata=known | weights.metadata)
-    if (file / RUN_WEIGHTS).is_file():
-        return read_weights(file / RUN_WEIGHTS)
-    if (file / HUB_WEIGHTS).is_file():
-        weights = read_weights(file / HUB_WEIGHTS)
-        if "name" in weights.metadata or not (file / HUB_CONFIG).is_file():
-            return weights
-        return replace(weights, metadata=_metadata_of_hub(file / HUB_CONFIG))
-    raise FileNotFoundError(
-        f"{file} holds neither {RUN_WEIGHTS}, as the folder of a finished run does, nor {HUB_WEIGHTS}, as an export "
-        "does"
-    )
-
-
-def _metadata_of_hub(path: Path) -> dict[str, str]:
-    """What timm's ``config.json`` says, by the names of :class:`WeightsFacts`; its values are checked as theirs."""
-    try:
-        if path.stat().st_size > _MOST_CONFIG:
-            raise ValueError(f"more than {_MOST_CONFIG:,} bytes")
-        config = json.loads(path.read_bytes())
-        own = config.get("pretrained_cfg") or {}
-        said = {**own, **{key: value for key, value in config.items() if value is not None}}
-        crop, shape = said.get("crop_pct"), said.get("input_size")
-        found = {
-            "num_classes": said.get("num_classes"),
-            "class_names": said.get("label_names"),
-            "image_shape": shape,
-            "mean": said.get("mean"),
-            "std": said.get("std"),
-            "resize": int(shape[-1] / crop) if crop and shape else None,
-        }
-        names = {"name": f"timm/{said['architecture']}", "interpolation": said.get("interpolation")}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not the configuration of an image classifier ({error!r})") from error
-    texts = {key: json.dumps(value) for key, value in found.items() if value is not None}
-    return texts | {key: value for key, value in names.items() if isinstance(value, str)}
 
 
 def _width(weights: Weights) -> int:

@@ -25,8 +25,10 @@ from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
+from rld_lightning.models.teacher.torchscript_and_onnx import OnnxTeacher
+from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
-from rld_lightning.models.weights.read import Weights, read_weights
+from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, write_csv, write_json
 from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
@@ -137,7 +139,8 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         return Evaluation(**json.loads((Path(cfg.paths.run) / EVALUATION).read_text()))
     with user_errors():
         trust(cfg.name)
-        weights = read_weights(cfg.weights)
+        program = OnnxTeacher(Path(cfg.weights)) if str(cfg.weights).endswith(".onnx") else None
+        weights = find_weights(cfg.weights) if program is None else _of_program(program)
         name = cfg.name or _model_name(weights)
         data: ImageDataModule = instantiate(cfg.data, **split_to_measure(cfg.data, weights))
         _share_out_as_trained(weights, data, Path(cfg.paths.run))
@@ -148,9 +151,13 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         _check_held_out(weights, data, cfg.split)
         print_line("data", data.describe())
         classes = match_classes(facts_of(weights), data)
-        check_fits(name, len(classes.names), weights)
-        model = create_model(name, len(classes.names))
-        weights = load_weights(model, weights, name=name)
+        model: nn.Module
+        if program is None:
+            check_fits(name, len(classes.names), weights)
+            model = create_model(name, len(classes.names))
+            weights = load_weights(model, weights, name=name)
+        else:
+            model = program
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}{f' ({weights.account})' if weights.account else ''}")
         own_look = _own_look(weights, data, name)
@@ -189,6 +196,12 @@ def test_with(trainer: Trainer, module: EvaluationModule, data: ImageDataModule,
     loader = data.test_dataloader if split == "test" else data.val_dataloader
     data.setup("test")
     trainer.test(module, loader(), verbose=False)
+
+
+def _of_program(program: OnnxTeacher) -> Weights:
+    """What an ONNX file says about itself, called by its name where it does not say of which network it is."""
+    source = program.file.source
+    return Weights({}, {"name": source.name} | program.file.metadata, source)
 
 
 def _model_name(weights: Weights) -> str:

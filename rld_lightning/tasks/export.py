@@ -23,7 +23,9 @@ from rld_lightning.errors import first_line, user_errors
 from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
-from rld_lightning.models.student import EXPORT, HUB_CONFIG, HUB_WEIGHTS, RUN_WEIGHTS, Student, load_student
+from rld_lightning.models.student import EXPORT, Student, load_student
+from rld_lightning.models.weights.beside import HUB_CONFIG
+from rld_lightning.models.weights.read import HUB_WEIGHTS, RUN_WEIGHTS
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.card import Exported, hub_config, model_card
 from rld_lightning.runs.files import write_json

@@ -16,8 +16,8 @@ from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
-from rld_lightning.models.student import EXPORT, RUN_WEIGHTS, load_student
-from rld_lightning.models.weights.read import read_weights
+from rld_lightning.models.student import EXPORT, load_student
+from rld_lightning.models.weights.read import RUN_WEIGHTS, read_weights
 from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.runs.files import check_file, write_json
 from rld_lightning.runs.finished import Run, read_run

@@ -10,8 +10,9 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look, published_look, relook, trained_look
+from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
-from rld_lightning.models.weights.read import read_weights, split_part
+from rld_lightning.models.weights.read import split_part
 from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
@@ -113,7 +114,7 @@ def _load(path: str | Path, name: str | None, num_classes: int) -> tuple[nn.Modu
             f"there are no weights at {path}; run from the folder that the run was started in, or give the teacher's "
             "with --teacher FILE."
         )
-    weights = read_weights(path)
+    weights = find_weights(path)
     name = weights.metadata.get("name") or weights.metadata.get("student") or name
     if name is None:
         raise ValueError(f"{path} does not say which model it is of; give weights that this package has written.")

@@ -22,7 +22,10 @@ def test_an_export_says_what_it_was_trained_on(tmp_path, dataset, options, found
     path.parent.mkdir()
     save_file({"w": np.zeros(1)}, path, metadata={"dataset": dataset} if dataset else None)
     assert data_of([f"weights='{path}'", *options]) == found
-    assert data_of([f"weights={path}", *options]) == found
+    for weights in (path, path.parent, f"{path}::student", path.with_name("last.ckpt")):
+        assert data_of([f"weights={weights}", *options]) == found
+    path.rename(path.with_name("model.safetensors"))  # an export
+    assert data_of([f"weights={path.parent}", *options]) == found
 
 
 def test_what_is_no_export_is_left_to_the_script(tmp_path):

@@ -1,10 +1,12 @@
 """What is measured, and what is refused or told before."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from helpers.configs import compose
+from helpers.exports import digits_facts, small_onnx
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.data.base import Batch
@@ -43,6 +45,34 @@ def test_validation_is_on_what_the_run_of_the_file_has_held_out(measure, capsys)
     for override in ("seed=1", "data.val_fraction=0.2"):
         with pytest.raises(UserError, match="images that it was trained on; add data"):
             measure("split=val", override, facts=data.split_facts)
+
+
+def test_a_run_an_export_and_a_checkpoint_are_measured_as_the_file_of_weights(measure, tmp_path):
+    model, whole = measure(facts=digits_facts("resnet8"))
+    run, export = tmp_path / "a run", tmp_path / "export"
+    run.mkdir()
+    (tmp_path / "w.safetensors").rename(run / "student.safetensors")
+    shutil.copytree(run, export)
+    (export / "student.safetensors").rename(export / "model.safetensors")
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": {"student": "resnet8"}}, run / "last.ckpt")
+    for path in (run, export, run / "last.ckpt"):
+        _, found = measure(f"weights='{path}'")
+        assert found.nll == pytest.approx(whole.nll, rel=1e-4)
+        assert (found.top1, found.images, found.model) == (whole.top1, whole.images, "resnet8")
+    with pytest.raises(UserError, match=r"holds neither student\.safetensors.*name its best\.ckpt or last\.ckpt"):
+        measure(f"weights='{tmp_path}'")
+
+
+def test_an_onnx_file_is_measured(measure, tmp_path):
+    pytest.importorskip("onnxruntime")
+    content, weights = small_onnx({"name": "timm/any"})
+    (tmp_path / "model.onnx").write_bytes(content)
+    _, found = measure(f"weights={tmp_path / 'model.onnx'}")
+    logits, label = by_hand(lambda images: images.flatten(1) @ weights)
+    assert (found.model, found.top1) == ("timm/any", pytest.approx(top1(logits, label)))
+    (tmp_path / "model.onnx").write_bytes(small_onnx({}, pixels=True)[0])
+    with pytest.raises(UserError, match=r"takes pixels .* take the file of an export with pixels=false\."):
+        measure(f"weights={tmp_path / 'model.onnx'}")
 
 
 def test_a_run_that_held_none_out_has_no_validation_images(measure):

@@ -27,6 +27,7 @@ from rld_lightning.hydra.checks.value_kinds import (
     words,
 )
 
+_WEIGHTS = "the folder of a run or of an export, student.safetensors, or a checkpoint"
 _SEED = whole(0, 2**32 - 1)
 _CLASS = Kind(
     "the import path of a class", lambda value: isinstance(value, str) and bool(re.fullmatch(r"\w+(\.\w+)+", value))
@@ -93,16 +94,16 @@ VALUES: Mapping[str, Kind] = {
     "model.tuned": KEYS | NULL,
     "model.student": KEYS.such_as("model.student.name=resnet20"),
     "model.student.name": TEXT.such_as("resnet20") | NULL,
-    "model.student.weights": TEXT.such_as("a file") | NULL,
+    "model.student.weights": TEXT.such_as(_WEIGHTS) | NULL,
     "model.student.channels_last": FLAG,
     "model.teacher": KEYS.such_as("model.teacher.name=resnet56") | NULL,
     "model.teacher.name": TEXT.such_as("resnet56, or resnet56+wrn40_2 of an ensemble") | NULL,
-    "model.teacher.weights": TEXT.such_as("a file, auto, fit, published or pretrained")
+    "model.teacher.weights": TEXT.such_as(f"{_WEIGHTS}; or auto, fit, published or pretrained")
     | list_of(TEXT, "files, whose teachers teach together"),
     "model.teacher.mean_of": words("logits", "probabilities"),
     "model.teacher.class_map": KEYS.such_as("{cat:tabby,dog:207}") | TEXT.such_as("a file of lines cat,tabby") | NULL,
     "model.teacher.image_size": COUNT | words("auto") | NULL,
-    "model.teacher.start": TEXT.such_as("a file, or pretrained") | NULL,
+    "model.teacher.start": TEXT.such_as(f"{_WEIGHTS}; or pretrained") | NULL,
     "model.teacher.sha256": TEXT | NULL,
     "model.teacher.published_url": TEXT,
     "model.teacher.mean": _THREE | NULL,
@@ -215,7 +216,7 @@ VALUES: Mapping[str, Kind] = {
     "batch_sizes": list_of(COUNT, "whole numbers >= 1 in brackets").such_as("[1,64]"),
     "seconds": POSITIVE,
     "threads": COUNT | NULL,
-    "teacher": TEXT.such_as("a file") | NULL,
+    "teacher": TEXT.such_as(_WEIGHTS) | NULL,
     "port": whole(0, 65535),
     "top": COUNT,
     "format": words("table", "csv", "jsonl"),
@@ -228,7 +229,7 @@ VALUES: Mapping[str, Kind] = {
     "interpolation": words("bilinear", "bicubic") | NULL,
     "mean": _THREE | NULL,
     "std": list_of(POSITIVE, "three numbers > 0", 3) | NULL,
-    "weights": TEXT.such_as("weights=runs/.../student.safetensors"),
+    "weights": TEXT.such_as(_WEIGHTS),
     "name": TEXT | NULL,
     "trust": TEXT.such_as("my_package.module:build") | list_of(TEXT, "names in brackets") | NULL,
     "split": words("test", "val"),

@@ -56,7 +56,8 @@ class OnnxTeacher(nn.Module):
         self.file = OnnxNetwork(path, device="cuda" if torch.cuda.is_available() else "cpu")
         if self.file.takes_pixels:
             raise ValueError(
-                f"{path} takes pixels and gives probabilities; a teacher gives logits of normalised images."
+                f"{path} takes pixels and gives probabilities, where logits of normalised images are wanted; take the "
+                "file of an export with pixels=false."
             )
         batch, _, height, width = self.file.input.shape
         self.facts = self.file.facts

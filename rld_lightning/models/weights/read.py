@@ -29,6 +29,9 @@ from rld_lightning.models.weights.claims import ClaimError, as_text, load_plainl
 from rld_lightning.models.weights.seal import is_damaged, without_seal
 from rld_lightning.models.weights.unpack import Part, find_parts, usual_keys, wanted_parts
 
+RUN_WEIGHTS = "student.safetensors"  # in the folder of a run
+HUB_WEIGHTS = "model.safetensors"  # in that of an export, as the Hugging Face Hub has them
+
 # The reconstructor is taken from an instance, because numpy 2 moved it: old files name it by its old path.
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
 _NUMPY_SCALAR_PATHS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
@@ -85,10 +88,15 @@ class Weights:
 
 
 def split_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
-    """A file, and which part of it is asked for: of ``"best.pth::state_dict_ema"`` the one after the colons."""
+    """A file, and which part of it is asked for: of ``"best.pth::state_dict_ema"`` the one after the colons.
+
+    Of the folder of a run, or of an export, the file is that of its weights.
+    """
     whole = Path(path).expanduser()
-    file, colons, part = str(whole).rpartition("::")
-    return (Path(file), part) if colons and not whole.exists() else (whole, "")
+    named, colons, part = str(whole).rpartition("::")
+    file, part = (Path(named), part) if colons and not whole.exists() else (whole, "")
+    inside = (file / name for name in (RUN_WEIGHTS, HUB_WEIGHTS))
+    return next((weights for weights in inside if weights.is_file()), file), part
 
 
 def existing_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -100,6 +108,11 @@ def existing_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
     file, part = split_part(path)
     if not file.exists():
         raise FileNotFoundError(f"there is no weights file at {file}")
+    if file.is_dir():
+        raise FileNotFoundError(
+            f"{file} holds neither {RUN_WEIGHTS}, as the folder of a finished run does, nor {HUB_WEIGHTS}, as an "
+            "export does; of a run that is not finished, name its best.ckpt or last.ckpt"
+        )
     return file, part
 
 
@@ -111,10 +124,11 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     torch 1.6. The prefixes of ``DataParallel`` and ``torch.compile`` are removed from the keys.
 
     Args:
-        path: the file; with ``::`` and the name of a state_dict in it, or of the prefix of its keys, that part of it.
+        path: the file, or the folder of a run or of an export; with ``::`` and the name of a state_dict in the file, or
+            of the prefix of its keys, that part of it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or no such one in the folder.
         WeightsError: it is not a weights file, is damaged, or would have to execute code to be read; or it has no such
             part.
     """

@@ -14,7 +14,8 @@ from rld_lightning.models.graft import GraftedStudent
 from rld_lightning.models.imported import is_from_elsewhere
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.taps import unwrap
-from rld_lightning.models.weights.read import Weights, WeightsError, read_weights
+from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.read import Weights, WeightsError
 from rld_lightning.models.weights.unpack import fitting
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
@@ -25,17 +26,17 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, 
 
     Args:
         model: the model to fill.
-        source: a file, or what ``read_weights`` made of one. Of several state_dicts in it, the model's is taken.
+        source: a file, or what ``find_weights`` made of one. Of several state_dicts in it, the model's is taken.
         name: what error messages call the model; its class if not given.
 
     Returns:
         what was loaded, with an account of what was taken and what was left.
 
     Raises:
-        FileNotFoundError: as ``read_weights``.
-        WeightsError: as ``read_weights``, or the weights are another model's.
+        FileNotFoundError: as ``find_weights``.
+        WeightsError: as ``find_weights``, or the weights are another model's.
     """
-    weights = _for_model(source if isinstance(source, Weights) else read_weights(source), model)
+    weights = _for_model(source if isinstance(source, Weights) else find_weights(source), model)
     verify_weights(model, weights, name=name)
     unwrap(model).load_state_dict(weights.state_dict)
     return weights

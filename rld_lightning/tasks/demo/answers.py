@@ -24,8 +24,9 @@ from rld_lightning.errors import user_errors
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.models.imported import trust
 from rld_lightning.models.normalisation import Look, look_of
-from rld_lightning.models.student import RUN_WEIGHTS, load_student
+from rld_lightning.models.student import load_student
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
+from rld_lightning.models.weights.read import RUN_WEIGHTS, split_part
 from rld_lightning.reporting.figures.explain_page import explain_in_words
 from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
 from rld_lightning.runs.finished import Run, read_run
@@ -209,7 +210,7 @@ def teacher_of(run: Run, file: str | None = None) -> Teacher:
             f"the teacher of {run.folder} {kind}, which the page does not run; choose a run with a teacher of one file "
             "of weights, or add teacher=FILE."
         )
-    if weights != "pretrained" and not Path(weights).is_file():
+    if weights != "pretrained" and not split_part(weights)[0].is_file():
         raise FileNotFoundError(
             f"the teacher's weights are not at {weights}; run from where the run was started, or add teacher=FILE."
         )

@@ -8,8 +8,9 @@ from rld_lightning.models.classes import order_of, reorder_classes
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.libraries import published_input
 from rld_lightning.models.normalisation import Look, published_look, trained_look
+from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
-from rld_lightning.models.weights.read import Weights, read_weights
+from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.tasks.run.checks import check_classes, first_other
 from rld_lightning.tasks.run.plan import Student, Teacher
@@ -34,7 +35,7 @@ def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look
     if student.weights == "pretrained":
         wanted = published_look(student.name)
     elif student.weights is not None:
-        wanted = trained_look(facts_of(read_weights(student.weights)))
+        wanted = trained_look(facts_of(find_weights(student.weights)))
     else:
         wanted = None
     if wanted in (None, usual):

@@ -21,8 +21,9 @@ from rld_lightning.models.teacher.torchscript_and_onnx import (
     ScriptedNetwork,
     load_foreign,
 )
+from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
-from rld_lightning.models.weights.read import Weights, read_weights
+from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.own_look import load_in_order, teacher_look, teacher_size
@@ -91,7 +92,7 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
 
 def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Module, Weights]:
     """A network with the weights of a file, for the classes of the data, of which the file may know more."""
-    weights, classes = read_weights(path), list(data.class_names)
+    weights, classes = find_weights(path), list(data.class_names)
     known = facts_of(weights).class_names
     count = len(known) if known is not None else number_of_classes(teacher.name, weights.state_dict)
     more = known is not None and len(known) > len(classes) and set(classes) <= set(known)

@@ -106,7 +106,7 @@ def _file_of(name: object, weights: object, wanted: str) -> str | None:
     """The file of a teacher, if it is the one that is wanted and its file is there."""
     if not isinstance(name, str) or not isinstance(weights, str) or canonical_name(name) != canonical_name(wanted):
         return None
-    return weights if Path(weights).is_file() else None
+    return weights if split_part(weights)[0].is_file() else None
 
 
 def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Summary]) -> Summary:

@@ -288,7 +288,6 @@ BROKEN = {
     "nothing.pth": lambda p: torch.save({}, p),
     "list.pth": lambda p: torch.save([torch.ones(1)], p),
     "none.safetensors": lambda p: safetensors.torch.save_file({}, p),
-    "folder.pth": lambda p: p.mkdir(),
 }
 
 
@@ -311,6 +310,17 @@ def test_broken_files_are_named_in_one_sentence(tmp_path, file_name):
 def test_a_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weights file at .*gone\.pth"):
         read_weights(tmp_path / "gone.pth")
+    with pytest.raises(FileNotFoundError, match=r"holds neither student\.safetensors, .* name its best\.ckpt"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("file_name", ["student.safetensors", "model.safetensors"])
+def test_a_folder_is_that_of_a_run_or_of_an_export(model, tmp_path, file_name):
+    save_weights(model, tmp_path / file_name)
+    weights = read_weights(tmp_path)
+    assert_same(weights.state_dict, model)
+    assert weights.source == tmp_path / file_name
+    assert read_weights(f"{tmp_path}::0").state_dict.keys() == {"weight", "bias"}
 
 
 def test_load_fills_the_model_and_converts(model, tmp_path):

@@ -1,0 +1,74 @@
+"""Weights with all that is known about them: by their own file, and by those that lie beside it."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from rld_lightning.models.weights.read import (
+    HUB_WEIGHTS,
+    RUN_WEIGHTS,
+    Weights,
+    WeightsError,
+    read_weights,
+    split_part,
+)
+
+HUB_CONFIG = "config.json"  # beside the weights, as the Hugging Face Hub has them
+_OF_AN_EPOCH = ("top1", "epochs")  # facts
+_MOST_CONFIG = 10_000_000  # bytes; class names of the largest data sets are some hundred thousand
+
+
+def find_weights(path: str | os.PathLike[str]) -> Weights:
+    """Reads weights from a file or a folder, with what lies beside them and says more about them.
+
+    Args:
+        path: the folder of a run or of an export, a ``.safetensors`` file or a checkpoint, and which part of it, as
+            :func:`~rld_lightning.models.weights.read.read_weights` takes them.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        WeightsError: it cannot be used.
+    """
+    file, part = split_part(path)
+    if file.suffix == ".onnx":
+        raise WeightsError(f"{file} is a program with weights in it, not weights; give the export's folder instead")
+    if file.suffix == ".pt2":
+        raise WeightsError(
+            f"{file} is a program, and torch.export.load runs whatever is in one; give the export's folder or "
+            "its model.safetensors, which hold the same network, or predict with its model.onnx"
+        )
+    weights = read_weights(path)
+    if not part and file.suffix == ".ckpt" and (exported := file.with_name(RUN_WEIGHTS)).is_file():
+        # A checkpoint of a run knows less than what the run has exported, which may be of another epoch.
+        known = {key: value for key, value in read_weights(exported).metadata.items() if key not in _OF_AN_EPOCH}
+        return replace(weights, metadata=known | weights.metadata)
+    config = file.with_name(HUB_CONFIG)  # of a folder alone: beside a file that somebody names may lie anybody's
+    in_folder = file.name == HUB_WEIGHTS and Path(path).expanduser().is_dir()
+    if in_folder and "name" not in weights.metadata and config.is_file():
+        return replace(weights, metadata=_metadata_of_hub(config))
+    return weights
+
+
+def _metadata_of_hub(path: Path) -> dict[str, str]:
+    """What timm's ``config.json`` says, by the names of :class:`WeightsFacts`; its values are checked as theirs."""
+    try:
+        if path.stat().st_size > _MOST_CONFIG:
+            raise ValueError(f"more than {_MOST_CONFIG:,} bytes")
+        config = json.loads(path.read_bytes())
+        own = config.get("pretrained_cfg") or {}
+        said = {**own, **{key: value for key, value in config.items() if value is not None}}
+        crop, shape = said.get("crop_pct"), said.get("input_size")
+        found = {
+            "num_classes": said.get("num_classes"),
+            "class_names": said.get("label_names"),
+            "image_shape": shape,
+            "mean": said.get("mean"),
+            "std": said.get("std"),
+            "resize": int(shape[-1] / crop) if crop and shape else None,
+        }
+        names = {"name": f"timm/{said['architecture']}", "interpolation": said.get("interpolation")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not the configuration of an image classifier ({error!r})") from error
+    texts = {key: json.dumps(value) for key, value in found.items() if value is not None}
+    return texts | {key: value for key, value in names.items() if isinstance(value, str)}
