@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from rld_lightning.hydra.cleared import will_make
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.runs.folder import check_folder
 
@@ -20,7 +21,8 @@ class CheckFolder(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Looks at the folder of a single job."""
         with exit_on_user_error(), _answered(config):  # Hydra would make a warning of it
-            check_folder(Path(config.hydra.run.dir))
+            check_folder(folder := Path(config.hydra.run.dir))
+            will_make(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Looks at the folder of a sweep."""

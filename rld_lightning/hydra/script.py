@@ -18,6 +18,7 @@ from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import Stopped, leave, signals_end
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
+from rld_lightning.hydra.cleared import clear_mistake
 from rld_lightning.hydra.compose import expand_combined_loss, in_front, with_own_folder
 from rld_lightning.hydra.dot_hydra import note_job
 from rld_lightning.hydra.options import CONF, register_options
@@ -54,6 +55,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
                     print_line("config", " ".join(chosen()))
                 return task(cfg)
         except UserError as error:
+            if not is_trial():
+                clear_mistake()
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             if is_trial():

@@ -190,6 +190,7 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, capsys, overrides
     assert stop.value.code == 2
     assert sentence in output
     assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()  # where nothing was done nothing is left
 
 
 def in_process(tmp_path, *overrides):

@@ -1,0 +1,39 @@
+"""A job that turns out to be a mistake leaves nothing behind that was not there before it."""
+
+import shutil
+from pathlib import Path
+
+from rld_lightning.runs.files import HYDRA, LOCK, LOG, SPLIT
+
+# What there is of a run before its training begins. Whatever else lies there tells of work that was done.
+_OF_PREPARATION = (HYDRA, LOCK, LOG, SPLIT)
+
+_made: list[Path] = []  # the folders that this process's job has Hydra make, the innermost first
+
+
+def will_make(folder: Path) -> None:
+    """Notes which folders are missing, before Hydra makes the one of a job.
+
+    Args:
+        folder: that of the job.
+    """
+    _made[:] = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+
+
+def clear_mistake() -> None:
+    """Takes the folder of this job away again, and those above it, if it has made them and done no work in them."""
+    if not _made or not (folder := _made[0]).is_dir():
+        return
+    there = list(folder.iterdir())
+    if any(path.name not in _OF_PREPARATION or path.is_symlink() for path in there):
+        return
+    for path in there:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    for path in _made:
+        try:
+            path.rmdir()
+        except OSError:  # another job's folder lies in it
+            return

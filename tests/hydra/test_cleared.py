@@ -1,0 +1,43 @@
+"""What a mistaken job takes away again: what it has made itself, and nothing of any work."""
+
+import pytest
+
+from rld_lightning.hydra.cleared import clear_mistake, will_make
+
+
+def prepare(folder):
+    (folder / ".hydra").mkdir(parents=True)
+    for name in (".hydra/config.yaml", ".lock", "fit.log", "split.csv"):
+        (folder / name).touch()
+
+
+def test_the_folder_goes_with_those_that_were_made_for_it(tmp_path):
+    (tmp_path / "runs").mkdir()
+    will_make(folder := tmp_path / "runs" / "rld" / "today" / "1")
+    prepare(folder)
+    clear_mistake()
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
+
+
+def test_a_neighbour_keeps_the_folders_above(tmp_path):
+    will_make(folder := tmp_path / "runs" / "1")
+    prepare(folder)
+    prepare(tmp_path / "runs" / "2")
+    clear_mistake()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("work", ["config.yaml", "teacher/last.ckpt", "diverged.npz", ".hydra", None])
+def test_what_was_there_or_tells_of_work_stays(tmp_path, work):
+    folder = tmp_path / "run"
+    if work in (None, ".hydra"):  # there before, be it empty
+        folder.mkdir()
+    will_make(folder)
+    if work is not None:
+        prepare(folder)
+        (folder / work).parent.mkdir(exist_ok=True)
+        (folder / work).touch()
+        clear_mistake()
+        assert {path.name for path in folder.iterdir()} >= {".hydra", ".lock", "fit.log"}
+    clear_mistake()
+    assert folder.is_dir()
