@@ -18,7 +18,7 @@ from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.own_look import adopt_look
 from rld_lightning.tasks.run.plan import freeze, plan_student, plan_teacher
 from rld_lightning.tasks.run.trainer import make_trainer
-from rld_lightning.tasks.teacher.cached_logits import impossible, open_table
+from rld_lightning.tasks.teacher.cached_logits import impossible, open_table, table_path
 from rld_lightning.tasks.teacher.fill_cache import fill_table
 from rld_lightning.tasks.teacher.weights import build_teacher, find_teacher
 
@@ -66,7 +66,7 @@ def cache(cfg: DictConfig) -> Path:
             fold_teacher(teacher, KDLoss(), data)  # as for any loss that looks at logits alone
         if reason := impossible(teacher, trainer, data):
             raise ValueError(f"the teacher's logits cannot be kept: {reason}.")
-        table = open_table(teacher, planned, data, trainer, store)
+        table = open_table(table_path(teacher, planned, data, trainer, store), planned, data)
         assert table is not None
         teacher.remember(table)
     fill_table(teacher, data, trainer)

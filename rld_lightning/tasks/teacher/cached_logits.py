@@ -57,18 +57,18 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
         )
         why = f"the teacher takes {share:.0%} of a step: its"
     ahead = plan.teacher.cache == "fill"
-    if not reason and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
+    path = None if reason else table_path(module.teacher, plan.teacher, data, trainer, plan.store)
+    if path is not None and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
         # What a step lacks it has to ask for and to launch by itself: dearer than a teacher in the graph of the step.
         ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
-        path = _table_path(module.teacher, plan.teacher, data, trainer, plan.store)
         if not ahead and not _is_known(path, plan.teacher, data):
             reason = (
                 "on a GPU it pays where all is known, or to come; model.teacher.cache=fill computes all of it ahead"
             )
-    if reason:
+    if path is None or reason:
         print_line("cache", f"off: {reason}")
         return
-    table = open_table(module.teacher, plan.teacher, data, trainer, plan.store, why)
+    table = open_table(path, plan.teacher, data, why)
     if table is None:
         return
     table.asked = partial(data.views_of, slice(0, data.train_size))
@@ -99,22 +99,13 @@ def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModul
             teacher.validation_table = LogitsTable(path, data.val_size, data.num_classes, "float32")
 
 
-def open_table(
-    teacher: FrozenTeacher,
-    planned: Teacher,
-    data: ImageDataModule,
-    trainer: Trainer,
-    store: TeacherStore,
-    why: str = "the teacher's",
-) -> LogitsTable | None:
+def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "the teacher's") -> LogitsTable | None:
     """The table of a teacher, which is made where there is none; prints one line about it.
 
     Args:
-        teacher: of which :func:`impossible` says nothing.
-        planned: what it is, and how its logits are kept.
+        path: where it lies, by :func:`table_path`.
+        planned: what the teacher is, and how its logits are kept.
         data: the data, set up.
-        trainer: that is to train.
-        store: beside whose teachers it lies.
         why: what the line begins with.
 
     Returns:
@@ -126,7 +117,6 @@ def open_table(
     """
     rows = data.train_views
     assert rows is not None  # or it were impossible
-    path = _table_path(teacher, planned, data, trainer, store)
     folder = path.parent
     size, taken = table_bytes(rows, data.num_classes, planned.cache_dtype), _bytes_on_disk(path)
     free = _free(path)
@@ -154,10 +144,18 @@ def open_table(
     return table
 
 
-def _table_path(
+def table_path(
     teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer, store: TeacherStore
 ) -> Path:
-    """Where the table of a teacher lies, whether it is there or not; arguments as of :func:`open_table`."""
+    """Where the table of a teacher lies, whether it is there or not; all of its weights are read for that.
+
+    Args:
+        teacher: of which :func:`impossible` says nothing.
+        planned: what it is, and how its logits are kept.
+        data: the data, set up.
+        trainer: that is to train.
+        store: beside whose teachers it lies.
+    """
     key = _key(teacher, planned, data, trainer)
     return _folder(store, data, planned) / f"{canonical_name(planned.name)}-{key}.logits"
 

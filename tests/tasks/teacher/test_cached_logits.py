@@ -20,7 +20,7 @@ from rld_lightning.losses import MLKDLoss
 from rld_lightning.losses.features import ATLoss
 from rld_lightning.models.normalisation import Look, Relook
 from rld_lightning.models.teacher.ensemble import Ensemble
-from rld_lightning.models.teacher.logits_table import LogitsTable, round_beside_label
+from rld_lightning.models.teacher.logits_table import LogitsTable, round_beside_label, table_key
 from rld_lightning.models.teacher.resident_table import ResidentTable
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks.cache import cache
@@ -235,8 +235,9 @@ def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys,
 
 
 def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatch):
-    filled = []
+    filled, keys = [], []
     monkeypatch.setattr(cached_logits, "fill_table", lambda *_: filled.append(True))
+    monkeypatch.setattr(cached_logits, "table_key", lambda *args: keys.append(args) or table_key(*args))
     data = ready(DigitsDataModule(val_fraction=0.1), 0, 1)
     gpu = SimpleNamespace(root_device=torch.device("cuda"))
 
@@ -254,8 +255,10 @@ def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatc
     assert not list(tmp_path.rglob("*.logits"))
     assert table(3, cache=True) is not None
     assert not filled
+    del keys[:]
     assert table(data.train_views) is not None  # as long as computing all of them
     assert filled
+    assert len(keys) == 1  # a hash of all weights
     known = table(3, cache=True)
     for view in known.asked().split(1000):  # of the images that are trained on; the held-out ones' stay unknown
         known.write(view, torch.randn(len(view), 10), torch.zeros_like(view))
