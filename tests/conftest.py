@@ -4,6 +4,7 @@ import gc
 import os
 from collections import defaultdict
 from math import ceil
+from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -13,6 +14,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # Two threads fighting a busy machine for two cores are several times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+_CHECKOUT = Path(__file__).parents[1]
+_LEFT = pytest.StashKey()
 
 
 def pytest_runtest_setup(item):
@@ -42,11 +46,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_sessionstart(session):
+    session.stash[_LEFT] = _left_by_runs()
+
+
 def pytest_collection_finish():
     """Imported libraries are no garbage: looking through them again and again takes a tenth of the time."""
     gc.collect()
     gc.freeze()
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
     gc.unfreeze()  # libraries report what is still there at the end
+    if new := _left_by_runs() - session.stash.get(_LEFT, set()):
+        print(f"\nA test has written {', '.join(sorted(new))} into the checkout: tests write below tmp_path only.")
+        session.exitstatus = session.exitstatus or 1
+
+
+def _left_by_runs():
+    """The folders of the checkout that runs fill whose paths nobody has set."""
+    return {
+        name for name in ("data", "multirun", "outputs", "runs", "teachers", "wandb") if (_CHECKOUT / name).exists()
+    }

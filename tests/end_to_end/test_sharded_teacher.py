@@ -21,7 +21,7 @@ def fit(folder, shard):
     options = (f"model.teacher.weights={folder / 'teacher.pth'}", f"model.teacher.shard={shard}", f"paths.run={run}")
     short = ("recipe=quick", "recipe.epochs=1", "trainer=ddp_cpu", "trainer.precision=32-true", f"hydra.run.dir={run}")
     command = [sys.executable, REPOSITORY / "scripts" / "fit.py", *PAIR, *options, *short]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return run, json.loads((run / "summary.json").read_text()), result.stdout
 
