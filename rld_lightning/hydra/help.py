@@ -16,6 +16,21 @@ _LONG = 25  # what has a line of its own
 _IMAGENET = ("resnet34_to_resnet18", "resnet50_to_mobilenetv1")
 
 
+def script_help(config_name: str) -> str:
+    """What ``--help`` says of a script behind its header: its values, its options, and how all are seen.
+
+    Args:
+        config_name: the script's file in ``conf/``.
+    """
+    values = f"Values, with their defaults (... has to be given):\n\n{values_help(config_name)}\n\n"
+    if set(_groups(config_name)) == {"paths"}:
+        return f"{values}--cfg job prints all of them. --hydra-help lists the flags."
+    return (
+        f"{values}Options: group=option. What stands behind a group is its default.\n\n{options_help(config_name)}\n\n"
+        "Any value: key=value, as in data.root=/photos. --cfg job prints all of them.\n--hydra-help lists the flags."
+    )
+
+
 def options_help(config_name: str) -> str:
     """The groups of a script, each with its options, in lines of :data:`WIDTH` columns.
 
@@ -39,13 +54,15 @@ def options_help(config_name: str) -> str:
 def values_help(config_name: str) -> str:
     """The values of a script's own, with their defaults and what its file in ``conf/`` says about them.
 
+    Those that follow from others are left out.
+
     Args:
         config_name: the file, whose groups are not among them.
     """
     own = (CONF / f"{config_name}.yaml").read_text().partition("_self_\n")[2].partition("\nhydra:")[0]
     entries = [
         (f"{key}={value.replace('???', '...').replace(', ', ',')}" if key else "", words or heading)
-        for key, value, words, heading in re.findall(r"^(\w+): ([^#\n]+?)(?: # (.*))?$|^# (.*)$", own, re.MULTILINE)
+        for key, value, words, heading in re.findall(r"^(\w+): ([^$#\n]+?)(?: # (.*))?$|^# (.*)$", own, re.MULTILINE)
     ]
     wide = max(len(entry) for entry, _ in entries if len(entry) < _LONG)
     indent = " " * (_INDENT + wide + 2)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import devices_per_node, nodes, unique_name
 from rld_lightning.hydra.gpu_shares import trials_at_once
-from rld_lightning.hydra.help import options_help, values_help
+from rld_lightning.hydra.help import script_help
 from rld_lightning.hydra.registered_names import known
 from rld_lightning.runs.naming import dataset_name, loss_choice
 
@@ -84,5 +84,4 @@ OmegaConf.register_new_resolver("tuned", tuned, replace=True)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
 OmegaConf.register_new_resolver("dataset_name", dataset_name, replace=True)
 OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)
-OmegaConf.register_new_resolver("options_help", options_help, replace=True)
-OmegaConf.register_new_resolver("values_help", values_help, replace=True)
+OmegaConf.register_new_resolver("script_help", script_help, replace=True)
