@@ -255,7 +255,7 @@ OTHER_GROUPS = {
     ("eval", f"weights={__file__} name=resnett20"): r"unknown model 'resnett20'",
     ("eval", "split=train"): r"split=train .* test or val",
     ("eval", "split=test"): r"weights has no value; add weights=\.\.\. to the command",
-    ("eval", "weights=3"): r"weights=3 .* such as weights=runs/\.\.\./student\.safetensors",
+    ("eval", "weights=3"): r"weights=3 .* such as the folder of a run or of an export, student\.safetensors",
     ("eval", "weights=x name=20"): r"name=20 .* a text, or null",
     ("eval", "weights=x data.val_fraction=2"): r"data\.val_fraction=2 .* >= 0 and < 1",
 }  # fmt: skip
