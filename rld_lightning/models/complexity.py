@@ -14,6 +14,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def is_mostly_depthwise(model: nn.Module) -> bool:
+    """Whether most convolutions that look at more than a pixel see each channel alone, as MobileNet's do.
+
+    Args:
+        model: any network.
+    """
+    wide = [part for part in model.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
+    return 2 * sum(part.groups == part.in_channels > 1 for part in wide) > len(wide)
+
+
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> int:
     """Multiply-accumulate operations for one image, in evaluation mode.
 

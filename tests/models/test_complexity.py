@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from rld_lightning.models import count_macs, count_parameters, create_model
+from rld_lightning.models.complexity import is_mostly_depthwise
+from rld_lightning.models.factory import blueprint
 
 
 def test_parameters_count_whether_they_train_or_not():
@@ -25,6 +27,14 @@ def test_macs_of_each_kind_of_layer():
     )
     expected = 64 * 3 * 8 * 9 + 16 * 8 * 9 + 16 * 8 * 12 // 2 + 12 * 4 * 4 * 5
     assert count_macs(model, (3, 8, 8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("mobilenetv2", True), ("shufflev1", True), ("resnet8", False), ("torchvision/vit_b_16", False)],
+)
+def test_networks_of_depthwise_convolutions_are_told_from_others(name, expected):
+    assert is_mostly_depthwise(blueprint(name)) is expected
 
 
 def test_macs_of_resnet8():

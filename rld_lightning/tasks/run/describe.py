@@ -9,7 +9,7 @@ from torch import nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.hydra.resolvers import choice
-from rld_lightning.models.complexity import count_macs, count_parameters
+from rld_lightning.models.complexity import count_macs, count_parameters, is_mostly_depthwise
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.likeness import changed_settings, changes
 from rld_lightning.tasks.run.plan import Plan
@@ -38,6 +38,14 @@ def describe_run(
         f"{plan.optimizer}, learning rate {rate}, batch {plan.batch_size} = {devices} x {plan.batch_size // devices} "
         f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {epochs}",
     )
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and trainer.precision == "bf16-mixed" and is_mostly_depthwise(module.student):
+        teacher = "" if module.teacher is None else " model.teacher.dtype=bfloat16"
+        print_line(
+            "training",
+            "a CPU computes gradients of depthwise convolutions, which the student is made of, slower in bfloat16: "
+            f"trainer.precision=32-true{teacher} may take less time",
+        )
     if plan.resume is not None:
         told, folder = plan.before, Path(plan.resume).parent
         others = changed_settings(folder, cfg) if told is None else changes(told.settings, cfg)
