@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from rld_lightning.distributed import is_first, rank_zero_only
+from rld_lightning.distributed import Stopped, is_first, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.redact import redact, redact_text
 
@@ -86,13 +86,20 @@ def printed_to(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            whole = isinstance(error, Exception) and not isinstance(error, UserError)  # which is a sentence
-            text = traceback.format_exc() if whole else f"error: {error}" if str(error) else type(error).__name__
-            file.write(f"{redact_text(text.rstrip())}\n")
+            file.write(f"{redact_text(_told(error).rstrip())}\n")
             raise
         finally:
             lightning.removeHandler(handler)
             _copies.remove(file)
+
+
+def _told(error: BaseException) -> str:
+    """What ends a run, for its log: a sentence of ours, a signal, or a traceback."""
+    if isinstance(error, Stopped):
+        return f"ended by {error.signal.name}"
+    if isinstance(error, Exception) and not isinstance(error, UserError):
+        return traceback.format_exc()
+    return f"error: {error}" if str(error) else type(error).__name__
 
 
 def _say(*objects: Any, width: int | None = None, shown: str | None = None, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 from io import StringIO
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from rld_lightning.callbacks import Diverged
 from rld_lightning.console import print_config, print_error, print_line, print_table, printed_to, quiet_lightning
+from rld_lightning.distributed import Stopped
 from rld_lightning.errors import UserError
 
 
@@ -66,6 +68,7 @@ def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
         (UserError("a sentence"), "error: a sentence\n"),
         (Diverged("training diverged"), "error: training diverged\n"),
         (KeyboardInterrupt(), "KeyboardInterrupt\n"),
+        (Stopped(signal.SIGINT), "ended by SIGINT\n"),
         (RuntimeError("out of memory"), "RuntimeError: out of memory\n"),
     ],
 )

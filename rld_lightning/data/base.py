@@ -1,7 +1,7 @@
 """What every data set of this package offers to a training loop."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -66,7 +66,9 @@ class _Resumable(Protocol):
 _Loader = TypeVar("_Loader", bound=_Resumable)
 
 
-def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fraction") -> tuple[Tensor, Tensor]:
+def stratified_split(
+    labels: Tensor, fraction: float, seed: int, name: str = "fraction", class_names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Splits samples in two so that both parts have the class frequencies of the whole.
 
     Args:
@@ -74,9 +76,13 @@ def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fr
         fraction: share of the samples to hold out, in (0, 1).
         seed: seed of the split.
         name: what the caller names the fraction, for the error message.
+        class_names: the names of the classes, likewise.
 
     Returns:
         the sorted positions of the kept and of the held-out samples, int64.
+
+    Raises:
+        ValueError: a class has a single sample, or the fraction is too small or large for all classes to be in both.
     """
     from sklearn.model_selection import train_test_split  # a second that runs which hold nothing out need not wait
 
@@ -85,6 +91,12 @@ def stratified_split(labels: Tensor, fraction: float, seed: int, name: str = "fr
             torch.arange(len(labels)).numpy(), test_size=fraction, random_state=seed, stratify=labels.numpy()
         )
     except ValueError as error:
+        lone = [class_names[index] for index in (labels.bincount() == 1).nonzero().flatten() if class_names]
+        if lone:
+            raise ValueError(
+                f"{name}={fraction} holds some images of each class out, and there is only one of "
+                f"{some(map(repr, lone))}: add images of it, or leave the class out."
+            ) from error
         raise ValueError(
             f"{name}={fraction} of {len(labels)} images in {len(labels.unique())} classes cannot leave every class "
             "an image on both sides: choose another fraction or add images."

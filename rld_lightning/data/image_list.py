@@ -106,7 +106,7 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
             f"{root} has {folders[0]}/ but no {TRAIN_FOLDER}/ beside it: add the class folders of the training images."
         )
     images = list_images(root)
-    kept, held_out = stratified_split(images.labels, test_fraction, TEST_SEED, "test_fraction")
+    kept, held_out = stratified_split(images.labels, test_fraction, TEST_SEED, "test_fraction", images.class_names)
     return {"train": images.take(kept), "test": images.take(held_out)}
 
 

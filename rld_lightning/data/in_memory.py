@@ -171,7 +171,9 @@ class InMemoryDataModule(ImageDataModule):
             self._views = len(origin) * count_views(self.padding, self._flips)
             self._pixels = _digest(train.images)  # a tenth of the time of reading them again
             if self.val_fraction > 0:
-                origin, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
+                origin, held_out = stratified_split(
+                    train.labels, self.val_fraction, self.seed, "val_fraction", self.class_names
+                )
                 train, splits["val"] = train.take(origin), train.take(held_out)
             if self.subset < 1:
                 chosen = stratified_subset(train.labels, self.subset, self.seed)

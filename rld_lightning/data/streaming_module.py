@@ -122,7 +122,9 @@ class StreamingDataModule(ImageDataModule):
             self.spared, self.val_fraction = self.val_fraction, 0.0  # so that all that is said and written is true
         elif self.val_fraction > 0:
             train = splits["train"]
-            kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed, "val_fraction")
+            kept, held_out = stratified_split(
+                train.labels, self.val_fraction, self.seed, "val_fraction", train.class_names
+            )
             splits |= {"train": train.take(kept), "val": train.take(held_out)}
         return splits
 

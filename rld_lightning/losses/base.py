@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rld_lightning.losses.given import check_tensor, way_out_for_label
 from rld_lightning.losses.ranges import Weight, check_ranges, must_be, ranges_of
+from rld_lightning.losses.rows import check_labels
 
 Smoothing = Annotated[float, must_be("in [0, 1) (0 switches it off)", lambda share: 0 <= share < 1)]
 Epochs = Annotated[int, must_be(">= 1 (1 is no warm-up)", lambda epochs: epochs >= 1)]
@@ -248,9 +250,16 @@ class LogitLoss(DistillationLoss):
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of ``(B, C)`` or ``(B, C, *)`` logits, in float32 or better; 0 if every label is ignored."""
-    if label.is_floating_point() or label.dtype == torch.bool:
-        raise ValueError(f"label must hold class indices (integers), got {label.dtype} {tuple(label.shape)}.")
+    shape = torch.Size((*logits.shape[:1], *logits.shape[2:]))
+    if label.is_floating_point() or label.dtype == torch.bool or label.shape != shape:
+        raise ValueError(
+            f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
+            f"{tuple(logits.shape)}, got {label.dtype} {tuple(label.shape)}"
+            f"{way_out_for_label(label, shape, logits.shape)}."
+        )
     dtype, label = torch.promote_types(logits.dtype, torch.float32), label.long()
+    if label.device.type == "cpu":  # elsewhere cross-entropy looks by itself
+        check_labels(torch.where(label != ignore_index, label, 0), logits.shape[1], ignore_index)
     total = F.cross_entropy(
         logits.to(dtype), label, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
     )
@@ -260,4 +269,7 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100, label
 def _context(student: Tensor, teacher: Tensor | None, label: Tensor | None) -> StepContext:
     if label is None:
         raise ValueError("call the loss with (student_logits, teacher_logits, label) or with a StepContext.")
+    for name, value in (("student_logits", student), ("teacher_logits", teacher), ("label", label)):
+        if value is not None:
+            check_tensor(name, value)
     return StepContext(ModelOutput(student), None if teacher is None else ModelOutput(teacher), label)

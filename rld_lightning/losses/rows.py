@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, cast
 import torch
 from torch import Tensor
 
+from rld_lightning.losses.given import check_tensor, way_out_for_label
 from rld_lightning.losses.numerics import bounded, standardize
 from rld_lightning.losses.ranges import check_ranges, ranges_of
 
@@ -113,6 +114,7 @@ def checked_rows(
 ) -> LogitRows:
     """The checks of :func:`logit_rows`; the student's logits are in the type to compute in, the rest is as it came."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        check_tensor(name, logits)
         if logits.ndim < 2 or not logits.is_floating_point():
             raise ValueError(
                 f"{name} must be floating point of shape (B, C) or (B, C, *), got {logits.dtype} {tuple(logits.shape)}."
@@ -139,15 +141,17 @@ def checked_rows(
     student, teacher = _classes_last(student_logits).to(dtype), _classes_last(teacher_logits.detach())
     if label is None:
         return LogitRows(student, teacher, None, None, shape)
+    check_tensor("label", label)
     if label.shape != shape or label.is_floating_point() or label.dtype == torch.bool:
         raise ValueError(
             f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
-            f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}."
+            f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}"
+            f"{way_out_for_label(label, shape, student_logits.shape)}."
         )
     label = label.reshape(-1).long()
     valid = label != ignore_index
     of_rows = torch.where(valid, label, 0)
-    _check_labels(of_rows, num_classes, ignore_index)
+    check_labels(of_rows, num_classes, ignore_index)
     return LogitRows(student, teacher, of_rows, valid, shape)
 
 
@@ -156,7 +160,12 @@ def _classes_last(logits: Tensor) -> Tensor:
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
-def _check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Looks whether labels, those that are ignored left out or 0, are in ``[0, C)``; as :func:`logit_rows` says.
+
+    Raises:
+        ValueError: one is not.
+    """
     if torch.compiler.is_compiling() or not label.numel():
         return
     lowest, highest = label.aminmax()

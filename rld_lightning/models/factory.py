@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         ValueError: an unknown name, fewer than two classes, or ``pretrained`` weights that timm does not have.
         ImportError: a ``timm/`` name without timm.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier needs at least 2.")
+    if not isinstance(num_classes, Integral) or num_classes < 2:
+        raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier has a whole number from 2 on.")
     plain, side = split_size(name)
     if side is not None:
         return at_size(create_model(plain, num_classes, **kwargs), side)

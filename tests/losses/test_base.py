@@ -3,7 +3,7 @@ import torch
 from helpers.loss_tester import batch
 from torch.testing import assert_close
 
-from rld_lightning.losses import CombinedLoss, DistillationLoss, ModelOutput, StepContext
+from rld_lightning.losses import CELoss, CombinedLoss, DistillationLoss, ModelOutput, RLDLoss, StepContext, rld_loss
 from rld_lightning.losses.base import cross_entropy
 
 
@@ -125,6 +125,26 @@ def test_cross_entropy_of_nothing():
 def test_cross_entropy_wants_class_indices(dtype):
     with pytest.raises(ValueError, match=r"label must hold class indices \(integers\)"):
         cross_entropy(torch.randn(3, 2), torch.tensor([0, 1, 1], dtype=dtype))
+
+
+@pytest.mark.parametrize("loss", [rld_loss, RLDLoss(), CELoss()], ids=["function", "module", "ce"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, y: (s, y[:, None]), r"\(8, 1\); take label\.squeeze\(-1\)\."),
+        (lambda s, y: (s, y.double()), r"float64 \(8,\); take label\.long\(\)\."),
+        (lambda s, y: (s, s.softmax(1)), r"float32 \(8, 10\); of soft or one-hot labels take label\.argmax\(1\)\."),
+        (lambda s, y: (s.reshape(2, 4, 10), y.reshape(2, 4)), r"of \(B, L, C\) take logits\.transpose\(1, 2\)\."),
+        (lambda s, y: (s, y.tolist()), r"label must be a tensor, got a list; pass torch\.as_tensor\(label\)\."),
+        (lambda s, y: ((s,), y), r"student_logits must be a tensor, got a tuple; pass the logits of a model's output"),
+    ],
+    ids=["column", "float", "soft", "tokens", "list", "tuple"],
+)
+def test_what_does_not_fit_is_refused_with_the_way_out(loss, change, message):
+    student, label = change(torch.randn(8, 10), torch.arange(8))
+    teacher = student if isinstance(student, torch.Tensor) else student[0]
+    with pytest.raises(ValueError, match=message):
+        loss(student, teacher, label)
 
 
 @pytest.mark.parametrize("make", [Distance, lambda **base: CombinedLoss(a=Distance(), b=Distance(), **base)])

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,8 @@ from rld_lightning.shipped import called
 
 MOST_LINES = 4  # with more, all are grey but the best
 MOST_TICKS = 10
+LONGEST_TICK = 5  # characters
+WIDTH = 52  # characters of a legend below a panel
 
 
 def _options(command: argparse.ArgumentParser) -> None:
@@ -113,19 +116,25 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
             alpha=0.45 if plain else 1.0,
             linewidth=1 if plain else 1.8,
             zorder=2 if plain else 3,
-            label="_" if plain or not others else f"best: {name}" if many else name,
+            label="_" if plain or not others else _in_panel(f"best: {name}" if many else name, 1 if many else 2),
         )
     values = sorted({value for line in lines.values() for value in line[key]})
     if min(values) > 0 and (max(values) / min(values) >= 8 or all(math.frexp(value)[0] == 0.5 for value in values)):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
-    if len(values) <= MOST_TICKS:
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+    named = [f"{value:g}" for value in values]
+    if len(values) <= MOST_TICKS and max(map(len, named)) <= LONGEST_TICK:  # a grid's, and not those of a sampler
+        axes.set_xticks(values, named)
         axes.minorticks_off()
     axes.set(xlabel=short_key(key))
     axes.grid()
     if others:
         axes.legend(labelcolor=DARK_GREY, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if many else 2)
+
+
+def _in_panel(name: str, columns: int) -> str:
+    """A name of a line in a legend that is not wider than its panel."""
+    return textwrap.fill(name, WIDTH // columns, max_lines=3, placeholder=" ...", break_on_hyphens=False)
 
 
 def _setting(keys: list[str], values: object) -> str:

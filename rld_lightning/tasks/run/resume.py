@@ -125,11 +125,13 @@ def _refuse_other_length(path: Path, changed: Mapping[str, tuple[str, str]], sch
     if key is None or not (follows or any(map(_has_its_length, schedules))):
         return
     before, now = changed[key]
+    had, way_out = f"{key}={before}", f"Continue it with {key}={before}"
+    if " " in before:  # the recipe's, which nobody has to say
+        had, way_out = f"{before} {key}", f"Leave {key} out"
     raise ValueError(
-        f"{path} is of a run with {key}={before}, and this one has {key}={now}: its schedule ends with the run, and "
-        "for another length would have had other learning rates from the first step on. Continue it with "
-        f"{key}={before}; a run that may become longer has a schedule of steps (recipe=cifar240), or none "
-        "(recipe.scheduler=null)."
+        f"{path} is of a run with {had}, and this one has {key}={now}: its schedule ends with the run, and for another "
+        f"length would have had other learning rates from the first step on. {way_out}; a run that may become longer "
+        "has a schedule of steps (recipe=cifar240), or none (recipe.scheduler=null)."
     )
 
 

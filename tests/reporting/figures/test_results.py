@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,21 @@ def test_small_values_keep_their_digits(make_run, tmp_path):
     table = pd.read_csv(tmp_path / "sensitivity.csv")
     assert sorted(table["loss.beta"]) == [2e-5, 4e-5]
     assert set(table["mean"]) == {50.1235}
+
+
+def test_values_of_a_sampler_leave_ticks_and_legend_room(make_run, tmp_path, recwarn):
+    for number in range(6):
+        values = {"alpha": 0.7238517082858716 + number / 97, "beta": 8.98114977751205 - number / 7}
+        make_run("rld", loss=values | {"temperature": 4 + number}, top1=50 + number)
+    figure = draw_sensitivity(swept(read_frame([tmp_path / "runs"])[0]))
+    figure.canvas.draw()
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+    for axes in figure.axes:
+        panel = axes.get_window_extent()
+        assert axes.get_legend().get_window_extent().width < 1.2 * panel.width
+        shown = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        shown = sorted((box for box in shown if panel.x0 <= (box.x0 + box.x1) / 2 <= panel.x1), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in pairwise(shown))
 
 
 def test_many_settings_are_grey_but_the_best(make_run, tmp_path):

@@ -216,5 +216,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(tmp_path):
 def test_a_schedule_that_ends_with_the_run_is_why_it_cannot_be_longer(run, schedules, change):
     with pytest.raises(ValueError, match=r"its schedule ends with the run.*recipe=cifar240"):
         run([change], {"lr_schedulers": schedules})
+    with pytest.raises(ValueError, match=r"the recipe's trainer\.max_epochs, .* Leave trainer\.max_epochs out;"):
+        run(["trainer.max_epochs=5"], {"lr_schedulers": schedules})
     run([change], {"lr_schedulers": [{"milestones": {}}]})
     run(["trainer.max_time=00:00:00:09"], {"lr_schedulers": schedules})
