@@ -297,12 +297,23 @@ def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
         yield (json.dumps(row) + "\n").encode()
 
 
+def _common_folder(paths: Sequence[str]) -> str:
+    """What all of several paths begin with, up to a slash; nothing of a single one."""
+    shared = os.path.commonprefix(paths)
+    folder = shared[: shared.rfind(os.sep) + 1]
+    return "" if len(paths) < 2 or folder == os.sep else folder
+
+
 def _print(answers: Sequence[Answer], classifier: Classifier) -> None:
     read = [found for found in answers if not found.error]
     shown = read[:MOST_ROWS_SHOWN]
     width = max((len(found.found) for found in shown), default=0)
-    rows = [(found.image, *(f"{name} {100 * p:.1f} %" for name, p in found.found)) for found in shown]
+    folder = _common_folder([found.image for found in shown])
+    rows = [
+        (found.image.removeprefix(folder), *(f"{name} {100 * p:.1f} %" for name, p in found.found)) for found in shown
+    ]
     title = f"{classifier.name} on {len(read):,} images" + (
         f", the first {len(shown)}" if len(read) > len(shown) else ""
     )
+    title += f", in {folder}" if folder else ""
     print_table(title, ("image", *(f"{rank}." for rank in range(1, width + 1))), rows)

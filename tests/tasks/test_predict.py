@@ -71,6 +71,10 @@ def test_broken_images_are_named_and_the_others_answered(place, tmp_path, capsys
     _, text = ask(place, tmp_path, f"images={tmp_path}", "format=table", "top=1")
     assert text.splitlines()[2].startswith(f"{tmp_path}/broken.jpg,,,")
     assert "1." in capsys.readouterr().out
+    ask(place, tmp_path, "top=1", "format=table")
+    said = capsys.readouterr().out  # what all files begin with stands above them, and not in each line
+    assert f"images, the first 40, in {place[0]}/digits/" in said.replace("\n", " ")
+    assert "│ 000.png │" in said
     with pytest.raises(UserError, match="none of the 1 images"):
         ask(place, tmp_path, f"images={tmp_path / 'broken.jpg'}")
 
