@@ -160,7 +160,7 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
             model = program
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}{f' ({weights.account})' if weights.account else ''}")
-        own_look = _own_look(weights, data, name)
+        own_look = _own_look(weights, data, cfg.data, name)
         trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
     test_with(trainer, module, data, cfg.split)
@@ -235,7 +235,7 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
         )
 
 
-def _own_look(weights: Weights, data: ImageDataModule, name: str) -> Relook | None:
+def _own_look(weights: Weights, data: ImageDataModule, settings: DictConfig, name: str) -> Relook | None:
     """What takes the data's images to the look that a model was trained with, as its file says; tells of both."""
     facts, given = facts_of(weights), Look(tuple(data.mean), tuple(data.std))
     if (own := trained_look(facts)) is None and (published := published_look(name)) not in (None, given):
@@ -244,11 +244,12 @@ def _own_look(weights: Weights, data: ImageDataModule, name: str) -> Relook | No
             f"{weights.source} does not say what images were normalised with, and {name} is published for {published}; "
             f"it is measured with {given}",
         )
-    trained, found = facts.image_shape, data.image_shape
+    trained, found, sized = facts.image_shape, data.image_shape, "image_size" in settings
     if trained is not None and trained != found:
         print_line(
             "caution",
-            f"{weights.source} was trained with image_shape {list(trained)}, and is measured with {list(found)}",
+            f"{weights.source} was trained with image_shape {list(trained)}, and is measured with {list(found)}"
+            + f"; data.image_size={trained[1]} measures it as it was trained" * (sized and trained[1] == trained[2]),
         )
     own_look = relook(given, own)
     if own_look is not None:

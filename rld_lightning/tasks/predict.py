@@ -299,7 +299,7 @@ def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
 
 def _common_folder(paths: Sequence[str]) -> str:
     """What all of several paths begin with, up to a slash; nothing of a single one."""
-    shared = os.path.commonprefix(paths)
+    shared = os.path.commonprefix(paths)  # noqa: RUF071 -- as they are written, and cut at a slash
     folder = shared[: shared.rfind(os.sep) + 1]
     return "" if len(paths) < 2 or folder == os.sep else folder
 

@@ -148,7 +148,8 @@ def test_a_model_sees_images_as_it_was_trained_to(measure, capsys):
     assert "its own mean [0.5, 0.4, 0.3] and std [0.25, 0.5, 1.0], as its file says" in output
     assert "caution" not in output
     measure(facts={"image_shape": [3, 32, 32]})
-    assert "was trained with image_shape [3, 32, 32], and is measured with [3, 8, 8]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "was trained with image_shape [3, 32, 32], and is measured with [3, 8, 8]; data.image_size=32 " in said
 
 
 def test_what_a_library_wants_is_said_where_the_file_says_nothing(measure, capsys):
