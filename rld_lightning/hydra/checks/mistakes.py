@@ -193,10 +193,8 @@ def _culprits(error: Exception, lines: Sequence[str]) -> list[str]:
 def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], command: Command) -> Iterator[str]:
     """Sentences for what Hydra, or the configuration, says of some overrides."""
     text, cause = str(error), str(error.__cause__ or "")
-    if option := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        where = "" if bad else " (named in a file, not on the command line)"
-        yield f"{option[1]}={option[2]}{where} is no option{_choose(option[2], choices)}"
+    if sentence := missing_option(error, "" if bad else " (named in a file, not on the command line)"):
+        yield sentence
     elif "Config group override must be" in text:
         yield from (_no_option(line) for line in bad)
     elif "already at" in text or "Multiple values for" in text:
@@ -208,6 +206,20 @@ def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], comma
     elif "Could not override" in text:
         known = _known([line for line in lines if line not in bad], command)
         yield from (unknown_key(line.lstrip("+~").partition("=")[0], known)[0] for line in bad)
+
+
+def missing_option(error: Exception, where: str = "") -> str:
+    """What to say where Hydra does not find an option; nothing where the error is another.
+
+    Args:
+        error: Hydra's.
+        where: it is named, if not on the command line.
+    """
+    option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    if option is None:
+        return ""
+    choices = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)
+    return f"{option[1]}={option[2]}{where} is no option{_choose(option[2], choices)}"
 
 
 def _choose(name: str, choices: Sequence[str]) -> str:

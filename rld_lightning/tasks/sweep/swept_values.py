@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.errors import UserError, first_line
-from rld_lightning.hydra.checks.mistakes import check, with_value
+from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.files import STUDENT, SWEEP, TEACHER, write_yaml
@@ -77,7 +77,7 @@ def check_swept(config: DictConfig, *, listed: bool) -> None:
         try:
             cfg = loader.load_sweep_config(config, lines)
         except HydraException as error:
-            raise UserError(f"{first_line(error)} (--help lists the options)") from error
+            raise UserError(missing_option(error) or f"{first_line(error)} (--help lists the options)") from error
         check(cfg)
         check_trial(cfg)
         if not trial:
@@ -108,7 +108,7 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
             )
             raise UserError(
                 f"{folder} holds a sweep of another command: they differ in {', '.join(differing)}. Continue it with "
-                f"its own{values}, or choose another hydra.sweep.dir."
+                f"its own{values}, or choose another folder (hydra.sweep.dir=, for compare.py folder=)."
             )
     write_yaml(record, sorted(current))
 
