@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from rld_lightning.runs.files import HYDRA, LOCK, LOG, SPLIT
+from rld_lightning.runs.files import HYDRA, LOCK, SPLIT
 
-# What there is of a run before its training begins. Whatever else lies there tells of work that was done.
-_OF_PREPARATION = (HYDRA, LOCK, LOG, SPLIT)
+# What there is of a job, beside its log, before its work begins. Whatever else lies there tells of work that was done.
+_OF_PREPARATION = (HYDRA, LOCK, SPLIT)
 
 _made: list[Path] = []  # the folders that this process's job has Hydra make, the innermost first
 
@@ -25,7 +25,7 @@ def clear_mistake() -> None:
     if not _made or not (folder := _made[0]).is_dir():
         return
     there = list(folder.iterdir())
-    if any(path.name not in _OF_PREPARATION or path.is_symlink() for path in there):
+    if any((path.name not in _OF_PREPARATION and path.suffix != ".log") or path.is_symlink() for path in there):
         return
     for path in there:
         if path.is_dir():

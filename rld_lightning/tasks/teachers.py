@@ -151,7 +151,7 @@ def verify_teachers(store: TeacherStore, names: Sequence[str], overrides: Sequen
             if "data" not in given:
                 own.append(f"data={teacher.dataset}")
             top1 = evaluate(checked([*own, *with_quotes(overrides)], "eval"), classes_shown=0).top1
-            difference = None if teacher.expected is None else top1 - teacher.expected
+            difference = None if teacher.expected is None else round(top1 - teacher.expected, 4) + 0.0  # no -0
         verdict = "unusable" if teacher.refusal else _verdict(difference)
         if teacher.refusal or abs(difference or 0.0) > TOLERANCE:
             wrong.append(teacher.refusal or f"{teacher.path} is {verdict}")

@@ -7,7 +7,7 @@ from rld_lightning.hydra.cleared import clear_mistake, will_make
 
 def prepare(folder):
     (folder / ".hydra").mkdir(parents=True)
-    for name in (".hydra/config.yaml", ".lock", "fit.log", "split.csv"):
+    for name in (".hydra/config.yaml", ".lock", "fit.log", "eval.log", "split.csv"):
         (folder / name).touch()
 
 
