@@ -313,10 +313,18 @@ class ImageDataModule(LightningDataModule):
             batch_size: images in a batch.
         """
         order = torch.randperm(self.val_size, generator=torch.Generator().manual_seed(0))
-        return self._val_loader(EpochSampler(self.val_size, list(order.split(batch_size))))
+        return self._eval_loader(self.val_split, EpochSampler(self.val_size, list(order.split(batch_size))))
 
-    def _val_loader(self, sampler: EpochSampler) -> Iterable[Batch]:
-        """The validation images of a sampler."""
+    def val_dataloader(self) -> Iterable[Batch]:
+        """The held-out training images, the data set's own validation split, or else the test split."""
+        return self._eval_loader(self.val_split, self.eval_sampler(self.val_size))
+
+    def test_dataloader(self) -> Iterable[Batch]:
+        """The test split, each image exactly once over all processes."""
+        return self._eval_loader("test", self.eval_sampler(self.test_size))
+
+    def _eval_loader(self, split: str, sampler: EpochSampler) -> Iterable[Batch]:
+        """The images of a split that a sampler chooses, as they are."""
         raise NotImplementedError
 
     def train_sampler(self) -> EpochSampler:

@@ -250,17 +250,6 @@ class InMemoryDataModule(ImageDataModule):
         )
         return self._for_training(loader)
 
-    def val_dataloader(self) -> InMemoryLoader:
-        """The held-out training images, or the test split if none are held out."""
-        return self._val_loader(self.eval_sampler(self.val_size))
-
-    def test_dataloader(self) -> InMemoryLoader:
-        """The test split, each image exactly once over all processes."""
-        return self._eval_loader("test", self.eval_sampler(self.test_size))
-
-    def _val_loader(self, sampler: EpochSampler) -> InMemoryLoader:
-        return self._eval_loader(self.val_split, sampler)
-
     def _eval_loader(self, split: str, sampler: EpochSampler) -> InMemoryLoader:
         return InMemoryLoader(self.splits[split], sampler, self._normalize(self.splits[split].images.device))
 

@@ -162,16 +162,8 @@ class StreamingDataModule(ImageDataModule):
         """The augmented, shuffled training batches of this process."""
         return self._for_training(self._loader("train", self.train_sampler(), self.train_transform(), training=True))
 
-    def val_dataloader(self) -> StreamingLoader:
-        """The held-out training images, the data set's own validation split, or else the test split."""
-        return self._val_loader(self.eval_sampler(self.val_size))
-
-    def _val_loader(self, sampler: EpochSampler) -> StreamingLoader:
-        return self._loader(self.val_split, sampler, self.eval_transform())
-
-    def test_dataloader(self) -> StreamingLoader:
-        """The test split, each image exactly once over all processes."""
-        return self._loader("test", self.eval_sampler(self.test_size), self.eval_transform())
+    def _eval_loader(self, split: str, sampler: EpochSampler) -> StreamingLoader:
+        return self._loader(split, sampler, self.eval_transform())
 
     def _loader(
         self, split: str, sampler: EpochSampler, transform: v2.Transform, *, training: bool = False
