@@ -1,12 +1,11 @@
 """Where a report's reader can go on: to a run's folder, to its page in W&B, to the paper of a number."""
 
-import json
 import os
 import re
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from rld_lightning.runs.files import WANDB_RUN, check_file
+from rld_lightning.runs.files import WANDB_RUN, read_json
 
 
 def folder_link(folder: Path, page: Path) -> str:
@@ -28,10 +27,9 @@ def wandb_link(folder: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        check_file(path)
-        address = json.loads(path.read_text())["url"]
+        address = read_json(path)["url"]
         parts = urlsplit(address)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     # The folder may be anybody's: a link is to a page, and runs nothing.
     safe = parts.scheme in ("http", "https") and parts.netloc and not re.search(r"[\s<>()\"'\\]", address)

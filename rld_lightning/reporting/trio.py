@@ -1,13 +1,11 @@
 """Teacher, student alone and distilled student of a run: what was measured of them, and their table."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
-from rld_lightning.runs.files import NETWORKS, check_file, write_json
+from rld_lightning.runs.files import NETWORKS, read_json, write_json
 
 ROLES = ("teacher", "student alone", "distilled student")
 _LONGEST = 300  # characters of a name
@@ -80,11 +78,7 @@ def read_networks(run: Path) -> list[Network]:
     path = run / NETWORKS
     if not path.exists():
         return []
-    check_file(path)
-    try:
-        found: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}. Move it away.") from error
+    found = read_json(path)
     known = {field.name for field in fields(Network)}
     if not isinstance(found, list) or len(found) > len(ROLES) or not all(isinstance(one, dict) for one in found):
         raise ValueError(f"{path} is not a list of at most {len(ROLES)} networks. Move it away.")

@@ -91,6 +91,19 @@ def check_file(path: Path) -> None:
         )
 
 
+def read_json(path: Path) -> Any:
+    """What a run has written.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    check_file(path)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}. Move it away.") from error
+
+
 def read_yaml(path: Path) -> Any:
     """What a run has written, resolved: OmegaConf would take three times as long to read it.
 

@@ -1,6 +1,5 @@
 """Finished runs, read from their folders alone."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rld_lightning.runs.files import (
     SUMMARY,
     WANDB,
     check_file,
+    read_json,
     read_yaml,
 )
 from rld_lightning.runs.likeness import SEEDS, settings
@@ -76,11 +76,7 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware."""
-        check_file(self.folder / ENVIRONMENT)
-        try:
-            return json.loads((self.folder / ENVIRONMENT).read_text())
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{self.folder / ENVIRONMENT} is not JSON: {error}. Move it away.") from error
+        return read_json(self.folder / ENVIRONMENT)
 
     @cached_property
     def overrides(self) -> list[str]:

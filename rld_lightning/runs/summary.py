@@ -108,7 +108,7 @@ def read_summary(run: Path) -> Summary:
         if wrong := [name for name, kind in _KINDS.items() if not _is_value(kind, getattr(found, name))]:
             raise TypeError(f"{wrong[0]} is of another kind")
         return found
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
 
 

@@ -7,7 +7,6 @@ over what has both in common.
 
 import copy
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from rld_lightning.console import print_line
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import compose
 from rld_lightning.hydra.options import list_options
+from rld_lightning.runs import files
 from rld_lightning.tracking.server import has_key, server, trouble
 
 PROJECT = "rld-lightning"  # that of conf/logger/wandb.yaml
@@ -217,8 +217,7 @@ def write_json(dashboard: Dashboard, path: Path) -> None:
         "views": [plain(view._to_model()) for view in dashboard.views],
         "report": plain(dashboard.report._to_model()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    files.write_json(path, content)
 
 
 def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
