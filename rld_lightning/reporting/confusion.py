@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from rld_lightning.reporting.style import BLUE, SEQUENTIAL, FigureOfPanels, Panel
+from rld_lightning.reporting.labels import shortened
+from rld_lightning.reporting.style import BLUE, SEQUENTIAL, FigureOfPanels, Panel, ink_on
 from rld_lightning.reporting.tables import Section
 from rld_lightning.runs.files import CONFUSION
 from rld_lightning.runs.finished import Run
@@ -83,22 +84,14 @@ def _whole(matrix: pd.DataFrame, row: str) -> Panel:
         for y, line in enumerate(shares.to_numpy()):
             for x, value in enumerate(line):
                 if value >= 0.5:
-                    red, green, blue, _ = colours(value / 100)
-                    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
                     axes.text(
-                        x + 0.5,
-                        y + 0.5,
-                        f"{value:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="white" if dark else "black",
-                    )
+                        x + 0.5, y + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                        color=ink_on(colours(value / 100)),
+                    )  # fmt: skip
         ticks = [place + 0.5 for place in range(len(shares))]
-        axes.set_xticks(
-            ticks, [_short(name) for name in shares.columns], rotation=90 if max(map(len, shares.columns)) > 3 else 0
-        )
-        axes.set_yticks(ticks, [_short(name) for name in shares.index])
+        names = [shortened(name, _LONGEST_NAME) for name in shares]
+        axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
+        axes.set_yticks(ticks, names)
         axes.set(xlabel="predicted", ylabel="class")
         axes.invert_yaxis()
         axes.tick_params(length=0)
@@ -112,7 +105,7 @@ def _whole(matrix: pd.DataFrame, row: str) -> Panel:
 def _bars(errors: pd.Series, row: str) -> Panel:
     def draw(axes: Axes) -> None:
         shown = errors[::-1]
-        names = [f"{_short(a)} taken for {_short(b)}" for a, b in shown.index]
+        names = [" taken for ".join(shortened(name, _LONGEST_NAME) for name in pair) for pair in shown.index]
         bars = axes.barh(range(len(shown)), shown.to_numpy(), color=BLUE, height=0.6)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.set_yticks(range(len(shown)), names)
@@ -121,7 +114,3 @@ def _bars(errors: pd.Series, row: str) -> Panel:
 
     worst = ", ".join(f"{a} taken for {b} {share:.1f} %" for (a, b), share in errors[:3].items())
     return Panel("", f"Most frequent confusions of {row}: {worst}.", draw, (5.6, 1.0 + 0.27 * len(errors)))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

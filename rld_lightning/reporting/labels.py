@@ -70,6 +70,11 @@ def short_value(value: object) -> str:
     return value if len(value) <= 40 else f"{value[:37]}..."
 
 
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def mean_and_std(mean: float, std: float | None) -> str:
     """``60.12 ± 0.34``, or the mean alone."""
     return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None and not isnan(std) else "")

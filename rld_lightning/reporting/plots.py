@@ -26,6 +26,7 @@ from rld_lightning.reporting.style import (
     SEQUENTIAL,
     FigureOfPanels,
     Panel,
+    ink_on,
     whole_epochs,
 )
 from rld_lightning.reporting.sweeps import HeatMap, Sweep
@@ -204,10 +205,9 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureO
             if np.isnan(value):
                 axes.text(column + 0.5, row + 0.5, "-", ha="center", va="center", color=GREY)
                 continue
-            red, green, blue, _ = colours((value - low) / max(high - low, 1e-6))
-            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5  # luminance, as the eye weighs the channels
             axes.text(
-                column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black",
+                column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center",
+                color=ink_on(colours((value - low) / max(high - low, 1e-6))),
                 fontsize=10 if cells.shape[1] < 8 else 8, weight="bold" if value == high else "normal",
             )  # fmt: skip
             if value == high:

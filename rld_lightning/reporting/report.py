@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,8 +274,8 @@ def _in_markdown(value: object) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value)).replace("](", "] (")
 
 
-def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
-    html = template.endswith(".html.j2")
+@cache
+def _environment(*, html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rld_lightning.reporting", "."),
         autoescape=html,
@@ -299,5 +300,10 @@ def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
         "ours": _Ours,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
+    return environment
+
+
+def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
+    environment = _environment(html=template.endswith(".html.j2"))
     path.write_text(environment.get_template(template).render(**context), encoding="utf-8")
     return path

@@ -120,6 +120,12 @@ def _svg(figure: Figure) -> str:
     return text
 
 
+def ink_on(colour: Sequence[float]) -> str:
+    """The colour of a text that can be read on another colour, given its red, green and blue in [0, 1]."""
+    red, green, blue = colour[:3]
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5 else "black"  # as the eye weighs them
+
+
 @dataclass(frozen=True)
 class Panel:
     """One small figure of a report, not too wide for a phone.

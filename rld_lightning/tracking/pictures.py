@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("pictures need matplotlib: pip install 'rld-lightning[report]'.") from error
 
+from rld_lightning.reporting.labels import shortened
 from rld_lightning.reporting.style import GREY, STUDENT, TEACHER, TRUE_CLASS, styled
 
 CLASSES_SHOWN = 6
@@ -51,15 +52,11 @@ def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Im
                 color="white" if inside else "black",
             )
         axes.set(title=name, xlim=(0, 1), xticks=())
-        axes.set_yticks(range(len(shown)), [_shortened(class_names[k]) for k in shown])
+        axes.set_yticks(range(len(shown)), [shortened(class_names[k], LONGEST_NAME) for k in shown])
     panels[0].invert_yaxis()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     return Image.open(buffer).convert("RGB")
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def enlarged(pixels: Tensor) -> Image.Image:
