@@ -1,7 +1,6 @@
 """The W&B dashboard: it names what runs log, is the same every time, and is updated, not doubled."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,34 +19,20 @@ from wandb_workspaces.workspaces import internal as view_models
 
 from rld_lightning.errors import UserError
 from rld_lightning.losses import DKDLoss, KDLoss
-from rld_lightning.models import create_model
-from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.likeness import flat
 from rld_lightning.tracking.dashboard import build_dashboard, label_of, save_dashboard, write_json
 from rld_lightning.tracking.panels import comparison_parts, tuning_part
 
 ROOT = Path(__file__).parents[2]
-from helpers.wandb_stub import Handler, read_run, serving, values  # noqa: E402
+from helpers.wandb_stub import Handler, serving, values  # noqa: E402
 
-PAIR = "resnet14_to_resnet8"
+PAIR = "wrn16_1_to_wrn16_1"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(finished):
     """What a run of RLD leaves in W&B: keys of history and summary, configuration, group and job type."""
-    folder = tmp_path_factory.mktemp("run")
-    teacher = folder / "teacher.safetensors"
-    save_weights(create_model("resnet14", 10), teacher, {"name": "resnet14", "dataset": "digits", "num_classes": 10})
-    overrides = [
-        "data=digits", "data.subset=0.1", "recipe=quick", "recipe.epochs=1", "trainer=cpu", "trainer.precision=32-true",
-        "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", f"model.teacher.weights={teacher}",
-        "loss=rld", "logger=wandb", "callbacks.progress=null", "print_config=false",
-    ]  # fmt: skip
-    paths = [f"paths.run={folder / 'run'}", f"paths.teachers={folder}", f"paths.runs={folder}"]
-    # A process of its own, as W&B wants it: what other tests have done with wandb stays theirs.
-    command = [sys.executable, ROOT / "scripts" / "fit.py", *overrides, *paths]
-    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "offline"}, stdout=subprocess.DEVNULL)
-    records = read_run(folder / "run")
+    _, _, records = finished
     return {
         "history": {key for record in records for key in values(record.history.item)},
         "summary": {key for record in records for key in flat(values(record.summary.update))},
@@ -123,7 +108,7 @@ def test_filters_and_groups_are_what_a_run_calls_itself(content, run):
     filters = [{f["key"]["name"]: (f["op"], f["value"]) for f in s["filters"]["filters"]} for s in run_sets(content)]
     assert {(f["model.value.label"], f["dataset.value"]) for f in filters} == {(("=", PAIR), ("=", "digits"))}
     assert (run["config"]["model"]["label"], run["config"]["dataset"]) == (PAIR, "digits")
-    assert run["run"].run_group == f"digits-{PAIR}-quick"
+    assert run["run"].run_group == f"digits-{PAIR}-recipe"
     assert {f["data.value.val_fraction"] for f in filters} == {("=", 0), ("!=", 0)}
     assert run["config"]["data"]["val_fraction"] == 0
     (target,) = {f["loss.value._target_"][1] for f in filters if "loss.value._target_" in f}

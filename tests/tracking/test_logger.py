@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
-from helpers.configs import compose
 from helpers.wandb_stub import read_file, read_run, serving, values
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
@@ -21,60 +20,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from rld_lightning.console import console
 from rld_lightning.models.weights.read import read_weights
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.tasks.fit import fit
 from rld_lightning.tracking import WandbLogger
 from rld_lightning.tracking.logger import STEP, tracked, wandb_facts
 from rld_lightning.tracking.results import log_models
 from rld_lightning.tracking.start import within_limits
 
-PAIR = (
-    "data=digits",
-    "model=pair",
-    "model.teacher.name=wrn16_1",
-    "model.student.name=wrn16_1",
-    "recipe=quick",
-    "trainer=cpu",
-    "+trainer.limit_train_batches=3",
-    "loss=rld",
-    "logger=wandb",
-)
-
-
 GROUP = "digits-wrn16_1_to_wrn16_1-recipe"  # which Hydra knows better
 SECRETS = ("AKIAHIDDEN", "hunter2hunter2", "urlpass77")
-STORE = [
-    "+store.storage_options={key:AKIAHIDDEN,secret:hunter2hunter2}",
-    "+store.url='https://me:urlpass77@host/x'",
-]
-
-
-def train(folder, *overrides):
-    """A short run through the task itself; returns what it printed."""
-    import wandb
-
-    cfg = compose("method=rld", *PAIR, *overrides, resolve=False)
-    cfg.paths.run, cfg.paths.teachers, cfg.print_config = str(folder), str(folder.parent / "teachers"), False
-    try:
-        with console.capture() as printed:
-            fit(cfg)
-    finally:
-        wandb.teardown()  # as at the end of a process: the file is complete only then
-    return printed.get()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An offline run with a teacher of its own, offline because the server takes the connection and never answers."""
-    folder = tmp_path_factory.mktemp("wandb") / "run"
-    with pytest.MonkeyPatch.context() as patch, serving("late") as stub:
-        patch.delenv("WANDB_MODE", raising=False)
-        patch.setenv("no_proxy", "127.0.0.1")
-        patch.setenv("WANDB_BASE_URL", stub.address)
-        patch.setenv("WANDB_API_KEY", "x" * 40)
-        patch.setattr(sys, "argv", ["fit.py", *STORE])
-        options = ["recipe.epochs=2", "logger.wandb.answer_timeout=0.2", *STORE]
-        printed = train(folder, "model.teacher.weights=fit", *options)
-    return folder, printed, read_run(folder)
 
 
 def test_a_server_that_hangs_makes_the_run_an_offline_one_and_says_how_to_upload_it(finished):
@@ -191,9 +143,9 @@ def test_tables(finished):
     share = 100 * right.reindex(classes["class"].astype(str)).fillna(0).to_numpy() / classes["images"]
     assert share.tolist() == pytest.approx(classes["accuracy"].tolist(), abs=1e-4)
     examples = table("examples")
-    assert len(examples) == 16
+    assert len(examples) == 4
     assert list(examples)[:3] == ["image", "label", "distributions"]
-    assert not examples["teacher right"][:8].any()  # a teacher of six steps is wrong often enough
+    assert not examples["teacher right"][:2].any()  # a teacher of six steps is wrong often enough
     assert {"refined top classes", "student prediction", "teacher p(label)"} <= set(examples)
 
 
@@ -209,7 +161,7 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
     assert not student.use_after_commit
     assert teacher.use_after_commit
     paths = [Path(entry.local_path) for a in artifacts.values() for entry in a.manifest.contents if not entry.ref]
-    assert len(paths) > 20
+    assert len(paths) > 10
     assert all(path.is_file() and path.is_relative_to(folder) for path in paths)  # a copy of the folder has them all
     # The same content is the same version: the one that the teacher's own run has left.
     own = {r.artifact.name: r.artifact for r in read_run(folder / "teacher") if r.HasField("artifact")}
@@ -217,7 +169,7 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
     assert teacher.manifest.contents[0].ref.startswith("file://")
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, monkeypatch, tmp_path):
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, train, monkeypatch, tmp_path):
     folder, _, records = finished
     monkeypatch.setenv("WANDB_MODE", "offline")
     weights = f"model.teacher.weights={folder / 'teacher' / 'student.safetensors'}"  # of a few batches, so not stored
