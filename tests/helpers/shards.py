@@ -51,6 +51,6 @@ def serve(folder):
     """Serve a folder; gives its address and the names of the files that have been asked for."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
         server.asked = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", server.asked
         server.shutdown()

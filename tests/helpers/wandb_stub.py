@@ -75,7 +75,7 @@ def serving(behaviour: str, after: dict[str, str] | None = None) -> Iterator[Ser
     server = Server(("127.0.0.1", 0), Handler)
     server.behaviour, server.after, server.closing = behaviour, after or {}, threading.Event()
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
     finally:

@@ -47,8 +47,8 @@ def test_what_is_packed_is_unpacked():
 @pytest.mark.parametrize(
     ("changes", "counts", "words"),
     [
-        ({"offset": npy(np.zeros(10**7, np.int64))}, COUNTS, "hold 5 images and 10,000,000 are listed"),
-        ({"offset": npy(np.zeros(10**7, np.int64))}, {"train": 10**12, "test": 0}, "10,000,000 are listed"),
+        ({"offset": npy(np.zeros(10**6, np.int64))}, COUNTS, "hold 5 images and 1,000,000 are listed"),
+        ({"offset": npy(np.zeros(10**6, np.int64))}, {"train": 10**12, "test": 0}, "1,000,000 are listed"),
         ({"size": npy(np.zeros(5, np.int64), b"(10**12,)")}, COUNTS, "rld|malformed|header|shape"),
         ({"size": npy(np.zeros(5, np.int64))[:-8]}, COUNTS, "breaks off after 32 of 40 bytes"),
         ({"size": npy(np.zeros((5, 10**6), np.int8))}, COUNTS, "is no row of values"),
