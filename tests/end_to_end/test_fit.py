@@ -24,11 +24,11 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn16_2", "model.student.name=wrn16_1", "recipe=quick")
 
 
-def run(script, *arguments, folder, check=True):
+def run(script, *arguments, folder):
     paths = (f"paths.runs={folder / 'runs'}", f"paths.teachers={folder / 'teachers'}", "trainer=cpu")
     command = [sys.executable, SCRIPTS / script, *arguments, *paths]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
@@ -140,12 +140,25 @@ def test_the_same_command_gives_the_same_student_bit_for_bit(finished):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_a_finished_run_is_not_overwritten(finished):
+def mistake(monkeypatch, capsys, *overrides):
+    """What the job prints where it ends in a sentence, before anything is trained."""
+    from rld_lightning.hydra.script import run_task
+    from rld_lightning.tasks.fit import fit
+
+    monkeypatch.setattr(sys, "argv", ["fit.py", *PAIR, *overrides, "print_config=false", "trainer=cpu"])
+    with pytest.raises(SystemExit) as stop:
+        run_task(lambda cfg: fit(cfg).top1, "fit")
+    output = capsys.readouterr().out
+    assert stop.value.code == 2
+    assert "Traceback" not in output
+    return output
+
+
+def test_a_finished_run_is_not_overwritten(finished, monkeypatch, capsys):
     folder, _ = finished
     before = (folder / "run" / "summary.json").read_text()
-    result = run("fit.py", *PAIR, f"hydra.run.dir={folder / 'run'}", folder=folder, check=False)
-    assert result.returncode == 2
-    assert "holds a run already" in result.stdout
+    places = f"hydra.run.dir={folder / 'run'}", f"paths.teachers={folder / 'teachers'}"
+    assert "holds a run already" in mistake(monkeypatch, capsys, *places)
     assert (folder / "run" / "summary.json").read_text() == before
 
 
@@ -179,17 +192,8 @@ def test_a_finished_run_is_not_overwritten(finished):
     ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, capsys, overrides, sentence):
-    from rld_lightning.hydra.script import run_task
-    from rld_lightning.tasks.fit import fit
-
-    arguments = ("fit.py", *PAIR, *overrides, "print_config=false", "trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}")
-    monkeypatch.setattr(sys, "argv", [*arguments, f"paths.teachers={tmp_path}"])
-    with pytest.raises(SystemExit) as stop:
-        run_task(lambda cfg: fit(cfg).top1, "fit")
-    output = capsys.readouterr().out
-    assert stop.value.code == 2
-    assert sentence in output
-    assert "Traceback" not in output
+    places = f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}"
+    assert sentence in mistake(monkeypatch, capsys, *overrides, *places)
     assert not (tmp_path / "run").exists()  # where nothing was done nothing is left
 
 
