@@ -1,7 +1,8 @@
 """Runs the networks of a finished run on the images that the run was validated on."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +10,18 @@ from torch import Tensor, nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.normalisation import Look, published_look, relook, trained_look
+from rld_lightning.models.normalisation import Look, relook, trained_look
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
-from rld_lightning.models.weights.read import split_part
-from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.models.weights.verify import check_fits
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.rebuild import build_data
+from rld_lightning.tasks.run.own_look import load_in_order
+from rld_lightning.tasks.run.plan import Teacher
+from rld_lightning.tasks.teacher.recorded import teacher_of
+from rld_lightning.tasks.teacher.weights import build_teacher
 
 
 class LogitReader:
@@ -38,14 +42,17 @@ class LogitReader:
     def read(self, run: Run) -> RunLogits:
         """Computes the logits of a run's student and teacher on what it was validated on.
 
+        Each sees images as in training: in its size, under its normalisation, with the classes in the data's order.
+
         Raises:
             FileNotFoundError: weights or data are not where they were.
             ValueError: the run has no teacher, or weights do not fit.
         """
-        data = self.data(run)
-        teacher, name = self._teacher_of(run)
-        student_logits, label, index = self._of(data, run.folder / STUDENT, run.summary.model)
-        teacher_logits, _, _ = self._of(data, teacher, name)
+        data, teacher = self.data(run), self._teacher_of(run)
+        file = run.folder / STUDENT
+        student_logits, label, index = self._of(data, str(file), lambda: _student(file, run.summary.model, data))
+        key = f"{teacher.weights} {teacher.name} {teacher.look} {teacher.image_size} {teacher.class_map}"
+        teacher_logits, _, _ = self._of(data, key, lambda: _frozen(teacher, data))
         return RunLogits(student_logits, teacher_logits, label, index, list(data.class_names))
 
     def data(self, run: Run) -> ImageDataModule:
@@ -74,51 +81,52 @@ class LogitReader:
                 return (image * std + mean).clamp(0, 1).permute(1, 2, 0)
         raise ValueError(f"there is no validation image {index} in {data.name}; choose 0 to {data.val_size - 1}.")
 
-    def _teacher_of(self, run: Run) -> tuple[str | Path, str | None]:
-        """Its weights, and its name where the run's configuration is about them."""
-        settings: dict[str, Any] | None = run.config["model"]["teacher"]
-        if self.teacher is not None:
-            return self.teacher, settings["name"] if settings else None
-        if run.summary.teacher is None or settings is None:
-            raise ValueError(
-                f"{run.folder} was trained without a teacher; choose a distilled run, or add --teacher FILE."
-            )
-        if not isinstance(settings["weights"], str):
-            raise ValueError(f"{run.folder} had several teachers; choose one with --teacher FILE.")
-        return settings["weights"], settings["name"]
+    def _teacher_of(self, run: Run) -> Teacher:
+        """What it is, and where its weights are; a file that was given knows best which network it is of."""
+        if self.teacher is None:
+            if run.summary.teacher is None:
+                raise ValueError(
+                    f"{run.folder} was trained without a teacher; choose a distilled run, or add --teacher FILE."
+                )
+            return teacher_of(run, option="--teacher ")
+        known = facts_of(find_weights(self.teacher)).name
+        if run.config["model"].get("teacher"):
+            planned = teacher_of(run, str(self.teacher), option="--teacher ")
+            return replace(planned, name=known or planned.name)
+        if known is None:
+            raise ValueError(f"{self.teacher} does not say which model it is of; give weights of this package.")
+        return Teacher(known, str(self.teacher), "", None, {"fuse": False, "dtype": None})
 
-    def _of(self, data: ImageDataModule, weights: str | Path, name: str | None) -> tuple[Tensor, Tensor, Tensor]:
-        key = (str(weights), id(data))
+    def _of(self, data: ImageDataModule, what: str, make: Callable[[], nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
+        """What a network says of all validation images, computed once; ``make`` gives it, on the CPU."""
+        key = (what, id(data))
         if key not in self._logits:
-            model, own = _load(weights, name, data.num_classes)
-            model = model.to(self.device).eval()
-            other = relook(Look(tuple(data.mean), tuple(data.std)), own)
-            look = nn.Identity() if other is None else other.to(self.device)
-            print_line("logits", f"{weights} on the {data.val_size:,} validation images of {data.name}")
+            network = make().to(self.device).eval()
+            print_line("logits", f"{what.split()[0]} on the {data.val_size:,} validation images of {data.name}")
             logits, label, index = [], [], []
             with torch.inference_mode():
                 for batch in data.val_dataloader():
-                    logits.append(model(look(batch.images.to(self.device))).float().cpu())
+                    said = network(batch.images.to(self.device))
+                    logits.append((said[0] if isinstance(said, tuple) else said).float().cpu())
                     label.append(batch.label.cpu())
                     index.append(batch.index.cpu())
             self._logits[key] = torch.cat(logits), torch.cat(label), torch.cat(index)
         return self._logits[key]
 
 
-def _load(path: str | Path, name: str | None, num_classes: int) -> tuple[nn.Module, Look | None]:
-    """A network with its weights, by the name that the file knows, else by ``name``; and the look that it wants."""
-    if path == "pretrained" and name is not None:
-        return create_model(name, num_classes, pretrained=True), published_look(name)
-    if not split_part(path)[0].is_file():
-        raise FileNotFoundError(
-            f"there are no weights at {path}; run from the folder that the run was started in, or give the teacher's "
-            "with --teacher FILE."
-        )
-    weights = find_weights(path)
-    name = weights.metadata.get("name") or weights.metadata.get("student") or name
-    if name is None:
-        raise ValueError(f"{path} does not say which model it is of; give weights that this package has written.")
-    check_fits(name, num_classes, weights)
-    model = create_model(name, num_classes)
-    load_weights(model, weights, name=name)
-    return model, trained_look(facts_of(weights))
+def _student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
+    """A student with its weights, by the name that the file knows, else by ``name``, for the images of the data."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there are no weights at {file}; the run has to have left its student.")
+    weights = find_weights(file)
+    facts = facts_of(weights)
+    name = facts.name or name
+    check_fits(name, data.num_classes, weights)
+    network = create_model(name, data.num_classes)
+    load_in_order(network, name, str(file), data, "student")
+    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts))
+    return network if look is None else nn.Sequential(look, network)
+
+
+def _frozen(teacher: Teacher, data: ImageDataModule) -> nn.Module:
+    return build_teacher(teacher, data, Look(tuple(data.mean), tuple(data.std)))[0]

@@ -23,15 +23,15 @@ from rld_lightning.data.decode import BadImageError, decode_image, read_header
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.models.imported import trust
-from rld_lightning.models.normalisation import Look, look_of
+from rld_lightning.models.normalisation import Look
 from rld_lightning.models.student import load_student
-from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
-from rld_lightning.models.weights.read import RUN_WEIGHTS, split_part
+from rld_lightning.models.weights.read import RUN_WEIGHTS
 from rld_lightning.reporting.figures.explain_page import explain_in_words
 from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.tasks.demo.web_server import serve
-from rld_lightning.tasks.run.plan import Teacher, freeze
+from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.teacher.recorded import teacher_of
 from rld_lightning.tasks.teacher.weights import build_teacher
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -187,47 +187,6 @@ def demo(cfg: DictConfig) -> None:
         networks = Demo(run, cfg.teacher, device, cfg.name)
     print_line("student", f"{networks.names['student']}, {len(networks.student.classes)} classes, of {run.folder}")
     serve(networks.facts(), networks.ask, cfg.port)
-
-
-def teacher_of(run: Run, file: str | None = None) -> Teacher:
-    """The teacher of a finished run, as its configuration describes it, which is a stranger's perhaps.
-
-    Args:
-        run: a finished run.
-        file: its weights, if not where they lay when the run was trained.
-
-    Raises:
-        FileNotFoundError: its file is not there.
-        ValueError: there is none, or it is not one file of weights of a network of this package or its libraries.
-    """
-    settings = run.config["model"].get("teacher")
-    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
-        raise ValueError(f"{run.folder} was trained without a teacher; choose a distilled run.")
-    name, weights = settings["name"], settings.get("weights") if file is None else file
-    if not isinstance(weights, str) or name in FOREIGN:
-        kind = f"is a program ({name})" if name in FOREIGN else "is made of several"
-        raise ValueError(
-            f"the teacher of {run.folder} {kind}, which the page does not run; choose a run with a teacher of one file "
-            "of weights, or add teacher=FILE."
-        )
-    if weights != "pretrained" and not split_part(weights)[0].is_file():
-        raise FileNotFoundError(
-            f"the teacher's weights are not at {weights}; run from where the run was started, or add teacher=FILE."
-        )
-    size, classes = settings.get("image_size"), settings.get("class_map")
-    if classes is not None and not isinstance(classes, dict):
-        raise ValueError(f"the teacher of {run.folder} has its classes in another file, {classes}, which is not read.")
-    if not (size in (None, "auto") or (type(size) is int and 0 < size <= 4096)):
-        raise ValueError(f"{run.folder} says model.teacher.image_size={size!r}, which no run has.")
-    return Teacher(
-        name,
-        weights,
-        "",
-        look_of(settings.get("mean"), settings.get("std"), "model.teacher"),
-        {"fuse": False, "dtype": None},
-        class_map=classes,
-        image_size=size,
-    )
 
 
 def shown_rows(sample: Refinement) -> list[int]:

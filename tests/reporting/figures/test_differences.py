@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from rld_lightning.models import create_model
 from rld_lightning.models.weights.read import read_weights
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.figures.differences import (
     DifferenceMap,
     difference_maps,
@@ -132,9 +135,27 @@ def test_a_published_checkpoint_can_be_the_teacher(make_run, save_networks, tmp_
     torch.testing.assert_close(moved.teacher, LogitReader().read(run).teacher)
 
 
+def test_a_teacher_sees_images_and_classes_as_in_training(make_run, save_networks, tmp_path):
+    run, file = make_run("rld"), tmp_path / "resnet14.safetensors"
+    save_networks(run)
+    network = create_model("resnet14", 10)
+    network.load_state_dict(read_weights(file).state_dict)
+    names = list("9876543210")
+    facts = {"name": "resnet14", "num_classes": 10, "class_names": names, "image_shape": [3, 16, 16]}
+    save_weights(network, file, facts)  # its own order and size
+    run.config["model"]["teacher"] |= {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": "auto"}
+    reader = LogitReader()
+    found = reader.read(run)
+    pixels = reader.data(run).splits["test"].images[:8].permute(0, 3, 1, 2) / 255
+    images = F.interpolate((pixels - 0.5) / 0.25, (16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = network.eval()(images).flip(1)
+    torch.testing.assert_close(found.teacher[:8], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_missing_weights_are_named(make_run):
     run = make_run("rld")
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*student.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"weights are not at .*resnet14\.safetensors"):
         LogitReader().read(run)
     with pytest.raises(ValueError, match="trained without a teacher"):
         LogitReader().read(make_run("ce"))

@@ -27,8 +27,9 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.finished import read_run
 from rld_lightning.tasks.demo import answers as demo_task
 from rld_lightning.tasks.demo import web_server as demo_server
-from rld_lightning.tasks.demo.answers import Demo, shown_rows, teacher_of
+from rld_lightning.tasks.demo.answers import Demo, shown_rows
 from rld_lightning.tasks.demo.web_server import HEADERS, MOST_BYTES, TYPES, DemoServer, serve
+from rld_lightning.tasks.teacher.recorded import teacher_of
 
 
 def set_teacher(folder, **values):
