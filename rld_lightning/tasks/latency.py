@@ -12,6 +12,7 @@ from rld_lightning.atomic_files import write_whole
 from rld_lightning.bench.latency import Contender, Measured, measure_alone
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.errors import user_errors
+from rld_lightning.models.classes import number_of_classes
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
@@ -24,6 +25,7 @@ from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.tasks.export import RESULTS
 from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.teacher.recorded import size_seen, teacher_of
 
 COST = "cost.json"
 
@@ -37,7 +39,7 @@ class Network:
         name: for :func:`~rld_lightning.models.create_model`.
         weights: its file, or ``"pretrained"``.
         num_classes: C.
-        image_shape: channels, height and width.
+        image_shape: channels, height and width of what it saw in its run.
         top1: accuracy in percent, as the run has measured it; None where it has not.
     """
 
@@ -110,6 +112,7 @@ def networks(run: Run) -> Iterator[Network]:
 
     Raises:
         FileNotFoundError: a file is not where it was.
+        ValueError: the teacher is a program, or its settings are not those of a run.
     """
     student = load_student(run.folder / RUN_WEIGHTS)
     shape, classes = (3, *student.transform.size), len(student.classes)
@@ -117,10 +120,12 @@ def networks(run: Run) -> Iterator[Network]:
     if run.summary.teacher is not None and teacher and isinstance(teacher["weights"], list):
         print_line("teacher", "made of several networks, which are not measured as one")
     elif run.summary.teacher is not None and teacher:
-        name, weights = str(teacher["name"]), str(teacher["weights"])
-        if weights != "pretrained" and not Path(weights).is_file():
-            raise FileNotFoundError(f"the teacher's weights are not at {weights}; run from where the run was started.")
-        yield Network("teacher", name, weights, classes, shape, run.summary.teacher_top1)
+        planned = teacher_of(run, option=None)
+        weights, known = str(planned.weights), None
+        if weights != "pretrained":  # which may know more classes than the data
+            known = number_of_classes(planned.name, read_weights(weights).state_dict)
+        seen = (3, *size_seen(planned, student.transform.size))
+        yield Network("teacher", planned.name, weights, known or classes, seen, run.summary.teacher_top1)
     yield Network("student", student.name, str(run.folder / RUN_WEIGHTS), classes, shape, run.summary.top1)
 
 

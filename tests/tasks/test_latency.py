@@ -12,7 +12,9 @@ from rld_lightning.bench.latency import measure
 from rld_lightning.errors import UserError
 from rld_lightning.models import count_macs, count_parameters, create_model
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.tasks.latency import cost
+from rld_lightning.runs.finished import read_run
+from rld_lightning.tasks.cost import measure_cost
+from rld_lightning.tasks.latency import cost, networks
 
 options = partial(compose, name="cost", resolve=False)
 
@@ -47,6 +49,21 @@ def test_teacher_and_student_side_by_side(run, monkeypatch, capsys):
     assert "1 thread" in written["machine"]
     assert (run.parent / "cost" / "cost.png").stat().st_size > 10_000
     assert "Batch of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["auto", 16, None])
+def test_a_teacher_is_measured_on_images_as_it_saw_them(run, size):
+    facts = digits_facts("resnet20") | {"image_shape": [3, 16, 16], "class_names": [*"0123456789", "none"]}
+    save_weights(create_model("resnet20", 11), run.parent / "teacher.safetensors", facts | {"num_classes": 11})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["teacher"]["image_size"] = size
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    teacher, student = networks(finished := read_run(run))
+    shape = (3, 8, 8) if size is None else (3, 16, 16)
+    assert (teacher.image_shape, teacher.num_classes) == (shape, 11)
+    assert (student.image_shape, student.num_classes) == ((3, 8, 8), 10)
+    measured = measure_cost("resnet20", [finished], latency=False)
+    assert measured.macs == count_macs(create_model("resnet20", 10), shape)
 
 
 def test_files_that_are_gone_are_named(run):

@@ -73,16 +73,15 @@ def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrain
     return usual, "as the data have it"
 
 
-def teacher_size(teacher: Teacher, facts: WeightsFacts, data: ImageDataModule, *, pretrained: bool) -> tuple[int, int]:
+def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], *, pretrained: bool) -> tuple[int, int]:
     """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
 
     Args:
         teacher: what it is.
         facts: what its file says.
-        data: the data.
+        given: those of the data's images.
         pretrained: whether its weights are its library's.
     """
-    given = data.image_shape[1:]
     if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself
         return given
     if teacher.image_size != "auto":

@@ -75,7 +75,7 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
         facts, sha256 = facts_of(read), read.sha256
         origin = f"{weights}{_known(facts)}"
     look, who = teacher_look(teacher, facts, usual, pretrained=weights == "pretrained")
-    size = teacher_size(teacher, facts, data, pretrained=weights == "pretrained")
+    size = teacher_size(teacher, facts, data.image_shape[1:], pretrained=weights == "pretrained")
     if foreign is not None:
         if teacher.image_size == "auto" and foreign.size is not None:
             size = foreign.size

@@ -2,18 +2,20 @@
 
 from rld_lightning.models.normalisation import look_of
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
-from rld_lightning.models.weights.read import split_part
+from rld_lightning.models.weights.facts import WeightsFacts, facts_of
+from rld_lightning.models.weights.read import read_weights, split_part
 from rld_lightning.runs.finished import Run
+from rld_lightning.tasks.run.own_look import teacher_size
 from rld_lightning.tasks.run.plan import Teacher
 
 
-def teacher_of(run: Run, file: str | None = None, option: str = "teacher=") -> Teacher:
+def teacher_of(run: Run, file: str | None = None, option: str | None = "teacher=") -> Teacher:
     """The teacher of a finished run, as its configuration describes it, which is a stranger's perhaps.
 
     Args:
         run: a finished run.
         file: its weights, if not where they lay when the run was trained.
-        option: what names the file, for messages.
+        option: what names the file, for messages; None where nothing does.
 
     Raises:
         FileNotFoundError: its file is not there.
@@ -22,17 +24,16 @@ def teacher_of(run: Run, file: str | None = None, option: str = "teacher=") -> T
     settings = run.config["model"].get("teacher")
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         raise ValueError(f"{run.folder} was trained without a teacher; choose a distilled run.")
+    add = "" if option is None else f", or add {option}FILE"
     name, weights = settings["name"], settings.get("weights") if file is None else file
     if not isinstance(weights, str) or name in FOREIGN:
         kind = f"is a program ({name})" if name in FOREIGN else "is made of several"
         raise ValueError(
             f"the teacher of {run.folder} {kind}, which is not run here; choose a run with a teacher of one file "
-            f"of weights, or add {option}FILE."
+            f"of weights{add}."
         )
     if weights != "pretrained" and not split_part(weights)[0].is_file():
-        raise FileNotFoundError(
-            f"the teacher's weights are not at {weights}; run from where the run was started, or add {option}FILE."
-        )
+        raise FileNotFoundError(f"the teacher's weights are not at {weights}; run from where the run was started{add}.")
     size, classes = settings.get("image_size"), settings.get("class_map")
     if classes is not None and not isinstance(classes, dict):
         raise ValueError(f"the teacher of {run.folder} has its classes in another file, {classes}, which is not read.")
@@ -47,3 +48,15 @@ def teacher_of(run: Run, file: str | None = None, option: str = "teacher=") -> T
         class_map=classes,
         image_size=size,
     )
+
+
+def size_seen(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of the images that a teacher has seen in its run, made of those of the data.
+
+    Args:
+        teacher: what :func:`teacher_of` says it is.
+        given: those of the data's images.
+    """
+    pretrained = teacher.weights == "pretrained"
+    facts = WeightsFacts() if pretrained else facts_of(read_weights(str(teacher.weights)))
+    return teacher_size(teacher, facts, given, pretrained=pretrained)
