@@ -77,7 +77,7 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
     ``network`` (the one that came out; SimKD's ends in the teacher's classifier), ``pair_teacher`` (the teacher of the
     pair, looked at or not), ``on_test`` (measured on all of that split), ``held_out`` (on another one), ``settings``
     (those that have an effect, as a mapping), ``setting`` (the same as one text), ``unshared`` (likewise those that
-    do not count, because not all of a run's peers know them), ``finished`` (when) and ``run``.
+    do not count, because not all of a run's peers know them), ``finished`` (when), ``run`` and its ``data_seed``.
     """
     lines = []
     for run, (settings, unshared) in zip(runs, trained_with(runs), strict=True):
@@ -96,7 +96,7 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
                 "on_test": summary.split == "test" and summary.evaluated_whole,
                 "held_out": summary.split != "test", "settings": settings, "setting": as_text(settings),
                 "unshared": as_text(unshared),
-                "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run,
+                "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run, "data_seed": summary.data_seed,
             }
         )  # fmt: skip
     counts = dict.fromkeys(("images", "split_images", "steps", "scheduled_steps"), "Int64")  # missing where not known

@@ -229,10 +229,12 @@ def _one_a_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]
     finite = np.isfinite(frame[LAST])
     later = frame[finite].groupby([*_ROW, "seed"], dropna=False)["folder"].shift(-1)
     repeated = "repeated with the same settings and seed in " + later.dropna()
-    unshared = frame.set_index("folder")["unshared"]
+    unshared, data_seeds = (frame.set_index("folder")[name] for name in ("unshared", "data_seed"))
     for line, folder in later.dropna().items():
         if keys := unlike([frame.at[line, "unshared"], unshared[folder]]):
             repeated[line] += f", though not both know {keys}"
+        if frame.at[line, "data_seed"] != data_seeds[folder]:
+            repeated[line] += ", though data.seed is another: it is seed= that tells repetitions apart"
     reasons = pd.concat([frame[~finite]["folder"].map(lambda _: "its accuracy is not a number"), repeated])
     left_out = frame.loc[frame.index.isin(reasons.index), "folder"]
     return frame.drop(reasons.index), [(folder, reasons[line]) for line, folder in left_out.items()]

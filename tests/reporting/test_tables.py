@@ -209,6 +209,13 @@ def test_what_does_not_count_is_named(tmp_path):
     }
 
 
+def test_runs_that_differ_in_the_seed_of_their_data_alone_are_told_to_be_no_repetitions(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / str(seed), settings={"data.seed": seed}, summary={"data_seed": seed})
+    _, ((_, reason),) = read(tmp_path)
+    assert reason.endswith("though data.seed is another: it is seed= that tells repetitions apart")
+
+
 def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
     write_run(tmp_path / "old", seed=0)
     new = write_run(tmp_path / "new", seed=1)
