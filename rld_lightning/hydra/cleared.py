@@ -8,6 +8,8 @@ from rld_lightning.runs.files import HYDRA, LOCK, SPLIT
 # What there is of a job, beside its log, before its work begins. Whatever else lies there tells of work that was done.
 _OF_PREPARATION = (HYDRA, LOCK, SPLIT)
 
+_FAILURE = "Traceback (most recent call last)"  # of a process that was lost, say: no mistake of the user's
+
 _made: list[Path] = []  # the folders that this process's job has Hydra make, the innermost first
 
 
@@ -26,6 +28,8 @@ def clear_mistake() -> None:
         return
     there = list(folder.iterdir())
     if any((path.name not in _OF_PREPARATION and path.suffix != ".log") or path.is_symlink() for path in there):
+        return
+    if any(_FAILURE in path.read_text(errors="replace") for path in there if path.suffix == ".log"):
         return
     for path in there:
         if path.is_dir():

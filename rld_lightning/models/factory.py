@@ -4,7 +4,7 @@ import re
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         ValueError: an unknown name, fewer than two classes, or ``pretrained`` weights that timm does not have.
         ImportError: a ``timm/`` name without timm.
     """
-    if not isinstance(num_classes, Integral) or num_classes < 2:
+    if not isinstance(cast(object, num_classes), Integral) or num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier has a whole number from 2 on.")
     plain, side = split_size(name)
     if side is not None:

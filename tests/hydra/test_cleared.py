@@ -41,3 +41,11 @@ def test_what_was_there_or_tells_of_work_stays(tmp_path, work):
         assert {path.name for path in folder.iterdir()} >= {".hydra", ".lock", "fit.log"}
     clear_mistake()
     assert folder.is_dir()
+
+
+def test_the_log_of_a_failure_stays(tmp_path):
+    will_make(folder := tmp_path / "run")
+    prepare(folder)
+    (folder / "fit.log").write_text("Traceback (most recent call last):\nRuntimeError: out of memory\n")
+    clear_mistake()
+    assert (folder / "fit.log").is_file()
