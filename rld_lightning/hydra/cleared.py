@@ -1,4 +1,4 @@
-"""A job that turns out to be a mistake leaves nothing behind that was not there before it."""
+"""A job that turns out to be a mistake, or is ended before its work, leaves nothing that was not there before it."""
 
 import shutil
 from pathlib import Path

@@ -70,6 +70,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Stopped) as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        if stopped.signal == signal.SIGINT:  # not one of a cluster, which is to be explained
+            clear_mistake()
         if not stopped.said:
             print_line("stopped", f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else stopped.signal.name}")
         leave(128 + stopped.signal)

@@ -21,3 +21,18 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch):
     words = "Traceback\n  os.mkdir(self, mode)\nFileNotFoundError: [Errno 2] No such file or directory: '/proc/x'\n"
     with pytest.raises(UserError, match=r"folder cannot be made, No such file or directory: '/proc/x'; choose another"):
         _explain(words, "fit")
+
+
+@pytest.mark.parametrize("worked", [False, True])
+def test_ctrl_c_before_the_work_leaves_no_folder(monkeypatch, tmp_path, worked):
+    folder = tmp_path / "runs" / "1"
+    monkeypatch.setattr("sys.argv", ["cost.py", "run=x", f"hydra.run.dir={folder}"])
+    monkeypatch.setattr("rld_lightning.hydra.script.leave", lambda code: None)
+
+    def task(cfg):
+        if worked:
+            (folder / "cost.json").touch()
+        raise KeyboardInterrupt
+
+    run_task(task, "cost")
+    assert folder.exists() is (tmp_path / "runs").exists() is worked
