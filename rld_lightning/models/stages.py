@@ -52,8 +52,9 @@ def stages_of(model: nn.Module) -> Stages:
     if isinstance(model, fx.GraphModule):
         raise ValueError("a fused network has lost its stages; use model.teacher.fuse=false (FrozenTeacher's fuse).")
     raise ValueError(
-        f"{type(model).__name__} does not declare its stages; name the module paths explicitly (model.named_modules() "
-        "lists them)."
+        f"{type(model).__name__} does not declare its stages; name the module paths explicitly, which "
+        "model.named_modules() lists: student_taps and teacher_taps of the loss (+loss.student_taps=[...] "
+        "+loss.teacher_taps=[...])."
     )
 
 
