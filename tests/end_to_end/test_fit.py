@@ -345,7 +345,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
     pair = (*PAIR, "recipe.scheduler=null")  # one cycle has its length from the beginning
     command = [sys.executable, SCRIPTS / "fit.py", *pair, teacher, "recipe.epochs=200", *paths]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
     while not (folder / "stopped" / "last.ckpt").exists():
         assert process.poll() is None
         time.sleep(0.2)
