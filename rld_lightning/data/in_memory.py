@@ -236,6 +236,10 @@ class InMemoryDataModule(ImageDataModule):
     def _flips(self) -> bool:
         return self.flip and self.augment
 
+    @property
+    def _usual_eval_batch(self) -> int:
+        return super()._usual_eval_batch if self.device.type == "cpu" else 1024
+
     def train_dataloader(self) -> InMemoryLoader:
         """The augmented, shuffled training batches of this process."""
         sampler = self.train_sampler()

@@ -292,6 +292,17 @@ def test_validation_is_the_test_split_unless_some_is_held_out():
     assert "\n" not in held_out
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "batches"), [("cpu", {}, 4), ("meta", {}, 1), ("meta", {"eval_batch_size": 10}, 103)]
+)
+def test_a_gpu_evaluates_more_images_at_a_time(device, options, batches):
+    data = Toy(**{"eval_batch_size": None} | options)
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device(device)), world_size=1, global_rank=0
+    )
+    assert len(data.eval_sampler(1024)) == batches
+
+
 def test_setup_reads_once():
     data = toy()
     data.read_split = None

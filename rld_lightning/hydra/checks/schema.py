@@ -117,7 +117,7 @@ VALUES: Mapping[str, Kind] = {
     # data
     "data.root": TEXT.such_as("data.root=/photos"),
     "data.batch_size": _BATCH,
-    "data.eval_batch_size": COUNT,
+    "data.eval_batch_size": COUNT | NULL,
     "data.val_fraction": Kind(
         "a number >= 0 and < 1 (0 validates on the test split, 0.1 holds out a tenth of the training split)",
         BELOW_ONE.allows,
