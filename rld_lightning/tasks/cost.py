@@ -1,7 +1,6 @@
 """Measures what networks cost: parameters, multiply-accumulates, and the time for one image on this machine."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,7 @@ from rld_lightning.reporting.cost import Cost, known_cost
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.provenance import processor_name
-from rld_lightning.tasks.teacher.recorded import size_seen, teacher_of
+from rld_lightning.tasks.teacher.recorded import seen_as_teacher
 
 # What is believed of a folder that may be a stranger's: a network is built, and run, for so many.
 _MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
@@ -35,7 +34,8 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
     if known is not None and not latency:
         return known
     num_classes, image_shape = _images(runs)
-    image_shape = _seen_as_teacher(name, runs, image_shape)
+    seen = seen_as_teacher(name, runs, image_shape)
+    image_shape = seen if max(seen) <= _LARGEST_SIDE else image_shape
     try:
         network = create_model(name, num_classes)
     except (ValueError, ImportError):
@@ -43,16 +43,6 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
     cost = known or Cost(count_parameters(network), count_macs(network, image_shape))
     speed = images_per_second(network, image_shape, batch_size=1, seconds=0.5) if latency else None
     return replace(cost, milliseconds=1000 / speed, machine=_this_machine()) if speed else cost
-
-
-def _seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The shape of the images that a network saw as the teacher of one of the runs; what is given where it was none."""
-    for run in runs:
-        if run.summary.teacher == name:
-            with suppress(ValueError, OSError):  # its file is gone, say
-                height, width = size_seen(teacher_of(run), given[1:])
-                return (given[0], height, width) if max(height, width) <= _LARGEST_SIDE else given
-    return given
 
 
 def _this_machine() -> str:

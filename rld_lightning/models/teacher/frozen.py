@@ -105,8 +105,7 @@ class FrozenTeacher(nn.Module):
         Returns:
             how many were folded; 0 where the model cannot be traced, or would give other logits.
         """
-        if self.relook is not None and self.relook.size is not None:
-            image_shape = (3, *self.relook.size)
+        image_shape = self.seen(image_shape)
         with warnings.catch_warnings(action="ignore"):
             folded = fuse_conv_bn(self.model)
         gone = _count_norms(self.model) - _count_norms(folded)
@@ -115,6 +114,13 @@ class FrozenTeacher(nn.Module):
             self.requires_grad_()
             return gone
         return 0
+
+    def seen(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model gets, made of those of ``image_shape``."""
+        channels, height, width = image_shape
+        if self.relook is not None and self.relook.size is not None:
+            height, width = self.relook.size
+        return channels, height, width
 
     def remember(self, table: LogitsTable) -> None:
         """From now on, looks logits of known views up, and keeps those that it computes.

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
@@ -22,6 +23,10 @@ from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.shipped import called, invocation
+from rld_lightning.tasks.teacher.recorded import seen_as_teacher
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ALONE = "alone"  # folder of the student that was trained by itself
 HELD_OUT = "data.val_fraction"
@@ -85,7 +90,8 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
         )
         for setting in settings.itertuples(index=False)
     ]
-    best = settings.iloc[0]
+    place = best_setting(settings, repeated="seed" in swept)
+    best = settings.loc[place]
     validated_on = best["run"].summary.validated_on
     columns = (*keys, "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
     print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:MOST_SHOWN])
@@ -93,11 +99,25 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
         print_line("", f"and {len(rows) - MOST_SHOWN} more in {folder}")
     if not keys or not best["run"].config["data"]["val_fraction"]:  # repetitions, or a comparison on the test split
         return
-    score = f"{rows[0][len(keys)]} % on {validated_on}, n = {best['n']}"
+    score = f"{rows[place][len(keys)]} % on {validated_on}, n = {best['n']}"
     command = retrain_command(config, best["overrides"], best["run"], fixed)
     print_line("best", f"{' '.join(best['overrides'])}: {score}")
     print_line("next", "train with it on the held-out images as well, and test once:")
     console.print(command, soft_wrap=True, markup=False)
+
+
+def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
+    """The place of the setting with the highest mean, of those that were trained to the end.
+
+    Args:
+        settings: as :func:`~rld_lightning.reporting.sweeps.sweep_settings` has them.
+        repeated: whether each was to be run with several seeds: then those with the most count, as the luck of a
+            single one that has not failed is no mean.
+    """
+    whole = settings[settings["complete"]] if settings["complete"].any() else settings
+    if repeated:
+        whole = whole[whole["n"] == whole["n"].max()]
+    return int(whole["mean"].idxmax())
 
 
 def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: Mapping[str, str]) -> str:
@@ -171,7 +191,7 @@ def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:
     facts = read_facts(read_metadata(file), file)
     if facts.num_classes is None or facts.image_shape is None:
         raise ValueError(f"{file} does not say what images it is for; give a folder that this package has written.")
-    return name, top1, *_cost(name, facts.num_classes, facts.image_shape)
+    return name, top1, *_cost(name, facts.num_classes, seen_as_teacher(name, [run], facts.image_shape))
 
 
 @cache

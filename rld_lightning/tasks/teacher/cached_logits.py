@@ -195,7 +195,8 @@ def impossible(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) 
 def _share_of_step(module: DistillationModule, data: ImageDataModule) -> float:
     """How much of a step's work is the teacher's, in (0, 1)."""
     assert module.teacher is not None
-    teacher, student = (count_macs(net, data.image_shape) for net in (module.teacher.model, module.student))
+    teacher = count_macs(module.teacher.model, module.teacher.seen(data.image_shape))
+    student = count_macs(module.student, data.image_shape)
     return teacher / (teacher + 3 * student)  # backward takes as long as two forwards
 
 

@@ -1,5 +1,8 @@
 """The teacher of a finished run, as its folder describes it."""
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 from rld_lightning.models.normalisation import look_of
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
@@ -60,3 +63,18 @@ def size_seen(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
     pretrained = teacher.weights == "pretrained"
     facts = WeightsFacts() if pretrained else facts_of(read_weights(str(teacher.weights)))
     return teacher_size(teacher, facts, given, pretrained=pretrained)
+
+
+def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape of the images that a network saw as the teacher of one of some runs; what is given where it was none.
+
+    Args:
+        name: of the network.
+        runs: of one data set.
+        given: channels, height and width of the data's images.
+    """
+    for run in runs:
+        if run.summary.teacher == name:
+            with suppress(ValueError, OSError):  # its file is gone, say
+                return (given[0], *size_seen(teacher_of(run), given[1:]))
+    return given

@@ -10,6 +10,7 @@ from torch import nn
 
 from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.factory import create_model, list_models
+from rld_lightning.models.normalisation import Look, Relook
 from rld_lightning.models.teacher.frozen import FrozenTeacher, _last_linear, fuse_conv_bn, hold_outside
 
 
@@ -311,3 +312,13 @@ def test_its_size_is_that_of_the_model_before_it_was_folded():
     assert teacher.fold((3, 32, 32)) > 0
     assert teacher.parameter_count == expected > count_parameters(teacher)
     assert FrozenTeacher(create_model("resnet8"), fuse=True).parameter_count == expected
+
+
+@pytest.mark.parametrize("size", [None, (16, 24)])
+def test_it_says_which_images_its_model_gets(size):
+    look = Look((0.5,) * 3, (0.5,) * 3)
+    teacher = FrozenTeacher(create_model("resnet8", 10), relook=Relook(look, look, size))
+    got = []
+    teacher.model.register_forward_pre_hook(lambda _, inputs: got.append(inputs[0].shape[1:]))
+    teacher(torch.zeros(1, 3, 8, 8))
+    assert got == [torch.Size(teacher.seen((3, 8, 8)))]
