@@ -296,13 +296,15 @@ class Soak:
         promise = Promise("Memory, files and threads do not grow with the epochs")
         folder = self.new()
         process = self.start(folder, (*ONE, f"recipe.epochs={epochs}", "model.teacher.weights=fit"))
-        seen = []
+        seen, run = [], folder / "run"
         while process.is_alive():
-            try:
-                seen.append(_resources(process.pid))
-            except (OSError, IndexError, ValueError):
-                break
-            process.join(1)
+            # What starting, the teacher and the figures at the end open is none of an epoch's.
+            if (run / "metrics.csv").exists() and not (run / "summary.json").exists():
+                try:
+                    seen.append(_resources(process.pid))
+                except (OSError, IndexError, ValueError):
+                    break
+            process.join(0.2)
         process.join()
         promise.tried = 1
         half, last = seen[len(seen) // 2], seen[-2]
