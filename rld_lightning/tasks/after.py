@@ -1,17 +1,179 @@
-"""What follows a run of ``scripts/fit.py`` once it has left its results, as ``after=[alone,networks,export]`` says."""
+"""What follows a run of ``scripts/fit.py`` once it has left its results, as ``after=[alone,networks,export]`` says.
 
-from collections.abc import Callable, Mapping
+The student is trained alone, the networks are measured side by side, and the student is exported.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
-from rld_lightning.console import print_line
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from rld_lightning.console import print_files, print_line, print_table
+from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
 from rld_lightning.hydra.quoting import as_argument
+from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.normalisation import Look, relook, trained_look
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.facts import facts_of
+from rld_lightning.module import DistillationModule
+from rld_lightning.reporting.trio import Network, table_of, write_networks
+from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
+from rld_lightning.runs.provenance import processor_name
+from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import called
-from rld_lightning.tasks.finished import Finished
-from rld_lightning.tasks.networks import compare_networks, train_alone
+from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
+from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.tasks.run.plan import Plan, alone, changed
+from rld_lightning.tasks.run.resume import run_once
+from rld_lightning.tasks.run.trainer import make_trainer
 
+ALONE = "alone"  # the run folder, within another, of the student that was trained by itself
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has left its results.
+
+    Attributes:
+        cfg: its configuration.
+        plan: what it was to do.
+        data: its data, set up.
+        module: its student and its teacher, on the device that they were trained on.
+        summary: what it came to.
+        fit: does another run, see :func:`~rld_lightning.tasks.run.resume.run_once`.
+    """
+
+    cfg: DictConfig
+    plan: Plan
+    data: ImageDataModule
+    module: DistillationModule
+    summary: Summary
+    fit: Callable[[DictConfig], Summary]
+
+
+class _Logits(nn.Module):
+    """A teacher as a network that returns its logits."""
+
+    def __init__(self, teacher: FrozenTeacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.teacher(images)[0]
+
+
+def train_alone(finished: Finished) -> None:
+    """Trains the student of a run by itself: with cross-entropy, the same data, recipe and first weights."""
+    plan = finished.plan
+    if plan.teacher is None:
+        return  # it has been
+    folder = plan.run / ALONE
+    if not (folder / SUMMARY).exists():
+        print_line("alone", f"{plan.student.name} is trained once more, by itself, to compare with")
+    run_once(alone(finished.cfg, plan.student.name, plan.student.weights, folder), finished.fit, name="alone")
+
+
+def compare_networks(finished: Finished) -> None:
+    """Measures the networks of a run on its test split, which nothing was chosen by where images were held out.
+
+    Prints a table and leaves ``networks.json`` and ``networks.csv``, the accuracy of each class.
+    """
+    with user_errors():
+        measured = [_measure(finished, *network) for network in _networks(finished)]
+    _report(finished.plan.run, [network for network, _ in measured], [classes for _, classes in measured])
+
+
+def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
+    """Role, name, network and the bytes of each."""
+    plan, module = finished.plan, finished.module
+    if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
+        weights = plan.teacher.weights
+        files = [Path(file) for file in (weights if isinstance(weights, tuple) else (str(weights),))]
+        size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
+        yield "teacher", plan.teacher.name, _Logits(module.teacher), size
+    role = "distilled student" if plan.teacher is not None else "student alone"
+    students = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}
+    for role, file in students.items():
+        if file.is_file():
+            name = finished.summary.model if file.parent == plan.run else plan.student.name
+            yield role, name, _read(finished, name, file), file.stat().st_size
+
+
+def _read(finished: Finished, name: str, file: Path) -> nn.Module:
+    """A student as it lies in its file, for the images of the run's data."""
+    data = finished.data
+    network = create_model(name, data.num_classes)
+    weights = load_in_order(network, name, str(file), data, "student")
+    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts_of(weights)))
+    return network if look is None else nn.Sequential(look, network)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def _measure(
+    finished: Finished, role: str, name: str, network: nn.Module, size: int
+) -> tuple[Network, list[ClassResult]]:
+    data = finished.data
+    exact = changed(finished.cfg, {"trainer.precision": "32-true"}).trainer  # a measurement, not a race
+    trainer = make_trainer(exact, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module = EvaluationModule(network, data.num_classes)
+    test_with(trainer, module, data, "test")
+    classes = class_results(module.results["per_class"], list(data.class_names))
+    device = trainer.strategy.root_device
+    speed = images_per_second(network.to(device), data.image_shape, batch_size=1, seconds=0.5)
+    teacher = network.teacher if isinstance(network, _Logits) else None
+    measured = Network(
+        role=role,
+        name=name,
+        parameters=(teacher.parameter_count if teacher is not None else count_parameters(network)) or None,
+        macs=count_macs(network, data.image_shape) or None,
+        bytes=size,
+        milliseconds=1000 / speed,
+        **module.scores("test"),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+    )
+    return measured, classes
+
+
+@rank_zero_only
+def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[ClassResult]]) -> None:
+    write_networks(run, networks)
+    head, rows = table_of(networks)
+    print_table(f"{networks[0].images:,} images of the test split", head, rows)
+    roles = head[1:]
+    by_name = [{result.name: result for result in results} for results in classes]
+    hardest = [result.name for result in classes[-1]]  # for the student that was asked for
+    table = [(name, by_name[-1][name].images, *(found[name].accuracy for found in by_name)) for name in hardest]
+    write_csv(run / NETWORKS_CLASSES, dict(zip(("class", "images", *roles), zip(*table, strict=True), strict=True)))
+    shown = table[:MOST_CLASSES_SHOWN]
+    which = f"the {len(shown)} hardest of {len(table)} classes" if len(shown) < len(table) else "each class"
+    print_table(f"Accuracy of {which}, %", ("class", "images", *roles), shown)
+    print_files(run, {NETWORKS: "these numbers", NETWORKS_CLASSES: "every class"})
+    if caution := has_not_paid(networks):
+        print_line("caution", caution)
+        print_line("alone", f"exported by {called('export')} {as_argument('run', run / ALONE)}", pasted=True)
+
+
+def has_not_paid(networks: Sequence[Network]) -> str:
+    """A sentence where the student alone is as good as the distilled one or better; else empty."""
+    top1 = {network.role: network.top1 for network in networks}
+    by_itself, distilled = top1.get("student alone"), top1.get("distilled student")
+    if by_itself is None or distilled is None or distilled > by_itself:
+        return ""
+    return (
+        f"the distilled student has {distilled:.2f} % and the student alone {by_itself:.2f} %, of one run each: the "
+        "teacher has not helped, with this loss in these epochs"
+    )
 
 
 @rank_zero_only

@@ -30,10 +30,9 @@ from rld_lightning.runs.folder import locked
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
-from rld_lightning.tasks.after import go_on
-from rld_lightning.tasks.finished import Finished
+from rld_lightning.tasks.after import Finished, go_on
 from rld_lightning.tasks.run.batch_size import AUTO, make_data, suitable_batch
-from rld_lightning.tasks.run.build import build_module, build_trainer, set_up, watch_own
+from rld_lightning.tasks.run.build import adopt_look, build_module, build_trainer, set_up, watch_own
 from rld_lightning.tasks.run.checks import (
     check_loss,
     check_mixtures,
@@ -45,7 +44,6 @@ from rld_lightning.tasks.run.checks import (
 from rld_lightning.tasks.run.describe import describe_run
 from rld_lightning.tasks.run.disk_space import check_room
 from rld_lightning.tasks.run.fold_and_compile import compile_steps
-from rld_lightning.tasks.run.own_look import adopt_look
 from rld_lightning.tasks.run.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
 from rld_lightning.tasks.run.processes import processes_to_start, run_in_processes
 from rld_lightning.tasks.run.results import leave_results, summarise
@@ -53,15 +51,10 @@ from rld_lightning.tasks.run.resume import find_checkpoint, say_nothing_left
 from rld_lightning.tasks.run.shared_data import take_kept
 from rld_lightning.tasks.run.threads import choose_threads
 from rld_lightning.tasks.teacher.cached_logits import remember_logits, remember_validation
+from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.score import measure_teacher
 from rld_lightning.tasks.teacher.training_lock import turn_to_train
-from rld_lightning.tasks.teacher.weights import (
-    build_teacher,
-    find_teacher,
-    is_for_others,
-    keep_teacher,
-    train_teacher,
-)
+from rld_lightning.tasks.teacher.weights import find_teacher, is_for_others, keep_teacher, train_teacher
 from rld_lightning.tracking import tracked
 from rld_lightning.watching import callbacks_of
 

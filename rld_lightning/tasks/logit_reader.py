@@ -18,10 +18,10 @@ from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.rebuild import build_data
-from rld_lightning.tasks.run.own_look import load_in_order
+from rld_lightning.tasks.run.matched_classes import load_in_order
 from rld_lightning.tasks.run.plan import Teacher
+from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.recorded import teacher_of
-from rld_lightning.tasks.teacher.weights import build_teacher
 
 
 class LogitReader:

@@ -11,8 +11,8 @@ from rld_lightning.runs.files import PRINTED
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.fit import fit_in_processes
-from rld_lightning.tasks.run.once import run_once
 from rld_lightning.tasks.run.plan import changed, freeze
+from rld_lightning.tasks.run.resume import run_once
 
 
 def run_trial(cfg: DictConfig) -> Summary:

@@ -31,8 +31,8 @@ from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, u
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.tasks.demo.web_server import serve
 from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.recorded import teacher_of
-from rld_lightning.tasks.teacher.weights import build_teacher
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_PIXELS = 50_000_000  # less than data may have: some hundred megabytes while one picture is decoded

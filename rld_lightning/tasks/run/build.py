@@ -19,11 +19,15 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.input_size import split_size
+from rld_lightning.models.normalisation import Look, published_look, trained_look
 from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
-from rld_lightning.tasks.run.own_look import load_in_order
-from rld_lightning.tasks.run.plan import Plan, changed, settled
+from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.tasks.run.plan import Plan, Student, changed, settled
 from rld_lightning.tasks.run.trainer import make_trainer
 from rld_lightning.watching import skip_idle_hooks
 
@@ -138,3 +142,35 @@ def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
     callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan)), StopSignals()]
     skip_idle_hooks(trainer)
+
+
+def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look:
+    """Has the data normalised as the student's weights want it, where it starts from any.
+
+    The data themselves and not the student's input, so that everything that the run leaves says what it was fed with.
+
+    Args:
+        student: the network to train.
+        data: the data, set up.
+        chosen: whether the user has said what to normalise with; that stays, with a word of caution.
+
+    Returns:
+        what the data were normalised with before.
+    """
+    usual = Look(tuple(data.mean), tuple(data.std))
+    if (side := split_size(student.name)[1]) is not None:
+        print_line("student", "sees images of {0}x{0}, made of those of {1}x{2}".format(side, *data.image_shape[1:]))
+    if student.weights == "pretrained":
+        wanted = published_look(student.name)
+    elif student.weights is not None:
+        wanted = trained_look(facts_of(find_weights(student.weights)))
+    else:
+        wanted = None
+    if wanted in (None, usual):
+        return usual
+    if chosen:
+        print_line("caution", f"{student.name} was trained with {wanted}; data.mean and data.std say otherwise")
+    else:
+        data.normalize_with(*wanted)
+        print_line("student", f"images are normalised with {wanted}, which its weights were trained with")
+    return usual

@@ -2,10 +2,16 @@
 
 from typing import NamedTuple
 
+from torch import nn
+
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
-from rld_lightning.models.weights.facts import WeightsFacts
+from rld_lightning.models.classes import order_of, reorder_classes
+from rld_lightning.models.weights.facts import WeightsFacts, facts_of
+from rld_lightning.models.weights.read import Weights
+from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.tasks.run.checks import check_classes, first_other
 
 
 class MatchedClasses(NamedTuple):
@@ -58,3 +64,34 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
     said = "; ".join(text for text, names in parts if names)
     print_line("caution", f"measured on the {len(shared)} classes that model and {data.name} share by name; {said}")
     return MatchedClasses(known, class_of, len(shared))
+
+
+def load_in_order(network: nn.Module, name: str, path: str, data: ImageDataModule, role: str) -> Weights:
+    """Loads a file into a network for the classes of the data, matched by name where the file names its own.
+
+    Args:
+        network: to fill, on the CPU.
+        name: of the network.
+        path: the file.
+        data: the data, set up.
+        role: what it is to be, ``"teacher"`` or ``"student"``.
+
+    Returns:
+        what was read.
+
+    Raises:
+        WeightsError: the file cannot be used, or is another network's.
+        ValueError: it knows other classes.
+    """
+    weights = load_weights(network, path, name=name)
+    if weights.account:
+        print_line(role, f"weights {weights.account}")
+    known, classes = facts_of(weights).class_names, list(data.class_names)
+    if known is None or known == classes:
+        return weights
+    if (order := order_of(known, classes)) is None:
+        check_classes(weights, data, f"move it away, or name another file with model.{role}.weights=")
+    else:
+        reorder_classes(network, name, order)
+        print_line(role, f"its classes are matched to those of {data.name} by name{first_other(known, classes)}")
+    return weights

@@ -32,8 +32,8 @@ from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.run.batch_size import make_data
-from rld_lightning.tasks.run.once import run_once
 from rld_lightning.tasks.run.plan import alone, changed
+from rld_lightning.tasks.run.resume import run_once
 from rld_lightning.tasks.run.shared_data import share_data
 from rld_lightning.tasks.sweep.live_progress import Watch
 from rld_lightning.tasks.sweep.swept_values import (

@@ -1,6 +1,7 @@
-"""The network of a teacher, or one of several: weights, classes in the order of the data, and how it sees images."""
+"""The network of a teacher, one or several, frozen: classes in the order of the data, and how it sees images."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +10,16 @@ from torch import nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
+from rld_lightning.distributed import devices_per_node
 from rld_lightning.errors import first_line, some
 from rld_lightning.models.classes import number_of_classes, places_of, select_classes
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.libraries import published_classes
-from rld_lightning.models.normalisation import Look, Relook, relook
+from rld_lightning.models.input_size import split_size
+from rld_lightning.models.libraries import published_classes, published_input
+from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
+from rld_lightning.models.registry import names_of_members
+from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.torchscript_and_onnx import (
     FOREIGN,
     Columns,
@@ -25,9 +31,73 @@ from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.run.checks import check_network
-from rld_lightning.tasks.run.own_look import load_in_order, teacher_look, teacher_size
+from rld_lightning.tasks.run.describe import describe_size
+from rld_lightning.tasks.run.matched_classes import load_in_order
 from rld_lightning.tasks.run.plan import Teacher
+
+
+def build_teacher(
+    teacher: Teacher, data: ImageDataModule, usual: Look, before: Before | None = None
+) -> tuple[FrozenTeacher, WeightsFacts, str | None]:
+    """Loads and freezes a teacher, and prints its lines.
+
+    Args:
+        teacher: what it is, and where its weights are.
+        data: the data, set up.
+        usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
+            known.
+        before: what the checkpoint that the run goes on from says about its run.
+
+    Returns:
+        the teacher, what is known about its weights, and the SHA-256 of their file, if they are in one.
+
+    Raises:
+        ValueError: the weights are another network's, know other classes, or are not those that they have to be.
+    """
+    files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
+    names = names_of_members(teacher.name, len(files))
+    loaded = [
+        load_network(replace(teacher, name=name), file, data, usual) for name, file in zip(names, files, strict=True)
+    ]
+    first, facts = loaded[0], loaded[0].facts
+    sha256 = first.sha256
+    if len(loaded) > 1:
+        members, looks = [found.network for found in loaded], [found.relook for found in loaded]
+        network: nn.Module = Ensemble(members, teacher.mean_of, looks)
+        own_look = None
+        facts = replace(facts, top1=None)  # of one
+        sha256 = hashlib.sha256(",".join(str(found.sha256) for found in loaded).encode()).hexdigest()
+    else:
+        network, own_look = first.network, first.relook
+    if sha256 is not None:
+        _check_sha256(teacher, sha256, before)
+    shape = data.image_shape if own_look is None or own_look.size is None else (3, *own_look.size)
+    size = describe_size(network, shape)  # before the teacher takes the network over
+    options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: once the loss has seen it
+    frozen = FrozenTeacher(network, **options, relook=own_look)
+    precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
+    shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
+    kinds = f"{len(names)} {names[0]}" if len(set(names)) == 1 else " and ".join(names)
+    name = names[0] if len(names) == 1 else f"the mean of the {teacher.mean_of} of {kinds}"
+    origin = ", ".join(found.origin for found in loaded)
+    print_line("teacher", f"{name}, {size}, {precision}, weights {origin}{shares}")
+    return frozen, facts, sha256
+
+
+def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
+    if teacher.sha256 not in (None, found):
+        raise ValueError(
+            f"{teacher.weights} has the SHA-256 {found}, not {teacher.sha256}: give the file that it is of, or another "
+            "model.teacher.sha256."
+        )
+    if before is not None and before.teacher_sha256 is not None and before.teacher_sha256 != found:
+        raise ValueError(
+            f"{teacher.weights} is not the teacher that the run had: its SHA-256 is {found[:12]}... and not "
+            f"{before.teacher_sha256[:12]}...; bring that one back, name its file with model.teacher.weights=, or "
+            "begin another run."
+        )
 
 
 class TeacherNetwork(NamedTuple):
@@ -161,3 +231,46 @@ def _known(facts: WeightsFacts) -> str:
     epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
     known = ", ".join(filter(None, (top1, epochs, facts.source)))
     return f" ({known})" if known else ""
+
+
+def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrained: bool) -> tuple[Look, str]:
+    """What a teacher wants images normalised with, and who says so.
+
+    Args:
+        teacher: what it is.
+        facts: what its file says.
+        usual: what to take where nobody says anything.
+        pretrained: whether its weights are its library's.
+    """
+    if teacher.look is not None:
+        return teacher.look, "model.teacher.mean and std"
+    published = published_look(teacher.name)
+    if pretrained:
+        return published or usual, "its library says so"
+    if (trained := trained_look(facts)) is not None:
+        return trained, "its file says so"
+    if published not in (None, usual):
+        print_line(
+            "caution",
+            f"the teacher's file does not say what images were normalised with, and {teacher.name} is published for "
+            f"{published}; it gets {usual}, as the data have it: set model.teacher.mean and std for another",
+        )
+    return usual, "as the data have it"
+
+
+def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], *, pretrained: bool) -> tuple[int, int]:
+    """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
+
+    Args:
+        teacher: what it is.
+        facts: what its file says.
+        given: those of the data's images.
+        pretrained: whether its weights are its library's.
+    """
+    if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself
+        return given
+    if teacher.image_size != "auto":
+        return int(teacher.image_size), int(teacher.image_size)
+    if pretrained and (published := published_input(teacher.name)) is not None:
+        return published[2], published[2]
+    return given if facts.image_shape is None else facts.image_shape[1:]

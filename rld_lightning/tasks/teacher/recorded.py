@@ -8,8 +8,8 @@ from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import read_weights, split_part
 from rld_lightning.runs.finished import Run
-from rld_lightning.tasks.run.own_look import teacher_size
 from rld_lightning.tasks.run.plan import Teacher
+from rld_lightning.tasks.teacher.network import teacher_size
 
 
 def teacher_of(run: Run, file: str | None = None, option: str | None = "teacher=") -> Teacher:

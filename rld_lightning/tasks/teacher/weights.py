@@ -1,34 +1,25 @@
-"""The teacher of a run: where its weights are, how it is trained first, and the frozen network that it makes."""
+"""The weights of a run's teacher: where they are, how they are trained first, and kept for other runs."""
 
 import gc
-import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import devices_per_node, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.models.input_size import split_size
-from rld_lightning.models.normalisation import Look
-from rld_lightning.models.registry import canonical_name, names_of_members
-from rld_lightning.models.teacher.ensemble import Ensemble
-from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
-from rld_lightning.models.weights.facts import WeightsFacts
 from rld_lightning.models.weights.read import split_part
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config
 from rld_lightning.runs.summary import Summary
-from rld_lightning.tasks.run.describe import describe_size
-from rld_lightning.tasks.run.once import run_once
 from rld_lightning.tasks.run.plan import Teacher, alone, changed
-from rld_lightning.tasks.teacher.network import load_network
+from rld_lightning.tasks.run.resume import run_once
 
 
 def find_teacher(
@@ -115,7 +106,7 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
     Args:
         cfg: the configuration of the runs that it is for.
         folder: its own run folder.
-        fit: does the run, see :func:`~rld_lightning.tasks.run.once.run_once`.
+        fit: does the run, see :func:`~rld_lightning.tasks.run.resume.run_once`.
 
     Returns:
         what it came to; its weights are in its folder.
@@ -163,65 +154,3 @@ def keep_teacher(
         rank_zero_only(store.add)(folder / STUDENT, data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks look for what rank 0 has stored
-
-
-def build_teacher(
-    teacher: Teacher, data: ImageDataModule, usual: Look, before: Before | None = None
-) -> tuple[FrozenTeacher, WeightsFacts, str | None]:
-    """Loads and freezes a teacher, and prints its lines.
-
-    Args:
-        teacher: what it is, and where its weights are.
-        data: the data, set up.
-        usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
-            known.
-        before: what the checkpoint that the run goes on from says about its run.
-
-    Returns:
-        the teacher, what is known about its weights, and the SHA-256 of their file, if they are in one.
-
-    Raises:
-        ValueError: the weights are another network's, know other classes, or are not those that they have to be.
-    """
-    files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
-    names = names_of_members(teacher.name, len(files))
-    loaded = [
-        load_network(replace(teacher, name=name), file, data, usual) for name, file in zip(names, files, strict=True)
-    ]
-    first, facts = loaded[0], loaded[0].facts
-    sha256 = first.sha256
-    if len(loaded) > 1:
-        members, looks = [found.network for found in loaded], [found.relook for found in loaded]
-        network: nn.Module = Ensemble(members, teacher.mean_of, looks)
-        own_look = None
-        facts = replace(facts, top1=None)  # of one
-        sha256 = hashlib.sha256(",".join(str(found.sha256) for found in loaded).encode()).hexdigest()
-    else:
-        network, own_look = first.network, first.relook
-    if sha256 is not None:
-        _check_sha256(teacher, sha256, before)
-    shape = data.image_shape if own_look is None or own_look.size is None else (3, *own_look.size)
-    size = describe_size(network, shape)  # before the teacher takes the network over
-    options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: once the loss has seen it
-    frozen = FrozenTeacher(network, **options, relook=own_look)
-    precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
-    shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
-    kinds = f"{len(names)} {names[0]}" if len(set(names)) == 1 else " and ".join(names)
-    name = names[0] if len(names) == 1 else f"the mean of the {teacher.mean_of} of {kinds}"
-    origin = ", ".join(found.origin for found in loaded)
-    print_line("teacher", f"{name}, {size}, {precision}, weights {origin}{shares}")
-    return frozen, facts, sha256
-
-
-def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
-    if teacher.sha256 not in (None, found):
-        raise ValueError(
-            f"{teacher.weights} has the SHA-256 {found}, not {teacher.sha256}: give the file that it is of, or another "
-            "model.teacher.sha256."
-        )
-    if before is not None and before.teacher_sha256 is not None and before.teacher_sha256 != found:
-        raise ValueError(
-            f"{teacher.weights} is not the teacher that the run had: its SHA-256 is {found[:12]}... and not "
-            f"{before.teacher_sha256[:12]}...; bring that one back, name its file with model.teacher.weights=, or "
-            "begin another run."
-        )

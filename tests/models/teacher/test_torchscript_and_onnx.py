@@ -11,7 +11,7 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look
 from rld_lightning.models.teacher.torchscript_and_onnx import load_foreign
-from rld_lightning.tasks.teacher.weights import build_teacher
+from rld_lightning.tasks.teacher.network import build_teacher
 
 LOOK = Look((0.5,) * 3, (0.5,) * 3)
 IMAGES = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))

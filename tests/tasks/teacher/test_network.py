@@ -15,8 +15,7 @@ from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.normalisation import Look
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.teacher import network as teacher_network
-from rld_lightning.tasks.teacher.network import load_network
-from rld_lightning.tasks.teacher.weights import build_teacher
+from rld_lightning.tasks.teacher.network import build_teacher, load_network
 
 LOOK = Look((0.5,) * 3, (0.5,) * 3)
 
@@ -133,3 +132,56 @@ def test_unlike_networks_teach_together(tmp_path, capsys):
         build_teacher(replace(teacher, weights=tuple(reversed(paths))), data, LOOK)
     with pytest.raises(ValueError, match=r"names 2 networks, and model.teacher.weights 1 file\(s\)"):
         build_teacher(replace(teacher, weights=paths[0]), data, LOOK)
+
+
+NAMES = [str(digit) for digit in range(10)]
+
+
+def halves(data):
+    data.normalize_with(*LOOK)
+    return next(iter(data.val_dataloader())).images
+
+
+def build(tmp_path, path, data, **values):
+    usual = Look(data.mean, data.std)
+    return build_teacher(
+        replace(make_plan(tmp_path).teacher, name="resnet8", weights=str(path), **values), data, usual
+    )[0]
+
+
+@pytest.mark.parametrize("said_by", ["file", "hand"])
+def test_a_teacher_is_fed_as_it_was_trained(tmp_path, data, file, capsys, said_by):
+    images = next(iter(data.val_dataloader())).images
+    plain, _ = build(tmp_path, file(), data)(images)
+    assert "sees images" not in capsys.readouterr().out
+    facts = {"mean": [0.5] * 3, "std": [0.5] * 3} if said_by == "file" else {"mean": [0.1] * 3, "std": [0.1] * 3}
+    teacher = build(tmp_path, file(**facts), data, look=None if said_by == "file" else LOOK)
+    own, _ = teacher(images)
+    said = "its file says so" if said_by == "file" else "model.teacher.mean and std"
+    output = capsys.readouterr().out
+    assert f"its own mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5] ({said})" in output
+    expected = teacher.model(halves(data))
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+    assert (own - plain).abs().max() > 0.01
+
+
+def test_classes_of_a_teacher_are_matched_by_name(tmp_path, data, file, capsys):
+    images = next(iter(data.val_dataloader())).images
+    expected, _ = build(tmp_path, file(class_names=NAMES), data)(images)
+    turned, _ = build(tmp_path, file(class_names=NAMES[::-1]), data)(images)
+    torch.testing.assert_close(turned, expected.flip(1))
+    said = "its classes are matched to those of digits by name (class 0 is '9' there and '0' here)"
+    assert capsys.readouterr().out.count(said) == 1
+    with pytest.raises(
+        ValueError, match=r"other classes.*class 0 is 'owl' there and '0' here.*model\.teacher\.weights="
+    ):
+        build(tmp_path, file(class_names=["owl", *NAMES[1:]]), data)
+
+
+def test_images_have_the_size_that_a_teacher_was_trained_with(tmp_path, data, file, capsys):
+    assert build(tmp_path, file(image_shape=[3, 8, 8]), data).relook is None
+    for own, size in (("auto", 32), (16, 16)):
+        assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=own).relook.size == (size, size)
+        said = f"sees images of {size}x{size}, made of those of 8x8"
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=None).relook is None

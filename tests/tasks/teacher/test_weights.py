@@ -18,7 +18,8 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.run.build import build_module
-from rld_lightning.tasks.teacher.weights import _teacher_before, build_teacher, find_teacher, train_teacher
+from rld_lightning.tasks.teacher.network import build_teacher
+from rld_lightning.tasks.teacher.weights import _teacher_before, find_teacher, train_teacher
 
 USUAL = Look((0.5,) * 3, (0.5,) * 3)
 

@@ -10,8 +10,8 @@ from helpers.configs import compose
 from helpers.photos import grow
 
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
+from rld_lightning.tasks.after import has_not_paid
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.networks import has_not_paid
 from rld_lightning.tasks.teacher.weights import is_for_others
 
 
