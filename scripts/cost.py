@@ -11,7 +11,7 @@ from rld_lightning.hydra.script import run_task
 
 def main(cfg: DictConfig) -> None:
     """Measures, and prints tables."""
-    from rld_lightning.tasks.latency import cost  # takes seconds that help and mistakes need not wait for
+    from rld_lightning.tasks.cost import cost  # takes seconds that help and mistakes need not wait for
 
     cost(cfg)
 

@@ -1,22 +1,234 @@
-"""Measures what networks cost: parameters, multiply-accumulates, and the time for one image on this machine."""
+"""What networks cost: those of a run side by side, with size, computation, memory and latency, and one by its name."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
+from rld_lightning.atomic_files import write_whole
+from rld_lightning.bench.latency import Contender, Measured, measure_alone
+from rld_lightning.console import print_files, print_line, print_table
+from rld_lightning.errors import user_errors
+from rld_lightning.models.classes import number_of_classes
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.imported import trust
+from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
+from rld_lightning.models.student import EXPORT, load_student
 from rld_lightning.models.weights.facts import read_facts
-from rld_lightning.models.weights.read import read_metadata
+from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.reporting.cost import Cost, known_cost
-from rld_lightning.runs.files import STUDENT
-from rld_lightning.runs.finished import Run
+from rld_lightning.runs.files import STUDENT, check_file, write_json
+from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
-from rld_lightning.tasks.teacher.recorded import seen_as_teacher
+from rld_lightning.tasks.export import RESULTS
+from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.teacher.recorded import seen_as_teacher, size_seen, teacher_of
 
+COST = "cost.json"
 # What is believed of a folder that may be a stranger's: a network is built, and run, for so many.
 _MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a run.
+
+    Attributes:
+        role: ``"teacher"`` or ``"student"``.
+        name: for :func:`~rld_lightning.models.create_model`.
+        weights: its file, or ``"pretrained"``.
+        num_classes: C.
+        image_shape: channels, height and width of what it saw in its run.
+        top1: accuracy in percent, as the run has measured it; None where it has not.
+    """
+
+    role: str
+    name: str
+    weights: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a network costs with one backend; ``file_mb`` is None of weights that lie with their library.
+
+    ``top1_images`` says on how many images ``top1`` is.
+    """
+
+    role: str
+    name: str
+    backend: str
+    parameters: int
+    macs: int
+    file_mb: float | None
+    top1: float | None
+    top1_images: int | None
+    measured: Measured
+
+
+def cost(cfg: DictConfig) -> list[Row]:
+    """Does what ``conf/cost.yaml`` describes: measures, prints, and leaves ``cost.json`` and ``cost.png``.
+
+    Args:
+        cfg: the composed configuration.
+
+    Raises:
+        UserError: the run is not finished, or a network's file is not where it was.
+    """
+    freeze(cfg)
+    folder, sizes = Path(cfg.paths.run), tuple(cfg.batch_sizes)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else str(cfg.device)
+    threads = cfg.threads or torch.get_num_threads()
+    with user_errors():
+        if not sizes or not cfg.backends:
+            raise ValueError("batch_sizes= and backends= must name at least one each, such as batch_sizes=[1,64].")
+        trust(cfg.trust)
+        run = read_run(Path(cfg.run))
+        found = list(networks(run))
+        rows = []
+        for network in found:
+            for backend in cfg.backends:
+                print_line("measure", f"{network.role} {network.name}, {backend}")
+                rows.append(_row(run, network, backend, folder, (sizes, cfg.seconds, threads, device)))
+                if error := rows[-1].measured.error:
+                    print_line("left out", f"{network.role}, {backend}: {error}")
+    plural = "s" if threads > 1 else ""
+    machine = f"{processor_name()}, {threads} thread{plural}"
+    machine = f"{torch.cuda.get_device_name()}, {machine}" if device == "cuda" else machine
+    write_json(folder / COST, {"machine": machine, "torch": torch.__version__, "rows": [asdict(row) for row in rows]})
+    _print(rows, sizes, machine)
+    files = {COST: "these numbers"}
+    if _draw(rows, sizes[0], machine, folder):
+        files["cost.png"] = "accuracy against latency"
+    print_files(folder, files)
+    return rows
+
+
+def networks(run: Run) -> Iterator[Network]:
+    """The teacher of a run, where it has one, and its student.
+
+    Raises:
+        FileNotFoundError: a file is not where it was.
+        ValueError: the teacher is a program, or its settings are not those of a run.
+    """
+    student = load_student(run.folder / RUN_WEIGHTS)
+    shape, classes = (3, *student.transform.size), len(student.classes)
+    teacher = run.config["model"].get("teacher")
+    if run.summary.teacher is not None and teacher and isinstance(teacher["weights"], list):
+        print_line("teacher", "made of several networks, which are not measured as one")
+    elif run.summary.teacher is not None and teacher:
+        planned = teacher_of(run, option=None)
+        weights, known = str(planned.weights), None
+        if weights != "pretrained":  # which may know more classes than the data
+            known = number_of_classes(planned.name, read_weights(weights).state_dict)
+        seen = (3, *size_seen(planned, student.transform.size))
+        yield Network("teacher", planned.name, weights, known or classes, seen, run.summary.teacher_top1)
+    yield Network("student", student.name, str(run.folder / RUN_WEIGHTS), classes, shape, run.summary.top1)
+
+
+def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tuple[int, ...], float, int, str]) -> Row:
+    pretrained = network.weights == "pretrained"
+    if not pretrained:
+        check_fits(network.name, network.num_classes, read_weights(network.weights))
+    model = create_model(network.name, network.num_classes, **({"pretrained": True} if pretrained else {}))
+    if not pretrained:
+        load_weights(model, network.weights, name=network.name)
+    file: Path | None = None if pretrained else Path(network.weights)
+    error = ""
+    if backend.startswith("onnx"):
+        file = folder / f"{network.role}.{backend}.onnx"
+        try:
+            content = to_onnx(plain_copy(model), network.image_shape, {"name": network.name})
+            if backend == "onnx_int8":  # how fast it is does not depend on the ranges
+                content = quantise_onnx(content, [torch.randn(8, *network.image_shape)])
+            write_whole(file, content)
+        except ValueError as refusal:
+            file, error = None, str(refusal)
+    weights = str(file) if backend.startswith("onnx") else network.weights
+    contender = Contender(network.name, weights, network.num_classes, network.image_shape, backend)
+    top1, images = network.top1, run.summary.images
+    if backend == "onnx_int8":
+        top1, images = _exported_top1(run) if network.role == "student" else (None, None)
+    return Row(
+        network.role,
+        network.name,
+        backend,
+        count_parameters(model),
+        count_macs(model, network.image_shape),
+        None if file is None else file.stat().st_size / 1e6,
+        top1,
+        images,
+        Measured(error=error) if error else measure_alone(contender, *how),
+    )
+
+
+def _exported_top1(run: Run) -> tuple[float | None, int | None]:
+    """What the run's own export in int8 has scored, and on how many images."""
+    path = run.folder / EXPORT / RESULTS
+    if not path.exists():
+        return None, None
+    check_file(path)
+    try:
+        files = {file["format"]: file for file in json.loads(path.read_text())["files"]}
+        top1, images = files["onnx_int8"]["top1"], files["onnx_int8"]["images"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, None
+    right = isinstance(top1, int | float) and 0 <= top1 <= 100 and isinstance(images, int)
+    return (float(top1), images) if right else (None, None)
+
+
+def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str) -> None:
+    sized = {(row.role, row.name): row for row in reversed(rows)}
+    print_table(
+        "Networks",
+        ("", "parameters", "M MACs", "top-1 %"),
+        [
+            (f"{role} {name}", row.parameters, f"{row.macs / 1e6:.1f}", row.top1)
+            for (role, name), row in reversed(sized.items())
+        ],
+    )
+    ran = [row for row in rows if not row.measured.error]
+    print_table(
+        f"Files, and peak memory at a batch of {max(sizes)}",
+        ("", "file MB", "peak MB", "top-1 %", "of images"),
+        [
+            (f"{row.role} {row.backend}", row.file_mb, row.measured.peak_mb, row.top1, row.top1 and row.top1_images)
+            for row in ran
+        ],
+    )
+    for index, size in enumerate(sorted(sizes)):
+        lines = []
+        for row in ran:
+            found = row.measured.latencies[index]
+            times = [f"{value:.2f}" for value in (found.p50, found.p90, found.p99)]
+            lines.append((f"{row.role} {row.backend}", *times, f"{found.images_per_s:,.0f}", found.batches))
+        print_table(f"Batch of {size}, {machine}", ("", "ms p50", "p90", "p99", "images/s", "n"), lines)
+
+
+def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> bool:
+    try:
+        from rld_lightning.reporting.latency import Point, draw_latency  # matplotlib is of an extra
+    except ImportError as error:
+        print_line("cost.png", f'is not drawn ({error}): pip install "rld-lightning[report]"')
+        return False
+    points = [
+        Point(row.role, row.backend, latency.p50, row.top1)
+        for row in rows
+        for latency in row.measured.latencies
+        if latency.batch_size == batch_size and row.top1 is not None
+    ]
+    if points:
+        names = {row.role: row.name for row in rows}
+        title = ", ".join(f"{role}: {name}" for role, name in names.items())
+        draw_latency(points, batch_size, f"{title}\n{machine}", folder / "cost.png")
+    return bool(points)
 
 
 def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cost | None:

@@ -13,8 +13,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models import count_macs, count_parameters, create_model
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.finished import read_run
-from rld_lightning.tasks.cost import measure_cost
-from rld_lightning.tasks.latency import cost, networks
+from rld_lightning.tasks.cost import cost, measure_cost, networks
 
 options = partial(compose, name="cost", resolve=False)
 
@@ -35,7 +34,7 @@ def ask(run, *overrides):
 
 def test_teacher_and_student_side_by_side(run, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("rld_lightning.tasks.latency.measure_alone", measure)  # a process takes seconds to start
+    monkeypatch.setattr("rld_lightning.tasks.cost.measure_alone", measure)  # a process takes seconds to start
     teacher, student = ask(run, "backends=[eager]", "batch_sizes=[1,2]", "threads=1", "device=cpu")
     assert [(row.role, row.name, row.top1) for row in (teacher, student)] == [
         ("teacher", "resnet20", 68.0),
