@@ -14,6 +14,7 @@ HIDDEN = "REDACTED"  # neither a shell, nor Hydra, nor YAML reads anything into 
 _SHORTEST = 6  # characters of a secret that is looked for in texts: a shorter one stands in other words by chance
 _WORDS = (
     r"secret|passw(?:or)?d|passphrase|pwd|token|credentials?|authorization|cookie|signature|sas|connection[_-]?string|"
+    r"\bsig|\bauth|"  # of an address signed by Azure, and of a request; words that only end so are none
     r"(?:api|access|private|account|shared|signing|encryption|ssh)[_-]?key(?:[_-]?id)?"
 )
 _NAME = re.compile(rf"(?:{_WORDS})$|secret|password")  # of a key in lower case, without hyphens

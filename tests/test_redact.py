@@ -12,7 +12,7 @@ def _nothing_known(monkeypatch):
 
 NAMES = (
     *("secret", "password", "passwd", "api_key", "apiKey", "X-Api-Key", "access-key-id", "aws_secret_access_key"),
-    *("account_key", "private_key", "session_token", "Authorization", "connection_string", "cookie"),
+    *("account_key", "private_key", "session_token", "Authorization", "connection_string", "cookie", "auth", "sig"),
 )
 
 
@@ -31,7 +31,7 @@ def test_values_are_secrets_by_their_names(key):
         {"key": "loss.alpha", "keys": 3, "num_tokens": 4, "monitor": "val/top1", "tokens": ["a"]},
         {"secret": None, "password": "", "token": False, "api_key": "${oc.env:KEY}"},  # nothing, or where it stands
         {"url": "s3://bucket/a?list=1", "host": "http://localhost:9000/a@b", "git": "ssh://git@host/x"},
-        {"augment": "cutout:16,flip", "optimizer": "torch.optim.SGD"},
+        {"augment": "cutout:16,flip", "optimizer": "torch.optim.SGD", "design": "small", "insig": 1},
     ],
 )
 def test_what_is_no_secret_stays(values):
@@ -56,6 +56,7 @@ def test_a_stores_key_is_one_and_a_reference_with_a_value_of_its_own():
         ("https://ghp_abc@github.com/a.git", "https://REDACTED@github.com/a.git"),
         ("ftp://me:pw@host", "ftp://REDACTED@host"),
         ("https://h/x?X-Amz-Signature=abc&a=1", "https://h/x?X-Amz-Signature=REDACTED&a=1"),
+        ("https://h/x?sv=2022&sig=aB%2Fc&se=1", "https://h/x?sv=2022&sig=REDACTED&se=1"),
     ],
 )
 def test_addresses_lose_what_opens_them(address, without):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.module import DistillationModule
 from rld_lightning.redact import redact
-from rld_lightning.runs.files import WANDB_RUN, write_json
+from rld_lightning.runs.files import WANDB_RUN, check_file, write_json
 from rld_lightning.tracking import results
 from rld_lightning.tracking.server import server, trouble, wandb_mode
 from rld_lightning.tracking.start import (
@@ -88,10 +89,15 @@ class WandbLogger(LightningWandbLogger):
         self._open = ExitStack()
 
     def continue_run(self, folder: Path) -> None:
-        """Goes on with the W&B run of a run folder, if it has one; to be called before anything is logged."""
-        with suppress(OSError, ValueError, KeyError):
-            self._before = folder
-            self._wandb_init["id"] = json.loads((folder / WANDB_RUN).read_text())["id"]
+        """Goes on with the W&B run of a run folder, if it has one; to be called before anything is logged.
+
+        The folder may be a stranger's: what is no id is none, for files are looked for by it.
+        """
+        self._before = folder
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            check_file(folder / WANDB_RUN)
+            if re.fullmatch(r"[\w-]{1,128}", found := json.loads((folder / WANDB_RUN).read_text())["id"]):
+                self._wandb_init["id"] = found
 
     @property
     @rank_zero_experiment
@@ -279,7 +285,8 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
 
 def wandb_facts(folder: Path) -> dict[str, str]:
     """What a run folder's weights say about the W&B run that they are from: the artifact's name; empty without one."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        check_file(folder / WANDB_RUN)
         return {results.ARTIFACT: json.loads((folder / WANDB_RUN).read_text())[results.ARTIFACT]}
     return {}
 

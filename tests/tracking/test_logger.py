@@ -234,6 +234,20 @@ def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_p
     assert (run.run_id, run.project, run.display_name) == ("trial", "sweeps", "name-loss.alpha=0.303,loss.beta=4")
 
 
+@pytest.mark.parametrize("content", ['{"id": "../../x"}', '{"id": ["a"]}', "[" * 100_000, "3", None])
+def test_what_a_strangers_folder_says_is_no_run_to_go_on_with(offline, tmp_path, content):
+    file = tmp_path / "wandb_run.json"
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_text(content)
+    logger = offline()
+    before = logger._wandb_init["id"]
+    logger.continue_run(tmp_path)
+    assert logger._wandb_init["id"] == before
+    assert wandb_facts(tmp_path) == {}
+
+
 @pytest.mark.parametrize(("share", "artifact"), [(0.0, "a_to_b-rld"), (0.1, "a_to_b-rld-tuning")])
 def test_a_student_of_a_part_of_the_images_is_an_artifact_of_its_own(offline, tmp_path, share, artifact):
     logger = offline(artifact="a_to_b-rld")

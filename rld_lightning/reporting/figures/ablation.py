@@ -114,9 +114,14 @@ def ablation_cells(table: pd.DataFrame) -> list[list[str]]:
 
 def ablation_markdown(table: pd.DataFrame, title: str) -> str:
     """The table as Markdown, with a line about what is ours and what is not."""
-    cells = [[text.replace("<", "&lt;").replace("|", "\\|") for text in line] for line in ablation_cells(table)]
+    cells = [[_in_markdown(text) for text in line] for line in ablation_cells(table)]
     lines = "\n".join(f"| {' | '.join(line)} |" for line in [HEADING, ["---"] * 3 + ["---:"] * 5, *cells])
-    return f"## {title.replace('<', '&lt;')}\n\n{lines}\n\n{note(table)}\n"
+    return f"## {_in_markdown(title)}\n\n{lines}\n\n{note(table)}\n"
+
+
+def _in_markdown(text: str) -> str:
+    """A text, with names of strangers' runs in it, that brings neither HTML nor links nor cells of its own."""
+    return text.replace("<", "&lt;").replace("](", "] (").replace("|", "\\|")
 
 
 def note(table: pd.DataFrame) -> str:
