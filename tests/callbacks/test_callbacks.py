@@ -3,36 +3,18 @@
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from helpers.training import job, linear, quiet_trainer
+from lightning.pytorch import Callback
 from torch import nn
 
-from rld_lightning import DistillationModule, FrozenTeacher, KDLoss
+from rld_lightning import FrozenTeacher, KDLoss
 from rld_lightning.callbacks import ClassAccuracy, GradientNorm, TeacherMonitor, Throughput
 from rld_lightning.data import DigitsDataModule
 
 
-def network(seed):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-
-
 def run(tmp_path, *callbacks, epochs=2, teacher=None, eval_batch_size=256, **options):
-    teacher = teacher or FrozenTeacher(network(1))
-    module = DistillationModule(
-        network(0), KDLoss(), lambda parameters: torch.optim.SGD(parameters, lr=0.1), teacher=teacher, num_classes=10
-    )
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        **options,
-    )
+    module = job(linear(0), KDLoss(), teacher=teacher or FrozenTeacher(linear(1)))
+    trainer = quiet_trainer(*callbacks, max_epochs=epochs, default_root_dir=tmp_path, **options)
     trainer.fit(module, DigitsDataModule(batch_size=128, eval_batch_size=eval_batch_size))
     return trainer, module
 
@@ -66,7 +48,7 @@ def test_a_teacher_that_is_never_wrong_has_no_accuracy_where_it_is(tmp_path):
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             pl_module.teacher.answers = [batch.label]
 
-    trainer, _ = run(tmp_path, Tell(), TeacherMonitor(), epochs=1, teacher=Oracle(network(1)))
+    trainer, _ = run(tmp_path, Tell(), TeacherMonitor(), epochs=1, teacher=Oracle(linear(1)))
     assert trainer.callback_metrics["val/teacher_top1"] == trainer.callback_metrics["train/teacher_top1"] == 100
     assert not [name for name in trainer.callback_metrics if name.endswith("top1_teacher_wrong")]
 
@@ -163,7 +145,7 @@ def test_the_teacher_sees_validation_images_once(tmp_path):
             self.images += len(images)
             return super().forward(images, paths)
 
-    teacher = Counting(network(1))
+    teacher = Counting(linear(1))
     run(tmp_path, TeacherMonitor(), epochs=3, teacher=teacher)
     assert teacher.images == 3 * 1437 + 360
 

@@ -10,11 +10,9 @@ import time
 import pytest
 import torch
 from helpers.configs import compose
-from lightning.pytorch import Trainer
+from helpers.training import job, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
-from rld_lightning import CELoss, DistillationModule
 from rld_lightning.callbacks import CheckpointFiles
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
@@ -132,13 +130,10 @@ def test_a_process_that_is_killed_while_it_saves_leaves_a_checkpoint(tmp_path, m
 
 
 def fit(folder, epochs, resume=None):
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    module = DistillationModule(student, CELoss(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), num_classes=10)
+    module = job(momentum=0.9)
     callback = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
-    options = {"limit_train_batches": 2, "limit_val_batches": 1, "callbacks": [callback], "accelerator": "cpu"}
-    trainer = Trainer(max_epochs=epochs, plugins=[CheckpointFiles()], **options, **quiet)
+    options = {"limit_train_batches": 2, "limit_val_batches": 1, "plugins": [CheckpointFiles()]}
+    trainer = quiet_trainer(callback, max_epochs=epochs, **options)
     trainer.fit(module, DigitsDataModule(batch_size=16), ckpt_path=resume, weights_only=True)
     return module.state_dict()
 

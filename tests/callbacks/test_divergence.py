@@ -6,20 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from helpers.training import job, linear, quiet_trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss
+from rld_lightning import CELoss, FrozenTeacher, KDLoss
 from rld_lightning.callbacks import Diverged, Divergence
 from rld_lightning.callbacks.divergence import _Values, why
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.data.base import Batch
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
 
 
 class At(Callback):
@@ -67,24 +63,10 @@ class LastGradient(nn.Module):
         return values
 
 
-def fit(tmp_path, *callbacks, loss=None, teacher=None, student=None, every=5, rate=0.1, **options):
-    module = DistillationModule(
-        student or network(),
-        loss or CELoss(),
-        lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
-        teacher=teacher,
-        num_classes=10,
-    )
-    trainer = Trainer(
-        **{"max_epochs": 1, **options},
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[Divergence(tmp_path, every=every), *callbacks],
-        default_root_dir=tmp_path,
-    )
+def fit(tmp_path, *callbacks, loss=None, teacher=None, student=None, every=5, rate=0.1, max_epochs=1):
+    module = job(student, loss, lr=rate, momentum=0.9, teacher=teacher)
+    watch = Divergence(tmp_path, every=every)
+    trainer = quiet_trainer(watch, *callbacks, max_epochs=max_epochs, default_root_dir=tmp_path)
     trainer.fit(module, DigitsDataModule(batch_size=128))  # 12 batches
     return module
 
@@ -166,7 +148,7 @@ def test_weights_are_looked_at_once_a_step(tmp_path, monkeypatch):
 
 
 def test_the_last_gradient_of_an_epoch_is_neither_saved_nor_the_best(tmp_path):
-    student = nn.Sequential(network(), LastGradient())
+    student = nn.Sequential(linear(), LastGradient())
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val/top1", mode="max", save_weights_only=True)
     with pytest.raises(Diverged, match=r"epoch 1, batch 12: the weights are not finite after it"):
         fit(tmp_path, best, saving(tmp_path, save_on_train_epoch_end=True), student=student, every=1000)
@@ -174,7 +156,7 @@ def test_the_last_gradient_of_an_epoch_is_neither_saved_nor_the_best(tmp_path):
 
 
 def test_a_teacher_is_told_from_a_learning_rate(tmp_path):
-    broken = network(1)
+    broken = linear(1)
     broken[1].bias.data[3] = math.nan
     with pytest.raises(Diverged, match=r"the loss is nan .*the teacher's logits are not finite.* Choose another model"):
         fit(tmp_path, loss=KDLoss(), teacher=FrozenTeacher(broken))

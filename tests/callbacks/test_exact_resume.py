@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from helpers.training import job, quiet_trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from rld_lightning import DistillationModule, FrozenTeacher, KDLoss
+from rld_lightning import FrozenTeacher, KDLoss
 from rld_lightning.callbacks import (
     ExactResume,
     GradientNorm,
@@ -52,20 +53,13 @@ class Diary(Callback):
 def fit(folder, *callbacks, schedule="none", resume=None, data=None, **options):
     diary = Diary(options.pop("stop_after", None))
     make_scheduler, interval = SCHEDULES[schedule]
-    module = DistillationModule(
-        network(0, dropout=0.3),
-        KDLoss(),
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        make_scheduler,
-        teacher=FrozenTeacher(network(1)),
-        num_classes=10,
-        scheduler_interval=interval,
-    )
+    schedules = {"scheduler": make_scheduler, "scheduler_interval": interval}
+    student, teacher = network(0, dropout=0.3), FrozenTeacher(network(1))
+    module = job(student, KDLoss(), momentum=0.9, teacher=teacher, **schedules)
     last = LastCheckpoint(folder)
-    usual = {"max_epochs": 3, "accelerator": "cpu", "num_sanity_val_steps": 0}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
     watchers = [diary, StepSeed(0), TeacherMonitor(), GradientNorm(), ExactResume(), *callbacks, last]
-    trainer = Trainer(callbacks=watchers, logger=MetricsFile(folder), **usual | quiet | options)
+    usual = {"max_epochs": 3, "default_root_dir": folder, "logger": MetricsFile(folder)}
+    trainer = quiet_trainer(*watchers, **usual | options)
     data = data or DigitsDataModule(batch_size=240)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer, module, diary

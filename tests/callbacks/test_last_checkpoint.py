@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch import nn
+from helpers.training import job, quiet_trainer
+from lightning.pytorch import Callback
 
-from rld_lightning import CELoss, DistillationModule
 from rld_lightning.callbacks import LastCheckpoint
 from rld_lightning.data import DigitsDataModule
 
@@ -29,14 +28,11 @@ class Saved(LastCheckpoint):
         super()._save_checkpoint(trainer, filepath)
 
 
-def fit(folder, *callbacks, last=None, **options):
-    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    module = DistillationModule(student, CELoss(), lambda p: torch.optim.SGD(p, lr=0.1), num_classes=10)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[*callbacks, *filter(None, [last])], **quiet | options)
+def fit(*callbacks, last, **options):
+    trainer = quiet_trainer(*callbacks, last, **options)
     asked, broadcast = [], trainer.strategy.broadcast
     trainer.strategy.broadcast = lambda value, src=0: asked.append(trainer.global_step) or broadcast(value, src)
-    trainer.fit(module, DigitsDataModule(batch_size=16), ckpt_path=options.pop("resume", None), weights_only=True)
+    trainer.fit(job(), DigitsDataModule(batch_size=16))
     return asked
 
 
@@ -56,7 +52,7 @@ STEPS = 90  # an epoch
 )
 def test_saves_after_epochs_and_within_long_ones(tmp_path, monkeypatch, seconds, options, expected):
     last = Saved(tmp_path, **options)
-    asked = fit(tmp_path, Clock(monkeypatch, seconds), last=last, max_epochs=2, limit_val_batches=0)
+    asked = fit(Clock(monkeypatch, seconds), last=last, max_epochs=2, limit_val_batches=0)
     assert last.steps_saved == expected
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 180

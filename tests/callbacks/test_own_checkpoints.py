@@ -5,11 +5,9 @@ import shutil
 import pytest
 import torch
 from helpers.configs import compose
-from lightning.pytorch import Trainer
+from helpers.training import job, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
-from rld_lightning import CELoss, DistillationModule
 from rld_lightning.callbacks import OwnCheckpoints
 from rld_lightning.data import DigitsDataModule
 
@@ -24,15 +22,8 @@ def fit(folder, epochs, resume=None, watched=None):
     """Trains in a folder and returns the callback of its best epochs."""
     watched = watched or best(folder)
     last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    module = DistillationModule(
-        student, CELoss(), lambda parameters: torch.optim.SGD(parameters, lr=0.1), num_classes=10
-    )
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
-    callbacks = [OwnCheckpoints(), watched, last]
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, limit_train_batches=2, **quiet)
-    trainer.fit(module, DigitsDataModule(batch_size=16), ckpt_path=resume, weights_only=True)
+    trainer = quiet_trainer(OwnCheckpoints(), watched, last, max_epochs=epochs, limit_train_batches=2)
+    trainer.fit(job(), DigitsDataModule(batch_size=16), ckpt_path=resume, weights_only=True)
     return watched
 
 

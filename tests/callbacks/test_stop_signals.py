@@ -5,10 +5,9 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch import nn
+from helpers.training import job, quiet_trainer
+from lightning.pytorch import Callback
 
-from rld_lightning import CELoss, DistillationModule
 from rld_lightning.callbacks import ExactResume, LastCheckpoint, StopSignals
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.distributed import Stopped, leave, signals_end, stopped_by
@@ -35,17 +34,8 @@ class Sends(Callback):
 
 
 def fit(folder, *callbacks, resume=None, **options):
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    module = DistillationModule(student, CELoss(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), num_classes=10)
-    signals = StopSignals()
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=[*callbacks, LastCheckpoint(folder), ExactResume()],
-        **quiet | options,
-    )
+    module, signals = job(momentum=0.9), StopSignals()
+    trainer = quiet_trainer(*callbacks, LastCheckpoint(folder), ExactResume(), max_epochs=2, **options)
     trainer.callbacks.append(signals)
     try:
         with signals.listening():

@@ -4,7 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from helpers.training import job, quiet_trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -12,7 +13,6 @@ from rld_lightning.callbacks import WeightAverage
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import KDLoss
 from rld_lightning.models.teacher.frozen import FrozenTeacher
-from rld_lightning.module import DistillationModule
 
 EPOCHS, STEPS = 4, 3
 
@@ -37,22 +37,11 @@ class Watcher(Callback):
 def fit(folder, average, epochs=EPOCHS, others=(), **options):
     torch.manual_seed(0)
     student, teacher = network(), FrozenTeacher(network())
-    module = DistillationModule(
-        student,
-        KDLoss(),
-        lambda p: torch.optim.SGD(p, lr=0.1),
-        None,
-        teacher=teacher,
-        num_classes=10,
-        info={"student": "x"},
-    )
+    module = job(student, KDLoss(), teacher=teacher)
     watcher = Watcher()
     best = ModelCheckpoint(folder, "best", monitor="val/top1", mode="max", save_weights_only=True)
     last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True)
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[average, watcher, best, last, *others],
-    )  # fmt: skip
+    trainer = quiet_trainer(average, watcher, best, last, *others, max_epochs=epochs)
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=500, eval_batch_size=360), **options)
     return module, watcher
 
