@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.training import quiet_trainer
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,21 +50,9 @@ class Losses(Callback):
 
 def fit(job, folder, *, accelerator="cpu", resume=None, callbacks=(), **options):
     watch = Losses()
-    trainer = Trainer(
-        **{
-            "max_epochs": 5,
-            "accelerator": accelerator,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 1,
-            "default_root_dir": folder,
-            "callbacks": [StepSeed(0), GradientNorm(), TeacherMonitor(), watch, *callbacks],
-            **options,
-        }
-    )
+    watchers = [StepSeed(0), GradientNorm(), TeacherMonitor(), watch, *callbacks]
+    usual = {"max_epochs": 5, "accelerator": accelerator, "limit_val_batches": 1, "default_root_dir": folder}
+    trainer = quiet_trainer(*watchers, **usual | options)
     # Twelve batches, of which the last is smaller.
     trainer.fit(job, DigitsDataModule(batch_size=128), ckpt_path=resume)
     return trainer, watch.seen
@@ -210,7 +199,7 @@ def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
     watchers = [Divergence(tmp_path), Throughput(), Look()]
     options = {"max_epochs": 1, "gradient_clip_val": 1.0, "limit_val_batches": 0}
     monkeypatch.setattr(Losses, "on_train_batch_end", lambda *_: None)
-    monkeypatch.setattr("rld_lightning.losses.rows._check_labels", lambda *_: None)  # which waits on a CPU alone
+    monkeypatch.setattr("rld_lightning.losses.rows.check_labels", lambda *_: None)  # which waits on a CPU alone
     monkeypatch.setattr("rld_lightning.losses.rows._if_any_is_not", lambda valid: valid)  # likewise
     fit(job, tmp_path, callbacks=watchers, **options)
     assert reads.found == []

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from helpers.training import quiet_trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,18 +38,8 @@ def module(loss=None, **options):
     )
 
 
-def trainer(tmp_path, **options):
-    defaults = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": tmp_path,
-    }
-    return Trainer(**{**defaults, **options})
+def trainer(tmp_path, *callbacks, **options):
+    return quiet_trainer(*callbacks, **{"max_epochs": 2, "default_root_dir": tmp_path} | options)
 
 
 def digits(**options):
@@ -114,7 +105,7 @@ def test_accuracy_is_measured_in_float32_whatever_training_uses(tmp_path):
             measured.append((outputs["student_logits"], outputs["teacher_prediction"], batch.images))
 
     job = module()
-    mixed = trainer(tmp_path, precision="bf16-mixed", callbacks=[TeacherMonitor(), Watch()])
+    mixed = trainer(tmp_path, TeacherMonitor(), Watch(), precision="bf16-mixed")
     mixed.validate(job, digits(), verbose=False)
     job.eval()
     with torch.inference_mode():
@@ -162,7 +153,7 @@ class Watch(Callback):
 def test_logged_accuracies_and_statistics_are_exact_and_in_percent(tmp_path):
     watch = Watch()
     job = module()
-    fitted = trainer(tmp_path, max_epochs=3, callbacks=[watch])
+    fitted = trainer(tmp_path, watch, max_epochs=3)
     fitted.fit(job, digits())
 
     assert [seen for *_, seen in watch.history] == [360] * 3
@@ -230,7 +221,7 @@ def test_milestones_take_effect_after_their_epoch(tmp_path):
 
     job = module()
     job.make_scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2], gamma=0.1)
-    trainer(tmp_path, max_epochs=4, limit_train_batches=1, callbacks=[Rates()]).fit(job, digits())
+    trainer(tmp_path, Rates(), max_epochs=4, limit_train_batches=1).fit(job, digits())
     assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
 
 
@@ -250,7 +241,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     whole = module()
     trainer(tmp_path, max_epochs=3).fit(whole, digits())
 
-    trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[checkpoint()]).fit(module(), digits())
+    trainer(tmp_path, checkpoint(), max_epochs=1).fit(module(), digits())
     assert (tmp_path / "last.ckpt").exists()
     torch.manual_seed(123)  # nothing may depend on the state of the global generators
     resumed = module()
@@ -288,16 +279,16 @@ def test_learnable_parts_of_a_loss_are_optimised_saved_and_resumed(make_loss, tm
     last = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
     whole = connected_module(make_loss())
     before = {name: value.clone() for name, value in whole.loss.named_parameters()}
-    trainer(tmp_path, callbacks=[StepSeed(0)], **options).fit(whole, digits())
+    trainer(tmp_path, StepSeed(0), **options).fit(whole, digits())
     assert before
     for name, value in whole.loss.named_parameters():
         assert not torch.equal(value, before[name]), name
 
-    first = trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[last, StepSeed(0)], **options)
+    first = trainer(tmp_path, last, StepSeed(0), max_epochs=1, **options)
     first.fit(connected_module(make_loss()), digits())
     torch.manual_seed(123)
     resumed = connected_module(make_loss())
-    trainer(tmp_path, callbacks=[StepSeed(0)], **options).fit(
+    trainer(tmp_path, StepSeed(0), **options).fit(
         resumed, digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )
     assert set(resumed.state_dict()) == set(whole.state_dict())
@@ -386,7 +377,7 @@ def test_anybodys_loader_trains_as_a_data_module_does(tmp_path):
 
     def values(*given):
         watching = [TeacherMonitor(), Divergence(tmp_path), Throughput()]
-        fitted = trainer(tmp_path, max_epochs=1, callbacks=watching)
+        fitted = trainer(tmp_path, *watching, max_epochs=1)
         fitted.fit(module(), *given)
         return {name: value for name, value in fitted.callback_metrics.items() if "images" not in name}
 
@@ -420,7 +411,7 @@ def test_accumulated_gradients_are_those_of_one_batch_also_in_the_last_smaller_s
         linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
         job = DistillationModule(linear, CELoss(), partial(torch.optim.SGD, lr=0.0), num_classes=10)
         callback = Gradients()
-        fitted = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=every, callbacks=[callback])
+        fitted = trainer(tmp_path, callback, max_epochs=1, accumulate_grad_batches=every)
         fitted.fit(job, DigitsDataModule(batch_size=batch_size, augment=False))
         return callback.seen, fitted.callback_metrics["train/loss"]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers.data import same
 from helpers.shards import pack_folder, shards_data, write_images
-from lightning.pytorch import LightningModule, Trainer
+from helpers.training import quiet_trainer
+from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import nn
 
@@ -47,16 +48,7 @@ class Recorder(LightningModule):
 
 
 def trainer(epochs=2, **options):
-    return Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    return quiet_trainer(max_epochs=epochs, devices=1, **{"num_sanity_val_steps": 2} | options)
 
 
 def digits(**options):
