@@ -28,11 +28,14 @@ def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
         ClaimError: it claims more than it holds; PyTorch raises almost anything of what is damaged.
     """
     if _is_inflated(content):
-        raise ClaimError("it claims to unpack to more than it holds")
+        raise ClaimError("it claims to unpack to more than it holds; torch.save compresses nothing")
     found = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
     for tensor in _tensors(found):
         if tensor.layout != torch.strided or tensor.is_meta or _shown(tensor) > _held(tensor) + _STRETCHED:
-            raise ClaimError(f"a tensor of {tuple(tensor.shape)} in it has fewer values than that")
+            raise ClaimError(
+                f"a tensor of {tuple(tensor.shape)} in it has not all of these values; tensors have to be dense and "
+                "contiguous"
+            )
     return found
 
 

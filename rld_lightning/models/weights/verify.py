@@ -59,7 +59,7 @@ def check_fits(name: str, num_classes: int, weights: Weights) -> None:
     try:
         with torch.device("meta"):
             network = create_model(name, num_classes)
-    except (NotImplementedError, RuntimeError):  # some compute with tensors while they are made
+    except (NotImplementedError, RuntimeError, TypeError):  # some compute with tensors, or NumPy, while they are made
         return
     verify_weights(network, _for_model(weights, network), name=name)
 
