@@ -124,7 +124,7 @@ def networks(run: Run) -> Iterator[Network]:
     if run.summary.teacher is not None and teacher and isinstance(teacher["weights"], list):
         print_line("teacher", "made of several networks, which are not measured as one")
     elif run.summary.teacher is not None and teacher:
-        planned = teacher_of(run, option=None)
+        planned = teacher_of(run, option=None, classes_count=False)
         weights, known = str(planned.weights), None
         if weights != "pretrained":  # which may know more classes than the data
             known = number_of_classes(planned.name, read_weights(weights).state_dict)

@@ -12,13 +12,16 @@ from rld_lightning.tasks.run.plan import Teacher
 from rld_lightning.tasks.teacher.network import teacher_size
 
 
-def teacher_of(run: Run, file: str | None = None, option: str | None = "teacher=") -> Teacher:
+def teacher_of(
+    run: Run, file: str | None = None, option: str | None = "teacher=", *, classes_count: bool = True
+) -> Teacher:
     """The teacher of a finished run, as its configuration describes it, which is a stranger's perhaps.
 
     Args:
         run: a finished run.
         file: its weights, if not where they lay when the run was trained.
         option: what names the file, for messages; None where nothing does.
+        classes_count: whether it is to be asked about the data's classes, and not only how large it is, say.
 
     Raises:
         FileNotFoundError: its file is not there.
@@ -39,7 +42,11 @@ def teacher_of(run: Run, file: str | None = None, option: str | None = "teacher=
         raise FileNotFoundError(f"the teacher's weights are not at {weights}; run from where the run was started{add}.")
     size, classes = settings.get("image_size"), settings.get("class_map")
     if classes is not None and not isinstance(classes, dict):
-        raise ValueError(f"the teacher of {run.folder} has its classes in another file, {classes}, which is not read.")
+        if classes_count:
+            raise ValueError(
+                f"the teacher of {run.folder} has its classes in another file, {classes}, which is not read."
+            )
+        classes = None
     if not (size in (None, "auto") or (type(size) is int and 0 < size <= 4096)):
         raise ValueError(f"{run.folder} says model.teacher.image_size={size!r}, which no run has.")
     return Teacher(
@@ -76,5 +83,5 @@ def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int])
     for run in runs:
         if run.summary.teacher == name:
             with suppress(ValueError, OSError):  # its file is gone, say
-                return (given[0], *size_seen(teacher_of(run), given[1:]))
+                return (given[0], *size_seen(teacher_of(run, classes_count=False), given[1:]))
     return given
