@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from rld_lightning.reporting.labels import shortened
 from rld_lightning.reporting.style import BLUE, SEQUENTIAL, FigureOfPanels, Panel, ink_on
 from rld_lightning.reporting.tables import Section
-from rld_lightning.runs.files import CONFUSION
+from rld_lightning.runs.files import CONFUSION, text_of
 from rld_lightning.runs.finished import Run
 
 MAX_CLASSES = 20  # of a matrix that can be read
@@ -53,7 +53,7 @@ def _pooled(runs: Sequence[Run]) -> pd.DataFrame | None:
         path = run.folder / CONFUSION
         if path.is_file() and path.stat().st_size < _LARGEST:
             with suppress(ValueError, KeyError, UnicodeDecodeError):  # damaged
-                table = pd.read_csv(path, dtype={"class": str, "predicted": str}, keep_default_na=False)
+                table = pd.read_csv(path, converters={"class": text_of, "predicted": text_of}, keep_default_na=False)
                 tables.append(table[["class", "predicted", "images"]].astype({"images": int}))
     if not tables:
         return None

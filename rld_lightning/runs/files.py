@@ -15,6 +15,7 @@ from rld_lightning.atomic_files import write_whole
 from rld_lightning.redact import redact
 
 _LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
+_FORMULAS = ("=", "+", "-", "@", "\t")  # what they begin with, to a spreadsheet
 _SEXAGESIMAL = re.compile(rb"\d(:\d+){30}")  # 1:30 is 90 to YAML; reading one of 100,000 digits takes hours
 
 CONFIG = "config.yaml"  # resolved
@@ -68,7 +69,12 @@ def plain_cell(value: object) -> object:
         return value
     text = value.replace("\r", " ")
     number = re.fullmatch(r"-|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not number else text
+    return f"'{text}" if text.startswith(_FORMULAS) and not number else text
+
+
+def text_of(cell: str) -> str:
+    """The text that :func:`plain_cell` has made a cell of: there are data sets with a class ``+``."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULAS) else cell
 
 
 def write_json(path: Path, values: object) -> None:

@@ -30,6 +30,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
+from rld_lightning.runs.files import plain_cell
 from rld_lightning.tasks.run.plan import freeze
 
 STDIN = STDOUT = "-"
@@ -270,19 +271,15 @@ def _csv(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
     columns = ["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")), "error"]
     yield _line(columns)
     for found in answers:
-        cells = [cell for name, p in found.found for cell in (_plain(name), f"{p:.6f}")]
-        yield _line([_plain(found.image), *(cells or [""] * 2 * top), _plain(found.error)])
+        cells = [cell for name, p in found.found for cell in (name, f"{p:.6f}")]
+        yield _line([found.image, *(cells or [""] * 2 * top), found.error])
 
 
 def _line(cells: Sequence[str]) -> bytes:
-    csv.writer(text := StringIO(), lineterminator="\n").writerow(cells)
+    """A line of a table, and no more than one."""
+    lines = (plain_cell(" ".join(cell.splitlines())) for cell in cells)
+    csv.writer(text := StringIO(), lineterminator="\n").writerow(lines)
     return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _plain(text: str) -> str:
-    """A text that no spreadsheet takes for a formula, of one line."""
-    line = " ".join(text.splitlines())
-    return f"'{line}" if line.startswith(("=", "+", "-", "@", "\t")) else line
 
 
 def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:

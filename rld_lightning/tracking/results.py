@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from rld_lightning.models.weights.read import Weights, WeightsError, read_metadata, read_weights
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY, WANDB
+from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY, WANDB, text_of
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
@@ -30,7 +30,7 @@ def log_classes(run: "Run", folder: Path) -> None:
     if path.exists():
         with path.open(newline="") as file:
             columns, *rows = csv.reader(file)
-        cells = map(_numbers, zip(*rows, strict=True))
+        cells = map(_numbers, zip(*([text_of(cell) for cell in row] for row in rows), strict=True))
         run.log({"classes": wandb.Table(columns=[*columns], data=[list(row) for row in zip(*cells, strict=True)])})
 
 
@@ -43,7 +43,8 @@ def log_confusion(run: "Run", folder: Path) -> None:
         return
     with path.open(newline="") as file:
         _, *rows = csv.reader(file)
-    cells = sorted(((actual, predicted, int(count)) for actual, predicted, count in rows), key=lambda cell: -cell[2])
+    named = ((text_of(actual), text_of(predicted), int(count)) for actual, predicted, count in rows)
+    cells = sorted(named, key=lambda cell: -cell[2])
     table = wandb.Table(columns=["actual", "predicted", "images"], data=[list(cell) for cell in cells[:MOST_CELLS]])
     fields = {"Actual": "actual", "Predicted": "predicted", "nPredictions": "images"}
     title = {"title": "confusion matrix, last validation"}
