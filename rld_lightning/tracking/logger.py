@@ -96,7 +96,7 @@ class WandbLogger(LightningWandbLogger):
         self._before = folder
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             check_file(folder / WANDB_RUN)
-            if re.fullmatch(r"[\w-]{1,128}", found := json.loads((folder / WANDB_RUN).read_text())["id"]):
+            if re.fullmatch(r"[\w.=+@ -]{1,128}", found := json.loads((folder / WANDB_RUN).read_text())["id"]):
                 self._wandb_init["id"] = found
 
     @property

@@ -234,7 +234,7 @@ def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_p
     assert (run.run_id, run.project, run.display_name) == ("trial", "sweeps", "name-loss.alpha=0.303,loss.beta=4")
 
 
-@pytest.mark.parametrize("content", ['{"id": "../../x"}', '{"id": ["a"]}', "[" * 100_000, "3", None])
+@pytest.mark.parametrize("content", ['{"id": "../../x"}', '{"id": "*"}', '{"id": ["a"]}', "[" * 100_000, "3", None])
 def test_what_a_strangers_folder_says_is_no_run_to_go_on_with(offline, tmp_path, content):
     file = tmp_path / "wandb_run.json"
     if content is None:
@@ -246,6 +246,14 @@ def test_what_a_strangers_folder_says_is_no_run_to_go_on_with(offline, tmp_path,
     logger.continue_run(tmp_path)
     assert logger._wandb_init["id"] == before
     assert wandb_facts(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["8x2k1b3q", "rld-v0.2_seed 1"])
+def test_ids_that_users_have_given_are_gone_on_with(offline, tmp_path, name):
+    (tmp_path / "wandb_run.json").write_text(f'{{"id": "{name}"}}')
+    logger = offline()
+    logger.continue_run(tmp_path)
+    assert logger._wandb_init["id"] == name
 
 
 @pytest.mark.parametrize(("share", "artifact"), [(0.0, "a_to_b-rld"), (0.1, "a_to_b-rld-tuning")])
