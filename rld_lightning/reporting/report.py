@@ -30,7 +30,7 @@ from rld_lightning.shipped import called
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
 ROWS_TO_FILTER = 6  # tables with more have a field to filter them by
 PICTURES = ("pdf", "svg")
-LATEX = "results.tex"
+PAGE, MARKDOWN, FIGURES, LATEX = "report.html", "report.md", "figures", "results.tex"
 TABLES = ("results", "comparisons", "sweeps", "runs")
 
 READING = (
@@ -86,7 +86,7 @@ def write_report(
     sweeps, to_compare = split_sweeps(frame)
     in_part = to_compare[~to_compare["complete"]].sort_values(["dataset", "pair", "method", "seed"], kind="stable")
     found, left_out = sections(to_compare)
-    check_folder(out, "--out")
+    check_folder(out, "--out", (PAGE, MARKDOWN, FIGURES, LATEX, *(f"{table}.csv" for table in TABLES)))
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     sources = Sources()
@@ -124,21 +124,21 @@ def write_report(
         "max_trials": MAX_TRIALS,
         "rows_to_filter": ROWS_TO_FILTER,
     }
-    (out / "figures").mkdir(exist_ok=True)
+    (out / FIGURES).mkdir(exist_ok=True)
     figures = [figure for chapter in chapters for figure in (*chapter.figures, chapter.confusion) if figure]
     figures += [figure for chapter in sweep_chapters for figure in chapter.figures] + scatters
     return ReportFiles(
-        _render("report.html.j2", context, out / "report.html"),
-        _render("report.md.j2", context, out / "report.md"),
+        _render("report.html.j2", context, out / PAGE),
+        _render("report.md.j2", context, out / MARKDOWN),
         _write_tables(chapters, sweeps, frame[list(FACTS)], out),
-        [path for figure in figures for path in figure.write(out / "figures", ("png", *dict.fromkeys(pictures)))],
+        [path for figure in figures for path in figure.write(out / FIGURES, ("png", *dict.fromkeys(pictures)))],
         write_latex(chapters, out / LATEX) if latex else None,
     )
 
 
 def _remove_earlier(out: Path) -> None:
     """Removes the tables and figures of an earlier report in the same folder, which may have had more of them."""
-    page = out / "report.md"
+    page = out / MARKDOWN
     if not page.exists():
         return
     pictures = re.findall(r"\]\((figures/[^()/]+)\.png\)", page.read_text(encoding="utf-8"))

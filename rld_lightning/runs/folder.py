@@ -1,7 +1,7 @@
 """A run folder belongs to one process at a time."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def check_within(folder: Path, above: Path, option: str) -> None:
         raise ValueError(f"{folder} is a link out of {above}, where nothing is written: give {option} yourself.")
 
 
-def check_folder(folder: Path, option: str = "hydra.run.dir=") -> None:
+def check_folder(folder: Path, option: str = "hydra.run.dir=", written: Collection[str] | None = None) -> None:
     """Looks whether a job can write into a folder, and into nothing else.
 
     The folder may be a stranger's: files are written through links, so that one in it could lead to any file.
@@ -78,6 +78,7 @@ def check_folder(folder: Path, option: str = "hydra.run.dir=") -> None:
     Args:
         folder: the folder, which need not be there yet, and may itself be a link.
         option: what names another one.
+        written: names of the files and folders in it that may be written; others may be links. By default all.
 
     Raises:
         ValueError: it is a file, cannot be written to, or holds a link that leads out of it.
@@ -87,17 +88,19 @@ def check_folder(folder: Path, option: str = "hydra.run.dir=") -> None:
         raise ValueError(f"{there} is not a folder; choose another one with {option}.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{there} cannot be written to: make it writable, or choose another one with {option}.")
-    if there == folder and (link := next(_leading_out(folder), None)) is not None:
+    if there == folder and (link := next(_leading_out(folder, written), None)) is not None:
         raise ValueError(
             f"{link} is a link to {link.readlink()}, out of the folder, where nothing is written: remove it, or "
             f"choose another folder with {option}."
         )
 
 
-def _leading_out(folder: Path) -> Iterator[Path]:
-    """The links in and below a folder that lead elsewhere."""
+def _leading_out(folder: Path, written: Collection[str] | None) -> Iterator[Path]:
+    """The links in and below a folder that lead elsewhere, of those of its names that are written."""
     inside = folder.resolve()
     for path, inner, files in os.walk(folder):
+        if written is not None and Path(path) == folder:
+            inner[:], files = [name for name in inner if name in written], [name for name in files if name in written]
         for name in (*inner, *files):
             link = Path(path, name)
             if link.is_symlink() and not link.resolve().is_relative_to(inside):

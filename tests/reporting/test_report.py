@@ -469,6 +469,14 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path, link):
     assert (mine / "keep.png").read_text() == "mine"
 
 
+def test_links_beside_a_report_are_no_matter(tmp_path):
+    write_run(tmp_path / "runs" / "run")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "runs" / "data").symlink_to(tmp_path / "data")
+    assert write_report([tmp_path / "runs"], tmp_path / "runs", cost_of=lambda *_: None).markdown.is_file()
+    assert (tmp_path / "runs" / "data").is_symlink()
+
+
 def test_a_link_in_place_of_the_reports_folder_is_not_followed(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs" / "run")
     (tmp_path / "mine").mkdir()
