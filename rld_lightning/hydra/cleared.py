@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
+
 from rld_lightning.runs.files import HYDRA, LOCK, SPLIT
 
 # What there is of a job, beside its log, before its work begins. Whatever else lies there tells of work that was done.
@@ -23,7 +25,10 @@ def will_make(folder: Path) -> None:
 
 
 def clear_mistake() -> None:
-    """Takes the folder of this job away again, and those above it, if it has made them and done no work in them."""
+    """Takes the folder of this job away again, and those above it, if it has made them and done no work in them.
+
+    One that was begun at the same moment as another may have thought that it made the folder which that one works in.
+    """
     if not _made or not (folder := _made[0]).is_dir():
         return
     there = list(folder.iterdir())
@@ -31,11 +36,18 @@ def clear_mistake() -> None:
         return
     if any(_FAILURE in path.read_text(errors="replace") for path in there if path.suffix == ".log"):
         return
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # of which a timeout is one
+        return
     for path in there:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif path.name != LOCK:
             path.unlink(missing_ok=True)
+    lock.release()
+    (folder / LOCK).unlink(missing_ok=True)
     for path in _made:
         try:
             path.rmdir()

@@ -1,6 +1,7 @@
 """What a mistaken job takes away again: what it has made itself, and nothing of any work."""
 
 import pytest
+from filelock import FileLock
 
 from rld_lightning.hydra.cleared import clear_mistake, will_make
 
@@ -41,6 +42,16 @@ def test_what_was_there_or_tells_of_work_stays(tmp_path, work):
         assert {path.name for path in folder.iterdir()} >= {".hydra", ".lock", "fit.log"}
     clear_mistake()
     assert folder.is_dir()
+
+
+def test_a_folder_that_another_process_is_at_stays(tmp_path):
+    will_make(folder := tmp_path / "run")
+    prepare(folder)
+    with FileLock(folder / ".lock"):
+        clear_mistake()
+    assert {path.name for path in folder.iterdir()} == {".hydra", ".lock", "fit.log", "eval.log", "split.csv"}
+    clear_mistake()
+    assert not folder.exists()
 
 
 def test_the_log_of_a_failure_stays(tmp_path):
