@@ -54,7 +54,7 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         ImportError: a ``timm/`` name without timm.
     """
     if not isinstance(cast(object, num_classes), Integral) or num_classes < 2:
-        raise ValueError(f"num_classes={num_classes!r} is not allowed; a classifier has a whole number from 2 on.")
+        raise ValueError(f"num_classes={num_classes!r} is not allowed; it must be a whole number >= 2.")
     plain, side = split_size(name)
     if side is not None:
         return at_size(create_model(plain, num_classes, **kwargs), side)

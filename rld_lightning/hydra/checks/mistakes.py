@@ -71,9 +71,8 @@ def check(cfg: DictConfig) -> None:
     check_values(cfg)
     check_watchers(cfg)
     check_machine(cfg)
-    from rld_lightning.hydra.checks.networks_and_files import (
-        check_named,  # PyTorch takes seconds; other mistakes come first
-    )
+    # PyTorch takes seconds; other mistakes come first.
+    from rld_lightning.hydra.checks.networks_and_files import check_named
     from rld_lightning.hydra.checks.targets import check_recipe_and_loss
 
     with user_errors():

@@ -158,7 +158,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset": (_is_text, _TEXT),
     "source": (_is_text, _TEXT),
     "url": (_is_text, _TEXT),
-    "num_classes": (_is_whole(2, 1 << 24), "a whole number from 2 on"),
+    "num_classes": (_is_whole(2, 1 << 24), "a whole number >= 2"),
     "class_names": (
         lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
         "a list of names",
