@@ -33,6 +33,13 @@ def _same_arithmetic():
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture(autouse=True)
+def _own_command():
+    """A script that runs in the test's process leaves its command for those it starts, and none is the next test's."""
+    yield
+    os.environ.pop("RLD_LIGHTNING_COMMAND", None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of the cases of a ``thinned(n)`` test one in n, drawn once and for all, is for every day; the others are slow."""
