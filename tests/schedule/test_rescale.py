@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.training import job, quiet_trainer
 from lightning.pytorch import Callback
-from test_module import digits, module, trainer
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from rld_lightning.data import DigitsDataModule
 from rld_lightning.schedule import remember_first_rates, rescale
 
 
@@ -100,14 +101,11 @@ class Rates(Callback):
 
 @pytest.mark.parametrize("scheduler", [None, partial(MultiStepLR, milestones=[1])])
 def test_a_run_goes_on_with_the_rate_that_it_is_given(tmp_path, scheduler):
-    def job(rate):
-        made = module(scheduler=scheduler)
-        made.make_optimizer = partial(SGD, lr=rate, momentum=0.9)
-        return made
+    def begin_or_go_on(*callbacks, rate, **options):
+        trainer = quiet_trainer(*callbacks, max_epochs=2 if callbacks else 1)
+        trainer.fit(job(lr=rate, momentum=0.9, scheduler=scheduler), DigitsDataModule(batch_size=128), **options)
+        return trainer
 
-    first = trainer(tmp_path, max_epochs=1)
-    first.fit(job(0.1), digits())
-    first.save_checkpoint(tmp_path / "last.ckpt")
-    rates = Rates()
-    trainer(tmp_path, callbacks=[rates]).fit(job(0.01), digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    begin_or_go_on(rate=0.1).save_checkpoint(tmp_path / "last.ckpt")
+    begin_or_go_on(rates := Rates(), rate=0.01, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert rates.seen == [pytest.approx(0.01 if scheduler is None else 0.001)] * 12
