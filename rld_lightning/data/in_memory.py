@@ -169,7 +169,7 @@ class InMemoryDataModule(ImageDataModule):
             train, test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
             splits, origin = {"test": test}, torch.arange(len(train.labels))
             self._views = len(origin) * count_views(self.padding, self._flips)
-            self._pixels = _digest(train.images)  # a tenth of the time of reading them again
+            self._pixels_digest = _digest(train.images)  # a tenth of the time of reading them again
             if self.val_fraction > 0:
                 origin, held_out = stratified_split(
                     train.labels, self.val_fraction, self.seed, "val_fraction", self.class_names
@@ -188,7 +188,7 @@ class InMemoryDataModule(ImageDataModule):
     def take_over(self, other: "InMemoryDataModule") -> None:
         """Takes what another module with the same options has read, which both share."""
         self.splits, self._origin = dict(other.splits), other._origin
-        self._views, self._pixels = other._views, other._pixels
+        self._views, self._pixels_digest = other._views, other._pixels_digest
 
     @property
     def train_label(self) -> Tensor:
@@ -225,7 +225,7 @@ class InMemoryDataModule(ImageDataModule):
         self._split_sizes()
         return {
             "data": self.name,
-            "images": self._pixels,
+            "images": self._pixels_digest,
             "padding": self.padding,
             "flip": self._flips,
             "mean": list(self.mean),

@@ -1,6 +1,5 @@
 """A W&B run beside ``metrics.csv``, which never stops training, whatever the server does."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.module import DistillationModule
 from rld_lightning.redact import redact
-from rld_lightning.runs.files import WANDB_RUN, check_file, write_json
+from rld_lightning.runs.files import WANDB_RUN, read_json, write_json
 from rld_lightning.tracking import results
 from rld_lightning.tracking.server import server, trouble, wandb_mode
 from rld_lightning.tracking.start import (
@@ -94,9 +93,8 @@ class WandbLogger(LightningWandbLogger):
         The folder may be a stranger's: what is no id is none, for files are looked for by it.
         """
         self._before = folder
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            check_file(folder / WANDB_RUN)
-            if re.fullmatch(r"[\w.=+@ -]{1,128}", found := json.loads((folder / WANDB_RUN).read_text())["id"]):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if re.fullmatch(r"[\w.=+@ -]{1,128}", found := read_json(folder / WANDB_RUN)["id"]):
                 self._wandb_init["id"] = found
 
     @property
@@ -285,9 +283,8 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
 
 def wandb_facts(folder: Path) -> dict[str, str]:
     """What a run folder's weights say about the W&B run that they are from: the artifact's name; empty without one."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        check_file(folder / WANDB_RUN)
-        return {results.ARTIFACT: json.loads((folder / WANDB_RUN).read_text())[results.ARTIFACT]}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return {results.ARTIFACT: read_json(folder / WANDB_RUN)[results.ARTIFACT]}
     return {}
 
 
