@@ -13,8 +13,11 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, by turns")
     what = parser.add_subparsers(dest="what", required=True)
     fit = what.add_parser("fit", help="fit.py with all that it does, against what public distillation code does")
-    fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits"))
-    fit.add_argument("--root", default="data", help="folder of CIFAR-100")
+    fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits", "imagefolder"))
+    fit.add_argument(
+        "--root", default="data", help="of CIFAR-100; of images, made of ImageNet's size where it is missing"
+    )
+    fit.add_argument("--workers", type=int, default=2, help="loader processes of the plain trainer")
     fit.add_argument("--seconds", type=float, default=4, help="how long each runs in a round")
     fit.add_argument("--folder", type=Path, help="where the teacher and its logits are kept, for the next time")
     fit.add_argument("--prepare", type=int, metavar="STEPS", help="fill --folder and compile in so many steps, and end")
@@ -60,7 +63,7 @@ if __name__ == "__main__":
 
     import torch  # help and mistakes need not wait for it
 
-    from rld_lightning.bench.data import bench_data
+    from rld_lightning.bench.data import bench_data, write_image_folder
     from rld_lightning.bench.epochs import bench_epoch
     from rld_lightning.bench.jobs import Job, bench_fit, prepare_fit
     from rld_lightning.bench.overhead import bench_overhead
@@ -71,7 +74,9 @@ if __name__ == "__main__":
     if options.what == "data":
         bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
     elif options.what == "fit":
-        job = Job(options.data, options.root, options.teacher, options.student, options.batch)
+        if options.data == "imagefolder":
+            write_image_folder(Path(options.root))
+        job = Job(options.data, options.root, options.teacher, options.student, options.batch, options.workers)
         if options.prepare:
             prepare_fit(job, options.prepare, options.switches, options.folder)
         else:

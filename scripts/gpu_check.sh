@@ -103,6 +103,7 @@ if [ "$SCALE" != 1 ]; then # two epochs, of so many batches that steps are scale
     SHORT=("trainer.limit_train_batches=$(scaled $((240 * 782 / 2)) 2)" "trainer.limit_val_batches=$(scaled 200 1)")
 fi
 ROUNDS=$(scaled 9 1) PACE=$(scaled 782 4) SECONDS_EACH=$(scaled 3 1)
+WORKERS=$(($(nproc) > 12 ? 12 : $(nproc)))
 PACED=("trainer.max_steps=$PACE" trainer.limit_val_batches=1)
 
 stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
@@ -128,6 +129,11 @@ KNOWN="data.augment=false model.teacher.cache=fill recipe.warmup_epochs=1"
 [ "$SCALE" = 1 ] || KNOWN+=" data.subset=0.01"
 stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" --folder "$STATE/bench" \
     --with=model.teacher.cache=false --with="$KNOWN" --report "$STATE/bench-fit.json"
+# As on ImageNet: JPEG files, which it writes first.
+stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
+    --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
+    --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
+    --with="data.num_workers=$WORKERS model.compile=false"
 gather
 
 [ "${SEEDS// /}" ] || { say "no seeds, no trainings"; exit 0; }

@@ -1,5 +1,8 @@
 """How many images a second one core prepares for training: ours against the usual Pillow pipeline."""
 
+import itertools
+import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -119,3 +122,27 @@ def write_jpegs(folder: Path, images: int, width: int, height: int, quality: int
         paths.append(folder / f"{number:04d}.jpg")
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=quality)
     return paths
+
+
+def write_image_folder(root: Path, classes: int = 1000, each: int = 32, images: int = 1000) -> None:
+    """Makes a folder of ``train/<class>/`` and ``val/<class>/`` with JPEGs of ImageNet's size, where there is none.
+
+    Args:
+        root: the folder.
+        classes: how many.
+        each: training images of a class; it has one to validate on.
+        images: how many unlike ones there are: others are links to them, which are read and decoded all the same.
+    """
+    if root.exists():
+        return
+    part = root.with_name(f"{root.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a call that was interrupted
+    (part / "unlike").mkdir(parents=True)
+    paths = itertools.cycle(write_jpegs(part / "unlike", images, 500, 375, 90))
+    for split, count in (("train", each), ("val", 1)):
+        for number in range(classes):
+            folder = part / split / f"c{number:04d}"
+            folder.mkdir(parents=True)
+            for image in range(count):
+                os.link(next(paths), folder / f"{image}.jpg")
+    part.rename(root)

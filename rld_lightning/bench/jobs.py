@@ -29,7 +29,7 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.shipped import shipped
 
 SCRIPT = shipped("scripts") / "fit.py"
-DATA = {"cifar100": (100, (3, 32, 32)), "digits": (10, (3, 8, 8))}
+DATA = ("cifar100", "digits", "imagefolder")
 PLAIN = "plain trainer"
 
 
@@ -59,11 +59,12 @@ class Job:
     """What is trained, with RLD, a pair's own recipe and random weights of the teacher.
 
     Attributes:
-        data: ``cifar100`` or ``digits``.
-        root: folder of CIFAR-100.
+        data: one of ``DATA``.
+        root: folder of CIFAR-100, or of ``train/<class>/`` and ``val/<class>/`` with images.
         teacher: its network.
         student: its network.
         batch: images a step.
+        workers: loader processes of the plain trainer.
     """
 
     data: str
@@ -71,6 +72,20 @@ class Job:
     teacher: str
     student: str
     batch: int
+    workers: int = 2
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        if self.data == "imagefolder":
+            return len(list(Path(self.root, "train").iterdir()))
+        return {"cifar100": 100, "digits": 10}[self.data]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image as the networks see it."""
+        side = {"cifar100": 32, "digits": 8, "imagefolder": 224}[self.data]
+        return 3, side, side
 
 
 @dataclass
@@ -202,18 +217,18 @@ def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> 
 
 def keep_teacher(job: Job, folder: Path) -> Path:
     """Leaves a teacher with random weights in a folder, always the same ones."""
-    path = folder / f"{job.teacher}_{job.data}.safetensors"
+    path = folder / f"{job.teacher.replace('/', '_')}_{job.data}.safetensors"
     if not path.exists():
         torch.manual_seed(0)
-        classes, _ = DATA[job.data]
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(create_model(job.teacher, classes), path, {"name": job.teacher, "num_classes": classes})
+        teacher = create_model(job.teacher, job.classes)
+        save_weights(teacher, path, {"name": job.teacher, "num_classes": job.classes})
     return path
 
 
 def fit_command(job: Job, teacher: Path, folder: Path) -> list[str]:
     """Our command, which leaves the times of its steps in a folder."""
-    root = [f"data.root={job.root}"] if job.data == "cifar100" else []
+    root = [] if job.data == "digits" else [f"data.root={job.root}"]
     return [
         sys.executable, str(SCRIPT), f"data={job.data}", *root, f"data.batch_size={job.batch}", "model=pair",
         f"model.teacher.name={job.teacher}", f"model.student.name={job.student}", f"model.teacher.weights={teacher}",
@@ -254,8 +269,7 @@ def _row(contender: Contender, base: Contender) -> tuple[float, str, float]:
 
 def limit(job: Job) -> Mapping[str, float]:
     """Images/s if convolutions ran as fast as large square matrix products do here, and nothing else took time."""
-    classes, shape = DATA[job.data]
-    teacher, student = (count_macs(create_model(name, classes), shape) for name in (job.teacher, job.student))
+    teacher, student = (count_macs(create_model(name, job.classes), job.shape) for name in (job.teacher, job.student))
     operations = 2 * (teacher + 3 * student)  # backward computes the gradient of images and of weights
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limits = {}

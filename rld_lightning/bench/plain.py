@@ -1,8 +1,8 @@
 """What public distillation code does, for comparison: ``python -m rld_lightning.bench.plain``.
 
-Pillow images through torchvision's transforms in two loader processes, networks eager in float32 and contiguous layout,
-RLD as one writes it down, ``.item()`` and a progress bar in every step. It leaves the time of each step in a
-file, and trains until it is killed.
+Pillow images through torchvision's transforms in loader processes, networks eager in float32 and contiguous layout, RLD
+as one writes it down, ``.item()`` and a progress bar in every step. It leaves the time of each step in a file, and
+trains until it is killed.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from rld_lightning.bench.jobs import write_time
+from rld_lightning.bench.jobs import DATA, Job, write_time
 from rld_lightning.bench.steps import plain_rld
 from rld_lightning.data import CIFAR100DataModule, DigitsDataModule
+from rld_lightning.data.streaming_module import IMAGENET_MEAN, IMAGENET_STD
 from rld_lightning.models import create_model
 
 
@@ -49,25 +51,28 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def train(data_name: str, root: str, teacher_name: str, student_name: str, batch: int, times: Path) -> None:
+def images_of(job: Job) -> Dataset[tuple[Tensor, int]]:
+    """The training images, as public code reads them."""
+    if job.data == "imagefolder":
+        crop = [RandomResizedCrop(job.shape[1:]), RandomHorizontalFlip()]
+        return ImageFolder(f"{job.root}/train", Compose([*crop, ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)]))
+    data = CIFAR100DataModule(job.root) if job.data == "cifar100" else DigitsDataModule()
+    data.prepare_data()
+    return PillowImages(*data.read_split(train=True), data.mean, data.std)
+
+
+def train(job: Job, times: Path) -> None:
     """Trains until it is killed.
 
     Args:
-        data_name: ``cifar100`` or ``digits``.
-        root: folder of CIFAR-100.
-        teacher_name: its network.
-        student_name: its network.
-        batch: images a step.
+        job: what.
         times: a file that gets the time of each step.
     """
     torch.manual_seed(0)
-    data = CIFAR100DataModule(root) if data_name == "cifar100" else DigitsDataModule()
-    data.prepare_data()
-    images = PillowImages(*data.read_split(train=True), data.mean, data.std)
-    loader = DataLoader(images, batch, shuffle=True, num_workers=2)
+    loader = DataLoader(images_of(job), job.batch, shuffle=True, num_workers=job.workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = create_model(teacher_name, data.num_classes).to(device).eval()
-    student = create_model(student_name, data.num_classes).to(device).train()
+    teacher = create_model(job.teacher, job.classes).to(device).eval()
+    student = create_model(job.student, job.classes).to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     criterion = torch.nn.CrossEntropyLoss()
     while True:
@@ -89,9 +94,12 @@ def train(data_name: str, root: str, teacher_name: str, student_name: str, batch
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for option in ("data", "root", "teacher", "student"):
+    parser.add_argument("--data", choices=DATA, required=True)
+    for option in ("root", "teacher", "student"):
         parser.add_argument(f"--{option}", required=True)
-    parser.add_argument("--batch", type=int, required=True)
+    for option in ("batch", "workers"):
+        parser.add_argument(f"--{option}", type=int, required=True)
     parser.add_argument("--times", type=Path, required=True)
-    given = parser.parse_args()
-    train(given.data, given.root, given.teacher, given.student, given.batch, given.times)
+    options = vars(parser.parse_args())
+    times = options.pop("times")
+    train(Job(**options), times)
