@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from rld_lightning.hydra import options
-from rld_lightning.hydra.compose import expand_combined_loss, with_own_folder
+from rld_lightning.hydra.compose import expand_combined_loss, flags_first, with_own_folder
 from rld_lightning.hydra.options import register_options
 from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_loss, registry
 from rld_lightning.models import list_models
@@ -101,6 +101,25 @@ def test_losses_combine_in_a_list():
     assert (loss.losses["rld_ls"].logit_standardization, loss.losses["at"].weight) == (True, 10)
     assert loss_name(cfg.loss) == "rld_ls+at"
     assert expand_combined_loss(["seed=1", "loss=rld"]) == ["seed=1", "loss=rld"]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("loss=kd -m seed=0,1", "-m loss=kd seed=0,1"),
+        ("loss=kd --cfg job ~data.padding seed=1", "--cfg job loss=kd ~data.padding seed=1"),
+        ("a=1 --config-dir runs/seed=1 b=2", "--config-dir runs/seed=1 a=1 b=2"),
+        ("a=1 --config-dir=x -m b=2,3 --help", "--config-dir=x --help"),
+        ("a=1 b=2", "a=1 b=2"),
+    ],
+)
+def test_flags_may_stand_anywhere(given, read):
+    assert flags_first(given.split()) == read.split()
+
+
+def test_several_configurations_are_not_printed_as_one():
+    with pytest.raises(ValueError, match=r"--cfg shows one configuration, and -m means several"):
+        flags_first(["-m", "seed=0,1", "--cfg", "job"])
 
 
 def test_a_folder_that_is_named_is_the_one_that_hydra_makes():

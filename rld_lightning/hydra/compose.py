@@ -51,9 +51,38 @@ def expand_combined_loss(arguments: list[str]) -> list[str]:
 
 def with_own_folder(arguments: Sequence[str]) -> list[str]:
     """Has Hydra make the folder that ``paths.run=`` names, and no empty one beside it. A sweep has a folder a run."""
-    if {"-m", "--multirun"} & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
+    if _SWEEP & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
         return list(arguments)
     return [re.sub("^paths.run=", "hydra.run.dir=", argument) for argument in arguments]
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Puts a command line's flags, with their values, before its overrides: ``model=wrn40_2 -m seed=0,1`` as well.
+
+    Hydra takes overrides in one piece alone. Help is of no values, and so of none that are swept.
+
+    Raises:
+        ValueError: several configurations are to be printed as one.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        of_flag = before in _WITH_VALUE or (before.startswith("-") and not re.search(r"=|^~", argument))
+        (flags if argument.startswith("-") or of_flag else overrides).append(argument)
+    if sweeps := _SWEEP & {*flags}:
+        if {"--help", "-h", "--hydra-help"} & {*flags}:
+            return [flag for flag in flags if flag not in sweeps]
+        if shown := [flag for flag in flags if flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i")]:
+            raise ValueError(
+                f"{shown[0]} shows one configuration, and {min(sweeps)} means several: leave {min(sweeps)} away, and "
+                "give each option one value."
+            )
+    return [*flags, *overrides]
+
+
+_SWEEP = frozenset(("-m", "--multirun"))
+# Flags whose value, which may have an equals sign in it, is an argument of its own.
+_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 
 
 def in_front(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from rld_lightning.distributed import Stopped, leave, signals_end
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.cleared import clear_mistake
-from rld_lightning.hydra.compose import expand_combined_loss, in_front, with_own_folder
+from rld_lightning.hydra.compose import expand_combined_loss, flags_first, in_front, with_own_folder
 from rld_lightning.hydra.dot_hydra import note_job
 from rld_lightning.hydra.options import CONF, register_options
 from rld_lightning.hydra.paths import anchored
@@ -40,7 +40,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         print_line("start", "composing the configuration, then loading PyTorch and Lightning")
     with exit_on_user_error():
         register_options()
-        sys.argv[1:] = expand_combined_loss(in_front(overrides, with_own_folder(with_quotes(sys.argv[1:]))))
+        arguments = flags_first(sys.argv[1:])
+        sys.argv[1:] = expand_combined_loss(in_front(overrides, with_own_folder(with_quotes(arguments))))
 
     def guarded(cfg: DictConfig) -> float | None:
         composed()
