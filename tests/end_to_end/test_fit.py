@@ -1,6 +1,7 @@
 """The main job as a user runs it: scripts/fit.py on the digits, then scripts/eval.py on what it left."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -217,10 +218,11 @@ def test_a_diverged_run_is_an_error_and_leaves_no_student(tmp_path):
     assert (tmp_path / "diverged.npz").exists()
 
 
-def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_path):
+def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_path, capsys):
     from rld_lightning.tasks.evaluate import EvaluationModule
 
     summary = in_process(tmp_path, "recipe.epochs=3", "trainer.max_steps=30", "trainer.precision=32-true")
+    assert re.search(r"steps of the optimizer +│ +30 of 69", capsys.readouterr().out)
     model = create_model("wrn16_1", 10)
     model.load_state_dict(load_file(tmp_path / "student.safetensors"))
     data = DigitsDataModule()
@@ -230,7 +232,12 @@ def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_p
         for i, batch in enumerate(data.test_dataloader()):
             job.test_step(batch, i)
     assert summary.top1 == pytest.approx(100 * job.metrics["top1"].compute().item(), abs=1e-4)
-    assert summary.top1_best >= summary.top1
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    assert summary.top1_best == pytest.approx(metrics["val/top1"].max())
+    assert metrics["val/top1_best"].iloc[-1] == pytest.approx(summary.top1_best)
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
+    last = metrics["val/top1"].iloc[-1] == metrics["val/top1"].max()
+    assert all(torch.equal(best[f"student.{key}"], value) for key, value in model.state_dict().items()) == last
 
 
 def test_a_student_may_start_from_pretrained_weights(tmp_path, monkeypatch):

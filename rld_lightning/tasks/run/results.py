@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from rld_lightning.callbacks import ExactResume
@@ -16,7 +17,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.files import CLASSES, CURVES, METRICS, STUDENT, SUMMARY
+from rld_lightning.runs.files import BEST, CLASSES, CURVES, METRICS, STUDENT, SUMMARY
 from rld_lightning.runs.metrics import Row, read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.run.plan import Plan
@@ -43,7 +44,8 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
             f"recipe.optimizer.lr or trainer.gradient_clip_val; what was logged is in {plan.run / METRICS}."
         )
     logged = dict(trainer.callback_metrics)
-    if not module.validated_as_it_is():  # training ended between validations, or a callback has averaged the weights
+    # Training ended between validations, or a callback has averaged the weights.
+    if late := not module.validated_as_it_is():
         trainer.validate(module, datamodule=data, verbose=False)
         logged |= trainer.callback_metrics
     metrics = {name: float(value) for name, value in logged.items()}
@@ -53,6 +55,8 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
             f"not one image of the {data.val_split} split of {data.name} was evaluated, so that there is no result: "
             "raise trainer.limit_val_batches, or see the run's bad_images.txt."
         )
+    if late:
+        _keep_best(plan.run, trainer, module, metrics["val/top1"])
     all_batches = sum(trainer.num_val_batches) >= len(data.eval_sampler(data.val_size))
     return Summary(
         model=module.hparams["student"],
@@ -83,6 +87,20 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # which Lightning does not declare
         teacher_sha256=plan.teacher.sha256 if plan.teacher is not None else None,
     )
+
+
+def _keep_best(run: Path, trainer: Trainer, module: DistillationModule, top1: float) -> None:
+    """Does for a validation after training what is done for the others: logs the best so far, and keeps its weights."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if top1 > module.best_top1:
+        module.best_top1 = top1
+        paths = [Path(callback.format_checkpoint_name({})) for callback in callbacks_of(trainer, ModelCheckpoint)]
+        if run / BEST in paths:  # unless it has been switched off
+            trainer.save_checkpoint(run / BEST, weights_only=True)
+    for logger in trainer.loggers:
+        logger.log_metrics({"val/top1_best": module.best_top1, "epoch": trainer.current_epoch}, trainer.global_step)
+        logger.save()
 
 
 def _seconds(trainer: Trainer) -> float | None:
@@ -150,7 +168,9 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         summary.write(run)  # last: a run with a summary is a finished one
     # What debug=overfit is looked at for.
     by_heart = _last_row(run).get("train/top1") if not summary.trained_whole else None
+    part = summary.scheduled_steps and not summary.trained_whole
     rows = [
+        ("steps of the optimizer", f"{summary.steps:,} of {summary.scheduled_steps:,}" if part else None),
         ("top-1, training images", f"{by_heart:.2f} %" if by_heart is not None else None),
         ("top-1, last epoch", f"{summary.top1:.2f} %"),
         ("top-1, best epoch", f"{summary.top1_best:.2f} %"),
@@ -170,12 +190,13 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         print_line("caution", "trainer.fast_dev_run shows that everything works; these numbers are no result")
     files = {
         STUDENT: "the student's weights",
+        BEST: f"those of the best epoch ({summary.top1_best:.2f} %)" if summary.top1_best > summary.top1 else "",
         SUMMARY: "these numbers",
         METRICS: "what was logged, one row an epoch",
         CLASSES: "accuracy of each class",
         CURVES: "learning curves",
     }
-    print_files(run, {name: what for name, what in files.items() if (run / name).exists()})
+    print_files(run, {name: what for name, what in files.items() if what and (run / name).exists()})
 
 
 def _draw_curves(run: Path, title: str, summary: Summary) -> None:
