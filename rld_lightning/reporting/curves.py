@@ -36,7 +36,8 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     Returns:
         the picture's path, ``curves.png``.
     """
-    metrics, rates = _by_epochs_trained(run, summary), _learning_rates(run)
+    metrics = _by_epochs_trained(run, summary)
+    rates, rate_style = _learning_rates(run)
     terms = {
         name: name.removeprefix("train/") for name in metrics if name.startswith("train/") and name not in NO_TERMS
     }
@@ -68,7 +69,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         for name in (name for name in labels if name in table):
             values = table[name].dropna()
             marker = "." if len(values) < 40 else None
-            drawstyle = "steps-post" if by_step else "default"
+            drawstyle = rate_style if by_step else "default"
             axes.plot(values.index, values, label=labels[name], marker=marker, drawstyle=drawstyle)
         axes.set(title=heading, ylabel=unit, xlabel="step" if by_step else "epoch")
         if not by_step:
@@ -76,7 +77,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         if not axes.has_data():
             axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
         elif not by_step:
-            axes.legend()
+            axes.legend(frameon=True, framealpha=0.8, edgecolor="none")  # a line may run behind it
         axes.grid(alpha=0.3)
     figure.savefig(run / CURVES, dpi=120)
     return run / CURVES
@@ -97,11 +98,20 @@ def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:
     return metrics
 
 
-def _learning_rates(run: Path) -> pd.DataFrame:
-    """The learning rate by training step; earlier versions wrote it as often as a step was logged."""
+def _learning_rates(run: Path) -> tuple[pd.DataFrame, str]:
+    """The learning rate by training step, and how it is drawn.
+
+    There is one an epoch, that of its last step: the whole epoch's, or of a schedule by the step one point of it.
+    Earlier versions wrote it as often as a step was logged.
+    """
     try:
         rows = pd.read_csv(run / METRICS).set_index("step")
     except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    names = [name for name in rows if name.startswith("lr-")] or [name for name in rows if name == "lr"]
-    return rows[names].dropna(how="all")
+        return pd.DataFrame(), "default"
+    if names := [name for name in rows if name.startswith("lr-")]:
+        return rows[names].dropna(how="all"), "steps-post"
+    rates = rows[[name for name in rows if name == "lr"]].dropna(how="all")
+    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # of a run that says too little
+        if read_config(run)["recipe"]["scheduler_interval"] == "epoch" and len(rates):
+            return pd.concat([rates.iloc[:1].set_axis([0]), rates]), "steps-pre"
+    return rates, "default"

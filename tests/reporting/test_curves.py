@@ -112,3 +112,17 @@ def test_one_epoch_is_no_reason_for_fractions(tmp_path, monkeypatch):
 def test_metrics_without_rows_of_an_epoch(tmp_path):
     pd.DataFrame({"epoch": [], "step": [], "val/top1": []}).to_csv(tmp_path / "metrics.csv", index=False)
     assert read_metrics(tmp_path).empty
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "style"), [("epoch", [0, 9, 19], "steps-pre"), ("step", [9, 19], "default")]
+)
+def test_the_rate_of_an_epochs_last_step_is_drawn_over_that_epoch(tmp_path, monkeypatch, interval, steps, style):
+    write_run(tmp_path, epochs=2, settings={"recipe.scheduler_interval": interval})
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/top1,lr\n0,9,40,0.05\n1,19,50,0.005\n")
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.extend(figure.axes[-1].lines))
+    plot_curves(tmp_path, "title")
+    (line,) = found
+    assert (list(line.get_xdata()), line.get_drawstyle()) == (steps, style)
+    assert list(line.get_ydata())[-2:] == [0.05, 0.005]
