@@ -51,6 +51,8 @@ def stages_of(model: nn.Module) -> Stages:
         return stages
     if isinstance(model, fx.GraphModule):
         raise ValueError("a fused network has lost its stages; use model.teacher.fuse=false (FrozenTeacher's fuse).")
+    if isinstance(reason := getattr(model, "no_stages", None), str):
+        raise ValueError(reason)
     raise ValueError(
         f"{type(model).__name__} does not declare its stages; name the module paths explicitly, which "
         "model.named_modules() lists: student_taps and teacher_taps of the loss (+loss.student_taps=[...] "

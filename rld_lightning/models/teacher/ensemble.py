@@ -27,6 +27,11 @@ class Ensemble(nn.Module):
         ValueError: no member, or an unknown ``mean_of``.
     """
 
+    no_stages = (
+        "several teachers (model.teacher.weights) say logits together, and a loss that looks inside the teacher has "
+        "nothing to look at; give it one of them, or choose a loss of logits."
+    )
+
     def __init__(
         self, members: Sequence[nn.Module], mean_of: str = "logits", relooks: Sequence[Relook | None] | None = None
     ) -> None:

@@ -12,6 +12,10 @@ from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.weights.facts import WeightsFacts
 
 FOREIGN = ("torchscript", "onnx")  # names of networks
+_NO_STAGES = (
+    "a TorchScript or ONNX file says logits and nothing else, and the loss looks inside its networks; choose a loss of "
+    "logits, or a teacher with its weights in a file."
+)
 
 
 class ScriptedNetwork(nn.Module):
@@ -24,6 +28,7 @@ class ScriptedNetwork(nn.Module):
         ValueError: it is no such file.
     """
 
+    no_stages = _NO_STAGES
     size: tuple[int, int] | None = None  # it does not say
     facts = WeightsFacts()
 
@@ -50,6 +55,8 @@ class OnnxTeacher(nn.Module):
         ImportError: ONNX Runtime is not installed.
         ValueError: it is no such file.
     """
+
+    no_stages = _NO_STAGES
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -82,6 +89,8 @@ class Columns(nn.Module):
         network: whose.
         places: for each logit to come, its place among those that there are.
     """
+
+    no_stages = _NO_STAGES
 
     def __init__(self, network: nn.Module, places: Sequence[int]) -> None:
         super().__init__()

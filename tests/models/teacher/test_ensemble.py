@@ -63,5 +63,5 @@ def test_losses_of_logits_learn_from_it():
     for loss in (RLDLoss(), KDLoss()):
         sum(loss(student, teacher(IMAGES)[0], torch.tensor([0, 3])).values()).backward()
     assert student.grad.isfinite().all()
-    with pytest.raises(ValueError, match="Ensemble does not declare its stages"):
+    with pytest.raises(ValueError, match=r"several teachers .* choose a loss of logits"):
         stages_of(teacher.model)

@@ -10,7 +10,8 @@ from torch import nn
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look
-from rld_lightning.models.teacher.torchscript_and_onnx import load_foreign
+from rld_lightning.models.stages import stages_of
+from rld_lightning.models.teacher.torchscript_and_onnx import Columns, OnnxTeacher, ScriptedNetwork, load_foreign
 from rld_lightning.tasks.teacher.network import build_teacher
 
 LOOK = Look((0.5,) * 3, (0.5,) * 3)
@@ -93,3 +94,11 @@ def test_what_is_none_is_said(kind, tmp_path):
     (tmp_path / "x").write_bytes(b"no program")
     with pytest.raises(ValueError, match=r"x is (no TorchScript|not an ONNX) file"):
         load_foreign(kind, tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", [ScriptedNetwork, OnnxTeacher, Columns])
+def test_a_loss_that_looks_inside_hears_that_there_is_no_inside(kind):
+    network = kind.__new__(kind)
+    nn.Module.__init__(network)
+    with pytest.raises(ValueError, match="choose a loss of logits"):
+        stages_of(network)
