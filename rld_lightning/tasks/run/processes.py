@@ -67,6 +67,9 @@ class Failure:
     time: float
 
 
+_LIMITS = ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches", "val_check_interval")
+
+
 def processes_to_start(trainer: DictConfig) -> int:
     """How many processes a run needs that nobody has started yet; 1 where this process does it alone.
 
@@ -82,8 +85,10 @@ def processes_to_start(trainer: DictConfig) -> int:
     # Here, so that ranks end quietly on a Ctrl-C while they import it.
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-    # Its device count alone is of interest: no precision, which may have to ask, and so occupy, a GPU.
-    probe = make_trainer(trainer, precision=None, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    # Its device count alone is of interest: no precision, which may have to ask, and so occupy, a GPU, and nothing of
+    # which Lightning has a line to print, as the run's own trainer will.
+    others = dict.fromkeys(("precision", "fast_dev_run", "detect_anomaly", *_LIMITS))
+    probe = make_trainer(trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False, **others)
     wanted = probe.num_devices * probe.num_nodes
     if (started := started_by()) is not None:
         if wanted != started.processes:

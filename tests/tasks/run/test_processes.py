@@ -56,6 +56,13 @@ def test_one_process_for_each_device(overrides, count):
     assert processes_to_start(compose(*overrides, resolve=False).trainer) == count
 
 
+def test_counting_devices_prints_nothing_of_what_the_run_will_say(caplog):
+    limits = ("trainer.fast_dev_run=true", "trainer.limit_train_batches=1", "trainer.overfit_batches=1")
+    for limit in limits:
+        assert processes_to_start(compose("trainer.accelerator=cpu", limit, resolve=False).trainer) == 1
+    assert not [line for line in caplog.messages if "batch" in line]
+
+
 def test_torchrun_and_srun_say_how_many_devices_and_nodes(monkeypatch):
     torchrun(monkeypatch, nodes=2, local=3)
     trainer = compose("trainer=ddp_cpu").trainer
