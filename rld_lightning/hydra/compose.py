@@ -9,6 +9,11 @@ from omegaconf import DictConfig
 import rld_lightning.hydra.resolvers  # noqa: F401  (registers the resolvers that conf/ uses)
 from rld_lightning.hydra.options import CONF, register_options
 
+_SWEEP = frozenset(("-m", "--multirun"))
+SEARCH_PATH, CONFIG_NAME = ("-cd", "--config-dir"), ("-cn", "--config-name")
+# Flags whose value is an argument of its own.
+WITH_VALUE = (*SEARCH_PATH, *CONFIG_NAME, "-cp", "--config-path", "-p", "--package", "-c", "--cfg", "-i", "--info")
+
 
 def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
     """The configuration that a script's command line would give, for programs; interpolations are not resolved.
@@ -67,8 +72,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     flags: list[str] = []
     overrides: list[str] = []
     for before, argument in zip(("", *arguments), arguments, strict=False):
-        of_flag = before in _WITH_VALUE or (before.startswith("-") and not re.search(r"=|^~", argument))
-        (flags if argument.startswith("-") or of_flag else overrides).append(argument)
+        (flags if argument.startswith("-") or before in WITH_VALUE else overrides).append(argument)
     if sweeps := _SWEEP & {*flags}:
         if {"--help", "-h", "--hydra-help"} & {*flags}:
             return [flag for flag in flags if flag not in sweeps]
@@ -78,11 +82,6 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
                 "give each option one value."
             )
     return [*flags, *overrides]
-
-
-_SWEEP = frozenset(("-m", "--multirun"))
-# Flags whose value, which may have an equals sign in it, is an argument of its own.
-_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 
 
 def in_front(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:

@@ -19,13 +19,9 @@ from rld_lightning.hydra.checks.callbacks import check_watchers
 from rld_lightning.hydra.checks.machine import check_machine
 from rld_lightning.hydra.checks.unknown_keys import unknown_key
 from rld_lightning.hydra.checks.values import check_values
-from rld_lightning.hydra.compose import compose
+from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, WITH_VALUE, compose
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
-
-_SEARCH_PATH = ("-cd", "--config-dir")
-_CONFIG_NAME = ("-cn", "--config-name")
-_WITH_VALUE = (*_SEARCH_PATH, *_CONFIG_NAME, "-cp", "--config-path", "-p", "--package", "-c", "--cfg", "-i", "--info")
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,16 @@ class Command:
                 overrides.append(argument)
                 continue
             flags.add(flag)
-            if flag in _WITH_VALUE:
+            if flag in WITH_VALUE:
                 value = value if equals else next(rest, "")
-                folders += [value] if flag in _SEARCH_PATH else []
-                config_name = value if flag in _CONFIG_NAME else config_name
+                folders += [value] if flag in SEARCH_PATH else []
+                config_name = value if flag in CONFIG_NAME else config_name
         return cls(config_name, tuple(overrides), tuple(folders), bool(flags & {"-m", "--multirun"}))
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """The configuration that other overrides give, with the same files."""
+        folders = ",".join(f"file://{folder}" for folder in self.folders)
+        return compose([*overrides, *([f"hydra.searchpath=[{folders}]"] if folders else ())], self.config_name)
 
 
 def check(cfg: DictConfig) -> None:
@@ -112,10 +113,9 @@ def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
             faults.append(_unreadable(line))
         except UserError as error:
             faults.append(str(error))
-    searchpath = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in command.folders)}]"]
     while True:
         try:
-            cfg = compose([*lines, *(searchpath if command.folders else ())], command.config_name)
+            cfg = command.compose(lines)
             (check_values if faults else check)(cfg)  # what is wrong already need not wait for PyTorch
             break
         except UserError as error:
@@ -240,7 +240,7 @@ def _known(lines: Sequence[str], command: Command) -> list[str]:
     """All keys of a configuration; of that without overrides where there is none with."""
     for overrides in (lines, ()):
         with suppress(HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
-            return list(_keys(OmegaConf.to_container(compose(overrides, command.config_name))))
+            return list(_keys(OmegaConf.to_container(command.compose(overrides))))
     return []
 
 

@@ -307,10 +307,12 @@ COMMANDS = {
     "-cd {own} experiment=typo": r"recipe\.epohcs is not known\. Did you mean recipe\.epochs\?",
     "-cd {own} experiment=names": r"recipe=nosuch \(named in a file, not on the command line\) is no option; ",
     "--config-dir={own} experiment=typo": r"recipe\.epohcs is not known",
+    "-cd {own} experiment=mine mine.wieght=1": r"mine\.wieght is not known. Did you mean mine\.weight\?",
 }  # fmt: skip
 OWN = {
     "torn": "a: [1, 2\nb: 3\n",
     "typo": "# @package _global_\nrecipe: { epohcs: 3 }\n",
+    "mine": "# @package _global_\nmine: { weight: 3 }\n",
     "names": "# @package _global_\ndefaults:\n  - override /recipe: nosuch\n",
 }
 
