@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ from rld_lightning.data.base import stratified_split
 from rld_lightning.data.decode import read_file
 
 _MOST_QUOTED = 10
+# Pictures that cameras, phones and browsers save and nobody here reads.
+_OTHER_PICTURES = (
+    *(".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".tga", ".psd"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+)
 TRAIN_FOLDER = "train"
 VAL_FOLDERS = ("val", "valid", "validation")
 TEST_FOLDER = "test"
@@ -53,8 +59,13 @@ class ImageList(NamedTuple):
         return read_file(self.path(index))
 
 
-def list_images(folder: Path) -> ImageList:
-    """Lists the images in the class folders of ``folder``, sorted by class and name; hidden folders are left out."""
+def list_images(folder: Path, left_out: Counter[str] | None = None) -> ImageList:
+    """Lists the images in the class folders of ``folder``, sorted by class and name; hidden folders are left out.
+
+    Args:
+        folder: of class folders.
+        left_out: gets the count of pictures of kinds that are not read, by their ending.
+    """
     class_names = _folders_in(folder)
     if len(class_names) < 2:
         raise ValueError(
@@ -63,7 +74,15 @@ def list_images(folder: Path) -> ImageList:
         )
     _check_no_splits(folder, class_names)
     numbers = {name: number for number, name in enumerate(class_names)}
-    samples = ImageFolder.make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    left_out = Counter() if left_out is None else left_out
+
+    def is_image(path: str) -> bool:
+        name = path.lower()
+        if name.endswith(_OTHER_PICTURES):
+            left_out[Path(name).suffix] += 1
+        return name.endswith(IMG_EXTENSIONS)
+
+    samples = ImageFolder.make_dataset(folder, numbers, is_valid_file=is_image, allow_empty=True)
     labels = torch.tensor([number for _, number in samples], dtype=torch.int64)
     counts = torch.bincount(labels, minlength=len(class_names))
     if empty := [name for name, count in zip(class_names, counts.tolist(), strict=True) if not count]:
@@ -74,12 +93,13 @@ def list_images(folder: Path) -> ImageList:
     return ImageList(class_names, np.array([os.fsencode(path) for path, _ in samples]), labels)
 
 
-def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
+def find_splits(root: Path, test_fraction: float, left_out: Counter[str] | None = None) -> dict[str, ImageList]:
     """Lists the images of each split.
 
     Args:
         root: a folder of splits, or a flat folder of classes.
         test_fraction: share of the images that becomes the test split of a flat folder.
+        left_out: as for :func:`list_images`.
 
     Returns:
         the splits ``"train"``, ``"test"`` and, if the folder has one beside the test split, ``"val"``.
@@ -91,7 +111,7 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
     if val and test and not _folders_in(root / test):
         test = None  # as in ImageNet, whose `test` holds images without classes
     if train and (tested := test or val):
-        lists = {name: list_images(root / name) for name in (train, val, test) if name}
+        lists = {name: list_images(root / name, left_out) for name in (train, val, test) if name}
         for name, images in lists.items():
             _check_classes(lists[train].class_names, images.class_names, root / name, train)
         splits = {"train": lists[train], "test": lists[tested]}
@@ -105,7 +125,7 @@ def find_splits(root: Path, test_fraction: float) -> dict[str, ImageList]:
         raise ValueError(
             f"{root} has {folders[0]}/ but no {TRAIN_FOLDER}/ beside it: add the class folders of the training images."
         )
-    images = list_images(root)
+    images = list_images(root, left_out)
     kept, held_out = stratified_split(images.labels, test_fraction, TEST_SEED, "test_fraction", images.class_names)
     return {"train": images.take(kept), "test": images.take(held_out)}
 

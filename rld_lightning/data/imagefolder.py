@@ -1,6 +1,7 @@
 """Any folder of class folders, such as ImageNet: too big for the device, hence streamed by worker processes."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ class ImageFolderDataModule(StreamingDataModule):
         self.test_fraction = test_fraction
         self.split_file = None if split_file is None else Path(split_file)
         self._since = ""
+        self._left_out: Counter[str] = Counter()  # pictures of kinds that are not read
 
     def find_splits(self) -> dict[str, ImageList]:
         """Lists the files of ``"train"``, ``"test"`` and, where the folder has one of its own, ``"val"``."""
-        return find_splits(self.root, self.test_fraction)
+        self._left_out.clear()
+        return find_splits(self.root, self.test_fraction, self._left_out)
 
     def _held_out(self) -> dict[str, Images]:
         if self.split_file is None:
@@ -84,10 +87,14 @@ class ImageFolderDataModule(StreamingDataModule):
         return dict(written.splits)
 
     def describe(self) -> str:
-        """One line for the console, with what is the test split and whether the folder has changed since."""
+        """One line for the console, with what is tested on, what has changed since, and what is left out."""
         splits, tested = self.splits, ""
         if self.val_split == "val" and not self.is_benchmark and not self._is_flat(splits):
             folder = Path(os.path.relpath(splits["test"].path(0), self.root)).parts[0]
             tested = "" if folder == TEST_FOLDER else f"; {folder}/ is the test split"
         since = f"; shared out as in {self.split_file}{self._since}" if self._since else ""
-        return f"{super().describe()}{tested}{since}"
+        left_out = ""
+        if self._left_out:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._left_out.most_common())
+            left_out = f"; caution: pictures of kinds that are not read are left out ({kinds})"
+        return f"{super().describe()}{tested}{since}{left_out}"

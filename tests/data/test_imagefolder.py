@@ -461,3 +461,12 @@ def test_numbers_in_text_order_are_cautioned_of(tmp_path):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ImageFolderDataModule("somewhere", **options)
+
+
+def test_pictures_that_are_not_read_are_counted(tmp_path):
+    write_classes(tmp_path)
+    for name in ("cat/a.gif", "dog/b.HEIC", "dog/c.heic", "owl/notes.txt", "owl/.hidden"):
+        (tmp_path / name).touch()
+    data = folder_data(tmp_path)
+    assert data.describe().endswith("; caution: pictures of kinds that are not read are left out (2 .heic, 1 .gif)")
+    assert data.train_size + data.test_size == 21
