@@ -31,7 +31,7 @@ class OptunaSweeper(Sweeper):
 
     Args:
         study_name: its name in the storage.
-        storage: such as ``sqlite:///study.db``; null keeps it in memory.
+        storage: by itself ``study.db`` in the sweep's folder; null keeps it in memory, where no sweep goes on from.
         direction: ``maximize`` or ``minimize``.
         n_trials: in all, those of an interrupted sweep included.
         n_jobs: trials that are proposed together; -1 for one a core.

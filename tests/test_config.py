@@ -630,6 +630,11 @@ def test_every_sweep(name):
         assert type(instantiate(pruner["pruner"])).__name__ == "MedianPruner"
 
 
+def test_a_study_is_kept_where_its_sweep_goes_on():
+    cfg = compose_with_hydra("hydra/sweeper=optuna", "hydra.sweep.dir=/sweep")
+    assert cfg.hydra.sweeper.storage == "sqlite:////sweep/study.db"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
 def test_every_launcher(name):
     plugin = {"joblib": "rld_lightning_launchers", "submitit_slurm": "hydra_submitit_launcher"}[name]

@@ -25,7 +25,7 @@ _SWEEPERS: dict[str, dict[str, Any]] = {
         "_target_": f"{_PLUGINS}.OptunaSweeper",
         "_recursive_": False,  # the sampler of a study that goes on gets another seed
         "study_name": "${hydra.job.name}",
-        "storage": None,
+        "storage": "sqlite:///${hydra.sweep.dir}/study.db",  # so that an interrupted sweep goes on
         "direction": "maximize",
         "n_trials": 20,
         "n_jobs": 1,
