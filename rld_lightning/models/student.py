@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.imported import trust
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
@@ -95,16 +96,13 @@ def load_student(
     Raises:
         FileNotFoundError: there is no such file or folder.
         WeightsError: it cannot be used, or says too little about itself.
+        ValueError: it says that it is of a network from elsewhere, which nobody has named or trusted.
     """
     weights = find_weights(path)
     facts = facts_of(weights)
     if (name or facts.name) is None:
         raise WeightsError(f"{weights.source} does not say which model it is of; give name=<model>")
-    if name is None and ":" in str(facts.name):
-        raise WeightsError(
-            f"{weights.source} says that it is of {facts.name!r}, which is code to import; give name={facts.name} "
-            "yourself if you trust it"
-        )
+    trust(name)  # but not what the file says
     name = str(name or facts.name)
     classes = list(class_names or facts.class_names or ())
     number = len(classes) or facts.num_classes or _width(weights)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rld_lightning.models import create_model, trust
+from rld_lightning.models import create_model, imported, trust
 from rld_lightning.models.factory import blueprint
 from rld_lightning.models.imported import is_from_elsewhere, logits_of, with_logits
 from rld_lightning.models.onnx_file import example_of, plain_copy
+from rld_lightning.models.student import load_student
+from rld_lightning.models.weights.save import save_weights
 
 MODULE = """
 import torch
@@ -71,6 +73,20 @@ def test_what_the_user_names_is(elsewhere):
         assert elsewhere.exists()
         assert network(IMAGES).shape == (2, 4)
         assert set(network.state_dict()) == {"fc.weight", "fc.bias"}
+
+
+def test_a_student_from_elsewhere_is_loaded_once_it_is_named_or_trusted(elsewhere, tmp_path):
+    trust("my_nets:Net")
+    facts = {"name": "my_nets:Net", "num_classes": 4, "image_shape": [3, 4, 4], "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_weights(create_model("my_nets:Net", 4), tmp_path / "own.safetensors", facts)
+    assert load_student(tmp_path / "own.safetensors").name == "my_nets:Net"  # as scripts with trust= do
+    imported._named.clear()
+    sys.modules.pop("my_nets")
+    elsewhere.unlink()
+    with pytest.raises(ValueError, match="nothing was imported"):
+        load_student(tmp_path / "own.safetensors")
+    assert not elsewhere.exists()
+    assert load_student(tmp_path / "own.safetensors", name="my_nets:Net")(IMAGES).shape == (2, 4)
 
 
 @pytest.mark.filterwarnings("error:.*no-op")
