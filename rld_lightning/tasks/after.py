@@ -98,7 +98,9 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
         weights = plan.teacher.weights
         files = [Path(file) for file in (weights if isinstance(weights, tuple) else (str(weights),))]
         size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
-        yield "teacher", plan.teacher.name, _Logits(module.teacher), size
+        name = plan.teacher.name
+        name = name if "+" in name else "+".join([name] * len(files))  # of an ensemble of one kind
+        yield "teacher", name, _Logits(module.teacher), size
     role = "distilled student" if plan.teacher is not None else "student alone"
     students = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}
     for role, file in students.items():

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 from helpers.configs import compose
 from helpers.photos import grow
+from torch import nn
 
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
-from rld_lightning.tasks.after import has_not_paid
+from rld_lightning.tasks.after import _networks, has_not_paid
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher.weights import is_for_others
 
@@ -76,6 +77,18 @@ def test_from_a_folder_to_three_networks_side_by_side(tmp_path, capsys):
 def test_a_teacher_that_has_not_helped_is_said(scores, said):
     found = has_not_paid([SimpleNamespace(role=role, top1=top1) for role, top1 in scores.items()])
     assert re.search(said, found) if said else not found
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "shown"),
+    [("resnet20", "a", "resnet20"), ("resnet20", ("a", "b"), "resnet20+resnet20"), ("vgg8+vgg11", ("a", "b"), None)],
+)
+def test_several_teachers_are_not_called_one(name, weights, shown):
+    teacher = SimpleNamespace(name=name, weights=weights)
+    module = SimpleNamespace(teacher=nn.Linear(2, 2))
+    module.teacher.shard = False
+    _, called, _, size = next(_networks(SimpleNamespace(plan=SimpleNamespace(teacher=teacher), module=module)))
+    assert (called, size) == (shown or name, 24)
 
 
 def test_a_teacher_that_starts_from_somewhere_is_the_runs_own():

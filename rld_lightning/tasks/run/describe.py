@@ -63,4 +63,10 @@ def describe_run(
 
 def describe_size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     """Parameters and multiply-accumulates of a model, for the console."""
-    return f"{count_parameters(model) / 1e6:.2f} M parameters, {count_macs(model, image_shape) / 1e6:.1f} M MACs"
+    parameters, macs = count_parameters(model), count_macs(model, image_shape)
+    return f"{_millions(parameters, 2)} parameters, {_millions(macs, 1)} MACs"
+
+
+def _millions(number: int, digits: int) -> str:
+    """A number in millions, or as it is where these digits would show nothing of it."""
+    return f"{number / 1e6:.{digits}f} M" if number >= 10 ** (6 - digits) else f"{number:,}"
