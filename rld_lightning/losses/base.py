@@ -96,6 +96,8 @@ class DistillationLoss(nn.Module):
         takes_mixtures: whether it can be asked twice about one forward pass, once for each label of images that are
             mixtures (Mixup).
         needs_strong_view: whether it looks at a second, strongly augmented view of each image.
+        of_whole_batch: whether a batch's value is another one than the mean of its parts' (of equal size), because
+            samples are compared, or some of them averaged: each process, and each accumulated batch, has its own.
         reuses_classifier: whether the student is trained to end in the teacher's classifier, see
             :func:`~rld_lightning.models.graft`.
         student_taps: tap paths of the features of the student that it looks at.
@@ -113,6 +115,7 @@ class DistillationLoss(nn.Module):
     needs_teacher: bool = field(default=True, init=False)
     takes_mixtures: bool = field(default=True, init=False)
     needs_strong_view: bool = field(default=False, init=False)
+    of_whole_batch: bool = field(default=False, init=False)
     reuses_classifier: bool = field(default=False, init=False)
     student_taps: Sequence[str] = field(default=(), init=False)
     teacher_taps: Sequence[str] = field(default=(), init=False)

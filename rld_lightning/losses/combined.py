@@ -62,6 +62,7 @@ class CombinedLoss(DistillationLoss):
         self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
         self.takes_mixtures = all(loss.takes_mixtures for loss in losses.values())
         self.needs_strong_view = any(loss.needs_strong_view for loss in losses.values())
+        self.of_whole_batch = any(loss.of_whole_batch for loss in losses.values())
         self.reuses_classifier = any(loss.reuses_classifier for loss in losses.values())
         for loss in losses.values():
             loss.ce_weight, loss.label_smoothing = ce_weight, label_smoothing

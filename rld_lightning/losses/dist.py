@@ -85,6 +85,7 @@ class DISTLoss(LogitLoss):
 
     method = "Distillation from a stronger teacher"
     papers = ("2205.10536",)
+    of_whole_batch = True
     function = staticmethod(dist_loss)
 
     beta: Weight = 2.0

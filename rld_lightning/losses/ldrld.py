@@ -12,11 +12,11 @@ from torch import Tensor
 from rld_lightning.losses.base import LogitLoss
 from rld_lightning.losses.divergences import softmax_kl
 from rld_lightning.losses.numerics import binary_kl
-from rld_lightning.losses.ranges import Positive, Weight, must_be
+from rld_lightning.losses.ranges import Positive, Weight, whole
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
 
-Classes = Annotated[int, must_be(">= 2, because pairs of classes are compared", lambda k: k >= 2)]
+Classes = Annotated[int, whole(2, ", because pairs of classes are compared")]
 
 
 @row_loss

@@ -105,6 +105,7 @@ class MLKDLoss(DistillationLoss):
     papers = ("CVPR 2023",)
     own_recipe = "mlkd"
     needs_strong_view = True
+    of_whole_batch = True
 
     temperature: Positive = 4.0
     weight: Weight = 0.9

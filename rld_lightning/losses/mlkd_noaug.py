@@ -141,6 +141,7 @@ class MLKDNoAugLoss(LogitLoss):
 
     method = "Multi-level logit distillation, one view"
     papers = ("CVPR 2023",)
+    of_whole_batch = True
     function = staticmethod(mlkd_noaug_loss)
 
     temperature: Positive = 4.0

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
+from operator import index
 from types import UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -50,6 +51,11 @@ def must_be(what: str, allows: Callable[[Any], bool]) -> Range:
     return Range(allows, "is not allowed", f"it must be {what}")
 
 
+def whole(least: int, why: str = "") -> Range:
+    """Whole numbers, not 2.0 either, from the least one on."""
+    return must_be(f"a whole number >= {least}{why}", lambda value: index(value) >= least)
+
+
 def choose(which: str, *words: Any) -> Range:
     """Some words; ``which`` says what there is to choose."""
     return Range(words.__contains__, "is unknown", f"choose {which}")
@@ -60,7 +66,7 @@ WEIGHT = must_be("a finite number >= 0 (0 switches it off)", lambda value: math.
 
 Weight = Annotated[float, WEIGHT]
 Positive = Annotated[float, POSITIVE]
-Count = Annotated[int, POSITIVE]
+Count = Annotated[int, whole(1)]
 Share = Annotated[float, must_be("> 0 and <= 1", lambda value: 0 < value <= 1)]
 
 

@@ -98,6 +98,7 @@ class RevisionLoss(LogitLoss):
 
     method = "Label revision"
     papers = ("2404.03693",)
+    of_whole_batch = True
     function = staticmethod(revision_loss)
 
     right_mse_weight: Weight = 4.0

@@ -30,10 +30,10 @@ def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
         None where no run has noted any, or none was made.
     """
     for row, runs in section.rows["runs"].items():
-        matrix = _pooled(runs)
+        matrix, noted = _pooled(runs)
         if matrix is None:
             continue
-        seeds = f", {len(runs)} seeds together" if len(runs) > 1 else ""
+        seeds = f", {noted} seeds together" if noted > 1 else ""
         where = f"on {section.split}{seeds}, after the last validation"
         if len(matrix) <= MAX_CLASSES:
             caption = (
@@ -46,8 +46,8 @@ def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
     return None
 
 
-def _pooled(runs: Sequence[Run]) -> pd.DataFrame | None:
-    """Images by class and prediction, of all runs that say so; None without any."""
+def _pooled(runs: Sequence[Run]) -> tuple[pd.DataFrame | None, int]:
+    """Images by class and prediction, of all runs that say so, and how many these are; None without any."""
     tables = []
     for run in runs:
         path = run.folder / CONFUSION
@@ -56,11 +56,11 @@ def _pooled(runs: Sequence[Run]) -> pd.DataFrame | None:
                 table = pd.read_csv(path, converters={"class": text_of, "predicted": text_of}, keep_default_na=False)
                 tables.append(table[["class", "predicted", "images"]].astype({"images": int}))
     if not tables:
-        return None
+        return None, 0
     together = pd.concat(tables)
     counts = together.groupby(["class", "predicted"], sort=False)["images"].sum().unstack(fill_value=0)
     names = list(dict.fromkeys([*together["class"], *together["predicted"]]))
-    return counts.reindex(index=names, columns=names, fill_value=0)
+    return counts.reindex(index=names, columns=names, fill_value=0), len(tables)
 
 
 def _shares(matrix: pd.DataFrame) -> pd.DataFrame:

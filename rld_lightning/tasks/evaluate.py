@@ -1,6 +1,7 @@
 """Measures any checkpoint or export: accuracy, likelihood, calibration, and each class on its own."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class EvaluationModule(LightningModule):
         if num_classes > 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.metrics = MetricCollection(metrics, compute_groups=False)
-        self.nll = MeanMetric()
+        self.nll = MeanMetric(nan_strategy=math.nan)  # by default it leaves out what is no number
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts a batch."""
@@ -102,7 +103,8 @@ class EvaluationModule(LightningModule):
             return
         logits = self.model(images if self.relook is None else self.relook(images)).float()
         # Probabilities, as torchmetrics would take the logits of a batch that all lie in [0, 1] for some.
-        self.metrics["ece"].update(logits.softmax(1), label)
+        # A confidence of exactly 1 would have a sixteenth bin to itself.
+        self.metrics["ece"].update(logits.softmax(1).clamp(max=1 - 2**-24), label)
         for name, metric in self.metrics.items():
             if name != "ece":
                 metric.update(logits, label)
@@ -191,11 +193,19 @@ def test_with(trainer: Trainer, module: EvaluationModule, data: ImageDataModule,
         module: the model; has its ``results`` afterwards.
         data: the data, which now belong to this trainer.
         split: ``"test"`` or ``"val"``.
+
+    Raises:
+        UserError: the model's logits are no numbers for some images.
     """
     data.trainer = trainer
     loader = data.test_dataloader if split == "test" else data.val_dataloader
     data.setup("test")
     trainer.test(module, loader(), verbose=False)
+    if module.results["per_class"][:, -1].any() and module.results["nll"].isnan():
+        raise UserError(
+            f"the network's logits are no numbers (NaN) for images of the {split} split, so that it has no score: look "
+            "at how its weights were trained or converted, or measure it with trainer.precision=32-true."
+        )
 
 
 def _of_program(program: OnnxTeacher) -> Weights:

@@ -107,10 +107,10 @@ def test_a_constant_added_to_a_sample_changes_nothing():
     assert_close(ldrld_loss(student + shift, teacher - 3 * shift, k=4, **OPTIONS), expected)
 
 
-@pytest.mark.parametrize("k", [1, 0, -7])
+@pytest.mark.parametrize("k", [1, 0, -7, 7.5])
 def test_too_few_leading_classes(k):
     for call in (lambda: ldrld_loss(*batch(), k=k, **OPTIONS), lambda: LDRLDLoss(k=k)):
-        with pytest.raises(ValueError, match=f"k={k} is not allowed; it must be >= 2"):
+        with pytest.raises(ValueError, match=f"k={k} is not allowed; it must be a whole number >= 2"):
             call()
 
 

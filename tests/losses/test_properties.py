@@ -1,4 +1,4 @@
-"""What holds of every loss of logits, whatever these are: finite, non-negative, no gradient along a common offset."""
+"""What holds of every loss, on logits of any kind: finite, non-negative, no gradient along a common offset."""
 
 import math
 
@@ -8,6 +8,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rld_lightning.losses import ModelOutput, StepContext
+from rld_lightning.losses.features import (
+    at_loss,
+    catkd_loss,
+    dhkd_loss,
+    fitnet_loss,
+    kdg_feature_loss,
+    kdsvd_loss,
+    nst_loss,
+    ofd_loss,
+    pkt_loss,
+    reviewkd_loss,
+    rkd_loss,
+    simkd_loss,
+    sp_loss,
+    vid_loss,
+)  # fmt: skip
 from rld_lightning.losses.registry import list_losses, loss_class
 
 LOSSES = [name for name in list_losses() if ".features." not in loss_class(name).__module__]
@@ -119,3 +135,48 @@ def test_any_temperature(name, temperature):
     for term, value in terms.items():
         assert value.item() >= 0
         assert value.item() == pytest.approx(exact[term].item(), rel=5e-3), term
+
+
+def draws(count):
+    """Student and teacher: maps, vectors and logits of a batch each, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (count, 6, 4, 4), (count, 6), (count, 6)
+    drawn = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    label = torch.randint(6, (count,), generator=generator)
+    label[: count // 3] = drawn[2][1, : count // 3].argmax(1)  # where the teacher is right, which is in the first half
+    return *drawn, label
+
+
+ONES, SQUARE = torch.ones(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+# Of maps (student, teacher), vectors and logits; their connectors apart.
+ON_FEATURES = {
+    "at": lambda maps, vectors, logits: at_loss([maps[0]], [maps[1]]),
+    "catkd": lambda maps, vectors, logits: catkd_loss(*maps, SQUARE, SQUARE),
+    "dhkd": lambda maps, vectors, logits: dhkd_loss(*logits),
+    "fitnet": lambda maps, vectors, logits: fitnet_loss(*maps),
+    "kdg": lambda maps, vectors, logits: kdg_feature_loss(*vectors, logits[1], SQUARE),
+    "kdsvd": lambda maps, vectors, logits: kdsvd_loss([maps[0], maps[1]], [maps[1], maps[0]]),
+    "nst": lambda maps, vectors, logits: nst_loss([maps[0]], [maps[1]]),
+    "ofd": lambda maps, vectors, logits: ofd_loss([maps[0]], [maps[1]], [-ONES]),
+    "pkt": lambda maps, vectors, logits: pkt_loss(*vectors),
+    "reviewkd": lambda maps, vectors, logits: reviewkd_loss([maps[0]], [maps[1]]),
+    "rkd": lambda maps, vectors, logits: rkd_loss(*vectors),
+    "simkd": lambda maps, vectors, logits: simkd_loss(*maps),
+    "sp": lambda maps, vectors, logits: sp_loss(*maps),
+    "vid": lambda maps, vectors, logits: vid_loss([maps[0]], [maps[1]], [ONES]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(list_losses()) - {"crd"}))  # which draws for each batch anew
+def test_a_batch_is_the_mean_of_its_parts_unless_the_loss_says_otherwise(name):
+    def value(rows):
+        own = [both[:, rows] for both in drawn[:3]]
+        if name in ON_FEATURES:
+            return sum(ON_FEATURES[name](*own).values())
+        student, teacher = map(ModelOutput, own[2])
+        step = StepContext(student, teacher, drawn[3][rows], student_strong=student, teacher_strong=teacher)
+        return sum(loss_class(name)().double()(step).values())
+
+    drawn = draws(12)
+    parts = (value(slice(0, 6)) + value(slice(6, 12))) / 2
+    assert torch.isclose(parts, value(slice(0, 12)), rtol=1e-9) != loss_class(name)().of_whole_batch

@@ -25,7 +25,7 @@ WRONG = {
     Positive: (0, -1.0, float("nan"), float("inf"), "many"),
     Weight: (-1.0, float("nan"), float("inf"), "many"),
     Share: (0.0, 1.5, float("nan"), None),
-    Count: (0, float("nan")),
+    Count: (0, 2.5, float("nan")),
     Epochs: (0, float("nan"), None),
 }
 
@@ -45,7 +45,7 @@ def test_common_keywords(name):
         "ignore_index": -100,
         "reduction": "mean",
     }
-    whole_batch = name in ("dist_loss", "revision_loss", "mlkd_loss", "mlkd_noaug_loss")
+    whole_batch = LOSSES[name.removesuffix("_loss")]().of_whole_batch
     assert common["reduction"].annotation == (Literal["mean"] if whole_batch else Reduction)
 
 

@@ -136,6 +136,10 @@ def test_gains_and_tests_are_those_of_the_runs(report):
     assert row["p_holm"] >= row["p"]
 
 
+def test_confusions_are_of_the_seeds_that_have_noted_them(report):
+    assert "2 seeds together" in report.html.read_text()  # of three, one of which is damaged
+
+
 def test_a_sweep_stays_out_of_the_results(report):
     results = pd.read_csv(report.html.parent / "results.csv")
     assert set(results["split"]) == {"the test split"}

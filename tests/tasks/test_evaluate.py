@@ -1,6 +1,7 @@
 """What is measured, and what is refused or told before."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -216,3 +217,26 @@ def test_scores_are_those_of_the_definitions(classes, draw):
     else:
         assert scores.pop("top5") is None
     assert scores == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_confidence_of_1_belongs_to_the_last_bin():
+    logits = torch.zeros(100, 4)
+    logits[:50, 0], logits[50:, 0] = 100, math.log(3 * 0.95 / 0.05)  # a confidence of 1 in float32, and of 0.95
+    label = torch.zeros(100, dtype=torch.long)
+    label[:10] = 1
+    module = EvaluationModule(torch.nn.Identity(), 4)
+    module.test_step(Batch(logits, label, label), 0)
+    module.on_test_epoch_end()
+    assert module.scores("val")["ece"] == pytest.approx(100 * abs(0.9 - 0.975), rel=1e-4)
+
+
+def test_a_network_without_numbers_has_no_score(measure, tmp_path, monkeypatch):
+    forward = EvaluationModule.test_step
+
+    def spoiled(module, batch, batch_idx):
+        forward(module, Batch(batch.images * math.nan, *batch[1:]) if batch_idx == 1 else batch, batch_idx)
+
+    monkeypatch.setattr(EvaluationModule, "test_step", spoiled)
+    with pytest.raises(UserError, match=r"logits are no numbers \(NaN\) for images of the test split"):
+        measure("data.batch_size=64", facts=digits_facts("resnet8"))
+    assert not (tmp_path / "run" / "evaluation.json").exists()

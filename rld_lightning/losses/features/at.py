@@ -1,6 +1,8 @@
 """Attention transfer (AT): Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928."""
 
+import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,14 +10,17 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import total
-from rld_lightning.losses.ranges import Positive, Weight, checked
+from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
+
+# Below 1 the derivative at 0 is infinite, and after a ReLU most of a map is 0.
+Power = Annotated[float, must_be("a finite number >= 1", lambda value: 1 <= value < math.inf)]
 
 
 @checked
 def at_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1000.0, power: Positive = 2.0
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1000.0, power: Power = 2.0
 ) -> dict[str, Tensor]:
     """Squared difference of where both networks look, mean over batch and positions, summed over the stages.
 
@@ -26,7 +31,7 @@ def at_loss(
         student: maps ``(B, channels, H, W)``, shallow to deep.
         teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
         weight: factor on the term.
-        power: of the absolute values.
+        power: of the absolute values, at least 1.
 
     Returns:
         ``{"at": weight * AT}``.
@@ -62,7 +67,7 @@ class ATLoss(FeatureLoss):
     from_shallow = True
 
     weight: Weight = 1000.0
-    power: Positive = 2.0
+    power: Power = 2.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages."""

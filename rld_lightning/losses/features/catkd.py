@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller, unit_vectors
-from rld_lightning.losses.ranges import Weight, checked, must_be
+from rld_lightning.losses.ranges import Count, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, classifier_of
 from rld_lightning.models.teacher.frozen import hold_outside
-
-PoolSize = Annotated[int, must_be("an integer >= 1", lambda size: isinstance(size, int) and size >= 1)]
 
 
 @checked
@@ -25,7 +22,7 @@ def catkd_loss(
     teacher_classifier: Tensor,
     *,
     weight: Weight = 400.0,
-    pool_size: PoolSize = 2,
+    pool_size: Count = 2,
     normalize: bool = True,
 ) -> dict[str, Tensor]:
     """Squared difference of the class activation maps, mean over samples, classes and positions.
@@ -91,7 +88,7 @@ class CATKDLoss(FeatureLoss):
     own_buffers = ("teacher_classifier",)  # a constant
 
     weight: Weight = 400.0
-    pool_size: PoolSize = 2
+    pool_size: Count = 2
     normalize: bool = True
 
     teacher_classifier: Tensor = field(init=False)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor
 from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import total
-from rld_lightning.losses.ranges import Weight, checked, must_be
+from rld_lightning.losses.ranges import Count, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
@@ -20,12 +19,10 @@ SPARE_VECTORS = 3
 # Singular values whose squares differ by less than this part of the largest have directions made of rounding.
 SMALLEST_GAP = 1e-4
 
-Vectors = Annotated[int, must_be("an integer >= 1", lambda value: value >= 1)]
-
 
 @checked
 def kdsvd_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0, num_vectors: Vectors = 1
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0, num_vectors: Count = 1
 ) -> dict[str, Tensor]:
     """Squared difference of how the singular vectors of neighbouring stages relate, over the batch size.
 
@@ -143,7 +140,7 @@ class KDSVDLoss(FeatureLoss):
     papers = ("ECCV 2018",)
 
     weight: Weight = 1.0
-    num_vectors: Vectors = 1
+    num_vectors: Count = 1
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """The stages."""

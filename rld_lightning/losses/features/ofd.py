@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
+from operator import index
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +17,7 @@ from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages, stages_of
 from rld_lightning.models.taps import unwrap
 
-KernelSize = Annotated[int, must_be("odd and >= 1 to keep the size", lambda size: size >= 1 and size % 2 == 1)]
+KernelSize = Annotated[int, must_be("odd and >= 1 to keep the size", lambda size: index(size) >= 1 and size % 2 == 1)]
 
 
 @checked

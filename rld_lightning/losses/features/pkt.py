@@ -58,6 +58,7 @@ class PKTLoss(FeatureLoss):
     papers = ("1803.10837",)
 
     single = True
+    of_whole_batch = True
 
     weight: Weight = 30000.0
 

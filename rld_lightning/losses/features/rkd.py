@@ -94,6 +94,7 @@ class RKDLoss(FeatureLoss):
     papers = ("1904.05068",)
 
     single = True
+    of_whole_batch = True
 
     distance_weight: Weight = 25.0
     angle_weight: Weight = 50.0

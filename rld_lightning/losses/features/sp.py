@@ -44,6 +44,7 @@ class SPLoss(FeatureLoss):
     papers = ("1907.09682",)
 
     single = True
+    of_whole_batch = True
 
     weight: Weight = 3000.0
 

@@ -9,6 +9,7 @@ from torch import nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.hydra.resolvers import choice
+from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters, is_mostly_depthwise
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.likeness import changed_settings, changes
@@ -38,6 +39,8 @@ def describe_run(
         f"{plan.optimizer}, learning rate {rate}, batch {plan.batch_size} = {devices} x {plan.batch_size // devices} "
         f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {epochs}",
     )
+    if divided := of_parts(module.loss, devices * trainer.accumulate_grad_batches, plan.batch_size // devices):
+        print_line("training", f"{plan.loss} {divided}")
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and trainer.precision == "bf16-mixed" and is_mostly_depthwise(module.student):
         teacher = "" if module.teacher is None else " model.teacher.dtype=bfloat16"
@@ -59,6 +62,22 @@ def describe_run(
             "data.val_fraction=0.1 holds some of the training images out for it",
         )
     print_line("folder", str(plan.run))
+
+
+def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
+    """What a loss makes of a step that is divided, if that is another value than of all its images; else empty.
+
+    Args:
+        loss: that of the run.
+        parts: into how many batches, of processes or of accumulated gradients.
+        size: of each.
+    """
+    if parts == 1 or not loss.of_whole_batch:
+        return ""
+    return (
+        f"compares the images of a batch or averages over some of them, here of {size} at a time: a step of {parts} "
+        "such batches is not the same as one with all their images"
+    )
 
 
 def describe_size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:

@@ -10,7 +10,7 @@ from rld_lightning.models import create_model, stages_of
 class TestAT(FeatureTester):
     module = ATLoss
     settings = ({}, {"weight": 10.0, "power": 1.0})
-    wrong = (({"weight": -1.0}, "weight=-1.0"), ({"power": 0.0}, "power=0.0"))
+    wrong = (({"weight": -1.0}, "weight=-1.0"), ({"power": 0.5}, r"power=0\.5 .* >= 1"))
     golden_method = "at"
 
     def golden(self, case, tensors):

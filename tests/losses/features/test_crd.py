@@ -25,6 +25,7 @@ class TestCRD(FeatureTester):
         ({"weight": -1.0}, "weight=-1.0"),
         ({"negatives": 0}, "negatives=0"),
         ({"dim": 0}, "dim=0"),
+        ({"dim": 2.5}, r"dim=2\.5 .* a whole number >= 1"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"momentum": 1.0}, "momentum=1.0"),
     )

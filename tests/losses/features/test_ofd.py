@@ -18,7 +18,7 @@ def maps(channels=3, size=4, seed=0):
 class TestOFD(FeatureTester):
     module = OFDLoss
     settings = ({}, {"weight": 0.01, "kernel_size": 3})
-    wrong = (({"weight": -1.0}, "weight=-1.0"), ({"kernel_size": 2}, "kernel_size=2"), ({"kernel_size": -1}, "odd"))
+    wrong = (({"weight": -1.0}, "weight=-1.0"), ({"kernel_size": 2}, "kernel_size=2"), ({"kernel_size": 3.0}, "odd"))
     golden_method = "ofd"
     pairs = (("resnet14", "resnet8"), ("wrn16_2", "wrn16_1"), ("vgg8", "shufflev1"), ("resnet18", "resnet8x4"))
     unconnectable = (

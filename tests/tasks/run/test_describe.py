@@ -3,8 +3,9 @@
 import pytest
 from torch import nn
 
+from rld_lightning.losses import CombinedLoss, KDLoss, RLDLoss, loss_class
 from rld_lightning.models.factory import create_model
-from rld_lightning.tasks.run.describe import describe_size
+from rld_lightning.tasks.run.describe import describe_size, of_parts
 
 
 @pytest.mark.parametrize(
@@ -16,3 +17,10 @@ from rld_lightning.tasks.run.describe import describe_size
 )
 def test_small_networks_have_a_size_too(network, said):
     assert describe_size(network, (3, 8, 8)) == said
+
+
+def test_a_divided_step_is_named_where_the_loss_is_then_another():
+    sums = CombinedLoss(rld=RLDLoss(), rkd=loss_class("rkd")()), CombinedLoss(rld=RLDLoss(), kd=KDLoss())
+    assert "here of 16 at a time: a step of 4 such batches" in of_parts(sums[0], 4, 16)
+    assert not of_parts(sums[1], 4, 16)
+    assert not of_parts(sums[0], 1, 64)
