@@ -19,6 +19,8 @@ from rld_lightning.errors import user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
+from rld_lightning.models.imported import is_from_elsewhere
+from rld_lightning.models.input_size import split_size
 from rld_lightning.models.normalisation import Look, relook, trained_look
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.facts import facts_of
@@ -163,7 +165,8 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
     print_files(run, {NETWORKS: "these numbers", NETWORKS_CLASSES: "every class"})
     if caution := has_not_paid(networks):
         print_line("caution", caution)
-        print_line("alone", f"exported by {called('export')} {as_argument('run', run / ALONE)}", pasted=True)
+        trust = _told("trust", networks[-1].name)
+        print_line("alone", f"exported by {called('export')} {as_argument('run', run / ALONE)}{trust}", pasted=True)
 
 
 def has_not_paid(networks: Sequence[Network]) -> str:
@@ -189,7 +192,13 @@ def export_student(finished: Finished) -> None:
         print_line("export", 'without ONNX, which needs pip install "rld-lightning[onnx]"')
     with user_errors():
         export_run(run, formats)
-    print_line("next", f"{called('predict')} {as_argument('weights', run)} images=photo.jpg", pasted=True)
+    name = _told("name", finished.plan.student.name)
+    print_line("next", f"{called('predict')} {as_argument('weights', run)}{name} images=photo.jpg", pasted=True)
+
+
+def _told(key: str, name: str) -> str:
+    """What a command is told of a network from elsewhere, which it takes from no file."""
+    return f" {as_argument(key, name)}" if is_from_elsewhere(split_size(name)[0]) else ""
 
 
 STEPS: Mapping[str, Callable[[Finished], None]] = {

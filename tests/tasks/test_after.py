@@ -11,7 +11,7 @@ from helpers.photos import grow
 from torch import nn
 
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
-from rld_lightning.tasks.after import _networks, has_not_paid
+from rld_lightning.tasks.after import _networks, _told, has_not_paid
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher.weights import is_for_others
 
@@ -89,6 +89,11 @@ def test_several_teachers_are_not_called_one(name, weights, shown):
     module.teacher.shard = False
     _, called, _, size = next(_networks(SimpleNamespace(plan=SimpleNamespace(teacher=teacher), module=module)))
     assert (called, size) == (shown or name, 24)
+
+
+@pytest.mark.parametrize(("name", "told"), [("resnet8@32", ""), ("my.nets:small@32", " name=my.nets:small@32")])
+def test_commands_name_a_network_from_elsewhere(name, told):
+    assert _told("name", name) == told
 
 
 def test_a_teacher_that_starts_from_somewhere_is_the_runs_own():
