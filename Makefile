@@ -6,7 +6,10 @@ INSTALLED := $(VENV)/.installed
 # What stands behind a target as name=value is an override for the script: make quickstart loss=dkd seed=1
 OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 
-# Files of tests, one a core, in their order: the long ones are not the last. Torch gets one thread in each.
+# Torch gets one thread in each process. What Python compiles is kept for the many processes that tests start, also where
+# a container's environment says otherwise.
+QUICKLY := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+# Files of tests, one a core, in the order of tests/conftest.py.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -26,7 +29,7 @@ quickstart: $(INSTALLED) ## teacher, student alone and student distilled on real
 	$(RUN) scripts/quickstart.py $(OVERRIDES)
 
 test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(SIDE_BY_SIDE)
+	$(QUICKLY) $(RUN) -m pytest -q $(SIDE_BY_SIDE)
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(RUN) -m pytest -q -m slow
@@ -37,7 +40,7 @@ soak: $(INSTALLED) ## break runs in every way by the hundred, and count those th
 test-lowest: ## the default tests with the lowest supported versions, in .venv-lowest
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q $(SIDE_BY_SIDE)
+	$(QUICKLY) .venv-lowest/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 lint: $(INSTALLED) ## ruff, who may import whom, and types
 	$(VENV)/bin/ruff check
