@@ -31,12 +31,11 @@ WORDS = Stages(
 def losses_table() -> str:
     """Every registered loss, those on features last; what it trains is counted for wide ResNets of unequal width."""
     golden = {case["method"] for case in json.loads(GOLDEN.read_text())["cases"]}
-    teacher = create_model("wrn40_2", 100)
+    teacher, plain = create_model("wrn40_2", 100), create_model("wrn40_1", 100)
     rows = []
     for name in sorted(list_losses(), key=lambda name: issubclass(loss_class(name), FeatureLoss)):
-        loss, student = loss_class(name)(), create_model("wrn40_1", 100)
-        if loss.reuses_classifier:
-            student = graft(student, teacher)
+        loss = loss_class(name)()
+        student = graft(create_model("wrn40_1", 100), teacher) if loss.reuses_classifier else plain
         loss.connect(student, teacher, (3, 32, 32), torch.arange(100))
         trained = sum(parameter.numel() for parameter in loss.parameters())
         tested = "public code" if name in golden else "second formula"
@@ -87,10 +86,12 @@ def presets_table() -> str:
 def presets() -> list[tuple[str, str, str]]:
     """The rows of that table."""
     classes = {loss_options(name)["_target_"]: name for name in list_losses()}
+    names = sorted({*list_options("loss")} - {*list_losses(), "combined"})
+    networks = ("model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8")  # with nothing tuned
+    cfg = compose([*networks, *(f"+loss@presets.{name}={name}" for name in names)])  # all at once: each takes a while
     rows = []
-    for preset in sorted({*list_options("loss")} - {*list_losses(), "combined"}):
-        networks = ("model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8")  # with nothing tuned
-        loss = OmegaConf.to_container(compose([f"loss={preset}", *networks]).loss, resolve=True)
+    for preset in names:
+        loss = OmegaConf.to_container(cfg.presets[preset], resolve=True)
         name = classes[loss["_target_"]]
         defaults = OmegaConf.create(loss_options(name))
         changed = {key: value for key, value in loss.items() if defaults[key] != value}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from helpers.configs import CONF, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, compose
+from helpers.configs import CONF, FRAMES, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
@@ -28,21 +28,41 @@ from rld_lightning.tasks.run.trainer import make_trainer
 
 
 @cache
-def pair(name):
-    return compose(f"model={name}")
+def unresolved(*overrides):
+    return OmegaConf.to_container(compose(*overrides, resolve=False))
 
 
 @cache
-def unresolved(override):
-    return OmegaConf.to_container(compose(override, resolve=False))
+def choices_of(group):
+    """Every option of a group, composed at once under a name of its own, as the same files say the same anywhere."""
+    names = {"model": [*PAIRS, *FRAMES, *SINGLES], "loss": LOSSES}[group]
+    return unresolved(*(f"+{group}@choices.{name}={name}" for name in names))["choices"]
+
+
+@cache
+def put_together(recipe="cifar240", **choices):
+    """What a model, or also a loss, and a recipe say, without composing each combination anew."""
+    cfg = {group: choices_of(group)[name] for group, name in choices.items()}
+    cfg = OmegaConf.create(cfg | {"recipe": unresolved(f"recipe={recipe}")["recipe"]})
+    OmegaConf.resolve(cfg.loss if "loss" in cfg else cfg)
+    return cfg
+
+
+def pair(name):
+    return put_together(model=name)
 
 
 def loss_of(model, loss, recipe="cifar240"):
-    """The loss's settings for a model; every choice is composed once, which is what takes the time."""
-    choices = {"model": model, "loss": loss, "recipe": recipe}
-    cfg = OmegaConf.create({group: unresolved(f"{group}={choice}")[group] for group, choice in choices.items()})
-    OmegaConf.resolve(cfg)
-    return cfg.loss
+    return put_together(recipe, model=model, loss=loss).loss
+
+
+@pytest.mark.parametrize(
+    "choices", [{"model": "vgg13_to_mobilenetv2", "loss": "dkd_ls"}, {"model": "resnet34_to_resnet18"}]
+)
+def test_what_is_put_together_here_is_what_hydra_composes(choices):
+    cfg, expected = put_together(**choices), compose(*(f"{group}={name}" for group, name in choices.items()))
+    for group in ["loss"] if "loss" in choices else ["model", "recipe"]:
+        assert cfg[group] == expected[group]
 
 
 def teachers_and_students(names):
@@ -76,7 +96,7 @@ def test_small_students_start_at_a_small_learning_rate(name):
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name):
-    cfg = compose(f"loss={name}").loss
+    cfg = loss_of("wrn40_2_to_wrn16_2", name)
     loss = instantiate(cfg)
     assert isinstance(loss, DistillationLoss)
     if isinstance(loss, LogitLoss) and name != "atkd":  # which always does
@@ -147,7 +167,7 @@ def test_what_hydra_would_take_for_another_loss_is_refused(loss):
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [name for name in LOSSES if "_" not in name or name == "mlkd_noaug"])
 def test_configured_values_are_the_defaults_of_the_class(name):
-    cfg = compose("model=pair", "model.teacher.name=resnet20", "model.student.name=resnet8", f"loss={name}").loss
+    cfg = loss_of("pair", name)
     defaults = {}
     for cls in reversed(type(instantiate(cfg)).__mro__):
         if "__init__" in vars(cls):
@@ -183,7 +203,7 @@ def test_every_single_model(model):
 
 
 def test_every_published_model_has_a_configuration():
-    assert {compose(f"model={model}").model.student.name for model in SINGLES} == set(list_models())
+    assert {choices_of("model")[single]["student"]["name"] for single in SINGLES} == set(list_models())
 
 
 def test_what_a_pair_needs_stands_in_one_place_and_yields_to_the_command_line():

@@ -5,6 +5,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,9 +206,19 @@ OPTIONS = set(
 )
 
 
-@pytest.mark.parametrize("override", sorted(OPTIONS))
-def test_every_option_composes(override):
-    assert compose(override)
+def together(options):
+    """Options in as few command lines as there are values of one key; an option that is wrong is named by Hydra."""
+    values = {}
+    for option in sorted(options):
+        values.setdefault(option.partition("=")[0], []).append(option)
+    return [list(filter(None, line)) for line in zip_longest(*values.values())]
+
+
+@pytest.mark.parametrize("is_value", [False, True])
+def test_every_option_composes(is_value):
+    lines = together(option for option in OPTIONS if ("." in option.partition("=")[0]) == is_value)
+    assert lines
+    assert all(compose(*line) for line in lines)
 
 
 def check_hydra(name, overrides):

@@ -6,9 +6,11 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from helpers.composing import remember
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.hydra.options import list_options, register_options
 
+remember()
 register_options()
 CONF = Path(__file__).parents[2] / "conf"
 PAIRS = [path.stem for path in sorted((CONF / "model").glob("*_to_*.yaml"))]

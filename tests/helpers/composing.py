@@ -1,0 +1,46 @@
+"""Hydra composes in little more than half the time where files are read, and expressions parsed, once."""
+
+from copy import deepcopy
+from functools import cache, wraps
+from pathlib import Path
+
+import omegaconf._utils
+import omegaconf.base
+import omegaconf.grammar_parser
+import omegaconf.resolvers.oc
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+
+
+def remember() -> None:
+    """Has files of configuration read once, as long as they do not change, and OmegaConf's expressions parsed once."""
+    if not hasattr(FileConfigSource.load_config, "__wrapped__"):
+        FileConfigSource.load_config = _remembering(FileConfigSource.load_config, _state_of_file)
+        packaged = ImportlibResourcesConfigSource
+        packaged.load_config = _remembering(packaged.load_config, lambda _source, _name: True)  # of what is installed
+        parse = cache(omegaconf.grammar_parser.parse)  # a tree that is only read
+        for module in (omegaconf._utils, omegaconf.base, omegaconf.grammar_parser, omegaconf.resolvers.oc):
+            module.parse = parse
+
+
+def _remembering(load, state_of):
+    """A source's ``load_config`` that gives copies of what a file said when it was first in this state."""
+    remembered = {}
+
+    @wraps(load)
+    def load_config(source, config_path):
+        state = state_of(source, config_path)
+        key = (source.provider, source.path, config_path, state)
+        if not state:
+            return load(source, config_path)  # which says what is wrong
+        if key not in remembered:
+            remembered[key] = load(source, config_path)
+        return deepcopy(remembered[key])
+
+    return load_config
+
+
+def _state_of_file(source, name):
+    file = Path(source.path, source._normalize_file_name(name))
+    facts = file.stat() if file.exists() else None
+    return facts and (facts.st_ino, facts.st_mtime_ns, facts.st_size)
