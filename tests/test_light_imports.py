@@ -13,29 +13,22 @@ REPOSITORY = Path(__file__).parents[1]
 HEAVY = {"lightning", "torchvision", "torchmetrics", "pandas", "matplotlib", "scipy", "sklearn", "wandb", "timm"}
 
 
-def imported_by(code: str) -> set[str]:
-    """Top-level packages that are there after some code."""
-    tell = "import sys; print('PACKAGES', *{name.partition('.')[0] for name in sys.modules})"
-    command = [sys.executable, "-c", f"{code}\n{tell}"]
+def imported_by(*codes: str) -> list[set[str]]:
+    """Top-level packages that are there after each of some pieces of code, in a process of their own."""
+    tell = "import sys; print('\\nPACKAGES', *{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", "\n".join(f"{code}\n{tell}" for code in codes)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
-    return set(output.rpartition("PACKAGES")[2].split())
+    return [set(line.split()[1:]) for line in output.splitlines() if line.startswith("PACKAGES")]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from rld_lightning import RLDLoss, rld_loss",
-        "from rld_lightning import create_model, FrozenTeacher; create_model('wrn16_1')",
-        "import rld_lightning.losses.features",
-    ],
-)
-def test_losses_and_networks_need_torch_alone(code):
-    assert not imported_by(code) & (HEAVY | {"hydra", "omegaconf", "rich", "pytorch_lightning"})
-
-
-def test_a_trained_student_needs_no_more_than_images_need():
-    code = "import rld_lightning; rld_lightning.load_student; import rld_lightning.data.centre_crop"
-    assert imported_by(code) & (HEAVY | {"hydra", "omegaconf", "pytorch_lightning", "onnx"}) <= {"torchvision"}
+def test_losses_networks_and_a_trained_student_need_torch_and_what_images_need():
+    """In one process, as each takes seconds to start: what one of them imports stays there for the next to be told."""
+    losses = "import rld_lightning.losses.features; from rld_lightning import RLDLoss, rld_loss"
+    networks = "from rld_lightning import create_model, FrozenTeacher; create_model('wrn16_1')"
+    student = "import rld_lightning; rld_lightning.load_student; import rld_lightning.data.centre_crop"
+    torch_alone, with_images = imported_by(f"{losses}; {networks}", student)
+    assert not torch_alone & (HEAVY | {"hydra", "omegaconf", "rich", "pytorch_lightning"})
+    assert with_images & (HEAVY | {"hydra", "omegaconf", "pytorch_lightning", "onnx"}) <= {"torchvision"}
 
 
 RUN = (
@@ -53,7 +46,7 @@ def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeyp
     monkeypatch.setenv("COMP_LINE", "python scripts/fit.py loss.al")
     registered_names._remembered.__wrapped__()  # an earlier command, which has seen what there is
     for arguments in (["--help"], ["-sc", "query=bash"], ["loss.gama=1"]):
-        packages = imported_by(RUN.format(arguments=arguments))
+        (packages,) = imported_by(RUN.format(arguments=arguments))
         assert "hydra" in packages
         assert not packages & (HEAVY | {"torch"})
 
@@ -61,7 +54,7 @@ def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["model.student.weights=/nowhere.pth", "loss.temperature=0"])
 def test_what_is_not_there_is_told_before_lightning_is_imported(mistake, tmp_path):
-    packages = imported_by(RUN.format(arguments=[mistake, f"paths.runs={tmp_path}"]))
+    (packages,) = imported_by(RUN.format(arguments=[mistake, f"paths.runs={tmp_path}"]))
     assert "torch" in packages
     assert not packages & HEAVY
     assert not list(tmp_path.iterdir())
@@ -69,7 +62,8 @@ def test_what_is_not_there_is_told_before_lightning_is_imported(mistake, tmp_pat
 
 def test_the_list_of_commands_needs_nothing():
     code = "import sys; from rld_lightning.__main__ import main; sys.argv = ['rld-lightning']; main()"
-    assert not imported_by(code) & (HEAVY | {"torch", "hydra", "omegaconf", "rich"})
+    (packages,) = imported_by(code)
+    assert not packages & (HEAVY | {"torch", "hydra", "omegaconf", "rich"})
 
 
 def test_ctrl_c_while_a_script_imports_ends_in_one_sentence():

@@ -106,8 +106,9 @@ def assert_the_references(steps, expected):
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
 def test_float64_trajectory_begins_as_the_references(method, tmp_path):
-    facts, _, steps = train(method, torch.float64, tmp_path, steps=4)
-    assert_the_references(steps, facts["steps_float64"][:4])
+    """Of three steps the last is the first that momentum has a part in."""
+    facts, _, steps = train(method, torch.float64, tmp_path, steps=3)
+    assert_the_references(steps, facts["steps_float64"][:3])
 
 
 @pytest.mark.slow
@@ -136,12 +137,13 @@ def test_float64_trajectory_is_the_references(method, compiled, tmp_path):
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
 def test_float32_trajectory_within_the_references_own_sensitivity(method, tmp_path):
-    facts, _, steps = train(method, torch.float32, tmp_path)
+    # RLD at full weight from the first step is chaotic: rounding grows to percents, and more steps would tell nothing.
+    facts, _, steps = train(method, torch.float32, tmp_path, steps=4 if method == "rld" else 20)
 
     deviations = list(map(deviation, steps, facts["steps"]))
     assert max(deviations[:2]) < 1e-5
     assert max(deviations[:4]) < 1e-3
-    if method == "kd":  # RLD at full weight from the first step is chaotic: rounding grows to percents
+    if method == "kd":
         assert max(deviations) < 2e-3
 
 

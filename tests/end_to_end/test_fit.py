@@ -2,10 +2,13 @@
 
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,11 @@ from safetensors.torch import load_file
 
 from rld_lightning import create_model
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.runs.finished import find_runs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn16_2", "model.student.name=wrn16_1", "recipe=quick")
+PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "recipe=quick")
 
 
 def run(script, *arguments, folder):
@@ -35,11 +39,16 @@ def run(script, *arguments, folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose teacher had to be trained first, and its output."""
+    """A run whose teacher had to be trained first, and its output; the slow tests start processes of their own."""
     folder = tmp_path_factory.mktemp("fit")
     options = (*PAIR, "model.teacher.weights=fit", "recipe.epochs=2", f"hydra.run.dir={folder / 'run'}")
-    result = run("fit.py", *options, folder=folder)
-    return folder, result.stdout
+    paths = (f"paths.runs={folder / 'runs'}", f"paths.teachers={folder / 'teachers'}", "trainer=cpu")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(SCRIPTS / "fit.py"), *options, *paths])
+        patch.setattr("rld_lightning.reporting.curves.plot_curves", plot_curves)  # which other tests leave out
+        runpy.run_path(str(SCRIPTS / "fit.py"), run_name="__main__")
+    return folder, printed.getvalue()
 
 
 def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
@@ -49,8 +58,8 @@ def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
         " recipe.epochs=2",
         "data  digits: 10 classes, 3x8x8, 1,437 train and 360 test images, validated on the test split",
         "training it first, with cross-entropy",
-        "teacher  wrn16_2, 0.69 M parameters, 6.3 M MACs",
-        "student  wrn16_1, 0.18 M parameters, 1.7 M MACs",
+        "teacher  resnet14, 0.18 M parameters, 1.7 M MACs",
+        "student  resnet8, 0.08 M parameters, 0.8 M MACs",
         "loss  RLDLoss(warmup_epochs=1)",
         "SGD, learning rate 0.05, batch 64 = 1 x 64 on cpu",
         "images/s",
@@ -70,7 +79,7 @@ def test_leaves_a_folder_that_explains_itself(finished):
     )
     assert set(expected.split()) <= files
     assert (folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert str(folder / "teachers" / "digits" / "wrn16_2.safetensors") in (folder / "run" / "config.yaml").read_text()
+    assert str(folder / "teachers" / "digits" / "resnet14.safetensors") in (folder / "run" / "config.yaml").read_text()
 
 
 def test_summary_metrics_and_export_tell_the_same(finished):
@@ -82,7 +91,7 @@ def test_summary_metrics_and_export_tell_the_same(finished):
     assert (summary["split"], summary["images"], summary["val_fraction"]) == ("test", 360, 0.0)
     with safe_open(folder / "run" / "student.safetensors", "pt") as file:
         facts = file.metadata()
-    assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("wrn16_1", "10", "digits")
+    assert (facts["name"], facts["num_classes"], facts["dataset"]) == ("resnet8", "10", "digits")
     assert (facts["data_seed"], facts["val_fraction"]) == ("0", "0.0")
     assert float(facts["top1"]) == pytest.approx(summary["top1"])
 
@@ -91,7 +100,7 @@ def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
     folder, _ = finished
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"student"}
-    facts = {"num_classes": 10, "student": "wrn16_1", "dataset": "digits", "data_seed": 0, "val_fraction": 0.0}
+    facts = {"num_classes": 10, "student": "resnet8", "dataset": "digits", "data_seed": 0, "val_fraction": 0.0}
     facts |= {"mean": list(DigitsDataModule.mean), "std": list(DigitsDataModule.std)}
     assert checkpoint["hyper_parameters"] == facts
 
@@ -101,7 +110,7 @@ def test_eval_of_export_and_checkpoint_equals_a_plain_loop(finished):
     folder, _ = finished
     data = DigitsDataModule()
     data.setup()
-    model = create_model("wrn16_1", 10).eval()
+    model = create_model("resnet8", 10).eval()
     model.load_state_dict(load_file(folder / "run" / "student.safetensors"))
     with torch.no_grad():
         batches = [(model(batch.images), batch.label) for batch in data.test_dataloader()]
@@ -169,15 +178,15 @@ def test_a_finished_run_is_not_overwritten(finished, monkeypatch, capsys):
     [
         (("model.teacher.weights=/nowhere.pth",), "there is no teacher's weights file at /nowhere.pth"),
         (("model.teacher.weights=auto", "model.teacher.name=wrn28_2"), "model.teacher.weights=fit"),
-        (("model.label=wrn16_1", "model.teacher=null"), "the loss needs a teacher and model=wrn16_1 has none"),
+        (("model.label=resnet8", "model.teacher=null"), "the loss needs a teacher and model=resnet8 has none"),
         (("loss.temperature=0",), "temperature=0 is not allowed"),
-        (("model.student.name=wrn16_11",), "wrn16_1"),
+        (("model.student.name=resnet81",), "resnet8"),
         (("data.batch_size=0",), "batch_size=0"),
         (("model.student.name=null",), "model.student.name has no value"),
         (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
         (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
         (("model.teacher.weights=pretrained",), "pretrained is for torchvision/, timm/ and transformers/ names"),
-        (("model.student.weights=pretrained",), "is for torchvision/, timm/ and transformers/ names, not for wrn16_1"),
+        (("model.student.weights=pretrained",), "is for torchvision/, timm/ and transformers/ names, not for resnet8"),
         (("model.student.name=torchvision/alexnet",), "torchvision/alexnet cannot take images of 3x8x8"),
         (("model.teacher.name=torchvision/alexnet",), "choose another size with data.image_size="),
         (("model.teacher.weights=null",), "model.teacher.weights=null is not allowed"),
@@ -204,7 +213,7 @@ def in_process(tmp_path, *overrides):
 
     from rld_lightning.tasks.fit import fit
 
-    cfg = compose("data=digits", "model=wrn16_1", "loss=ce", "recipe=quick", "trainer=cpu", *overrides, resolve=False)
+    cfg = compose("data=digits", "model=resnet8", "loss=ce", "recipe=quick", "trainer=cpu", *overrides, resolve=False)
     cfg.paths.run, cfg.print_config = str(tmp_path), False
     return fit(cfg)
 
@@ -223,7 +232,7 @@ def test_training_that_ends_within_an_epoch_reports_the_weights_it_exports(tmp_p
 
     summary = in_process(tmp_path, "recipe.epochs=3", "trainer.max_steps=30", "trainer.precision=32-true")
     assert re.search(r"steps of the optimizer +│ +30 of 69", capsys.readouterr().out)
-    model = create_model("wrn16_1", 10)
+    model = create_model("resnet8", 10)
     model.load_state_dict(load_file(tmp_path / "student.safetensors"))
     data = DigitsDataModule()
     data.setup()
@@ -348,7 +357,7 @@ def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     folder, _ = finished
-    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn16_2.safetensors'}"
+    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'resnet14.safetensors'}"
     paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
     pair = (*PAIR, "recipe.scheduler=null")  # one cycle has its length from the beginning
     command = [sys.executable, SCRIPTS / "fit.py", *pair, teacher, "recipe.epochs=200", *paths]
@@ -374,7 +383,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
 @pytest.mark.slow
 def test_two_processes_train_evaluate_every_image_once_and_leave_one_folder(finished):
     folder, _ = finished
-    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'wrn16_2.safetensors'}"
+    teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'resnet14.safetensors'}"
     target = folder / "ddp"
     script = [sys.executable, SCRIPTS / "fit.py", *PAIR, teacher, "recipe.epochs=2", "trainer=ddp_cpu"]
     options = (f"hydra.run.dir={target}", f"paths.teachers={folder / 'teachers'}", "trainer.precision=32-true")
@@ -402,4 +411,4 @@ def test_two_processes_train_the_teacher_first(tmp_path):
     options = (f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}")
     result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (tmp_path / "digits" / "wrn16_2.safetensors").exists()
+    assert (tmp_path / "digits" / "resnet14.safetensors").exists()
