@@ -1,4 +1,4 @@
-"""Hydra composes in little more than half the time where files are read, and expressions parsed, once."""
+"""Hydra composes in less than half the time where files are read, and expressions parsed, once."""
 
 from copy import deepcopy
 from functools import cache, wraps
@@ -8,12 +8,16 @@ import omegaconf._utils
 import omegaconf.base
 import omegaconf.grammar_parser
 import omegaconf.resolvers.oc
+from hydra._internal import defaults_list
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 
 
 def remember() -> None:
-    """Has files of configuration read once, as long as they do not change, and OmegaConf's expressions parsed once."""
+    """Has files of configuration read once, as long as they do not change, and OmegaConf's expressions parsed once.
+
+    What defaults could be interpolated with is put together only where one is; in ``conf/`` none is.
+    """
     if not hasattr(FileConfigSource.load_config, "__wrapped__"):
         FileConfigSource.load_config = _remembering(FileConfigSource.load_config, _state_of_file)
         packaged = ImportlibResourcesConfigSource
@@ -21,6 +25,10 @@ def remember() -> None:
         parse = cache(omegaconf.grammar_parser.parse)  # a tree that is only read
         for module in (omegaconf._utils, omegaconf.base, omegaconf.grammar_parser, omegaconf.resolvers.oc):
             module.parse = parse
+        create = defaults_list._create_interpolation_map
+        defaults_list._create_interpolation_map = lambda overrides, defaults, self_added: (
+            create(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
+        )
 
 
 def _remembering(load, state_of):
