@@ -105,7 +105,7 @@ class DistillationLoss(nn.Module):
         own_buffers: names of buffers that the loss itself keeps equal over all processes, so that nobody else has to.
 
     Raises:
-        ValueError: a hyper-parameter outside its range.
+        ValueError: a hyper-parameter outside its range, or one that has no effect.
     """
 
     method: ClassVar[str] = ""
@@ -134,6 +134,11 @@ class DistillationLoss(nn.Module):
             if is_dataclass(cls):
                 annotations |= inspect.get_annotations(cls, eval_str=True)
         check_ranges(ranges_of(annotations), vars(self))
+        if self.label_smoothing and not self.ce_weight:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} is of the cross-entropy, which ce_weight=0 leaves out; "
+                "set ce_weight=1, say, or label_smoothing=0."
+            )
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor

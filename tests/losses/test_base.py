@@ -3,7 +3,16 @@ import torch
 from helpers.loss_tester import batch
 from torch.testing import assert_close
 
-from rld_lightning.losses import CELoss, CombinedLoss, DistillationLoss, ModelOutput, RLDLoss, StepContext, rld_loss
+from rld_lightning.losses import (
+    CELoss,
+    CombinedLoss,
+    DistillationLoss,
+    ModelOutput,
+    RevisionLoss,
+    RLDLoss,
+    StepContext,
+    rld_loss,
+)
 from rld_lightning.losses.base import cross_entropy
 
 
@@ -155,6 +164,8 @@ def test_smoothed_labels_are_torchs_and_the_cross_entropys_alone(make):
     assert_close(smooth.pop("ce"), theirs)
     assert plain.pop("ce") != theirs
     assert_close(plain, smooth)
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1 .* which ce_weight=0 leaves out"):
+        RevisionLoss(label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"label_smoothing=1.0 is not allowed; it must be in \[0, 1\)"):
         Distance(label_smoothing=1.0)
 

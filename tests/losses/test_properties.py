@@ -23,7 +23,7 @@ from rld_lightning.losses.features import (
     simkd_loss,
     sp_loss,
     vid_loss,
-)  # fmt: skip
+)
 from rld_lightning.losses.registry import list_losses, loss_class
 
 LOSSES = [name for name in list_losses() if ".features." not in loss_class(name).__module__]
