@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rld_lightning.models.weights.pickled import bomb_in
+
 _STRETCHED = 1 << 24  # bytes that a tensor may show beyond those that it has, as a buffer that was expanded does
+_OLD_PICKLES = 5
 _MOST_VALUES = 100_000  # of a list that is a fact
 
 
@@ -29,6 +32,8 @@ def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
     """
     if _is_inflated(content):
         raise ClaimError("it claims to unpack to more than it holds; torch.save compresses nothing")
+    if wrong := _bomb_in(content):
+        raise ClaimError(wrong)
     found = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
     for tensor in _tensors(found):
         if tensor.layout != torch.strided or tensor.is_meta or _shown(tensor) > _held(tensor) + _STRETCHED:
@@ -48,6 +53,17 @@ def as_text(value: object) -> str:
 
 def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | Number)
+
+
+def _bomb_in(content: bytes) -> str:
+    """What is wrong with the pickle in a file, as PyTorch finds it there; nothing where it may be read."""
+    if content[:4] != b"PK\x03\x04":  # a file of before torch 1.6: what it is, the content, and where storages are
+        return bomb_in(BytesIO(content), _OLD_PICKLES)
+    try:
+        reader = torch._C.PyTorchFileReader(BytesIO(content))
+        return bomb_in(BytesIO(reader.get_record("data.pkl"))) if reader.has_record("data.pkl") else ""
+    except RuntimeError:  # no archive to PyTorch, which says so
+        return ""
 
 
 def _is_inflated(content: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Files that claim more than they hold take no memory."""
 
+import pickle
 import re
 import zipfile
 
@@ -46,16 +47,38 @@ def test_a_small_buffer_that_was_expanded_is_read(tmp_path):
     assert read_weights(tmp_path / "file.pth").state_dict["ids"].shape == (4, 9)
 
 
-def test_lists_that_stand_in_each_other_have_no_text(tmp_path):
+def lists_in_each_other():
     nested = ["x"]
     for _ in range(40):
         nested = [nested] * 10
-    loop = []
-    loop.append(loop)
-    facts = {"student": "resnet8", "deep": nested, "loop": loop, "mean": [0.5, 0.5, 0.5]}
-    torch.save({"state_dict": {"w": torch.zeros(2)}, "hyper_parameters": facts}, tmp_path / "file.ckpt")
-    told = {"student": "resnet8", "deep": "a list", "loop": "a list", "mean": "[0.5, 0.5, 0.5]"}
-    assert read_weights(tmp_path / "file.ckpt").metadata == told
+    return pickle.dumps({"deep": nested}, 2)
+
+
+# Of a key of a dictionary: pairs of one pair, 45 times over, as the key would be hashed for years; and a million deep.
+PAIRS = b"".join(b"q%ch%c\x86" % (i, i) for i in range(45))
+BOMBS = {
+    "a key of pairs": b"\x80\x02})" + PAIRS + b"Ns.",
+    "a set of pairs": b"\x80\x02c__builtin__\nset\n](" + b")" + PAIRS + b"e\x85R.",
+    "a key that is deep": b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",  # ends Python
+    "lists in each other": lists_in_each_other(),
+    "lists that are filled later": b"\x80\x02]q\x00]q\x01h\x00ah\x00Na.",
+    "bytes by their number": b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "a slow encoding": b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x08\x00\x00\x00punycode\x86R.",
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS)
+def test_a_pickle_that_would_hang_or_end_its_reader_is_refused(tmp_path, content, old):
+    if old:  # of before torch 1.6: what it is, the content, and where storages are
+        head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        (tmp_path / "file.pth").write_bytes(b"".join(pickle.dumps(part, 2) for part in head) + content)
+    else:
+        with zipfile.ZipFile(tmp_path / "file.pth", "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3")
+    with pytest.raises(WeightsError, match=r"was refused: (it holds|it wants to make|it goes on)"):
+        read_weights(tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize(("name", "classes"), [("resnet8", (1 << 24) - 1), ("torchvision/vit_h_14", 10)])
