@@ -10,7 +10,7 @@ from itertools import repeat
 from typing import IO
 
 _MOST_OPERATIONS = 1 << 23  # PyTorch's own take some thirty a tensor
-_MOST_WORK = 1 << 27  # values that are put into others, with all that is in them; a checkpoint has some hundred thousand
+_MOST_WORK = 1 << 27  # values that are put into others, with all in them; a checkpoint has some 100,000
 _DEEPEST = 500  # values within each other; Lightning's lie some ten deep
 _REFUSED = (
     *("__builtin__ bytearray", "builtins bytearray"),  # of a length that is given as a number
@@ -63,7 +63,8 @@ def _wrong(file: IO[bytes]) -> str:
                 return f"it wants to make something with {argument}, which no weights do"
             stack += [_Value() if name.startswith("EMPTY_") else _PLAIN for _ in operation.stack_after]
         else:
-            at = _last_mark(stack) if pickletools.markobject in before else len(stack) - len(before) + (name in _CHANGES)
+            marked = pickletools.markobject in before
+            at = _last_mark(stack) if marked else len(stack) - len(before) + (name in _CHANGES)
             parts = stack[at:]
             del stack[at:]
             parts = parts[1:] if parts and parts[0] is _MARK else parts
