@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,18 @@ def _check_scheme(url: str) -> None:
 def _check_space(path: Path, needed: int) -> None:
     if (free := shutil.disk_usage(path.parent).free) < needed:
         raise OSError(f"the disk of {path.parent} has {free / 1e9:.3g} GB free and {needed / 1e9:.3g} GB are needed")
+
+
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """What is in a tar file.
+
+    Raises:
+        tarfile.ReadError: a member has a size below 0, behind which Python would find the same one for ever.
+    """
+    for member in tar:
+        if member.size < 0:
+            raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes")
+        yield member
 
 
 def file_md5(path: Path) -> str:

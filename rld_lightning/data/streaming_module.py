@@ -14,7 +14,7 @@ from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
 from rld_lightning.data.base import ImageDataModule, stratified_split, stratified_subset
 from rld_lightning.data.centre_crop import CentreCrop
-from rld_lightning.data.decode import DECODERS
+from rld_lightning.data.decode import DECODERS, LARGEST_SIDE
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, StreamingLoader
 
@@ -97,6 +97,11 @@ class StreamingDataModule(ImageDataModule):
             raise ValueError(
                 f"image_size={image_size} and resize={self.resize} do not fit: the centre crop must be positive and "
                 "not larger than the resized image."
+            )
+        if image_size > LARGEST_SIDE or self.resize > 2 * LARGEST_SIDE:
+            raise ValueError(
+                f"image_size={image_size} and resize={self.resize} are too large: {LARGEST_SIDE} and "
+                f"{2 * LARGEST_SIDE} pixels at most."
             )
         self.image_shape = (3, image_size, image_size)
         self.mean = tuple(IMAGENET_MEAN if mean is None else mean)

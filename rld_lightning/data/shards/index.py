@@ -7,6 +7,7 @@ their own that names the shards by their addresses.
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rld_lightning.data import decode
 from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
-from rld_lightning.data.shards.samples import Samples, pack_samples, unpack_samples
+from rld_lightning.data.shards.samples import MOST_BYTES, Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
 from rld_lightning.shipped import called
 
@@ -23,6 +25,7 @@ INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"
 FORMAT = "rld-lightning shards 1"
 LOOK = ("image_size", "resize", "mean", "std")
+_MOST_JSON = 1 << 26  # bytes: a shard takes some sixty
 
 
 class Shard(NamedTuple):
@@ -78,7 +81,7 @@ class ShardIndex:
         path = join(root, INDEX_FILE)
         again = f"make it again with {called('shards')}"
         try:
-            content = read_bytes(path, options)
+            content = read_bytes(path, _MOST_JSON, options)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{path} is not there: set root to a folder or an address of shards with their index, which "
@@ -92,7 +95,7 @@ class ShardIndex:
             if (file := described["samples"]["file"]) != SAMPLES_FILE:  # and not any file of whoever reads it
                 raise ValueError(f"its samples are in {file!r} instead of {SAMPLES_FILE}")
             _check_place(root, shards)
-            samples = read_bytes(join(root, SAMPLES_FILE), options)
+            samples = read_bytes(join(root, SAMPLES_FILE), MOST_BYTES, options)
             if hashlib.sha256(samples).hexdigest() != described["samples"]["sha256"]:
                 raise ValueError(f"{SAMPLES_FILE} beside it belongs to another index")
             _check_numbers(shards)
@@ -111,19 +114,30 @@ class ShardIndex:
         """Raises ``ValueError`` for what was not written by :meth:`write`; the file may be a stranger's."""
         if not isinstance(self.name, str) or "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"{self.name!r} is no name of a data set")
-        if not all(isinstance(name, str) for name in self.class_names):
+        if not isinstance(self.class_names, list) or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("its class names are not text")
         if unknown := sorted(set(self.look) - set(LOOK)):
             raise ValueError(f"its look has {unknown[0]!r}, not one of {', '.join(LOOK)}")
+        if wrong := [key for key, value in self.look.items() if value is not None and not _is_look(key, value)]:
+            raise ValueError(f"its {wrong[0]} is no {'number of pixels' if wrong[0] in LOOK[:2] else 'three numbers'}")
         for split, shards in self.shards.items():
             samples = self.samples[split]
             length = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
+            if (samples.size > decode.MOST_BYTES).any():
+                raise ValueError(f"it has {split} images that are larger than any")
             if any(values.dtype != np.int64 for values in samples[:3]):
                 raise ValueError(f"the places and classes of its {split} images are not whole numbers")
             if (samples.offset < 0).any() or (samples.size < 0).any() or (samples.size > length - samples.offset).any():
                 raise ValueError(f"it has {split} images outside their shards")
             if not ((samples.label >= 0) & (samples.label < len(self.class_names))).all():
                 raise ValueError(f"it has {split} images of classes that it does not name")
+
+
+def _is_look(key: str, value: object) -> bool:
+    if key in LOOK[:2]:
+        return type(value) is int and 0 < value <= 2 * decode.LARGEST_SIDE
+    least = 0.0 if key == "std" else -math.inf
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and v > least for v in value)
 
 
 def _check_numbers(shards: dict[str, list[Shard]]) -> None:

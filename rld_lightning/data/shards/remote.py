@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
-from fsspec.asyn import AsyncFileSystem
+from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.callbacks import Callback
 
 from rld_lightning.atomic_files import write_whole
@@ -18,7 +18,6 @@ from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor
 # fsspec knows more: some read any local file (`local`, `reference`), make up content (`data`) or wrap others by `::`.
 # An address may come from an index that a stranger wrote.
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "memory")
-MOST_INDEX_BYTES = 1 << 32
 # Between bytes; a shard as a whole may take as long as it takes.
 SILENCE_SECONDS = 60
 
@@ -62,7 +61,11 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
 
         # As curl does: through the proxy that the environment names.
         silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-        options["client_kwargs"] = {"trust_env": True, "timeout": silence} | dict(options.get("client_kwargs", {}))
+        # Not packed: a few bytes may unpack to any number. A server that packs nevertheless is not understood.
+        plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
+        given = {"trust_env": True, "timeout": silence} | dict(options.get("client_kwargs", {}))
+        given["headers"] = plain["headers"] | dict(given.get("headers", {}))
+        options["client_kwargs"] = plain | given
     try:
         return fsspec.url_to_fs(address, **options)
     except ImportError as error:
@@ -121,29 +124,47 @@ def get_file(store: AbstractFileSystem, path: str, target: Path, most: int) -> N
 
 
 def get_range(store: AbstractFileSystem, path: str, offset: int, size: int) -> bytes:
-    """The ``size`` bytes of a file from ``offset`` on.
+    """The ``size`` bytes of a file from ``offset`` on, and more where the store sends more.
 
     Raises:
         TimeoutError: the store is too slow; stores raise others.
     """
-    patience = {"timeout": SILENCE_SECONDS + size / SLOWEST_BYTES_PER_SECOND}
-    return store.cat_file(
-        path, start=offset, end=offset + size, **(patience if isinstance(store, AsyncFileSystem) else {})
-    )
+    timeout = SILENCE_SECONDS + size / SLOWEST_BYTES_PER_SECOND
+    if path.startswith(("http://", "https://")):
+        return sync(store.loop, _get_range, store, path, offset, size, timeout=timeout)
+    patience = {"timeout": timeout} if isinstance(store, AsyncFileSystem) else {}
+    return store.cat_file(path, start=offset, end=offset + size, **patience)
 
 
-def read_bytes(address: str, options: dict[str, Any] | None = None) -> bytes:
-    """The content of a small file.
+async def _get_range(store: Any, path: str, offset: int, size: int) -> bytes:
+    """As the file system's own, which would keep whatever a server sends."""
+    options = dict(store.kwargs)
+    headers = {**options.pop("headers", {}), "Range": f"bytes={offset}-{offset + size - 1}"}
+    session = await store.set_session()
+    async with session.get(store.encode_url(path), headers=headers, **options) as answer:
+        store._raise_not_found_for_status(answer, path)
+        content = bytearray()
+        async for part in answer.content.iter_chunked(1 << 20):
+            content += part
+            if len(content) > size:
+                break
+        return bytes(content)
+
+
+def read_bytes(address: str, most: int, options: dict[str, Any] | None = None) -> bytes:
+    """The content of a file of at most ``most`` bytes.
 
     Raises:
         FileNotFoundError: it is not there.
-        OSError: the store does not give it for another reason.
+        OSError: the store does not give it for another reason, or it is larger, or none.
     """
     if (path := local_path(address)) is not None:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= most):
+            raise OSError(f"{path} is not a file of at most {most:,} bytes.")
         return path.read_bytes()
     store, inner = open_store(address, options)
     with store_errors(address), tempfile.TemporaryDirectory() as folder:
-        get_file(store, inner, Path(folder) / "file", MOST_INDEX_BYTES)
+        get_file(store, inner, Path(folder) / "file", most)
         return (Path(folder) / "file").read_bytes()
 
 

@@ -19,11 +19,13 @@ from rld_lightning.data.shards.index import INDEX_FILE, Shard, ShardIndex
 from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
+from rld_lightning.download import tar_members
 
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in random order, and in the same one whatever the seed of a run.
 ORDER_SEED = 0
 MOST_CLASS_BYTES = 100
+MOST_CLASSES = 1 << 24  # as files of weights may have: each gets a name
 
 
 class Listing(NamedTuple):
@@ -153,7 +155,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
     samples: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+            for member in tar_members(tar):
                 key, suffix = split_name(member.name)
                 if not member.isreg() or key is None or member.name.startswith("__"):
                     continue
@@ -174,7 +176,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
             # At a header that is cut off or damaged, tarfile stops as it does at the empty block that ends a tar file.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError) as error:
         raise ValueError(
             f"{address} is not a whole tar file ({error}): copy it again; compressed shards have to be unpacked."
         ) from error
@@ -192,7 +194,9 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
 
 def _class_of(content: bytes, member: str) -> int:
     try:
-        return int(content)
+        if (number := int(content)) < MOST_CLASSES:
+            return number
+        raise ValueError
     except ValueError as error:
         raise ValueError(
             f"{member} holds {content[:30].decode(errors='replace')!r} instead of the number of a class."

@@ -36,6 +36,7 @@ _LIMIT = Kind(
     "a number of batches, or a share of them such as 0.1",
     lambda value: (is_whole(value) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1),
 )
+_SIDE, _RESIZE = whole(1, 4096), whole(1, 8192)  # as data/decode.py has them, which imports PyTorch
 _THREE = list_of(FINITE, "three numbers", 3)
 _DEVICES = Kind(
     "auto, a number of devices, or a list of them such as [0,1]",
@@ -102,7 +103,7 @@ VALUES: Mapping[str, Kind] = {
     | list_of(TEXT, "files, whose teachers teach together"),
     "model.teacher.mean_of": words("logits", "probabilities"),
     "model.teacher.class_map": KEYS.such_as("{cat:tabby,dog:207}") | TEXT.such_as("a file of lines cat,tabby") | NULL,
-    "model.teacher.image_size": COUNT | words("auto") | NULL,
+    "model.teacher.image_size": _SIDE | words("auto") | NULL,
     "model.teacher.start": TEXT.such_as(f"{_WEIGHTS}; or pretrained") | NULL,
     "model.teacher.sha256": TEXT | NULL,
     "model.teacher.published_url": TEXT,
@@ -129,8 +130,8 @@ VALUES: Mapping[str, Kind] = {
     "data.flip": FLAG,
     "data.shuffle": FLAG,
     "data.drop_last": FLAG,
-    "data.image_size": COUNT | NULL,
-    "data.resize": COUNT | NULL,
+    "data.image_size": _SIDE | NULL,
+    "data.resize": _RESIZE | NULL,
     "data.scale": list_of(SHARE, "two numbers > 0 and <= 1, the smaller first", 2),
     "data.padding": whole(0),
     "data.mean": _THREE | NULL,
@@ -224,8 +225,8 @@ VALUES: Mapping[str, Kind] = {
     "num_workers": whole(0) | NULL,
     "device": words("auto", "cpu", "cuda", "mps"),
     "class_names": TEXT | list_of(TEXT, "names in brackets") | NULL,
-    "image_size": COUNT | NULL,
-    "resize": COUNT | NULL,
+    "image_size": _SIDE | NULL,
+    "resize": _RESIZE | NULL,
     "interpolation": words("bilinear", "bicubic") | NULL,
     "mean": _THREE | NULL,
     "std": list_of(POSITIVE, "three numbers > 0", 3) | NULL,

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from rld_lightning.atomic_files import write_whole
-from rld_lightning.download import download
+from rld_lightning.download import download, tar_members
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.teacher.published import (
@@ -244,7 +244,7 @@ def _read_members(archive: Path, url: str, paths: Iterable[str]) -> Iterator[tup
     """Reads members of a tar file by name; nothing is extracted, so it does not matter where the others point."""
     try:
         with tarfile.open(archive, "r:") as tar:
-            members = {str(PurePosixPath(member.name)): member for member in tar if member.isreg()}
+            members = {str(PurePosixPath(member.name)): member for member in tar_members(tar) if member.isreg()}
             if missing := [path for path in paths if path not in members]:
                 raise DownloadError(f"{url} lacks {', '.join(missing)}")
             paths = list(paths)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -258,6 +259,10 @@ def test_an_index_from_elsewhere_names_no_files_of_this_machine(shards, tmp_path
         (lambda index: index["samples"].update(file="/etc/passwd"), "its samples are in '/etc/passwd' instead of"),
         (lambda index: index.update(name="../../x"), "'../../x' is no name of a data set"),
         (lambda index: index.update(class_names=["a", "b", 3]), "its class names are not text"),
+        (lambda index: index.update(class_names="abc"), "its class names are not text"),
+        (lambda index: index["look"].update(image_size=10**6, resize=10**6), "its image_size is no number of pixels"),
+        (lambda index: index["look"].update(image_size="9"), "its image_size is no number of pixels"),
+        (lambda index: index["look"].update(std=[0.2, 0.2, -1]), "its std is no three numbers"),
         (lambda index: index.update(class_names=["a", "b"]), "images of classes that it does not name"),
         (lambda index: index["look"].update(_target_="os.system"), "its look has '_target_', not one of image_size"),
         (lambda index: index["shards"]["train"][0].update(images=10**9), "hold .* images and 45 are listed"),
@@ -287,9 +292,11 @@ class _Endless(SimpleHTTPRequestHandler):
             super().do_GET()
             return
         self.send_response(200)
+        if self.server.packed:
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         with suppress(OSError):
-            while True:
+            while self.command != "HEAD":
                 self.wfile.write(self.server.block)
                 time.sleep(self.server.pause)
 
@@ -298,9 +305,9 @@ class _Endless(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def lying(folder, bad, block, pause):
+def lying(folder, bad, block, pause, *, packed=False):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Endless, directory=str(folder))) as server:
-        server.bad, server.block, server.pause = bad, block, pause
+        server.bad, server.block, server.pause, server.packed = bad, block, pause, packed
         server.daemon_threads, server.block_on_close = True, False
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -322,6 +329,14 @@ def test_a_store_that_sends_a_byte_now_and_then_is_ended(shards, tmp_path, bad, 
     message = r"the server has sent \d+ bytes/s for \d s, less than the 10,000"
     with lying(shards, bad, b"x", 0.02) as address, pytest.raises(OSError, match=message):
         list(shards_data(address, cache=tmp_path / "cache").test_dataloader())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_single_image_is_not_read_beyond_its_size(shards, packed):
+    block = zlib.compress(bytes(1 << 22), wbits=31) if packed else bytes(1 << 16)
+    message = "sends whole files only"
+    with lying(shards, "test-000000.tar", block, 0, packed=packed) as address, pytest.raises(ShardError, match=message):
+        list(shards_data(address, cache_gb=0).test_dataloader())
 
 
 def test_a_single_image_is_not_waited_for_without_end(shards, tmp_path, monkeypatch):

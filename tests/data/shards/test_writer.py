@@ -136,6 +136,7 @@ def test_samples_are_found_among_other_files():
         (tar_of(**{"a.cls": b"1"}), r"x.tar/a has no image \(.jpg"),
         (tar_of(**{"a.cls": b"1", "a.jpg": b"x", "a.png": b"x"}), "x.tar/a has more than one image"),
         (tar_of(**{"a.cls": b"-1", "a.jpg": b"x"}), "x.tar/a has the class -1"),
+        (tar_of(**{"a.cls": b"9" * 15, "a.jpg": b"x"}), "x.tar/a.cls holds '9+' instead of the number of a class"),
         (tar_of(**{"a.cls": b"cat", "a.jpg": b"x"}), "x.tar/a.cls holds 'cat' instead of the number of a class"),
         (tar_of(), "x.tar has no images"),
         (b"", r"x.tar is not a whole tar file \(empty file\)"),
@@ -152,7 +153,7 @@ def with_size(content, name, size):
     """The tar file with another size in the header of a member."""
     at = content.index(name.encode())
     header = bytearray(content[at : at + 512])
-    header[124:136] = b"\x80" + size.to_bytes(11)
+    header[124:136] = size.to_bytes(12, signed=True) if size < 0 else b"\x80" + size.to_bytes(11)
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     return content[:at] + bytes(header) + content[at + 512 :]
@@ -182,6 +183,12 @@ def test_members_that_claim_a_terabyte_are_refused_unread(name):
         listed(with_size(content, name, 10**12))
     with pytest.raises(ValueError, match=rf"x.tar/{name} is a sparse file, which shards do not hold"):
         listed(sparse(content, name, 10**12))
+
+
+def test_a_member_of_fewer_than_no_bytes_is_not_read_for_ever():
+    content = tar_of(**{"a.cls": b"1", "a.jpg": b"x", "README": b"x"})
+    with pytest.raises(ValueError, match=r"x.tar is not a whole tar file \(README has -512 bytes\)"):
+        listed(with_size(content, "README", -512))
 
 
 def test_a_file_that_cannot_be_packed_is_named(folder, tmp_path):
