@@ -14,6 +14,7 @@ from helpers.configs import compose
 from helpers.exports import digits_facts, digits_run, small_onnx, write_digits
 from PIL import Image
 
+from rld_lightning.data.image_list import list_images
 from rld_lightning.errors import UserError
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.predict import find_images, predict
@@ -77,6 +78,15 @@ def test_broken_images_are_named_and_the_others_answered(place, tmp_path, capsys
     assert "│ 000.png │" in said
     with pytest.raises(UserError, match="none of the 1 images"):
         ask(place, tmp_path, f"images={tmp_path / 'broken.jpg'}")
+
+
+def test_links_that_lead_round_are_not_followed_for_ever(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").touch()
+        for link in ("a", "b"):  # each doubles all that is found, 40 times over
+            (tmp_path / name / link).symlink_to(tmp_path / name)
+    assert len(find_images([f"{tmp_path}/**/*.jpg"])) == len(list_images(tmp_path).labels) == 2
 
 
 def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch):
