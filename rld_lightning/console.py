@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from rld_lightning.distributed import Stopped, is_first, rank_zero_only
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, printable
 from rld_lightning.redact import redact, redact_text
 
 console = Console(highlight=False)
@@ -86,7 +86,7 @@ def printed_to(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            file.write(f"{redact_text(_told(error).rstrip())}\n")
+            file.write(f"{printable(redact_text(_told(error).rstrip()))}\n")
             raise
         finally:
             lightning.removeHandler(handler)
@@ -122,9 +122,9 @@ def print_config(cfg: DictConfig) -> None:
 def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            _grow(tree.add(f"[cyan]{key}"), value)
+            _grow(tree.add(f"[cyan]{_plain(key)}"), value)
         else:
-            tree.add(f"[cyan]{key}[/]: {escape(str(value))}")
+            tree.add(f"[cyan]{_plain(key)}[/]: {_plain(value)}")
 
 
 @rank_zero_only
@@ -133,7 +133,7 @@ def print_line(name: str, text: str, *, pasted: bool = False) -> None:
 
     In a terminal it is folded between words; what is ``pasted`` into a command line never is.
     """
-    text = redact_text(text)
+    text = printable(redact_text(text))
     head, folded = f"[bold]{name:>8}[/]  ", text if pasted else _folded(text, max(len(name), 8) + 2, " " * 10)
     _say(head + escape(text), shown=head + escape(folded), soft_wrap=True)
 
@@ -146,7 +146,7 @@ def end_line() -> None:
 
 def print_error(text: str) -> None:
     """Prints what is wrong, for a user to put right; from whatever process has found it."""
-    text = redact_text(text)
+    text = printable(redact_text(text))
     head = "[bold red]error:[/] "
     _say(head + escape(text), shown=head + escape(_folded(text, len("error: "))), soft_wrap=True)
 
@@ -176,7 +176,7 @@ def _folded(text: str, used: int, indent: str = "") -> str:
 def print_files(folder: Path, files: Mapping[str, str]) -> None:
     """Prints the files that a run has left in its folder, each with what it holds."""
     for file, what in files.items():
-        path = f"  {folder / file}"
+        path = printable(f"  {folder / file}")
         folded = _folded(f"  {what}", len(path), " " * 4)
         _say(f"{escape(path)}  [dim]{what}", shown=f"{escape(path)}[dim]{folded}", soft_wrap=True)
 
@@ -186,10 +186,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     """Prints a table; the first column is left-aligned, the others right-aligned."""
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(_plain(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    _say(f"\n[bold]{escape(title)}", soft_wrap=True)
+    _say(f"\n[bold]{_plain(title)}", soft_wrap=True)
     _say(table)
 
 
@@ -198,7 +198,12 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else _plain(value)
+
+
+def _plain(value: object) -> str:
+    """A text that neither a terminal nor Rich obeys."""
+    return escape(printable(str(value)))
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 _MOST_LISTED = 3
+# What a terminal obeys, or shows letters in another order for; and bytes of a name that are no text.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -60,6 +62,11 @@ def _message(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; of one that says nothing what it is called."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """A text with ``\\x1b`` in the place of characters that a terminal would obey: names may be a stranger's."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def some(items: Iterable[str]) -> str:

@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from rld_lightning.callbacks import Diverged
-from rld_lightning.console import print_config, print_error, print_line, print_table, printed_to, quiet_lightning
+from rld_lightning.console import (
+    print_config,
+    print_error,
+    print_files,
+    print_line,
+    print_table,
+    printed_to,
+    quiet_lightning,
+)
+from rld_lightning.data.bad_images import BadImage, BadImageReport
 from rld_lightning.distributed import Stopped
 from rld_lightning.errors import UserError
 
@@ -101,3 +110,24 @@ def test_what_lightning_tells_is_told_once():
         logging.getLogger(name).removeHandler(handler)
     assert own.getvalue() == "something new\n"
     assert not root.getvalue()
+
+
+def test_a_terminal_obeys_no_name(tmp_path, capsys):
+    """Of a class, a file or a run, which may be a stranger's: it could clear the screen, or type."""
+    name = "\x1b]0;title\x07\x9bcat\u202etac\udcff"
+    with printed_to(tmp_path / "fit.log"):
+        print_config(OmegaConf.create({"name": name, name: 1}))
+        print_line("data", name)
+        print_error(name)
+        print_table(name, ("", name), [(name, 1)])
+        print_files(tmp_path / "run", {name: "a file"})
+    shown = r"\x1b]0;title\x07\x9bcat\u202etac\udcff"
+    for text in (capsys.readouterr().out, (tmp_path / "fit.log").read_text()):
+        assert text.count(shown) >= 6
+        assert not re.search("[\x1b\x07\x9b\u202e]", text)
+
+
+def test_a_file_of_bad_images_has_a_line_for_each(tmp_path, caplog):
+    BadImageReport(tmp_path / "bad.txt").add([BadImage("a\n/b\x1b[2J.jpg", "is\x1b[2J no\nimage")], "so what")
+    assert (tmp_path / "bad.txt").read_text() == "a\\n/b\\x1b[2J.jpg\tis\\x1b[2J no image\n"
+    assert "\x1b" not in caplog.text

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
+from rld_lightning.errors import printable
+
 BAD_IMAGES = ("replace", "error")
 MOST_LOGGED = 20
 
@@ -18,6 +20,11 @@ class BadImage(NamedTuple):
 
     path: str
     reason: str
+
+
+def _printable(image: BadImage) -> BadImage:
+    """With a path and a reason of a single line, which no terminal obeys."""
+    return BadImage(printable(image.path).replace("\n", "\\n"), printable(image.reason))
 
 
 class BadImageReport:
@@ -42,7 +49,7 @@ class BadImageReport:
             images: what was found.
             consequence: what is done about them, which ends the message.
         """
-        new = {image.path: image for image in images if image.path not in self.known}
+        new = {image.path: image for image in map(_printable, images) if image.path not in self.known}
         if not new:
             return
         if self.file is not None:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rld_lightning.console import console, duration, print_line
+from rld_lightning.errors import printable
 from rld_lightning.runs.events import Events
 
 LOOK = 0.3  # seconds between two looks at what has happened
@@ -59,7 +60,7 @@ class Watch:
             self._take()
 
     def _text(self) -> Text:
-        return Text.assemble(("   sweep", "bold"), f"  {self.line()}", no_wrap=True, overflow="ellipsis")
+        return Text.assemble(("   sweep", "bold"), printable(f"  {self.line()}"), no_wrap=True, overflow="ellipsis")
 
     def _take(self) -> None:
         with suppress(OSError):  # the next look may be luckier
