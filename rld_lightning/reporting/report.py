@@ -22,7 +22,7 @@ from rld_lightning.reporting.paper import EPOCHS
 from rld_lightning.reporting.style import page_colour
 from rld_lightning.reporting.sweeps import Sweep, split_sweeps
 from rld_lightning.reporting.tables import Section, compare, sections
-from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP
+from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP, read_text
 from rld_lightning.runs.finished import Found, Run
 from rld_lightning.runs.folder import check_folder
 from rld_lightning.shipped import called
@@ -139,7 +139,7 @@ def write_report(
 def _remove_earlier(out: Path) -> None:
     """Removes the tables and figures of an earlier report in the same folder, which may have had more of them."""
     page = out / MARKDOWN
-    if not page.exists():
+    if not page.is_file():  # a pipe would wait for somebody to write into it
         return
     pictures = re.findall(r"\]\((figures/[^()/]+)\.png\)", page.read_text(encoding="utf-8"))
     kinds = ("png", *PICTURES)
@@ -175,7 +175,7 @@ def _nothing_finished(folders: Sequence[Path], found: Found) -> str:
 def _reason(folder: Path) -> str:
     error = folder / ERROR
     if error.is_file():
-        return " ".join(error.read_text(errors="replace").split())[:400] or "failed, and says nothing"
+        return " ".join(read_text(error).split())[:400] or "failed, and says nothing"
     return "running or interrupted"
 
 

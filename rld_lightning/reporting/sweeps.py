@@ -17,6 +17,7 @@ from rld_lightning.runs.files import CONFIG, STUDY, SWEEPER
 from rld_lightning.runs.finished import Run
 
 # The axes of heat maps, where these are swept: across, down, and one map each.
+_LARGEST = 1 << 30  # bytes of a study's file
 _FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
 MAX_GRID = 20  # values of a key, beyond which trials are points and not cells
 
@@ -177,6 +178,8 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
     Returns:
         shares by parameter, the largest first, which sum to 1; and one sentence on how, or why there are none.
     """
+    from rld_lightning.hydra.sweeps.optuna_study import check_storage
+
     try:
         import optuna
     except ImportError:
@@ -186,7 +189,9 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
         storage = f"sqlite:///{scratch}/{study.name}"
         try:
             for file in study.parent.glob(f"{study.name}*"):
-                shutil.copy(file, scratch)
+                if file.is_file() and file.stat().st_size <= _LARGEST:  # no device, which would fill the disk
+                    shutil.copy(file, scratch)
+            check_storage(storage)
             name = optuna.get_all_study_summaries(storage=storage)[0].study_name
             loaded = optuna.load_study(study_name=name, storage=storage)
             complete = [trial for trial in loaded.trials if trial.state == optuna.trial.TrialState.COMPLETE]

@@ -97,6 +97,14 @@ def check_file(path: Path) -> None:
         )
 
 
+def read_text(path: Path) -> str:
+    """A text in a run folder, which may be a stranger's: no more of it than a run writes, nothing of a pipe."""
+    if path.exists() and not path.is_file():
+        return ""
+    with path.open(errors="replace") as file:
+        return file.read(_LARGEST)
+
+
 def read_json(path: Path) -> Any:
     """What a run has written.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.runs.files import CONFIG, SUMMARY, read_yaml, write_json
+from rld_lightning.runs.files import CONFIG, SUMMARY, read_text, read_yaml, write_json
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_summary(run: Path) -> Summary:
         ValueError: it is not a summary.
     """
     try:
-        values = json.loads((run / SUMMARY).read_text())
+        values = json.loads(read_text(run / SUMMARY))
         if "split" not in values:
             values |= _split_of_older(run, values)
         for role in ("model", "teacher"):  # which earlier versions spelled otherwise

@@ -1,6 +1,8 @@
 """Sweeps: their trials in order, the cells of their heat maps, and Optuna's importances."""
 
 import builtins
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,14 @@ def test_importances_of_a_study(tmp_path):
     assert sum(shares.values()) == pytest.approx(1)
     assert "10 complete trials" in how
     assert (tmp_path / "study.db").read_bytes() == before
+
+
+def test_a_study_with_a_view_that_has_no_end_is_not_asked(tmp_path):
+    pytest.importorskip("optuna")
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database:
+        database.execute(f"CREATE VIEW studies AS {endless}")
+    assert importances(tmp_path / "study.db")[1].endswith("it has 'studies' where Optuna makes tables alone")
 
 
 def test_studies_that_say_nothing(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """Files of a run folder."""
 
 import csv
+import os
 
 import pytest
 
-from rld_lightning.runs.files import text_of, write_csv
+from rld_lightning.runs.files import read_text, text_of, write_csv
 
 
 @pytest.mark.parametrize("name", ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-2+3", "\t=1"])
@@ -14,3 +15,12 @@ def test_no_name_of_a_class_is_a_formula(tmp_path, name):
         rows = list(csv.reader(file))[1:]
     assert rows == [[f"'{name}", "1"], ["cat", "2"], ["-1.5", "3"]]
     assert [text_of(cell) for cell, _ in rows] == [name, "cat", "-1.5"]
+
+
+def test_of_a_text_no_more_is_read_than_a_run_writes(tmp_path):
+    (tmp_path / "long").write_bytes(b"\xff" * 2_000_000)
+    os.mkfifo(tmp_path / "pipe")
+    assert read_text(tmp_path / "long") == "\ufffd" * 1_000_000
+    assert read_text(tmp_path / "pipe") == ""
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none")

@@ -3,8 +3,10 @@
 import logging
 import math
 import os
+import sqlite3
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +89,7 @@ def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tu
     if not space:
         raise ValueError("Optuna has nothing to choose: give a key several values, such as loss.alpha=choice(1,2).")
     try:
+        check_storage(options.storage)
         study = optuna.create_study(
             study_name=options.study_name,
             storage=options.storage,
@@ -106,6 +109,24 @@ def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tu
     again = {trial.user_attrs.get(INSTEAD_OF) for trial in study.get_trials(deepcopy=False)}
     done = sum(trial.state.is_finished() and trial.number not in again for trial in study.get_trials(deepcopy=False))
     return study, max(0, to_go - done)
+
+
+def check_storage(storage: str | None) -> None:
+    """Looks whether a database in a file, which may be a stranger's, is tables alone.
+
+    Args:
+        storage: its address; of another one nothing is looked at.
+
+    Raises:
+        ValueError: it has views, which could count for ever in the place of a table, or triggers.
+        sqlite3.Error: it is no database.
+    """
+    file = Path(str(storage).removeprefix("sqlite:///"))
+    if not str(storage).startswith("sqlite:///") or not file.is_file():
+        return
+    with closing(sqlite3.connect(file)) as database:
+        if found := database.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
+            raise ValueError(f"it has {found[0]!r} where Optuna makes tables alone")
 
 
 def _sampler(

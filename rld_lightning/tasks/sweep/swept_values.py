@@ -7,13 +7,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rld_lightning.errors import UserError, first_line
+from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
 from rld_lightning.redact import redact_text
-from rld_lightning.runs.files import STUDENT, SWEEP, TEACHER, write_yaml
+from rld_lightning.runs.files import STUDENT, SWEEP, TEACHER, read_yaml, write_yaml
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.tasks.sweep.trial_checks import check_trial
 from rld_lightning.tasks.sweep.trial_tables import key_of, line_of
@@ -101,7 +101,8 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     current |= set(swept.values()) if values_too else set(swept)
     current = _canonical(map(redact_text, current), folder)
     if record.exists():
-        saved = _canonical(OmegaConf.load(record), folder)
+        with user_errors():
+            saved = _canonical(map(str, read_yaml(record) or ()), folder)  # plain: nothing of it is resolved
         if differing := sorted(saved ^ current):
             values = (
                 "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from rld_lightning.console import console, print_files, print_line, print_table
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, printable
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
@@ -20,7 +20,7 @@ from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import read_metadata
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
-from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER
+from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.shipped import called, invocation
 from rld_lightning.tasks.teacher.recorded import seen_as_teacher
@@ -58,7 +58,7 @@ def print_failed(folder: Path) -> int:
     """Prints why trials of a sweep have failed, a line each, and returns how many have."""
     failed = sorted(path.parent for path in folder.rglob(ERROR) if not (path.parent / SUMMARY).exists())
     for path in failed:
-        print_line("failed", f"{path}: {(path / ERROR).read_text().strip()}")
+        print_line("failed", f"{path}: {read_text(path / ERROR).strip()}")
     return len(failed)
 
 
@@ -103,7 +103,7 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     command = retrain_command(config, best["overrides"], best["run"], fixed)
     print_line("best", f"{' '.join(best['overrides'])}: {score}")
     print_line("next", "train with it on the held-out images as well, and test once:")
-    console.print(command, soft_wrap=True, markup=False)
+    console.print(printable(command), soft_wrap=True, markup=False)
 
 
 def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
