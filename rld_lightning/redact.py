@@ -5,6 +5,7 @@ as the password of an address. Of structures the value is replaced by its name; 
 name and wherever a secret that has been seen in a structure stands in them.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -48,6 +49,11 @@ def redact(values: Any, *, below: str = "") -> Any:
 def remember(values: Any, *, below: str = "") -> None:
     """Lets :func:`redact_text` know the secrets of nested plain values, wherever they turn up from now on."""
     _known.update(text for text in map(str, _secrets(values, below)) if len(text) >= _SHORTEST)
+
+
+def remember_environment() -> None:
+    """Likewise those in the environment, by the names of variables; of which ``PWD`` is a folder, and no password."""
+    remember({name: value for name, value in os.environ.items() if name not in ("PWD", "OLDPWD")})
 
 
 def redact_text(text: str) -> str:
@@ -116,3 +122,6 @@ def _is_harmless(value: str) -> bool:
 
 def _kept(value: str) -> str:
     return value if _is_harmless(value.strip("\"'")) else HIDDEN
+
+
+remember_environment()

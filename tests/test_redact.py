@@ -2,7 +2,7 @@
 
 import pytest
 
-from rld_lightning.redact import HIDDEN, redact, redact_command, redact_text
+from rld_lightning.redact import HIDDEN, redact, redact_command, redact_text, remember_environment
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +71,10 @@ def test_a_secret_that_was_seen_is_found_wherever_it_turns_up():
     assert redact_command(["fit.py", "a=[hunter2!x]", "seed=1"]) == ["fit.py", f"a=[{HIDDEN}]", "seed=1"]
     redact({"token": "val"})  # too short to be told from other words
     assert redact_text("val/top1") == "val/top1"
+
+
+def test_a_secret_of_the_environment_is_found_in_values_of_any_name(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "k3y-of-mine")
+    monkeypatch.setenv("PWD", "/home/me/work")
+    remember_environment()
+    assert redact({"notes": "by k3y-of-mine in /home/me/work"}) == {"notes": f"by {HIDDEN} in /home/me/work"}
