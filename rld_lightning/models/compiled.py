@@ -1,6 +1,9 @@
 """The forward pass of a network in training, compiled for batches of one size."""
 
 import copy
+import os
+import sys
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -53,7 +56,20 @@ def why_not_compiled(device: torch.device) -> str:
         device: what is to run it.
     """
     try:
+        if stranger := _cache_of_another():
+            return (
+                f"PyTorch's cache of compiled programs, {stranger}, belongs to another user, who may put programs "
+                "there; set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+            )
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # of the compiler, the linker, a cache that cannot be written ...
         return first_line(error)
     return ""
+
+
+def _cache_of_another() -> str:
+    """The folder that PyTorch runs compiled programs from, if another user has made it; its name is easily guessed."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = cache_dir()
+    return folder if sys.platform != "win32" and Path(folder).stat().st_uid != os.getuid() else ""

@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
@@ -58,11 +59,12 @@ class LogitsTable:
         words = classes * self.dtype.itemsize // 2
         size = table_bytes(rows, classes, dtype)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:  # which leaves what is there, and lengthens it by zeros
-            if file.tell() not in (0, size):
-                raise ValueError(f"{path} has {file.tell():,} bytes, not the {size:,} of this table; move it away.")
-            os.truncate(file.fileno(), size)
-        self._file = path.open("r+b", buffering=0)
+        self._file = open(path, "r+b", buffering=0, opener=_open)  # noqa: SIM115 -- Path.open takes no opener
+        found = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size not in (0, size):
+            self._file.close()
+            raise ValueError(f"{path} has {found.st_size:,} bytes, not the {size:,} of this table; move it away.")
+        os.truncate(self._file.fileno(), size)  # which lengthens it by zeros
         flat = torch.from_file(str(path), shared=True, size=size // 2, dtype=torch.int16)
         self.table = flat.view(rows, words + 1)
         # Odd weights: no two words of a row can be exchanged, and no single bit flipped, without another sum.
@@ -142,6 +144,12 @@ class LogitsTable:
     def _checksum(self, words: Tensor) -> Tensor:
         # Not 0 of a row of zeros.
         return ((words.int() * self.weights).sum(1, dtype=torch.int32) + 0x5A5A).to(torch.int16)
+
+
+def _open(path: str, _: int) -> int:
+    """Opens or makes a file, in a folder that others may write to: no link of theirs to another one, and no pipe."""
+    safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(path, os.O_RDWR | os.O_CREAT | safely, 0o666)
 
 
 def round_beside_label(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def test_a_file_of_another_size_or_type_is_refused(tmp_path):
         LogitsTable(tmp_path / "table", 11, 5)
     with pytest.raises(ValueError, match="stored in float16 or float32, not in 'int8'"):
         LogitsTable(tmp_path / "other", 10, 5, "int8")
+
+
+def test_what_others_put_in_its_place_is_not_written_to(tmp_path):
+    (tmp_path / "mine").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="symbolic link"):
+        LogitsTable(tmp_path / "link", 10, 5)
+    with pytest.raises(ValueError, match="move it away"):  # and nobody waits for who reads it
+        LogitsTable(tmp_path / "pipe", 10, 5)
+    assert (tmp_path / "mine").stat().st_size == 0
 
 
 def test_the_key_depends_on_every_weight_and_fact():

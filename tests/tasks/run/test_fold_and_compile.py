@@ -10,7 +10,7 @@ from torch import nn
 
 from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, create_model
 from rld_lightning.losses.features import ATLoss
-from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.models.compiled import CompiledForward, why_not_compiled
 from rld_lightning.tasks.run import fold_and_compile as speed
 from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_come
 
@@ -158,3 +158,9 @@ def test_two_views_of_a_step_have_their_gradients(monkeypatch):
         torch.testing.assert_close(ours.grad, theirs.grad)
     for ours, theirs in zip(student.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_programs_that_another_user_may_have_put_in_the_cache_are_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("os.getuid", lambda: -1)
+    assert f"{tmp_path}, belongs to another user" in why_not_compiled(torch.device("cpu"))
