@@ -29,7 +29,8 @@ class OwnCheckpoints(Callback):
         for callback in callbacks_of(trainer, ModelCheckpoint):
             if callback.state_key in states:
                 state = states[callback.state_key]
-                known = _known(callback, state, source) if trainer.is_global_zero else None
+                plain = state if isinstance(state, Mapping) else {}
+                known = _known(callback, plain, source) if trainer.is_global_zero else None
                 states[callback.state_key] = trainer.strategy.broadcast(known)
 
 
@@ -58,16 +59,20 @@ def _known(callback: ModelCheckpoint, state: Mapping[str, Any], source: Path) ->
 
 def _scores(callback: ModelCheckpoint, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The scores of files, by those of their names that the callback would give."""
+    found = state.get("best_k_models")
     return {
         Path(path).name: score
-        for path, score in (state.get("best_k_models") or {}).items()
-        if _is_named(Path(path).name, callback.filename) and isinstance(score, Tensor) and score.numel() == 1
+        for path, score in (found if isinstance(found, Mapping) else {}).items()
+        if isinstance(path, str)
+        and _is_named(Path(path).name, callback.filename)
+        and isinstance(score, Tensor)
+        and score.numel() == 1
     }
 
 
-def _own(folder: Path, path: str | None, template: str | None) -> str:
+def _own(folder: Path, path: object, template: str | None) -> str:
     """Where a file lies in a folder; empty if it does not, or if it is not one of a callback with this template."""
-    file = folder / Path(path or "").name
+    file = folder / Path(path if isinstance(path, str) else "").name
     return str(file) if _is_named(file.name, template) and _is_file(file) else ""
 
 

@@ -30,6 +30,9 @@ DECODERS = ("auto", "pil", "cuda")
 REDUCTIONS = (8, 4, 2)
 # A small file can claim any size. The largest cameras have 102 (medium format) and 108 (phones) million pixels.
 MOST_PIXELS = 128_000_000
+# No panorama is longer; Pillow takes three times the memory for lines of one pixel.
+_LONGEST_SIDE = 1 << 17
+_MOST_PNG_CHUNKS = 1 << 16  # of what a file is made of: 8 KB of pixels, as a rule
 # As many in RGBA of 16 bits, uncompressed: a longer file is no image that would be decoded.
 MOST_BYTES = 8 * MOST_PIXELS
 LARGEST_SIDE = 4096  # pixels of what a network sees, as of the facts of weights; twice as many before the crop
@@ -259,9 +262,11 @@ def _png_header(data: bytes) -> Header | None:
     """The header of a PNG file; ``None`` for what does not look like one."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
         return None
-    at = 8
+    at, chunks = 8, 0
     while data[at + 4 : at + 8] not in (b"", b"eXIf"):  # which may come before the pixels or after them
         at += 12 + int.from_bytes(data[at : at + 4])
+        if (chunks := chunks + 1) > _MOST_PNG_CHUNKS:  # each costs Pillow more than a page of pixels
+            raise BadImageError(f"it is cut into more than {_MOST_PNG_CHUNKS:,} chunks")
     exif = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4])]
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     return _turned_header("PNG", height, width, _exif_orientation(exif))
@@ -292,3 +297,5 @@ def _turned_header(name: str, height: int, width: int, orientation: object) -> H
 def _check_size(height: int, width: int) -> None:
     if height * width > MOST_PIXELS:
         raise BadImageError(f"its {width:,} x {height:,} pixels are more than the {MOST_PIXELS:,} that are decoded")
+    if max(height, width) > _LONGEST_SIDE:
+        raise BadImageError(f"its {width:,} x {height:,} pixels are longer than {_LONGEST_SIDE:,}")

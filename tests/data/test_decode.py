@@ -267,6 +267,21 @@ def claiming(width, height, suffix):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
+def test_what_costs_more_than_its_pixels_is_not_decoded():
+    def chunk(name, content=b""):
+        return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
+
+    def png(width, *chunks):
+        header = width.to_bytes(4) + (1).to_bytes(4) + bytes((8, 0, 0, 0, 0))
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks)
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    with pytest.raises(BadImageError, match="more than 65,536 chunks"):  # Pillow reads some ten thousand a second
+        read_header(png(1, *[chunk(b"aaAa")] * 70_000))
+    with pytest.raises(BadImageError, match="its 1,000,000 x 1 pixels are longer than 131,072"):
+        read_header(png(1_000_000, chunk(b"IDAT")))
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "bmp", "ppm"])
 @pytest.mark.parametrize(("width", "height"), [(16_000, 16_000), (65_000, 2_000), (12_000, 11_000)])
 def test_what_claims_more_pixels_than_any_camera_is_not_decoded(suffix, width, height, monkeypatch, recwarn):
