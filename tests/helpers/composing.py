@@ -9,8 +9,8 @@ import omegaconf.base
 import omegaconf.grammar_parser
 import omegaconf.resolvers.oc
 from hydra._internal import defaults_list
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 
 
 def remember() -> None:
@@ -18,9 +18,10 @@ def remember() -> None:
 
     What defaults could be interpolated with is put together only where one is; in ``conf/`` none is.
     """
-    if not hasattr(FileConfigSource.load_config, "__wrapped__"):
-        FileConfigSource.load_config = _remembering(FileConfigSource.load_config, _state_of_file)
-        packaged = ImportlibResourcesConfigSource
+    Plugins.instance()  # which imports the sources anew
+    files, packaged = map(SourcesRegistry.instance().resolve, ("file", "pkg"))
+    if not hasattr(files.load_config, "__wrapped__"):
+        files.load_config = _remembering(files.load_config, _state_of_file)
         packaged.load_config = _remembering(packaged.load_config, lambda _source, _name: True)  # of what is installed
         parse = cache(omegaconf.grammar_parser.parse)  # a tree that is only read
         for module in (omegaconf._utils, omegaconf.base, omegaconf.grammar_parser, omegaconf.resolvers.oc):
