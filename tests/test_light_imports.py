@@ -79,3 +79,9 @@ def test_ctrl_c_while_a_script_imports_ends_in_one_sentence():
     for script in (REPOSITORY / "scripts").glob("*.py"):
         if "run_task" in (text := script.read_text()):
             assert re.search(r"^(import|from) (\S+)", text, re.MULTILINE)[2] == "rld_lightning.interrupt"
+
+
+@pytest.mark.slow
+def test_reports_and_their_costs_need_no_lightning():
+    packages = imported_by("import rld_lightning.reporting.report, rld_lightning.tasks.cost")
+    assert packages & HEAVY <= {"pandas", "matplotlib", "scipy"}

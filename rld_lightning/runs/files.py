@@ -36,6 +36,7 @@ ERROR = "error.txt"  # of a trial that failed
 PRINTED = "trial.log"  # what a trial's processes have printed, where the sweep prints a line of its own
 EVALUATION = "evaluation.json"  # of scripts/eval.py
 PER_CLASS = "per_class.csv"  # likewise
+EXPORTED = "export.json"  # how the files of an export compare, in its folder
 NETWORKS = "networks.json"  # teacher, student alone and distilled student side by side
 NETWORKS_CLASSES = "networks.csv"  # each class of theirs
 SWEEP = "sweep.yaml"  # what a sweep varies and what it does not, in the sweep's folder

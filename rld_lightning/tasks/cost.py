@@ -22,10 +22,9 @@ from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights
 from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.reporting.cost import Cost, known_cost
-from rld_lightning.runs.files import STUDENT, check_file, write_json
+from rld_lightning.runs.files import EXPORTED, STUDENT, check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
-from rld_lightning.tasks.export import RESULTS
 from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.tasks.teacher.recorded import seen_as_teacher, size_seen, teacher_of
 
@@ -171,7 +170,7 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
 
 def _exported_top1(run: Run) -> tuple[float | None, int | None]:
     """What the run's own export in int8 has scored, and on how many images."""
-    path = run.folder / EXPORT / RESULTS
+    path = run.folder / EXPORT / EXPORTED
     if not path.exists():
         return None, None
     check_file(path)

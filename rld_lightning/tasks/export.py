@@ -28,7 +28,7 @@ from rld_lightning.models.weights.beside import HUB_CONFIG
 from rld_lightning.models.weights.read import HUB_WEIGHTS, RUN_WEIGHTS
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.card import Exported, hub_config, model_card
-from rld_lightning.runs.files import write_json
+from rld_lightning.runs.files import EXPORTED, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.folder import check_within
 from rld_lightning.runs.rebuild import build_data
@@ -38,7 +38,6 @@ from rld_lightning.tasks.run.plan import freeze
 FORMATS = ("safetensors", "onnx", "onnx_int8", "torch_export")
 FILES = {"safetensors": HUB_WEIGHTS, "onnx": "model.onnx", "onnx_int8": "model.int8.onnx", "torch_export": "model.pt2"}
 CARD = "README.md"
-RESULTS = "export.json"
 _BATCH = 64
 
 
@@ -147,7 +146,7 @@ def export_run(
         str(folder), student.name, summary.dataset, summary.split, pixels, pixels and any_size, tuple(compared)
     )
     write_whole(folder / CARD, model_card(student, finished, compared, pixels=pixels, any_size=any_size).encode())
-    write_json(folder / RESULTS, asdict(result))
+    write_json(folder / EXPORTED, asdict(result))
     _report(result)
     return result
 
@@ -363,4 +362,4 @@ def _report(result: Export) -> None:
     ]
     columns = ("file", "MB", "top-1 %", "PyTorch", "agree %", "max diff")
     print_table(f"{result.model}{on}", columns, rows)
-    print_files(Path(result.folder), {CARD: "the model card", RESULTS: "these numbers"})
+    print_files(Path(result.folder), {CARD: "the model card", EXPORTED: "these numbers"})

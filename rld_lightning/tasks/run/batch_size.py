@@ -1,10 +1,13 @@
 """Data before their batch is known, and a batch that suits device and data."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rld_lightning.data.base import ImageDataModule
+if TYPE_CHECKING:  # Lightning takes seconds, and plans are read without it
+    from rld_lightning.data.base import ImageDataModule
 
 AUTO = "auto"
 _STEPS = 16  # an epoch has at least about as many, so that a small folder gets its steps
@@ -12,7 +15,7 @@ _LEAST, _MOST_CPU, _MOST_SMALL_GPU, _MOST = 8, 32, 64, 128
 _LARGE_GPU = 20e9  # bytes; networks of some 30 M parameters train on 128 images of 224 x 224 in 16 GB
 
 
-def make_data(settings: DictConfig) -> ImageDataModule:
+def make_data(settings: DictConfig) -> "ImageDataModule":
     """The data that ``data`` describes; where their batch is still to be chosen, it is 1 for now.
 
     Args:

@@ -14,8 +14,7 @@ from rld_lightning.distributed import devices_per_node
 from rld_lightning.errors import first_line, some
 from rld_lightning.models.classes import number_of_classes, places_of, select_classes
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.input_size import split_size
-from rld_lightning.models.libraries import published_classes, published_input
+from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.teacher.ensemble import Ensemble
@@ -36,6 +35,7 @@ from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.describe import describe_size
 from rld_lightning.tasks.run.matched_classes import load_in_order
 from rld_lightning.tasks.run.plan import Teacher
+from rld_lightning.tasks.teacher.recorded import teacher_size
 
 
 def build_teacher(
@@ -256,21 +256,3 @@ def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrain
             f"{published}; it gets {usual}, as the data have it: set model.teacher.mean and std for another",
         )
     return usual, "as the data have it"
-
-
-def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], *, pretrained: bool) -> tuple[int, int]:
-    """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
-
-    Args:
-        teacher: what it is.
-        facts: what its file says.
-        given: those of the data's images.
-        pretrained: whether its weights are its library's.
-    """
-    if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself
-        return given
-    if teacher.image_size != "auto":
-        return int(teacher.image_size), int(teacher.image_size)
-    if pretrained and (published := published_input(teacher.name)) is not None:
-        return published[2], published[2]
-    return given if facts.image_shape is None else facts.image_shape[1:]

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from contextlib import suppress
 
+from rld_lightning.models.input_size import split_size
+from rld_lightning.models.libraries import published_input
 from rld_lightning.models.normalisation import look_of
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import read_weights, split_part
 from rld_lightning.runs.finished import Run
 from rld_lightning.tasks.run.plan import Teacher
-from rld_lightning.tasks.teacher.network import teacher_size
 
 
 def teacher_of(
@@ -85,3 +86,21 @@ def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int])
             with suppress(ValueError, OSError):  # its file is gone, say
                 return (given[0], *size_seen(teacher_of(run, classes_count=False), given[1:]))
     return given
+
+
+def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], *, pretrained: bool) -> tuple[int, int]:
+    """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
+
+    Args:
+        teacher: what it is.
+        facts: what its file says.
+        given: those of the data's images.
+        pretrained: whether its weights are its library's.
+    """
+    if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself
+        return given
+    if teacher.image_size != "auto":
+        return int(teacher.image_size), int(teacher.image_size)
+    if pretrained and (published := published_input(teacher.name)) is not None:
+        return published[2], published[2]
+    return given if facts.image_shape is None else facts.image_shape[1:]
