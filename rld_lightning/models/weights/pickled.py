@@ -7,7 +7,7 @@ tuples within tuples, a million deep, end Python itself.
 
 import pickletools
 from itertools import repeat
-from typing import IO
+from typing import IO, Any
 
 _MOST_OPERATIONS = 1 << 23  # PyTorch's own take some thirty a tensor
 _MOST_WORK = 1 << 27  # values that are put into others, with all in them; a checkpoint has some 100,000
@@ -46,7 +46,7 @@ def bomb_in(file: IO[bytes], pickles: int = 1) -> str:
 
 def _wrong(file: IO[bytes]) -> str:
     stack: list[_Value] = []
-    memo: dict[int, _Value] = {}
+    memo: dict[Any, _Value] = {}
     work = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         name, before = operation.name, operation.stack_before
