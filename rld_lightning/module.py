@@ -404,14 +404,8 @@ class DistillationModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""
         self.best_top1 = checkpoint["best_top1"]
-        if (so_far := checkpoint.get("epoch_so_far")) is None:  # of an earlier version
-            return
-        self.rate = so_far["rate"]
-        means = so_far["means"]
-        if "accuracies" in so_far:  # of an earlier version, which counted what was right beside them
-            for mean, right in zip(means, so_far["accuracies"], strict=True):
-                mean |= {name.removesuffix(" tp"): 100 * n for name, n in right.items() if name.endswith(" tp")}
-        self.means["train"].load_state_dict(means)
+        self.rate = checkpoint["epoch_so_far"]["rate"]
+        self.means["train"].load_state_dict(checkpoint["epoch_so_far"]["means"])
 
 
 def _counted(found: Mapping[str, Tensor]) -> list[str]:

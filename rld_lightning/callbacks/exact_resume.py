@@ -1,14 +1,13 @@
 """Where a run stands, so that it goes on from any step as if it had never stopped."""
 
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from rld_lightning.callbacks.metrics_file import MetricsFile
-from rld_lightning.runs.metrics import Row, known_rows, read_rows
+from rld_lightning.runs.metrics import Row, known_rows
 from rld_lightning.watching import callbacks_of
 
 
@@ -83,15 +82,10 @@ class ExactResume(Callback):
             checkpoint["metrics"] = _rows(trainer, logger)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets the file of metrics go on from its rows, or from the file beside one of an earlier version."""
+        """Lets the file of metrics go on from its rows."""
         self.began = checkpoint["global_step"]
-        if "metrics" in checkpoint:
-            rows = known_rows(checkpoint["metrics"])
-        else:
-            finished = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            rows = [row for row in read_rows(Path(str(trainer.ckpt_path)).parent) if row["epoch"] < finished]
         for logger in _files(trainer):
-            logger.begin(rows)
+            logger.begin(known_rows(checkpoint.get("metrics")))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a run that has stopped early be at its end, as :class:`~lightning.pytorch.callbacks.Timer` does."""

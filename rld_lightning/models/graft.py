@@ -1,12 +1,9 @@
 """A student that ends in its teacher's classifier (SimKD): Chen et al., CVPR 2022, arXiv 2203.14001."""
 
-from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any
 
 from torch import Tensor, nn
 
-from rld_lightning.errors import UserError
 from rld_lightning.models.layers import conv
 from rld_lightning.models.stages import Stages, classifier_of, stages_of
 from rld_lightning.models.taps import forward_with_taps, unwrap
@@ -21,7 +18,7 @@ class GraftedStudent(nn.Module):
 
     The map is the last one or, where a 1x1 convolution only makes it wider for the network's own classifier (ShuffleV2,
     MobileNetV2), the one before: that convolution is left out, as in the published code. Networks of the libraries keep
-    theirs. Weights from earlier versions, which kept it everywhere, are refused.
+    theirs.
 
     In the published code a map larger than the teacher's is pooled to the teacher's size before the projector; here the
     projector sees the network's own resolution, so that the network can be built and used without its teacher.
@@ -49,8 +46,6 @@ class GraftedStudent(nn.Module):
         channels, width = _channels_before(own, backbone), classifier.in_features
         for path in (*own.widening, own.pooled.removesuffix(":in")):
             backbone.set_submodule(path, nn.Identity())
-        self._left_out = _inside(own.widening)
-        self.register_load_state_dict_pre_hook(_refuse_earlier)
         self._last_map = own.last_map
         self.stages = Stages(
             features=_inside(own.features),
@@ -66,15 +61,6 @@ class GraftedStudent(nn.Module):
             *_conv_norm_relu(width // 2, width, 1),
         )
         self.classifier = classifier.requires_grad_(False)
-
-    def refusal(self, keys: Iterable[str]) -> str:
-        """Why a state_dict with these keys is not loaded: it is an earlier version's larger student; else empty."""
-        if not any(key.startswith(tuple(f"{path}." for path in self._left_out)) for key in keys):
-            return ""
-        return (
-            f"it is of an earlier version, whose SimKD students kept the last 1x1 convolution ({self._left_out[0]}) "
-            "that the method's authors leave out; evaluate or resume it with that version, or train the student anew"
-        )
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to logits ``(B, C)``."""
@@ -104,13 +90,6 @@ def _channels_before(stages: Stages, network: nn.Module) -> int:
         return classifier_of(network).in_features
     first = network.get_submodule(stages.widening[0])
     return next(layer.in_channels for layer in first.modules() if isinstance(layer, nn.Conv2d))
-
-
-def _refuse_earlier(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    assert isinstance(module, GraftedStudent)
-    # A run that is resumed loads outside the checks of weights files.
-    if reason := module.refusal(key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)):
-        raise UserError(f"the saved student does not fit: {reason}")
 
 
 def _conv_norm_relu(in_channels: int, out_channels: int, kernel: int) -> tuple[nn.Module, ...]:

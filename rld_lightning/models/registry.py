@@ -32,9 +32,9 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
 def canonical_name(name: str) -> str:
     """A network's name as it is spelled here: ``wrn40_2`` of ``wrn_40_2``, ``resnet50`` of ``ResNet50``.
 
-    In registered names upper and lower case, ``-`` and ``_`` make no difference, because files of other code and of
-    earlier versions spell them otherwise. Names of the libraries' networks and unknown ones stay as they are; of
-    ``resnet8@wrn_16_2`` and ``resnet8+wrn_16_2`` each of both is looked at.
+    In registered names upper and lower case, ``-`` and ``_`` make no difference, because other code spells them
+    otherwise. Names of the libraries' networks and unknown ones stay as they are; of ``resnet8@wrn_16_2`` and
+    ``resnet8+wrn_16_2`` each of both is looked at.
     """
     spellings = {_plain(known): known for known in REGISTRY}
     return "".join(spellings.get(_plain(part), part) for part in re.split("([@+])", name))
@@ -59,11 +59,6 @@ def names_of_members(name: str, count: int) -> tuple[str, ...]:
             "as many files, in that order, such as model.teacher.name=resnet56+wrn40_2 model.teacher.weights=[a,b]."
         )
     return names
-
-
-def canonical_label(label: str) -> str:
-    """A pair's label with both names as they are spelled here: ``wrn40_2_to_wrn16_2`` of ``wrn_40_2_to_wrn_16_2``."""
-    return "_to_".join(map(canonical_name, label.split("_to_")))
 
 
 def _plain(name: str) -> str:

@@ -113,13 +113,12 @@ def _beside(run: Run) -> list[str]:
     """Teacher, student alone and distilled student side by side, where the run has measured them."""
     if not (networks := read_networks(run.folder)):
         return []
-    device = f" on {_text(networks[-1].device)}" if networks[-1].device else ""
     return [
         "## Beside the others",
         _table(*table_of(networks)),
         f"Measured once on the {networks[-1].images:,} images of the {_text(networks[-1].split)} split. ECE is the "
         "expected calibration error in 15 bins, NLL the negative log-likelihood in nats; time is the fastest of one "
-        f"image at a time, in float32{device}.",
+        f"image at a time, in float32 on {_text(networks[-1].device)}.",
     ]
 
 

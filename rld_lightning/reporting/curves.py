@@ -88,7 +88,7 @@ def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:
     metrics = read_metrics(run)
     with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # of a run that says too little
         epochs = int(read_config(run)["trainer"]["max_epochs"])
-        if summary is None or summary.steps is None or summary.scheduled_steps is None or metrics.empty:
+        if summary is None or summary.scheduled_steps is None or metrics.empty:
             return metrics
         rows = pd.read_csv(run / METRICS).dropna(subset=list(metrics), how="all")
         # Steps are counted from 0, but by a validation after the last one.
@@ -101,8 +101,8 @@ def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:
 def _learning_rates(run: Path) -> tuple[pd.DataFrame, str]:
     """The learning rate by training step, and how it is drawn.
 
-    There is one an epoch, that of its last step: the whole epoch's, or of a schedule by the step one point of it.
-    Earlier versions wrote it as often as a step was logged.
+    There is one an epoch, that of its last step: the whole epoch's, or of a schedule by the step one point of it; of
+    several optimizers, which a callback watches, one a step that was logged.
     """
     try:
         rows = pd.read_csv(run / METRICS).set_index("step")

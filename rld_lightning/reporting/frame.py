@@ -44,28 +44,16 @@ def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
 
 
 def _is_usable(run: Run) -> bool:
-    """Whether everything that reports need of a run is there, and of the right kind."""
+    """Whether all that reports need is there and of the right kind, beside the summary, of which that is known."""
     summary, networks = run.summary, run.config["model"]
     texts = [summary.model, summary.dataset, summary.validated_on, summary.run, run.pair, run.method]
     texts += [networks["student"]["name"], *run.settings, *run.overrides, *run.choices]
     if summary.teacher or networks.get("teacher"):
         texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
-    numbers = [summary.top1, summary.top1_best, summary.ce, summary.seed, summary.epochs, summary.parameters]
-    perhaps: tuple[float | None, ...] = (
-        summary.macs,
-        summary.top5,
-        summary.teacher_top1,
-        summary.images,
-        summary.split_images,
-    )
-    perhaps += (summary.steps, summary.scheduled_steps, summary.images_per_s, summary.seconds)
-    numbers += [number for number in perhaps if number is not None]
     mappings = [run.choices, run.config["data"], run.config["loss"]]
     mappings += [run.environment] if (run.folder / ENVIRONMENT).exists() else []
-    return (
-        all(isinstance(text, str) and "\0" not in text for text in texts)
-        and all(isinstance(number, int | float) for number in numbers)
-        and all(isinstance(mapping, dict) for mapping in mappings)
+    return all(isinstance(text, str) and "\0" not in text for text in texts) and all(
+        isinstance(mapping, dict) for mapping in mappings
     )
 
 
@@ -99,8 +87,8 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
                 "finished": (run.folder / SUMMARY).stat().st_mtime_ns, "run": run, "data_seed": summary.data_seed,
             }
         )  # fmt: skip
-    counts = dict.fromkeys(("images", "split_images", "steps", "scheduled_steps"), "Int64")  # missing where not known
-    return pd.DataFrame(lines).astype(counts) if lines else pd.DataFrame(lines)
+    frame = pd.DataFrame(lines)
+    return frame.astype({"scheduled_steps": "Int64"}) if lines else frame  # missing where not known
 
 
 def as_text(settings: Mapping[str, str]) -> str:

@@ -183,7 +183,7 @@ def _how_much(run: Run) -> tuple[str, str]:
     """How much of its training, and of its evaluation, a run has done."""
     summary = run.summary
     trained = f"{summary.epochs} epoch{'s' if summary.epochs != 1 else ''}"
-    if summary.steps is not None and summary.scheduled_steps is not None:
+    if summary.scheduled_steps is not None:
         trained = f"{summary.steps:,} of {summary.scheduled_steps:,} steps"
     return trained, summary.validated_on
 

@@ -26,7 +26,7 @@ class Network:
         macs: multiply-accumulates for an image; None likewise.
         bytes: of its file of weights, or of its parameters where it has none of its own.
         milliseconds: for an image.
-        device: what that was measured on; None where an earlier version has not said so.
+        device: what that was measured on.
     """
 
     role: str
@@ -41,11 +41,11 @@ class Network:
     macs: int | None
     bytes: int
     milliseconds: float
-    device: str | None = None
+    device: str
 
 
 _TEXTS = ("role", "name", "split", "device")
-_MAY_LACK = ("top5", "parameters", "macs", "device")
+_MAY_LACK = ("top5", "parameters", "macs")
 _IN_TABLE: dict[str, Callable[[Network], str]] = {
     "network": lambda network: network.name,
     "top-1 %": lambda network: f"{network.top1:.2f}",

@@ -109,22 +109,20 @@ def tell(checkpoint: dict[str, Any], before: Before) -> None:
     checkpoint[_KEY] = dict(before._asdict())
 
 
-def told(checkpoint: Mapping[str, Any], path: Path) -> Before | None:
-    """What a checkpoint says about its run; None of one of an earlier version. It may be a stranger's.
+def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
+    """What a checkpoint says about its run. It may be a stranger's.
 
     Args:
         checkpoint: what is in it.
         path: what error messages call it.
 
     Raises:
-        ValueError: it says something else than plain text.
+        ValueError: it says nothing, or something else than plain text.
     """
-    if _KEY not in checkpoint:
-        return None
-    found = checkpoint[_KEY]
+    found = checkpoint.get(_KEY)
     values = found.get("settings") if isinstance(found, dict) else None
     sha256 = found.get("teacher_sha256") if isinstance(found, dict) else None
     texts = [*values, *values.values()] if isinstance(values, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not (sha256 is None or isinstance(sha256, str)):
-        raise ValueError(f"{path} says about its run what is no plain text, and is not taken to go on from.")
+        raise ValueError(f"{path} does not say in plain text what its run was, and is not taken to go on from.")
     return Before(dict(values or {}), sha256)

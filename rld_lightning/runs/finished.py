@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rld_lightning.models.registry import canonical_label
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.files import (
     CHOICES,
     CONFIG,
@@ -124,13 +124,11 @@ def read_run(folder: Path) -> Run:
 
 
 def _respell(config: dict[str, Any]) -> None:
-    """Spells networks in a run's configuration as they are spelled here; earlier versions did it otherwise."""
+    """Spells networks in a run's configuration as they are spelled here; a command may do it otherwise."""
     model = config.get("model")
-    parts = [model, model.get("teacher"), model.get("student")] if isinstance(model, dict) else []
-    for part in parts:
-        for key in ("label", "name"):
-            if isinstance(part, dict) and isinstance(part.get(key), str):
-                part[key] = canonical_label(part[key])
+    for part in [model.get("teacher"), model.get("student")] if isinstance(model, dict) else []:
+        if isinstance(part, dict) and isinstance(part.get("name"), str):
+            part["name"] = canonical_name(part["name"])
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.models.registry import canonical_label
+from rld_lightning.models.registry import canonical_name
 from rld_lightning.redact import redact
 from rld_lightning.runs.files import CONFIG, read_config
 from rld_lightning.runs.naming import class_name
@@ -62,7 +62,6 @@ _WATCHERS = {
         *("Divergence", "ExactResume", "LastCheckpoint", "OwnCheckpoints", "SameConfiguration"),
         "RunProgress",
         "StepSeed",  # of what chance does, as a seed
-        *("BestCheckpoint", "EpochSeed"),  # of earlier versions
     },
     "lightning": {
         *("RichProgressBar", "TQDMProgressBar", "ModelSummary", "RichModelSummary"),
@@ -96,7 +95,7 @@ _TRAINER_DEFAULTS = {
     "trainer.reload_dataloaders_every_n_epochs": "0",
     "trainer.plugins": "None",
 }
-# Likewise of other options that decide; runs of earlier versions do not know them.
+# Likewise of other options that decide, and that not every configuration has.
 _DEFAULTS = {
     "data.mixup": "0",
     "data.cutmix": "0",
@@ -119,7 +118,7 @@ _SYNONYMS = {
 }
 _MOST_SHOWN = 300  # characters
 _FILES = ("model.teacher.weights", "model.teacher.start", "model.student.weights")
-_NETWORKS = ("model.label", "model.teacher.name", "model.student.name")
+_NETWORKS = ("model.teacher.name", "model.student.name")
 _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
 
@@ -140,8 +139,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The settings, seeds included, in which two resolved configurations differ, with both values of each.
 
-    What has no effect on the result does not count; nor do settings that one of the two does not have, which another
-    version of this package may have added.
+    What has no effect on the result does not count; nor do settings that one of the two does not have.
     """
     before, after = settings(first), settings(second)
     return {key: (before[key], after[key]) for key in before if key in after and before[key] != after[key]}
@@ -172,7 +170,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
 def canonical(key: str, value: str) -> str:
     """The same text for the same value: ``1`` for ``1.0``, a whole path of a file, one spelling of a network's name."""
     if key in _NETWORKS:
-        return canonical_label(value)
+        return canonical_name(value)
     if key in _FILES and value not in _NO_FILES and not value.startswith("["):
         return str(Path(value).absolute())
     return re.sub(r"^(-?\d+)\.0$", r"\1", _SYNONYMS.get(key, {}).get(value, value))
@@ -215,9 +213,14 @@ def refuse_other_settings(run: Path, cfg: DictConfig) -> None:
         cfg: this run's configuration.
 
     Raises:
-        ValueError: a setting is another one.
+        ValueError: a setting is another one, or the folder's configuration cannot be read.
     """
-    refuse_changes(f"{run} holds", changed_settings(run, cfg))
+    if not (run / CONFIG).exists():
+        return
+    saved = read_config(run)
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise ValueError(f"{run / CONFIG} is not the configuration of a run: it has no model; move it away.")
+    refuse_changes(f"{run} holds", changes(settings(redact(saved)), cfg))
 
 
 def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ: Collection[str] = ()) -> None:
@@ -242,24 +245,6 @@ def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ
 def _shown(value: str) -> str:
     """A value of a file that may be a stranger's, for a message."""
     return value if len(value) <= _MOST_SHOWN and value.isprintable() else repr(value[:_MOST_SHOWN])
-
-
-def changed_settings(run: Path, cfg: DictConfig) -> dict[str, tuple[str, str]]:
-    """In which settings this run differs from the one in a folder, with the value there and the one here.
-
-    Args:
-        run: the folder; nothing differs from one without a run.
-        cfg: this run's configuration.
-
-    Raises:
-        ValueError: the folder's configuration cannot be read.
-    """
-    if not (run / CONFIG).exists():
-        return {}
-    saved = read_config(run)
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
-        raise ValueError(f"{run / CONFIG} is not the configuration of a run: it has no model; move it away.")
-    return changes(settings(redact(saved)), cfg)
 
 
 def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, str]]:

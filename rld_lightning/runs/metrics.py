@@ -46,23 +46,15 @@ def read_metrics(run: Path) -> "pd.DataFrame":
 
 
 def read_rows(run: Path) -> list[Row]:
-    """The rows of a run's ``metrics.csv``; none where there is no such file.
-
-    Earlier versions have written several an epoch, which become one.
-    """
+    """The rows of a run's ``metrics.csv``; none where there is no such file."""
     if not (run / METRICS).is_file():
         return []
     with (run / METRICS).open(newline="") as file:
-        known = [_numbers(row) for row in csv.DictReader(file)]
-    rows: dict[float, Row] = {}
-    for row in known:
-        if "epoch" in row:
-            rows[row["epoch"]] = rows.get(row["epoch"], {}) | row
-    return list(rows.values())
+        return known_rows(list(csv.DictReader(file)))
 
 
 def known_rows(values: Any) -> list[Row]:
-    """Rows from a checkpoint, which may be a stranger's: numbers by plain names, and nothing else."""
+    """Rows from a file or a checkpoint, which may be a stranger's: numbers by plain names, and nothing else."""
     if not isinstance(values, list):
         return []
     rows = [_numbers(value) for value in values if isinstance(value, dict)]

@@ -1,13 +1,12 @@
 """What a finished run came to."""
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.runs.files import CONFIG, SUMMARY, read_text, read_yaml, write_json
+from rld_lightning.runs.files import SUMMARY, read_text, write_json
 
 
 @dataclass(frozen=True)
@@ -19,23 +18,23 @@ class Summary:
 
     Attributes:
         split: what it was validated on, ``"test"`` or ``"val"``.
-        images: how many images the accuracy is of; None where a run of an earlier version does not say.
+        images: how many images the accuracy is of.
         val_fraction: share of the training split that was held out for it; 0 where ``split`` is the data set's own.
         data_seed: seed of what was held out.
-        split_images: how many there were to evaluate, unreadable ones aside; None of runs of earlier versions.
-        steps: how many steps of the optimizer were taken; likewise.
-        scheduled_steps: how many the recipe's epochs take on all batches; likewise.
+        split_images: how many there were to evaluate, unreadable ones aside.
+        steps: how many steps of the optimizer were taken.
+        scheduled_steps: how many the recipe's epochs take on all batches; None where nobody knows.
         fast_dev_run: whether it was only to show that everything works, which is no result.
-        teacher_sha256: of the file of the teacher; None without one, and likewise.
-        seconds: how long training took, validation included, over all attempts; likewise.
-        peak_memory_gb: the most memory that the first process had in use, of its GPU where it has one; likewise.
+        teacher_sha256: of the file of the teacher; None without one.
+        seconds: how long training took, validation included, over all attempts.
+        peak_memory_gb: the most memory that the first process had in use, of its GPU where it has one.
     """
 
     model: str
     loss: str
     dataset: str
     split: str
-    images: int | None
+    images: int
     val_fraction: float
     data_seed: int
     epochs: int
@@ -51,9 +50,9 @@ class Summary:
     macs: int
     images_per_s: float | None
     run: str
-    split_images: int | None = None
-    steps: int | None = None
-    scheduled_steps: int | None = None
+    split_images: int
+    steps: int
+    scheduled_steps: int | None
     fast_dev_run: bool = False
     teacher_sha256: str | None = None
     seconds: float | None = None
@@ -73,13 +72,13 @@ class Summary:
 
     @property
     def evaluated_whole(self) -> bool:
-        """Whether the accuracy is of all images of the split, as far as the run says."""
-        return self.images is None or self.split_images is None or self.images >= self.split_images
+        """Whether the accuracy is of all images of the split."""
+        return self.images >= self.split_images
 
     @property
     def trained_whole(self) -> bool:
-        """Whether it was trained to the end of its schedule on all batches, as far as the run says."""
-        return self.steps is None or self.scheduled_steps is None or self.steps >= self.scheduled_steps
+        """Whether it was trained to the end of its schedule on all batches."""
+        return self.scheduled_steps is None or self.steps >= self.scheduled_steps
 
     @property
     def complete(self) -> bool:
@@ -99,9 +98,7 @@ def read_summary(run: Path) -> Summary:
     """
     try:
         values = json.loads(read_text(run / SUMMARY))
-        if "split" not in values:
-            values |= _split_of_older(run, values)
-        for role in ("model", "teacher"):  # which earlier versions spelled otherwise
+        for role in ("model", "teacher"):  # which a command may spell otherwise
             if isinstance(values[role], str):
                 values[role] = canonical_name(values[role])
         found = Summary(**{name: value for name, value in values.items() if name in _KINDS})
@@ -122,17 +119,3 @@ def _is_value(kind: Any, value: object) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return bool({int, float} & {*kinds}) and abs(value) < _LARGEST
     return value in kinds if get_origin(kind) is Literal else type(value) in kinds
-
-
-def _split_of_older(run: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What runs of earlier versions say in one sentence, such as ``5,000 held-out training images (...)``."""
-    words = values["validated_on"]
-    count = re.search(r"\d[\d,]*", words)
-    own = "own validation split" in words
-    facts: dict[str, Any] = {"split": "val" if own or "held-out" in words else "test"}
-    facts["images"] = int(count[0].replace(",", "")) if count and facts["split"] == "val" else None
-    facts |= {"val_fraction": 0.0, "data_seed": values["seed"]}
-    if "held-out" in words:
-        data = read_yaml(run / CONFIG)["data"]
-        facts |= {"val_fraction": data["val_fraction"], "data_seed": data["seed"]}
-    return facts

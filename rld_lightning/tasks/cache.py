@@ -53,7 +53,7 @@ def cache(cfg: DictConfig) -> Path:
         if planned.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
             check_network(planned.name, data, other_sizes="image_size" in cfg.data)
         store = TeacherStore(Path(cfg.paths.teachers))
-        weights = find_teacher(planned, data.name, store, None)
+        weights = find_teacher(planned, data.name, store)
         if weights is None:
             raise ValueError(
                 f"the teacher {planned.name} is not in {store.path(data.name, planned.name)}; name its file with "

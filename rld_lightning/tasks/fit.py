@@ -154,7 +154,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         with user_errors():
             if plan.teacher.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
                 check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
-            weights = find_teacher(plan.teacher, data.name, plan.store, plan.resume, plan.before)
+            weights = find_teacher(plan.teacher, data.name, plan.store, plan.before)
         if weights is None:
             turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
             if is_for_others(data, plan.teacher.start):
@@ -162,7 +162,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             with turn as lacks:
                 if lacks:
                     _train_teacher(cfg, plan, plan.teacher, loss, data)
-            kept = find_teacher(plan.teacher, data.name, plan.store, None)
+            kept = find_teacher(plan.teacher, data.name, plan.store)
             weights = kept or str(plan.run / TEACHER / STUDENT)
         plan = replace(plan, teacher=replace(plan.teacher, weights=weights))
     else:

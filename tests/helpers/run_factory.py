@@ -115,7 +115,8 @@ def write_run(
             teacher=teacher if with_teacher else None,
             teacher_top1=teacher_top1 if with_teacher else None, agreement=70.0 if with_teacher else None,
             parameters=PARAMETERS.get(student, 100_000), macs=MACS.get(student, 10_000_000), images_per_s=900.0,
-            run=str(folder),
+            run=str(folder), split_images=5_000 if held_out else 10_000, steps=782 * epochs,
+            scheduled_steps=782 * epochs,
         )  # fmt: skip
         replace(whole, **(summary or {})).write(folder)
     return folder

@@ -13,7 +13,7 @@ import rld_lightning.models as models
 import rld_lightning.models.libraries as libraries
 import rld_lightning.models.registry as model_registry
 from rld_lightning.models import Stages, create_model, list_models, register_model, stages_of
-from rld_lightning.models.registry import canonical_label, canonical_name
+from rld_lightning.models.registry import canonical_name
 
 # The smallest of each family.
 FAMILIES = ["resnet8", "resnet18", "wrn16_1", "vgg8", "mobilenetv1", "mobilenetv2", "shufflev1", "shufflev2"]
@@ -53,13 +53,6 @@ def test_one_rule_knows_other_spellings_of_registered_names(name, expected):
 def test_every_name_is_spelled_in_one_way():
     assert [canonical_name(name) for name in list_models()] == list_models()
     assert not [name for name in list_models() if name != name.lower()]
-
-
-def test_labels_of_earlier_versions():
-    assert canonical_label("wrn_40_2_to_MobileNetV2") == canonical_label("wrn40_2_to_mobilenetv2")
-    assert canonical_label("ResNet50_to_MobileNetV2") == "resnet50_to_mobilenetv2"
-    assert canonical_label("ResNet18") == "resnet18"
-    assert canonical_label("torchvision/resnet50_to_mine") == "torchvision/resnet50_to_mine"
 
 
 def test_list_models_is_in_natural_order_and_takes_patterns():

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from rld_lightning.errors import UserError
 from rld_lightning.models import (
     GraftedStudent,
     Stages,
@@ -128,22 +127,6 @@ def test_the_student_s_own_classifier_is_gone():
 def test_it_is_as_large_as_in_the_authors_code(student, teacher, parameters):
     """The authors graft behind the deepest stage, and leave the 1x1 convolution after it out."""
     assert count_parameters(create_model(f"{student}@{teacher}", 100)) == parameters
-
-
-@pytest.mark.parametrize("student", ["shufflev2", "mobilenetv2"])
-def test_weights_of_the_larger_student_of_earlier_versions_are_refused(student, tmp_path):
-    model = create_model(f"{student}@resnet8x4", CLASSES)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    plain = create_model(student, CLASSES).state_dict()
-    last = {name: value for name, value in plain.items() if name.startswith(("conv2.", "bn2."))}
-    earlier = model.state_dict() | {f"backbone.{name}": torch.ones_like(value) for name, value in last.items()}
-    save_weights(earlier, path := tmp_path / "student.safetensors")
-    reason = "of an earlier version, whose SimKD students kept the last 1x1 convolution"
-    with pytest.raises(WeightsError, match=f"student.safetensors does not fit: .*{reason}"):
-        load_weights(model, path, name=f"{student}@resnet8x4")
-    with pytest.raises(UserError, match=reason):
-        nn.ModuleDict({"student": model}).load_state_dict({f"student.{k}": v for k, v in earlier.items()})
-    assert_close(model.state_dict(), weights, rtol=0, atol=0)
 
 
 def test_stages_can_be_tapped():

@@ -39,11 +39,6 @@ def test_a_run_that_goes_on_has_each_row_once(tmp_path):
     assert pd.read_csv(tmp_path / "metrics.csv")["val/top1"].tolist() == [1.0, 1.0, 2.0]
 
 
-def test_rows_of_earlier_versions_become_one_an_epoch(tmp_path):
-    (tmp_path / "metrics.csv").write_text("epoch,step,lr-SGD,train/loss,val/top1\n,0,0.1,,\n0,9,,,50.0\n0,9,,2.0,\n")
-    assert read_rows(tmp_path) == [{"epoch": 0, "step": 9, "train/loss": 2.0, "val/top1": 50.0}]
-
-
 def test_of_a_strangers_file_only_numbers_are_taken(tmp_path):
     (tmp_path / "metrics.csv").write_text('epoch,val/top1\n0,50\n1,many\n"=1+1",60\n2,70\n1e300,80\n')
     assert read_metrics(tmp_path)["val/top1"].dropna().to_dict() == {1: 50.0, 3: 70.0}

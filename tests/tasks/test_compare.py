@@ -92,14 +92,6 @@ def test_runs_lie_by_pair_loss_and_seed(monkeypatch, tmp_path):
     assert raw == "${hydra:runtime.choices.loss}/seed${seed}"
 
 
-def test_a_comparison_that_an_earlier_version_began_goes_on(teachers, tmp_path):
-    weights = tmp_path / "teacher" / "student.safetensors"
-    lines = [*PAIR, "data.val_fraction=0", f"model.teacher.weights={weights}", "loss", "seed"]
-    OmegaConf.save(OmegaConf.create(sorted(lines)), tmp_path / "sweep.yaml")
-    compare(tmp_path, *FIT, "loss=choice(ce,rld)", "seed=choice(7,1)")
-    assert len(teachers) == 1
-
-
 @pytest.mark.parametrize(
     ("experiment", "loss", "trained"),
     [

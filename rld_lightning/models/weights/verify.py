@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from rld_lightning.errors import some
 from rld_lightning.models.factory import create_model, list_models
-from rld_lightning.models.graft import GraftedStudent
 from rld_lightning.models.imported import is_from_elsewhere
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.taps import unwrap
@@ -103,8 +102,6 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
         WeightsError: they have not; the message explains the difference.
     """
     model = unwrap(model)
-    if isinstance(model, GraftedStudent) and (reason := model.refusal(weights.state_dict)):
-        raise WeightsError(f"{weights.source} does not fit: {reason}")
     found = _shapes(weights.state_dict)
     # torch fills in BatchNorm's counters where they are absent, as they are from files made before torch 0.4.1.
     expected = {key: s for key, s in _shapes(model.state_dict()).items() if key in found or not _is_counter(key)}

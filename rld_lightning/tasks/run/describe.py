@@ -1,7 +1,5 @@
 """What a run prints about itself before it trains."""
 
-from pathlib import Path
-
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import nn
@@ -12,7 +10,7 @@ from rld_lightning.hydra.resolvers import choice
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters, is_mostly_depthwise
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.likeness import changed_settings, changes
+from rld_lightning.runs.likeness import changes
 from rld_lightning.tasks.run.plan import Plan
 
 
@@ -49,9 +47,8 @@ def describe_run(
             "a CPU computes gradients of depthwise convolutions, which the student is made of, slower in bfloat16: "
             f"trainer.precision=32-true{teacher} may take less time",
         )
-    if plan.resume is not None:
-        told, folder = plan.before, Path(plan.resume).parent
-        others = changed_settings(folder, cfg) if told is None else changes(told.settings, cfg)
+    if plan.resume is not None and plan.before is not None:
+        others = changes(plan.before.settings, cfg)
         new = [f"{key}={now} instead of {before}" for key, (before, now) in others.items()]
         print_line("resume", ", ".join([plan.resume, *new]))
     watched = [str(getattr(callback, "monitor", "")) for callback in trainer.early_stopping_callbacks]

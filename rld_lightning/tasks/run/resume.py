@@ -21,7 +21,7 @@ from rld_lightning.models.weights.read import hyper_parameters
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
 from rld_lightning.runs.files import CONFIG, ERROR, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
-from rld_lightning.runs.likeness import changed_settings, changes, refuse_changes, refuse_other_settings
+from rld_lightning.runs.likeness import changes, refuse_changes, refuse_other_settings
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.run.plan import changed
 from rld_lightning.watching import callbacks_of
@@ -89,7 +89,7 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
         )
 
 
-def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
+def check_resume(path: Path, student: str, cfg: DictConfig) -> Before:
     """Looks whether a file is a checkpoint of a run with the same settings.
 
     Of these, a run may change its length, its learning rate, and how gradients are clipped.
@@ -100,7 +100,7 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
         cfg: its configuration.
 
     Returns:
-        what it says about its run; None of a checkpoint of an earlier version.
+        what it says about its run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -114,11 +114,11 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before | None:
         raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
     may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # the last is the machine's
     before = told(checkpoint, path)
-    changed = changed_settings(path.parent, cfg) if before is None else changes(before.settings, cfg)
-    if before is not None and before.teacher_sha256 is not None:  # wherever the file lies now
+    changed = changes(before.settings, cfg)
+    if before.teacher_sha256 is not None:  # wherever the file lies now
         may_differ.append("model.teacher.weights")
     _refuse_other_length(path, changed, checkpoint["lr_schedulers"])
-    refuse_changes(f"{path.parent} holds" if before is None else f"{path} is of", changed, may_differ)
+    refuse_changes(f"{path} is of", changed, may_differ)
     return before
 
 

@@ -13,7 +13,7 @@ from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
 from rld_lightning.redact import redact_text
-from rld_lightning.runs.files import STUDENT, SWEEP, TEACHER, read_yaml, write_yaml
+from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
 from rld_lightning.runs.likeness import canonical, decides
 from rld_lightning.tasks.sweep.trial_checks import check_trial
 from rld_lightning.tasks.sweep.trial_tables import key_of, line_of
@@ -99,10 +99,10 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     record = folder / SWEEP
     current = {line for key, line in fixed.items() if decides(key)}
     current |= set(swept.values()) if values_too else set(swept)
-    current = _canonical(map(redact_text, current), folder)
+    current = _canonical(map(redact_text, current))
     if record.exists():
         with user_errors():
-            saved = _canonical(map(str, read_yaml(record) or ()), folder)  # plain: nothing of it is resolved
+            saved = _canonical(map(str, read_yaml(record) or ()))  # plain: nothing of it is resolved
         if differing := sorted(saved ^ current):
             values = (
                 "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"
@@ -114,14 +114,12 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     write_yaml(record, sorted(current))
 
 
-def _canonical(lines: Iterable[str], folder: Path) -> set[str]:
+def _canonical(lines: Iterable[str]) -> set[str]:
     """Overrides, and keys, as the same texts however they were written."""
     parts = (line.partition("=") for line in lines)
     # How trials are chosen and started says nothing about them.
-    texts = {
+    return {
         f"{key}={canonical(key, value)}" if equals else key
         for key, equals, value in parts
         if key not in ("launcher", "sweep")
     }
-    own = f"{WEIGHTS}={(folder / TEACHER / STUDENT).absolute()}"  # as comparisons of earlier versions have it
-    return {f"{WEIGHTS}=fit" if text == own else text for text in texts}

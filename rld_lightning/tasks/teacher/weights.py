@@ -16,14 +16,14 @@ from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.weights.read import split_part
 from rld_lightning.runs.checkpoint import Before
-from rld_lightning.runs.files import CONFIG, STUDENT, read_config
+from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.run.plan import Teacher, alone, changed
 from rld_lightning.tasks.run.resume import run_once
 
 
 def find_teacher(
-    teacher: Teacher, dataset: str, store: TeacherStore, resume: str | None, told: Before | None = None
+    teacher: Teacher, dataset: str, store: TeacherStore, told: Before | None = None
 ) -> str | tuple[str, ...] | None:
     """Finds the weights of a run's teacher.
 
@@ -31,8 +31,7 @@ def find_teacher(
         teacher: what it is, and where to look.
         dataset: the name of the data set that it is for.
         store: where teachers are kept.
-        resume: the checkpoint that the run goes on from: it keeps the teacher that it had.
-        told: what that says about its run.
+        told: what the checkpoint that the run goes on from says about it: it keeps the teacher that it had.
 
     Returns:
         the file, or several, or ``"pretrained"``; None where the teacher has to be trained first.
@@ -55,12 +54,10 @@ def find_teacher(
             if not split_part(file)[0].is_file():
                 raise FileNotFoundError(f"there is no teacher's weights file at {file}: an ensemble is one of files.")
         return teacher.weights
-    if resume is not None and teacher.weights in ("auto", "fit", "published"):
-        folder = Path(resume).parent
-        before = _teacher_before(folder, teacher.name) if told is None else _file_of(*told.teacher, teacher.name)
-        if before is not None:
-            print_line("teacher", f"the one that the run in {folder} had: {before}")
-            return before
+    looked_for = teacher.weights in ("auto", "fit", "published")
+    if told is not None and looked_for and (before := _file_of(*told.teacher, teacher.name)) is not None:
+        print_line("teacher", f"the one that the run had before: {before}")
+        return before
     path = None
     if teacher.weights != "fit" or teacher.start is None:  # one that starts from somewhere is the run's own
         path = resolve_teacher_weights(
@@ -79,23 +76,9 @@ def find_teacher(
     return str(path) if path is not None else None
 
 
-def _teacher_before(folder: Path, name: str) -> str | None:
-    """The file of the teacher that a run had before it goes on, if it is still there.
-
-    The folder may be a stranger's: its configuration is read as plain YAML, and what it says is a file to read weights
-    from or nothing.
-    """
-    if not (folder / CONFIG).is_file():
-        return None
-    found = read_config(folder)
-    for key in ("model", "teacher"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return _file_of(found.get("name"), found.get("weights"), name) if isinstance(found, dict) else None
-
-
-def _file_of(name: object, weights: object, wanted: str) -> str | None:
+def _file_of(name: str | None, weights: str | None, wanted: str) -> str | None:
     """The file of a teacher, if it is the one that is wanted and its file is there."""
-    if not isinstance(name, str) or not isinstance(weights, str) or canonical_name(name) != canonical_name(wanted):
+    if name is None or weights is None or canonical_name(name) != canonical_name(wanted):
         return None
     return weights if split_part(weights)[0].is_file() else None
 

@@ -64,7 +64,7 @@ def test_a_fused_teacher_is_not_shared_out():
 
 def test_one_process_has_nobody_to_share_with(tmp_path):
     with pytest.raises(ValueError, match=r"there is one; take more devices \(trainer=ddp trainer\.devices=2\)"):
-        find_teacher(Teacher("resnet8", "fit", "", None, {"shard": True}), "digits", TeacherStore(tmp_path), None)
+        find_teacher(Teacher("resnet8", "fit", "", None, {"shard": True}), "digits", TeacherStore(tmp_path))
     with pytest.raises(ValueError, match="at least two processes, not 1"):
         FrozenTeacher(create_model("resnet8"), shard=True).place(torch.device("cpu"))
 

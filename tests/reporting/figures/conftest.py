@@ -18,7 +18,7 @@ SUMMARY = Summary(
     model="resnet8", loss="RLD", dataset="digits", split="test", images=360,
     val_fraction=0.0, data_seed=0, epochs=3,
     seed=0, top1=50.0, top1_best=51.0, top5=80.0, ce=2.0, teacher="resnet14", teacher_top1=60.0, agreement=55.0,
-    parameters=10, macs=20, images_per_s=None, run="x",
+    parameters=10, macs=20, images_per_s=None, run="x", split_images=360, steps=69, scheduled_steps=69,
 )  # fmt: skip
 TARGETS = {"ce": "CELoss", "kd": "KDLoss", "dkd": "DKDLoss"}
 

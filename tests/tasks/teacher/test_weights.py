@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from helpers.configs import compose
 from helpers.plans import make_plan
-from omegaconf import OmegaConf
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
@@ -19,56 +18,9 @@ from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.run.build import build_module
 from rld_lightning.tasks.teacher.network import build_teacher
-from rld_lightning.tasks.teacher.weights import _teacher_before, find_teacher, train_teacher
+from rld_lightning.tasks.teacher.weights import find_teacher, train_teacher
 
 USUAL = Look((0.5,) * 3, (0.5,) * 3)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Leaves the configuration of a run, and gives its folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "teacher.safetensors").touch()
-
-    def write(config):
-        if isinstance(config, str):
-            (tmp_path / "config.yaml").write_text(config)
-        else:
-            OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-        return tmp_path
-
-    return write
-
-
-def said(weights, name="resnet20"):
-    return {"model": {"teacher": {"name": name, "weights": weights}}}
-
-
-def test_a_run_keeps_the_teacher_that_it_had(folder, tmp_path):
-    weights = str(tmp_path / "teacher.safetensors")
-    assert _teacher_before(folder(said(weights)), "resnet20") == weights
-    assert _teacher_before(tmp_path / "elsewhere", "resnet20") is None
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        said("gone.safetensors"), said("."), said("pretrained"), said("teacher.safetensors", name="resnet32"),
-        said({"_target_": "pathlib.Path", "_args_": ["it_ran"]}), said(["teacher.safetensors"]), said(3), said(None),
-        {"model": {"teacher": None}}, {"model": {"teacher": "teacher.safetensors"}}, {"model": ["teacher"]}, {}, [],
-        "model: {teacher: {name: resnet20, weights: '${oc.env:WEIGHTS}'}}",
-    ],
-    ids=str,
-)  # fmt: skip
-def test_anything_but_a_file_of_weights_says_nothing(folder, monkeypatch, config):
-    monkeypatch.setenv("WEIGHTS", "teacher.safetensors")
-    assert _teacher_before(folder(config), "resnet20") is None
-
-
-@pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.getcwd []", "\x00"])
-def test_what_is_no_plain_yaml_is_refused_by_name(folder, text):
-    with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run \("):
-        _teacher_before(folder(text), "resnet20")
 
 
 @pytest.fixture
@@ -98,10 +50,18 @@ def test_a_teacher_that_was_replaced_is_not_taken_for_the_one_that_a_run_had(kno
 def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
     teacher, before, _ = known
     wanted, store = replace(teacher, weights="fit"), make_plan(tmp_path).store
-    assert find_teacher(wanted, "digits", store, str(tmp_path / "moved" / "last.ckpt"), before) == teacher.weights
+    assert find_teacher(wanted, "digits", store, before) == teacher.weights
     gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
     with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone or damaged: bring it back"):
-        find_teacher(wanted, "digits", store, "last.ckpt", gone)
+        find_teacher(wanted, "digits", store, gone)
+
+
+@pytest.mark.parametrize("said", [{"weights": "gone.safetensors"}, {"weights": "."}, {"name": "resnet32"}, {}], ids=str)
+def test_anything_but_a_file_of_the_wanted_teacher_says_nothing(known, tmp_path, said):
+    teacher, before, _ = known
+    settings = {f"model.teacher.{key}": value for key, value in said.items()}
+    told = Before(before.settings | settings if said else {}, None)
+    assert find_teacher(replace(teacher, weights="fit"), "digits", make_plan(tmp_path).store, told) is None
 
 
 def test_a_teacher_is_trained_on_what_it_will_see(tmp_path, monkeypatch):
@@ -117,7 +77,7 @@ def test_a_teacher_is_trained_on_what_it_will_see(tmp_path, monkeypatch):
     assert (found[1].mean, found[1].std) == ([0.5, 0.5, 0.4], [0.5, 0.5, 0.3])
     teacher = replace(make_plan(tmp_path).teacher, name="my.nets:build", weights="fit", image_size=64)
     with pytest.raises(ValueError, match=r"has its size in its name: model\.teacher\.name=my\.nets:build@64\."):
-        find_teacher(teacher, "digits", TeacherStore(tmp_path), None)
+        find_teacher(teacher, "digits", TeacherStore(tmp_path))
 
 
 @pytest.mark.slow
