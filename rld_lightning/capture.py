@@ -8,12 +8,15 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rld_lightning.errors import first_line
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 Inputs = tuple[Tensor | None, ...]
 Function = Callable[..., dict[str, Tensor]]
@@ -159,6 +162,21 @@ class CapturedStep:
         for kept, gradient in zip(found.gradients, gradients, strict=True):
             if kept is not None and gradient is not None:
                 kept.copy_(gradient)
+
+
+def why_not_captured(trainer: "Trainer", student: nn.Module) -> str:
+    """What of a training does not go into a CUDA graph, or has not been shown to; nothing where all does."""
+    if trainer.world_size > 1:
+        return "several processes share a step"
+    if trainer.accumulate_grad_batches > 1:
+        return "gradients are accumulated"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return "the loss is scaled in float16"
+    if student._compiled_call_impl is not None:  # by somebody else, who may have chosen graphs of its own
+        return "the student has been compiled"
+    if torch.is_anomaly_enabled():
+        return "anomalies are looked for"
+    return ""
 
 
 @contextmanager

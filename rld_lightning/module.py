@@ -1,12 +1,11 @@
 """The training step: student, optional teacher, loss and optimiser as one LightningModule."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -14,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
-from rld_lightning.capture import CapturedStep
+from rld_lightning.capture import CapturedStep, why_not_captured
 from rld_lightning.console import print_line
 from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.losses.graph import last_warmup, why_no_graph
 from rld_lightning.metrics import EpochMeans, counts, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.models.mark import mark
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.frozen import FrozenTeacher, hold_outside
+from rld_lightning.optimizer_step import fused, share_of_step
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
 from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
 
@@ -53,7 +52,7 @@ class DistillationModule(LightningModule):
         scheduler_monitor: the logged value that ``ReduceLROnPlateau`` looks at; by default ``val/ce``, or ``val/top1``
             where it waits for a maximum.
         capture: whether both forward passes, the loss and the backward pass are recorded as a CUDA graph and replayed;
-            ``"auto"``: on a GPU. Where a run does not go into one (:func:`why_not_captured`) it says so.
+            ``"auto"``: on a GPU. Where a run does not go into one it says why.
         info: plain facts (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
 
     Raises:
@@ -108,16 +107,7 @@ class DistillationModule(LightningModule):
         self.validated: Tensor | None = None
         self.rate: float | Tensor = 0.0  # of the latest step
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
-        top_k = (1, 5) if num_classes > 5 else (1,)
-        self.top_k = {f"train/top{k}": k for k in top_k}
-        self.accuracies = MetricCollection(
-            {
-                f"{split}/top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
-                for split in ("val", "test")
-                for k in top_k
-            },
-            compute_groups=False,  # which it would find by comparing states, and that waits for the device
-        )
+        self.top_k = (1, 5) if num_classes > 5 else (1,)
 
     def setup(self, stage: str) -> None:
         """Brings the teacher to the student's device, or its shares to the devices of this machine."""
@@ -151,7 +141,7 @@ class DistillationModule(LightningModule):
         # Where somebody sees it: this takes as long as launching a step.
         if batch_idx % 10 == 0 or self.trainer._logger_connector.should_update_logs:
             self.log("loss", total, prog_bar=shown_by_lightning(self.trainer), batch_size=len(found["label"]))
-        share = self._share_of_step(batch_idx)
+        share = share_of_step(self.trainer, batch_idx)
         return {"loss": total if share == 1 else share * total, **self._to_watch(found)}
 
     def _to_watch(self, found: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -159,7 +149,7 @@ class DistillationModule(LightningModule):
         terms = {
             name.removeprefix("train/"): term.detach()
             for name, term in found.items()
-            if name.startswith("train/") and name not in ("train/loss", *self.top_k)
+            if name.startswith("train/") and name not in ("train/loss", *self._accuracies("train"))
         }
         outputs = {"label": found["label"], "student_logits": found["student_logits"].detach(), "terms": terms}
         return outputs if "teacher_logits" not in found else outputs | {"teacher_logits": found["teacher_logits"]}
@@ -184,7 +174,7 @@ class DistillationModule(LightningModule):
             step = step if batch.other.share >= 0.5 else other
         with torch.no_grad():
             statistics = {f"stats/{name}": value for name, value in self.loss.statistics(step).items()}
-            right = {name: top_k_percent(student.logits, step.label, k) for name, k in self.top_k.items()}
+            right = self._right("train", student.logits, step.label)
         total = torch.stack(list(terms.values())).sum()
         found = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()} | statistics | right
         found["counted"] = counts([found[name] for name in _counted(found)], len(step.label))
@@ -229,17 +219,6 @@ class DistillationModule(LightningModule):
         if not self.has_gradient:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
-    def _share_of_step(self, batch_idx: int) -> float:
-        """See :func:`share_of_step`; 1 where gradients are not accumulated, or nobody knows how many batches come."""
-        every, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if every == 1 or batches == float("inf"):
-            return 1.0
-        steps = getattr(getattr(self.trainer.train_dataloader, "sampler", None), "steps", None)
-        first = batch_idx - batch_idx % every
-        last = min(first + every, int(batches))  # of the batches that make this step of the optimizer
-        sizes = [1] * (last - first) if steps is None else [step.stop - step.start for step in steps[first:last]]
-        return share_of_step(sizes, batch_idx - first, every)
-
     def _outputs(
         self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None, soft: Tensor | None = None
     ) -> tuple[ModelOutput, ModelOutput | None]:
@@ -253,7 +232,7 @@ class DistillationModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Begins to count; not where a run goes on within an epoch, which has counted before."""
-        self._begin("train")
+        self.means["train"].reset()
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means and training accuracy, and the learning rate (of the first group)."""
@@ -262,23 +241,13 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begins to count, and marks the weights that are validated, which callbacks may have put in others' place."""
-        self._begin("val")
-        self.being_validated = self._mark()
+        self.means["val"].reset()
+        self.being_validated = mark(self.student)
 
     def validated_as_it_is(self) -> bool:
         """Whether the last validation was of the student as it is now; the same answer on all ranks."""
-        same = self.validated is not None and torch.equal(self.validated, self._mark())
+        same = self.validated is not None and torch.equal(self.validated, mark(self.student))
         return bool(self.trainer.strategy.broadcast(same))
-
-    def _mark(self) -> Tensor:
-        """Sums of the bits of the student's weights and statistics, one number a tensor.
-
-        On any device the same for the same ones, as sums of floating-point numbers are not: a trainer that has ended
-        has brought them back to the CPU.
-        """
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        values = self.student.state_dict().values()
-        return torch.stack([value.detach().view(bits[value.itemsize]).sum() for value in values]).cpu()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Student only; the teacher's share of the evaluation is a callback's."""
@@ -295,7 +264,7 @@ class DistillationModule(LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Begins to count."""
-        self._begin("test")
+        self.means["test"].reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`validation_step`, on the test split."""
@@ -311,32 +280,26 @@ class DistillationModule(LightningModule):
             # A measurement, not a race: bfloat16's ties move accuracy by up to a tenth of a percent.
             with torch.autocast(batch.images.device.type, enabled=False):
                 logits = self.student(batch.images)
-            self._update(split, logits, batch.label)
         else:  # no image of the batch could be read; the other ranks wait for this one all the same
             logits = batch.images.new_zeros(0, self.hparams["num_classes"])
-        self.means[split].update({f"{split}/ce": cross_entropy(logits, batch.label)}, len(batch.label))
+        values = {f"{split}/ce": cross_entropy(logits, batch.label)} | self._right(split, logits, batch.label)
+        self.means[split].update(values, len(batch.label))
         return {"student_logits": logits, "label": batch.label}
 
-    def _update(self, split: str, logits: Tensor, label: Tensor) -> None:
-        for accuracy in self._accuracies(split).values():
-            accuracy.update(logits, label)
+    def _accuracies(self, split: str) -> dict[str, int]:
+        return {f"{split}/top{k}": k for k in self.top_k}
 
-    def _accuracies(self, split: str) -> dict[str, Metric]:
-        return {name: metric for name, metric in self.accuracies.items() if name.startswith(f"{split}/")}
-
-    def _begin(self, split: str) -> None:
-        self.means[split].reset()
-        for accuracy in self._accuracies(split).values():
-            accuracy.reset()
+    def _right(self, split: str, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+        return {name: top_k_percent(logits, label, k) for name, k in self._accuracies(split).items()}
 
     def _log_epoch(self, split: str) -> dict[str, Tensor]:
-        # Metrics and means synchronise themselves over the ranks, in this order on all, so their values are the same.
         # What was counted stays until the next epoch begins: a run that has to end here may go on within this one.
-        values = {name: 100 * accuracy.compute() for name, accuracy in self._accuracies(split).items()}
-        self.log_dict(values, prog_bar=split == "val")
         means = self.means[split].compute(self.trainer.strategy.reduce)
-        self.log_dict(means | term_shares({name: mean for name, mean in means.items() if name not in self.top_k}))
-        return {**means, **values}
+        accuracies = {name: means[name] for name in self._accuracies(split) if name in means}
+        self.log_dict(accuracies, prog_bar=split == "val")
+        others = {name: mean for name, mean in means.items() if name not in accuracies}
+        self.log_dict(others | term_shares(others))
+        return means
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
@@ -373,7 +336,7 @@ class DistillationModule(LightningModule):
         cuda = self.device.type == "cuda"
         if not (cuda if self.capture == "auto" else self.capture):
             return None
-        if reason := why_not_captured(self, self.trainer):
+        if reason := why_no_graph(self.loss) or why_not_captured(self.trainer, self.student):
             print_line("capture", f"off: {reason}")
             return None
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -386,20 +349,14 @@ class DistillationModule(LightningModule):
         return CapturedStep(self._with_gradient, parameters, watched, record=cuda)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps over a resume the best accuracy, and what the epoch has counted so far.
-
-        Files of weights alone hold those that were validated.
-        """
+        """Keeps over a resume the best accuracy, and what the epoch has counted so far."""
         checkpoint["best_top1"] = self.best_top1
         checkpoint["epoch_so_far"] = {"means": self.means["train"].state_dict(), "rate": float(self.rate)}
-        if "callbacks" not in checkpoint:
-            self._save_average(checkpoint)
-
-    def _save_average(self, checkpoint: dict[str, Any]) -> None:
-        for average in callbacks_of(self.trainer, WeightAveraging):  # which Lightning asks for whole checkpoints only
-            average.on_save_checkpoint(self.trainer, self, checkpoint)
-        for beside in ("current_model_state", "averaging_state"):
-            checkpoint.pop(beside, None)
+        if "callbacks" not in checkpoint:  # a file of weights alone holds those that were validated
+            for average in callbacks_of(self.trainer, WeightAveraging):  # whom Lightning does not ask then
+                average.on_save_checkpoint(self.trainer, self, checkpoint)
+            for beside in ("current_model_state", "averaging_state"):
+                checkpoint.pop(beside, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""
@@ -413,36 +370,6 @@ def _counted(found: Mapping[str, Tensor]) -> list[str]:
     return [name for name in found if name.startswith(("train/", "stats/"))]
 
 
-def why_not_captured(module: DistillationModule, trainer: Trainer) -> str:
-    """What of a run does not go into a CUDA graph, or has not been shown to; nothing where all does."""
-    if reason := why_no_graph(module.loss):
-        return reason
-    if trainer.world_size > 1:
-        return "several processes share a step"
-    if trainer.accumulate_grad_batches > 1:
-        return "gradients are accumulated"
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return "the loss is scaled in float16"
-    if module.student._compiled_call_impl is not None:  # by somebody else, who may have chosen graphs of its own
-        return "the student has been compiled"
-    if torch.is_anomaly_enabled():
-        return "anomalies are looked for"
-    return ""
-
-
-def fused(make: Callable[..., Optimizer], trainer: Trainer, device: torch.device) -> dict[str, bool]:
-    """Has an optimizer update all weights in one kernel on a GPU, where it can and nobody has chosen.
-
-    Not where gradients are clipped or scaled: Lightning refuses the first, and watchers would see them scaled.
-    """
-    if device.type != "cuda":
-        return {}
-    ways = ("fused", "foreach", "capturable", "differentiable")
-    chosen = set(ways) & set(getattr(make, "keywords", {})) or "fused" not in inspect.signature(make).parameters
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return {} if chosen or scaled or trainer.gradient_clip_val else {"fused": True}
-
-
 def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """The terms of images of two classes each: ``share * terms + (1 - share) * other``, by name.
 
@@ -450,17 +377,3 @@ def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share:
     look at the label, the terms themselves; of any other one, the mean over a label drawn in this proportion.
     """
     return {name: share * term + (1 - share) * other[name] for name, term in terms.items()}
-
-
-def share_of_step(sizes: Sequence[int], batch_idx: int, every: int) -> float:
-    """Factor on a batch's mean loss that makes an optimizer step one on the mean over all images of its batches.
-
-    Lightning divides each by ``every``, also in the last step of an epoch, which may have fewer and smaller batches.
-
-    Args:
-        sizes: of the epoch's batches, or of those of one step of the optimizer.
-        batch_idx: the batch among them.
-        every: batches to a step of the optimizer.
-    """
-    first = batch_idx - batch_idx % every
-    return every * sizes[batch_idx] / sum(sizes[first : first + every])

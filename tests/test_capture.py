@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rld_lightning import CELoss, DistillationModule, DKDLoss, FrozenTeacher, KDLoss, RLDLoss, create_model
 from rld_lightning.callbacks import Divergence, ExactResume, GradientNorm, StepSeed, TeacherMonitor, Throughput
-from rld_lightning.capture import CapturedStep, notice_waits
+from rld_lightning.capture import CapturedStep, notice_waits, why_not_captured
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
+from rld_lightning.losses.graph import why_no_graph
 from rld_lightning.models.compiled import CompiledForward
-from rld_lightning.module import fused, why_not_captured
+from rld_lightning.optimizer_step import fused
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
 STEP_LR = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
@@ -146,11 +147,9 @@ def test_what_does_not_go_into_a_graph_is_said_and_done_as_it_is(tmp_path, capsy
     assert "gradients are accumulated" in capsys.readouterr().out
 
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    assert why_not_captured(module(), trainer) == ""
-    learns = FitNetLoss()
-    assert "looks at more than the logits" in why_not_captured(module(learns), trainer)
-    both = CombinedLoss(rld=RLDLoss(), fitnet=FitNetLoss())
-    assert "looks at more than the logits" in why_not_captured(module(both), trainer)
+    assert why_not_captured(trainer, module().student) == why_no_graph(RLDLoss()) == ""
+    for loss in (FitNetLoss(), CombinedLoss(rld=RLDLoss(), fitnet=FitNetLoss())):
+        assert "looks at more than the logits" in why_no_graph(loss)
 
 
 def test_an_optimizer_is_fused_on_a_gpu_unless_something_is_against_it():
