@@ -104,8 +104,8 @@ def test_whole_epochs_are_ticked_and_counted_from_one(tmp_path, monkeypatch, sum
 
 
 def test_one_epoch_is_no_reason_for_fractions(tmp_path, monkeypatch):
-    write_run(tmp_path, epochs=1)
-    (tmp_path / "metrics.csv").write_text("epoch,step,val/top1\n1,60,40.0\n")
+    write_run(tmp_path, epochs=2)
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/top1\n1,1563,40.0\n")
     assert drawn_on(monkeypatch, tmp_path) == ([2], [1, 2])
 
 

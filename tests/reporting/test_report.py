@@ -345,7 +345,7 @@ def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
 
 IN_PART = [
     ({"steps": 60, "scheduled_steps": 782, "epochs": 1}, "60 of 782 steps", "the test split"),
-    ({"images": 250, "split_images": 10_000}, "30 epochs", "250 of the 10,000 images of the test split"),
+    ({"images": 250, "split_images": 10_000}, "23,460 of 23,460 steps", "250 of the 10,000 images of the test split"),
 ]
 
 

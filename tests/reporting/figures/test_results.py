@@ -46,7 +46,7 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
 def test_held_out_images_and_the_test_split_are_told_apart(make_run, tmp_path):
     for split in ("test", "val"):
         for method in ("rld", "ce"):
-            folder = make_run(method, split=split, images=144, val_fraction=0.1).folder
+            folder = make_run(method, split=split, images=144, split_images=144, val_fraction=0.1).folder
             folder.rename(tmp_path / "runs" / f"{method}-{split}")
     table, _ = gains(read_frame([tmp_path / "runs"])[0])
     assert [pair.split(", ", 2)[2:] for pair in table["pair"]] == [[], ["144 held-out training images (stratified)"]]
