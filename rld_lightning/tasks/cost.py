@@ -152,7 +152,8 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
             file, error = None, str(refusal)
     weights = str(file) if backend.startswith("onnx") else network.weights
     contender = Contender(network.name, weights, network.num_classes, network.image_shape, backend)
-    top1, images = network.top1, run.summary.images
+    top1: float | None = network.top1
+    images: int | None = run.summary.images
     if backend == "onnx_int8":
         top1, images = _exported_top1(run) if network.role == "student" else (None, None)
     return Row(
