@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,8 @@ def measure(
     torch.set_num_threads(threads)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a machine without a GPU is no news
     where = torch.device(device)
-    _forget_peak(where)
-    before = _memory(where)
+    forget_peak(where)
+    before = memory(where)
     try:
         network = _build(contender, threads, where)
         with torch.inference_mode():
@@ -136,7 +137,7 @@ def measure(
     except Exception as error:  # compilers and exporters raise their own
         lines = [line for line in str(error).splitlines() if line.strip()]
         return Measured(error=lines[0] if lines else type(error).__name__)
-    peak = _peak(where)
+    peak = peak_memory(where)
     known = contender.backend != "compiled" and before is not None and peak is not None
     return Measured(latencies, (peak - before) / 1e6 if known else None)  # type: ignore[operator]
 
@@ -179,21 +180,22 @@ def _time(
     return Latency(batch_size, len(taken), p50, p90, p99)
 
 
-def _forget_peak(device: torch.device) -> None:
+def forget_peak(device: torch.device) -> None:
+    """Has the peak of :func:`peak_memory` count from what is in use now, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use
-        except OSError:
-            return
 
 
-def _memory(device: torch.device) -> int | None:
+def memory(device: torch.device) -> int | None:
+    """Bytes that this process has in use, of its GPU or of the machine; None where the system does not say."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_process("VmRSS")
 
 
-def _peak(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int | None:
+    """Likewise the most that it had in use."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
 
 

@@ -1,7 +1,5 @@
 """Measurements by ratio: every contender runs in turn in one process, so that a noisy machine slows all alike."""
 
-import contextlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from rld_lightning.bench.latency import forget_peak, memory, peak_memory
 from rld_lightning.capture import CapturedStep
 from rld_lightning.console import console, print_table
 from rld_lightning.hydra.compose import compose, expand_combined_loss
@@ -314,35 +313,25 @@ def _logits(batch: int, classes: int, device: torch.device) -> tuple[Tensor, Ten
 def _peak_memory(name: str, step: Step, batch: int, classes: int, device: torch.device) -> float:
     """MiB beyond the inputs. On a CPU a fresh process measures it: a process never gives its peak back."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return _peak_of(step, device)
     code = f"from rld_lightning.bench.steps import cpu_peak; print(cpu_peak({name!r}, {batch}, {classes}))"
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def cpu_peak(name: str, batch: int, classes: int) -> float:
     """MiB that one forward and backward needs beyond its inputs, at its peak; call it in a fresh process."""
-    inputs = _logits(batch, classes, torch.device("cpu"))
-    before = _reset_peak()
-    (plain_rld if name == "plain formula" else _log_space_rld)(*inputs).backward()
-    return (_peak_rss() - before) / 2**10
+    cpu = torch.device("cpu")
+    inputs, loss = _logits(batch, classes, cpu), plain_rld if name == "plain formula" else _log_space_rld
+    return _peak_of(lambda: loss(*inputs).backward(), cpu)
 
 
-def _reset_peak() -> int:
-    """The resident memory, in KiB, from which the peak counts from here on; the old peak, elsewhere than on Linux."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_rss()
-
-
-def _peak_rss() -> int:
-    """Largest resident memory of this process so far, in KiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it forked
-        return int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _peak_of(work: Step, device: torch.device) -> float:
+    """MiB that come on top of what is in use; NaN where the system does not say."""
+    forget_peak(device)
+    before = memory(device)
+    work()
+    peak = peak_memory(device)
+    return float("nan") if before is None or peak is None else (peak - before) / 2**20
 
 
 def _wait(device: torch.device) -> None:

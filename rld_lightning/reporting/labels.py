@@ -78,3 +78,8 @@ def shortened(name: str, most: int) -> str:
 def mean_and_std(mean: float, std: float | None) -> str:
     """``60.12 ± 0.34``, or the mean alone."""
     return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None and not isnan(std) else "")
+
+
+def in_markdown(value: object) -> str:
+    """What is printed into Markdown, where HTML and links count: names of strangers' runs bring none."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value)).replace("](", "] (")

@@ -15,7 +15,7 @@ from rld_lightning.hydra.quoting import as_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
 from rld_lightning.reporting.cost import CostOf, known_cost
 from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
-from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
+from rld_lightning.reporting.labels import in_markdown, mean_and_std, short_key, short_value
 from rld_lightning.reporting.latex import write_latex
 from rld_lightning.reporting.links import folder_link, paper_links, wandb_link
 from rld_lightning.reporting.paper import EPOCHS
@@ -267,19 +267,12 @@ class _Ours(str):
     """What a macro has made, of values that were looked at when they were printed into it."""
 
 
-def _in_markdown(value: object) -> str:
-    """What templates print into Markdown, where HTML and links count: names bring none."""
-    if isinstance(value, _Ours):
-        return value
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value)).replace("](", "] (")
-
-
 @cache
 def _environment(*, html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rld_lightning.reporting", "."),
         autoescape=html,
-        finalize=None if html else _in_markdown,
+        finalize=None if html else lambda value: value if isinstance(value, _Ours) else in_markdown(value),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

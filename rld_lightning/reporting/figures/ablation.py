@@ -10,7 +10,7 @@ from matplotlib.transforms import Bbox
 from rld_lightning.reporting.figures import register_figure
 from rld_lightning.reporting.figures.refine import rld_of, usual_rld
 from rld_lightning.reporting.frame import BEST, LAST
-from rld_lightning.reporting.labels import mean_and_std
+from rld_lightning.reporting.labels import in_markdown, mean_and_std
 from rld_lightning.reporting.paper import published_numbers
 from rld_lightning.reporting.style import PALE, save_figure, styled
 from rld_lightning.reporting.tables import Section, choose_pair
@@ -114,14 +114,9 @@ def ablation_cells(table: pd.DataFrame) -> list[list[str]]:
 
 def ablation_markdown(table: pd.DataFrame, title: str) -> str:
     """The table as Markdown, with a line about what is ours and what is not."""
-    cells = [[_in_markdown(text) for text in line] for line in ablation_cells(table)]
+    cells = [[in_markdown(text).replace("|", "\\|") for text in line] for line in ablation_cells(table)]
     lines = "\n".join(f"| {' | '.join(line)} |" for line in [HEADING, ["---"] * 3 + ["---:"] * 5, *cells])
-    return f"## {_in_markdown(title)}\n\n{lines}\n\n{note(table)}\n"
-
-
-def _in_markdown(text: str) -> str:
-    """A text, with names of strangers' runs in it, that brings neither HTML nor links nor cells of its own."""
-    return text.replace("<", "&lt;").replace("](", "] (").replace("|", "\\|")
+    return f"## {in_markdown(title)}\n\n{lines}\n\n{note(table)}\n"
 
 
 def note(table: pd.DataFrame) -> str:
