@@ -61,8 +61,22 @@ def test_the_card_has_the_table_of_the_networks(tmp_path):
     digits_run(tmp_path / "run")
     names, roles = ("a|b<img src=x>\n# c", "resnet8", "resnet8"), ("teacher", "student alone", "distilled student")
     networks = [
-        Network(role, name, "test", 360, 95.5, None, 0.25, 1.5, None if role == "teacher" else 78042, None, 320168, 0.8)
-        for role, name in zip(roles, names, strict=True)
+        Network(
+            role,
+            name,
+            "test",
+            360,
+            95.5,
+            None,
+            0.25,
+            1.5,
+            None if role == "teacher" else 78042,
+            None,
+            320168,
+            0.8,
+            "a CPU",
+        )
+        for role, name, own in zip(roles, names, (None, 78042, 78042), strict=True)
     ]
     write_networks(tmp_path / "run", networks)
     assert read_networks(tmp_path / "run") == networks
@@ -91,7 +105,7 @@ def test_the_card_has_the_table_of_the_networks(tmp_path):
 )
 def test_networks_of_a_stranger_are_plain_values_in_range(tmp_path, text, about):
     if callable(text):
-        text = json.dumps([text(asdict(Network("teacher", "x", "test", 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, 1.0)))])
+        text = json.dumps([text(asdict(Network("teacher", "x", "test", 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, 1.0, "a CPU")))])
     (tmp_path / "networks.json").write_text(text)
     with pytest.raises(ValueError, match=about):
         read_networks(tmp_path)
