@@ -35,20 +35,15 @@ _USER = re.compile(r"(\w[\w+.-]*://)(?:[^\s/]*:[^\s/]*|(?<=http://)[^\s/:@]+|(?<
 _known: set[str] = set()
 
 
-def redact(values: Any, *, below: str = "") -> Any:
-    """A copy of nested plain values without secrets.
-
-    Args:
-        values: mappings, lists and plain values, such as a configuration.
-        below: the key that they are the value of.
-    """
-    remember(values, below=below)
-    return _redacted(values, below)
+def redact(values: Any) -> Any:
+    """A copy of nested plain values without secrets: of mappings, lists and plain values, such as a configuration."""
+    remember(values)
+    return _redacted(values, "")
 
 
-def remember(values: Any, *, below: str = "") -> None:
+def remember(values: Any) -> None:
     """Lets :func:`redact_text` know the secrets of nested plain values, wherever they turn up from now on."""
-    _known.update(text for text in map(str, _secrets(values, below)) if len(text) >= _SHORTEST)
+    _known.update(text for text in map(str, _secrets(values, "")) if len(text) >= _SHORTEST)
 
 
 def remember_environment() -> None:
