@@ -29,6 +29,7 @@ CONFUSION = "confusion.csv"  # how many images of a class were taken for which
 CURVES = "curves.png"
 STUDENT = "student.safetensors"  # the exported student
 LAST = "last.ckpt"  # to resume from
+PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
 BEST = "best.ckpt"
 DIVERGED = "diverged.npz"  # which batch made the loss no number
 ERROR = "error.txt"  # of a trial that failed

@@ -17,10 +17,8 @@ from rld_lightning.callbacks import CheckpointFiles
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.runs.checkpoint import is_there, previous_of, read_checkpoint
-from rld_lightning.runs.files import LAST
+from rld_lightning.runs.files import LAST, PREVIOUS
 from rld_lightning.tasks.run.build import build_trainer
-
-PREVIOUS = "last.previous.ckpt"
 
 
 def checkpoint(step, **others):
