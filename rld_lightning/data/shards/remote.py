@@ -62,10 +62,10 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
         # As curl does: through the proxy that the environment names.
         silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
         # Not packed: a few bytes may unpack to any number. A server that packs nevertheless is not understood.
-        plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
-        given = {"trust_env": True, "timeout": silence} | dict(options.get("client_kwargs", {}))
-        given["headers"] = plain["headers"] | dict(given.get("headers", {}))
-        options["client_kwargs"] = plain | given
+        ours = {"trust_env": True, "timeout": silence, "auto_decompress": False}
+        given: dict[str, Any] = ours | dict(options.get("client_kwargs", {}))
+        given["headers"] = {"Accept-Encoding": "identity"} | dict(given.get("headers", {}))
+        options["client_kwargs"] = given
     try:
         return fsspec.url_to_fs(address, **options)
     except ImportError as error:

@@ -60,7 +60,7 @@ def _bomb_in(content: bytes) -> str:
     if content[:4] != b"PK\x03\x04":  # a file of before torch 1.6: what it is, the content, and where storages are
         return bomb_in(BytesIO(content), _OLD_PICKLES)
     try:
-        reader = torch._C.PyTorchFileReader(BytesIO(content))
+        reader: Any = torch._C.PyTorchFileReader(BytesIO(content))  # whose types are not all declared
         return bomb_in(BytesIO(reader.get_record("data.pkl"))) if reader.has_record("data.pkl") else ""
     except RuntimeError:  # no archive to PyTorch, which says so
         return ""
