@@ -119,6 +119,11 @@ def test_a_loss_on_features_in_a_loop_of_your_own():
     assert all(p.grad is not None for p in [*student.parameters(), *scope["criterion"].parameters()])
 
 
+def test_the_losses_that_see_a_batch_as_a_whole_are_named():
+    (named,) = re.findall(r"^- (`dist`.*?)\. Several processes", PAGES["docs/losses.md"], re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", named)) == {name for name in list_losses() if loss_class(name).of_whole_batch}
+
+
 @pytest.fixture
 def _own_registries(monkeypatch):
     """What a test registers is gone after it."""
