@@ -1,5 +1,6 @@
-"""Means over an epoch and all ranks, with one collective at its end."""
+"""Means over an epoch and all ranks, with one collective at its end; and what chance makes of an accuracy."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -91,3 +92,8 @@ def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if len(terms) < 2 or not total:
         return {}
     return {f"stats/{name}_share": 100 * mean / total for name, mean in terms.items()}
+
+
+def luck(percent: float, images: int) -> float:
+    """Three standard deviations of an accuracy measured on so many images, in points."""
+    return 3 * math.sqrt(percent * (100 - percent) / images)

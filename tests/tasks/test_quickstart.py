@@ -71,6 +71,17 @@ def test_networks_are_printed_side_by_side_with_what_to_try_next(tmp_path, capsy
     assert "python scripts/compare.py experiment=quickstart" in output
 
 
+@pytest.mark.parametrize(("top1", "other", "images"), [(99.72, 99.17, 360), (54.3, 56.2, 10_000), (54.3, 56.6, 10_000)])
+def test_a_difference_that_may_be_chance_is_called_so(top1, other, images):
+    alone, distilled = (SimpleNamespace(top1=value, images=images) for value in (top1, other))
+    caution = trials._may_be_chance(alone, [alone, distilled])
+    p, q = top1 / 100, other / 100
+    far = abs(p - q) / ((p * (1 - p) + q * (1 - q)) / images) ** 0.5 > 3  # standard deviations, of two binomials
+    assert bool(caution) != far
+    if images == 360:
+        assert caution == "360 images tell students apart by 1.7 points or more; several seeds tell more"
+
+
 @pytest.mark.slow
 def test_the_quickstart_from_nothing(tmp_path):
     places = (f"paths.runs={tmp_path / 'runs'}", f"paths.teachers={tmp_path / 'teachers'}")

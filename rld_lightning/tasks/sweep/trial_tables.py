@@ -1,5 +1,6 @@
 """The trials of a sweep when they are over: by setting, as the command that trains with the best, as a table."""
 
+import math
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ from rld_lightning.console import console, print_files, print_line, print_table
 from rld_lightning.errors import UserError, printable
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.hydra.quoting import as_command
+from rld_lightning.metrics import luck
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.facts import read_facts
@@ -22,6 +24,7 @@ from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
 from rld_lightning.runs.finished import Run, find_runs, read_run
+from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import called, invocation
 from rld_lightning.tasks.teacher.recorded import seen_as_teacher
 
@@ -174,6 +177,8 @@ def print_networks(folder: Path) -> None:
     columns = ("", "model", "top-1 %", "parameters", "M MACs", "images/s")
     print_table(f"{first.dataset}, last of {first.epochs} epochs", columns, rows)
     console.print("images/s: forward passes of 64 images on this machine", style="dim")
+    if caution := _may_be_chance(alone.summary, [run.summary for run in trials]):
+        print_line("caution", caution)
     for run in (*trials, alone):
         print_files(run.folder, {CURVES: f"learning curves, {run.summary.loss}"})
     suggested = {
@@ -183,6 +188,15 @@ def print_networks(folder: Path) -> None:
     }
     for command, what in suggested.items():
         print_line("next", f"{command}  {what}", pasted=True)
+
+
+def _may_be_chance(alone: Summary, distilled: Sequence[Summary]) -> str:
+    """A sentence where no student differs from the one alone by more than so few images can tell; else empty."""
+    most = max(abs(summary.top1 - alone.top1) for summary in distilled)
+    told = max(math.hypot(luck(alone.top1, alone.images), luck(s.top1, s.images)) for s in distilled)
+    if most > told:
+        return ""
+    return f"{alone.images:,} images tell students apart by {told:.1f} points or more; several seeds tell more"
 
 
 def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:

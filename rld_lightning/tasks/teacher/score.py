@@ -1,7 +1,6 @@
 """How good a teacher is, measured before anything is learnt from it."""
 
 import time
-from math import sqrt
 
 import torch
 from lightning.pytorch import Trainer
@@ -9,6 +8,7 @@ from lightning.pytorch import Trainer
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.metrics import luck
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.facts import WeightsFacts
 
@@ -60,18 +60,13 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
     images = f"{seen:,} of {data.val_size:,} validation images{_learnt(facts, data)}"
     print_line("teacher", f"top-1 {top1:.2f} % on {images}")
     chance = 100 / data.num_classes
-    fallen = recorded is not None and top1 < recorded - _luck(recorded, seen) - _FAR
-    guessing = top1 <= chance + _luck(chance, seen) + _FAR * (1 - chance / 100)
+    fallen = recorded is not None and top1 < recorded - luck(recorded, seen) - _FAR
+    guessing = top1 <= chance + luck(chance, seen) + _FAR * (1 - chance / 100)
     if not (fallen or guessing):
         return
     like = f"far below the {recorded:.2f} % that its file says" if fallen else f"near that of guessing ({chance:.2f} %)"
     why = _causes(facts, teacher, data) if fallen or recorded is None else "so says its file"
     print_line("caution", f"the teacher's top-1 is {like}; {why}")
-
-
-def _luck(percent: float, images: int) -> float:
-    """Three standard deviations of an accuracy measured on so many images, in points."""
-    return 3 * sqrt(percent * (100 - percent) / images)
 
 
 def _learnt(facts: WeightsFacts, data: ImageDataModule) -> str:
