@@ -21,12 +21,15 @@ NO_TERMS = {
     *("train/images_per_s", "train/grad_norm"),
 }
 
+_FEW = 20  # images, of which a share is all or nothing
+
 
 @styled
 def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     """Draws accuracy, loss terms, their shares, teacher statistics, gradient norm and learning rate of a run.
 
-    An epoch that was trained in part is drawn where it ended: 60 of 782 steps at 0.08.
+    An epoch that was trained in part is drawn where it ended: 60 of 782 steps at 0.08. Where the teacher is wrong is
+    left out if that is on fewer than 20 validation images.
 
     Args:
         run: a run folder with a ``metrics.csv``.
@@ -48,6 +51,8 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         "val/agreement": "student agrees with teacher, val",
         "val/top1_teacher_wrong": "student right where teacher is wrong, val",
     }
+    if summary is not None and _errors(summary) < _FEW:
+        del on_validation["val/top1_teacher_wrong"]
     on_training = {name: f"{name.removeprefix('stats/').replace('_', ' ')}, train" for name in statistics}
     # Title, unit, what is drawn by the name it is logged under, and what it means if nothing is there.
     panels = [
@@ -81,6 +86,11 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         axes.grid(alpha=0.3)
     figure.savefig(run / CURVES, dpi=120)
     return run / CURVES
+
+
+def _errors(summary: Summary) -> float:
+    """How many validation images the teacher gets wrong."""
+    return summary.images * (1 - (summary.teacher_top1 or 0) / 100)
 
 
 def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:

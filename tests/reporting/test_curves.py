@@ -126,3 +126,18 @@ def test_the_rate_of_an_epochs_last_step_is_drawn_over_that_epoch(tmp_path, monk
     (line,) = found
     assert (list(line.get_xdata()), line.get_drawstyle()) == (steps, style)
     assert list(line.get_ydata())[-2:] == [0.05, 0.005]
+
+
+@pytest.mark.parametrize(("teacher_top1", "drawn"), [(99.81, False), (99.79, True)])
+def test_shares_of_a_few_images_are_not_drawn(tmp_path, monkeypatch, teacher_top1, drawn):
+    run, labels = write_run(tmp_path / "run", "kd", teacher_top1=teacher_top1), set()
+    (run / "metrics.csv").write_text(METRICS)
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *_, **__: labels.update(line.get_label() for a in figure.axes for line in a.lines),
+    )
+    summary = read_summary(run)
+    plot_curves(run, "title", summary)
+    assert round(summary.images * (100 - teacher_top1) / 100) in (19, 21)
+    assert ("student right where teacher is wrong, val" in labels) == drawn
