@@ -83,5 +83,5 @@ def test_ctrl_c_while_a_script_imports_ends_in_one_sentence():
 
 @pytest.mark.slow
 def test_reports_and_their_costs_need_no_lightning():
-    packages = imported_by("import rld_lightning.reporting.report, rld_lightning.tasks.cost")
+    (packages,) = imported_by("import rld_lightning.reporting.report, rld_lightning.tasks.cost")
     assert packages & HEAVY <= {"pandas", "matplotlib", "scipy"}

@@ -238,7 +238,11 @@ def test_the_script_leaves_files_and_says_what_is_missing(make_run, tmp_path, fi
     assert code == 0
     names = {f"{name}.{kind}" for name in ("toy", "gain", "ablation") for kind in ("png", "pdf")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"gain.csv", "ablation.md"}
-    for name in ("explain: there are no weights", "differences: there is no finished run", "sensitivity: no hyper-"):
+    for name in (
+        "explain: the teacher's weights are not at",
+        "differences: there is no finished run",
+        "sensitivity: no hyper-",
+    ):
         assert name in told
 
 
