@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import print_line
 from rld_lightning.distributed import is_first, started_by
 from rld_lightning.errors import UserError
@@ -48,7 +49,7 @@ def turn_to_train(store: TeacherStore, dataset: str, name: str, run: Path) -> It
         _wait(lock, f"{name} is being trained for {place} by another run: waiting for it")
         lacks = not store.has(dataset, name)
         if lacks:
-            holder.write_text(own)
+            write_whole(holder, own.encode())  # in place of a link that somebody else has left there
     except OSError as error:
         lock.release()
         raise UserError(

@@ -1,5 +1,6 @@
 """Of several runs that lack the same teacher one trains it."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -49,6 +50,18 @@ def test_one_of_several_runs_trains_and_the_others_take_it(store, model, tmp_pat
         list(pool.map(run, range(4)))
     assert len(trained) == 1
     assert not list(store.root.rglob("*.holder"))
+
+
+@pytest.mark.parametrize("kind", ["holder", "lock"])
+def test_nothing_is_written_through_a_link_in_a_folder_of_several_users(store, tmp_path, kind):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    place = store.path(*NAME)
+    place.parent.mkdir(parents=True)
+    place.with_name(f".{place.stem}.{kind}").symlink_to(mine)
+    with contextlib.suppress(UserError), turn_to_train(store, *NAME, tmp_path / "run"):
+        pass
+    assert mine.read_text() == "mine"
 
 
 def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, capsys):
