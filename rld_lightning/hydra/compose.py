@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 import rld_lightning.hydra.resolvers  # noqa: F401  (registers the resolvers that conf/ uses)
 from rld_lightning.hydra.options import CONF, register_options
 
-_SWEEP = frozenset(("-m", "--multirun"))
+SWEEP = frozenset(("-m", "--multirun"))
 SEARCH_PATH, CONFIG_NAME = ("-cd", "--config-dir"), ("-cn", "--config-name")
 # Flags whose value is an argument of its own.
 WITH_VALUE = (*SEARCH_PATH, *CONFIG_NAME, "-cp", "--config-path", "-p", "--package", "-c", "--cfg", "-i", "--info")
@@ -56,7 +56,7 @@ def expand_combined_loss(arguments: list[str]) -> list[str]:
 
 def with_own_folder(arguments: Sequence[str]) -> list[str]:
     """Has Hydra make the folder that ``paths.run=`` names, and no empty one beside it. A sweep has a folder a run."""
-    if _SWEEP & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
+    if SWEEP & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
         return list(arguments)
     return [re.sub("^paths.run=", "hydra.run.dir=", argument) for argument in arguments]
 
@@ -73,7 +73,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     overrides: list[str] = []
     for before, argument in zip(("", *arguments), arguments, strict=False):
         (flags if argument.startswith("-") or before in WITH_VALUE else overrides).append(argument)
-    if sweeps := _SWEEP & {*flags}:
+    if sweeps := SWEEP & {*flags}:
         if {"--help", "-h", "--hydra-help"} & {*flags}:
             return [flag for flag in flags if flag not in sweeps]
         if shown := [flag for flag in flags if flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i")]:

@@ -19,7 +19,7 @@ from rld_lightning.distributed import Stopped, leave, signals_end
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.cleared import clear_mistake
-from rld_lightning.hydra.compose import expand_combined_loss, flags_first, in_front, with_own_folder
+from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first, in_front, with_own_folder
 from rld_lightning.hydra.dot_hydra import note_job
 from rld_lightning.hydra.options import CONF, register_options
 from rld_lightning.hydra.paths import anchored
@@ -93,7 +93,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
 def _is_read_by_others(arguments: Sequence[str]) -> bool:
     """Whether there are flags, all of which but ``--multirun`` ask for something to be printed."""
-    return any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in arguments)
+    return any(argument.startswith("-") and argument not in SWEEP for argument in arguments)
 
 
 def chosen() -> list[str]:

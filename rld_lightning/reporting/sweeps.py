@@ -16,8 +16,8 @@ from rld_lightning.reporting.labels import differing, short_key, short_value
 from rld_lightning.runs.files import CONFIG, STUDY, SWEEPER
 from rld_lightning.runs.finished import Run
 
-# The axes of heat maps, where these are swept: across, down, and one map each.
 _LARGEST = 1 << 30  # bytes of a study's file
+# The axes of heat maps, where these are swept: across, down, and one map each.
 _FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
 MAX_GRID = 20  # values of a key, beyond which trials are points and not cells
 

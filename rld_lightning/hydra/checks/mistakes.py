@@ -19,7 +19,7 @@ from rld_lightning.hydra.checks.callbacks import check_watchers
 from rld_lightning.hydra.checks.machine import check_machine
 from rld_lightning.hydra.checks.unknown_keys import unknown_key
 from rld_lightning.hydra.checks.values import check_values
-from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, WITH_VALUE, compose
+from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, WITH_VALUE, compose
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
 
@@ -55,7 +55,7 @@ class Command:
                 value = value if equals else next(rest, "")
                 folders += [value] if flag in SEARCH_PATH else []
                 config_name = value if flag in CONFIG_NAME else config_name
-        return cls(config_name, tuple(overrides), tuple(folders), bool(flags & {"-m", "--multirun"}))
+        return cls(config_name, tuple(overrides), tuple(folders), bool(flags & SWEEP))
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """The configuration that other overrides give, with the same files."""
