@@ -32,12 +32,13 @@ def test_bench_of_losses_is_relative_to_kd(capsys):
     assert float(rows[0][2]) == 1
 
 
-def test_the_step_of_a_graph_trains_as_a_loop_does():
+@pytest.mark.parametrize("compiled", ["nothing", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_step_of_a_graph_trains_as_a_loop_does(compiled):
     torch.manual_seed(0)
     images, label, rows = torch.randn(8, 3, 32, 32), torch.randint(10, (8,)), torch.arange(8)
     teacher, student, other = (bench.create_model("resnet8", 10) for _ in range(3))
     other.load_state_dict(student.state_dict())
-    step = bench.graph_step(student, teacher, None, rows, images, label)
+    step = bench.graph_step(student, teacher, None, rows, images, label, compiled=compiled)
     optimizer = torch.optim.SGD(other.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     for _ in range(2):
         step()
