@@ -7,7 +7,7 @@ import sys
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.data_of_weights import data_of
-from rld_lightning.hydra.script import run_task
+from rld_lightning.hydra.script import exit_on_user_error, run_task
 
 
 def main(cfg: DictConfig) -> float:
@@ -20,4 +20,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    run_task(main, "eval", *data_of(sys.argv[1:]))
+    with exit_on_user_error():
+        data = data_of(sys.argv[1:])
+    run_task(main, "eval", *data)

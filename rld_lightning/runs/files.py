@@ -43,12 +43,26 @@ SWEEP = "sweep.yaml"  # what a sweep varies and what it does not, in the sweep's
 SWEEPER = "multirun.yaml"  # the configuration of a sweep, likewise
 STUDY = "study.db"  # of an Optuna sweep
 TEACHER = "teacher"  # the run folder, within another, of the teacher that was trained for it
+ALONE = "alone"  # likewise of the student that was trained by itself
 HYDRA = ".hydra"  # what Hydra notes
 CHOICES = f"{HYDRA}/hydra.yaml"  # which options of the groups were chosen
 OVERRIDES = f"{HYDRA}/overrides.yaml"  # what stood on the command line
 WANDB_RUN = "wandb_run.json"  # which W&B run it is
 WANDB = "wandb"  # what W&B keeps
 LOCK = ".lock"  # of the process that trains
+
+
+def run_of(weights: Path) -> Path:
+    """The folder of the run that a file of weights is of: its own, or that above of an export in a run's folder."""
+    folder = weights.parent
+    is_export = (folder / EXPORTED).is_file() and not (folder / CONFIG).is_file()
+    return folder.parent if is_export and (folder.parent / CONFIG).is_file() else folder
+
+
+def split_of(run: Path) -> Path | None:
+    """The file that says which image of a folder was in which split; of a network beside a run it is the run's."""
+    folders = (run, run.parent) if run.absolute().name in (TEACHER, ALONE) else (run,)
+    return next((folder / SPLIT for folder in folders if (folder / SPLIT).is_file()), None)
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:

@@ -13,42 +13,51 @@ import rld_lightning.data
 from rld_lightning.data import ImageDataModule, ImageNetDataModule
 from rld_lightning.losses import CombinedLoss, DistillationLoss
 from rld_lightning.losses.registry import list_losses, loss_class
-from rld_lightning.runs.files import SPLIT
+from rld_lightning.runs.files import split_of
 from rld_lightning.runs.finished import Run
 
 # Where data come from and what is written of them is not for a folder to say.
 _PLACES = ("download", "url", "cache", "storage_options", "bad_images_file", "split_file")
 
 
-def build_data(run: Run, root: Path | None = None) -> ImageDataModule:
+def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -> ImageDataModule:
     """The data of a run, not loaded yet.
 
     Args:
         run: a finished run.
         root: where the data lie, if not where they lay when the run was trained. Only there are they downloaded.
+        option: what names another place, for messages.
 
     Raises:
-        FileNotFoundError: the run's own place has to be unpacked first.
+        FileNotFoundError: the run's own place is not there, or has to be unpacked first.
         ValueError: the settings name another class than this package's, or have values that it does not take.
     """
     data = rld_lightning.data
     classes = [getattr(data, name) for name in data.__all__]
     own = [cls for cls in classes if issubclass(cls, ImageDataModule) and not inspect.isabstract(cls)]
     settings = {key: value for key, value in run.config["data"].items() if key not in _PLACES}
-    if (run.folder / SPLIT).is_file() and "split_file" in run.config["data"]:
-        settings["split_file"] = str(run.folder / SPLIT)
+    if "split_file" in run.config["data"] and (written := split_of(run.folder)) is not None:
+        settings["split_file"] = str(written)
     place = settings.get("root")
     if root is not None and place is not None:
         settings["root"] = str(root)
     elif isinstance(place, str) and ("://" in place or "::" in place):
         raise ValueError(
-            f"{run.folder} has its data in a store, {place}, which is not asked for a run's folder; give --data."
+            f"{run.folder} has its data in a store, {place}, which is not asked for a run's folder; give another place "
+            f"with {option}<folder>."
         )
     elif str(settings.get("_target_")).endswith(".CIFAR100DataModule"):
         settings["download"] = False
+    elif isinstance(place, str) and not Path(place).is_dir():
+        raise FileNotFoundError(
+            f"{run.folder} was trained on the data in {place}, which is no folder here; say where they lie now with "
+            f"{option}<folder>."
+        )
+    if settings.get("decode") == "cuda":  # there may be no GPU here
+        settings["decode"] = "auto"
     built = _build(settings, _targets(own, "rld_lightning.data"), run.folder)
     if root is None and isinstance(built, ImageNetDataModule) and not (built.root / "val").is_dir():
-        raise FileNotFoundError(f"there is no val/ in {built.root}; give the data's folder with --data.")
+        raise FileNotFoundError(f"there is no val/ in {built.root}; give the data's folder with {option}<folder>.")
     return built
 
 

@@ -26,7 +26,7 @@ from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.trio import Network, table_of, write_networks
-from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
+from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import called
@@ -36,7 +36,6 @@ from rld_lightning.tasks.run.plan import Plan, alone, changed
 from rld_lightning.tasks.run.resume import run_once
 from rld_lightning.tasks.run.trainer import make_trainer
 
-ALONE = "alone"  # the run folder, within another, of the student that was trained by itself
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 

@@ -31,7 +31,7 @@ from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import check_fits, load_weights
-from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, write_csv, write_json
+from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, run_of, split_of, write_csv, write_json
 from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
 from rld_lightning.tasks.run.matched_classes import match_classes
 from rld_lightning.tasks.run.plan import freeze
@@ -223,10 +223,10 @@ def _model_name(weights: Weights) -> str:
 
 def _share_out_as_trained(weights: Weights, data: ImageDataModule, run: Path) -> None:
     """Has a folder of images shared out as the run of the weights has written it down, unless the command says how."""
-    written = weights.source.parent / SPLIT
+    written = split_of(run_of(weights.source))
     if not isinstance(data, ImageFolderDataModule) or data.split_file != run / SPLIT:
         return
-    if written.is_file() and facts_of(weights).dataset == data.name:
+    if written is not None and facts_of(weights).dataset == data.name:
         data.split_file = written
         print_line("data", f"shared out as in {written}")
 

@@ -171,7 +171,7 @@ def _data(run: Run, student: Student, root: Path | None) -> ImageDataModule:
     """The run's data as they are evaluated: training images, too, come as they are."""
     settings = run.config["data"] | {"augment": False, "subset": 1.0, "mixup": 0.0, "cutmix": 0.0}
     settings = {key: value for key, value in settings.items() if key in run.config["data"]}
-    data = build_data(replace(run, config=run.config | {"data": settings}), root)
+    data = build_data(replace(run, config=run.config | {"data": settings}), root, option="root=")
     data.prepare_data()
     data.setup("fit")
     if list(data.class_names) != student.classes:

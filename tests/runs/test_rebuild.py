@@ -124,9 +124,12 @@ def test_data_are_fetched_and_written_where_the_user_says_alone(tmp_path):
     assert (given.root, given.download) == (tmp_path / "given", True)
     assert "127.0.0.1" not in given.url
     imagenet = {"_target_": "rld_lightning.data.ImageNetDataModule", **places}
-    with pytest.raises(FileNotFoundError, match="give the data's folder with --data"):
+    with pytest.raises(FileNotFoundError, match=r"run was trained on the data in .*elsewhere, which is no folder here"):
         build_data(run_with(tmp_path / "run", data=imagenet))
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"there is no val/ in .*; give the data's folder with root=<folder>"):
+        build_data(run_with(tmp_path / "run", data=imagenet), option="root=")
     for root in ("reference://x", "s3://bucket/x", "simplecache::file://x"):
         shards = {"_target_": "rld_lightning.data.ShardsDataModule", **places, "root": root}
-        with pytest.raises(ValueError, match="give --data"):
+        with pytest.raises(ValueError, match="give another place with --data <folder>"):
             build_data(run_with(tmp_path / "run", data=shards))

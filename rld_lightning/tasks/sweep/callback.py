@@ -27,7 +27,7 @@ from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.reporting.labels import short_value
 from rld_lightning.runs.events import note
-from rld_lightning.runs.files import CONFIG, STUDENT, SUMMARY, TEACHER, read_config
+from rld_lightning.runs.files import ALONE, CONFIG, STUDENT, SUMMARY, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.fit import fit_in_processes
@@ -46,7 +46,6 @@ from rld_lightning.tasks.sweep.swept_values import (
     values_of,
 )
 from rld_lightning.tasks.sweep.trial_tables import (
-    ALONE,
     HELD_OUT,
     key_of,
     line_of,

@@ -22,7 +22,7 @@ from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import read_metadata
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_value
-from rld_lightning.runs.files import CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
+from rld_lightning.runs.files import ALONE, CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import called, invocation
@@ -31,7 +31,6 @@ from rld_lightning.tasks.teacher.recorded import seen_as_teacher
 if TYPE_CHECKING:
     import pandas as pd
 
-ALONE = "alone"  # folder of the student that was trained by itself
 HELD_OUT = "data.val_fraction"
 MOST_SHOWN = 20  # settings
 
