@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -27,8 +27,8 @@ from rld_lightning.models.student import EXPORT, Student, load_student
 from rld_lightning.models.weights.beside import HUB_CONFIG
 from rld_lightning.models.weights.read import HUB_WEIGHTS, RUN_WEIGHTS
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.reporting.card import Exported, hub_config, model_card
-from rld_lightning.runs.files import EXPORTED, write_json
+from rld_lightning.reporting.card import CHOSEN_ON_TEST, Exported, hub_config, model_card
+from rld_lightning.runs.files import BEST, EXPORTED, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.folder import check_within
 from rld_lightning.runs.rebuild import build_data
@@ -48,6 +48,7 @@ class Export:
     Attributes:
         folder: where the files lie.
         model: what was exported.
+        checkpoint: of which epoch, ``"last"`` or ``"best"``.
         dataset: what it was compared on.
         split: which images of it, ``"test"`` or ``"val"``.
         pixels: whether the ONNX and ``.pt2`` files take uint8 pixels and give probabilities.
@@ -57,6 +58,7 @@ class Export:
 
     folder: str
     model: str
+    checkpoint: Literal["last", "best"]
     dataset: str
     split: str
     pixels: bool
@@ -77,6 +79,7 @@ def export(cfg: DictConfig) -> Export:
         return export_run(
             Path(cfg.run),
             cfg.formats,
+            checkpoint=cfg.checkpoint,
             out=None if cfg.out is None else Path(cfg.out),
             val_images=cfg.val_images,
             train_images=cfg.train_images,
@@ -90,6 +93,7 @@ def export_run(
     run: Path,
     formats: Sequence[str] = ("safetensors", "onnx", "torch_export"),
     *,
+    checkpoint: Literal["last", "best"] = "last",
     out: Path | None = None,
     val_images: int | None = 1000,
     train_images: int = 256,
@@ -105,7 +109,8 @@ def export_run(
     Args:
         run: the folder of a finished run: its ``student.safetensors``, ``summary.json`` and ``config.yaml`` are read.
         formats: of :data:`FORMATS`; the card and ``export.json`` are always written.
-        out: where to; ``<run>/export`` by default.
+        checkpoint: the student of the last epoch, or that of ``best.ckpt``, which validation has chosen.
+        out: where to; ``<run>/export`` by default, and ``<run>/export_best`` of the best epoch.
         val_images: how many of the images that the run was validated on each file is compared on, classes mixed; None
             for all, 0 for none, and then the data need not be there.
         train_images: how many training images ``onnx_int8`` is calibrated on.
@@ -117,17 +122,22 @@ def export_run(
         what was written, and how it compares.
 
     Raises:
-        FileNotFoundError: the run is not finished, or its data are not there.
+        FileNotFoundError: the run is not finished, has no such checkpoint, or its data are not there.
         ImportError: a package is missing; the message says how to install it.
         ValueError: a format is unknown or cannot hold the network, or the run's files are not what they should be.
     """
     _check(formats, val_images)
-    finished = read_run(run)
-    student = load_student(run / RUN_WEIGHTS)
-    folder = out or run / EXPORT
+    finished = _finished(run, checkpoint)
+    student = load_student(run / (RUN_WEIGHTS if checkpoint == "last" else BEST))
+    if checkpoint == "best":  # which its file does not know
+        student.facts = replace(student.facts, top1=finished.summary.top1_best)
+    folder = out or run / (EXPORT if checkpoint == "last" else f"{EXPORT}_{checkpoint}")
     if out is None:
         check_within(folder, run, "out=")
-    print_line("model", f"{student.name}, {len(student.classes)} classes, of {run}")
+    of = "" if checkpoint == "last" else f", the best epoch on {finished.summary.validated_on}"
+    print_line("model", f"{student.name}, {len(student.classes)} classes, of {run}{of}")
+    if checkpoint == "best" and finished.summary.split == "test":
+        print_line("caution", f"{CHOSEN_ON_TEST}; data.val_fraction=0.1 holds some out to choose by")
     needs_data = val_images != 0 or "onnx_int8" in formats
     data = _data(finished, student, root) if needs_data else None
     sample = _sample(data, val_images) if data is not None and val_images != 0 else None
@@ -143,12 +153,35 @@ def export_run(
         compared.append(_compare(made, _run(run_file, batches), expected, sample.label, writer.pixels(made.format)))
     summary = finished.summary
     result = Export(
-        str(folder), student.name, summary.dataset, summary.split, pixels, pixels and any_size, tuple(compared)
+        folder=str(folder),
+        model=student.name,
+        checkpoint=checkpoint,
+        dataset=summary.dataset,
+        split=summary.split,
+        pixels=pixels,
+        any_size=pixels and any_size,
+        files=tuple(compared),
     )
-    write_whole(folder / CARD, model_card(student, finished, compared, pixels=pixels, any_size=any_size).encode())
+    card = model_card(student, finished, compared, checkpoint=checkpoint, pixels=pixels, any_size=any_size)
+    write_whole(folder / CARD, card.encode())
     write_json(folder / EXPORTED, asdict(result))
     _report(result)
     return result
+
+
+def _finished(run: Path, checkpoint: str) -> Run:
+    if run.suffix == ".ckpt":
+        which = " checkpoint=best" if run.name == BEST else ""
+        raise ValueError(f"run={run} is a checkpoint; give the folder of its run: run={run.parent}{which}.")
+    if checkpoint not in ("last", "best"):
+        raise ValueError(f"checkpoint={checkpoint} is not known; choose last or best.")
+    finished = read_run(run)
+    if checkpoint == "best" and not (run / BEST).is_file():
+        raise FileNotFoundError(
+            f"{run} has no {BEST}: its run has kept none (callbacks.checkpoint_best). Export its last epoch, with "
+            "checkpoint=last."
+        )
+    return finished
 
 
 def _check(formats: Sequence[str], val_images: int | None) -> None:

@@ -12,11 +12,12 @@ from rld_lightning.models import create_model
 from rld_lightning.models.weights.save import save_weights
 
 
-def digits_run(folder, name="resnet8", *, size=8, seed=0):
+def digits_run(folder, name="resnet8", *, size=8, seed=0, held_out=0.0):
     """The folder of a finished run on digits, whose student has learned nothing; gives the student, too."""
-    write_run(folder, student=name, dataset="digits")
+    write_run(folder, student=name, dataset="digits", held_out=held_out)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["data"] = {"_target_": "rld_lightning.data.DigitsDataModule", "image_size": size, "batch_size": 64}
+    config["data"]["val_fraction"] = held_out
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     torch.manual_seed(seed)
     network = create_model(name, 10).eval()

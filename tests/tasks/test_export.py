@@ -188,3 +188,43 @@ def test_all_formats_do_what_the_student_does(tmp_path, pixels, any_size):
     torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(taken), wanted, rtol=1e-3, atol=1e-4)
     assert OnnxNetwork(folder / "model.int8.onnx").facts.class_names == list("0123456789")
     assert "## Files" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.1])
+def test_the_best_epoch_is_exported_beside_the_last_with_what_its_accuracy_is_worth(tmp_path, capsys, held_out):
+    run = tmp_path / "run"
+    last = digits_run(run, held_out=held_out)
+    torch.manual_seed(1)
+    best = create_model("resnet8", 10).eval()
+    torch.save(
+        {
+            "state_dict": {f"student.{key}": value for key, value in best.state_dict().items()},
+            "hyper_parameters": {"student": "resnet8", "num_classes": 10},
+        },
+        run / "best.ckpt",
+    )
+    export(options(f"run={run}", "formats=[safetensors]"))
+    assert "chosen" not in capsys.readouterr().out
+    found = export(options(f"run={run}", "formats=[safetensors]", "checkpoint=best"))
+    assert (found.checkpoint, found.folder) == ("best", str(run / "export_best"))
+    for folder, network, top1 in (("export", last, 60.0), ("export_best", best, 60.1)):
+        tensors = load_file(run / folder / "model.safetensors")
+        assert all(torch.equal(tensors[key], value) for key, value in network.state_dict().items())
+        header, card = (run / folder / "README.md").read_text().split("---\n")[1:3]
+        assert yaml.safe_load(header)["model-index"][0]["results"][0]["metrics"][0]["value"] == top1
+        assert f"| top-1 % | {top1:.2f} | 68.00 |" in card
+        assert ("agreement with the teacher" in card) == (folder == "export")  # known of the last epoch alone
+        assert (f"that of the {'best' if folder == 'export_best' else 'last'} epoch on ") in card
+    assert load_student(run / "export_best").facts.top1 == 60.1
+    assert ("chosen on the test split itself" in card) == (held_out == 0)
+    assert ("The epoch was chosen by it" in card) == (held_out > 0)
+    assert ("chosen on the test split itself" in capsys.readouterr().out) == (held_out == 0)
+
+
+def test_what_is_no_best_epoch_is_refused_with_the_way_out(tmp_path):
+    digits_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"has no best\.ckpt, .*checkpoint=last"):
+        export(options(f"run={tmp_path / 'run'}", "formats=[safetensors]", "checkpoint=best"))
+    (tmp_path / "run" / "best.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a checkpoint; .* run=.*run checkpoint=best"):
+        export(options(f"run={tmp_path / 'run' / 'best.ckpt'}", "formats=[safetensors]"))

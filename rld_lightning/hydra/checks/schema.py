@@ -205,6 +205,7 @@ VALUES: Mapping[str, Kind] = {
     "formats": list_of(words("safetensors", "onnx", "onnx_int8", "torch_export"), "formats in brackets").such_as(
         "[safetensors,onnx,onnx_int8,torch_export]"
     ),
+    "checkpoint": words("last", "best"),
     "pixels": FLAG,
     "val_images": whole(0) | NULL,
     "train_images": COUNT,
