@@ -223,7 +223,7 @@ def test_the_best_epoch_is_exported_beside_the_last_with_what_its_accuracy_is_wo
 
 def test_what_is_no_best_epoch_is_refused_with_the_way_out(tmp_path):
     digits_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"has no best\.ckpt, .*checkpoint=last"):
+    with pytest.raises(UserError, match=r"has no best\.ckpt: .*checkpoint=last"):
         export(options(f"run={tmp_path / 'run'}", "formats=[safetensors]", "checkpoint=best"))
     (tmp_path / "run" / "best.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match=r"is a checkpoint; .* run=.*run checkpoint=best"):
