@@ -73,7 +73,7 @@ class WandbLogger(LightningWandbLogger):
         **options: Any,
     ) -> None:
         if watch not in (None, "gradients", "parameters", "all"):
-            raise ValueError(f"logger.wandb.watch={watch} is unknown; choose gradients, parameters, all, or null.")
+            raise ValueError(f"watch={watch} is unknown; choose gradients, parameters, all, or null.")
         super().__init__(save_dir=save_dir, **options)
         self.folder = Path(save_dir)
         self.answer_timeout = answer_timeout
@@ -233,7 +233,7 @@ class WandbLogger(LightningWandbLogger):
                     print_line("wandb", run.url or "online")
                     return run
                 except Exception as error:  # the server has changed its mind
-                    problem = f"lets no run start ({type(error).__name__})"
+                    problem = f"lets no run start ({_in_short(error)})"
                     tear_down()  # its process would keep the id of the failed run
             print_line("wandb", f"offline, because {server()} {problem}")
             options["mode"] = "offline"

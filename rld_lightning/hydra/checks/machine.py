@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rld_lightning.errors import UserError, did_you_mean
+from rld_lightning.hydra.checks.schema import WANDB_ENTITY, WANDB_PROJECT
 
 _WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 
@@ -45,10 +46,15 @@ def _gpus(trainer: Any) -> Iterator[str]:
 
 
 def _wandb(cfg: DictConfig) -> Iterator[str]:
+    if not (cfg.get("logger") or {}).get("wandb"):
+        return
     mode = os.environ.get("WANDB_MODE")
-    if mode and mode not in _WANDB_MODES and (cfg.get("logger") or {}).get("wandb"):
+    if mode and mode not in _WANDB_MODES:
         meant = did_you_mean(mode, _WANDB_MODES)
         yield f"WANDB_MODE={mode} is not a mode of W&B; choose online, offline or disabled.{meant}"
+    for name, kind in (("WANDB_PROJECT", WANDB_PROJECT), ("WANDB_ENTITY", WANDB_ENTITY)):  # they win over options
+        if (value := os.environ.get(name)) and not kind.allows(value):
+            yield f"{name}={value} in the environment is not allowed; it must be {kind.must_be}."
 
 
 def _cluster(cfg: DictConfig) -> Iterator[str]:

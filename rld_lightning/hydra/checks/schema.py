@@ -46,6 +46,15 @@ _DEVICES = Kind(
         or (isinstance(value, list) and bool(value) and all(is_whole(device) and device >= 0 for device in value))
     ),
 )
+# What W&B refuses once a run has begun.
+WANDB_PROJECT = Kind(
+    r"the name of a project, at most 128 characters and none of / \ # ? % : in it (the user or team is entity)",
+    lambda value: TEXT.allows(value) and len(value) <= 128 and not set(value) & set("/\\#?%:"),
+)
+WANDB_ENTITY = Kind(
+    "the name of a user or a team (the project is project)", lambda value: TEXT.allows(value) and "/" not in value
+)
+_TAG = Kind("a tag", lambda value: value is None or isinstance(value, str | int | float))
 
 _BATCH = COUNT | Kind("auto, for one that suits the device and the number of images", lambda value: value == "auto")
 
@@ -194,6 +203,15 @@ VALUES: Mapping[str, Kind] = {
     "logger": KEYS,
     "logger.csv": KEYS.such_as("logger=csv, which is always there: reports, curves and going on read its metrics.csv"),
     "logger.wandb.mode": words("online", "offline", "disabled", "shared") | NULL,
+    "logger.wandb.project": WANDB_PROJECT,
+    "logger.wandb.entity": WANDB_ENTITY | NULL,
+    "logger.wandb.tags": TEXT | list_of(_TAG, "tags such as [first,second]") | NULL,
+    "logger.wandb.log_model": FLAG,
+    "logger.wandb.watch": words("gradients", "parameters", "all") | NULL,
+    "logger.wandb.watch_every": COUNT,
+    "logger.wandb.answer_timeout": POSITIVE,
+    "logger.wandb.init_timeout": POSITIVE,
+    "logger.wandb.finish_timeout": POSITIVE,
     # places
     "paths": KEYS,
     "paths.data": TEXT,

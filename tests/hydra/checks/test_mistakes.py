@@ -253,6 +253,13 @@ OTHER_GROUPS = {
     ("loss=kd", "model.teacher.weights=/nowhere.pth"): r"no teacher's weights file at /nowhere\.pth; give a file with",
     ("eval", "weights=/nowhere.pth"): r"there is no weights file at /nowhere\.pth",
     ("eval", f"weights={__file__} name=resnett20"): r"unknown model 'resnett20'",
+    ("logger=wandb", "logger.wandb.project=me/mine"): r"project=me/mine .* none of / .* \(the user or team is",
+    ("logger=wandb", "logger.wandb.entity=me/mine"): r"entity=me/mine .* user or a team \(the project is",
+    ("logger=wandb", "logger.wandb.entity=3"): r"logger\.wandb\.entity=3 .* the name of a user or a team",
+    ("logger=wandb", "logger.wandb.tags=3"): r"tags=3 .* a text, or a list of tags such as \[first,second\]",
+    ("logger=wandb", "logger.wandb.mode=sometimes"): r"logger\.wandb\.mode=sometimes .* online, offline, disabled or",
+    ("logger=wandb", "logger.wandb.watch=grads"): r"watch=grads .* gradients, parameters or all, or null",
+    ("logger=wandb", "logger.wandb.init_timeout=0"): r"logger\.wandb\.init_timeout=0 .* a number > 0",
     ("eval", "split=train"): r"split=train .* test or val",
     ("eval", "split=test"): r"weights has no value; add weights=\.\.\. to the command",
     ("eval", "weights=3"): r"weights=3 .* such as the folder of a run or of an export, student\.safetensors",
@@ -262,6 +269,14 @@ OTHER_GROUPS = {
 
 
 @pytest.mark.thinned(3)
+@pytest.mark.parametrize(("name", "value"), [("WANDB_PROJECT", "a/b"), ("WANDB_ENTITY", "me/mine")])
+def test_names_that_wandb_would_refuse_are_told_of_the_environment_too(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    check(base())  # without W&B
+    said = told("seed=0", "logger=wandb")
+    assert f"{name}={value} in the environment is not allowed; it must be the name of a" in said
+
+
 @pytest.mark.parametrize("command", VALUES)
 def test_a_value_of_the_wrong_type_or_range(command):
     assert re.search(VALUES[command], told(command))
