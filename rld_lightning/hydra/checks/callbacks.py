@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import yaml
@@ -34,8 +35,9 @@ def check_watchers(cfg: DictConfig) -> None:
         raise UserError("\n".join(faults))
 
 
-def _default() -> set[str]:
-    return set(yaml.safe_load((CONF / "callbacks/default.yaml").read_text()))
+@cache
+def _default() -> frozenset[str]:
+    return frozenset(yaml.safe_load((CONF / "callbacks/default.yaml").read_text()))
 
 
 def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:

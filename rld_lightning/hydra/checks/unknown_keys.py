@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 import yaml
@@ -25,7 +26,7 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
         names = map(str, node) if isinstance(node, Mapping) else ()
         added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
     references = _references(values) if added else set()
-    shipped = _shipped_keys() if added else set()
+    shipped = _shipped_keys() if added else ()
     known = [key for key in VALUES if "." in key or key in values]  # of the other scripts' own few, none
     for key in added:
         if key not in shipped and not any(
@@ -36,14 +37,16 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
                 yield sentence
 
 
-def _shipped_keys() -> set[str]:
+@cache
+def _shipped_keys() -> frozenset[str]:
     """The full keys in the package's own files, but for those of experiments."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    keys = set()
-    for group in ("", "model", "recipe", "paths"):
-        for file in (CONF / group).glob("*.yaml"):
-            keys |= set(_keys(yaml.load(file.read_text(), loader) or {}, f"{group}." if group else ""))
-    return keys
+    return frozenset(
+        key
+        for group in ("", "model", "recipe", "paths")
+        for file in (CONF / group).glob("*.yaml")
+        for key in _keys(yaml.load(file.read_text(), loader) or {}, f"{group}." if group else "")
+    )
 
 
 def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
