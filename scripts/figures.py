@@ -7,15 +7,18 @@ from rld_lightning.console import console, print_line
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.reporting.figures import RegisteredFigure, list_figures, write_all
 from rld_lightning.reporting.frame import read_frame
+from rld_lightning.runs.folder import check_folder, check_within
 from rld_lightning.shipped import called
 from rld_lightning.tasks.logit_reader import LogitReader
+
+FIGURES = "figures"  # the folder of the files, in that of the runs
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", figure: RegisteredFigure) -> None:
     """Adds the command of a figure, with the options that its function takes."""
     command = commands.add_parser(figure.name, help=figure.summary, description=figure.write.__doc__.split("\n\n")[0])
     command.set_defaults(write=figure.write)
-    command.add_argument("--out", type=Path, default=Path("runs/figures"), help="folder for the files (%(default)s)")
+    command.add_argument("--out", type=Path, help=f"folder to write to; by itself {FIGURES}/ in the first one of runs")
     if runs := figure.parameters.get("runs"):
         some = "+" if runs.default is runs.empty else "*"
         command.add_argument("runs", nargs=some, type=Path, help="folders that hold finished runs")
@@ -41,8 +44,8 @@ if __name__ == "__main__":
     options = vars(parser.parse_args())
     write = options.pop("write")
     with exit_on_user_error():
+        folders = options.get("runs", [])
         if "runs" in options:
-            folders = options["runs"]
             options["runs"], found = read_frame(folders)
             for folder, reason in found.broken:
                 print_line("left out", f"{folder}: {reason}")
@@ -50,5 +53,10 @@ if __name__ == "__main__":
                 raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}; toy needs none.")
         if "data" in options:
             options["reader"] = LogitReader(options.pop("data"), options.pop("teacher"))
+        if options["out"] is None:
+            folder = options.get("run") or next(iter(folders), Path("runs"))
+            options["out"] = folder / FIGURES
+            check_within(options["out"], folder, "--out")
+        check_folder(options["out"], "--out")
         for file in write(**options):
             console.print(f"  {file}", soft_wrap=True, markup=False)

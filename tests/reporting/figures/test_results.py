@@ -1,6 +1,7 @@
 """Figures of results: gains, sensitivity, ablation, and the script."""
 
 import runpy
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -282,9 +283,20 @@ def test_a_bad_folder_is_named_and_the_figure_goes_on(make_run, tmp_path, figure
     make_run("rld", top1=60.0)
     make_run("ce", top1=50.0)
     (make_run("kd").folder / "config.yaml").write_text("")
-    code, told = figures("gain", tmp_path / "runs", "--out", tmp_path / "out")
+    code, told = figures("gain", tmp_path / "runs")
     assert code == 0
     assert "config.yaml is not the configuration of a run" in told
+    # In the folder of the runs, so that figures of others stay; but not out of it, as in a folder of a stranger's.
+    assert f"{tmp_path}/runs/figures/gain.png" in told
+    files = tmp_path / "runs" / "figures"
+    (tmp_path / "mine").write_text("mine")
+    (files / "gain.csv").unlink()
+    (files / "gain.csv").symlink_to(tmp_path / "mine")
+    assert "out of the folder, where nothing is written" in figures("gain", tmp_path / "runs")[1]
+    shutil.rmtree(files)
+    files.symlink_to(tmp_path)
+    assert "give --out yourself" in figures("gain", tmp_path / "runs")[1]
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("figure", ["ablation", "differences", "explain", "all"])
