@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import check_trusted, is_from_elsewhere, trust
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.onnx_file import OnnxNetwork
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 
 _WARM_UP = 3
 _LEAST = 10
@@ -142,14 +143,26 @@ def measure(
     return Measured(latencies, (peak - before) / 1e6 if known else None)  # type: ignore[operator]
 
 
+def network_of(contender: Contender) -> nn.Module:
+    """The network of a contender in PyTorch, with its weights.
+
+    Raises:
+        FileNotFoundError: its file is not there.
+        WeightsError: it is another network's.
+    """
+    if contender.weights == "pretrained":
+        return create_model(contender.name, contender.num_classes, pretrained=True)
+    weights = find_weights(contender.weights)
+    check_fits(contender.name, contender.num_classes, weights)
+    network = create_model(contender.name, contender.num_classes)
+    load_weights(network, weights, name=contender.name)
+    return network
+
+
 def _build(contender: Contender, threads: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     if contender.backend.startswith("onnx"):
         return OnnxNetwork(contender.weights, threads=threads, device=device.type)
-    pretrained = contender.weights == "pretrained"
-    network = create_model(contender.name, contender.num_classes, **({"pretrained": True} if pretrained else {}))
-    if not pretrained:
-        load_weights(network, contender.weights, name=contender.name)
-    network = network.eval().requires_grad_(False).to(device)
+    network = network_of(contender).eval().requires_grad_(False).to(device)
     if contender.backend == "compiled":
         network.compile()
     gc.collect()

@@ -18,12 +18,9 @@ from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
-from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import is_from_elsewhere
 from rld_lightning.models.input_size import split_size
-from rld_lightning.models.normalisation import Look, relook, trained_look
 from rld_lightning.models.teacher.frozen import FrozenTeacher
-from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.trio import Network, table_of, write_networks
 from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
@@ -31,7 +28,7 @@ from rld_lightning.runs.provenance import processor_name
 from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import called
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
-from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.tasks.run.matched_classes import read_student
 from rld_lightning.tasks.run.plan import Plan, alone, changed
 from rld_lightning.tasks.run.resume import run_once
 from rld_lightning.tasks.run.trainer import make_trainer
@@ -107,16 +104,7 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
     for role, file in students.items():
         if file.is_file():
             name = finished.summary.model if file.parent == plan.run else plan.student.name
-            yield role, name, _read(finished, name, file), file.stat().st_size
-
-
-def _read(finished: Finished, name: str, file: Path) -> nn.Module:
-    """A student as it lies in its file, for the images of the run's data."""
-    data = finished.data
-    network = create_model(name, data.num_classes)
-    weights = load_in_order(network, name, str(file), data, "student")
-    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts_of(weights)))
-    return network if look is None else nn.Sequential(look, network)
+            yield role, name, read_student(file, name, finished.data), file.stat().st_size
 
 
 def _bytes(network: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from rld_lightning.atomic_files import write_whole
-from rld_lightning.bench.latency import Contender, Measured, measure_alone
+from rld_lightning.bench.latency import Contender, Measured, measure_alone, network_of
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.errors import user_errors
 from rld_lightning.models.classes import number_of_classes
@@ -20,12 +20,12 @@ from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, load_student
 from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights
-from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.reporting.cost import Cost, known_cost
 from rld_lightning.runs.files import EXPORTED, STUDENT, check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.run.trainer import device_of
 from rld_lightning.tasks.teacher.recorded import seen_as_teacher, size_seen, teacher_of
 
 COST = "cost.json"
@@ -83,9 +83,9 @@ def cost(cfg: DictConfig) -> list[Row]:
     """
     freeze(cfg)
     folder, sizes = Path(cfg.paths.run), tuple(cfg.batch_sizes)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else str(cfg.device)
     threads = cfg.threads or torch.get_num_threads()
     with user_errors():
+        device = device_of(cfg.device).type
         if not sizes or not cfg.backends:
             raise ValueError("batch_sizes= and backends= must name at least one each, such as batch_sizes=[1,64].")
         trust(cfg.trust)
@@ -98,8 +98,7 @@ def cost(cfg: DictConfig) -> list[Row]:
                 rows.append(_row(run, network, backend, folder, (sizes, cfg.seconds, threads, device)))
                 if error := rows[-1].measured.error:
                     print_line("left out", f"{network.role}, {backend}: {error}")
-    plural = "s" if threads > 1 else ""
-    machine = f"{processor_name()}, {threads} thread{plural}"
+    machine = _processor(threads)
     machine = f"{torch.cuda.get_device_name()}, {machine}" if device == "cuda" else machine
     write_json(folder / COST, {"machine": machine, "torch": torch.__version__, "rows": [asdict(row) for row in rows]})
     _print(rows, sizes, machine)
@@ -133,14 +132,8 @@ def networks(run: Run) -> Iterator[Network]:
 
 
 def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tuple[int, ...], float, int, str]) -> Row:
-    pretrained = network.weights == "pretrained"
-    if not pretrained:
-        check_fits(network.name, network.num_classes, read_weights(network.weights))
-    model = create_model(network.name, network.num_classes, **({"pretrained": True} if pretrained else {}))
-    if not pretrained:
-        load_weights(model, network.weights, name=network.name)
-    file: Path | None = None if pretrained else Path(network.weights)
-    error = ""
+    contender = Contender(network.name, network.weights, network.num_classes, network.image_shape, backend)
+    model, file, error = network_of(contender), Path(network.weights), ""
     if backend.startswith("onnx"):
         file = folder / f"{network.role}.{backend}.onnx"
         try:
@@ -148,10 +141,9 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
             if backend == "onnx_int8":  # how fast it is does not depend on the ranges
                 content = quantise_onnx(content, [torch.randn(8, *network.image_shape)])
             write_whole(file, content)
+            contender = replace(contender, weights=str(file))
         except ValueError as refusal:
-            file, error = None, str(refusal)
-    weights = str(file) if backend.startswith("onnx") else network.weights
-    contender = Contender(network.name, weights, network.num_classes, network.image_shape, backend)
+            error = str(refusal)
     top1: float | None = network.top1
     images: int | None = run.summary.images
     if backend == "onnx_int8":
@@ -162,7 +154,7 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
         backend,
         count_parameters(model),
         count_macs(model, network.image_shape),
-        None if file is None else file.stat().st_size / 1e6,
+        None if error or contender.weights == "pretrained" else file.stat().st_size / 1e6,
         top1,
         images,
         Measured(error=error) if error else measure_alone(contender, *how),
@@ -254,13 +246,12 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
         return known
     cost = known or Cost(count_parameters(network), count_macs(network, image_shape))
     speed = images_per_second(network, image_shape, batch_size=1, seconds=0.5) if latency else None
-    return replace(cost, milliseconds=1000 / speed, machine=_this_machine()) if speed else cost
+    machine = f"{_processor(torch.get_num_threads())}, torch {torch.__version__}, float32"
+    return replace(cost, milliseconds=1000 / speed, machine=machine) if speed else cost
 
 
-def _this_machine() -> str:
-    """The processor that latency is measured on, and with how many threads."""
-    threads = torch.get_num_threads()
-    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}, float32"
+def _processor(threads: int) -> str:
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:

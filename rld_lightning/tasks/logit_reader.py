@@ -9,16 +9,14 @@ from torch import Tensor, nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.models.factory import create_model
-from rld_lightning.models.normalisation import Look, relook, trained_look
+from rld_lightning.models.normalisation import Look
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
-from rld_lightning.models.weights.verify import check_fits
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.rebuild import build_data
-from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.tasks.run.matched_classes import read_student
 from rld_lightning.tasks.run.plan import Teacher
 from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.recorded import teacher_of
@@ -49,8 +47,9 @@ class LogitReader:
             ValueError: the run has no teacher, or weights do not fit.
         """
         data, teacher = self.data(run), self._teacher_of(run)
-        file = run.folder / STUDENT
-        student_logits, label, index = self._of(data, str(file), lambda: _student(file, run.summary.model, data))
+        if not (file := run.folder / STUDENT).is_file():
+            raise FileNotFoundError(f"there are no weights at {file}; the run has to have left its student.")
+        student_logits, label, index = self._of(data, str(file), lambda: read_student(file, run.summary.model, data))
         key = f"{teacher.weights} {teacher.name} {teacher.look} {teacher.image_size} {teacher.class_map}"
         teacher_logits, _, _ = self._of(data, key, lambda: _frozen(teacher, data))
         return RunLogits(student_logits, teacher_logits, label, index, list(data.class_names))
@@ -112,20 +111,6 @@ class LogitReader:
                     index.append(batch.index.cpu())
             self._logits[key] = torch.cat(logits), torch.cat(label), torch.cat(index)
         return self._logits[key]
-
-
-def _student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
-    """A student with its weights, by the name that the file knows, else by ``name``, for the images of the data."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there are no weights at {file}; the run has to have left its student.")
-    weights = find_weights(file)
-    facts = facts_of(weights)
-    name = facts.name or name
-    check_fits(name, data.num_classes, weights)
-    network = create_model(name, data.num_classes)
-    load_in_order(network, name, str(file), data, "student")
-    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts))
-    return network if look is None else nn.Sequential(look, network)
 
 
 def _frozen(teacher: Teacher, data: ImageDataModule) -> nn.Module:

@@ -32,6 +32,7 @@ from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
 from rld_lightning.runs.files import plain_cell
 from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.run.trainer import device_of
 
 STDIN = STDOUT = "-"
 MOST_ROWS_SHOWN = 40
@@ -168,9 +169,7 @@ def load_classifier(cfg: DictConfig) -> Classifier:
     Raises:
         WeightsError: it cannot be used, or says too little about itself.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={cfg.device} is not there; choose device=cpu.")
+    device = device_of(cfg.device)
     options = {key: cfg[key] for key in ("image_size", "resize", "mean", "std", "interpolation")}
     options = {key: list(v) if OmegaConf.is_list(v) else v for key, v in options.items() if v is not None}
     names = None if cfg.class_names is None else _names(cfg.class_names)

@@ -138,6 +138,14 @@ def test_what_a_foreign_file_lacks_is_asked_for(place, tmp_path):
     assert {row["class_1"] for row in csv.DictReader(io.StringIO(text))} <= set("abcdefghij")
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_said(place, tmp_path, monkeypatch, device):
+    for backend in ("torch.cuda", "torch.backends.mps"):
+        monkeypatch.setattr(f"{backend}.is_available", lambda: False)
+    with pytest.raises(UserError, match=f"device={device} is not there; choose device=cpu"):
+        ask(place, tmp_path, f"device={device}")
+
+
 @pytest.mark.slow
 def test_standard_output_is_for_the_answers_alone(place, tmp_path):
     folder, _, paths, _ = place

@@ -31,6 +31,7 @@ from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, u
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.tasks.demo.web_server import serve
 from rld_lightning.tasks.run.plan import freeze
+from rld_lightning.tasks.run.trainer import device_of
 from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.recorded import teacher_of
 
@@ -75,16 +76,16 @@ class Demo:
     Args:
         run: a finished run, whose student lies in its folder.
         teacher: the teacher's file, if not where it lay when the run was trained.
-        device: where both compute.
+        device: where both compute, as ``device=`` says it.
         name: the student's network, where its file names one from elsewhere.
 
     Raises:
         FileNotFoundError: a file is not where it was.
-        ValueError: the run has no teacher, or one that is not of one file of weights.
+        ValueError: the run has no teacher, or one that is not of one file of weights; or the device is not there.
     """
 
     def __init__(self, run: Run, teacher: str | None = None, device: str = "cpu", name: str | None = None) -> None:
-        self.device = torch.device(device)
+        self.device = device_of(device)
         student = load_student(run.folder / RUN_WEIGHTS, name=name)
         look = student.transform
         images = _Images(
@@ -178,13 +179,10 @@ def demo(cfg: DictConfig) -> None:
         UserError: the run is not finished, a network's file is not where it was, or the port is taken.
     """
     freeze(cfg)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else str(cfg.device)
     with user_errors():
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={device} is not there; choose device=cpu.")
         trust(cfg.name, cfg.trust)
         run = read_run(Path(cfg.run))
-        networks = Demo(run, cfg.teacher, device, cfg.name)
+        networks = Demo(run, cfg.teacher, cfg.device, cfg.name)
     print_line("student", f"{networks.names['student']}, {len(networks.student.classes)} classes, of {run.folder}")
     serve(networks.facts(), networks.ask, cfg.port)
 

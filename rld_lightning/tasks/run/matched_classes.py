@@ -1,5 +1,6 @@
 """Which classes of the data are which of a model's: by name where its file names them, by position where not."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -8,9 +9,12 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
 from rld_lightning.models.classes import order_of, reorder_classes
+from rld_lightning.models.factory import create_model
+from rld_lightning.models.normalisation import Look, relook, trained_look
+from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
-from rld_lightning.models.weights.verify import load_weights
+from rld_lightning.models.weights.verify import check_fits, load_weights
 from rld_lightning.tasks.run.checks import check_classes, first_other
 
 
@@ -66,24 +70,46 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
     return MatchedClasses(known, class_of, len(shared))
 
 
-def load_in_order(network: nn.Module, name: str, path: str, data: ImageDataModule, role: str) -> Weights:
+def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
+    """A student as it lies in its file, for images and classes of the data, under the look that it was trained with.
+
+    Args:
+        file: what its run has left.
+        name: of the network, where the file does not say it.
+        data: the data, set up.
+
+    Raises:
+        WeightsError: as :func:`load_in_order`.
+        ValueError: likewise.
+    """
+    weights = find_weights(file)
+    facts = facts_of(weights)
+    name = facts.name or name
+    check_fits(name, data.num_classes, weights)
+    network = create_model(name, data.num_classes)
+    load_in_order(network, name, weights, data, "student")
+    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts))
+    return network if look is None else nn.Sequential(look, network)
+
+
+def load_in_order(network: nn.Module, name: str, source: str | Weights, data: ImageDataModule, role: str) -> Weights:
     """Loads a file into a network for the classes of the data, matched by name where the file names its own.
 
     Args:
         network: to fill, on the CPU.
         name: of the network.
-        path: the file.
+        source: the file, or what was read of it.
         data: the data, set up.
         role: what it is to be, ``"teacher"`` or ``"student"``.
 
     Returns:
-        what was read.
+        what was loaded.
 
     Raises:
         WeightsError: the file cannot be used, or is another network's.
         ValueError: it knows other classes.
     """
-    weights = load_weights(network, path, name=name)
+    weights = load_weights(network, source, name=name)
     if weights.account:
         print_line(role, f"weights {weights.account}")
     known, classes = facts_of(weights).class_names, list(data.class_names)

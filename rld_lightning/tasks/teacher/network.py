@@ -170,9 +170,9 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
     check_fits(teacher.name, data.num_classes if count is None or all_of_them else count, weights)
     if count is None or all_of_them:
         network = create_model(teacher.name, data.num_classes)
-        return network, load_in_order(network, teacher.name, path, data, "teacher")
+        return network, load_in_order(network, teacher.name, weights, data, "teacher")
     network = create_model(teacher.name, count)
-    weights = load_weights(network, path, name=teacher.name)
+    weights = load_weights(network, weights, name=teacher.name)
     if weights.account:
         print_line("teacher", f"weights {weights.account}")
     return _selected(network, teacher, known, count, classes), weights
