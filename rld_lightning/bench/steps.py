@@ -4,10 +4,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from rld_lightning.models.teacher.resident_table import resident
 Step = Callable[[], object]
 Compiled = Literal["nothing", "networks", "all"]
 _ROWS = 100_000  # of a table of logits
+_SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def plain_rld(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 4.0) -> Tensor:
@@ -105,17 +106,9 @@ def bench_step(
         images: Tensor,
         autocast: bool,
     ) -> Step:
-        optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                soft = teacher(images)
-                total = loss(student(images), soft, label)
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-
-        return step
+        return _eager_step(
+            student.parameters(), lambda: loss(student(images), teacher(images), label), device, autocast=autocast
+        )
 
     def plain_loss(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(student, label) + plain_rld(student, teacher, label)
@@ -221,7 +214,7 @@ def graph_step(
     if compiled != "nothing":
         teacher.model.compile(dynamic=False)
         forward = torch.compile(student, dynamic=False)
-    optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=cuda)
+    optimizer = torch.optim.SGD(student.parameters(), **_SGD, fused=cuda)
 
     def work(_: Hashable, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
         with torch.autocast(images.device.type, torch.bfloat16):
@@ -266,22 +259,17 @@ def bench_losses(
         student = connect(loss, create_model(student_name).to(device), network, image_shape, train_label)
         student = student.to(memory_format=torch.channels_last).train()
         parameters = [p for p in [*student.parameters(), *loss.to(device).parameters()] if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=5e-4)
 
         def outputs(images: Tensor) -> tuple[ModelOutput, ModelOutput | None]:
             soft = ModelOutput(*teacher(images, loss.teacher_taps)) if loss.needs_teacher else None
             return ModelOutput(*forward_with_taps(student, images, loss.student_taps)), soft
 
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                views = outputs(images)
-                second = outputs(strong) if loss.needs_strong_view else (None, None)
-                total = _total(loss(StepContext(*views, train_label[:batch], index, None, *second)))
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
+        def total() -> Tensor:
+            views = outputs(images)
+            second = outputs(strong) if loss.needs_strong_view else (None, None)
+            return _total(loss(StepContext(*views, train_label[:batch], index, None, *second)))
 
-        return step
+        return _eager_step(parameters, total, device, autocast=autocast)
 
     seconds = time_in_turn({name: training_step(loss) for name, loss in losses.items()}, rounds, device)
     base = next(iter(losses))
@@ -305,6 +293,22 @@ def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
         name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
         for name in dict.fromkeys(["kd", *(names or every)])
     }
+
+
+def _eager_step(
+    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], device: torch.device, *, autocast: bool
+) -> Step:
+    """A training step that minimises ``loss()``, operation by operation."""
+    optimizer = torch.optim.SGD(parameters, **_SGD)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            total = loss()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+
+    return step
 
 
 def _log_space_rld(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
