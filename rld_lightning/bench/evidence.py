@@ -13,7 +13,7 @@ from rld_lightning.bench.steps import machine
 from rld_lightning.models.weights.read import read_weights
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
-from rld_lightning.runs.metrics import read_rows
+from rld_lightning.runs.metrics_csv import read_rows
 
 IMAGES = 50_000  # of an epoch
 _WEIGHTS = ("teacher", "rld-0", "kd-0", "ce-0", "rld-1")  # of which runs, so that there are 8 files at most

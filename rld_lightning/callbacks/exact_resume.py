@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from rld_lightning.callbacks.metrics_file import MetricsFile
-from rld_lightning.runs.metrics import Row, known_rows
+from rld_lightning.runs.metrics_csv import Row, known_rows
 from rld_lightning.watching import callbacks_of
 
 

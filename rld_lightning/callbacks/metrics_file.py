@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.runs.metrics import Row, write_rows
+from rld_lightning.runs.metrics_csv import Row, write_rows
 
 _SECONDS = 10.0
 

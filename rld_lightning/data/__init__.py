@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rld_lightning.data.imagefolder import ImageFolderDataModule
     from rld_lightning.data.imagenet import ImageNetDataModule
     from rld_lightning.data.in_memory import InMemoryDataModule, InMemoryLoader
-    from rld_lightning.data.shards.module import ShardsDataModule
+    from rld_lightning.data.shards.data_module import ShardsDataModule
 
 # Imported on first use: who decodes an image for a network of their own need not wait for Lightning.
 _HOMES = {
@@ -22,7 +22,7 @@ _HOMES = {
     "ImageNetDataModule": "imagenet",
     "InMemoryDataModule": "in_memory",
     "InMemoryLoader": "in_memory",
-    "ShardsDataModule": "shards.module",
+    "ShardsDataModule": "shards.data_module",
 }
 
 __all__ = [

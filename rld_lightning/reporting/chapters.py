@@ -10,7 +10,7 @@ import pandas as pd
 
 from rld_lightning.reporting import plots
 from rld_lightning.reporting.confusion import confusion_figure
-from rld_lightning.reporting.cost import CostOf, training_cost
+from rld_lightning.reporting.known_cost import CostOf, training_cost
 from rld_lightning.reporting.labels import mean_and_std, short_value
 from rld_lightning.reporting.paper import (
     TEACHER,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rld_lightning.reporting.style import styled, whole_epochs
 from rld_lightning.runs.files import CURVES, METRICS, read_config
-from rld_lightning.runs.metrics import read_metrics
+from rld_lightning.runs.metrics_csv import read_metrics
 from rld_lightning.runs.summary import Summary
 
 # What is logged under train/ beside the terms of the loss.

@@ -11,8 +11,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from rld_lightning.reporting.cost import Cost
 from rld_lightning.reporting.frame import LAST
+from rld_lightning.reporting.known_cost import Cost
 from rld_lightning.reporting.labels import short_key, short_value
 from rld_lightning.reporting.style import (
     BLUE,

@@ -13,8 +13,8 @@ import pandas as pd
 from rld_lightning.console import duration
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
-from rld_lightning.reporting.cost import CostOf, known_cost
 from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
+from rld_lightning.reporting.known_cost import CostOf, known_cost
 from rld_lightning.reporting.labels import in_markdown, mean_and_std, short_key, short_value
 from rld_lightning.reporting.latex import write_latex
 from rld_lightning.reporting.links import folder_link, paper_links, wandb_link

@@ -69,7 +69,7 @@ class Run:
     @cached_property
     def metrics(self) -> "pd.DataFrame":
         """:func:`read_metrics` of the folder."""
-        from rld_lightning.runs.metrics import read_metrics  # pandas takes a second
+        from rld_lightning.runs.metrics_csv import read_metrics  # pandas takes a second
 
         return read_metrics(self.folder)
 

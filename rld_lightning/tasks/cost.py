@@ -20,7 +20,7 @@ from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, load_student
 from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights
-from rld_lightning.reporting.cost import Cost, known_cost
+from rld_lightning.reporting.known_cost import Cost, known_cost
 from rld_lightning.runs.files import EXPORTED, STUDENT, check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
@@ -206,7 +206,7 @@ def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str) -> None:
 
 def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> bool:
     try:
-        from rld_lightning.reporting.latency import Point, draw_latency  # matplotlib is of an extra
+        from rld_lightning.reporting.latency_plot import Point, draw_latency  # matplotlib is of an extra
     except ImportError as error:
         print_line("cost.png", f'is not drawn ({error}): pip install "rld-lightning[report]"')
         return False

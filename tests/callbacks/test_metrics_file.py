@@ -3,7 +3,7 @@
 import pytest
 
 from rld_lightning.callbacks import MetricsFile, metrics_file
-from rld_lightning.runs.metrics import read_rows
+from rld_lightning.runs.metrics_csv import read_rows
 
 
 @pytest.mark.parametrize(("seconds", "waits"), [(10.0, True), (0.0, False)])

@@ -6,7 +6,7 @@ from helpers.run_factory import write_run
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.curves import plot_curves
-from rld_lightning.runs.metrics import read_metrics
+from rld_lightning.runs.metrics_csv import read_metrics
 from rld_lightning.runs.summary import read_summary
 
 METRICS = """epoch,step,loss,lr-SGD,train/loss,train/ce,train/kd,stats/teacher_wrong,val/ce,val/top1,val/top5,\

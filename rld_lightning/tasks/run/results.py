@@ -18,7 +18,7 @@ from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import BEST, CLASSES, CURVES, METRICS, STUDENT, SUMMARY
-from rld_lightning.runs.metrics import Row, read_rows
+from rld_lightning.runs.metrics_csv import Row, read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.run.plan import Plan
 from rld_lightning.tracking import wandb_facts

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from rld_lightning.callbacks import MetricsFile
-from rld_lightning.runs.metrics import known_rows, read_metrics, read_rows, write_rows
+from rld_lightning.runs.metrics_csv import known_rows, read_metrics, read_rows, write_rows
 
 
 def log(logger, epoch, step, **values):
