@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rld_lightning.runs.events import note
 from rld_lightning.runs.files import ALONE, CONFIG, STUDENT, SUMMARY, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.naming import loss_name
+from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.plan import alone, changed
@@ -130,7 +131,8 @@ class Sweep(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Notes how a trial has ended."""
         if job_return.status == JobStatus.COMPLETED:
-            _note(config, state="ends", trial=self._name(config), top1=job_return.return_value)
+            early = _ended_after(Path(config.hydra.runtime.output_dir))
+            _note(config, state="ends", trial=self._name(config), top1=job_return.return_value, **early)
         else:
             error = job_return._return_value  # as a property it would raise it
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -220,6 +222,14 @@ class Sweep(Callback):
         if not self.store or teacher.get("start") is not None or (folder / TEACHER).exists():
             return True
         return not _store(config).has(_data(config, folder / TEACHER).name, teacher.name)
+
+
+def _ended_after(run: Path) -> dict[str, int]:
+    """After how many epochs a trial has ended before its schedule: pruned, say."""
+    with suppress(OSError, ValueError):
+        summary = read_summary(run)
+        return {} if summary.trained_whole else {"ended_after": summary.epochs}
+    return {}
 
 
 @rank_zero_only

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from helpers.run_factory import write_run
 from helpers.sweeps import begin_sweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
@@ -38,11 +39,15 @@ def test_done_running_failed_the_best_so_far_and_what_is_left(watch, capsys):
         watch.take(event)
     # Of one that ended well there are 100 s; 5 wait and one has run for half of that, two at a time.
     assert watch.line(now=150) == "1/8 done, 1 running, 1 failed, 5 min left, best 50.00 %: x=0"
-    watch.take(ends(2, 300, top1=60.0))
+    watch.take(ends(2, 300, top1=60.0, ended_after=3))
     assert watch.line(now=300).endswith("best 60.00 %: x=2")
     assert watch.failed == 1
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["trial 1/8 x=0 50.00 % 2 min", "failed 2/8 x=1: oom", "trial 3/8 x=2 60.00 % 3 min"]
+    assert lines == [
+        "trial 1/8 x=0 50.00 % 2 min",
+        "failed 2/8 x=1: oom",
+        "trial 3/8 x=2 60.00 %, ended after epoch 3 3 min",
+    ]
 
 
 def test_what_was_finished_before_takes_no_time(watch, capsys):
@@ -108,14 +113,17 @@ def test_a_trial_tells_how_it_ends_wherever_it_runs(tmp_path, monkeypatch):
     config.hydra.runtime.output_dir = str(tmp_path / "sweep" / "loss.alpha=2")
     config.hydra.job.num = 5
     callback.on_job_start(config)
-    for value in (60.0, UserError("out of memory"), KeyError("bug")):
+    for value in (60.0, 61.0, UserError("out of memory"), KeyError("bug")):
+        if value == 61.0:
+            write_run(Path(config.hydra.runtime.output_dir), epochs=4, summary={"steps": 63, "scheduled_steps": 126})
         returned = JobReturn(status=JobStatus.COMPLETED if isinstance(value, float) else JobStatus.FAILED)
         returned.return_value = value
         callback.on_job_end(config, returned)
-    keys = ("state", "number", "trial", "known", "top1", "error")
+    keys = ("state", "number", "trial", "known", "top1", "ended_after", "error")
     assert [{key: event[key] for key in keys if key in event} for event in events.new()] == [
         {"state": "begins", "number": 5, "trial": "loss.alpha=2.718", "known": False},
         {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "top1": 60.0},
+        {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "top1": 61.0, "ended_after": 4},
         {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "error": "out of memory"},
         {"state": "ends", "number": 5, "trial": "loss.alpha=2.718", "error": "KeyError: 'bug'"},
     ]
