@@ -1,4 +1,4 @@
-"""Measure how fast this is, by ratio to a plain loop: `fit` (jobs), `step`, `losses`, `data` (JPEGs) and others."""
+"""Measure speed relative to a plain loop: `fit` (whole jobs), `step`, `losses`, `data` (JPEGs) and others."""
 
 import argparse
 from pathlib import Path
@@ -9,33 +9,33 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog=called("bench"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, by turns")
+    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, in turn")
     what = parser.add_subparsers(dest="what", required=True)
-    fit = what.add_parser("fit", help="fit.py with all that it does, against what public distillation code does")
+    fit = what.add_parser("fit", help="whole jobs of fit.py against a plain trainer like public distillation code")
     fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits", "imagefolder"))
     fit.add_argument(
-        "--root", default="data", help="of CIFAR-100; of images, made of ImageNet's size where it is missing"
+        "--root", default="data", help="folder of CIFAR-100, or of images, made in ImageNet's size if it is missing"
     )
-    fit.add_argument("--workers", type=int, default=2, help="loader processes of the plain trainer")
-    fit.add_argument("--seconds", type=float, default=4, help="how long each runs in a round")
-    fit.add_argument("--folder", type=Path, help="where the teacher and its logits are kept, for the next time")
-    fit.add_argument("--prepare", type=int, metavar="STEPS", help="fill --folder and compile in so many steps, and end")
+    fit.add_argument("--workers", type=int, default=2, help="dataloader workers of the plain trainer")
+    fit.add_argument("--seconds", type=float, default=4, help="time of each in a round")
+    fit.add_argument("--folder", type=Path, help="where the teacher and its logits are kept for the next call")
+    fit.add_argument("--prepare", type=int, metavar="STEPS", help="only fill --folder and compile, in so many steps")
     fit.add_argument(
         "--with",
         dest="switches",
         action="append",
         default=[],
-        help="overrides of one of ours; for several, several times",
+        help="overrides of one fit.py job; repeat for several jobs",
     )
-    fit.add_argument("--report", type=Path, help="a file for the same as JSON")
+    fit.add_argument("--report", type=Path, help="also write the results to this file as JSON")
     what.add_parser("startup", help="seconds of --help, of a run's first step, of a sweep's trial")
-    what.add_parser("overhead", help="what a step costs beside its kernels, in a loop, in Lightning, in fit.py")
+    what.add_parser("overhead", help="Python overhead of a step in a loop, in Lightning and in fit.py")
     loss = what.add_parser("loss", help="RLD forward and backward against the plain formula")
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
     step = what.add_parser("step", help="a training step against the plain eager float32 one")
-    epoch = what.add_parser("epoch", help="what an epoch of fit.py costs beside its steps")
+    epoch = what.add_parser("epoch", help="overhead of an epoch of fit.py beside its steps")
     epoch.add_argument("--root", default="data", help="folder of CIFAR-100")
     epoch.add_argument("--epochs", type=int, default=4)
     losses = what.add_parser("losses", help="a training step with each loss relative to kd's")

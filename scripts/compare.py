@@ -1,10 +1,10 @@
-r"""Compare losses on a pair, from nothing to a report. What is there already is not repeated: the same command goes on.
+r"""Compare losses on a pair, including a report. The same command continues an interrupted or extended comparison.
 
 python scripts/compare.py model=wrn40_2_to_wrn16_2 losses=ce,kd,dkd,rld seeds=0,1,2
 python scripts/compare.py model=pair model.teacher.name=resnet20 model.student.name=resnet8 model.teacher.weights=fit \
     losses=ce,rld seeds=0,1,2 recipe=quick recipe.epochs=30 launcher=joblib
 
-It is scripts/fit.py with sweep=compare (conf/sweep/compare.yaml), and other words for what that sweeps.
+A shorthand for scripts/fit.py with sweep=compare (conf/sweep/compare.yaml).
 """
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
@@ -43,8 +43,8 @@ def translated(option: str) -> str:
         return f"{SWEPT[key]}=choice({','.join(entries)})"
     if not equals or re.match(NOT_FOR_ALL, option):
         raise ValueError(
-            f"{option} is not for a comparison: give losses=..., seeds=..., folder=..., and what is the same for all "
-            "runs as scripts/fit.py takes it (key=value)."
+            f"{option} is not for a comparison: give losses=..., seeds=..., folder=..., and options of scripts/fit.py "
+            "that are the same for all runs (key=value)."
         )
     return option
 
@@ -64,9 +64,9 @@ if __name__ == "__main__":
         "options",
         nargs="*",
         metavar="key=value",
-        help="losses=ce,kd,dkd,rld seeds=0,1,2 folder=runs/compare/<pair>, and any of scripts/fit.py's for all runs",
+        help="losses=ce,kd,dkd,rld seeds=0,1,2 folder=runs/compare/<pair>, options of scripts/fit.py for all runs",
     )
-    parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="more configurations, of your own")
+    parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="a folder with your own configuration files")
     with exit_on_user_error():
         # The sweep says itself that it is one, but Hydra cannot read that where something else is wrong.
         given = parser.parse_intermixed_args()  # options may stand between them

@@ -1,4 +1,4 @@
-"""Measure what teacher and student cost here: `python scripts/cost.py run=runs/...`."""
+"""Measure the cost of teacher and student on this machine: `python scripts/cost.py run=runs/...`."""
 
 # Not called profile.py: the folder of a script comes first where Python looks for modules, and cProfile, which PyTorch
 # imports, would find that in place of the standard library's.

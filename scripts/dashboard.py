@@ -10,20 +10,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog=called("dashboard"),
         description=__doc__,
-        epilog="Run again, it overwrites what it has saved before, edits made in the browser included: a view is found "
+        epilog="Running it again overwrites what it saved before, including edits made in the browser: it finds a view "
         "by its internal name, the report by its title. Copies under other names are left alone.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--entity", help="user or team; the key's default, when not given")
+    parser.add_argument("--entity", help="user or team; by default the key's")
     parser.add_argument("--project", default="rld-lightning")
     parser.add_argument(
         "--pair",
         nargs="+",
         default=[],
-        help="pairs, each with views and a run set of its own: options of model= such as wrn40_2_to_wrn16_2, or what "
-        "runs have as model.label, such as resnet20_to_resnet8",
+        help="pairs, each with its own views and run set: options of model= such as wrn40_2_to_wrn16_2, or a run's "
+        "model.label, such as resnet20_to_resnet8",
     )
-    parser.add_argument("--data", metavar="NAME", help="runs of this data set alone, such as cifar100")
+    parser.add_argument("--data", metavar="NAME", help="only runs of this data set, such as cifar100")
     parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the JSON here; needs no key and no network")
     options = parser.parse_args()
     with exit_on_user_error():

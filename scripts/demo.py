@@ -1,4 +1,4 @@
-"""Look at what RLD makes of a picture of yours: `python scripts/demo.py run=runs/...` opens a local page."""
+"""See how RLD refines the teacher for your picture: `python scripts/demo.py run=runs/...` opens a local page."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 

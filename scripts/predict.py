@@ -1,4 +1,4 @@
-"""Say what images show: `python scripts/predict.py weights=runs/... images=/photos`."""
+"""Classify images: `python scripts/predict.py weights=runs/... images=/photos`."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 

@@ -1,4 +1,4 @@
-"""The main job in miniature: teacher, student alone, student distilled. Takes fit.py's options: `loss=dkd seed=1`."""
+"""A small demonstration: teacher, student alone, distilled student. Takes fit.py's options: `loss=dkd seed=1`."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 

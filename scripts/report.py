@@ -1,4 +1,4 @@
-"""Write what finished runs came to as a page: `python scripts/report.py runs/` (HTML, Markdown, CSV; no W&B needed)."""
+"""Write a report on finished runs: `python scripts/report.py runs/` (HTML, Markdown, CSV; no W&B needed)."""
 
 import argparse
 from functools import partial

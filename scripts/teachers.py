@@ -1,4 +1,4 @@
-"""The store of teachers: `list` it, `fetch` the published ones, `fit` one, `cache` its logits, `verify` them."""
+"""Manage the teacher store: `list` it, `fetch` published ones, `fit` one, `cache` its logits, `verify` them."""
 
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 
@@ -48,16 +48,18 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="accuracy, checksum and source of each teacher")
     fetch = commands.add_parser("fetch", help="download the published teachers of CIFAR-100 that are missing")
-    fetch.add_argument("--url", help="their archive, if not its home page; file:// works, too")
+    fetch.add_argument("--url", help="address of their archive, if not the original; file:// works, too")
     verify = commands.add_parser(
         "verify", help="measure teachers on the test split, and compare with what is published"
     )
-    verify.add_argument("words", nargs="*", metavar="NAME | KEY=VALUE", help="networks (all), and what eval.py takes")
+    verify.add_argument(
+        "words", nargs="*", metavar="NAME | KEY=VALUE", help="networks (default: all), and options of eval.py"
+    )
     for command in (listing, fetch, verify):
-        command.add_argument("--root", type=Path, default=Path("teachers"), help="the folder of the store")
-    commands.add_parser("fit", help="train one with cross-entropy and keep it: model=wrn40_2, and what fit.py takes")
+        command.add_argument("--root", type=Path, default=Path("teachers"), help="folder of the store")
+    commands.add_parser("fit", help="train one with cross-entropy and store it: model=wrn40_2, and options of fit.py")
     commands.add_parser(
-        "cache", help="compute its logits of all views of the training images ahead, for fit.py with the same options"
+        "cache", help="precompute its logits for all views of the training images, for fit.py with the same options"
     )
     options, more = parser.parse_known_args()
     if more and (options.what != "verify" or any(word.startswith("-") for word in more)):

@@ -22,12 +22,12 @@ def script_help(config_name: str) -> str:
     Args:
         config_name: the script's file in ``conf/``.
     """
-    values = f"Values, with their defaults (... has to be given):\n\n{values_help(config_name)}\n\n"
+    values = f"Values with their defaults (...: required):\n\n{values_help(config_name)}\n\n"
     if set(_groups(config_name)) == {"paths"}:
-        return f"{values}--cfg job prints all of them. --hydra-help lists the flags."
+        return f"{values}--cfg job prints all values, --hydra-help lists the flags."
     return (
-        f"{values}Options: group=option. What stands behind a group is its default.\n\n{options_help(config_name)}\n\n"
-        "Any value: key=value, as in data.root=/photos. --cfg job prints all of them.\n--hydra-help lists the flags."
+        f"{values}Options: group=option, with the default of each group.\n\n{options_help(config_name)}\n\n"
+        "Any value: key=value, such as data.root=/photos. --cfg job prints all values,\n--hydra-help lists the flags."
     )
 
 

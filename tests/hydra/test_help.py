@@ -49,15 +49,13 @@ def test_a_scripts_own_values_are_listed_with_their_defaults(script):
     }
     assert expected <= set(re.findall(r"^ +(\w+)=", text, re.MULTILINE))
     assert all(len(line) <= WIDTH for line in text.splitlines())
-    assert script_help(script).startswith(f"Values, with their defaults (... has to be given):\n\n{text}\n\n")
+    assert script_help(script).startswith(f"Values with their defaults (...: required):\n\n{text}\n\n")
     assert "${script_help:" + script + "}" in (CONF / f"{script}.yaml").read_text()
 
 
 def test_values_that_have_to_be_given_long_ones_and_headings():
     text = values_help("export")
-    assert "    run=...           the folder of a finished run\n" in text
+    assert "    run=...           the directory of a finished run\n" in text
     assert "    formats=[safetensors,onnx,torch_export]\n                      and onnx_int8, which" in text
-    assert "\n  What the file does not say about itself, or is not to be believed:\n    name=null " in values_help(
-        "predict"
-    )
+    assert "\n  What the file does not contain, or to override it:\n    name=null " in values_help("predict")
     assert "\n    batch_size=64\n" in values_help("predict")
