@@ -1,7 +1,6 @@
 """Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
 
 import gc
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -156,14 +155,11 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
                 check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
             weights = find_teacher(plan.teacher, data.name, plan.store, plan.before)
         if weights is None:
-            turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
-            if is_for_others(data, plan.teacher.start):
-                turn = turn_to_train(plan.store, data.name, plan.teacher.name, plan.run)
-            with turn as lacks:
+            for_others = is_for_others(data, plan.teacher.start)
+            with turn_to_train(plan.store, data.name, plan.teacher.name, plan.run, for_others=for_others) as lacks:
                 if lacks:
                     _train_teacher(cfg, plan, plan.teacher, loss, data)
-            kept = find_teacher(plan.teacher, data.name, plan.store)
-            weights = kept or str(plan.run / TEACHER / STUDENT)
+            weights = find_teacher(plan.teacher, data.name, plan.store) or str(plan.run / TEACHER / STUDENT)
         plan = replace(plan, teacher=replace(plan.teacher, weights=weights))
     else:
         plan = replace(plan, teacher=None)

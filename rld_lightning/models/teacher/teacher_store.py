@@ -117,7 +117,7 @@ class TeacherStore:
         write_whole(path, content)
         return path
 
-    def download_published(self, url: str = PUBLISHED_URL, dataset: str = PUBLISHED_DATASET) -> list[Path]:
+    def download_published(self, url: str) -> list[Path]:
         """Fetches the published teachers that the store lacks; teachers that were trained here are not replaced.
 
         An interrupted download is continued by the next call where the server allows it, and of several processes
@@ -129,21 +129,21 @@ class TeacherStore:
         Raises:
             DownloadError: the archive cannot be fetched, or is not what was expected.
         """
-        folder = self.path(dataset, "any").parent
+        folder = self.path(PUBLISHED_DATASET, "any").parent
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".published.lock"):
-            if missing := [name for name in PUBLISHED if self.find(dataset, name) is None]:
+            if missing := [name for name in PUBLISHED if self.find(PUBLISHED_DATASET, name) is None]:
                 # The address is in the name, so that a download is not continued with another archive.
                 archive = folder / f".{_sha256(url.encode())[:16]}.partial"
                 _download(url, archive)
                 try:
-                    self._store_members(archive, url, dataset, missing)
+                    self._store_members(archive, url, missing)
                 finally:
                     archive.unlink()
-        stored = (self.find(dataset, name) for name in PUBLISHED)
+        stored = (self.find(PUBLISHED_DATASET, name) for name in PUBLISHED)
         return [path for path in stored if path is not None and _is_published(path)]
 
-    def _store_members(self, archive: Path, url: str, dataset: str, names: Iterable[str]) -> None:
+    def _store_members(self, archive: Path, url: str, names: Iterable[str]) -> None:
         with archive.open("rb") as file:
             provenance = {"source": "published", "url": url, "archive_sha256": _sha256(file)}
         record = archive.with_name(_RECORD)
@@ -164,7 +164,7 @@ class TeacherStore:
                 "member": member,
                 "member_sha256": _sha256(content),
             }
-            self.save(weights.state_dict, dataset, name, metadata)
+            self.save(weights.state_dict, PUBLISHED_DATASET, name, metadata)
         write_whole(record, json.dumps(known | {url: provenance["archive_sha256"]}, indent=1).encode())
 
 
@@ -217,7 +217,7 @@ def resolve_teacher_weights(
             f"{stored} was trained here and is not replaced by the published teacher: move it away, or use it with "
             "model.teacher.weights=fit"
         )
-    store.download_published(url, dataset)
+    store.download_published(url)
     return store.find(dataset, name)
 
 

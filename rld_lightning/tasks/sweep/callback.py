@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,11 +197,9 @@ class Sweep(Callback):
                 raise UserError(f"the teacher {name} starts its own processes; start this without {started.by}.")
             shared = (folder / TEACHER).absolute()
             data = _data(config, shared)
-            turn: AbstractContextManager[bool] = nullcontext(enter_result=True)
             start = config.model.teacher.get("start")
-            if self.store and is_for_others(data, start) and not shared.exists():
-                turn = turn_to_train(_store(config), data.name, name, folder)
-            with turn as lacks:
+            for_others = self.store and is_for_others(data, start) and not shared.exists()
+            with turn_to_train(_store(config), data.name, name, folder, for_others=for_others) as lacks:
                 if lacks:
                     summary = train_teacher(changed(config, {"seed": _seed(config, swept, shared)}), shared, fit)
                     if self.store:

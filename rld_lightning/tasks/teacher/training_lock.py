@@ -20,7 +20,9 @@ _GROUP = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RES
 
 
 @contextmanager
-def turn_to_train(store: TeacherStore, dataset: str, name: str, run: Path) -> Iterator[bool]:
+def turn_to_train(
+    store: TeacherStore, dataset: str, name: str, run: Path, *, for_others: bool = True
+) -> Iterator[bool]:
     """Waits until no other run trains a teacher for the store, and keeps others waiting meanwhile.
 
     Of the processes of a run the first waits for other runs, and the others for what it finds. The lock ends with its
@@ -31,13 +33,17 @@ def turn_to_train(store: TeacherStore, dataset: str, name: str, run: Path) -> It
         dataset: the name of the data set that it is for.
         name: its network.
         run: the folder of the run that needs it.
+        for_others: whether it is to be kept there at all; for one of its own a run waits for nobody.
 
     Yields:
-        whether the store still lacks it.
+        whether it is still to be trained.
 
     Raises:
         UserError: nothing can be written there, said before anything is trained for it.
     """
+    if not for_others:
+        yield True
+        return
     place = store.path(dataset, name)
     lock = FileLock(place.with_name(f".{place.stem}.lock"))
     holder, own = place.with_name(f".{place.stem}.holder"), _group(run)
