@@ -17,7 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from rld_lightning.distributed import STOPS
 PYTHON_M = (sys.executable, "-m")
 IGNORABLE = (*STOPS, signal.SIGUSR1)  # signals that a process may be told to ignore
 UNFIT = 3  # exit status of a server that must not fork
+_POLL = 0.02  # seconds between two looks at processes that are to end
 _TRIES = 2  # how often the server is started: one that has died once may do so again
 
 
@@ -159,6 +161,28 @@ def poll(process: Process) -> int | None:
             if ended:
                 process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode
+
+
+def pass_on(processes: Iterable[Process], number: signal.Signals) -> None:
+    """Sends a signal to those that still run."""
+    for process in processes:
+        if poll(process) is None:
+            os.kill(process.pid, number)
+
+
+def let_end(processes: Sequence[Process], seconds: float) -> None:
+    """Waits until all have ended, at most so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(poll(process) is None for process in processes):
+        time.sleep(_POLL)
+
+
+def kill(process: Process) -> None:
+    """Kills a process with all of its group, and waits until it has ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
+    while poll(process) is None:
+        time.sleep(_POLL)
 
 
 def prepare(function: str, *arguments: str) -> None:

@@ -48,8 +48,7 @@ def cache(cfg: DictConfig) -> Path:
         seed_everything(cfg.seed, workers=True, verbose=False)
         data = make_data(cfg.data)
         set_up(data, strong_view=False)
-        chosen = any(cfg.data.get(key) is not None for key in ("mean", "std"))
-        usual = adopt_look(plan_student(cfg.model.student), data, chosen=chosen)
+        usual = adopt_look(plan_student(cfg.model.student), data, cfg.data)
         if planned.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
             check_network(planned.name, data, other_sizes="image_size" in cfg.data)
         store = TeacherStore(Path(cfg.paths.teachers))

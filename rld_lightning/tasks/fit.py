@@ -147,7 +147,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         take_kept(data, cfg.data)
         check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
-        usual = adopt_look(plan.student, data, chosen=any(cfg.data.get(key) is not None for key in ("mean", "std")))
+        usual = adopt_look(plan.student, data, cfg.data)
         check_network(plan.student.name, data, other_sizes=plan.other_sizes)
     if loss.needs_teacher and plan.teacher is not None:
         with user_errors():

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from rld_lightning.console import end_line, print_line
 from rld_lightning.distributed import GRACE, TRIALS, Stopped, end_with, signals_end, stopped_by
 from rld_lightning.errors import UserError
-from rld_lightning.forked_processes import PYTHON_M, Process, poll, start
+from rld_lightning.forked_processes import PYTHON_M, Process, kill, let_end, pass_on, poll, start
 from rld_lightning.hydra.gpu_shares import VISIBLE, gpu_shares
 from rld_lightning.runs.files import ERROR
 
@@ -98,11 +98,13 @@ class Jobs:
                 end_line()
                 print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
-                    _let_end([job.process for job in running.values()])
+                    jobs = [job.process for job in running.values()]
+                    pass_on(jobs, signal.SIGTERM)  # which they tell their trials
+                    let_end(jobs, GRACE + 5)
                 raise
             finally:
                 for job in running.values():  # what it has started ends with it
-                    _kill(job.process)
+                    kill(job.process)
         return [returned[index] for index in range(len(overrides))]
 
     def _start(self, slot: int, folder: Path, number: int, overrides: Sequence[str]) -> Process:
@@ -149,23 +151,6 @@ def job_config(context: HydraContext, config: DictConfig, number: int, overrides
         own.hydra.job.id = f"{own.hydra.job.name}_{number}"
         own.hydra.job.num = number
     return own
-
-
-def _let_end(processes: Sequence[Process]) -> None:
-    """Tells jobs to stop, which tell their trials, and waits until they have."""
-    for process in processes:
-        if poll(process) is None:
-            os.kill(process.pid, signal.SIGTERM)
-    until = time.monotonic() + GRACE + 5
-    while time.monotonic() < until and any(poll(process) is None for process in processes):
-        time.sleep(_POLL)
-
-
-def _kill(process: Process) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    while poll(process) is None:
-        time.sleep(_POLL)
 
 
 def main(arguments: Sequence[str]) -> int:

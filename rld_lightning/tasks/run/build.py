@@ -1,6 +1,6 @@
 """The parts of a run that take more than their part of the configuration to be made."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     skip_idle_hooks(trainer)
 
 
-def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look:
+def adopt_look(student: Student, data: ImageDataModule, settings: Mapping[str, Any]) -> Look:
     """Has the data normalised as the student's weights want it, where it starts from any.
 
     The data themselves and not the student's input, so that everything that the run leaves says what it was fed with.
@@ -152,7 +152,7 @@ def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look
     Args:
         student: the network to train.
         data: the data, set up.
-        chosen: whether the user has said what to normalise with; that stays, with a word of caution.
+        settings: of the data; what they say to normalise with stays, with a word of caution.
 
     Returns:
         what the data were normalised with before.
@@ -168,7 +168,7 @@ def adopt_look(student: Student, data: ImageDataModule, *, chosen: bool) -> Look
         wanted = None
     if wanted in (None, usual):
         return usual
-    if chosen:
+    if settings.get("mean") is not None or settings.get("std") is not None:
         print_line("caution", f"{student.name} was trained with {wanted}; data.mean and data.std say otherwise")
     else:
         data.normalize_with(*wanted)

@@ -46,8 +46,7 @@ from rld_lightning.distributed import (
     trials_at_once,
 )
 from rld_lightning.errors import UserError
-from rld_lightning.forked_processes import Process
-from rld_lightning.forked_processes import poll as _poll
+from rld_lightning.forked_processes import Process, kill, let_end, pass_on, poll
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.runs.checkpoint import is_there
@@ -55,7 +54,7 @@ from rld_lightning.runs.files import LAST
 from rld_lightning.shipped import shipped
 from rld_lightning.tasks.run.trainer import make_trainer
 
-POLL = 0.1  # seconds between two looks at the processes
+POLL = 0.1  # seconds between two looks at the processes while they train
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def run_in_processes(
                 codes = _wait(processes)
                 if (number := stopped_by(codes.values())) is not None:  # all of them, or soon
                     stop = number
-                    _let_end(processes)
+                    let_end(processes, GRACE)
             except (KeyboardInterrupt, Stopped) as signalled:
                 stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
                 if trials_at_once() is None:  # else the launcher says it
@@ -182,21 +181,18 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
             # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
             with output.open("ab") if output else nullcontext() as file:
                 processes.append(forked_processes.start(command, environment, file))
-        _on_sigusr1(lambda *_: _pass_on(processes, signal.SIGUSR1))
+        _on_sigusr1(lambda *_: pass_on(processes, signal.SIGUSR1))
         yield processes
     finally:
         _on_sigusr1(before)
         for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
-            while _poll(process) is None:
-                time.sleep(POLL / 10)
+            kill(process)
 
 
 def _wait(processes: Sequence[Process]) -> dict[int, int]:
     """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
     while True:
-        codes = [_poll(process) for process in processes]
+        codes = [poll(process) for process in processes]
         failed = {rank: code for rank, code in enumerate(codes) if code}
         if failed or None not in codes:
             return failed
@@ -214,21 +210,8 @@ def _interrupt(processes: Sequence[Process]) -> None:
 
     By SIGTERM, which ends those that are still importing without a traceback.
     """
-    _pass_on(processes, signal.SIGTERM)
-    _let_end(processes)
-
-
-def _pass_on(processes: Sequence[Process], number: signal.Signals) -> None:
-    for process in processes:
-        if _poll(process) is None:
-            os.kill(process.pid, number)
-
-
-def _let_end(processes: Sequence[Process]) -> None:
-    """Waits until all have ended, at most :data:`GRACE` seconds."""
-    until = time.monotonic() + GRACE
-    while time.monotonic() < until and any(_poll(process) is None for process in processes):
-        time.sleep(POLL)
+    pass_on(processes, signal.SIGTERM)
+    let_end(processes, GRACE)
 
 
 def _resume_hint(run: Path) -> str | None:

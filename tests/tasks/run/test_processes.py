@@ -333,7 +333,7 @@ def test_the_slurm_launcher_is_submitits_with_our_settings():
 def test_a_signal_while_a_process_is_looked_at_leaves_nothing_waiting():
     with launching._started((sys.executable, "-c", "import time; time.sleep(100)"), 1) as (process,):
         process._waitpid_lock.acquire()  # as a handler leaves it that raises within Popen.poll
-        assert launching._poll(process) is None
+        assert launching.poll(process) is None
     assert process.returncode == -signal.SIGKILL
 
 
