@@ -12,6 +12,7 @@ import torch
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
+from rld_lightning import forked_processes
 from rld_lightning.distributed import TRIALS, Stopped, trials_at_once
 from rld_lightning.errors import UserError
 from rld_lightning.hydra import gpu_shares
@@ -126,7 +127,8 @@ def sweep(tmp_path, monkeypatch):
         jobs.context.told = told
         if machine is not None:
             monkeypatch.setattr(side_by_side, "start", machine.start)
-            monkeypatch.setattr(side_by_side, "poll", machine.poll)
+            for place in (side_by_side, forked_processes):
+                monkeypatch.setattr(place, "poll", machine.poll)
             monkeypatch.setattr(os, "kill", machine.kill)
             monkeypatch.setattr(side_by_side.cloudpickle, "dumps", lambda _: b"")
         return jobs
