@@ -28,6 +28,7 @@ CLASSES = "classes.csv"  # accuracy of each class
 CONFUSION = "confusion.csv"  # how many images of a class were taken for which
 CURVES = "curves.png"
 STUDENT = "student.safetensors"  # the exported student
+WEIGHTS = (STUDENT, "model.safetensors")  # in the folder of a run, and of an export
 LAST = "last.ckpt"  # to resume from
 PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
 BEST = "best.ckpt"

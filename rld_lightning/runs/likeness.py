@@ -8,6 +8,7 @@ weights is never like one without.
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.redact import redact
-from rld_lightning.runs.files import CONFIG, read_config
+from rld_lightning.runs.files import CONFIG, WEIGHTS, read_config
 from rld_lightning.runs.naming import class_name
 
 SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
@@ -172,8 +173,15 @@ def canonical(key: str, value: str) -> str:
     if key in _NETWORKS:
         return canonical_name(value)
     if key in _FILES and value not in _NO_FILES and not value.startswith("["):
-        return str(Path(value).absolute())
+        return str(_file(Path(value).absolute()))
     return re.sub(r"^(-?\d+)\.0$", r"\1", _SYNONYMS.get(key, {}).get(value, value))
+
+
+def _file(weights: Path) -> Path:
+    """The file of weights in the folder of a run, or of an export, by which they may be given."""
+    with suppress(OSError):  # no name that a file could have
+        return next((weights / name for name in WEIGHTS if (weights / name).is_file()), weights)
+    return weights
 
 
 def _callbacks(config: Mapping[str, Any]) -> str:
@@ -259,4 +267,5 @@ def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, 
         now.pop("model.teacher.weights")
     for key in [key for key in ("data.batch_size", "recipe.batch_size") if now.get(key) == "auto"]:  # likewise
         now.pop(key)
-    return {key: (value, now[key]) for key, value in before.items() if key in now and now[key] != value}
+    then = {key: canonical(key, value) for key, value in before.items()}  # others may have written it
+    return {key: (value, now[key]) for key, value in then.items() if key in now and now[key] != value}

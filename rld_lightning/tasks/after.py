@@ -21,6 +21,7 @@ from rld_lightning.models.complexity import count_macs, count_parameters, images
 from rld_lightning.models.imported import is_from_elsewhere
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.weights.read import split_part
 from rld_lightning.module import DistillationModule
 from rld_lightning.reporting.trio import Network, table_of, write_networks
 from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
@@ -94,7 +95,7 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
     plan, module = finished.plan, finished.module
     if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
         weights = plan.teacher.weights
-        files = [Path(file) for file in (weights if isinstance(weights, tuple) else (str(weights),))]
+        files = [split_part(file)[0] for file in (weights if isinstance(weights, tuple) else (str(weights),))]
         size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
         name = plan.teacher.name
         name = name if "+" in name else "+".join([name] * len(files))  # of an ensemble of one kind

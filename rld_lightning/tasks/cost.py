@@ -19,7 +19,7 @@ from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, load_student
 from rld_lightning.models.weights.facts import read_facts
-from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights
+from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights, split_part
 from rld_lightning.reporting.known_cost import Cost, known_cost
 from rld_lightning.runs.files import EXPORTED, STUDENT, check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
@@ -133,7 +133,7 @@ def networks(run: Run) -> Iterator[Network]:
 
 def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tuple[int, ...], float, int, str]) -> Row:
     contender = Contender(network.name, network.weights, network.num_classes, network.image_shape, backend)
-    model, file, error = network_of(contender), Path(network.weights), ""
+    model, file, error = network_of(contender), split_part(network.weights)[0], ""
     if backend.startswith("onnx"):
         file = folder / f"{network.role}.{backend}.onnx"
         try:

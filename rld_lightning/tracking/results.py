@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from omegaconf import DictConfig
 
-from rld_lightning.models.weights.read import Weights, WeightsError, read_metadata, read_weights
+from rld_lightning.models.weights.read import Weights, WeightsError, read_metadata, read_weights, split_part
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY, WANDB, text_of
 
@@ -76,8 +76,8 @@ def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
         teacher: ``model.teacher`` of the configuration.
     """
     summary = json.loads((folder / SUMMARY).read_text())
-    if teacher is not None and Path(str(teacher.weights)).is_file():
-        artifact = _teacher(Path(teacher.weights).absolute(), teacher.name, summary["dataset"])
+    if teacher is not None and (file := split_part(str(teacher.weights))[0]).is_file():
+        artifact = _teacher(file.absolute(), teacher.name, summary["dataset"])
         # What run.use_artifact() does, which refuses to do it offline, and online waits until the server has it.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     aliases = ["latest", "last", f"seed{summary['seed']}"]

@@ -4,7 +4,7 @@ import pytest
 from helpers.configs import compose
 from omegaconf import OmegaConf
 
-from rld_lightning.runs.likeness import decides, differences, settings
+from rld_lightning.runs.likeness import canonical, changes, decides, differences, settings
 
 DEFAULT = ("recipe=quick", "trainer.precision=32-true")
 EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"
@@ -46,6 +46,19 @@ def test_what_has_no_effect_on_the_result_makes_no_other_method(plain, overrides
     key, brace, rest = overrides.partition(".{")
     lines = [f"{key}={{{rest}"] if brace else overrides.split()
     assert composed(*lines) == plain
+
+
+def test_a_file_of_weights_is_the_same_by_the_folder_of_its_run(tmp_path):
+    (tmp_path / "student.safetensors").write_bytes(b"")
+    by_file = composed(f"model.teacher.weights={tmp_path / 'student.safetensors'}")
+    assert composed(f"model.teacher.weights={tmp_path}") == by_file
+    cfg = compose(*DEFAULT, f"model.teacher.weights={tmp_path}")
+    assert changes(by_file, cfg) == {}
+    assert changes(by_file | {"model.teacher.weights": str(tmp_path)}, cfg) == {}  # as it was noted before
+    elsewhere = str(tmp_path / "other")
+    told = changes(by_file | {"model.teacher.weights": elsewhere}, cfg)
+    assert told == {"model.teacher.weights": (elsewhere, str(tmp_path / "student.safetensors"))}
+    assert canonical("model.teacher.weights", "x" * 5000).endswith("x" * 5000)  # no name that a file could have
 
 
 def test_networks_are_the_same_in_another_spelling(plain):

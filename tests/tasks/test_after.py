@@ -83,12 +83,18 @@ def test_a_teacher_that_has_not_helped_is_said(scores, said):
     ("name", "weights", "shown"),
     [("resnet20", "a", "resnet20"), ("resnet20", ("a", "b"), "resnet20+resnet20"), ("vgg8+vgg11", ("a", "b"), None)],
 )
-def test_several_teachers_are_not_called_one(name, weights, shown):
+def test_several_teachers_are_not_called_one(tmp_path, monkeypatch, name, weights, shown):
     teacher = SimpleNamespace(name=name, weights=weights)
     module = SimpleNamespace(teacher=nn.Linear(2, 2))
     module.teacher.shard = False
-    _, called, _, size = next(_networks(SimpleNamespace(plan=SimpleNamespace(teacher=teacher), module=module)))
+    finished = SimpleNamespace(plan=SimpleNamespace(teacher=teacher), module=module)
+    _, called, _, size = next(_networks(finished))
     assert (called, size) == (shown or name, 24)
+    monkeypatch.chdir(tmp_path)
+    for folder in weights:  # the folders of their runs
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "student.safetensors").write_bytes(b"0" * 100)
+    assert next(_networks(finished))[3] == 100 * len(weights)
 
 
 @pytest.mark.parametrize(("name", "told"), [("resnet8@32", ""), ("my.nets:small@32", " name=my.nets:small@32")])

@@ -32,8 +32,16 @@ def ask(run, *overrides):
     return cost(options(f"run={run}", f"paths.run={run.parent / 'cost'}", "seconds=0.02", *overrides))
 
 
-def test_teacher_and_student_side_by_side(run, monkeypatch, capsys):
+@pytest.mark.parametrize("in_a_folder", [False, True], ids=["file", "folder"])
+def test_teacher_and_student_side_by_side(run, monkeypatch, capsys, in_a_folder):
     pytest.importorskip("matplotlib")
+    file = run.parent / "teacher.safetensors"
+    if in_a_folder:  # of the run that has trained it, by which it may be given as well
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["model"]["teacher"]["weights"] = str(run.parent / "first")
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run.parent / "first").mkdir()
+        file = file.rename(run.parent / "first" / "student.safetensors")
     monkeypatch.setattr("rld_lightning.tasks.cost.measure_alone", measure)  # a process takes seconds to start
     teacher, student = ask(run, "backends=[eager]", "batch_sizes=[1,2]", "threads=1", "device=cpu")
     assert [(row.role, row.name, row.top1) for row in (teacher, student)] == [
@@ -42,6 +50,7 @@ def test_teacher_and_student_side_by_side(run, monkeypatch, capsys):
     ]
     network = create_model("resnet8", 10)
     assert (student.parameters, student.macs) == (count_parameters(network), count_macs(network, (3, 8, 8)))
+    assert teacher.file_mb == pytest.approx(file.stat().st_size / 1e6)
     assert student.file_mb == pytest.approx((run / "student.safetensors").stat().st_size / 1e6)
     written = json.loads((run.parent / "cost" / "cost.json").read_text())
     assert written["rows"][1]["measured"]["latencies"][0]["p50"] == student.measured.latencies[0].p50

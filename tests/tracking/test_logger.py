@@ -172,11 +172,16 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, train, monkeypatch, tmp_path):
     folder, _, records = finished
     monkeypatch.setenv("WANDB_MODE", "offline")
-    weights = f"model.teacher.weights={folder / 'teacher' / 'student.safetensors'}"  # of a few batches, so not stored
+    weights = f"model.teacher.weights={folder / 'teacher'}"  # of a few batches, so not stored
     printed = train(tmp_path / "run", weights, "recipe.epochs=2", f"resume={folder / 'last.ckpt'}")
     before, after = (next(r.run for r in file if r.HasField("run")) for file in (records, read_run(tmp_path / "run")))
     assert after.run_id == before.run_id == json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
     assert printed.count("wandb  ") == 1  # the way to upload it
+    used = [
+        {r.artifact.digest for r in file if r.artifact.use_after_commit}
+        for file in (records, read_run(tmp_path / "run"))
+    ]
+    assert used[0] == used[1] != set()  # the teacher, by its file or by the folder of its run
     steps = [
         [r.history.step.num for r in file if r.HasField("history")] for file in (records, read_run(tmp_path / "run"))
     ]
