@@ -166,6 +166,13 @@ def export_run(
     write_whole(folder / CARD, card.encode())
     write_json(folder / EXPORTED, asdict(result))
     _report(result)
+    written = {file.file for file in compared}
+    if earlier := [name for name in FILES.values() if name not in written and (folder / name).is_file()]:
+        print_line(
+            "caution",
+            f"{', '.join(earlier)} in {folder}: of an earlier export, maybe of another student, and not in {CARD}; "
+            "export again with their formats, or remove them",
+        )
     return result
 
 

@@ -39,7 +39,12 @@ def test_weights_with_their_card(tmp_path, capsys):
     assert "| top-1 % | 60.00 | 68.00 |" in card
     assert "| loss | rld (RLD) |" in card
     assert str(tmp_path) not in card
-    assert "compared with PyTorch on 100 test images of digits" in capsys.readouterr().out
+    assert "compared with PyTorch on 100 test images of digits" in (said := capsys.readouterr().out)
+    assert "earlier export" not in said
+    (folder / "model.pt2").write_bytes(b"")
+    export_run(tmp_path / "run", ["safetensors"], val_images=0)
+    assert "model.pt2 in " in (said := " ".join(capsys.readouterr().out.split()))
+    assert "of an earlier export" in said
 
 
 def test_names_bring_no_markup_into_a_card(tmp_path):
