@@ -19,10 +19,11 @@ from rld_lightning.bench.steps import time_in_turn
 from rld_lightning.console import console, print_table
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.image_list import ImageList
+from rld_lightning.data.random_crop import RandomCropFlip
 from rld_lightning.data.shards.index import ShardList
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.shards.store import LocalShards
-from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, stack
+from rld_lightning.data.streaming import Images, StreamedImages, stack
 from rld_lightning.data.streaming_module import IMAGENET_MEAN, IMAGENET_STD
 
 SCALE = (0.08, 1.0)

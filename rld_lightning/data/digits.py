@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.data.base import stratified_split
 from rld_lightning.data.in_memory import InMemoryDataModule
+from rld_lightning.data.stratified import stratified_split
 
 # The data set has no official test split; this one is the same for every seed, so that results can be compared.
 TEST_FRACTION = 0.2

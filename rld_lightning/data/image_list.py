@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from rld_lightning.data.base import stratified_split
 from rld_lightning.data.decode import read_file
+from rld_lightning.data.stratified import stratified_split
 
 _MOST_QUOTED = 10
 # Pictures that cameras, phones and browsers save and nobody here reads.

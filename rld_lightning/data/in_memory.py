@@ -17,10 +17,11 @@ from rld_lightning.data.augment import (
     pad_images,
     view_of_number,
 )
-from rld_lightning.data.base import Batch, ImageDataModule, stratified_split, stratified_subset
+from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_randaugment
 from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.data.stratified import stratified_split, stratified_subset
 
 _TOGETHER = 1024  # images
 

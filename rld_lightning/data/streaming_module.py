@@ -12,11 +12,13 @@ from torchvision.transforms import v2
 
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
-from rld_lightning.data.base import ImageDataModule, stratified_split, stratified_subset
+from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.centre_crop import CentreCrop
 from rld_lightning.data.decode import DECODERS, LARGEST_SIDE
+from rld_lightning.data.random_crop import RandomCropFlip
 from rld_lightning.data.sampler import EpochSampler
-from rld_lightning.data.streaming import Images, RandomCropFlip, StreamedImages, StreamingLoader
+from rld_lightning.data.stratified import stratified_split, stratified_subset
+from rld_lightning.data.streaming import Images, StreamedImages, StreamingLoader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -24,7 +24,8 @@ from rld_lightning.data.decode import (
     read_header,
     read_image,
 )
-from rld_lightning.data.streaming import RandomCropFlip, StreamedImages, StreamingLoader
+from rld_lightning.data.random_crop import RandomCropFlip
+from rld_lightning.data.streaming import StreamedImages, StreamingLoader
 
 CPU = torch.device("cpu")
 

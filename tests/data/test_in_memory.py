@@ -8,8 +8,9 @@ from torchvision import transforms
 
 from rld_lightning.data import Batch, InMemoryDataModule
 from rld_lightning.data.augment import crop_flip, draw_crop_flip
-from rld_lightning.data.base import ImageDataModule, stratified_split
+from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.randaugment import RandAugment, draw_randaugment
+from rld_lightning.data.stratified import stratified_split
 
 
 class Toy(InMemoryDataModule):
