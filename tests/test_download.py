@@ -3,7 +3,6 @@
 import hashlib
 import re
 import shutil
-import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -11,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import Request
 
 import pytest
+from helpers.servers import running
 
 from rld_lightning import download as module
 from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor, download, fetch
@@ -28,12 +28,8 @@ def server(answer):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        running.block_on_close = False
-        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/file.tar"
-        running.shutdown()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as started:
+        yield f"http://127.0.0.1:{started.server_port}/file.tar"
 
 
 def begin(handler, length=None):

@@ -30,13 +30,12 @@ class Look(NamedTuple):
         return f"mean {list(self.mean)} and std {list(self.std)}"
 
 
-def look_of(mean: Sequence[float] | None, std: Sequence[float] | None, what: str) -> Look | None:
-    """A look that somebody has asked for.
+def look_of(mean: Sequence[float] | None, std: Sequence[float] | None) -> Look | None:
+    """The look that a teacher's ``mean`` and ``std`` ask for.
 
     Args:
         mean: three numbers, or None.
         std: three numbers above 0, or None.
-        what: what the two are options of, for the error message.
 
     Returns:
         the look; None where both are None.
@@ -49,8 +48,8 @@ def look_of(mean: Sequence[float] | None, std: Sequence[float] | None, what: str
     three = [isinstance(v, Sequence) and len(v) == 3 and all(type(n) in (int, float) for n in v) for v in (mean, std)]
     if mean is None or std is None or not all(three) or min(std) <= 0:
         raise ValueError(
-            f"{what}.mean={mean} and {what}.std={std} must be three numbers each, those of std above 0, such as "
-            f"{what}.mean=[0.5,0.5,0.5] {what}.std=[0.5,0.5,0.5]; or null both."
+            f"model.teacher.mean={mean} and model.teacher.std={std} must be three numbers each, those of std above 0, "
+            "such as model.teacher.mean=[0.5,0.5,0.5] model.teacher.std=[0.5,0.5,0.5]; or null both."
         )
     return Look(tuple(mean), tuple(std))
 

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from helpers.servers import running
 from torchvision.datasets import CIFAR100
 
 from rld_lightning.data import CIFAR100DataModule, cifar100
@@ -76,12 +77,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(archive):
-    with Server(archive) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+    with running(Server(archive)) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Folders of small JPEGs, their shards, and a server for these."""
 
-import threading
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from helpers.data import ready, write_jpegs
+from helpers.servers import running
 from rld_lightning.data import ImageFolderDataModule, ShardsDataModule
 from rld_lightning.data.shards.writer import pack
 
@@ -49,8 +49,6 @@ class _Handler(SimpleHTTPRequestHandler):
 @contextmanager
 def serve(folder):
     """Serve a folder; gives its address and the names of the files that have been asked for."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))) as server:
         server.asked = []
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", server.asked
-        server.shutdown()

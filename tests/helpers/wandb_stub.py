@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from wandb.proto.wandb_internal_pb2 import Record
 
+from helpers.servers import running
+
 VIEWER = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
 PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
 BUCKET = {"id": "b", "displayName": "run", "config": "{}", "historyLineCount": 0, "project": PROJECT}
@@ -63,8 +65,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
     def handle_error(self, *_arguments):  # a client that has gone away
         pass
 
@@ -75,13 +75,11 @@ def serving(behaviour: str, after: dict[str, str] | None = None) -> Iterator[Ser
     server = Server(("127.0.0.1", 0), Handler)
     server.behaviour, server.after, server.closing = behaviour, after or {}, threading.Event()
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+    with running(server):
+        try:
+            yield server
+        finally:
+            server.closing.set()
 
 
 def read_run(folder) -> list[Record]:

@@ -62,12 +62,12 @@ def test_what_a_library_and_a_file_say():
 )  # fmt: skip
 def test_a_look_is_three_numbers_twice(mean, std):
     with pytest.raises(ValueError, match=r"model\.teacher\.mean=.*must be three numbers each"):
-        look_of(mean, std, "model.teacher")
+        look_of(mean, std)
 
 
 def test_a_look_by_hand():
-    assert look_of([0.5, 0.4, 0.3], [0.5, 0.25, 1], "model.teacher") == OTHER
-    assert look_of(None, None, "model.teacher") is None
+    assert look_of([0.5, 0.4, 0.3], [0.5, 0.25, 1]) == OTHER
+    assert look_of(None, None) is None
 
 
 def test_classes_are_matched_by_name_only_where_the_names_are_the_same():

@@ -130,10 +130,8 @@ class DHKDLoss(DistillationLoss):
         return {"ce": ce, "dhkd": dhkd}
 
 
-def _nonlinear_head(width: int, classes: int, hidden: int = 200) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.Dropout(0.1), BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes)
-    )
+def _nonlinear_head(width: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 200), nn.Dropout(0.1), BatchNorm1d(200), nn.ReLU(), nn.Linear(200, classes))
 
 
 def align(gradient: Tensor, reference: Tensor) -> Tensor:

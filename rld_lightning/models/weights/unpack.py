@@ -80,11 +80,11 @@ def usual_keys(part: Part) -> dict[str, Tensor]:
 
     Those are ``DataParallel`` and averaged models, and the student of a module that holds a loss or a teacher as well.
     """
-    plain = _stripped(part.state_dict, "module.")
+    plain = _unparallel(part.state_dict)
     plain = {key: value for key, value in plain.items() if key.startswith("student.")} or plain
     for prefix in _WRAPPERS:
         if plain and all(key.startswith(prefix) for key in plain):
-            return _stripped(_under(plain, prefix), "module.")
+            return _unparallel(_under(plain, prefix))
     return plain
 
 
@@ -135,7 +135,7 @@ def _under(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def _stripped(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Without a prefix that all keys have, but for the counter of an averaged model."""
-    others = [key for key in state_dict if not key.startswith(prefix)]
-    return _under(state_dict, prefix) if set(others) <= {"n_averaged"} and len(others) < len(state_dict) else state_dict
+def _unparallel(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes ``DataParallel``, which may have wrapped all but the counter of an averaged model."""
+    inner = _under(state_dict, "module.")
+    return inner if inner and len(state_dict) - len(inner) == ("n_averaged" in state_dict) else state_dict

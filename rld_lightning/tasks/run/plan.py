@@ -144,7 +144,7 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
     """
     if settings is None:
         return None
-    look = look_of(settings.get("mean"), settings.get("std"), "model.teacher")
+    look = look_of(settings.get("mean"), settings.get("std"))
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard", "batch_statistics")}
     if settings.cache not in (True, False, "auto", "fill"):
         raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false, auto or fill.")

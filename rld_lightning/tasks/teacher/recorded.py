@@ -54,7 +54,7 @@ def teacher_of(
         name,
         weights,
         "",
-        look_of(settings.get("mean"), settings.get("std"), "model.teacher"),
+        look_of(settings.get("mean"), settings.get("std")),
         {"fuse": False, "dtype": None},
         class_map=classes,
         image_size=size,

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import threading
 import time
 import zlib
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.data import epoch_of, merge, same
+from helpers.servers import running
 from helpers.shards import pack_folder, serve, shards_data, write_images
 
 from rld_lightning import download
@@ -306,12 +306,9 @@ class _Endless(SimpleHTTPRequestHandler):
 
 @contextmanager
 def lying(folder, bad, block, pause, *, packed=False):
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Endless, directory=str(folder))) as server:
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), partial(_Endless, directory=str(folder)))) as server:
         server.bad, server.block, server.pause, server.packed = bad, block, pause, packed
-        server.daemon_threads, server.block_on_close = True, False
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_a_shard_without_end_is_not_written_beyond_its_size(shards, tmp_path):

@@ -4,9 +4,8 @@ import base64
 import http.client
 import json
 import socket
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -17,6 +16,7 @@ import yaml
 from helpers.browser import chromium
 from helpers.configs import compose
 from helpers.exports import digits_facts, digits_run
+from helpers.servers import running
 from PIL import Image
 
 from rld_lightning.data.decode import BadImageError
@@ -161,18 +161,6 @@ def test_a_run_whose_teacher_cannot_be_shown_is_refused_in_a_sentence(place, tmp
 
 
 # The server
-
-
-@contextmanager
-def running(server):
-    with server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture(scope="module")
