@@ -51,7 +51,7 @@ class SpeedFloor:
         if speed < SLOWEST_BYTES_PER_SECOND:
             raise ConnectionError(
                 f"the server has sent {speed:,.0f} bytes/s for {seconds:.0f} s, less than the "
-                f"{SLOWEST_BYTES_PER_SECOND:,} that are waited for, run again later or from another address"
+                f"minimum of {SLOWEST_BYTES_PER_SECOND:,}, run again later or from another address"
             )
         self._since, self._received = time.monotonic(), 0
 
@@ -185,9 +185,7 @@ def _receive(url: str, path: Path, have: int) -> int | None:
                 if total is None:
                     _check_space(path, SPARE_BYTES)
                 elif file.tell() + len(block) > total:  # in pieces, say, which the length is not heeded of
-                    raise ConnectionError(
-                        f"the server goes on after {total:,} bytes, which is all that there should be"
-                    )
+                    raise ConnectionError(f"the server sends more than the expected {total:,} bytes")
                 file.write(block)
                 bar.advance(task, len(block))
     return total

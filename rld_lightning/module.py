@@ -328,7 +328,7 @@ class DistillationModule(LightningModule):
     def on_train_end(self) -> None:
         """Gives the memory of the captured step back."""
         if self.captured is not None and self.captured.failed:
-            print_line("capture", f"the step was done as it is, it cannot be recorded: {self.captured.failed}")
+            print_line("capture", f"off: the step cannot be captured: {self.captured.failed}")
         self.captured, self.watchers, self.seen = None, [], {}
 
     def _to_capture(self) -> CapturedStep | None:
@@ -344,7 +344,7 @@ class DistillationModule(LightningModule):
         if self.teacher is not None:
             watched += [*self.teacher.parameters(), *self.teacher.buffers()]
         if cuda:
-            print_line("capture", "each step is launched as one CUDA graph; model.capture=false: it is not")
+            print_line("capture", "each step runs as one CUDA graph; model.capture=false turns this off")
         self.watchers = [callback for callback in callbacks_of(self.trainer, Callback) if isinstance(callback, Watcher)]
         return CapturedStep(self._with_gradient, parameters, watched, record=cuda)
 

@@ -154,7 +154,7 @@ class Divergence(Callback):
             return
         self.told = trainer.current_epoch
         place = self._place(int(step))
-        print_line("loss", f"{place}: {loss:.3g}, where it was {mean:.3g} before; it is finite, and training goes on")
+        print_line("loss", f"{place}: {loss:.3g}, up from {mean:.3g}; it is finite, and training continues")
 
     def _place(self, step: int) -> str:
         found = next((recent for recent in self.recent if recent.step == step), self.recent[-1])
@@ -170,14 +170,14 @@ class Divergence(Callback):
         message = f"training diverged in {self._place(step)}: {cause}. "
         last = self.folder / LAST
         if remedy is not None:
-            message += f"{remedy}, and begin anew. "
+            message += f"{remedy}, and start over. "
         elif is_there(last):
             message += (
-                f"Go on from before that with {as_argument('resume', last)} and a smaller recipe.optimizer.lr, or with "
-                "trainer.gradient_clip_val=1. "
+                f"Resume from before that with {as_argument('resume', last)} and a smaller recipe.optimizer.lr, or "
+                "with trainer.gradient_clip_val=1. "
             )
         else:
-            message += "Begin anew with a smaller recipe.optimizer.lr, or with trainer.gradient_clip_val=1. "
+            message += "Start over with a smaller recipe.optimizer.lr, or with trainer.gradient_clip_val=1. "
         named = f"; the batch is named in {file}" if (file := self.folder / DIVERGED).exists() else ""
         raise Diverged(f"{message}Nothing of it was saved{named}.")
 

@@ -62,7 +62,7 @@ class WeightAverage(WeightAveraging):
         self.first_epoch = self.start * (trainer.max_epochs or 0)
         kind = "of all epochs (SWA)" if self.decay is None else f"moving, decay {self.decay:g} (EMA)"
         after = f", after {self.start:.0%} of the epochs" if self.start else ""
-        print_line("average", f"{kind}{after}: validation, export and summary are of the averaged weights")
+        print_line("average", f"{kind}{after}: validation, export and summary use the averaged weights")
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """After each step for a moving average, after the last of each epoch for a mean."""

@@ -92,7 +92,7 @@ class ImageFolderDataModule(StreamingDataModule):
         if self.val_split == "val" and not self.is_benchmark and not self._is_flat(splits):
             folder = Path(os.path.relpath(splits["test"].path(0), self.root)).parts[0]
             tested = "" if folder == TEST_FOLDER else f"; {folder}/ is the test split"
-        since = f"; shared out as in {self.split_file}{self._since}" if self._since else ""
+        since = f"; split as in {self.split_file}{self._since}" if self._since else ""
         left_out = ""
         if self._left_out:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._left_out.most_common())

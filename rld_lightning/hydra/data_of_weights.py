@@ -58,13 +58,13 @@ def _of_run(run: Path, *, has_root: bool) -> tuple[str, ...]:
             del settings["root"]
     elif "://" in root or "::" in root:
         raise UserError(
-            f"{run} has its data in a store, {root}, which is not asked for a folder of weights: if you know it, add "
-            f"data={option} data.root={root}."
+            f"{run} has its data in a store, {root}, which is not contacted for a run directory alone: if you trust "
+            f"it, add data={option} data.root={root}."
         )
     elif not Path(root).is_dir():
         raise UserError(
-            f"{run} was trained on data.root={root}, which is no folder here; add data.root=<folder>, where these "
-            "images lie now."
+            f"{run} was trained on data.root={root}, which is not a folder here; add data.root=<folder>, where these "
+            "images are now."
         )
     return (f"data={option}", *(f"data.{key}={_text(run, key, value)}" for key, value in settings.items()))
 

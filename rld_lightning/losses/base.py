@@ -136,7 +136,7 @@ class DistillationLoss(nn.Module):
         check_ranges(ranges_of(annotations), vars(self))
         if self.label_smoothing and not self.ce_weight:
             raise ValueError(
-                f"label_smoothing={self.label_smoothing!r} is of the cross-entropy, which ce_weight=0 leaves out; "
+                f"label_smoothing={self.label_smoothing!r} applies to the cross-entropy, which ce_weight=0 removes; "
                 "set ce_weight=1, say, or label_smoothing=0."
             )
 

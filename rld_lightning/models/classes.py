@@ -107,7 +107,7 @@ def places_of(
     class_map = class_map or {}
     if strangers := sorted(set(class_map) - set(classes)):
         raise ValueError(
-            f"model.teacher.class_map names {some(strangers)}, which the data has not."
+            f"model.teacher.class_map names {some(strangers)}, which the data does not have."
             f"{did_you_mean(strangers[0], classes)} It is {{<class of the data>: <class of the teacher>}}."
         )
     place: dict[str | int, int] = {number: number for number in range(count)}

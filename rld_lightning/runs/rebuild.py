@@ -43,14 +43,14 @@ def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -
         settings["root"] = str(root)
     elif isinstance(place, str) and ("://" in place or "::" in place):
         raise ValueError(
-            f"{run.folder} has its data in a store, {place}, which is not asked for a run's folder; give another place "
-            f"with {option}<folder>."
+            f"{run.folder} has its data in a store, {place}, which is not contacted for a run directory alone; give "
+            f"another place with {option}<folder>."
         )
     elif str(settings.get("_target_")).endswith(".CIFAR100DataModule"):
         settings["download"] = False
     elif isinstance(place, str) and not Path(place).is_dir():
         raise FileNotFoundError(
-            f"{run.folder} was trained on the data in {place}, which is no folder here; say where they lie now with "
+            f"{run.folder} was trained on the data in {place}, which is not a folder here; say where they are now with "
             f"{option}<folder>."
         )
     if settings.get("decode") == "cuda":  # there may be no GPU here

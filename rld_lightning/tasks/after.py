@@ -76,7 +76,7 @@ def train_alone(finished: Finished) -> None:
         return  # it has been
     folder = plan.run / ALONE
     if not (folder / SUMMARY).exists():
-        print_line("alone", f"{plan.student.name} is trained once more, by itself, to compare with")
+        print_line("alone", f"training {plan.student.name} once more without the teacher, for comparison")
     run_once(alone(finished.cfg, plan.student.name, plan.student.weights, folder), finished.fit, name="alone")
 
 

@@ -120,7 +120,7 @@ def networks(run: Run) -> Iterator[Network]:
     shape, classes = (3, *student.transform.size), len(student.classes)
     teacher = run.config["model"].get("teacher")
     if run.summary.teacher is not None and teacher and isinstance(teacher["weights"], list):
-        print_line("teacher", "made of several networks, which are not measured as one")
+        print_line("teacher", "an ensemble, which is not measured")
     elif run.summary.teacher is not None and teacher:
         planned = teacher_of(run, option=None, classes_count=False)
         weights, known = str(planned.weights), None
@@ -208,7 +208,7 @@ def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> b
     try:
         from rld_lightning.reporting.latency_plot import Point, draw_latency  # matplotlib is of an extra
     except ImportError as error:
-        print_line("cost.png", f'is not drawn ({error}): pip install "rld-lightning[report]"')
+        print_line("cost.png", f'not drawn ({error}): pip install "rld-lightning[report]"')
         return False
     points = [
         Point(row.role, row.backend, latency.p50, row.top1)

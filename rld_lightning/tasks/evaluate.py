@@ -228,7 +228,7 @@ def _share_out_as_trained(weights: Weights, data: ImageDataModule, run: Path) ->
         return
     if written is not None and facts_of(weights).dataset == data.name:
         data.split_file = written
-        print_line("data", f"shared out as in {written}")
+        print_line("data", f"split as in {written}")
 
 
 def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:

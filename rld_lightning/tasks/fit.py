@@ -242,5 +242,5 @@ def _train(
             if isinstance(error, Stopped):
                 error.said = True
         if "metric" in str(error) and "not available" in str(error):  # of a loss's own values this is known only now
-            raise UserError(f"a callback or the schedule looks at what is not logged: {error}") from error
+            raise UserError(f"a callback or the schedule monitors a metric that is not logged: {error}") from error
         raise

@@ -123,7 +123,7 @@ def fit_teacher(cfg: DictConfig) -> Summary:
         summary = fit(cfg)
         keep_teacher(summary, Path(cfg.paths.run), store, data, name, None)
     kept = store.find(data.name, name)
-    print_line("teacher", f"kept as {kept}" if kept else "not kept: its run was not one to the end, on all images")
+    print_line("teacher", f"kept as {kept}" if kept else "not stored: it was not trained to the end on all images")
     return summary
 
 

@@ -199,7 +199,7 @@ class WandbLogger(LightningWandbLogger):
             print_line("wandb", f"{server()} has not taken everything within {self.finish_timeout:g} s")
         except Exception as error:  # such as a process of its own that is gone
             complete = False
-            print_line("wandb", f"does not end as it should: {_in_short(error)}")
+            print_line("wandb", f"did not finish cleanly: {_in_short(error)}")
             tear_down()
         if run.offline or not complete:
             print_line("wandb", f"upload with: wandb sync {folder}", pasted=True)

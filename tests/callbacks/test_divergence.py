@@ -89,8 +89,8 @@ def finite(path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (spoil_weights, r"batch 7: the loss is nan at a learning rate of 0\.1\. Go on.*resume=.*last\.ckpt and"),
-        (images_of_inf, r"batch 7: the loss is nan, and the normalised images are not finite.*begin anew"),
+        (spoil_weights, r"batch 7: the loss is nan at a learning rate of 0\.1\. Resume.*resume=.*last\.ckpt and"),
+        (images_of_inf, r"batch 7: the loss is nan, and the normalised images are not finite.*start over"),
         (images_of_nan, r"batch 7: the loss is nan, and the normalised images are not finite"),
     ],
 )
@@ -135,7 +135,7 @@ def test_it_is_read_every_few_steps_where_nothing_is_saved(tmp_path):
     steps = []
     count = At(-1, None)
     count.on_train_batch_start = lambda trainer, *_: steps.append(trainer.global_step)
-    with pytest.raises(Diverged, match=r"batch 7: .*Begin anew with a smaller recipe\.optimizer\.lr"):
+    with pytest.raises(Diverged, match=r"batch 7: .*Start over with a smaller recipe\.optimizer\.lr"):
         fit(tmp_path, At(6, spoil_weights), count)
     assert steps[-1] == 9
 
@@ -192,7 +192,7 @@ def test_half_of_two_classes_is_chance_and_most_of_them_is_not():
 def test_a_loss_that_jumps_is_said_once_an_epoch_and_training_goes_on(tmp_path, capsys):
     fit(tmp_path, loss=Scaled(), max_epochs=2)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    assert "epoch 1, batch 8: 1e+06, where it was 2." in line
+    assert "epoch 1, batch 8: 1e+06, up from 2." in line
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

@@ -148,7 +148,7 @@ def test_a_finished_run_that_goes_on_elsewhere_leaves_all_that_it_has(folder, wh
     check(folder, whole)
     assert {path.name for path in folder.iterdir()} >= {"last.ckpt", "best.ckpt", "metrics.csv", "curves.png"}
     assert rows(folder) == rows(whole)
-    with pytest.raises(UserError, match="its schedule ends with the run"):
+    with pytest.raises(UserError, match="its schedule depends on the length of the run"):
         run(folder, f"resume={folder}", "recipe.epochs=3")
 
 

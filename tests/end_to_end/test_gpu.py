@@ -42,8 +42,8 @@ def first(tmp_path_factory):
 
 def test_a_run_trains_its_teacher_and_says_how_it_goes(first):
     folder, summary, out = first
-    assert "capture  each step is launched as one CUDA graph" in out
-    assert "cannot be recorded" not in out
+    assert "capture  each step runs as one CUDA graph" in out
+    assert "cannot be captured" not in out
     assert summary["top1"] > 30
     assert len(pd.read_csv(folder / "first" / "metrics.csv")) == 3
 
@@ -77,7 +77,7 @@ def test_each_way_of_a_step_learns(first, options):
     folder, *_ = first
     summary, out = fit(folder, " ".join(options).replace("=", "-").replace("/", "-"), *options)
     assert summary["top1"] > 20
-    assert "cannot be recorded" not in out
+    assert "cannot be captured" not in out
 
 
 def test_a_run_goes_on_where_it_stopped(first):

@@ -91,7 +91,9 @@ def test_a_run_on_a_folder_says_which_and_how_large_its_images_are(folder_run, t
 
 def test_images_that_are_gone_are_said_with_the_way_out(folder_run, tmp_path):
     run = folder_run(root=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"first was trained on data\.root=.*gone, which is no folder here; add data\."):
+    with pytest.raises(
+        UserError, match=r"first was trained on data\.root=.*gone, which is not a folder here; add data\."
+    ):
         data_of([f"weights='{run}'"])
     assert composed(run, "data.root=/moved").root == "/moved"
     run = folder_run("ShardsDataModule", root="s3://bucket/name")

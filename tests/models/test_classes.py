@@ -28,7 +28,7 @@ def test_classes_are_placed_by_name_by_number_and_as_a_map_says():
         (["cat", "fox"], None, {"cat": 1}, "no class for 'fox'.*which has no names for them"),
         (["cat", "fox"], KNOWN, {"fox": 4}, r"no class for 'fox' \(4\)"),
         (["cat", "fox"], KNOWN, {"fox": True}, None),
-        (["cat", "fox"], KNOWN, {"fix": "dog"}, r"names fix, which the data has not\. Did you mean 'fox'"),
+        (["cat", "fox"], KNOWN, {"fix": "dog"}, r"names fix, which the data does not have\. Did you mean 'fox'"),
         (["cat", "fox"], KNOWN, {"fox": "cat"}, "are the same of the teacher's"),
     ],
 )

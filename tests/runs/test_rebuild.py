@@ -124,7 +124,9 @@ def test_data_are_fetched_and_written_where_the_user_says_alone(tmp_path):
     assert (given.root, given.download) == (tmp_path / "given", True)
     assert "127.0.0.1" not in given.url
     imagenet = {"_target_": "rld_lightning.data.ImageNetDataModule", **places}
-    with pytest.raises(FileNotFoundError, match=r"run was trained on the data in .*elsewhere, which is no folder here"):
+    with pytest.raises(
+        FileNotFoundError, match=r"run was trained on the data in .*elsewhere, which is not a folder here"
+    ):
         build_data(run_with(tmp_path / "run", data=imagenet))
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(FileNotFoundError, match=r"there is no val/ in .*; give the data's folder with root=<folder>"):

@@ -109,7 +109,7 @@ class _Watch(Callback):
         """Counts bytes that were received."""
         super().relative_update(inc)
         if self.value > self._most:
-            raise ConnectionError(f"the server goes on after {self._most:,} bytes, which is all that there should be")
+            raise ConnectionError(f"the server sends more than the expected {self._most:,} bytes")
         self._floor.add(inc)
 
 

@@ -108,7 +108,7 @@ def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, conf
         return launcher.launch([list(lines) for lines in batch], initial_job_idx=first)
     except (KeyboardInterrupt, SystemExit) as stop:  # of Ctrl-C, and of SIGTERM
         folder = as_argument("hydra.sweep.dir", config.hydra.sweep.dir)
-        print_line("stopped", f"go on with the same command and {folder}")
+        print_line("stopped", f"continue with the same command and {folder}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
     except Exception as error:  # each launcher has its own
         raise UserError(

@@ -65,8 +65,8 @@ def _activation_maps(feature: Tensor, classifier: Tensor, normalize: bool) -> Te
     """``(B, channels, H, W)`` to ``(B, C, H * W)``."""
     if feature.shape[1] != classifier.shape[1]:
         raise ValueError(
-            f"a map of {feature.shape[1]} channels is not what a classifier of {classifier.shape[1]} features "
-            "classifies the average of; tap the last map."
+            f"the classifier takes {classifier.shape[1]} features and the map has {feature.shape[1]} channels; tap the "
+            "last map."
         )
     maps = classifier.to(feature.dtype) @ feature.flatten(2)
     return unit_vectors(maps) if normalize else maps

@@ -159,7 +159,7 @@ def adopt_look(student: Student, data: ImageDataModule, settings: Mapping[str, A
     """
     usual = Look(tuple(data.mean), tuple(data.std))
     if (side := split_size(student.name)[1]) is not None:
-        print_line("student", "sees images of {0}x{0}, made of those of {1}x{2}".format(side, *data.image_shape[1:]))
+        print_line("student", "sees images resized to {0}x{0} from {1}x{2}".format(side, *data.image_shape[1:]))
     if student.weights == "pretrained":
         wanted = published_look(student.name)
     elif student.weights is not None:

@@ -44,8 +44,8 @@ def describe_run(
         teacher = "" if module.teacher is None else " model.teacher.dtype=bfloat16"
         print_line(
             "training",
-            "a CPU computes gradients of depthwise convolutions, which the student is made of, slower in bfloat16: "
-            f"trainer.precision=32-true{teacher} may take less time",
+            "the student is mostly depthwise convolutions, whose gradients a CPU computes slower in bfloat16: "
+            f"trainer.precision=32-true{teacher} may be faster",
         )
     if plan.resume is not None and plan.before is not None:
         others = changes(plan.before.settings, cfg)
@@ -55,8 +55,8 @@ def describe_run(
     if data.val_split == "test" and any(name.startswith("val/") for name in watched):
         print_line(
             "caution",
-            "early stopping looks at the test split, whose images then choose when to end and are no test any more; "
-            "data.val_fraction=0.1 holds some of the training images out for it",
+            "early stopping monitors the test split, which is then no longer a test; data.val_fraction=0.1 holds out "
+            "some training images for it",
         )
     print_line("folder", str(plan.run))
 
@@ -72,8 +72,8 @@ def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
     if parts == 1 or not loss.of_whole_batch:
         return ""
     return (
-        f"compares the images of a batch or averages over some of them, here of {size} at a time: a step of {parts} "
-        "such batches is not the same as one with all their images"
+        f"depends on the whole batch, and here sees {size} images at a time: a step of {parts} such batches is not the "
+        "same as one with all their images"
     )
 
 

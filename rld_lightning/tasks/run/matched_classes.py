@@ -58,7 +58,7 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
         return by_position
     class_of = [place.get(name, -1) for name in classes]
     if len(shared) == len(known) == len(classes):
-        print_line("model", f"its classes are matched to those of {data.name} by name; their order is another")
+        print_line("model", f"its classes are matched to those of {data.name} by name, in another order")
         return MatchedClasses(known, class_of, None)
     unknown, absent = [name for name in classes if name not in place], sorted(set(known) - set(classes))
     parts = (

@@ -187,7 +187,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         [row for row in rows if row[1]],
     )
     if summary.fast_dev_run:
-        print_line("caution", "trainer.fast_dev_run shows that everything works; these numbers are no result")
+        print_line("caution", "trainer.fast_dev_run only tests that everything works; these numbers are not a result")
     files = {
         STUDENT: "the student's weights",
         BEST: f"those of the best epoch ({summary.top1_best:.2f} %)" if summary.top1_best > summary.top1 else "",
@@ -203,6 +203,6 @@ def _draw_curves(run: Path, title: str, summary: Summary) -> None:
     try:
         from rld_lightning.reporting.curves import plot_curves  # pandas and matplotlib are of an extra
     except ImportError as error:
-        print_line("curves", f'are not drawn ({error}): pip install "rld-lightning[report]"')
+        print_line("curves", f'not drawn ({error}): pip install "rld-lightning[report]"')
         return
     plot_curves(run, title, summary)

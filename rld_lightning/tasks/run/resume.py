@@ -76,16 +76,16 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
         return
     if resume is None and given is not None:
         folder = Path(given) if Path(given).is_dir() else Path(given).parent
-        teacher = f", but its teacher goes on with hydra.run.dir={folder}" if (folder / TEACHER).exists() else ""
+        teacher = f", but its teacher resumes with hydra.run.dir={folder}" if (folder / TEACHER).exists() else ""
         if folder.absolute() == run.absolute():
             (run / METRICS).unlink(missing_ok=True)  # of the beginning of an epoch
             teacher = ""
         if not started_here():  # by a process that has said so
-            print_line("resume", f"there is no checkpoint in {folder} yet: the run begins anew{teacher}")
+            print_line("resume", f"there is no checkpoint in {folder} yet: the run starts over{teacher}")
     if (run / METRICS).exists() or is_there(run / LAST):
         raise ValueError(
-            f"{run} holds a run already; choose another folder (hydra.run.dir), nothing is overwritten, or let it go "
-            f"on ({as_argument('resume', run)})."
+            f"{run} holds a run already; nothing is overwritten: choose another folder (hydra.run.dir), or continue "
+            f"it ({as_argument('resume', run)})."
         )
 
 
@@ -133,9 +133,9 @@ def _refuse_other_length(path: Path, changed: Mapping[str, tuple[str, str]], sch
     if " " in before:  # the recipe's, which nobody has to say
         had, way_out = f"{before} {key}", f"Leave {key} out"
     raise ValueError(
-        f"{path} is of a run with {had}, and this one has {key}={now}: its schedule ends with the run, and for another "
-        f"length would have had other learning rates from the first step on. {way_out}; a run that may become longer "
-        "has a schedule of steps (recipe=cifar240), or none (recipe.scheduler=null)."
+        f"{path} is of a run with {had}, and this one has {key}={now}: its schedule depends on the length of the run, "
+        f"so that all learning rates would have been different. {way_out}; a run that may become longer needs a step "
+        "schedule (recipe=cifar240), or none (recipe.scheduler=null)."
     )
 
 
@@ -151,12 +151,12 @@ def _read(path: Path) -> dict[str, Any]:
     weights = f"to begin a new run with its weights, use {as_argument('model.student.weights', path)}"
     checkpoint, used = read_checkpoint(path)
     if not checkpoint.get("optimizer_states"):
-        raise ValueError(f"{path} has weights alone, no state of an optimizer; take a run's last.ckpt, or {weights}.")
+        raise ValueError(f"{path} has only weights, no optimizer state; take a run's last.ckpt, or {weights}.")
     if not isinstance(checkpoint.get("lr_schedulers"), list):
         raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
     if used != path and not started_here():  # by a process that has said so
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
-        print_line("caution", f"{path} is damaged or gone: going on from the one before it, {used}{step}")
+        print_line("caution", f"{path} is damaged or gone: resuming from the previous one, {used}{step}")
     return checkpoint
 
 

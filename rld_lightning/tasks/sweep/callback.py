@@ -151,7 +151,7 @@ class Sweep(Callback):
         self._swept = tuple(swept)
         if not swept and not config.hydra.sweeper.get("params"):  # of which a command may leave one value: seed=3
             raise UserError(
-                "-m has nothing to go through: give an option several values, such as seed=0,1,2, or leave -m away."
+                "-m has nothing to sweep over: give an option several values, such as seed=0,1,2, or omit -m."
             )
         self._hold_out(config, swept, fixed)
         optuna = "n_trials" in config.hydra.sweeper
@@ -170,7 +170,7 @@ class Sweep(Callback):
         others = dict.fromkeys(f'"{group_of(key)}"' for key in fixed if group_of(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
         share_data(changed(config, {"paths.run": str(folder)}).data)
-        print_line("sweep", f"{folder}; an interrupted one goes on with the same command and {_here(folder)}")
+        print_line("sweep", f"{folder}; to continue it if interrupted, use the same command and {_here(folder)}")
         for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
             logging.getLogger(name).setLevel(logging.WARNING)
         if self.watch:

@@ -91,7 +91,9 @@ class Watch:
             if self._best is None or event["top1"] > self._best[0]:
                 self._best = event["top1"], event["trial"]
             early = f", ended after epoch {event['ended_after']}" if "ended_after" in event else ""  # pruned, say
-            print_line("trial", f"{text}  {event['top1']:.2f} %{early}  {'was there' if known else duration(seconds)}")
+            print_line(
+                "trial", f"{text}  {event['top1']:.2f} %{early}  {'already done' if known else duration(seconds)}"
+            )
 
     def line(self, now: float | None = None) -> str:
         """Done, running, failed, what is left of the time, and the best so far."""

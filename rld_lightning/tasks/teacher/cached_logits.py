@@ -52,9 +52,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     why = "the teacher's"
     if not reason and plan.teacher.cache == "auto":
         share = _share_of_step(module, data)
-        reason = (
-            "" if share >= _SHARE else "the teacher takes little of a step; model.teacher.cache=true switches it on"
-        )
+        reason = "" if share >= _SHARE else "the teacher takes little of a step; model.teacher.cache=true turns it on"
         why = f"the teacher takes {share:.0%} of a step: its"
     ahead = plan.teacher.cache == "fill"
     path = None if reason else table_path(module.teacher, plan.teacher, data, trainer, plan.store)
@@ -63,7 +61,8 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
         ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
         if not ahead and not _is_known(path, plan.teacher, data):
             reason = (
-                "on a GPU it pays where all is known, or to come; model.teacher.cache=fill computes all of it ahead"
+                "on a GPU it pays only if all logits are known or the run is long; model.teacher.cache=fill computes "
+                "them first"
             )
     if path is None or reason:
         print_line("cache", f"off: {reason}")
@@ -124,7 +123,7 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
         full = f"it may grow by {_gigabytes(size - taken)}, and {_gigabytes(free)} are free in {folder}"
         if planned.cache != "auto":
             raise ValueError(f"the teacher's logits have no room: {full}; make room, or set model.teacher.cache=false.")
-        print_line("cache", f"off: {full}; make room to have it")
+        print_line("cache", f"off: {full}; free some space to use it")
         return None
     try:
         table = LogitsTable(path, rows, data.num_classes, planned.cache_dtype)
@@ -175,18 +174,18 @@ def _is_known(path: Path, planned: Teacher, data: ImageDataModule) -> bool:
 def _other_looks(loss: DistillationLoss) -> str:
     """Why a loss wants more than logits of views; nothing where it does not."""
     if loss.teacher_taps:
-        return f"{type(loss).__name__} looks inside the teacher"
+        return f"{type(loss).__name__} uses features of the teacher"
     if loss.needs_strong_view:
-        return f"{type(loss).__name__} looks at strongly augmented images, of which there is no end"
+        return f"{type(loss).__name__} uses strongly augmented images, which have unlimited views"
     return ""
 
 
 def impossible(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) -> str:
     """Why logits cannot be looked up; nothing where they can."""
     if data.train_views is None:
-        return "there is no end of augmented images of these data"
+        return "these data have unlimited augmented views"
     if teacher.shard:
-        return "the teacher is shared out"
+        return "the teacher is sharded (model.teacher.shard)"
     if torch.float64 in _types(teacher) or "64" in str(trainer.precision):
         return "logits in float64 would be rounded"
     return ""

@@ -155,7 +155,7 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
     if look != given:
         print_line("teacher", f"sees images normalised with its own {look} ({who})")
     if size != data.image_shape[1:]:
-        print_line("teacher", "sees images of {}x{}, made of those of {}x{}".format(*size, *data.image_shape[1:]))
+        print_line("teacher", "sees images resized to {}x{} from {}x{}".format(*size, *data.image_shape[1:]))
     check_network(teacher.name, data, network, image_size=size)
     return TeacherNetwork(network, own, facts, sha256, origin)
 
@@ -221,7 +221,9 @@ def _selected(
     places = places_of(classes, known, count, teacher.class_map)
     pairs = [f"{name} is {known[place] if known else place}" for name, place in zip(classes, places, strict=True)]
     how = "as model.teacher.class_map says" if teacher.class_map is not None else "by name"
-    print_line("teacher", f"of its {count:,} classes the {len(classes)} of the data are taken {how}: {some(pairs)}")
+    print_line(
+        "teacher", f"{len(classes)} of its {count:,} classes are used, matched to the data's {how}: {some(pairs)}"
+    )
     return select_classes(network, teacher.name, places, count)
 
 

@@ -70,8 +70,8 @@ def find_teacher(
         )
     if path is None and isinstance(teacher.image_size, int):
         raise ValueError(
-            f"model.teacher.image_size={teacher.image_size} is for a teacher that is there; one that is trained first "
-            f"has its size in its name: model.teacher.name={split_size(teacher.name)[0]}@{teacher.image_size}."
+            f"model.teacher.image_size={teacher.image_size} applies to existing weights; a teacher that is trained "
+            f"first has its size in its name: model.teacher.name={split_size(teacher.name)[0]}@{teacher.image_size}."
         )
     return str(path) if path is not None else None
 

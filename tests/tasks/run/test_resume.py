@@ -58,7 +58,7 @@ def test_what_is_advised_to_a_run_that_has_diverged(run):
         ({"checkpoint": {"lr_schedulers": None}}, "no checkpoint to resume from; take a run's last.ckpt"),
         ({"checkpoint": {"hyper_parameters": {"student": "a\n" * 9}}}, "last.ckpt says name="),
         ({"checkpoint": {"hyper_parameters": {"data_seed": {"_target_": "os.getcwd"}}}}, "last.ckpt says data_seed="),
-        ({"checkpoint": {"optimizer_states": []}}, "has weights alone.*model.student.weights="),
+        ({"checkpoint": {"optimizer_states": []}}, "has only weights.*model.student.weights="),
         ({"file": "student.safetensors"}, "no checkpoint to resume from; take a run's last.ckpt"),
     ],
 )
@@ -181,10 +181,10 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, capsys, named, left):
     given = str(tmp_path / named)
     assert find_checkpoint(given) is None
     check_folder(tmp_path, None, given)
-    assert f"there is no checkpoint in {tmp_path} yet: the run begins anew\n" in capsys.readouterr().out
+    assert f"there is no checkpoint in {tmp_path} yet: the run starts over\n" in capsys.readouterr().out
     assert not (tmp_path / "metrics.csv").exists()
     check_folder(tmp_path / "new", None, given)  # which takes nothing from there
-    assert ("but its teacher goes on with" in capsys.readouterr().out) is ("teacher" in left)
+    assert ("but its teacher resumes with" in capsys.readouterr().out) is ("teacher" in left)
 
 
 def test_what_a_run_goes_on_from(tmp_path):
@@ -197,7 +197,7 @@ def test_what_a_run_goes_on_from(tmp_path):
         (tmp_path / there).touch()
         assert find_checkpoint(str(tmp_path)) == find_checkpoint(f"{tmp_path}/last.ckpt") == f"{tmp_path}/last.ckpt"
         check_folder(tmp_path, find_checkpoint(str(tmp_path)), str(tmp_path))
-    with pytest.raises(ValueError, match=f"holds a run already.*go on \\(resume={tmp_path}\\)"):
+    with pytest.raises(ValueError, match=f"holds a run already.*continue it \\(resume={tmp_path}\\)"):
         check_folder(tmp_path, None, None)
 
 
@@ -213,7 +213,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(tmp_path):
 )
 @pytest.mark.parametrize("change", ["recipe.epochs=5", "trainer.max_steps=9"])
 def test_a_schedule_that_ends_with_the_run_is_why_it_cannot_be_longer(run, schedules, change):
-    with pytest.raises(ValueError, match=r"its schedule ends with the run.*recipe=cifar240"):
+    with pytest.raises(ValueError, match=r"its schedule depends on the length of the run.*recipe=cifar240"):
         run([change], {"lr_schedulers": schedules})
     with pytest.raises(ValueError, match=r"the recipe's trainer\.max_epochs, .* Leave trainer\.max_epochs out;"):
         run(["trainer.max_epochs=5"], {"lr_schedulers": schedules})

@@ -54,7 +54,7 @@ def test_what_was_finished_before_takes_no_time(watch, capsys):
     for event in ({"total": 2}, begins(0, 0, known=True), ends(0, 1, top1=50.0)):
         watch.take(event)
     assert watch.line(now=1) == "1/2 done, 0 running, best 50.00 %: x=0"
-    assert "50.00 %  was there" in capsys.readouterr().out
+    assert "50.00 %  already done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (99, "99 s"), (100, "2 min"), (7800, "2 h 10 min")])

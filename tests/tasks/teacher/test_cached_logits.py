@@ -115,7 +115,7 @@ def test_what_cannot_be_kept_is_refused_in_a_sentence(tmp_path, teachers):
         UserError, match=r"the teacher resnet14 is not in .*resnet14.*name its file with model\.teacher"
     ):
         cache(configuration(tmp_path, teachers, "model.teacher.name=resnet14", "model.teacher.weights=fit"))
-    with pytest.raises(UserError, match=r"cannot be kept: there is no end of augmented images"):
+    with pytest.raises(UserError, match=r"cannot be kept: these data have unlimited augmented views"):
         cache(configuration(tmp_path, teachers, "data.mixup=0.2"))
 
 
@@ -182,8 +182,8 @@ TRAINER = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_dev
 @pytest.mark.parametrize(
     ("module", "trainer", "reason"),
     [
-        (lambda: module_with(ATLoss()), TRAINER, "ATLoss looks inside the teacher"),
-        (lambda: module_with(MLKDLoss()), TRAINER, "MLKDLoss looks at strongly augmented images"),
+        (lambda: module_with(ATLoss()), TRAINER, "ATLoss uses features of the teacher"),
+        (lambda: module_with(MLKDLoss()), TRAINER, "MLKDLoss uses strongly augmented images"),
         (lambda: module_with(KDLoss()), SimpleNamespace(precision="64-true"), "logits in float64 would be rounded"),
         (
             lambda: module_with(KDLoss(), FrozenTeacher(create_model("resnet8", 10), dtype="float64")),
@@ -206,7 +206,7 @@ def test_data_without_end_switch_it_off(tmp_path, capsys):
     module = module_with(KDLoss())
     remember_logits(module, planned(tmp_path, tmp_path), ready(Endless(), 0, 1), TRAINER)
     assert module.teacher.table is None
-    assert "there is no end of augmented images" in capsys.readouterr().out
+    assert "these data have unlimited augmented views" in capsys.readouterr().out
 
 
 def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys, monkeypatch):
@@ -227,7 +227,7 @@ def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys,
     )
     remember_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
     assert module.teacher.table is None
-    assert "off: the teacher takes little of a step; model.teacher.cache=true switches it on" in capsys.readouterr().out
+    assert "off: the teacher takes little of a step; model.teacher.cache=true turns it on" in capsys.readouterr().out
     remember_logits(module, planned(tmp_path, tmp_path, cache=False), data, TRAINER)
     module = DistillationModule(create_model("resnet8", 10), CELoss(), torch.optim.SGD, num_classes=10)
     remember_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
@@ -251,7 +251,7 @@ def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatc
         return module.teacher.table
 
     assert table(3) is None
-    assert "off: on a GPU it pays where all is known, or to come" in capsys.readouterr().out
+    assert "off: on a GPU it pays only if all logits are known or the run is long" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.logits"))
     assert table(3, cache=True) is not None
     assert not filled

@@ -68,8 +68,10 @@ def test_of_a_pretrained_teacher_the_classes_of_the_data_are_taken(tmp_path, bui
     names = published_classes("torchvision/resnet18")
     assert found.network[1].places == [names.index("tabby"), 207]
     output = " ".join(capsys.readouterr().out.split())
-    assert "of its 1,000 classes the 2 of the data are taken by name: tabby is tabby, golden retriever is" in output
-    assert "sees images of 224x224, made of those of 32x32" in output
+    assert (
+        "2 of its 1,000 classes are used, matched to the data's by name: tabby is tabby, golden retriever is" in output
+    )
+    assert "sees images resized to 224x224 from 32x32" in output
     assert found.relook.size == (224, 224)
     found = load_network(teacher_of(tmp_path, class_map={"dog": 207, "cat": "tabby"}, image_size=None), "pretrained",
                          data_of("cat", "dog"), LOOK)  # fmt: skip
@@ -182,6 +184,6 @@ def test_images_have_the_size_that_a_teacher_was_trained_with(tmp_path, data, fi
     assert build(tmp_path, file(image_shape=[3, 8, 8]), data).relook is None
     for own, size in (("auto", 32), (16, 16)):
         assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=own).relook.size == (size, size)
-        said = f"sees images of {size}x{size}, made of those of 8x8"
+        said = f"sees images resized to {size}x{size} from 8x8"
         assert said in " ".join(capsys.readouterr().out.split())
     assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=None).relook is None
