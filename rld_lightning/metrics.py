@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.distributed import gathered, own_share
+from rld_lightning.errors import UserError, some
 
 _WEIGHT = "weight"  # beside the names in a state
 
@@ -30,7 +31,13 @@ class EpochMeans:
 
     def add(self, names: Iterable[str], counted: Tensor) -> None:
         """As :meth:`update`, of what :func:`counts` has made of the scalars of these names."""
-        self._names = tuple(names)
+        names, before = tuple(names), self._names
+        if self._totals is not None and names != before:
+            raise UserError(
+                f"the epoch so far has means of {some(before)}, and this step has {some(names)}: the checkpoint is of "
+                "another loss; resume from another one, or begin anew in another folder."
+            )
+        self._names = names
         # Not the same tensor: what a graph computes is overwritten by its next replay.
         self._totals = counted.clone() if self._totals is None else self._totals.to(counted.device) + counted
 
@@ -56,7 +63,17 @@ class EpochMeans:
         return gathered({} if self._totals is None else dict(zip(names, self._totals.unbind(), strict=True)))
 
     def load_state_dict(self, states: list[dict[str, Tensor]]) -> None:
-        """Goes on from there, with as many ranks as then or others."""
+        """Goes on from there, with as many ranks as then or others.
+
+        Raises:
+            UserError: these are no such counts.
+        """
+        counted = [value for state in states for value in state.values()]
+        if not all(isinstance(value, Tensor) and value.shape == () for value in counted):
+            raise UserError(
+                "the checkpoint has other than single numbers among what its epoch has counted; resume from another "
+                "one, or begin anew in another folder."
+            )
         own = own_share(states)
         self._names = tuple(name for name in own if name != _WEIGHT)
         self._totals = torch.stack([own[name] for name in (*self._names, _WEIGHT)]) if own else None

@@ -25,6 +25,7 @@ from rld_lightning.models.mark import mark
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.frozen import FrozenTeacher, hold_outside
 from rld_lightning.optimizer_step import fused, share_of_step
+from rld_lightning.runs.checkpoint_form import refuse_other_contents
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
 from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
 
@@ -359,7 +360,9 @@ class DistillationModule(LightningModule):
                 checkpoint.pop(beside, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores them."""
+        """Restores them, from a checkpoint of this run."""
+        if self._trainer is not None:
+            refuse_other_contents(checkpoint, self._trainer, self)
         self.best_top1 = checkpoint["best_top1"]
         self.rate = checkpoint["epoch_so_far"]["rate"]
         self.means["train"].load_state_dict(checkpoint["epoch_so_far"]["means"])

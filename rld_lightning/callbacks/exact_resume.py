@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from rld_lightning.callbacks.metrics_file import MetricsFile
+from rld_lightning.runs.checkpoint_form import refuse_other_progress
 from rld_lightning.runs.metrics_csv import Row, known_rows
 from rld_lightning.watching import callbacks_of
 
@@ -82,14 +83,21 @@ class ExactResume(Callback):
             checkpoint["metrics"] = _rows(trainer, logger)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets the file of metrics go on from its rows."""
+        """Notes where the run goes on."""
         self.began = checkpoint["global_step"]
-        for logger in _files(trainer):
-            logger.begin(known_rows(checkpoint.get("metrics")))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets a run that has stopped early be at its end, as :class:`~lightning.pytorch.callbacks.Timer` does."""
-        if self.began is not None and has_stopped_early(trainer):
+        """Looks at the rest of a checkpoint before it is restored, and lets the file of metrics go on from its rows.
+
+        A run that has stopped early is at its end.
+        """
+        if self.began is None:
+            return
+        checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+        refuse_other_progress(checkpoint, trainer)
+        for logger in _files(trainer):
+            logger.begin(known_rows(checkpoint.get("metrics")))
+        if has_stopped_early(trainer):  # as Lightning's Timer does
             trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

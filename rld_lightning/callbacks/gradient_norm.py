@@ -47,7 +47,7 @@ class GradientNorm(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the epoch has counted so far, the same on all ranks."""
-        return {} if self.totals is None else {"totals": self.totals.cpu()}
+        return {"totals": torch.zeros(2) if self.totals is None else self.totals.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""

@@ -58,7 +58,7 @@ class Throughput(Callback):
         """Stops the clock until the next step, and adds what the epoch has counted so far."""
         self._read(trainer)
         self.since, self.paused = None, self.since is not None
-        checkpoint["callbacks"][self.state_key] = {"seconds": self.seconds, "images": self.images}
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def _read(self, trainer: Trainer) -> None:
         if self.pending and self.since is not None:
@@ -66,6 +66,10 @@ class Throughput(Callback):
             self.seconds += now - self.since
             self.images += self.pending
             self.since, self.pending = now, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch has counted."""
+        return {"seconds": self.seconds, "images": self.images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.console import print_line
 from rld_lightning.models.teacher.frozen import hold_outside
+from rld_lightning.runs.checkpoint_form import refuse_other_averages
 
 
 class WeightAverage(WeightAveraging):
@@ -85,7 +86,10 @@ class WeightAverage(WeightAveraging):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts both back in their places."""
-        if "averaging_state" in checkpoint:
+        begun = checkpoint["callbacks"].get(self.state_key, {}).get("latest_update_step", 0) > 0
+        if self._average_model is not None and (begun or "averaging_state" in checkpoint):
+            own = {"averaging_state": {"n_averaged": self._average_model.n_averaged}}
+            refuse_other_averages(checkpoint, trainer, own | {"current_model_state": pl_module.state_dict()})
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

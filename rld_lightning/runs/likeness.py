@@ -206,6 +206,12 @@ def _callback(options: Any) -> str:
     return f"{name if package in _WATCHERS else target}({counted})"
 
 
+def only_watches(callback: type) -> bool:
+    """Whether a callback of this class decides nothing of what is trained."""
+    package = callback.__module__.split(".")[0].removeprefix("pytorch_")
+    return callback.__name__ in _WATCHERS.get(package, ())
+
+
 def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
     """Whether it is an early stopping that ends only runs whose loss is no number any more, which have no result."""
     thresholds = {options.get(key, "None") for key in ("stopping_threshold", "divergence_threshold")}

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
+from packaging.version import InvalidVersion, Version
 
 from rld_lightning.callbacks import ExactResume
 from rld_lightning.callbacks.exact_resume import has_stopped_early
@@ -31,6 +32,7 @@ AGAINST_DIVERGENCE = (
     *("recipe.optimizer.lr", "recipe.scheduler.max_lr"),
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
 )
+_LIGHTNING = "pytorch-lightning_version"  # what Lightning calls its own in each checkpoint
 _LENGTH = ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
 
 
@@ -147,12 +149,20 @@ def _has_its_length(schedule: Any) -> bool:
     return "total_steps" in schedule or any(map(_has_its_length, inner if isinstance(inner, list | tuple) else ()))
 
 
+def _is_version(value: object) -> bool:
+    """Whether Lightning can read which version of it has written a checkpoint."""
+    try:
+        return isinstance(value, str) and bool(Version(value))
+    except InvalidVersion:
+        return False
+
+
 def _read(path: Path) -> dict[str, Any]:
     weights = f"to begin a new run with its weights, use {as_argument('model.student.weights', path)}"
     checkpoint, used = read_checkpoint(path)
     if not checkpoint.get("optimizer_states"):
         raise ValueError(f"{path} has only weights, no optimizer state; take a run's last.ckpt, or {weights}.")
-    if not isinstance(checkpoint.get("lr_schedulers"), list):
+    if not isinstance(checkpoint.get("lr_schedulers"), list) or not _is_version(checkpoint.get(_LIGHTNING)):
         raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
     if used != path and not started_here():  # by a process that has said so
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""

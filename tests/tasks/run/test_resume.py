@@ -19,7 +19,12 @@ CONFIG = {
     "trainer": {"max_epochs": "${recipe.epochs}"},
     "resume": None,
 }
-CHECKPOINT = {"optimizer_states": [{}], "lr_schedulers": [], "hyper_parameters": {"student": "resnet8"}}
+CHECKPOINT = {
+    "pytorch-lightning_version": "2.6.6",
+    "optimizer_states": [{}],
+    "lr_schedulers": [],
+    "hyper_parameters": {"student": "resnet8"},
+}
 
 
 @pytest.fixture
@@ -56,6 +61,7 @@ def test_what_is_advised_to_a_run_that_has_diverged(run):
         # a one-cycle schedule ends where it was told to
         ({"changes": ["recipe.epochs=5"], "checkpoint": {"lr_schedulers": [{"total_steps": 9}]}}, "recipe.epochs=3"),
         ({"checkpoint": {"lr_schedulers": None}}, "no checkpoint to resume from; take a run's last.ckpt"),
+        ({"checkpoint": {"pytorch-lightning_version": "x"}}, "no checkpoint to resume from"),
         ({"checkpoint": {"hyper_parameters": {"student": "a\n" * 9}}}, "last.ckpt says name="),
         ({"checkpoint": {"hyper_parameters": {"data_seed": {"_target_": "os.getcwd"}}}}, "last.ckpt says data_seed="),
         ({"checkpoint": {"optimizer_states": []}}, "has only weights.*model.student.weights="),

@@ -1,0 +1,277 @@
+"""Whether a checkpoint is one that its run would have written, looked at before anything is trained on it.
+
+A file may be of another program or version, or altered by hand. A run that goes on knows what it would write itself:
+which entries, of which kinds and shapes, and finite. And a checkpoint says in several places how far it has come: these
+have to agree with each other, and with the batches of the run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from math import ceil, isfinite, isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rld_lightning.errors import UserError, printable
+from rld_lightning.runs.checkpoint import previous_of
+from rld_lightning.runs.likeness import only_watches
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+# Of a group of parameters, what neither a schedule nor another learning rate changes; and what only some schedules do.
+_FIXED = ("weight_decay", "dampening", "nesterov", "eps", "amsgrad", "maximize", "differentiable")
+_CYCLED = ("momentum", "betas")
+_MISSING = object()
+_MOST_SHOWN = 60  # characters
+
+
+class _Unlike(Exception):
+    """An entry that the run would not have written so; the text says which, what it is, and what it has to be."""
+
+
+@contextmanager
+def _refused(path: object) -> Iterator[None]:
+    """Turns an entry that is not as it has to be into a sentence with the way out."""
+    try:
+        yield
+    except _Unlike as error:
+        before = previous_of(Path(str(path)))
+        way_out = f"resume from {before}, the one before it, or " if before.is_file() else ""
+        raise UserError(
+            f"{path} is not as this run would have written it: {error}. It, or the data, have been changed since; "
+            f"{way_out}begin anew in another folder."
+        ) from error
+
+
+def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", module: "LightningModule") -> None:
+    """Refuses a checkpoint where what networks and callbacks would take from it is not of this run.
+
+    Args:
+        checkpoint: as it was read.
+        trainer: the run's.
+        module: what it trains, as it is without the checkpoint.
+
+    Raises:
+        UserError: an entry is missing, of another kind or shape, or not finite; the message names it.
+    """
+    own: dict[str, Any] = {"global_step": 0, "state_dict": module.state_dict(), "callbacks": {}}
+    module.on_save_checkpoint(own)
+    if "current_model_state" in checkpoint:
+        own["current_model_state"] = own["state_dict"]
+    with _refused(trainer.ckpt_path):
+        _match(checkpoint, own, "")
+        for key in ("state_dict", "current_model_state"):
+            for name in checkpoint.get(key, ()):
+                if name not in own["state_dict"] and module.strict_loading:
+                    raise _Unlike(f"{key}.{_shown(name)} is there, and this run has no such weights")
+        states = checkpoint["callbacks"]
+        for callback in vars(trainer)["callbacks"]:
+            if callback.state_key in states or not only_watches(type(callback)):  # one that watches may be a new one
+                _match(states.get(callback.state_key, {}), callback.state_dict(), f"callbacks.{callback.state_key}")
+        said = checkpoint.get("hyper_parameters")
+        for name, value in module.hparams.items():  # the student's name has been looked at, with all its spellings
+            if name != "student" and isinstance(said, Mapping) and said.get(name, value) != value:
+                raise _Unlike(f"hyper_parameters.{name} is {_shown(said[name])}, and has to be {_shown(value)}")
+
+
+def refuse_other_averages(checkpoint: Mapping[str, Any], trainer: "Trainer", own: Mapping[str, Any]) -> None:
+    """As :func:`refuse_other_contents`, of averaged weights, which a checkpoint of before their beginning has not.
+
+    Args:
+        checkpoint: as it was read.
+        trainer: the run's.
+        own: what the run would write beside the weights.
+    """
+    with _refused(trainer.ckpt_path):
+        _match(checkpoint, own, "", positive=True)
+
+
+def refuse_other_progress(checkpoint: Mapping[str, Any], trainer: "Trainer") -> None:
+    """Refuses a checkpoint whose optimizer, schedule or counts are not those of this run at its place.
+
+    Args:
+        checkpoint: as it was read.
+        trainer: the run's, with a fresh optimizer and schedule.
+
+    Raises:
+        UserError: an entry is not what this run would have written; the message names it.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:  # where processes have parts of the states
+        return
+    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    fixed = (*_FIXED, *(() if any(schedule.get("cycle_momentum") for schedule in schedules) else _CYCLED))
+    with _refused(trainer.ckpt_path):
+        _match(checkpoint, {"loops": {"fit_loop": trainer.fit_loop.state_dict()}}, "", positive=True)
+        groups = [{"param_groups": optimizer.state_dict()["param_groups"]} for optimizer in trainer.optimizers]
+        _match(checkpoint, {"optimizer_states": groups, "lr_schedulers": schedules}, "", positive=True)
+        for where, value, expected in _counts(checkpoint, trainer):
+            if value not in expected:
+                known = f"at most {expected[-1]}" if isinstance(expected, range) else f"{expected[0]}"
+                raise _Unlike(f"{where} is {_shown(value)}, and has to be {known} by its other counts")
+        for n, optimizer in enumerate(trainer.optimizers):
+            found = checkpoint["optimizer_states"][n]
+            _check_groups(found["param_groups"], groups[n]["param_groups"], fixed, f"optimizer_states[{n}]")
+            _check_state(found, optimizer, f"optimizer_states[{n}].state", begun=checkpoint["global_step"] > 0)
+
+
+def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
+    """Compares what was read with what a run that begins has there, as far as that says something.
+
+    Args:
+        found: what was read.
+        own: what the run would write.
+        where: what to call it.
+        positive: whether numbers are none below 0, and lists no longer or shorter.
+
+    Raises:
+        _Unlike: it is missing, of another kind or shape, or not finite where the run's own is.
+    """
+    match own:
+        case Mapping():
+            expected, is_like = "a dictionary", isinstance(found, Mapping)
+        case Tensor():
+            kind = "fractions" if own.is_floating_point() else "whole numbers"
+            finite = bool(own.is_meta or own.isfinite().all())
+            expected = f"{'finite ' * finite}{kind} of shape {tuple(own.shape)}"
+            is_like = isinstance(found, Tensor) and found.shape == own.shape
+            is_like = is_like and found.is_floating_point() == own.is_floating_point()
+            is_like = is_like and bool(found.isfinite().all() if finite else not found.isnan().any())
+            is_like = is_like and not (positive and not own.is_floating_point() and bool((found < 0).any()))
+        case bool() | str():
+            expected, is_like = "true or false" if isinstance(own, bool) else "a text", type(found) is type(own)
+        case int() | float():
+            expected = "a number, 0 or more" if positive else "a number"
+            is_like = isinstance(found, int | float) and not isinstance(found, bool) and not isnan(found)
+            is_like = is_like and (isfinite(found) or not isfinite(own)) and not (positive and found < 0 <= own)
+        case list() | tuple():
+            any_length = not own or (isinstance(own[0], Mapping) and not positive)  # one for each process
+            expected = "a list" if any_length else f"a list of {len(own)}"
+            is_like = isinstance(found, list | tuple) and (bool(found) or not own)
+            is_like = is_like and (any_length or len(found) == len(own))
+        case _:
+            return
+    if not is_like:
+        raise _Unlike(f"{where} is {_shown(found)}, and has to be {expected}")
+    if isinstance(own, Mapping):
+        for key, value in own.items():
+            if key in found or not (value is None or isinstance(value, bool)):  # versions add flags
+                _match(found.get(key, _MISSING), value, f"{where}.{key}".lstrip("."), positive=positive)
+    elif isinstance(own, list | tuple) and own:
+        for n, value in enumerate(found):
+            _match(value, own[min(n, len(own) - 1)], f"{where}[{n}]", positive=positive)
+
+
+def _check_groups(found: Any, own: Any, fixed: tuple[str, ...], where: str) -> None:
+    """Compares the options of groups of parameters, of whose numbers only rates may be others."""
+    for n, (group, known) in enumerate(zip(found, own, strict=True)):
+        for name in ("params", *fixed):
+            value, expected = group.get(name), known.get(name)
+            if name in known and (list(value) if isinstance(value, tuple | list) else value) != (
+                list(expected) if isinstance(expected, tuple | list) else expected
+            ):
+                raise _Unlike(f"{where}.param_groups[{n}].{name} is {_shown(value)}, and has to be {_shown(expected)}")
+
+
+def _check_state(found: Any, optimizer: Optimizer, where: str, *, begun: bool) -> None:
+    """Compares what an optimizer remembers of each parameter; of one without a gradient that is nothing."""
+    state, parameters = found.get("state"), [p for group in optimizer.param_groups for p in group["params"]]
+    _match(state, {}, where)
+    own = _after_a_step(optimizer, parameters)
+    if begun and any(own) and not state:
+        raise _Unlike(f"{where} is empty, and has to have what {type(optimizer).__name__} remembers of its steps")
+    for n, values in state.items():
+        if not (type(n) is int and 0 <= n < len(parameters)):
+            raise _Unlike(f"{where} has an entry {_shown(n)}, and this run has {len(parameters)} parameters")
+        _match(values, own[n] if own else {}, f"{where}.{n}")
+        for name, value in values.items():
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise _Unlike(f"{where}.{n}.{_shown(name)} has to be finite, and is not")
+
+
+def _after_a_step(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """What an optimizer has of each parameter after one step, without memory; empty where it needs the numbers."""
+    if optimizer.state:  # from the beginning on
+        return [dict(optimizer.state.get(p, {})) for p in parameters]
+    shadows = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters}
+    try:
+        other = deepcopy(optimizer, dict(shadows))
+        for group in other.param_groups:
+            group |= {way: None for way in ("foreach", "fused") if way in group}
+        for shadow in shadows.values():
+            shadow.grad = torch.empty_like(shadow)
+        other.step()
+    except Exception:  # each optimizer has its own way to need numbers
+        return []
+    return [dict(other.state.get(shadows[id(p)], {})) for p in parameters]
+
+
+def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple[str, Any, Sequence[int]]]:
+    """What a checkpoint says of how far it has come: where, what, and what it may be by the epochs and batches."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    data = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "train_sampler") or any(
+        isinstance(callback, GradientAccumulationScheduler) for callback in vars(trainer)["callbacks"]
+    ):
+        return
+    trainer.fit_loop.setup_data()
+    batches, every = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not isinstance(batches, int):  # nobody knows how many
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    epoch, batch = (
+        loops[part]["current"][count]
+        for part, count in (("epoch_progress", "completed"), ("epoch_loop.batch_progress", "processed"))
+    )
+    yield "loops.fit_loop.epoch_loop.batch_progress.current.processed", batch, range(batches + 1)
+    for part, total, begun, ended in (
+        ("epoch_progress", epoch, epoch + (batch > 0), epoch),
+        ("epoch_loop.batch_progress", epoch * batches + batch, batch, batch),
+    ):
+        for name, count in (("ready", begun), ("started", begun), ("processed", ended), ("completed", ended)):
+            yield f"loops.fit_loop.{part}.current.{name}", loops[part]["current"][name], (count,)
+            yield f"loops.fit_loop.{part}.total.{name}", loops[part]["total"][name], (count - ended + total,)
+    per_epoch = ceil(batches / every)
+    step = epoch * per_epoch + (per_epoch if batch == batches else batch // every)
+    yield "global_step", checkpoint["global_step"], (step,)
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    yield "loops.fit_loop.epoch_loop.automatic_optimization", optimizer["total"]["completed"], (step,)
+    # One less waits for a validation.
+    yield "loops.fit_loop.epoch_loop", loops["epoch_loop.state_dict"]["_batches_that_stepped"], (step, step - 1)
+    rows, rising = checkpoint.get("metrics", []), -1
+    _match(rows, [], "metrics")
+    for n, row in enumerate(rows):
+        _match(row, {"epoch": 0}, f"metrics[{n}]", positive=True)
+        if not (rising < row["epoch"] < epoch + (batch > 0)):
+            raise _Unlike(f"metrics[{n}].epoch is {_shown(row['epoch'])}, and the run has begun {epoch + (batch > 0)}")
+        rising = row["epoch"]
+        for name, value in row.items():
+            if not isinstance(value, int | float):
+                raise _Unlike(f"metrics[{n}].{_shown(name)} is {_shown(value)}, and has to be a number")
+    name = type(data).__qualname__
+    place = checkpoint.get(name)
+    if place:
+        _match(place, {"epoch": 0, "batch": 0}, name, positive=True)
+        seen = place["epoch"] * batches + place["batch"]
+        yield f"{name}'s number of batches", seen, (epoch * batches + batch,)
+    for n, config in enumerate(trainer.lr_scheduler_configs):
+        if not config.reduce_on_plateau and config.frequency == 1 and hasattr(config.scheduler, "last_epoch"):
+            taken = step if config.interval == "step" else epoch + (batch == batches)
+            yield f"lr_schedulers[{n}].last_epoch", checkpoint["lr_schedulers"][n]["last_epoch"], (taken,)
+
+
+def _shown(value: Any) -> str:
+    """A value of a file that may be a stranger's, for a message."""
+    if value is _MISSING:
+        return "missing"
+    if isinstance(value, Tensor):
+        kind = "" if value.isfinite().all() else ", not all finite"
+        return f"{'fractions' if value.is_floating_point() else 'whole numbers'} of shape {tuple(value.shape)}{kind}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return printable(repr(value)[:_MOST_SHOWN])
+    return f"a {type(value).__name__}"
