@@ -31,10 +31,10 @@ from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
 
 
 class DistillationModule(LightningModule):
-    """Trains a student with a distillation loss, from a frozen teacher where the loss needs one.
+    """Trains a student with a distillation loss, from a frozen teacher if the loss needs one.
 
     Only the student and the learnable parts of the loss are submodules: they alone are optimised, checkpointed and
-    synchronised. The teacher is held outside and follows the student to its device.
+    synchronised. The teacher is kept outside and follows the student to its device.
 
     Logged, accuracy in percent: ``train/loss`` and one ``train/<term>`` for each term of the loss, ``train/top1``,
     ``train/top5``, ``stats/<name>`` for the statistics of the loss and, for a loss of several terms,
@@ -43,18 +43,18 @@ class DistillationModule(LightningModule):
 
     Args:
         student: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
-        loss: what is minimised; one that looks inside the networks has been connected to them
+        loss: the loss to minimise; connect a feature loss to the networks first
             (:meth:`~rld_lightning.losses.base.DistillationLoss.connect`).
-        optimizer: called with the parameters to train; on a GPU with ``fused=True`` as well, where it takes that.
-        scheduler: called with the optimizer; if it takes ``total_steps`` and has none, it is given the run's.
+        optimizer: called with the parameters to train; on a GPU also with ``fused=True``, if it accepts that.
+        scheduler: called with the optimizer; if it accepts ``total_steps`` and has none, with the run's.
         teacher: required when ``loss.needs_teacher``, unused otherwise.
         num_classes: C.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler steps.
-        scheduler_monitor: the logged value that ``ReduceLROnPlateau`` looks at; by default ``val/ce``, or ``val/top1``
-            where it waits for a maximum.
-        capture: whether both forward passes, the loss and the backward pass are recorded as a CUDA graph and replayed;
-            ``"auto"``: on a GPU. Where a run does not go into one it says why.
-        info: plain facts (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
+        scheduler_monitor: the logged value that ``ReduceLROnPlateau`` monitors; by default ``val/ce``, or ``val/top1``
+            with ``mode="max"``.
+        capture: whether to capture both forward passes, the loss and the backward pass as a CUDA graph and replay it;
+            ``"auto"``: on a GPU. A run that cannot be captured says why.
+        info: plain metadata (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
 
     Raises:
         ValueError: the loss needs a teacher and there is none, or ``scheduler_interval`` is unknown.

@@ -19,11 +19,11 @@ Epochs = Annotated[int, must_be(">= 1 (1 is no warm-up)", lambda epochs: epochs 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward pass gave.
+    """The output of a forward pass.
 
     Attributes:
         logits: ``(B, C)`` or ``(B, C, *)``.
-        features: intermediate tensors by tap path; holds only what the loss asked for.
+        features: intermediate tensors by tap path; only those that the loss requested.
     """
 
     logits: Tensor
@@ -32,7 +32,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Everything a loss may look at in one step.
+    """Everything a loss may use in one step.
 
     Attributes:
         student: the student's output; carries the gradient.
@@ -64,9 +64,9 @@ class StepContext:
 class DistillationLoss(nn.Module):
     """Base of all losses: ``ce_weight * cross_entropy + warmup(epoch) * (the method's own terms)``.
 
-    A subclass gives :meth:`terms`, and where it needs them :meth:`statistics` and :meth:`connect`. It is a data class:
-    what it annotates is an argument of its constructor, with the range that the annotation states
-    (:mod:`~rld_lightning.losses.ranges`); learnable parts are made in ``__post_init__``::
+    A subclass defines :meth:`terms` and, if needed, :meth:`statistics` and :meth:`connect`. It is a data class:
+    annotated attributes are arguments of its constructor, with the range that the annotation states
+    (:mod:`~rld_lightning.losses.ranges`); create learnable parts in ``__post_init__``::
 
         @register_loss("mse")
         class MSELoss(DistillationLoss):
@@ -75,34 +75,34 @@ class DistillationLoss(nn.Module):
             def terms(self, step: StepContext) -> dict[str, Tensor]:
                 return {"mse": self.weight * F.mse_loss(step.student.logits, step.teacher.logits)}
 
-    Called with a :class:`StepContext` by the training step, or directly in a loop of your own::
+    The training step calls it with a :class:`StepContext`; in your own loop, call it directly::
 
         terms = RLDLoss()(student_logits, teacher_logits, label)
         sum(terms.values()).backward()
 
     Args:
-        ce_weight: weight of the plain cross-entropy with the labels; 0 leaves it out (it is then not computed).
+        ce_weight: weight of the plain cross-entropy with the labels; 0 disables it (it is then not computed).
         warmup_epochs: the method's own terms are multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted
             from 1, constant within an epoch; 1 is no warm-up.
-        ignore_index: label of samples that count for nothing.
+        ignore_index: label of samples to ignore.
         label_smoothing: share of the label that the cross-entropy spreads over all classes (Szegedy et al., CVPR 2016,
-            arXiv 1512.00567). It is the cross-entropy's alone: the method's own terms see the label as it is.
+            arXiv 1512.00567). It only affects the cross-entropy: the method's own terms use the unsmoothed label.
 
     Attributes:
-        method: what the method is called, for tables.
-        papers: where it comes from: numbers on arXiv, or the venue of what is not there.
-        own_recipe: the recipe that the authors' code trains CIFAR-100 with, where it is not the usual one.
-        needs_teacher: whether the loss looks at a teacher.
-        takes_mixtures: whether it can be asked twice about one forward pass, once for each label of images that are
-            mixtures (Mixup).
-        needs_strong_view: whether it looks at a second, strongly augmented view of each image.
-        of_whole_batch: whether a batch's value is another one than the mean of its parts' (of equal size), because
-            samples are compared, or some of them averaged: each process, and each accumulated batch, has its own.
+        method: name of the method, for tables.
+        papers: sources: arXiv numbers, or the venue if a paper is not there.
+        own_recipe: the recipe of the authors' code on CIFAR-100, if it is not the usual one.
+        needs_teacher: whether the loss uses a teacher.
+        takes_mixtures: whether it can be computed twice for one forward pass, once for each label of mixed images
+            (mixup).
+        needs_strong_view: whether it uses a second, strongly augmented view of each image.
+        of_whole_batch: whether a batch's value differs from the mean of its parts' (of equal size), because samples are
+            compared, or some of them averaged: each process, and each accumulated batch, has its own.
         reuses_classifier: whether the student is trained to end in the teacher's classifier, see
             :func:`~rld_lightning.models.graft`.
-        student_taps: tap paths of the features of the student that it looks at.
+        student_taps: tap paths of the student's features that it uses.
         teacher_taps: those of the teacher.
-        own_buffers: names of buffers that the loss itself keeps equal over all processes, so that nobody else has to.
+        own_buffers: names of buffers that the loss itself synchronises over all processes.
 
     Raises:
         ValueError: a hyper-parameter outside its range, or one that has no effect.
@@ -143,13 +143,13 @@ class DistillationLoss(nn.Module):
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
     ) -> None:
-        """Chooses what to tap and builds the learnable parts that depend on the networks, as far as the loss has any.
+        """Chooses the taps and builds learnable parts that depend on the networks, if the loss has any.
 
-        To be called once, before the optimiser, the device and checkpoints come into play.
+        Call it once, before the optimiser is made, the loss is moved to its device, or a checkpoint is loaded.
 
         Args:
             student: the network that is trained.
-            teacher: the frozen network; ``None`` where there is none.
+            teacher: the frozen network; ``None`` if there is none.
             image_shape: channels, height and width of the images.
             train_label: ``(N,)`` class of each training image, for losses with a memory.
 
@@ -158,22 +158,22 @@ class DistillationLoss(nn.Module):
         """
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """The method's own scalar terms by name, each with its weight on, without warm-up."""
+        """The method's own scalar terms by name, weighted, without warm-up."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(step).")
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
-        """Scalars worth watching that are not minimised (percent or nats), by name; called without gradient."""
+        """Scalars to monitor, not to minimise (percent or nats), by name; called without gradient."""
         return {}
 
     def refined(self, teacher: Tensor, label: Tensor) -> Tensor | None:
-        """The teacher's logits as the method passes them on, to look at.
+        """The teacher's logits as the method distils them, for inspection.
 
         Args:
             teacher: the teacher's logits ``(N, C)``.
             label: ``(N,)``.
 
         Returns:
-            ``(N, C)``, -inf for classes that are left out; ``None`` for methods that pass them on as they are.
+            ``(N, C)``, -inf for masked classes; ``None`` for methods that distil them unchanged.
         """
         return None
 
@@ -192,7 +192,7 @@ class DistillationLoss(nn.Module):
             label: ``(B,)`` or ``(B, *)``, when the first argument is a tensor.
 
         Returns:
-            ``"ce"`` (when its weight is not 0) and the method's own terms, scalars in nats, weights and warm-up on.
+            ``"ce"`` (when its weight is not 0) and the method's own terms, scalars in nats, with weights and warm-up.
         """
         step = student if isinstance(student, StepContext) else _context(student, teacher, label)
         if self.needs_teacher and step.teacher is None:

@@ -83,8 +83,8 @@ def dropped_classes(teacher: Tensor, label: Tensor, mask: Mask) -> Tensor:
 class RLDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * SCD + beta * MCD)``; see :func:`rld_loss`.
 
-    Defaults are those of CIFAR-100 in the public code, but for the confidence temperature, which equals the
-    temperature. The weights that the paper used for each pair are not published; by its figure 7 the best ones vary
+    Defaults are those of the public code for CIFAR-100, except for the confidence temperature, which equals the
+    temperature. The paper's weights for each pair are not published; by its figure 7 the best ones vary
     much between pairs. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to MobileNetV1),
     ``temperature=1``, ``warmup_epochs=1``.
     """
@@ -103,7 +103,7 @@ class RLDLoss(LogitLoss):
     warmup_epochs: Epochs = 20
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
-        """What the refinement did to this batch, in percent.
+        """Effect of the refinement on this batch, in percent.
 
         ``teacher_wrong``: samples whose largest teacher logit is not the true class's. ``masked_classes``: classes
         left out of MCD, mean over samples.
@@ -115,5 +115,5 @@ class RLDLoss(LogitLoss):
         return {"teacher_wrong": 100 * wrong, "masked_classes": 100 * masked}
 
     def refined(self, teacher: Tensor, label: Tensor) -> Tensor:
-        """What MCD passes on: the teacher without the classes that it ranks at or above the true one."""
+        """What MCD distils: the teacher without the classes that it ranks at or above the true one."""
         return teacher.masked_fill(dropped_classes(teacher, label, self.mask), -torch.inf)

@@ -30,15 +30,15 @@ _LIBRARIES = {"torchvision": (torchvision_names, torchvision_model), "timm": (ti
 def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     """A network by name, freshly initialised.
 
-    In-place activations of torchvision and timm networks are switched off, for they would overwrite tapped features,
+    In-place activations of torchvision and timm networks are switched off, since they would overwrite tapped features,
     and the auxiliary classifiers of torchvision's ``googlenet`` and ``inception_v3`` are left out.
 
     Args:
         name: a registered name (``"wrn40_2"``, also as ``"wrn_40_2"``, see
             :func:`~rld_lightning.models.registry.canonical_name`), ``"torchvision/resnet34"`` or
-            ``"timm/vit_tiny_patch16_224"``; or two of them, ``"resnet8@resnet32x4"``: the first, to be ended in the
-            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`. With a number of
-            pixels behind it, ``"timm/resnet18@224"``, a network resizes images to that many a side first. Also
+            ``"timm/vit_tiny_patch16_224"``; or two of them, ``"resnet8@resnet32x4"``: the first, to be given the
+            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`. With a size
+            appended, ``"timm/resnet18@224"``, a network first resizes images to that many pixels a side. Also
             ``"my_package.module:build"`` and ``"transformers/<model>"``, if the user has named them, see
             :func:`~rld_lightning.models.imported.trust`.
         num_classes: number of logits, at least 2.

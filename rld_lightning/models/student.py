@@ -29,12 +29,12 @@ class Prediction(NamedTuple):
 
 
 class Student(nn.Module):
-    """A trained network in evaluation mode, with what one has to know to use it.
+    """A trained network in evaluation mode, with its classes and preprocessing.
 
     Args:
         network: maps normalised images ``(B, 3, H, W)`` to logits ``(B, C)``.
         classes: the C names, in the order of the logits.
-        transform: from a picture to what the network takes, ``(3, H, W)``.
+        transform: converts a picture to the network's input, ``(3, H, W)``.
         name: of the network, for :func:`~rld_lightning.models.create_model`.
         facts: what its file says.
     """
@@ -56,11 +56,11 @@ class Student(nn.Module):
 
     @torch.inference_mode()
     def predict(self, *pictures: "Picture", top: int = 5) -> list[list[Prediction]]:
-        """What each picture shows, the likeliest first.
+        """The most likely classes of each picture, best first.
 
         Args:
             pictures: paths, PIL images, arrays or tensors, see :class:`Preprocessing`.
-            top: how many classes to name.
+            top: number of classes to return.
         """
         if not pictures:
             return []
@@ -81,13 +81,13 @@ def load_student(
     class_names: Sequence[str] | None = None,
     **look: Any,
 ) -> Student:
-    """A trained network from the folder of a run, an export, or any file of weights; nothing in it is executed.
+    """Loads a trained network from a run directory, an export, or any weights file; nothing in it is executed.
 
     Args:
-        path: the folder of a run, a folder as the Hugging Face Hub has them (``config.json`` and
+        path: a run directory, a folder in the layout of the Hugging Face Hub (``config.json`` and
             ``model.safetensors``), a ``.safetensors`` file or a checkpoint.
-        name: the network, where the file does not say it, or is not to be believed.
-        class_names: the classes in the order of the logits, likewise; numbers where nobody says.
+        name: the network, if the file does not contain it, or to override it.
+        class_names: the classes in the order of the logits, likewise; numbers if neither gives them.
         look: ``image_size``, ``resize``, ``mean``, ``std`` and ``interpolation``, likewise.
 
     Returns:
@@ -95,8 +95,8 @@ def load_student(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        WeightsError: it cannot be used, or says too little about itself.
-        ValueError: it says that it is of a network from elsewhere, which nobody has named or trusted.
+        WeightsError: it cannot be used, or lacks metadata.
+        ValueError: it names a user-defined network that you have neither named nor trusted.
     """
     weights = find_weights(path)
     facts = facts_of(weights)

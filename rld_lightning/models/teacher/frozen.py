@@ -26,24 +26,24 @@ DTYPES = {
 
 
 class FrozenTeacher(nn.Module):
-    """A model in evaluation mode and without gradients, whatever is called on it.
+    """A model that stays in evaluation mode and without gradients, whatever is called on it.
 
-    The model is taken over, not copied: it is frozen, and converted if a dtype or layout is asked for. Its weights
+    The model is not copied: it is frozen, and converted if you set a dtype or layout. Its weights
     under their own keys are ``teacher.model.state_dict()``. A training module keeps its teacher with ``hold_outside``.
 
     Args:
         model: the trained model, which maps images to logits.
-        dtype: what the teacher computes in, as a dtype or its name. It is then kept through ``.half()``,
+        dtype: dtype, or its name, that the teacher computes in. It is then kept through ``.half()``,
             ``.to(dtype)`` and the like, and autocast does not reach the teacher. ``None`` leaves the model as it is and
             follows autocast, up to the last linear layer, which makes the logits in float32: in bfloat16 several
             classes would often have the same one, and methods that compare them would take a side by chance.
         channels_last: keep weights and images in channels-last layout.
-        fuse: fold every BatchNorm that follows a convolution into it; the logits are the same up to rounding, and
-            features can no longer be tapped. It pays together with ``channels_last``, and adds nothing to
+        fuse: fold every BatchNorm that follows a convolution into it; logits are the same up to rounding, and features
+            can no longer be tapped. It pays together with ``channels_last``, and adds nothing to
             ``torch.compile``.
         shard: share the weights out over the processes of each machine, for a teacher that does not fit one device;
             :meth:`place` does it. Weights are then in contiguous layout. It cannot be fused.
-        relook: takes images to the look that the model was trained with; None where they come in it.
+        relook: converts images to the preprocessing that the model was trained with; None if they have it.
         batch_statistics: where features are tapped, batch norms normalise by the batch, as in training mode, and keep
             their running statistics as they are. It cannot be fused.
 

@@ -21,7 +21,7 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, name: str | None = None) -> Weights:
-    """Copies the weights of a file into a model, all of them or, on any mismatch, none; dtypes are converted.
+    """Loads the weights of a file into a model: all or, on any mismatch, none; dtypes are converted.
 
     Args:
         model: the model to fill.
@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, 
         name: what error messages call the model; its class if not given.
 
     Returns:
-        what was loaded, with an account of what was taken and what was left.
+        the loaded weights, with an account of what was used and what was left out.
 
     Raises:
         FileNotFoundError: as ``find_weights``.
