@@ -5,7 +5,9 @@ from a list, and nothing that they say is fetched from elsewhere or written to.
 """
 
 import inspect
+import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,7 @@ def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -
         FileNotFoundError: the run's own place is not there, or has to be unpacked first.
         ValueError: the settings name another class than this package's, or have values that it does not take.
     """
-    data = rld_lightning.data
-    classes = [getattr(data, name) for name in data.__all__]
+    classes = _data_classes(run.config["data"].get("_target_"))
     own = [cls for cls in classes if issubclass(cls, ImageDataModule) and not inspect.isabstract(cls)]
     settings = {key: value for key, value in run.config["data"].items() if key not in _PLACES}
     if "split_file" in run.config["data"] and (written := split_of(run.folder)) is not None:
@@ -74,6 +75,17 @@ def build_loss(run: Run, settings: Mapping[str, Any] | None = None) -> Distillat
     own = [*map(loss_class, list_losses()), CombinedLoss]
     allowed = _targets(own, "rld_lightning.losses") | _targets(own, "rld_lightning.losses.features")
     return _build(run.config["loss"] if settings is None else settings, allowed, run.folder)
+
+
+def _data_classes(target: object) -> list[type]:
+    """The public classes of ``rld_lightning.data``, and that of a data set which is a file there and no more."""
+    data = rld_lightning.data
+    module, _, name = str(target).rpartition(".")
+    added = None
+    if module in {found.name for found in pkgutil.iter_modules(data.__path__, f"{data.__name__}.")}:
+        added = getattr(import_module(module), name, None)
+    own = [added] if isinstance(added, type) and added.__module__ == module else []
+    return [*(getattr(data, name) for name in data.__all__), *own]
 
 
 def _targets(classes: list[type], package: str) -> dict[str, type]:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from helpers.run_factory import write_run
 
+import rld_lightning.data
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss, RLDLoss
 from rld_lightning.losses.features import ATLoss
@@ -109,6 +110,23 @@ def test_own_classes_are_built_nested_ones_included(tmp_path):
     assert isinstance(built.losses["at"], ATLoss)
     assert (built.losses["rld"].alpha, built.weights["at"]) == (3.0, 0.5)
     assert build_loss(run, loss["rld"]).alpha == 3.0
+
+
+def test_a_data_set_that_was_added_as_a_file_is_built(tmp_path, monkeypatch):
+    folder = tmp_path / "added"
+    folder.mkdir()
+    (folder / "noise.py").write_text(
+        "from rld_lightning.data import DigitsDataModule\n\n\nclass NoiseDataModule(DigitsDataModule): ...\n"
+    )
+    monkeypatch.setattr(rld_lightning.data, "__path__", [*rld_lightning.data.__path__, str(folder)])
+    data = {"_target_": "rld_lightning.data.noise.NoiseDataModule", "image_size": 8}
+    built = build_data(run_with(tmp_path / "run", data=data))
+    assert type(built).__name__ == "NoiseDataModule"
+    for name in ("DigitsDataModule", "Missing", "__name__"):  # what it has imported is not its own
+        with pytest.raises(ValueError, match="none of this package's data sets"):
+            build_data(run_with(tmp_path / "run", data=data | {"_target_": f"rld_lightning.data.noise.{name}"}))
+    monkeypatch.delitem(sys.modules, "rld_lightning.data.noise")
+    monkeypatch.delattr(rld_lightning.data, "noise")
 
 
 def test_data_are_fetched_and_written_where_the_user_says_alone(tmp_path):
