@@ -23,7 +23,7 @@ from rld_lightning.models.imported import check_trusted, is_from_elsewhere, trus
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.weights.beside import find_weights
-from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.models.weights.verify import create_fitting
 
 _WARM_UP = 3
 _LEAST = 10
@@ -152,11 +152,7 @@ def network_of(contender: Contender) -> nn.Module:
     """
     if contender.weights == "pretrained":
         return create_model(contender.name, contender.num_classes, pretrained=True)
-    weights = find_weights(contender.weights)
-    check_fits(contender.name, contender.num_classes, weights)
-    network = create_model(contender.name, contender.num_classes)
-    load_weights(network, weights, name=contender.name)
-    return network
+    return create_fitting(contender.name, contender.num_classes, find_weights(contender.weights))[0]
 
 
 def _build(contender: Contender, threads: int, device: torch.device) -> Callable[[Tensor], Tensor]:

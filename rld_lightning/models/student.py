@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights, WeightsError
-from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.models.weights.verify import create_fitting
 
 if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture
@@ -106,9 +105,7 @@ def load_student(
     name = str(name or facts.name)
     classes = list(class_names or facts.class_names or ())
     number = len(classes) or facts.num_classes or _width(weights)
-    check_fits(name, number, weights)
-    network = create_model(name, number)
-    load_weights(network, weights, name=name)
+    network, _ = create_fitting(name, number, weights)
     transform = preprocessing_of(facts, name, weights.source, **look)
     return Student(network, classes or [str(index) for index in range(number)], transform, name, facts)
 

@@ -23,14 +23,13 @@ from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.hydra.options import list_options
 from rld_lightning.losses.base import cross_entropy
-from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
 from rld_lightning.models.teacher.torchscript_and_onnx import OnnxTeacher
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.read import Weights
-from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.models.weights.verify import create_fitting
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, run_of, split_of, write_csv, write_json
 from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
 from rld_lightning.tasks.run.matched_classes import match_classes
@@ -155,9 +154,7 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         classes = match_classes(facts_of(weights), data)
         model: nn.Module
         if program is None:
-            check_fits(name, len(classes.names), weights)
-            model = create_model(name, len(classes.names))
-            weights = load_weights(model, weights, name=name)
+            model, weights = create_fitting(name, len(classes.names), weights)
         else:
             model = program
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))

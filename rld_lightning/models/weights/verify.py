@@ -63,6 +63,20 @@ def check_fits(name: str, num_classes: int, weights: Weights) -> None:
     verify_weights(network, _for_model(weights, network), name=name)
 
 
+def create_fitting(name: str, num_classes: int, weights: Weights) -> tuple[nn.Module, Weights]:
+    """A network with weights that were read from a file, which are looked at first, as :func:`check_fits` does.
+
+    Returns:
+        the network, on the CPU, and what :func:`load_weights` says of them.
+
+    Raises:
+        WeightsError: they are another network's.
+    """
+    check_fits(name, num_classes, weights)
+    network = create_model(name, num_classes)
+    return network, load_weights(network, weights, name=name)
+
+
 def _for_model(weights: Weights, model: nn.Module) -> Weights:
     """Takes from a file what has the keys and shapes of a model, wherever it lies, and accounts for the rest."""
     shapes = _shapes(unwrap(model).state_dict())

@@ -24,9 +24,10 @@ from rld_lightning.models.normalisation import Look, published_look, trained_loo
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
+from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
-from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.tasks.run.matched_classes import put_in_order
 from rld_lightning.tasks.run.plan import Plan, Student, changed, settled
 from rld_lightning.tasks.run.trainer import make_trainer
 from rld_lightning.watching import skip_idle_hooks
@@ -69,7 +70,7 @@ def build_module(
     pretrained = {"pretrained": True} if weights == "pretrained" else {}
     student = create_model(name, data.num_classes, **pretrained)
     if weights not in (None, "pretrained"):
-        load_in_order(student, name, weights, data, "student")
+        put_in_order(student, name, load_weights(student, weights, name=name), data, "student")
     if teacher is not None:
         plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
         if student is not plain and plan.teacher is not None:

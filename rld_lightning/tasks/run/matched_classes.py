@@ -9,12 +9,11 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
 from rld_lightning.models.classes import order_of, reorder_classes
-from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look, relook, trained_look
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
-from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.models.weights.verify import create_fitting
 from rld_lightning.tasks.run.checks import check_classes, first_other
 
 
@@ -79,45 +78,38 @@ def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
         data: the data, set up.
 
     Raises:
-        WeightsError: as :func:`load_in_order`.
-        ValueError: likewise.
+        WeightsError: the file cannot be used, or is another network's.
+        ValueError: it knows other classes.
     """
     weights = find_weights(file)
     facts = facts_of(weights)
     name = facts.name or name
-    check_fits(name, data.num_classes, weights)
-    network = create_model(name, data.num_classes)
-    load_in_order(network, name, weights, data, "student")
+    network, weights = create_fitting(name, data.num_classes, weights)
+    put_in_order(network, name, weights, data, "student")
     look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts))
     return network if look is None else nn.Sequential(look, network)
 
 
-def load_in_order(network: nn.Module, name: str, source: str | Weights, data: ImageDataModule, role: str) -> Weights:
-    """Loads a file into a network for the classes of the data, matched by name where the file names its own.
+def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDataModule, role: str) -> None:
+    """Puts the classes of a network in the order of the data, by name where its file names its own; tells of it.
 
     Args:
-        network: to fill, on the CPU.
+        network: with its weights, on the CPU.
         name: of the network.
-        source: the file, or what was read of it.
+        weights: what was loaded.
         data: the data, set up.
         role: what it is to be, ``"teacher"`` or ``"student"``.
 
-    Returns:
-        what was loaded.
-
     Raises:
-        WeightsError: the file cannot be used, or is another network's.
         ValueError: it knows other classes.
     """
-    weights = load_weights(network, source, name=name)
     if weights.account:
         print_line(role, f"weights {weights.account}")
     known, classes = facts_of(weights).class_names, list(data.class_names)
     if known is None or known == classes:
-        return weights
+        return
     if (order := order_of(known, classes)) is None:
         check_classes(weights, data, f"move it away, or name another file with model.{role}.weights=")
     else:
         reorder_classes(network, name, order)
         print_line(role, f"its classes are matched to those of {data.name} by name{first_other(known, classes)}")
-    return weights

@@ -29,11 +29,11 @@ from rld_lightning.models.teacher.torchscript_and_onnx import (
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
-from rld_lightning.models.weights.verify import check_fits, load_weights
+from rld_lightning.models.weights.verify import create_fitting
 from rld_lightning.runs.checkpoint import Before
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.describe import describe_size
-from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.tasks.run.matched_classes import put_in_order
 from rld_lightning.tasks.run.plan import Teacher
 from rld_lightning.tasks.teacher.recorded import teacher_size
 
@@ -166,13 +166,11 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
     known = facts_of(weights).class_names
     count = len(known) if known is not None else number_of_classes(teacher.name, weights.state_dict)
     more = known is not None and len(known) > len(classes) and set(classes) <= set(known)
-    all_of_them = count is None or (teacher.class_map is None and not more)
-    check_fits(teacher.name, data.num_classes if count is None or all_of_them else count, weights)
-    if count is None or all_of_them:
-        network = create_model(teacher.name, data.num_classes)
-        return network, load_in_order(network, teacher.name, weights, data, "teacher")
-    network = create_model(teacher.name, count)
-    weights = load_weights(network, weights, name=teacher.name)
+    if count is None or (teacher.class_map is None and not more):
+        network, weights = create_fitting(teacher.name, data.num_classes, weights)
+        put_in_order(network, teacher.name, weights, data, "teacher")
+        return network, weights
+    network, weights = create_fitting(teacher.name, count, weights)
     if weights.account:
         print_line("teacher", f"weights {weights.account}")
     return _selected(network, teacher, known, count, classes), weights

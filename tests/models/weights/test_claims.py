@@ -84,11 +84,16 @@ def test_a_pickle_that_would_hang_or_end_its_reader_is_refused(tmp_path, content
 @pytest.mark.parametrize(("name", "classes"), [("resnet8", (1 << 24) - 1), ("torchvision/vit_h_14", 10)])
 def test_no_network_is_made_of_a_name_alone(tmp_path, monkeypatch, name, classes):
     save_weights({"fc.bias": torch.zeros(2)}, tmp_path / "small.safetensors", {"name": name, "num_classes": classes})
-    made = []
-    monkeypatch.setattr("rld_lightning.models.student.create_model", lambda *_: made.append(1))
+    made_on = []
+
+    def make(*arguments, **options):
+        made_on.append(torch.empty(0).device.type)
+        return create_model(*arguments, **options)
+
+    monkeypatch.setattr("rld_lightning.models.weights.verify.create_model", make)
     with pytest.raises(WeightsError, match=f"does not fit the model {re.escape(name)}"):
         load_student(tmp_path / "small.safetensors")
-    assert not made
+    assert set(made_on) == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["resnet8", "torchvision/regnet_y_400mf", "resnet8@32", "resnet8@resnet20"])

@@ -2,16 +2,17 @@
 
 import torch
 
-from rld_lightning.models.factory import create_model
-from rld_lightning.tasks.run.matched_classes import load_in_order
+from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.verify import create_fitting
+from rld_lightning.tasks.run.matched_classes import put_in_order
 
 NAMES = [str(digit) for digit in range(10)]
 
 
 def test_a_student_starts_with_its_classes_in_the_order_of_the_data(data, file, capsys):
-    network = create_model("resnet8", 10)
-    load_in_order(network, "resnet8", str(file(class_names=NAMES[::-1])), data, "student")
-    other = create_model("resnet8", 10)
-    load_in_order(other, "resnet8", str(file()), data, "student")
+    network, weights = create_fitting("resnet8", 10, find_weights(file(class_names=NAMES[::-1])))
+    put_in_order(network, "resnet8", weights, data, "student")
+    other, weights = create_fitting("resnet8", 10, find_weights(file()))
+    put_in_order(other, "resnet8", weights, data, "student")
     torch.testing.assert_close(network.fc.weight, other.fc.weight.flip(0))
     assert "student" in capsys.readouterr().out
