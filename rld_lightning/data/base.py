@@ -11,6 +11,7 @@ from torch import Tensor
 from rld_lightning.data.mix import Mix, Other
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.errors import some
+from rld_lightning.limits import SEEDS
 
 
 class Batch(NamedTuple):
@@ -135,7 +136,7 @@ class ImageDataModule(LightningDataModule):
             )
         if not 0 < subset <= 1:
             raise ValueError(f"subset={subset} must be in (0, 1]: 1 trains on all images, 0.01 on a hundredth of them.")
-        if not 0 <= seed < 1 << 32:
+        if not 0 <= seed < SEEDS:
             raise ValueError(f"seed={seed} must be in [0, 2**32), the range that scikit-learn accepts.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

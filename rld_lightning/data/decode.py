@@ -35,7 +35,6 @@ _LONGEST_SIDE = 1 << 17
 _MOST_PNG_CHUNKS = 1 << 16  # of what a file is made of: 8 KB of pixels, as a rule
 # As many in RGBA of 16 bits, uncompressed: a longer file is no image that would be decoded.
 MOST_BYTES = 8 * MOST_PIXELS
-LARGEST_SIDE = 4096  # pixels of what a network sees, as of the facts of weights; twice as many before the crop
 # What Pillow may read. It knows more, such as EPS, which is a program that it would have Ghostscript run.
 FORMATS = frozenset(
     ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")

@@ -14,11 +14,12 @@ from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.centre_crop import CentreCrop
-from rld_lightning.data.decode import DECODERS, LARGEST_SIDE
+from rld_lightning.data.decode import DECODERS
 from rld_lightning.data.random_crop import RandomCropFlip
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.stratified import stratified_split, stratified_subset
 from rld_lightning.data.streaming import Images, StreamedImages, StreamingLoader
+from rld_lightning.limits import LARGEST_RESIZE, LARGEST_SIDE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -100,10 +101,10 @@ class StreamingDataModule(ImageDataModule):
                 f"image_size={image_size} and resize={self.resize} do not fit: the centre crop must be positive and "
                 "not larger than the resized image."
             )
-        if image_size > LARGEST_SIDE or self.resize > 2 * LARGEST_SIDE:
+        if image_size > LARGEST_SIDE or self.resize > LARGEST_RESIZE:
             raise ValueError(
                 f"image_size={image_size} and resize={self.resize} are too large: {LARGEST_SIDE} and "
-                f"{2 * LARGEST_SIDE} pixels at most."
+                f"{LARGEST_RESIZE} pixels at most."
             )
         self.image_shape = (3, image_size, image_size)
         self.mean = tuple(IMAGENET_MEAN if mean is None else mean)

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LARGEST = 4096  # pixels; a name may come from a file, and nobody's memory should be at its mercy
+from rld_lightning.limits import LARGEST_SIDE
+
 _SIZED = re.compile(r"([^@]+|transformers/.+)@(\d+)")
 
 
@@ -26,8 +27,10 @@ def split_size(name: str) -> tuple[str, int | None]:
     if found is None:
         return name, None
     plain, digits = found.groups()
-    if len(digits) > 4 or not 0 < int(digits) <= _LARGEST:
-        raise ValueError(f"{name} wants images of {digits} pixels a side; give 1 to {_LARGEST}, such as {plain}@224.")
+    if len(digits) > 4 or not 0 < int(digits) <= LARGEST_SIDE:
+        raise ValueError(
+            f"{name} wants images of {digits} pixels a side; give 1 to {LARGEST_SIDE}, such as {plain}@224."
+        )
     return plain, int(digits)
 
 

@@ -19,6 +19,7 @@ from rld_lightning.data import decode
 from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
 from rld_lightning.data.shards.samples import MOST_BYTES, Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
+from rld_lightning.limits import LARGEST_RESIZE
 from rld_lightning.shipped import called
 
 INDEX_FILE = "index.json"
@@ -135,7 +136,7 @@ class ShardIndex:
 
 def _is_look(key: str, value: object) -> bool:
     if key in LOOK[:2]:
-        return type(value) is int and 0 < value <= 2 * decode.LARGEST_SIDE
+        return type(value) is int and 0 < value <= LARGEST_RESIZE
     least = 0.0 if key == "std" else -math.inf
     return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and v > least for v in value)
 

@@ -20,12 +20,12 @@ from rld_lightning.data.shards.remote import join, local_path, open_store, store
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
 from rld_lightning.download import tar_members
+from rld_lightning.limits import MOST_CLASSES
 
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in random order, and in the same one whatever the seed of a run.
 ORDER_SEED = 0
 MOST_CLASS_BYTES = 100
-MOST_CLASSES = 1 << 24  # as files of weights may have: each gets a name
 
 
 class Listing(NamedTuple):

@@ -26,9 +26,10 @@ from rld_lightning.hydra.checks.value_kinds import (
     whole,
     words,
 )
+from rld_lightning.limits import LARGEST_RESIZE, LARGEST_SIDE, SEEDS
 
 _WEIGHTS = "the folder of a run or of an export, student.safetensors, or a checkpoint"
-_SEED = whole(0, 2**32 - 1)
+_SEED = whole(0, SEEDS - 1)
 _CLASS = Kind(
     "the import path of a class", lambda value: isinstance(value, str) and bool(re.fullmatch(r"\w+(\.\w+)+", value))
 )
@@ -36,7 +37,7 @@ _LIMIT = Kind(
     "a number of batches, or a share of them such as 0.1",
     lambda value: (is_whole(value) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1),
 )
-_SIDE, _RESIZE = whole(1, 4096), whole(1, 8192)  # as data/decode.py has them, which imports PyTorch
+_SIDE, _RESIZE = whole(1, LARGEST_SIDE), whole(1, LARGEST_RESIZE)
 _THREE = list_of(FINITE, "three numbers", 3)
 _DEVICES = Kind(
     "auto, a number of devices, or a list of them such as [0,1]",

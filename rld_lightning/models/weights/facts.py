@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
+from rld_lightning.limits import LARGEST_RESIZE, LARGEST_SIDE, MOST_CLASSES, SEEDS
 from rld_lightning.models.weights.read import Weights, WeightsError
 
 _MOST_SHOWN = 60  # characters of a refused value
 _LONGEST_TEXT = 300
 _LARGEST = 1 << 32
-_LARGEST_SIDE = 4096  # pixels of what a network sees, for which a picture is enlarged if it has to be
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 # What decides which images a network is measured on, and for how many classes it is built. Everything else is compared
@@ -149,7 +149,7 @@ def _is_three(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _TEXT = f"a line of at most {_LONGEST_TEXT} characters"
-_SHAPE = f"a list of three whole numbers from 1 to {_LARGEST_SIDE}"
+_SHAPE = f"a list of three whole numbers from 1 to {LARGEST_SIDE}"
 _CHANNELS = "a list of three numbers"
 _SPREADS = "a list of three numbers above 0"
 
@@ -158,17 +158,17 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset": (_is_text, _TEXT),
     "source": (_is_text, _TEXT),
     "url": (_is_text, _TEXT),
-    "num_classes": (_is_whole(2, 1 << 24), "a whole number >= 2"),
+    "num_classes": (_is_whole(2, MOST_CLASSES), "a whole number >= 2"),
     "class_names": (
         lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
         "a list of names",
     ),
-    "image_shape": (_is_three(_is_whole(1, _LARGEST_SIDE + 1)), _SHAPE),
+    "image_shape": (_is_three(_is_whole(1, LARGEST_SIDE + 1)), _SHAPE),
     "mean": (_is_three(_is_number), _CHANNELS),
     "std": (_is_three(lambda value: _is_number(value) and value > 0), _SPREADS),
-    "resize": (_is_whole(1, 2 * _LARGEST_SIDE + 1), f"a whole number from 1 to {2 * _LARGEST_SIDE}"),
+    "resize": (_is_whole(1, LARGEST_RESIZE + 1), f"a whole number from 1 to {LARGEST_RESIZE}"),
     "interpolation": (lambda value: value in INTERPOLATIONS, " or ".join(INTERPOLATIONS)),
-    "data_seed": (_is_whole(0, _LARGEST), "a whole number in [0, 2**32)"),
+    "data_seed": (_is_whole(0, SEEDS), "a whole number in [0, 2**32)"),
     "val_fraction": (_is_share, "a number in [0, 1)"),
     "test_fraction": (_is_share, "a number in [0, 1)"),
     "top1": (lambda value: _is_number(value) and 0 <= value <= 100, "a number in [0, 100]"),

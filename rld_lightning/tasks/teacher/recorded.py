@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 
+from rld_lightning.limits import LARGEST_SIDE
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.libraries import published_input
 from rld_lightning.models.normalisation import look_of
@@ -48,7 +49,7 @@ def teacher_of(
                 f"the teacher of {run.folder} has its classes in another file, {classes}, which is not read."
             )
         classes = None
-    if not (size in (None, "auto") or (type(size) is int and 0 < size <= 4096)):
+    if not (size in (None, "auto") or (type(size) is int and 0 < size <= LARGEST_SIDE)):
         raise ValueError(f"{run.folder} says model.teacher.image_size={size!r}, which no run has.")
     return Teacher(
         name,
