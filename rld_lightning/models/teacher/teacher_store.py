@@ -48,10 +48,11 @@ SOURCES = ("auto", "fit", "published", "pretrained")
 _RECORD = ".published.json"  # the SHA-256 of the archive of each address
 _MOST_MEMBER_BYTES = 1 << 30  # ten times the largest
 
+_FILE = "give a file with model.teacher.weights=/path/to/file"
+_FIT = "or train the teacher first with model.teacher.weights=fit"
 _WAYS_OUT = (
-    "give a file with model.teacher.weights=/path/to/file, use a published teacher with "
-    f"model.teacher.weights=published ({PUBLISHED_DATASET}: {', '.join(map(canonical_name, PUBLISHED))}), or train "
-    "the teacher first with model.teacher.weights=fit"
+    f"{_FILE}, use a published teacher with model.teacher.weights=published "
+    f"({PUBLISHED_DATASET}: {', '.join(map(canonical_name, PUBLISHED))}), {_FIT}"
 )
 
 
@@ -59,7 +60,7 @@ class DownloadError(WeightsError):
     """The published teachers could not be fetched, or are not what was expected."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{message}; {_WAYS_OUT}")
+        super().__init__(f"{message}; {_FILE}, {_FIT}")
 
 
 @dataclass(frozen=True)

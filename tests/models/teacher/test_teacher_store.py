@@ -273,6 +273,12 @@ BAD_ARCHIVES = {
 }
 
 
+def assert_names_another_way(message, url):
+    others = [way for way in WAYS_OUT if way in message]
+    assert url in message
+    assert others == ["model.teacher.weights=/path/to/file", "model.teacher.weights=fit"]  # not what has just failed
+
+
 @pytest.mark.parametrize("case", BAD_ARCHIVES)
 def test_wrong_content_is_refused(store, server, tmp_path, case):
     build, expected = BAD_ARCHIVES[case]
@@ -280,8 +286,7 @@ def test_wrong_content_is_refused(store, server, tmp_path, case):
     with pytest.raises(DownloadError, match=expected) as caught:
         store.download_published(server.url)
     message = str(caught.value)
-    for part in (server.url, *WAYS_OUT):
-        assert part in message
+    assert_names_another_way(message, server.url)
     assert "\n" not in message
     assert not marker.exists()
     assert not list(store.root.rglob("*.partial")), "the next call must not meet the bad archive again"
@@ -301,8 +306,7 @@ def test_wrong_content_is_refused(store, server, tmp_path, case):
 def test_an_address_that_does_not_answer(store, url, reason):
     with pytest.raises(DownloadError, match=f"cannot be downloaded .*{reason}") as caught:
         store.download_published(url)
-    for part in (url, *WAYS_OUT):
-        assert part in str(caught.value)
+    assert_names_another_way(str(caught.value), url)
 
 
 @pytest.mark.parametrize("status", [404, 503])
@@ -420,4 +424,4 @@ def test_resolve_names_the_ways_out(store, spec, name, dataset):
 def test_resolve_names_the_ways_out_when_the_download_fails(store, spec):
     with pytest.raises(WeightsError, match=r"127\.0\.0\.1:9") as caught:
         resolve(spec, store, url="http://127.0.0.1:9/x.tar")
-    assert all(way in str(caught.value) for way in WAYS_OUT)
+    assert_names_another_way(str(caught.value), "http://127.0.0.1:9/x.tar")
