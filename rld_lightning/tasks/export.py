@@ -32,7 +32,7 @@ from rld_lightning.runs.files import BEST, EXPORTED, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.folder import check_within
 from rld_lightning.runs.rebuild import build_data
-from rld_lightning.tasks.run.checks import first_other
+from rld_lightning.tasks.run.matched_classes import first_other
 from rld_lightning.tasks.run.plan import freeze
 
 FORMATS = ("safetensors", "onnx", "onnx_int8", "torch_export")

@@ -213,25 +213,6 @@ def _at_its_size(name: str) -> str:
     return "" if published is None else f"{name}@{published[2]}, which resizes them itself, or "
 
 
-def check_classes(weights: Weights, data: ImageDataModule, way_out: str) -> None:
-    """Refuses weights of other classes, where their file names its own.
-
-    Args:
-        weights: the weights and what their file says about them.
-        data: the data, set up.
-        way_out: what the user can do, to end the sentence.
-
-    Raises:
-        ValueError: the classes are others, or in another order.
-    """
-    known, classes = facts_of(weights).class_names, list(data.class_names)
-    if known is not None and known != classes:
-        raise ValueError(
-            f"{weights.source} was trained on other classes than those of {data.name}{first_other(known, classes)}; "
-            f"{way_out}."
-        )
-
-
 def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
     """What the run of a file has held out, for the options of the data that their configuration leaves open (null).
 
@@ -273,14 +254,3 @@ def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
                 f"{weights.source} was trained with {option}={known}, and with {option}={value} it would be measured "
                 f"on images that it was trained on; add {option}={known}."
             )
-
-
-def first_other(known: list[str], classes: list[str]) -> str:
-    """The first class that two lists do not have in the same place, in brackets; empty without one.
-
-    Args:
-        known: the classes of a file.
-        classes: those of the data.
-    """
-    pairs = enumerate(zip(known, classes, strict=False))
-    return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

@@ -14,7 +14,6 @@ from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import create_fitting
-from rld_lightning.tasks.run.checks import check_classes, first_other
 
 
 class MatchedClasses(NamedTuple):
@@ -109,7 +108,20 @@ def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDat
     if known is None or known == classes:
         return
     if (order := order_of(known, classes)) is None:
-        check_classes(weights, data, f"move it away, or name another file with model.{role}.weights=")
-    else:
-        reorder_classes(network, name, order)
-        print_line(role, f"its classes are matched to those of {data.name} by name{first_other(known, classes)}")
+        raise ValueError(
+            f"{weights.source} was trained on other classes than those of {data.name}{first_other(known, classes)}; "
+            f"move it away, or name another file with model.{role}.weights=."
+        )
+    reorder_classes(network, name, order)
+    print_line(role, f"its classes are matched to those of {data.name} by name{first_other(known, classes)}")
+
+
+def first_other(known: list[str], classes: list[str]) -> str:
+    """The first class that two lists do not have in the same place, in brackets; empty without one.
+
+    Args:
+        known: the classes of a file.
+        classes: those of the data.
+    """
+    pairs = enumerate(zip(known, classes, strict=False))
+    return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")
