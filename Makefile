@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## make .venv with the tested versions
 
-quickstart: $(INSTALLED) ## teacher, student alone and student distilled on real digits, in a minute (loss=dkd ...)
+quickstart: $(INSTALLED) ## teacher, student alone and distilled student on real digits, in a minute (loss=dkd ...)
 	$(RUN) scripts/quickstart.py $(OVERRIDES)
 
 test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
@@ -34,7 +34,7 @@ test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
 test-slow: $(INSTALLED) ## the slow tests
 	$(RUN) -m pytest -q -m slow
 
-soak: $(INSTALLED) ## break runs in every way by the hundred, and count those that end as if nothing had happened
+soak: $(INSTALLED) ## break hundreds of runs, and count those that resume to the same result
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/soak.py
 
 test-lowest: ## the default tests with the lowest supported versions, in .venv-lowest
@@ -42,28 +42,28 @@ test-lowest: ## the default tests with the lowest supported versions, in .venv-l
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	$(QUICKLY) .venv-lowest/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
-lint: $(INSTALLED) ## ruff, who may import whom, and types
+lint: $(INSTALLED) ## ruff, import layers and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
-format: $(INSTALLED) ## let ruff put the style right
+format: $(INSTALLED) ## fix the style with ruff
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-audit: $(INSTALLED) ## ask PyPI and OSV for known vulnerabilities of the tested versions
+audit: $(INSTALLED) ## check the tested versions for known vulnerabilities (PyPI and OSV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit
 	$(RUN) -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
-docs: $(INSTALLED) ## the manual as a site, in site/; links are checked
+docs: $(INSTALLED) ## build the manual in site/, with its links checked
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-docs-tables: $(INSTALLED) ## write the tables of losses in docs/losses.md from the code
+docs-tables: $(INSTALLED) ## regenerate the tables of losses in docs/losses.md
 	$(RUN) docs/tables.py
 
 build: $(INSTALLED) ## the wheel, in dist/
 	$(RUN) -m build --wheel
 
-clean: ## remove what was built (not data, teachers or runs)
+clean: ## remove build outputs (not data, teachers or runs)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache

@@ -22,11 +22,11 @@ _COMPLETION = "-sc"  # as in Hydra's scripts
 _CONFIG_DIR = re.compile(r"(-cd|--config-dir)[ =](\S+) ")
 _ENDING = f"""
   {PROGRAM} fit experiment=folder data.root=/photos   from a folder of photographs to a small model
-  {PROGRAM} COMMAND --help               what it takes
-  {PROGRAM} fit --config-dir FOLDER ...  your own configurations on top: FOLDER/model/mine.yaml is model=mine
-  eval "$({PROGRAM} -sc install=bash)"   completes commands and options at the tab key
+  {PROGRAM} COMMAND --help               its options
+  {PROGRAM} fit --config-dir FOLDER ...  add your own configurations: FOLDER/model/mine.yaml is model=mine
+  eval "$({PROGRAM} -sc install=bash)"   tab completion of commands and options
 
-Where the manual writes python scripts/NAME.py, {PROGRAM} NAME is the same."""
+{PROGRAM} NAME is the same as python scripts/NAME.py in the manual."""
 
 
 def main() -> None:

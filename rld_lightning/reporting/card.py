@@ -16,7 +16,7 @@ from rld_lightning.reporting.trio import read_networks, table_of
 from rld_lightning.runs.finished import Run
 
 CHOSEN_ON_TEST = (
-    "the epoch was chosen on the test split itself, so that its accuracy there is somewhat more than on other images"
+    "the epoch was chosen on the test split itself, so its accuracy there is somewhat higher than on other images"
 )
 _MOST_CLASSES = 20
 
@@ -99,9 +99,9 @@ def model_card(
         f"Accuracy is that of the {checkpoint} epoch on {_text(summary.validated_on)} (n = {summary.images})."
         + ("" if is_last else f" {_chosen(run)}"),
         *(_beside(run) if is_last else ()),  # where the student is that of the last epoch
-        "## What it was trained with",
+        "## Training",
         _table(("", ""), _training(run)),
-        "## What it wants to see",
+        "## Input",
         f"RGB images: {student.transform.describe()}. Classes: {_classes(student.classes)}.",
         "## Use",
         _use(student, exported, pixels=pixels, any_size=any_size),
@@ -116,7 +116,7 @@ def _chosen(run: Run) -> str:
     """What an accuracy by which an epoch was chosen is worth."""
     if run.summary.split == "test":
         return f"Mind that {CHOSEN_ON_TEST}."
-    return "The epoch was chosen by it, so that it is somewhat more than on other images."
+    return "The epoch was chosen by it, so it is somewhat higher than on other images."
 
 
 def _results(student: Student, run: Run, top1: float, *, is_last: bool) -> list[tuple[str, str, str]]:
@@ -135,7 +135,7 @@ def _beside(run: Run) -> list[str]:
     if not (networks := read_networks(run.folder)):
         return []
     return [
-        "## Beside the others",
+        "## Comparison",
         _table(*table_of(networks)),
         f"Measured once on the {networks[-1].images:,} images of the {_text(networks[-1].split)} split. ECE is the "
         "expected calibration error in 15 bins, NLL the negative log-likelihood in nats; time is the fastest of one "

@@ -48,7 +48,7 @@ def _table(chapter: Chapter) -> str:
     if not section.on_test:
         caption += " Not the test split."
     if chapter.has_published:
-        caption += " Published numbers are not ours; ‡: trained otherwise than the row; †: second-hand."
+        caption += " Published numbers are not ours; ‡: trained differently from the row; †: second-hand."
     return "\n".join(
         [
             r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}", rf"\label{{tab:{chapter.anchor}}}",

@@ -257,7 +257,7 @@ def value_scatter(sweep: Sweep, name: str) -> FigureOfPanels:
         alt = f"Accuracy over {short_key(key)}; the best setting has {short_value(trials[key].iloc[0])}."
         return Panel(short_key(key), alt, lambda axes: draw(axes, key), (3.5, 2.7))
 
-    caption = f"Last-epoch top-1 (%) on {sweep.split}, one point a setting, mean over seeds; the best one in red."
+    caption = f"Last-epoch top-1 (%) on {sweep.split}, one point per setting, mean over seeds; the best one in red."
     return FigureOfPanels(name, caption, tuple(panel(key) for key in sweep.keys))
 
 

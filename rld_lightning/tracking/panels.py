@@ -112,7 +112,7 @@ def comparison_parts() -> list[Part]:
         ),
         Part(
             "Classes and examples",
-            "Accuracy of each class, what the student takes for what, and images that the teacher gets wrong and "
+            "Accuracy of each class, confusions of the student, and images that the teacher gets wrong and "
             "right, with the distributions of teacher and student and what the loss makes of the teacher. Sort and "
             "filter by a column.",
             [table("classes"), table("confusion_table"), table("examples")],

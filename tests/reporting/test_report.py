@@ -572,7 +572,7 @@ def test_tooltips_tell_seeds_and_sources(report):
 
 def test_the_confusion_matrix_pools_the_seeds_that_have_one(report):
     page = report.html.read_text()
-    assert "What the student takes for what" in page
+    assert "Confusions of the student" in page
     assert "Most frequent: cat taken for &lt;b&gt;dog 20.0 %" in page
     assert "<b>" not in page
 

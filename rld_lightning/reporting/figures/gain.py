@@ -135,7 +135,7 @@ def draw_gain(table: pd.DataFrame, method: str) -> Figure:
         axes.set_xlim(table["teacher_top1"].iloc[0] - 1, table["teacher_top1"].iloc[0] + 1)
     axes.set(
         xlabel="teacher's top-1 on the augmented training images, %",
-        ylabel=f"gain of {method}, percent points of top-1",
+        ylabel=f"gain of {method}, percentage points of top-1",
         title=f"What {method} gains, by its teacher's training accuracy",
     )
     axes.grid(axis="y")

@@ -365,7 +365,7 @@ def test_names_of_classes_are_text_in_a_real_browser(place, tmp_path):
         browser.wait("return !document.getElementById('result').hidden")
         assert browser.run("return document.querySelectorAll('img').length") == 2
         assert "<img" in browser.run("return document.getElementById('words').textContent")
-        assert browser.run("return document.title") == "What RLD makes of a picture"
+        assert browser.run("return document.title") == "How RLD refines the teacher for a picture"
 
 
 POST = """
