@@ -51,7 +51,9 @@ def main() -> None:
             print(f"  {name:12}{_summary(path)}")
         print(_ENDING)
     else:
-        print(f"error: {words[0]} is no command.{did_you_mean(words[0], scripts)} Choose one of {', '.join(scripts)}.")
+        print(
+            f"error: {words[0]} is not a command.{did_you_mean(words[0], scripts)} Choose one of {', '.join(scripts)}."
+        )
         sys.exit(2)
 
 

@@ -41,7 +41,7 @@ def test_an_unknown_command_ends_in_a_sentence(called, capsys):
     with pytest.raises(SystemExit) as stopped:
         called("fti")
     assert stopped.value.code == 2
-    assert capsys.readouterr().out.startswith("error: fti is no command. Did you mean 'fit'? Choose one of bench, ")
+    assert capsys.readouterr().out.startswith("error: fti is not a command. Did you mean 'fit'? Choose one of bench, ")
 
 
 def test_a_script_runs_as_by_python_and_sees_modules_of_the_current_folder_last(called, tmp_path, monkeypatch, capsys):

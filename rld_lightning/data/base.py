@@ -51,7 +51,7 @@ def as_batch(batch: Any) -> Batch:
         images, label, *index = batch
         return Batch(images, label, *(index or cast(list[Tensor], [None])))
     raise ValueError(
-        f"a loader yields {type(batch).__name__}, which is no batch to train on; it must be (images, label), "
+        f"a loader yields {type(batch).__name__}, which is not a batch to train on; it must be (images, label), "
         "(images, label, index) or a rld_lightning.data.Batch."
     )
 

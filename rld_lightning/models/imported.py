@@ -69,7 +69,7 @@ def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{name} does not build a network from num_classes={num_classes}: {error}.") from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{name} builds a {type(network).__name__}, which is no torch.nn.Module.")
+        raise ValueError(f"{name} builds a {type(network).__name__}, which is not a torch.nn.Module.")
     return with_logits(network)
 
 

@@ -70,7 +70,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
             f"{path} is damaged: its bytes are not those that were written, by its checksum, and there is none before "
             f"it; take a copy of it, or begin again in another folder."
         )
-    raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
+    raise ValueError(f"{path} is not a checkpoint to resume from; take a run's last.ckpt, or {weights}.")
 
 
 def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
@@ -124,5 +124,5 @@ def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
     sha256 = found.get("teacher_sha256") if isinstance(found, dict) else None
     texts = [*values, *values.values()] if isinstance(values, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not (sha256 is None or isinstance(sha256, str)):
-        raise ValueError(f"{path} does not say in plain text what its run was, and is not taken to go on from.")
+        raise ValueError(f"{path} does not describe its run in plain text, and is not resumed from.")
     return Before(dict(values or {}), sha256)

@@ -200,8 +200,8 @@ def test_with(trainer: Trainer, module: EvaluationModule, data: ImageDataModule,
     trainer.test(module, loader(), verbose=False)
     if module.results["per_class"][:, -1].any() and module.results["nll"].isnan():
         raise UserError(
-            f"the network's logits are no numbers (NaN) for images of the {split} split, so that it has no score: look "
-            "at how its weights were trained or converted, or measure it with trainer.precision=32-true."
+            f"the network's logits are not numbers (NaN) for images of the {split} split, so it has no score: check "
+            "how its weights were trained or converted, or measure it with trainer.precision=32-true."
         )
 
 

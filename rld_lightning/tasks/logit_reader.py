@@ -48,7 +48,7 @@ class LogitReader:
         """
         data, teacher = self.data(run), self._teacher_of(run)
         if not (file := run.folder / STUDENT).is_file():
-            raise FileNotFoundError(f"there are no weights at {file}; the run has to have left its student.")
+            raise FileNotFoundError(f"there are no weights at {file}; the run must have exported its student.")
         student_logits, label, index = self._of(data, str(file), lambda: read_student(file, run.summary.model, data))
         key = f"{teacher.weights} {teacher.name} {teacher.look} {teacher.image_size} {teacher.class_map}"
         teacher_logits, _, _ = self._of(data, key, lambda: _frozen(teacher, data))

@@ -174,7 +174,9 @@ def _chosen(found: Sequence[Stored], names: Sequence[str], dataset: str | None, 
     if not chosen:
         raise UserError(f"{store.root} holds no teacher; fetch or fit one, or name the folder with --root.")
     if unknown := sorted({teacher.dataset for teacher in chosen} - {dataset, *list_options("data")}):
-        raise UserError(f"{unknown[0]} is no data set by name; say where it is, such as data=imagefolder data.root=...")
+        raise UserError(
+            f"{unknown[0]} is not the name of a data set; say where it is, such as data=imagefolder data.root=..."
+        )
     return chosen
 
 

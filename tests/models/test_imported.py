@@ -103,7 +103,7 @@ def test_a_builder_that_loads_weights_and_computes_is_looked_at_too(elsewhere):
     [
         ("my_nest:Net", r"my_nest:Net cannot be imported \(No module named 'my_nest'\); run this in the folder"),
         ("my_nets:Nets", r"my_nets has no Nets\. Did you mean 'Net'"),
-        ("my_nets:number", r"builds a int, which is no torch\.nn\.Module"),
+        ("my_nets:number", r"builds a int, which is not a torch\.nn\.Module"),
         ("my_nets:other", "does not build a network from num_classes=4"),
     ],
 )

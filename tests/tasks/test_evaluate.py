@@ -237,6 +237,6 @@ def test_a_network_without_numbers_has_no_score(measure, tmp_path, monkeypatch):
         forward(module, Batch(batch.images * math.nan, *batch[1:]) if batch_idx == 1 else batch, batch_idx)
 
     monkeypatch.setattr(EvaluationModule, "test_step", spoiled)
-    with pytest.raises(UserError, match=r"logits are no numbers \(NaN\) for images of the test split"):
+    with pytest.raises(UserError, match=r"logits are not numbers \(NaN\) for images of the test split"):
         measure("data.batch_size=64", facts=digits_facts("resnet8"))
     assert not (tmp_path / "run" / "evaluation.json").exists()

@@ -136,7 +136,9 @@ def test_what_cannot_be_measured_is_said(store, names, overrides, words):
 
 def test_a_store_of_folders_of_images_needs_to_be_told_where_they_are(store):
     store.save(create_model("resnet8", 10), "photos", "resnet8", {"num_classes": 10})
-    with pytest.raises(UserError, match="photos is no data set by name; say where it is, such as data=imagefolder"):
+    with pytest.raises(
+        UserError, match="photos is not the name of a data set; say where it is, such as data=imagefolder"
+    ):
         teachers.verify_teachers(store, ["resnet8"], SMALL)
 
 

@@ -56,7 +56,7 @@ def _distribution(override: Override) -> "BaseDistribution":
         try:
             return kind(*ends, log="log" in sweep.tags)
         except ValueError as error:
-            raise ValueError(f"{override.input_line} is no interval: {error}") from error
+            raise ValueError(f"{override.input_line} is not an interval: {error}") from error
     values: list[Any] = list(override.sweep_iterator(_category))
     if override.is_range_sweep() and not sweep.shuffle and len(values) > 1:
         low, high, step = min(values[0], values[-1]), max(values[0], values[-1]), abs(sweep.step)

@@ -113,6 +113,6 @@ def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, conf
     except Exception as error:  # each launcher has its own
         raise UserError(
             "the trials cannot be run, or a process that ran some has died "
-            f"({type(error).__name__}: {first_line(error)}). An interrupted sweep goes on with the same command and "
+            f"({type(error).__name__}: {first_line(error)}). Continue an interrupted sweep with the same command and "
             f"{as_argument('hydra.sweep.dir', config.hydra.sweep.dir)}."
         ) from error

@@ -37,7 +37,7 @@ class ScriptedNetwork(nn.Module):
         try:
             self.program = torch.jit.load(str(path), map_location="cpu")
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no TorchScript file ({first_line(error)}).") from error
+            raise ValueError(f"{path} is not a TorchScript file ({first_line(error)}).") from error
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, C)``."""

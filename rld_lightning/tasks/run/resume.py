@@ -58,7 +58,7 @@ def find_checkpoint(resume: str | None) -> str | None:
     if is_there(path) or path.name != LAST or not begun:
         return str(path)
     if (folder / SUMMARY).exists():
-        raise ValueError(f"the run in {folder} has ended and left no {LAST} to go on from; choose another folder.")
+        raise ValueError(f"the run in {folder} has ended and left no {LAST} to resume from; choose another folder.")
     return None
 
 
@@ -163,7 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not checkpoint.get("optimizer_states"):
         raise ValueError(f"{path} has only weights, no optimizer state; take a run's last.ckpt, or {weights}.")
     if not isinstance(checkpoint.get("lr_schedulers"), list) or not _is_version(checkpoint.get(_LIGHTNING)):
-        raise ValueError(f"{path} is no checkpoint to resume from; take a run's last.ckpt, or {weights}.")
+        raise ValueError(f"{path} is not a checkpoint to resume from; take a run's last.ckpt, or {weights}.")
     if used != path and not started_here():  # by a process that has said so
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
         print_line("caution", f"{path} is damaged or gone: resuming from the previous one, {used}{step}")

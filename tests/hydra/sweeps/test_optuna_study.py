@@ -68,7 +68,7 @@ def test_every_category_is_an_override_again():
 
 @pytest.mark.parametrize("line", ["x=tag(log, interval(0,1))", "x=interval(2,1)"])
 def test_what_is_no_interval_is_said(line):
-    with pytest.raises(ValueError, match="is no interval"):
+    with pytest.raises(ValueError, match="is not an interval"):
         search_space([line])
 
 

@@ -60,12 +60,12 @@ def test_what_is_advised_to_a_run_that_has_diverged(run):
         ({"changes": ["model.student.name=resnet14"]}, "is of a run with resnet8, and this one trains resnet14"),
         # a one-cycle schedule ends where it was told to
         ({"changes": ["recipe.epochs=5"], "checkpoint": {"lr_schedulers": [{"total_steps": 9}]}}, "recipe.epochs=3"),
-        ({"checkpoint": {"lr_schedulers": None}}, "no checkpoint to resume from; take a run's last.ckpt"),
-        ({"checkpoint": {"pytorch-lightning_version": "x"}}, "no checkpoint to resume from"),
+        ({"checkpoint": {"lr_schedulers": None}}, "is not a checkpoint to resume from; take a run's last.ckpt"),
+        ({"checkpoint": {"pytorch-lightning_version": "x"}}, "is not a checkpoint to resume from"),
         ({"checkpoint": {"hyper_parameters": {"student": "a\n" * 9}}}, "last.ckpt says name="),
         ({"checkpoint": {"hyper_parameters": {"data_seed": {"_target_": "os.getcwd"}}}}, "last.ckpt says data_seed="),
         ({"checkpoint": {"optimizer_states": []}}, "has only weights.*model.student.weights="),
-        ({"file": "student.safetensors"}, "no checkpoint to resume from; take a run's last.ckpt"),
+        ({"file": "student.safetensors"}, "is not a checkpoint to resume from; take a run's last.ckpt"),
     ],
 )
 def test_what_a_run_cannot_go_on_from(run, options, words):
@@ -150,7 +150,7 @@ def test_a_teacher_of_known_checksum_may_lie_elsewhere(moved):
     ids=str,
 )  # fmt: skip
 def test_settings_that_are_no_plain_text_are_refused(moved, said):
-    with pytest.raises(ValueError, match="does not say in plain text what its run was"):
+    with pytest.raises(ValueError, match="does not describe its run in plain text"):
         moved(CHECKPOINT | {"rld_lightning": said})
 
 
