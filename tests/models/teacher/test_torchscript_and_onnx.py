@@ -92,7 +92,7 @@ def test_what_is_none_is_said(kind, tmp_path):
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
     (tmp_path / "x").write_bytes(b"no program")
-    with pytest.raises(ValueError, match=r"x is (no TorchScript|not an ONNX) file"):
+    with pytest.raises(ValueError, match=r"x is not (a TorchScript|an ONNX) file"):
         load_foreign(kind, tmp_path / "x")
 
 
