@@ -26,11 +26,13 @@ from rld_lightning.data.centre_crop import CentreCrop
 from rld_lightning.data.image_list import ImageList
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.streaming import StreamedImages, StreamingLoader
-from rld_lightning.errors import user_errors
+from rld_lightning.distributed import Stopped
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
 from rld_lightning.runs.files import plain_cell
+from rld_lightning.runs.folder import check_folder
 from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.tasks.run.trainer import device_of
 
@@ -75,10 +77,14 @@ def predict(cfg: DictConfig) -> int:
         how many images could not be read.
 
     Raises:
-        UserError: the weights cannot be used, there are no images, or none of them can be read.
+        UserError: the weights cannot be used, there are no images, none of them can be read, or the answers cannot be
+            written.
     """
     freeze(cfg)
+    path = None if cfg.out == STDOUT else _file_of(cfg)
     with user_errors():
+        if path is not None:
+            check_folder(path.parent, "out=", written=())
         sources = [cfg.images] if isinstance(cfg.images, str) else list(cfg.images)
         paths = find_images(sources)
         classifier = load_classifier(cfg)
@@ -86,14 +92,24 @@ def predict(cfg: DictConfig) -> int:
     print_line("images", f"{len(paths):,}: {classifier.transform.describe()}")
     answers = answer(classifier, paths, top=cfg.top, batch_size=cfg.batch_size, num_workers=cfg.num_workers)
     write = {"csv": _csv, "jsonl": _json_lines, "table": _csv}[cfg.format]
-    to_stdout = cfg.out == STDOUT
     known: list[Answer] = []
-    if to_stdout and cfg.format != "table":
-        for lines in write(_kept(answers, known), min(cfg.top, len(classifier.classes))):
-            sys.stdout.buffer.write(lines)
-            sys.stdout.flush()
-    else:
-        known = list(answers)
+
+    def leave(path: Path) -> None:
+        with user_errors():
+            write_whole(path, b"".join(write(known, min(cfg.top, len(classifier.classes)))))
+
+    try:
+        if path is None and cfg.format != "table":
+            for lines in write(_kept(answers, known), min(cfg.top, len(classifier.classes))):
+                sys.stdout.buffer.write(lines)
+                sys.stdout.flush()
+        else:
+            known.extend(answers)  # which has those before an interruption
+    except (KeyboardInterrupt, Stopped):
+        if path is not None and known:
+            leave(path)
+            print_line("answered", f"{len(known):,} of {len(paths):,} images: {path}")
+        raise
     if cfg.format == "table":
         _print(known, classifier)
     broken = [found for found in known if found.error]
@@ -101,13 +117,18 @@ def predict(cfg: DictConfig) -> int:
         print_line("broken", f"{found.image}: {found.error}")
     if broken:
         print_line("broken", f"{len(broken):,} of {len(known):,} images could not be read")
-    if not to_stdout:
-        suffix = "jsonl" if cfg.format == "jsonl" else "csv"
-        path = Path(cfg.out) if cfg.out else Path(cfg.paths.run) / f"predictions.{suffix}"
-        with user_errors():
-            write_whole(path, b"".join(write(known, min(cfg.top, len(classifier.classes)))))
+    if path is not None:
+        leave(path)
         print_files(path.parent, {path.name: "each image"})
     return len(broken)
+
+
+def _file_of(cfg: DictConfig) -> Path:
+    """Where the answers go."""
+    path = Path(cfg.out or Path(cfg.paths.run) / f"predictions.{'jsonl' if cfg.format == 'jsonl' else 'csv'}")
+    if path.is_dir():
+        raise UserError(f"out={path} is a directory; name a file in it.")
+    return path
 
 
 def find_images(sources: Iterable[str]) -> list[str]:

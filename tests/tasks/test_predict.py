@@ -17,7 +17,7 @@ from PIL import Image
 from rld_lightning.data.image_list import list_images
 from rld_lightning.errors import UserError
 from rld_lightning.tasks.evaluate import evaluate
-from rld_lightning.tasks.predict import find_images, predict
+from rld_lightning.tasks.predict import answer, find_images, predict
 
 REPOSITORY = Path(__file__).parents[2]
 options = partial(compose, name="predict", resolve=False)
@@ -53,6 +53,31 @@ def test_it_is_as_often_right_as_eval_says(place, tmp_path, capsys):
     found = evaluate(cfg)
     assert found.images == len(rows) == 360
     assert 100 * right / len(rows) == pytest.approx(found.top1, abs=1e-4)
+
+
+def test_an_interruption_leaves_what_has_been_answered(place, tmp_path, monkeypatch, capsys):
+    one_after_another = answer
+
+    def interrupted(*args, **options):
+        for number, found in enumerate(one_after_another(*args, **options)):
+            if number == 100:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr("rld_lightning.tasks.predict.answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(place, tmp_path, "format=csv")
+    rows = list(csv.DictReader((tmp_path / "out").open()))
+    assert [row["image"] for row in rows] == [str(path) for path in place[2][:100]]
+    assert "answered  100 of 360 images: " in capsys.readouterr().out
+
+
+def test_where_answers_cannot_be_written_is_told_before_anything_is_read(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("rld_lightning.tasks.predict.load_classifier", None)
+    (tmp_path / "file").write_text("")
+    for out, told in ((tmp_path, "is a directory; name a file in it"), (tmp_path / "file" / "out", "out=")):
+        with pytest.raises(UserError, match=told):
+            ask(place, tmp_path, f"out={out}")
 
 
 def test_broken_images_are_named_and_the_others_answered(place, tmp_path, capsys):
