@@ -3,6 +3,7 @@
 They import PyTorch when they are asked: help, completion and typing mistakes need not wait for it.
 """
 
+import sys
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -40,7 +41,8 @@ def choice(group: str, otherwise: str | None = None, *, _root_: DictConfig) -> s
 
 def network(name: str | None) -> str | None:
     """A network's name in the spelling of this package; ``None`` where none is given yet."""
-    if not name or name in known().models:  # which is spelled as it is here
+    # Spelled as it is here; where networks are imported already, asking them takes no time.
+    if not name or ("rld_lightning.models.registry" not in sys.modules and name in known().models):
         return name or None
     if name.startswith("transformers/"):  # a folder, maybe
         return name.rstrip("/").rpartition("/")[2]
