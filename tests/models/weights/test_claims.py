@@ -38,7 +38,7 @@ def test_a_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path, write):
     write(tmp_path / "file.ckpt")
     with pytest.raises(WeightsError, match=r"was refused: .*(unpack|dense and contiguous)"):
         read_weights(tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="is not a checkpoint to resume from"):
         read_checkpoint(tmp_path / "file.ckpt")
 
 
