@@ -16,6 +16,8 @@ from rld_lightning.runs.finished import Run
 MAX_CLASSES = 20  # of a matrix that can be read
 MAX_ERRORS = 15
 _LARGEST = 20_000_000  # bytes of a file; ImageNet's has one or two millions
+_MOST_NAMES = 10_000  # of classes in a file: the matrix has their square
+_MOST_IMAGES = 1 << 40
 _LONGEST_NAME = 18
 
 
@@ -52,14 +54,18 @@ def _pooled(runs: Sequence[Run]) -> tuple[pd.DataFrame | None, int]:
     for run in runs:
         path = run.folder / CONFUSION
         if path.is_file() and path.stat().st_size < _LARGEST:
-            with suppress(ValueError, KeyError, UnicodeDecodeError):  # damaged
+            with suppress(ValueError, KeyError, UnicodeDecodeError, OverflowError):  # damaged
                 table = pd.read_csv(path, converters={"class": text_of, "predicted": text_of}, keep_default_na=False)
-                tables.append(table[["class", "predicted", "images"]].astype({"images": int}))
+                table = table[["class", "predicted", "images"]].astype({"images": int})
+                if len(table) and table["images"].between(0, _MOST_IMAGES).all():
+                    tables.append(table)
     if not tables:
         return None, 0
     together = pd.concat(tables)
-    counts = together.groupby(["class", "predicted"], sort=False)["images"].sum().unstack(fill_value=0)
     names = list(dict.fromkeys([*together["class"], *together["predicted"]]))
+    if len(names) > _MOST_NAMES:
+        return None, 0
+    counts = together.groupby(["class", "predicted"], sort=False)["images"].sum().unstack(fill_value=0)
     return counts.reindex(index=names, columns=names, fill_value=0), len(tables)
 
 

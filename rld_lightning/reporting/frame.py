@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from rld_lightning.atomic_files import write_whole
+from rld_lightning.errors import printable
 from rld_lightning.runs.files import ENVIRONMENT, SUMMARY, plain_cell
 from rld_lightning.runs.finished import Found, Run, find_all
 
@@ -117,7 +119,7 @@ def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 def write_csv(table: pd.DataFrame, path: Path) -> Path:
     """Writes a table for programs to read; no spreadsheet takes a text of it for a formula or a new line."""
-    table.map(plain_cell).to_csv(path, index=False)
+    write_whole(path, printable(table.map(plain_cell).to_csv(index=False)).encode())
     return path
 
 

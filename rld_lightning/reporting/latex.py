@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from rld_lightning.atomic_files import write_whole
+from rld_lightning.errors import printable
 from rld_lightning.reporting.chapters import Chapter
 
 _SPECIAL = {
@@ -23,7 +25,7 @@ def write_latex(chapters: Sequence[Chapter], path: Path) -> Path:
         path: the file.
     """
     head = r"% \usepackage{booktabs} in the preamble. Written by rld-lightning report." + "\n"
-    path.write_text(head + "".join(f"\n{_table(chapter)}" for chapter in chapters), encoding="utf-8")
+    write_whole(path, printable(head + "".join(f"\n{_table(chapter)}" for chapter in chapters)).encode())
     return path
 
 

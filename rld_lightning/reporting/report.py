@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import duration
+from rld_lightning.errors import printable
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
 from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
@@ -298,5 +300,6 @@ def _environment(*, html: bool) -> jinja2.Environment:
 
 def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
     environment = _environment(html=template.endswith(".html.j2"))
-    path.write_text(environment.get_template(template).render(**context), encoding="utf-8")
+    # Names may turn the order of the letters around them, or be bytes that are no text.
+    write_whole(path, printable(environment.get_template(template).render(**context)).encode())
     return path

@@ -39,7 +39,10 @@ def read_metrics(run: Path) -> "pd.DataFrame":
     except pd.errors.EmptyDataError:
         rows = pd.DataFrame(columns=["epoch"])
     columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
-    numbers = rows[["epoch", *columns]].apply(pd.to_numeric, errors="coerce")
+    try:
+        numbers = rows[["epoch", *columns]].apply(pd.to_numeric, errors="coerce")
+    except OverflowError as error:  # of whole numbers, not of fractions
+        raise ValueError(f"{run / METRICS} has numbers of more digits than any run's.") from error
     epochs = numbers[numbers["epoch"].between(0, _MOST_EPOCHS)].groupby("epoch")[columns].last()
     epochs.index += 1
     return epochs.dropna(axis=1, how="all")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -104,6 +105,8 @@ def read_summary(run: Path) -> Summary:
         found = Summary(**{name: value for name, value in values.items() if name in _KINDS})
         if wrong := [name for name, kind in _KINDS.items() if not _is_value(kind, getattr(found, name))]:
             raise TypeError(f"{wrong[0]} is of another kind")
+        if wrong := [name for name in _PERCENT if not _is_percent(getattr(found, name))]:
+            raise ValueError(f"{wrong[0]} is not in percent")
         return found
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
@@ -111,11 +114,17 @@ def read_summary(run: Path) -> Summary:
 
 _KINDS: dict[str, Any] = get_type_hints(Summary) | {"split": Literal["test", "val"]}
 _LARGEST = 1 << 62
+_PERCENT = ("top1", "top1_best", "top5", "teacher_top1", "agreement")
+
+
+def _is_percent(value: float | None) -> bool:
+    """Whether it is an accuracy, or none; a student whose logits are no numbers has NaN."""
+    return value is None or isnan(value) or 0 <= value <= 100
 
 
 def _is_value(kind: Any, value: object) -> bool:
     """Whether a value is of a field's kind; the file may be a stranger's, and what reads it takes that for granted."""
     kinds = get_args(kind) or (kind,)
     if isinstance(value, int) and not isinstance(value, bool):
-        return bool({int, float} & {*kinds}) and abs(value) < _LARGEST
+        return bool({int, float} & {*kinds}) and 0 <= value < _LARGEST
     return value in kinds if get_origin(kind) is Literal else type(value) in kinds

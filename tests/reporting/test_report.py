@@ -450,7 +450,20 @@ def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 1
 
 
-@pytest.mark.parametrize("spoil", [pipe, lambda path: path.write_bytes(b"\x00\xff")])
+def numbers_too_long(path):
+    path.write_text(f"epoch,val/top1,class,predicted,images\n{10**500},1,a,b,{10**30}\n")
+
+
+def classes_without_end(path):
+    rows = "".join(f"a{number},b{number},{number % 7}\n" for number in range(100_000))  # whose square no memory holds
+    path.write_text(f"class,predicted,images\n{rows}")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [pipe, lambda path: path.write_bytes(b"\x00\xff"), numbers_too_long, classes_without_end,
+     lambda path: path.write_text("class,predicted,images\n")],
+)  # fmt: skip
 def test_bad_files_that_no_number_is_read_from_end_nothing(tmp_path, spoil):
     for name in ("metrics.csv", "student.safetensors", "confusion.csv", "wandb_run.json"):
         spoil(write_run(tmp_path / name) / name)
@@ -502,7 +515,7 @@ def test_no_links_or_pictures_of_others_in_markdown(tmp_path):
     assert all(target.startswith("figures/") for target in targets)
 
 
-@pytest.mark.parametrize("name", ["a/../$\\frac{$ 1|b`c", "=<script>alert(1)</script>"])
+@pytest.mark.parametrize("name", ["a/../$\\frac{$ 1|b`c", "=<script>alert(1)</script>", "a\u202eb"])
 def test_names_of_all_kinds(tmp_path, drawn, name):
     options = {"student": name, "teacher": name, "dataset": name}
     folder = write_run(tmp_path / "0", name, **options)
@@ -511,8 +524,9 @@ def test_names_of_all_kinds(tmp_path, drawn, name):
     write_sweep(tmp_path / "sweeps" / "s", alphas=(1, 2), betas=(8,), temperatures=(4,), method=name)
     files = write_report([tmp_path], tmp_path / "out", title=name)
     parse(files.html)
-    for page in (files.html, files.markdown):
-        assert "<script>alert" not in page.read_text()
+    for page in (files.html, files.markdown, *files.tables):
+        assert "<script>alert" not in page.read_text() or page.suffix == ".csv"
+        assert "\u202e" not in page.read_text()
     assert all(path.parent == tmp_path / "out" / "figures" for path in files.figures)
     cells = pd.read_csv(tmp_path / "out" / "runs.csv", dtype=str).to_numpy().ravel()
     assert not [cell for cell in cells if str(cell).startswith(("=", "+", "@"))]

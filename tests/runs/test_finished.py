@@ -139,7 +139,8 @@ def test_a_broken_summary_is_named(tmp_path, text):
     "value",
     [
         *({"images": "<b>9</b>"}, {"epochs": 1.5}, {"seed": True}, {"steps": 10**30}, {"split": "all"}, {"top1": None}),
-        *({"teacher_top1": [1]}, {"model": 3}, {"fast_dev_run": 0}),
+        *({"teacher_top1": [1]}, {"model": 3}, {"fast_dev_run": 0}, {"images": -3}),
+        *({"top1": 1e308}, {"top1_best": -1.0}, {"agreement": float("inf")}),
     ],
 )
 def test_a_value_of_another_kind_is_no_summary(tmp_path, value):
