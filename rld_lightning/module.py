@@ -110,6 +110,13 @@ class DistillationModule(LightningModule):
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         self.top_k = (1, 5) if num_classes > 5 else (1,)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module does; what Lightning notes before and after each hook of a step is no layer to look for."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def setup(self, stage: str) -> None:
         """Brings the teacher to the student's device, or its shares to the devices of this machine."""
         if self.teacher is not None:
