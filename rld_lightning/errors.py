@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 _MOST_LISTED = 3
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, or not to be written to
 # What a terminal obeys, or shows letters in another order for; and bytes of a name that are no text.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -37,12 +38,9 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in _OF_DISKS:
             raise
-        raise UserError(
-            f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, or choose a folder on "
-            "another disk."
-        ) from error
+        raise UserError(_message(error)) from error
 
 
 def _message(error: BaseException) -> str:
@@ -52,6 +50,9 @@ def _message(error: BaseException) -> str:
     # Hydra wraps what a constructor raised in a message of its own; the sentence to show is the constructor's.
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, OSError) and error.errno in _OF_DISKS:
+        file = error.filename or "a file"
+        return f"{file} cannot be written ({error.strerror}): make room, or choose a folder on another disk."
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; add {error.full_key}=... to the command."
     if isinstance(error, OmegaConfBaseException):  # the lines behind the first one are about its own types

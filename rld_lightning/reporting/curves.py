@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # runs have no display
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.style import styled, whole_epochs
+from rld_lightning.reporting.style import styled, whole_epochs, write_figure
 from rld_lightning.runs.files import CURVES, METRICS, read_config
 from rld_lightning.runs.metrics_csv import read_metrics
 from rld_lightning.runs.summary import Summary
@@ -84,7 +84,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         elif not by_step:
             axes.legend(frameon=True, framealpha=0.8, edgecolor="none")  # a line may run behind it
         axes.grid(alpha=0.3)
-    figure.savefig(run / CURVES, dpi=120)
+    write_figure(figure, run / CURVES, dpi=120)
     return run / CURVES
 
 

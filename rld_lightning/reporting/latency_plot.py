@@ -7,7 +7,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rld_lightning.reporting.style import DPI, GREEN, PINK, STUDENT, TEACHER, styled
+from rld_lightning.reporting.style import DPI, GREEN, PINK, STUDENT, TEACHER, styled, write_figure
 
 _MARKERS = {"eager": "o", "compiled": "^", "onnx": "s", "onnx_int8": "D"}
 _COLOURS = {"teacher": TEACHER, "student": STUDENT}
@@ -61,4 +61,4 @@ def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Pat
     axes.set(xlabel=f"median latency for {images} (ms)", ylabel="top-1 (%)")
     axes.set_title(title, fontsize=8, fontweight="normal")
     figure.legend(loc="outside right center")
-    figure.savefig(path, dpi=DPI)
+    write_figure(figure, path, dpi=DPI)

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from rld_lightning.atomic_files import write_whole
+
 # Okabe and Ito, "Color Universal Design", 2008; without their yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, BLACK = "#56B4E9", "#CC79A7", "#222222"
@@ -89,9 +91,16 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
-    figure.savefig(paths[0], dpi=DPI)
-    figure.savefig(paths[1], metadata={"CreationDate": None})
+    for path in paths:
+        write_figure(figure, path, dpi=DPI)
     return paths
+
+
+def write_figure(figure: Figure, path: Path, *, dpi: float) -> None:
+    """Writes a figure in the format that the file's suffix says, whole or not at all, and without a date."""
+    kind = path.suffix[1:]
+    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=dpi, metadata=_NO_DATE.get(kind))
+    write_whole(path, buffer.getvalue())
 
 
 def page_colour(colour: str) -> str:
@@ -185,8 +194,8 @@ class FigureOfPanels:
                 handles = [_handle(*entry) for entry in self.legend]
                 figure.legend(handles=handles, loc="outside lower center", ncols=across)
             paths = [folder / f"{self.name}.{kind}" for kind in kinds]
-            for path, kind in zip(paths, kinds, strict=True):
-                figure.savefig(path, dpi=200, metadata=_NO_DATE.get(kind))
+            for path in paths:
+                write_figure(figure, path, dpi=200)
         return paths
 
 

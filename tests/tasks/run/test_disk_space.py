@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 from rld_lightning import CELoss, DistillationModule
 from rld_lightning.callbacks import CheckpointFiles, WeightAverage
 from rld_lightning.data import DigitsDataModule
-from rld_lightning.errors import UserError, disk_errors
+from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.run import disk_space as room
@@ -67,6 +67,8 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 def test_a_full_disk_is_no_traceback():
     words = r"metrics\.csv cannot be written \(No space left on device\): make room"
     with pytest.raises(UserError, match=words), disk_errors():
+        raise OSError(28, os.strerror(28), "/x/metrics.csv")
+    with pytest.raises(UserError, match=words), user_errors():  # as of what is prepared
         raise OSError(28, os.strerror(28), "/x/metrics.csv")
     with pytest.raises(FileNotFoundError), disk_errors():
         Path("/not/there").read_text()
