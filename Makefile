@@ -47,6 +47,7 @@ lint: $(INSTALLED) ## ruff, import layers and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy scripts
 
 format: $(INSTALLED) ## fix the style with ruff
 	$(VENV)/bin/ruff check --fix

@@ -16,7 +16,8 @@ FIGURES = "figures"  # the folder of the files, in that of the runs
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", figure: RegisteredFigure) -> None:
     """Adds the command of a figure, with the options that its function takes."""
-    command = commands.add_parser(figure.name, help=figure.summary, description=figure.write.__doc__.split("\n\n")[0])
+    description = (figure.write.__doc__ or figure.summary).split("\n\n")[0]
+    command = commands.add_parser(figure.name, help=figure.summary, description=description)
     command.set_defaults(write=figure.write)
     command.add_argument("--out", type=Path, help=f"folder to write to; by itself {FIGURES}/ in the first one of runs")
     if runs := figure.parameters.get("runs"):
@@ -55,8 +56,8 @@ if __name__ == "__main__":
             options["reader"] = LogitReader(options.pop("data"), options.pop("teacher"))
         if options["out"] is None:
             folder = options.get("run") or next(iter(folders), Path("runs"))
-            options["out"] = folder / FIGURES
-            check_within(options["out"], folder, "--out")
+            options["out"] = out = folder / FIGURES
+            check_within(out, folder, "--out")
         check_folder(options["out"], "--out")
         for file in write(**options):
             console.print(f"  {file}", soft_wrap=True, markup=False)
