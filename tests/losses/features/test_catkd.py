@@ -41,7 +41,7 @@ class TestCATKD(FeatureTester):
     def test_a_tap_that_is_not_averaged_is_refused(self):
         teacher, student = self.networks()
         loss = self.connected(teacher, student, student_taps=["layer2"])
-        with pytest.raises(ValueError, match="a map of 32 channels is not what a classifier of 64 features"):
+        with pytest.raises(ValueError, match="the classifier takes 64 features and the map has 32 channels"):
             loss(self.step(loss, teacher, student))
 
 
@@ -140,7 +140,7 @@ def test_maps_of_zeros_have_a_finite_loss_and_gradient(normalize):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": torch.zeros(2, 5, 8, 8)}, "a map of 5 channels is not what a classifier of 4 features"),
+        ({"student": torch.zeros(2, 5, 8, 8)}, "the classifier takes 4 features and the map has 5 channels"),
         ({"teacher": torch.zeros(2, 6)}, "teacher's feature must be a map"),
         ({"teacher": torch.zeros(3, 6, 4, 4)}, r"batch sizes \[2, 3\]"),
         ({"teacher_classifier": torch.zeros(4, 6)}, "student has 3 classes and the teacher 4"),
