@@ -27,7 +27,7 @@ def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: T
         data: the data, set up.
         trainer: that is to train.
     """
-    if trainer.strategy.root_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    if trainer.strategy.root_device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         return
     seen = data.image_shape if module.teacher is None else module.teacher.seen(data.image_shape)
     teacher = 0 if module.teacher is None else count_macs(module.teacher.model, seen)

@@ -58,3 +58,10 @@ def test_what_the_user_has_set_stays_and_gpus_need_none(chosen, monkeypatch, cap
     choose_threads(module, DigitsDataModule(), trainer_on("cuda"))
     assert not chosen
     assert not capsys.readouterr().out
+
+
+def test_an_empty_variable_sets_nothing(chosen, monkeypatch):
+    module = DistillationModule(create_model("resnet20", 10), CELoss(), torch.optim.SGD, num_classes=10)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    choose_threads(module, DigitsDataModule(), trainer_on("cpu"))
+    assert chosen == [1]
