@@ -21,7 +21,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import read_metadata
 from rld_lightning.redact import redact_text
-from rld_lightning.reporting.labels import mean_and_std, short_value
+from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.runs.files import ALONE, CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.runs.summary import Summary
@@ -95,7 +95,7 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     place = best_setting(settings, repeated="seed" in swept)
     best = settings.loc[place]
     validated_on = best["run"].summary.validated_on
-    columns = (*keys, "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
+    columns = (*headings(keys), "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
     print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:MOST_SHOWN])
     if len(rows) > MOST_SHOWN:
         print_line("", f"and {len(rows) - MOST_SHOWN} more in {folder}")
@@ -106,6 +106,12 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     print_line("best", f"{' '.join(best['overrides'])}: {score}")
     print_line("next", "train with it on the held-out images as well, and test once:")
     console.print(printable(command), soft_wrap=True, markup=False)
+
+
+def headings(keys: Sequence[str]) -> list[str]:
+    """What swept keys are called in a terminal, which is narrow: shortly, where that tells them apart."""
+    short = [short_key(key) for key in keys]
+    return short if len({*short}) == len(keys) else [*keys]
 
 
 def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:

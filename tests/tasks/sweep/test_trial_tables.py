@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from rld_lightning.tasks.sweep.trial_tables import best_setting
+from rld_lightning.tasks.sweep.trial_tables import best_setting, headings
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,15 @@ from rld_lightning.tasks.sweep.trial_tables import best_setting
 )
 def test_the_best_setting_was_trained_to_the_end_with_all_seeds(rows, repeated, best):
     assert best_setting(pd.DataFrame(rows, columns=["mean", "n", "complete"]), repeated=repeated) == best
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        (["loss.alpha", "recipe.optimizer.lr"], ["alpha", "lr"]),
+        (["model.teacher.name", "model.student.name"], ["teacher name", "student name"]),
+        (["seed", "data.seed"], ["seed", "data.seed"]),  # both would be seed
+    ],
+)
+def test_columns_are_called_shortly_where_that_tells_them_apart(keys, shown):
+    assert headings(keys) == shown
