@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
@@ -57,6 +57,7 @@ class WandbLogger(LightningWandbLogger):
         **options: see Lightning's logger and ``wandb.init``.
     """
 
+    hands_options_to: ClassVar[str] = "wandb.init"  # whose names are known before a run begins
     _experiment: "Run | None"
 
     def __init__(

@@ -73,7 +73,7 @@ def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(target := values.get("_target_"), str):
         yield f"{key}._target_ is missing: name the class, such as {key}._target_=package.module.Class."
         return
-    found = pydoc.locate(target)
+    found = _locate(target)
     if found is None:
         yield f"{key}._target_={target} is not there{_near_class(target)}"
         return
@@ -97,10 +97,14 @@ def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
         yield "all weights of the loss are 0, so that there is nothing to minimise; set one, such as loss.ce_weight=1."
 
 
+def _locate(target: str) -> Any:
+    return pydoc.locate(target) if target else None  # which takes an empty name for all of Python's own
+
+
 def _near_class(target: str) -> str:
     module, _, name = target.rpartition(".")
     try:
-        names = vars(import_module(module))
+        names = dir(import_module(module))  # with those that are imported on first use
     except ImportError as error:
         return f": {error}."
     except ValueError:  # an empty name
@@ -118,11 +122,13 @@ def _parameters(found: Any) -> list[str] | None:
     bases = iter(found.__mro__[1:] if inspect.isclass(found) else ())
     while rest := [parameter for parameter in own if parameter.kind is parameter.VAR_KEYWORD]:
         base = next((base for base in bases if "__init__" in vars(base) and base is not object), None)
-        # What **options: Any are is said by the base classes.
-        if base is None or rest[0].annotation not in (Any, inspect.Parameter.empty):
+        # What **options: Any are is said by the base classes, and behind them by whom a class hands them to.
+        function: Any = vars(base)["__init__"] if base is not None else _locate(getattr(found, "hands_options_to", ""))
+        if function is None or rest[0].annotation not in (Any, inspect.Parameter.empty):
             return None
         names.remove(rest[0].name)
-        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        own = list(inspect.signature(function).parameters.values())
+        own = own if base is None else own[1:]  # without self
         names += [parameter.name for parameter in own]
     return names
 
