@@ -27,7 +27,8 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
         added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
     references = _references(values) if added else set()
     shipped = _shipped_keys() if added else ()
-    known = [key for key in VALUES if "." in key or key in values]  # of the other scripts' own few, none
+    # Of the other scripts' own few, none, and of loggers those that are chosen.
+    known = [key for key in VALUES if find(values, key.rpartition(".")[0] if "." in key else key) is not ABSENT]
     for key in added:
         if key not in shipped and not any(
             f"{other}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}.")) for other in references
