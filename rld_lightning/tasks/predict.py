@@ -106,9 +106,9 @@ def predict(cfg: DictConfig) -> int:
         else:
             known.extend(answers)  # which has those before an interruption
     except (KeyboardInterrupt, Stopped):
-        if path is not None and known:
-            leave(path)
-            print_line("answered", f"{len(known):,} of {len(paths):,} images: {path}")
+        if path is not None and known:  # beside a file of all, which an earlier command may have left
+            leave(part := path.with_name(f"{path.stem}.partial{path.suffix}"))
+            print_line("answered", f"{len(known):,} of {len(paths):,} images: {part}")
         raise
     if cfg.format == "table":
         _print(known, classifier)

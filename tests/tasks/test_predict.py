@@ -65,9 +65,11 @@ def test_an_interruption_leaves_what_has_been_answered(place, tmp_path, monkeypa
             yield found
 
     monkeypatch.setattr("rld_lightning.tasks.predict.answer", interrupted)
+    (tmp_path / "out").write_text("all of an earlier command")
     with pytest.raises(KeyboardInterrupt):
         ask(place, tmp_path, "format=csv")
-    rows = list(csv.DictReader((tmp_path / "out").open()))
+    assert (tmp_path / "out").read_text() == "all of an earlier command"
+    rows = list(csv.DictReader((tmp_path / "out.partial").open()))
     assert [row["image"] for row in rows] == [str(path) for path in place[2][:100]]
     assert "answered  100 of 360 images: " in capsys.readouterr().out
 
