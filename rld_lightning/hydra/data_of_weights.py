@@ -10,7 +10,7 @@ import yaml
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.options import CONF, list_options
 from rld_lightning.hydra.quoting import for_hydra, read_text
-from rld_lightning.runs.files import CONFIG, STUDENT, WEIGHTS, read_config, run_of, split_of
+from rld_lightning.runs.files import CONFIG, STUDENT, read_config, run_of, split_of, weights_in
 
 _COMPLETE = ("cifar100", "digits", "imagenet")  # options that need nothing else, called as their data set
 # What decides which images are measured, and how they are read; seed and share held out are in the file itself. Where
@@ -33,7 +33,7 @@ def data_of(arguments: Sequence[str]) -> tuple[str, ...]:
         return ()
     path = Path(read_text(given[-1]).partition("::")[0]).expanduser()
     if path.is_dir():
-        path = next((path / name for name in WEIGHTS if (path / name).is_file()), path / STUDENT)
+        path = weights_in(path) or path / STUDENT
     has_root = any(argument.startswith("data.root=") for argument in arguments)
     return _of_run(run_of(path), has_root=has_root) or _of_file(path)
 

@@ -28,7 +28,7 @@ CLASSES = "classes.csv"  # accuracy of each class
 CONFUSION = "confusion.csv"  # how many images of a class were taken for which
 CURVES = "curves.png"
 STUDENT = "student.safetensors"  # the exported student
-WEIGHTS = (STUDENT, "model.safetensors")  # in the folder of a run, and of an export
+_WEIGHTS = (STUDENT, "model.safetensors")  # in the folder of a run, and of an export
 LAST = "last.ckpt"  # to resume from
 PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
 BEST = "best.ckpt"
@@ -51,6 +51,11 @@ OVERRIDES = f"{HYDRA}/overrides.yaml"  # what stood on the command line
 WANDB_RUN = "wandb_run.json"  # which W&B run it is
 WANDB = "wandb"  # what W&B keeps
 LOCK = ".lock"  # of the process that trains
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of weights in the folder of a run, or of an export; None where there is none."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def run_of(weights: Path) -> Path:

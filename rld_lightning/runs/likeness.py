@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.redact import redact
-from rld_lightning.runs.files import CONFIG, WEIGHTS, read_config
+from rld_lightning.runs.files import CONFIG, read_config, weights_in
 from rld_lightning.runs.naming import class_name
 
 SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
@@ -180,7 +180,7 @@ def canonical(key: str, value: str) -> str:
 def _file(weights: Path) -> Path:
     """The file of weights in the folder of a run, or of an export, by which they may be given."""
     with suppress(OSError):  # no name that a file could have
-        return next((weights / name for name in WEIGHTS if (weights / name).is_file()), weights)
+        return weights_in(weights) or weights
     return weights
 
 
