@@ -66,9 +66,7 @@ def run_script(path: Path, called: str, arguments: Sequence[str]) -> None:
     """Runs a script in this process as Python does when it is given its path.
 
     Args:
-        path: the script.
         called: what it finds as its own name.
-        arguments: what stands behind that.
     """
     module = ModuleType("__main__")
     module.__file__ = str(path)

@@ -24,23 +24,14 @@ Function = Callable[..., dict[str, Tensor]]
 
 @dataclass
 class _Recording:
-    """What is known of calls with inputs of one layout.
+    """What is known of calls with inputs of one layout."""
 
-    Attributes:
-        state: what the calls so far had in common; None of none.
-        calls: how many of them there were.
-        inputs: where the graph reads.
-        outputs: where it writes.
-        gradients: of each parameter, likewise.
-        replay: does the work again; None until it is recorded.
-    """
-
-    state: Hashable = None
-    calls: int = 0
-    inputs: Inputs = ()
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    gradients: tuple[Tensor | None, ...] = ()
-    replay: Callable[[], Any] | None = None
+    state: Hashable = None  # what the calls so far had in common; None of none
+    calls: int = 0  # how many of them there were
+    inputs: Inputs = ()  # where the graph reads
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # where it writes
+    gradients: tuple[Tensor | None, ...] = ()  # of each parameter, likewise
+    replay: Callable[[], Any] | None = None  # does the work again; None until it is recorded
 
 
 class CapturedStep:

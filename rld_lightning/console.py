@@ -155,7 +155,6 @@ def _folded(text: str, used: int, indent: str = "") -> str:
     """In a terminal, ``text`` with line breaks between words; paths and what is quoted stay whole, to be copied.
 
     Args:
-        text: what is printed.
         used: columns that are taken in its first line.
         indent: what its other lines begin with.
     """

@@ -267,11 +267,7 @@ def leave(code: int) -> NoReturn:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process and its data loaders within a second when its parent is gone, killed for example.
-
-    Args:
-        parent: the parent's number.
-    """
+    """Ends this process and its data loaders within a second when its parent is gone, killed for example."""
 
     def watch() -> None:
         while os.getppid() == parent:

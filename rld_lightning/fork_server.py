@@ -28,7 +28,6 @@ def serve(listener: socket.socket, alive: int, modules: Sequence[str]) -> "parti
     Args:
         listener: where jobs come from.
         alive: a pipe that closes when that process ends.
-        modules: what is imported.
 
     Returns:
         in a process that was forked what it is to do, and None in the end.

@@ -35,21 +35,13 @@ _TRIES = 2  # how often the server is started: one that has died once may do so 
 
 @dataclass
 class _Server:
-    """The server as other processes know it.
+    """The server as other processes know it."""
 
-    Attributes:
-        address: of its socket.
-        modules: what it imports.
-        process: the server, for the process that has started it.
-        alive: closed when that one ends.
-        left: how often it may be started again.
-    """
-
-    address: str
-    modules: tuple[str, ...]
-    process: subprocess.Popen[bytes] | None = None
-    alive: int = -1
-    left: int = 0
+    address: str  # of its socket
+    modules: tuple[str, ...]  # what it imports
+    process: subprocess.Popen[bytes] | None = None  # the server, for the process that has started it
+    alive: int = -1  # closed when that one ends
+    left: int = 0  # how often it may be started again
 
 
 _server: _Server | None = None
@@ -95,12 +87,7 @@ def warm_up(modules: Sequence[str]) -> None:
 
 
 def use(address: str, modules: Sequence[str]) -> None:
-    """Has this process ask a server that another one has started.
-
-    Args:
-        address: of its socket.
-        modules: what it imports.
-    """
+    """Has this process ask a server that another one has started."""
     global _server
     _server = _Server(address, tuple(modules))
 
@@ -118,7 +105,6 @@ def start(command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | No
 
     Args:
         command: what is started. A module that is forked has ``main(arguments)``, which returns the exit status.
-        env: the process's environment.
         output: where it prints; None for where this process does.
     """
     if tuple(command[:2]) == PYTHON_M:
@@ -190,7 +176,6 @@ def prepare(function: str, *arguments: str) -> None:
 
     Args:
         function: as ``module:function``.
-        arguments: what it takes.
     """
     if _server is not None:
         module, _, name = function.partition(":")

@@ -98,9 +98,6 @@ def top_k_percent(logits: Tensor, label: Tensor, k: int) -> Tensor:
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``stats/<term>_share`` of each ``train/<term>``, in percent of ``train/loss``.
 
-    Args:
-        means: the means over an epoch.
-
     Returns:
         nothing where the loss has a single term, or is 0.
     """

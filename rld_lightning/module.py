@@ -132,7 +132,6 @@ class DistillationModule(LightningModule):
 
         Args:
             batch: or what anybody's loader yields, see :func:`~rld_lightning.data.base.as_batch`; likewise below.
-            batch_idx: its number in the epoch.
 
         Returns:
             ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
@@ -166,7 +165,6 @@ class DistillationModule(LightningModule):
         """What a step comes to, by name, which reads nothing from the device.
 
         Args:
-            batch: the batch.
             epoch: counted from 1.
             soft: the teacher's logits, where they are there.
         """

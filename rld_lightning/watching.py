@@ -10,12 +10,7 @@ Kind = TypeVar("Kind", bound="Callback")
 
 
 def callbacks_of(trainer: "Trainer", kind: type[Kind]) -> list[Kind]:
-    """Those that are of a class, or of one below it, in the order in which they are called.
-
-    Args:
-        trainer: the run's.
-        kind: the class.
-    """
+    """Those that are of a class, or of one below it, in the order in which they are called."""
     return [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, kind)]
 
 
@@ -69,9 +64,6 @@ def skip_idle_hooks(trainer: "Trainer") -> None:
 
     Lightning calls every hook of every callback, each under a profiler's name put together anew; of a dozen callbacks
     that takes as long as launching a small network's step. It passes over what cannot be called.
-
-    Args:
-        trainer: with all its callbacks.
     """
     from lightning.pytorch import Callback  # here: others of this module's callers have it imported anyway
 

@@ -42,7 +42,6 @@ def bench_data(images: int, width: int, height: int, quality: int, size: int, ro
         height: their mean height.
         quality: their JPEG quality.
         size: side of a crop after resizing.
-        rounds: how often each pipeline runs.
     """
     torch.set_num_threads(1)  # as in a worker process
     with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +128,6 @@ def write_image_folder(root: Path, classes: int = 1000, each: int = 32, images: 
     """Makes a folder of ``train/<class>/`` and ``val/<class>/`` with JPEGs of ImageNet's size, where there is none.
 
     Args:
-        root: the folder.
-        classes: how many.
         each: training images of a class; it has one to validate on.
         images: how many unlike ones there are: others are links to them, which are read and decoded all the same.
     """

@@ -74,7 +74,6 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
     Args:
         root: folder of CIFAR-100.
         teacher: its network, with random weights; its logits are looked up from the second epoch on, if at all.
-        student: its network.
         batch: images a step.
         epochs: at least 3: between the first two the teacher sees the validation images.
     """

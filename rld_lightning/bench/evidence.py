@@ -21,11 +21,7 @@ _LONGEST_LOG = 200_000  # characters
 
 
 def facts(state: Path) -> None:
-    """Writes and prints what the machine is, and how fast it multiplies and copies.
-
-    Args:
-        state: the folder that the check goes on from.
-    """
+    """Writes and prints what the machine is, and how fast it multiplies and copies."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {"torch": torch.__version__, "machine": machine(device)}
     if device.type == "cuda":
@@ -59,7 +55,6 @@ def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
 
     Args:
         state: with the short runs ``pace-teacher`` and ``pace-student``.
-        budget: seconds for all of it.
         side_by_side: how many times as long students take that share the device.
     """
     speeds = [_summary(state / "runs" / name).get("images_per_s") for name in ("pace-teacher", "pace-student")]
@@ -70,12 +65,7 @@ def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
 
 
 def gather(state: Path, out: Path) -> None:
-    """Leaves what there is by now in at most 8 files: ``log.txt``, ``results.json``, ``metrics.csv`` and weights.
-
-    Args:
-        state: the folder that the check goes on from.
-        out: where they are written.
-    """
+    """Leaves what there is by now in at most 8 files: ``log.txt``, ``results.json``, ``metrics.csv`` and weights."""
     runs = {path.name: path for path in sorted((state / "runs").iterdir()) if path.is_dir()}
     logs = {path.stem: _text(path) for path in [state / "log.txt", *sorted((state / "logs").glob("*.txt"))]}
     out.mkdir(parents=True, exist_ok=True)

@@ -56,23 +56,14 @@ def write_time(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, with RLD, a pair's own recipe and random weights of the teacher.
+    """What is trained, with RLD, a pair's own recipe and random weights of the teacher."""
 
-    Attributes:
-        data: one of ``DATA``.
-        root: folder of CIFAR-100, or of ``train/<class>/`` and ``val/<class>/`` with images.
-        teacher: its network.
-        student: its network.
-        batch: images a step.
-        workers: loader processes of the plain trainer.
-    """
-
-    data: str
-    root: str
-    teacher: str
-    student: str
-    batch: int
-    workers: int = 2
+    data: str  # one of `DATA`
+    root: str  # folder of CIFAR-100, or of `train/<class>/` and `val/<class>/` with images
+    teacher: str  # its network
+    student: str  # its network
+    batch: int  # images a step
+    workers: int = 2  # loader processes of the plain trainer
 
     @property
     def classes(self) -> int:
@@ -90,19 +81,12 @@ class Job:
 
 @dataclass
 class Contender:
-    """A process that trains, and that is stopped for as long as others are measured.
+    """A process that trains, and that is stopped for as long as others are measured."""
 
-    Attributes:
-        command: what it is.
-        folder: its own, for its log and the times of its steps.
-        first_step: seconds from its start to the end of its first step.
-        rates: images/s, each of some seconds.
-    """
-
-    command: Sequence[str]
-    folder: Path
-    first_step: float = 0.0
-    rates: list[float] = field(default_factory=list)
+    command: Sequence[str]  # what it is
+    folder: Path  # its own, for its log and the times of its steps
+    first_step: float = 0.0  # seconds from its start to the end of its first step
+    rates: list[float] = field(default_factory=list)  # images/s, each of some seconds
 
     @property
     def times(self) -> Path:
@@ -156,13 +140,9 @@ def bench_fit(
     """Runs all in turn, and prints their medians and the limit of this machine.
 
     Args:
-        job: what is trained.
-        rounds: how often each runs.
-        seconds: for how long.
         switches: for each contender of ours, its overrides, such as ``"model.teacher.cache=false"``; one without any
             where there are none.
         folder: where the teacher and its logits are kept, for the next time.
-        report: a file for the same as JSON.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the contenders too
     overrides = {f"fit.py {switch}".strip(): switch for switch in switches or [""]}
@@ -198,14 +178,7 @@ def bench_fit(
 
 
 def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> None:
-    """Runs ours for some steps, unmeasured, so that code is compiled and the teacher's logits are known.
-
-    Args:
-        job: what is trained.
-        steps: how many.
-        switches: as of :func:`bench_fit`.
-        folder: where the teacher and its logits are kept.
-    """
+    """Runs ours for some steps, unmeasured, so that code is compiled and the teacher's logits are known."""
     teacher = keep_teacher(job, folder)
     for switch in switches or [""]:
         with tempfile.TemporaryDirectory() as name:

@@ -31,40 +31,24 @@ _LEAST = 10
 
 @dataclass(frozen=True)
 class Contender:
-    """A network and what runs it.
+    """A network and what runs it."""
 
-    Attributes:
-        name: of the network, for :func:`~rld_lightning.models.create_model`.
-        weights: its file; ``"pretrained"`` for those of its library. With ONNX the file that is run.
-        num_classes: C.
-        image_shape: channels, height and width.
-        backend: ``"eager"``, ``"compiled"``, ``"onnx"`` or ``"onnx_int8"``.
-    """
-
-    name: str
-    weights: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    backend: str
+    name: str  # of the network, for `create_model`
+    weights: str  # its file; `"pretrained"` for those of its library. With ONNX the file that is run.
+    num_classes: int  # C
+    image_shape: tuple[int, int, int]  # channels, height and width
+    backend: str  # `"eager"`, `"compiled"`, `"onnx"` or `"onnx_int8"`
 
 
 @dataclass(frozen=True)
 class Latency:
-    """How long a batch takes, in milliseconds.
+    """How long a batch takes, in milliseconds."""
 
-    Attributes:
-        batch_size: images in a batch.
-        batches: how many were timed.
-        p50: half of them took no longer.
-        p90: nine tenths.
-        p99: ninety-nine hundredths.
-    """
-
-    batch_size: int
-    batches: int
-    p50: float
-    p90: float
-    p99: float
+    batch_size: int  # images in a batch
+    batches: int  # how many were timed
+    p50: float  # half of them took no longer
+    p90: float  # nine tenths
+    p99: float  # ninety-nine hundredths
 
     @property
     def images_per_s(self) -> float:
@@ -74,19 +58,14 @@ class Latency:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender takes.
+    """What a contender takes."""
 
-    Attributes:
-        latencies: by batch size.
-        peak_mb: the most memory that came on top of what the process had before the network was there, at the largest
-            batch, weights included; of the GPU where it runs there. None where the system does not say, and of compiled
-            networks, where most of it is the compiler's.
-        error: why it does not run; empty where it does.
-    """
-
-    latencies: tuple[Latency, ...] = ()
+    latencies: tuple[Latency, ...] = ()  # by batch size
+    # The most memory that came on top of what the process had before the network was there, at the largest batch,
+    # weights included; of the GPU where it runs there. None where the system does not say, and of compiled networks,
+    # where most of it is the compiler's.
     peak_mb: float | None = None
-    error: str = ""
+    error: str = ""  # why it does not run; empty where it does
 
 
 def measure_alone(
@@ -118,7 +97,6 @@ def measure(
     """Times forward passes in evaluation mode, of random images that are on the device already.
 
     Args:
-        contender: what to measure.
         batch_sizes: images in a batch, each on its own.
         seconds: how long to time each, after a warm-up; at least ten batches.
         threads: of one operation on the CPU.

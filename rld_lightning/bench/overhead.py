@@ -75,12 +75,7 @@ class _Bare(LightningModule):
 
 
 def bench_overhead(device: torch.device, rounds: int) -> None:
-    """Trains in a loop, in Lightning and by ``fit.py`` in turn, and prints what a step takes.
-
-    Args:
-        device: where.
-        rounds: how often.
-    """
+    """Trains in a loop, in Lightning and by ``fit.py`` in turn, and prints what a step takes."""
     contenders = {"a loop": _loop, "Lightning, nobody watching": _lightning, "fit.py loss=ce": _fit}
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):

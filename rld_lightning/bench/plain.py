@@ -65,7 +65,6 @@ def train(job: Job, times: Path) -> None:
     """Trains until it is killed.
 
     Args:
-        job: what.
         times: a file that gets the time of each step.
     """
     torch.manual_seed(0)

@@ -18,11 +18,7 @@ _FIT = [sys.executable, str(SCRIPT), "data=digits", "model=resnet8", "loss=ce", 
 
 
 def bench_startup(rounds: int) -> None:
-    """Starts each in turn and prints seconds and seconds of CPU, beside those of importing what all build upon.
-
-    Args:
-        rounds: how often.
-    """
+    """Starts each in turn and prints seconds and seconds of CPU, beside those of importing what all build upon."""
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -121,8 +121,6 @@ class Divergence(Callback):
         """Reads what all ranks saw, which waits for the device.
 
         Args:
-            trainer: the trainer.
-            module: what it trains.
             state: whether to look at weights, buffers and the optimizer's state as well.
 
         Raises:
@@ -210,23 +208,14 @@ class _Recent:
 
 @dataclass(frozen=True)
 class _Values:
-    """What the first step without a finite loss had: largest absolute values, and the teacher's right answers.
+    """What the first step without a finite loss had: largest absolute values, and the teacher's right answers."""
 
-    Attributes:
-        loss: the sum of the terms.
-        images: of the normalised images.
-        student: of the student's logits.
-        teacher: of the teacher's, 0 without one.
-        right: how many images of the batch the teacher gets right; -1 without one.
-        terms: by name.
-    """
-
-    loss: float
-    images: float
-    student: float
-    teacher: float
-    right: float
-    terms: Mapping[str, float]
+    loss: float  # the sum of the terms
+    images: float  # of the normalised images
+    student: float  # of the student's logits
+    teacher: float  # of the teacher's, 0 without one
+    right: float  # how many images of the batch the teacher gets right; -1 without one
+    terms: Mapping[str, float]  # by name
 
 
 def why(values: _Values | None, *, rate: float, classes: int, images: int) -> tuple[str, str | None]:
@@ -234,7 +223,6 @@ def why(values: _Values | None, *, rate: float, classes: int, images: int) -> tu
 
     Args:
         values: of the first step without a finite loss; None where only the weights are not finite.
-        rate: the learning rate.
         classes: C.
         images: in the batch.
 

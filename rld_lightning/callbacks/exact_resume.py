@@ -13,17 +13,11 @@ from rld_lightning.watching import callbacks_of
 
 
 class Position(NamedTuple):
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        epoch: finished epochs.
-        batch: finished batches of the next one; all of them where it lacks its end alone.
-        step: steps of the optimizer.
-    """
-
-    epoch: int
-    batch: int
-    step: int
+    epoch: int  # finished epochs
+    batch: int  # finished batches of the next one; all of them where it lacks its end alone
+    step: int  # steps of the optimizer
 
 
 def position(trainer: Trainer) -> Position:

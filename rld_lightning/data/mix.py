@@ -9,27 +9,18 @@ from torch import Tensor
 
 
 class Other(NamedTuple):
-    """What a batch of mixtures has beside its labels.
+    """What a batch of mixtures has beside its labels."""
 
-    Attributes:
-        label: the class of the other image in each, int64 ``(B,)``.
-        share: how much of each image is of its own label, in [0, 1]; the rest is of the other.
-    """
-
-    label: Tensor
-    share: float
+    label: Tensor  # the class of the other image in each, int64 `(B,)`
+    share: float  # how much of each image is of its own label, in [0, 1]; the rest is of the other
 
 
 class MixDraw(NamedTuple):
-    """How the images of a batch are mixed.
+    """How the images of a batch are mixed."""
 
-    Attributes:
-        share: how much of each is of the image itself, in [0, 1].
-        box: the first row, the one after the last, and the columns likewise, that the other one fills; None where the
-            two lie over each other.
-    """
-
-    share: float
+    share: float  # how much of each is of the image itself, in [0, 1]
+    # The first row, the one after the last, and the columns likewise, that the other one fills; None where the two lie
+    # over each other
     box: tuple[int, int, int, int] | None
 
 
@@ -46,18 +37,13 @@ class Mix:
     With both, each batch is mixed in one of the two ways, at random. What is drawn is a function of the seed, the epoch
     and the step; the other image is one of the same process.
 
-    Args:
-        mixup: a of Mixup, such as 0.2; 0 for none.
-        cutmix: a of CutMix, such as 1; 0 for none.
-        seed: of what is drawn.
-
     Raises:
         ValueError: an a below 0.
     """
 
-    mixup: float
-    cutmix: float
-    seed: int
+    mixup: float  # a of Mixup, such as 0.2; 0 for none
+    cutmix: float  # a of CutMix, such as 1; 0 for none
+    seed: int  # of what is drawn
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):

@@ -42,17 +42,11 @@ HOLE_COLOR = (125, 123, 114)
 
 
 class RandAugmentDraw(NamedTuple):
-    """What is done to each of N samples, on the CPU.
+    """What is done to each of N samples, on the CPU."""
 
-    Attributes:
-        operation: positions in ``OPERATIONS``, int64 ``(N, 2)``.
-        magnitude: in the range of each operation, float32 ``(N, 2)``.
-        hole: the first and the last row, the first and the last column that Cutout fills, int64 ``(N, 4)``.
-    """
-
-    operation: Tensor
-    magnitude: Tensor
-    hole: Tensor
+    operation: Tensor  # positions in `OPERATIONS`, int64 `(N, 2)`
+    magnitude: Tensor  # in the range of each operation, float32 `(N, 2)`
+    hole: Tensor  # the first and the last row, the first and the last column that Cutout fills, int64 `(N, 4)`
 
 
 def draw_randaugment(size: int, height: int, width: int, generator: torch.Generator) -> RandAugmentDraw:

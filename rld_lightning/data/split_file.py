@@ -18,17 +18,12 @@ _LARGEST = 1 << 30  # bytes
 
 
 class WrittenSplit(NamedTuple):
-    """Images as a file has shared them out.
+    """Images as a file has shared them out."""
 
-    Attributes:
-        splits: ``"train"``, ``"test"`` and, where the file has one, ``"val"``, each in the order of the file.
-        gone: how many images of the file are not there any more.
-        new: how many there are that the file does not name; they are in no split.
-    """
-
+    # `"train"`, `"test"` and, where the file has one, `"val"`, each in the order of the file
     splits: dict[str, ImageList]
-    gone: int
-    new: int
+    gone: int  # how many images of the file are not there any more
+    new: int  # how many there are that the file does not name; they are in no split
 
 
 def write_split(path: Path, root: Path, splits: Mapping[str, Images]) -> None:

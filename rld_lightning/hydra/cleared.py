@@ -16,11 +16,7 @@ _made: list[Path] = []  # the folders that this process's job has Hydra make, th
 
 
 def will_make(folder: Path) -> None:
-    """Notes which folders are missing, before Hydra makes the one of a job.
-
-    Args:
-        folder: that of the job.
-    """
+    """Notes which folders are missing, before Hydra makes the one of a job."""
     _made[:] = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
 
 

@@ -15,9 +15,6 @@ def note_job(cfg: DictConfig) -> None:
     """Writes the configuration, Hydra's own, and the overrides of the job that Hydra runs, all without secrets.
 
     Interpolations stay as they are. What secrets are is remembered for all that this process writes later.
-
-    Args:
-        cfg: the job's configuration.
     """
     own = HydraConfig.get()
     folder = Path(own.runtime.output_dir)

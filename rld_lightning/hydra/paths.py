@@ -14,7 +14,6 @@ def anchored(cfg: DictConfig, folder: Path) -> DictConfig:
     """A configuration whose relative paths mean what they do in a folder, wherever the process is.
 
     Args:
-        cfg: the configuration, which stays as it is.
         folder: where the command was given.
     """
     other = deepcopy(cfg)

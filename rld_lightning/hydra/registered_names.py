@@ -19,21 +19,14 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Known(NamedTuple):
-    """What is registered.
+    """What is registered."""
 
-    Attributes:
-        models: names of the networks, in natural order.
-        losses: options of the losses by name, as Hydra instantiates them, in alphabetical order.
-        methods: what each is called, in a few words.
-        on_features: those that look into the networks.
-        families: networks by the words of the file that defines them.
-    """
-
-    models: list[str]
+    models: list[str]  # names of the networks, in natural order
+    # Options of the losses by name, as Hydra instantiates them, in alphabetical order
     losses: dict[str, dict[str, Any]]
-    methods: dict[str, str]
-    on_features: list[str]
-    families: dict[str, list[str]]
+    methods: dict[str, str]  # what each is called, in a few words
+    on_features: list[str]  # those that look into the networks
+    families: dict[str, list[str]]  # networks by the words of the file that defines them
 
 
 def known() -> Known:

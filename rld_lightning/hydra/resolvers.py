@@ -21,7 +21,6 @@ def tuned(key: str, default: Any, *, _root_: DictConfig) -> Any:
 
     Args:
         key: the loss's option and the hyper-parameter, such as ``rld.beta``.
-        default: the loss's own value.
     """
     own = OmegaConf.create(default) if isinstance(default, list | dict) else default
     return OmegaConf.select(_root_, f"model.tuned.{key}", default=own)
@@ -31,7 +30,6 @@ def choice(group: str, otherwise: str | None = None, *, _root_: DictConfig) -> s
     """The option of a group that was chosen, such as ``quick`` of ``recipe``.
 
     Args:
-        group: the group.
         otherwise: what holds where Hydra has not composed the configuration of a script.
     """
     if "hydra" in _root_:

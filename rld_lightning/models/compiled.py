@@ -50,11 +50,7 @@ class CompiledForward:
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Tries to compile a sum; why that fails here, such as for want of a C++ compiler, or nothing where it works.
-
-    Args:
-        device: what is to run it.
-    """
+    """Tries to compile a sum; why that fails here, such as for want of a C++ compiler, or nothing where it works."""
     try:
         if stranger := _cache_of_another():
             return (

@@ -15,11 +15,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def is_mostly_depthwise(model: nn.Module) -> bool:
-    """Whether most convolutions that look at more than a pixel see each channel alone, as MobileNet's do.
-
-    Args:
-        model: any network.
-    """
+    """Whether most convolutions that look at more than a pixel see each channel alone, as MobileNet's do."""
     wide = [part for part in model.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
     return 2 * sum(part.groups == part.in_channels > 1 for part in wide) > len(wide)
 
@@ -60,7 +56,6 @@ def images_per_second(
         model: any network that takes one batch of images; it is put in evaluation mode.
         image_shape: channels, height and width.
         batch_size: images a forward.
-        seconds: how long to measure.
     """
     model.eval()
     like = next(model.parameters(), torch.empty(0))

@@ -84,9 +84,6 @@ def published_classes(name: str) -> list[str] | None:
     """What the classes of a network's pretrained weights are called; None for other networks.
 
     timm does not name them. Its classifiers of 1,000 classes have those of ImageNet in the usual order, by WordNet id.
-
-    Args:
-        name: as in :func:`published_input`.
     """
     name, _ = split_size(name)
     library, _, plain = name.partition("/")

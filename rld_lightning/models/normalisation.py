@@ -16,15 +16,10 @@ from rld_lightning.models.weights.facts import WeightsFacts
 
 
 class Look(NamedTuple):
-    """How images are normalised.
+    """How images are normalised."""
 
-    Attributes:
-        mean: mean of each channel, for values in [0, 1].
-        std: standard deviation of each channel, likewise.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # mean of each channel, for values in [0, 1]
+    std: tuple[float, ...]  # standard deviation of each channel, likewise
 
     def __str__(self) -> str:
         return f"mean {list(self.mean)} and std {list(self.std)}"

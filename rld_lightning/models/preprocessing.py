@@ -29,20 +29,13 @@ class Preprocessing:
 
     A picture is the path of a file (JPEG, PNG, WebP, ...), a ``PIL.Image``, an array of uint8 ``(H, W, 3)`` or a tensor
     of uint8 ``(3, H, W)``; of a file or a PIL image the EXIF orientation is heeded.
-
-    Attributes:
-        size: height and width of what the network takes.
-        resize: what the shorter side of a picture becomes before its centre is cropped.
-        mean: of each channel, for values in [0, 1].
-        std: standard deviation of each channel, likewise.
-        interpolation: ``"bilinear"`` or ``"bicubic"``, with antialiasing.
     """
 
-    size: tuple[int, int]
-    resize: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bilinear"
+    size: tuple[int, int]  # height and width of what the network takes
+    resize: int  # what the shorter side of a picture becomes before its centre is cropped
+    mean: tuple[float, ...]  # of each channel, for values in [0, 1]
+    std: tuple[float, ...]  # standard deviation of each channel, likewise
+    interpolation: str = "bilinear"  # `"bilinear"` or `"bicubic"`, with antialiasing
 
     def __call__(self, picture: "Picture") -> Tensor:
         """Reads where need be, resizes, crops and normalises one picture.

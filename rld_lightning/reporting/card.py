@@ -23,29 +23,17 @@ _MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class Exported:
-    """One file of an export, and how it compares with the student in PyTorch on the same images.
+    """One file of an export, and how it compares with the student in PyTorch on the same images."""
 
-    Attributes:
-        format: such as ``"onnx"``.
-        file: its name in the export's folder.
-        size: in bytes.
-        sha256: of the file, as hexadecimal digits.
-        images: how many were compared; 0 where none were, and then the rest is None.
-        top1: its accuracy on them, in percent.
-        torch_top1: the student's, likewise.
-        agreement: share of the images whose likeliest class is the same, in percent.
-        max_difference: largest difference of a logit, or of a probability where the file gives these.
-    """
-
-    format: str
-    file: str
-    size: int
-    sha256: str
-    images: int
-    top1: float | None = None
-    torch_top1: float | None = None
-    agreement: float | None = None
-    max_difference: float | None = None
+    format: str  # such as `"onnx"`
+    file: str  # its name in the export's folder
+    size: int  # in bytes
+    sha256: str  # of the file, as hexadecimal digits
+    images: int  # how many were compared; 0 where none were, and then the rest is None
+    top1: float | None = None  # its accuracy on them, in percent
+    torch_top1: float | None = None  # the student's, likewise
+    agreement: float | None = None  # share of the images whose likeliest class is the same, in percent
+    max_difference: float | None = None  # largest difference of a logit, or of a probability where the file gives these
 
 
 def model_card(
@@ -60,9 +48,6 @@ def model_card(
     """The text of ``README.md``, in Markdown with a header in YAML.
 
     Args:
-        student: what was exported.
-        run: that has trained it.
-        exported: the files of the export.
         checkpoint: of which epoch the student is.
         pixels: whether the ONNX and ``.pt2`` files take pixels and give probabilities.
         any_size: whether these are of images of any size.

@@ -39,25 +39,15 @@ _BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few
 
 @dataclass(frozen=True, eq=False)
 class Chapter:
-    """All about one pair on one split.
+    """All about one pair on one split."""
 
-    Args:
-        section: what was measured.
-        anchor: its name in links and files.
-        lines: of its table, see :func:`results`.
-        comparisons: :func:`~rld_lightning.reporting.tables.compare`, all of them.
-        figures: the learning curves.
-        confusion: what the best row takes for what; None where it is not known.
-        published: all published numbers about the pair.
-    """
-
-    section: Section
-    anchor: str
-    lines: pd.DataFrame
-    comparisons: pd.DataFrame
-    figures: list[FigureOfPanels]
-    published: list[Published]
-    confusion: FigureOfPanels | None = None
+    section: Section  # what was measured
+    anchor: str  # its name in links and files
+    lines: pd.DataFrame  # of its table, see `results`
+    comparisons: pd.DataFrame  # `compare`, all of them
+    figures: list[FigureOfPanels]  # the learning curves
+    published: list[Published]  # all published numbers about the pair
+    confusion: FigureOfPanels | None = None  # what the best row takes for what; None where it is not known
 
     @property
     def tested(self) -> pd.DataFrame:
@@ -188,7 +178,6 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
     """Tells of a pair: our rows beside the published ones, which differences are certain, and the learning curves.
 
     Args:
-        section: what was measured.
         anchor: its name in links and files.
         sources: where the published numbers leave their footnotes.
     """
@@ -203,8 +192,6 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
     """The results table of a pair: its teachers, and below them the student alone and the methods, the best first.
 
     Args:
-        section: what was measured.
-        published: numbers about the pair.
         sources: where these leave their footnotes.
 
     Returns:
@@ -288,7 +275,6 @@ def make_sweep_chapter(sweep: Sweep, anchor: str, unfinished: Sequence[Path]) ->
     """Tells of a sweep: the heat maps, or points where its values are no grid; and Optuna's importances.
 
     Args:
-        sweep: its finished trials.
         anchor: its name in links and files.
         unfinished: folders of runs that did not finish, of any sweep.
     """

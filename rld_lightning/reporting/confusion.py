@@ -24,10 +24,6 @@ _LONGEST_NAME = 18
 def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
     """The confusions of the best row whose runs have noted any, all its seeds together.
 
-    Args:
-        section: what was measured.
-        name: of the figure's file.
-
     Returns:
         None where no run has noted any, or none was made.
     """

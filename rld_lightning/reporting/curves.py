@@ -33,7 +33,6 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
 
     Args:
         run: a run folder with a ``metrics.csv``.
-        title: heading of the picture.
         summary: what the run came to, which says how much of its epochs was trained; None: all.
 
     Returns:

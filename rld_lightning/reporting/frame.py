@@ -102,7 +102,6 @@ def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Finished runs with repetitions over seeds put together, the best first.
 
     Args:
-        runs: of :func:`runs_frame`.
         keys: the columns that tell settings apart.
 
     Returns:

@@ -10,19 +10,12 @@ from rld_lightning.runs.finished import Run
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs.
+    """What a network costs."""
 
-    Args:
-        parameters: number of weights.
-        macs: multiply-accumulates for one image.
-        milliseconds: for one image at a time; None where it was not measured.
-        machine: what it was measured on, in words.
-    """
-
-    parameters: int
-    macs: int
-    milliseconds: float | None = None
-    machine: str = ""
+    parameters: int  # number of weights
+    macs: int  # multiply-accumulates for one image
+    milliseconds: float | None = None  # for one image at a time; None where it was not measured
+    machine: str = ""  # what it was measured on, in words
 
 
 # Gives the cost of a network by name, some runs of its data set at hand; None where nothing is known.
@@ -30,11 +23,7 @@ CostOf = Callable[[str, Sequence[Run]], Cost | None]
 
 
 def training_cost(runs: Sequence[Run]) -> tuple[float | None, float | None]:
-    """What a training costs: images a second, and seconds, validation included; means over the runs that say so.
-
-    Args:
-        runs: the runs of a row.
-    """
+    """What a training costs: images a second, and seconds, validation included; means over the runs that say so."""
     told = [(run.summary.images_per_s, run.summary.seconds) for run in runs]
     speeds, times = ([value for value in values if value and isfinite(value)] for values in zip(*told, strict=True))
     return (fmean(speeds) if speeds else None), (fmean(times) if times else None)

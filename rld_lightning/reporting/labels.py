@@ -13,7 +13,6 @@ def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashab
     That some saw fewer images is said all the same: two numbers beside each other would mislead without it.
 
     Args:
-        settings: to be told apart.
         known: what the reader knows of each already.
     """
     classes: list[Hashable] = list(known) or [0] * len(settings)

@@ -14,19 +14,12 @@ _COLOURS = {"teacher": TEACHER, "student": STUDENT}
 
 
 class Point(NamedTuple):
-    """A network and what runs it.
+    """A network and what runs it."""
 
-    Attributes:
-        role: such as ``"student"``.
-        backend: such as ``"onnx"``.
-        milliseconds: median for one batch.
-        top1: in percent.
-    """
-
-    role: str
-    backend: str
-    milliseconds: float
-    top1: float
+    role: str  # such as `"student"`
+    backend: str  # such as `"onnx"`
+    milliseconds: float  # median for one batch
+    top1: float  # in percent
 
 
 @styled
@@ -34,10 +27,8 @@ def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Pat
     """Draws the points into a picture.
 
     Args:
-        points: at least one.
         batch_size: that the latency is of.
         title: above it; says on what machine.
-        path: the picture.
     """
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()

@@ -18,12 +18,7 @@ _SPECIAL = {
 
 
 def write_latex(chapters: Sequence[Chapter], path: Path) -> Path:
-    """Writes a file with one table a chapter, the leader bold and published numbers marked as on the page.
-
-    Args:
-        chapters: of a report.
-        path: the file.
-    """
+    """Writes a file with one table a chapter, the leader bold and published numbers marked as on the page."""
     head = r"% \usepackage{booktabs} in the preamble. Written by rld-lightning report." + "\n"
     write_whole(path, printable(head + "".join(f"\n{_table(chapter)}" for chapter in chapters)).encode())
     return path

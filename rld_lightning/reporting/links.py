@@ -9,12 +9,7 @@ from rld_lightning.runs.files import WANDB_RUN, read_json
 
 
 def folder_link(folder: Path, page: Path) -> str:
-    """A run's folder as a page's link, relative to the page, so that both may move together.
-
-    Args:
-        folder: the run's.
-        page: the folder that the page lies in.
-    """
+    """A run's folder as a page's link, relative to the page, so that both may move together."""
     try:
         return quote(Path(os.path.relpath(folder.resolve(), page.resolve())).as_posix() + "/")
     except ValueError:  # another drive

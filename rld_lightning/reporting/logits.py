@@ -10,21 +10,13 @@ from rld_lightning.runs.finished import Run
 
 @dataclass(frozen=True)
 class RunLogits:
-    """Logits of both networks of a run.
+    """Logits of both networks of a run."""
 
-    Attributes:
-        student: ``(N, C)`` float32.
-        teacher: ``(N, C)`` float32.
-        label: ``(N,)`` int64.
-        index: ``(N,)`` int64, positions in the split.
-        class_names: the C names.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    label: Tensor
-    index: Tensor
-    class_names: list[str]
+    student: Tensor  # `(N, C)` float32
+    teacher: Tensor  # `(N, C)` float32
+    label: Tensor  # `(N,)` int64
+    index: Tensor  # `(N,)` int64, positions in the split
+    class_names: list[str]  # the C names
 
 
 class LogitSource(Protocol):

@@ -111,7 +111,6 @@ def published_for_pair(dataset: str, teacher: str | None, student: str) -> list[
     Args:
         dataset: our name of it, such as ``cifar100``.
         teacher: our name of the network, such as ``wrn40_2`` or ``torchvision/resnet34``.
-        student: likewise.
     """
     if teacher is None or dataset not in DATASETS:
         return []
@@ -124,7 +123,6 @@ def published_top1(numbers: list[Published], method: str) -> list[Published]:
     """The published top-1 of one of our losses, or of :data:`TEACHER`, the preferred source first.
 
     Args:
-        numbers: of one pair.
         method: an option of the loss group, or :data:`TEACHER`.
     """
     name = TEACHER if method == TEACHER else METHODS.get(method, "")
@@ -132,12 +130,7 @@ def published_top1(numbers: list[Published], method: str) -> list[Published]:
 
 
 def is_published_method(method: str, settings: Mapping[str, str]) -> bool:
-    """Whether a loss still is what its option is called: RLD with another mask, say, is not RLD of the tables.
-
-    Args:
-        method: the option of the loss group.
-        settings: of a run, as :attr:`Run.settings`.
-    """
+    """Whether a loss still is what its option is called: RLD with another mask, say, is not RLD of the tables."""
     mask, standardized = "g" if method.endswith("_g") else "ge", str(method.endswith("_ls"))
     return (
         settings.get("loss.mask", mask) == mask
@@ -152,7 +145,6 @@ def is_published_teacher(numbers: list[Published], top1: float | None) -> bool:
     """Whether a teacher is as accurate as the published one, which retrained ones hardly ever are to a tenth.
 
     Args:
-        numbers: of the pair.
         top1: as measured on the test split, in percent.
     """
     return top1 is not None and any(abs(number.value - top1) < 0.1 for number in published_top1(numbers, TEACHER))

@@ -66,8 +66,6 @@ def write_report(
 
     Args:
         folders: where finished runs lie, at any depth; one whose files cannot be read is named and left out.
-        out: folder to write to.
-        title: heading of the page.
         latex: whether the results tables are written for papers as well, as ``results.tex``.
         pictures: in which formats beside PNG figures are written: ``pdf``, ``svg``.
         cost_of: tells what networks cost; by itself what the runs say about those that they have trained.

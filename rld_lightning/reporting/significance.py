@@ -13,23 +13,14 @@ SAME = 1e-4  # percent points: float32's rounding is a tenth of it, one image of
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much the first method is ahead of the second, over the seeds that both were run with.
+    """How much the first method is ahead of the second, over the seeds that both were run with."""
 
-    Args:
-        n: how many seeds.
-        mean: mean difference, in percent points; None without a seed in common.
-        low: lower end of the 95 % confidence interval of the mean; None where it cannot be told.
-        high: its upper end.
-        p: of the two-sided paired t test; None where it cannot be told.
-        reason: why it cannot be told.
-    """
-
-    n: int
-    mean: float | None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    reason: str = ""
+    n: int  # how many seeds
+    mean: float | None  # mean difference, in percent points; None without a seed in common
+    low: float | None = None  # lower end of the 95 % confidence interval of the mean; None where it cannot be told
+    high: float | None = None  # its upper end
+    p: float | None = None  # of the two-sided paired t test; None where it cannot be told
+    reason: str = ""  # why it cannot be told
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:

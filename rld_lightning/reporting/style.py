@@ -137,19 +137,12 @@ def ink_on(colour: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small figure of a report, not too wide for a phone.
+    """One small figure of a report, not too wide for a phone."""
 
-    Args:
-        title: its heading.
-        alt: what it shows, in a sentence, for those who cannot see it.
-        draw: draws it.
-        size: width and height in inches.
-    """
-
-    title: str
-    alt: str
-    draw: Callable[[Axes], None]
-    size: tuple[float, float] = (4.4, 3.1)
+    title: str  # its heading
+    alt: str  # what it shows, in a sentence, for those who cannot see it
+    draw: Callable[[Axes], None]  # draws it
+    size: tuple[float, float] = (4.4, 3.1)  # width and height in inches
 
     def svg(self) -> str:
         """The panel for a page: scalable, its text in the page's font, its lines in the page's colours."""
@@ -161,18 +154,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class FigureOfPanels:
-    """Panels side by side that share a legend.
+    """Panels side by side that share a legend."""
 
-    Args:
-        name: of its file.
-        caption: what to know to read it.
-        panels: from left to right.
-        legend: label, colour and style of each: ``-`` and ``--`` are lines, ``o`` and ``s`` points.
-    """
-
-    name: str
-    caption: str
-    panels: tuple[Panel, ...]
+    name: str  # of its file
+    caption: str  # what to know to read it
+    panels: tuple[Panel, ...]  # from left to right
+    # Label, colour and style of each: `-` and `--` are lines, `o` and `s` points
     legend: tuple[tuple[str, str, str], ...] = ()
 
     def write(self, folder: Path, kinds: Sequence[str] = ("png",)) -> list[Path]:
@@ -209,7 +196,6 @@ def whole_epochs(axes: Axes, epochs: Iterable[float]) -> None:
     """Has the axis across ticked at whole epochs, two of them at least, however few were trained.
 
     Args:
-        axes: the panel.
         epochs: where something is drawn, in epochs.
     """
     places = list(epochs)

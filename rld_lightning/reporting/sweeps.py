@@ -26,7 +26,6 @@ def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFram
     """The settings that a sweep has tried to the end, the best first.
 
     Args:
-        trials: its finished runs.
         swept: the keys that it sweeps; ``seed`` makes repetitions of a setting.
 
     Returns:
@@ -49,16 +48,10 @@ def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFram
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """The finished trials of one sweep with one loss on one pair.
+    """The finished trials of one sweep with one loss on one pair."""
 
-    Args:
-        folder: the sweep's.
-        runs: its trials, as :func:`~rld_lightning.reporting.frame.runs_frame` has them; those that differ in their
-            seed only are repetitions.
-    """
-
-    folder: Path
-    runs: pd.DataFrame
+    folder: Path  # the sweep's
+    runs: pd.DataFrame  # its trials, as `runs_frame` has them; those that differ in their seed only are repetitions
 
     @property
     def title(self) -> str:
@@ -106,16 +99,11 @@ class Sweep:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Mean accuracy over a grid of two keys.
+    """Mean accuracy over a grid of two keys."""
 
-    Args:
-        title: the value of the third key, such as ``temperature = 4``; empty without one.
-        keys: of the columns, of the rows and the third one, if so many were swept.
-        cells: in percent, the values of the first key across and of the second down; NaN where nothing was run.
-    """
-
-    title: str
-    keys: list[str]
+    title: str  # the value of the third key, such as `temperature = 4`; empty without one
+    keys: list[str]  # of the columns, of the rows and the third one, if so many were swept
+    # In percent, the values of the first key across and of the second down; NaN where nothing was run
     cells: pd.DataFrame
 
     @property

@@ -21,26 +21,16 @@ _ROW = ["dataset", "split", "student", "teacher", "method", "setting"]
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """What was measured about a pair on one split; or, without a teacher, about one network.
+    """What was measured about a pair on one split; or, without a teacher, about one network."""
 
-    Args:
-        dataset: name of the data set.
-        split: what accuracy was measured on, in words, such as ``the test split``.
-        on_test: whether this is the test split, all of it, which published numbers are about.
-        teacher: the teacher's network; None of a single network.
-        student: the student's.
-        runs: as :func:`~rld_lightning.reporting.frame.runs_frame` has them, with the ``name`` and the ``label`` of
-            their row, those of the best row first.
-        teacher_runs: likewise those that trained the teacher, whose folders its weights are from.
-    """
-
-    dataset: str
-    split: str
-    on_test: bool
-    teacher: str | None
-    student: str
+    dataset: str  # name of the data set
+    split: str  # what accuracy was measured on, in words, such as `the test split`
+    on_test: bool  # whether this is the test split, all of it, which published numbers are about
+    teacher: str | None  # the teacher's network; None of a single network
+    student: str  # the student's
+    # As `runs_frame` has them, with the `name` and the `label` of their row, those of the best row first
     runs: pd.DataFrame
-    teacher_runs: pd.DataFrame
+    teacher_runs: pd.DataFrame  # likewise those that trained the teacher, whose folders its weights are from
 
     @property
     def title(self) -> str:
@@ -94,9 +84,6 @@ class Section:
 def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of a results table, by name.
 
-    Args:
-        runs: of a :class:`Section`.
-
     Returns:
         ``method``, ``label`` (in what it differs from the other rows of its method), ``n``, ``seeds`` and ``epochs``;
         ``top1_last_mean``, ``top1_last_std`` (n - 1; missing of a single seed) and likewise ``top1_best_...`` in
@@ -117,11 +104,7 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def unlike(unshared: Sequence[str]) -> str:
-    """What some runs know and others do not, such as ``recipe.option=3``; empty where they know the same.
-
-    Args:
-        unshared: of each run, as :func:`~rld_lightning.reporting.frame.runs_frame` has it.
-    """
+    """What some runs know and others do not, such as ``recipe.option=3``; empty where they know the same."""
     counts = Counter(line for lines in unshared for line in set(lines.splitlines()))
     return ", ".join(sorted(line for line, count in counts.items() if count < len(unshared)))
 
@@ -168,9 +151,6 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
     Cross-entropy looks at no teacher: such runs stand in the table of each pair with their student, and in those of the
     pairs whose teacher they have trained.
 
-    Args:
-        frame: finished runs, as :func:`~rld_lightning.reporting.frame.runs_frame` has them.
-
     Returns:
         one section a pair and split, the test split first; and the folders of runs that do not count, with the reason.
     """
@@ -195,7 +175,6 @@ def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
     """The section of one pair, that of the test split where there are several.
 
     Args:
-        runs: finished runs, as :func:`~rld_lightning.reporting.frame.runs_frame` has them.
         pair: which, such as ``resnet20_to_resnet8``; None where there is one.
 
     Raises:

@@ -18,30 +18,22 @@ class Network:
 
     Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, and are of the
     test split. Time is the fastest of one image at a time, in float32, on the device of the run.
-
-    Attributes:
-        role: of :data:`ROLES`.
-        name: for :func:`~rld_lightning.models.create_model`.
-        parameters: how many, of a teacher before its batch norms were folded; None of a program that does not tell.
-        macs: multiply-accumulates for an image; None likewise.
-        bytes: of its file of weights, or of its parameters where it has none of its own.
-        milliseconds: for an image.
-        device: what that was measured on.
     """
 
-    role: str
-    name: str
+    role: str  # of `ROLES`
+    name: str  # for `create_model`
     split: str
     images: int
     top1: float
     top5: float | None
     nll: float
     ece: float
+    # How many, of a teacher before its batch norms were folded; None of a program that does not tell
     parameters: int | None
-    macs: int | None
-    bytes: int
-    milliseconds: float
-    device: str
+    macs: int | None  # multiply-accumulates for an image; None likewise
+    bytes: int  # of its file of weights, or of its parameters where it has none of its own
+    milliseconds: float  # for an image
+    device: str  # what that was measured on
 
 
 _TEXTS = ("role", "name", "split", "device")

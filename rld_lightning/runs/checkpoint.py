@@ -29,8 +29,6 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, keep: bool) -
     """Writes a checkpoint with a checksum; it appears whole or not at all.
 
     Args:
-        checkpoint: what ``torch.save`` takes.
-        path: the file, which is replaced.
         keep: whether what was there stays under the name of :func:`previous_of`.
 
     Raises:
@@ -44,7 +42,6 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
     """Reads a checkpoint as data, or the one before it if it is damaged or gone.
 
     Args:
-        path: the checkpoint.
         map_location: as ``torch.load`` takes it.
 
     Returns:
@@ -88,15 +85,10 @@ def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
 
 
 class Before(NamedTuple):
-    """What a checkpoint says about the run that it is of, as plain text.
+    """What a checkpoint says about the run that it is of, as plain text."""
 
-    Attributes:
-        settings: what decided what was trained, see :func:`~rld_lightning.runs.likeness.settings`.
-        teacher_sha256: of the file of the run's teacher; None where there was none.
-    """
-
-    settings: dict[str, str]
-    teacher_sha256: str | None
+    settings: dict[str, str]  # what decided what was trained, see `settings`
+    teacher_sha256: str | None  # of the file of the run's teacher; None where there was none
 
     @property
     def teacher(self) -> tuple[str | None, str | None]:
@@ -113,7 +105,6 @@ def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
     """What a checkpoint says about its run. It may be a stranger's.
 
     Args:
-        checkpoint: what is in it.
         path: what error messages call it.
 
     Raises:

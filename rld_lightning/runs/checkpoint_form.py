@@ -52,8 +52,6 @@ def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", mod
     """Refuses a checkpoint where what networks and callbacks would take from it is not of this run.
 
     Args:
-        checkpoint: as it was read.
-        trainer: the run's.
         module: what it trains, as it is without the checkpoint.
 
     Raises:
@@ -83,8 +81,6 @@ def refuse_other_averages(checkpoint: Mapping[str, Any], trainer: "Trainer", own
     """As :func:`refuse_other_contents`, of averaged weights, which a checkpoint of before their beginning has not.
 
     Args:
-        checkpoint: as it was read.
-        trainer: the run's.
         own: what the run would write beside the weights.
     """
     with _refused(trainer.ckpt_path):
@@ -95,7 +91,6 @@ def refuse_other_progress(checkpoint: Mapping[str, Any], trainer: "Trainer") -> 
     """Refuses a checkpoint whose optimizer, schedule or counts are not those of this run at its place.
 
     Args:
-        checkpoint: as it was read.
         trainer: the run's, with a fresh optimizer and schedule.
 
     Raises:
@@ -123,9 +118,7 @@ def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
     """Compares what was read with what a run that begins has there, as far as that says something.
 
     Args:
-        found: what was read.
         own: what the run would write.
-        where: what to call it.
         positive: whether numbers are none below 0, and lists no longer or shorter.
 
     Raises:

@@ -14,7 +14,6 @@ def note(sweep: Path, **event: Any) -> None:
     """Adds an event, with its time.
 
     Args:
-        sweep: the sweep's folder.
         **event: plain values.
     """
     sweep.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,6 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
     """Writes a table; its folder is made if need be.
 
     Args:
-        path: the file.
         columns: of one length, by name.
     """
     writer = csv.writer(text := StringIO(), lineterminator="\n")

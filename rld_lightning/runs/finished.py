@@ -30,17 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        folder: where it lies.
-        summary: what it came to.
-        config: its resolved configuration.
-    """
-
-    folder: Path
-    summary: Summary
-    config: dict[str, Any]
+    folder: Path  # where it lies
+    summary: Summary  # what it came to
+    config: dict[str, Any]  # its resolved configuration
 
     @property
     def pair(self) -> str:
@@ -89,24 +83,15 @@ class Run:
 
 
 class Found(NamedTuple):
-    """What lies in and below some folders, ordered by path.
+    """What lies in and below some folders, ordered by path."""
 
-    Attributes:
-        runs: the finished runs.
-        unfinished: folders of runs that have begun and not ended.
-        broken: folders of runs whose files cannot be read, each with the reason.
-    """
-
-    runs: list[Run]
-    unfinished: list[Path]
-    broken: list[tuple[Path, str]]
+    runs: list[Run]  # the finished runs
+    unfinished: list[Path]  # folders of runs that have begun and not ended
+    broken: list[tuple[Path, str]]  # folders of runs whose files cannot be read, each with the reason
 
 
 def read_run(folder: Path) -> Run:
     """Reads a finished run.
-
-    Args:
-        folder: the run's folder.
 
     Raises:
         FileNotFoundError: the run is not finished, or this is not the folder of one.
@@ -133,9 +118,6 @@ def _respell(config: dict[str, Any]) -> None:
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads the finished runs in and below some folders, ordered by path.
-
-    Args:
-        folders: where to look.
 
     Raises:
         FileNotFoundError: a folder is not there.

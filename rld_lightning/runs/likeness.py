@@ -127,7 +127,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested values by their full keys, as text: ``{"loss.alpha": "1.0", ...}``.
 
     Args:
-        values: a resolved configuration.
         prefix: what to put in front of each key.
     """
     pairs: dict[str, str] = {}
@@ -224,7 +223,6 @@ def refuse_other_settings(run: Path, cfg: DictConfig) -> None:
 
     Args:
         run: the folder; one without a run suits any.
-        cfg: this run's configuration.
 
     Raises:
         ValueError: a setting is another one, or the folder's configuration cannot be read.
@@ -266,7 +264,6 @@ def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, 
 
     Args:
         before: what :func:`settings` says of that one.
-        cfg: this run's configuration.
     """
     now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as files are written
     if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # whichever file that was

@@ -15,7 +15,6 @@ def loss_choice(choice: str, loss: Mapping[str, Any]) -> str:
 
     Args:
         choice: ``hydra.runtime.choices.loss``.
-        loss: the loss's part of the configuration.
     """
     return loss_name(loss) if _is_combined(loss) else choice
 
@@ -25,7 +24,6 @@ def dataset_name(choice: str | None, data: Mapping[str, Any]) -> str:
 
     Args:
         choice: ``hydra.runtime.choices.data``; None where that is not known.
-        data: the data's part of the configuration.
     """
     if data.get("name"):
         return str(data["name"])
@@ -36,11 +34,7 @@ def dataset_name(choice: str | None, data: Mapping[str, Any]) -> str:
 
 
 def loss_name(loss: Mapping[str, Any]) -> str:
-    """What a run is called after its loss: ``RLD``, or ``rld+at`` of a combination.
-
-    Args:
-        loss: the loss's part of the configuration.
-    """
+    """What a run is called after its loss: ``RLD``, or ``rld+at`` of a combination."""
     if _is_combined(loss):
         return "+".join(name for name, part in loss.items() if isinstance(part, Mapping) and "_target_" in part)
     return class_name(loss["_target_"]).removesuffix("Loss")

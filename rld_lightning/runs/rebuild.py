@@ -26,7 +26,6 @@ def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -
     """The data of a run, not loaded yet.
 
     Args:
-        run: a finished run.
         root: where the data lie, if not where they lay when the run was trained. Only there are they downloaded.
         option: what names another place, for messages.
 
@@ -66,7 +65,6 @@ def build_loss(run: Run, settings: Mapping[str, Any] | None = None) -> Distillat
     """The loss of a run.
 
     Args:
-        run: a finished run.
         settings: of the part of it that is wanted; all of it by default.
 
     Raises:

@@ -16,28 +16,15 @@ class Summary:
 
     ``top1`` is the last epoch's, ``top1_best`` the best epoch's; tables in the literature print the best epoch on the
     test split.
-
-    Attributes:
-        split: what it was validated on, ``"test"`` or ``"val"``.
-        images: how many images the accuracy is of.
-        val_fraction: share of the training split that was held out for it; 0 where ``split`` is the data set's own.
-        data_seed: seed of what was held out.
-        split_images: how many there were to evaluate, unreadable ones aside.
-        steps: how many steps of the optimizer were taken.
-        scheduled_steps: how many the recipe's epochs take on all batches; None where nobody knows.
-        fast_dev_run: whether it was only to show that everything works, which is no result.
-        teacher_sha256: of the file of the teacher; None without one.
-        seconds: how long training took, validation included, over all attempts.
-        peak_memory_gb: the most memory that the first process had in use, of its GPU where it has one.
     """
 
     model: str
     loss: str
     dataset: str
-    split: str
-    images: int
-    val_fraction: float
-    data_seed: int
+    split: str  # what it was validated on, `"test"` or `"val"`
+    images: int  # how many images the accuracy is of
+    val_fraction: float  # share of the training split that was held out for it; 0 where `split` is the data set's own
+    data_seed: int  # seed of what was held out
     epochs: int
     seed: int
     top1: float
@@ -51,12 +38,13 @@ class Summary:
     macs: int
     images_per_s: float | None
     run: str
-    split_images: int
-    steps: int
-    scheduled_steps: int | None
-    fast_dev_run: bool = False
-    teacher_sha256: str | None = None
-    seconds: float | None = None
+    split_images: int  # how many there were to evaluate, unreadable ones aside
+    steps: int  # how many steps of the optimizer were taken
+    scheduled_steps: int | None  # how many the recipe's epochs take on all batches; None where nobody knows
+    fast_dev_run: bool = False  # whether it was only to show that everything works, which is no result
+    teacher_sha256: str | None = None  # of the file of the teacher; None without one
+    seconds: float | None = None  # how long training took, validation included, over all attempts
+    # The most memory that the first process had in use, of its GPU where it has one
     peak_memory_gb: float | None = None
 
     @property

@@ -39,23 +39,14 @@ _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has left its results.
+    """A run that has left its results."""
 
-    Attributes:
-        cfg: its configuration.
-        plan: what it was to do.
-        data: its data, set up.
-        module: its student and its teacher, on the device that they were trained on.
-        summary: what it came to.
-        fit: does another run, see :func:`~rld_lightning.tasks.run.resume.run_once`.
-    """
-
-    cfg: DictConfig
-    plan: Plan
-    data: ImageDataModule
-    module: DistillationModule
-    summary: Summary
-    fit: Callable[[DictConfig], Summary]
+    cfg: DictConfig  # its configuration
+    plan: Plan  # what it was to do
+    data: ImageDataModule  # its data, set up
+    module: DistillationModule  # its student and its teacher, on the device that they were trained on
+    summary: Summary  # what it came to
+    fit: Callable[[DictConfig], Summary]  # does another run, see `run_once`
 
 
 class _Logits(nn.Module):

@@ -35,23 +35,14 @@ _MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
 
 @dataclass(frozen=True)
 class Network:
-    """A network of a run.
+    """A network of a run."""
 
-    Attributes:
-        role: ``"teacher"`` or ``"student"``.
-        name: for :func:`~rld_lightning.models.create_model`.
-        weights: its file, or ``"pretrained"``.
-        num_classes: C.
-        image_shape: channels, height and width of what it saw in its run.
-        top1: accuracy in percent, as the run has measured it; None where it has not.
-    """
-
-    role: str
-    name: str
-    weights: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    top1: float | None
+    role: str  # `"teacher"` or `"student"`
+    name: str  # for `create_model`
+    weights: str  # its file, or `"pretrained"`
+    num_classes: int  # C
+    image_shape: tuple[int, int, int]  # channels, height and width of what it saw in its run
+    top1: float | None  # accuracy in percent, as the run has measured it; None where it has not
 
 
 @dataclass(frozen=True)
@@ -74,9 +65,6 @@ class Row:
 
 def cost(cfg: DictConfig) -> list[Row]:
     """Does what ``conf/cost.yaml`` describes: measures, prints, and leaves ``cost.json`` and ``cost.png``.
-
-    Args:
-        cfg: the composed configuration.
 
     Raises:
         UserError: the run is not finished, or a network's file is not where it was.
@@ -227,7 +215,6 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
     """The cost of a network by name.
 
     Args:
-        name: as in ``model.student.name``.
         runs: some of its data set; they know the size of the images, and what the network costs if they trained it.
         latency: whether to measure its time, about half a second, with fresh weights on the CPU.
 

@@ -125,7 +125,6 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
     """Does what ``conf/eval.yaml`` describes, prints it, and leaves ``evaluation.json`` and ``per_class.csv``.
 
     Args:
-        cfg: the composed configuration.
         classes_shown: how many classes are printed, the least accurate first; where this process measures by itself.
 
     Raises:
@@ -282,19 +281,12 @@ def _check_held_out(weights: Weights, data: ImageDataModule, split: str) -> None
 
 
 class ClassResult(NamedTuple):
-    """How a model did at one class, in percent; None where there is nothing to divide by.
+    """How a model did at one class, in percent; None where there is nothing to divide by."""
 
-    Attributes:
-        name: of the class.
-        images: how many there are of it.
-        accuracy: share of them that the model called so (recall).
-        precision: share of what the model called so that is of the class.
-    """
-
-    name: str
-    images: int
-    accuracy: float | None
-    precision: float | None
+    name: str  # of the class
+    images: int  # how many there are of it
+    accuracy: float | None  # share of them that the model called so (recall)
+    precision: float | None  # share of what the model called so that is of the class
 
 
 def class_results(stat_scores: Tensor, class_names: list[str]) -> list[ClassResult]:

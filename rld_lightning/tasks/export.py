@@ -43,27 +43,16 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Export:
-    """What an export has left; also in its ``export.json``.
+    """What an export has left; also in its ``export.json``."""
 
-    Attributes:
-        folder: where the files lie.
-        model: what was exported.
-        checkpoint: of which epoch, ``"last"`` or ``"best"``.
-        dataset: what it was compared on.
-        split: which images of it, ``"test"`` or ``"val"``.
-        pixels: whether the ONNX and ``.pt2`` files take uint8 pixels and give probabilities.
-        any_size: whether these are of images of any size.
-        files: the files, with how they compare.
-    """
-
-    folder: str
-    model: str
-    checkpoint: Literal["last", "best"]
-    dataset: str
-    split: str
-    pixels: bool
-    any_size: bool
-    files: tuple[Exported, ...]
+    folder: str  # where the files lie
+    model: str  # what was exported
+    checkpoint: Literal["last", "best"]  # of which epoch, `"last"` or `"best"`
+    dataset: str  # what it was compared on
+    split: str  # which images of it, `"test"` or `"val"`
+    pixels: bool  # whether the ONNX and `.pt2` files take uint8 pixels and give probabilities
+    any_size: bool  # whether these are of images of any size
+    files: tuple[Exported, ...]  # the files, with how they compare
 
 
 def export(cfg: DictConfig) -> Export:

@@ -118,7 +118,6 @@ def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None, output:
     """Runs :func:`fit` in fresh processes, or in those that somebody has started for it.
 
     Args:
-        cfg: the composed configuration.
         resume_hint: what continues an interrupted run when it is added to the command; by default what its kind takes.
         output: a file that gets what processes print that are started here.
 

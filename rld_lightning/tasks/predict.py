@@ -42,21 +42,13 @@ _FEW = 64  # images that are read sooner than a process for it is started
 
 
 class Classifier(NamedTuple):
-    """A network that is asked.
+    """A network that is asked."""
 
-    Attributes:
-        probabilities: of normalised images ``(B, 3, H, W)``, ``(B, C)``.
-        classes: the C names.
-        transform: what it wants to see.
-        name: what it is called.
-        device: where it takes images.
-    """
-
-    probabilities: Callable[[Tensor], Tensor]
-    classes: Sequence[str]
-    transform: Preprocessing
-    name: str
-    device: torch.device
+    probabilities: Callable[[Tensor], Tensor]  # of normalised images `(B, 3, H, W)`, `(B, C)`
+    classes: Sequence[str]  # the C names
+    transform: Preprocessing  # what it wants to see
+    name: str  # what it is called
+    device: torch.device  # where it takes images
 
 
 class Answer(NamedTuple):
@@ -69,9 +61,6 @@ class Answer(NamedTuple):
 
 def predict(cfg: DictConfig) -> int:
     """Does what ``conf/predict.yaml`` describes.
-
-    Args:
-        cfg: the composed configuration.
 
     Returns:
         how many images could not be read.
@@ -254,8 +243,6 @@ def answer(
     The images come by the loader and the transform of validation.
 
     Args:
-        classifier: who is asked.
-        paths: the files.
         top: how many classes to name.
         batch_size: images in a batch.
         num_workers: processes that read; by default none for a few images.

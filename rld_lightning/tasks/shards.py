@@ -16,9 +16,6 @@ from rld_lightning.errors import user_errors
 def make_shards(cfg: DictConfig) -> ShardIndex:
     """Does what ``conf/shards.yaml`` describes and prints what there is now.
 
-    Args:
-        cfg: the composed configuration.
-
     Raises:
         UserError: the images, the shards or the place to write to are not as they should be.
     """

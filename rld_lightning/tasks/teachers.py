@@ -30,21 +30,13 @@ TOLERANCE = 0.1  # points: ten images of CIFAR-100's test split, for rounding on
 
 @dataclass(frozen=True)
 class Stored:
-    """A teacher in the store.
+    """A teacher in the store."""
 
-    Attributes:
-        dataset: what it is for.
-        path: its file.
-        sha256: of the file.
-        facts: what it says about itself; nothing where it cannot be used.
-        refusal: why it cannot be used; empty where it can.
-    """
-
-    dataset: str
-    path: Path
-    sha256: str
-    facts: WeightsFacts
-    refusal: str = ""
+    dataset: str  # what it is for
+    path: Path  # its file
+    sha256: str  # of the file
+    facts: WeightsFacts  # what it says about itself; nothing where it cannot be used
+    refusal: str = ""  # why it cannot be used; empty where it can
 
     @property
     def name(self) -> str:
@@ -131,8 +123,6 @@ def verify_teachers(store: TeacherStore, names: Sequence[str], overrides: Sequen
     """Measures teachers of a store on the test split, and compares with what they should have.
 
     Args:
-        store: where they are.
-        names: which ones, however they are spelled; all where none is given.
         overrides: of ``conf/eval.yaml``, such as ``data.root=...``; with ``data=...`` those of one data set alone.
 
     Raises:

@@ -58,15 +58,10 @@ TIMEOUT = 15  # seconds for an answer of the server
 
 @dataclass(frozen=True)
 class Dashboard:
-    """What is kept in a W&B project.
+    """What is kept in a W&B project."""
 
-    Args:
-        views: saved views of the project's workspace.
-        report: the report.
-    """
-
-    views: list[ws.Workspace]
-    report: wr.Report
+    views: list[ws.Workspace]  # saved views of the project's workspace
+    report: wr.Report  # the report
 
 
 def build_dashboard(
@@ -76,7 +71,6 @@ def build_dashboard(
 
     Args:
         entity: user or team that the project belongs to.
-        project: the W&B project.
         pairs: labels of teacher-student pairs such as ``resnet20_to_resnet8``: each gets views and a run set of its
             own. Without any there is one of each for all runs.
         data: the data set that runs are of; any by default.
@@ -225,10 +219,6 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
 
     Views are found by an internal name that follows from entity, project and display name, the report by its title.
 
-    Args:
-        dashboard: what to save.
-        api: the connection, for the look-ups.
-
     Returns:
         their addresses, those of the views first.
 
@@ -280,7 +270,6 @@ def save_dashboard(
 
     Args:
         entity: user or team; None for the default one of the key.
-        project: the W&B project.
         pairs: see :func:`label_of`.
         data: the data set that runs are of; any by default.
         dry_run: a file to write instead; then neither a key nor a network is needed.

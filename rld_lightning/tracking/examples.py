@@ -19,19 +19,12 @@ MOST_BATCHES = 50  # to look for errors in; a perfect teacher makes none
 
 
 class Examples(NamedTuple):
-    """Some images and what is predicted for them.
+    """Some images and what is predicted for them."""
 
-    Attributes:
-        images: normalised, ``(N, 3, H, W)``.
-        label: ``(N,)``.
-        student: its logits ``(N, C)``.
-        teacher: its logits ``(N, C)``; ``None`` without a teacher.
-    """
-
-    images: Tensor
-    label: Tensor
-    student: Tensor
-    teacher: Tensor | None
+    images: Tensor  # normalised, `(N, 3, H, W)`
+    label: Tensor  # `(N,)`
+    student: Tensor  # its logits `(N, C)`
+    teacher: Tensor | None  # its logits `(N, C)`; `None` without a teacher
 
     @property
     def wrong(self) -> Tensor:
@@ -118,9 +111,7 @@ def examples_table(
     """One row an example.
 
     Args:
-        examples: images, labels and logits.
         loss: knows what it makes of the teacher's.
-        class_names: C names.
         mean: what images are normalised with.
         std: likewise.
     """

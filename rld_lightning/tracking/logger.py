@@ -148,7 +148,6 @@ class WandbLogger(LightningWandbLogger):
         """Does something with the W&B run; if it raises, this was the last time.
 
         Args:
-            action: called with the run.
             extra: what is missed if it fails, in words, where the logging of metrics can go on without.
         """
         run = self.experiment
@@ -248,11 +247,6 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
 
     Results are read from the run folder: tables and students, see :mod:`~rld_lightning.tracking.results`. The
     students of a run that holds training images out are no result and become an artifact of its own, ``...-tuning``.
-
-    Args:
-        trainer: has the loggers.
-        module: what is trained.
-        cfg: the run's configuration.
     """
     config: Any = dict(module.hparams) | redact(OmegaConf.to_container(cfg, resolve=True))
     for other in trainer.loggers:

@@ -16,19 +16,12 @@ WIDTH, HEIGHT = 12, 8  # of a report's panel, on a grid of 24 columns
 
 @dataclass(frozen=True)
 class Part:
-    """Panels that belong together: a section of a view, and a chapter of the report.
+    """Panels that belong together: a section of a view, and a chapter of the report."""
 
-    Args:
-        title: its heading.
-        text: what it answers, one paragraph.
-        panels: its panels.
-        columns: how many panels a view shows side by side.
-    """
-
-    title: str
-    text: str
-    panels: list[Any]
-    columns: int = 3
+    title: str  # its heading
+    text: str  # what it answers, one paragraph
+    panels: list[Any]  # its panels
+    columns: int = 3  # how many panels a view shows side by side
 
 
 def comparison_parts() -> list[Part]:

@@ -71,8 +71,6 @@ def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
     and path alone; weights that come with a package have no file, and no artifact.
 
     Args:
-        run: the W&B run.
-        folder: the run folder.
         teacher: ``model.teacher`` of the configuration.
     """
     summary = json.loads((folder / SUMMARY).read_text())

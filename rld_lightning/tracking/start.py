@@ -56,12 +56,7 @@ def tear_down() -> None:
 
 
 def next_step(folder: Path, run_id: str) -> int:
-    """The first ``_step`` that no file of a W&B run in a run folder has yet; 0 without any.
-
-    Args:
-        folder: the run folder.
-        run_id: the W&B run's id.
-    """
+    """The first ``_step`` that no file of a W&B run in a run folder has yet; 0 without any."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
     last = -1

@@ -39,20 +39,13 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A data set in shards.
+    """A data set in shards."""
 
-    Attributes:
-        name: short name of the data set.
-        class_names: the C names, in the order of the labels.
-        shards: the shards of each split.
-        samples: the images of each split.
-        look: ``image_size``, ``resize``, ``mean`` and ``std`` as the data set had them when it was packed, if it was.
-    """
-
-    name: str
-    class_names: list[str]
-    shards: dict[str, list[Shard]]
-    samples: dict[str, Samples]
+    name: str  # short name of the data set
+    class_names: list[str]  # the C names, in the order of the labels
+    shards: dict[str, list[Shard]]  # the shards of each split
+    samples: dict[str, Samples]  # the images of each split
+    # `image_size`, `resize`, `mean` and `std` as the data set had them when it was packed, if it was
     look: dict[str, Any]
 
     def write(self, root: str, options: dict[str, Any] | None = None) -> None:

@@ -48,13 +48,10 @@ def pack(
     """Writes images into shards ``<split>-<number>.tar`` with an index; files are copied as they are.
 
     Args:
-        splits: the images of each split.
         target: the folder or address to write to; must have no index yet.
-        name: name of the data set.
         class_names: the C names, in the order of the labels.
         look: what the index says about the images' size and statistics.
         shard_mb: about how large a shard becomes, in MB.
-        options: options of the store.
 
     Returns:
         the index, which has been written too.
@@ -114,9 +111,7 @@ def index_shards(
         patterns: for each split, where its shards are: addresses with ``{000..123}`` or, where files can be listed,
             with ``*``; several are separated by ``::``.
         target: the folder or address for the index.
-        name: name of the data set.
         class_names: the C names; by default the numbers.
-        options: options of the store.
 
     Returns:
         the index, which has been written too.

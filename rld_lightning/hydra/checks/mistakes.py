@@ -26,19 +26,12 @@ from rld_lightning.hydra.quoting import as_argument
 
 @dataclass(frozen=True)
 class Command:
-    """A command line as Hydra takes it apart.
+    """A command line as Hydra takes it apart."""
 
-    Attributes:
-        config_name: the file in ``conf/``.
-        overrides: ``key=value``, as written.
-        folders: more folders of configurations.
-        sweeps: whether ``-m`` says that values are swept.
-    """
-
-    config_name: str
-    overrides: tuple[str, ...]
-    folders: tuple[str, ...]
-    sweeps: bool
+    config_name: str  # the file in `conf/`
+    overrides: tuple[str, ...]  # `key=value`, as written
+    folders: tuple[str, ...]  # more folders of configurations
+    sweeps: bool  # whether `-m` says that values are swept
 
     @classmethod
     def of(cls, arguments: Sequence[str], config_name: str) -> "Command":
@@ -211,7 +204,6 @@ def missing_option(error: Exception, where: str = "") -> str:
     """What to say where Hydra does not find an option; nothing where the error is another.
 
     Args:
-        error: Hydra's.
         where: it is named, if not on the command line.
     """
     option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))

@@ -13,9 +13,6 @@ from rld_lightning.runs.naming import loss_name
 def check_named(cfg: DictConfig) -> None:
     """Looks whether what a configuration names is there; nothing is fetched, and no file is opened.
 
-    Args:
-        cfg: of any script.
-
     Raises:
         FileNotFoundError: a file is not there.
         ImportError: the library of a network is not installed.

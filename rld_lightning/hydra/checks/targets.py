@@ -42,7 +42,6 @@ def check_parts(cfg: DictConfig, *, found_later: Collection[str] = ()) -> None:
     """Looks whether trainer, data, callbacks and loggers take what they are given; imports them.
 
     Args:
-        cfg: the configuration.
         found_later: options of the data that may be null, because a file of weights says them.
 
     Raises:

@@ -61,7 +61,6 @@ def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     """A sentence that says that a key is not known, and the keys that may have been meant.
 
     Args:
-        key: the full key.
         known: all full keys that there are.
     """
     if options := _options_with(key):

@@ -8,15 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be.
+    """What a value may be."""
 
-    Attributes:
-        must_be: in words, to follow "it must be".
-        allows: whether a value is of this kind.
-    """
-
-    must_be: str
-    allows: Callable[[Any], bool]
+    must_be: str  # in words, to follow "it must be"
+    allows: Callable[[Any], bool]  # whether a value is of this kind
 
     def __or__(self, other: "Kind") -> "Kind":
         """Either of two kinds."""

@@ -73,10 +73,6 @@ def _category(value: Any) -> Any:
 def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tuple[optuna.Study, int]":
     """The study of a sweep, new or one that goes on, and how many trials it is still to run.
 
-    Args:
-        options: the sweeper's.
-        space: what is chosen from.
-
     Raises:
         ValueError: there is nothing to choose, a grid has no list of values, or the storage cannot be read.
     """
@@ -160,8 +156,6 @@ def tell(study: "optuna.Study", trial: "optuna.Trial", value: float | None) -> N
     """Tells a study what a trial came to: a number, or that it has failed.
 
     Args:
-        study: that proposed it.
-        trial: the trial.
         value: its result; None, and what is no finite number, is a failure.
     """
     from optuna.samplers import GridSampler
@@ -178,12 +172,7 @@ def tell(study: "optuna.Study", trial: "optuna.Trial", value: float | None) -> N
 
 
 def leave_best(study: "optuna.Study", folder: Path) -> None:
-    """Leaves ``optimization_results.yaml``, if a trial has finished.
-
-    Args:
-        study: the study.
-        folder: the sweep's.
-    """
+    """Leaves ``optimization_results.yaml``, if a trial has finished."""
     from optuna.trial import TrialState
 
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -193,9 +182,6 @@ def leave_best(study: "optuna.Study", folder: Path) -> None:
 
 def check_options(options: DictConfig) -> None:
     """Looks at what can be said about an Optuna sweep before anything is trained for it.
-
-    Args:
-        options: the sweeper's.
 
     Raises:
         ValueError: there would be no trial, or a number is none.

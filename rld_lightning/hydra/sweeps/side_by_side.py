@@ -63,7 +63,6 @@ class Jobs:
         """Runs all, and returns what each has returned; one that was killed has failed.
 
         Args:
-            overrides: of each job.
             first: the first one's number.
 
         Raises:
@@ -138,14 +137,7 @@ class Jobs:
 
 
 def job_config(context: HydraContext, config: DictConfig, number: int, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one of a sweep's jobs.
-
-    Args:
-        context: with the loader.
-        config: the sweep's.
-        number: the job's.
-        overrides: its own.
-    """
+    """The configuration of one of a sweep's jobs."""
     own = context.config_loader.load_sweep_config(config, list(overrides))
     with open_dict(own):
         own.hydra.job.id = f"{own.hydra.job.name}_{number}"

@@ -25,7 +25,6 @@ def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
 
     Args:
         sweeper: set up; it has the launcher and the options.
-        arguments: the command's overrides.
 
     Raises:
         SystemExit: the trials cannot be run; with one sentence.
@@ -52,13 +51,6 @@ def sweep_study(
     """Runs what an Optuna study proposes, and tells it what came out: a number, or that a trial has failed.
 
     A study in a storage goes on where it was: what was running when it was interrupted is tried again first.
-
-    Args:
-        config: the sweep's.
-        launcher: runs the trials.
-        loader: of configurations.
-        options: the sweeper's.
-        arguments: the command's overrides.
 
     Raises:
         SystemExit: a mistake in the options, or the trials cannot be run; with one sentence.

@@ -26,50 +26,29 @@ _STRICT = ("num_classes", "data_seed", "val_fraction", "test_fraction")
 
 @dataclass(frozen=True)
 class WeightsFacts:
-    """What a file of weights says about itself; None where it says nothing.
+    """What a file of weights says about itself; None where it says nothing."""
 
-    Attributes:
-        name: the model's name, for :func:`~rld_lightning.models.create_model`.
-        dataset: the data set that it was trained on.
-        source: who made it, such as ``"fit"`` or ``"published"``.
-        url: where it was downloaded from.
-        num_classes: C, at least 2.
-        class_names: the classes, in the order of the logits.
-        image_shape: (channels, height, width) of the images.
-        mean: of each channel of the images, for values in [0, 1].
-        std: standard deviation of each channel, likewise.
-        resize: what the shorter side of an image becomes before its centre is cropped, in pixels.
-        interpolation: how it is resized, ``"bilinear"`` or ``"bicubic"``.
-        data_seed: seed of what was held out, in [0, 2**32).
-        val_fraction: share of the training split that was held out, in [0, 1).
-        test_fraction: share of a folder without a test split that was held out for testing, in [0, 1).
-        top1: accuracy in percent.
-        epochs: how many it was trained for.
-    """
-
-    name: str | None = None
-    dataset: str | None = None
-    source: str | None = None
-    url: str | None = None
-    num_classes: int | None = None
-    class_names: list[str] | None = None
-    image_shape: tuple[int, int, int] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    resize: int | None = None
-    interpolation: str | None = None
-    data_seed: int | None = None
-    val_fraction: float | None = None
+    name: str | None = None  # the model's name, for `create_model`
+    dataset: str | None = None  # the data set that it was trained on
+    source: str | None = None  # who made it, such as `"fit"` or `"published"`
+    url: str | None = None  # where it was downloaded from
+    num_classes: int | None = None  # C, at least 2
+    class_names: list[str] | None = None  # the classes, in the order of the logits
+    image_shape: tuple[int, int, int] | None = None  # (channels, height, width) of the images
+    mean: tuple[float, float, float] | None = None  # of each channel of the images, for values in [0, 1]
+    std: tuple[float, float, float] | None = None  # standard deviation of each channel, likewise
+    resize: int | None = None  # what the shorter side of an image becomes before its centre is cropped, in pixels
+    interpolation: str | None = None  # how it is resized, `"bilinear"` or `"bicubic"`
+    data_seed: int | None = None  # seed of what was held out, in [0, 2**32)
+    val_fraction: float | None = None  # share of the training split that was held out, in [0, 1)
+    # Share of a folder without a test split that was held out for testing, in [0, 1)
     test_fraction: float | None = None
-    top1: float | None = None
-    epochs: int | None = None
+    top1: float | None = None  # accuracy in percent
+    epochs: int | None = None  # how many it was trained for
 
 
 def facts_of(weights: Weights) -> WeightsFacts:
     """Reads the facts of a file of weights.
-
-    Args:
-        weights: what :func:`~rld_lightning.models.weights.read.read_weights` made of the file.
 
     Raises:
         WeightsError: a value is not of its kind or not in its range; the message names file, key and value.
@@ -82,7 +61,6 @@ def read_facts(metadata: Mapping[str, str], source: str | Path) -> WeightsFacts:
 
     Args:
         metadata: texts, of which numbers and lists are JSON. Checkpoints call the name ``student``.
-        source: what error messages call the file.
 
     Raises:
         WeightsError: as :func:`facts_of`.

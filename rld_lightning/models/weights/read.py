@@ -66,25 +66,15 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Weights:
-    """A state_dict and where it came from.
+    """A state_dict and where it came from."""
 
-    Attributes:
-        state_dict: tensors by key.
-        metadata: what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty.
-        source: the file.
-        sha256: of the file, as hexadecimal digits; empty where there is none.
-        parts: every state_dict in the file, the likeliest first, with the file's own keys.
-        beside: what else there is in the file, by name.
-        account: what was taken and what was left, in words; empty where there is nothing to tell.
-    """
-
-    state_dict: dict[str, Tensor]
-    metadata: dict[str, str]
-    source: Path
-    sha256: str = ""
-    parts: tuple[Part, ...] = ()
-    beside: tuple[str, ...] = ()
-    account: str = ""
+    state_dict: dict[str, Tensor]  # tensors by key
+    metadata: dict[str, str]  # what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty
+    source: Path  # the file
+    sha256: str = ""  # of the file, as hexadecimal digits; empty where there is none
+    parts: tuple[Part, ...] = ()  # every state_dict in the file, the likeliest first, with the file's own keys
+    beside: tuple[str, ...] = ()  # what else there is in the file, by name
+    account: str = ""  # what was taken and what was left, in words; empty where there is nothing to tell
 
 
 def split_part(path: str | os.PathLike[str]) -> tuple[Path, str]:

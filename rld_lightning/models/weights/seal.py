@@ -30,11 +30,7 @@ _MOST_HEADER = 1 << 24
 
 
 def seal_checkpoint(saved: BytesIO) -> memoryview:
-    """The bytes of a checkpoint with their checksum.
-
-    Args:
-        saved: what ``torch.save`` has written.
-    """
+    """The bytes of a checkpoint with their checksum."""
     comment = _COMMENT + _ZERO
     saved.seek(-2, 2)
     saved.write(len(comment).to_bytes(2, "little") + comment)

@@ -22,15 +22,10 @@ _WRAPPERS = ("student.", "model.", "net.")
 
 @dataclass(frozen=True)
 class Part:
-    """A state_dict in a file.
+    """A state_dict in a file."""
 
-    Attributes:
-        path: the keys that lead to it, joined by dots; empty where it is the file's whole content.
-        state_dict: tensors by key, as they are called in the file but for the marks of ``torch.compile``.
-    """
-
-    path: str
-    state_dict: dict[str, Tensor]
+    path: str  # the keys that lead to it, joined by dots; empty where it is the file's whole content
+    state_dict: dict[str, Tensor]  # tensors by key, as they are called in the file but for the marks of `torch.compile`
 
 
 def find_parts(content: object) -> list[Part]:

@@ -21,21 +21,14 @@ _FIGURES: dict[str, "RegisteredFigure"] = {}
 
 @dataclass(frozen=True)
 class RegisteredFigure:
-    """A figure as ``scripts/figures.py`` offers it.
+    """A figure as ``scripts/figures.py`` offers it."""
 
-    Attributes:
-        name: of the command.
-        summary: what it shows, in a few words.
-        write: writes its files: ``write(out, runs, ...)``. ``out`` is the folder, ``runs`` finished runs as
-            :func:`~rld_lightning.reporting.frame.runs_frame` has them, ``pair`` which of several pairs, ``reader`` a
-            :class:`~rld_lightning.reporting.logits.LogitSource`; of these it takes what it needs.
-        add_options: adds what else it takes to its command.
-    """
-
-    name: str
-    summary: str
+    name: str  # of the command
+    summary: str  # what it shows, in a few words
+    # Writes its files: `write(out, runs, ...)`. `out` is the folder, `runs` finished runs as `runs_frame` has them,
+    # `pair` which of several pairs, `reader` a `LogitSource`; of these it takes what it needs.
     write: WriteFigure
-    add_options: Callable[[argparse.ArgumentParser], None]
+    add_options: Callable[[argparse.ArgumentParser], None]  # adds what else it takes to its command
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -70,11 +63,6 @@ def list_figures() -> list[RegisteredFigure]:
 
 def write_all(out: Path, runs: "pd.DataFrame", *, reader: LogitSource) -> list[Path]:
     """Every figure that some runs suffice for; says why where they do not.
-
-    Args:
-        out: folder for the files.
-        runs: finished runs, as :func:`~rld_lightning.reporting.frame.runs_frame` has them.
-        reader: runs the networks.
 
     Returns:
         the files.

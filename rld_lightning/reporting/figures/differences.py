@@ -28,19 +28,12 @@ MOST_NAMES = 20
 
 @dataclass(frozen=True)
 class DifferenceMap:
-    """How far one method's students are from their teacher.
+    """How far one method's students are from their teacher."""
 
-    Attributes:
-        name: the method.
-        n: over how many seeds ``cells`` is the mean.
-        cells: ``(C, C)``; row: true class, column: logit; NaN on the diagonal.
-        class_names: the C names.
-    """
-
-    name: str
-    n: int
-    cells: Tensor
-    class_names: list[str]
+    name: str  # the method
+    n: int  # over how many seeds `cells` is the mean
+    cells: Tensor  # `(C, C)`; row: true class, column: logit; NaN on the diagonal
+    class_names: list[str]  # the C names
 
     @property
     def mean(self) -> float:
@@ -68,11 +61,6 @@ def write_differences(
     """Heat maps of how far students are from their teacher.
 
     Args:
-        out: see :class:`~rld_lightning.reporting.figures.RegisteredFigure`.
-        runs: likewise.
-        reader: likewise.
-        pair: likewise.
-        methods: options of the loss group.
         standardized: z-score each sample's logits first.
         top: upper end of the colour scale, to compare figures; None chooses one.
     """
@@ -115,10 +103,7 @@ def difference_maps(
     """The maps of some methods of a pair, each the mean over its seeds.
 
     Args:
-        section: the pair.
         methods: options of the loss group, in the order of the figure.
-        reader: runs the networks.
-        standardized: see :func:`logit_differences`.
 
     Raises:
         ValueError: there is no run of a method.
@@ -143,8 +128,6 @@ def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None
     """Draws maps side by side with one colour scale; of exactly two, also the second minus the first.
 
     Args:
-        maps: one a method.
-        title: heading.
         top: upper end of the scale, to compare figures; None takes what 99.5 % of each map's cells are below.
     """
     count = len(maps) + (len(maps) == 2)

@@ -50,10 +50,7 @@ def write_explanation(
     """RLD on one sample: a picture, and a page with three sentences and the numbers.
 
     Args:
-        out: see :class:`~rld_lightning.reporting.figures.RegisteredFigure`.
         runs: the first that was distilled with RLD, or else with anything, is taken; without one the toy logits.
-        reader: runs the networks.
-        run: the folder of the run to take instead.
         index: of the validation image; None takes one that the teacher gets wrong.
 
     Raises:
@@ -155,10 +152,7 @@ def draw_refinement(
     distributions. Rows are classes by falling teacher logit, those that MCD leaves out on grey.
 
     Args:
-        sample: see :func:`~rld_lightning.reporting.figures.refine.refine`.
-        class_names: the C names.
         loss: says what is switched off.
-        title: heading; empty for none.
         image: ``(H, W, 3)`` in [0, 1], if there is one.
     """
     rows = shown_classes(sample)

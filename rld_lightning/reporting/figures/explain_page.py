@@ -93,12 +93,7 @@ def write_page(
     """Writes the page.
 
     Args:
-        path: the HTML file.
-        sample: what it is about.
-        class_names: the C names.
-        loss: holds the hyper-parameters.
         svg: the picture, see :func:`~rld_lightning.reporting.style.page_svg`.
-        title: heading.
         origin: a line about where the sample comes from.
 
     Returns:

@@ -33,15 +33,7 @@ def _options(command: argparse.ArgumentParser) -> None:
 def write_gain(
     out: Path, runs: pd.DataFrame, *, method: str = "rld", over: Sequence[str] = REFERENCES, best: bool = False
 ) -> list[Path]:
-    """What a method gains, by its teacher's training accuracy; the numbers also as CSV.
-
-    Args:
-        out: see :class:`~rld_lightning.reporting.figures.RegisteredFigure`.
-        runs: likewise.
-        method: an option of the loss group.
-        over: those that it is compared to.
-        best: compare best epochs.
-    """
+    """What a method gains, by its teacher's training accuracy; the numbers also as CSV."""
     table, left_out = gains(runs, method, over, best=best)
     for reason in left_out:
         print_line("left out", f"gain: {reason}")
@@ -57,8 +49,6 @@ def gains(
     Only runs with the same recipe are compared, and only seeds that both were run with.
 
     Args:
-        runs: finished runs of several pairs or teachers.
-        method: an option of the loss group.
         references: the options that it is compared to; those that are not there are left out.
         best: compare best epochs, not last ones.
 

@@ -19,37 +19,23 @@ from rld_lightning.runs.rebuild import build_loss
 
 @dataclass(frozen=True)
 class Refinement:
-    """One sample as RLD sees it.
+    """One sample as RLD sees it."""
 
-    Attributes:
-        label: the true class.
-        favourite: the class of the teacher's largest logit.
-        rank: place of the true class among the teacher's logits, from 1.
-        teacher_logits: ``(C,)``.
-        student_logits: ``(C,)``.
-        teacher_probs: ``(C,)`` softmax at RLD's temperature, which plain distillation compares.
-        student_probs: the same of the student.
-        masked: ``(C,)`` bool, the classes that MCD leaves out.
-        teacher_confidence: SCD's probability of the teacher's favourite.
-        student_confidence: SCD's probability of the true class, which the student is to raise or lower to the former.
-        teacher_correlation: ``(C,)`` MCD's distribution over the classes that are left; 0 at the others.
-        student_correlation: the same of the student.
-        terms: ``ce`` and the weighted ``scd`` and ``mcd`` of this sample, and ``kd`` of weight 1 to compare, in nats
-            and with T^2, as the losses have it.
-    """
-
-    label: int
-    favourite: int
-    rank: int
-    teacher_logits: Tensor
-    student_logits: Tensor
-    teacher_probs: Tensor
-    student_probs: Tensor
-    masked: Tensor
-    teacher_confidence: float
+    label: int  # the true class
+    favourite: int  # the class of the teacher's largest logit
+    rank: int  # place of the true class among the teacher's logits, from 1
+    teacher_logits: Tensor  # `(C,)`
+    student_logits: Tensor  # `(C,)`
+    teacher_probs: Tensor  # `(C,)` softmax at RLD's temperature, which plain distillation compares
+    student_probs: Tensor  # the same of the student
+    masked: Tensor  # `(C,)` bool, the classes that MCD leaves out
+    teacher_confidence: float  # SCD's probability of the teacher's favourite
+    # SCD's probability of the true class, which the student is to raise or lower to the former
     student_confidence: float
-    teacher_correlation: Tensor
-    student_correlation: Tensor
+    teacher_correlation: Tensor  # `(C,)` MCD's distribution over the classes that are left; 0 at the others
+    student_correlation: Tensor  # the same of the student
+    # `ce` and the weighted `scd` and `mcd` of this sample, and `kd` of weight 1 to compare, in nats and with T^2, as
+    # the losses have it
     terms: dict[str, float]
 
     @property

@@ -42,7 +42,6 @@ def swept(runs: pd.DataFrame, method: str | None = None, pair: str | None = None
     """The runs that differ in hyper-parameters, as one sweep.
 
     Args:
-        runs: finished runs, of one sweep or of several commands.
         method: an option of the loss group; not needed where one was swept.
         pair: likewise, ``resnet20_to_resnet8``.
 

@@ -55,19 +55,12 @@ class _Images:
 
 
 class Asked(NamedTuple):
-    """What both networks have said to a picture.
+    """What both networks have said to a picture."""
 
-    Attributes:
-        student: logits ``(C,)``, float32.
-        teacher: logits ``(C,)``, float32.
-        milliseconds: of each, median of some passes with a batch of one.
-        seen: the pixels that the networks get, as a ``data:`` address of a PNG file.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    milliseconds: dict[str, float]
-    seen: str
+    student: Tensor  # logits `(C,)`, float32
+    teacher: Tensor  # logits `(C,)`, float32
+    milliseconds: dict[str, float]  # of each, median of some passes with a batch of one
+    seen: str  # the pixels that the networks get, as a `data:` address of a PNG file
 
 
 class Demo:
@@ -195,14 +188,7 @@ def shown_rows(sample: Refinement) -> list[int]:
 
 
 def answer(asked: Asked, sample: Refinement, classes: Sequence[str], loss: RLDLoss) -> dict[str, Any]:
-    """What the page shows of a picture, in plain values; probabilities are in [0, 1].
-
-    Args:
-        asked: what the networks have said.
-        sample: what RLD makes of that.
-        classes: the C names.
-        loss: RLD, as the run has it.
-    """
+    """What the page shows of a picture, in plain values; probabilities are in [0, 1]."""
     shown = shown_rows(sample)
     sides = {"teacher": sample.teacher_probs, "refined": sample.teacher_correlation, "student": sample.student_probs}
     others = torch.ones(len(classes), dtype=torch.bool)

@@ -115,8 +115,6 @@ def serve(facts: Mapping[str, Any], ask: Ask, port: int) -> None:
 
     Args:
         facts: see :class:`DemoServer`.
-        ask: likewise.
-        port: likewise.
 
     Raises:
         UserError: the port is taken, or not for this user.

@@ -16,11 +16,7 @@ _LARGE_GPU = 20e9  # bytes; networks of some 30 M parameters train on 128 images
 
 
 def make_data(settings: DictConfig) -> "ImageDataModule":
-    """The data that ``data`` describes; where their batch is still to be chosen, it is 1 for now.
-
-    Args:
-        settings: ``data``.
-    """
+    """The data that ``data`` describes; where their batch is still to be chosen, it is 1 for now."""
     if settings.batch_size != AUTO:
         return instantiate(settings)
     return instantiate(settings, batch_size=1)
@@ -33,7 +29,6 @@ def suitable_batch(images: int, device: torch.device, processes: int = 1) -> int
 
     Args:
         images: to train on, in all processes.
-        device: that this process trains on.
         processes: that share the batch.
     """
     most = _MOST_CPU

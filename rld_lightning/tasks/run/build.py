@@ -34,12 +34,7 @@ from rld_lightning.watching import skip_idle_hooks
 
 
 def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
-    """Downloads data where need be, sets them up, and prints their line.
-
-    Args:
-        data: the data.
-        strong_view: whether the loss looks at a second view of each image.
-    """
+    """Downloads data where need be, sets them up, and prints their line."""
     data.prepare_data()
     data.setup("fit")
     print_line("data", data.describe())
@@ -57,12 +52,7 @@ def build_module(
     """The student and what it is trained with.
 
     Args:
-        plan: what the run is to do.
-        data: the data, set up.
-        loss: what is minimised.
         teacher: with its weights; None where the loss needs none.
-        optimizer: called with the parameters to train.
-        scheduler: called with the optimizer.
     """
     # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
     seed_everything(plan.seed, workers=True, verbose=False)
@@ -99,11 +89,7 @@ def build_module(
 
 
 def watchers(cfg: DictConfig) -> dict[str, Any]:
-    """Who watches a run: its loggers and callbacks, as arguments of the trainer.
-
-    Args:
-        cfg: the run's configuration.
-    """
+    """Who watches a run: its loggers and callbacks, as arguments of the trainer."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     enabled = {}
     for option, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
@@ -119,11 +105,7 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
-    """The trainer of a run, with :func:`watchers`, whose checkpoints are whole and verified.
-
-    Args:
-        cfg: the run's configuration.
-    """
+    """The trainer of a run, with :func:`watchers`, whose checkpoints are whole and verified."""
     trainer = make_trainer(cfg.trainer, **watchers(cfg))
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and none from trainer.plugins
         trainer.strategy.checkpoint_io = CheckpointFiles()
@@ -131,13 +113,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
 
 
 def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
-    """Adds who watches each run, whatever its configuration says, once its teacher has been found.
-
-    Args:
-        trainer: the run's.
-        cfg: the run's configuration.
-        plan: what the run is to do.
-    """
+    """Adds who watches each run, whatever its configuration says, once its teacher has been found."""
     teacher = {} if plan.teacher is None else {"model.teacher.sha256": plan.teacher.sha256}
     shared = changed(cfg, teacher)  # where files lie may differ between machines, what is in them may not
     callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
@@ -151,8 +127,6 @@ def adopt_look(student: Student, data: ImageDataModule, settings: Mapping[str, A
     The data themselves and not the student's input, so that everything that the run leaves says what it was fed with.
 
     Args:
-        student: the network to train.
-        data: the data, set up.
         settings: of the data; what they say to normalise with stays, with a word of caution.
 
     Returns:

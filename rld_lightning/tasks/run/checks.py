@@ -34,10 +34,6 @@ LIBRARIES = ("torchvision/", "timm/", "transformers/")  # which have weights of 
 def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
     """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
 
-    Args:
-        plan: what the run is to do.
-        cfg: its configuration.
-
     Returns:
         what the checkpoint that it goes on from says about its run, if it says something.
 
@@ -56,10 +52,6 @@ def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
 
 def check_names(student: Student, teacher: Teacher | None) -> None:
     """Looks whether the networks of a run are known.
-
-    Args:
-        student: the network to train.
-        teacher: the network to learn from, if there is one.
 
     Raises:
         ValueError: one has no name that is known, or cannot have the weights that it is to have.
@@ -119,10 +111,6 @@ def check_recipe(
 ) -> None:
     """Makes the optimizer and the schedule of a run once for a parameter of nobody's: training begins much later.
 
-    Args:
-        optimizer: called with the parameters.
-        scheduler: called with the optimizer; None without a schedule.
-
     Raises:
         ValueError: one of them cannot be made.
     """
@@ -138,11 +126,6 @@ def check_recipe(
 
 def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule) -> None:
     """Looks whether a trainer can do all of a run.
-
-    Args:
-        trainer: the trainer.
-        settings: ``trainer``.
-        data: the data, set up.
 
     Raises:
         ValueError: it trains or validates never, cannot share out the batch, or has no GPUs for what needs them.
@@ -177,8 +160,6 @@ def check_network(
     """Has a network show that it turns two images of the data into logits.
 
     Args:
-        name: the model's name.
-        data: the data, set up.
         network: the network, on the CPU; by default a fresh one of this name.
         other_sizes: whether the data can have another ``data.image_size``.
         num_classes: how many it tells apart; by default those of the data.
@@ -216,10 +197,6 @@ def _at_its_size(name: str) -> str:
 def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
     """What the run of a file has held out, for the options of the data that their configuration leaves open (null).
 
-    Args:
-        settings: the data's part of the configuration.
-        weights: the weights and what their file says about them.
-
     Returns:
         values by option, such as ``{"seed": 0, "val_fraction": 0.1}``; 0 where the file does not say.
 
@@ -235,8 +212,6 @@ def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
     """Refuses to measure weights on images that they were trained on, as far as their file says what was held out.
 
     Args:
-        weights: the weights and what their file says about them.
-        data: the data.
         split: ``"test"`` or ``"val"``.
 
     Raises:

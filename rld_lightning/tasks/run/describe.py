@@ -65,7 +65,6 @@ def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
     """What a loss makes of a step that is divided, if that is another value than of all its images; else empty.
 
     Args:
-        loss: that of the run.
         parts: into how many batches, of processes or of accumulated gradients.
         size: of each.
     """

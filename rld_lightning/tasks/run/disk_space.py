@@ -23,11 +23,6 @@ _OTHERS = 2_000_000
 def check_room(run: Path, trainer: Trainer, module: DistillationModule) -> None:
     """Refuses a run whose checkpoints and student do not fit on the disk.
 
-    Args:
-        run: the run's folder.
-        trainer: the run's.
-        module: what is trained.
-
     Raises:
         ValueError: there is less room than they take.
     """
@@ -45,11 +40,6 @@ def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
 
     Each checkpoint is written beside the one that it replaces. Those to go on from hold the state of the optimizer, and
     of them the one before the latest stays.
-
-    Args:
-        run: the run's folder.
-        trainer: the run's.
-        module: what is trained.
     """
     weights = _bytes_of(module.state_dict().values())
     whole = weights + _state_of_optimizer(module)

@@ -19,13 +19,7 @@ _WORTH = 1e14
 
 
 def fold_teacher(teacher: FrozenTeacher, loss: DistillationLoss, data: ImageDataModule) -> None:
-    """Folds the teacher's batch norms into its convolutions, where nobody looks at its features; prints a line.
-
-    Args:
-        teacher: that the loss has been connected to.
-        loss: what is minimised.
-        data: the data, set up.
-    """
+    """Folds the teacher's batch norms into its convolutions, where nobody looks at its features; prints a line."""
     if teacher.fused or loss.teacher_taps or teacher.shard or teacher.batch_statistics:
         return
     if norms := teacher.fold(data.image_shape):
@@ -36,12 +30,6 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
     """Has training steps compiled where that is wanted, and prints a line.
 
     With ``auto`` the student's are, on a CPU, in a run that is long enough.
-
-    Args:
-        module: with the networks.
-        plan: what the run is to do.
-        data: the data, set up.
-        trainer: that is to train.
 
     Raises:
         ValueError: it is asked for, and this machine cannot compile.
@@ -69,12 +57,7 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
 
 
 def images_to_come(data: ImageDataModule, trainer: Trainer) -> float:
-    """How many images the whole run trains on, counted again in each epoch; infinite where only time ends it.
-
-    Args:
-        data: the data, set up.
-        trainer: that is to train.
-    """
+    """How many images the whole run trains on, counted again in each epoch; infinite where only time ends it."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     limit = trainer.limit_train_batches
     of_epoch = data.train_size * limit if isinstance(limit, float) else min(data.train_size, limit * data.batch_size)

@@ -17,25 +17,15 @@ from rld_lightning.models.weights.verify import create_fitting
 
 
 class MatchedClasses(NamedTuple):
-    """How the classes of the data and of a model belong together.
+    """How the classes of the data and of a model belong together."""
 
-    Attributes:
-        names: the model's classes, in the order of its logits.
-        class_of: for each class of the data, its place among them; -1 for one that the model does not know.
-        shared: how many both know; None where these are all of both.
-    """
-
-    names: list[str]
-    class_of: list[int]
-    shared: int | None
+    names: list[str]  # the model's classes, in the order of its logits
+    class_of: list[int]  # for each class of the data, its place among them; -1 for one that the model does not know
+    shared: int | None  # how many both know; None where these are all of both
 
 
 def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
     """Matches the classes of the data to those of a model, and says what does not match.
-
-    Args:
-        facts: what the model's file says.
-        data: the data, set up.
 
     Raises:
         ValueError: the file names its classes, and none of them, or another number, is in the data.
@@ -74,7 +64,6 @@ def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
     Args:
         file: what its run has left.
         name: of the network, where the file does not say it.
-        data: the data, set up.
 
     Raises:
         WeightsError: the file cannot be used, or is another network's.
@@ -94,9 +83,6 @@ def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDat
 
     Args:
         network: with its weights, on the CPU.
-        name: of the network.
-        weights: what was loaded.
-        data: the data, set up.
         role: what it is to be, ``"teacher"`` or ``"student"``.
 
     Raises:
@@ -121,7 +107,6 @@ def first_other(known: list[str], classes: list[str]) -> str:
 
     Args:
         known: the classes of a file.
-        classes: those of the data.
     """
     pairs = enumerate(zip(known, classes, strict=False))
     return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

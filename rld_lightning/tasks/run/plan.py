@@ -34,84 +34,51 @@ class Student:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The network to learn from: ``model.teacher``.
+    """The network to learn from: ``model.teacher``."""
 
-    Attributes:
-        name: for :func:`~rld_lightning.models.create_model`; of unlike networks all, as
-            :func:`~rld_lightning.models.registry.names_of_members` reads them.
-        weights: a file, several for an ensemble, or ``"pretrained"``; or where to look for a file, ``"auto"``,
-            ``"fit"`` or ``"published"``.
-        published_url: the archive of published teachers.
-        mean_of: what an ensemble takes the mean of, see :class:`~rld_lightning.models.teacher.ensemble.Ensemble`.
-        class_map: which of its classes those of the data are, see :func:`~rld_lightning.models.classes.places_of`.
-        image_size: the side of the images that it wants; ``"auto"``: what it was trained with; None: the data's.
-        start: what one that has to be trained begins from, as ``weights`` of a student.
-        look: what it wants images normalised with, as ``mean`` and ``std`` say; None where they leave it to its file.
-        options: of :class:`~rld_lightning.models.teacher.frozen.FrozenTeacher`; ``fuse`` may also be ``"auto"``.
-        sha256: of the file; None where it is not known yet, and of what is no file.
-        cache: whether its logits are kept in a table and looked up; ``"auto"``: where that pays; ``"fill"``: and all
-            are computed before the training.
-        cache_dtype: what they are kept in.
-    """
-
-    name: str
+    name: str  # for `create_model`; of unlike networks all, as `names_of_members` reads them
+    # A file, several for an ensemble, or `"pretrained"`; or where to look for a file, `"auto"`, `"fit"` or
+    # `"published"`
     weights: str | tuple[str, ...] | None
-    published_url: str
+    published_url: str  # the archive of published teachers
+    # What it wants images normalised with, as `mean` and `std` say; None where they leave it to its file
     look: Look | None
-    options: Mapping[str, Any]
-    sha256: str | None = None
-    start: str | None = None
-    mean_of: str = "logits"
-    class_map: Mapping[str, str | int] | None = None
+    options: Mapping[str, Any]  # of `FrozenTeacher`; `fuse` may also be `"auto"`
+    sha256: str | None = None  # of the file; None where it is not known yet, and of what is no file
+    start: str | None = None  # what one that has to be trained begins from, as `weights` of a student
+    mean_of: str = "logits"  # what an ensemble takes the mean of, see `Ensemble`
+    class_map: Mapping[str, str | int] | None = None  # which of its classes those of the data are, see `places_of`
+    # The side of the images that it wants; `"auto"`: what it was trained with; None: the data's
     image_size: int | str | None = "auto"
+    # Whether its logits are kept in a table and looked up; `"auto"`: where that pays; `"fill"`: and all are computed
+    # before the training
     cache: bool | str = False
-    cache_dtype: str = "float16"
+    cache_dtype: str = "float16"  # what they are kept in
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to do.
+    """What a run is to do."""
 
-    Attributes:
-        run: the run's folder.
-        resume: the checkpoint that it goes on from; None where it begins.
-        processes: how many are to be started; 1 where this process trains.
-        seed: of weights, order and augmentation.
-        label: what the pair, or the single network, is called.
-        student: the network to train.
-        teacher: the network to learn from; None without one, and where the loss needs none.
-        store: where trained teachers are kept.
-        compile: whether training steps are compiled; ``"auto"``: where that pays.
-        capture: whether a step is launched as one CUDA graph; ``"auto"``: on a GPU.
-        loss: what the loss is called.
-        batch_size: over all processes; None until one has been chosen that suits the device and the data.
-        other_sizes: whether the data can have another ``data.image_size``.
-        optimizer: its class.
-        recipe_rate: the recipe's learning rate.
-        scale_lr_from: the batch size that it is for; None where it holds for any.
-        scheduler_interval: when the schedule steps.
-        scheduler_monitor: what a schedule looks at that waits for a plateau; None for the usual.
-        before: what the checkpoint that it goes on from says about its run; None where it says nothing.
-    """
-
-    run: Path
-    resume: str | None
-    processes: int
-    seed: int
-    label: str
-    student: Student
-    teacher: Teacher | None
-    store: TeacherStore
-    compile: bool | str
-    capture: bool | str
-    loss: str
-    batch_size: int | None
-    other_sizes: bool
-    optimizer: str
-    recipe_rate: float
-    scale_lr_from: int | None
-    scheduler_interval: str
-    scheduler_monitor: str | None
+    run: Path  # the run's folder
+    resume: str | None  # the checkpoint that it goes on from; None where it begins
+    processes: int  # how many are to be started; 1 where this process trains
+    seed: int  # of weights, order and augmentation
+    label: str  # what the pair, or the single network, is called
+    student: Student  # the network to train
+    teacher: Teacher | None  # the network to learn from; None without one, and where the loss needs none
+    store: TeacherStore  # where trained teachers are kept
+    compile: bool | str  # whether training steps are compiled; `"auto"`: where that pays
+    capture: bool | str  # whether a step is launched as one CUDA graph; `"auto"`: on a GPU
+    loss: str  # what the loss is called
+    batch_size: int | None  # over all processes; None until one has been chosen that suits the device and the data
+    other_sizes: bool  # whether the data can have another `data.image_size`
+    optimizer: str  # its class
+    recipe_rate: float  # the recipe's learning rate
+    scale_lr_from: int | None  # the batch size that it is for; None where it holds for any
+    scheduler_interval: str  # when the schedule steps
+    scheduler_monitor: str | None  # what a schedule looks at that waits for a plateau; None for the usual
+    # What the checkpoint that it goes on from says about its run; None where it says nothing
     before: Before | None = None
 
     @property
@@ -178,7 +145,6 @@ def changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     """Another configuration, frozen, with other values by full key.
 
     Args:
-        cfg: a configuration, which stays as it is.
         values: such as ``{"recipe.optimizer.lr": 0.1}``.
     """
     other = deepcopy(cfg)
@@ -193,10 +159,7 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
     """The configuration of a run that trains one network by itself: with cross-entropy, and a run's data and recipe.
 
     Args:
-        cfg: the run's, which stays as it is.
-        name: the network.
         weights: what it starts from, as ``model.student.weights``.
-        folder: the folder of its run.
     """
     own = deepcopy(cfg)
     OmegaConf.set_readonly(own, False)
@@ -221,12 +184,7 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
 
 
 def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
-    """A configuration with what was found for its run, for those who read it later: ``config.yaml`` and the loggers.
-
-    Args:
-        cfg: the run's, which stays as it is.
-        plan: the run's.
-    """
+    """A configuration with what was found for its run, for those who read it later: ``config.yaml`` and the loggers."""
     found: dict[str, Any] = {"resume": plan.resume}
     if plan.batch_size is not None:  # where it was to be chosen; a recipe's need not be that of the data
         keys = ("data.batch_size", "recipe.batch_size")

@@ -72,9 +72,6 @@ _LIMITS = ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit
 def processes_to_start(trainer: DictConfig) -> int:
     """How many processes a run needs that nobody has started yet; 1 where this process does it alone.
 
-    Args:
-        trainer: the trainer's part of the configuration.
-
     Raises:
         ValueError: ``torchrun`` or ``srun`` has started another number of processes than the trainer wants, a sweep was
             started with them, or the run needs several nodes and nobody has started the others.

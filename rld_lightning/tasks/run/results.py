@@ -28,12 +28,6 @@ from rld_lightning.watching import callbacks_of
 def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule) -> Summary:
     """What a run came to.
 
-    Args:
-        plan: what it was to do.
-        trainer: that has trained it.
-        module: what was trained.
-        data: the data.
-
     Raises:
         UserError: the weights are not finite, or no image was evaluated: such a student is no result, neither exported
             nor stored as a teacher.
@@ -132,14 +126,7 @@ def _scheduled_steps(trainer: Trainer, data: ImageDataModule) -> int | None:
 
 @rank_zero_only
 def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
-    """Writes summary, student and curves, and prints the summary as a table.
-
-    Args:
-        run: the run's folder.
-        summary: what it came to.
-        data: the data.
-        student: what was trained.
-    """
+    """Writes summary, student and curves, and prints the summary as a table."""
     facts = {
         "name": summary.model,
         "dataset": summary.dataset,

@@ -67,7 +67,6 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
     """Looks whether a run may use its folder, and clears what one has left there that begins anew.
 
     Args:
-        run: the run's folder.
         resume: what it goes on from, as :func:`find_checkpoint` has found it.
         given: what it was told to go on from.
 
@@ -98,8 +97,6 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before:
 
     Args:
         path: what the run is to go on from.
-        student: the network that it trains.
-        cfg: its configuration.
 
     Returns:
         what it says about its run.
@@ -171,11 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def say_nothing_left(trainer: Trainer) -> None:
-    """Prints why a run that went on took no step, if it took none.
-
-    Args:
-        trainer: that was to train.
-    """
+    """Prints why a run that went on took no step, if it took none."""
     began = next((callback.began for callback in callbacks_of(trainer, ExactResume)), None)
     if began is None or trainer.global_step > began:
         return

@@ -35,12 +35,7 @@ def keep(settings: str) -> None:
 
 
 def take_kept(data: ImageDataModule, settings: DictConfig) -> None:
-    """Gives data what was read before this process was forked, so that it need not read.
-
-    Args:
-        data: the data, not set up.
-        settings: the ``data`` that it was made of.
-    """
+    """Gives data what was read before this process was forked, so that it need not read."""
     kept = _kept.get(_as_text(settings)) if _kept else None
     if kept is not None and isinstance(data, InMemoryDataModule):
         data.take_over(kept)

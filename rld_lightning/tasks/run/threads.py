@@ -21,11 +21,6 @@ def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: T
 
     It is a function of the job and of the number of cores, not of how busy they are: another number of threads sums in
     another order, and the same command is to give the same student.
-
-    Args:
-        module: with the networks.
-        data: the data, set up.
-        trainer: that is to train.
     """
     if trainer.strategy.root_device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         return
@@ -43,7 +38,6 @@ def threads_for(work: float, cores: int, processes: int) -> int:
 
     Args:
         work: multiply-accumulates of a step in this process.
-        cores: of this machine.
         processes: how many of the run, and of trials beside it, share them.
     """
     return max(1, min(cores // processes, round(work / _WORTH)))

@@ -14,7 +14,6 @@ def make_trainer(settings: DictConfig, **others: Any) -> "Trainer":
     """Makes a trainer; what is null has Lightning's default.
 
     Args:
-        settings: ``trainer``.
         others: what is not for the user to say.
     """
     values: Any = OmegaConf.to_container(settings, resolve=True)

@@ -54,7 +54,6 @@ def check_swept(config: DictConfig, *, listed: bool) -> None:
     """Composes the configuration with each value that is swept, before anything is trained for the trials.
 
     Args:
-        config: the sweep's.
         listed: whether the sweep goes through lists of values.
 
     Raises:
@@ -91,7 +90,6 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     """Leaves :data:`SWEEP`, and refuses a command that would mix other trials with those of a folder.
 
     Args:
-        folder: the sweep's.
         swept: overrides that are swept, by key.
         fixed: overrides that are not.
         values_too: whether the values of what is swept must be the same, as in a study of Optuna's.

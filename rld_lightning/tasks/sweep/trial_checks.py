@@ -17,9 +17,6 @@ from rld_lightning.tasks.run.resume import find_checkpoint
 def check_trial(cfg: DictConfig) -> None:
     """Looks whether what a trial names is there; nothing is downloaded, and no image is read.
 
-    Args:
-        cfg: its configuration.
-
     Raises:
         UserError: a network is not known, or a file or a folder that is named is not there.
     """

@@ -68,8 +68,6 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     """Prints the settings of a sweep, the best first, and how to train with that.
 
     Args:
-        config: the sweep's, as Hydra's callbacks get it.
-        swept: the keys that it sweeps.
         fixed: the overrides that it does not, by key.
 
     Raises:
@@ -132,9 +130,7 @@ def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: 
     """The command that trains with a sweep's best setting on the whole training split, and tests once, at the end.
 
     Args:
-        config: the sweep's, as Hydra's callbacks get it.
         best: the overrides of the setting, but for the seed.
-        trial: one of its runs.
         fixed: the overrides that the sweep does not vary, by key.
     """
     gone = ("sweep", "launcher", "seed", HELD_OUT)
@@ -161,9 +157,6 @@ def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:
 
 def print_networks(folder: Path) -> None:
     """Prints teacher, student alone and distilled students of a sweep side by side, and what to try next.
-
-    Args:
-        folder: the sweep's.
 
     Raises:
         UserError: no trial has finished.

@@ -38,9 +38,6 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
 
     Args:
         module: with the teacher and the loss, which has been connected.
-        plan: what the run is to do.
-        data: the data, set up.
-        trainer: that is to train.
 
     Raises:
         ValueError: an unknown type to keep logits in, or no room for them where they are to be kept.
@@ -80,11 +77,6 @@ def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModul
     """Has a teacher remember what it says of the validation images, in float32, where it remembers anything.
 
     So runs and trials ask it once, be it for its own accuracy or for what the student has in common with it.
-
-    Args:
-        teacher: the teacher.
-        plan: what the run is to do.
-        data: the data, set up.
     """
     facts, planned = data.val_facts(), plan.teacher
     if facts is None or planned is None or not planned.cache or teacher.shard or torch.float64 in _types(teacher):
@@ -103,8 +95,6 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
 
     Args:
         path: where it lies, by :func:`table_path`.
-        planned: what the teacher is, and how its logits are kept.
-        data: the data, set up.
         why: what the line begins with.
 
     Returns:
@@ -146,15 +136,7 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
 def table_path(
     teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer, store: TeacherStore
 ) -> Path:
-    """Where the table of a teacher lies, whether it is there or not; all of its weights are read for that.
-
-    Args:
-        teacher: of which :func:`impossible` says nothing.
-        planned: what it is, and how its logits are kept.
-        data: the data, set up.
-        trainer: that is to train.
-        store: beside whose teachers it lies.
-    """
+    """Where the table of a teacher lies, whether it is there or not; all of its weights are read for that."""
     key = _key(teacher, planned, data, trainer)
     return _folder(store, data, planned) / f"{canonical_name(planned.name)}-{key}.logits"
 

@@ -33,8 +33,6 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
 
     Args:
         teacher: with a table; it is brought to the trainer's device.
-        data: the data, set up.
-        trainer: that is to train.
     """
     table = teacher.table
     assert table is not None

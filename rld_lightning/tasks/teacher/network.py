@@ -44,8 +44,6 @@ def build_teacher(
     """Loads and freezes a teacher, and prints its lines.
 
     Args:
-        teacher: what it is, and where its weights are.
-        data: the data, set up.
         usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
             known.
         before: what the checkpoint that the run goes on from says about its run.
@@ -101,30 +99,20 @@ def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
 
 
 class TeacherNetwork(NamedTuple):
-    """A network that a teacher is, or is made of.
+    """A network that a teacher is, or is made of."""
 
-    Attributes:
-        network: on the CPU; maps images as it wants them to logits of the classes of the data, in their order.
-        relook: takes images of the data to how it wants them; None where they come so.
-        facts: what its file says.
-        sha256: of its file; None where there is none.
-        origin: where its weights are from, in words.
-    """
-
-    network: nn.Module
-    relook: Relook | None
-    facts: WeightsFacts
-    sha256: str | None
-    origin: str
+    network: nn.Module  # on the CPU; maps images as it wants them to logits of the classes of the data, in their order
+    relook: Relook | None  # takes images of the data to how it wants them; None where they come so
+    facts: WeightsFacts  # what its file says
+    sha256: str | None  # of its file; None where there is none
+    origin: str  # where its weights are from, in words
 
 
 def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: Look) -> TeacherNetwork:
     """Loads a network of a teacher, and prints what is special about it.
 
     Args:
-        teacher: what it is.
         weights: a file, or ``"pretrained"``.
-        data: the data, set up.
         usual: what images are normalised with where nobody says anything.
 
     Raises:
@@ -237,8 +225,6 @@ def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrain
     """What a teacher wants images normalised with, and who says so.
 
     Args:
-        teacher: what it is.
-        facts: what its file says.
         usual: what to take where nobody says anything.
         pretrained: whether its weights are its library's.
     """

@@ -20,7 +20,6 @@ def teacher_of(
     """The teacher of a finished run, as its configuration describes it, which is a stranger's perhaps.
 
     Args:
-        run: a finished run.
         file: its weights, if not where they lay when the run was trained.
         option: what names the file, for messages; None where nothing does.
         classes_count: whether it is to be asked about the data's classes, and not only how large it is, say.
@@ -66,7 +65,6 @@ def size_seen(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
     """The height and width of the images that a teacher has seen in its run, made of those of the data.
 
     Args:
-        teacher: what :func:`teacher_of` says it is.
         given: those of the data's images.
     """
     pretrained = teacher.weights == "pretrained"
@@ -78,8 +76,6 @@ def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int])
     """The shape of the images that a network saw as the teacher of one of some runs; what is given where it was none.
 
     Args:
-        name: of the network.
-        runs: of one data set.
         given: channels, height and width of the data's images.
     """
     for run in runs:
@@ -93,8 +89,6 @@ def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], 
     """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
 
     Args:
-        teacher: what it is.
-        facts: what its file says.
         given: those of the data's images.
         pretrained: whether its weights are its library's.
     """

@@ -27,9 +27,6 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
 
     Args:
         teacher: the teacher, on the CPU, where it is afterwards, too.
-        facts: what its file says.
-        data: the data, set up.
-        trainer: that is to train.
 
     Raises:
         ValueError: its logits are not numbers.

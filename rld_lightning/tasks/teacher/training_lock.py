@@ -29,9 +29,6 @@ def turn_to_train(
     process, however that ends.
 
     Args:
-        store: where the teacher is to be kept.
-        dataset: the name of the data set that it is for.
-        name: its network.
         run: the folder of the run that needs it.
         for_others: whether it is to be kept there at all; for one of its own a run waits for nobody.
 

@@ -28,9 +28,6 @@ def find_teacher(
     """Finds the weights of a run's teacher.
 
     Args:
-        teacher: what it is, and where to look.
-        dataset: the name of the data set that it is for.
-        store: where teachers are kept.
         told: what the checkpoint that the run goes on from says about it: it keeps the teacher that it had.
 
     Returns:
@@ -88,8 +85,6 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
 
     Args:
         cfg: the configuration of the runs that it is for.
-        folder: its own run folder.
-        fit: does the run, see :func:`~rld_lightning.tasks.run.resume.run_once`.
 
     Returns:
         what it came to; its weights are in its folder.
@@ -109,12 +104,7 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
 
 
 def is_for_others(data: ImageDataModule, start: str | None) -> bool:
-    """Whether a teacher may be one for other runs: trained on all training images, from random weights.
-
-    Args:
-        data: that it is trained on.
-        start: what it begins from.
-    """
+    """Whether a teacher may be one for other runs: trained on all training images, from random weights."""
     return data.val_fraction == 0 and data.subset == 1 and start is None
 
 
@@ -124,14 +114,6 @@ def keep_teacher(
     """Keeps a teacher that was trained for a run, or a sweep, for other runs, if it is one for them.
 
     That is one that was trained to the end on all training images, and measured on all.
-
-    Args:
-        summary: what its training came to.
-        folder: its run folder.
-        store: where teachers are kept.
-        data: what it was trained on.
-        name: its network.
-        start: what it began from.
     """
     if is_for_others(data, start) and summary.steps is not None and summary.complete:
         rank_zero_only(store.add)(folder / STUDENT, data.name, name)
