@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, for a machine that has one for some minutes and no network, in calls of limited
-# time: the CUDA tests, the bench, then on CIFAR-100 a teacher (WRN-40-2) and students of it (WRN-16-2; rld, kd and ce
-# together, seed after seed). A call goes on where the last one stopped; what was found lies in $OUT after each stage.
+# time: the CUDA tests and steps; then, on CIFAR-100, whole jobs, a teacher (WRN-40-2), one student of it (WRN-16-2, rld)
+# alone, and the others (kd, ce, more seeds) side by side. A call continues where the last one stopped, and one that
+# lacks parts of the data does what needs none. After each stage $OUT has what was found.
 #
 #   scripts/gpu_check.sh pack FOLDER   here, with a network: FOLDER/wheels for the machine, FOLDER/parts of the data
 #   scripts/gpu_check.sh               there
 #   SCALE=0.001 scripts/gpu_check.sh   anywhere: all of it a thousandth as long
 #
 # DATA    CIFAR-100's folder (data)          PARTS  or a folder with parts of it, which may come in several calls
-# OUT     8 files at most (runs/gpu_check)   STATE  what goes on in the next call (/tmp/gpu_check)
+# OUT     8 files at most (runs/gpu_check)   STATE  what the next call continues from (/tmp/gpu_check)
 # WHEELS  packages to install from           FROM   OUT of another machine: its teacher is taken
-# LIMIT   seconds of this call (570)         BUDGET seconds that all trainings may take (600); EPOCHS follow, to 240
-# SEEDS   of the students (0 1 2 3 4); ' ': no training   DRY    1: only print what would be run
+# LIMIT   seconds of this call (570)         BUDGET seconds that all trainings may take (600): decides EPOCHS, up to 240
+# EPOCHS  of each training, TEACHER_EPOCHS of the teacher's; without EPOCHS two short trainings measure the speed first
+# SKIP    stages to leave out ("tests bench-imagenet")    DRY    1: only print what would be run
+# SEEDS   of the students (0 1 2 3 4); ' ': no training
 set -uo pipefail
 cd "$(dirname "$0")/.."
 START=$(date +%s)
 DATA=${DATA:-data} OUT=${OUT:-runs/gpu_check} STATE=${STATE:-/tmp/gpu_check} LIMIT=${LIMIT:-570} BUDGET=${BUDGET:-600}
 SCALE=${SCALE:-1} SEEDS=${SEEDS:-0 1 2 3 4} DRY=${DRY:-} PARTS=${PARTS:-} WHEELS=${WHEELS:-} FROM=${FROM:-} EPOCHS=${EPOCHS:-}
+TEACHER_EPOCHS=${TEACHER_EPOCHS:-} SKIP=${SKIP:-}
 TEACHER=wrn40_2 STUDENT=wrn16_2 SPARE=20 # seconds to stop and to gather in
 PYTHON=${PYTHON:-python3}
 RUNS=$STATE/runs
@@ -54,6 +58,7 @@ gather() {
 stage() {
     local name=$1 limit=$2 began rc
     shift 2
+    [[ " $SKIP " == *" $name "* ]] && return 0
     if [ "$DRY" ]; then echo "$*"; return 0; fi
     [ -e "$STATE/done/$name" ] && return "$(cat "$STATE/done/$name")"
     ((limit > $(left))) && limit=$(left)
@@ -87,70 +92,84 @@ trap gather EXIT
 if [ "$WHEELS" ] && [ ! -e "$STATE/site" ]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$STATE/site" "$WHEELS"/*.whl || exit 1
 fi
-if [ "$PARTS" ]; then
-    join_data || { say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
-    DATA=$STATE/data
-fi
 if [ "$FROM" ] && [ -e "$FROM/teacher.safetensors" ]; then
     mkdir -p "$RUNS/teacher" && cp -n "$FROM/teacher.safetensors" "$RUNS/teacher/student.safetensors"
     echo 0 >"$STATE/done/run-teacher"
 fi
 
 scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n *= s; print int(n < least ? least : n) }'; }
-SHORT=() TOGETHER=${TOGETHER:-3}
+SHORT=() TOGETHER=${TOGETHER:-3} MEASURE=$([ "$EPOCHS" ] || echo 1)
 if [ "$SCALE" != 1 ]; then # two epochs, of so many batches that steps are scaled
-    EPOCHS=2
+    EPOCHS=2 TEACHER_EPOCHS=2
     SHORT=("trainer.limit_train_batches=$(scaled $((240 * 782 / 2)) 2)" "trainer.limit_val_batches=$(scaled 200 1)")
 fi
 ROUNDS=$(scaled 9 1) PACE=$(scaled 782 4) SECONDS_EACH=$(scaled 3 1)
 WORKERS=$(($(nproc) > 12 ? 12 : $(nproc)))
 PACED=("trainer.max_steps=$PACE" trainer.limit_val_batches=1)
 
-stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
+BENCH=("$PYTHON" scripts/bench.py --rounds "$ROUNDS")
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -m cuda)
+MISSING=
+[ "$PARTS" ] && DATA=$STATE/data && { join_data || MISSING=1; }
+
+stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
 stage tests 150 "${PYTEST[@]}" $(grep -rl --include="test_*.py" mark.cuda tests | grep -v end_to_end)
 gather
-
-# Short trainings first: they are the first sign that everything works there, and how long the long ones may be.
-SHORT_BEFORE=("${SHORT[@]}") SHORT=("${PACED[@]}")
-# Four times the batch: the teacher's recipe is nobody's concern, and a GPU has room.
-FAST=("model=$TEACHER" loss=ce data.batch_size=256 recipe.optimizer.lr=0.15)
-run pace-teacher 90 "${FAST[@]}"
-PACE_WEIGHTS=$RUNS/pace-teacher/student.safetensors
-run pace-student 90 model=wrn40_2_to_wrn16_2 loss=rld "model.teacher.weights=$PACE_WEIGHTS"
-SHORT=("${SHORT_BEFORE[@]}")
-
-BENCH=("$PYTHON" scripts/bench.py --rounds "$ROUNDS")
 stage bench-step 120 "${BENCH[@]}" step
 stage bench-overhead 60 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" overhead
 stage bench-loss 60 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
+gather
+[ "$MISSING" ] && { say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
+
+# Four times the batch: the teacher's recipe is nobody's concern, and a GPU has room.
+FAST=("model=$TEACHER" loss=ce data.batch_size=256 recipe.optimizer.lr=0.15)
+if [ "$MEASURE" ]; then
+    SHORT_BEFORE=("${SHORT[@]}") SHORT=("${PACED[@]}")
+    run pace-teacher 90 "${FAST[@]}"
+    run pace-student 90 model=wrn40_2_to_wrn16_2 loss=rld "model.teacher.weights=$RUNS/pace-teacher/student.safetensors"
+    SHORT=("${SHORT_BEFORE[@]}")
+fi
+
 # All logits known: of images as they are, so that computing them takes no time.
 KNOWN="data.augment=false model.teacher.cache=fill recipe.warmup_epochs=1"
 [ "$SCALE" = 1 ] || KNOWN+=" data.subset=0.01"
 stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" --folder "$STATE/bench" \
     --with=model.teacher.cache=false --with="$KNOWN" --report "$STATE/bench-fit.json"
-# As on ImageNet: JPEG files, which it writes first.
-stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
-    --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
-    --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
-    --with="data.num_workers=$WORKERS model.compile=false"
 gather
 
 [ "${SEEDS// /}" ] || { say "no seeds, no trainings"; exit 0; }
 [ "$EPOCHS" ] || EPOCHS=$(cat "$STATE/epochs" 2>/dev/null || "$PYTHON" -m rld_lightning.bench.evidence epochs "$STATE" "$BUDGET")
 echo "$EPOCHS" >"$STATE/epochs"
 say "trainings of $EPOCHS epochs"
-RECIPE=("recipe.epochs=$EPOCHS" "recipe.warmup_epochs=$(((EPOCHS + 11) / 12))"
-    "recipe.scheduler.milestones=[$((EPOCHS * 5 / 8)),$((EPOCHS * 3 / 4)),$((EPOCHS * 7 / 8))]")
+recipe() { # EPOCHS: the literature's shape of the schedule
+    echo "recipe.epochs=$1" "recipe.warmup_epochs=$((($1 + 11) / 12))" \
+        "recipe.scheduler.milestones=[$(($1 * 5 / 8)),$(($1 * 3 / 4)),$(($1 * 7 / 8))]"
+}
 
-run teacher 3600 "${FAST[@]}" "${RECIPE[@]}" || { say "teacher: not finished"; exit 0; }
+student() { # LOSS SEED
+    local pair=(model=wrn40_2_to_wrn16_2 "loss=$1" "model.teacher.weights=$RUNS/teacher/student.safetensors")
+    [ "$1" = ce ] && pair=("model=$STUDENT" loss=ce)
+    # shellcheck disable=SC2046  # several words
+    run "$1-$2" 3600 "${pair[@]}" "seed=$2" $(recipe "$EPOCHS")
+}
+
+# shellcheck disable=SC2046
+run teacher 3600 "${FAST[@]}" $(recipe "${TEACHER_EPOCHS:-$EPOCHS}") || { say "teacher: not finished"; exit 0; }
+gather
+FIRST=${SEEDS%% *}
+student rld "$FIRST" # alone: how long a user waits for one
+gather
+# As on ImageNet: JPEG files, which it writes first.
+stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
+    --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
+    --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
+    --with="data.num_workers=$WORKERS model.compile=false"
 gather
 for seed in $SEEDS; do
     pids=()
     for loss in rld kd ce; do # side by side: a batch of 64 leaves most of a GPU idle
-        pair=(model=wrn40_2_to_wrn16_2 "loss=$loss" "model.teacher.weights=$RUNS/teacher/student.safetensors")
-        [ $loss = ce ] && pair=("model=$STUDENT" loss=ce)
-        run "$loss-$seed" 3600 "${pair[@]}" "seed=$seed" "${RECIPE[@]}" &
+        [ "$loss-$seed" = "rld-$FIRST" ] && continue
+        student "$loss" "$seed" &
         pids+=($!)
         ((${#pids[@]} >= TOGETHER)) && { wait "${pids[@]}"; pids=(); }
     done

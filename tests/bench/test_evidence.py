@@ -21,16 +21,28 @@ SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 
 
 def test_every_training_of_the_check_is_a_configuration(tmp_path):
-    variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "EPOCHS": "24"}
+    (tmp_path / "epochs").write_text("24\n")  # what the short trainings have found
+    variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "TEACHER_EPOCHS": "16"}
     printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
     commands = [shlex.split(line) for line in printed.splitlines() if "scripts/fit.py" in line]
     assert len(commands) == 6
     found = [compose(*(o for o in words[2:] if not o.startswith("hydra.")), resolve=False) for words in commands[1:]]
     assert [cfg.model.label for cfg in found[:2]] == ["wrn40_2_to_wrn16_2", "wrn40_2"]
-    # Three students begin at once, in any order.
-    assert sorted(cfg.model.label for cfg in found[2:]) == ["wrn16_2", *["wrn40_2_to_wrn16_2"] * 2]
     assert [cfg.trainer.max_steps for cfg in found] == [782, -1, -1, -1, -1]
-    assert all(cfg.recipe.scheduler.milestones == [15, 18, 21] and cfg.recipe.epochs == 24 for cfg in found[1:])
+    # rld alone, then two students at once, in any order.
+    assert found[2].loss._target_.endswith("RLDLoss")
+    assert sorted(cfg.model.label for cfg in found[3:]) == ["wrn16_2", "wrn40_2_to_wrn16_2"]
+    assert [cfg.recipe.epochs for cfg in found[1:]] == [16, 24, 24, 24]
+    assert [cfg.recipe.scheduler.milestones for cfg in found[1:3]] == [[10, 12, 14], [15, 18, 21]]
+
+
+def test_a_check_can_leave_stages_out_and_measures_no_speed_for_given_epochs(tmp_path):
+    variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "EPOCHS": "240"}
+    variables["SKIP"] = "facts tests bench-step bench-overhead bench-loss bench-imagenet run-kd-0"
+    printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
+    commands = [words for words in map(shlex.split, printed.splitlines()) if "python3" in words[0]]
+    assert [words[1] for words in commands[:-1]] == ["scripts/bench.py", *["scripts/fit.py"] * 3]
+    assert "tests/end_to_end/test_gpu.py" in commands[-1]
 
 
 def test_trainings_fit_their_time(tmp_path):
