@@ -23,31 +23,6 @@ if TYPE_CHECKING:  # imported on use: the command line is read without PyTorch
     import torch
     from torch import Tensor
 
-__all__ = [
-    "GRACE",
-    "JOB",
-    "STOPS",
-    "Started",
-    "Stopped",
-    "devices_per_node",
-    "end_with",
-    "gathered",
-    "is_first",
-    "leave",
-    "look_for_rank",
-    "nodes",
-    "own_share",
-    "rank_zero_only",
-    "requeued",
-    "signals_end",
-    "slurm_job",
-    "started_by",
-    "started_here",
-    "stopped_by",
-    "trials_at_once",
-    "unique_name",
-]
-
 JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that a run starts itself
 GRACE = 20.0  # seconds that processes have to end by themselves after a signal: to the end of a step, and to save
 TRIALS = "RLD_LIGHTNING_TRIALS"  # for the processes of trials that run side by side: how many do

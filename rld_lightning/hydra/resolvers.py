@@ -4,6 +4,7 @@ They import PyTorch when they are asked: help, completion and typing mistakes ne
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -74,14 +75,9 @@ def _cpu_has_bfloat16() -> bool:
 
 
 # Cached, because a run has one folder and one precision.
-OmegaConf.register_new_resolver("unique_name", unique_name, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("devices_per_node", devices_per_node, replace=True)
-OmegaConf.register_new_resolver("nodes", nodes, replace=True)
-OmegaConf.register_new_resolver("fast_precision", fast_precision, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("trials_at_once", trials_at_once, replace=True)
-OmegaConf.register_new_resolver("network", network, replace=True)
-OmegaConf.register_new_resolver("tuned", tuned, replace=True)
-OmegaConf.register_new_resolver("choice", choice, replace=True)
-OmegaConf.register_new_resolver("dataset_name", dataset_name, replace=True)
-OmegaConf.register_new_resolver("loss_choice", loss_choice, replace=True)
-OmegaConf.register_new_resolver("script_help", script_help, replace=True)
+_CACHED: tuple[Callable[..., Any], ...] = (unique_name, fast_precision)
+_OTHERS: tuple[Callable[..., Any], ...] = (
+    *(choice, dataset_name, devices_per_node, loss_choice, network, nodes, script_help, trials_at_once, tuned),
+)
+for _resolver in (*_CACHED, *_OTHERS):
+    OmegaConf.register_new_resolver(_resolver.__name__, _resolver, use_cache=_resolver in _CACHED, replace=True)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import Stopped, leave, signals_end
@@ -20,10 +21,11 @@ from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.cleared import clear_mistake
 from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first, in_front, with_own_folder
-from rld_lightning.hydra.dot_hydra import note_job
 from rld_lightning.hydra.options import CONF, register_options
 from rld_lightning.hydra.paths import anchored
 from rld_lightning.hydra.quoting import with_quotes
+from rld_lightning.redact import remember
+from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_yaml
 
 
 def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
@@ -51,7 +53,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         try:
             check(cfg)
             with disk_errors():
-                note_job(cfg)
+                _note_job(cfg)
                 if cfg.get("print_config") and not is_trial():
                     print_line("config", " ".join(chosen()))
                 return task(cfg)
@@ -94,6 +96,22 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 def _is_read_by_others(arguments: Sequence[str]) -> bool:
     """Whether there are flags, all of which but ``--multirun`` ask for something to be printed."""
     return any(argument.startswith("-") and argument not in SWEEP for argument in arguments)
+
+
+def _note_job(cfg: DictConfig) -> None:
+    """Writes a job's ``.hydra``: its configuration, Hydra's own and the overrides, without secrets.
+
+    Interpolations are kept. The secrets are remembered for whatever this process writes later.
+    """
+    own = HydraConfig.get()
+    folder = Path(own.runtime.output_dir)
+    hydra: Any = OmegaConf.to_container(own, enum_to_str=True)
+    remember(OmegaConf.to_container(cfg))
+    write_yaml(folder / HYDRA / "config.yaml", OmegaConf.to_container(cfg, enum_to_str=True))
+    write_yaml(folder / CHOICES, {"hydra": hydra})
+    write_yaml(folder / OVERRIDES, hydra["overrides"]["task"])
+    if own.mode == RunMode.MULTIRUN and (sweep := Path(own.sweep.dir) / SWEEPER).exists():
+        write_yaml(sweep, OmegaConf.to_container(OmegaConf.load(sweep)))  # as sweepers of others write it
 
 
 def chosen() -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,6 +27,17 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
         raise ValueError(f"model {taken!r} is already registered, by {REGISTRY[taken].__module__}.")
     REGISTRY[name] = builder
     return builder
+
+
+def register_size(name: str, family: Callable[..., nn.Module], *size: Any) -> Callable[..., nn.Module]:
+    """Registers ``family(*size, num_classes=...)`` under a name, as :func:`register_model` does a function."""
+
+    def build(num_classes: int = 100) -> nn.Module:
+        return family(*size, num_classes=num_classes)
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = family.__module__
+    return register_model(build)
 
 
 def canonical_name(name: str) -> str:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.models.layers import conv, init_convs
-from rld_lightning.models.registry import register_model
+from rld_lightning.models.registry import register_size
 from rld_lightning.models.stages import Stages
 
 
@@ -85,58 +85,15 @@ def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
+# Stages four times as wide as usual, and a stem twice as wide.
 _WIDE = (32, 64, 128, 256)
 
-
-@register_model
-def resnet8(num_classes: int = 100) -> ResNet:
-    """8 layers, 16 to 64 channels."""
-    return ResNet(8, num_classes=num_classes)
-
-
-@register_model
-def resnet14(num_classes: int = 100) -> ResNet:
-    """14 layers, 16 to 64 channels."""
-    return ResNet(14, num_classes=num_classes)
-
-
-@register_model
-def resnet20(num_classes: int = 100) -> ResNet:
-    """20 layers, 16 to 64 channels."""
-    return ResNet(20, num_classes=num_classes)
-
-
-@register_model
-def resnet32(num_classes: int = 100) -> ResNet:
-    """32 layers, 16 to 64 channels."""
-    return ResNet(32, num_classes=num_classes)
-
-
-@register_model
-def resnet44(num_classes: int = 100) -> ResNet:
-    """44 layers, 16 to 64 channels."""
-    return ResNet(44, num_classes=num_classes)
-
-
-@register_model
-def resnet56(num_classes: int = 100) -> ResNet:
-    """56 layers, 16 to 64 channels."""
-    return ResNet(56, num_classes=num_classes)
-
-
-@register_model
-def resnet110(num_classes: int = 100) -> ResNet:
-    """110 layers, 16 to 64 channels."""
-    return ResNet(110, num_classes=num_classes)
-
-
-@register_model
-def resnet8x4(num_classes: int = 100) -> ResNet:
-    """8 layers, stages four times as wide (and a stem twice as wide) as :func:`resnet8`'s."""
-    return ResNet(8, _WIDE, num_classes)
-
-
-@register_model
-def resnet32x4(num_classes: int = 100) -> ResNet:
-    """32 layers, stages four times as wide (and a stem twice as wide) as :func:`resnet32`'s."""
-    return ResNet(32, _WIDE, num_classes)
+resnet8 = register_size("resnet8", ResNet, 8)
+resnet14 = register_size("resnet14", ResNet, 14)
+resnet20 = register_size("resnet20", ResNet, 20)
+resnet32 = register_size("resnet32", ResNet, 32)
+resnet44 = register_size("resnet44", ResNet, 44)
+resnet56 = register_size("resnet56", ResNet, 56)
+resnet110 = register_size("resnet110", ResNet, 110)
+resnet8x4 = register_size("resnet8x4", ResNet, 8, _WIDE)
+resnet32x4 = register_size("resnet32x4", ResNet, 32, _WIDE)

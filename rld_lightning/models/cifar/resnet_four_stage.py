@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.models.layers import conv, init_convs
-from rld_lightning.models.registry import register_model
+from rld_lightning.models.registry import register_size
 from rld_lightning.models.stages import Stages
 
 
@@ -114,13 +114,5 @@ def _stage(
     return nn.Sequential(first, *(block(channels * block.expansion, channels, 1) for _ in range(blocks - 1)))
 
 
-@register_model
-def resnet18(num_classes: int = 100) -> FourStageResNet:
-    """18 layers of basic blocks, 3 x 3 stem."""
-    return FourStageResNet(BasicBlock, (2, 2, 2, 2), num_classes)
-
-
-@register_model
-def resnet50(num_classes: int = 100) -> FourStageResNet:
-    """50 layers of bottleneck blocks, 3 x 3 stem."""
-    return FourStageResNet(Bottleneck, (3, 4, 6, 3), num_classes)
+resnet18 = register_size("resnet18", FourStageResNet, BasicBlock, (2, 2, 2, 2))
+resnet50 = register_size("resnet50", FourStageResNet, Bottleneck, (3, 4, 6, 3))

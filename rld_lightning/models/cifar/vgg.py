@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.models.layers import init_convs
-from rld_lightning.models.registry import register_model
+from rld_lightning.models.registry import register_size
 from rld_lightning.models.stages import Stages
 
 _WIDTHS = (64, 128, 256, 512, 512)
@@ -66,31 +66,8 @@ def _block(depth: int, in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-@register_model
-def vgg8(num_classes: int = 100) -> VGG:
-    """One convolution a block."""
-    return VGG((1, 1, 1, 1, 1), num_classes)
-
-
-@register_model
-def vgg11(num_classes: int = 100) -> VGG:
-    """Configuration A of the paper."""
-    return VGG((1, 1, 2, 2, 2), num_classes)
-
-
-@register_model
-def vgg13(num_classes: int = 100) -> VGG:
-    """Configuration B of the paper."""
-    return VGG((2, 2, 2, 2, 2), num_classes)
-
-
-@register_model
-def vgg16(num_classes: int = 100) -> VGG:
-    """Configuration D of the paper."""
-    return VGG((2, 2, 3, 3, 3), num_classes)
-
-
-@register_model
-def vgg19(num_classes: int = 100) -> VGG:
-    """Configuration E of the paper."""
-    return VGG((2, 2, 4, 4, 4), num_classes)
+vgg8 = register_size("vgg8", VGG, (1, 1, 1, 1, 1))
+vgg11 = register_size("vgg11", VGG, (1, 1, 2, 2, 2))  # configuration A of the paper
+vgg13 = register_size("vgg13", VGG, (2, 2, 2, 2, 2))  # B
+vgg16 = register_size("vgg16", VGG, (2, 2, 3, 3, 3))  # D
+vgg19 = register_size("vgg19", VGG, (2, 2, 4, 4, 4))  # E

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.models.layers import conv, init_convs
-from rld_lightning.models.registry import register_model
+from rld_lightning.models.registry import register_size
 from rld_lightning.models.stages import Stages
 
 
@@ -93,43 +93,10 @@ class WideResNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-@register_model
-def wrn16_1(num_classes: int = 100) -> WideResNet:
-    """16 layers, width 1."""
-    return WideResNet(16, 1, num_classes)
-
-
-@register_model
-def wrn16_2(num_classes: int = 100) -> WideResNet:
-    """16 layers, width 2."""
-    return WideResNet(16, 2, num_classes)
-
-
-@register_model
-def wrn16_4(num_classes: int = 100) -> WideResNet:
-    """16 layers, width 4."""
-    return WideResNet(16, 4, num_classes)
-
-
-@register_model
-def wrn28_2(num_classes: int = 100) -> WideResNet:
-    """28 layers, width 2."""
-    return WideResNet(28, 2, num_classes)
-
-
-@register_model
-def wrn28_4(num_classes: int = 100) -> WideResNet:
-    """28 layers, width 4."""
-    return WideResNet(28, 4, num_classes)
-
-
-@register_model
-def wrn40_1(num_classes: int = 100) -> WideResNet:
-    """40 layers, width 1."""
-    return WideResNet(40, 1, num_classes)
-
-
-@register_model
-def wrn40_2(num_classes: int = 100) -> WideResNet:
-    """40 layers, width 2."""
-    return WideResNet(40, 2, num_classes)
+wrn16_1 = register_size("wrn16_1", WideResNet, 16, 1)
+wrn16_2 = register_size("wrn16_2", WideResNet, 16, 2)
+wrn16_4 = register_size("wrn16_4", WideResNet, 16, 4)
+wrn28_2 = register_size("wrn28_2", WideResNet, 28, 2)
+wrn28_4 = register_size("wrn28_4", WideResNet, 28, 4)
+wrn40_1 = register_size("wrn40_1", WideResNet, 40, 1)
+wrn40_2 = register_size("wrn40_2", WideResNet, 40, 2)

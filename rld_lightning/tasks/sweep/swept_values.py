@@ -9,13 +9,19 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
 from rld_lightning.redact import redact_text
+from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
 from rld_lightning.runs.likeness import canonical, decides
-from rld_lightning.tasks.sweep.trial_checks import check_trial
+from rld_lightning.runs.naming import loss_name
+from rld_lightning.tasks.run.batch_size import make_data
+from rld_lightning.tasks.run.checks import check_names
+from rld_lightning.tasks.run.plan import changed, plan_student, plan_teacher
+from rld_lightning.tasks.run.resume import find_checkpoint
 from rld_lightning.tasks.sweep.trial_tables import key_of, line_of
 
 WEIGHTS = "model.teacher.weights"
@@ -78,12 +84,32 @@ def check_swept(config: DictConfig, *, listed: bool) -> None:
         except HydraException as error:
             raise UserError(missing_option(error) or f"{first_line(error)} (--help lists the options)") from error
         check(cfg)
-        check_trial(cfg)
+        _check_trial(cfg)
         if not trial:
             for line in [line for key, listed in values.items() if "." in key for line in listed[1:]]:
                 check(with_value(cfg, line))
                 if line.startswith(("model.", "data.")):
-                    check_trial(with_value(cfg, line))
+                    _check_trial(with_value(cfg, line))
+
+
+def _check_trial(cfg: DictConfig) -> None:
+    """Refuses a trial that would fail as soon as it starts; downloads nothing, and reads no image.
+
+    Raises:
+        UserError: a network is not known, or a file or a folder that is named is not there.
+    """
+    with user_errors():
+        teacher = None if loss_name(cfg.loss) == "CE" else plan_teacher(cfg.model.teacher)
+        check_names(plan_student(cfg.model.student), teacher)
+        if (checkpoint := find_checkpoint(cfg.resume)) is not None and not is_there(Path(checkpoint)):
+            raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
+        settings = changed(cfg, {"paths.run": cfg.paths.runs}).data  # a trial has its folder later
+        root = settings.get("root")
+        if root is not None and "://" not in str(root) and not Path(root).is_dir():
+            data = make_data(settings)
+            if not isinstance(data, InMemoryDataModule):  # which may be downloaded; others say what they lack
+                data.prepare_data()
+                data.setup("fit")
 
 
 def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
