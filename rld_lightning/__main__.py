@@ -63,11 +63,7 @@ def commands() -> dict[str, Path]:
 
 
 def run_script(path: Path, called: str, arguments: Sequence[str]) -> None:
-    """Runs a script in this process as Python does when it is given its path.
-
-    Args:
-        called: what it finds as its own name.
-    """
+    """Runs a script in this process as Python does when it is given its path."""
     module = ModuleType("__main__")
     module.__file__ = str(path)
     sys.modules["__main__"] = module

@@ -78,10 +78,6 @@ class CapturedStep:
     def __call__(self, constant: Hashable, *inputs: Tensor | None) -> dict[str, Tensor]:
         """Does the work.
 
-        Args:
-            constant: what else the function depends on.
-            inputs: on one device.
-
         Returns:
             what the function returns, without gradient; a later call may overwrite it.
         """

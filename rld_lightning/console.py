@@ -70,11 +70,7 @@ def quiet_lightning() -> None:
 
 @contextmanager
 def printed_to(path: Path) -> Iterator[None]:
-    """Adds to a file what rank 0 prints, what Lightning tells, and what ends this, if it is an error.
-
-    Args:
-        path: the file, in a folder that is there.
-    """
+    """Adds to a file what rank 0 prints, what Lightning tells, and what ends this, if it is an error."""
     if not is_first():
         yield
         return

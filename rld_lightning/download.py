@@ -232,9 +232,7 @@ def fetch(url: str, target: Path, md5: str) -> None:
     The bytes are collected in ``<target>.part``, which is renamed only once its checksum is right.
 
     Args:
-        url: what to download.
         target: where to; its folder must exist.
-        md5: the expected MD5.
 
     Raises:
         FileNotFoundError: the file cannot be had, see :func:`download`.

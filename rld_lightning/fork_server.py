@@ -26,7 +26,6 @@ def serve(listener: socket.socket, alive: int, modules: Sequence[str]) -> "parti
     """Imports, and forks until the process that has started this one ends.
 
     Args:
-        listener: where jobs come from.
         alive: a pipe that closes when that process ends.
 
     Returns:

@@ -39,8 +39,6 @@ def bench_data(images: int, width: int, height: int, quality: int, size: int, ro
     Args:
         images: how many JPEGs, which make one batch.
         width: their mean width; sizes vary by a fifth.
-        height: their mean height.
-        quality: their JPEG quality.
         size: side of a crop after resizing.
     """
     torch.set_num_threads(1)  # as in a worker process

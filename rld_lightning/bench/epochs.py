@@ -20,11 +20,7 @@ _STEPS = 8  # an epoch
 
 
 class EpochTimes(Callback):
-    """Leaves in a file, in seconds, what steps take, what lies between epochs, and the validation's forward pass in it.
-
-    Args:
-        path: the file, JSON.
-    """
+    """Writes to a JSON file the seconds of each step, between epochs, and of the forward pass of the validation."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -72,9 +68,7 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
     """Trains on CIFAR-100 for some short epochs, and says what whole ones would spend outside of steps.
 
     Args:
-        root: folder of CIFAR-100.
         teacher: its network, with random weights; its logits are looked up from the second epoch on, if at all.
-        batch: images a step.
         epochs: at least 3: between the first two the teacher sees the validation images.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -34,11 +34,7 @@ PLAIN = "plain trainer"
 
 
 class StepTimes(Callback):
-    """Writes into a file when each training step has ended, in seconds since the epoch of the clock.
-
-    Args:
-        path: the file, a line for each step.
-    """
+    """Writes into a file when each training step has ended, in seconds since the epoch of the clock."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -142,7 +138,6 @@ def bench_fit(
     Args:
         switches: for each contender of ours, its overrides, such as ``"model.teacher.cache=false"``; one without any
             where there are none.
-        folder: where the teacher and its logits are kept, for the next time.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the contenders too
     overrides = {f"fit.py {switch}".strip(): switch for switch in switches or [""]}

@@ -62,11 +62,7 @@ def images_of(job: Job) -> Dataset[tuple[Tensor, int]]:
 
 
 def train(job: Job, times: Path) -> None:
-    """Trains until it is killed.
-
-    Args:
-        times: a file that gets the time of each step.
-    """
+    """Trains until it is killed."""
     torch.manual_seed(0)
     loader = DataLoader(images_of(job), job.batch, shuffle=True, num_workers=job.workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

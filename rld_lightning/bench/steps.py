@@ -196,8 +196,6 @@ def graph_step(
     """A training step whose passes and loss are one CUDA graph; off a GPU the same, as it is.
 
     Args:
-        student: in training mode.
-        network: the teacher's.
         table: of its logits, which knows all; None where they are computed.
         rows: of the images in it, int64 ``(B,)``.
         images: ``(B, 3, H, W)``.
@@ -283,11 +281,7 @@ def bench_losses(
 
 
 def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
-    """The losses by name, all for an empty list; ``kd`` comes first.
-
-    Args:
-        names: options of the group ``loss``, or lists such as ``[rld,at]``.
-    """
+    """The losses by name, all for an empty list; ``kd`` comes first."""
     every = [name for name in list_options("loss") if name != "combined"]
     return {
         name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)

@@ -223,8 +223,6 @@ def why(values: _Values | None, *, rate: float, classes: int, images: int) -> tu
 
     Args:
         values: of the first step without a finite loss; None where only the weights are not finite.
-        classes: C.
-        images: in the batch.
 
     Returns:
         the cause; and the way out, None where it is a smaller learning rate or clipping.

@@ -20,7 +20,6 @@ def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
 
     Args:
         overrides: as on the command line; a combined loss spelled out, see :func:`expand_combined_loss`.
-        config_name: the script's file in ``conf/``.
 
     Raises:
         HydraException: an override is not one of this configuration.

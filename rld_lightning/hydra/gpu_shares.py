@@ -9,12 +9,7 @@ _ON_CPU = 2  # trials at a time where there is no GPU for them
 
 
 def trials_at_once(accelerator: str | None = None, devices: Any = None) -> int:
-    """How many trials run at a time unless the command says it: one a GPU, or two on a machine without.
-
-    Args:
-        accelerator: ``trainer.accelerator``.
-        devices: ``trainer.devices``, of each trial.
-    """
+    """How many trials run at a time unless the command says it: one a GPU, or two on a machine without."""
     shares = gpu_shares({"accelerator": accelerator, "devices": devices})
     return len(shares) if shares else _ON_CPU
 

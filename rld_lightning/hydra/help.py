@@ -17,11 +17,7 @@ _IMAGENET = ("resnet34_to_resnet18", "resnet50_to_mobilenetv1")
 
 
 def script_help(config_name: str) -> str:
-    """What ``--help`` says of a script behind its header: its values, its options, and how all are seen.
-
-    Args:
-        config_name: the script's file in ``conf/``.
-    """
+    """What ``--help`` says of a script behind its header: its values, its options, and how all are seen."""
     values = f"Values with their defaults (...: required):\n\n{values_help(config_name)}\n\n"
     if set(_groups(config_name)) == {"paths"}:
         return f"{values}--cfg job prints all values, --hydra-help lists the flags."
@@ -32,11 +28,7 @@ def script_help(config_name: str) -> str:
 
 
 def options_help(config_name: str) -> str:
-    """The groups of a script, each with its options, in lines of :data:`WIDTH` columns.
-
-    Args:
-        config_name: the script's file in ``conf/``.
-    """
+    """The groups of a script, each with its options, in lines of :data:`WIDTH` columns."""
     registered = known()
     parts = []
     for group, default in _groups(config_name).items():
@@ -55,9 +47,6 @@ def values_help(config_name: str) -> str:
     """The values of a script's own, with their defaults and what its file in ``conf/`` says about them.
 
     Those that follow from others are left out.
-
-    Args:
-        config_name: the file, whose groups are not among them.
     """
     own = (CONF / f"{config_name}.yaml").read_text().partition("_self_\n")[2].partition("\nhydra:")[0]
     entries = [

@@ -11,11 +11,7 @@ _WORDS = ("auto", "fit", "published", "pretrained")  # of weights that are looke
 
 
 def anchored(cfg: DictConfig, folder: Path) -> DictConfig:
-    """A configuration whose relative paths mean what they do in a folder, wherever the process is.
-
-    Args:
-        folder: where the command was given.
-    """
+    """A configuration whose relative paths mean what they do in a folder, wherever the process is."""
     other = deepcopy(cfg)
     for key in PATHS:
         group, _, name = key.rpartition(".")

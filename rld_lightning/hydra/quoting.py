@@ -25,12 +25,7 @@ _UNREADABLE = object()
 
 
 def as_argument(key: str, value: Any) -> str:
-    """An option of a command as it can be pasted into a shell: ``"resume='runs/a=1/last.ckpt'"``.
-
-    Args:
-        key: such as ``"resume"``.
-        value: a text or a path, whatever is in it.
-    """
+    """An option of a command as it can be pasted into a shell: ``"resume='runs/a=1/last.ckpt'"``."""
     return _for_shell(f"{key}={for_hydra(str(value))}")
 
 

@@ -28,11 +28,7 @@ def tuned(key: str, default: Any, *, _root_: DictConfig) -> Any:
 
 
 def choice(group: str, otherwise: str | None = None, *, _root_: DictConfig) -> str | None:
-    """The option of a group that was chosen, such as ``quick`` of ``recipe``.
-
-    Args:
-        otherwise: what holds where Hydra has not composed the configuration of a script.
-    """
+    """The option of a group that was chosen, such as ``quick`` of ``recipe``."""
     if "hydra" in _root_:
         return OmegaConf.select(_root_, f"hydra.runtime.choices.{group}", default=otherwise)
     return HydraConfig.get().runtime.choices.get(group, otherwise) if HydraConfig.initialized() else otherwise

@@ -15,10 +15,6 @@ from rld_lightning.models.factory import blueprint, create_model
 def order_of(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Where each of the wanted classes stands among the known ones.
 
-    Args:
-        known: the classes of a network, in the order of its logits.
-        wanted: the same names in another order.
-
     Returns:
         positions by wanted class; None where the names are others, or not all different.
     """
@@ -34,8 +30,6 @@ def reorder_classes(network: nn.Module, name: str, order: Sequence[int]) -> None
     In the weights and not behind them, so that methods that read the classifier see the new order, too.
 
     Args:
-        network: on the CPU.
-        name: what it is called, for :func:`~rld_lightning.models.create_model`.
         order: for each logit to come, its place among those that there are.
     """
     network.load_state_dict(_moved(network, name, order, len(order)))
@@ -45,8 +39,6 @@ def select_classes(network: nn.Module, name: str, order: Sequence[int], count: i
     """A network like another one that knows some of its classes alone, in an order of their own.
 
     Args:
-        network: on the CPU.
-        name: as in :func:`reorder_classes`.
         order: for each logit to come, its place among those that there are.
         count: how many there are.
     """
@@ -65,12 +57,7 @@ def _moved(network: nn.Module, name: str, order: Sequence[int], count: int) -> d
 
 
 def number_of_classes(name: str, state_dict: Mapping[str, Tensor]) -> int | None:
-    """How many classes weights are for, by the shapes of a network; None where they are another network's.
-
-    Args:
-        name: of the network.
-        state_dict: with its keys.
-    """
+    """How many classes weights are for, by the shapes of a network; None where they are another network's."""
     found = {
         state_dict[key].shape[dim]
         for key, dim in _class_dims(name, 2)
@@ -96,9 +83,7 @@ def places_of(
     """Where each class of the data stands among those of a teacher.
 
     Args:
-        classes: of the data.
         known: the teacher's, in the order of its logits; None where it does not name them.
-        count: how many it has.
         class_map: for classes of the data the teacher's name, or place from 0 on; the others have the same name.
 
     Raises:

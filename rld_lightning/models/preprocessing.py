@@ -185,14 +185,8 @@ def preprocessing_of(
     """What a network wants to see: what is given, else what its file says, else what its library says.
 
     Args:
-        facts: what the file says.
-        name: of the network, for :func:`~rld_lightning.models.create_model`.
-        source: what error messages call the file.
         image_size: height and width of what the network takes.
         resize: what the shorter side becomes before that is cropped.
-        mean: of each channel.
-        std: of each channel.
-        interpolation: ``"bilinear"`` or ``"bicubic"``.
 
     Raises:
         WeightsError: nobody says it, or the crop is larger than what it is cut from.

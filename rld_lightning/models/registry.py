@@ -54,10 +54,6 @@ def canonical_name(name: str) -> str:
 def names_of_members(name: str, count: int) -> tuple[str, ...]:
     """The networks of a teacher's files: one for all, or one for each, as in ``resnet56+wrn40_2``.
 
-    Args:
-        name: of the teacher.
-        count: how many files it has.
-
     Raises:
         ValueError: it names more networks than one, and not as many as there are files.
     """

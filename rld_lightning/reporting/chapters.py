@@ -175,12 +175,7 @@ class Sources:
 
 
 def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
-    """Tells of a pair: our rows beside the published ones, which differences are certain, and the learning curves.
-
-    Args:
-        anchor: its name in links and files.
-        sources: where the published numbers leave their footnotes.
-    """
+    """Tells of a pair: our rows beside the published ones, which differences are certain, and the learning curves."""
     published = published_for_pair(section.dataset, section.teacher, section.student) if section.on_test else []
     figure = plots.curves(section, f"{anchor}-curves")
     lines = results(section, published, sources)
@@ -190,9 +185,6 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
 
 def results(section: Section, published: Sequence[Published], sources: Sources) -> pd.DataFrame:
     """The results table of a pair: its teachers, and below them the student alone and the methods, the best first.
-
-    Args:
-        sources: where these leave their footnotes.
 
     Returns:
         one line a row, with :data:`RESULTS`: accuracy in percent and gains in percent points. ``n`` is 0 of a teacher's
@@ -275,7 +267,6 @@ def make_sweep_chapter(sweep: Sweep, anchor: str, unfinished: Sequence[Path]) ->
     """Tells of a sweep: the heat maps, or points where its values are no grid; and Optuna's importances.
 
     Args:
-        anchor: its name in links and files.
         unfinished: folders of runs that did not finish, of any sweep.
     """
     maps = heat_maps(sweep)

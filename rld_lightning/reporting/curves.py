@@ -32,7 +32,6 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     left out if that is on fewer than 20 validation images.
 
     Args:
-        run: a run folder with a ``metrics.csv``.
         summary: what the run came to, which says how much of its epochs was trained; None: all.
 
     Returns:

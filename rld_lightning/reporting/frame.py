@@ -101,9 +101,6 @@ def as_text(settings: Mapping[str, str]) -> str:
 def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Finished runs with repetitions over seeds put together, the best first.
 
-    Args:
-        keys: the columns that tell settings apart.
-
     Returns:
         one line a setting: the keys; ``mean`` and ``std`` (n - 1; missing of a single run) of the last epoch's top-1,
         in percent, of ``n`` runs; ``best``, the mean of the best epochs'; ``epochs``, the most; ``run``, one of them.

@@ -24,12 +24,7 @@ class Point(NamedTuple):
 
 @styled
 def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Path) -> None:
-    """Draws the points into a picture.
-
-    Args:
-        batch_size: that the latency is of.
-        title: above it; says on what machine.
-    """
+    """Draws the points into a picture."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     spare = [GREEN, PINK]

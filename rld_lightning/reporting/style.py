@@ -110,11 +110,7 @@ def page_colour(colour: str) -> str:
 
 @styled
 def page_svg(draw: Callable[[], Figure]) -> str:
-    """A figure for a page: scalable, its text and lines in the page's colours.
-
-    Args:
-        draw: draws it, in the style that is on.
-    """
+    """A figure for a page: scalable, its text and lines in the page's colours."""
     with matplotlib.rc_context(_IN_INK):
         return _svg(draw())
 
@@ -193,11 +189,7 @@ def _handle(label: str, colour: str, style: str) -> Line2D:
 
 
 def whole_epochs(axes: Axes, epochs: Iterable[float]) -> None:
-    """Has the axis across ticked at whole epochs, two of them at least, however few were trained.
-
-    Args:
-        epochs: where something is drawn, in epochs.
-    """
+    """Has the axis across ticked at whole epochs, two of them at least, however few were trained."""
     places = list(epochs)
     if not places:
         return

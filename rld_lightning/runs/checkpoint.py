@@ -41,9 +41,6 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, keep: bool) -
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, Any], Path]:
     """Reads a checkpoint as data, or the one before it if it is damaged or gone.
 
-    Args:
-        map_location: as ``torch.load`` takes it.
-
     Returns:
         what is in it, and the file that it was read from.
 
@@ -103,9 +100,6 @@ def tell(checkpoint: dict[str, Any], before: Before) -> None:
 
 def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
     """What a checkpoint says about its run. It may be a stranger's.
-
-    Args:
-        path: what error messages call it.
 
     Raises:
         ValueError: it says nothing, or something else than plain text.

@@ -11,22 +11,14 @@ EVENTS = ".trials.jsonl"  # in the sweep's folder
 
 
 def note(sweep: Path, **event: Any) -> None:
-    """Adds an event, with its time.
-
-    Args:
-        **event: plain values.
-    """
+    """Adds an event, with its time."""
     sweep.mkdir(parents=True, exist_ok=True)
     with (sweep / EVENTS).open("a") as file:  # one write of one line, which no other process's cuts in two
         file.write(json.dumps({"time": time.time(), **event}) + "\n")
 
 
 class Events:
-    """The events of a sweep that begins now, as they come.
-
-    Args:
-        sweep: the sweep's folder.
-    """
+    """The events of a sweep that begins now, as they come."""
 
     def __init__(self, sweep: Path) -> None:
         self._file = sweep / EVENTS

@@ -30,7 +30,6 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
     """Locks a folder, which it makes, until the lock is released or this process ends.
 
     Args:
-        name: of the lock's file in it.
         what: is done there: "trained" or "swept".
 
     Returns:

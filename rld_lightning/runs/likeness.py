@@ -124,11 +124,7 @@ _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values by their full keys, as text: ``{"loss.alpha": "1.0", ...}``.
-
-    Args:
-        prefix: what to put in front of each key.
-    """
+    """Nested values by their full keys, as text: ``{"loss.alpha": "1.0", ...}``."""
     pairs: dict[str, str] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
@@ -241,7 +237,6 @@ def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ
     Args:
         held: the words of the message that come before "a run with".
         changed: the settings that are others, with the value there and the one here.
-        may_differ: settings that may be.
 
     Raises:
         ValueError: another one is.

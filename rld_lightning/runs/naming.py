@@ -11,11 +11,7 @@ def class_name(target: str) -> str:
 
 
 def loss_choice(choice: str, loss: Mapping[str, Any]) -> str:
-    """The option of the loss group, for folders: ``rld``, or ``rld+at`` of a combination.
-
-    Args:
-        choice: ``hydra.runtime.choices.loss``.
-    """
+    """The option of the loss group, for folders: ``rld``, or ``rld+at`` of a combination."""
     return loss_name(loss) if _is_combined(loss) else choice
 
 

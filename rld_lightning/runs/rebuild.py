@@ -27,7 +27,6 @@ def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -
 
     Args:
         root: where the data lie, if not where they lay when the run was trained. Only there are they downloaded.
-        option: what names another place, for messages.
 
     Raises:
         FileNotFoundError: the run's own place is not there, or has to be unpacked first.
@@ -63,9 +62,6 @@ def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -
 
 def build_loss(run: Run, settings: Mapping[str, Any] | None = None) -> DistillationLoss:
     """The loss of a run.
-
-    Args:
-        settings: of the part of it that is wanted; all of it by default.
 
     Raises:
         ValueError: the settings name another class than this package's, or have values that it does not take.

@@ -11,8 +11,6 @@ def make_schedule(make: Callable[..., LRScheduler], optimizer: Optimizer, steps:
     """A schedule for an optimizer; one that takes ``total_steps`` and has none is given the run's.
 
     Args:
-        make: called with the optimizer.
-        optimizer: whose rates it changes.
         steps: of the whole run; asked where it is needed, because counting them sets up the data.
     """
     parameters = inspect.signature(make).parameters

@@ -31,8 +31,6 @@ def rescale(optimizer: Optimizer, schedulers: Iterable[Any], rates: Sequence[flo
     Where they are the same already, nothing is touched.
 
     Args:
-        optimizer: the optimizer, with the state of a checkpoint.
-        schedulers: its schedules, likewise.
         rates: as :func:`remember_first_rates` gave them before the state was restored.
     """
     before = first_rates(optimizer)

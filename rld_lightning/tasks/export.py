@@ -261,14 +261,7 @@ def _calibration(data: ImageDataModule | None, number: int) -> Iterator[Tensor]:
 
 
 class _Writer:
-    """Writes the files of an export, each whole or not at all.
-
-    Args:
-        student: what is exported.
-        folder: where to.
-        pixels: whether programs take pixels and give probabilities.
-        any_size: whether these are of images of any size.
-    """
+    """Writes the files of an export, each whole or not at all."""
 
     def __init__(self, student: Student, folder: Path, *, pixels: bool, any_size: bool) -> None:
         self.student = student

@@ -243,8 +243,6 @@ def answer(
     The images come by the loader and the transform of validation.
 
     Args:
-        top: how many classes to name.
-        batch_size: images in a batch.
         num_workers: processes that read; by default none for a few images.
 
     Raises:

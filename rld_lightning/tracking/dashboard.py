@@ -70,10 +70,8 @@ def build_dashboard(
     """Builds the views and the report; asks no server.
 
     Args:
-        entity: user or team that the project belongs to.
         pairs: labels of teacher-student pairs such as ``resnet20_to_resnet8``: each gets views and a run set of its
             own. Without any there is one of each for all runs.
-        data: the data set that runs are of; any by default.
 
     Returns:
         the same objects, ids included, whenever it is called with the same arguments.
@@ -270,8 +268,6 @@ def save_dashboard(
 
     Args:
         entity: user or team; None for the default one of the key.
-        pairs: see :func:`label_of`.
-        data: the data set that runs are of; any by default.
         dry_run: a file to write instead; then neither a key nor a network is needed.
 
     Raises:

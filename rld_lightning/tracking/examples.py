@@ -108,13 +108,7 @@ def examples_table(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> "Table":
-    """One row an example.
-
-    Args:
-        loss: knows what it makes of the teacher's.
-        mean: what images are normalised with.
-        std: likewise.
-    """
+    """One row an example."""
     import wandb
 
     from rld_lightning.tracking.pictures import draw, enlarged  # which need matplotlib

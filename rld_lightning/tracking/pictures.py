@@ -26,7 +26,6 @@ def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Im
 
     Args:
         views: distributions ``(C,)`` by name.
-        label: the true class.
     """
     most = torch.stack(list(views.values())).amax(0)
     most[label] = 2.0  # always shown, and first

@@ -69,9 +69,6 @@ def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
     A teacher that was a run logged to W&B is the very artifact that run has left: its file says the artifact's name,
     and the same content is the same version. Another one becomes an artifact ``teacher-<data set>-<name>``, by checksum
     and path alone; weights that come with a package have no file, and no artifact.
-
-    Args:
-        teacher: ``model.teacher`` of the configuration.
     """
     summary = json.loads((folder / SUMMARY).read_text())
     if teacher is not None and (file := split_part(str(teacher.weights))[0]).is_file():

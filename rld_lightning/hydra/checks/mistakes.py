@@ -89,7 +89,6 @@ def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
 
     Args:
         arguments: what stands behind the script's name. Of values that are swept the first one counts.
-        config_name: the script's file in ``conf/``.
 
     Raises:
         UserError: a sentence for each mistake.
@@ -201,11 +200,7 @@ def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], comma
 
 
 def missing_option(error: Exception, where: str = "") -> str:
-    """What to say where Hydra does not find an option; nothing where the error is another.
-
-    Args:
-        where: it is named, if not on the command line.
-    """
+    """What to say where Hydra does not find an option; nothing where the error is another."""
     option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
     if option is None:
         return ""

@@ -58,11 +58,7 @@ def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
-    """A sentence that says that a key is not known, and the keys that may have been meant.
-
-    Args:
-        known: all full keys that there are.
-    """
+    """A sentence that says that a key is not known, and the keys that may have been meant."""
     if options := _options_with(key):
         return f"{key} is not known, for want of {' or '.join(options[:3])}; add one to the command.", options
     known = list(known)

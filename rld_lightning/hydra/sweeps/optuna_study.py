@@ -32,7 +32,6 @@ def search_space(
 
     Args:
         lines: overrides; of those for one key the last one counts.
-        loader: of configurations, for ``glob()``.
 
     Raises:
         ValueError: an interval is none, such as one on a logarithmic scale that begins at 0.

@@ -38,12 +38,6 @@ class _Running:
 class Jobs:
     """Runs jobs of a sweep, so many at a time.
 
-    Args:
-        context: Hydra's loader of configurations and callbacks.
-        config: the sweep's.
-        task: what a job does.
-        at_once: how many run at a time.
-
     Raises:
         UserError: none can run.
     """
@@ -61,9 +55,6 @@ class Jobs:
 
     def run(self, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
         """Runs all, and returns what each has returned; one that was killed has failed.
-
-        Args:
-            first: the first one's number.
 
         Raises:
             KeyboardInterrupt: by Ctrl-C; nothing is left running.

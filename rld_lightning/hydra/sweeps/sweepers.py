@@ -23,9 +23,6 @@ from rld_lightning.runs.files import SWEEPER, write_yaml
 def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     """Runs every value of each key with every value of the others.
 
-    Args:
-        sweeper: set up; it has the launcher and the options.
-
     Raises:
         SystemExit: the trials cannot be run; with one sentence.
     """

@@ -189,7 +189,6 @@ def table_key(state_dict: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str
     """What a table is called, so that it is found for the same teacher and the same views, and for no others.
 
     Args:
-        state_dict: the teacher's weights.
         facts: plain values of everything else that decides what it says: data, views, normalisation, precision, and
             how it is stored.
     """

@@ -35,7 +35,6 @@ def published_top1(dataset: str, name: str) -> float | None:
     The values are those that LSKD (arXiv 2403.01427) prints for its teachers.
 
     Args:
-        dataset: what it was trained on.
         name: the network, however it is spelled.
     """
     if dataset != PUBLISHED_DATASET:

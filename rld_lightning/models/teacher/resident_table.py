@@ -15,10 +15,6 @@ class ResidentTable(LogitsTable):
     Where each row is known, a look-up asks for nothing but the rows: nothing is read from the device. Rows that others
     write into the file meanwhile are not seen.
 
-    Args:
-        file: the table.
-        device: where the rows are to lie.
-
     Attributes:
         complete: whether each row that will be looked up is known.
     """

@@ -23,7 +23,6 @@ def shard_over_machine(model: nn.Module, device: torch.device, processes: int) -
 
     Args:
         model: changed in place. Its parameters become ``DTensor`` in contiguous layout, its buffers stay whole.
-        device: this process's own.
         processes: how many there are on each machine, with consecutive ranks.
     """
     if isinstance(model, FSDPModule):  # a run is set up again for each of its stages

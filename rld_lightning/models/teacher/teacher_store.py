@@ -190,10 +190,6 @@ def resolve_teacher_weights(
         spec: a file; or ``published``, the published teacher, downloaded unless the store has it; or ``fit``, the
             store's teacher, ``None`` if it has to be trained first, or again because its file is damaged; or ``auto``,
             the store's teacher, else the published.
-        name: the teacher's model name.
-        dataset: what the teacher was trained on.
-        store: where teachers are kept.
-        url: the archive of published teachers.
 
     Returns:
         the file, or ``None`` if the caller is to train the teacher and put it in the store.

@@ -21,9 +21,6 @@ _NO_STAGES = (
 class ScriptedNetwork(nn.Module):
     """A TorchScript file. Loading one runs the program that is in it.
 
-    Args:
-        path: what ``torch.jit.save`` has written.
-
     Raises:
         ValueError: it is no such file.
     """
@@ -86,7 +83,6 @@ class Columns(nn.Module):
     """Some of the logits of a network, in an order of their own.
 
     Args:
-        network: whose.
         places: for each logit to come, its place among those that there are.
     """
 
@@ -103,10 +99,5 @@ class Columns(nn.Module):
 
 
 def load_foreign(name: str, path: Path) -> ScriptedNetwork | OnnxTeacher:
-    """Loads a file of one of the two kinds.
-
-    Args:
-        name: ``"torchscript"`` or ``"onnx"``.
-        path: the file.
-    """
+    """Loads a file of one of the two kinds."""
     return ScriptedNetwork(path) if name == "torchscript" else OnnxTeacher(path)

@@ -36,7 +36,6 @@ def bomb_in(file: IO[bytes], pickles: int = 1) -> str:
 
     Args:
         file: which is left where the look ends.
-        pickles: how many.
     """
     try:
         return next(filter(None, (_wrong(file) for _ in repeat(None, pickles))), "")

@@ -45,7 +45,6 @@ def sealed_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) 
 
     Args:
         tensors: contiguous, on the CPU, none shares memory with another.
-        metadata: what is noted in the header.
     """
     marks = {_DIGEST_KEY: _ZERO.decode(), _SEALED_KEY: "true"}
     content = _in_order(safetensors.torch.save(tensors), {**metadata, **marks})

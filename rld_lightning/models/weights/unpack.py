@@ -54,7 +54,6 @@ def wanted_parts(parts: list[Part], wanted: str) -> list[Part]:
     """The part of a file that somebody has asked for.
 
     Args:
-        parts: all of it.
         wanted: the path of one, or what its keys begin with.
 
     Returns:
@@ -89,7 +88,6 @@ def fitting(
     """The places of a file where a network's weights are, and nothing else, the likeliest first.
 
     Args:
-        parts: of the file.
         shapes: of the network's state_dict; its counters may be absent in the file.
         spare: prefixes of keys that the file may have more.
 

@@ -47,8 +47,6 @@ def check_fits(name: str, num_classes: int, weights: Weights) -> None:
     Args:
         name: as for :func:`~rld_lightning.models.create_model`, and what that raises. A network from elsewhere, which
             only the user can have named, is looked at once it is there.
-        num_classes: C.
-        weights: what was read from a file.
 
     Raises:
         WeightsError: they are another network's.
@@ -108,8 +106,6 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
     """Checks that weights have a model's keys and shapes.
 
     Args:
-        model: the network that they are for.
-        weights: what was read from a file.
         name: what error messages call the model; its class if not given.
 
     Raises:

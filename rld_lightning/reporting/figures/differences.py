@@ -58,12 +58,7 @@ def write_differences(
     standardized: bool = False,
     top: float | None = None,
 ) -> list[Path]:
-    """Heat maps of how far students are from their teacher.
-
-    Args:
-        standardized: z-score each sample's logits first.
-        top: upper end of the colour scale, to compare figures; None chooses one.
-    """
+    """Heat maps of how far students are from their teacher."""
     section = choose_pair(runs, pair)
     maps = difference_maps(section, methods, reader, standardized=standardized)
     what = "standardized logits" if standardized else "logits"
@@ -101,9 +96,6 @@ def difference_maps(
     section: Section, methods: Sequence[str], reader: LogitSource, *, standardized: bool = False
 ) -> list[DifferenceMap]:
     """The maps of some methods of a pair, each the mean over its seeds.
-
-    Args:
-        methods: options of the loss group, in the order of the figure.
 
     Raises:
         ValueError: there is no run of a method.

@@ -93,7 +93,6 @@ def write_page(
     """Writes the page.
 
     Args:
-        svg: the picture, see :func:`~rld_lightning.reporting.style.page_svg`.
         origin: a line about where the sample comes from.
 
     Returns:

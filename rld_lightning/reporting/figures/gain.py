@@ -50,7 +50,6 @@ def gains(
 
     Args:
         references: the options that it is compared to; those that are not there are left out.
-        best: compare best epochs, not last ones.
 
     Returns:
         the lines: ``pair``, ``reference``, ``teacher_top1`` (on augmented training images, mean of the epochs),

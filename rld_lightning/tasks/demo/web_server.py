@@ -113,9 +113,6 @@ def _hear_no_more(request: socket.socket) -> None:
 def serve(facts: Mapping[str, Any], ask: Ask, port: int) -> None:
     """Serves the page until the process is stopped.
 
-    Args:
-        facts: see :class:`DemoServer`.
-
     Raises:
         UserError: the port is taken, or not for this user.
     """

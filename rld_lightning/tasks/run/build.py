@@ -49,11 +49,7 @@ def build_module(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer], LRScheduler] | None,
 ) -> DistillationModule:
-    """The student and what it is trained with.
-
-    Args:
-        teacher: with its weights; None where the loss needs none.
-    """
+    """The student and what it is trained with."""
     # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
     seed_everything(plan.seed, workers=True, verbose=False)
     name, weights = plan.student.name, plan.student.weights

@@ -211,9 +211,6 @@ def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
 def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
     """Refuses to measure weights on images that they were trained on, as far as their file says what was held out.
 
-    Args:
-        split: ``"test"`` or ``"val"``.
-
     Raises:
         ValueError: other images were held out when they were trained.
     """

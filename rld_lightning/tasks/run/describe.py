@@ -66,7 +66,6 @@ def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
 
     Args:
         parts: into how many batches, of processes or of accumulated gradients.
-        size: of each.
     """
     if parts == 1 or not loss.of_whole_batch:
         return ""

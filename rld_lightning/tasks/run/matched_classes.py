@@ -62,7 +62,6 @@ def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
     """A student as it lies in its file, for images and classes of the data, under the look that it was trained with.
 
     Args:
-        file: what its run has left.
         name: of the network, where the file does not say it.
 
     Raises:
@@ -82,7 +81,6 @@ def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDat
     """Puts the classes of a network in the order of the data, by name where its file names its own; tells of it.
 
     Args:
-        network: with its weights, on the CPU.
         role: what it is to be, ``"teacher"`` or ``"student"``.
 
     Raises:
@@ -103,10 +101,6 @@ def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDat
 
 
 def first_other(known: list[str], classes: list[str]) -> str:
-    """The first class that two lists do not have in the same place, in brackets; empty without one.
-
-    Args:
-        known: the classes of a file.
-    """
+    """The first class that two lists do not have in the same place, in brackets; empty without one."""
     pairs = enumerate(zip(known, classes, strict=False))
     return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

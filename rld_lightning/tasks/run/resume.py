@@ -95,9 +95,6 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before:
 
     Of these, a run may change its length, its learning rate, and how gradients are clipped.
 
-    Args:
-        path: what the run is to go on from.
-
     Returns:
         what it says about its run.
 

@@ -11,11 +11,7 @@ if TYPE_CHECKING:
 
 
 def make_trainer(settings: DictConfig, **others: Any) -> "Trainer":
-    """Makes a trainer; what is null has Lightning's default.
-
-    Args:
-        others: what is not for the user to say.
-    """
+    """Makes a trainer; what is null has Lightning's default."""
     values: Any = OmegaConf.to_container(settings, resolve=True)
     stated = {key: value for key, value in (values | others).items() if value is not None}
     trainer: Trainer = instantiate(stated)

@@ -21,9 +21,6 @@ class Watch:
     """Prints what happens to the trials of a sweep until :meth:`stop`; whatever process ends it, the terminal is left
     as it was.
 
-    Args:
-        sweep: the sweep's folder.
-
     Attributes:
         failed: how many trials have failed.
     """

@@ -116,8 +116,6 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     """Leaves :data:`SWEEP`, and refuses a command that would mix other trials with those of a folder.
 
     Args:
-        swept: overrides that are swept, by key.
-        fixed: overrides that are not.
         values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
     """
     record = folder / SWEEP

@@ -67,9 +67,6 @@ def print_failed(folder: Path) -> int:
 def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]) -> None:
     """Prints the settings of a sweep, the best first, and how to train with that.
 
-    Args:
-        fixed: the overrides that it does not, by key.
-
     Raises:
         UserError: no trial has finished.
     """
@@ -116,7 +113,6 @@ def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
     """The place of the setting with the highest mean, of those that were trained to the end.
 
     Args:
-        settings: as :func:`~rld_lightning.reporting.sweeps.sweep_settings` has them.
         repeated: whether each was to be run with several seeds: then those with the most count, as the luck of a
             single one that has not failed is no mean.
     """
@@ -131,7 +127,6 @@ def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: 
 
     Args:
         best: the overrides of the setting, but for the seed.
-        fixed: the overrides that the sweep does not vary, by key.
     """
     gone = ("sweep", "launcher", "seed", HELD_OUT)
     settled = {key: line for key, line in fixed.items() if key not in gone and not key.startswith("callbacks.pruner")}

@@ -36,9 +36,6 @@ _BLOCK = 512  # bytes, in which systems count what a file takes
 def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
     """Has the teacher remember its logits, in a file beside the teachers, where that is wanted; prints one line.
 
-    Args:
-        module: with the teacher and the loss, which has been connected.
-
     Raises:
         ValueError: an unknown type to keep logits in, or no room for them where they are to be kept.
         OSError: the file cannot be made.
@@ -94,7 +91,6 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
     """The table of a teacher, which is made where there is none; prints one line about it.
 
     Args:
-        path: where it lies, by :func:`table_path`.
         why: what the line begins with.
 
     Returns:

@@ -111,10 +111,6 @@ class TeacherNetwork(NamedTuple):
 def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: Look) -> TeacherNetwork:
     """Loads a network of a teacher, and prints what is special about it.
 
-    Args:
-        weights: a file, or ``"pretrained"``.
-        usual: what images are normalised with where nobody says anything.
-
     Raises:
         ValueError: the weights are another network's, or know other classes.
     """
@@ -225,7 +221,6 @@ def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrain
     """What a teacher wants images normalised with, and who says so.
 
     Args:
-        usual: what to take where nobody says anything.
         pretrained: whether its weights are its library's.
     """
     if teacher.look is not None:

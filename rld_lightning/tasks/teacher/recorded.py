@@ -62,22 +62,14 @@ def teacher_of(
 
 
 def size_seen(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
-    """The height and width of the images that a teacher has seen in its run, made of those of the data.
-
-    Args:
-        given: those of the data's images.
-    """
+    """The height and width of the images that a teacher has seen in its run, made of those of the data."""
     pretrained = teacher.weights == "pretrained"
     facts = WeightsFacts() if pretrained else facts_of(read_weights(str(teacher.weights)))
     return teacher_size(teacher, facts, given, pretrained=pretrained)
 
 
 def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The shape of the images that a network saw as the teacher of one of some runs; what is given where it was none.
-
-    Args:
-        given: channels, height and width of the data's images.
-    """
+    """The image shape that a network saw as the teacher of one of the runs; ``given`` where it taught none."""
     for run in runs:
         if run.summary.teacher == name:
             with suppress(ValueError, OSError):  # its file is gone, say
@@ -89,7 +81,6 @@ def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], 
     """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
 
     Args:
-        given: those of the data's images.
         pretrained: whether its weights are its library's.
     """
     if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself

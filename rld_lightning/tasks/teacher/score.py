@@ -25,9 +25,6 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
     caution follows where it is near chance, or far below what its file says. A teacher that is shared out is in no
     single place yet, and is left out.
 
-    Args:
-        teacher: the teacher, on the CPU, where it is afterwards, too.
-
     Raises:
         ValueError: its logits are not numbers.
     """

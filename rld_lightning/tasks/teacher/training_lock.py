@@ -29,7 +29,6 @@ def turn_to_train(
     process, however that ends.
 
     Args:
-        run: the folder of the run that needs it.
         for_others: whether it is to be kept there at all; for one of its own a run waits for nobody.
 
     Yields:

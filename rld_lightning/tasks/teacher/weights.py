@@ -83,9 +83,6 @@ def _file_of(name: str | None, weights: str | None, wanted: str) -> str | None:
 def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Summary]) -> Summary:
     """Trains the teacher of a run, or of runs to come, or goes on with it, or finds it finished.
 
-    Args:
-        cfg: the configuration of the runs that it is for.
-
     Returns:
         what it came to; its weights are in its folder.
 
