@@ -60,7 +60,7 @@ class ImageList(NamedTuple):
 
 
 def list_images(folder: Path, left_out: Counter[str] | None = None) -> ImageList:
-    """Lists the images in the class folders of ``folder``, sorted by class and name; hidden folders are left out.
+    """Lists the images in the class folders of ``folder``, sorted by class and name; what is hidden is left out.
 
     Args:
         folder: of class folders.
@@ -96,11 +96,12 @@ def list_images(folder: Path, left_out: Counter[str] | None = None) -> ImageList
 def _files_below(folder: Path) -> Iterator[str]:
     """The files below a class folder, in torchvision's order, by links too; in no folder twice, where these go round.
 
-    Two links of a folder to itself would make forty times twice as many of it.
+    Two links of a folder to itself would make forty times twice as many of it. Hidden ones are no photographs: macOS
+    leaves a ``._photo.jpg`` beside each in what it packs, and notebooks keep copies in ``.ipynb_checkpoints``.
     """
     found, known = list[tuple[str, list[str]]](), set[tuple[int, int]]()
     for path, inner, files in os.walk(folder, followlinks=True):
-        inner.sort()
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
         status = Path(path).stat()
         if (place := (status.st_dev, status.st_ino)) in known:
             inner.clear()
@@ -108,7 +109,7 @@ def _files_below(folder: Path) -> Iterator[str]:
         known.add(place)
         found.append((path, files))
     for path, files in sorted(found):
-        yield from (f"{path}/{name}" for name in sorted(files))
+        yield from (f"{path}/{name}" for name in sorted(files) if not name.startswith("."))
 
 
 def find_splits(root: Path, test_fraction: float, left_out: Counter[str] | None = None) -> dict[str, ImageList]:
@@ -171,6 +172,8 @@ def _check_no_splits(folder: Path, class_names: list[str]) -> None:
         with os.scandir(folder / name) as entries:
             names = set()
             for entry in entries:
+                if entry.name.startswith("."):
+                    continue
                 if entry.is_dir():
                     names.add(entry.name)
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):

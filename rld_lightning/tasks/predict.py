@@ -170,7 +170,8 @@ def _matching(pattern: str) -> Iterator[str]:
 def _below(folder: str) -> Iterator[str]:
     for path, inner, files in os.walk(folder):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from (str(Path(path, name)) for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS))
+        shown = (name for name in sorted(files) if not name.startswith("."))
+        yield from (str(Path(path, name)) for name in shown if name.lower().endswith(IMG_EXTENSIONS))
 
 
 def load_classifier(cfg: DictConfig) -> Classifier:

@@ -411,6 +411,7 @@ def test_three_splits_by_other_names(root, tmp_path):
 def test_folders_of_the_same_folders_are_no_classes(root, tmp_path, names):
     for name in names:
         shutil.copytree(root / "train", tmp_path / name)
+        (tmp_path / name / "._.jpg").touch()  # of macOS, and no image
     with pytest.raises(
         ValueError, match=r"has no images in '.*' but the same folders in each, 'cat', 'dog', 'owl': if"
     ):
@@ -465,7 +466,9 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_pictures_that_are_not_read_are_counted(tmp_path):
     write_classes(tmp_path)
-    for name in ("cat/a.gif", "dog/b.HEIC", "dog/c.heic", "owl/notes.txt", "owl/.hidden"):
+    hidden = ("cat/._00.jpg", "dog/.ipynb_checkpoints/00-checkpoint.jpg", "dog/.a/.b/c.gif", "owl/.hidden")
+    for name in ("cat/a.gif", "dog/b.HEIC", "dog/c.heic", "owl/notes.txt", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     data = folder_data(tmp_path)
     assert data.describe().endswith("; caution: pictures of kinds that are not read are left out (2 .heic, 1 .gif)")

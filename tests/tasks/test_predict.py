@@ -117,7 +117,7 @@ def test_links_that_lead_round_are_not_followed_for_ever(tmp_path):
 
 
 def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch):
-    for name in ("b/2.jpg", "b/1.PNG", "b/.hidden/3.jpg", "b/note.txt", "a[1].jpg"):
+    for name in ("b/2.jpg", "b/1.PNG", "b/.hidden/3.jpg", "b/._2.jpg", "b/note.txt", "a[1].jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
