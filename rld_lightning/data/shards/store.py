@@ -211,17 +211,20 @@ class CachedShards(ShardStore):
 
     def _try_to_get(self, shard: int) -> None:
         with suppress(Exception):
-            self._get(shard)
+            self._get(shard, timeout=0)  # or another process is fetching it already
 
-    def _get(self, shard: int) -> Path:
+    def _get(self, shard: int, timeout: float = -1) -> Path:
         target = self.target(shard)
         if target.exists():
             return target
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.part")
-        with FileLock(f"{target}.lock"):
+        part, failed = (target.with_name(f"{target.name}.{ending}") for ending in ("part", "failed"))
+        asked = time.time()
+        with FileLock(f"{target}.lock", timeout=timeout):
             if target.exists():  # thanks to whoever held the lock
                 return target
+            if _last_use(failed) > asked:  # or dozens of workers would ask a slow server for minutes, in turn
+                raise ShardError(failed.read_text(errors="replace"))
             while not self._reserve(part, self.sizes[shard]):
                 time.sleep(WAIT_SECONDS)
             try:
@@ -230,6 +233,11 @@ class CachedShards(ShardStore):
                 self._check_size(shard, part.stat().st_size)
                 with FileLock(self.folder / LOCK):  # whoever counts sees one of the two names
                     part.replace(target)
+                failed.unlink(missing_ok=True)
+            except ShardError as error:
+                with suppress(OSError):  # a full disk
+                    failed.write_text(str(error), errors="replace")
+                raise
             finally:
                 part.unlink(missing_ok=True)
         return target

@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -326,6 +328,41 @@ def test_a_store_that_sends_a_byte_now_and_then_is_ended(shards, tmp_path, bad, 
     message = r"the server has sent \d+ bytes/s for \d s, less than the minimum of 10,000"
     with lying(shards, bad, b"x", 0.02) as address, pytest.raises(OSError, match=message):
         list(shards_data(address, cache=tmp_path / "cache").test_dataloader())
+
+
+def test_those_who_wait_for_a_shard_hear_why_it_cannot_be_had(tmp_path, monkeypatch):
+    """A worker of eight on each of eight GPUs would else be the last to hear it, after hours."""
+    asked, locks, wait = [], [], threading.Event()
+
+    def lock(path, **options):
+        locks.append(str(path))
+        return FileLock(path, **options)
+
+    def refuse(*args):
+        asked.append(args)
+        wait.wait(60)
+        raise ConnectionError("the server is slow")
+
+    monkeypatch.setattr(shard_store, "get_file", refuse)
+    monkeypatch.setattr(shard_store, "FileLock", lock)
+    store = CachedShards(["memory://pets/train-000000.tar"], [10], tmp_path, 100)
+    store.fetch(0)
+    with ThreadPoolExecutor(4) as workers:
+        waiting = [workers.submit(store.read, 0, 0, 1) for _ in range(4)]
+        while not asked or locks.count(f"{store.target(0)}.lock") < 5:
+            time.sleep(0.01)
+        store.fetch(0)  # which waits for nobody
+        wait.set()
+        for error in (one.exception() for one in waiting):
+            assert isinstance(error, ShardError)
+            assert "train-000000.tar cannot be fetched (the server is slow): check the address" in str(error)
+    assert len(asked) == shard_store.ATTEMPTS
+    with pytest.raises(ShardError, match="the server is slow"):
+        store.read(0, 0, 1)
+    assert len(asked) == 2 * shard_store.ATTEMPTS  # whoever comes later asks anew
+    monkeypatch.setattr(shard_store, "get_file", lambda store, path, target, most: target.write_bytes(bytes(10)))
+    assert store.read(0, 0, 1).tolist() == [0]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".shard", ".lock"}
 
 
 @pytest.mark.parametrize("packed", [False, True])
