@@ -7,7 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from rld_lightning.callbacks.metrics_file import MetricsFile
-from rld_lightning.runs.checkpoint_form import refuse_other_progress
+from rld_lightning.callbacks.own_settings import OwnSettings
+from rld_lightning.runs.checkpoint_form import count_states, refuse_other_progress
 from rld_lightning.runs.metrics_csv import Row, known_rows
 from rld_lightning.watching import callbacks_of
 
@@ -57,11 +58,6 @@ class ExactResume(Callback):
         """How long the run has taken so far, with what came before the checkpoint that it goes on from."""
         return self._earlier + time.monotonic() - self._since
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts the clock."""
-        if stage == "fit":
-            self._since = time.monotonic()
-
     def state_dict(self) -> dict[str, Any]:
         """The time so far."""
         return {"seconds": self.seconds}
@@ -72,6 +68,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rewrites the progress of the loops, and adds the rows."""
+        count_states(checkpoint)
         checkpoint["loops"]["fit_loop"] |= _progress(trainer)
         for logger in _files(trainer):
             checkpoint["metrics"] = _rows(trainer, logger)
@@ -88,14 +85,16 @@ class ExactResume(Callback):
         if self.began is None:
             return
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
-        refuse_other_progress(checkpoint, trainer)
+        own = next((known.before.settings for known in callbacks_of(trainer, OwnSettings)), None)
+        refuse_other_progress(checkpoint, trainer, own)
         for logger in _files(trainer):
             logger.begin(known_rows(checkpoint.get("metrics")))
         if has_stopped_early(trainer):  # as Lightning's Timer does
             trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets an epoch that begins begin: with ``max_steps``, Lightning believes of any that it goes on."""
+        """Starts the clock, and lets an epoch that begins begin: with ``max_steps``, Lightning takes any for begun."""
+        self._since = time.monotonic()
         if position(trainer).batch == 0:
             trainer.fit_loop.epoch_loop.restarting = False
 

@@ -5,10 +5,10 @@ which entries, of which kinds and shapes, and finite. And a checkpoint says in s
 have to agree with each other, and with the batches of the run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from math import ceil, isfinite, isnan
+from math import ceil, isclose, isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rld_lightning.errors import UserError, printable
-from rld_lightning.runs.checkpoint import previous_of
+from rld_lightning.runs.checkpoint import previous_of, told
 from rld_lightning.runs.likeness import only_watches
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+# The settings that learning rates follow from, which a run that goes on may change.
+RATES = ("recipe.optimizer.lr", "recipe.scheduler.max_lr")
 # Of a group of parameters, what neither a schedule nor another learning rate changes; and what only some schedules do.
 _FIXED = ("weight_decay", "dampening", "nesterov", "eps", "amsgrad", "maximize", "differentiable")
 _CYCLED = ("momentum", "betas")
+_WITH_STATE = "parameters_with_state"
 _MISSING = object()
 _MOST_SHOWN = 60  # characters
 
@@ -87,11 +90,19 @@ def refuse_other_averages(checkpoint: Mapping[str, Any], trainer: "Trainer", own
         _match(checkpoint, own, "", positive=True)
 
 
-def refuse_other_progress(checkpoint: Mapping[str, Any], trainer: "Trainer") -> None:
+def count_states(checkpoint: dict[str, Any]) -> None:
+    """Puts into a checkpoint how many parameters each optimizer has a state of: not those without a gradient."""
+    checkpoint[_WITH_STATE] = _with_state(checkpoint)
+
+
+def refuse_other_progress(
+    checkpoint: Mapping[str, Any], trainer: "Trainer", settings: Mapping[str, str] | None = None
+) -> None:
     """Refuses a checkpoint whose optimizer, schedule or counts are not those of this run at its place.
 
     Args:
         trainer: the run's, with a fresh optimizer and schedule.
+        settings: of the run, as its checkpoints tell them; where they have its learning rate, the same has to be there.
 
     Raises:
         UserError: an entry is not what this run would have written; the message names it.
@@ -112,6 +123,13 @@ def refuse_other_progress(checkpoint: Mapping[str, Any], trainer: "Trainer") -> 
             found = checkpoint["optimizer_states"][n]
             _check_groups(found["param_groups"], groups[n]["param_groups"], fixed, f"optimizer_states[{n}]")
             _check_state(found, optimizer, f"optimizer_states[{n}].state", begun=checkpoint["global_step"] > 0)
+        there = _with_state(checkpoint)
+        _match(known := checkpoint.get(_WITH_STATE, there), there, _WITH_STATE)
+        if known != there:
+            raise _Unlike(f"optimizer_states have {there} entries, and had {known} when they were written")
+        before = {} if settings is None else told(checkpoint, Path(str(trainer.ckpt_path))).settings
+        same = settings is not None and all(settings.get(key) == before.get(key) for key in RATES)
+        _check_rates(checkpoint, groups, schedules, same=same)
 
 
 def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
@@ -184,6 +202,37 @@ def _check_state(found: Any, optimizer: Optimizer, where: str, *, begun: bool) -
         for name, value in values.items():
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):
                 raise _Unlike(f"{where}.{n}.{_shown(name)} has to be finite, and is not")
+
+
+def _with_state(checkpoint: Mapping[str, Any]) -> list[int]:
+    return [len(state.get("state", ())) for state in checkpoint["optimizer_states"]]  # processes may have parts
+
+
+def _check_rates(checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules: Sequence[Any], *, same: bool) -> None:
+    """Compares where learning rates began: in an optimizer and its schedules alike, and as in this run if ``same``."""
+    for n, own in enumerate(groups):
+        place = f"optimizer_states[{n}].param_groups"
+        before = [group.get("initial_lr") for group in checkpoint["optimizer_states"][n]["param_groups"]]
+        usual = [group.get("initial_lr") for group in own["param_groups"]]
+        if same and not _close(before, usual):
+            raise _Unlike(f"{place} began with the learning rates {before}, and have to begin with {usual}")
+        for found, schedule in zip(_each(checkpoint["lr_schedulers"]), _each(schedules), strict=True):
+            if schedule.get("base_lrs") == usual and not _close(found["base_lrs"], before):
+                raise _Unlike(f"base_lrs of lr_schedulers is {found['base_lrs']}, and {place} began with {before}")
+
+
+def _each(schedules: Iterable[Any]) -> Iterator[Any]:
+    """The states of schedules, and of those that they are made of."""
+    for schedule in schedules:
+        yield schedule
+        yield from _each(schedule.get("_schedulers", ()))
+
+
+def _close(rates: Any, others: Sequence[Any]) -> bool:
+    return len(rates) == len(others) and all(
+        one == other if None in (one, other) else isclose(one, other, rel_tol=1e-6)
+        for one, other in zip(rates, others, strict=True)
+    )
 
 
 def _after_a_step(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -178,9 +178,9 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         module = build_module(
             plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.get("scheduler"))
         )
-        watch_own(trainer, cfg, plan)
         check_room(plan.run, trainer, module)
         remember_logits(module, plan, data, trainer)
+        watch_own(trainer, cfg, plan)
         choose_threads(module, data, trainer)
         compile_steps(module, plan, data, trainer)
     describe_run(cfg, plan, data, trainer, module)

@@ -8,12 +8,14 @@ import torch
 from helpers.training import job, linear, quiet_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from omegaconf import OmegaConf
 
 from rld_lightning.callbacks import (
     ExactResume,
     GradientNorm,
     LastCheckpoint,
     MetricsFile,
+    OwnSettings,
     TeacherMonitor,
     Throughput,
     WeightAverage,
@@ -39,12 +41,13 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.should_stop or self.left == 0
 
 
-def fit(folder, resume=None, batches=-1):
+def fit(folder, resume=None, batches=-1, lr=0.1):
     """Trains with accumulated gradients, a schedule and an average: 6 batches an epoch, 3 steps."""
     scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[4])
-    module = job(linear(), momentum=0.9, scheduler=scheduler, scheduler_interval="step")
+    module = job(linear(), lr=lr, momentum=0.9, scheduler=scheduler, scheduler_interval="step")
     watchers = [TeacherMonitor(), GradientNorm(), Throughput(), EarlyStopping("val/ce", patience=9)]
-    callbacks = [*watchers, WeightAverage(decay=0.9), ExactResume(), StopAfter(batches), LastCheckpoint(folder)]
+    own = OwnSettings(OmegaConf.create({"model": {"teacher": None}, "recipe": {"optimizer": {"lr": lr}}}))
+    callbacks = [*watchers, WeightAverage(decay=0.9), ExactResume(), own, StopAfter(batches), LastCheckpoint(folder)]
     options = {"max_epochs": 3, "accumulate_grad_batches": 2, "logger": MetricsFile(folder)}
     trainer = quiet_trainer(*callbacks, default_root_dir=folder, **options)
     trainer.fit(module, DigitsDataModule(batch_size=240), ckpt_path=resume, weights_only=True)
@@ -99,6 +102,9 @@ def test_one_that_nobody_has_altered_goes_on(checkpoint, tmp_path):
         (("optimizer_states", 0, "state", 0, "momentum_buffer"), torch.zeros(10), r"state\.0\.momentum_buffer is"),
         (("optimizer_states", 0, "state", 0, "momentum_buffer"), NAN, r"momentum_buffer is .*, not all finite"),
         (("optimizer_states", 0, "state", 7), {}, "has an entry 7, and this run has 2 parameters"),
+        (("optimizer_states", 0, "state", 1), GONE, r"optimizer_states have \[1\] entries, and had \[2\] when they"),
+        (("optimizer_states", 0, "param_groups", 0, "initial_lr"), 1.0, r"began with the .* \[1\.0\], .* \[0\.1\]"),
+        (("lr_schedulers", 0, "base_lrs"), [1.0], r"base_lrs of lr_schedulers is \[1\.0\], .* began with \[0\.1\]"),
         (("optimizer_states", 0, "param_groups", 0, "momentum"), 0.5, "momentum is 0.5, and has to be 0.9"),
         (("optimizer_states", 0, "param_groups", 0, "lr"), float("inf"), "lr is inf, and has to be a number"),
         (("lr_schedulers",), [], "lr_schedulers is a list, and has to be a list of 1"),
@@ -120,6 +126,16 @@ def test_an_altered_one_is_refused(checkpoint, tmp_path, path, value, words):
         fit(tmp_path, tmp_path / "last.ckpt")
     assert "anew in another folder." in str(refused.value)
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_where_the_rate_began_is_as_the_settings_say(checkpoint, tmp_path):
+    altered = put(checkpoint, ("optimizer_states", 0, "param_groups", 0, "initial_lr"), 0.2)
+    write_checkpoint(put(altered, ("lr_schedulers", 0, "base_lrs"), [0.2]), tmp_path / "last.ckpt", keep=False)
+    with pytest.raises(UserError, match=r"began with the learning rates \[0\.2\], and have to begin with \[0\.1\]"):
+        fit(tmp_path, tmp_path / "last.ckpt")
+    write_checkpoint(checkpoint, tmp_path / "last.ckpt", keep=False)
+    (group,) = fit(tmp_path, tmp_path / "last.ckpt", lr=0.2).optimizers[0].param_groups
+    assert group["initial_lr"] == pytest.approx(0.2), "another one that the run says is taken"
 
 
 def test_the_one_before_it_is_the_way_out(checkpoint, tmp_path):

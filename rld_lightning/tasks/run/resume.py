@@ -21,6 +21,7 @@ from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import hyper_parameters
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
+from rld_lightning.runs.checkpoint_form import RATES
 from rld_lightning.runs.files import CONFIG, ERROR, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
 from rld_lightning.runs.likeness import changes, refuse_changes, refuse_other_settings
 from rld_lightning.runs.summary import Summary, read_summary
@@ -29,7 +30,7 @@ from rld_lightning.watching import callbacks_of
 
 # What a run may change that goes on after it has diverged.
 AGAINST_DIVERGENCE = (
-    *("recipe.optimizer.lr", "recipe.scheduler.max_lr"),
+    *RATES,
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
 )
 _LIGHTNING = "pytorch-lightning_version"  # what Lightning calls its own in each checkpoint

@@ -25,7 +25,7 @@ from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import images_to_come
 from rld_lightning.tasks.run.plan import Plan, Teacher
-from rld_lightning.tasks.teacher.fill_cache import fill_table
+from rld_lightning.tasks.teacher.fill_cache import FillAhead
 
 _SHARE = 0.05  # of a step that the teacher has to take: looking up is not for nothing
 _SAMPLE = 2000  # rows
@@ -35,6 +35,8 @@ _BLOCK = 512  # bytes, in which systems count what a file takes
 
 def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
     """Has the teacher remember its logits, in a file beside the teachers, where that is wanted; prints one line.
+
+    Where all are to be computed ahead, the trainer gets a callback that does so as it begins.
 
     Raises:
         ValueError: an unknown type to keep logits in, or no room for them where they are to be kept.
@@ -67,7 +69,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     table.asked = partial(data.views_of, slice(0, data.train_size))
     module.teacher.remember(table)
     if ahead:
-        fill_table(module.teacher, data, trainer)
+        vars(trainer)["callbacks"].append(FillAhead())
 
 
 def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModule) -> None:

@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -17,12 +18,31 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import is_first
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.logits_table import LogitsTable
+from rld_lightning.models.teacher.resident_table import ResidentTable
 
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
 _AHEAD = 2  # batches that are computed while one is written
 _IMAGES = 32  # whose views are looked at together, for what is missing
 _SAY_SECONDS = 60.0
+
+
+class FillAhead(Callback):
+    """Fills the table of a run's teacher before its first step, once a checkpoint that it goes on from is accepted.
+
+    With as many threads as there are when it is made: its batches are larger than those of a step.
+    """
+
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Fills it; those who look at the checkpoint come before."""
+        of_step = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        fill_table(pl_module.teacher, vars(trainer)["datamodule"], trainer)
+        torch.set_num_threads(of_step)
+        pl_module.teacher.place(trainer.strategy.root_device)
 
 
 def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) -> None:
@@ -42,7 +62,9 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     teacher.place(device)
     if teacher.table is not None and teacher.table.complete:
         return
-    teacher.remember(table)  # the file: whether all is known is looked up where it is brought to the device to train
+    # The file: whether all is known is looked up where it is brought to the device to train.
+    table = table.file if isinstance(table, ResidentTable) else table
+    teacher.remember(table)
     started, computed = time.monotonic(), 0
     writing: deque[Future[Tensor]] = deque()
     # Leaving waits for what is being written, whatever the reason.

@@ -23,6 +23,7 @@ from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.logits_table import LogitsTable, round_beside_label, table_key
 from rld_lightning.models.teacher.resident_table import ResidentTable
 from rld_lightning.models.teacher.teacher_store import TeacherStore
+from rld_lightning.runs.checkpoint import write_checkpoint
 from rld_lightning.tasks.cache import cache
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher import cached_logits
@@ -79,6 +80,12 @@ def test_the_second_run_computes_no_logits_and_ends_with_the_same_weights(tmp_pa
     assert not computed
     assert_close(first, live, rtol=0, atol=0)
     assert_close(second, first, rtol=0, atol=0)
+    altered = torch.load(tmp_path / "second/last.ckpt", weights_only=True)
+    del altered["optimizer_states"][0]["state"][3]
+    write_checkpoint(altered, tmp_path / "altered.ckpt", keep=False)
+    with pytest.raises(UserError, match=r"and had .* when they were written"):
+        run(tmp_path / "third", teachers, *options[:1], "model.teacher.cache=fill", f"resume={tmp_path}/altered.ckpt")
+    assert not computed, "before anything is computed ahead"
     output = capsys.readouterr().out
     assert "the teacher's logits of 12,933 views are looked up, in float32, 0.5 MB when full, about 0 % known" in output
 
@@ -235,15 +242,19 @@ def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys,
 
 
 def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatch):
-    filled, keys = [], []
-    monkeypatch.setattr(cached_logits, "fill_table", lambda *_: filled.append(True))
+    callbacks, keys = [], []
     monkeypatch.setattr(cached_logits, "table_key", lambda *args: keys.append(args) or table_key(*args))
     data = ready(DigitsDataModule(val_fraction=0.1), 0, 1)
     gpu = SimpleNamespace(root_device=torch.device("cuda"))
 
     def table(epochs, cache="auto"):
         trainer = SimpleNamespace(
-            precision="32-true", strategy=gpu, max_epochs=epochs, max_steps=-1, limit_train_batches=1.0
+            precision="32-true",
+            strategy=gpu,
+            max_epochs=epochs,
+            max_steps=-1,
+            limit_train_batches=1.0,
+            callbacks=callbacks,
         )
         torch.manual_seed(0)
         module = module_with(KDLoss())
@@ -254,10 +265,10 @@ def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatc
     assert "off: on a GPU it pays only if all logits are known or the run is long" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.logits"))
     assert table(3, cache=True) is not None
-    assert not filled
+    assert not callbacks
     del keys[:]
     assert table(data.train_views) is not None  # as long as computing all of them
-    assert filled
+    assert [type(callback).__name__ for callback in callbacks] == ["FillAhead"]
     assert len(keys) == 1  # a hash of all weights
     known = table(3, cache=True)
     for view in known.asked().split(1000):  # of the images that are trained on; the held-out ones' stay unknown

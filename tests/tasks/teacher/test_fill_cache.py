@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from rld_lightning import FrozenTeacher, create_model
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.teacher.logits_table import LogitsTable
+from rld_lightning.models.teacher.resident_table import ResidentTable
 from rld_lightning.tasks.teacher.fill_cache import fill_table
 
 
@@ -69,7 +70,10 @@ def test_it_goes_on_where_it_was_interrupted_and_leaves_out_what_another_has_don
     with pytest.raises(KeyboardInterrupt):
         fill_table(teacher_with(tmp_path / "table", data), data, trainer())
     resumed = True
-    fill_table(teacher_with(tmp_path / "table", data), data, trainer(rank=1, world=3))
+    teacher = teacher_with(tmp_path / "table", data)
+    teacher.remember(ResidentTable(teacher.table, torch.device("cpu")))  # as on a GPU
+    fill_table(teacher, data, trainer(rank=1, world=3))
+    assert type(teacher.table) is LogitsTable, "which is looked at anew where training begins"
     assert sum(computed) == data.train_size * 9, "each once"
     capsys.readouterr()
     fill_table(teacher_with(tmp_path / "table", data), data, trainer(rank=2, world=3))
