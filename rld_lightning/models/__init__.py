@@ -1,8 +1,8 @@
 """Networks by name, and intermediate features by module path.
 
-Families of networks lie in ``cifar/`` and ``imagenet/``. Every file there is imported here, so one that registers its
-models with :func:`~rld_lightning.models.registry.register_model` needs no other. Files of weights are read and written
-in ``weights/``; the frozen teacher and what it is made of lie in ``teacher/``.
+Network families are in ``cifar/`` and ``imagenet/``. Every file there is imported here, so adding a file that calls
+:func:`~rld_lightning.models.registry.register_model` is enough to add a network. ``weights/`` reads and writes weights
+files; ``teacher/`` holds the frozen teacher and its parts.
 """
 
 from importlib import import_module

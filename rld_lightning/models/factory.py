@@ -1,4 +1,4 @@
-"""The one door to every network: by registered name, or ``torchvision/<name>`` and ``timm/<name>``."""
+"""Creates any network by name: registered, ``torchvision/<name>``, ``timm/<name>`` or an external one."""
 
 import re
 from contextlib import suppress
@@ -23,35 +23,35 @@ from rld_lightning.models.libraries import (
 )
 from rld_lightning.models.stages import classifier_of
 
-_GRAFTED = re.compile(r"([^@]*(?:@\d+)?)@(.*)")  # the student's name may have a size, and so may the teacher's
+_GRAFTED = re.compile(r"([^@]*(?:@\d+)?)@(.*)")  # "student@teacher"; each may have a size appended
 _LIBRARIES = {"torchvision": (torchvision_names, torchvision_model), "timm": (timm_names, timm_model)}
 
 
 def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
-    """A network by name, freshly initialised.
+    """Creates a freshly initialised network by name.
 
-    In-place activations of torchvision and timm networks are switched off, since they would overwrite tapped features,
-    and the auxiliary classifiers of torchvision's ``googlenet`` and ``inception_v3`` are left out.
+    In-place activations of torchvision and timm networks are disabled, since they would overwrite tapped features;
+    torchvision's ``googlenet`` and ``inception_v3`` are built without their auxiliary classifiers.
 
     Args:
         name: a registered name (``"wrn40_2"``, also as ``"wrn_40_2"``, see
             :func:`~rld_lightning.models.registry.canonical_name`), ``"torchvision/resnet34"`` or
-            ``"timm/vit_tiny_patch16_224"``; or two of them, ``"resnet8@resnet32x4"``: the first, to be given the
-            classifier of a trained second, see :class:`~rld_lightning.models.graft.GraftedStudent`. With a size
-            appended, ``"timm/resnet18@224"``, a network first resizes images to that many pixels a side. Also
-            ``"my_package.module:build"`` and ``"transformers/<model>"``, if the user has named them, see
+            ``"timm/vit_tiny_patch16_224"``. Two names, ``"resnet8@resnet32x4"``, create the first network with room for
+            the classifier of a trained second one, see :class:`~rld_lightning.models.graft.GraftedStudent`. With a size
+            appended, ``"timm/resnet18@224"``, the network first resizes images to that height and width. Also
+            ``"my_package.module:build"`` and ``"transformers/<model>"``, if the user has trusted the name, see
             :func:`~rld_lightning.models.imported.trust`.
         num_classes: number of logits, at least 2.
-        **kwargs: passed to the (first) builder. The two libraries take ``pretrained=True``: ImageNet weights, with a
-            fresh classifier when ``num_classes`` is not theirs. For torchvision these are the original ones
-            (``IMAGENET1K_V1``, the teachers of the literature) where a network has several.
+        **kwargs: passed to the (first) builder. Both libraries accept ``pretrained=True``: ImageNet weights, with a
+            fresh classifier if ``num_classes`` differs from theirs. If torchvision has several weights for a network,
+            the original ones are used (``IMAGENET1K_V1``, the teachers of the literature).
 
     Returns:
         the network; maps ``(B, 3, H, W)`` to ``(B, num_classes)``.
 
     Raises:
-        ValueError: an unknown name, fewer than two classes, or ``pretrained`` weights that timm does not have.
-        ImportError: a ``timm/`` name without timm.
+        ValueError: the name is unknown, there are fewer than two classes, or timm has no ``pretrained`` weights for it.
+        ImportError: a ``timm/`` name, and timm is not installed.
     """
     if not isinstance(cast(object, num_classes), Integral) or num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; it must be a whole number >= 2.")
@@ -71,26 +71,26 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
 
 
 def blueprint(name: str, num_classes: int = 100) -> nn.Module:
-    """A network for its keys and shapes, without memory for its weights where its builder can do that.
+    """Creates a network only for its keys and shapes: on the meta device, without memory, if its builder supports that.
 
-    A builder of the user's may load files, or compute with what it makes, so that it builds as it always does.
+    A user's own builder may load files or compute with its tensors, so it builds on the CPU.
 
     Args:
-        name: as for :func:`create_model`, and what it raises.
+        name: as for :func:`create_model`, which also lists the errors raised.
         num_classes: C.
     """
     with suppress(NotImplementedError), torch.device("cpu" if ":" in name else "meta"):
         return create_model(name, num_classes)
-    # RegNets compute widths with tensors, which meta ones refuse.
+    # RegNets compute widths with tensors, which fails on the meta device.
     return create_model(name, num_classes)
 
 
 def check_name(name: str) -> None:
-    """Looks whether :func:`create_model` knows a name; what is from elsewhere only a try can tell.
+    """Checks that :func:`create_model` knows a name; external networks are not checked, which would need building them.
 
     Raises:
-        ValueError: an unknown name.
-        ImportError: a ``timm/`` name without timm.
+        ValueError: the name is unknown.
+        ImportError: a ``timm/`` name, and timm is not installed.
     """
     name, _ = split_size(name)
     if is_from_elsewhere(name):
@@ -113,11 +113,11 @@ def _from_elsewhere(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that :func:`create_model` knows, in natural order (``resnet8`` before ``resnet14``).
+    """Lists the names that :func:`create_model` knows, in natural order (``resnet8`` before ``resnet14``).
 
     Args:
-        pattern: shell-style, upper and lower case differ. Registered names unless it begins with ``torchvision/`` or
-            ``timm/``: ``"wrn*"``, ``"torchvision/resnet*"``.
+        pattern: shell-style and case-sensitive, such as ``"wrn*"`` or ``"torchvision/resnet*"``. Matches registered
+            names, unless it begins with ``torchvision/`` or ``timm/``.
     """
     library, slash, _ = pattern.partition("/")
     if slash and library in _LIBRARIES:

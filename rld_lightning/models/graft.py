@@ -1,4 +1,4 @@
-"""A student that ends in its teacher's classifier (SimKD): Chen et al., CVPR 2022, arXiv 2203.14001."""
+"""A student that uses its teacher's classifier (SimKD): Chen et al., CVPR 2022, arXiv 2203.14001."""
 
 from copy import deepcopy
 
@@ -10,33 +10,32 @@ from rld_lightning.models.taps import forward_with_taps, unwrap
 
 
 class GraftedStudent(nn.Module):
-    """A network whose deepest map, projected to another one's width, is averaged and classified by that one's layer.
+    """A backbone whose deepest map is projected to the teacher's width, averaged and classified by the teacher's layer.
 
     ``logits = classifier(mean over positions of projector(map))``. The projector is a 1x1, a 3x3 and a 1x1
     convolution without biases, each followed by batch norm and ReLU, with half of the classifier's width in between.
-    The classifier does not train, yet it is saved with the rest, as it is needed at test time.
+    The classifier is frozen, but saved with the rest, since it is needed at test time.
 
-    The map is the last one or, where a 1x1 convolution only makes it wider for the network's own classifier (ShuffleV2,
-    MobileNetV2), the one before: that convolution is left out, as in the published code. Networks of the libraries keep
-    theirs.
+    The map is the last one. If a 1x1 convolution only widens it for the network's own classifier (ShuffleV2,
+    MobileNetV2), that convolution is removed, as in the published code; networks of the libraries keep theirs.
 
-    In the published code a map larger than the teacher's is pooled to the teacher's size before the projector; here the
-    projector sees the network's own resolution, so that the network can be built and used without its teacher.
+    The published code pools a map larger than the teacher's to the teacher's size before the projector; here the
+    projector runs at the network's own resolution, so that the network can be built and used without its teacher.
 
     Args:
-        backbone: a network whose stages name a last map; taken over, and left without its own classifier.
-        classifier: the layer to end in; taken over, and frozen.
+        backbone: a network whose stages name a last map; modified: loses its own classifier.
+        classifier: the layer to use; modified: frozen.
 
     Raises:
-        ValueError: the backbone's classifier is not one linear layer whose input is the average of a map, or is
-            another network's already.
+        ValueError: the backbone's classifier is not one linear layer whose input is the average of a map, or the
+            backbone is already grafted.
     """
 
     def __init__(self, backbone: nn.Module, classifier: nn.Linear) -> None:
         super().__init__()
         backbone = unwrap(backbone)
         if isinstance(backbone, GraftedStudent):
-            raise ValueError("the student ends in another network's classifier already; graft a plain network.")
+            raise ValueError("the student already ends in another network's classifier; graft a plain network.")
         own = stages_of(backbone)
         if not own.last_map:
             raise ValueError(
@@ -63,29 +62,29 @@ class GraftedStudent(nn.Module):
         self.classifier = classifier.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to logits ``(B, C)``."""
+        """Maps ``(B, 3, H, W)`` to logits ``(B, C)``."""
         _, features = forward_with_taps(self.backbone, images, [self._last_map])
         return self.classifier(self.projector(features[self._last_map]).mean((2, 3)))
 
 
 def graft(student: nn.Module, teacher: nn.Module) -> GraftedStudent:
-    """The student with a fresh projector and a frozen copy of the teacher's classifier.
+    """Returns the student with a fresh projector and a frozen copy of the teacher's classifier.
 
     Args:
-        student: taken over, not copied; loses its own classifier.
-        teacher: left as it is.
+        student: modified, not copied; loses its own classifier.
+        teacher: not changed.
 
     Raises:
-        ValueError: see :class:`GraftedStudent`; the same of the teacher's classifier.
+        ValueError: see :class:`GraftedStudent`; likewise for the teacher's classifier.
     """
     like = next(student.parameters())
     classifier = deepcopy(classifier_of(teacher)).train()
-    classifier.__class__ = nn.Linear  # a frozen teacher's is not reached by autocast, the student's is
+    classifier.__class__ = nn.Linear  # a FrozenTeacher's layer ignores autocast
     return GraftedStudent(student, classifier).to(like)
 
 
 def _channels_before(stages: Stages, network: nn.Module) -> int:
-    """The width of the map that is grafted: what the first widening layer takes in, else the classifier."""
+    """Returns the width of the grafted map: the input width of the first widening layer, else of the classifier."""
     if not stages.widening:
         return classifier_of(network).in_features
     first = network.get_submodule(stages.widening[0])

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm; either library is imported when it is asked for."""
+"""Networks of torchvision, timm and transformers; each library is imported only when it is needed."""
 
 import os
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from rld_lightning.models import huggingface
 from rld_lightning.models.huggingface import transformers_classes, transformers_input
 from rld_lightning.models.input_size import split_size
 
-# Whose errors are those of a network.
+# Packages whose errors are network failures.
 _CLIENTS = {"huggingface_hub", "httpx", "requests", "urllib3"}
-# With auxiliary classifiers these two return a tuple while they train. Their published weights were trained on images
-# in [-1, 1], to which `transform_input` converts; always, because no file of weights would say whether to.
+# With auxiliary classifiers these two return a tuple in training mode. Their published weights were trained on images
+# in [-1, 1]; `transform_input` converts to that range. It is always on, because weights files do not record it.
 _INCEPTIONS = ("googlenet", "inception_v3")
 _INCEPTION_OPTIONS = {"aux_logits": False, "transform_input": True, "init_weights": True}
 
 
 def torchvision_names() -> list[str]:
-    """What torchvision calls its classifiers."""
+    """Lists the names of torchvision's classifiers."""
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def timm_names() -> list[str]:
-    """What timm calls its networks.
+    """Lists the names of timm's networks.
 
     Raises:
         ImportError: timm is not installed.
@@ -40,7 +40,7 @@ def timm_names() -> list[str]:
 
 
 def torchvision_model(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network of torchvision, by a name that it knows; arguments as those of ``create_model``."""
+    """Creates a torchvision network by its torchvision name; arguments as for ``create_model``."""
     import torchvision
 
     options = (_INCEPTION_OPTIONS if name in _INCEPTIONS else {}) | kwargs
@@ -57,14 +57,14 @@ def torchvision_model(name: str, num_classes: int, pretrained: bool = False, **k
 
 
 def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
-    """What the pretrained weights of a network want to see, as its library says.
+    """Returns the input that a network's pretrained weights expect, as published by its library.
 
     Args:
-        name: ``"torchvision/<name>"`` or ``"timm/<name>"``.
+        name: ``"torchvision/<name>"``, ``"timm/<name>"`` or ``"transformers/<model>"``.
 
     Returns:
-        mean and standard deviation of each channel that images are normalised with, and the side of the images; None
-        for other networks, and where the library does not say.
+        the mean and standard deviation of each channel for the normalisation, and the height and width of the images;
+        None for other networks, and if the library does not publish them.
     """
     name, _ = split_size(name)
     library, _, plain = name.partition("/")
@@ -81,9 +81,9 @@ def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], in
 
 
 def published_classes(name: str) -> list[str] | None:
-    """What the classes of a network's pretrained weights are called; None for other networks.
+    """Returns the class names of a network's pretrained weights; None for other networks.
 
-    timm does not name them. Its classifiers of 1,000 classes have those of ImageNet in the usual order, by WordNet id.
+    timm does not name them: for its classifiers with 1,000 classes, ImageNet's are returned, ordered by WordNet id.
     """
     name, _ = split_size(name)
     library, _, plain = name.partition("/")
@@ -113,20 +113,20 @@ def _import_timm() -> ModuleType:
 
 
 def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """A network of timm, by a name that it knows; arguments as those of ``create_model``.
+    """Creates a timm network by its timm name; arguments as for ``create_model``.
 
     Raises:
-        ValueError: timm has no pretrained weights of it, and they are wanted.
+        ValueError: ``pretrained`` is set and timm has no pretrained weights for the network.
     """
     timm = _import_timm()
-    if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would go on with random ones
+    if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would silently use random ones
         raise ValueError(f"timm has no pretrained weights of {name}; timm.list_pretrained() lists the models that do.")
     with _fetching(f"timm/{name}", _hub_cache()):
         return _without_inplace(timm.create_model(name, num_classes=num_classes, **kwargs))
 
 
 def transformers_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """As that of :mod:`~rld_lightning.models.huggingface`, and says in a sentence what cannot be fetched."""
+    """Same as :func:`huggingface.transformers_model`, with download failures reported in one sentence."""
     with _fetching(name, _hub_cache()):
         return _without_inplace(huggingface.transformers_model(name, num_classes, pretrained))
 
@@ -137,23 +137,23 @@ def _hub_cache() -> Path:
 
 @contextmanager
 def _fetching(name: str, cache: Path) -> Iterator[None]:
-    """Says in a sentence that weights could not be fetched; each library has errors of its own for it."""
+    """Reports a failed download in one sentence; each library raises its own errors for that."""
     try:
         yield
     except Exception as error:
-        # Of urllib, or of the hub's clients; what was cut short has another checksum.
+        # OSError is urllib's; a download that was cut short has a wrong checksum.
         of_network = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
         if not of_network and "invalid hash" not in str(error):
             raise
         raise ConnectionError(
             f"the pretrained weights of {name} are not in {cache} and cannot be fetched ({first_line(error)}): run it "
-            "once where there is a network, bring that folder along, or take other weights (a file, or null for random "
-            "ones)."
+            "once on a machine with network access and copy that folder, or use other weights (a file, or null for "
+            "random ones)."
         ) from error
 
 
 def _without_inplace(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if getattr(module, "inplace", False):
-            setattr(module, "inplace", False)  # noqa: B010 -- of whatever class it is
+            setattr(module, "inplace", False)  # noqa: B010 -- mypy knows no such attribute of a Module
     return model

@@ -1,4 +1,4 @@
-"""Where networks of this package, and of a user's own, get their names."""
+"""The registry of networks by name, for this package's and the user's own."""
 
 import re
 from collections.abc import Callable
@@ -12,15 +12,15 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(builder: ModelBuilder) -> ModelBuilder:
-    """Decorator: :func:`~rld_lightning.models.create_model` finds the function or class under its own name, lower case.
+    """Decorator that registers a builder under its lower-case name, for :func:`~rld_lightning.models.create_model`.
 
-    The name is an option of the command line, too: ``model=<name>``.
+    The name is also an option of the command line: ``model=<name>``.
 
     Args:
-        builder: called as ``builder(num_classes=..., **kwargs)``; gives the network.
+        builder: called as ``builder(num_classes=..., **kwargs)``; returns the network.
 
     Raises:
-        ValueError: the name is taken, be it in another spelling.
+        ValueError: the name is already registered, possibly in another spelling.
     """
     name = builder.__name__.lower()
     if (taken := canonical_name(name)) in REGISTRY:
@@ -30,7 +30,7 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
 
 
 def register_size(name: str, family: Callable[..., nn.Module], *size: Any) -> Callable[..., nn.Module]:
-    """Registers ``family(*size, num_classes=...)`` under a name, as :func:`register_model` does a function."""
+    """Registers ``family(*size, num_classes=...)`` under a name, like :func:`register_model`."""
 
     def build(num_classes: int = 100) -> nn.Module:
         return family(*size, num_classes=num_classes)
@@ -41,24 +41,23 @@ def register_size(name: str, family: Callable[..., nn.Module], *size: Any) -> Ca
 
 
 def canonical_name(name: str) -> str:
-    """A network's name as it is spelled here: ``wrn40_2`` of ``wrn_40_2``, ``resnet50`` of ``ResNet50``.
+    """Returns a network's registered spelling: ``wrn40_2`` for ``wrn_40_2``, ``resnet50`` for ``ResNet50``.
 
-    In registered names upper and lower case, ``-`` and ``_`` make no difference, because other code spells them
-    otherwise. Names of the libraries' networks and unknown ones stay as they are; of ``resnet8@wrn_16_2`` and
-    ``resnet8+wrn_16_2`` each of both is looked at.
+    Case, ``-`` and ``_`` are ignored, because other code bases spell the names differently. Library names and unknown
+    names are returned unchanged; in ``resnet8@wrn_16_2`` and ``resnet8+wrn_16_2`` both parts are converted.
     """
     spellings = {_plain(known): known for known in REGISTRY}
     return "".join(spellings.get(_plain(part), part) for part in re.split("([@+])", name))
 
 
 def names_of_members(name: str, count: int) -> tuple[str, ...]:
-    """The networks of a teacher's files: one for all, or one for each, as in ``resnet56+wrn40_2``.
+    """Returns the network name of each of a teacher's weights files: one name for all, or ``resnet56+wrn40_2``.
 
     Raises:
-        ValueError: it names more networks than one, and not as many as there are files.
+        ValueError: the name lists several networks, but not one per file.
     """
     names = tuple(name.split("+"))
-    if len(names) == 1 or (count == 1 and name.startswith("transformers/")):  # a folder of any name
+    if len(names) == 1 or (count == 1 and name.startswith("transformers/")):  # its path may contain "+"
         return (name,) * count
     if len(names) != count:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the stages of a network are, for losses that look at features."""
+"""The module paths of a network's stages, for feature losses."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,20 @@ from rld_lightning.models.taps import unwrap
 
 @dataclass(frozen=True)
 class Stages:
-    """Where feature losses look, as tap paths (:class:`~rld_lightning.models.taps.FeatureTaps`), shallow to deep.
+    """Tap paths of the features (see :class:`~rld_lightning.models.taps.FeatureTaps`), from shallow to deep.
 
     Attributes:
-        features: the stem's output, then each stage's; ``(B, channels, H, W)`` each, tokens where those are tokens.
-        preactivations: the inputs of the ReLU that ends each stage or, in a pre-activation network, comes next; the
-            stem's feature stands for itself. Empty when the family has none.
-        pooled: the classifier's input, ``(B, D)``; ``(B, D, 1, 1)`` where a timm network classifies by convolution.
-        last_map: what is averaged over all positions into the classifier's input, ``(B, D, H, W)``; empty where the
-            classifier's input is made in another way.
-        widening: modules between the deepest stage and the last map that only make it wider (a 1x1 convolution and what
-            follows it), first to last; empty where the deepest stage is the last map, or nothing is known.
-        norms: the batch norm that ends each stage, without the stem: its output is the preactivation or its main
-            summand. Paths of modules, for what is wanted is their scale and shift; empty when there is no single one.
+        features: the output of the stem and of each stage, ``(B, channels, H, W)`` each, or tokens in a transformer.
+        preactivations: the stem's feature, then for each stage the input of the ReLU that ends it (in a pre-activation
+            network, of the ReLU that follows it). Empty if the family has none.
+        pooled: the classifier's input, ``(B, D)``; ``(B, D, 1, 1)`` if a timm network classifies by convolution.
+        last_map: the map ``(B, D, H, W)`` whose average over all positions is the classifier's input; empty if that
+            input is computed in another way.
+        widening: modules between the deepest stage and the last map that only widen it (a 1x1 convolution, its norm and
+            activation), in order; empty if the deepest stage is the last map, or if unknown.
+        norms: the batch norm that ends each stage, without the stem; its output is the preactivation or its main
+            summand. Module paths rather than taps, since losses read their scale and shift; empty if there is no single
+            one.
     """
 
     features: tuple[str, ...]
@@ -33,16 +34,16 @@ class Stages:
 
 
 def stages_of(model: nn.Module) -> Stages:
-    """Where feature losses look in this network.
+    """Returns a network's stages.
 
     Args:
         model: a registered network, a torchvision ResNet or a timm network that declares ``feature_info``.
 
     Raises:
-        ValueError: nothing is known about the network; tap paths must then be named explicitly.
+        ValueError: the stages are unknown; tap paths must then be named explicitly.
     """
     model = unwrap(model)
-    # timm networks have `stages` too, and mean their layers.
+    # Some timm networks have a `stages` attribute too: their layers.
     if isinstance(declared := getattr(model, "stages", None), Stages):
         return declared
     if (stages := _torchvision_resnet_stages(model)) is not None:
@@ -61,13 +62,13 @@ def stages_of(model: nn.Module) -> Stages:
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:
-    """The linear layer that turns the pooled features into logits.
+    """Returns the linear layer that maps the pooled features to logits.
 
     Args:
-        model: a network whose stages are known, see :func:`stages_of`.
+        model: a network with known stages, see :func:`stages_of`.
 
     Raises:
-        ValueError: nothing is known about the network, or its classifier is not one linear layer.
+        ValueError: the stages are unknown, or the classifier is not one linear layer.
     """
     path = stages_of(model).pooled.removesuffix(":in")
     linear = [module for module in unwrap(model).get_submodule(path).modules() if isinstance(module, nn.Linear)]
@@ -77,7 +78,7 @@ def classifier_of(model: nn.Module) -> nn.Linear:
 
 
 def _torchvision_resnet_stages(model: nn.Module) -> Stages | None:
-    from torchvision.models.resnet import Bottleneck, ResNet  # a second that networks of this package need not wait
+    from torchvision.models.resnet import Bottleneck, ResNet  # here, as the import takes a second
 
     if not isinstance(model, ResNet):
         return None
@@ -98,11 +99,11 @@ def _timm_stages(model: nn.Module) -> Stages | None:
         return None
     paths = {module: path for path, module in model.named_modules()}
     features = tuple(entry["module"] for entry in getattr(info, "info", info))
-    # Distilled networks have a tuple of classifiers, and some entries name modules of timm's feature extractors only.
+    # Distilled networks have a tuple of classifiers; some entries name modules of timm's feature extractors only.
     classifier = paths.get(get_classifier())
     if classifier is None or not set(features) <= set(paths.values()):
         return None
-    # Some make the average wider before they classify it.
+    # Some networks widen the average before the classifier.
     averages = getattr(getattr(model, "global_pool", None), "pool_type", None) == "avg"
     averages = averages and getattr(model, "head_hidden_size", None) == model.num_features
     return Stages(features, (), f"{classifier}:in", "global_pool:in" if averages else "")

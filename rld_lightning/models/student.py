@@ -1,4 +1,4 @@
-"""A trained network ready to use: its weights, its classes, and what it wants to see, from whatever holds them."""
+"""A trained network ready for use, with its weights, classes and preprocessing, loaded from any of our files."""
 
 import os
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from rld_lightning.models.weights.verify import create_fitting
 if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture
 
-EXPORT = "export"  # the folder of an export within that of a run
+EXPORT = "export"  # folder of an export in a run directory
 
 
 class Prediction(NamedTuple):
-    """What a network takes a picture for, and how sure it is, in [0, 1]."""
+    """A predicted class and its probability, in [0, 1]."""
 
     name: str
     probability: float
@@ -34,8 +34,8 @@ class Student(nn.Module):
         network: maps normalised images ``(B, 3, H, W)`` to logits ``(B, C)``.
         classes: the C names, in the order of the logits.
         transform: converts a picture to the network's input, ``(3, H, W)``.
-        name: of the network, for :func:`~rld_lightning.models.create_model`.
-        facts: what its file says.
+        name: the network's name for :func:`~rld_lightning.models.create_model`.
+        facts: the metadata of its weights file.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Student(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, C)`` of normalised images ``(B, 3, H, W)``."""
+        """Returns the logits ``(B, C)`` of normalised images ``(B, 3, H, W)``."""
         return self.network(images)
 
     @torch.inference_mode()
     def predict(self, *pictures: "Picture", top: int = 5) -> list[list[Prediction]]:
-        """The most likely classes of each picture, best first.
+        """Returns the most likely classes of each picture, best first.
 
         Args:
             pictures: paths, PIL images, arrays or tensors, see :class:`Preprocessing`.
@@ -78,40 +78,40 @@ def load_student(
     *,
     name: str | None = None,
     class_names: Sequence[str] | None = None,
-    **look: Any,
+    **preprocessing: Any,
 ) -> Student:
-    """Loads a trained network from a run directory, an export, or any weights file; nothing in it is executed.
+    """Loads a trained network from a run directory, an export or any weights file, without executing anything in it.
 
     Args:
         path: a run directory, a folder in the layout of the Hugging Face Hub (``config.json`` and
             ``model.safetensors``), a ``.safetensors`` file or a checkpoint.
-        name: the network, if the file does not contain it, or to override it.
-        class_names: the classes in the order of the logits, likewise; numbers if neither gives them.
-        look: ``image_size``, ``resize``, ``mean``, ``std`` and ``interpolation``, likewise.
+        name: the network; overrides the file's.
+        class_names: the classes in the order of the logits; overrides the file's. Numbers if neither has them.
+        preprocessing: ``image_size``, ``resize``, ``mean``, ``std`` and ``interpolation``; override the file's.
 
     Returns:
         the network in evaluation mode on the CPU, with ``classes`` and ``transform``.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        WeightsError: it cannot be used, or lacks metadata.
-        ValueError: it names a user-defined network that you have neither named nor trusted.
+        WeightsError: the file cannot be used, or lacks metadata.
+        ValueError: the file names an external network that you have neither named nor trusted.
     """
     weights = find_weights(path)
     facts = facts_of(weights)
     if (name or facts.name) is None:
         raise WeightsError(f"{weights.source} does not say which model it is of; give name=<model>")
-    trust(name)  # but not what the file says
+    trust(name)  # not the name in the file
     name = str(name or facts.name)
     classes = list(class_names or facts.class_names or ())
     number = len(classes) or facts.num_classes or _width(weights)
     network, _ = create_fitting(name, number, weights)
-    transform = preprocessing_of(facts, name, weights.source, **look)
+    transform = preprocessing_of(facts, name, weights.source, **preprocessing)
     return Student(network, classes or [str(index) for index in range(number)], transform, name, facts)
 
 
 def _width(weights: Weights) -> int:
-    """How many classes the last layer of a network tells apart, by its bias or weight."""
+    """Returns the number of outputs of the last layer, by the shape of its bias or weight."""
     last = [
         value for key, value in weights.state_dict.items() if value.ndim in (1, 2) and key.endswith(("bias", "weight"))
     ]

@@ -1,4 +1,4 @@
-"""Intermediate tensors of any network by module path, read with forward hooks."""
+"""Intermediate tensors of any network by module path, captured with forward hooks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,28 +14,26 @@ from rld_lightning.errors import did_you_mean
 
 
 class FeatureTaps:
-    """Captures what named modules give or get while the context is open.
+    """Captures the outputs or inputs of named modules while the context is open.
 
-    A path names a module as ``named_modules()`` does and stands for its output: ``"layer1"``. With ``:in`` it stands
-    for the module's first positional input: ``"layer1.2.relu:in"``. Hooks exist only inside the ``with`` block and are
-    removed however it ends::
+    A path is a module's name in ``named_modules()`` and stands for its output: ``"layer1"``. With ``:in`` it stands for
+    the module's first positional input: ``"layer1.2.relu:in"``. Hooks exist only inside the ``with`` block::
 
         with FeatureTaps(model, ["layer1", "fc:in"]) as taps:
             logits = model(images)
         taps.features["layer1"]
 
-    Of a module that runs several times in a forward, or in several forwards, the last call counts. Tensors are captured
-    as they are: with their gradient, and without a copy.
+    If a module runs several times, its last call is captured. Tensors are not copied or detached.
 
-    The taps of a ``DistributedDataParallel`` or ``torch.compile`` wrapper are those of the module inside. Code compiled
-    before the taps were opened does not run them (:attr:`features` then raises); open them before the first call.
+    ``DistributedDataParallel`` and ``torch.compile`` wrappers are unwrapped. Code compiled before the taps were opened
+    does not run the hooks (:attr:`features` then raises), so open them before the first call.
 
     Args:
-        model: the network whose forward is watched; it is not changed.
-        paths: tap paths; repeated ones count once.
+        model: the network; not changed.
+        paths: tap paths; duplicates are ignored.
 
     Raises:
-        ValueError: a path that names no module of the model.
+        ValueError: a path names no module of the model.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
@@ -63,7 +61,7 @@ class FeatureTaps:
 
     @property
     def features(self) -> dict[str, Tensor]:
-        """The captured tensors by path, in the order asked for.
+        """The captured tensors by path, in the order of the paths given.
 
         Raises:
             RuntimeError: a tapped module did not run, or its tensor was later overwritten by an in-place operation.
@@ -90,25 +88,25 @@ class FeatureTaps:
 
     def _capture(self, path: str, value: Any) -> None:
         if not isinstance(value, Tensor):
-            raise TypeError(f"tap {path!r} meets a {type(value).__name__}, not a tensor; name a module further inside.")
+            raise TypeError(f"tap {path!r} captured a {type(value).__name__}, not a tensor; name a module inside it.")
         self._captured[path] = value
-        # Inference tensors carry no version counter.
+        # Inference tensors have no version counter.
         self._versions[path] = 0 if value.is_inference() else value._version
 
 
 def forward_with_taps(model: nn.Module, images: Tensor, paths: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward pass, and the tensors at the tap paths.
+    """Runs one forward pass and captures the tensors at the tap paths.
 
     Args:
         model: any network that maps a batch of images to logits.
         images: ``(B, 3, H, W)``.
-        paths: tap paths, see :class:`FeatureTaps`; without any, no hook is registered.
+        paths: tap paths, see :class:`FeatureTaps`; if empty, no hook is registered.
 
     Returns:
-        logits ``(B, C)``, and the captured tensors by path.
+        the logits ``(B, C)``, and the captured tensors by path.
 
     Raises:
-        ValueError: a path that names no module of the model; nothing has run then.
+        ValueError: a path names no module of the model; raised before the forward pass.
     """
     paths = tuple(paths)
     if not paths:
@@ -119,9 +117,9 @@ def forward_with_taps(model: nn.Module, images: Tensor, paths: Iterable[str] = (
 
 
 def feature_shapes(model: nn.Module, image_shape: Sequence[int], paths: Iterable[str]) -> dict[str, torch.Size]:
-    """The shapes at the tap paths for a batch of two images; the model is left as it was.
+    """Returns the shapes at the tap paths for a batch of two images; the model is not changed.
 
-    One forward of zeros runs in evaluation mode, on the model's own device and type.
+    Runs one forward pass of zeros in evaluation mode, on the model's device and dtype.
 
     Args:
         model: any network that takes one batch of images.
@@ -129,7 +127,7 @@ def feature_shapes(model: nn.Module, image_shape: Sequence[int], paths: Iterable
         paths: tap paths, see :class:`FeatureTaps`.
 
     Raises:
-        ValueError: a path that names no module of the model.
+        ValueError: a path names no module of the model.
     """
     like = next(model.parameters(), torch.empty(0))
     images = torch.zeros(2, *image_shape, device=like.device, dtype=like.dtype)
@@ -140,19 +138,19 @@ def feature_shapes(model: nn.Module, image_shape: Sequence[int], paths: Iterable
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode and afterwards each of its modules back in the mode that it was in."""
+    """Context with the model in evaluation mode; on exit each module's own mode is restored."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        # Module by module: a part of the model may have been frozen on purpose.
+        # Per module, because part of the model may have been in evaluation mode on purpose.
         for module, mode in training.items():
             module.training = mode
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
+    """Returns the plain module inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):

@@ -195,7 +195,7 @@ def test_only_a_network_that_averages_a_map_can_be_grafted():
     with pytest.raises(ValueError, match="Tokens does not classify the average of a map"):
         graft(model, create_model("resnet8", CLASSES))
     assert isinstance(model.head, nn.Linear)
-    with pytest.raises(ValueError, match="ends in another network's classifier already"):
+    with pytest.raises(ValueError, match="already ends in another network's classifier"):
         graft(create_model("resnet8@vgg8"), create_model("resnet8"))
 
 

@@ -122,7 +122,7 @@ def test_overwritten_features_are_not_handed_out(path):
 
 def test_what_is_not_a_tensor_is_refused():
     model = nn.Sequential(nn.LSTM(3, 2))
-    with pytest.raises(TypeError, match="tap '0' meets a tuple"):
+    with pytest.raises(TypeError, match="tap '0' captured a tuple"):
         forward_with_taps(model, torch.ones(1, 3), ["0"])
     assert hooks(model) == 0
 
