@@ -1,4 +1,4 @@
-"""The classes of a network, put into another order."""
+"""Reordering and matching the classes of a network."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from rld_lightning.models.factory import blueprint, create_model
 
 
 def order_of(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
-    """Where each of the wanted classes stands among the known ones.
+    """Returns the position of each wanted class among the known ones.
 
     Returns:
-        positions by wanted class; None where the names are others, or not all different.
+        positions by wanted class; None if the two sets of names differ, or names repeat.
     """
     place = {name: position for position, name in enumerate(known)}
     if len(place) != len(known) or len(wanted) != len(known) or set(wanted) != place.keys():
@@ -25,22 +25,22 @@ def order_of(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
 
 
 def reorder_classes(network: nn.Module, name: str, order: Sequence[int]) -> None:
-    """Moves whatever a network has for each class, so that its logits come in another order.
+    """Permutes a network's weights so that its logits are in another order.
 
-    In the weights and not behind them, so that methods that read the classifier see the new order, too.
+    The weights change rather than the output, so that methods that read the classifier see the new order too.
 
     Args:
-        order: for each logit to come, its place among those that there are.
+        order: the current position of each new logit.
     """
     network.load_state_dict(_moved(network, name, order, len(order)))
 
 
 def select_classes(network: nn.Module, name: str, order: Sequence[int], count: int) -> nn.Module:
-    """A network like another one that knows some of its classes alone, in an order of their own.
+    """Returns a copy of a network for a subset of its classes, in a given order.
 
     Args:
-        order: for each logit to come, its place among those that there are.
-        count: how many there are.
+        order: the current position of each new logit.
+        count: number of classes of the given network.
     """
     moved = _moved(network, name, order, count)
     fewer = create_model(name, len(order))
@@ -57,7 +57,7 @@ def _moved(network: nn.Module, name: str, order: Sequence[int], count: int) -> d
 
 
 def number_of_classes(name: str, state_dict: Mapping[str, Tensor]) -> int | None:
-    """How many classes weights are for, by the shapes of a network; None where they are another network's."""
+    """Infers the number of classes of weights from the network's shapes; None if they belong to another network."""
     found = {
         state_dict[key].shape[dim]
         for key, dim in _class_dims(name, 2)
@@ -67,7 +67,7 @@ def number_of_classes(name: str, state_dict: Mapping[str, Tensor]) -> int | None
 
 
 def _class_dims(name: str, count: int) -> list[tuple[str, int]]:
-    """The tensors of a network, and their dimensions, that have an entry for each class."""
+    """Returns the keys of a network's tensors, with their dimensions, that have one entry per class."""
     few, many = (_shapes(name, count + more) for more in (0, 1))
     return [
         (key, dim)
@@ -80,14 +80,14 @@ def _class_dims(name: str, count: int) -> list[tuple[str, int]]:
 def places_of(
     classes: Sequence[str], known: Sequence[str] | None, count: int, class_map: Mapping[str, str | int] | None
 ) -> list[int]:
-    """Where each class of the data stands among those of a teacher.
+    """Returns the position of each class of the data among a teacher's classes.
 
     Args:
-        known: the teacher's, in the order of its logits; None where it does not name them.
-        class_map: for classes of the data the teacher's name, or place from 0 on; the others have the same name.
+        known: the teacher's class names in the order of its logits; None if it has no names.
+        class_map: the teacher's name or position (from 0) of classes of the data; all others have the same name.
 
     Raises:
-        ValueError: a class is in no place, two are in one, or the map speaks of others.
+        ValueError: a class has no position, two have the same one, or the map contains unknown classes.
     """
     class_map = class_map or {}
     if strangers := sorted(set(class_map) - set(classes)):
@@ -115,11 +115,11 @@ def places_of(
 
 
 def read_class_map(path: Path) -> dict[str, str | int]:
-    """Reads which class is which: lines ``class of the data,class of the teacher``, by name or number.
+    """Reads a class map: lines ``class of the data,class of the teacher``, by name or number.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has other lines.
+        ValueError: a line has another form.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file at {path}, which model.teacher.class_map names.")

@@ -1,4 +1,4 @@
-"""The forward pass of a network in training, compiled for batches of one size."""
+"""The student's forward pass in training, compiled for one batch size."""
 
 import copy
 import os
@@ -14,11 +14,11 @@ from rld_lightning.errors import first_line
 
 
 class CompiledForward:
-    """Calls a network, compiled where a batch has the size that it is compiled for, and as it is where it has not.
+    """Calls the compiled network for batches of one size, and the uncompiled network for all others.
 
-    So the last, smaller batch of an epoch compiles nothing anew and does not make the code general, and the network
-    itself stays what it is for all others: validation, export, average, checkpoints. It is compiled at the first call.
-    If that fails, a line says so and the network is called as it is from then on.
+    So the last, smaller batch of an epoch triggers no recompilation and no dynamic shapes, and validation, export,
+    weight averages and checkpoints still use the plain network. It is compiled at the first call. If that fails, a
+    line is printed and the uncompiled network is used from then on.
 
     Args:
         network: maps ``(B, C, H, W)`` images to logits.
@@ -30,27 +30,27 @@ class CompiledForward:
         self.compiled: Any = torch.compile(network, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``(B, K)``."""
+        """Returns the logits ``(B, K)``."""
         if self.compiled is None or len(images) != self.size:
             return self.network(images)
         try:
             return self.compiled(images)
         except Exception as error:
-            from torch._dynamo.exc import TorchDynamoException  # a second, which compiling has taken already
+            from torch._dynamo.exc import TorchDynamoException  # a slow import, done already by compiling
 
             if not isinstance(error, TorchDynamoException):
                 raise
-            self.compiled = None  # nothing has run yet
+            self.compiled = None  # compiling failed, so nothing has run yet
             print_line("compile", f"off: {type(self.network).__name__} cannot be compiled: {first_line(error)}")
             return self.network(images)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Of the copied network, not of this one."""
+        """Wraps the copy of the network, not this one."""
         return type(self)(copy.deepcopy(self.network, memo), self.size)
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Tries to compile a sum; why that fails here, such as for want of a C++ compiler, or nothing where it works."""
+    """Compiles a sum as a test; returns why that fails, such as a missing C++ compiler, or an empty string."""
     try:
         if stranger := _cache_of_another():
             return (
@@ -58,13 +58,13 @@ def why_not_compiled(device: torch.device) -> str:
                 "there; set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
             )
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # of the compiler, the linker, a cache that cannot be written ...
+    except Exception as error:  # from the compiler, the linker, an unwritable cache ...
         return first_line(error)
     return ""
 
 
 def _cache_of_another() -> str:
-    """The folder that PyTorch runs compiled programs from, if another user has made it; its name is easily guessed."""
+    """Returns PyTorch's cache of compiled programs if another user created it (its path is easily guessed), else ''."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = cache_dir()

@@ -1,4 +1,4 @@
-"""How large a network is and how much it computes."""
+"""A network's size, operation count and speed."""
 
 import math
 import time
@@ -10,31 +10,31 @@ from rld_lightning.models.taps import evaluation_mode, unwrap
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of weights, trainable or not; buffers such as running statistics do not count."""
+    """Counts the parameters, trainable or not; buffers such as running statistics do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def is_mostly_depthwise(model: nn.Module) -> bool:
-    """Whether most convolutions that look at more than a pixel see each channel alone, as MobileNet's do."""
+    """Whether most convolutions with kernels above 1x1 are depthwise, as in MobileNet."""
     wide = [part for part in model.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
     return 2 * sum(part.groups == part.in_channels > 1 for part in wide) > len(wide)
 
 
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> int:
-    """Multiply-accumulate operations for one image, in evaluation mode.
+    """Counts the multiply-accumulate operations for one image, in evaluation mode.
 
     Convolutions, matrix products and attention count, as in published tables; normalisation, activations and pooling do
-    not. One forward of zeros runs on the model's own device and type; training modes, statistics, gradients and the
-    random state are left as they were.
+    not. Runs one forward pass of zeros on the model's device and dtype, without changing training modes, statistics,
+    gradients or the random state.
 
     Args:
         model: any network that takes one batch of images.
         image_shape: channels, height and width.
 
     Returns:
-        half the floating-point operations that PyTorch counts, as one multiply-accumulate is two of them.
+        half the floating-point operations that PyTorch counts, since it counts two per multiply-accumulate.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # a second, for Triton
+    from torch.utils.flop_counter import FlopCounterMode  # here, as it imports Triton, a second
 
     model = unwrap(model)
     like = next(model.parameters(), torch.empty(0))
@@ -48,9 +48,9 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
 def images_per_second(
     model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32), *, batch_size: int = 64, seconds: float = 1.0
 ) -> float:
-    """Forward passes in evaluation mode, measured on the model's device: the fastest batch within ``seconds``.
+    """Measures the inference throughput on the model's device, by the fastest batch within ``seconds``.
 
-    The fastest, since other programs only ever slow a batch down: two measurements of one network agree.
+    The fastest is the most repeatable, since other programs can only slow a batch down.
 
     Args:
         model: any network that takes one batch of images; it is put in evaluation mode.

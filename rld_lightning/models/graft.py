@@ -79,7 +79,7 @@ def graft(student: nn.Module, teacher: nn.Module) -> GraftedStudent:
     """
     like = next(student.parameters())
     classifier = deepcopy(classifier_of(teacher)).train()
-    classifier.__class__ = nn.Linear  # a FrozenTeacher's layer ignores autocast
+    classifier.__class__ = nn.Linear  # not the FrozenTeacher's, which ignores autocast
     return GraftedStudent(student, classifier).to(like)
 
 

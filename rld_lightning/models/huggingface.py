@@ -1,4 +1,4 @@
-"""Image classifiers of transformers, by an identifier of the hub or a local folder."""
+"""Image classifiers of transformers, by Hugging Face Hub identifier or local folder."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ PREFIX = "transformers/"
 
 
 def transformers_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """A classifier; code that comes with weights is not run.
+    """Creates a classifier; remote code shipped with the weights is not run.
 
     Args:
         name: ``transformers/google/vit-base-patch16-224``, or ``transformers//my/folder``.
-        num_classes: C; of pretrained weights with another number the classifier is fresh.
-        pretrained: whether to take its weights; otherwise they are random.
+        num_classes: C; if the pretrained weights have another number, the classifier is fresh.
+        pretrained: whether to load the pretrained weights; otherwise weights are random.
 
     Raises:
         ImportError: transformers is not installed.
-        OSError: there is no such model, or it cannot be fetched.
+        OSError: there is no such model, or it cannot be downloaded.
     """
     identifier = _identifier(name)
     from transformers import AutoModelForImageClassification
@@ -36,13 +36,13 @@ def transformers_model(name: str, num_classes: int, pretrained: bool = False) ->
 
 
 def transformers_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
-    """What a model wants to see, as its preprocessor says: mean, standard deviation, and the side of images."""
+    """Returns the input that a model expects: mean, standard deviation, and the height and width of images."""
     identifier = _identifier(name)
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(identifier)[0]
-    except OSError:  # it has none
+    except OSError:  # no image processor is published
         return None
     size = found.get("crop_size") if found.get("do_center_crop") else found.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
@@ -55,7 +55,7 @@ def transformers_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...],
 
 
 def transformers_classes(name: str) -> list[str]:
-    """What its classes are called, in the order of its logits."""
+    """Returns the class names, in the order of the logits."""
     names = _config(name).id2label
     return [str(names[number]) for number in sorted(names)]
 
@@ -64,7 +64,7 @@ def _config(name: str) -> Any:
     identifier = _identifier(name)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(identifier, trust_remote_code=False)  # by default it would ask at the terminal
+    return AutoConfig.from_pretrained(identifier, trust_remote_code=False)  # the default asks at the terminal
 
 
 def _identifier(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Networks from elsewhere, which only who runs a program may name: by import path, or of transformers.
+"""External networks, by import path or of transformers, which only the user may name.
 
-A name may also come from a file, which may be a stranger's, and importing a module or asking a server because a file
-says so would be more than reading it. So such names are taken once :func:`trust` has been told them.
+A network's name may also come from a file by someone else, and importing a module or contacting a server because a
+file says so would be more than reading it. So these names are accepted only after a call of :func:`trust`.
 """
 
 import re
@@ -27,27 +27,27 @@ def is_from_elsewhere(name: str) -> bool:
 
 
 def trust(*names: str | Sequence[str] | None) -> None:
-    """Takes names that the user has given, on a command line or in a program of theirs.
+    """Marks names that the user has given, on a command line or in a program, as trusted.
 
     Args:
-        names: of any network, or several; None is none.
+        names: network names or lists of them; None is ignored.
     """
     flat = (one for name in names if name is not None for one in ((name,) if isinstance(name, str) else name))
-    each = (part for name in flat for part in {name, *name.split("+")})  # of an ensemble
+    each = (part for name in flat for part in {name, *name.split("+")})  # members of an ensemble
     _named.update(plain for part in each for plain in {part, split_size(part)[0]} if is_from_elsewhere(plain))
 
 
 def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """Imports a builder, has it build, and sees to it that logits come out, whatever the network returns.
+    """Imports and calls a builder, and makes the network return its logits alone.
 
     Args:
-        name: ``my_package.module:build``, of something that takes ``num_classes``; modules are also looked for in the
+        name: ``my_package.module:build``, a callable that takes ``num_classes``; modules are also searched in the
             working directory.
         num_classes: C.
-        **kwargs: passed on.
+        **kwargs: passed to the builder.
 
     Raises:
-        ValueError: nobody has trusted the name; it cannot be imported; or it builds no network.
+        ValueError: the name is not trusted, cannot be imported, or builds no network.
     """
     check_trusted(name)
     module, _, path = name.partition(":")
@@ -74,24 +74,24 @@ def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def check_trusted(name: str) -> None:
-    """Refuses a name that nobody has trusted.
+    """Checks that the user has trusted a name.
 
     Raises:
-        ValueError: it was read from a file.
+        ValueError: the name was read from a file.
     """
     if name not in _named:
         raise ValueError(
-            f"{name!r} is a network from elsewhere, named by a file and not by you: nothing was imported or fetched. "
+            f"{name!r} is an external network, named by a file and not by you: nothing was imported or fetched. "
             f"If you trust it, name it yourself (trust={name} or name={name}, whichever the command has; in a program "
             f"rld_lightning.models.trust({name!r}))."
         )
 
 
 def with_logits(network: nn.Module) -> nn.Module:
-    """Has a network return its logits alone, where it returns a tuple, a mapping or an object; its keys stay.
+    """Makes a network that returns a tuple, a mapping or an object return its logits alone; its keys do not change.
 
     Args:
-        network: is changed; its class becomes one of the same name.
+        network: modified: its class becomes a subclass of the same name.
     """
     own = type(network)
     network.__class__ = type(own.__name__, (_Logits, own), {"__module__": own.__module__})
@@ -99,15 +99,15 @@ def with_logits(network: nn.Module) -> nn.Module:
 
 
 class _Logits(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:  # alone, as exporters know no sizes of *args
+    def forward(self, images: Tensor) -> Tensor:  # no *args, whose sizes exporters cannot declare
         return logits_of(super().forward(images))
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a network returns: a tensor, the first of a tuple or list, or what is called ``logits``.
+    """Returns the logits in a network's output: the tensor, the first of a tuple or list, or the entry ``logits``.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no logits.
     """
     if isinstance(output, Tensor):
         return output

@@ -1,4 +1,4 @@
-"""Networks that see images in a size of their own, which is part of their name: ``timm/resnet18@224``."""
+"""Networks with their own input size, which is part of their name: ``timm/resnet18@224``."""
 
 import re
 from typing import Any
@@ -12,16 +12,16 @@ _SIZED = re.compile(r"([^@]+|transformers/.+)@(\d+)")
 
 
 def split_size(name: str) -> tuple[str, int | None]:
-    """A network's name without its size, and the side of the images that it wants to see.
+    """Splits a network's name into the plain name and the input size.
 
     Args:
-        name: ``"timm/resnet18@224"``; others, such as ``"resnet8@resnet32x4"``, are left as they are.
+        name: ``"timm/resnet18@224"``; names without a size, such as ``"resnet8@resnet32x4"``, are returned unchanged.
 
     Returns:
-        the name, and the side in pixels; None for those of the data.
+        the plain name, and the height and width in pixels; None for the size of the data's images.
 
     Raises:
-        ValueError: a size that no image has.
+        ValueError: the size is out of range.
     """
     found = _SIZED.fullmatch(name)
     if found is None:
@@ -29,19 +29,19 @@ def split_size(name: str) -> tuple[str, int | None]:
     plain, digits = found.groups()
     if len(digits) > 4 or not 0 < int(digits) <= LARGEST_SIDE:
         raise ValueError(
-            f"{name} wants images of {digits} pixels a side; give 1 to {LARGEST_SIDE}, such as {plain}@224."
+            f"{name} asks for images of {digits} pixels a side; give 1 to {LARGEST_SIDE}, such as {plain}@224."
         )
     return plain, int(digits)
 
 
 def at_size(network: nn.Module, side: int) -> nn.Module:
-    """Has a network resize images to ``(side, side)`` before it looks at them: bilinear, antialiased, in float32.
+    """Makes a network resize its input to ``(side, side)``: bilinear, antialiased, in float32.
 
-    Part of its forward and not a module around it: its keys and paths stay, and whatever traces, compiles or counts the
-    network has the resizing with it.
+    The resizing is part of its forward rather than a wrapper module, so that keys and module paths do not change, and
+    tracing, compiling and operation counts include it.
 
     Args:
-        network: maps ``(B, 3, H, W)`` to logits; is changed, its class becomes one of the same name.
+        network: maps ``(B, 3, H, W)`` to logits; modified: its class becomes a subclass of the same name.
         side: height and width.
     """
     own = type(network)
@@ -52,6 +52,6 @@ def at_size(network: nn.Module, side: int) -> nn.Module:
 class _Resized(nn.Module):
     _side: int
 
-    def forward(self, images: Tensor) -> Any:  # alone, as tracing knows no *args
+    def forward(self, images: Tensor) -> Any:  # no *args, which tracing does not support
         resized = F.interpolate(images.float(), (self._side, self._side), mode="bilinear", antialias=True)
         return super().forward(resized.to(images.dtype))

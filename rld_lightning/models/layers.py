@@ -1,4 +1,4 @@
-"""Pieces that several families share."""
+"""Layers and initialisation shared by several families."""
 
 from torch import Tensor, nn
 

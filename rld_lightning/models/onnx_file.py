@@ -1,4 +1,4 @@
-"""Networks as ONNX files: written by PyTorch's exporter, quantised and run by ONNX Runtime."""
+"""Networks as ONNX files: exported by PyTorch, quantised and run by ONNX Runtime."""
 
 import json
 import logging
@@ -21,9 +21,9 @@ from rld_lightning.models.taps import unwrap
 from rld_lightning.models.weights.facts import WeightsFacts, read_facts
 from rld_lightning.models.weights.read import WeightsError, read_once
 
-PIXELS = "pixels"  # the input of a network with its preprocessing inside; "images" without
-_RESIZES = "resizes"  # noted in a file that does that itself
-# What is computed in int8. Softmax, and the arithmetic of the preprocessing, keep their precision.
+PIXELS = "pixels"  # input name of a network that includes its preprocessing; otherwise "images"
+_RESIZES = "resizes"  # metadata key of a file that includes resizing
+# Operations in int8. Softmax and the arithmetic of the preprocessing keep their precision.
 _QUANTISED = (
     *("Conv", "MatMul", "Gemm", "Add", "Mul", "Relu", "Clip", "Concat", "Reshape", "Transpose", "Flatten"),
     *("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean"),
@@ -31,15 +31,15 @@ _QUANTISED = (
 
 
 def example_of(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
-    """What to trace a network with, and which of its extents are free.
+    """Returns the example input for tracing a network, and its dynamic dimensions.
 
     Args:
         network: a :func:`plain_copy`, of a :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities` or
             another network.
-        image_shape: channels, height and width that the network takes.
+        image_shape: channels, height and width of the network's input.
 
     Returns:
-        two images, as one would be taken for the only batch size that there is; and names of the free extents.
+        a batch of two images (the exporter would specialise for a batch of one), and the dynamic dimensions.
     """
     channels, height, width = image_shape
     batch = {0: torch.export.Dim("batch")}
@@ -47,31 +47,32 @@ def example_of(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[T
         return torch.zeros(2, channels, height, width), (batch,)
     if not network.resize:
         return torch.zeros(2, height, width, channels, dtype=torch.uint8), (batch,)
-    side = network.preprocessing.resize  # sizes of which nothing special is true
+    side = network.preprocessing.resize  # sizes with no special relation
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     return torch.zeros(2, 2 * side + 3, 3 * side + 5, channels, dtype=torch.uint8), (free,)
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network for exporters: in evaluation mode, on the CPU, in float32 and in the usual layout."""
+    """Copies a network for exporters: in evaluation mode, on the CPU, in float32 and contiguous layout."""
     copy = deepcopy(unwrap(network)).cpu().float().to(memory_format=torch.contiguous_format)
     return copy.requires_grad_(False).eval()
 
 
 def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mapping[str, object]) -> bytes:
-    """An ONNX file of a network, for batches of any size.
+    """Exports a network to ONNX, for batches of any size.
 
     Args:
-        network: a :func:`plain_copy`, which takes normalised images ``(B, 3, H, W)`` and gives logits, or, as a
-            :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities`, pixels and probabilities.
-        image_shape: channels, height and width that the network takes.
-        facts: what is noted in the file; strings are kept, other values are written as JSON.
+        network: a :func:`plain_copy` of a network from normalised images ``(B, 3, H, W)`` to logits, or of a
+            :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities`.
+        image_shape: channels, height and width of the network's input.
+        facts: metadata for the file; strings are written unchanged, other values as JSON.
 
     Returns:
-        the file; its input is called ``"pixels"`` or ``"images"``, its output ``"probabilities"`` or ``"logits"``.
+        the file's bytes; its input is named ``"pixels"`` or ``"images"``, its output ``"probabilities"`` or
+        ``"logits"``.
 
     Raises:
-        ImportError: the packages of the extra are not there.
+        ImportError: a package of the extra is not installed.
         ValueError: the exporter cannot translate the network.
     """
     _import("onnx")
@@ -89,7 +90,7 @@ def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mappin
                 output_names=["probabilities" if pixels else "logits"],
                 verbose=False,
             )
-    except Exception as error:  # each stage of the exporter raises its own
+    except Exception as error:  # each stage of the exporter raises its own types
         raise ValueError(
             f"PyTorch's ONNX exporter cannot translate {type(network).__name__} ({_reason(error)}); leave onnx out "
             "of formats=."
@@ -100,15 +101,15 @@ def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mappin
 
 
 def quantise_onnx(content: bytes, batches: Iterable[Tensor]) -> bytes:
-    """The same network in int8: static quantisation by ONNX Runtime, one scale a channel of the weights.
+    """Quantises a network to int8: static quantisation by ONNX Runtime, with one scale per channel of the weights.
 
     Args:
         content: an ONNX file in float32.
-        batches: what the network takes, of training images; from them come the ranges of its intermediate values.
+        batches: inputs made of training images, to calibrate the ranges of intermediate values.
 
     Raises:
-        ImportError: ONNX Runtime or onnx is not there.
-        ValueError: ONNX Runtime cannot quantise it.
+        ImportError: ONNX Runtime or onnx is not installed.
+        ValueError: ONNX Runtime cannot quantise the network.
     """
     onnx, _ = _import("onnx"), _import("onnxruntime")
     from onnxruntime import quantization
@@ -137,24 +138,24 @@ def quantise_onnx(content: bytes, batches: Iterable[Tensor]) -> bytes:
                 per_channel=True,
                 op_types_to_quantize=list(_QUANTISED),
             )
-        except Exception as error:  # likewise
+        except Exception as error:  # of many types, too
             raise ValueError(f"ONNX Runtime cannot quantise the network ({_reason(error)}).") from error
         return _with_facts(onnx.load(quantised), facts | {"quantised": "int8"})
 
 
 class OnnxNetwork:
-    """An ONNX file, run by ONNX Runtime; called with a batch, it gives the file's first output.
+    """An ONNX file, run by ONNX Runtime; a call with a batch returns the file's first output.
 
-    The file is data: ONNX Runtime runs the operations that it knows itself, and none that lies in other files.
+    The file is data: ONNX Runtime runs only its built-in operations, and none from other files.
 
     Args:
         source: a file, or its bytes.
-        threads: of one operation; by default as many as PyTorch takes.
-        device: ``"cpu"``, or ``"cuda"`` where ONNX Runtime has it.
+        threads: threads per operation; by default as many as PyTorch uses.
+        device: ``"cpu"``, or ``"cuda"`` if ONNX Runtime supports it.
 
     Raises:
-        ImportError: ONNX Runtime is not there.
-        WeightsError: it is not a network of one input of images and one output.
+        ImportError: ONNX Runtime is not installed.
+        WeightsError: the file is not a network with one image input and one output.
     """
 
     def __init__(self, source: str | Path | bytes, *, threads: int | None = None, device: str = "cpu") -> None:
@@ -164,11 +165,11 @@ class OnnxNetwork:
         _check_whole(content, self.source)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3  # what is wrong is raised
+        options.log_severity_level = 3  # errors are raised instead of logged
         providers = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
         try:
             self.session = runtime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
-        except Exception as error:  # which ONNX Runtime derives from nothing in common
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise WeightsError(f"{self.source} is not an ONNX file that can be run ({_reason(error)})") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or len(outputs) < 1 or len(outputs[0].shape) != 2:
@@ -181,33 +182,33 @@ class OnnxNetwork:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What its writer has noted in it."""
+        """The file's own metadata."""
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
     @property
     def facts(self) -> WeightsFacts:
-        """What it says about itself, checked as the header of a file of weights is."""
+        """The file's metadata, checked like the header of a weights file."""
         return read_facts(self.metadata, self.source)
 
     @property
     def takes_pixels(self) -> bool:
-        """Whether it takes uint8 ``(B, H, W, 3)`` and gives probabilities, and not normalised images and logits."""
+        """Whether it maps uint8 ``(B, H, W, 3)`` to probabilities, rather than normalised images to logits."""
         return self.input.type == "tensor(uint8)"
 
     @property
     def resizes(self) -> bool:
-        """Whether it is one of ours that takes images of any size, and resizes and crops them itself."""
+        """Whether it is one of our files that resizes and crops images of any size itself."""
         return self.takes_pixels and self.metadata.get(_RESIZES) == "true"
 
     @property
     def num_classes(self) -> int | None:
-        """C, where the file says it."""
+        """C, if the file states it."""
         width = self.output.shape[1]
         return width if isinstance(width, int) else None
 
     @property
     def image_size(self) -> int | None:
-        """The side of the images, where the file says it."""
+        """Height and width of the images, if the file states them."""
         side = self.input.shape[2]
         return side if isinstance(side, int) else None
 
@@ -218,22 +219,22 @@ class OnnxNetwork:
 
 
 def _check_whole(content: bytes, source: Path) -> None:
-    """Refuses a file that would have others read, which ONNX Runtime looks for in the current folder.
+    """Checks that a file refers to no other files, which ONNX Runtime would read from the current folder.
 
     Raises:
-        WeightsError: it has weights elsewhere, or is no ONNX file.
+        WeightsError: the file has external weights, or is not an ONNX file.
     """
     onnx = _import("onnx")
     try:
         model = onnx.load_from_string(content)
-    except Exception as error:  # protobuf has errors of its own
+    except Exception as error:  # protobuf raises its own types
         raise WeightsError(f"{source} is not an ONNX file that can be run ({_reason(error)})") from error
     if any(tensor.external_data or tensor.data_location for tensor in _messages(model, onnx.TensorProto)):
         raise WeightsError(f"{source} has weights in other files, which are not read; save it as one file")
 
 
 def _messages(whole: Any, kind: type) -> Iterator[Any]:
-    """All of a kind within a message, wherever: onnx's own list of tensors leaves out those that sparse ones have."""
+    """Yields all nested messages of one type; onnx's own list of tensors omits those inside sparse tensors."""
     waiting = [whole]
     while waiting:
         message = waiting.pop()
@@ -260,7 +261,7 @@ def _import(package: str) -> ModuleType:
 
 
 def _reason(error: BaseException) -> str:
-    """What an exporter's long text gives as the reason, else its last line."""
+    """Returns the reason stated in an exporter's long error text, else its last line."""
     if summary := re.search(r"Exception summary\s+(\S.*)", str(error)):
         return summary[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -269,7 +270,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves out what exporters say about themselves."""
+    """Silences the exporters' warnings and log messages."""
     loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""From the pixels of a picture to what a network takes: the same steps and the same bits as in validation."""
+"""From a picture's pixels to a network's input, bit for bit as in validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,47 +19,47 @@ if TYPE_CHECKING:
 
     Picture = str | Path | Image.Image | np.ndarray | Tensor
 
-_SMALL = ("cifar100", "digits")  # data sets whose images have the network's size already
-_FOLDERS_SHARE = 0.875  # of the resized shorter side that the centre has, where a file does not say
+_SMALL = ("cifar100", "digits")  # data sets whose images already have the network's input size
+_FOLDERS_SHARE = 0.875  # crop size / resized shorter side, if a file does not state the resize
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network wants to see. Called with a picture, it gives a normalised float32 image ``(3, H, W)``.
+    """The preprocessing of a network's input: a call maps a picture to a normalised float32 image ``(3, H, W)``.
 
     A picture is the path of a file (JPEG, PNG, WebP, ...), a ``PIL.Image``, an array of uint8 ``(H, W, 3)`` or a tensor
-    of uint8 ``(3, H, W)``; of a file or a PIL image the EXIF orientation is heeded.
+    of uint8 ``(3, H, W)``; the EXIF orientation of files and PIL images is applied.
     """
 
-    size: tuple[int, int]  # height and width of what the network takes
-    resize: int  # what the shorter side of a picture becomes before its centre is cropped
-    mean: tuple[float, ...]  # of each channel, for values in [0, 1]
+    size: tuple[int, int]  # height and width of the network's input
+    resize: int  # length of the shorter side after resizing, before the centre crop
+    mean: tuple[float, ...]  # mean of each channel, for values in [0, 1]
     std: tuple[float, ...]  # standard deviation of each channel, likewise
     interpolation: str = "bilinear"  # `"bilinear"` or `"bicubic"`, with antialiasing
 
     def __call__(self, picture: "Picture") -> Tensor:
-        """Reads where need be, resizes, crops and normalises one picture.
+        """Reads (if given a path), resizes, crops and normalises one picture.
 
         Raises:
-            ValueError: a file that cannot be read as an image, or values of another kind.
+            ValueError: the file cannot be read as an image, or the values have another dtype or shape.
         """
         return self.normalize(self.crop(pixels_of(picture)))
 
     def crop(self, pixels: Tensor) -> Tensor:
         """Resizes and crops uint8 pixels ``(..., 3, H, W)``."""
-        from rld_lightning.data.centre_crop import CentreCrop  # torchvision, for those who have pictures
+        from rld_lightning.data.centre_crop import CentreCrop  # here, as it imports torchvision
 
         return CentreCrop(self.resize, self.size, self.interpolation)(pixels)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Turns uint8 pixels ``(..., 3, H, W)`` into what the network takes: ``(x / 255 - mean) / std``."""
+        """Normalises uint8 pixels ``(..., 3, H, W)``: ``(x / 255 - mean) / std``."""
         mean, std = (
             torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std)
-        )  # as ToTensor and Normalize of torchvision, bit for bit
+        )  # bit for bit like torchvision's ToTensor and Normalize
         return pixels.float().div(torch.tensor(255.0, device=pixels.device)).sub(mean).div(std)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The uint8 pixels ``(..., 3, H, W)`` that normalised images were made of: the way back, exact."""
+        """Inverts :meth:`normalize` exactly: normalised images to uint8 pixels ``(..., 3, H, W)``."""
         mean, std = (
             torch.tensor(values, dtype=torch.float64, device=images.device)[:, None, None]
             for values in (self.mean, self.std)
@@ -67,7 +67,7 @@ class Preprocessing:
         return images.double().mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
 
     def framed(self, pixels: Tensor) -> Tensor:
-        """Cropped uint8 pixels ``(B, 3, H, W)`` in a black frame, of which resizing and cropping leaves the same."""
+        """Pads uint8 pixels ``(B, 3, H, W)`` with black so that resizing and cropping returns them unchanged."""
         (height, width), side = self.size, self.resize
         frame = pixels.new_zeros(*pixels.shape[:-2], side, side)
         top, left = _half(side - height), _half(side - width)
@@ -84,19 +84,19 @@ class Preprocessing:
 
 
 class PixelsToProbabilities(nn.Module):
-    """A network with its preprocessing before it and softmax behind: uint8 ``(B, H, W, 3)`` to ``(B, C)``.
+    """A network with its preprocessing and a softmax: uint8 ``(B, H, W, 3)`` to probabilities ``(B, C)``.
 
-    Pixels lie as cameras and decoders leave them, channels last. They are resized and cropped as :class:`Preprocessing`
-    does, but for its rounding between columns and rows: values differ by about 1 of 255 at most, or more where bicubic
-    interpolation overshoots.
+    Pixels are channels last, as cameras and decoders return them. They are resized and cropped as in
+    :class:`Preprocessing`, but without its rounding between columns and rows: values differ by about 1 of 255 at most,
+    or more if bicubic interpolation overshoots.
 
     Args:
         network: maps normalised images ``(B, 3, H, W)`` to logits ``(B, C)``.
-        preprocessing: what it wants to see.
-        resize: whether images of any size come, those of a batch of one; otherwise they have the network's already.
+        preprocessing: the preprocessing of its input.
+        resize: whether to resize images of any size (one size per batch); otherwise they must have the input size.
 
     Raises:
-        ValueError: with ``resize``, the crop may be larger than what it is cut from.
+        ValueError: ``resize`` is set and the crop is larger than the resized shorter side.
     """
 
     mean: Tensor
@@ -118,36 +118,36 @@ class PixelsToProbabilities(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities, each row of sum 1."""
+        """Returns probabilities; each row sums to 1."""
         images = pixels.permute(0, 3, 1, 2).float()
         if self.resize:
             images = self._crop(images)
         return self.network(images.div(255.0).sub(self.mean).div(self.std)).float().softmax(1)
 
     def _crop(self, images: Tensor) -> Tensor:
-        """The centre of resized images, in whole numbers that a program can compute for each size anew."""
+        """Resizes and centre-crops, in integer arithmetic that an exported program can evaluate for every size."""
         side, (height, width) = self.preprocessing.resize, self.preprocessing.size
         shorter = torch.sym_min(*images.shape[-2:])
-        size: list[int] = [side * extent // shorter for extent in images.shape[-2:]]  # type: ignore[misc]  # whole numbers or their symbols
+        size: list[int] = [side * extent // shorter for extent in images.shape[-2:]]  # type: ignore[misc]  # integers or symbols
         images = F.interpolate(images, size, mode=self.preprocessing.interpolation, antialias=True)
         images = images.round().clamp(0, 255)
         for dim, extent, own in zip((2, 3), size, (height, width), strict=True):
-            # Not a slice, of which exporters would note whether it was all there is.
+            # Not a slice: exporters would specialise on whether it covers the whole extent.
             images = images.index_select(dim, _half(extent - own) + torch.arange(own, device=images.device))
         return images
 
 
 def _half(number: int) -> int:
-    """Half of a number, at .5 the even neighbour, as torchvision has it: ``round(number / 2)``."""
+    """Returns ``round(number / 2)``, rounding .5 to the even neighbour like torchvision."""
     below = number // 2
     return (number + below - below // 2 * 2) // 2
 
 
 def pixels_of(picture: "Picture") -> Tensor:
-    """A picture as uint8 RGB ``(3, H, W)``, upright.
+    """Converts a picture to uint8 RGB ``(3, H, W)``, with its EXIF orientation applied.
 
     Raises:
-        ValueError: a file that cannot be read as an image, or values of another kind.
+        ValueError: the file cannot be read as an image, or the values have another dtype or shape.
     """
     if isinstance(picture, str | Path):
         from rld_lightning.data.decode import read_image
@@ -165,7 +165,7 @@ def pixels_of(picture: "Picture") -> Tensor:
         pixels = torch.as_tensor(picture).permute(2, 0, 1) if picture.ndim == 3 else torch.as_tensor(picture)
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(
-            f"a picture of {pixels.dtype} {tuple(pixels.shape)} is not understood; give a path, a PIL image, an array "
+            f"a picture of {pixels.dtype} {tuple(pixels.shape)} is not supported; give a path, a PIL image, an array "
             "of uint8 (H, W, 3) or a tensor of uint8 (3, H, W)."
         )
     return pixels
@@ -182,14 +182,14 @@ def preprocessing_of(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
 ) -> Preprocessing:
-    """What a network wants to see: what is given, else what its file says, else what its library says.
+    """Returns a network's preprocessing: the given values, else its file's, else those published by its library.
 
     Args:
-        image_size: height and width of what the network takes.
-        resize: what the shorter side becomes before that is cropped.
+        image_size: height and width of the network's input.
+        resize: length of the shorter side after resizing, before the crop.
 
     Raises:
-        WeightsError: nobody says it, or the crop is larger than what it is cut from.
+        WeightsError: a value is not known, or the crop is larger than the resized image.
     """
     published = None if (facts.mean and facts.std and facts.image_shape) else published_input(name)
     usual_mean, usual_std, usual_side = published or (None, None, None)
@@ -199,7 +199,7 @@ def preprocessing_of(
     if size is None or mean is None or std is None:
         lacking = [key for key, value in (("image_size", size), ("mean", mean), ("std", std)) if value is None]
         raise WeightsError(
-            f"{source} does not say what images have to look like; give {', '.join(f'{key}=' for key in lacking)}"
+            f"{source} does not say how images are sized or normalised; give {', '.join(f'{key}=' for key in lacking)}"
         )
     side = min(size)
     resize = resize or (facts.resize if image_size is None else None)

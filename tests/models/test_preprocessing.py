@@ -61,7 +61,7 @@ def test_files_arrays_tensors_and_images_are_the_same_picture(tmp_path):
     assert torch.equal(pixels_of(from_file.permute(1, 2, 0).numpy()), from_file)
     assert torch.equal(pixels_of(from_file), from_file)
     for other in (np.zeros((4, 4), np.uint8), torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="is not understood; give a path"):
+        with pytest.raises(ValueError, match="is not supported; give a path"):
             pixels_of(other)
 
 

@@ -59,7 +59,7 @@ def test_a_file_that_says_little_is_helped(tmp_path):
 
 def test_what_a_file_says_is_not_imported(tmp_path):
     save_weights(create_model("resnet8", 10), tmp_path / "w.safetensors", digits_facts("os:system"))
-    with pytest.raises(ValueError, match="'os:system' is a network from elsewhere, named by a file and not by you"):
+    with pytest.raises(ValueError, match="'os:system' is an external network, named by a file and not by you"):
         load_student(tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="is a program with weights in it"):
         load_student(tmp_path / "model.onnx")

@@ -155,7 +155,7 @@ def test_what_a_foreign_file_lacks_is_asked_for(place, tmp_path):
     pytest.importorskip("onnxruntime")
     (tmp_path / "m.onnx").write_bytes(small_onnx({})[0])
     weights = f"weights={tmp_path / 'm.onnx'}"
-    with pytest.raises(UserError, match=r"does not say what images have to look like; give mean=, std="):
+    with pytest.raises(UserError, match=r"does not say how images are sized or normalised; give mean=, std="):
         ask(place, tmp_path, weights)
     look = ("mean=[0.5,0.5,0.5]", "std=[0.5,0.5,0.5]", "resize=8")
     with pytest.raises(UserError, match="tells 10 classes apart, and there are 2 names"):

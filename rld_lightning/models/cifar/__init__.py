@@ -1,1 +1,1 @@
-"""Networks for images of 32 x 32, with the state_dict keys of the published teachers."""
+"""Networks for 32 x 32 images, with the state_dict keys of the published teachers."""

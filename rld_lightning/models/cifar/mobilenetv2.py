@@ -20,7 +20,7 @@ _GROUPS = (
 
 
 class InvertedResidual(nn.Module):
-    """Widening 1 x 1, depthwise 3 x 3 and narrowing 1 x 1 convolution; a shortcut where the shape does not change."""
+    """Widening 1 x 1, depthwise 3 x 3 and narrowing 1 x 1 convolution; a shortcut if the shape does not change."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()

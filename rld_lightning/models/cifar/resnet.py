@@ -9,7 +9,7 @@ from rld_lightning.models.stages import Stages
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, projected by a 1 x 1 convolution where the shape changes."""
+    """Two 3 x 3 convolutions and a shortcut, projected by a 1 x 1 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ResNet(nn.Module):
     """Three stages of equal depth at full, half and quarter resolution.
 
     Args:
-        depth: number of weighted layers, ``6 n + 2``.
+        depth: number of layers with weights, ``6 n + 2``.
         widths: channels of the stem and of the three stages.
         num_classes: number of logits.
 

@@ -10,7 +10,7 @@ from rld_lightning.models.stages import Stages
 
 
 class BasicUnit(nn.Module):
-    """Half of the channels pass untouched, the others through 1 x 1, depthwise 3 x 3 and 1 x 1 convolution."""
+    """Half of the channels pass unchanged, the others through 1 x 1, depthwise 3 x 3 and 1 x 1 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -29,7 +29,8 @@ class BasicUnit(nn.Module):
         out = F.relu(self.bn1(self.conv1(out)))
         out = self.bn2(self.conv2(out))
         out = self.bn3(self.conv3(out))
-        # The untouched half has passed a ReLU before; a second one changes nothing, and its input is one tensor to tap.
+        # The unchanged half has already passed a ReLU, so a second one is a no-op, and its input is a single tensor
+        # to tap.
         return channel_shuffle(self.relu(torch.cat([untouched, out], dim=1)), groups=2)
 
 
@@ -62,8 +63,8 @@ class DownUnit(nn.Module):
 class ShuffleV2(nn.Module):
     """Stages of 116, 232 and 464 channels, each halving the resolution, between two 1 x 1 convolutions.
 
-    A preactivation is the last unit's concatenation of both halves, before the ReLU and the channel shuffle, so its
-    channels are in another order than the feature's.
+    A preactivation is the last unit's concatenation of both halves, before the ReLU and the channel shuffle, so the
+    order of its channels differs from the feature's.
     """
 
     def __init__(self, num_classes: int = 100) -> None:

@@ -62,7 +62,7 @@ def _block(depth: int, in_channels: int, out_channels: int) -> nn.Sequential:
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
         ]
-    # The last ReLU is the network's own, so that a block's output is the preactivation.
+    # The last ReLU is a module of the network, so that a block's output is the preactivation.
     return nn.Sequential(*layers[:-1])
 
 

@@ -11,7 +11,7 @@ from rld_lightning.models.stages import Stages
 class PreactivationBlock(nn.Module):
     """Batch norm and ReLU come before each of the two 3 x 3 convolutions.
 
-    Where the width changes, the shortcut is a 1 x 1 convolution of the activated input; elsewhere it is the raw input.
+    If the width changes, the shortcut is a 1 x 1 convolution of the activated input; otherwise it is the raw input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -30,7 +30,7 @@ class PreactivationBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks in a row; a module of its own because published keys say ``block1.layer.0``."""
+    """A sequence of blocks; a separate module, because published keys are ``block1.layer.0...``."""
 
     def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class WideResNet(nn.Module):
     """Three stages of pre-activation blocks at full, half and quarter resolution.
 
     Stage outputs have not passed a ReLU; their preactivations are taken after the *next* batch norm. Each batch norm
-    runs once a forward. The published distillation code runs three of them a second time to obtain the preactivations,
-    which moves their running statistics twice a training step; here a tap reads what the forward computes anyway.
+    runs once per forward pass. The published distillation code runs three of them a second time for the
+    preactivations, which updates their running statistics twice per training step; here a tap reads the first result.
 
     Args:
-        depth: number of weighted layers, ``6 n + 4``.
+        depth: number of layers with weights, ``6 n + 4``.
         width: factor on the channels 16, 32, 64 of the stages.
         num_classes: number of logits.
 

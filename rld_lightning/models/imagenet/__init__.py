@@ -1,1 +1,1 @@
-"""Networks for images of 224 x 224 that torchvision and timm do not have as the literature trains them."""
+"""Networks for 224 x 224 images that torchvision and timm lack in the form that the literature trains."""
