@@ -24,7 +24,7 @@ from rld_lightning.models.compiled import CompiledForward
 from rld_lightning.models.mark import mark
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.frozen import FrozenTeacher, hold_outside
-from rld_lightning.optimizer_step import fused, share_of_step
+from rld_lightning.optimizer_step import accumulation_factor, fused
 from rld_lightning.runs.checkpoint_form import refuse_other_contents
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
 from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
@@ -33,13 +33,13 @@ from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
 class DistillationModule(LightningModule):
     """Trains a student with a distillation loss, from a frozen teacher if the loss needs one.
 
-    Only the student and the learnable parts of the loss are submodules: they alone are optimised, checkpointed and
-    synchronised. The teacher is kept outside and follows the student to its device.
+    Only the student and the loss's learnable parts are submodules: only they are optimised, checkpointed and
+    synchronised. The teacher is kept outside (no submodule) and follows the student to its device.
 
     Logged, accuracy in percent: ``train/loss`` and one ``train/<term>`` for each term of the loss, ``train/top1``,
-    ``train/top5``, ``stats/<name>`` for the statistics of the loss and, for a loss of several terms,
-    ``stats/<term>_share``, a term's part of the epoch's loss; ``val/ce``, ``val/top1`` and ``val/top5`` of
-    each epoch, and ``val/top1_best``, the largest ``val/top1`` so far. (With fewer than six classes there is no top-5.)
+    ``train/top5``, ``stats/<name>`` for the loss's statistics and, for a loss of several terms,
+    ``stats/<term>_share``, the term's share of the epoch's loss; ``val/ce``, ``val/top1`` and ``val/top5`` of
+    each epoch, and ``val/top1_best``, the highest ``val/top1`` so far. (No top-5 with fewer than six classes.)
 
     Args:
         student: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
@@ -47,13 +47,13 @@ class DistillationModule(LightningModule):
             (:meth:`~rld_lightning.losses.base.DistillationLoss.connect`).
         optimizer: called with the parameters to train; on a GPU also with ``fused=True``, if it accepts that.
         scheduler: called with the optimizer; if it accepts ``total_steps`` and has none, with the run's.
-        teacher: required when ``loss.needs_teacher``, unused otherwise.
+        teacher: required if ``loss.needs_teacher``, otherwise unused.
         num_classes: C.
         scheduler_interval: ``"epoch"`` or ``"step"``, when the scheduler steps.
         scheduler_monitor: the logged value that ``ReduceLROnPlateau`` monitors; by default ``val/ce``, or ``val/top1``
             with ``mode="max"``.
         capture: whether to capture both forward passes, the loss and the backward pass as a CUDA graph and replay it;
-            ``"auto"``: on a GPU. A run that cannot be captured says why.
+            ``"auto"``: on a GPU. A run that cannot be captured prints the reason.
         info: plain metadata (strings, numbers, lists of numbers) saved in each checkpoint, such as the student's name.
 
     Raises:
@@ -88,7 +88,7 @@ class DistillationModule(LightningModule):
         # Loggers get these with the rest of the run's configuration.
         self.save_hyperparameters({"num_classes": num_classes, **(info or {})}, logger=False)
         self.student = student
-        self.compiled: CompiledForward | None = None  # the student's training steps
+        self.compiled: CompiledForward | None = None  # replaces the student in training steps
         self.loss = loss
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [f"loss.{name}" for name in loss.own_buffers]
@@ -100,75 +100,74 @@ class DistillationModule(LightningModule):
         self.scheduler_monitor = scheduler_monitor
         self.capture = capture
         self.captured: CapturedStep | None = None
-        self.has_gradient = False  # after a step, whether it has computed it
-        self.watchers: list[Watcher] = []  # whose part of a step is captured with it
-        self.seen: dict[Any, Tensor] = {}  # what they saw of the latest step
-        self.own_rates: list[float | None] = []
+        self.has_gradient = False  # whether the training step has already run the backward pass
+        self.watchers: list[Watcher] = []  # callbacks whose measurements are captured with the step
+        self.seen: dict[Any, Tensor] = {}  # the watchers' measurements of the latest captured step
+        self.initial_rates: list[float | None] = []
         self.best_top1 = float("-inf")
-        self.validated: Tensor | None = None
+        self.validated: Tensor | None = None  # fingerprint of the last validated weights
         self.rate: float | Tensor = 0.0  # of the latest step
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         self.top_k = (1, 5) if num_classes > 5 else (1,)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As any module does; what Lightning notes before and after each hook of a step is no layer to look for."""
+        """Sets an attribute; for the one that Lightning sets around each hook, without ``nn.Module``'s slow search."""
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def setup(self, stage: str) -> None:
-        """Brings the teacher to the student's device, or its shares to the devices of this machine."""
+        """Moves the teacher to the student's device, or its shards to this machine's devices."""
         if self.teacher is not None:
             processes = self.trainer.world_size // self.trainer.num_nodes
             self.teacher.place(self.trainer.strategy.root_device, processes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The student's logits ``(B, C)``."""
+        """Returns the student's logits ``(B, C)``."""
         return self.student(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """One step: both forward passes and the loss; where the step is captured, the backward pass as well.
+        """Runs both forward passes and the loss; if the step is captured, also the backward pass.
 
         Args:
-            batch: or what anybody's loader yields, see :func:`~rld_lightning.data.base.as_batch`; likewise below.
+            batch: a ``Batch``, or what any loader yields (:func:`~rld_lightning.data.base.as_batch`); likewise below.
 
         Returns:
-            ``loss``, and without gradient its ``terms`` by name, ``student_logits``, ``label`` and, where there is a
-            teacher, ``teacher_logits``, for callbacks that watch. Where the step is captured, the next one overwrites
-            them.
+            ``loss`` and, detached, for callbacks: its ``terms`` by name, ``student_logits``, ``label`` and, if there is
+            a teacher, ``teacher_logits``. If the step is captured, the next step overwrites them.
         """
         batch = as_batch(batch)
         for optimizer in self.trainer.optimizers[:1]:
-            self.rate = optimizer.param_groups[0]["lr"]  # at an epoch's end it is the next one's already
+            self.rate = optimizer.param_groups[0]["lr"]  # read here: at the epoch's end it is already the next epoch's
         self.has_gradient, self.seen = self.captured is not None and batch.other is None, {}
-        found = self._captured(batch) if self.has_gradient else self._losses(batch, self.current_epoch + 1)
-        total = found["train/loss"]
-        self.means["train"].add(_counted(found), found["counted"])
-        # Where somebody sees it: this takes as long as launching a step.
+        values = self._captured_values(batch) if self.has_gradient else self._step_values(batch, self.current_epoch + 1)
+        total = values["train/loss"]
+        self.means["train"].add(_averaged_names(values), values["counted"])
+        # Only when it is displayed or logged: this call takes as long as launching a step.
         if batch_idx % 10 == 0 or self.trainer._logger_connector.should_update_logs:
-            self.log("loss", total, prog_bar=shown_by_lightning(self.trainer), batch_size=len(found["label"]))
-        share = share_of_step(self.trainer, batch_idx)
-        return {"loss": total if share == 1 else share * total, **self._to_watch(found)}
+            self.log("loss", total, prog_bar=shown_by_lightning(self.trainer), batch_size=len(values["label"]))
+        factor = accumulation_factor(self.trainer, batch_idx)
+        return {"loss": total if factor == 1 else factor * total, **self._callback_outputs(values)}
 
-    def _to_watch(self, found: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What callbacks get of a step."""
+    def _callback_outputs(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns the detached outputs that callbacks receive."""
         terms = {
             name.removeprefix("train/"): term.detach()
-            for name, term in found.items()
-            if name.startswith("train/") and name not in ("train/loss", *self._accuracies("train"))
+            for name, term in values.items()
+            if name.startswith("train/") and name not in ("train/loss", *self._accuracy_names("train"))
         }
-        outputs = {"label": found["label"], "student_logits": found["student_logits"].detach(), "terms": terms}
-        return outputs if "teacher_logits" not in found else outputs | {"teacher_logits": found["teacher_logits"]}
+        outputs = {"label": values["label"], "student_logits": values["student_logits"].detach(), "terms": terms}
+        return outputs if "teacher_logits" not in values else outputs | {"teacher_logits": values["teacher_logits"]}
 
-    def _losses(self, batch: Batch, epoch: int, soft: Tensor | None = None) -> dict[str, Tensor]:
-        """What a step comes to, by name, which reads nothing from the device.
+    def _step_values(self, batch: Batch, epoch: int, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
+        """Computes the loss terms, statistics and accuracies by name, without synchronising with the device.
 
         Args:
             epoch: counted from 1.
-            soft: the teacher's logits, where they are there.
+            teacher_logits: the teacher's logits, if already computed.
         """
-        student, teacher = self._outputs(batch.images, batch.view, batch.label, soft)
+        student, teacher = self._outputs(batch.images, batch.view, batch.label, teacher_logits)
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
         step = StepContext(student, teacher, batch.label, batch.index, epoch, *strong)
@@ -176,68 +175,78 @@ class DistillationModule(LightningModule):
         if batch.other is not None:
             other = replace(step, label=batch.other.label)
             terms = mixed_terms(terms, self.loss(other), batch.other.share)
-            # The class of most of each image, for all that counts and watches.
+            # Accuracy, statistics and callbacks use the class that covers most of each image.
             step = step if batch.other.share >= 0.5 else other
         with torch.no_grad():
             statistics = {f"stats/{name}": value for name, value in self.loss.statistics(step).items()}
-            right = self._right("train", student.logits, step.label)
+            accuracy = self._accuracy("train", student.logits, step.label)
         total = torch.stack(list(terms.values())).sum()
-        found = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()} | statistics | right
-        found["counted"] = counts([found[name] for name in _counted(found)], len(step.label))
-        found |= {"student_logits": student.logits, "label": step.label}
-        return found if teacher is None else found | {"teacher_logits": teacher.logits}
+        values = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()} | statistics | accuracy
+        values["counted"] = counts([values[name] for name in _averaged_names(values)], len(step.label))
+        values |= {"student_logits": student.logits, "label": step.label}
+        return values if teacher is None else values | {"teacher_logits": teacher.logits}
 
-    def _captured(self, batch: Batch) -> dict[str, Tensor]:
-        """As :meth:`_losses`, with the gradient."""
+    def _captured_values(self, batch: Batch) -> dict[str, Tensor]:
+        """Runs the captured step: :meth:`_step_values` and the backward pass."""
         assert self.captured is not None
-        soft = view = None
+        teacher_logits = view = None
         if self.teacher is not None and self.teacher.table is not None:
             if self.teacher.table.complete:
                 view = batch.view
-            else:  # it waits for whether views are known
-                soft, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
-        epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # all that such a loss knows of it
-        found = self.captured(epoch, batch.images, batch.label, batch.index, view, soft)
-        self.seen = {w: found[f"seen/{n}"] for n, w in enumerate(self.watchers) if f"seen/{n}" in found}
-        return found
+            else:  # looking up which views are cached synchronises with the device
+                teacher_logits, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
+        epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # the loss depends on the epoch up to there only
+        values = self.captured(epoch, batch.images, batch.label, batch.index, view, teacher_logits)
+        self.seen = {w: values[f"seen/{n}"] for n, w in enumerate(self.watchers) if f"seen/{n}" in values}
+        return values
 
-    def _with_gradient(
-        self, epoch: int, images: Tensor, label: Tensor, index: Tensor, view: Tensor | None, soft: Tensor | None
+    def _step_with_gradient(
+        self,
+        epoch: int,
+        images: Tensor,
+        label: Tensor,
+        index: Tensor,
+        view: Tensor | None,
+        teacher_logits: Tensor | None,
     ) -> dict[str, Tensor]:
         batch = Batch(images, label, index, view=view)
-        found = self._losses(batch, epoch, soft)
-        with torch.autocast(images.device.type, enabled=False):  # which is for the way there alone
-            found["train/loss"].backward()
-            outputs = self._to_watch(found)
+        values = self._step_values(batch, epoch, teacher_logits)
+        with torch.autocast(images.device.type, enabled=False):  # autocast is for the forward pass only
+            values["train/loss"].backward()
+            outputs = self._callback_outputs(values)
             with torch.no_grad():
                 seen = {
-                    f"seen/{n}": watcher.look_at_step(self, outputs, batch) for n, watcher in enumerate(self.watchers)
+                    f"seen/{n}": watcher.measure_step(self, outputs, batch) for n, watcher in enumerate(self.watchers)
                 }
-        return found | {name: value for name, value in seen.items() if value is not None}
+        return values | {name: value for name, value in seen.items() if value is not None}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass, unless it was a part of the step."""
+        """Runs the backward pass, unless the captured step has done it."""
         if not self.has_gradient:
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Forgets the gradient of the step before, unless that of this one is there already."""
+        """Clears the gradients, unless the captured step has already computed this step's."""
         if not self.has_gradient:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _outputs(
-        self, images: Tensor, view: Tensor | None = None, label: Tensor | None = None, soft: Tensor | None = None
+        self,
+        images: Tensor,
+        view: Tensor | None = None,
+        label: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
     ) -> tuple[ModelOutput, ModelOutput | None]:
-        """Both forward passes, with the features that the loss looks at."""
-        teacher = None if soft is None else ModelOutput(soft)
-        if self.teacher is not None and soft is None:
+        """Runs both networks; returns their logits and the features that the loss uses."""
+        teacher = None if teacher_logits is None else ModelOutput(teacher_logits)
+        if self.teacher is not None and teacher_logits is None:
             teacher = ModelOutput(*self.teacher(images, self.loss.teacher_taps, view=view, label=label))
         if self.compiled is not None:  # for a loss without taps
             return ModelOutput(self.compiled(images)), teacher
         return ModelOutput(*forward_with_taps(self.student, images, self.loss.student_taps)), teacher
 
     def on_train_epoch_start(self) -> None:
-        """Begins to count; not where a run goes on within an epoch, which has counted before."""
+        """Resets the epoch's means. (Not called when a run resumes within an epoch; its means are restored.)"""
         self.means["train"].reset()
 
     def on_train_epoch_end(self) -> None:
@@ -246,34 +255,34 @@ class DistillationModule(LightningModule):
         self.log("lr", float(self.rate))
 
     def on_validation_epoch_start(self) -> None:
-        """Begins to count, and marks the weights that are validated, which callbacks may have put in others' place."""
+        """Resets the means and fingerprints the weights to validate, which a callback may have swapped in."""
         self.means["val"].reset()
-        self.being_validated = mark(self.student)
+        self.validating = mark(self.student)
 
-    def validated_as_it_is(self) -> bool:
-        """Whether the last validation was of the student as it is now; the same answer on all ranks."""
+    def is_validated(self) -> bool:
+        """Whether the last validation used the student's current weights; the same on all ranks."""
         same = self.validated is not None and torch.equal(self.validated, mark(self.student))
         return bool(self.trainer.strategy.broadcast(same))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Student only; the teacher's share of the evaluation is a callback's."""
+        """Evaluates the student only; callbacks evaluate the teacher."""
         return self._evaluation_step("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's validation accuracy and the best so far."""
         top1 = float(self._log_epoch("val")["val/top1"])
-        self.validated = self.being_validated
+        self.validated = self.validating
         if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self.best_top1 = max(self.best_top1, top1)
         self.log("val/top1_best", self.best_top1)
 
     def on_test_epoch_start(self) -> None:
-        """Begins to count."""
+        """Resets the means."""
         self.means["test"].reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """As :meth:`validation_step`, on the test split."""
+        """Evaluates the student on the test split."""
         return self._evaluation_step("test", batch)
 
     def on_test_epoch_end(self) -> None:
@@ -283,62 +292,62 @@ class DistillationModule(LightningModule):
     def _evaluation_step(self, split: str, batch: Batch) -> dict[str, Tensor]:
         batch = as_batch(batch)
         if len(batch.label):
-            # A measurement, not a race: bfloat16's ties move accuracy by up to a tenth of a percent.
+            # In float32: ties in bfloat16 move the accuracy by up to 0.1 points.
             with torch.autocast(batch.images.device.type, enabled=False):
                 logits = self.student(batch.images)
-        else:  # no image of the batch could be read; the other ranks wait for this one all the same
+        else:  # no image of the batch could be read, but the other ranks wait for this batch
             logits = batch.images.new_zeros(0, self.hparams["num_classes"])
-        values = {f"{split}/ce": cross_entropy(logits, batch.label)} | self._right(split, logits, batch.label)
+        values = {f"{split}/ce": cross_entropy(logits, batch.label)} | self._accuracy(split, logits, batch.label)
         self.means[split].update(values, len(batch.label))
         return {"student_logits": logits, "label": batch.label}
 
-    def _accuracies(self, split: str) -> dict[str, int]:
+    def _accuracy_names(self, split: str) -> dict[str, int]:
         return {f"{split}/top{k}": k for k in self.top_k}
 
-    def _right(self, split: str, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
-        return {name: top_k_percent(logits, label, k) for name, k in self._accuracies(split).items()}
+    def _accuracy(self, split: str, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+        return {name: top_k_percent(logits, label, k) for name, k in self._accuracy_names(split).items()}
 
     def _log_epoch(self, split: str) -> dict[str, Tensor]:
-        # What was counted stays until the next epoch begins: a run that has to end here may go on within this one.
+        # The means are kept until the next epoch starts: a run stopped here may resume within this epoch.
         means = self.means[split].compute(self.trainer.strategy.reduce)
-        accuracies = {name: means[name] for name in self._accuracies(split) if name in means}
+        accuracies = {name: means[name] for name in self._accuracy_names(split) if name in means}
         self.log_dict(accuracies, prog_bar=split == "val")
         others = {name: mean for name, mean in means.items() if name not in accuracies}
         self.log_dict(others | term_shares(others))
         return means
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimises everything that takes a gradient: the student and the learnable parts of the loss."""
+        """Optimises all parameters that require a gradient: the student's and the loss's."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.make_optimizer(parameters, **fused(self.make_optimizer, self.trainer, self.device))
-        self.own_rates = remember_first_rates(optimizer)
+        self.initial_rates = remember_first_rates(optimizer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         scheduler = make_schedule(self.make_scheduler, optimizer, lambda: int(self.trainer.estimated_stepping_batches))
-        self.own_rates = remember_first_rates(optimizer)  # where the schedule begins, which may be lower
+        self.initial_rates = remember_first_rates(optimizer)  # the schedule's first rates, which may be lower
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduler_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             monitor = self.scheduler_monitor or ("val/ce" if scheduler.mode == "min" else "val/top1")
-            # As often as what it looks at is measured.
+            # As often as the monitored value is computed.
             every = self.trainer.check_val_every_n_epoch if monitor.startswith("val/") else 1
             settings |= {"monitor": monitor, "interval": "epoch", "frequency": every or 1}
         return {"optimizer": optimizer, "lr_scheduler": cast(LRSchedulerConfigType, settings)}
 
     def on_train_start(self) -> None:
-        """Where a run goes on from a checkpoint with another learning rate: its own, at that place of the schedule."""
+        """Applies this run's learning rate at the schedule's position, if the checkpoint was trained with another."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for optimizer in self.trainer.optimizers:
-            rescale(optimizer, schedulers, self.own_rates)
-        self.captured = self._to_capture()
+            rescale(optimizer, schedulers, self.initial_rates)
+        self.captured = self._make_captured_step()
 
     def on_train_end(self) -> None:
-        """Gives the memory of the captured step back."""
+        """Frees the captured step's memory."""
         if self.captured is not None and self.captured.failed:
             print_line("capture", f"off: the step cannot be captured: {self.captured.failed}")
         self.captured, self.watchers, self.seen = None, [], {}
 
-    def _to_capture(self) -> CapturedStep | None:
-        """The step to be captured; None where it is done as it is."""
+    def _make_captured_step(self) -> CapturedStep | None:
+        """Returns the step to capture; None if steps run uncaptured."""
         cuda = self.device.type == "cuda"
         if not (cuda if self.capture == "auto" else self.capture):
             return None
@@ -352,20 +361,20 @@ class DistillationModule(LightningModule):
         if cuda:
             print_line("capture", "each step runs as one CUDA graph; model.capture=false turns this off")
         self.watchers = [callback for callback in callbacks_of(self.trainer, Callback) if isinstance(callback, Watcher)]
-        return CapturedStep(self._with_gradient, parameters, watched, record=cuda)
+        return CapturedStep(self._step_with_gradient, parameters, watched, record=cuda)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps over a resume the best accuracy, and what the epoch has counted so far."""
+        """Saves the best accuracy and the epoch's means so far, for an exact resume."""
         checkpoint["best_top1"] = self.best_top1
         checkpoint["epoch_so_far"] = {"means": self.means["train"].state_dict(), "rate": float(self.rate)}
-        if "callbacks" not in checkpoint:  # a file of weights alone holds those that were validated
-            for average in callbacks_of(self.trainer, WeightAveraging):  # whom Lightning does not ask then
+        if "callbacks" not in checkpoint:  # a weights-only checkpoint contains the validated weights
+            for average in callbacks_of(self.trainer, WeightAveraging):  # Lightning does not call them in this case
                 average.on_save_checkpoint(self.trainer, self, checkpoint)
-            for beside in ("current_model_state", "averaging_state"):
-                checkpoint.pop(beside, None)
+            for key in ("current_model_state", "averaging_state"):
+                checkpoint.pop(key, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores them, from a checkpoint of this run."""
+        """Restores what :meth:`on_save_checkpoint` saved."""
         if self._trainer is not None:
             refuse_other_contents(checkpoint, self._trainer, self)
         self.best_top1 = checkpoint["best_top1"]
@@ -373,15 +382,15 @@ class DistillationModule(LightningModule):
         self.means["train"].load_state_dict(checkpoint["epoch_so_far"]["means"])
 
 
-def _counted(found: Mapping[str, Tensor]) -> list[str]:
-    """Of what a step came to, that which epochs have means of."""
-    return [name for name in found if name.startswith(("train/", "stats/"))]
+def _averaged_names(values: Mapping[str, Tensor]) -> list[str]:
+    """Names of the values that are averaged over the epoch."""
+    return [name for name in values if name.startswith(("train/", "stats/"))]
 
 
 def mixed_terms(terms: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The terms of images of two classes each: ``share * terms + (1 - share) * other``, by name.
+    """Mixes the terms of images with two classes each: ``share * terms + (1 - share) * other``, by name.
 
-    Of cross-entropy that is the cross-entropy with both labels in their proportion, as in Mixup; of terms that do not
-    look at the label, the terms themselves; of any other one, the mean over a label drawn in this proportion.
+    For cross-entropy this is the cross-entropy with both labels in their proportion, as in Mixup; for terms that do not
+    depend on the label, the terms themselves; for any other, the mean over a label drawn in this proportion.
     """
     return {name: share * term + (1 - share) * other[name] for name, term in terms.items()}

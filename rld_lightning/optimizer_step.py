@@ -1,4 +1,4 @@
-"""What Lightning leaves to others of an optimizer's step: its kernels, and how much each of its batches counts."""
+"""Parts of an optimizer step that Lightning leaves open: fused kernels, and the weight of each accumulated batch."""
 
 import inspect
 from collections.abc import Callable
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def fused(make: Callable[..., Optimizer], trainer: "Trainer", device: torch.device) -> dict[str, bool]:
-    """Has an optimizer update all weights in one kernel on a GPU, where it can and nobody has chosen.
+    """Returns ``fused=True`` if a GPU optimizer can update all weights in one kernel and no implementation was chosen.
 
-    Not where gradients are clipped or scaled: Lightning refuses the first, and watchers would see them scaled.
+    Not with gradient clipping or scaling: Lightning refuses the first, and callbacks would see scaled gradients.
     """
     if device.type != "cuda":
         return {}
@@ -24,17 +24,17 @@ def fused(make: Callable[..., Optimizer], trainer: "Trainer", device: torch.devi
     return {} if chosen or scaled or trainer.gradient_clip_val else {"fused": True}
 
 
-def share_of_step(trainer: "Trainer", batch_idx: int) -> float:
-    """Factor on a batch's mean loss that makes an optimizer step one on the mean over all images of its batches.
+def accumulation_factor(trainer: "Trainer", batch_idx: int) -> float:
+    """Returns the factor on a batch's mean loss with which an optimizer step averages over all images of its batches.
 
-    Lightning divides each by ``accumulate_grad_batches``, also in the last step of an epoch, which may have fewer and
-    smaller batches. It is 1 where nobody knows how many batches come.
+    Lightning divides each loss by ``accumulate_grad_batches``, also in an epoch's last step, which may have fewer and
+    smaller batches. The factor is 1 if the number of batches is unknown.
     """
     every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
     if every == 1 or batches == float("inf"):
         return 1.0
     steps = getattr(getattr(trainer.train_dataloader, "sampler", None), "steps", None)
     first = batch_idx - batch_idx % every
-    last = min(first + every, int(batches))  # of the batches that make this step of the optimizer
+    last = min(first + every, int(batches))  # batches of this optimizer step
     sizes = [1] * (last - first) if steps is None else [step.stop - step.start for step in steps[first:last]]
     return every * sizes[batch_idx - first] / sum(sizes)

@@ -1,4 +1,4 @@
-"""The callbacks of a trainer, in a list that Lightning keeps and does not declare, and what they cost a step."""
+"""Access to a trainer's callbacks, and ways to make them cheap in each step."""
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -10,38 +10,38 @@ Kind = TypeVar("Kind", bound="Callback")
 
 
 def callbacks_of(trainer: "Trainer", kind: type[Kind]) -> list[Kind]:
-    """Those that are of a class, or of one below it, in the order in which they are called."""
+    """Returns the callbacks of this class or a subclass, in call order; Lightning does not declare their list."""
     return [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, kind)]
 
 
 @runtime_checkable
 class Watcher(Protocol):
-    """A callback that says apart what it computes of a step, so that this is a part of the step's CUDA graph.
+    """A callback whose measurement of a step can be captured in the step's CUDA graph.
 
-    Of a step that was launched as one, :func:`seen_in_step` has what it returned when the callback's hooks are called;
-    the next step overwrites it. Else there is nothing, and they compute it themselves.
+    After a captured step, :func:`measured_in_graph` returns the measurement to the callback's hooks; the next step
+    overwrites it. After any other step it returns None, and the callback calls its own method.
     """
 
-    def look_at_step(self, pl_module: Any, outputs: Any, batch: Any) -> "Tensor | None":
-        """What it counts of a step, after the backward pass; it reads nothing from the device and changes nothing.
+    def measure_step(self, pl_module: Any, outputs: Any, batch: Any) -> "Tensor | None":
+        """Measures a step after its backward pass, without synchronising with the device or changing anything.
 
         Args:
             pl_module: the module, whose parameters have their gradients.
-            outputs: as ``on_train_batch_end`` gets them, without ``loss``.
-            batch: likewise; of it, images, label, index and view.
+            outputs: those of ``on_train_batch_end``, without ``loss``.
+            batch: its images, label, index and view.
         """
 
 
-def seen_in_step(watcher: Watcher, pl_module: Any) -> "Tensor | None":
-    """What a watcher saw of the latest step, where that was launched as a graph."""
+def measured_in_graph(watcher: Watcher, pl_module: Any) -> "Tensor | None":
+    """Returns a watcher's measurement of the latest step; None if that was not captured."""
     return getattr(pl_module, "seen", {}).get(watcher)
 
 
 def shown_by_lightning(trainer: "Trainer") -> bool:
-    """Whether there is a bar that shows what is logged for it (``prog_bar=True``).
+    """Whether Lightning's progress bar displays values logged with ``prog_bar=True``.
 
-    Lightning reads such values from the device in each step, which so waits for the one before; a bar that
-    ``reads_by_itself`` needs none of them.
+    If it does, Lightning reads such values from the device in each step, which makes it wait for the previous one. A
+    bar with ``reads_by_itself`` does not need them.
     """
     bar = trainer.progress_bar_callback
     return bar is not None and not getattr(bar, "reads_by_itself", False)
@@ -60,12 +60,12 @@ _EACH_STEP = (
 
 
 def skip_idle_hooks(trainer: "Trainer") -> None:
-    """Has no callback called in a step that does nothing there.
+    """Stops Lightning from calling hooks that a callback does not implement.
 
-    Lightning calls every hook of every callback, each under a profiler's name put together anew; of a dozen callbacks
-    that takes as long as launching a small network's step. It passes over what cannot be called.
+    Lightning calls every hook of every callback and builds a profiler name for each call; with a dozen callbacks this
+    takes as long as launching a small network's step. It skips attributes that are not callable.
     """
-    from lightning.pytorch import Callback  # here: others of this module's callers have it imported anyway
+    from lightning.pytorch import Callback  # here: this module's other users import it anyway
 
     for callback in callbacks_of(trainer, Callback):
         for hook in _EACH_STEP:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rld_lightning import CELoss, DistillationModule, DKDLoss, FrozenTeacher, KDLoss, RLDLoss, create_model
 from rld_lightning.callbacks import Divergence, ExactResume, GradientNorm, StepSeed, TeacherMonitor, Throughput
-from rld_lightning.capture import CapturedStep, notice_waits, why_not_captured
+from rld_lightning.capture import CapturedStep, detect_synchronizations, why_not_captured
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
@@ -104,7 +104,7 @@ def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatc
 
 def test_what_callbacks_see_of_a_step_is_captured_with_it(monkeypatch, tmp_path):
     looked = []
-    monkeypatch.setattr(TeacherMonitor, "look_at_step", spy(TeacherMonitor.look_at_step, looked))
+    monkeypatch.setattr(TeacherMonitor, "measure_step", spy(TeacherMonitor.measure_step, looked))
     job = module(RLDLoss(warmup_epochs=1))
     fit(job, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
     assert job.watchers == []
@@ -112,7 +112,9 @@ def test_what_callbacks_see_of_a_step_is_captured_with_it(monkeypatch, tmp_path)
     # Where it is recorded, and before; not by the hooks of the 24 steps again.
     twice = module(RLDLoss(warmup_epochs=1), capture=False)
     here = len(looked)
-    monkeypatch.setattr(DistillationModule, "_captured", spy(DistillationModule._captured, captured := []))
+    monkeypatch.setattr(
+        DistillationModule, "_captured_values", spy(DistillationModule._captured_values, captured := [])
+    )
     fit(twice, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
     assert (here, len(looked) - here, captured) == (24, 24, [])
 
@@ -288,7 +290,7 @@ def test_a_line_that_waits_for_the_gpu_is_named_and_other_warnings_come_through(
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
     def step():
-        with notice_waits() as places:
+        with detect_synchronizations() as places:
             warnings.warn("called a synchronizing CUDA operation (...)", UserWarning, stacklevel=1)
             warnings.warn("something else", UserWarning, stacklevel=1)
         return places

@@ -17,7 +17,7 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import CRDLoss, DHKDLoss, FitNetLoss, ReviewKDLoss
 from rld_lightning.metrics import term_shares
-from rld_lightning.optimizer_step import share_of_step
+from rld_lightning.optimizer_step import accumulation_factor
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -427,4 +427,4 @@ def test_share_of_step(batch, expected):
     steps = [slice(0, size) for size in (16, 16, 16, 16, 16, 13)]
     loader = SimpleNamespace(sampler=SimpleNamespace(steps=steps))
     trainer = SimpleNamespace(accumulate_grad_batches=4, num_training_batches=6, train_dataloader=loader)
-    assert share_of_step(trainer, batch) == expected
+    assert accumulation_factor(trainer, batch) == expected

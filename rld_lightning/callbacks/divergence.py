@@ -21,7 +21,7 @@ from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import DIVERGED, LAST
-from rld_lightning.watching import seen_in_step
+from rld_lightning.watching import measured_in_graph
 
 _LARGE_IMAGES = 100.0  # normalised ones reach 3 or so
 _MEMORY = 0.98  # of the mean loss that a spike is compared to: some 50 steps
@@ -64,16 +64,16 @@ class Divergence(Callback):
     ) -> None:
         """Looks at a step, and now and then reads what was seen."""
         batch = as_batch(batch)
-        seen = seen_in_step(self, pl_module)
+        seen = measured_in_graph(self, pl_module)
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
         self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(outputs["terms"])))
         # A copy: what a graph computes is overwritten by its next replay.
-        self.rows.append(self.look_at_step(pl_module, outputs, batch) if seen is None else seen.clone())
+        self.rows.append(self.measure_step(pl_module, outputs, batch) if seen is None else seen.clone())
         self.step += 1
         if self.step % self.every == 0:
             self._read(trainer, pl_module)
 
-    def look_at_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
+    def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
         """A step's row, see :class:`~rld_lightning.watching.Watcher`."""
         terms: list[Tensor] = list(outputs["terms"].values())
         loss = torch.stack(terms).sum().float()

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rld_lightning.watching import seen_in_step
+from rld_lightning.watching import measured_in_graph
 
 
 class GradientNorm(Callback):
@@ -28,12 +28,12 @@ class GradientNorm(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds a step."""
-        seen = seen_in_step(self, pl_module)
+        seen = measured_in_graph(self, pl_module)
         step = _norm(p for group in optimizer.param_groups for p in group["params"]) if seen is None else seen
         if step is not None:
             self.totals = step.clone() if self.totals is None else self.totals.to(step.device) + step
 
-    def look_at_step(self, pl_module: LightningModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+    def measure_step(self, pl_module: LightningModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
         """What a step adds, see :class:`~rld_lightning.watching.Watcher`."""
         return _norm(pl_module.parameters())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rld_lightning.data.base import as_batch
 from rld_lightning.metrics import EpochMeans, counts
 from rld_lightning.module import DistillationModule
-from rld_lightning.watching import seen_in_step
+from rld_lightning.watching import measured_in_graph
 
 _SAMPLES = ("teacher_top1", "agreement", "teacher_wrong", "right_alone")  # of which means are taken
 
@@ -38,12 +38,12 @@ class TeacherMonitor(Callback):
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Tensor], batch: Any, batch_idx: int
     ) -> None:
         """Counts a training batch."""
-        seen = seen_in_step(self, pl_module)
-        counted = self.look_at_step(pl_module, outputs, batch) if seen is None else seen
+        seen = measured_in_graph(self, pl_module)
+        counted = self.measure_step(pl_module, outputs, batch) if seen is None else seen
         if counted is not None:
             self.means["train"].add(_SAMPLES, counted)
 
-    def look_at_step(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+    def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
         """What a training batch counts, see :class:`~rld_lightning.watching.Watcher`."""
         if "teacher_logits" not in outputs:
             return None

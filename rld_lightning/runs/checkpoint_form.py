@@ -47,7 +47,7 @@ def _refused(path: object) -> Iterator[None]:
         way_out = f"resume from {before}, the one before it, or " if before.is_file() else ""
         raise UserError(
             f"{path} is not as this run would have written it: {error}. It, or the data, have been changed since; "
-            f"{way_out}begin anew in another folder."
+            f"{way_out}start a new run in another folder."
         ) from error
 
 

@@ -74,7 +74,7 @@ def test_a_moving_average_has_the_value_of_its_formula_and_is_what_is_seen(tmp_p
     epoch = best["global_step"] - 1
     close({name: best["state_dict"][f"student.{name}"] for name in expected}, history[epoch])
     assert "current_model_state" not in best
-    assert module.validated_as_it_is()
+    assert module.is_validated()
     assert module.student[1].num_batches_tracked == EPOCHS * STEPS
 
 
@@ -131,10 +131,10 @@ def test_the_teacher_is_not_copied(tmp_path):
     module, _ = fit(tmp_path, average, epochs=1)
     assert module.teacher is not None
     assert average._average_model.module.teacher is None
-    assert module.validated_as_it_is()
+    assert module.is_validated()
     with torch.no_grad():
         module.student[1].running_mean += 0.1
-    assert not module.validated_as_it_is()  # and so a summary would measure it again
+    assert not module.is_validated()  # and so a summary would measure it again
 
 
 @pytest.mark.parametrize(("options", "word"), [({"decay": 1.0}, "decay=1.0"), ({"start": 1.0}, "start=1.0")])

@@ -96,7 +96,7 @@ def test_one_that_nobody_has_altered_goes_on(checkpoint, tmp_path):
         (("callbacks", "EarlyStopping{'monitor': 'val/ce', 'mode': 'min'}"), GONE, r"\.wait_count is missing"),
         (("callbacks", "GradientNorm", "totals"), "x", "totals is 'x', and has to be finite fractions"),
         (("callbacks", "ExactResume", "seconds"), "x", "seconds is 'x', and has to be a number"),
-        (("epoch_so_far", "means"), [{"a": torch.zeros(2)}], "other than single numbers among what"),
+        (("epoch_so_far", "means"), [{"a": torch.zeros(2)}], "contain other values than single numbers"),
         (("optimizer_states",), [], r"optimizer_states is a list, and has to be a list of 1"),
         (("optimizer_states", 0, "state"), {}, "is empty, and has to have what SGD remembers"),
         (("optimizer_states", 0, "state", 0, "momentum_buffer"), torch.zeros(10), r"state\.0\.momentum_buffer is"),
@@ -124,7 +124,7 @@ def test_an_altered_one_is_refused(checkpoint, tmp_path, path, value, words):
     write_checkpoint(put(checkpoint, path, value), tmp_path / "last.ckpt", keep=False)
     with pytest.raises(UserError, match=words) as refused:
         fit(tmp_path, tmp_path / "last.ckpt")
-    assert "anew in another folder." in str(refused.value)
+    assert "a new run in another folder." in str(refused.value)
     assert not (tmp_path / "metrics.csv").exists()
 
 

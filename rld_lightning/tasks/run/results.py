@@ -39,7 +39,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         )
     logged = dict(trainer.callback_metrics)
     # Training ended between validations, or a callback has averaged the weights.
-    if late := not module.validated_as_it_is():
+    if late := not module.is_validated():
         trainer.validate(module, datamodule=data, verbose=False)
         logged |= trainer.callback_metrics
     metrics = {name: float(value) for name, value in logged.items()}

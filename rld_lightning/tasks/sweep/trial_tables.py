@@ -15,7 +15,7 @@ from rld_lightning.console import console, print_files, print_line, print_table
 from rld_lightning.errors import UserError, printable
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.hydra.quoting import as_command
-from rld_lightning.metrics import luck
+from rld_lightning.metrics import sampling_error
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.facts import read_facts
@@ -113,8 +113,8 @@ def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
     """The place of the setting with the highest mean, of those that were trained to the end.
 
     Args:
-        repeated: whether each was to be run with several seeds: then those with the most count, as the luck of a
-            single one that has not failed is no mean.
+        repeated: whether each was to be run with several seeds: then those with the most count, as a
+            single lucky run is no mean.
     """
     whole = settings[settings["complete"]] if settings["complete"].any() else settings
     if repeated:
@@ -186,7 +186,9 @@ def print_networks(folder: Path) -> None:
 def _may_be_chance(alone: Summary, distilled: Sequence[Summary]) -> str:
     """A sentence where no student differs from the one alone by more than so few images can tell; else empty."""
     most = max(abs(summary.top1 - alone.top1) for summary in distilled)
-    told = max(math.hypot(luck(alone.top1, alone.images), luck(s.top1, s.images)) for s in distilled)
+    told = max(
+        math.hypot(sampling_error(alone.top1, alone.images), sampling_error(s.top1, s.images)) for s in distilled
+    )
     if most > told:
         return ""
     return f"{alone.images:,} images tell students apart by {told:.1f} points or more; several seeds tell more"

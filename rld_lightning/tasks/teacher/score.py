@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.metrics import luck
+from rld_lightning.metrics import sampling_error
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.facts import WeightsFacts
 
@@ -54,8 +54,8 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
     images = f"{seen:,} of {data.val_size:,} validation images{_learnt(facts, data)}"
     print_line("teacher", f"top-1 {top1:.2f} % on {images}")
     chance = 100 / data.num_classes
-    fallen = recorded is not None and top1 < recorded - luck(recorded, seen) - _FAR
-    guessing = top1 <= chance + luck(chance, seen) + _FAR * (1 - chance / 100)
+    fallen = recorded is not None and top1 < recorded - sampling_error(recorded, seen) - _FAR
+    guessing = top1 <= chance + sampling_error(chance, seen) + _FAR * (1 - chance / 100)
     if not (fallen or guessing):
         return
     like = f"far below the {recorded:.2f} % that its file says" if fallen else f"near that of guessing ({chance:.2f} %)"
