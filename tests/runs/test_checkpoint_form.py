@@ -141,7 +141,7 @@ def test_where_the_rate_began_is_as_the_settings_say(checkpoint, tmp_path):
 def test_the_one_before_it_is_the_way_out(checkpoint, tmp_path):
     write_checkpoint(checkpoint, tmp_path / "last.ckpt", keep=False)
     write_checkpoint(put(checkpoint, ("global_step",), 4), tmp_path / "last.ckpt", keep=True)
-    with pytest.raises(UserError, match=rf"resume from {tmp_path}/last\.previous\.ckpt, the one before it, or begin"):
+    with pytest.raises(UserError, match=rf"resume from {tmp_path}/last\.previous\.ckpt, the one before it, or start"):
         fit(tmp_path, tmp_path / "last.ckpt")
 
 
