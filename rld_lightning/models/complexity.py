@@ -25,7 +25,8 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
 
     Convolutions, matrix products and attention count, as in published tables; normalisation, activations and pooling do
     not. Runs one forward pass of zeros on the model's device and dtype, without changing training modes, statistics,
-    gradients or the random state.
+    gradients or the random state; and without PyTorch's fast path for :class:`torch.nn.MultiheadAttention`, whose one
+    operation is not counted.
 
     Args:
         model: any network that takes one batch of images.
@@ -40,8 +41,13 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
     like = next(model.parameters(), torch.empty(0))
     images = torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype)
     counter = FlopCounterMode(display=False)
-    with evaluation_mode(model), torch.no_grad(), counter:
-        model(images)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluation_mode(model), torch.no_grad(), counter:
+            model(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
 
 

@@ -72,3 +72,14 @@ def test_no_memory_is_needed_on_the_meta_device():
     with torch.device("meta"):
         model = create_model("torchvision/resnet50", num_classes=1000)
     assert count_macs(model, (3, 224, 224)) == 4_089_184_256
+
+
+def test_attention_in_one_fast_operation_counts():
+    tokens, width, hidden = 3, 64, 128  # a channel is a token
+    model = nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(width, 4, hidden, batch_first=True), nn.Flatten(), nn.Linear(192, 5)
+    )
+    projections, perceptron = 4 * tokens * width**2, 2 * tokens * width * hidden
+    scores_and_sums = 2 * tokens**2 * width
+    assert count_macs(model, (3, 8, 8)) == projections + perceptron + scores_and_sums + 3 * 64 * 5
+    assert torch.backends.mha.get_fastpath_enabled()
