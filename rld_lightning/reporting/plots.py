@@ -139,7 +139,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
             )
             for point in shown.itertuples():
                 axes.plot(point.x, point.top1, point.marker, color=point.colour, markersize=7, alpha=0.85, mew=0)
-            axes.set(xlabel=label, ylabel="top-1 (%)", xscale="log")
+            axes.set(xlabel=f"{label}, log scale", ylabel="top-1 (%)", xscale="log")
             axes.margins(0.25, 0.22)
             _name_points(axes, shown, numbers if many else None)
             low, high = axes.get_xlim()
@@ -157,7 +157,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
         caption += f" Networks: {', '.join(f'{number} {network}' for network, number in numbers.items())}."
     if machines := sorted({cost.machine for cost in costs.values() if cost.milliseconds}):
         panels.append(panel("Latency", "milliseconds", "milliseconds per image"))
-        caption += f" Latency: one image at a time, measured for this report on {', '.join(machines)}."
+        caption += f" Latency: the fastest of one image at a time, measured for this report on {', '.join(machines)}."
     legend = [(label, colour, "o") for label, colour in colours.items()]
     if others := set(rows["method"]) - colours.keys():
         legend.append((f"{len(others)} more", PALE_LINE, "o"))
@@ -249,7 +249,7 @@ def value_scatter(sweep: Sweep, name: str) -> FigureOfPanels:
         axes.plot(values.iloc[:1], trials["mean"].iloc[:1], "o", color=RED, markersize=9, mew=0)
         axes.set(xlabel=short_key(key), ylabel="top-1 (%)")
         if numeric and values.min() > 0 and values.max() / values.min() > 20:
-            axes.set_xscale("log")
+            axes.set(xscale="log", xlabel=f"{short_key(key)}, log scale")
             axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
         axes.grid()
 

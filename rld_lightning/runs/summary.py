@@ -36,7 +36,7 @@ class Summary:
     agreement: float | None
     parameters: int
     macs: int
-    images_per_s: float | None
+    images_per_s: float | None  # of training steps, the median of the epochs
     run: str
     split_images: int  # how many there were to evaluate, unreadable ones aside
     steps: int  # how many steps of the optimizer were taken

@@ -88,6 +88,7 @@ def test_summary_metrics_and_export_tell_the_same(finished):
     metrics = pd.read_csv(folder / "run" / "metrics.csv")
     assert metrics["val/top1"].dropna().tolist()[-1] == pytest.approx(summary["top1"])
     assert metrics["val/top1"].max() == pytest.approx(summary["top1_best"])
+    assert metrics["train/images_per_s"].median() == pytest.approx(summary["images_per_s"])
     assert (summary["split"], summary["images"], summary["val_fraction"]) == ("test", 360, 0.0)
     with safe_open(folder / "run" / "student.safetensors", "pt") as file:
         facts = file.metadata()

@@ -1,8 +1,10 @@
 """What a run came to, what it leaves behind, and what it prints at its end."""
 
 import sys
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
+from statistics import median
 
 import torch
 from lightning.pytorch import Trainer
@@ -71,7 +73,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         agreement=metrics.get("val/agreement"),
         parameters=count_parameters(module.student),
         macs=count_macs(module.student, data.image_shape),
-        images_per_s=metrics.get("train/images_per_s", _last_row(plan.run).get("train/images_per_s")),
+        images_per_s=_speed(plan.run, metrics),
         run=str(plan.run),
         split_images=images if all_batches else data.val_size,  # without those that cannot be read
         steps=trainer.global_step,
@@ -110,6 +112,13 @@ def _peak_memory(device: torch.device) -> float | None:
     import resource  # of Unix
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _speed(run: Path, logged: Mapping[str, float]) -> float | None:
+    """Images a second in training, the median of the epochs: other programs slow single ones down."""
+    name = "train/images_per_s"
+    epochs = [row[name] for row in read_rows(run) if name in row]
+    return median(epochs) if epochs else logged.get(name)
 
 
 def _last_row(run: Path) -> Row:

@@ -169,7 +169,7 @@ def print_networks(folder: Path) -> None:
         rows.append((f"student, {run.summary.loss}{seed}", *_measured(run.summary.model, run.summary.top1, run)))
     columns = ("", "model", "top-1 %", "parameters", "M MACs", "images/s")
     print_table(f"{first.dataset}, last of {first.epochs} epochs", columns, rows)
-    console.print("images/s: forward passes of 64 images on this machine", style="dim")
+    console.print("images/s: the fastest forward pass of 64 images on this machine", style="dim")
     if caution := _may_be_chance(alone.summary, [run.summary for run in trials]):
         print_line("caution", caution)
     for run in (*trials, alone):
