@@ -17,6 +17,7 @@ from helpers.exports import digits_run
 from lightning import pytorch
 from lightning.pytorch import Trainer as LightningTrainer
 from PIL import Image
+from scipy import stats
 
 from rld_lightning import __main__ as main
 from rld_lightning import data as data_sets
@@ -369,6 +370,85 @@ def test_the_order_of_the_rooms_is_the_one_that_is_checked():
 def test_figures_that_are_named_exist():
     table = PAGES["docs/reports.md"].split("| figure | what it shows |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {figure.name for figure in figures.list_figures()}
+
+
+# The results
+
+
+def table(page, begins):
+    """The cells of the table whose first line begins so, without the emphasis; its head and its rule left out."""
+    rows = PAGES[page].split(f"\n{begins}\n", 1)[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip(" *`") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def says(printed, *values):
+    """Whether a cell is made of these numbers, each rounded to the places that it has there."""
+    found = re.findall(r"[-+]?\d+\.?\d*", printed)
+    assert len(found) == len(values), printed
+    for text, value in zip(found, values, strict=True):
+        places = len(text.partition(".")[2])
+        assert float(text) == pytest.approx(value, abs=0.501 * 10**-places), (printed, value)
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    """The raw data: top-1 of the last epoch by seed and method, of both series of seeds."""
+    folder = ROOT / "docs/results/cifar100_resnet20_to_resnet8"
+    runs = pd.concat([pd.read_csv(folder / name) for name in ("runs.csv", "seeds_3_to_7/runs.csv")])
+    return runs[runs["pair"] == "resnet20_to_resnet8"].pivot(index="seed", columns="method", values="top1_last")
+
+
+def test_means_and_deviations_are_those_of_the_raw_data(seeds):
+    page = "docs/results/cifar100_resnet20_to_resnet8/README.md"
+    for method, *cells in table(page, "| | seeds 0 to 2 | seeds 3 to 7 | all eight |"):
+        for cell, own in zip(cells, (seeds.loc[:2], seeds.loc[3:], seeds), strict=True):
+            values = own.loc[:, method.partition("`")[2]]
+            says(cell, values.mean(), values.std())
+    (cells,) = table("README.md", "| `ce` | `kd` | `dkd` | `rld` |")
+    for cell, method in zip(cells, ("ce", "kd", "dkd", "rld"), strict=True):
+        says(cell, seeds[method].mean(), seeds[method].std())
+
+
+def test_tests_and_what_is_said_of_them_are_those_of_the_raw_data(seeds):
+    page = "docs/results/cifar100_resnet20_to_resnet8/README.md"
+    printed = table(page, "| comparison | difference | 95 % interval | p, Holm |")
+    found = []
+    for comparison, difference, interval, _ in printed:
+        first, second = re.findall(r"\w+", comparison.replace("over", ""))
+        differences = seeds[first] - seeds[second]
+        says(difference, differences.mean())
+        half = stats.t.ppf(0.975, len(differences) - 1) * differences.sem()
+        says(interval, differences.mean() - half, differences.mean() + half)
+        found.append(stats.ttest_1samp(differences, 0).pvalue)
+    largest, corrected = 0.0, [0.0] * len(found)
+    for rank, place in enumerate(sorted(range(len(found)), key=found.__getitem__)):
+        corrected[place] = largest = max(largest, min(1.0, (len(found) - rank) * found[place]))
+    for (*_, p), value in zip(printed, corrected, strict=True):
+        assert value < 1e-4 if p == "< 0.0001" else float(p) == pytest.approx(value, abs=0.5e-4)
+    assert "RLD beats KD and cross-entropy with every seed (p < 0.001 after Holm)" in README
+    assert max(corrected[:2]) < 0.001
+    assert all((seeds["rld"] > seeds[other]).all() for other in ("kd", "ce"))
+
+
+def test_runs_that_were_resumed_are_told():
+    folder = ROOT / "docs/results/cifar100_resnet20_to_resnet8/seeds_3_to_7"
+    runs = pd.read_csv(folder / "runs.csv").set_index("pair")["overrides"].str.contains("resume=")
+    assert (runs["resnet20_to_resnet8"].sum(), bool(runs["resnet20"])) == (6, True)
+    text = " ".join(PAGES["docs/results/cifar100_resnet20_to_resnet8/README.md"].split())
+    assert "Six runs and the teacher's were interrupted and resumed." in text
+
+
+def test_the_best_of_the_sweep_is_that_of_the_raw_data():
+    page = "docs/results/cifar100_rld_sweep/README.md"
+    trials = pd.read_csv(ROOT / "docs/results/cifar100_rld_sweep/sweeps.csv")
+    accuracy = trials.set_index(["loss.alpha", "loss.beta", "loss.temperature"])["mean"]
+    (said,) = re.findall(r"- The best is alpha (\d+), beta (\d+), temperature (\d+) with ([\d.]+) %", PAGES[page])
+    assert accuracy.idxmax() == tuple(map(float, said[:3]))
+    says(said[3], accuracy.max())
+    says(*re.findall(r"the defaults \(1, 8, 4\) reach ([\d.]+) %", PAGES[page]), accuracy[1, 8, 4])
+    by_alpha = accuracy.unstack("loss.alpha")
+    assert len(by_alpha) == 9
+    assert (by_alpha[2] > by_alpha[1]).all()
 
 
 # The pages
