@@ -1,4 +1,4 @@
-"""The learning rate: schedules that PyTorch has only in parts, and another rate for a run that goes on."""
+"""Learning rate schedules beyond PyTorch's, and changing the learning rate of a resumed run."""
 
 from rld_lightning.schedule.make import make_schedule
 from rld_lightning.schedule.rescale import remember_first_rates, rescale

@@ -1,4 +1,4 @@
-"""A schedule for a run's optimizer."""
+"""Creates the schedule of a run's optimizer."""
 
 import inspect
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def make_schedule(make: Callable[..., LRScheduler], optimizer: Optimizer, steps: Callable[[], int]) -> LRScheduler:
-    """A schedule for an optimizer; one that takes ``total_steps`` and has none is given the run's.
+    """Creates a schedule for an optimizer; passes the run's number of steps if ``total_steps`` is required and unset.
 
     Args:
-        steps: of the whole run; asked where it is needed, because counting them sets up the data.
+        steps: returns the number of steps of the whole run; called only if needed, because it sets up the data.
     """
     parameters = inspect.signature(make).parameters
     wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None

@@ -1,24 +1,24 @@
-"""Another learning rate for a run that goes on: its schedule stays where it is, and all its rates are scaled."""
+"""Changes the learning rate of a resumed run: its schedule keeps its position, and all its rates are scaled."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
-# What optimisers and schedules of PyTorch call learning rates, in groups of parameters and in schedules.
+# Keys of learning rates in the parameter groups of PyTorch's optimisers, and attributes of its schedules.
 _OF_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
 _OF_SCHEDULES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
 
 
 def first_rates(optimizer: Optimizer) -> list[float | None]:
-    """The learning rate of each group of parameters where the schedule begins; None where the group does not say."""
+    """Returns the initial learning rate of each parameter group; None if the group does not store it."""
     return [group.get("initial_lr") for group in optimizer.param_groups]
 
 
 def remember_first_rates(optimizer: Optimizer) -> list[float | None]:
-    """As :func:`first_rates`, of a fresh optimizer, which is made to say so in checkpoints as well.
+    """Stores the initial learning rates in a fresh optimizer, so that checkpoints contain them, and returns them.
 
-    Most schedules do that by themselves; ``ReduceLROnPlateau`` does not.
+    Most schedules store them themselves; ``ReduceLROnPlateau`` does not.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", float(group["lr"]))
@@ -26,12 +26,12 @@ def remember_first_rates(optimizer: Optimizer) -> list[float | None]:
 
 
 def rescale(optimizer: Optimizer, schedulers: Iterable[Any], rates: Sequence[float | None]) -> None:
-    """Scales all learning rates of a restored optimizer so that its schedule is the one that begins with others.
+    """Scales all learning rates of a restored optimizer as if its schedule had started with other initial rates.
 
-    Where they are the same already, nothing is touched.
+    Does nothing if they are equal.
 
     Args:
-        rates: as :func:`remember_first_rates` gave them before the state was restored.
+        rates: the new initial rates, as returned by :func:`remember_first_rates` before the state was restored.
     """
     before = first_rates(optimizer)
     factors = [float(new) / float(old) if new and old else 1.0 for new, old in zip(rates, before, strict=True)]
@@ -48,7 +48,7 @@ def rescale(optimizer: Optimizer, schedulers: Iterable[Any], rates: Sequence[flo
 def _rescale_schedule(state: Mapping[str, Any], factors: Sequence[float]) -> None:
     for name in _OF_SCHEDULES:
         rates = state.get(name)
-        if isinstance(rates, list):  # in place: a schedule made of others shares it with them
+        if isinstance(rates, list):  # in place: a composed schedule shares it with its parts
             rates[:] = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
     for inner in state.get("_schedulers", ()):
         _rescale_schedule(vars(inner), factors)

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate that PyTorch has only in parts."""
+"""Learning rate schedules with warm-up."""
 
 import math
 from bisect import bisect_right
@@ -10,24 +10,24 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class WarmupCosine(LRScheduler):
-    """A linear rise over the first steps, and half a cosine down over the others.
+    """Linear warm-up, then cosine decay.
 
-    With the learning rate r, N steps in all and W of them for the rise, step n = 0, 1, ... is taken at::
+    With the learning rate r, N steps in total and W warm-up steps, the rate of step n = 0, 1, ... is::
 
         r (n + 1) / W                                                     for n < W
-        r (final + (1 - final) (1 + cos(pi (n - W) / (N - W))) / 2)       from then on
+        r (final + (1 - final) (1 + cos(pi (n - W) / (N - W))) / 2)       afterwards
 
     (Goyal et al., arXiv 1706.02677; Loshchilov and Hutter, ICLR 2017, arXiv 1608.03983.)
 
     Args:
-        optimizer: whose rate it is.
-        total_steps: N; in a run the run's own.
+        optimizer: the optimizer to schedule.
+        total_steps: N; in a run, set to the run's number of steps.
         warmup: W as a share of N, in [0, 1).
-        final: where the cosine ends, as a share of r, in [0, 1].
-        last_epoch: the step that was the last one; -1 begins.
+        final: final rate of the cosine, as a share of r, in [0, 1].
+        last_epoch: the last finished step; -1 to start.
 
     Raises:
-        ValueError: an argument out of its range, or no number of steps.
+        ValueError: an argument is out of its range, or there is no number of steps.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rate of each group of parameters."""
+        """Returns the rate of each parameter group."""
         return [rate * self._factor(self.last_epoch) for rate in self.base_lrs]
 
     def _factor(self, step: int) -> float:
@@ -61,17 +61,17 @@ class WarmupCosine(LRScheduler):
 
 
 class WarmupMultiStep(LRScheduler):
-    """PyTorch's ``MultiStepLR``, with a linear rise before: epoch e = 1, 2, ... of the first W has e / W of the rate.
+    """PyTorch's ``MultiStepLR`` with linear warm-up: of the first W epochs, epoch e = 1, 2, ... has e / W of the rate.
 
     Args:
-        optimizer: whose rate it is.
-        milestones: after so many epochs the rate is multiplied by ``gamma``, in rising order.
+        optimizer: the optimizer to schedule.
+        milestones: numbers of epochs after which the rate is multiplied by ``gamma``, in ascending order.
         gamma: the factor.
-        warmup: W; 1 is no rise.
-        last_epoch: the epoch that was the last one; -1 begins.
+        warmup: W; 1 for no warm-up.
+        last_epoch: the last finished epoch; -1 to start.
 
     Raises:
-        ValueError: milestones that do not rise, or no warm-up of 1 or more.
+        ValueError: the milestones are not in ascending order, or the warm-up is below 1.
     """
 
     def __init__(
@@ -92,6 +92,6 @@ class WarmupMultiStep(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rate of each group of parameters."""
+        """Returns the rate of each parameter group."""
         rise = min((self.last_epoch + 1) / self.warmup, 1.0)
         return [rate * rise * self.gamma ** bisect_right(self.milestones, self.last_epoch) for rate in self.base_lrs]

@@ -1,1 +1,1 @@
-"""Files of weights: read as data, sealed with a checksum, described by facts, and held against a network."""
+"""Weights files: reading them as data, sealing them with a checksum, their metadata, and loading into a network."""

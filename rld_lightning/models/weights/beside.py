@@ -1,4 +1,4 @@
-"""Weights with all that is known about them: by their own file, and by those that lie beside it."""
+"""Weights with their metadata, from their own file and from the files beside it."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from rld_lightning.models.weights.read import (
     split_part,
 )
 
-HUB_CONFIG = "config.json"  # beside the weights, as the Hugging Face Hub has them
-_OF_AN_EPOCH = ("top1", "epochs")  # facts
-_MOST_CONFIG = 10_000_000  # bytes; class names of the largest data sets are some hundred thousand
+HUB_CONFIG = "config.json"  # beside the weights in the layout of the Hugging Face Hub
+_OF_AN_EPOCH = ("top1", "epochs")  # facts that differ between a run's checkpoints
+_MOST_CONFIG = 10_000_000  # bytes; the class names of the largest data sets take some hundred thousand
 
 
 def find_weights(path: str | os.PathLike[str]) -> Weights:
-    """Reads weights from a file or a folder, with what lies beside them and says more about them.
+    """Reads weights from a file or folder, with the metadata in files beside them.
 
     Args:
-        path: the folder of a run or of an export, a ``.safetensors`` file or a checkpoint, and which part of it, as
-            :func:`~rld_lightning.models.weights.read.read_weights` takes them.
+        path: a run directory, the folder of an export, a ``.safetensors`` file or a checkpoint, optionally with a part,
+            as for :func:`~rld_lightning.models.weights.read.read_weights`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -40,10 +40,10 @@ def find_weights(path: str | os.PathLike[str]) -> Weights:
         )
     weights = read_weights(path)
     if not part and file.suffix == ".ckpt" and (exported := file.with_name(RUN_WEIGHTS)).is_file():
-        # A checkpoint of a run knows less than what the run has exported, which may be of another epoch.
+        # A run's checkpoint has less metadata than the run's exported weights, which may be of another epoch.
         known = {key: value for key, value in read_weights(exported).metadata.items() if key not in _OF_AN_EPOCH}
         return replace(weights, metadata=known | weights.metadata)
-    config = file.with_name(HUB_CONFIG)  # of a folder alone: beside a file that somebody names may lie anybody's
+    config = file.with_name(HUB_CONFIG)  # only if a folder was given: beside a single file it may be unrelated
     in_folder = file.name == HUB_WEIGHTS and Path(path).expanduser().is_dir()
     if in_folder and "name" not in weights.metadata and config.is_file():
         return replace(weights, metadata=_metadata_of_hub(config))
@@ -51,7 +51,7 @@ def find_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def _metadata_of_hub(path: Path) -> dict[str, str]:
-    """What timm's ``config.json`` says, by the names of :class:`WeightsFacts`; its values are checked as theirs."""
+    """Converts timm's ``config.json`` to the keys of :class:`WeightsFacts`, which checks the values later."""
     try:
         if path.stat().st_size > _MOST_CONFIG:
             raise ValueError(f"more than {_MOST_CONFIG:,} bytes")

@@ -1,7 +1,7 @@
-"""Files that claim to hold more than they do, refused before memory is given to the claim.
+"""Refuses decompression bombs: files that would unpack to far more memory than they take.
 
-A few bytes can say of themselves that they unpack to gigabytes: entries of an archive that are compressed, or lie one
-over the other; tensors that show one number a trillion times; a list of lists that each stand in the next ten times.
+A few bytes can claim gigabytes: by compressed or overlapping entries of an archive, by expanded tensors that repeat one
+number a trillion times, or by lists that contain another list ten times, which contains another ten times, and so on.
 """
 
 import zipfile
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from rld_lightning.models.weights.pickled import bomb_in
 
-_STRETCHED = 1 << 24  # bytes that a tensor may show beyond those that it has, as a buffer that was expanded does
-_OLD_PICKLES = 5
-_MOST_VALUES = 100_000  # of a list that is a fact
+_STRETCHED = 1 << 24  # bytes by which a tensor's size may exceed its storage, as an expanded buffer's does
+_OLD_PICKLES = 5  # pickles in a file in the format before torch 1.6
+_MOST_VALUES = 100_000  # of a list in the metadata
 
 
 class ClaimError(ValueError):
-    """A file that claims more than it holds; its text says what."""
+    """Raised for a file that claims more than it holds; the message says what."""
 
 
 def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
-    """What ``torch.load(weights_only=True)`` makes of a file's content.
+    """Loads a file's content with ``torch.load(weights_only=True)``, after checking that it is no bomb.
 
     Raises:
-        ClaimError: it claims more than it holds; PyTorch raises almost anything of what is damaged.
+        ClaimError: it claims more than it holds. For damaged files PyTorch may raise any other type.
     """
     if _is_inflated(content):
         raise ClaimError("it claims to unpack to more than it holds; torch.save compresses nothing")
@@ -45,7 +45,7 @@ def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
 
 
 def as_text(value: object) -> str:
-    """A plain value, or a list of some, as a text; ``"a dict"`` of what else there is, whose text may have no end."""
+    """Converts a plain value or a list of them to text; others, whose text may be endless, to ``"a dict"`` etc."""
     if isinstance(value, list | tuple) and len(value) <= _MOST_VALUES and all(map(_is_plain, value)):
         return str(list(value))
     return str(value) if _is_plain(value) else f"a {type(value).__name__}"
@@ -56,18 +56,18 @@ def _is_plain(value: object) -> bool:
 
 
 def _bomb_in(content: bytes) -> str:
-    """What is wrong with the pickle in a file, as PyTorch finds it there; nothing where it may be read."""
-    if content[:4] != b"PK\x03\x04":  # a file of before torch 1.6: what it is, the content, and where storages are
+    """Returns what is wrong with the pickle that PyTorch would read from a file; empty if it may be read."""
+    if content[:4] != b"PK\x03\x04":  # the format before torch 1.6: several pickles in a row
         return bomb_in(BytesIO(content), _OLD_PICKLES)
     try:
-        reader: Any = torch._C.PyTorchFileReader(BytesIO(content))  # whose types are not all declared
+        reader: Any = torch._C.PyTorchFileReader(BytesIO(content))  # not fully typed
         return bomb_in(BytesIO(reader.get_record("data.pkl"))) if reader.has_record("data.pkl") else ""
-    except RuntimeError:  # no archive to PyTorch, which says so
+    except RuntimeError:  # no archive; torch.load will report it
         return ""
 
 
 def _is_inflated(content: bytes) -> bool:
-    """Whether the entries of an archive would take more than the archive does; PyTorch compresses none."""
+    """Whether an archive's entries unpack to more than its size; PyTorch's are never compressed."""
     if not zipfile.is_zipfile(BytesIO(content)):
         return False
     with zipfile.ZipFile(BytesIO(content)) as archive:
@@ -83,7 +83,7 @@ def _held(tensor: Tensor) -> int:
 
 
 def _tensors(content: object) -> Iterator[Tensor]:
-    """All tensors in nested mappings and lists, which may hold each other."""
+    """Yields all tensors in nested mappings and lists, which may contain each other."""
     seen, waiting = set[int](), [content]
     while waiting:
         value = waiting.pop()

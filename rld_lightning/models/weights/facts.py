@@ -1,6 +1,6 @@
-"""What a file of weights says about itself, read as plain numbers and texts in range and as nothing else.
+"""The metadata of a weights file, read as plain numbers and texts within their ranges.
 
-Whoever made the file wrote it. Nothing of it is instantiated, resolved as an interpolation or taken for a path.
+The file's author is not trusted: nothing is instantiated, resolved as an interpolation or used as a path.
 """
 
 import json
@@ -19,48 +19,48 @@ _LONGEST_TEXT = 300
 _LARGEST = 1 << 32
 INTERPOLATIONS = ("bilinear", "bicubic")
 
-# What decides which images a network is measured on, and for how many classes it is built. Everything else is compared
-# or shown only, and there text that is not JSON, as checkpoints of other programs have it, says nothing.
+# Keys that decide which images a network is evaluated on, and for how many classes it is built. All others are only
+# compared or shown; if their text is not JSON, as in checkpoints of other programs, it is ignored.
 _STRICT = ("num_classes", "data_seed", "val_fraction", "test_fraction")
 
 
 @dataclass(frozen=True)
 class WeightsFacts:
-    """What a file of weights says about itself; None where it says nothing."""
+    """The metadata of a weights file; None for what it does not state."""
 
     name: str | None = None  # the model's name, for `create_model`
     dataset: str | None = None  # the data set that it was trained on
-    source: str | None = None  # who made it, such as `"fit"` or `"published"`
+    source: str | None = None  # its origin, such as `"fit"` or `"published"`
     url: str | None = None  # where it was downloaded from
     num_classes: int | None = None  # C, at least 2
     class_names: list[str] | None = None  # the classes, in the order of the logits
     image_shape: tuple[int, int, int] | None = None  # (channels, height, width) of the images
-    mean: tuple[float, float, float] | None = None  # of each channel of the images, for values in [0, 1]
+    mean: tuple[float, float, float] | None = None  # mean of each channel of the images, for values in [0, 1]
     std: tuple[float, float, float] | None = None  # standard deviation of each channel, likewise
-    resize: int | None = None  # what the shorter side of an image becomes before its centre is cropped, in pixels
-    interpolation: str | None = None  # how it is resized, `"bilinear"` or `"bicubic"`
-    data_seed: int | None = None  # seed of what was held out, in [0, 2**32)
+    resize: int | None = None  # length of an image's shorter side in pixels, before the centre crop
+    interpolation: str | None = None  # of the resizing, `"bilinear"` or `"bicubic"`
+    data_seed: int | None = None  # seed of the held-out split, in [0, 2**32)
     val_fraction: float | None = None  # share of the training split that was held out, in [0, 1)
-    # Share of a folder without a test split that was held out for testing, in [0, 1)
+    # Share held out for testing, in [0, 1), of a folder without a test split
     test_fraction: float | None = None
     top1: float | None = None  # accuracy in percent
-    epochs: int | None = None  # how many it was trained for
+    epochs: int | None = None  # number of training epochs
 
 
 def facts_of(weights: Weights) -> WeightsFacts:
-    """Reads the facts of a file of weights.
+    """Reads the facts of a weights file.
 
     Raises:
-        WeightsError: a value is not of its kind or not in its range; the message names file, key and value.
+        WeightsError: a value has the wrong type or is out of range; the message names file, key and value.
     """
     return read_facts(weights.metadata, weights.source)
 
 
 def read_facts(metadata: Mapping[str, str], source: str | Path) -> WeightsFacts:
-    """Reads the facts in the header of a safetensors file, or in the hyper-parameters of a checkpoint.
+    """Reads the facts in the header of a safetensors file or in the hyper-parameters of a checkpoint.
 
     Args:
-        metadata: texts, of which numbers and lists are JSON. Checkpoints call the name ``student``.
+        metadata: texts; numbers and lists are JSON. In checkpoints the key of the name is ``student``.
 
     Raises:
         WeightsError: as :func:`facts_of`.

@@ -1,26 +1,26 @@
-"""Pickles that would hang or end the process that reads them, told by their operations before any of these is done.
+"""Detects pickles that would hang or crash the reading process, from their opcodes, before executing any.
 
-PyTorch's reader calls nothing that it does not know, but it makes what it is told to. A few bytes make a tuple that
-holds another one twice, which holds another one twice, ...: as a key of a dictionary it would be hashed for years, and
-tuples within tuples, a million deep, end Python itself.
+PyTorch's reader calls only functions that it knows, but builds any value. A few bytes describe a tuple that holds
+another one twice, which holds another one twice, ...: as a dictionary key it would be hashed for years, and tuples
+nested a million deep crash Python itself.
 """
 
 import pickletools
 from itertools import repeat
 from typing import IO, Any
 
-_MOST_OPERATIONS = 1 << 23  # PyTorch's own take some thirty a tensor
-_MOST_WORK = 1 << 27  # values that are put into others, with all in them; a checkpoint has some 100,000
-_DEEPEST = 500  # values within each other; Lightning's lie some ten deep
+_MOST_OPERATIONS = 1 << 23  # PyTorch's files have some thirty per tensor
+_MOST_WORK = 1 << 27  # total size of all values put into others; some 100,000 in a checkpoint
+_DEEPEST = 500  # nesting depth; some ten in Lightning's checkpoints
 _REFUSED = (
-    *("__builtin__ bytearray", "builtins bytearray"),  # of a length that is given as a number
-    *("punycode", "idna"),  # encodings that take the square of a text's length
+    *("__builtin__ bytearray", "builtins bytearray"),  # allocates a length given as a number
+    *("punycode", "idna"),  # encodings with quadratic run time
 )
-_CHANGES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # what is on the stack
+_CHANGES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # modify the value on top of the stack
 
 
 class _Value:
-    """A value to be: how many it is made of, how deep they lie, and whether it is part of another one."""
+    """Stands for a value that the pickle would build: its total size and depth, and whether another value holds it."""
 
     __slots__ = ("depth", "held", "size")
 
@@ -32,14 +32,14 @@ _PLAIN, _MARK = _Value(), _Value()
 
 
 def bomb_in(file: IO[bytes], pickles: int = 1) -> str:
-    """What is wrong with pickles that lie one behind the other; nothing where they may be read, or are none at all.
+    """Returns what is wrong with consecutive pickles; empty if they may be read, or if the file holds none.
 
     Args:
-        file: which is left where the look ends.
+        file: read from its position on, which moves.
     """
     try:
         return next(filter(None, (_wrong(file) for _ in repeat(None, pickles))), "")
-    except (ValueError, IndexError, KeyError):  # no pickle: PyTorch's reader ends at the same operation
+    except (ValueError, IndexError, KeyError):  # no valid pickle: PyTorch's reader fails at the same opcode
         return ""
 
 
@@ -79,7 +79,7 @@ def _wrong(file: IO[bytes]) -> str:
                 stack += [_Value(1 + size, 1 + depth) for _ in operation.stack_after]
                 continue
             changed = stack[-1]
-            if changed.held or changed is _PLAIN:  # or sizes that were looked at would not be those that come
+            if changed.held or changed is _PLAIN:  # its counted size is already in others'
                 return "it goes on filling what is part of something else already"
             changed.size, changed.depth = changed.size + size, max(changed.depth, 1 + depth)
     return ""

@@ -1,8 +1,7 @@
-"""Weights from every kind of file users have, read without executing anything.
+"""Reads weights from all common file formats, without executing anything.
 
-A pickled checkpoint can run arbitrary code when it is unpickled, so pickles go through
-``torch.load(weights_only=True)`` with a short list of harmless extra classes, and whatever else a file asks for is
-refused by name.
+Unpickling a checkpoint can run arbitrary code, so pickles are read with ``torch.load(weights_only=True)`` and a short
+list of harmless extra classes; anything else that a file asks for is refused by name.
 """
 
 import argparse
@@ -29,10 +28,10 @@ from rld_lightning.models.weights.claims import ClaimError, as_text, load_plainl
 from rld_lightning.models.weights.seal import is_damaged, without_seal
 from rld_lightning.models.weights.unpack import Part, find_parts, usual_keys, wanted_parts
 
-RUN_WEIGHTS = "student.safetensors"  # in the folder of a run
-HUB_WEIGHTS = "model.safetensors"  # in that of an export, as the Hugging Face Hub has them
+RUN_WEIGHTS = "student.safetensors"  # in a run directory
+HUB_WEIGHTS = "model.safetensors"  # in the folder of an export, as on the Hugging Face Hub
 
-# The reconstructor is taken from an instance, because numpy 2 moved it: old files name it by its old path.
+# The reconstructor is read from an instance, because numpy 2 moved it; old files refer to its old path.
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
 _NUMPY_SCALAR_PATHS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _NUMPY_KINDS = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
@@ -41,17 +40,17 @@ _WINDOWS = ("WindowsPath", "PureWindowsPath")
 
 
 def _without_default(*_: object) -> dict[Any, Any]:
-    """A plain dictionary in the place of a ``defaultdict``: torch fills no other."""
+    """Returns a plain dictionary in place of a ``defaultdict``, since torch fills no other kind."""
     return {}
 
 
-# What checkpoints hold beside tensors: the command line they were trained with, paths, a numpy accuracy, a history. All
-# that these do with what a file says is to keep it. Paths are read of any system; Python 3.13 has named them anew.
+# What checkpoints hold beside tensors: the command line of the training, paths, a numpy accuracy, a history. These
+# classes only store their arguments. Paths of any system are read; Python 3.13 moved their classes.
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     SimpleNamespace,
     (_without_default, "collections.defaultdict"),
-    *(list, dict, int, float, str),  # what a defaultdict makes its values with
+    *(list, dict, int, float, str),  # default factories of a defaultdict
     *((PurePosixPath, f"pathlib{module}.{name}") for module in ("", "._local") for name in _POSIX),
     *((PureWindowsPath, f"pathlib{module}.{name}") for module in ("", "._local") for name in _WINDOWS),
     np.dtype,
@@ -61,7 +60,7 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 class WeightsError(ValueError):
-    """A weights file that cannot be used; the message says which, why, and what to do about it."""
+    """Raised for a weights file that cannot be used; the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,18 @@ class Weights:
     """A state_dict and where it came from."""
 
     state_dict: dict[str, Tensor]  # tensors by key
-    metadata: dict[str, str]  # what a safetensors header or a Lightning checkpoint's hyper-parameters say, else empty
+    metadata: dict[str, str]  # of the safetensors header or of a Lightning checkpoint's hyper-parameters, else empty
     source: Path  # the file
-    sha256: str = ""  # of the file, as hexadecimal digits; empty where there is none
+    sha256: str = ""  # hexadecimal SHA-256 of the file; empty if there is no file
     parts: tuple[Part, ...] = ()  # every state_dict in the file, the likeliest first, with the file's own keys
-    beside: tuple[str, ...] = ()  # what else there is in the file, by name
-    account: str = ""  # what was taken and what was left, in words; empty where there is nothing to tell
+    beside: tuple[str, ...] = ()  # names of the file's other entries
+    account: str = ""  # which parts were used and which were not, in words; empty if there is nothing to report
 
 
 def split_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
-    """A file, and which part of it is asked for: of ``"best.pth::state_dict_ema"`` the one after the colons.
+    """Splits ``"best.pth::state_dict_ema"`` into the file and the requested part.
 
-    Of the folder of a run, or of an export, the file is that of its weights.
+    For a run directory or the folder of an export, returns the weights file in it.
     """
     whole = Path(path).expanduser()
     named, colons, part = str(whole).rpartition("::")
@@ -90,10 +89,10 @@ def split_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
 
 
 def existing_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
-    """As :func:`split_part`, of a file that is there.
+    """Same as :func:`split_part`, and checks that the file exists.
 
     Raises:
-        FileNotFoundError: it is not.
+        FileNotFoundError: it does not.
     """
     file, part = split_part(path)
     if not file.exists():
@@ -107,20 +106,19 @@ def existing_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """Reads the weights in a file, on the CPU, whatever its format; the file's content decides, not its suffix.
+    """Reads the weights in a file onto the CPU; the format is detected from the content, not from the suffix.
 
-    Understood are safetensors, Lightning checkpoints (of which the student is taken), dictionaries with a state_dict
+    Supported are safetensors, Lightning checkpoints (of which the student is read), dictionaries with a state_dict
     under ``"model"``, ``"state_dict"`` or another usual name, and plain state_dicts, zipped or in the format before
     torch 1.6. The prefixes of ``DataParallel`` and ``torch.compile`` are removed from the keys.
 
     Args:
-        path: the file, or the folder of a run or of an export; with ``::`` and the name of a state_dict in the file, or
-            of the prefix of its keys, that part of it.
+        path: the file, a run directory or the folder of an export. ``::`` and the name of a state_dict in the file, or
+            a prefix of its keys, selects that part.
 
     Raises:
-        FileNotFoundError: there is no such file, or no such one in the folder.
-        WeightsError: it is not a weights file, is damaged, or would have to execute code to be read; or it has no such
-            part.
+        FileNotFoundError: there is no such file, or no weights file in the folder.
+        WeightsError: it is not a weights file, is damaged, could only be read by executing code, or has no such part.
     """
     path, wanted = existing_part(path)
     if not path.is_file():
@@ -151,10 +149,10 @@ def _part_of(weights: Weights, wanted: str) -> Weights:
 
 
 def read_once(path: Path) -> bytes:
-    """The bytes of a file as they are at one moment, whoever puts another one in its place meanwhile.
+    """Reads a file in a consistent state, even if it is replaced meanwhile.
 
     Raises:
-        WeightsError: somebody writes into it, over and over.
+        WeightsError: the file is still being written to after three attempts.
     """
     for _ in range(3):
         with path.open("rb") as file:
@@ -170,7 +168,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Reads the metadata of a safetensors file without reading its tensors.
 
     Raises:
-        WeightsError: the file is not whole.
+        WeightsError: the file is incomplete.
     """
     path = Path(path)
     try:
@@ -187,22 +185,22 @@ def _read_safetensors(content: bytes, path: Path) -> Weights:
         raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
     if not state_dict:
         raise WeightsError(f"{path} holds no tensors")
-    # Where the library has read the header, it is sound.
+    # The library has read the header, so it is valid.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     parts = find_parts(state_dict)
     return Weights(usual_keys(parts[0]), without_seal(header.get("__metadata__") or {}), path, parts=tuple(parts))
 
 
 def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
-    """Reads the weights in an open ``torch.save``d file; ``source`` is what error messages call it.
+    """Reads the weights in an open ``torch.save``d file; ``source`` is its name in error messages.
 
     Raises:
-        WeightsError: as ``read_weights``.
+        WeightsError: as for ``read_weights``.
     """
     if not file.read(1):
         raise WeightsError(f"{source} is empty")
     file.seek(0)
-    # Not those that someone else has allowed: leaving the context would disallow them.
+    # Without those already allowed elsewhere, which leaving the context would disallow.
     allowed = torch.serialization.get_safe_globals()
     try:
         with torch.serialization.safe_globals([extra for extra in _SAFE_GLOBALS if extra not in allowed]):
@@ -223,7 +221,7 @@ def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
 
 
 def hyper_parameters(content: object) -> dict[str, str]:
-    """What a Lightning checkpoint was made with, such as the student's name, as texts; nothing of another file."""
+    """Returns a Lightning checkpoint's hyper-parameters, such as the student's name, as texts; else an empty dict."""
     values = content.get("hyper_parameters") if isinstance(content, Mapping) else None
     return {as_text(key): as_text(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
 

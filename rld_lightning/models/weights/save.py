@@ -1,4 +1,4 @@
-"""Weights written as safetensors."""
+"""Writes weights as safetensors."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from rld_lightning.models.weights.seal import sealed_safetensors
 def save_weights(
     model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Writes a model's weights as safetensors with a checksum; the file appears whole or not at all.
+    """Writes a model's weights as safetensors with a checksum, atomically.
 
     Args:
         model: the model, or its state_dict.
-        path: the file to write; its folder is made if need be.
-        metadata: what to note in the header. Strings are kept, other values are written as JSON.
+        path: the file to write; its folder is created if necessary.
+        metadata: entries of the header. Strings are written unchanged, other values as JSON.
 
     Raises:
-        OSError: it cannot be written; what was there is untouched.
+        OSError: it cannot be written; an existing file is unchanged.
     """
     path = Path(path).expanduser()
     state_dict = model.state_dict() if isinstance(model, nn.Module) else model
@@ -39,6 +39,6 @@ def save_weights(
 
 def _to_json(value: object) -> str:
     def convert(item: Any) -> object:
-        return item.item() if hasattr(item, "item") else str(item)  # numpy and torch scalars; paths and the like
+        return item.item() if hasattr(item, "item") else str(item)  # numpy and torch scalars; paths etc.
 
     return json.dumps(value, default=convert)

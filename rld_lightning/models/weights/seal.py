@@ -1,9 +1,9 @@
-"""Checksums inside the files that this package writes, so that no flipped bit goes unseen.
+"""Checksums inside the files that this package writes, to detect flipped bits.
 
-Neither PyTorch's checkpoints nor safetensors are checked when they are read: a flipped bit is another weight. Here each
-file holds the SHA-256 of all its other bytes, where readers of the format do not look: the comment at the end of a
-PyTorch checkpoint, which is a zip archive, and two entries of the metadata of a safetensors file. Each kind has two
-marks of being sealed, so that a bit that is flipped in one of them does not pass for a file of somebody else's.
+Neither PyTorch's checkpoints nor safetensors are verified when read: a flipped bit silently changes a weight. Each
+sealed file holds the SHA-256 of all its other bytes where readers of the format ignore it: in the comment at the end of
+a PyTorch checkpoint, which is a zip archive, or in two entries of a safetensors file's metadata. Each format has two
+marks of being sealed, so that a bit flipped in one of them does not make the file look unsealed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor
 _DIGITS = 64
 _ZERO = b"0" * _DIGITS
 
-_END_RECORD = b"PK\x05\x06"  # that of a zip archive, 22 bytes before its comment
+_END_RECORD = b"PK\x05\x06"  # end record of a zip archive, 22 bytes before its comment
 _END_BYTES = 22
 _COMMENT = b"rld-lightning sha256 "
 _TAIL_BYTES = _END_BYTES + len(_COMMENT) + _DIGITS
@@ -30,7 +30,7 @@ _MOST_HEADER = 1 << 24
 
 
 def seal_checkpoint(saved: BytesIO) -> memoryview:
-    """The bytes of a checkpoint with their checksum."""
+    """Returns the bytes of a checkpoint with its checksum."""
     comment = _COMMENT + _ZERO
     saved.seek(-2, 2)
     saved.write(len(comment).to_bytes(2, "little") + comment)
@@ -41,22 +41,22 @@ def seal_checkpoint(saved: BytesIO) -> memoryview:
 
 
 def sealed_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytearray:
-    """The bytes of a safetensors file with their checksum, the same for the same tensors and metadata.
+    """Returns the bytes of a safetensors file with its checksum, deterministic for given tensors and metadata.
 
     Args:
-        tensors: contiguous, on the CPU, none shares memory with another.
+        tensors: contiguous, on the CPU, without shared memory.
     """
     marks = {_DIGEST_KEY: _ZERO.decode(), _SEALED_KEY: "true"}
     content = _in_order(safetensors.torch.save(tensors), {**metadata, **marks})
     found = _DIGEST.search(content, 0, _header_end(content))
-    assert found is not None  # a key of text, whose quotes are not escaped
+    assert found is not None  # the key's quotes are never escaped
     at = found.start(1)
     content[at : at + _DIGITS] = _digest(content, at)
     return content
 
 
 def _in_order(saved: bytes, metadata: Mapping[str, str]) -> bytearray:
-    """A safetensors file with metadata in their order, where the library's is another one each time."""
+    """Inserts metadata into a safetensors file in their given order; the library's order is random."""
     end = 8 + int.from_bytes(saved[:8], "little")
     header = {"__metadata__": dict(metadata), **json.loads(saved[8:end])}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -65,7 +65,7 @@ def _in_order(saved: bytes, metadata: Mapping[str, str]) -> bytearray:
 
 
 def is_damaged(content: bytes | bytearray | memoryview) -> bool:
-    """Whether a file is sealed and its bytes are others than those that were sealed; False of files without a seal."""
+    """Whether a file is sealed and its bytes do not match the checksum; False for files without a seal."""
     tail = bytes(content[-_TAIL_BYTES:])
     if tail.startswith(_END_RECORD) or tail[_END_BYTES:].startswith(_COMMENT):
         at = len(content) - _DIGITS
@@ -78,7 +78,7 @@ def is_damaged(content: bytes | bytearray | memoryview) -> bool:
 
 
 def without_seal(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata as they were given to :func:`sealed_safetensors`."""
+    """Returns the metadata without the entries added by :func:`sealed_safetensors`."""
     return {key: value for key, value in metadata.items() if key not in (_DIGEST_KEY, _SEALED_KEY)}
 
 
@@ -87,7 +87,7 @@ def _header_end(content: bytes | bytearray | memoryview) -> int:
 
 
 def _digest(content: bytes | bytearray | memoryview, at: int) -> bytes:
-    """The SHA-256 of all bytes but the digits of the checksum at ``at``, as digits."""
+    """Returns the hexadecimal SHA-256 of all bytes, with the checksum's digits at ``at`` counted as zeros."""
     view = memoryview(content)
     digest = hashlib.sha256(view[:at])
     digest.update(_ZERO)

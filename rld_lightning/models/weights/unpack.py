@@ -1,7 +1,7 @@
-"""Where the weights lie in what a checkpoint holds: under which name, and which prefix their keys have.
+"""Finds the weights in a checkpoint's content: their name, and the prefix of their keys.
 
-People save a model in many shapes: under ``"model"``, ``"state_dict"``, ``"net"``, beside an average of it, inside a
-module that also holds a loss or a teacher. A network that is known decides by its keys; without one the usual names do.
+Models are saved in many layouts: under ``"model"``, ``"state_dict"``, ``"net"``, beside an average of it, or inside a
+module that also holds a loss or a teacher. If the network is known, its keys decide; otherwise the usual names do.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 StateDict = Mapping[str, Tensor]
 
-# What files call their model, the likeliest first; of student and teacher, raw and averaged, the first is taken.
+# Usual names of the model in files, the likeliest first: student before teacher, raw before averaged.
 _NAMES = (
     *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "student", "weights", "params"),
     *("module", "backbone", "teacher", "state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema"),
@@ -24,15 +24,15 @@ _WRAPPERS = ("student.", "model.", "net.")
 class Part:
     """A state_dict in a file."""
 
-    path: str  # the keys that lead to it, joined by dots; empty where it is the file's whole content
-    state_dict: dict[str, Tensor]  # tensors by key, as they are called in the file but for the marks of `torch.compile`
+    path: str  # the keys that lead to it, joined by dots; empty if it is the file's whole content
+    state_dict: dict[str, Tensor]  # tensors by the file's keys, without the prefixes of `torch.compile`
 
 
 def find_parts(content: object) -> list[Part]:
-    """All state_dicts in the content of a checkpoint, the likeliest first.
+    """Returns all state_dicts in a checkpoint, the likeliest first.
 
     Args:
-        content: what was read. Searched are the content, its values, and the values of those with a usual name.
+        content: the loaded content. Searched are itself, its values, and the values inside those with a usual name.
     """
     if _is_state_dict(content):
         return [Part("", _uncompiled(content))]
@@ -51,13 +51,13 @@ def find_parts(content: object) -> list[Part]:
 
 
 def wanted_parts(parts: list[Part], wanted: str) -> list[Part]:
-    """The part of a file that somebody has asked for.
+    """Selects a part of a file.
 
     Args:
-        wanted: the path of one, or what its keys begin with.
+        wanted: the path of a part, or a prefix of its keys.
 
     Returns:
-        one part, without the prefix; none where there is no such one.
+        a list of one part, without the prefix; empty if there is no such part.
     """
     named = [part for part in parts if part.path == wanted]
     prefix = f"{wanted}."
@@ -70,9 +70,9 @@ def wanted_parts(parts: list[Part], wanted: str) -> list[Part]:
 
 
 def usual_keys(part: Part) -> dict[str, Tensor]:
-    """A state_dict with its keys as the network itself calls them, as far as the usual wrappers tell.
+    """Returns the state_dict without the key prefixes of the usual wrappers.
 
-    Those are ``DataParallel`` and averaged models, and the student of a module that holds a loss or a teacher as well.
+    These are ``DataParallel``, averaged models, and modules that hold a loss or a teacher beside the student.
     """
     plain = _unparallel(part.state_dict)
     plain = {key: value for key, value in plain.items() if key.startswith("student.")} or plain
@@ -85,14 +85,14 @@ def usual_keys(part: Part) -> dict[str, Tensor]:
 def fitting(
     parts: list[Part], shapes: Mapping[str, tuple[int, ...]], spare: tuple[str, ...]
 ) -> Iterator[tuple[str, Part]]:
-    """The places of a file where a network's weights are, and nothing else, the likeliest first.
+    """Yields the places in a file that hold exactly a network's weights, the likeliest first.
 
     Args:
         shapes: of the network's state_dict; its counters may be absent in the file.
-        spare: prefixes of keys that the file may have more.
+        spare: prefixes of extra keys that the file may have.
 
     Yields:
-        the path and prefix of a place, and the part with keys as the network's.
+        the path and prefix of the place, and the part with the network's keys.
     """
     counters = {key for key in shapes if key.endswith("num_batches_tracked")}
     needed = shapes.keys() - counters
@@ -120,7 +120,7 @@ def _is_state_dict(candidate: object) -> TypeGuard[StateDict]:
 
 
 def _uncompiled(state_dict: StateDict) -> dict[str, Tensor]:
-    """Undoes ``torch.compile``, which may have wrapped any submodule."""
+    """Removes the prefixes of ``torch.compile``, which may have wrapped any submodule."""
     return {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
 
 
@@ -129,6 +129,6 @@ def _under(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
 
 
 def _unparallel(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undoes ``DataParallel``, which may have wrapped all but the counter of an averaged model."""
+    """Removes the prefix of ``DataParallel``, which may have wrapped all but the counter of an averaged model."""
     inner = _under(state_dict, "module.")
     return inner if inner and len(state_dict) - len(inner) == ("n_averaged" in state_dict) else state_dict

@@ -1,4 +1,4 @@
-"""Do weights belong to a network? They are loaded where they do, and the difference is explained where not."""
+"""Checks whether weights fit a network, loads them if so, and explains the difference if not."""
 
 import os
 from collections.abc import Container, Mapping, Sequence
@@ -21,19 +21,19 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, name: str | None = None) -> Weights:
-    """Loads the weights of a file into a model: all or, on any mismatch, none; dtypes are converted.
+    """Loads the weights of a file into a model: all, or none on any mismatch; dtypes are converted.
 
     Args:
         model: the model to fill.
-        source: a file, or what ``find_weights`` made of one. Of several state_dicts in it, the model's is taken.
-        name: what error messages call the model; its class if not given.
+        source: a file, or the result of ``find_weights``. If it holds several state_dicts, the model's is loaded.
+        name: the model's name in error messages; its class if not given.
 
     Returns:
-        the loaded weights, with an account of what was used and what was left out.
+        the loaded weights, with an account of what was used and what was not.
 
     Raises:
-        FileNotFoundError: as ``find_weights``.
-        WeightsError: as ``find_weights``, or the weights are another model's.
+        FileNotFoundError: as for ``find_weights``.
+        WeightsError: as for ``find_weights``, or the weights are another model's.
     """
     weights = _for_model(source if isinstance(source, Weights) else find_weights(source), model)
     verify_weights(model, weights, name=name)
@@ -42,11 +42,11 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Weights, *, 
 
 
 def check_fits(name: str, num_classes: int, weights: Weights) -> None:
-    """Looks whether weights are a network's before there is one: a file of some bytes may name one of many gigabytes.
+    """Checks that weights fit a network before allocating it, since a tiny file may name a network of many gigabytes.
 
     Args:
-        name: as for :func:`~rld_lightning.models.create_model`, and what that raises. A network from elsewhere, which
-            only the user can have named, is looked at once it is there.
+        name: as for :func:`~rld_lightning.models.create_model`, which also lists the errors raised. External networks,
+            which only the user can have named, are not checked here but when loading.
 
     Raises:
         WeightsError: they are another network's.
@@ -56,19 +56,19 @@ def check_fits(name: str, num_classes: int, weights: Weights) -> None:
     try:
         with torch.device("meta"):
             network = create_model(name, num_classes)
-    except (NotImplementedError, RuntimeError, TypeError):  # some compute with tensors, or NumPy, while they are made
+    except (NotImplementedError, RuntimeError, TypeError):  # some compute with tensors or NumPy in their constructors
         return
     verify_weights(network, _for_model(weights, network), name=name)
 
 
 def create_fitting(name: str, num_classes: int, weights: Weights) -> tuple[nn.Module, Weights]:
-    """A network with weights that were read from a file, which are looked at first, as :func:`check_fits` does.
+    """Creates a network and loads weights into it, after :func:`check_fits`.
 
     Returns:
-        the network, on the CPU, and what :func:`load_weights` says of them.
+        the network, on the CPU, and the result of :func:`load_weights`.
 
     Raises:
-        WeightsError: they are another network's.
+        WeightsError: the weights are another network's.
     """
     check_fits(name, num_classes, weights)
     network = create_model(name, num_classes)
@@ -76,7 +76,7 @@ def create_fitting(name: str, num_classes: int, weights: Weights) -> tuple[nn.Mo
 
 
 def _for_model(weights: Weights, model: nn.Module) -> Weights:
-    """Takes from a file what has the keys and shapes of a model, wherever it lies, and accounts for the rest."""
+    """Selects the state_dict with a model's keys and shapes from a file, and lists the rest in the account."""
     shapes = _shapes(unwrap(model).state_dict())
     spare = () if any(key.startswith(_AUXILIARY) for key in shapes) else _AUXILIARY
     places = list(fitting(list(weights.parts), shapes, spare))
@@ -98,7 +98,7 @@ def _for_model(weights: Weights, model: nn.Module) -> Weights:
 
 
 def _without_auxiliary(state_dict: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """Leaves out torchvision's auxiliary classifiers, which serve training alone, where the model has none."""
+    """Removes torchvision's auxiliary classifiers, which are used only in training, if the model has none."""
     return {key: v for key, v in state_dict.items() if key in wanted or not key.startswith(_AUXILIARY)}
 
 
@@ -106,14 +106,14 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
     """Checks that weights have a model's keys and shapes.
 
     Args:
-        name: what error messages call the model; its class if not given.
+        name: the model's name in error messages; its class if not given.
 
     Raises:
-        WeightsError: they have not; the message explains the difference.
+        WeightsError: they differ; the message explains how.
     """
     model = unwrap(model)
     found = _shapes(weights.state_dict)
-    # torch fills in BatchNorm's counters where they are absent, as they are from files made before torch 0.4.1.
+    # torch fills in BatchNorm's counters if they are absent, as in files from before torch 0.4.1.
     expected = {key: s for key, s in _shapes(model.state_dict()).items() if key in found or not _is_counter(key)}
     if expected == found:
         return
@@ -142,7 +142,7 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Names the models whose keys and shapes are those of ``state_dict``, the number of classes aside.
+    """Names the models whose keys and shapes match ``state_dict``, ignoring the number of classes.
 
     Candidates are the registered models and torchvision's ResNets.
     """
@@ -156,7 +156,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
 
 @cache
 def _signatures() -> dict[str, dict[str, tuple[int | None, ...]]]:
-    """Every known model's shapes, with ``None`` for the dimensions that depend on the number of classes."""
+    """Returns every known model's shapes, with ``None`` for dimensions that depend on the number of classes."""
     signatures = {}
     with torch.device("meta"):
         for name in (*list_models(), *list_models("torchvision/resnet*")):
@@ -184,7 +184,7 @@ def _is_counter(key: str) -> bool:
 def _classifier_widths(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, int] | None:
-    """The (expected, found) numbers of outputs if one layer differs, and only in that."""
+    """Returns the (expected, found) numbers of outputs if the two differ only in one layer's outputs."""
     if expected.keys() != found.keys():
         return None
     differing = [key for key in expected if expected[key] != found[key]]
