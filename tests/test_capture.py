@@ -151,7 +151,7 @@ def test_what_does_not_go_into_a_graph_is_said_and_done_as_it_is(tmp_path, capsy
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     assert why_not_captured(trainer, module().student) == why_no_graph(RLDLoss()) == ""
     for loss in (FitNetLoss(), CombinedLoss(rld=RLDLoss(), fitnet=FitNetLoss())):
-        assert "looks at more than the logits" in why_no_graph(loss)
+        assert "uses more than the logits" in why_no_graph(loss)
 
 
 def test_an_optimizer_is_fused_on_a_gpu_unless_something_is_against_it():
@@ -202,7 +202,7 @@ def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
     monkeypatch.setattr(Losses, "on_train_batch_end", lambda *_: None)
     for name in ("base", "rows"):
         monkeypatch.setattr(f"rld_lightning.losses.{name}.check_labels", lambda *_: None)  # waits on a CPU alone
-    monkeypatch.setattr("rld_lightning.losses.rows._if_any_is_not", lambda valid: valid)  # likewise
+    monkeypatch.setattr("rld_lightning.losses.rows._none_if_all", lambda valid: valid)  # likewise
     fit(job, tmp_path, callbacks=watchers, **options)
     assert reads.found == []
 

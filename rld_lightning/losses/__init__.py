@@ -1,16 +1,16 @@
-"""Distillation losses: for each method a pure function of tensors and a module that holds its hyper-parameters.
+"""Distillation losses: each method is a pure function of tensors and a module that holds its hyper-parameters.
 
-Functions of logits return named scalar terms whose sum is to be minimised, weights on. What all of them take:
+The functions of logits return named, weighted scalar terms; their sum is minimised. Arguments that they share:
 
     student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
     teacher_logits: the same shape; never receives a gradient.
-    label: ``(B,)`` or ``(B, *)`` class indices. Where it may be ``None``, it only leaves out ignored samples.
+    label: ``(B,)`` or ``(B, *)`` class indices. If it may be ``None``, it is used only to skip ignored samples.
     logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427).
-    ignore_index: label of samples that count for nothing.
-    reduction: ``"mean"`` over the samples that count, ``"sum"`` or ``"none"`` (then each term is ``(B, *)``).
+    ignore_index: label of samples to ignore.
+    reduction: ``"mean"`` over the samples not ignored, ``"sum"`` or ``"none"`` (each term is then ``(B, *)``).
 
-They raise ``ValueError`` for shapes, class counts, labels or hyper-parameters that do not fit. What all modules take,
-the weight of the cross-entropy and the warm-up, is said in :class:`DistillationLoss`.
+They raise ``ValueError`` for invalid shapes, class counts, labels or hyper-parameters. The arguments that all modules
+share, such as the weight of the cross-entropy and the warm-up, are documented in :class:`DistillationLoss`.
 """
 
 from rld_lightning.losses.atkd import ATKDLoss, atkd_loss

@@ -1,4 +1,4 @@
-"""A loss meets the networks that it will compare."""
+"""Connects a loss to the student and the teacher."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ def connect(
     """Connects a loss to both networks.
 
     Returns:
-        the student to train: the one given or, for a loss that reuses the teacher's classifier, one that ends in it.
+        the student to train: the given one or, if the loss reuses the teacher's classifier, one that ends in it.
     """
-    if loss.reuses_classifier and isinstance(student, GraftedStudent):  # to be trained on
+    if loss.reuses_classifier and isinstance(student, GraftedStudent):  # training continues from its weights
         student.classifier.load_state_dict(classifier_of(teacher).state_dict())
     elif loss.reuses_classifier:
         student = graft(student, teacher)

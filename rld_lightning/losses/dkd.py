@@ -25,15 +25,16 @@ def dkd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """Target-class (TCKD) and non-target-class (NCKD) distillation, equations 5 to 7 of the paper.
+    """Computes target-class (TCKD) and non-target-class (NCKD) distillation, equations 5 to 7 of the paper.
 
     With teacher logits t, student logits s, label y and temperature T::
 
         TCKD = T^2 KL( [p, 1 - p] || [q, 1 - q] ),  p = softmax(t / T)_y,  q = softmax(s / T)_y
         NCKD = T^2 KL( softmax over k != y of t / T || softmax over k != y of s / T )
 
-    Averaged over the batch. The published code lowers the true class by 1000 where this removes it, and takes the
-    logarithm of a summed softmax where this stays in log space; values agree wherever the published ones are finite.
+    Averaged over the batch. NCKD removes the true class, where the published code subtracts 1000 from its logit. TCKD
+    is computed in log space, where the published code takes the logarithm of a summed softmax. The values agree
+    whenever the published ones are finite.
 
     Args:
         alpha: weight of TCKD.
@@ -44,22 +45,22 @@ def dkd_loss(
     Returns:
         ``{"tckd": alpha * TCKD, "nckd": beta * NCKD}`` in nats.
     """
-    target, rest = decoupled_kl(teacher_logits / temperature, student_logits / temperature, label)
-    return {"tckd": (alpha * temperature**2, target), "nckd": (beta * temperature**2, rest)}
+    tckd, nckd = decoupled_kl(teacher_logits / temperature, student_logits / temperature, label)
+    return {"tckd": (alpha * temperature**2, tckd), "nckd": (beta * temperature**2, nckd)}
 
 
 def decoupled_kl(teacher: Tensor, student: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergences ``(N,)`` of the true class from the rest and within the rest, of tempered logits ``(N, C)``."""
-    true = torch.zeros_like(teacher).scatter_(-1, label.unsqueeze(-1), 1.0)
-    target = margin_kl(margin(teacher, label), student, label)
-    return target, softmax_kl(teacher, student, drop=true)
+    """Returns TCKD and NCKD ``(N,)`` of each row, without ``T^2``, from logits ``(N, C)`` divided by T."""
+    true_class = torch.zeros_like(teacher).scatter_(-1, label.unsqueeze(-1), 1.0)
+    tckd = margin_kl(margin(teacher, label), student, label)
+    return tckd, softmax_kl(teacher, student, drop=true_class)
 
 
 @register_loss("dkd")
 class DKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * TCKD + beta * NCKD)``; see :func:`dkd_loss`.
 
-    Defaults are those of CIFAR-100 in the paper's code; it tunes ``beta`` (2, 6 or 8) for each teacher-student pair.
+    The defaults are those of the paper's code for CIFAR-100, which tunes ``beta`` (2, 6 or 8) for each pair.
     On ImageNet: ``temperature=1, warmup_epochs=1``, ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2``
     (ResNet-50 to MobileNetV1).
     """

@@ -1,31 +1,27 @@
-"""What a loss is given, and the way out where it is something else."""
+"""Checks of a loss's arguments, and hints for invalid ones."""
 
 from torch import Size, Tensor
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Looks whether an argument is a tensor.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raises ``ValueError`` if an argument is not a tensor."""
     if isinstance(value, Tensor):
         return
-    way_out = (
+    hint = (
         "torch.as_tensor(label)"
         if name == "label"
         else "the logits of a model's output, as in output.logits or output[0]"
     )
-    raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}; pass {way_out}.")
+    raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}; pass {hint}.")
 
 
-def way_out_for_label(label: Tensor, shape: Size, logits: Size) -> str:
-    """What to do with a label that does not fit, to end a sentence; nothing where it does not tell what it is.
+def label_hint(label: Tensor, shape: Size, logits: Size) -> str:
+    """Returns how to fix an invalid label, as the end of a sentence; an empty string if its kind is not recognised.
 
     Args:
-        label: that was given.
-        shape: that it should have, ``(B, *)``.
-        logits: the shape of the logits, ``(B, C, *)``.
+        label: the invalid label.
+        shape: the expected shape ``(B, *)``.
+        logits: the shape of the logits ``(B, C, *)``.
     """
     if label.shape == shape:
         return "; take label.long()" if label.is_floating_point() else ""

@@ -1,4 +1,4 @@
-"""Which losses can be a part of a CUDA graph, that does the same in each step."""
+"""Which losses can be captured in a CUDA graph, which repeats the same operations in every step."""
 
 from rld_lightning.losses.base import DistillationLoss, LogitLoss
 from rld_lightning.losses.ce import CELoss
@@ -6,20 +6,23 @@ from rld_lightning.losses.combined import CombinedLoss
 
 
 def why_no_graph(loss: DistillationLoss) -> str:
-    """Why a loss is no function of logits and labels that changes with its warm-up alone; nothing where it is one."""
+    """Returns why a loss cannot be captured, or an empty string.
+
+    It can if it is a function of one view's logits and labels that changes with its warm-up only.
+    """
     losses, name = _parts(loss), type(loss).__name__
     if not all(isinstance(part, LogitLoss | CELoss | CombinedLoss) for part in losses) or loss.needs_strong_view:
-        return f"{name} looks at more than the logits of one view"
-    own = DistillationLoss.warmup, DistillationLoss.forward
-    if any((type(part).warmup, type(part).forward) != own for part in losses):
+        return f"{name} uses more than the logits of one view"
+    base = DistillationLoss.warmup, DistillationLoss.forward
+    if any((type(part).warmup, type(part).forward) != base for part in losses):
         return f"{name} changes from step to step"
     if [*loss.parameters(), *loss.buffers()]:
-        return f"{name} learns, or remembers"
+        return f"{name} has parameters or buffers"
     return ""
 
 
 def last_warmup(loss: DistillationLoss) -> int:
-    """The epoch from which on such a loss stays the same."""
+    """Returns the last epoch of the warm-up, from which on the loss no longer changes."""
     return max(part.warmup_epochs for part in _parts(loss))
 
 

@@ -1,6 +1,6 @@
-"""What a hyper-parameter may be, said where it is declared: ``temperature: Positive = 4.0``.
+"""Ranges of hyper-parameters, stated in their annotation: ``temperature: Positive = 4.0``.
 
-Type checkers see a plain number or word. Losses check their fields and functions their keywords, both through
+Type checkers see a plain number or string. Losses check their fields, and functions their keywords, with
 :func:`check_ranges`.
 """
 
@@ -21,12 +21,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """A range, to stand in ``Annotated[float, Range(...)]``; made by :func:`must_be` and :func:`choose`.
+    """A range for ``Annotated[float, Range(...)]``; created by :func:`must_be` and :func:`choose`.
 
     Attributes:
-        allows: whether a value lies in it; a ``TypeError`` counts as no.
-        fault: what is wrong with a value that does not.
-        rule: what to do instead.
+        allows: whether a value is in the range; a ``TypeError`` counts as no.
+        fault: what is wrong with a value outside the range.
+        rule: the allowed values.
     """
 
     allows: Callable[[Any], bool]
@@ -34,7 +34,7 @@ class Range:
     rule: str
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ``ValueError`` for a value outside the range."""
+        """Raises ``ValueError`` if the value is outside the range."""
         try:
             allowed = self.allows(value)
         except TypeError:
@@ -43,21 +43,21 @@ class Range:
             raise ValueError(f"{name}={value!r} {self.fault}; {self.rule}.")
 
     def __repr__(self) -> str:
-        return self.rule  # in the signatures that notebooks show
+        return self.rule  # shown in the signatures in notebooks
 
 
 def must_be(what: str, allows: Callable[[Any], bool]) -> Range:
-    """A range of numbers, in words and as a test."""
+    """Returns a range of numbers, given in words and as a test."""
     return Range(allows, "is not allowed", f"it must be {what}")
 
 
 def whole(least: int, why: str = "") -> Range:
-    """Whole numbers, not 2.0 either, from the least one on."""
+    """Returns the range of integers (2.0 is not one) >= ``least``."""
     return must_be(f"a whole number >= {least}{why}", lambda value: index(value) >= least)
 
 
 def choose(which: str, *words: Any) -> Range:
-    """Some words; ``which`` says what there is to choose."""
+    """Returns the range of some words; ``which`` lists them for the message."""
     return Range(words.__contains__, "is unknown", f"choose {which}")
 
 
@@ -71,18 +71,18 @@ Share = Annotated[float, must_be("> 0 and <= 1", lambda value: 0 < value <= 1)]
 
 
 def ranges_of(annotations: Mapping[str, Any]) -> dict[str, Range]:
-    """The ranges that annotations state, by name.
+    """Returns the ranges that annotations state, by name.
 
-    Those of ``Annotated[..., Range(...)]``, and the words of a ``Literal``; either may be ``| None``.
+    These are ``Annotated[..., Range(...)]`` and the words of a ``Literal``; both may be ``| None``.
     """
-    found = {name: _range(annotation) for name, annotation in annotations.items()}
-    return {name: range_ for name, range_ in found.items() if range_ is not None}
+    ranges = {name: _range_of(annotation) for name, annotation in annotations.items()}
+    return {name: range_ for name, range_ in ranges.items() if range_ is not None}
 
 
 def check_ranges(ranges: Mapping[str, Range], values: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` for the first of some named values that is outside its range.
+    """Raises ``ValueError`` for the first named value that is outside its range.
 
-    Not while a graph is traced, where earlier versions of PyTorch cannot follow; constructors have checked before.
+    Skipped under ``torch.compile``: earlier PyTorch versions cannot trace it, and constructors have checked already.
     """
     if torch.compiler.is_compiling():
         return
@@ -92,7 +92,7 @@ def check_ranges(ranges: Mapping[str, Range], values: Mapping[str, Any]) -> None
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: the function refuses keywords outside the ranges that its annotations state."""
+    """Decorator: makes a function check its keywords against the ranges that its annotations state."""
     ranges = ranges_of(inspect.get_annotations(function, eval_str=True))
 
     @wraps(function)
@@ -103,13 +103,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return with_checks
 
 
-def _range(annotation: Any) -> Range | None:
+def _range_of(annotation: Any) -> Range | None:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        inner = [range_ for range_ in map(_range, args) if range_ is not None]
+        inner = [range_ for range_ in map(_range_of, args) if range_ is not None]
         return replace(inner[0], allows=lambda value: value is None or inner[0].allows(value)) if inner else None
     if origin is Annotated:
-        return next((fact for fact in args[1:] if isinstance(fact, Range)), None)
+        return next((metadata for metadata in args[1:] if isinstance(metadata, Range)), None)
     if origin is Literal:
         return choose(f"one of {', '.join(args)}", *args)
     return None

@@ -1,4 +1,4 @@
-"""Every loss by name. A file of this package or of ``features/`` that registers a class is all that a new loss is."""
+"""The losses by name. To add a loss, add a file that registers a class to this package or to ``features/``."""
 
 import inspect
 import pkgutil
@@ -17,10 +17,10 @@ _REGISTRY: dict[str, type[DistillationLoss]] = {}
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
 def register_loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
-    """Decorator: makes the class a data class, which :func:`loss_class` finds under this name.
+    """Decorator: makes the class a dataclass and registers it under a name, for :func:`loss_class`.
 
     Args:
-        name: also the option of the command line, ``loss=<name>``.
+        name: also the value of the command-line option: ``loss=<name>``.
 
     Raises:
         ValueError: the name is taken.
@@ -29,7 +29,7 @@ def register_loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
     def register(cls: type[Loss]) -> type[Loss]:
         if name in _REGISTRY:
             raise ValueError(f"loss {name!r} is already registered, by {_REGISTRY[name].__module__}.")
-        # Modules are compared by identity and print themselves.
+        # Keeps ``nn.Module``'s comparison by identity, hash and repr.
         _REGISTRY[name] = dataclass(eq=False, repr=False)(cls)
         return cls
 
@@ -37,16 +37,16 @@ def register_loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
 
 
 def list_losses() -> list[str]:
-    """Names of all losses, in alphabetical order."""
+    """Returns the names of all losses in alphabetical order."""
     _import_all()
     return sorted(_REGISTRY)
 
 
 def loss_class(name: str) -> type[DistillationLoss]:
-    """The class that is registered under a name.
+    """Returns the class that is registered under a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no loss has this name.
     """
     if name not in _REGISTRY:
         _import_all()
@@ -56,7 +56,7 @@ def loss_class(name: str) -> type[DistillationLoss]:
 
 
 def loss_options(name: str) -> dict[str, Any]:
-    """A loss as Hydra instantiates it: ``_target_``, its import path, and every hyper-parameter with its default.
+    """Returns a loss's Hydra config: ``_target_``, its import path, and every hyper-parameter with its default.
 
     Raises:
         ValueError: no loss has this name.

@@ -2,9 +2,9 @@
 
 Sun et al., "Knowledge Distillation with Refined Logits", ICCV 2025, arXiv 2408.07703.
 
-A teacher that is wrong about a sample misleads the student, and editing its logits destroys what it knows about the
-classes. RLD passes on two views of the teacher that the label makes harmless: how confident it was (whatever class
-that was about), and how it ranks the classes that it rightly put below the true one.
+A teacher that misclassifies a sample misleads the student, and editing its logits destroys its knowledge of how the
+classes relate. RLD distils two parts of the teacher's output that are safe given the label: its confidence (the largest
+probability, whichever class has it) and its relations among the classes that it ranks below the true class.
 """
 
 from dataclasses import KW_ONLY
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import Epochs, LogitLoss, StepContext
-from rld_lightning.losses.divergences import largest_margin, margin_kl, marks, softmax_kl
+from rld_lightning.losses.divergences import float_mask, largest_margin, margin_kl, softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight, choose
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, logit_rows, row_loss
@@ -38,7 +38,7 @@ def rld_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """Sample-confidence distillation (SCD) and masked-correlation distillation (MCD).
+    """Computes sample confidence distillation (SCD) and masked correlation distillation (MCD).
 
     With teacher logits t, student logits s, label y, temperatures T (``temperature``) and Tc
     (``confidence_temperature``), averaged over the batch::
@@ -46,47 +46,47 @@ def rld_loss(
         SCD = Tc^2 KL( [b, 1 - b] || [q, 1 - q] ),  b = max_k softmax(t / Tc)_k,  q = softmax(s / Tc)_y
         MCD = T^2 KL( softmax over k not in M of t / T || softmax over k not in M of s / T ),  M = {k : t_k >= t_y}
 
-    A sample that has no class, or a single one, outside M adds exactly 0 to MCD, value and gradient, and still counts
+    If fewer than two classes of a sample are outside M, its MCD and the gradient are exactly 0; the sample still counts
     in the average.
 
     Args:
         alpha: weight of SCD.
         beta: weight of MCD.
         temperature: softmax temperature of MCD.
-        confidence_temperature: softmax temperature of SCD; ``None`` takes ``temperature``, as the one example in the
-            public code's README does (``--same-t``). Without that flag it is 1 there; which of the two the paper's
-            tables used is not said.
-        mask: ``"ge"`` removes every class whose teacher logit is >= the true class's, the true class included (the
-            paper's choice, M_ge); ``"g"`` removes only those strictly above it (its ablation, M_g).
+        confidence_temperature: softmax temperature of SCD; ``None`` uses ``temperature``, like the only example in the
+            public code's README (``--same-t``). The code's default is 1. The paper does not state which of the two its
+            tables use.
+        mask: ``"ge"`` masks every class whose teacher logit is >= the true class's, including the true class (the
+            paper's choice, M_ge); ``"g"`` masks only the classes strictly above it (the paper's ablation, M_g).
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"scd": alpha * SCD, "mcd": beta * MCD}`` in nats.
     """
-    cold = temperature if confidence_temperature is None else confidence_temperature
-    student, teacher = student_logits / cold, teacher_logits / cold
-    confidence = margin_kl(largest_margin(teacher), student, label)
-    if cold != temperature:
+    scd_temperature = temperature if confidence_temperature is None else confidence_temperature
+    student, teacher = student_logits / scd_temperature, teacher_logits / scd_temperature
+    scd = margin_kl(largest_margin(teacher), student, label)
+    if scd_temperature != temperature:
         student, teacher = student_logits / temperature, teacher_logits / temperature
-    true = teacher_logits.gather(-1, label.unsqueeze(-1))
-    correlation = softmax_kl(teacher, student, drop=marks(ABOVE[mask], teacher_logits, true))
-    return {"scd": (alpha * cold**2, confidence), "mcd": (beta * temperature**2, correlation)}
+    true_logit = teacher_logits.gather(-1, label.unsqueeze(-1))
+    mcd = softmax_kl(teacher, student, drop=float_mask(ABOVE[mask], teacher_logits, true_logit))
+    return {"scd": (alpha * scd_temperature**2, scd), "mcd": (beta * temperature**2, mcd)}
 
 
-def dropped_classes(teacher: Tensor, label: Tensor, mask: Mask) -> Tensor:
-    """The set M of each row of ``(N, C)`` teacher logits, ``(N, C)`` bool: the classes that MCD leaves out."""
-    true = teacher.gather(-1, label.unsqueeze(-1))
-    return ABOVE[mask](teacher, true)
+def masked_classes(teacher: Tensor, label: Tensor, mask: Mask) -> Tensor:
+    """Returns the set M of each row of ``(N, C)`` teacher logits, ``(N, C)`` bool: the classes that MCD excludes."""
+    true_logit = teacher.gather(-1, label.unsqueeze(-1))
+    return ABOVE[mask](teacher, true_logit)
 
 
 @register_loss("rld")
 class RLDLoss(LogitLoss):
     """``ce_weight * CE + warmup * (alpha * SCD + beta * MCD)``; see :func:`rld_loss`.
 
-    Defaults are those of the public code for CIFAR-100, except for the confidence temperature, which equals the
-    temperature. The paper's weights for each pair are not published; by its figure 7 the best ones vary
-    much between pairs. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to MobileNetV1),
-    ``temperature=1``, ``warmup_epochs=1``.
+    The defaults are those of the public code for CIFAR-100, except that the confidence temperature equals the
+    temperature. The weights that the paper used for each pair are not published; its figure 7 shows that the best ones
+    vary strongly between pairs. On ImageNet: ``beta=0.5`` (ResNet-34 to ResNet-18) or ``2.0`` (ResNet-50 to
+    MobileNetV1), ``temperature=1``, ``warmup_epochs=1``.
     """
 
     method = "Refined Logit Distillation"
@@ -103,17 +103,17 @@ class RLDLoss(LogitLoss):
     warmup_epochs: Epochs = 20
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
-        """Effect of the refinement on this batch, in percent.
+        """Returns the effect of the refinement on this batch, in percent.
 
-        ``teacher_wrong``: samples whose largest teacher logit is not the true class's. ``masked_classes``: classes
-        left out of MCD, mean over samples.
+        ``teacher_wrong``: samples whose largest teacher logit is not the true class's. ``masked_classes``: classes that
+        MCD excludes, mean over samples.
         """
         rows = logit_rows(step.student.logits.detach(), step.teacher_logits, step.label, ignore_index=self.ignore_index)
         assert rows.label is not None
         wrong = rows.reduce((rows.teacher.argmax(-1) != rows.label).to(torch.float32))
-        masked = rows.reduce(dropped_classes(rows.teacher, rows.label, self.mask).to(torch.float32).mean(-1))
+        masked = rows.reduce(masked_classes(rows.teacher, rows.label, self.mask).to(torch.float32).mean(-1))
         return {"teacher_wrong": 100 * wrong, "masked_classes": 100 * masked}
 
     def refined(self, teacher: Tensor, label: Tensor) -> Tensor:
-        """What MCD distils: the teacher without the classes that it ranks at or above the true one."""
-        return teacher.masked_fill(dropped_classes(teacher, label, self.mask), -torch.inf)
+        """Returns the logits that MCD distils: the teacher's, with the masked classes at -inf."""
+        return teacher.masked_fill(masked_classes(teacher, label, self.mask), -torch.inf)

@@ -1,4 +1,4 @@
-"""From a batch of logits to rows, one distribution each, and back: checks, blocks of rows, reduction."""
+"""Checks a batch of logits, flattens it to rows (one distribution each), computes losses per row and reduces them."""
 
 import inspect
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.given import check_tensor, way_out_for_label
+from rld_lightning.losses.given import check_tensor, label_hint
 from rld_lightning.losses.numerics import bounded, standardize
 from rld_lightning.losses.ranges import check_ranges, ranges_of
 
@@ -17,18 +17,18 @@ P = ParamSpec("P")
 Reduction = Literal["mean", "sum", "none"]
 COMMON_KEYWORDS = ("logit_standardization", "ignore_index", "reduction")
 RowTerms = dict[str, tuple[float, Tensor]]
-"""By the name of a term, its weight and its loss of each row, ``(n,)``."""
+"""Terms by name: the term's weight and its loss of each row ``(n,)``."""
 
 
 class LogitRows(NamedTuple):
-    """Checked logits, one distribution a row.
+    """Checked logits, one distribution per row.
 
     Attributes:
-        student: ``(N, C)``, float32 or float64, carries the gradient; rows to ignore hold 0.
+        student: ``(N, C)``, float32 or float64, carries the gradient; ignored rows are 0.
         teacher: ``(N, C)``, the same type, detached.
-        label: ``(N,)`` int64 in ``[0, C)``; rows to ignore hold 0. ``None`` for methods that do not use labels.
-        valid: ``(N,)`` bool, False where the label is ``ignore_index``. ``None`` when there are no labels.
-        shape: what a per-sample result is reshaped to: ``(B, *)``.
+        label: ``(N,)`` int64 in ``[0, C)``; 0 for ignored rows. ``None`` for methods that do not use labels.
+        valid: ``(N,)`` bool, False if the label is ``ignore_index``. ``None`` if there are no labels.
+        shape: shape of a per-sample result: ``(B, *)``.
     """
 
     student: Tensor
@@ -38,19 +38,19 @@ class LogitRows(NamedTuple):
     shape: torch.Size
 
     def zeroed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Student and teacher with zeros in ignored rows, and which rows count, ``(N,)`` bool.
+        """Returns student and teacher with ignored rows set to 0, and the ``(N,)`` bool mask of the rows not ignored.
 
-        For losses of the whole batch: whatever an ignored sample holds, neither products nor gradients may meet it.
+        For losses that compare samples: the values of an ignored sample must not affect products or gradients.
         """
         valid = torch.ones_like(self.student[:, 0], dtype=torch.bool) if self.valid is None else self.valid
         student, teacher = (logits.masked_fill(~valid.unsqueeze(-1), 0.0) for logits in (self.student, self.teacher))
         return student, teacher, valid
 
     def reduce(self, per_row: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Reduces ``(N,)`` losses as ``torch.nn.functional.cross_entropy`` does; ignored rows count for nothing.
+        """Reduces ``(N,)`` losses like ``torch.nn.functional.cross_entropy``, without the ignored rows.
 
-        ``"mean"`` divides by the number of rows that are not ignored (a batch without any gives 0), ``"none"`` returns
-        ``(B, *)`` with zeros at ignored places.
+        ``"mean"`` divides by the number of rows that are not ignored (0 if there are none); ``"none"`` returns
+        ``(B, *)`` with zeros for ignored samples.
         """
         if self.valid is not None:
             per_row = torch.where(self.valid, per_row, 0.0)
@@ -71,48 +71,48 @@ def logit_rows(
     ignore_index: int = -100,
     temperature: float = 1.0,
 ) -> LogitRows:
-    """Checks a batch and turns it into rows that can be calculated with.
+    """Checks a batch and returns its rows, ready for computation.
 
     Args:
         student_logits: ``(B, C)`` or ``(B, C, *)``, any floating type; float16 and bfloat16 are computed in float32.
-        teacher_logits: the same shape; detached here, so no method can send a gradient into the teacher.
+        teacher_logits: the same shape; detached here, so that no method sends a gradient into the teacher.
         label: ``(B,)`` or ``(B, *)`` integers.
         logit_standardization: z-score each row of both first, see :func:`~rld_lightning.losses.numerics.standardize`.
-        ignore_index: label of the samples that count for nothing.
-        temperature: the largest that they will be divided by. Above 100 rows are float64, where the device has it:
-            nearly uniform distributions differ by less than float32 can tell, and T^2 makes much of it.
+        ignore_index: label of the samples to ignore.
+        temperature: the largest temperature of the method. Above 100, rows are float64 if the device supports it: the
+            distributions are nearly uniform, float32 rounds off their difference, and T^2 amplifies the error.
 
     Raises:
-        ValueError: shapes, class counts or types that do not fit, or a label outside ``[0, C)``. Labels on an
-            accelerator are checked by an assertion on the device, which costs no synchronisation.
+        ValueError: invalid shapes, class counts or types, or a label outside ``[0, C)``. Labels on an accelerator are
+            checked by an assertion on the device, which needs no synchronisation.
     """
-    rows = checked_rows(student_logits, teacher_logits, label, ignore_index, temperature)
-    student, teacher = prepared(rows.student, rows.teacher, _if_any_is_not(rows.valid), logit_standardization)
+    rows = check_rows(student_logits, teacher_logits, label, ignore_index, temperature)
+    student, teacher = prepare_logits(rows.student, rows.teacher, _none_if_all(rows.valid), logit_standardization)
     return rows._replace(student=student, teacher=teacher)
 
 
-def prepared(
+def prepare_logits(
     student: Tensor, teacher: Tensor, valid: Tensor | None, logit_standardization: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits of :func:`checked_rows`, or of some of its rows, in one type, finite, and z-scored if so wished."""
+    """Makes logits of :func:`check_rows` (all rows or a block) finite and of one type; optionally z-scores them."""
     if valid is not None:
-        # No gradient comes out of what an ignored sample holds: not even NaN times 0.
+        # Ignored samples must not affect the gradient: NaN times 0 is NaN.
         student = student.masked_fill(~valid.unsqueeze(-1), 0.0)
     student, teacher = bounded(student), bounded(teacher.to(student.dtype))
     return (standardize(student), standardize(teacher)) if logit_standardization else (student, teacher)
 
 
-def _if_any_is_not(valid: Tensor | None) -> Tensor | None:
-    """The same, or ``None`` if all samples count. An accelerator is not asked, for that would make it wait."""
+def _none_if_all(valid: Tensor | None) -> Tensor | None:
+    """Returns ``None`` if all rows are valid, else the mask. Not checked on accelerators: it would synchronise."""
     if valid is None or torch.compiler.is_compiling() or valid.device.type != "cpu":
         return valid
     return None if valid.all() else valid
 
 
-def checked_rows(
+def check_rows(
     student_logits: Tensor, teacher_logits: Tensor, label: Tensor | None, ignore_index: int, temperature: float
 ) -> LogitRows:
-    """The checks of :func:`logit_rows`; the student's logits are in the type to compute in, the rest is as it came."""
+    """Does the checks of :func:`logit_rows`; only the student's logits are already of the type to compute in."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         check_tensor(name, logits)
         if logits.ndim < 2 or not logits.is_floating_point():
@@ -138,7 +138,7 @@ def checked_rows(
     dtype = torch.promote_types(dtype, torch.float32)
     if temperature > 100 and student_logits.device.type != "mps":
         dtype = torch.float64
-    student, teacher = _classes_last(student_logits).to(dtype), _classes_last(teacher_logits.detach())
+    student, teacher = _flatten_to_rows(student_logits).to(dtype), _flatten_to_rows(teacher_logits.detach())
     if label is None:
         return LogitRows(student, teacher, None, None, shape)
     check_tensor("label", label)
@@ -146,31 +146,31 @@ def checked_rows(
         raise ValueError(
             f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
             f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}"
-            f"{way_out_for_label(label, shape, student_logits.shape)}."
+            f"{label_hint(label, shape, student_logits.shape)}."
         )
     label = label.reshape(-1).long()
     valid = label != ignore_index
-    of_rows = torch.where(valid, label, 0)
-    check_labels(of_rows, num_classes, ignore_index)
-    return LogitRows(student, teacher, of_rows, valid, shape)
+    label = torch.where(valid, label, 0)
+    check_labels(label, num_classes, ignore_index)
+    return LogitRows(student, teacher, label, valid, shape)
 
 
-def _classes_last(logits: Tensor) -> Tensor:
-    """``(B, C, *)`` -> ``(N, C)``; free for ``(B, C)``."""
+def _flatten_to_rows(logits: Tensor) -> Tensor:
+    """``(B, C, *)`` -> ``(N, C)``; no copy for ``(B, C)``."""
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
 def check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Looks whether labels, those that are ignored left out or 0, are in ``[0, C)``; as :func:`logit_rows` says.
+    """Checks that labels (ignored ones removed or set to 0) are in ``[0, C)``.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a label is not. (On an accelerator: an assertion on the device, see :func:`logit_rows`.)
     """
     if torch.compiler.is_compiling() or not label.numel():
         return
     lowest, highest = label.aminmax()
     if label.device.type != "cpu":
-        # Reading the value would make every step wait for the device.
+        # Reading the value would synchronise with the device in every step.
         in_range = (lowest >= 0) & (highest < num_classes)
         torch._assert_async(in_range, f"label outside [0, {num_classes}) and not ignore_index={ignore_index}")
     elif lowest < 0 or highest >= num_classes:
@@ -182,9 +182,9 @@ def check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
 
 
 def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
-    """Decorator: makes a loss of batches from the formula of its rows.
+    """Decorator: turns a formula of rows into a loss of batches.
 
-    The formula is declared with everything that the loss takes::
+    The formula declares all arguments of the loss::
 
         @row_loss
         def kd_loss(
@@ -192,7 +192,7 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
             teacher_logits: Tensor,
             label: Tensor | None = None,
             *,
-            temperature: Positive,  # and whatever else the method has
+            temperature: Positive,  # and the method's other hyper-parameters
             logit_standardization: bool = False,
             ignore_index: int = -100,
             reduction: Reduction = "mean",
@@ -200,17 +200,17 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
             divergence = softmax_kl(teacher_logits / temperature, student_logits / temperature)
             return {"kd": (temperature**2, divergence)}
 
-    Any differentiable tensors do; those of :mod:`~rld_lightning.losses.divergences` are fast with many classes.
-    It is given rows, some or all of a batch: logits ``(n, C)`` in float32 or float64, those of the teacher without
-    gradient, and labels ``(n,)`` in ``[0, C)``. The last three keywords are none of its business.
+    The formula receives the rows of a batch, or a block of them: logits ``(n, C)`` in float32 or float64 (the teacher's
+    without gradient) and labels ``(n,)`` in ``[0, C)``. The decorator handles the last three keywords. Any
+    differentiable operations work; those of :mod:`~rld_lightning.losses.divergences` are fast with many classes.
 
     Raises:
-        ValueError: by the loss, for logits, labels or hyper-parameters that do not fit.
+        ValueError: (the loss) for invalid logits, labels or hyper-parameters.
     """
     signature = inspect.signature(formula, eval_str=True)
     ranges = ranges_of({name: parameter.annotation for name, parameter in signature.parameters.items()})
     common = {name: signature.parameters[name].default for name in COMMON_KEYWORDS}
-    rows_of: Callable[..., RowTerms] = formula
+    row_formula: Callable[..., RowTerms] = formula
     needs_label = signature.parameters["label"].default is inspect.Parameter.empty
 
     @wraps(formula)
@@ -220,46 +220,47 @@ def row_loss(formula: Callable[P, RowTerms]) -> Callable[P, dict[str, Tensor]]:
             raise ValueError(f"{formula.__name__} needs the labels of the samples.")
         standardization, ignore_index, reduction = (options.pop(name, default) for name, default in common.items())
         temperatures = [v for k, v in options.items() if k.endswith("temperature") and v is not None]
-        rows = checked_rows(student_logits, teacher_logits, label, ignore_index, max(temperatures, default=1.0))
+        rows = check_rows(student_logits, teacher_logits, label, ignore_index, max(temperatures, default=1.0))
         names: list[str] = []
 
         def row_losses(
             student: Tensor, teacher: Tensor, label: Tensor | None = None, valid: Tensor | None = None
         ) -> tuple[Tensor, ...]:
-            student, teacher = prepared(student, teacher, valid, standardization)
-            terms = rows_of(student, teacher, *(() if label is None else (label,)), **options)
+            student, teacher = prepare_logits(student, teacher, valid, standardization)
+            terms = row_formula(student, teacher, *(() if label is None else (label,)), **options)
             names[:] = terms
             return tuple(weight * loss for weight, loss in terms.values())
 
-        rows = rows._replace(valid=_if_any_is_not(rows.valid))
+        rows = rows._replace(valid=_none_if_all(rows.valid))
         labels = [tensor for tensor in (rows.label, rows.valid) if tensor is not None]
-        losses = by_row_blocks(row_losses, rows.student, rows.teacher, *labels, alike=True)
+        losses = by_row_blocks(row_losses, rows.student, rows.teacher, *labels, assume_sum=True)
         return {name: rows.reduce(per_row, reduction) for name, per_row in zip(names, losses, strict=True)}
 
     return cast(Callable[P, dict[str, Tensor]], loss)
 
 
-# Logits in a block, for each thread: its temporaries stay in the cache (CPU) or are few beside the weights (others).
+# Logits per block (on a CPU, per thread): the block's temporaries fit into the cache (CPU), or are small compared with
+# the network's memory (other devices).
 BLOCK_ELEMENTS = {"cpu": 2**17, "other": 2**22}
 
 
 def by_row_blocks(
-    row_losses: Callable[..., tuple[Tensor, ...]], student: Tensor, *others: Tensor, alike: bool = False
+    row_losses: Callable[..., tuple[Tensor, ...]], student: Tensor, *others: Tensor, assume_sum: bool = False
 ) -> tuple[Tensor, ...]:
-    """``row_losses(student, *others)`` of large inputs a block of rows at a time, with the gradient in the same sweep.
+    """Computes ``row_losses(student, *others)``; large inputs in blocks of rows, each with its gradient.
 
-    Losses of rows are independent, so each block's gradient can be taken at once instead of keeping its dozen
-    ``(N, C)`` temporaries until the backward pass: with many classes that is faster (a block stays in the cache) and
-    takes memory for one gradient a loss, or for a single one. Small inputs, where this would not pay, go straight
-    through.
+    The losses of rows are independent, so each block's gradient is computed at once instead of keeping a dozen
+    ``(N, C)`` temporaries until the backward pass. With many classes this is faster (a block fits into the cache) and
+    needs memory for one gradient per loss only (with ``assume_sum`` for one in total). Small inputs, which do not
+    profit, are computed directly.
 
     Args:
         row_losses: maps ``(n, C)`` student rows and the matching rows of ``others`` to a tuple of ``(n,)`` losses.
-        student: ``(N, C)``, the only argument that may need a gradient (a second derivative needs the direct way).
+        student: ``(N, C)``, the only argument that may need a gradient. (Blocks have no second derivative.)
         others: tensors with ``N`` rows.
-        alike: what is minimised is most likely the sum of the losses, or a multiple of it for each row, so that one
-            gradient will do; where that turns out wrong, the sweep is done again. To find out costs an accelerator a
-            wait, which is why there each loss still has its own.
+        assume_sum: expect that the sum of the losses, or a multiple of it for each row, is minimised, and compute its
+            gradient alone; if the backward pass finds otherwise, the blocks are computed again. Ignored on
+            accelerators, where that check would synchronise: there each loss has its own gradient.
     """
     if torch.compiler.is_compiling():
         return row_losses(student, *others)
@@ -267,7 +268,7 @@ def by_row_blocks(
     block = BLOCK_ELEMENTS["cpu"] * torch.get_num_threads() if on_cpu else BLOCK_ELEMENTS["other"]
     if student.numel() <= 4 * block:
         return row_losses(student, *others)
-    return _RowBlocks.apply(row_losses, max(1, block // student.shape[1]), alike and on_cpu, student, *others)
+    return _RowBlocks.apply(row_losses, max(1, block // student.shape[1]), assume_sum and on_cpu, student, *others)
 
 
 class _RowBlocks(torch.autograd.Function):
@@ -276,35 +277,35 @@ class _RowBlocks(torch.autograd.Function):
         ctx: Any,
         row_losses: Callable[..., tuple[Tensor, ...]],
         size: int,
-        alike: bool,
+        of_sum: bool,
         student: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.row_losses, ctx.size, ctx.alike = row_losses, size, alike
+        ctx.row_losses, ctx.size, ctx.of_sum = row_losses, size, of_sum
         ctx.save_for_backward(student, *others)
-        losses, ctx.gradients = _sweep(row_losses, size, alike, ctx.needs_input_grad[3], student, *others)
+        losses, ctx.gradients = _compute_blocks(row_losses, size, of_sum, ctx.needs_input_grad[3], student, *others)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        # ``once_differentiable`` would let this pass, and the second derivative would silently be without this loss.
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # ``once_differentiable`` would not raise: the second derivative would silently miss this loss.
         if torch.is_grad_enabled():
             raise RuntimeError("a batch this large has no second derivative (create_graph=True); split the batch.")
-        alike = ctx.alike and all(torch.equal(outer[0], weight) for weight in outer[1:])
-        if alike != ctx.alike or ctx.gradients is None:
-            _, ctx.gradients = _sweep(ctx.row_losses, ctx.size, alike, True, *ctx.saved_tensors)
-        # They are large and used up here; who asks for them again pays for another sweep.
+        of_sum = ctx.of_sum and all(torch.equal(grad_outputs[0], grad_output) for grad_output in grad_outputs[1:])
+        if of_sum != ctx.of_sum or ctx.gradients is None:
+            _, ctx.gradients = _compute_blocks(ctx.row_losses, ctx.size, of_sum, True, *ctx.saved_tensors)
+        # The gradients are large and overwritten here; another backward pass computes them again.
         (result, *more), ctx.gradients = ctx.gradients, None
-        result.mul_(outer[0].unsqueeze(-1))
-        for weight, gradient in zip(outer[1:], more, strict=False):
-            result.addcmul_(weight.unsqueeze(-1), gradient)
+        result.mul_(grad_outputs[0].unsqueeze(-1))
+        for grad_output, gradient in zip(grad_outputs[1:], more, strict=False):
+            result.addcmul_(grad_output.unsqueeze(-1), gradient)
         return None, None, None, result, *(None for _ in ctx.needs_input_grad[4:])
 
 
-def _sweep(
-    row_losses: Callable[..., tuple[Tensor, ...]], size: int, alike: bool, differentiate: bool, *inputs: Tensor
+def _compute_blocks(
+    row_losses: Callable[..., tuple[Tensor, ...]], size: int, of_sum: bool, differentiate: bool, *inputs: Tensor
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """The losses of all rows, and their gradients ``(N, C)``: of the sum alone where they are alike."""
+    """Returns the losses of all rows and their gradients ``(N, C)``, or only the gradient of their sum (``of_sum``)."""
     student, *others = inputs
     values: list[tuple[Tensor, ...]] = []
     gradients: list[Tensor] = []
@@ -315,7 +316,7 @@ def _sweep(
             losses = row_losses(leaf, *(other[rows] for other in others))
         values.append(tuple(loss.detach() for loss in losses))
         if differentiate:
-            sums = [losses] if alike else [(loss,) for loss in losses]
+            sums = [losses] if of_sum else [(loss,) for loss in losses]
             gradients = gradients or [torch.empty_like(student) for _ in sums]
             for i, (summands, gradient) in enumerate(zip(sums, gradients, strict=True), start=1):
                 ones = [torch.ones_like(loss) for loss in summands]

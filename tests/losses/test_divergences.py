@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from rld_lightning.losses import numerics, rld_loss
-from rld_lightning.losses.divergences import largest_margin, margin, margin_kl, marks, softmax_kl
+from rld_lightning.losses.divergences import float_mask, largest_margin, margin, margin_kl, softmax_kl
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 SCALES = pytest.mark.parametrize("scale", [1.0, 30.0, 1e4, 1e10])
@@ -96,7 +96,7 @@ def test_transforms_of_functions_see_the_formula():
     student = student.detach()
 
     def total(student):
-        kept = softmax_kl(teacher, student, marks(torch.ge, teacher, teacher[:, :1]))
+        kept = softmax_kl(teacher, student, float_mask(torch.ge, teacher, teacher[:, :1]))
         return (kept + margin_kl(largest_margin(teacher), student, label)).sum()
 
     leaf = student.clone().requires_grad_()
@@ -108,7 +108,9 @@ def test_transforms_of_functions_see_the_formula():
 def test_marks(dtype):
     _, teacher, _, _ = rows(dtype)
     for comparison in (torch.ge, torch.gt, torch.eq):
-        assert torch.equal(marks(comparison, teacher, teacher[:, :1]), comparison(teacher, teacher[:, :1]).to(dtype))
+        assert torch.equal(
+            float_mask(comparison, teacher, teacher[:, :1]), comparison(teacher, teacher[:, :1]).to(dtype)
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -97,7 +97,7 @@ def test_blocks_that_keep_one_gradient(together, blocks):
         outer = outer[:1].expand(3, -1)
     expected = torch.autograd.grad(three_losses(student, teacher, label), student, outer.unbind())
     function, sizes = blocks(17)
-    losses = by_row_blocks(function, student, teacher, label, alike=True)
+    losses = by_row_blocks(function, student, teacher, label, assume_sum=True)
     assert_close(torch.autograd.grad(losses, student, outer.unbind(), retain_graph=True), expected)
     assert len(sizes) == (8 if together else 16)
     # What was kept is used up: the same again, by another sweep.

@@ -11,7 +11,7 @@ from torch import Tensor
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.losses.kd import kd_loss
 from rld_lightning.losses.numerics import margin, masked_log_softmax, standardize
-from rld_lightning.losses.rld import RLDLoss, dropped_classes, rld_loss
+from rld_lightning.losses.rld import RLDLoss, masked_classes, rld_loss
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.naming import class_name
 from rld_lightning.runs.rebuild import build_loss
@@ -67,7 +67,7 @@ def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLD
     terms["ce"] = cross_entropy(student, true)
     if standardized:
         student, teacher = standardize(student), standardize(teacher)
-    masked = dropped_classes(teacher, true, loss.mask)
+    masked = masked_classes(teacher, true, loss.mask)
     favourite = teacher.argmax(-1)
     confidence = [
         margin(logits / confidence_temperature, index).sigmoid().item()
