@@ -21,9 +21,10 @@ from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.graph import last_warmup, why_no_graph
 from rld_lightning.metrics import EpochMeans, counts, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.mark import mark
 from rld_lightning.models.taps import forward_with_taps
-from rld_lightning.models.teacher.frozen import FrozenTeacher, hold_outside
+from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.optimizer_step import accumulation_factor, fused
 from rld_lightning.runs.checkpoint_form import refuse_other_contents
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale

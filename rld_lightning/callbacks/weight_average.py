@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from rld_lightning.console import print_line
-from rld_lightning.models.teacher.frozen import hold_outside
+from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.runs.checkpoint_form import refuse_other_averages
 
 

@@ -11,7 +11,7 @@ from rld_lightning.models.normalisation import published_look
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, to_onnx
 from rld_lightning.models.student import load_student
 from rld_lightning.models.taps import feature_shapes, forward_with_taps
-from rld_lightning.models.teacher.frozen import fuse_conv_bn
+from rld_lightning.models.teacher.fold import fuse_conv_bn
 from rld_lightning.models.weights.save import save_weights
 
 

@@ -10,8 +10,8 @@ from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller, unit_vectors
 from rld_lightning.losses.ranges import Count, Weight, checked
 from rld_lightning.losses.registry import register_loss
+from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.stages import Stages, classifier_of
-from rld_lightning.models.teacher.frozen import hold_outside
 
 
 @checked

@@ -17,9 +17,9 @@ from rld_lightning.losses.features.base import BatchNorm1d, tapped
 from rld_lightning.losses.ranges import Positive, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import by_row_blocks, logit_rows
+from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.taps import feature_shapes
-from rld_lightning.models.teacher.frozen import hold_outside
 
 Head = Literal["nonlinear", "linear"]
 

@@ -1,21 +1,20 @@
 """A teacher that stays as it is: never trained, never saved with the student, in a precision and layout of its own."""
 
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Self
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
 from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.normalisation import Relook
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.ensemble import Ensemble
+from rld_lightning.models.teacher.fold import fold_if_same, fuse_conv_bn
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import resident
+from rld_lightning.models.teacher.whole_linear import WholeLinear, last_linear
 
 DTYPES = {
     "float32": torch.float32,
@@ -78,7 +77,7 @@ class FrozenTeacher(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.parameter_count = count_parameters(model)
         model.eval()
-        lasts = [_last_linear(member) for member in (model.members if isinstance(model, Ensemble) else (model,))]
+        lasts = [last_linear(member) for member in (model.members if isinstance(model, Ensemble) else (model,))]
         executed = fuse_conv_bn(model) if fuse else model
         self.fused = executed is not model
         self.model = executed.to(memory_format=self.memory_format)
@@ -105,15 +104,11 @@ class FrozenTeacher(nn.Module):
         Returns:
             how many were folded; 0 where the model cannot be traced, or would give other logits.
         """
-        image_shape = self.seen(image_shape)
-        with warnings.catch_warnings(action="ignore"):
-            folded = fuse_conv_bn(self.model)
-        gone = _count_norms(self.model) - _count_norms(folded)
-        if gone and _same_logits(self.model, folded, image_shape):
+        folded, count = fold_if_same(self.model, self.seen(image_shape))
+        if count:
             self.model, self.fused = folded.to(memory_format=self.memory_format), True
             self.requires_grad_()
-            return gone
-        return 0
+        return count
 
     def seen(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
         """Channels, height and width of the images that the model gets, made of those of ``image_shape``."""
@@ -235,35 +230,6 @@ class FrozenTeacher(nn.Module):
         return super()._apply(keep_dtype if self.dtype else fn, recurse)
 
 
-class WholeLinear(nn.Linear):
-    """A linear layer that autocast does not reach: it computes in the type of its weights, or a wider one."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(*, D)`` to ``(*, K)``."""
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
-
-
-def _last_linear(model: nn.Module) -> nn.Linear | None:
-    """The last plain linear layer, plain again where the model has been a teacher before."""
-    layers: list[nn.Linear] = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    plain = [layer for layer in layers if type(layer) in (nn.Linear, WholeLinear)]
-    if not plain:
-        return None
-    plain[-1].__class__ = nn.Linear
-    return plain[-1]
-
-
-def hold_outside(module: nn.Module, name: str, value: nn.Module | None) -> None:
-    """Sets ``module.<name> = value`` without making ``value`` a part of ``module``.
-
-    A submodule would be written to every checkpoint, handed to the optimizer, broadcast by DDP at every forward,
-    converted by ``sync_batchnorm``, ``.half()`` and the precision plugins, and put in train mode. Held like this it is
-    a plain attribute, which the owner has to move to its device itself.
-    """
-    object.__setattr__(module, name, value)  # nn.Module's own __setattr__ is what registers submodules
-
-
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Has the batch norms of a model in evaluation mode normalise by the batch; running statistics stay as they are."""
@@ -275,58 +241,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.training, norm.track_running_stats = False, True
-
-
-class _Tracer(fx.Tracer):
-    """Leaves the last layer of a model that is a teacher already as it is: autocast cannot be traced."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, WholeLinear) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _count_norms(model: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
-def _same_logits(model: nn.Module, folded: nn.Module, image_shape: Sequence[int]) -> bool:
-    """Whether both say the same of random images; tracing follows one way through a forward that has several."""
-    like = next(model.parameters())
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(like)
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        expected, found = model(images), folded(images)
-    # Half types round each of a deep network's layers.
-    share = 1e-3 if like.dtype in (torch.float32, torch.float64) else 0.1
-    return bool((found - expected).abs().amax() <= share * expected.abs().amax())
-
-
-def fuse_conv_bn(model: nn.Module) -> nn.Module:
-    """Folds each evaluation-mode BatchNorm into the convolution before it, where nothing else uses that convolution.
-
-    Returns:
-        a traced copy that shares the unfused weights with ``model``; or, with a warning, ``model`` itself if its
-        forward cannot be traced.
-    """
-    try:
-        traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
-    except Exception as error:  # tracing runs the model's own code on proxies, which can raise anything
-        warnings.warn(f"{type(model).__name__} cannot be traced and is not fused: {error}", stacklevel=3)
-        return model
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    for node in traced.graph.nodes:
-        conv_node = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(conv_node, fx.Node) or conv_node.op != "call_module" or len(conv_node.users) > 1:
-            continue
-        conv, norm = traced.get_submodule(str(conv_node.target)), traced.get_submodule(str(node.target))
-        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats):
-            continue
-        if calls[conv_node.target] > 1:  # shared weights: the other call has no BatchNorm, or another one
-            continue
-        traced.set_submodule(str(conv_node.target), fuse_conv_bn_eval(conv, norm))
-        node.replace_all_uses_with(conv_node)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
 
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -9,7 +9,8 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look, Relook
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.teacher.ensemble import Ensemble
-from rld_lightning.models.teacher.frozen import FrozenTeacher, WholeLinear
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.whole_linear import WholeLinear
 
 
 class Says(nn.Module):

@@ -10,8 +10,11 @@ from torch import nn
 
 from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.factory import create_model, list_models
+from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.normalisation import Look, Relook
-from rld_lightning.models.teacher.frozen import FrozenTeacher, _last_linear, fuse_conv_bn, hold_outside
+from rld_lightning.models.teacher.fold import fuse_conv_bn
+from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.models.teacher.whole_linear import last_linear
 
 
 def trained(name="resnet8", classes=10):
@@ -178,7 +181,7 @@ def test_logits_under_autocast_are_not_rounded_to_bfloat16(images, fuse):
 @pytest.mark.parametrize("name", [*list_models(), "torchvision/efficientnet_b0", "torchvision/swin_t"])
 def test_the_last_linear_layer_makes_the_logits(name):
     with torch.device("meta"):
-        layer = _last_linear(create_model(name, 7))
+        layer = last_linear(create_model(name, 7))
     assert layer.out_features == 7
 
 

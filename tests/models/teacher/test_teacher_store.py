@@ -17,8 +17,9 @@ import torch
 from helpers.servers import running
 
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.teacher import teacher_store as store_module
-from rld_lightning.models.teacher.teacher_store import PUBLISHED, DownloadError, TeacherStore, resolve_teacher_weights
+from rld_lightning.models.teacher import published_archive, teacher_store
+from rld_lightning.models.teacher.published_archive import DownloadError
+from rld_lightning.models.teacher.teacher_store import PUBLISHED, TeacherStore, resolve_teacher_weights
 from rld_lightning.models.weights.read import WeightsError, read_metadata, read_weights
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.models.weights.verify import load_weights
@@ -29,7 +30,8 @@ WAYS_OUT = ("model.teacher.weights=/path/to/file", "model.teacher.weights=publis
 
 @pytest.fixture(autouse=True)
 def small_archive(monkeypatch):
-    monkeypatch.setattr(store_module, "PUBLISHED", {"resnet8": 60.19, "wrn_16_1": 67.01})
+    for module in (published_archive, teacher_store):
+        monkeypatch.setattr(module, "PUBLISHED", {"resnet8": 60.19, "wrn_16_1": 67.01})
     monkeypatch.setenv("no_proxy", "*")
 
 
@@ -339,11 +341,11 @@ def test_another_archive_than_the_first_is_refused(store, server):
 
 
 def test_a_member_of_known_checksum_has_it(store, server, monkeypatch):
-    monkeypatch.setattr(store_module, "PUBLISHED_SHA256", {"wrn_16_1": "0" * 64})
+    monkeypatch.setattr(published_archive, "PUBLISHED_SHA256", {"wrn_16_1": "0" * 64})
     with pytest.raises(DownloadError, match=r"has the SHA-256 .*, not that of the published wrn_16_1"):
         store.download_published(server.url)
     known = hashlib.sha256(member_bytes(server.content, "wrn_16_1")).hexdigest()
-    monkeypatch.setattr(store_module, "PUBLISHED_SHA256", {"wrn_16_1": known})
+    monkeypatch.setattr(published_archive, "PUBLISHED_SHA256", {"wrn_16_1": known})
     assert_downloaded(store, store.download_published(server.url))
 
 
