@@ -55,6 +55,7 @@ def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
 
     Args:
         state: with the short runs ``pace-teacher`` and ``pace-student``.
+        budget: seconds for all of it.
         side_by_side: how many times as long students take that share the device.
     """
     speeds = [_summary(state / "runs" / name).get("images_per_s") for name in ("pace-teacher", "pace-student")]

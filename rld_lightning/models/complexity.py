@@ -60,6 +60,7 @@ def images_per_second(
 
     Args:
         model: any network that takes one batch of images; it is put in evaluation mode.
+        image_shape: channels, height and width.
     """
     model.eval()
     like = next(model.parameters(), torch.empty(0))

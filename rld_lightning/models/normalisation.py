@@ -28,6 +28,10 @@ class Look(NamedTuple):
 def look_of(mean: Sequence[float] | None, std: Sequence[float] | None) -> Look | None:
     """The look that a teacher's ``mean`` and ``std`` ask for.
 
+    Args:
+        mean: three numbers, or None.
+        std: three numbers above 0, or None.
+
     Returns:
         the look; None where both are None.
 

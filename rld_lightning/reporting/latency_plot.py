@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 @styled
 def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Path) -> None:
-    """Draws the points into a picture."""
+    """Draws the points, at least one, into a picture."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     spare = [GREEN, PINK]

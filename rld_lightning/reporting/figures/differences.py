@@ -58,7 +58,12 @@ def write_differences(
     standardized: bool = False,
     top: float | None = None,
 ) -> list[Path]:
-    """Heat maps of how far students are from their teacher."""
+    """Heat maps of how far students are from their teacher.
+
+    Args:
+        standardized: z-score each sample's logits first.
+        top: upper end of the colour scale, to compare figures; None chooses one.
+    """
     section = choose_pair(runs, pair)
     maps = difference_maps(section, methods, reader, standardized=standardized)
     what = "standardized logits" if standardized else "logits"

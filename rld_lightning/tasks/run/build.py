@@ -49,7 +49,7 @@ def build_module(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer], LRScheduler] | None,
 ) -> DistillationModule:
-    """The student and what it is trained with."""
+    """The student and what it is trained with; no teacher where the loss needs none."""
     # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
     seed_everything(plan.seed, workers=True, verbose=False)
     name, weights = plan.student.name, plan.student.weights
