@@ -72,7 +72,7 @@ def test_an_onnx_file_is_measured(measure, tmp_path):
     logits, label = by_hand(lambda images: images.flatten(1) @ weights)
     assert (found.model, found.top1) == ("timm/any", pytest.approx(top1(logits, label)))
     (tmp_path / "model.onnx").write_bytes(small_onnx({}, pixels=True)[0])
-    with pytest.raises(UserError, match=r"takes pixels .* take the file of an export with pixels=false\."):
+    with pytest.raises(UserError, match=r"maps pixels .* use the file of an export with pixels=false\."):
         measure(f"weights={tmp_path / 'model.onnx'}")
 
 

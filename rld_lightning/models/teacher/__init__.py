@@ -1,4 +1,4 @@
-"""The frozen teacher: one network or several, whole or shared out, its logits kept, and the folder of trained ones."""
+"""The frozen teacher: a network or ensemble, optionally sharded, its cached logits, and the store of trained ones."""
 
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 

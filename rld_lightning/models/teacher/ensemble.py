@@ -1,4 +1,4 @@
-"""Several trained networks as one teacher."""
+"""An ensemble of trained networks as one teacher."""
 
 from collections.abc import Sequence
 
@@ -12,24 +12,24 @@ MEANS = ("logits", "probabilities")
 
 
 class Ensemble(nn.Module):
-    """The mean of what its members say of an image.
+    """Averages the outputs of its members.
 
-    Of ``"logits"``, or of ``"probabilities"`` (at temperature 1), whose logarithms are then the logits; a loss with
-    another temperature takes the mean first and its temperature afterwards. Other than probabilities, logits have a
-    scale of their own: a member with larger ones weighs more.
+    Averages ``"logits"``, or ``"probabilities"`` (at temperature 1), whose logarithms are then the logits; a loss
+    applies its own temperature after the average. Unlike probabilities, logits differ in scale between members: one
+    with larger logits weighs more.
 
     Args:
         members: each maps images ``(B, 3, H, W)`` to logits ``(B, C)`` of the same classes.
         mean_of: ``"logits"`` or ``"probabilities"``.
-        relooks: for each member what takes images to the look that it was trained with; None where they come in it.
+        relooks: converts the images to each member's normalisation; None if the member has the data's.
 
     Raises:
-        ValueError: no member, or an unknown ``mean_of``.
+        ValueError: there are no members, or ``mean_of`` is unknown.
     """
 
     no_stages = (
-        "several teachers (model.teacher.weights) say logits together, and a loss that looks inside the teacher has "
-        "nothing to look at; give it one of them, or choose a loss of logits."
+        "several teachers (model.teacher.weights) only have logits in common, and the loss needs the teacher's "
+        "features; give one teacher, or choose a loss of logits."
     )
 
     def __init__(
@@ -47,7 +47,7 @@ class Ensemble(nn.Module):
         self.mean_of = mean_of
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, C)``, in float32 or better."""
+        """Maps ``(B, 3, H, W)`` to ``(B, C)``, in float32 or better."""
         seen = (look(images).to(images.dtype) for look in self.relooks)
         logits = torch.stack([member(view) for member, view in zip(self.members, seen, strict=True)])
         with torch.autocast(images.device.type, enabled=False):

@@ -1,7 +1,7 @@
-"""The logits of a teacher for every view of every training image: computed once, kept in a file, looked up after that.
+"""A cache file of the teacher's logits for every view of every training image.
 
-A crop and a flip make finitely many views of an image (162 with a padding of 4), and a frozen teacher says the same of
-a view whenever it is met. The file is one table, a row a view. It is sparse: what was not met takes no room.
+Crops and flips make finitely many views of an image (162 with a padding of 4), and a frozen teacher always returns the
+same logits for a view. The file is a table with one row per view. It is sparse: rows not yet written take no space.
 """
 
 import errno
@@ -20,35 +20,35 @@ import torch
 from torch import Tensor
 
 STORED = {"float16": torch.float16, "float32": torch.float32}
-_VERSION = 1  # of the rows
+_VERSION = 1  # of the row format
 
 
 class LogitsTable:
-    """Rows of logits in a file that several processes fill and read at once.
+    """Rows of logits in a file that several processes read and write concurrently.
 
-    Rows are read from a mapping of the file into memory, and written as bytes into the file: where the disk is full,
-    writing into a mapping would end the process, and so rows are not kept any more, which is said once.
+    Rows are read from a memory map of the file, but written with ``pwrite``: on a full disk, writing to the map would
+    kill the process. After a failed write, no more rows are stored, with one warning.
 
-    A row ends in a checksum of its own: what is not there yet (zeros), what another process is just writing and what a
-    crash has left half written is not taken for logits, but computed again. So nothing is locked.
+    Each row ends in a checksum, so that rows not yet written (zeros), being written by another process or truncated by
+    a crash are recognised and computed again. So no locks are needed.
 
-    Stored in float16, a logit is rounded by at most 2^-11 of its size, or 3 x 2^-11 where it would have become equal to
-    the label's: no class changes sides of the label, so that losses that compare the two, as RLD's mask does, decide as
-    they would have without the table. Logits beyond what float16 holds are not kept.
+    In float16, a logit is rounded by at most 2^-11 of its size, or 3 x 2^-11 if it would otherwise become equal to the
+    label's: each class stays above or below the label, so that losses that compare the two, such as RLD's mask, decide
+    as they would without the table. Logits out of the range of float16 are not stored.
 
     Args:
-        path: the file; made, with its folder, where there is none.
-        rows: N, how many views there are.
+        path: the file; created, with its folder, if it does not exist.
+        rows: N, the number of views.
         classes: C.
-        dtype: what logits are stored in, ``"float16"`` or ``"float32"``.
+        dtype: the dtype of the stored logits, ``"float16"`` or ``"float32"``.
 
     Raises:
-        ValueError: an unknown dtype, or a file of another size.
-        OSError: the file cannot be made.
+        ValueError: the dtype is unknown, or the file has another size.
+        OSError: the file cannot be created.
     """
 
-    complete = False  # nobody has looked at all rows
-    asked: Callable[[], Tensor] | None = None  # the rows that will be looked up, where it is not all
+    complete = False  # not checked for all rows
+    rows_to_read: Callable[[], Tensor] | None = None  # the rows that will be looked up, if not all
 
     def __init__(self, path: Path, rows: int, classes: int, dtype: str = "float16") -> None:
         if dtype not in STORED:
@@ -64,63 +64,63 @@ class LogitsTable:
         if not stat.S_ISREG(found.st_mode) or found.st_size not in (0, size):
             self._file.close()
             raise ValueError(f"{path} has {found.st_size:,} bytes, not the {size:,} of this table; move it away.")
-        os.truncate(self._file.fileno(), size)  # which lengthens it by zeros
+        os.truncate(self._file.fileno(), size)  # extends it with zeros
         flat = torch.from_file(str(path), shared=True, size=size // 2, dtype=torch.int16)
         self.table = flat.view(rows, words + 1)
-        # Odd weights: no two words of a row can be exchanged, and no single bit flipped, without another sum.
+        # Odd weights: exchanging two words of a row, or flipping a single bit, changes the sum.
         self.weights = 2 * torch.arange(words, dtype=torch.int32) + 1
 
     @property
-    def keeps(self) -> bool:
-        """Whether rows are still written: not any more once that has failed."""
+    def is_writable(self) -> bool:
+        """Whether rows are still stored: False after a failed write."""
         return not self._file.closed
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks views up.
+        """Looks up the logits of views.
 
         Args:
-            rows: which, int64 ``(B,)`` on any device.
+            rows: the views, int64 ``(B,)`` on any device.
 
         Returns:
-            logits, float32 ``(B, C)``, and which of them are known, bool ``(B,)``; both on the device of ``rows``.
+            the logits, float32 ``(B, C)``, and which of them are known, bool ``(B,)``; both on the device of ``rows``.
         """
         found = self._rows(rows)
-        return self._logits(found).to(rows.device), self._are_whole(found).to(rows.device)
+        return self._logits(found).to(rows.device), self._are_valid(found).to(rows.device)
 
     def read_known(self, rows: Tensor) -> Tensor:
-        """Logits, float32 ``(B, C)``, of views that are known, int64 ``(B,)``: nobody looks whether they are."""
+        """Returns the logits, float32 ``(B, C)``, of known views, int64 ``(B,)``, without verifying checksums."""
         return self._logits(self._rows(rows)).to(rows.device)
 
     def known(self, rows: Tensor) -> Tensor:
-        """Which views are known, bool ``(B,)`` of int64 ``(B,)``."""
-        return self._are_whole(self._rows(rows)).to(rows.device)
+        """Returns which views are known: int64 ``(B,)`` to bool ``(B,)``."""
+        return self._are_valid(self._rows(rows)).to(rows.device)
 
     def write(self, rows: Tensor, logits: Tensor, label: Tensor) -> Tensor:
-        """Keeps the logits of views.
+        """Stores the logits of views.
 
         Args:
-            rows: which, int64 ``(B,)``.
+            rows: the views, int64 ``(B,)``.
             logits: floating point ``(B, C)``.
             label: int64 ``(B,)``.
 
         Returns:
-            what :meth:`read` will say of them, float32 ``(B, C)``; logits that cannot be kept are as they were.
+            the logits as :meth:`read` will return them, float32 ``(B, C)``; unchanged if they cannot be stored.
         """
         stored = round_beside_label(logits, label) if self.dtype == torch.float16 else logits.to(self.dtype)
         whole = stored.isfinite().all(1)
         words = stored[whole].to(self.table.device).view(torch.int16)
-        self._keep(rows[whole].to(self.table.device), torch.cat([words, self._checksum(words)[:, None]], 1))
+        self._store(rows[whole].to(self.table.device), torch.cat([words, self._checksum(words)[:, None]], 1))
         return torch.where(whole[:, None], stored.float(), logits.float())
 
-    def _keep(self, rows: Tensor, content: Tensor) -> None:
-        if not self.keeps:
+    def _store(self, rows: Tensor, content: Tensor) -> None:
+        if not self.is_writable:
             return
         if not hasattr(os, "pwrite"):  # on Windows
             self.table[rows] = content
             return
         rows, order = rows.sort()
         content = content[order]
-        starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist()]  # of neighbours, in one go
+        starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist()]  # consecutive rows are written at once
         width = content.shape[1] * content.itemsize
         try:
             for first, stop in pairwise([*starts, len(rows)]):
@@ -130,7 +130,7 @@ class LogitsTable:
         except OSError as error:
             self._file.close()
             why = error.strerror or error
-            warnings.warn(f"no more of the teacher's logits are kept in {self.path}: {why}", stacklevel=3)
+            warnings.warn(f"no more of the teacher's logits are stored in {self.path}: {why}", stacklevel=3)
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self.table.index_select(0, rows.to(self.table.device))  # on a CPU three times as fast as table[rows]
@@ -138,29 +138,29 @@ class LogitsTable:
     def _logits(self, found: Tensor) -> Tensor:
         return found[:, :-1].contiguous().view(self.dtype).float()
 
-    def _are_whole(self, found: Tensor) -> Tensor:
+    def _are_valid(self, found: Tensor) -> Tensor:
         return found[:, -1] == self._checksum(found[:, :-1])
 
     def _checksum(self, words: Tensor) -> Tensor:
-        # Not 0 of a row of zeros.
+        # The offset makes a row of zeros invalid.
         return ((words.int() * self.weights).sum(1, dtype=torch.int32) + 0x5A5A).to(torch.int16)
 
 
 def _open(path: str, _: int) -> int:
-    """Opens or makes a file, in a folder that others may write to: no link of theirs to another one, and no pipe."""
+    """Opens or creates a file; in a folder that others may write to, refuses their symbolic links and pipes."""
     safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     return os.open(path, os.O_RDWR | os.O_CREAT | safely, 0o666)
 
 
 def round_beside_label(logits: Tensor, label: Tensor) -> Tensor:
-    """Rounds logits to float16, each at most to the neighbour of the label's where it would have become equal to it.
+    """Rounds logits to float16; one that would become equal to the label's is rounded to the neighbouring number.
 
     Args:
         logits: floating point ``(B, C)``.
         label: int64 ``(B,)``.
 
     Returns:
-        float16 ``(B, C)`` that are smaller, equal and greater than the label's where ``logits`` are.
+        float16 ``(B, C)``, each smaller than, equal to or greater than the label's exactly as in ``logits``.
     """
     rounded = logits.half()
     of_label, true = rounded.gather(1, label[:, None]), logits.gather(1, label[:, None])
@@ -171,7 +171,7 @@ def round_beside_label(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def _neighbour(values: Tensor, towards: float) -> Tensor:
-    """The next float16 above or below."""
+    """Returns the next float16 above or below."""
     step = 1 if towards > 0 else -1
     bits = values.view(torch.int16)
     away = (values > 0) == (step > 0)  # from 0: a larger magnitude is a larger number of bits
@@ -181,16 +181,15 @@ def _neighbour(values: Tensor, towards: float) -> Tensor:
 
 
 def table_bytes(rows: int, classes: int, dtype: str) -> int:
-    """The size of a table's file when all its rows are there."""
+    """Returns the size of a table's file with all rows."""
     return rows * (classes * STORED[dtype].itemsize + 2)
 
 
 def table_key(state_dict: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """What a table is called, so that it is found for the same teacher and the same views, and for no others.
+    """Returns a table's name: a hash of the teacher and everything else that its logits depend on.
 
     Args:
-        facts: plain values of everything else that decides what it says: data, views, normalisation, precision, and
-            how it is stored.
+        facts: plain values of everything else: data, views, normalisation, precision, and the storage format.
     """
     digest = blake2b(json.dumps({"version": _VERSION, **facts}, sort_keys=True).encode(), digest_size=8)
     for name, tensor in sorted(state_dict.items()):

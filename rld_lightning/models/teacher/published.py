@@ -1,4 +1,4 @@
-"""Teachers that others have trained and published: where they are, and what their papers say that they score."""
+"""Published teachers: where to download them, and their accuracies in the literature."""
 
 from collections.abc import Mapping
 
@@ -16,26 +16,26 @@ PUBLISHED: Mapping[str, float] = {
     "wrn_40_2": 75.61,
     "vgg13": 74.64,
 }
-"""The teachers in the archive by their names there, with the top-1 in percent that the papers that use them print."""
+"""The teachers in the archive by their names there, with the top-1 in percent printed in the papers that use them."""
 
 PUBLISHED_SHA256: Mapping[str, str] = {
     "resnet32x4": "22aa12e2b632b19ddde155ccf2388671842ddd304824b3095e0a7fff364beb4f",
 }
-"""Checksums of members of the archive, as far as others have published them with the accuracy that they measured.
+"""Checksums of files in the archive, as far as third parties have published them with a measured accuracy.
 
-Its authors name none. What is downloaded first is recorded, and compared with what comes later."""
+The archive's authors publish none. The first download is recorded, and later ones are compared with it."""
 
 LARGER: Mapping[str, float] = {"wrn_28_2": 75.45, "wrn_16_4": 77.51, "wrn_28_4": 78.60}
-"""Teachers of CIFAR-100 that LSKD (Sun et al., CVPR 2024, arXiv 2403.01427) released beside its code, likewise."""
+"""Likewise for the CIFAR-100 teachers that LSKD (Sun et al., CVPR 2024, arXiv 2403.01427) released with its code."""
 
 
 def published_top1(dataset: str, name: str) -> float | None:
-    """What the published teacher of a name scores on the test split, in percent; None where there is none.
+    """Returns the test accuracy of a published teacher in percent; None if there is none.
 
     The values are those that LSKD (arXiv 2403.01427) prints for its teachers.
 
     Args:
-        name: the network, however it is spelled.
+        name: the network, in any spelling.
     """
     if dataset != PUBLISHED_DATASET:
         return None

@@ -1,19 +1,19 @@
-"""A table of a teacher's logits that lies on the device as well, so that a step that looks up does not wait."""
+"""A table of the teacher's logits with a copy on the device, so that look-ups do not wait for the CPU."""
 
 import torch
 from torch import Tensor
 
 from rld_lightning.models.teacher.logits_table import LogitsTable
 
-_ROWS = 2**18  # looked at in one go
-_SHARE = 0.5  # of the free memory that a table may take
+_ROWS = 2**18  # checked at once
+_SHARE = 0.5  # of the free memory that a table may use
 
 
 class ResidentTable(LogitsTable):
-    """As the table it is made of, whose rows it reads once and whose file it fills.
+    """A :class:`LogitsTable` on the device: reads the file's rows once at the start, and writes new rows to both.
 
-    Where each row is known, a look-up asks for nothing but the rows: nothing is read from the device. Rows that others
-    write into the file meanwhile are not seen.
+    If all rows are known, a look-up needs no synchronisation with the device. Rows that other processes write to the
+    file later are not seen.
 
     Attributes:
         complete: whether each row that will be looked up is known.
@@ -23,18 +23,18 @@ class ResidentTable(LogitsTable):
         self.__dict__.update(vars(file))
         self.file = file
         self.table, self.weights = file.table.to(device, copy=True), file.weights.to(device)
-        asked = torch.arange(len(self.table)) if self.asked is None else self.asked()
-        self.complete = all(bool(self.known(rows).all()) for rows in asked.to(device).split(_ROWS))
+        rows = torch.arange(len(self.table)) if self.rows_to_read is None else self.rows_to_read()
+        self.complete = all(bool(self.known(part).all()) for part in rows.to(device).split(_ROWS))
 
     def write(self, rows: Tensor, logits: Tensor, label: Tensor) -> Tensor:
-        """Keeps the logits of views, in the file too."""
+        """Stores the logits of views, on the device and in the file."""
         kept = self.file.write(rows, logits, label)
         self.table[rows.to(self.table.device)] = self.file.table[rows.cpu()].to(self.table.device)
         return kept
 
 
 def resident(table: LogitsTable, device: torch.device) -> LogitsTable:
-    """The table on a GPU that has room for it; elsewhere as it is."""
+    """Returns a copy of the table on the GPU if it fits; otherwise the table itself."""
     if device.type != "cuda" or isinstance(table, ResidentTable):
         return table
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""Teachers that are programs of their own: TorchScript and ONNX files, which say logits and nothing else."""
+"""Teachers from TorchScript and ONNX files, which return logits only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +13,20 @@ from rld_lightning.models.weights.facts import WeightsFacts
 
 FOREIGN = ("torchscript", "onnx")  # names of networks
 _NO_STAGES = (
-    "a TorchScript or ONNX file says logits and nothing else, and the loss looks inside its networks; choose a loss of "
+    "a TorchScript or ONNX file returns logits only, and the loss needs the teacher's features; choose a loss of "
     "logits, or a teacher with its weights in a file."
 )
 
 
 class ScriptedNetwork(nn.Module):
-    """A TorchScript file. Loading one runs the program that is in it.
+    """A TorchScript file. Loading it executes the program in it.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not a TorchScript file.
     """
 
     no_stages = _NO_STAGES
-    size: tuple[int, int] | None = None  # it does not say
+    size: tuple[int, int] | None = None  # not stated in the file
     facts = WeightsFacts()
 
     def __init__(self, path: Path) -> None:
@@ -37,20 +37,20 @@ class ScriptedNetwork(nn.Module):
             raise ValueError(f"{path} is not a TorchScript file ({first_line(error)}).") from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, C)``."""
+        """Maps ``(B, 3, H, W)`` to ``(B, C)``."""
         return logits_of(self.program(images))
 
 
 class OnnxTeacher(nn.Module):
-    """An ONNX file as a network, run by ONNX Runtime, on a GPU where it has that.
+    """An ONNX file as a network, run by ONNX Runtime, on a GPU if that is supported.
 
     Args:
-        path: the file, which takes normalised images ``(B, 3, H, W)`` and gives logits ``(B, C)``. B may be fixed;
-            batches are then cut, and filled up.
+        path: the file, which maps normalised images ``(B, 3, H, W)`` to logits ``(B, C)``. If B is fixed, batches are
+            split and padded.
 
     Raises:
         ImportError: ONNX Runtime is not installed.
-        ValueError: it is no such file.
+        ValueError: it is not such a file.
     """
 
     no_stages = _NO_STAGES
@@ -60,7 +60,7 @@ class OnnxTeacher(nn.Module):
         self.file = OnnxNetwork(path, device="cuda" if torch.cuda.is_available() else "cpu")
         if self.file.takes_pixels:
             raise ValueError(
-                f"{path} takes pixels and gives probabilities, where logits of normalised images are wanted; take the "
+                f"{path} maps pixels to probabilities, but a teacher must map normalised images to logits; use the "
                 "file of an export with pixels=false."
             )
         batch, _, height, width = self.file.input.shape
@@ -70,20 +70,20 @@ class OnnxTeacher(nn.Module):
         self.size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, C)`` on the same device."""
-        given = images.half() if self.takes_half else images.float()
-        said = []
-        for part in given.split(self.batch or len(given)):
+        """Maps ``(B, 3, H, W)`` to ``(B, C)`` on the same device."""
+        images_cast = images.half() if self.takes_half else images.float()
+        logits = []
+        for part in images_cast.split(self.batch or len(images_cast)):
             missing = (self.batch or len(part)) - len(part)
-            said.append(self.file(torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]))[: len(part)])
-        return torch.cat(said).float().to(images.device)
+            logits.append(self.file(torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]))[: len(part)])
+        return torch.cat(logits).float().to(images.device)
 
 
 class Columns(nn.Module):
-    """Some of the logits of a network, in an order of their own.
+    """A network with its logits selected and reordered.
 
     Args:
-        places: for each logit to come, its place among those that there are.
+        places: the current position of each new logit.
     """
 
     no_stages = _NO_STAGES
@@ -94,10 +94,10 @@ class Columns(nn.Module):
         self.places = list(places)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, C)``."""
+        """Maps ``(B, 3, H, W)`` to ``(B, C)``."""
         return self.network(images)[:, self.places]
 
 
 def load_foreign(name: str, path: Path) -> ScriptedNetwork | OnnxTeacher:
-    """Loads a file of one of the two kinds."""
+    """Loads a TorchScript or ONNX file."""
     return ScriptedNetwork(path) if name == "torchscript" else OnnxTeacher(path)

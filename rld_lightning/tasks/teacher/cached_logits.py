@@ -66,7 +66,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     table = open_table(path, plan.teacher, data, why)
     if table is None:
         return
-    table.asked = partial(data.views_of, slice(0, data.train_size))
+    table.rows_to_read = partial(data.views_of, slice(0, data.train_size))
     module.teacher.remember(table)
     if ahead:
         vars(trainer)["callbacks"].append(FillAhead())

@@ -78,7 +78,7 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
             computed += len(view)
             if len(writing) > _AHEAD:
                 writing.popleft().result()
-            if not table.keeps:  # and has said why
+            if not table.is_writable:  # and has said why
                 break
         for last in writing:
             last.result()

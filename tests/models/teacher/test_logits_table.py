@@ -108,7 +108,7 @@ def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr("os.pwrite", full)
     said = table.write(torch.arange(4, 8), logits[4:], label[4:])
     table.write(torch.arange(8, 16), logits, label)
-    assert [str(w.message).partition(" in ")[0] for w in recwarn] == ["no more of the teacher's logits are kept"]
+    assert [str(w.message).partition(" in ")[0] for w in recwarn] == ["no more of the teacher's logits are stored"]
     assert_close(said, logits[4:], rtol=3 * EPS, atol=2**-24)
     assert table.read(torch.arange(16))[1].tolist() == [True] * 4 + [False] * 12
 

@@ -271,11 +271,11 @@ def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatc
     assert [type(callback).__name__ for callback in callbacks] == ["FillAhead"]
     assert len(keys) == 1  # a hash of all weights
     known = table(3, cache=True)
-    for view in known.asked().split(1000):  # of the images that are trained on; the held-out ones' stay unknown
+    for view in known.rows_to_read().split(1000):  # of the images that are trained on; the held-out ones' stay unknown
         known.write(view, torch.randn(len(view), 10), torch.zeros_like(view))
     assert table(3) is not None
     assert ResidentTable(known, torch.device("cpu")).complete
-    known.asked = None
+    known.rows_to_read = None
     assert not ResidentTable(known, torch.device("cpu")).complete
 
 
