@@ -1,4 +1,4 @@
-"""Folds batch norms into the convolutions before them, which gives the same logits with fewer operations."""
+"""Folds batch norms into the convolutions before them: the same logits with fewer operations."""
 
 import warnings
 from collections import Counter
@@ -12,7 +12,7 @@ from rld_lightning.models.teacher.whole_linear import WholeLinear
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
-    """Folds each evaluation-mode BatchNorm into the convolution before it, where nothing else uses that convolution.
+    """Folds each evaluation-mode BatchNorm into the convolution before it, if nothing else uses that convolution.
 
     Returns:
         a traced copy that shares the unfused weights with ``model``; or, with a warning, ``model`` itself if its
@@ -31,7 +31,7 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
         conv, norm = traced.get_submodule(str(conv_node.target)), traced.get_submodule(str(node.target))
         if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats):
             continue
-        if calls[conv_node.target] > 1:  # shared weights: the other call has no BatchNorm, or another one
+        if calls[conv_node.target] > 1:  # shared weights: the other call has another BatchNorm or none
             continue
         traced.set_submodule(str(conv_node.target), fuse_conv_bn_eval(conv, norm))
         node.replace_all_uses_with(conv_node)
@@ -42,7 +42,7 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
 
 
 def fold_if_same(model: nn.Module, image_shape: Sequence[int]) -> tuple[nn.Module, int]:
-    """As :func:`fuse_conv_bn`, without its warning, and only where random images get the same logits.
+    """Same as :func:`fuse_conv_bn`, without its warning, and only if the logits of random images stay the same.
 
     Returns:
         the traced copy and how many batch norms were folded; or ``model`` and 0.
@@ -54,7 +54,7 @@ def fold_if_same(model: nn.Module, image_shape: Sequence[int]) -> tuple[nn.Modul
 
 
 class _Tracer(fx.Tracer):
-    """Leaves the last layer of a model that is a teacher already as it is: autocast cannot be traced."""
+    """Does not trace into a :class:`WholeLinear`, since autocast cannot be traced."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, WholeLinear) or super().is_leaf_module(m, module_qualified_name)
@@ -65,11 +65,11 @@ def _count_norms(model: nn.Module) -> int:
 
 
 def _same_logits(model: nn.Module, folded: nn.Module, image_shape: Sequence[int]) -> bool:
-    """Whether both say the same of random images; tracing follows one way through a forward that has several."""
+    """Compares both on random images, since tracing records only one branch of a forward with several."""
     like = next(model.parameters())
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(like)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         expected, found = model(images), folded(images)
-    # Half types round each of a deep network's layers.
+    # Half precision rounds after each of a deep network's layers.
     share = 1e-3 if like.dtype in (torch.float32, torch.float64) else 0.1
     return bool((found - expected).abs().amax() <= share * expected.abs().amax())

@@ -1,4 +1,4 @@
-"""A teacher that stays as it is: never trained, never saved with the student, in a precision and layout of its own."""
+"""The frozen teacher: never trained, never saved with the student, with its own precision and layout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,29 +25,28 @@ DTYPES = {
 
 
 class FrozenTeacher(nn.Module):
-    """A model that stays in evaluation mode and without gradients, whatever is called on it.
+    """A model that is always in evaluation mode and without gradients, whatever is called on it.
 
-    The model is not copied: it is frozen, and converted if you set a dtype or layout. Its weights
-    under their own keys are ``teacher.model.state_dict()``. A training module keeps its teacher with ``hold_outside``.
+    The model is not copied: it is frozen, and converted if you set a dtype or layout. Its weights under their own keys
+    are ``teacher.model.state_dict()``. A training module keeps its teacher with ``hold_outside``.
 
     Args:
         model: the trained model, which maps images to logits.
-        dtype: dtype, or its name, that the teacher computes in. It is then kept through ``.half()``,
-            ``.to(dtype)`` and the like, and autocast does not reach the teacher. ``None`` leaves the model as it is and
-            follows autocast, up to the last linear layer, which makes the logits in float32: in bfloat16 several
-            classes would often have the same one, and methods that compare them would take a side by chance.
+        dtype: the dtype (or its name) of the teacher's computation. It is unaffected by ``.half()``, ``.to(dtype)``
+            etc. and by autocast. ``None`` leaves the model unchanged and follows autocast, except for the last linear
+            layer, which computes the logits in float32: in bfloat16 several classes would often have equal logits, and
+            methods that compare them would decide by chance.
         channels_last: keep weights and images in channels-last layout.
-        fuse: fold every BatchNorm that follows a convolution into it; logits are the same up to rounding, and features
-            can no longer be tapped. It pays together with ``channels_last``, and adds nothing to
-            ``torch.compile``.
-        shard: share the weights out over the processes of each machine, for a teacher that does not fit one device;
-            :meth:`place` does it. Weights are then in contiguous layout. It cannot be fused.
+        fuse: fold every BatchNorm that follows a convolution into it; logits are equal up to rounding, and features
+            can no longer be tapped. It is faster together with ``channels_last``, but not with ``torch.compile``.
+        shard: shard the weights over the processes of each machine (done by :meth:`place`), for a teacher that does not
+            fit one device. Weights are then in contiguous layout. Cannot be combined with ``fuse``.
         relook: converts images to the preprocessing that the model was trained with; None if they have it.
-        batch_statistics: where features are tapped, batch norms normalise by the batch, as in training mode, and keep
-            their running statistics as they are. It cannot be fused.
+        batch_statistics: if features are tapped, batch norms normalise by the batch's statistics, as in training mode,
+            without updating the running ones. Cannot be combined with ``fuse``.
 
     Raises:
-        ValueError: an unknown dtype, or ``fuse`` with ``shard`` or ``batch_statistics``.
+        ValueError: the dtype is unknown, or ``fuse`` is combined with ``shard`` or ``batch_statistics``.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class FrozenTeacher(nn.Module):
             )
         if fuse and shard:
             raise ValueError(
-                "a fused teacher has no blocks to share out; set model.teacher.fuse=false or model.teacher.shard=false."
+                "a fused teacher has no blocks to shard; set model.teacher.fuse=false or model.teacher.shard=false."
             )
         self.shard = shard
         self.batch_statistics = batch_statistics
@@ -84,7 +83,7 @@ class FrozenTeacher(nn.Module):
         if self.dtype is not None:
             self.model = self.model.to(dtype=self.dtype)
         else:
-            for last in filter(None, lasts):  # of another class, not wrapped, so that its weights keep their keys
+            for last in filter(None, lasts):  # a changed class instead of a wrapper, so that the keys do not change
                 last.__class__ = WholeLinear
         self.exact_logits = self.dtype is None and None not in lasts
         self.relook = relook
@@ -94,15 +93,15 @@ class FrozenTeacher(nn.Module):
         self.requires_grad_()
 
     def fold(self, image_shape: Sequence[int]) -> int:
-        """Folds every BatchNorm that follows a convolution into it, as ``fuse`` does, where that is sure to be safe.
+        """Folds every BatchNorm that follows a convolution into it, like ``fuse``, if the logits stay the same.
 
-        The model itself stays as it is, for those who hold it.
+        The original model object is not changed.
 
         Args:
-            image_shape: channels, height and width, of images to try whether the logits stay the same.
+            image_shape: channels, height and width of the test images.
 
         Returns:
-            how many were folded; 0 where the model cannot be traced, or would give other logits.
+            how many were folded; 0 if the model cannot be traced, or its logits would change.
         """
         folded, count = fold_if_same(self.model, self.seen(image_shape))
         if count:
@@ -111,14 +110,14 @@ class FrozenTeacher(nn.Module):
         return count
 
     def seen(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the model gets, made of those of ``image_shape``."""
+        """Returns channels, height and width of the model's input for images of ``image_shape``."""
         channels, height, width = image_shape
         if self.relook is not None and self.relook.size is not None:
             height, width = self.relook.size
         return channels, height, width
 
     def remember(self, table: LogitsTable) -> None:
-        """From now on, looks logits of known views up, and keeps those that it computes.
+        """Uses a table as a cache of the logits from now on.
 
         Args:
             table: of the same teacher, see :func:`~rld_lightning.models.teacher.logits_table.table_key`.
@@ -133,26 +132,26 @@ class FrozenTeacher(nn.Module):
         view: Tensor | None = None,
         label: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and the outputs of the submodules at ``paths``.
+        """Returns the logits, and the outputs of the submodules at ``paths``.
 
         Args:
             images: ``(B, C, H, W)``, floating-point; converted to the teacher's dtype and layout.
-            paths: submodules to tap, as ``forward_with_taps`` names them.
-            view: which views of which images they are, int64 ``(B,)``, so that a teacher that remembers need not look.
-            label: their classes, int64 ``(B,)``, likewise.
+            paths: submodules to tap, see ``forward_with_taps``.
+            view: indices of the views, int64 ``(B,)``, to look up cached logits.
+            label: the classes, int64 ``(B,)``, likewise.
 
         Returns:
-            logits ``(B, K)`` in float32, or float64 if computed in that, and the tapped features by path in the
-            dtype they were computed in.
+            the logits ``(B, K)`` in float32 (float64 if computed in that), and the tapped features by path in the
+            dtype that they were computed in.
         """
         if self.table is None or view is None or label is None or paths:
             return self._compute(images, paths)
-        if self.table.complete:  # without asking the device what it lacks
+        if self.table.complete:  # no need to synchronise with the device to check
             return self.table.read_known(view), {}
         return self._look_up(self.table, images, view, label), {}
 
     def validate(self, images: Tensor, index: Tensor | None, label: Tensor) -> Tensor:
-        """Logits ``(B, K)`` of validation images, which it may have seen before.
+        """Returns the logits ``(B, K)`` of validation images, from the cache if there is one.
 
         Args:
             images: ``(B, C, H, W)``.
@@ -166,7 +165,7 @@ class FrozenTeacher(nn.Module):
     def _look_up(self, table: LogitsTable, images: Tensor, rows: Tensor, label: Tensor) -> Tensor:
         logits, known = table.read(rows)
         if not known.all():
-            # A compiled network is compiled for whole batches.
+            # A compiled network needs whole batches.
             missing = torch.ones_like(known) if self.model._compiled_call_impl else ~known
             computed, _ = self._compute(images[missing], ())
             logits[missing] = table.write(rows[missing], computed, label[missing])
@@ -175,10 +174,10 @@ class FrozenTeacher(nn.Module):
     def _compute(self, images: Tensor, paths: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.fused and paths:
             raise ValueError(f"a teacher with fuse=True has no features to tap ({', '.join(paths)}); use fuse=False")
-        if self.model.training:  # someone reached past this class
+        if self.model.training:  # someone called train() on the inner model
             self.model.eval()
         own_precision = torch.autocast(images.device.type, enabled=False) if self.dtype else nullcontext()
-        # Not inference_mode: the losses save the teacher's outputs for the backward pass, which it forbids.
+        # Not inference_mode, which forbids saving the teacher's outputs for the backward pass, as losses do.
         norms = batch_statistics(self.model) if self.batch_statistics and paths else nullcontext()
         with torch.no_grad(), own_precision, norms:
             if self.relook is not None:
@@ -191,14 +190,14 @@ class FrozenTeacher(nn.Module):
         return self.dtype or next((p.dtype for p in self.model.parameters() if p.is_floating_point()), images.dtype)
 
     def place(self, device: torch.device, processes: int = 1) -> None:
-        """Brings the teacher to where it computes: all of it or, with ``shard``, this process's share.
+        """Moves the teacher to the device; with ``shard``, only this process's shard.
 
         Args:
-            device: this process's own.
-            processes: how many share the teacher out: all of this machine.
+            device: this process's device.
+            processes: number of processes on this machine, over which the teacher is sharded.
 
         Raises:
-            ValueError: there is one process, and the teacher is to be shared out.
+            ValueError: ``shard`` is set, and there is only one process.
         """
         if self.table is not None:
             self.table = resident(self.table, device)
@@ -206,7 +205,7 @@ class FrozenTeacher(nn.Module):
             self.to(device)
             return
         if processes < 2:
-            raise ValueError(f"shard=True shares the teacher out over at least two processes, not {processes}.")
+            raise ValueError(f"shard=True shards the teacher over at least two processes, not {processes}.")
         from rld_lightning.models.teacher.sharding import shard_over_machine  # FSDP takes a second
 
         if self.relook is not None:
@@ -214,15 +213,15 @@ class FrozenTeacher(nn.Module):
         shard_over_machine(self.model, device, processes)
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never move."""
+        """Does nothing: a teacher is always in evaluation mode, so that its BatchNorm statistics never change."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Does nothing: a teacher never takes gradients."""
+        """Does nothing: a teacher never has gradients."""
         return super().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to`, `.half`, `.cuda` and the like all end here: follow them to a device, but not to another precision.
+        # `.to`, `.half`, `.cuda` etc. all call this: apply changes of the device, but not of the dtype.
         def keep_dtype(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
@@ -232,7 +231,7 @@ class FrozenTeacher(nn.Module):
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Has the batch norms of a model in evaluation mode normalise by the batch; running statistics stay as they are."""
+    """Context in which a model's batch norms use the batch's statistics, without updating the running ones."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.training, norm.track_running_stats = True, False

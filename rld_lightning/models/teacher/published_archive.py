@@ -1,6 +1,6 @@
-"""The archive of published teachers of CIFAR-100: downloaded, checked, and read without executing anything.
+"""Downloads, verifies and reads the archive of published CIFAR-100 teachers, without executing anything in it.
 
-They are the teachers that DKD, LSKD, RLD and others report with. mdistiller
+These are the teachers of the results of DKD, LSKD, RLD and others. mdistiller
 (https://github.com/megvii-research/mdistiller) released them as one tar archive of pickled checkpoints.
 """
 
@@ -25,7 +25,7 @@ from rld_lightning.models.teacher.published import PUBLISHED, PUBLISHED_CLASSES,
 from rld_lightning.models.weights.read import WeightsError, read_torch_weights
 from rld_lightning.models.weights.verify import verify_weights
 
-_RECORD = ".published.json"  # the SHA-256 of the archive of each address
+_RECORD = ".published.json"  # the SHA-256 of the archive of each URL
 _MOST_MEMBER_BYTES = 1 << 30  # ten times the largest
 
 GIVE_A_FILE = "give a file with model.teacher.weights=/path/to/file"
@@ -33,7 +33,7 @@ OR_TRAIN_IT = "or train the teacher first with model.teacher.weights=fit"
 
 
 class DownloadError(WeightsError):
-    """The published teachers could not be fetched, or are not what was expected."""
+    """Raised if the published teachers cannot be downloaded, or are not the expected ones."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message}; {GIVE_A_FILE}, {OR_TRAIN_IT}")
@@ -41,12 +41,12 @@ class DownloadError(WeightsError):
 
 @contextmanager
 def published_archive(url: str, folder: Path) -> Iterator["Archive"]:
-    """Downloads the archive, and deletes it after the block; a block without an error records its checksum.
+    """Context with the downloaded archive, which is deleted on exit; without an error its checksum is recorded.
 
     Raises:
-        DownloadError: it cannot be fetched, or is another one than ``folder`` has recorded for this address.
+        DownloadError: it cannot be downloaded, or its checksum is not the one recorded in ``folder`` for this URL.
     """
-    # The address is in the name, so that a download is not continued with another archive.
+    # The name contains a hash of the URL, so that a download is never continued with another archive.
     path = folder / f".{hashlib.sha256(url.encode()).hexdigest()[:16]}.partial"
     try:
         download(url, path)
@@ -77,7 +77,7 @@ class Archive:
     sha256: str
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor], dict[str, object]]]:
-        """Name, weights and metadata of each of these teachers.
+        """Yields the name, weights and metadata of each requested teacher.
 
         Raises:
             DownloadError: the archive lacks one, or has another model in its place.
@@ -97,7 +97,7 @@ class Archive:
             yield name, self._parse(name, member, content, sha256), metadata
 
     def _parse(self, name: str, member: str, content: bytes, sha256: str) -> dict[str, Tensor]:
-        """Reads one member, and makes sure that it is the model that it should be."""
+        """Reads one member, and verifies that it is the expected model."""
         try:
             if PUBLISHED_SHA256.get(name, sha256) != sha256:
                 raise WeightsError(f"{member} has the SHA-256 {sha256}, not that of the published {name}")
@@ -111,7 +111,7 @@ class Archive:
         return weights.state_dict
 
     def _read_members(self, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Reads members by name; nothing is extracted, so it does not matter where the others point."""
+        """Reads members by name; nothing is extracted, so other members' paths do no harm."""
         try:
             with tarfile.open(self.path, "r:") as tar:
                 members = {str(PurePosixPath(member.name)): member for member in tar_members(tar) if member.isreg()}
@@ -126,7 +126,7 @@ class Archive:
             raise DownloadError(f"{self.url} is not the expected tar archive of teachers ({error})") from error
 
     def _check_sizes(self, members: Sequence[tarfile.TarInfo]) -> None:
-        """Refuses what would fill the memory, or the disk: a tar file may claim more than it holds."""
+        """Refuses members that would fill the memory or disk, since a tar file may claim more than it holds."""
         for member in members:
             if member.issparse() or member.size > _MOST_MEMBER_BYTES:
                 raise DownloadError(f"{self.url} has an unusable member: {member.name} claims {member.size:,} bytes")

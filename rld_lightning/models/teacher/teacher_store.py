@@ -1,4 +1,4 @@
-"""A folder of trained teachers, and how a run's ``model.teacher.weights`` finds one in it."""
+"""A folder of trained teachers, and the resolution of a run's ``model.teacher.weights``."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from rld_lightning.models.weights.read import WeightsError, read_metadata, read_
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.models.weights.seal import is_damaged
 
-# Weights of a teacher that are looked for, fetched or made when a run starts; others are a file's.
+# Values of model.teacher.weights that are found, downloaded or trained when a run starts; any other is a path.
 SOURCES = ("auto", "fit", "published", "pretrained")
 
 _WAYS_OUT = (
@@ -27,21 +27,21 @@ _WAYS_OUT = (
 
 @dataclass(frozen=True)
 class TeacherStore:
-    """Trained teachers, one safetensors file each: ``<root>/<dataset>/<name>.safetensors``.
+    """A folder of trained teachers, one safetensors file each: ``<root>/<dataset>/<name>.safetensors``.
 
-    Names may be spelled in any way that :func:`~rld_lightning.models.registry.canonical_name` knows; files keep theirs.
-    The metadata of a file says ``dataset``, ``name``, ``num_classes``, ``top1`` and ``source``: ``fit`` for a teacher
-    trained here, ``published`` for a downloaded one, which also has the ``url`` and checksums of what was downloaded.
+    Names may have any spelling that :func:`~rld_lightning.models.registry.canonical_name` accepts; existing files are
+    not renamed. The metadata of a file has ``dataset``, ``name``, ``num_classes``, ``top1`` and ``source``: ``fit`` for
+    a teacher trained here, ``published`` for a downloaded one, with the ``url`` and checksums of the download.
     """
 
     root: Path
 
     def path(self, dataset: str, name: str) -> Path:
-        """Where a teacher is put."""
+        """Returns the path for storing a teacher."""
         return Path(self.root).expanduser() / dataset / f"{canonical_name(name)}.safetensors"
 
     def find(self, dataset: str, name: str) -> Path | None:
-        """Where a teacher is; ``None`` if the store does not have it."""
+        """Returns the path of a stored teacher; ``None`` if the store does not have it."""
         path = self.path(dataset, name)
         if path.is_file():
             return path
@@ -49,14 +49,14 @@ class TeacherStore:
         return next((other for other in others if canonical_name(other.stem) == canonical_name(name)), None)
 
     def has(self, dataset: str, name: str) -> bool:
-        """Whether a teacher is there and undamaged."""
+        """Whether the store has a teacher, undamaged."""
         path = self.find(dataset, name)
         return path is not None and not is_damaged(read_once(path))
 
     def save(
         self, model: nn.Module | Mapping[str, Tensor], dataset: str, name: str, metadata: Mapping[str, object]
     ) -> Path:
-        """Keeps a teacher, in place of an earlier one; its ``source`` is ``fit`` unless ``metadata`` says otherwise.
+        """Stores a teacher, replacing an earlier one; its ``source`` is ``fit`` unless ``metadata`` has another.
 
         Raises:
             WeightsError: it has values that are not finite.
@@ -69,7 +69,7 @@ class TeacherStore:
         return path
 
     def add(self, file: Path, dataset: str, name: str) -> Path:
-        """Keeps the weights that a run has left as a teacher, the file as it is, in place of an earlier one.
+        """Stores an unchanged copy of a run's weights file as a teacher, replacing an earlier one.
 
         Raises:
             WeightsError: it is damaged.
@@ -81,16 +81,16 @@ class TeacherStore:
         return path
 
     def download_published(self, url: str) -> list[Path]:
-        """Fetches the published teachers that the store lacks; teachers that were trained here are not replaced.
+        """Downloads the published teachers that the store lacks, without replacing teachers that were trained here.
 
-        An interrupted download is continued by the next call where the server allows it, and of several processes
-        one downloads while the others wait. ``file://`` addresses work too.
+        The next call continues an interrupted download if the server allows it; of several processes, one downloads
+        while the others wait. ``file://`` URLs work too.
 
         Returns:
             the files of all published teachers in the store.
 
         Raises:
-            DownloadError: the archive cannot be fetched, or is not what was expected.
+            DownloadError: the archive cannot be downloaded, or is not the expected one.
         """
         folder = self.path(PUBLISHED_DATASET, "any").parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class TeacherStore:
 
 
 def teacher_file(spec: str | os.PathLike[str]) -> Path:
-    """The path of a teacher's weights, which may ask for a part of the file.
+    """Returns the path of a teacher's weights file, possibly with ``::`` and a part, after checking that it exists.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -118,15 +118,15 @@ def teacher_file(spec: str | os.PathLike[str]) -> Path:
 def resolve_teacher_weights(
     spec: str | os.PathLike[str], *, name: str, dataset: str, store: TeacherStore, url: str = PUBLISHED_URL
 ) -> Path | None:
-    """Finds the weights file that ``spec`` asks for.
+    """Finds the weights file for a value of ``model.teacher.weights``.
 
     Args:
-        spec: a file; or ``published``, the published teacher, downloaded unless the store has it; or ``fit``, the
-            store's teacher, ``None`` if it has to be trained first, or again because its file is damaged; or ``auto``,
-            the store's teacher, else the published.
+        spec: a file; ``published`` for the published teacher, downloaded unless the store has it; ``fit`` for the
+            store's teacher, or ``None`` if it is missing or damaged; ``auto`` for the store's teacher, else the
+            published one.
 
     Returns:
-        the file, or ``None`` if the caller is to train the teacher and put it in the store.
+        the file, or ``None`` if the caller has to train the teacher and store it.
 
     Raises:
         FileNotFoundError: ``spec`` is a path, and there is no such file.

@@ -1,20 +1,20 @@
-"""The last layer of a teacher, whose logits autocast does not round."""
+"""The last layer of a teacher, without autocast, which would round the logits."""
 
 import torch
 from torch import Tensor, nn
 
 
 class WholeLinear(nn.Linear):
-    """A linear layer that autocast does not reach: it computes in the type of its weights, or a wider one."""
+    """A linear layer that ignores autocast: computes in the dtype of its weights, or of its input if that is wider."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(*, D)`` to ``(*, K)``."""
+        """Maps ``(*, D)`` to ``(*, K)``."""
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
 
 
 def last_linear(model: nn.Module) -> nn.Linear | None:
-    """The last plain linear layer, plain again where the model has been a teacher before."""
+    """Returns the last plain linear layer; reverts its class if the model has been a teacher before."""
     layers: list[nn.Linear] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     plain = [layer for layer in layers if type(layer) in (nn.Linear, WholeLinear)]
     if not plain:
