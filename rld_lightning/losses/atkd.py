@@ -1,6 +1,6 @@
 """Adaptive temperature from the largest logit (ATKD): Matsuyama et al., arXiv 2503.09030.
 
-Each sample has its own temperature, just high enough for the distillation loss to act as a correlation of logits.
+Each sample has its own temperature, just high enough for the distillation loss to approximate a correlation of logits.
 """
 
 import math
@@ -32,17 +32,17 @@ def atkd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of z-scored logits, T chosen for each sample.
+    """Computes ``T^2 KL( softmax(t / T) || softmax(s / T) )`` of z-scored logits, with T chosen for each sample.
 
-    With t and s the teacher's and the student's logits after z-scoring (LSKD, arXiv 2403.01427; here the default),
+    With t and s the teacher's and the student's logits after z-scoring (LSKD, arXiv 2403.01427; the default here),
     averaged over the batch::
 
         T = (1 + sqrt 3) / 2 * max_k max(|t_k|, |s_k|)       without gradient
 
     Args:
         weight: factor on the term.
-        source: whose scores T looks at: ``"both"`` (the published code) or ``"teacher"`` (the paper's abstract, which
-            speaks of the teacher alone).
+        source: the networks whose logits determine T: ``"both"`` (the published code) or ``"teacher"`` (the paper's
+            abstract, which mentions only the teacher).
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
@@ -54,17 +54,20 @@ def atkd_loss(
 
 
 def adaptive_temperature(student: Tensor, teacher: Tensor, source: Source) -> Tensor:
-    """The temperature of each row of ``(N, C)`` z-scored logits, ``(N, 1)``, without gradient."""
+    """Returns the temperature of each row of ``(N, C)`` z-scored logits, ``(N, 1)``, without gradient."""
     largest = teacher.detach().abs().amax(-1, keepdim=True)
     if source == "both":
         largest = largest.maximum(student.detach().abs().amax(-1, keepdim=True))
-    # All logits equal: any temperature will do, but for 0.
+    # If all logits are equal, any temperature except 0 gives the same result.
     return ((1 + math.sqrt(3)) / 2 * largest).clamp(min=1e-7)
 
 
 @register_loss("atkd")
 class ATKDLoss(LogitLoss):
-    """``ce_weight * CE + weight * ATKD``; see :func:`atkd_loss`. Defaults are the published example on CIFAR-100."""
+    """``ce_weight * CE + weight * ATKD``; see :func:`atkd_loss`.
+
+    The defaults are those of the published example on CIFAR-100.
+    """
 
     method = "Temperature from each sample's largest logit"
     papers = ("2503.09030",)

@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels alone: how teachers are trained, and the baseline of every distillation."""
+"""Cross-entropy with the labels alone: trains teachers, and is the baseline of every distillation method."""
 
 from torch import Tensor
 
@@ -8,11 +8,11 @@ from rld_lightning.losses.registry import register_loss
 
 @register_loss("ce")
 class CELoss(DistillationLoss):
-    """``ce_weight * CE``, no teacher: it is neither loaded nor run."""
+    """``ce_weight * CE``; the teacher is neither loaded nor run."""
 
     method = "Cross-entropy alone"
     needs_teacher = False
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """Nothing beside the cross-entropy of the base class."""
+        """Returns no terms: the base class adds the cross-entropy."""
         return {}

@@ -1,7 +1,7 @@
 """Curriculum temperature for knowledge distillation (CTKD): Li et al., AAAI 2023, arXiv 2211.16231.
 
-The temperature is learned against the student: it climbs the distillation loss that the student descends, more
-eagerly from epoch to epoch. This is the paper's global version, with one temperature for all samples.
+The temperature is trained adversarially: it maximises the distillation loss that the student minimises, increasingly
+from epoch to epoch. This is the paper's global version, with one temperature for all samples.
 """
 
 import math
@@ -30,13 +30,13 @@ def ctkd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> dict[str, Tensor]:
-    """:func:`~rld_lightning.losses.kd.kd_loss`, differentiable with respect to the temperature.
+    """Computes :func:`~rld_lightning.losses.kd.kd_loss`, differentiable with respect to the temperature.
 
     ``T^2 KL( softmax(t / T) || softmax(s / T) )`` of teacher logits t and student logits s, averaged over the batch.
-    T has a gradient everywhere: in both distributions and in the factor.
+    The gradient reaches T through both distributions and the factor.
 
     Args:
-        temperature: scalar tensor > 0 (not checked: that would wait for the device).
+        temperature: T, a scalar tensor > 0 (not checked, which would synchronise with the device).
         weight: factor on the term.
         others: see :mod:`rld_lightning.losses`.
 
@@ -54,13 +54,13 @@ def ctkd_loss(
         student, teacher = both.chunk(2, -1)
         return (softmax_kl(teacher, student),)
 
-    # One tensor, because blocks pass a gradient to their first argument only, and here the teacher's half has one.
+    # One tensor, because blocks differentiate only their first argument, and the teacher's half depends on T as well.
     (divergence,) = by_row_blocks(row_losses, torch.cat([rows.student, rows.teacher], -1) / temperature)
     return {"ctkd": weight * temperature.square() * rows.reduce(divergence, reduction)}
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number: with a negative one, descent becomes ascent."""
+    """The identity, with its gradient multiplied by a number: a negative one turns descent into ascent."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
@@ -70,7 +70,7 @@ class ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Multiplies by the factor."""
+        """Multiplies the gradient by the factor."""
         return ctx.factor * gradient, None
 
 
@@ -78,11 +78,12 @@ class ScaleGradient(torch.autograd.Function):
 class CTKDLoss(DistillationLoss):
     """``ce_weight * CE + weight * KD`` at a learned temperature; see :func:`ctkd_loss`.
 
-    The temperature is ``lowest_temperature + temperature_range * sigmoid(theta)``; theta is the one parameter, starts
-    at 1 (a temperature of 15.6) and is trained by the student's optimiser, weight decay included. Its gradient is
-    multiplied by :meth:`curriculum`. :meth:`statistics` reports the temperature.
+    The temperature is ``lowest_temperature + temperature_range * sigmoid(theta)``. theta is the only parameter; it
+    starts at 1 (a temperature of 15.6) and is trained by the student's optimiser, including weight decay. Its gradient
+    is multiplied by :meth:`curriculum`. :meth:`statistics` reports the temperature.
 
-    Defaults are those of CIFAR-100 in the paper's code. On ImageNet: ``curriculum_epochs=5, weight=1, ce_weight=1``.
+    The defaults are those of the paper's code for CIFAR-100. On ImageNet:
+    ``curriculum_epochs=5, weight=1, ce_weight=1``.
     """
 
     method = "Curriculum temperature, one for all samples"
@@ -101,17 +102,17 @@ class CTKDLoss(DistillationLoss):
         self.theta = nn.Parameter(torch.ones(()))
 
     def curriculum(self, epoch: int | None) -> float:
-        """Factor on theta's gradient at an epoch counted from 1: from almost 0 down to -1 along a cosine."""
+        """Returns the factor on theta's gradient at an epoch counted from 1: a cosine from almost 0 down to -1."""
         progress = 1.0 if epoch is None else min(epoch / self.curriculum_epochs, 1.0)
         return -(1 - math.cos(math.pi * progress)) / 2
 
     def temperature(self, epoch: int | None = None) -> Tensor:
-        """The scalar temperature; what is done with its gradient depends on the epoch."""
+        """Returns the scalar temperature, with theta's gradient scaled for the epoch."""
         theta = ScaleGradient.apply(self.theta, self.curriculum(epoch))
         return self.lowest_temperature + self.temperature_range * theta.sigmoid()
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """``ctkd``."""
+        """Returns ``ctkd``."""
         return ctkd_loss(
             step.student.logits,
             step.teacher_logits,
@@ -123,5 +124,5 @@ class CTKDLoss(DistillationLoss):
         )
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
-        """``temperature``."""
+        """Returns ``temperature``."""
         return {"temperature": self.temperature().detach()}

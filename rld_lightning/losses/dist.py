@@ -1,6 +1,7 @@
 """Distillation from a stronger teacher (DIST): Huang et al., NeurIPS 2022, arXiv 2205.10536.
 
-Probabilities need not be equal, only correlated: over the classes of each sample and over the samples of each class.
+The student's probabilities need not equal the teacher's, only correlate with them: over the classes of each sample and
+over the samples of each class.
 """
 
 from dataclasses import KW_ONLY
@@ -30,7 +31,7 @@ def dist_loss(
     ignore_index: int = -100,
     reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
-    """Correlation between classes and within classes.
+    """Computes the inter-class and intra-class correlation losses.
 
     With teacher logits t, student logits s, ``P = softmax(t / T)`` and ``Q = softmax(s / T)``, both ``B x C``::
 
@@ -38,15 +39,14 @@ def dist_loss(
         intra = T^2 (1 - mean over classes of corr(P_.k, Q_.k))      columns
         corr(x, y) = <x - mean x, y - mean y> / (|x - mean x| |y - mean y| + 1e-8)
 
-    The 1e-8 is the published code's: a row or column that is (almost) constant counts as uncorrelated, and equal
-    logits give a little more than 0. In a batch of one sample every column is constant, so that intra is ``T^2``
-    without a gradient.
+    The 1e-8 is from the published code: an (almost) constant row or column counts as uncorrelated, and equal logits
+    give slightly more than 0. In a batch of one sample every column is constant, so intra is ``T^2`` without gradient.
 
     Args:
         beta: weight of inter.
         gamma: weight of intra.
-        temperature: softmax temperature of both.
-        reduction: the mean only, because intra belongs to the whole batch.
+        temperature: T, the softmax temperature of both networks.
+        reduction: only the mean, because intra is a value of the whole batch.
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
@@ -69,7 +69,7 @@ def dist_loss(
 
 
 def _correlation(p: Tensor, q: Tensor, valid: Tensor, dim: int) -> Tensor:
-    """Pearson correlation of ``p`` and ``q`` along ``dim``, over the entries that count."""
+    """Returns the Pearson correlation of ``p`` and ``q`` along ``dim``, over the valid entries."""
     count = valid.expand_as(p).sum(dim, keepdim=True).clamp(min=1)
     p, q = (valid * (x - (valid * x).sum(dim, keepdim=True) / count) for x in (p, q))
     return (p * q).sum(dim) / (p.norm(dim=dim) * q.norm(dim=dim) + 1e-8)
@@ -79,7 +79,7 @@ def _correlation(p: Tensor, q: Tensor, valid: Tensor, dim: int) -> Tensor:
 class DISTLoss(LogitLoss):
     """``ce_weight * CE + beta * inter + gamma * intra``; see :func:`dist_loss`.
 
-    Defaults are those of CIFAR-100 in the authors' code, which writes them as a weight of 2 on the sum. On ImageNet:
+    The defaults are those of the authors' code for CIFAR-100, which has them as a weight of 2 on the sum. On ImageNet:
     ``temperature=1``.
     """
 

@@ -27,33 +27,30 @@ def eadkd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """:func:`~rld_lightning.losses.dkd.dkd_loss` with the weights of :func:`~rld_lightning.losses.eakd.eakd_loss`.
+    """Computes :func:`~rld_lightning.losses.dkd.dkd_loss`, weighted as :func:`~rld_lightning.losses.eakd.eakd_loss`.
 
     Args:
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: softmax temperature of both terms.
-        entropy_temperature: as there; the published code does not pass its setting on, so that it is 3 on ImageNet,
-            too.
-        entropy_bound: as there.
+        entropy_temperature: see ``eakd_loss``; the published code does not pass its setting on, so it is 3 on ImageNet
+            as well.
+        entropy_bound: see ``eakd_loss``.
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"tckd": alpha * w TCKD, "nckd": beta * w NCKD}``, nats of DKD times nats of H(t).
     """
-    factor = entropy_weights(student_logits, teacher_logits, entropy_temperature, entropy_bound)
-    target, rest = decoupled_kl(teacher_logits / temperature, student_logits / temperature, label)
-    return {
-        "tckd": (1.0, factor * (alpha * temperature**2 * target)),
-        "nckd": (1.0, factor * (beta * temperature**2 * rest)),
-    }
+    w = entropy_weights(student_logits, teacher_logits, entropy_temperature, entropy_bound)
+    tckd, nckd = decoupled_kl(teacher_logits / temperature, student_logits / temperature, label)
+    return {"tckd": (1.0, w * (alpha * temperature**2 * tckd)), "nckd": (1.0, w * (beta * temperature**2 * nckd))}
 
 
 @register_loss("eadkd")
 class EADKDLoss(LogitLoss):
     """``ce_weight * CE + warmup * w (alpha * TCKD + beta * NCKD)``; see :func:`eadkd_loss`.
 
-    Defaults are those of CIFAR-100 in the paper's code. On ImageNet:
+    The defaults are those of the paper's code for CIFAR-100. On ImageNet:
     ``beta=0.5, temperature=1, entropy_bound=None, warmup_epochs=1``.
     """
 

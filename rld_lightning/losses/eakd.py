@@ -1,6 +1,6 @@
 """Entropy-based adaptive knowledge distillation (EA-KD): Su et al., ICCV 2025, arXiv 2311.13621.
 
-Another method's loss of each sample counts the more the less sure the teacher and the student are: KD's here, DKD's in
+Weights the per-sample loss of another method by the uncertainty of teacher and student: KD's here, DKD's in
 :mod:`rld_lightning.losses.eadkd`.
 """
 
@@ -31,9 +31,9 @@ def eakd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """:func:`~rld_lightning.losses.kd.kd_loss`, each sample weighted by entropies, averaged over the batch.
+    """Computes :func:`~rld_lightning.losses.kd.kd_loss`, each sample weighted by entropies, averaged over the batch.
 
-    With H the entropy of softmax(. / entropy_temperature) of the teacher logits t and the student logits s::
+    With teacher logits t, student logits s and H the entropy of their softmax at ``entropy_temperature``::
 
         EA-KD = w T^2 KL( softmax(t / T) || softmax(s / T) ),   w = H(t) / 2 (1 + H(s) / entropy_bound)
 
@@ -43,27 +43,27 @@ def eakd_loss(
         temperature: T, the softmax temperature of KD.
         weight: factor on the term.
         entropy_temperature: softmax temperature of the entropies.
-        entropy_bound: what H(s) is compared to: 100, as in the published code on all data but ImageNet, which almost
-            switches the student's part off; or ``None`` for its upper bound log C, as in the paper and, on ImageNet, in
-            the code. Of logits without a preference among 100 classes the weight is 1.9 times as large with log C.
+        entropy_bound: divisor of H(s). 100 as in the published code on all data but ImageNet, which almost disables the
+            student's part; or ``None`` for the upper bound log C of H(s), as in the paper and, on ImageNet, in the
+            code. With log C, the weight of uniform logits over 100 classes is 1.9 times as large.
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
         ``{"eakd": weight * EA-KD}``, nats of KD times nats of H(t).
     """
-    factor = entropy_weights(student_logits, teacher_logits, entropy_temperature, entropy_bound)
+    w = entropy_weights(student_logits, teacher_logits, entropy_temperature, entropy_bound)
     kd = softmax_kl(teacher_logits / temperature, student_logits / temperature)
-    return {"eakd": (1.0, factor * (weight * temperature**2 * kd))}
+    return {"eakd": (1.0, w * (weight * temperature**2 * kd))}
 
 
 def entropy_weights(student: Tensor, teacher: Tensor, temperature: float, bound: float | None) -> Tensor:
-    """``(N,)`` weights of the samples of ``(N, C)`` logits, without gradient; a bound of ``None`` is log C."""
-    of_student, of_teacher = (entropy(logits.detach() / temperature) for logits in (student, teacher))
-    return of_teacher / 2 * (1 + of_student / (math.log(student.shape[1]) if bound is None else bound))
+    """Returns the weights ``(N,)`` of rows of ``(N, C)`` logits, without gradient; a bound of ``None`` is log C."""
+    h_student, h_teacher = (entropy(logits.detach() / temperature) for logits in (student, teacher))
+    return h_teacher / 2 * (1 + h_student / (math.log(student.shape[1]) if bound is None else bound))
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax of each row of ``(N, C)`` logits, in nats: ``(N,)``."""
+    """Returns the entropy of the softmax of each row of ``(N, C)`` logits, in nats: ``(N,)``."""
     log_probs = F.log_softmax(logits, -1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
@@ -72,7 +72,7 @@ def entropy(logits: Tensor) -> Tensor:
 class EAKDLoss(LogitLoss):
     """``ce_weight * CE + weight * EA-KD``; see :func:`eakd_loss`.
 
-    Defaults are those of CIFAR-100 in the paper's code. On ImageNet:
+    The defaults are those of the paper's code for CIFAR-100. On ImageNet:
     ``temperature=1, weight=0.5, entropy_temperature=2, entropy_bound=None, ce_weight=1``.
     """
 

@@ -23,10 +23,10 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of teacher logits t and student logits s, averaged over the batch.
+    """Computes ``T^2 KL( softmax(t / T) || softmax(s / T) )`` of teacher logits t and student logits s, batch mean.
 
     Args:
-        temperature: softmax temperature of both.
+        temperature: T, the softmax temperature of both networks.
         weight: factor on the term.
         others: see :mod:`rld_lightning.losses`.
 
@@ -40,7 +40,7 @@ def kd_loss(
 class KDLoss(LogitLoss):
     """``ce_weight * CE + weight * KD``; see :func:`kd_loss`.
 
-    Defaults are those of CIFAR-100 in the benchmark's code. On ImageNet: ``temperature=1, weight=0.5`` and
+    The defaults are those of mdistiller for CIFAR-100. On ImageNet: ``temperature=1, weight=0.5`` and
     ``ce_weight=1`` (ResNet-34 to ResNet-18) or ``0.5`` (ResNet-50 to MobileNetV1).
     """
 

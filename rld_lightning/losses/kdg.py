@@ -5,9 +5,9 @@ To second order in ``d = s - t``, the divergence of two softmaxes is half the Fi
 
     KL( softmax(t) || softmax(s) ) ~ 1/2 d' F d,   F = E over y ~ softmax(t) of [ g g' ],   g = grad log softmax(t)_y
 
-Whatever t and s are made of, logits or features under a linear classifier, this gives one family of losses, from the
-full F over its diagonal to the identity in its place. This is a reconstruction: no code of the paper is public, and
-its weights and temperatures are not known to us. Feature members: :mod:`rld_lightning.losses.features.kdg`.
+For logits, and for features with a linear classifier, this gives a family of losses: with the full F, its diagonal or
+the identity. This is a reconstruction: no code of the paper is public, and its weights and temperatures are not known
+to us. The members on features are in :mod:`rld_lightning.losses.features.kdg`.
 """
 
 from dataclasses import KW_ONLY
@@ -37,7 +37,7 @@ def kdg_logit_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """Squared difference of logits as the teacher weighs it, averaged over the batch.
+    """Computes the squared difference of logits, weighted by the teacher, averaged over the batch.
 
     With student logits s, teacher logits t, ``d = s - t`` and ``p = softmax(t / T)``::
 
@@ -48,7 +48,7 @@ def kdg_logit_loss(
 
     Args:
         weighting: ``"fisher"`` (KD-logit-F) or ``"identity"`` (KD-logit-L2).
-        temperature: T; the identity does not use it.
+        temperature: T; not used by the identity.
         weight: factor on the term.
         others: see :mod:`rld_lightning.losses`.
 
@@ -62,7 +62,7 @@ def kdg_logit_loss(
 
 
 def half_variance(values: Tensor, probs: Tensor) -> Tensor:
-    """``1/2 sum_k p_k (x_k - sum_j p_j x_j)^2`` of each row of ``(N, C)`` values and probabilities: ``(N,)``."""
+    """Returns ``1/2 sum_k p_k (x_k - sum_j p_j x_j)^2`` of each row of ``(N, C)`` values x and probabilities p."""
     centred = values - (probs * values).sum(-1, keepdim=True)
     return (probs * centred.square()).sum(-1) / 2
 
@@ -72,7 +72,7 @@ class KDGLogitLoss(LogitLoss):
     """``ce_weight * CE + weight * loss``; see :func:`kdg_logit_loss`.
 
     The paper's weights are not known to us. The defaults are those of plain KD on CIFAR-100, which the Fisher form
-    approximates; the identity is some ``C`` times as large and wants a weight as much smaller.
+    approximates. The identity is about ``C`` times as large and needs a weight about ``C`` times as small.
     """
 
     method = "KD-G: logits weighted by the teacher's gradients (reconstruction)"

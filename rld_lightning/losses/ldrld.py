@@ -1,6 +1,7 @@
 """Local dense relational logit distillation (LDRLD): Xu et al., ICCV 2025, arXiv 2507.15911.
 
-The classes that the student ranks first are compared two by two, so that no third class blurs how two of them relate.
+The student's k highest-ranked classes are compared pairwise, so that the relation of two classes is not affected by
+the others.
 """
 
 from dataclasses import KW_ONLY
@@ -33,24 +34,24 @@ def ldrld_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """Every pair of the student's k leading classes, all k of them together, and the other classes among themselves.
+    """Compares every pair of the student's top k classes, all k together, and the remaining classes.
 
-    With teacher logits t, student logits s, temperature T and classes c_1, ..., c_k in the order of falling s, averaged
-    over the batch::
+    With teacher logits t, student logits s, temperature T and the top classes c_1, ..., c_k in descending order of s,
+    averaged over the batch::
 
         KL(A)     = KL( softmax over A of t / T || softmax over A of s / T )         for a set of classes A
         local     = T^2 [ sum over i < j of w_ij KL({c_i, c_j}) + KL({c_1, ..., c_k}) ] / (k (k - 1) / 2 + 1)
         remaining = T^2 KL( all classes but c_1, ..., c_k )
         w_ij      = 2 exp(-0.05 (i + j)) / (1.5 + |i - j|)
 
-    This follows the published code, which takes the classes from the student and does not treat the true class in any
-    way. The code lowers the classes outside a set by 1000 where this leaves them out, and for ``k=2`` gives the whole
-    set the weight of the pair; otherwise values agree.
+    This follows the published code, which uses the student's ranking and does not treat the true class specially. The
+    code subtracts 1000 from the logits of the classes outside a set, which are left out here, and for ``k=2`` uses the
+    weight of the pair for the whole set. Otherwise the values agree.
 
     Args:
         alpha: weight of the local term.
         beta: weight of the remaining term.
-        k: number of leading classes, at least 2; where there are fewer classes, all of them lead and none remains.
+        k: number of top classes, at least 2. With k classes or fewer, none remains.
         temperature: softmax temperature of both terms.
         others: see :mod:`rld_lightning.losses`.
 
@@ -59,22 +60,22 @@ def ldrld_loss(
     """
     k = min(k, student_logits.shape[1])
     student, teacher = student_logits / temperature, teacher_logits / temperature
-    leading, classes = student.topk(k, -1)
-    teacher_leading = teacher.gather(-1, classes)
-    # All differences (n, k, k) by broadcasting: picking the pairs by index would add up the gradient in any order.
-    pairs = binary_kl(*(x.unsqueeze(-1) - x.unsqueeze(-2) for x in (teacher_leading, leading)))
-    local = (pair_weights(leading) * pairs).sum((-1, -2)) + softmax_kl(teacher_leading, leading)
-    lead = torch.zeros_like(teacher).scatter_(-1, classes, 1.0)
-    remaining = softmax_kl(teacher, student, drop=lead)
+    student_top, classes = student.topk(k, -1)
+    teacher_top = teacher.gather(-1, classes)
+    # All differences (n, k, k) by broadcasting: indexing the pairs would sum the gradient in a random order.
+    pairs = binary_kl(*(x.unsqueeze(-1) - x.unsqueeze(-2) for x in (teacher_top, student_top)))
+    local = (pair_weights(student_top) * pairs).sum((-1, -2)) + softmax_kl(teacher_top, student_top)
+    top_classes = torch.zeros_like(teacher).scatter_(-1, classes, 1.0)
+    remaining = softmax_kl(teacher, student, drop=top_classes)
     return {
         "local": (alpha * temperature**2, local / (k * (k - 1) / 2 + 1)),
         "remaining": (beta * temperature**2, remaining),
     }
 
 
-def pair_weights(leading: Tensor) -> Tensor:
-    """``(k, k)`` weights of the pairs of ``(n, k)`` classes in falling order, each pair once: above the diagonal."""
-    rank = torch.arange(1, leading.shape[-1] + 1, dtype=leading.dtype, device=leading.device)
+def pair_weights(top: Tensor) -> Tensor:
+    """Returns the weights w_ij ``(k, k)`` for the top logits ``(n, k)``; 0 on and below the diagonal."""
+    rank = torch.arange(1, top.shape[-1] + 1, dtype=top.dtype, device=top.device)
     other = rank.unsqueeze(-1)
     return (2 * torch.exp(-0.05 * (rank + other)) / (1.5 + (rank - other).abs())).triu(1)
 
@@ -83,9 +84,9 @@ def pair_weights(leading: Tensor) -> Tensor:
 class LDRLDLoss(LogitLoss):
     """``ce_weight * CE + alpha * local + beta * remaining``; see :func:`ldrld_loss`.
 
-    Defaults are those of the published code and of its one example (ResNet-32x4 to ResNet-8x4 on CIFAR-100), which
-    also warms the learning rate up over 20 epochs (``recipe=ldrld``). The code multiplies everything by ``ce_weight``
-    once more; at 1 there is no difference.
+    The defaults are those of the published code and of its only example (ResNet-32x4 to ResNet-8x4 on CIFAR-100), which
+    also warms up the learning rate over 20 epochs (``recipe=ldrld``). The code multiplies the sum by ``ce_weight``
+    once more, which makes no difference if it is 1.
     """
 
     method = "Local dense relational logit distillation"

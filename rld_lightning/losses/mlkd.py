@@ -1,6 +1,6 @@
-"""Multi-level logit distillation (MLKD): Jin et al., CVPR 2023, with both of its views.
+"""Multi-level logit distillation (MLKD) with two views: Jin et al., CVPR 2023.
 
-:mod:`rld_lightning.losses.mlkd_noaug` is the variant with a single view.
+The variant with a single view is :mod:`rld_lightning.losses.mlkd_noaug`.
 """
 
 from dataclasses import KW_ONLY
@@ -32,39 +32,40 @@ def mlkd_loss(
     ignore_index: int = -100,
     reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
-    """Samples of both views, relations of classes and relations of samples, each at five temperatures.
+    """Computes KD of both views, class correlation and batch correlation, each at five temperatures.
 
     With teacher logits t, student logits s, ``P = softmax(t / T)`` and ``Q = softmax(s / T)``, both ``B x C``, of the
-    weak view unless it says strong, summed over the temperatures T (``temperature``, 3, 5, 2, 6)::
+    weak view unless marked as strong, summed over the temperatures T (``temperature``, 3, 5, 2, 6)::
 
         KD                = T^2 KL( P || Q )            averaged over the unsure samples
         strong KD         = T^2 KL( P || Q ), strong    averaged over the batch
         class correlation = || P' P - Q' Q ||^2 / n     among the n unsure classes
         batch correlation = || P P' - Q Q' ||^2 / m     among the m unsure samples
 
-    A sample is unsure if its largest teacher probability is at most the batch's median, a class if its teacher
-    probability, summed over the batch, is at most the median of the classes. That is ``mode="clean"``.
+    A sample is unsure if its largest teacher probability is at most the batch's median. A class is unsure if its
+    teacher probability, summed over the batch, is at most the median over the classes. This is ``mode="clean"``.
 
-    The published code departs from this in three ways, and ``mode="reference"`` follows it, because the published
-    numbers come from it. It takes each sum over all samples or classes and multiplies it by the fraction of unsure ones
-    (which halves the terms of the weak view). Its strong KD takes the weak view at the temperatures 2 and 6. It
-    also computes correlations of the strong view, but adds them to nothing; they are left out in both modes.
+    The published code differs in three ways; ``mode="reference"`` follows it, because the published numbers come from
+    it. It computes the weak view's terms over all samples or classes and multiplies them by the fraction of unsure
+    ones, which halves them. Its strong KD uses the weak view at the temperatures 2 and 6. It also computes correlations
+    of the strong view but never adds them; both modes omit them.
 
-    Of ``(B, C, *)`` logits every place is a sample, and the memory grows with the square of their number.
+    Each position of ``(B, C, *)`` logits is a sample; memory grows with the square of the number of samples.
 
     Args:
-        student_logits: of the weak view, like ``teacher_logits``.
+        student_logits: the student's logits of the weak view.
+        teacher_logits: the teacher's logits of the weak view.
         student_strong: the student's logits of the strong view, the same shape.
-        teacher_strong: the teacher's, likewise; never receives a gradient.
+        teacher_strong: the teacher's logits of the strong view; never receives a gradient.
         temperature: the first of the five.
         weight: factor on all terms.
         mode: ``"reference"`` or ``"clean"``.
-        logit_standardization: z-score all logits for both KD (LSKD, arXiv 2403.01427); the correlations keep raw ones.
-        reduction: the mean only, because the terms belong to the whole batch.
+        logit_standardization: z-score all logits for both KD terms (LSKD, arXiv 2403.01427), not for the correlations.
+        reduction: only the mean, because the terms are values of the whole batch.
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
-        ``kd`` and ``kd_strong`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
+        ``kd`` and ``kd_strong`` (in nats), ``class_correlation`` and ``batch_correlation``, weighted scalars.
     """
     if student_strong.shape != student_logits.shape:
         raise ValueError(
@@ -77,15 +78,15 @@ def mlkd_loss(
 
     first, others = (temperature, *OTHER_TEMPERATURES[:2]), OTHER_TEMPERATURES[2:]
     if mode == "reference":
-        of_first, of_others = divergences(student, teacher, logit_standardization, first, others)
-        (of_strong,) = divergences(*strong, logit_standardization, first)
-        divergence, of_strong = of_first + of_others, of_strong + of_others
+        kd_first, kd_others = divergences(student, teacher, logit_standardization, first, others)
+        (kd_strong,) = divergences(*strong, logit_standardization, first)
+        kd, kd_strong = kd_first + kd_others, kd_strong + kd_others
     else:
-        (divergence,) = divergences(student, teacher, logit_standardization, (*first, *others))
-        (of_strong,) = divergences(*strong, logit_standardization, (*first, *others))
-    terms = one_view(divergence, student, teacher, valid, (*first, *others), leave_out=mode == "clean")
-    # Samples that are ignored hold zeros: they diverge by nothing.
-    terms["kd_strong"] = of_strong.sum() / valid.sum().clamp(min=1)
+        (kd,) = divergences(student, teacher, logit_standardization, (*first, *others))
+        (kd_strong,) = divergences(*strong, logit_standardization, (*first, *others))
+    terms = one_view(kd, student, teacher, valid, (*first, *others), exclude_sure=mode == "clean")
+    # Ignored samples are zeros in both networks, so their divergence is 0.
+    terms["kd_strong"] = kd_strong.sum() / valid.sum().clamp(min=1)
     return {name: weight * term for name, term in terms.items()}
 
 
@@ -94,11 +95,12 @@ class MLKDLoss(DistillationLoss):
     """``ce_weight * (CE + strong CE) + weight * (KD + strong KD + class correlation + batch correlation)``.
 
     See :func:`mlkd_loss`. The cross-entropy of the strong view is the term ``ce_strong``; a warm-up, which the method
-    does not have, would scale it like the method's other terms. It reads both views from a :class:`StepContext`, so
-    that it cannot be called with two tensors of logits.
+    does not use, would scale it like the method's other terms. The loss reads both views from a :class:`StepContext`
+    and cannot be called with two tensors of logits.
 
-    Defaults are those of CIFAR-100 in the public code, which trains there for 480 epochs or more, from a learning rate
-    of 0.025 (mobile students: 0.01). On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``, and the usual epochs.
+    The defaults are those of the public code for CIFAR-100, which trains for 480 epochs or more with an initial
+    learning rate of 0.025 (0.01 for mobile students). On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``, with
+    the usual number of epochs.
     """
 
     method = "Multi-level logit distillation, two views"
@@ -115,10 +117,10 @@ class MLKDLoss(DistillationLoss):
     ce_weight: Weight = 0.1
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """The terms of :func:`mlkd_loss`, and the cross-entropy of the strong view unless its weight is 0.
+        """Returns the terms of :func:`mlkd_loss`, and the strong view's cross-entropy unless ``ce_weight`` is 0.
 
         Raises:
-            ValueError: the step has no strong view, or as for :func:`mlkd_loss`.
+            ValueError: the step has no strong view, or :func:`mlkd_loss` raises it.
         """
         if step.student_strong is None or step.teacher_strong is None:
             raise ValueError(
@@ -138,6 +140,5 @@ class MLKDLoss(DistillationLoss):
             ignore_index=self.ignore_index,
         )
         if self.ce_weight:
-            strong = self.cross_entropy(step.student_strong.logits, step.label)
-            terms["ce_strong"] = self.ce_weight * strong
+            terms["ce_strong"] = self.ce_weight * self.cross_entropy(step.student_strong.logits, step.label)
         return terms

@@ -1,7 +1,7 @@
 """Multi-level logit distillation (MLKD) with a single view: Jin et al., CVPR 2023.
 
-The paper distils two views of each image, the second strongly augmented; that is :mod:`rld_lightning.losses.mlkd`. This
-is the variant with one view that RLD (arXiv 2408.07703) is compared to, as its public code has it.
+The paper distils two views of each image, the second strongly augmented (:mod:`rld_lightning.losses.mlkd`). This is
+the single-view variant of RLD's public code (arXiv 2408.07703), to which RLD is compared.
 """
 
 from dataclasses import KW_ONLY
@@ -33,45 +33,45 @@ def mlkd_noaug_loss(
     ignore_index: int = -100,
     reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
-    """Samples, relations of classes and relations of samples, each at five temperatures.
+    """Computes KD, class correlation and batch correlation, each at five temperatures.
 
     With teacher logits t, student logits s, ``P = softmax(t / T)`` and ``Q = softmax(s / T)``, both ``B x C``, summed
-    over the temperatures T (``temperature``, 3, 5, 2, 6; one that is there twice counts twice)::
+    over the temperatures T (``temperature``, 3, 5, 2, 6; duplicates count twice)::
 
         KD                = f * T^2 KL( P || Q )                   averaged over the batch
         batch correlation = f * || P P' - Q Q' ||^2 / B
         class correlation = g * || P' P - Q' Q ||^2 / C
 
-    f is the fraction of samples whose largest teacher probability is at most the batch's median, g that of classes
-    whose teacher probability, summed over the batch, is at most the median of the classes. The paper means to leave
-    the other samples and classes out; its code multiplies sums that are already taken, so that both only scale, and
-    that is followed because the published numbers come from it. Medians are found in log space: probabilities that
-    all round to 1 are still told apart.
+    f is the fraction of samples whose largest teacher probability is at most the batch's median. g is the fraction of
+    classes whose teacher probability, summed over the batch, is at most the median over the classes. The paper intends
+    to exclude the other samples and classes, but its code masks sums that are already reduced, so the masks only scale
+    the terms. This follows the code, because the published numbers come from it. Medians are computed in log space,
+    which distinguishes probabilities that all round to 1.
 
-    Of ``(B, C, *)`` logits every place is a sample, and the memory grows with the square of their number.
+    Each position of ``(B, C, *)`` logits is a sample; memory grows with the square of the number of samples.
 
     Args:
         temperature: the first of the five.
         weight: factor on all terms.
-        logit_standardization: z-score both logits for KD (LSKD, arXiv 2403.01427); the correlations keep raw logits.
-        reduction: the mean only, because the terms belong to the whole batch.
+        logit_standardization: z-score both logits for KD (LSKD, arXiv 2403.01427), not for the correlations.
+        reduction: only the mean, because the terms are values of the whole batch.
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
-        ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, scalars with the weight on.
+        ``kd`` (in nats), ``class_correlation`` and ``batch_correlation``, weighted scalars.
     """
     options: dict[str, Any] = {"ignore_index": ignore_index, "temperature": temperature}
     student, teacher, valid = logit_rows(student_logits, teacher_logits, label, **options).zeroed()
     temperatures = (temperature, *OTHER_TEMPERATURES)
-    (divergence,) = divergences(student, teacher, logit_standardization, temperatures)
-    terms = one_view(divergence, student, teacher, valid, temperatures)
+    (kd,) = divergences(student, teacher, logit_standardization, temperatures)
+    terms = one_view(kd, student, teacher, valid, temperatures)
     return {name: weight * term for name, term in terms.items()}
 
 
 def divergences(
     student: Tensor, teacher: Tensor, logit_standardization: bool, *groups: tuple[float, ...]
 ) -> tuple[Tensor, ...]:
-    """``T^2 KL( softmax(t / T) || softmax(s / T) )`` of each row ``(N,)``, summed over each group of temperatures."""
+    """Returns ``T^2 KL( softmax(t / T) || softmax(s / T) )`` of each row ``(N,)``, summed per group of temperatures."""
 
     def row_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         if logit_standardization:
@@ -82,39 +82,39 @@ def divergences(
 
 
 def one_view(
-    divergence: Tensor,
+    kd: Tensor,
     student: Tensor,
     teacher: Tensor,
     valid: Tensor,
     temperatures: tuple[float, ...],
     *,
-    leave_out: bool = False,
+    exclude_sure: bool = False,
 ) -> dict[str, Tensor]:
-    """The three terms of one view, without weight, from its :func:`divergences` and ``LogitRows.zeroed``.
+    """Returns the three terms of one view, unweighted, from its :func:`divergences` and ``LogitRows.zeroed``.
 
     Args:
-        temperatures: of the correlations.
-        leave_out: whether samples and classes of high confidence are left out, as the paper means it, or scale the
-            whole term by the fraction of the others, as its code does.
+        temperatures: temperatures of the correlations.
+        exclude_sure: whether to exclude confident samples and classes, as the paper intends; otherwise the terms are
+            multiplied by the fractions f and g of the unsure ones, as in its code.
     """
-    samples, classes = (kept.to(student.dtype) for kept in unsure(teacher, valid))
+    samples, classes = (mask.to(student.dtype) for mask in unsure(teacher, valid))
     valid = valid.to(student.dtype)
-    kept_samples: Tensor | float = 1.0
-    kept_classes: Tensor | float = 1.0
-    if not leave_out:
-        kept_samples, kept_classes = samples.sum() / valid.sum().clamp(min=1), classes.mean()
+    f: Tensor | float = 1.0
+    g: Tensor | float = 1.0
+    if not exclude_sure:
+        f, g = samples.sum() / valid.sum().clamp(min=1), classes.mean()
         samples, classes = valid, torch.ones_like(classes)
-    of_class, of_sample = valid.unsqueeze(-1) * classes, samples.unsqueeze(-1)
+    class_mask, sample_mask = valid.unsqueeze(-1) * classes, samples.unsqueeze(-1)
     class_correlation = batch_correlation = student.new_zeros(())
     for T in temperatures:
         p, q = (F.softmax(logits / T, -1) for logits in (teacher, student))
-        class_correlation = class_correlation + _gram_distance((of_class * p).T, (of_class * q).T)
-        batch_correlation = batch_correlation + _gram_distance(of_sample * p, of_sample * q)
-    size = samples.sum().clamp(min=1)
+        class_correlation = class_correlation + _gram_distance((class_mask * p).T, (class_mask * q).T)
+        batch_correlation = batch_correlation + _gram_distance(sample_mask * p, sample_mask * q)
+    num_samples = samples.sum().clamp(min=1)
     return {
-        "kd": kept_samples * (samples * divergence).sum() / size,
-        "class_correlation": kept_classes * class_correlation / classes.sum(),
-        "batch_correlation": kept_samples * batch_correlation / size,
+        "kd": f * (samples * kd).sum() / num_samples,
+        "class_correlation": g * class_correlation / classes.sum(),
+        "batch_correlation": f * batch_correlation / num_samples,
     }
 
 
@@ -123,20 +123,20 @@ def _gram_distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 def unsure(teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples and classes in which the teacher's confidence is at most the median: ``(N,)`` and ``(C,)`` bool.
+    """Returns the samples and classes whose teacher confidence is at most the median: ``(N,)`` and ``(C,)`` bool.
 
-    Samples that do not count (``valid``, ``(N,)`` bool) are not among them.
+    Ignored samples (``valid``, ``(N,)`` bool, is False) are not among them.
     """
     confidence = margin(teacher, teacher.argmax(-1)).masked_fill(~valid, torch.nan)
-    of_class = F.log_softmax(teacher, -1).masked_fill(~valid.unsqueeze(-1), -torch.inf).logsumexp(0)
-    return confidence <= confidence.nanmedian(), of_class <= of_class.median()
+    log_class_sum = F.log_softmax(teacher, -1).masked_fill(~valid.unsqueeze(-1), -torch.inf).logsumexp(0)
+    return confidence <= confidence.nanmedian(), log_class_sum <= log_class_sum.median()
 
 
 @register_loss("mlkd_noaug")
 class MLKDNoAugLoss(LogitLoss):
     """``ce_weight * CE + weight * (KD + class correlation + batch correlation)``; see :func:`mlkd_noaug_loss`.
 
-    Defaults are those of CIFAR-100 in the public code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
+    The defaults are those of the public code for CIFAR-100. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
 
     method = "Multi-level logit distillation, one view"

@@ -25,15 +25,15 @@ def nkd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """Soft cross-entropy of the true class, and of the other classes among themselves.
+    """Computes the soft cross-entropy of the true class, and that within the other classes.
 
     With teacher logits t, student logits s, label y and temperature T::
 
         target     = -softmax(t)_y log softmax(s)_y                                   (no temperature)
         non-target = -T^2 sum over k != y of p_k log q_k,  p, q = softmax over k != y of t / T, s / T
 
-    Averaged over the batch. These are cross-entropies, not divergences: the non-target term has the gradient of DKD's
-    NCKD, but exceeds it by the teacher's entropy and does not vanish.
+    Averaged over the batch. These are cross-entropies, not divergences: the non-target term has the same gradient as
+    DKD's NCKD, but exceeds it by the teacher's entropy (times ``T^2``) and does not vanish.
 
     Args:
         gamma: weight of the non-target term.
@@ -55,7 +55,7 @@ def nkd_loss(
 class NKDLoss(LogitLoss):
     """``ce_weight * CE + target + gamma * non-target``; see :func:`nkd_loss`.
 
-    Defaults are the paper's for ImageNet. Its one CIFAR-100 pair (ResNet-34 to ResNet-18) takes
+    The defaults are the paper's for ImageNet. Its only CIFAR-100 pair (ResNet-34 to ResNet-18) uses
     ``gamma=3.5, temperature=3``.
     """
 

@@ -1,7 +1,6 @@
 """Normalized logits for knowledge distillation (NormKD): Chi et al., arXiv 2308.00520.
 
-Each sample has its own temperature, a multiple of the spread of its logits, one for the teacher and one for the
-student.
+Each sample has two temperatures, for teacher and student: a multiple of the standard deviation of their logits.
 """
 
 from dataclasses import KW_ONLY
@@ -28,13 +27,13 @@ def normkd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """``a^2 KL( softmax(t / a) || softmax(s / b) )`` with ``a = T std(t)`` and ``b = T std(s)``.
+    """Computes ``a^2 KL( softmax(t / a) || softmax(s / b) )`` with ``a = T std(t)`` and ``b = T std(s)``.
 
-    Teacher logits t, student logits s, temperature T; the standard deviations of each sample have C - 1 in the
-    denominator; averaged over the batch. The gradient passes through ``std(s)``, so that the student's scale and
-    offset do not matter. A sample whose teacher logits are all equal adds 0. Both logits are z-scored, which changes
-    nothing but the rounding of a large common offset, and 1e-7 beside the deviation keeps a constant student finite;
-    the published code divides by 0 there.
+    For teacher logits t, student logits s and temperature T, averaged over the batch. The standard deviations of each
+    sample have C - 1 in the denominator. The gradient passes through ``std(s)``, so the student's scale and offset do
+    not matter. A sample whose teacher logits are all equal adds 0. Both logits are z-scored, which affects only the
+    rounding of a large common offset; the 1e-7 added to the deviation keeps the loss finite for constant student
+    logits, for which the published code divides by 0.
 
     Args:
         temperature: T, in standard deviations.
@@ -53,7 +52,7 @@ def normkd_loss(
 class NormKDLoss(LogitLoss):
     """``ce_weight * CE + weight * NormKD``; see :func:`normkd_loss`.
 
-    Defaults are those of CIFAR-100 in the paper's code. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
+    The defaults are those of the paper's code for CIFAR-100. On ImageNet: ``temperature=1, weight=0.5, ce_weight=0.5``.
     """
 
     method = "Logits scaled by their standard deviation"

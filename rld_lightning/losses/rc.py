@@ -1,7 +1,7 @@
 """Review and correction (RC): Cao et al., "Be An Excellent Student", IEEE Signal Processing Letters 2023.
 
-Only the correction, as RLD (arXiv 2408.07703) compares with it: beside the teacher, the student learns from its own
-logits, in which the true class has been raised.
+Only the correction, to which RLD (arXiv 2408.07703) is compared: in addition to the teacher, the student learns from
+its own logits with the true class's logit raised.
 """
 
 from torch import Tensor
@@ -26,17 +26,17 @@ def rc_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """Plain distillation, and distillation from the student's own corrected logits.
+    """Computes plain distillation, and distillation from the student's own corrected logits.
 
     With teacher logits t, student logits s, label y and temperature T, averaged over the batch::
 
         KD = T^2 KL( softmax(t / T) || softmax(s / T) )
         RC = T^2 KL( softmax(s' / T) || softmax(s / T) ),  s' = s, but s'_y = s_y + max_k s_k, without gradient
 
-    RC depends on the offset of the logits: the corrected class leads only where ``s_y >= 0``, and a row of negative
-    logits lowers it. With standardization, s' is made of the scores. The authors' own code lets the gradient through
-    s', adapts the weight to the accuracies and adds feature losses; this follows the public code of RLD, where the
-    compared numbers come from.
+    RC depends on the offset of the logits: the true class becomes the largest only if ``s_y >= 0``, and if all logits
+    are negative, its logit decreases. With standardization, s' is computed from the z-scores. The authors' code does
+    not detach s', adapts the weight to the accuracies and adds feature losses; this follows RLD's public code, from
+    which the compared numbers come.
 
     Args:
         temperature: softmax temperature of both terms.
@@ -54,7 +54,7 @@ def rc_loss(
 
 
 def correct_logits(student: Tensor, label: Tensor) -> Tensor:
-    """``(N, C)`` logits with each row's maximum added to its true class's."""
+    """Returns ``(N, C)`` logits with each row's maximum added to its true class's logit."""
     true = label.unsqueeze(-1)
     return student.scatter(-1, true, student.gather(-1, true) + student.amax(-1, keepdim=True))
 
@@ -63,7 +63,7 @@ def correct_logits(student: Tensor, label: Tensor) -> Tensor:
 class RCLoss(LogitLoss):
     """``ce_weight * CE + kd_weight * KD + rc_weight * RC``; see :func:`rc_loss`.
 
-    Defaults are those of CIFAR-100 in the public code of RLD. On ImageNet: ``temperature=1``.
+    The defaults are those of RLD's public code for CIFAR-100. On ImageNet: ``temperature=1``.
     """
 
     method = "KD, and the student's own corrected logits"

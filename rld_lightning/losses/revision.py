@@ -1,7 +1,7 @@
 """Label revision (LR): Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection".
 
-arXiv 2404.03693. Where the teacher is right the student copies its logits; where it is wrong, its probabilities are
-mixed with the label until the true class leads. The paper's data selection is not part of it.
+arXiv 2404.03693. If the teacher is right, the student learns its logits; if it is wrong, its probabilities are mixed
+with the label until the true class has the largest. The paper's data selection is not included.
 """
 
 from dataclasses import KW_ONLY
@@ -31,7 +31,7 @@ def revision_loss(
     ignore_index: int = -100,
     reduction: Literal["mean"] = "mean",
 ) -> dict[str, Tensor]:
-    """Cross-entropy and logits where the teacher is right, revised probabilities where it is wrong.
+    """Computes the losses of the samples that the teacher classifies correctly, and of those that it does not.
 
     With teacher logits t and probabilities p, student logits s, label y::
 
@@ -39,20 +39,20 @@ def revision_loss(
         wrong MSE = mean_k (softmax(s)_k - r_k)^2                    averaged over the others
         r = b p + (1 - b) onehot(y),  b = eta / (max_k p_k - p_y + 1)
 
-    r is a distribution in which the true class leads by ``1 - eta``. There is no temperature, and a sample that the
-    teacher gets wrong has no cross-entropy. A group without samples adds exactly 0; the published code returns a
-    constant there, which cannot be differentiated.
+    In the distribution r, the true class exceeds the next largest by ``1 - eta``. There is no temperature.
+    Samples that the teacher misclassifies have no cross-entropy. A group without samples adds exactly 0; the published
+    code returns a constant, which cannot be differentiated.
 
     Args:
-        right_mse_weight: weight of the error of logits (lambda 1 in the paper).
-        wrong_mse_weight: weight of the error of probabilities (lambda 2 in the paper).
-        eta: how much of the teacher is left in r; in (0, 1].
+        right_mse_weight: weight of the logits' error (lambda 1 in the paper).
+        wrong_mse_weight: weight of the probabilities' error (lambda 2 in the paper).
+        eta: the teacher's share in r; in (0, 1].
         logit_standardization: z-score both logits first (LSKD, arXiv 2403.01427), except for the cross-entropy.
-        reduction: the mean only, because each term is an average over its own samples.
+        reduction: only the mean, because each term is a mean over a subset of the batch.
         others: see :mod:`rld_lightning.losses`.
 
     Returns:
-        ``right_ce`` (in nats), ``right_mse`` and ``wrong_mse``, scalars with their weights on.
+        ``right_ce`` (in nats), ``right_mse`` and ``wrong_mse``, weighted scalars.
     """
     rows = logit_rows(student_logits, teacher_logits, label, ignore_index=ignore_index)
 
@@ -77,7 +77,7 @@ def revision_loss(
 
 
 def revise(probs: Tensor, label: Tensor, eta: float) -> Tensor:
-    """``(N, C)`` probabilities mixed with each row's one-hot label until the true class leads by ``1 - eta``."""
+    """Returns the distribution r of each row of ``(N, C)`` probabilities."""
     true = label.unsqueeze(-1)
     true_probs = probs.gather(-1, true)
     share = eta / (probs.amax(-1, keepdim=True) - true_probs + 1)
@@ -92,8 +92,8 @@ def _group_mean(per_row: Tensor, group: Tensor) -> Tensor:
 class RevisionLoss(LogitLoss):
     """``right CE + right_mse_weight * right MSE + wrong_mse_weight * wrong MSE``; see :func:`revision_loss`.
 
-    Defaults are those of the public code of RLD for CIFAR-100 and ImageNet. The cross-entropy of all samples stays
-    out (``ce_weight=0``): the method has its own.
+    The defaults are those of RLD's public code for CIFAR-100 and ImageNet. The cross-entropy of all samples is off
+    (``ce_weight=0``), because the method has its own.
     """
 
     method = "Label revision"

@@ -1,8 +1,8 @@
-"""Distillation from swapped teacher logits: a teacher that is wrong is corrected by exchanging two of its logits.
+"""Distillation from swapped teacher logits: if the teacher is wrong, two of its logits are swapped.
 
-One of the methods that RLD (arXiv 2408.07703) is compared to, there called LA, in its public code SWAP. The same
-exchange is a "knowledge adjustment" in Wen et al., "Preparing Lessons: Improve Knowledge Distillation with Better
-Supervision", arXiv 1911.07471.
+A method that RLD (arXiv 2408.07703) is compared to; called LA in the paper and SWAP in its public code. Wen et al.,
+"Preparing Lessons: Improve Knowledge Distillation with Better Supervision", arXiv 1911.07471, use the same swap as
+"knowledge adjustment".
 """
 
 from dataclasses import KW_ONLY
@@ -28,14 +28,14 @@ def swap_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """``T^2 KL( softmax(t' / T) || softmax(s / T) )``, averaged over the batch.
+    """Computes ``T^2 KL( softmax(t' / T) || softmax(s / T) )``, averaged over the batch.
 
-    t' are the teacher's logits with the largest one and the true class's exchanged (the first of several largest), so
-    the true class always leads and a teacher that is right stays as it is. Standardization gives the same scores before
-    and after the exchange.
+    t' are the teacher's logits with the largest one (the first of several) and the true class's swapped, so that the
+    true class's is the largest; if the teacher is right, nothing changes. It makes no difference whether logits are
+    standardized before or after the swap.
 
     Args:
-        temperature: softmax temperature of both.
+        temperature: T, the softmax temperature of both networks.
         weight: factor on the term.
         others: see :mod:`rld_lightning.losses`.
 
@@ -47,7 +47,7 @@ def swap_loss(
 
 
 def swap_logits(teacher: Tensor, label: Tensor) -> Tensor:
-    """``(N, C)`` logits with each row's largest and its true class's exchanged."""
+    """Returns ``(N, C)`` logits with each row's largest and its true class's logit swapped."""
     true, top = label.unsqueeze(-1), teacher.argmax(-1, keepdim=True)
     return teacher.scatter(-1, top, teacher.gather(-1, true)).scatter(-1, true, teacher.gather(-1, top))
 
@@ -56,7 +56,7 @@ def swap_logits(teacher: Tensor, label: Tensor) -> Tensor:
 class SwapLoss(LogitLoss):
     """``ce_weight * CE + weight * SWAP``; see :func:`swap_loss`.
 
-    Defaults are those of CIFAR-100 in the public code of RLD, which adds no cross-entropy (``ce_weight=0``). On
+    The defaults are those of RLD's public code for CIFAR-100, which adds no cross-entropy (``ce_weight=0``). On
     ImageNet: ``temperature=1``.
     """
 
@@ -71,5 +71,5 @@ class SwapLoss(LogitLoss):
     ce_weight: Weight = 0.0
 
     def refined(self, teacher: Tensor, label: Tensor) -> Tensor:
-        """With the largest logit and the true class's exchanged."""
+        """Returns the teacher's logits with the largest and the true class's swapped."""
         return swap_logits(teacher, label)

@@ -1,7 +1,7 @@
 """Transformed teacher matching (TTM): Zheng and Yang, ICLR 2024, arXiv 2402.11148.
 
-Only the teacher is softened: its probabilities are raised to a power, and the student matches them as it is. The
-weighted form is :mod:`rld_lightning.losses.wttm`.
+Only the teacher's distribution is softened, by raising its probabilities to a power; the student has no temperature.
+The weighted variant is :mod:`rld_lightning.losses.wttm`.
 """
 
 from dataclasses import KW_ONLY
@@ -27,10 +27,10 @@ def ttm_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """``KL( softmax(gamma t) || softmax(s) )`` of teacher logits t and student logits s, averaged over the batch.
+    """Computes ``KL( softmax(gamma t) || softmax(s) )`` of teacher logits t and student logits s, batch mean.
 
-    ``softmax(gamma t)`` is the teacher's probabilities to the power gamma, made to sum to 1. No factor stands for the
-    temperature ``1 / gamma``. The published code takes the power itself; values agree but for its underflow.
+    ``softmax(gamma t)`` are the teacher's probabilities to the power gamma, normalised to sum to 1. There is no squared
+    temperature as factor. The published code computes the power directly; the values agree unless it underflows.
 
     Args:
         gamma: the power, in (0, 1].
@@ -47,7 +47,7 @@ def ttm_loss(
 class TTMLoss(LogitLoss):
     """``ce_weight * CE + weight * TTM``; see :func:`ttm_loss`.
 
-    Defaults are the one published example (vgg13 to vgg8 on CIFAR-100).
+    The defaults are those of the only published example (vgg13 to vgg8 on CIFAR-100).
     """
 
     method = "Transformed teacher matching"

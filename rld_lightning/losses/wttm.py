@@ -1,6 +1,6 @@
 """Weighted transformed teacher matching (WTTM): Zheng and Yang, ICLR 2024, arXiv 2402.11148.
 
-It listens more to a teacher that is unsure than :mod:`rld_lightning.losses.ttm` does.
+:mod:`rld_lightning.losses.ttm` with a larger weight for samples on which the teacher is unsure.
 """
 
 from dataclasses import KW_ONLY
@@ -27,10 +27,10 @@ def wttm_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> RowTerms:
-    """``U KL( softmax(gamma t) || softmax(s) )`` with ``U = sum_k softmax(t)_k^gamma``, averaged over the batch.
+    """Computes ``U KL( softmax(gamma t) || softmax(s) )`` with ``U = sum_k softmax(t)_k^gamma``, batch mean.
 
-    U of a sample lies between 1 (a teacher that is sure) and ``C^(1 - gamma)`` (one that knows nothing); it is the
-    power sum that :func:`~rld_lightning.losses.ttm.ttm_loss` divides by.
+    For teacher logits t and student logits s. U of a sample is between 1 (the teacher is certain) and ``C^(1 - gamma)``
+    (its prediction is uniform); :func:`~rld_lightning.losses.ttm.ttm_loss` normalises by this power sum.
 
     Args:
         gamma: the power, in (0, 1].
@@ -44,7 +44,7 @@ def wttm_loss(
 
 
 def power_sum(teacher: Tensor, gamma: float) -> Tensor:
-    """``sum_k softmax(t)_k^gamma`` of each row of ``(N, C)`` logits: ``(N,)``."""
+    """Returns ``sum_k softmax(t)_k^gamma`` of each row of ``(N, C)`` logits: ``(N,)``."""
     return (gamma * F.log_softmax(teacher, -1)).logsumexp(-1).exp()
 
 
@@ -52,7 +52,7 @@ def power_sum(teacher: Tensor, gamma: float) -> Tensor:
 class WTTMLoss(LogitLoss):
     """``ce_weight * CE + weight * WTTM``; see :func:`wttm_loss`.
 
-    Defaults are the one published example, which adds a contrastive loss to it.
+    The defaults are those of the only published example, which adds a contrastive loss (CRD).
     """
 
     method = "Transformed teacher matching, weighted by the teacher's uncertainty"
