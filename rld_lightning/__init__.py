@@ -44,8 +44,8 @@ __all__ = [
     "rld_loss",
 ]
 
-# Imported on first use: who wants a loss for a loop of their own should not wait for Lightning and torchvision, and a
-# command line's help and mistakes not for PyTorch.
+# Imported on first use, so that a loss can be imported without Lightning and torchvision, and the command line's help
+# and errors are shown without importing PyTorch.
 _HOMES = {
     **dict.fromkeys(__all__, "rld_lightning.losses"),
     "DistillationModule": "rld_lightning.module",

@@ -1,6 +1,6 @@
-"""The command ``rld-lightning``: ``rld-lightning fit ...`` is ``python scripts/fit.py ...``, without a checkout."""
+"""The command ``rld-lightning``: ``rld-lightning fit ...`` runs ``scripts/fit.py ...`` without a checkout."""
 
-import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
+import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C during other imports is handled)
 
 import ast
 import io
@@ -30,17 +30,17 @@ _ENDING = f"""
 
 
 def main() -> None:
-    """Runs the script that the command line names first.
+    """Runs the script that the first argument names.
 
-    Exits with 2 where there is none of this name.
+    Exits with status 2 if there is no such script.
     """
     words = sys.argv[1:]
     scripts = commands()
     if words and words[0] in scripts:
-        _see_own_modules()
+        _import_from_working_folder()
         path = scripts[words[0]]
-        with _said_as_called(scripts) if _HELP & {*words} else nullcontext():
-            run_script(path, str(path), words[1:])  # by its path it can be started again, for another process
+        with _installed_commands_in_help(scripts) if _HELP & {*words} else nullcontext():
+            run_script(path, str(path), words[1:])  # by its path, so that further processes can start it
     elif words[:1] == [_COMPLETION]:
         _complete(scripts, words)
     elif words in (["-V"], ["--version"]):
@@ -58,12 +58,12 @@ def main() -> None:
 
 
 def commands() -> dict[str, Path]:
-    """The scripts by their names: whatever lies in their folder."""
+    """Returns the scripts by name: all files of their folder."""
     return {path.stem: path for path in sorted(shipped("scripts").glob("*.py"))}
 
 
 def run_script(path: Path, called: str, arguments: Sequence[str]) -> None:
-    """Runs a script in this process as Python does when it is given its path."""
+    """Runs a script in this process as ``python PATH`` would."""
     module = ModuleType("__main__")
     module.__file__ = str(path)
     sys.modules["__main__"] = module
@@ -72,8 +72,8 @@ def run_script(path: Path, called: str, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def _said_as_called(scripts: Iterable[str]) -> Iterator[None]:
-    """Has a script's help, which is that of a checkout, name the commands of an installed wheel."""
+def _installed_commands_in_help(scripts: Iterable[str]) -> Iterator[None]:
+    """Replaces, in a script's help, the commands of a checkout by those of an installed wheel."""
     held = io.StringIO()
     try:
         with redirect_stdout(held):
@@ -83,10 +83,10 @@ def _said_as_called(scripts: Iterable[str]) -> Iterator[None]:
         print(re.sub(named, rf"{PROGRAM} \1", held.getvalue()), end="")
 
 
-def _see_own_modules() -> None:
-    """Has this process and its children find modules in the current folder, behind all others.
+def _import_from_working_folder() -> None:
+    """Appends the current folder to the import path of this process and its children.
 
-    A configuration of a user's own names classes of their own by import path.
+    User configurations refer to the user's classes by import path.
     """
     here = str(Path.cwd())
     if here not in sys.path:
@@ -95,7 +95,7 @@ def _see_own_modules() -> None:
 
 
 def _complete(scripts: dict[str, Path], words: Sequence[str]) -> None:
-    """Answers what shells ask by Hydra's scripts for completion, which ask a program and not one of its commands."""
+    """Answers the completion queries of Hydra's shell scripts, which address the program and not its subcommands."""
     line = os.environ.get("COMP_LINE", "")
     program, _, rest = line.partition(" ")
     name, space, _ = rest.partition(" ")
@@ -103,9 +103,9 @@ def _complete(scripts: dict[str, Path], words: Sequence[str]) -> None:
         run_script(scripts["fit"], PROGRAM, words)
     elif not space:
         print(" ".join(scripts))
-    elif name in scripts and "run_task" in scripts[name].read_text():  # the others are not Hydra's
-        # Hydra completes what stands on the line, and looks for it in the folders that it is called with itself.
-        folders = [f"--config-dir={found[2]}" for found in _CONFIG_DIR.finditer(rest)]
+    elif name in scripts and "run_task" in scripts[name].read_text():  # the others do not use Hydra
+        # Hydra completes the text of the line, and searches the config folders that it is called with itself.
+        folders = [f"--config-dir={match[2]}" for match in _CONFIG_DIR.finditer(rest)]
         os.environ["COMP_LINE"] = _CONFIG_DIR.sub("", rest)
         run_script(scripts[name], program, [*words, *folders])
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and outlive a killed process and a machine that goes down."""
+"""Atomic file writes that survive a killed process and a power failure."""
 
 import os
 import sys
@@ -12,53 +12,53 @@ if sys.platform != "win32":
     import fcntl
 
 _BLOCK = 1 << 20
-# Between the making of a temporary file and its lock lie microseconds.
+# A temporary file is locked within microseconds of its creation.
 _YOUNG_SECONDS = 1.0
 
 
 def write_whole(path: Path, content: bytes | bytearray | memoryview, *, previous: Path | None = None) -> None:
-    """Writes a file beside its place, reads it again, and puts it there; until then what was there stays.
+    """Writes a file atomically: writes and verifies a temporary file, then renames it; the old file stays until then.
 
-    The temporary file lies in the same folder, and so on the same file system, where renaming is one step. Those that
-    killed processes have left of the same file are removed.
+    The temporary file is in the same folder, hence on the same file system, where renaming is atomic. Temporary files
+    of the same target left by killed processes are removed.
 
     Args:
-        path: the file; its folder is made if need be.
-        content: all of it.
-        previous: where the file that was there so far is kept; by default it is not.
+        path: the file; its folder is created if needed.
+        content: the whole content.
+        previous: where to keep the replaced file; by default it is not kept.
 
     Raises:
-        OSError: it cannot be written, or is not what was written; what was there is untouched.
+        OSError: the file cannot be written, or differs from what was written; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for written in (path, previous) if previous is not None else (path,):
         remove_leftovers(written)
     temporary = _temporary(path)
     try:
-        # Made with the usual rights of a new file, which those of `tempfile` do not have.
-        with temporary.open("xb") as file, _held(temporary):
+        # With a new file's usual permissions, unlike `tempfile`'s.
+        with temporary.open("xb") as file, _locked(temporary):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, where that is possible
+            if hasattr(os, "posix_fadvise"):  # to verify what is on the disk, where possible
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            _compare(temporary, content)
+            _verify(temporary, content)
             if previous is not None and path.exists():
-                _keep(path, previous)
-            if sys.platform == "win32":  # which renames no open file
+                _link_previous(path, previous)
+            if sys.platform == "win32":  # cannot rename an open file
                 file.close()
             os.replace(temporary, path)  # noqa: PTH105 -- atomic on every platform
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None:
-            error.filename = error.filename or str(path)  # which a write does not name
+            error.filename = error.filename or str(path)  # errors from writes do not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of one that killed processes have left, and none that is being written."""
+    """Removes a file's temporary files that killed processes left; keeps those that are being written."""
     for temporary in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - temporary.stat().st_mtime > _YOUNG_SECONDS and _is_abandoned(temporary):
@@ -74,8 +74,8 @@ def _escape(name: str) -> str:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Marks a file as being written: a lock that ends with this process, however it ends."""
+def _locked(path: Path) -> Iterator[None]:
+    """Locks a file while it is being written; the lock ends with this process, however it ends."""
     if sys.platform == "win32":
         yield
         return
@@ -94,7 +94,7 @@ def _is_abandoned(path: Path) -> bool:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its writer has it, or there are no locks
+    except OSError:  # its writer holds the lock, or there are no locks
         return False
     else:
         return True
@@ -102,31 +102,31 @@ def _is_abandoned(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _compare(path: Path, content: bytes | bytearray | memoryview) -> None:
+def _verify(path: Path, content: bytes | bytearray | memoryview) -> None:
     at, expected = 0, memoryview(content)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            if block != bytes(expected[at : at + len(block)]):  # of a view each byte would be compared on its own
+            if block != bytes(expected[at : at + len(block)]):  # comparing the view itself would be byte by byte
                 break
             at += len(block)
     if at != len(expected):
         raise OSError(f"{path} is not what was written to it; the disk may be failing")
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Gives a file a second name, in place of an earlier one, so that there is always one under the first."""
+def _link_previous(path: Path, previous: Path) -> None:
+    """Links a file to a second name, replacing the earlier one, so that the first name always exists."""
     linked = _temporary(previous)
     try:
         os.link(path, linked)
         os.replace(linked, previous)  # noqa: PTH105 -- atomic
-    except OSError:  # a file system without links: for a moment there is the second name alone
+    except OSError:  # a file system without links: for a moment only the second name exists
         os.replace(path, previous)  # noqa: PTH105 -- atomic
     finally:
-        linked.unlink(missing_ok=True)  # which stays where both names are the same file already
+        linked.unlink(missing_ok=True)  # os.replace keeps it if both names are the same file
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name last as well, where folders can be synchronised."""
+    """Makes the rename durable, if folders can be synchronised."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What a run prints: the configuration as a tree, one line a part, a table at the end."""
+"""Prints a run's configuration as a tree, one line per part, and a table at the end."""
 
 import logging
 import re
@@ -16,16 +16,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from rld_lightning.distributed import Stopped, is_first, rank_zero_only
+from rld_lightning.distributed import Stopped, is_rank_zero, rank_zero_only
 from rld_lightning.errors import UserError, printable
 from rld_lightning.redact import redact, redact_text
 
 console = Console(highlight=False)
-_copies: list[TextIO] = []  # files that get what is printed, see `printed_to`
-_WIDE = 1000  # columns of what is cropped at the console's width, and is there to be copied
+_log_files: list[TextIO] = []  # log files that also receive what is printed, see `copy_output_to`
+_WIDE = 1000  # columns for text that Rich would crop at the console's width and that users copy
 
-# Said by a run's own lines, or by design: checkpoints, metrics and configuration share the run folder, and what is
-# logged at the end of an epoch is already the same on all ranks.
+# Messages that repeat a run's own lines, or describe what is by design: checkpoints, metrics and configuration share
+# the run directory, and values logged at the end of an epoch are already the same on all ranks.
 _NOISE = (
     "It is recommended to use `self.log.*sync_dist=True.*",
     ".*treespec, LeafSpec.*",
@@ -34,21 +34,21 @@ _NOISE = (
     "The number of training batches .* is smaller than the logging interval.*",
     "The ``compute`` method of metric .* was called before the ``update`` method.*",  # it was restored
     ".*does not have many workers which may be a bottleneck.*",
-    "This DataLoader will create .* worker processes in total.*",  # data.num_workers, of which a store keeps many busy
+    "This DataLoader will create .* worker processes in total.*",  # data.num_workers; a store keeps many workers busy
 )
 
 
-def look_again() -> None:
-    """Finds out anew what the console prints to, in a process that was forked and prints elsewhere."""
+def reset_console() -> None:
+    """Detects the output stream again, in a forked process that prints elsewhere."""
     vars(console).update(vars(Console(highlight=False)))
 
 
 @cache
 def quiet_lightning() -> None:
-    """Silences, once a process, what Lightning prints at every start and that says nothing about this run."""
+    """Silences, once per process, what Lightning prints at every start and that is not specific to this run."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning").propagate = False  # it has a handler of its own, and Hydra's root would say it again
+    logging.getLogger("lightning").propagate = False  # it has its own handler; Hydra's root logger would repeat it
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(
         lambda record: (
@@ -69,28 +69,28 @@ def quiet_lightning() -> None:
 
 
 @contextmanager
-def printed_to(path: Path) -> Iterator[None]:
-    """Adds to a file what rank 0 prints, what Lightning tells, and what ends this, if it is an error."""
-    if not is_first():
+def copy_output_to(path: Path) -> Iterator[None]:
+    """Appends to a file what rank 0 prints, Lightning's messages, and the error that ends the block, if any."""
+    if not is_rank_zero():
         yield
         return
     with path.open("a", buffering=1) as file:
         handler = logging.StreamHandler(file)
         lightning = logging.getLogger("lightning.pytorch")
-        _copies.append(file)
+        _log_files.append(file)
         lightning.addHandler(handler)
         try:
             yield
         except BaseException as error:
-            file.write(f"{printable(redact_text(_told(error).rstrip()))}\n")
+            file.write(f"{printable(redact_text(_error_text(error).rstrip()))}\n")
             raise
         finally:
             lightning.removeHandler(handler)
-            _copies.remove(file)
+            _log_files.remove(file)
 
 
-def _told(error: BaseException) -> str:
-    """What ends a run, for its log: a sentence of ours, a signal, or a traceback."""
+def _error_text(error: BaseException) -> str:
+    """Describes for the log what ended a run: a user error's sentence, a signal, or a traceback."""
     if isinstance(error, Stopped):
         return f"ended by {error.signal.name}"
     if isinstance(error, Exception) and not isinstance(error, UserError):
@@ -98,10 +98,10 @@ def _told(error: BaseException) -> str:
     return f"error: {error}" if str(error) else type(error).__name__
 
 
-def _say(*objects: Any, width: int | None = None, shown: str | None = None, **options: Any) -> None:
+def _print(*objects: Any, width: int | None = None, shown: str | None = None, **options: Any) -> None:
     screen = console if width is None else Console(width=width, highlight=False)
     screen.print(*(objects if shown is None else [shown]), **options)
-    for file in _copies:
+    for file in _log_files:
         copy = Console(file=file, width=width or 120, highlight=False, color_system=None)
         copy.print(*objects, **options)
 
@@ -111,69 +111,69 @@ def print_config(cfg: DictConfig) -> None:
     """Prints the resolved configuration as a tree, without secrets."""
     tree = Tree("[bold]configuration")
     values: Any = redact(OmegaConf.to_container(cfg, resolve=True))
-    _grow(tree, values)
-    _say(tree, width=_WIDE)
+    _add_branches(tree, values)
+    _print(tree, width=_WIDE)
 
 
-def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
+def _add_branches(tree: Tree, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            _grow(tree.add(f"[cyan]{_plain(key)}"), value)
+            _add_branches(tree.add(f"[cyan]{_escaped(key)}"), value)
         else:
-            tree.add(f"[cyan]{_plain(key)}[/]: {_plain(value)}")
+            tree.add(f"[cyan]{_escaped(key)}[/]: {_escaped(value)}")
 
 
 @rank_zero_only
 def print_line(name: str, text: str, *, pasted: bool = False) -> None:
-    """Prints one line about a part of the run: ``name`` in a column of its own.
+    """Prints one line about a part of the run: ``name`` in its own column, then the text.
 
-    In a terminal it is folded between words; what is ``pasted`` into a command line never is.
+    In a terminal the line is wrapped between words, unless it is ``pasted`` into a command line.
     """
     text = printable(redact_text(text))
-    head, folded = f"[bold]{name:>8}[/]  ", text if pasted else _folded(text, max(len(name), 8) + 2, " " * 10)
-    _say(head + escape(text), shown=head + escape(folded), soft_wrap=True)
+    head, wrapped = f"[bold]{name:>8}[/]  ", text if pasted else _wrapped(text, max(len(name), 8) + 2, " " * 10)
+    _print(head + escape(text), shown=head + escape(wrapped), soft_wrap=True)
 
 
-def end_line() -> None:
-    """Leaves, in a terminal, the line in which it has written ``^C``, behind a bar perhaps."""
+def start_new_line() -> None:
+    """Starts a new line in a terminal that has echoed ``^C``, possibly behind a progress bar."""
     if console.is_terminal:
         console.print()
 
 
 def print_error(text: str) -> None:
-    """Prints what is wrong, for a user to put right; from whatever process has found it."""
+    """Prints a user error, on any rank."""
     text = printable(redact_text(text))
     head = "[bold red]error:[/] "
-    _say(head + escape(text), shown=head + escape(_folded(text, len("error: "))), soft_wrap=True)
+    _print(head + escape(text), shown=head + escape(_wrapped(text, len("error: "))), soft_wrap=True)
 
 
-def _folded(text: str, used: int, indent: str = "") -> str:
-    """In a terminal, ``text`` with line breaks between words; paths and what is quoted stay whole, to be copied.
+def _wrapped(text: str, used: int, indent: str = "") -> str:
+    """Wraps ``text`` between words if this is a terminal; keeps paths and quoted text whole, for copying.
 
     Args:
-        used: columns that are taken in its first line.
-        indent: what its other lines begin with.
+        used: columns already used in the first line.
+        indent: indentation of the other lines.
     """
     if not console.is_terminal:
         return text
-    folded, column = "", used
+    wrapped, column = "", used
     for gap, word in re.findall(r"([ ]*)((?:[^\s']*=)?'[^'\n]*'\S*|\S+|\n)", text):
         if word == "\n":
-            folded, column = f"{folded}\n", 0
+            wrapped, column = f"{wrapped}\n", 0
         elif column > used and column + len(gap) + len(word) > console.width:
-            folded, column = f"{folded}\n{indent}{word}", len(indent) + len(word)
+            wrapped, column = f"{wrapped}\n{indent}{word}", len(indent) + len(word)
         else:
-            folded, column = f"{folded}{gap}{word}", column + len(gap) + len(word)
-    return folded
+            wrapped, column = f"{wrapped}{gap}{word}", column + len(gap) + len(word)
+    return wrapped
 
 
 @rank_zero_only
 def print_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Prints the files that a run has left in its folder, each with what it holds."""
+    """Prints the files that a run has written to its directory, each with its description."""
     for file, what in files.items():
         path = printable(f"  {folder / file}")
-        folded = _folded(f"  {what}", len(path), " " * 4)
-        _say(f"{escape(path)}  [dim]{what}", shown=f"{escape(path)}[dim]{folded}", soft_wrap=True)
+        wrapped = _wrapped(f"  {what}", len(path), " " * 4)
+        _print(f"{escape(path)}  [dim]{what}", shown=f"{escape(path)}[dim]{wrapped}", soft_wrap=True)
 
 
 @rank_zero_only
@@ -181,11 +181,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     """Prints a table; the first column is left-aligned, the others right-aligned."""
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(_plain(column), justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(_escaped(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    _say(f"\n[bold]{_plain(title)}", soft_wrap=True)
-    _say(table)
+    _print(f"\n[bold]{_escaped(title)}", soft_wrap=True)
+    _print(table)
 
 
 def _cell(value: object) -> str:
@@ -193,16 +193,16 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else _plain(value)
+    return f"{value:,}" if isinstance(value, int) else _escaped(value)
 
 
-def _plain(value: object) -> str:
-    """A text that neither a terminal nor Rich obeys."""
+def _escaped(value: object) -> str:
+    """Escapes a value's text for terminals and for Rich."""
     return escape(printable(str(value)))
 
 
 def duration(seconds: float) -> str:
-    """``41 s``, ``3 min``, ``2 h 10 min``."""
+    """Formats a duration: ``41 s``, ``3 min``, ``2 h 10 min``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""The processes of a run: who has started them, how many there are, and what they agree on."""
+"""The processes of a run: which launcher launcher them, how many there are, and what they agree on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-if TYPE_CHECKING:  # imported on use: the command line is read without PyTorch
+if TYPE_CHECKING:  # imported on use, so that the command line is parsed without PyTorch
     import torch
     from torch import Tensor
 
 JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that a run starts itself
-GRACE = 20.0  # seconds that processes have to end by themselves after a signal: to the end of a step, and to save
-TRIALS = "RLD_LIGHTNING_TRIALS"  # for the processes of trials that run side by side: how many do
+GRACE = 20.0  # seconds that processes have to end after a signal: to finish the step and save
+TRIALS = "RLD_LIGHTNING_TRIALS"  # environment variable for the processes of concurrent trials: the number of trials
 
 
 def _rank_before_lightning() -> int:
-    """As Lightning guesses it when it is imported; its strategies set the rank later, on the same function."""
+    """Returns the rank that Lightning assumes on import; its strategies set it later, on the same function."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
     return next((int(rank) for rank in ranks if rank is not None), 0)
 
@@ -37,92 +37,92 @@ def _rank_before_lightning() -> int:
 vars(rank_zero_only).setdefault("rank", _rank_before_lightning())
 
 
-def look_for_rank() -> None:
-    """Takes the rank from the environment, which was another one when Lightning was imported in what was forked."""
+def update_rank() -> None:
+    """Reads the rank from the environment again, in a forked process: it has changed since Lightning was imported."""
     vars(rank_zero_only)["rank"] = _rank_before_lightning()
 
 
-def is_first() -> bool:
-    """Whether this is rank 0 of a run, or its only process."""
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0 of a run, or its only process."""
     return int(vars(rank_zero_only)["rank"]) == 0
 
 
-class Started(NamedTuple):
-    """Who has started the processes of a run, and how many: ``torchrun``, or ``srun``."""
+class Launcher(NamedTuple):
+    """The launcher of a run's processes (``torchrun`` or ``srun``), and how many it launcher."""
 
-    by: str
+    name: str
     processes: int
     nodes: int
 
 
-def started_by() -> Started | None:
-    """Who has started this process as one of a group; None when this process is to start the others, if any."""
-    known = os.environ
-    if "TORCHELASTIC_RUN_ID" in known:
-        processes = int(known["WORLD_SIZE"])
-        return Started("torchrun", processes, max(1, processes // int(known.get("LOCAL_WORLD_SIZE", processes))))
-    if int(known.get("SLURM_NTASKS", "1")) > 1 and not _interactive():
-        return Started("srun", int(known["SLURM_NTASKS"]), int(known.get("SLURM_NNODES", "1")))
+def external_launcher() -> Launcher | None:
+    """Returns the launcher that started this process in a group; None if this process starts the others, if any."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        processes = int(env["WORLD_SIZE"])
+        return Launcher("torchrun", processes, max(1, processes // int(env.get("LOCAL_WORLD_SIZE", processes))))
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and not _interactive():
+        return Launcher("srun", int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", "1")))
     return None
 
 
-def started_here() -> bool:
-    """Whether this process is one of those that a run has started itself."""
+def started_by_run() -> bool:
+    """Whether a run started this process itself, as one of its ranks."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
 
 
 def trials_at_once() -> int | None:
-    """How many trials of a sweep run side by side on this machine, where this process belongs to one; else None."""
-    known = os.environ.get(TRIALS, "")
-    return int(known) if known.isdecimal() else None
+    """Returns how many trials of a sweep run at once on this machine; None if this process belongs to none of them."""
+    env = os.environ.get(TRIALS, "")
+    return int(env) if env.isdecimal() else None
 
 
 def slurm_job() -> str | None:
-    """The job of SLURM that this process belongs to, as ``scontrol`` calls it; None outside of one, or in its shell."""
-    known = os.environ
-    if "SLURM_JOB_ID" not in known or _interactive():
+    """Returns the SLURM job of this process, as ``scontrol`` names it; None outside a job and in a SLURM shell."""
+    env = os.environ
+    if "SLURM_JOB_ID" not in env or _interactive():
         return None
-    array = known.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{known['SLURM_ARRAY_TASK_ID']}" if array else known["SLURM_JOB_ID"]
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
 
 
 def requeued() -> bool:
-    """Whether SLURM has started this job again, after it was put back in the queue."""
+    """Whether SLURM has requeued and restarted this job."""
     return slurm_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def _interactive() -> bool:
-    """Whether this is a shell of SLURM, which has its variables as well; Lightning goes by their names, too."""
+    """Whether this is an interactive SLURM shell, which has SLURM's variables, too; Lightning uses the same names."""
     return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def devices_per_node(otherwise: int | str) -> int | str:
-    """How many processes ``torchrun`` or ``srun`` has started on this machine, else ``otherwise``."""
-    started = started_by()
-    return otherwise if started is None else started.processes // started.nodes
+    """Returns the number of processes that ``torchrun`` or ``srun`` started on this machine, else ``otherwise``."""
+    launcher = external_launcher()
+    return otherwise if launcher is None else launcher.processes // launcher.nodes
 
 
 def nodes() -> int:
-    """On how many machines ``torchrun`` or ``srun`` has started the run, else 1."""
-    started = started_by()
-    return 1 if started is None else started.nodes
+    """Returns the number of machines on which ``torchrun`` or ``srun`` started the run, else 1."""
+    launcher = external_launcher()
+    return 1 if launcher is None else launcher.nodes
 
 
 def unique_name() -> str:
-    """A folder name that no other run has: the time, and four random letters for runs of the same second.
+    """Returns a unique directory name: the time, and four random letters for runs started in the same second.
 
-    Processes that ``torchrun`` has started agree on one. In a job of SLURM it is the job's and the step's number, and
-    where no step was started, a digest of the command: a job that is put back in the queue finds its folder again.
+    Processes started by ``torchrun`` agree on one name. In a SLURM job it is the job's and the step's number or,
+    without a step, a digest of the command, so that a requeued job finds its directory again.
     """
-    started = started_by()
-    if started is not None and started.by == "torchrun" and started.processes > 1:
+    launcher = external_launcher()
+    if launcher is not None and launcher.name == "torchrun" and launcher.processes > 1:
         return _agreed_name()
-    known = os.environ
-    if started is not None and started.processes > 1:
-        return f"slurm-{known.get('SLURM_JOB_ID', '0')}.{known.get('SLURM_STEP_ID', '0')}"
-    if started is None and slurm_job() is not None and not (sys.stdin is not None and sys.stdin.isatty()):
+    env = os.environ
+    if launcher is not None and launcher.processes > 1:
+        return f"slurm-{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}"
+    if launcher is None and slurm_job() is not None and not (sys.stdin is not None and sys.stdin.isatty()):
         command = hashlib.sha256("\0".join([str(Path.cwd()), *sys.argv]).encode()).hexdigest()
-        return f"slurm-{known['SLURM_JOB_ID']}.{known.get('SLURM_STEP_ID', 'batch')}-{command[:6]}"
+        return f"slurm-{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', 'batch')}-{command[:6]}"
     return _new_name()
 
 
@@ -132,7 +132,7 @@ def _new_name() -> str:
 
 @cache
 def _rendezvous() -> tuple[torch.distributed.Store, int]:
-    """The store through which the processes find each other; kept, because rank 0 may have to serve it."""
+    """Returns the store through which the processes meet; cached, because rank 0 may have to serve it."""
     import torch.distributed
 
     try:
@@ -156,7 +156,7 @@ def _agreed_name() -> str:
 
 
 def gathered(counts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What each process of the run has counted, on the CPU, in the order of their ranks: a collective."""
+    """Returns the counts of every process, on the CPU, in the order of ranks; a collective."""
     import torch.distributed
 
     own = {name: value.detach().cpu() for name, value in counts.items()}
@@ -167,10 +167,10 @@ def gathered(counts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return everyone
 
 
-def own_share(counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The part of this process in what was :func:`gathered`, so that the sum over the processes is as it was.
+def own_part(counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns this process's part of what was :func:`gathered`, so that the sum over all processes is unchanged.
 
-    Its own where there are as many processes as then; otherwise the first takes all.
+    With the same number of processes, its own counts; otherwise rank 0 gets the sum of all.
     """
     import torch.distributed
 
@@ -188,10 +188,10 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run; the exit status is 128 + its number, as shells have it.
+    """Raised when a signal stops the run; the exit status is 128 + its number, as in shells.
 
     Attributes:
-        said: whether the user has been told, and how to go on.
+        said: whether the user has already been told, with the command to resume.
     """
 
     def __init__(self, number: int, *, said: bool = False) -> None:
@@ -201,30 +201,30 @@ class Stopped(SystemExit):
 
 
 def stopped_by(codes: Iterable[int]) -> int | None:
-    """The signal that ended processes with these exit statuses; None where something else ended one."""
+    """Returns the signal that ended processes with these exit statuses; None if one ended for another reason."""
     numbers = {code - 128 for code in codes}
     return max(numbers) if numbers and numbers <= {*STOPS, signal.SIGUSR1} else None
 
 
 @contextmanager
-def signals_end() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end this process as Ctrl-C does, and not without the processes that it has started.
+def stop_on_signals() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP raise :class:`Stopped`, so that started processes are ended, too, as with Ctrl-C.
 
-    SIGUSR1, which asks a run that trains to save, is not the end of one that has nothing to save yet.
+    Ignores SIGUSR1, which asks a training run to save: here there is nothing to save yet.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a worker that was forked
+        if os.getpid() != owner:  # a forked worker
             os._exit(128 + number)
         raise Stopped(number)
 
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # by nohup, say
+        if handler is not signal.SIG_IGN:  # ignored by nohup, for example
             signal.signal(number, end if number != signal.SIGUSR1 else lambda *_: None)
     try:
         yield
@@ -233,16 +233,16 @@ def signals_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process now: what is written is on its way, and Python would collect its garbage for seconds."""
+def exit_now(code: int) -> NoReturn:
+    """Exits at once; the output is flushed, and Python's garbage collection at exit would take seconds."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
 
 
-def end_with(parent: int) -> None:
-    """Ends this process and its data loaders within a second when its parent is gone, killed for example."""
+def exit_with_parent(parent: int) -> None:
+    """Kills this process and its data loaders within a second of the parent's end (after SIGKILL, for example)."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""Downloads that continue where they broke off, and are what was asked for."""
+"""Resumable, verified downloads."""
 
 import hashlib
 import shutil
@@ -23,25 +23,25 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0
 SCHEMES = ("http", "https", "file")
-# A server that sends a byte now and then would otherwise keep a run waiting for ever.
+# A server that sends a byte now and then would otherwise block a run for ever.
 SLOWEST_BYTES_PER_SECOND = 10_000
 SLOW_SECONDS = 60.0
-# What a download whose length the server does not say leaves free on the disk.
+# Free disk space to keep if the server does not send the length.
 SPARE_BYTES = 1 << 30
 
 
 class SpeedFloor:
-    """Ends a transfer that stays below ``SLOWEST_BYTES_PER_SECOND`` for ``SLOW_SECONDS``."""
+    """Aborts a transfer that stays below ``SLOWEST_BYTES_PER_SECOND`` for ``SLOW_SECONDS``."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._received = 0
 
     def add(self, count: int) -> None:
-        """Counts bytes that were received.
+        """Counts received bytes.
 
         Raises:
-            ConnectionError: they come too slowly.
+            ConnectionError: the transfer is too slow.
         """
         self._received += count
         seconds = time.monotonic() - self._since
@@ -58,10 +58,10 @@ class SpeedFloor:
 
 @contextmanager
 def _within(seconds: float, end: Callable[[], None]) -> Iterator[None]:
-    """Ends what takes longer: a socket's own timeout begins anew with each byte.
+    """Limits the total time of a block, by calling ``end``: a socket's own timeout restarts with each byte.
 
     Raises:
-        TimeoutError: it did.
+        TimeoutError: the block took longer.
     """
     late = threading.Event()
 
@@ -75,7 +75,7 @@ def _within(seconds: float, end: Callable[[], None]) -> Iterator[None]:
     words = f"the server has sent nothing of use for {seconds:.0f} s, run again later or from another address"
     try:
         yield
-    except (OSError, HTTPException) as error:  # whatever the end of its connection is taken for
+    except (OSError, HTTPException) as error:  # whichever error closing the connection causes
         if late.is_set():
             raise TimeoutError(words) from error
         raise
@@ -92,7 +92,7 @@ def _shut(connected: socket.socket | None) -> None:
 
 
 class _Connection(HTTPConnection):
-    """One to a server that has to answer in time, with all of its headers."""
+    """A connection whose server must answer in time, with all of its headers."""
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         with _within(SLOW_SECONDS, lambda: _shut(self.sock)):
@@ -107,7 +107,7 @@ class _Connection(HTTPConnection):
 
 
 class _SecureConnection(_Connection, HTTPSConnection):
-    """The same, encrypted."""
+    """The same with TLS."""
 
 
 class _Handler(HTTPHandler):
@@ -121,7 +121,7 @@ class _SecureHandler(HTTPSHandler):
 
 
 class _Redirections(HTTPRedirectHandler):
-    """Looks at where an address leads, before it is followed; an encrypted one may lead to none that is not."""
+    """Checks the target of a redirect before following it; HTTPS must not redirect to an unencrypted address."""
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         _check_scheme(newurl)
@@ -131,23 +131,21 @@ class _Redirections(HTTPRedirectHandler):
 
 
 def urlopen(request: Request, timeout: float) -> Any:
-    """As urllib's, but that servers have to answer in time, and lead to none but other servers."""
+    """Opens a request as urllib does, but with a time limit for the answer and restricted redirects."""
     return build_opener(_Handler, _SecureHandler, _Redirections).open(request, timeout=timeout)
 
 
 def download(url: str, path: Path) -> None:
-    """Fetches ``url`` to ``path``, continuing a file that is partly there, with a progress bar.
+    """Downloads ``url`` to ``path`` with a progress bar, resuming a partial file.
 
-    What was received stays if the connection breaks, so that the next call can continue. Whether the content is the
-    right one is the caller's to check.
+    A partial file is kept if the connection breaks, so that the next call can resume. The caller verifies the content.
 
     Raises:
-        OSError: the server cannot be reached, lacks the file, is too slow (:class:`SpeedFloor`), stops before its
-            end or goes on after it, or the disk has no room for it. (``http.client.HTTPException`` for answers that are
-            no HTTP.)
-        ValueError: the address is none, or not of one of the ``SCHEMES``, or leads to such a one.
+        OSError: the server is unreachable, lacks the file, is too slow (:class:`SpeedFloor`), or sends fewer or more
+            bytes than announced, or the disk is full. (``http.client.HTTPException`` if the answer is not HTTP.)
+        ValueError: the address is invalid, or it or its redirect is not of one of the ``SCHEMES``.
     """
-    if path.is_symlink():  # a folder that came from elsewhere could have one that leads to any file
+    if path.is_symlink():  # a folder from elsewhere could contain a link to any file
         path.unlink()
     have = path.stat().st_size if path.exists() else 0
     try:
@@ -155,21 +153,21 @@ def download(url: str, path: Path) -> None:
     except HTTPError as error:
         if not have or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        if error.headers["Content-Range"] != f"bytes */{have}":  # else all of it is here already
-            path.unlink()  # longer than the file: the rest of something else
+        if error.headers["Content-Range"] != f"bytes */{have}":  # otherwise the file is complete
+            path.unlink()  # longer than the file: a part of another file
             download(url, path)
         return
     received = path.stat().st_size
-    if total is not None and received != total:  # a dropped connection ends the blocks without an error
+    if total is not None and received != total:  # a dropped connection ends the stream without an error
         raise ConnectionError(f"the connection broke off after {received} of {total} bytes, run again to continue")
 
 
 def _receive(url: str, path: Path, have: int) -> int | None:
-    """Appends to the first ``have`` bytes of a file, or starts over; returns how long it should be now, if known."""
+    """Appends to the first ``have`` bytes of a file, or restarts it; returns its expected size, if known."""
     _check_scheme(url)
     request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        _check_scheme(response.url)  # after redirections
+        _check_scheme(response.url)  # after redirects
         start = have if response.status == HTTPStatus.PARTIAL_CONTENT else 0
         length = response.headers["Content-Length"]
         total = start + int(length) if length and length.isdecimal() else None
@@ -184,7 +182,7 @@ def _receive(url: str, path: Path, have: int) -> int | None:
                 floor.add(len(block))
                 if total is None:
                     _check_space(path, SPARE_BYTES)
-                elif file.tell() + len(block) > total:  # in pieces, say, which the length is not heeded of
+                elif file.tell() + len(block) > total:  # for example chunked, where the length is not enforced
                     raise ConnectionError(f"the server sends more than the expected {total:,} bytes")
                 file.write(block)
                 bar.advance(task, len(block))
@@ -192,14 +190,14 @@ def _receive(url: str, path: Path, have: int) -> int | None:
 
 
 def _next_block(response: Any) -> bytes:
-    """What is there, where `read` would wait for all of it; for nothing, such as the length of a part, not for ever."""
+    """Reads what is available, unlike `read`, and at most for a limited time if only chunk headers arrive."""
     with _within(2 * SLOW_SECONDS, getattr(response, "shut", lambda: None)):
         return response.read1(BLOCK_BYTES)
 
 
 def _check_scheme(url: str) -> None:
     scheme = urlsplit(url).scheme.lower()
-    if scheme and scheme not in SCHEMES:  # without any, urllib says what is wrong
+    if scheme and scheme not in SCHEMES:  # without a scheme, urllib raises a clear error
         raise ValueError(f"addresses that begin with {scheme}: are refused, only {', '.join(SCHEMES)} are fetched")
 
 
@@ -209,10 +207,10 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """What is in a tar file.
+    """Yields the members of a tar file.
 
     Raises:
-        tarfile.ReadError: a member has a size below 0, behind which Python would find the same one for ever.
+        tarfile.ReadError: a member has a negative size, after which Python would yield it for ever.
     """
     for member in tar:
         if member.size < 0:
@@ -221,22 +219,22 @@ def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def file_md5(path: Path) -> str:
-    """The MD5 of a file as hexadecimal digits."""
+    """Returns a file's MD5 in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def fetch(url: str, target: Path, md5: str) -> None:
-    """Downloads ``url`` to ``target``, continuing where an interrupted call stopped.
+    """Downloads ``url`` to ``target`` and verifies it, resuming an interrupted call.
 
-    The bytes are collected in ``<target>.part``, which is renamed only once its checksum is right.
+    The bytes are collected in ``<target>.part``, which is renamed once its checksum is correct.
 
     Args:
-        target: where to; its folder must exist.
+        target: the file to write; its folder must exist.
 
     Raises:
-        FileNotFoundError: the file cannot be had, see :func:`download`.
-        ValueError: the file has another MD5 than expected, or the address is not of one of the ``SCHEMES``.
+        FileNotFoundError: the download failed, see :func:`download`.
+        ValueError: the file's MD5 differs from the expected one, or the address is not of one of the ``SCHEMES``.
     """
     part = target.with_name(target.name + ".part")
     by_hand = f"You can also get the file by other means and place it at {target}."

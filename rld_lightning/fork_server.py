@@ -1,4 +1,4 @@
-"""The server of :mod:`rld_lightning.forked_processes`: imports what trials need, and forks a process when asked to."""
+"""The server of :mod:`rld_lightning.forked_processes`: imports what trials need and forks processes on request."""
 
 import atexit
 import gc
@@ -18,65 +18,65 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rld_lightning.distributed import end_with, leave
-from rld_lightning.forked_processes import IGNORABLE, UNFIT, use
+from rld_lightning.distributed import exit_now, exit_with_parent
+from rld_lightning.forked_processes import IGNORABLE, UNFIT, use_server
 
 
 def serve(listener: socket.socket, alive: int, modules: Sequence[str]) -> "partial[int] | None":
-    """Imports, and forks until the process that has started this one ends.
+    """Imports the modules, then forks on request until the process that started this one ends.
 
     Args:
         alive: a pipe that closes when that process ends.
 
     Returns:
-        in a process that was forked what it is to do, and None in the end.
+        the job to run, in a forked process; None in the server, at its end.
     """
-    choose = selectors.DefaultSelector()
-    choose.register(alive, selectors.EVENT_READ)
+    selector = selectors.DefaultSelector()
+    selector.register(alive, selectors.EVENT_READ)
     for module in modules:
-        if choose.select(0):
+        if selector.select(0):
             return None
-        with suppress(Exception):  # an extra is not there, say; who needs it says so
+        with suppress(Exception):  # for example an extra that is not installed; its user reports that
             importlib.import_module(module)
-    threads = _one_thread()
+    threads = _disable_thread_pool()
     ended, wake = os.pipe()
     for end in (ended, wake):
         os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    choose.register(ended, selectors.EVENT_READ)
-    choose.register(listener, selectors.EVENT_READ)
-    use(listener.getsockname(), modules)  # those that are forked
+    selector.register(ended, selectors.EVENT_READ)
+    selector.register(listener, selectors.EVENT_READ)
+    use_server(listener.getsockname(), modules)  # for the forked processes
     children: dict[int, socket.socket] = {}
     try:
         _freeze()
         while True:
-            for key, _ in choose.select():
+            for key, _ in selector.select():
                 if key.fileobj == alive:
                     return None
                 if key.fileobj == ended:
                     with suppress(BlockingIOError):
                         os.read(ended, 1024)
-                    _reap(children, choose)
+                    _reap(children, selector)
                 elif key.fileobj is listener:
                     connection, _ = listener.accept()
                     if (job := _read(connection)) is None:
                         connection.close()
                     elif (pid := os.fork()) == 0:
-                        choose.close()
+                        selector.close()
                         for other in (listener, *children.values()):
                             other.close()
                         for end in (alive, ended, wake):
                             os.close(end)
                         children = {}
-                        return partial(_become, job, connection, threads)
+                        return partial(_run_forked, job, connection, threads)
                     else:
                         children[pid] = connection
-                        choose.register(connection, selectors.EVENT_READ, pid)
+                        selector.register(connection, selectors.EVENT_READ, pid)
                         for end in job["out"]:
                             os.close(end)
-                elif key.data in children:  # nobody waits for it any more
-                    choose.unregister(key.fileobj)
+                elif key.data in children:  # its requester has closed the connection
+                    selector.unregister(key.fileobj)
                     _kill(key.data)
     finally:
         for pid in children:
@@ -84,13 +84,13 @@ def serve(listener: socket.socket, alive: int, modules: Sequence[str]) -> "parti
 
 
 def _freeze() -> None:
-    """Gets ready to fork; ends this process where a thread, OpenMP's say, or a GPU would be broken in a fork."""
+    """Prepares forking; exits if a thread (of OpenMP, for example) or a GPU handle would be broken in a fork."""
     gc.collect()
-    gc.freeze()  # else collections write into pages that all share
+    gc.freeze()  # otherwise collections write to shared pages
     threads = len(list(Path("/proc/self/task").iterdir()))
     on_gpu = any(name.startswith("/dev/nvidia") for name in map(_target, Path("/proc/self/fd").iterdir()))
     if threads > 1 or on_gpu:
-        leave(UNFIT)
+        exit_now(UNFIT)
 
 
 def _target(link: Path) -> str:
@@ -99,8 +99,8 @@ def _target(link: Path) -> str:
     return ""
 
 
-def _one_thread() -> int:
-    """Lets PyTorch compute without a pool of threads in this process; returns how many it would have taken."""
+def _disable_thread_pool() -> int:
+    """Disables PyTorch's thread pool in this process; returns the number of threads it would have used."""
     if (torch := sys.modules.get("torch")) is None:
         return 0
     threads: int = torch.get_num_threads()
@@ -109,7 +109,7 @@ def _one_thread() -> int:
 
 
 def _read(connection: socket.socket) -> dict[str, Any] | None:
-    """What is to be forked, with where it prints; None where there is nothing, or it was done here."""
+    """Reads a request; returns the job to fork with its output files, or None if it was run here or is invalid."""
     try:
         head, out, _, _ = socket.recv_fds(connection, 8, 2)
         size, body = int.from_bytes(head, "big"), b""
@@ -118,38 +118,38 @@ def _read(connection: socket.socket) -> dict[str, Any] | None:
                 break
             body += part
         job: dict[str, Any] = json.loads(body)
-    except (OSError, ValueError):  # who asks has gone
+    except (OSError, ValueError):  # the requester has gone
         return None
     if "function" not in job:
         return job | {"out": out}
     for end in out:
         os.close(end)
-    with suppress(Exception):  # a trial that needs it says what is wrong
+    with suppress(Exception):  # a trial that needs it reports the error
         getattr(importlib.import_module(job["module"]), job["function"])(*job["arguments"])
     _freeze()
     return None
 
 
-def _reap(children: dict[int, socket.socket], choose: selectors.BaseSelector) -> None:
-    """Tells those who wait what has ended, and how."""
+def _reap(children: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
+    """Reports ended processes and their exit statuses to their requesters."""
     with suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            pid, status = found
+        while (ended_child := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = ended_child
             connection = children.pop(pid)
             with suppress(KeyError):
-                choose.unregister(connection)
+                selector.unregister(connection)
             with suppress(OSError), connection:
                 connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
 def _kill(pid: int) -> None:
-    for kill in (os.killpg, os.kill):  # a group it may not have made yet
+    for kill in (os.killpg, os.kill):  # it may not have created its group yet
         with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
 
 
-def _become(job: Mapping[str, Any], connection: socket.socket, threads: int) -> int:
-    """Turns a fork of the server into the process that was asked for, and does its work; returns the exit status."""
+def _run_forked(job: Mapping[str, Any], connection: socket.socket, threads: int) -> int:
+    """Turns a fork of the server into the requested process and runs its job; returns the exit status."""
     server = os.getppid()
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -163,14 +163,14 @@ def _become(job: Mapping[str, Any], connection: socket.socket, threads: int) -> 
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
-    # As Python opens them in a new process: by line where they are looked at.
+    # As Python opens them in a new process: stdout is line-buffered only in a terminal.
     sys.stdout = os.fdopen(1, "w", 1 if os.isatty(1) else -1, closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     sys.argv = [job["module"], *job["arguments"]]
     if (torch := sys.modules.get("torch")) is not None:
         wanted = job["env"].get("OMP_NUM_THREADS", "")
         torch.set_num_threads(int(wanted) if wanted.isdecimal() and int(wanted) else threads)
-    end_with(server)
+    exit_with_parent(server)
     with closing(connection), suppress(OSError):
         connection.sendall(b"%d\n" % os.getpid())
     return int(importlib.import_module(job["module"]).main(job["arguments"]))
@@ -182,13 +182,13 @@ def _main(listener: str, alive: str, *modules: str) -> NoReturn:
         job = serve(opened, int(alive), modules)
     if job is None:
         shutil.rmtree(folder, ignore_errors=True)
-    leave(0 if job is None else _done(job))
+    exit_now(0 if job is None else _run_job(job))
 
 
-def _done(job: "partial[int]") -> int:
-    """Does a job and ends what it has started, as Python does at the end of a program; returns the exit status.
+def _run_job(job: "partial[int]") -> int:
+    """Runs a job and Python's exit handlers; returns the exit status.
 
-    Memory is left as it is: to clear up what all share would copy it.
+    Does not free memory: that would copy shared pages.
     """
     try:
         code = job()

@@ -1,11 +1,10 @@
-"""Processes that are forked from one that has imported what trials need (:mod:`~rld_lightning.fork_server`).
+"""Starts processes by forking a server that has imported what trials need (:mod:`~rld_lightning.fork_server`).
 
-What starts processes does so through :func:`start`; where there is no such server, that starts ``python -m``. Every
-process is one of its own: its session, folder, environment, output, signals and exit status are those that it would
-have had.
+Processes are started with :func:`start`; without a server, it runs ``python -m``. Every process has its own session,
+folder, environment, output, signals and exit status, as if started without the server.
 
-multiprocessing has a server like it, which runs the user's script again in each process, keeps the environment that it
-was started with itself, and shows its processes the signals of the terminal.
+multiprocessing's fork server, in contrast, runs the user's script again in each process, keeps the environment that it
+was started with, and exposes its processes to the terminal's signals.
 """
 
 import atexit
@@ -29,30 +28,30 @@ from rld_lightning.distributed import STOPS
 PYTHON_M = (sys.executable, "-m")
 IGNORABLE = (*STOPS, signal.SIGUSR1)  # signals that a process may be told to ignore
 UNFIT = 3  # exit status of a server that must not fork
-_POLL = 0.02  # seconds between two looks at processes that are to end
-_TRIES = 2  # how often the server is started: one that has died once may do so again
+_POLL = 0.02  # seconds between checks for ended processes
+_STARTS = 2  # starts of the server: if it died once it may die again
 
 
 @dataclass
 class _Server:
-    """The server as other processes know it."""
+    """The server, as other processes know it."""
 
     address: str  # of its socket
-    modules: tuple[str, ...]  # what it imports
-    process: subprocess.Popen[bytes] | None = None  # the server, for the process that has started it
-    alive: int = -1  # closed when that one ends
-    left: int = 0  # how often it may be started again
+    modules: tuple[str, ...]  # modules that it imports
+    process: subprocess.Popen[bytes] | None = None  # set in the process that started the server
+    alive: int = -1  # write end of a pipe, closed when that process ends
+    left: int = 0  # remaining restarts
 
 
 _server: _Server | None = None
 
 
 class Forked:
-    """A process that the server has forked, as ``subprocess.Popen`` has them.
+    """A process forked by the server, with the interface of ``subprocess.Popen``.
 
     Attributes:
-        pid: its number, which is that of its process group as well.
-        returncode: its exit status, minus a signal's number, or None while it runs.
+        pid: its process id, also that of its process group.
+        returncode: its exit status, or minus a signal's number; None while it runs.
     """
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
@@ -61,11 +60,11 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status; None while it runs. A process whose server was lost has been killed with it."""
+        """Returns the exit status, None while it runs. If the server was lost, its processes were killed with it."""
         if self.returncode is None:
             with suppress(BlockingIOError):
                 self._connection.setblocking(False)
-                self.returncode = _number(self._connection, -signal.SIGKILL)
+                self.returncode = _read_number(self._connection, -signal.SIGKILL)
                 self._connection.close()
         return self.returncode
 
@@ -73,39 +72,39 @@ class Forked:
 Process: TypeAlias = "subprocess.Popen[bytes] | Forked"
 
 
-def warm_up(modules: Sequence[str]) -> None:
-    """Starts the server, which imports while this process goes on; does nothing where there is one, or cannot be.
+def start_server(modules: Sequence[str]) -> None:
+    """Starts the server, which imports in the background, unless it is running already or cannot run here.
 
     Args:
-        modules: what it imports, in this order.
+        modules: the modules to import, in this order.
     """
     global _server
-    if _server is None and sys.platform == "linux":  # elsewhere libraries do not outlive a fork
-        _server = _Server("", tuple(modules), left=_TRIES)
-        _start_server(_server)
-        atexit.register(cool_down)
+    if _server is None and sys.platform == "linux":  # on other systems libraries do not survive a fork
+        _server = _Server("", tuple(modules), left=_STARTS)
+        _spawn_server(_server)
+        atexit.register(stop_server)
 
 
-def use(address: str, modules: Sequence[str]) -> None:
-    """Has this process ask a server that another one has started."""
+def use_server(address: str, modules: Sequence[str]) -> None:
+    """Makes this process use a server that another process started."""
     global _server
     _server = _Server(address, tuple(modules))
 
 
-def cool_down() -> None:
-    """Ends the server that this process has started, and all that it has forked."""
+def stop_server() -> None:
+    """Ends the server that this process started, with all processes that it forked."""
     global _server
     if _server is not None and _server.process is not None:
-        _end_server(_server)
+        _stop_server(_server)
         _server = None
 
 
 def start(command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None = None) -> Process:
-    """Starts a process in a session of its own: forks ``python -m module ...`` where there is a server.
+    """Starts a process in its own session; forks ``python -m module ...`` if there is a server.
 
     Args:
-        command: what is started. A module that is forked has ``main(arguments)``, which returns the exit status.
-        output: where it prints; None for where this process does.
+        command: the command. A forked module has ``main(arguments)``, which returns the exit status.
+        output: where it prints; None for this process's output.
     """
     if tuple(command[:2]) == PYTHON_M:
         out = (1, 2) if output is None else (output.fileno(), output.fileno())
@@ -117,7 +116,7 @@ def start(command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | No
             "cwd": str(Path.cwd()),
             "ignored": ignored,
         }
-        connection, pid = _asked(job, out)
+        connection, pid = _request(job, out)
         if connection is not None:
             return Forked(connection, pid)
     return subprocess.Popen(
@@ -131,17 +130,17 @@ def start(command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | No
 
 
 def poll(process: Process) -> int | None:
-    """The exit code of a process, None while it runs.
+    """Returns the exit code of a process, None while it runs.
 
-    ``Popen.poll`` takes a lock, which stays taken where the handler of a signal raises in between: whoever then waits
-    for the process waits for ever.
+    ``Popen.poll`` takes a lock that stays locked if a signal handler raises meanwhile; whoever then waits for the
+    process waits for ever.
     """
     if isinstance(process, Forked):
         return process.poll()
     if process.returncode is None:
         try:
             ended, status = os.waitpid(process.pid, os.WNOHANG)
-        except ChildProcessError:  # such a signal came between the answer and its noting
+        except ChildProcessError:  # a signal came after waitpid and before the status was stored
             process.returncode = 1
         else:
             if ended:
@@ -149,43 +148,43 @@ def poll(process: Process) -> int | None:
     return process.returncode
 
 
-def pass_on(processes: Iterable[Process], number: signal.Signals) -> None:
-    """Sends a signal to those that still run."""
+def send_signal(processes: Iterable[Process], number: signal.Signals) -> None:
+    """Sends a signal to the processes that still run."""
     for process in processes:
         if poll(process) is None:
             os.kill(process.pid, number)
 
 
-def let_end(processes: Sequence[Process], seconds: float) -> None:
-    """Waits until all have ended, at most so long."""
+def wait_for_end(processes: Sequence[Process], seconds: float) -> None:
+    """Waits until all processes have ended, for at most this many seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and any(poll(process) is None for process in processes):
         time.sleep(_POLL)
 
 
 def kill(process: Process) -> None:
-    """Kills a process with all of its group, and waits until it has ended."""
+    """Kills a process with its group, and waits until it has ended."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # not kind, but a rank in a collective hears nothing else
+        os.killpg(process.pid, signal.SIGKILL)  # a rank in a collective reacts to nothing else
     while poll(process) is None:
         time.sleep(_POLL)
 
 
-def prepare(function: str, *arguments: str) -> None:
-    """Has the server do something once, so that what it forks from then on has it; what goes wrong is nobody's matter.
+def run_in_server(function: str, *arguments: str) -> None:
+    """Runs a function once in the server, so that processes forked later share its result; ignores its errors.
 
     Args:
         function: as ``module:function``.
     """
     if _server is not None:
         module, _, name = function.partition(":")
-        connection, _ = _asked({"module": module, "function": name, "arguments": list(arguments)}, (1, 2), wait=False)
+        connection, _ = _request({"module": module, "function": name, "arguments": list(arguments)}, (1, 2), wait=False)
         if connection is not None:
             connection.close()
 
 
-def _asked(job: dict[str, Any], out: tuple[int, int], *, wait: bool = True) -> tuple[socket.socket | None, int]:
-    """Hands a job to the server; returns the connection, and the number of the process."""
+def _request(job: dict[str, Any], out: tuple[int, int], *, wait: bool = True) -> tuple[socket.socket | None, int]:
+    """Sends a job to the server; returns the connection and the process id."""
     body = json.dumps(job).encode()
     while _server is not None:
         connection = socket.socket(socket.AF_UNIX)
@@ -195,42 +194,42 @@ def _asked(job: dict[str, Any], out: tuple[int, int], *, wait: bool = True) -> t
             connection.sendall(body)
             if not wait:
                 return connection, 0
-            if pid := _number(connection, 0):
+            if pid := _read_number(connection, 0):
                 return connection, pid
-        except OSError:  # it has gone
+        except OSError:  # the server has gone
             pass
-        except BaseException:  # a signal's, and what was asked for is not wanted any more
+        except BaseException:  # a signal: the process is no longer wanted
             connection.close()
             raise
         connection.close()
-        if not _started_again(_server):
+        if not _restart_server(_server):
             return None, 0
     return None, 0
 
 
-def _started_again(server: _Server) -> bool:
-    """Starts a server again that has ended, where this process may; one that has found itself unfit is let go."""
+def _restart_server(server: _Server) -> bool:
+    """Restarts a server that has ended, if this process may; not if the server must not fork."""
     if server.process is None:
         return False
     with suppress(subprocess.TimeoutExpired):
         server.process.wait(timeout=5)
-    _end_server(server)
+    _stop_server(server)
     if server.left == 0 or server.process.returncode == UNFIT:
         server.left = 0
         return False
-    _start_server(server)
+    _spawn_server(server)
     return True
 
 
-def _start_server(server: _Server) -> None:
-    folder = tempfile.mkdtemp(prefix="rld-warm-")  # which nobody else can enter
+def _spawn_server(server: _Server) -> None:
+    folder = tempfile.mkdtemp(prefix="rld-warm-")  # accessible to this user only
     server.address, server.left = f"{folder}/socket", server.left - 1
     end, server.alive = os.pipe()
     with closing(socket.socket(socket.AF_UNIX)) as listener:
         try:
             listener.bind(server.address)
-            listener.listen(128)  # it answers when it has imported
-            # One thread of OpenBLAS, whose others would be there before the fork.
+            listener.listen(128)  # it answers once it has imported
+            # OpenBLAS with one thread: further threads would exist before the fork.
             server.process = subprocess.Popen(
                 [sys.executable, "-m", "rld_lightning.fork_server", str(listener.fileno()), str(end), *server.modules],
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
@@ -238,26 +237,26 @@ def _start_server(server: _Server) -> None:
                 pass_fds=(listener.fileno(), end),
                 start_new_session=True,
             )
-        except OSError:  # a path that is too long, say
+        except OSError:  # for example if the path is too long
             server.left = 0
             shutil.rmtree(folder, ignore_errors=True)
     os.close(end)
 
 
-def _end_server(server: _Server) -> None:
+def _stop_server(server: _Server) -> None:
     if server.alive >= 0:
         os.close(server.alive)
         server.alive = -1
     if server.process is not None:
-        with suppress(subprocess.TimeoutExpired):  # it kills what it has forked, unless it is still importing
+        with suppress(subprocess.TimeoutExpired):  # it kills the processes that it forked, unless it is still importing
             server.process.wait(timeout=0.5)
         server.process.kill()
         server.process.wait()
     shutil.rmtree(Path(server.address).parent, ignore_errors=True)
 
 
-def _number(connection: socket.socket, otherwise: int) -> int:
-    """The next line that comes, a number; ``otherwise`` where nothing comes any more."""
+def _read_number(connection: socket.socket, otherwise: int) -> int:
+    """Reads the next line, a number; returns ``otherwise`` if the connection is closed."""
     line = b""
     while not line.endswith(b"\n"):
         try:

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a script in one sentence from its first import on; imported by scripts before anything else."""
+"""Makes Ctrl-C end a script with one sentence, from its first import on; scripts import this first."""
 
 import os
 import sys

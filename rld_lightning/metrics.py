@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from rld_lightning.distributed import gathered, own_share
+from rld_lightning.distributed import gathered, own_part
 from rld_lightning.errors import UserError, some
 
 _WEIGHT = "weight"  # its key in a state, beside the names
@@ -74,7 +74,7 @@ class EpochMeans:
                 "the checkpoint's sums of its epoch so far contain other values than single numbers; resume from "
                 "another checkpoint, or start a new run in another folder."
             )
-        own = own_share(states)
+        own = own_part(states)
         self._names = tuple(name for name in own if name != _WEIGHT)
         self._totals = torch.stack([own[name] for name in (*self._names, _WEIGHT)]) if own else None
 

@@ -1,8 +1,8 @@
-"""Secrets kept out of what is written: passwords, keys, tokens, and addresses that hold them.
+"""Redacts secrets from output: passwords, keys, tokens, and addresses that contain them.
 
 A value is a secret by its name (``secret``, ``api_key``, ``Authorization``, the ``key`` of a store's options, ...) or
-as the password of an address. Of structures the value is replaced by its name; of texts, such as overrides, by its
-name and wherever a secret that has been seen in a structure stands in them.
+as the password of an address. In structures, values are redacted by their name; in texts, such as overrides, by their
+name and wherever a secret that was seen in a structure occurs.
 """
 
 import os
@@ -10,20 +10,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-HIDDEN = "REDACTED"  # neither a shell, nor Hydra, nor YAML reads anything into it
+HIDDEN = "REDACTED"  # has no special meaning in shells, Hydra or YAML
 
-_SHORTEST = 6  # characters of a secret that is looked for in texts: a shorter one stands in other words by chance
+_SHORTEST = 6  # characters of a secret that is searched in texts: a shorter one occurs in other words by chance
 _WORDS = (
     r"secret|passw(?:or)?d|passphrase|pwd|token|credentials?|authorization|cookie|signature|sas|connection[_-]?string|"
-    r"\bsig|\bauth|"  # of an address signed by Azure, and of a request; words that only end so are none
+    r"\bsig|\bauth|"  # of Azure's signed addresses, and of requests; not as the end of other words
     r"(?:api|access|private|account|shared|signing|encryption|ssh)[_-]?key(?:[_-]?id)?"
 )
 _NAME = re.compile(rf"(?:{_WORDS})$|secret|password")  # of a key in lower case, without hyphens
-# Options of stores call a password's other half `key`, or have nothing but it.
+# A store's options name the other half of a password `key`, or have only that.
 _STORE = re.compile(r"(?:storage_options|client_kwargs|credentials|headers)\b")
 _IN_STORE = re.compile(r"(?:key|user(?:name)?)$")
-_REFERENCE = re.compile(r"\$\{[\w.:]+\}")  # names where the secret stands
-# The rest of `name=value`, `name: value` and `"name": "value"`, to the end of the value.
+_REFERENCE = re.compile(r"\$\{[\w.:]+\}")  # refers to where the secret is
+# The rest of `name=value`, `name: value` and `"name": "value"`, up to the value's end.
 _VALUE = (
     r"""(?P<sign>["']?\s*[=:]\s*)"""
     r"""(?P<value>"[^"]*"|'[^']*'|\$\{[^}]*\}|(?:bearer|basic)\s+[^\s,&;"'}\]]+|[^\s,&;"'}\]{\[]+)"""
@@ -36,44 +36,44 @@ _known: set[str] = set()
 
 
 def redact(values: Any) -> Any:
-    """A copy of nested plain values without secrets: of mappings, lists and plain values, such as a configuration."""
+    """Returns a copy without secrets of nested mappings, lists and plain values, such as a configuration."""
     remember(values)
     return _redacted(values, "")
 
 
 def remember(values: Any) -> None:
-    """Lets :func:`redact_text` know the secrets of nested plain values, wherever they turn up from now on."""
+    """Registers the secrets in nested plain values, for :func:`redact_text` to redact from now on."""
     _known.update(text for text in map(str, _secrets(values, "")) if len(text) >= _SHORTEST)
 
 
 def remember_environment() -> None:
-    """Likewise those in the environment, by the names of variables; of which ``PWD`` is a folder, and no password."""
+    """Registers the secrets among the environment variables, by name; ``PWD`` is a folder, not a password."""
     remember({name: value for name, value in os.environ.items() if name not in ("PWD", "OLDPWD")})
 
 
 def redact_text(text: str) -> str:
-    """A text, such as an override, a command or a message, without secrets."""
+    """Returns a text, such as an override, a command or a message, without secrets."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     if (override := _OVERRIDE.match(text)) and is_secret(override[1]) and not _is_harmless(override[2]):
-        return f"{override[0].removesuffix(override[2])}{HIDDEN}"  # whatever its value is made of
+        return f"{override[0].removesuffix(override[2])}{HIDDEN}"  # whatever the value contains
     text = _USER.sub(rf"\g<1>{HIDDEN}@", text)
     patterns = (_ASSIGNED, _ASSIGNED_IN_STORE) if _STORE.search(text) else (_ASSIGNED,)
     for pattern in patterns:
-        text = pattern.sub(lambda found: f"{found['name']}{found['sign']}{_kept(found['value'])}", text)
+        text = pattern.sub(lambda found: f"{found['name']}{found['sign']}{_hidden(found['value'])}", text)
     return text
 
 
 def redact_command(arguments: Iterable[str]) -> list[str]:
-    """A command line without secrets."""
+    """Returns a command line without secrets."""
     return [redact_text(argument) for argument in arguments]
 
 
 def is_secret(key: str) -> bool:
-    """Whether the value of a key is one by its name.
+    """Whether a key's name marks its value as a secret.
 
     Args:
-        key: the full one, such as ``data.storage_options.secret``.
+        key: the full key, such as ``data.storage_options.secret``.
     """
     above, _, last = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).replace("-", "_").lower().rpartition(".")
     return bool(_NAME.search(last) or (_STORE.search(above) and _IN_STORE.search(last)))
@@ -81,7 +81,7 @@ def is_secret(key: str) -> bool:
 
 def _redacted(values: Any, key: str) -> Any:
     if isinstance(values, Mapping):
-        return {name: _redacted(value, _inner(key, name)) for name, value in values.items()}
+        return {name: _redacted(value, _child_key(key, name)) for name, value in values.items()}
     if isinstance(values, list | tuple):
         return [_redacted(value, key) for value in values]
     if _is_secret_value(key, values):
@@ -92,7 +92,7 @@ def _redacted(values: Any, key: str) -> Any:
 def _secrets(values: Any, key: str) -> Iterator[Any]:
     if isinstance(values, Mapping):
         for name, value in values.items():
-            yield from _secrets(value, _inner(key, name))
+            yield from _secrets(value, _child_key(key, name))
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _secrets(value, key)
@@ -100,13 +100,13 @@ def _secrets(values: Any, key: str) -> Iterator[Any]:
         yield values
 
 
-def _inner(key: str, name: object) -> str:
-    """The key of a value; all that stands below a secret is one."""
+def _child_key(key: str, name: object) -> str:
+    """Returns the key of a nested value; everything below a secret is secret."""
     return key if is_secret(key) else f"{key}.{name}".lstrip(".")
 
 
 def _is_secret_value(key: str, value: Any) -> bool:
-    """Whether a plain value of a key is to be hidden; what is empty, a switch or the name of a variable is not."""
+    """Whether to hide a plain value; not if it is empty, a boolean or a reference to a variable."""
     return is_secret(key) and value is not None and not isinstance(value, bool) and not _is_harmless(str(value))
 
 
@@ -115,7 +115,7 @@ def _is_harmless(value: str) -> bool:
     return nothing or bool(_REFERENCE.fullmatch(value))
 
 
-def _kept(value: str) -> str:
+def _hidden(value: str) -> str:
     return value if _is_harmless(value.strip("\"'")) else HIDDEN
 
 

@@ -1,4 +1,4 @@
-"""Where the folders lie that come with the package, the configuration and the scripts, and how a script is called."""
+"""Locates the package's configuration and scripts, and formats the commands that call the scripts."""
 
 import sys
 from pathlib import Path
@@ -8,13 +8,13 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(name: str) -> Path:
-    """A folder that comes with the package: inside it where a wheel was installed, beside it in a checkout."""
+    """Returns a folder that ships with the package: inside it in an installed wheel, beside it in a checkout."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
 def invocation(script: str) -> list[str]:
-    """How a script is called, for a command that is to be pasted: by its path, or by the command of an installed wheel.
+    """Returns the words that call a script, for pasting: by its path, or by the command of an installed wheel.
 
     Args:
         script: ``sys.argv[0]``.
@@ -23,15 +23,15 @@ def invocation(script: str) -> list[str]:
     return ["rld-lightning", path.stem] if path.parent == _PACKAGE / "scripts" else ["python", script]
 
 
-def called(name: str) -> str:
-    """How one of the scripts is called from here, for a line that says what to run next.
+def script_command(name: str) -> str:
+    """Returns the command that calls a script from here, for messages that name the next step.
 
     Args:
         name: such as ``predict``.
 
     Returns:
-        ``rld-lightning predict`` from an installed wheel; in a checkout ``python scripts/predict.py``, with the folder
-        as it was written where one of the scripts is running.
+        ``rld-lightning predict`` in an installed wheel; ``python scripts/predict.py`` in a checkout, with the folder as
+        the user wrote it if a script is running.
     """
     scripts = shipped("scripts")
     running = Path(sys.argv[0])

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog=called("bench"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=script_command("bench"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, in turn")

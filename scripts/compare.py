@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from rld_lightning.hydra.quoting import for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, run_task
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 SWEPT = {"losses": "loss", "seeds": "seed"}
 NOT_FOR_ALL = r"[+~]*((loss|seed|sweep|resume)=|loss@|hydra\.sweep(?!\.dir=))"  # runs of a comparison differ in it
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog=called("compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=script_command("compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "options",

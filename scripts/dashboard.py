@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog=called("dashboard"),
+        prog=script_command("dashboard"),
         description=__doc__,
         epilog="Running it again overwrites what it saved before, including edits made in the browser: it finds a view "
         "by its internal name, the report by its title. Copies under other names are left alone.",

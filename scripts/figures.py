@@ -8,7 +8,7 @@ from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.reporting.figures import RegisteredFigure, list_figures, write_all
 from rld_lightning.reporting.frame import read_frame
 from rld_lightning.runs.folder import check_folder, check_within
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 from rld_lightning.tasks.logit_reader import LogitReader
 
 FIGURES = "figures"  # the folder of the files, in that of the runs
@@ -37,7 +37,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog=called("figures"), description=__doc__)
+    parser = argparse.ArgumentParser(prog=script_command("figures"), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
     everything = RegisteredFigure("all", "whatever the runs suffice for", write_all, lambda _: None)
     for figure in (*list_figures(), everything):

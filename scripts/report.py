@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog=called("report"), description=__doc__)
+    parser = argparse.ArgumentParser(prog=script_command("report"), description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs, at any depth")
     parser.add_argument("--out", type=Path, help="folder to write to; report/ in the first folder by itself")
     parser.add_argument("--title", default="Results", help="heading of the page")

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.script import exit_on_user_error, run_task
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 GIVEN = list(sys.argv)
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
             run_task(main, "fit", "loss=ce")
         sys.exit()
     parser = argparse.ArgumentParser(
-        prog=called("teachers"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=script_command("teachers"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="accuracy, checksum and source of each teacher")

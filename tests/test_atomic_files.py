@@ -40,14 +40,14 @@ def test_keeps_the_previous_one_where_there_are_no_links(tmp_path, monkeypatch):
     assert ((tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()) == (b"two", b"one")
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "_compare"])
+@pytest.mark.parametrize("step", ["fsync", "replace", "_verify"])
 def test_what_was_there_stays_when_the_disk_is_full_or_fails(tmp_path, monkeypatch, step):
     (path := tmp_path / "a").write_bytes(b"one")
 
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic_files if step == "_compare" else os, step, fail)
+    monkeypatch.setattr(atomic_files if step == "_verify" else os, step, fail)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, b"two")
     monkeypatch.undo()

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from rld_lightning.callbacks import Diverged
 from rld_lightning.console import (
+    copy_output_to,
     print_config,
     print_error,
     print_files,
     print_line,
     print_table,
-    printed_to,
     quiet_lightning,
 )
 from rld_lightning.data.bad_images import BadImage, BadImageReport
@@ -28,12 +28,12 @@ def test_what_is_printed_is_added_to_the_file(tmp_path, capsys):
     log, inner = tmp_path / "fit.log", tmp_path / "teacher.log"
     log.write_text("an earlier attempt\n")
     long = "a/" * 100
-    with printed_to(log):
+    with copy_output_to(log):
         print_config(OmegaConf.create({"paths": {"run": long}}))
         print_line("data", f"[{long}] with password=abcdef")
         print_table("results", ("", "student"), [("top-1", 12.5)])
         logging.getLogger("lightning.pytorch.callbacks").warning("a caution")
-        with printed_to(inner):
+        with copy_output_to(inner):
             print_line("teacher", "is trained")
     print_line("after", "it")
     printed, text = capsys.readouterr().out, log.read_text()
@@ -52,7 +52,7 @@ def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
         "rld_lightning.console.console", Console(file=screen, force_terminal=True, width=40, no_color=True)
     )
     path = "/photos/" + "a" * 40
-    with printed_to(tmp_path / "fit.log"):
+    with copy_output_to(tmp_path / "fit.log"):
         print_line("teacher", f"resnet20 of [{path}] the teacher's own, resume='{path} b' and resume=c")
         print_line("next", "python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld", pasted=True)
         print_error("one\n  two of several words, which are more than a line")
@@ -82,7 +82,7 @@ def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
     ],
 )
 def test_what_ends_it_is_in_the_file(tmp_path, error, written):
-    with pytest.raises(type(error)), printed_to(tmp_path / "fit.log"):
+    with pytest.raises(type(error)), copy_output_to(tmp_path / "fit.log"):
         raise error
     text = (tmp_path / "fit.log").read_text()
     assert text.endswith(written)
@@ -91,7 +91,7 @@ def test_what_ends_it_is_in_the_file(tmp_path, error, written):
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("rld_lightning.console.rank_zero_only.rank", 1)
-    with printed_to(tmp_path / "fit.log"):
+    with copy_output_to(tmp_path / "fit.log"):
         print_line("data", "of rank 1")
     assert not (tmp_path / "fit.log").exists()
 
@@ -115,7 +115,7 @@ def test_what_lightning_tells_is_told_once():
 def test_a_terminal_obeys_no_name(tmp_path, capsys):
     """Of a class, a file or a run, which may be a stranger's: it could clear the screen, or type."""
     name = "\x1b]0;title\x07\x9bcat\u202etac\udcff"
-    with printed_to(tmp_path / "fit.log"):
+    with copy_output_to(tmp_path / "fit.log"):
         print_config(OmegaConf.create({"name": name, name: 1}))
         print_line("data", name)
         print_error(name)

@@ -60,7 +60,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(forked, "_server", None)
     yield tmp_path
-    forked.cool_down()
+    forked.stop_server()
 
 
 def start(place, *arguments, **environment):
@@ -103,7 +103,7 @@ def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(plac
         assert isinstance(plain, subprocess.Popen)
         assert finish(plain) == 0
         facts.append(json.loads((place / "out").read_text()))
-        forked.warm_up(["warm_job"])
+        forked.start_server(["warm_job"])
         monkeypatch.chdir(place)
         for value in ("2", "3"):
             process = start(place, "say", X=value)
@@ -125,7 +125,7 @@ def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(plac
 
 
 def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
-    forked.warm_up(["warm_job"])
+    forked.start_server(["warm_job"])
     assert finish(start(place, "fail")) == 1
     assert "RuntimeError: wrong" in (place / "log").read_text()
     assert finish(start(place, "exit", "7")) == 7
@@ -136,7 +136,7 @@ def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
 
 
 def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
-    forked.warm_up(["warm_job"])
+    forked.start_server(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
     process._connection.close()  # as the end of who has asked for it does
@@ -145,7 +145,7 @@ def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
 
 
 def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_more(place):
-    forked.warm_up(["warm_job"])
+    forked.start_server(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
     os.kill(forked._server.process.pid, signal.SIGKILL)
@@ -170,16 +170,16 @@ def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_
 )
 def test_a_server_with_threads_forks_nothing_and_one_that_lacks_a_module_does(place, code, kind):
     (place / "odd.py").write_text(code)
-    forked.warm_up(["odd", "warm_job"])
+    forked.start_server(["odd", "warm_job"])
     process = start(place, "exit", "4")
     assert isinstance(process, kind)
     assert finish(process) == 4
 
 
 def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
-    forked.warm_up(["warm_job"])
-    forked.prepare("warm_job:keep", "data")
-    forked.prepare("warm_job:nothing_of_this_name")
+    forked.start_server(["warm_job"])
+    forked.run_in_server("warm_job:keep", "data")
+    forked.run_in_server("warm_job:nothing_of_this_name")
     assert finish(start(place, "nest", "exit", "3")) == 13
     assert finish(start(place, "nest", "say")) == 10
     assert json.loads((place / "out").read_text())["kept"] == ["data"]
@@ -188,7 +188,7 @@ def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
 def test_a_server_ends_with_who_has_started_it(place):
     script = (
         "import os, signal, sys, time; from rld_lightning import forked_processes as forked\n"
-        "forked.warm_up(['warm_job'])\n"
+        "forked.start_server(['warm_job'])\n"
         f"process = forked.start([*forked.PYTHON_M, 'warm_job', {str(place / 'out')!r}, 'wait'], os.environ)\n"
         f"while not os.path.exists({str(place / 'out')!r}): time.sleep(0.01)\n"
         "print(forked._server.process.pid, forked._server.address, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -216,7 +216,7 @@ def test_what_trials_import_starts_no_thread_and_no_gpu_and_they_have_all_their_
         "    return 0\n"
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    forked.warm_up(_OF_TRIALS)
+    forked.start_server(_OF_TRIALS)
     for wanted in ({"OMP_NUM_THREADS": "3"}, {}):
         with (place / "log").open("ab") as log:
             process = forked.start([*forked.PYTHON_M, "look", str(place / "out")], {**os.environ, **wanted}, log)

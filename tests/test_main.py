@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from rld_lightning import __main__ as command
-from rld_lightning.shipped import called as called_here
-from rld_lightning.shipped import invocation, shipped
+from rld_lightning.shipped import invocation, script_command, shipped
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -90,15 +89,15 @@ def test_what_comes_with_the_package_is_inside_it_or_beside_it(monkeypatch, tmp_
 def test_what_to_run_next_is_said_as_it_can_be_run_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["/somewhere/pytest"])
-    assert called_here("predict") == "python scripts/predict.py"
+    assert script_command("predict") == "python scripts/predict.py"
     (tmp_path / "my checkout").symlink_to(REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["my checkout/scripts/fit.py"])
-    assert called_here("predict") == "python 'my checkout/scripts/predict.py'"
+    assert script_command("predict") == "python 'my checkout/scripts/predict.py'"
     wheel = tmp_path / "package"
     (wheel / "scripts").mkdir(parents=True)
     monkeypatch.setattr("rld_lightning.shipped._PACKAGE", wheel)
     monkeypatch.setattr(sys, "argv", [str(wheel / "scripts" / "fit.py")])
-    assert called_here("predict") == "rld-lightning predict"
+    assert script_command("predict") == "rld-lightning predict"
 
 
 def test_no_line_says_by_itself_how_a_script_is_called():

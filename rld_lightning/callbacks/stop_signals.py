@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
 from rld_lightning.console import print_line
-from rld_lightning.distributed import STOPS, Stopped, is_first, rank_zero_only, slurm_job, started_here
+from rld_lightning.distributed import STOPS, Stopped, is_rank_zero, rank_zero_only, slurm_job, started_by_run
 from rld_lightning.watching import callbacks_of
 
 _SAVE = 1  # what processes tell each other: to save, or a stop's number and this much
@@ -101,7 +101,7 @@ class StopSignals(Checkpoint):
     def _listen(self) -> None:
         for number in (*STOPS, signal.SIGUSR1):
             # By nohup, say; or SIGUSR1 until there is something to save.
-            if signal.getsignal(number) is not signal.SIG_IGN or (number == signal.SIGUSR1 and started_here()):
+            if signal.getsignal(number) is not signal.SIG_IGN or (number == signal.SIGUSR1 and started_by_run()):
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -113,7 +113,7 @@ class StopSignals(Checkpoint):
             self.heard = max(self.heard, _SAVE) if self.training else self.heard
         elif self.training and self.heard < _STOP:
             self.heard = _STOP + number
-            if is_first() and not started_here():  # else whoever has started it says so
+            if is_rank_zero() and not started_by_run():  # else whoever has started it says so
                 line = b"stopping after this step, and saving; once more stops it at once\n"
                 os.write(2, b"\n" + line if os.isatty(2) else line)  # behind ^C, and a bar
         else:

@@ -14,7 +14,7 @@ from rld_lightning.data.image_list import TEST_FOLDER, ImageList, find_splits
 from rld_lightning.data.split_file import read_split, write_split
 from rld_lightning.data.streaming import Images
 from rld_lightning.data.streaming_module import StreamingDataModule
-from rld_lightning.distributed import is_first
+from rld_lightning.distributed import is_rank_zero
 
 
 class ImageFolderDataModule(StreamingDataModule):
@@ -67,7 +67,7 @@ class ImageFolderDataModule(StreamingDataModule):
         if self.split_file.exists():
             return self._as_written(self.split_file)
         splits = super()._held_out()
-        if (self.val_fraction > 0 or self._is_flat(splits)) and is_first():
+        if (self.val_fraction > 0 or self._is_flat(splits)) and is_rank_zero():
             write_split(self.split_file, self.root, splits)
         return splits
 

@@ -57,7 +57,7 @@ class Later(Callback):
         composed()
         self.on_run_start(config)
         if self.warm and str(config.hydra.launcher._target_).endswith(_HERE):
-            forked_processes.warm_up(_OF_TRIALS)  # which imports while this process does
+            forked_processes.start_server(_OF_TRIALS)  # which imports while this process does
         self.callback = instantiate(self.settings)
         assert self.callback is not None
         self.callback.on_multirun_start(config, **options)

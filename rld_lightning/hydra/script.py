@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_line, quiet_lightning
-from rld_lightning.distributed import Stopped, leave, signals_end
+from rld_lightning.distributed import Stopped, exit_now, stop_on_signals
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.cleared import clear_mistake
@@ -69,7 +69,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
     try:
         _hold_back()
-        with signals_end():  # launchers of trials, too, clear up behind them
+        with stop_on_signals():  # launchers of trials, too, clear up behind them
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Stopped) as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
@@ -77,7 +77,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             clear_mistake()
         if not stopped.said:
             print_line("stopped", f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else stopped.signal.name}")
-        leave(128 + stopped.signal)
+        exit_now(128 + stopped.signal)
     except SystemExit as stop:
         if stop.code == 1 and (words := _held()):
             with exit_on_user_error():

@@ -27,7 +27,7 @@ from rld_lightning.reporting.tables import Section, compare, sections
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP, read_text
 from rld_lightning.runs.finished import Found, Run
 from rld_lightning.runs.folder import check_folder
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
 ROWS_TO_FILTER = 6  # tables with more have a field to filter them by
@@ -169,7 +169,7 @@ def _nothing_finished(folders: Sequence[Path], found: Found) -> str:
         first = found.unfinished[0]
         reason = _reason(first)
         return f"none of the {len(found.unfinished)} runs in {where} is finished; the first is {first}: {reason}."
-    return f"there are no runs in {where}; give folders that {called('fit')} has written, such as runs/."
+    return f"there are no runs in {where}; give folders that {script_command('fit')} has written, such as runs/."
 
 
 def _reason(folder: Path) -> str:
@@ -210,7 +210,7 @@ def _command(run: Run) -> str:
         own = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
         if len(own) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in own):
             own.append(f"loss={run.choices.get('loss', run.method)}")  # which the sweep may have chosen
-        return f"{called('fit')} {as_command(own)}"
+        return f"{script_command('fit')} {as_command(own)}"
     above = run.folder.parent
     if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"

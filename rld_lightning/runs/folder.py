@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rld_lightning.distributed import started_by
+from rld_lightning.distributed import external_launcher
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.runs.files import LOCK, WANDB
 
@@ -39,7 +39,7 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
         UserError: another process has taken it, or nothing can be written there.
     """
     lock = FileLock(folder / name)
-    if started_by() is not None:
+    if external_launcher() is not None:
         return lock
     with user_errors():
         check_folder(folder)

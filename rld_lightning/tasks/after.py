@@ -27,7 +27,7 @@ from rld_lightning.reporting.trio import Network, table_of, write_networks
 from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.runs.summary import Summary
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.run.matched_classes import read_student
 from rld_lightning.tasks.run.plan import Plan, alone, changed
@@ -145,7 +145,9 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
     if caution := has_not_paid(networks):
         print_line("caution", caution)
         trust = _told("trust", networks[-1].name)
-        print_line("alone", f"exported by {called('export')} {as_argument('run', run / ALONE)}{trust}", pasted=True)
+        print_line(
+            "alone", f"exported by {script_command('export')} {as_argument('run', run / ALONE)}{trust}", pasted=True
+        )
 
 
 def has_not_paid(networks: Sequence[Network]) -> str:
@@ -172,7 +174,7 @@ def export_student(finished: Finished) -> None:
     with user_errors():
         export_run(run, formats)
     name = _told("name", finished.plan.student.name)
-    print_line("next", f"{called('predict')} {as_argument('weights', run)}{name} images=photo.jpg", pasted=True)
+    print_line("next", f"{script_command('predict')} {as_argument('weights', run)}{name} images=photo.jpg", pasted=True)
 
 
 def _told(key: str, name: str) -> str:

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 
 from rld_lightning.callbacks import Diverged, StopSignals
-from rld_lightning.console import print_config, print_line, printed_to
+from rld_lightning.console import copy_output_to, print_config, print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import Stopped, requeued, started_by, started_here
+from rld_lightning.distributed import Stopped, external_launcher, requeued, started_by_run
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.hydra.quoting import as_argument
@@ -99,14 +99,14 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             scheduler_monitor=cfg.recipe.get("scheduler_monitor"),
         )
     command()  # which processes that are started here inherit
-    with locked(plan.run), disk_errors(), printed_to(plan.run / LOG):
+    with locked(plan.run), disk_errors(), copy_output_to(plan.run / LOG):
         with user_errors():
             plan = replace(plan, before=check_start(plan, cfg))  # one sentence is better early than from all ranks
         if plan.processes > 1:
             run_in_processes(plan.processes, TASK, cfg)
             return read_summary(plan.run)
         # Where processes were started here, the one that has started them says how to continue.
-        return _run(cfg, plan, resume_hint=resume_hint and not started_here())
+        return _run(cfg, plan, resume_hint=resume_hint and not started_by_run())
 
 
 def _of_requeued(run: Path) -> str | None:
@@ -126,7 +126,7 @@ def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None, output:
     """
     with user_errors():
         processes = processes_to_start(cfg.trainer)
-    if started_by() is not None:  # SLURM has
+    if external_launcher() is not None:  # SLURM has
         return fit(cfg)
     run_in_processes(processes, TASK, cfg, resume_hint=resume_hint, output=output)
     return read_summary(Path(cfg.paths.run))

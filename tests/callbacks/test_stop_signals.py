@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from rld_lightning.callbacks import ExactResume, LastCheckpoint, StopSignals
 from rld_lightning.data import DigitsDataModule
-from rld_lightning.distributed import Stopped, leave, signals_end, stopped_by
+from rld_lightning.distributed import Stopped, exit_now, stop_on_signals, stopped_by
 
 BATCHES = 12  # an epoch
 
@@ -163,7 +163,7 @@ def _kill(*numbers):
 
 def test_outside_of_training_signals_end_a_process():
     for number in (signal.SIGTERM, signal.SIGHUP):
-        with signals_end(), pytest.raises(Stopped) as stop:
+        with stop_on_signals(), pytest.raises(Stopped) as stop:
             _kill(signal.SIGUSR1, number)
         assert stop.value.code == 128 + number
 
@@ -171,7 +171,7 @@ def test_outside_of_training_signals_end_a_process():
 def test_a_process_leaves_with_what_it_has_written(capfd):
     if (child := os.fork()) == 0:
         print("written", end="")
-        leave(143)
+        exit_now(143)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     assert capfd.readouterr().out == "written"
 

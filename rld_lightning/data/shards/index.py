@@ -20,7 +20,7 @@ from rld_lightning.data.shards.remote import join, local_path, read_bytes, write
 from rld_lightning.data.shards.samples import MOST_BYTES, Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
 from rld_lightning.limits import LARGEST_RESIZE
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"
@@ -73,13 +73,13 @@ class ShardIndex:
             ValueError: the files are not an index, or not of one another.
         """
         path = join(root, INDEX_FILE)
-        again = f"make it again with {called('shards')}"
+        again = f"make it again with {script_command('shards')}"
         try:
             content = read_bytes(path, _MOST_JSON, options)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{path} is not there: set root to a folder or an address of shards with their index, which "
-                f"{called('shards')} makes from a folder of images or from shards."
+                f"{script_command('shards')} makes from a folder of images or from shards."
             ) from error
         try:
             described = json.loads(content)

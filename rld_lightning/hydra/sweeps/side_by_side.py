@@ -19,10 +19,10 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from rld_lightning.console import end_line, print_line
-from rld_lightning.distributed import GRACE, TRIALS, Stopped, end_with, signals_end, stopped_by
+from rld_lightning.console import print_line, start_new_line
+from rld_lightning.distributed import GRACE, TRIALS, Stopped, exit_with_parent, stop_on_signals, stopped_by
 from rld_lightning.errors import UserError
-from rld_lightning.forked_processes import PYTHON_M, Process, kill, let_end, pass_on, poll, start
+from rld_lightning.forked_processes import PYTHON_M, Process, kill, poll, send_signal, start, wait_for_end
 from rld_lightning.hydra.gpu_shares import VISIBLE, gpu_shares
 from rld_lightning.runs.files import ERROR
 
@@ -85,12 +85,12 @@ class Jobs:
                             returned[job.index] = self._returned(folder, number, code, overrides[job.index])
                     time.sleep(_POLL)
             except (KeyboardInterrupt, Stopped):
-                end_line()
+                start_new_line()
                 print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
                     jobs = [job.process for job in running.values()]
-                    pass_on(jobs, signal.SIGTERM)  # which they tell their trials
-                    let_end(jobs, GRACE + 5)
+                    send_signal(jobs, signal.SIGTERM)  # which they tell their trials
+                    wait_for_end(jobs, GRACE + 5)
                 raise
             finally:
                 for job in running.values():  # what it has started ends with it
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     folder, number = Path(arguments[0]), int(arguments[1])
     try:
-        with signals_end():
+        with stop_on_signals():
             context, config, task, singletons = pickle.loads((folder / "shared").read_bytes())
             overrides = pickle.loads((folder / f"job_{number}").read_bytes())
             setup_globals()
@@ -169,5 +169,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    end_with(int(sys.argv[3]))
+    exit_with_parent(int(sys.argv[3]))
     sys.exit(main(sys.argv[1:]))

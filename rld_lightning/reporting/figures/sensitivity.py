@@ -15,7 +15,7 @@ from rld_lightning.reporting.labels import describe, short_key
 from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, PLAIN_NUMBERS, RED, save_figure, styled
 from rld_lightning.reporting.sweeps import Sweep
 from rld_lightning.reporting.tables import sections
-from rld_lightning.shipped import called
+from rld_lightning.shipped import script_command
 
 MOST_LINES = 4  # with more, all are grey but the best
 MOST_TICKS = 10
@@ -62,7 +62,7 @@ def swept(runs: pd.DataFrame, method: str | None = None, pair: str | None = None
     if not sweeps:
         raise ValueError(
             "no hyper-parameter has several values in the finished runs of these folders; sweep one first, such as "
-            f"{called('fit')} -m loss.alpha=1,2,4."
+            f"{script_command('fit')} -m loss.alpha=1,2,4."
         )
     if len(sweeps) > 1:
         names = "; ".join(", ".join(key) for key in sweeps)

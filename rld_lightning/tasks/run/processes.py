@@ -32,21 +32,21 @@ from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
 from rld_lightning import forked_processes
-from rld_lightning.console import end_line, look_again, print_line, quiet_lightning
+from rld_lightning.console import print_line, quiet_lightning, reset_console, start_new_line
 from rld_lightning.distributed import (
     GRACE,
     JOB,
     Stopped,
-    end_with,
-    leave,
-    look_for_rank,
-    signals_end,
-    started_by,
+    exit_now,
+    exit_with_parent,
+    external_launcher,
+    stop_on_signals,
     stopped_by,
     trials_at_once,
+    update_rank,
 )
 from rld_lightning.errors import UserError
-from rld_lightning.forked_processes import Process, kill, let_end, pass_on, poll
+from rld_lightning.forked_processes import Process, kill, poll, send_signal, wait_for_end
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
 from rld_lightning.runs.checkpoint import is_there
@@ -76,7 +76,7 @@ def processes_to_start(trainer: DictConfig) -> int:
         ValueError: ``torchrun`` or ``srun`` has started another number of processes than the trainer wants, a sweep was
             started with them, or the run needs several nodes and nobody has started the others.
     """
-    if trainer.devices == 1 and trainer.get("num_nodes", 1) == 1 and started_by() is None:
+    if trainer.devices == 1 and trainer.get("num_nodes", 1) == 1 and external_launcher() is None:
         return 1
     # Here, so that ranks end quietly on a Ctrl-C while they import it.
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -86,16 +86,16 @@ def processes_to_start(trainer: DictConfig) -> int:
     others = dict.fromkeys(("precision", "fast_dev_run", "detect_anomaly", *_LIMITS))
     probe = make_trainer(trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False, **others)
     wanted = probe.num_devices * probe.num_nodes
-    if (started := started_by()) is not None:
-        if wanted != started.processes:
+    if (launcher := external_launcher()) is not None:
+        if wanted != launcher.processes:
             raise ValueError(
-                f"{started.by} has started {started.processes} process(es) and the trainer wants {probe.num_devices} "
-                f"on {probe.num_nodes} node(s); leave trainer.devices and trainer.num_nodes away and choose "
-                "trainer=ddp, or trainer=ddp_cpu without GPUs, which take both from there."
+                f"{launcher.name} has started {launcher.processes} process(es) and the trainer wants "
+                f"{probe.num_devices} on {probe.num_nodes} node(s); leave trainer.devices and trainer.num_nodes away "
+                "and choose trainer=ddp, or trainer=ddp_cpu without GPUs, which take both from there."
             )
-        if is_trial() and started.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+        if is_trial() and launcher.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
             raise ValueError(
-                f"--multirun under {started.by} would sweep once in each process, each with other values; start it "
+                f"--multirun under {launcher.name} would sweep once in each process, each with other values; start it "
                 "without: every trial starts its own processes. On several nodes use launcher=submitit_slurm."
             )
         return 1
@@ -131,17 +131,17 @@ def run_in_processes(
         folder = Path(scratch)
         OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
         command = (*forked_processes.PYTHON_M, "rld_lightning.tasks.run.processes", task, str(folder), str(os.getpid()))
-        with signals_end(), _started(command, count, output) as processes:
+        with stop_on_signals(), _started(command, count, output) as processes:
             stop = None
             try:
                 codes = _wait(processes)
                 if (number := stopped_by(codes.values())) is not None:  # all of them, or soon
                     stop = number
-                    let_end(processes, GRACE)
+                    wait_for_end(processes, GRACE)
             except (KeyboardInterrupt, Stopped) as signalled:
                 stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
                 if trials_at_once() is None:  # else the launcher says it
-                    end_line()
+                    start_new_line()
                     print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
                     _interrupt(processes)
@@ -178,7 +178,7 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
             # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
             with output.open("ab") if output else nullcontext() as file:
                 processes.append(forked_processes.start(command, environment, file))
-        _on_sigusr1(lambda *_: pass_on(processes, signal.SIGUSR1))
+        _on_sigusr1(lambda *_: send_signal(processes, signal.SIGUSR1))
         yield processes
     finally:
         _on_sigusr1(before)
@@ -207,8 +207,8 @@ def _interrupt(processes: Sequence[Process]) -> None:
 
     By SIGTERM, which ends those that are still importing without a traceback.
     """
-    pass_on(processes, signal.SIGTERM)
-    let_end(processes, GRACE)
+    send_signal(processes, signal.SIGTERM)
+    wait_for_end(processes, GRACE)
 
 
 def _resume_hint(run: Path) -> str | None:
@@ -285,17 +285,17 @@ def main(arguments: Sequence[str]) -> int:
     """
     code = _rank(arguments[0], Path(arguments[1]))
     if stopped_by([code]) is not None:
-        leave(code)
+        exit_now(code)
     return code
 
 
 def _rank(task: str, folder: Path) -> int:
-    look_for_rank()
-    look_again()
+    update_rank()
+    reset_console()
     quiet_lightning()
     try:
         module, function = task.split(":")
-        with signals_end():
+        with stop_on_signals():
             getattr(importlib.import_module(module), function)(OmegaConf.load(folder / "config.yaml"))
     except KeyboardInterrupt:
         return 130
@@ -312,5 +312,5 @@ def _rank(task: str, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    end_with(int(sys.argv[3]))
+    exit_with_parent(int(sys.argv[3]))
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 from rld_lightning.callbacks import ExactResume
 from rld_lightning.callbacks.exact_resume import has_stopped_early
 from rld_lightning.console import print_line
-from rld_lightning.distributed import rank_zero_only, started_here
+from rld_lightning.distributed import rank_zero_only, started_by_run
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.registry import canonical_name
@@ -82,7 +82,7 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
         if folder.absolute() == run.absolute():
             (run / METRICS).unlink(missing_ok=True)  # of the beginning of an epoch
             teacher = ""
-        if not started_here():  # by a process that has said so
+        if not started_by_run():  # by a process that has said so
             print_line("resume", f"there is no checkpoint in {folder} yet: the run starts over{teacher}")
     if (run / METRICS).exists() or is_there(run / LAST):
         raise ValueError(
@@ -159,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has only weights, no optimizer state; take a run's last.ckpt, or {weights}.")
     if not isinstance(checkpoint.get("lr_schedulers"), list) or not _is_version(checkpoint.get(_LIGHTNING)):
         raise ValueError(f"{path} is not a checkpoint to resume from; take a run's last.ckpt, or {weights}.")
-    if used != path and not started_here():  # by a process that has said so
+    if used != path and not started_by_run():  # by a process that has said so
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
         print_line("caution", f"{path} is damaged or gone: resuming from the previous one, {used}{step}")
     return checkpoint

@@ -19,7 +19,7 @@ def share_data(settings: DictConfig) -> None:
     Args:
         settings: ``data``; trials with other settings read for themselves.
     """
-    forked_processes.prepare(f"{__name__}:keep", _as_text(settings))
+    forked_processes.run_in_server(f"{__name__}:keep", _as_text(settings))
 
 
 def keep(settings: str) -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_files, print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import rank_zero_only, started_by
+from rld_lightning.distributed import external_launcher, rank_zero_only
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.quoting import as_argument, for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, is_trial
@@ -193,8 +193,8 @@ class Sweep(Callback):
         fit = partial(fit_in_processes, resume_hint=_here(folder))
         if self._lacks_teacher(config, swept, folder):
             name = config.model.teacher.name
-            if (started := started_by()) is not None and started.processes > 1:
-                raise UserError(f"the teacher {name} starts its own processes; start this without {started.by}.")
+            if (launcher := external_launcher()) is not None and launcher.processes > 1:
+                raise UserError(f"the teacher {name} starts its own processes; start this without {launcher.name}.")
             shared = (folder / TEACHER).absolute()
             data = _data(config, shared)
             start = config.model.teacher.get("start")

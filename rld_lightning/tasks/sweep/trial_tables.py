@@ -25,7 +25,7 @@ from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.runs.files import ALONE, CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.runs.summary import Summary
-from rld_lightning.shipped import called, invocation
+from rld_lightning.shipped import invocation, script_command
 from rld_lightning.tasks.teacher.recorded import seen_as_teacher
 
 if TYPE_CHECKING:
@@ -175,9 +175,11 @@ def print_networks(folder: Path) -> None:
     for run in (*trials, alone):
         print_files(run.folder, {CURVES: f"learning curves, {run.summary.loss}"})
     suggested = {
-        f"{called('quickstart')} loss=dkd": f"another loss ({called('fit')} --help lists all)",
-        f"{called('compare')} experiment=quickstart losses=ce,kd,rld seeds=0,1,2": "several, with spread and a report",
-        f"{called('fit')} model=wrn40_2_to_wrn16_2 loss=rld": "a pair of the papers, on CIFAR-100",
+        f"{script_command('quickstart')} loss=dkd": f"another loss ({script_command('fit')} --help lists all)",
+        f"{script_command('compare')} experiment=quickstart losses=ce,kd,rld seeds=0,1,2": (
+            "several, with spread and a report"
+        ),
+        f"{script_command('fit')} model=wrn40_2_to_wrn16_2 loss=rld": "a pair of the papers, on CIFAR-100",
     }
     for command, what in suggested.items():
         print_line("next", f"{command}  {what}", pasted=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rld_lightning.console import console, duration, print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import is_first
+from rld_lightning.distributed import is_rank_zero
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import ResidentTable
@@ -114,7 +114,9 @@ def _progress(images: int) -> Iterator[Callable[[int], None]]:
     done, started = 0, time.monotonic()
     said = started
     columns = (TextColumn("filling the cache"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (console.is_terminal and is_first()), transient=True) as bar:
+    with Progress(
+        *columns, console=console, disable=not (console.is_terminal and is_rank_zero()), transient=True
+    ) as bar:
         task = bar.add_task("", total=images)
 
         def advance(more: int) -> None:

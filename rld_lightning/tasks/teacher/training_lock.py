@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import print_line
-from rld_lightning.distributed import is_first, started_by
+from rld_lightning.distributed import external_launcher, is_rank_zero
 from rld_lightning.errors import UserError
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 
@@ -43,7 +43,7 @@ def turn_to_train(
     place = store.path(dataset, name)
     lock = FileLock(place.with_name(f".{place.stem}.lock"))
     holder, own = place.with_name(f".{place.stem}.holder"), _group(run)
-    if started_by() is not None and not is_first():
+    if external_launcher() is not None and not is_rank_zero():
         yield _wait_for_the_first(store, dataset, name, lock, holder, own)
         return
     try:

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rld_lightning.callbacks import SameConfiguration, same_configuration
-from rld_lightning.distributed import requeued, started_by, started_here, unique_name
+from rld_lightning.distributed import external_launcher, requeued, started_by_run, unique_name
 from rld_lightning.errors import UserError
 from rld_lightning.tasks import fit
 from rld_lightning.tasks.run import processes as launching
@@ -74,7 +74,7 @@ def test_torchrun_and_srun_say_how_many_devices_and_nodes(monkeypatch):
     assert (trainer.devices, trainer.num_nodes) == (4, 2)
     assert processes_to_start(trainer) == 1
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
-    assert started_by() is None
+    assert external_launcher() is None
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,11 @@ def test_a_run_of_a_job_that_is_started_again_goes_on(monkeypatch, tmp_path):
 
 
 def test_only_our_own_ranks_are_started_here(monkeypatch):
-    assert not started_here()
+    assert not started_by_run()
     torchrun(monkeypatch)
-    assert not started_here()
+    assert not started_by_run()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", launching.JOB)
-    assert started_here()
+    assert started_by_run()
 
 
 def configuration(**values):

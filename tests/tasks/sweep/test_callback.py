@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from rld_lightning.callbacks import OptunaPruner
-from rld_lightning.distributed import Started, rank_zero_only
+from rld_lightning.distributed import Launcher, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import expand_combined_loss
 from rld_lightning.reporting.sweeps import sweep_settings
@@ -382,8 +382,8 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_process_of_a_slurm_job_goes_on_and_returns_what_it_has(cfg, monkeypatch, rank):
-    monkeypatch.setattr(fitting, "started_by", lambda: Started("srun", 2, 1))
-    monkeypatch.setattr(run_folder, "started_by", lambda: Started("srun", 2, 1))
+    monkeypatch.setattr(fitting, "external_launcher", lambda: Launcher("srun", 2, 1))
+    monkeypatch.setattr(run_folder, "external_launcher", lambda: Launcher("srun", 2, 1))
     monkeypatch.setattr(fitting, "processes_to_start", lambda _trainer: 1)
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     resumed = []
