@@ -1,1 +1,1 @@
-"""Measurements: everything against a plain reference, in one process, in alternation."""
+"""Benchmarks: each measures everything against a plain reference, in alternation."""

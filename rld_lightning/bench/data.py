@@ -1,4 +1,4 @@
-"""How many images a second one core prepares for training: ours against the usual Pillow pipeline."""
+"""Benchmark of the data pipeline: images/s that one core prepares for training, against the usual Pillow pipeline."""
 
 import itertools
 import os
@@ -30,16 +30,15 @@ SCALE = (0.08, 1.0)
 
 
 def bench_data(images: int, width: int, height: int, quality: int, size: int, rounds: int) -> None:
-    """Reads, crops, resizes and flips a batch of generated JPEGs with each pipeline in turn, on one thread.
+    """Reads, crops, resizes and flips a batch of generated JPEGs with each pipeline in alternation, on one thread.
 
     The Pillow pipeline is the usual one: open, convert, ``RandomResizedCrop`` and flip of a Pillow image, ``ToTensor``,
-    ``Normalize``, collate. Ours leaves normalisation to the device, a batch at a time; the last row adds it on this
-    core. All draw the same.
+    ``Normalize``, collate. Ours normalises whole batches on the device; the last row adds that on this core.
 
     Args:
-        images: how many JPEGs, which make one batch.
-        width: their mean width; sizes vary by a fifth.
-        size: side of a crop after resizing.
+        images: number of JPEGs, which form one batch.
+        width: mean width; sizes vary by a fifth.
+        size: height and width of a crop after resizing.
     """
     torch.set_num_threads(1)  # as in a worker process
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +57,7 @@ def bench_data(images: int, width: int, height: int, quality: int, size: int, ro
 
 
 def pipelines(paths: list[Path], size: int) -> dict[str, Callable[[], object]]:
-    """Makes one function a pipeline; each prepares a batch of all files."""
+    """Returns one function per pipeline; each prepares a batch of all files."""
     usual = v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=SCALE, antialias=True),
@@ -97,7 +96,7 @@ def pipelines(paths: list[Path], size: int) -> dict[str, Callable[[], object]]:
 
 
 def _pack(paths: list[Path]) -> ShardList:
-    """Puts the files into a shard beside them."""
+    """Packs the files into a shard in the same folder."""
     shard = paths[0].with_name("shard.tar")
     with tarfile.open(shard, "w") as tar:
         for path in paths:
@@ -110,7 +109,7 @@ def _pack(paths: list[Path]) -> ShardList:
 
 
 def write_jpegs(folder: Path, images: int, width: int, height: int, quality: int) -> list[Path]:
-    """Writes coloured clouds with the noise of a camera; sizes vary by a fifth of the mean ones."""
+    """Writes images of coloured clouds with camera noise; sizes vary by a fifth around the mean."""
     generator, paths = np.random.default_rng(0), []
     for number in range(images):
         shape = tuple((generator.uniform(0.8, 1.2, 2) * (width, height)).astype(int).tolist())
@@ -123,16 +122,16 @@ def write_jpegs(folder: Path, images: int, width: int, height: int, quality: int
 
 
 def write_image_folder(root: Path, classes: int = 1000, each: int = 32, images: int = 1000) -> None:
-    """Makes a folder of ``train/<class>/`` and ``val/<class>/`` with JPEGs of ImageNet's size, where there is none.
+    """Writes a folder of ``train/<class>/`` and ``val/<class>/`` with JPEGs of ImageNet's size, unless it exists.
 
     Args:
-        each: training images of a class; it has one to validate on.
-        images: how many unlike ones there are: others are links to them, which are read and decoded all the same.
+        each: number of training images per class; each class has one validation image.
+        images: number of different images; the others are hard links to them, which are read and decoded all the same.
     """
     if root.exists():
         return
     part = root.with_name(f"{root.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a call that was interrupted
+    shutil.rmtree(part, ignore_errors=True)  # left by an interrupted call
     (part / "unlike").mkdir(parents=True)
     paths = itertools.cycle(write_jpegs(part / "unlike", images, 500, 375, 90))
     for split, count in (("train", each), ("val", 1)):

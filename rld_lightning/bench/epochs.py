@@ -1,4 +1,4 @@
-"""What an epoch costs beside its steps: validation, metrics, files. ``fit.py`` itself runs, with few steps an epoch."""
+"""Benchmark of an epoch's time outside of its steps (validation, metrics, files): runs ``fit.py`` with short epochs."""
 
 import json
 import statistics
@@ -16,11 +16,11 @@ from rld_lightning.console import console, print_table
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.save import save_weights
 
-_STEPS = 8  # an epoch
+_STEPS = 8  # per epoch
 
 
 class EpochTimes(Callback):
-    """Writes to a JSON file the seconds of each step, between epochs, and of the forward pass of the validation."""
+    """Writes a JSON file with the seconds of each step, between epochs, and of the validation's forward passes."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -30,7 +30,7 @@ class EpochTimes(Callback):
         self._ended: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hears of each forward pass of the student."""
+        """Registers hooks that time the student's forward passes."""
         self._began, student = 0.0, cast("torch.nn.Module", pl_module.student)
 
         def begin(*_: Any) -> None:
@@ -44,16 +44,16 @@ class EpochTimes(Callback):
         student.register_forward_hook(end)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Counts what has passed since the last step of the epoch before."""
+        """Records the time since the last step of the previous epoch."""
         if batch_idx == 0 and self._ended is not None:
             self.between.append(_now(trainer) - self._ended)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a step."""
+        """Records a step's time."""
         now = _now(trainer)
-        if batch_idx > 1 and self._ended is not None:  # the first ones warm up
+        if batch_idx > 1 and self._ended is not None:  # the first steps are warm-up
             self.steps.append(now - self._ended)
         self._ended = now
         if batch_idx == _STEPS - 1:
@@ -65,11 +65,11 @@ class EpochTimes(Callback):
 
 
 def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) -> None:
-    """Trains on CIFAR-100 for some short epochs, and says what whole ones would spend outside of steps.
+    """Trains on CIFAR-100 for a few short epochs, and prints the time outside of steps relative to a full epoch.
 
     Args:
         teacher: its network, with random weights; its logits are looked up from the second epoch on, if at all.
-        epochs: at least 3: between the first two the teacher sees the validation images.
+        epochs: at least 3, since the teacher evaluates the validation images between the first two.
     """
     with tempfile.TemporaryDirectory() as folder:
         weights, found = Path(folder) / "teacher.safetensors", Path(folder) / "times.json"
@@ -90,17 +90,17 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
     rest = statistics.median(between - own for between, own in later)
     rows += [
         ("student's forward pass of the validation", forward, 100 * forward / steps),
-        ("all else between two epochs", rest, 100 * rest / steps),
-        ("once a run: the teacher's forward pass of the validation", max(0.0, first[0] - first[1] - rest), None),
+        ("everything else between two epochs", rest, 100 * rest / steps),
+        ("once per run: the teacher's forward pass of the validation", max(0.0, first[0] - first[1] - rest), None),
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print_table(
         f"an epoch of {teacher} to {student}, CIFAR-100, batch {batch}, on {machine(device)}",
-        ("", "s an epoch", "% of the steps"),
+        ("", "s per epoch", "% of the steps"),
         rows,
     )
-    said = f"medians of {len(times['steps'])} steps and {len(later)} epochs"
-    console.print(f"{said}; steps as many as a whole epoch has", style="dim")
+    medians = f"medians of {len(times['steps'])} steps and {len(later)} epochs"
+    console.print(f"{medians}; steps scaled to a full epoch", style="dim")
 
 
 def _now(trainer: Trainer) -> float:

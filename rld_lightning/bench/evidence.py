@@ -1,4 +1,4 @@
-"""What ``scripts/gpu_check.sh`` asks of Python: facts of the machine, how long trainings may be, what was found."""
+"""Helpers of ``scripts/gpu_check.sh``: facts of the machine, the number of epochs, and the collected results."""
 
 import json
 import sys
@@ -15,13 +15,13 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
 from rld_lightning.runs.metrics_csv import read_rows
 
-IMAGES = 50_000  # of an epoch
-_WEIGHTS = ("teacher", "rld-0", "kd-0", "ce-0", "rld-1")  # of which runs, so that there are 8 files at most
+IMAGES = 50_000  # per epoch
+_WEIGHTS = ("teacher", "rld-0", "kd-0", "ce-0", "rld-1")  # runs whose weights are collected; 8 files at most in all
 _LONGEST_LOG = 200_000  # characters
 
 
 def facts(state: Path) -> None:
-    """Writes and prints what the machine is, and how fast it multiplies and copies."""
+    """Writes and prints the machine's name, versions, and speed of matrix products and copies."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {"torch": torch.__version__, "machine": machine(device)}
     if device.type == "cuda":
@@ -39,7 +39,7 @@ def facts(state: Path) -> None:
 
 
 def _seconds(work: Any, device: torch.device) -> float:
-    """Least of five, each until the device has finished."""
+    """Returns the shortest of five times, each until the device has finished."""
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
@@ -51,12 +51,12 @@ def _seconds(work: Any, device: torch.device) -> float:
 
 
 def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
-    """How many epochs, 240 at most and a multiple of 8, a teacher and a first round of students may have.
+    """Returns how many epochs (a multiple of 8, at most 240) a teacher and a first round of students fit in the budget.
 
     Args:
-        state: with the short runs ``pace-teacher`` and ``pace-student``.
-        budget: seconds for all of it.
-        side_by_side: how many times as long students take that share the device.
+        state: the folder with the short runs ``pace-teacher`` and ``pace-student``.
+        budget: total seconds.
+        side_by_side: slow-down factor of students that share the device.
     """
     speeds = [_summary(state / "runs" / name).get("images_per_s") for name in ("pace-teacher", "pace-student")]
     if not all(speeds):
@@ -66,7 +66,7 @@ def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
 
 
 def gather(state: Path, out: Path) -> None:
-    """Leaves what there is by now in at most 8 files: ``log.txt``, ``results.json``, ``metrics.csv`` and weights."""
+    """Collects the results so far into at most 8 files: ``log.txt``, ``results.json``, ``metrics.csv`` and weights."""
     runs = {path.name: path for path in sorted((state / "runs").iterdir()) if path.is_dir()}
     logs = {path.stem: _text(path) for path in [state / "log.txt", *sorted((state / "logs").glob("*.txt"))]}
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Whole jobs, from pressing Enter: ``scripts/fit.py`` with all that it watches and logs, against a plain trainer.
+"""Benchmark of whole jobs from their command: ``scripts/fit.py`` with callbacks and loggers, against a plain trainer.
 
-All contenders run at once, of which all but one are stopped: each computes for some seconds, in turn. So starting up
-is paid once, and a machine that is slower for a while is so for all alike.
+All contenders are started, but only one at a time is running while the others are stopped: each runs for some seconds,
+in turn. So start-up is paid once, and a machine that is slow for a while affects all alike.
 """
 
 import json
@@ -34,71 +34,71 @@ PLAIN = "plain trainer"
 
 
 class StepTimes(Callback):
-    """Writes into a file when each training step has ended, in seconds since the epoch of the clock."""
+    """Appends the end of each training step to a file, in seconds since the Unix epoch."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Looks at the clock."""
+        """Records the time."""
         write_time(self.path)
 
 
 def write_time(path: Path) -> None:
-    """Adds the time to a file."""
+    """Appends the current time to a file."""
     with path.open("a") as file:
         file.write(f"{time.time()}\n")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, with RLD, a pair's own recipe and random weights of the teacher."""
+    """A training job with RLD, the pair's own recipe and random weights of the teacher."""
 
     data: str  # one of `DATA`
     root: str  # folder of CIFAR-100, or of `train/<class>/` and `val/<class>/` with images
-    teacher: str  # its network
-    student: str  # its network
-    batch: int  # images a step
+    teacher: str  # name of its network
+    student: str  # name of its network
+    batch: int  # images per step
     workers: int = 2  # loader processes of the plain trainer
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         if self.data == "imagefolder":
             return len(list(Path(self.root, "train").iterdir()))
         return {"cifar100": 100, "digits": 10}[self.data]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image as the networks see it."""
+        """Shape of an image as the networks get it."""
         side = {"cifar100": 32, "digits": 8, "imagefolder": 224}[self.data]
         return 3, side, side
 
 
 @dataclass
 class Contender:
-    """A process that trains, and that is stopped for as long as others are measured."""
+    """A training process, stopped while others are measured."""
 
-    command: Sequence[str]  # what it is
-    folder: Path  # its own, for its log and the times of its steps
+    command: Sequence[str]
+    folder: Path  # for its log and the times of its steps
     first_step: float = 0.0  # seconds from its start to the end of its first step
-    rates: list[float] = field(default_factory=list)  # images/s, each of some seconds
+    rates: list[float] = field(default_factory=list)  # images/s of each measurement
 
     @property
     def times(self) -> Path:
-        """When steps have ended."""
+        """File with the end times of steps."""
         return self.folder / "times"
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Starts it, waits for some steps and stops it; in the end it is killed, with the processes that it started."""
+        """Starts it, waits for three steps and stops it; on exit kills it and the processes that it started."""
         start = time.time()
         with (self.folder / "log").open("w") as log:
             process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment(), start_new_session=True)
         self.process = process
         try:
             self._wait(steps=3, seconds=0)
-            self.first_step = self._ended()[0] - start
+            self.first_step = self._end_times()[0] - start
             self._signal(signal.SIGSTOP)
             yield
         finally:
@@ -107,23 +107,23 @@ class Contender:
             process.wait()
 
     def measure(self, seconds: float, batch: int, steps: int = 3) -> None:
-        """Has it run for some seconds, and at least some steps; of the first one the beginning is not known."""
-        before = len(self._ended())
+        """Lets it run for some seconds and at least some steps; the first step only starts the clock."""
+        before = len(self._end_times())
         self._signal(signal.SIGCONT)
         self._wait(before + steps, seconds)
         self._signal(signal.SIGSTOP)
-        times = self._ended()[before:]
+        times = self._end_times()[before:]
         self.rates.append((len(times) - 1) * batch / (times[-1] - times[0]))
 
     def _wait(self, steps: int, seconds: float) -> None:
         stop = time.monotonic() + seconds
-        while time.monotonic() < stop or len(self._ended()) < steps:
+        while time.monotonic() < stop or len(self._end_times()) < steps:
             if self.process.poll() is not None:
                 log = (self.folder / "log").read_text()
                 raise RuntimeError(f"{' '.join(self.command)} has ended:\n{log[-4000:]}")
             time.sleep(0.02)
 
-    def _ended(self) -> list[float]:
+    def _end_times(self) -> list[float]:
         return [float(line) for line in self.times.read_text().split()] if self.times.exists() else []
 
     def _signal(self, number: signal.Signals) -> None:
@@ -133,13 +133,13 @@ class Contender:
 def bench_fit(
     job: Job, rounds: int, seconds: float, switches: Sequence[str], folder: Path | None, report: Path | None
 ) -> None:
-    """Runs all in turn, and prints their medians and the limit of this machine.
+    """Measures all contenders in turn, and prints their medians and the limit of this machine.
 
     Args:
-        switches: for each contender of ours, its overrides, such as ``"model.teacher.cache=false"``; one without any
-            where there are none.
+        switches: the overrides of each contender of ours, such as ``"model.teacher.cache=false"``; if empty, there is
+            one contender without overrides.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the contenders too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contenders are ended too
     overrides = {f"fit.py {switch}".strip(): switch for switch in switches or [""]}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -173,7 +173,7 @@ def bench_fit(
 
 
 def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> None:
-    """Runs ours for some steps, unmeasured, so that code is compiled and the teacher's logits are known."""
+    """Warm-up: runs our contenders for some steps, so that code is compiled and the teacher's logits are cached."""
     teacher = keep_teacher(job, folder)
     for switch in switches or [""]:
         with tempfile.TemporaryDirectory() as name:
@@ -184,7 +184,7 @@ def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> 
 
 
 def keep_teacher(job: Job, folder: Path) -> Path:
-    """Leaves a teacher with random weights in a folder, always the same ones."""
+    """Writes a teacher with fixed random weights into a folder, unless it is there."""
     path = folder / f"{job.teacher.replace('/', '_')}_{job.data}.safetensors"
     if not path.exists():
         torch.manual_seed(0)
@@ -195,7 +195,7 @@ def keep_teacher(job: Job, folder: Path) -> Path:
 
 
 def fit_command(job: Job, teacher: Path, folder: Path) -> list[str]:
-    """Our command, which leaves the times of its steps in a folder."""
+    """Returns the command of our contender, which writes the times of its steps into a folder."""
     root = [] if job.data == "digits" else [f"data.root={job.root}"]
     return [
         sys.executable, str(SCRIPT), f"data={job.data}", *root, f"data.batch_size={job.batch}", "model=pair",
@@ -206,17 +206,17 @@ def fit_command(job: Job, teacher: Path, folder: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of processes that can import this package where it is not installed."""
+    """Returns the environment for processes that import this package even if it is not installed."""
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     }
 
 
 def run_fit(overrides: Sequence[str]) -> None:
-    """Has ``fit.py`` run to its end, in silence.
+    """Runs ``fit.py`` to its end, without output.
 
     Raises:
-        RuntimeError: it failed; with its last words.
+        RuntimeError: it failed; with the end of its output.
     """
     command = [sys.executable, str(SCRIPT), *overrides]
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
@@ -236,17 +236,17 @@ def _row(contender: Contender, base: Contender) -> tuple[float, str, float]:
 
 
 def limit(job: Job) -> Mapping[str, float]:
-    """Images/s if convolutions ran as fast as large square matrix products do here, and nothing else took time."""
+    """Returns the images/s if convolutions were as fast as large square matrix products, and nothing else took time."""
     teacher, student = (count_macs(create_model(name, job.classes), job.shape) for name in (job.teacher, job.student))
-    operations = 2 * (teacher + 3 * student)  # backward computes the gradient of images and of weights
+    operations = 2 * (teacher + 3 * student)  # backward computes gradients of inputs and weights
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limits = {}
     for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
         size, best = 2048, float("inf")
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        stop = time.perf_counter() + 1  # long enough that other programs leave it alone once
+        stop = time.perf_counter() + 1  # long enough for one undisturbed product
         while (start := time.perf_counter()) < stop:
-            float((a @ b)[0, 0])  # which waits
+            float((a @ b)[0, 0])  # waits for the device
             best = min(best, time.perf_counter() - start)
         limits[name] = 2 * size**3 / best / operations
     return limits

@@ -1,4 +1,4 @@
-"""What a network takes on this machine: latency by percentiles, and memory, each contender in a process of its own."""
+"""Latency percentiles and memory of networks on this machine, each measured in a separate process."""
 
 import gc
 import logging
@@ -31,10 +31,10 @@ _LEAST = 10
 
 @dataclass(frozen=True)
 class Contender:
-    """A network and what runs it."""
+    """A network and its runtime."""
 
-    name: str  # of the network, for `create_model`
-    weights: str  # its file; `"pretrained"` for those of its library. With ONNX the file that is run.
+    name: str  # the network's name for `create_model`
+    weights: str  # its file; `"pretrained"` for its library's weights; with ONNX the file to run
     num_classes: int  # C
     image_shape: tuple[int, int, int]  # channels, height and width
     backend: str  # `"eager"`, `"compiled"`, `"onnx"` or `"onnx_int8"`
@@ -42,39 +42,39 @@ class Contender:
 
 @dataclass(frozen=True)
 class Latency:
-    """How long a batch takes, in milliseconds."""
+    """Percentiles of the time of a batch, in milliseconds."""
 
-    batch_size: int  # images in a batch
-    batches: int  # how many were timed
-    p50: float  # half of them took no longer
-    p90: float  # nine tenths
-    p99: float  # ninety-nine hundredths
+    batch_size: int
+    batches: int  # number of timed batches
+    p50: float
+    p90: float
+    p99: float
 
     @property
     def images_per_s(self) -> float:
-        """Images a second, at the median."""
+        """Images/s at the median."""
         return 1000 * self.batch_size / self.p50
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender takes."""
+    """The measurements of a contender."""
 
     latencies: tuple[Latency, ...] = ()  # by batch size
-    # The most memory that came on top of what the process had before the network was there, at the largest batch,
-    # weights included; of the GPU where it runs there. None where the system does not say, and of compiled networks,
-    # where most of it is the compiler's.
+    # Peak memory with the largest batch, beyond what the process used before it loaded the network, so with weights; of
+    # the GPU if it runs there. None if the system does not report it, and for compiled networks, where most of it is
+    # the compiler's.
     peak_mb: float | None = None
-    error: str = ""  # why it does not run; empty where it does
+    error: str = ""  # why it does not run; empty if it does
 
 
 def measure_alone(
     contender: Contender, batch_sizes: tuple[int, ...], seconds: float, threads: int, device: str
 ) -> Measured:
-    """:func:`measure` in a fresh process, so that memory and threads are those of this network alone.
+    """Runs :func:`measure` in a fresh process, so that memory and threads are those of this network alone.
 
     Raises:
-        ValueError: the network is from elsewhere, and nobody has trusted its name.
+        ValueError: the network is an external one whose name is not trusted.
     """
     if is_from_elsewhere(plain := split_size(contender.name)[0]):
         check_trusted(plain)
@@ -82,30 +82,30 @@ def measure_alone(
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(_measure_trusted, contender, batch_sizes, seconds, threads, device).result()
-        except BrokenProcessPool:  # the system has ended it, for want of memory perhaps
+        except BrokenProcessPool:  # killed by the system, perhaps out of memory
             return Measured(error="its process was ended")
 
 
 def _measure_trusted(contender: Contender, *how: Any) -> Measured:
-    trust(contender.name)  # as it was in the process that has asked
+    trust(contender.name)  # measure_alone has checked it in the parent process
     return measure(contender, *how)
 
 
 def measure(
     contender: Contender, batch_sizes: tuple[int, ...], seconds: float, threads: int, device: str = "cpu"
 ) -> Measured:
-    """Times forward passes in evaluation mode, of random images that are on the device already.
+    """Times forward passes in evaluation mode on random images that are already on the device.
 
     Args:
-        batch_sizes: images in a batch, each on its own.
-        seconds: how long to time each, after a warm-up; at least ten batches.
-        threads: of one operation on the CPU.
+        batch_sizes: each is measured separately.
+        seconds: duration of each measurement after a warm-up; at least ten batches are timed.
+        threads: CPU threads per operation.
         device: ``"cpu"`` or ``"cuda"``; int8 runs on the CPU.
     """
     torch.set_num_threads(threads)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a machine without a GPU is no news
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hides a warning about a missing GPU
     where = torch.device(device)
-    forget_peak(where)
+    reset_peak(where)
     before = memory(where)
     try:
         network = _build(contender, threads, where)
@@ -113,7 +113,7 @@ def measure(
             latencies = tuple(
                 _time(network, size, contender.image_shape, seconds, where) for size in sorted(batch_sizes)
             )
-    except Exception as error:  # compilers and exporters raise their own
+    except Exception as error:  # compilers and runtimes raise their own types
         lines = [line for line in str(error).splitlines() if line.strip()]
         return Measured(error=lines[0] if lines else type(error).__name__)
     peak = peak_memory(where)
@@ -122,11 +122,11 @@ def measure(
 
 
 def network_of(contender: Contender) -> nn.Module:
-    """The network of a contender in PyTorch, with its weights.
+    """Creates the network of a contender in PyTorch, with its weights.
 
     Raises:
-        FileNotFoundError: its file is not there.
-        WeightsError: it is another network's.
+        FileNotFoundError: its weights file does not exist.
+        WeightsError: the file is another network's.
     """
     if contender.weights == "pretrained":
         return create_model(contender.name, contender.num_classes, pretrained=True)
@@ -167,22 +167,22 @@ def _time(
     return Latency(batch_size, len(taken), p50, p90, p99)
 
 
-def forget_peak(device: torch.device) -> None:
-    """Has the peak of :func:`peak_memory` count from what is in use now, where the system can."""
+def reset_peak(device: torch.device) -> None:
+    """Resets the peak of :func:`peak_memory` to what is in use now, if the system supports that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
 def memory(device: torch.device) -> int | None:
-    """Bytes that this process has in use, of its GPU or of the machine; None where the system does not say."""
+    """Returns the bytes in use by this process, of its GPU or main memory; None if the system does not report it."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_process("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Likewise the most that it had in use."""
+    """Returns the peak of :func:`memory`; None if the system does not report it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
 
 

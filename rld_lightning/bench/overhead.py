@@ -1,4 +1,4 @@
-"""What a step costs beside its kernels, which is how long a fast GPU waits: a network of one layer is trained."""
+"""Benchmark of a step's overhead beside its kernels, for which a fast GPU waits: trains a network of one layer."""
 
 import json
 import logging
@@ -22,20 +22,20 @@ from rld_lightning.bench.steps import machine
 from rld_lightning.console import console, print_table
 
 _BATCH = 16
-_STEPS = 90  # an epoch of digits
+_STEPS = 90  # of an epoch of digits
 _WARM_UP = 20
 
 
 def one_layer(num_classes: int) -> nn.Module:
-    """The smallest classifier: a linear one of the mean colour."""
+    """Creates the smallest classifier: a linear one of the mean colour."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 
 
 class StepClock(Callback):
-    """Notes when each training step has ended, in seconds: of the main thread's CPU, and of the clock.
+    """Records the end of each training step in seconds: the main thread's CPU time, and wall time.
 
     Args:
-        path: a file to leave both in at the end, JSON; None: none.
+        path: a JSON file to write both to at the end of training; None to write none.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -44,11 +44,11 @@ class StepClock(Callback):
         self.wall: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Looks at both clocks."""
-        self.note()
+        """Records both times."""
+        self.record()
 
-    def note(self) -> None:
-        """Looks at both clocks."""
+    def record(self) -> None:
+        """Records both times."""
         self.cpu.append(time.thread_time())
         self.wall.append(time.perf_counter())
 
@@ -59,7 +59,7 @@ class StepClock(Callback):
 
 
 class _Bare(LightningModule):
-    """The same step in Lightning, with nobody watching."""
+    """The same step in Lightning, without callbacks and loggers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class _Bare(LightningModule):
 
 
 def bench_overhead(device: torch.device, rounds: int) -> None:
-    """Trains in a loop, in Lightning and by ``fit.py`` in turn, and prints what a step takes."""
-    contenders = {"a loop": _loop, "Lightning, nobody watching": _lightning, "fit.py loss=ce": _fit}
+    """Trains in a plain loop, in Lightning and with ``fit.py`` in turn, and prints the times of a step."""
+    contenders = {"plain loop": _loop, "Lightning, no callbacks": _lightning, "fit.py loss=ce": _fit}
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         for name, run in contenders.items():
             clock = run(device)
-            found.setdefault(name, []).append((_of_step(clock.cpu), _of_step(clock.wall)))
+            found.setdefault(name, []).append((_median_step(clock.cpu), _median_step(clock.wall)))
     rows: list[tuple[str, float, str, float]] = []
     for name, times in found.items():
         cpu = [1e3 * seconds for seconds, _ in times]
@@ -95,13 +95,13 @@ def bench_overhead(device: torch.device, rounds: int) -> None:
     console.print(f"{rounds} rounds in alternation, of each the median step", style="dim")
 
 
-def _of_step(times: list[float]) -> float:
-    """Seconds of the median step, the first ones aside."""
+def _median_step(times: list[float]) -> float:
+    """Returns the median seconds of a step after the warm-up."""
     return statistics.median(after - before for before, after in pairwise(times[_WARM_UP:]))
 
 
 class _Batches:
-    """One batch again and again, which takes no time."""
+    """Repeats one batch, so that loading takes no time."""
 
     def __init__(self, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def _loop(device: torch.device) -> StepClock:
         loss.backward()
         settings["optimizer"].step()
         settings["lr_scheduler"]["scheduler"].step()
-        clock.note()
+        clock.record()
     return clock
 
 

@@ -1,7 +1,7 @@
-"""What public distillation code does, for comparison: ``python -m rld_lightning.bench.plain``.
+"""A trainer like typical public distillation code, for comparison: ``python -m rld_lightning.bench.plain``.
 
-Pillow images through torchvision's transforms in loader processes, networks eager in float32 and contiguous layout, RLD
-as one writes it down, ``.item()`` and a progress bar in every step. It leaves the time of each step in a file, and
+Pillow images through torchvision's transforms in loader processes, eager networks in float32 and contiguous layout, the
+plain formula of RLD, ``.item()`` and a progress bar in every step. It writes the time of each step to a file, and
 trains until it is killed.
 """
 
@@ -25,13 +25,13 @@ from rld_lightning.models import create_model
 
 
 class PillowImages(Dataset[tuple[Tensor, int]]):
-    """Images in memory, augmented one by one.
+    """Images in memory, augmented individually.
 
     Args:
         images: uint8 ``(N, H, W, 3)``.
         labels: int64 ``(N,)``.
-        mean: of each channel, for values in [0, 1].
-        std: likewise.
+        mean: mean of each channel, for values in [0, 1].
+        std: standard deviation of each channel, likewise.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -47,12 +47,12 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image ``(3, H, W)`` and its class."""
+        """Returns an image ``(3, H, W)`` and its class."""
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 def images_of(job: Job) -> Dataset[tuple[Tensor, int]]:
-    """The training images, as public code reads them."""
+    """Returns the training images as public code reads them."""
     if job.data == "imagefolder":
         crop = [RandomResizedCrop(job.shape[1:]), RandomHorizontalFlip()]
         return ImageFolder(f"{job.root}/train", Compose([*crop, ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)]))

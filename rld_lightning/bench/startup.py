@@ -1,4 +1,4 @@
-"""How long it takes to begin: help, the first step of a run, a further trial of a sweep."""
+"""Benchmark of start-up times: help, a run's first step, and each further trial of a sweep."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ _FIT = [sys.executable, str(SCRIPT), "data=digits", "model=resnet8", "loss=ce", 
 
 
 def bench_startup(rounds: int) -> None:
-    """Starts each in turn and prints seconds and seconds of CPU, beside those of importing what all build upon."""
+    """Runs each in turn and prints wall and CPU seconds, beside those of importing torch and Lightning."""
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def _sweep(folder: Path, trials: int) -> tuple[float, float]:
 
 
 def _time(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds of a command and, with the processes that it waits for, of CPU."""
+    """Returns the wall seconds of a command, and its CPU seconds with the processes that it waits for."""
     with tempfile.TemporaryFile("w+") as log:
         start = time.monotonic()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())

@@ -1,4 +1,4 @@
-"""Measurements by ratio: every contender runs in turn in one process, so that a noisy machine slows all alike."""
+"""Benchmarks of losses and training steps by ratio: contenders alternate, so that a noisy machine slows all alike."""
 
 import statistics
 import subprocess
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from rld_lightning.bench.latency import forget_peak, memory, peak_memory
+from rld_lightning.bench.latency import memory, peak_memory, reset_peak
 from rld_lightning.capture import CapturedStep
 from rld_lightning.console import console, print_table
 from rld_lightning.hydra.compose import compose, expand_combined_loss
@@ -31,12 +31,12 @@ from rld_lightning.models.teacher.resident_table import resident
 
 Step = Callable[[], object]
 Compiled = Literal["nothing", "networks", "all"]
-_ROWS = 100_000  # of a table of logits
+_ROWS = 100_000  # of the table of logits
 _SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def plain_rld(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 4.0) -> Tensor:
-    """RLD as one would write it down: softmax, logarithm, -1e9 where the mask is; ``(B, C)`` logits."""
+    """RLD as a plain formula: softmax, logarithm, -1e9 for masked classes; ``(B, C)`` logits."""
     p_student, p_teacher = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
     confidence, true = p_teacher.amax(1), p_student.gather(1, label[:, None])[:, 0]
     two_student, two_teacher = torch.stack([true, 1 - true], 1), torch.stack([confidence, 1 - confidence], 1)
@@ -49,7 +49,7 @@ def plain_rld(student: Tensor, teacher: Tensor, label: Tensor, temperature: floa
 
 
 def time_in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each step, after two warm-up calls, all steps in alternation."""
+    """Returns the median seconds of each step, after two warm-up calls, with all steps in alternation."""
     durations: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step(), step()
@@ -64,10 +64,10 @@ def time_in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -
 
 
 def bench_loss(batch: int, classes: int, device: torch.device, rounds: int) -> None:
-    """Forward and backward of RLD against the formula with masks and softmaxes: time and peak memory."""
+    """Compares time and peak memory of RLD's forward and backward pass with the plain formula's."""
     student, teacher, label = _logits(batch, classes, device)
     contenders = {"plain formula": plain_rld, "rld_loss": _log_space_rld}
-    if device.type == "cuda":  # Triton's kernels; on a CPU, the compiler's are slower than what is written by hand
+    if device.type == "cuda":  # on a CPU, compiled kernels are slower than ours
         contenders["rld_loss, compiled"] = torch.compile(_log_space_rld)
 
     def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -89,11 +89,11 @@ def bench_loss(batch: int, classes: int, device: torch.device, rounds: int) -> N
 def bench_step(
     teacher_name: str, student_name: str, batch: int, image_shape: Sequence[int], device: torch.device, rounds: int
 ) -> None:
-    """A whole training step with RLD: the plain one (eager, float32, contiguous) against this project's.
+    """Compares a whole training step with RLD, plain (eager, float32, contiguous) and ours.
 
-    That with the teacher's forward pass, and with its logits looked up in a table on disk, which knows them. On a GPU
-    also as ``fit.py`` does it: recorded as one CUDA graph, with the teacher folded, the table on the device, and the
-    networks, and then the loss too, compiled.
+    Ours is measured with the teacher's forward pass, and with its logits looked up in a complete table on disk. On a
+    GPU also as in ``fit.py``: captured as one CUDA graph, with the teacher's batch norms folded, the table on the
+    device, and the networks, then also the loss, compiled.
     """
     images = torch.randn(batch, *image_shape, device=device)
     label = torch.randint(100, (batch,), device=device)
@@ -193,18 +193,18 @@ def graph_step(
     *,
     compiled: Compiled = "nothing",
 ) -> Step:
-    """A training step whose passes and loss are one CUDA graph; off a GPU the same, as it is.
+    """Returns a training step whose passes and loss are one CUDA graph; without a GPU, the same step without a graph.
 
     Args:
-        table: of its logits, which knows all; None where they are computed.
-        rows: of the images in it, int64 ``(B,)``.
+        table: a complete table of the teacher's logits; None to compute them.
+        rows: of the images in the table, int64 ``(B,)``.
         images: ``(B, 3, H, W)``.
         label: int64 ``(B,)``.
-        compiled: what of it is; the loss as well as both networks for ``"all"``.
+        compiled: what is compiled; ``"all"`` is the loss and both networks.
     """
     cuda = images.device.type == "cuda"
     student = student.to(memory_format=torch.channels_last)
-    # A hundred small kernels that PyTorch's compiler makes a few of.
+    # PyTorch's compiler fuses the loss's hundred small kernels into a few.
     criterion = torch.compile(RLDLoss(), dynamic=False) if compiled == "all" else RLDLoss()
     teacher = FrozenTeacher(network, channels_last=True)
     teacher.fold(images.shape[1:])
@@ -224,7 +224,7 @@ def graph_step(
     watched = [*student.parameters(), *student.buffers()]
     step = CapturedStep(work, student.parameters(), watched, record=cuda)
     images = images.to(memory_format=torch.channels_last)
-    for _ in range(step.warm_up + 1):  # so that it is recorded before anybody looks at the clock
+    for _ in range(step.warm_up + 1):  # so that it is recorded before being timed
         step(None, images, rows)
 
     def run() -> None:
@@ -243,7 +243,7 @@ def bench_losses(
     device: torch.device,
     rounds: int,
 ) -> None:
-    """A whole training step with each loss, forward passes and optimiser included, relative to the first one."""
+    """Times a whole training step with each loss, with forward passes and optimiser, relative to the first one."""
     images, strong = (
         torch.randn(batch, *image_shape, device=device).to(memory_format=torch.channels_last) for _ in range(2)
     )
@@ -281,7 +281,7 @@ def bench_losses(
 
 
 def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
-    """The losses by name, all for an empty list; ``kd`` comes first."""
+    """Creates losses by name (all for an empty list); ``kd`` is first."""
     every = [name for name in list_options("loss") if name != "combined"]
     return {
         name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
@@ -292,7 +292,7 @@ def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
 def _eager_step(
     parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], device: torch.device, *, autocast: bool
 ) -> Step:
-    """A training step that minimises ``loss()``, operation by operation."""
+    """Returns an eager training step that minimises ``loss()``."""
     optimizer = torch.optim.SGD(parameters, **_SGD)
 
     def step() -> None:
@@ -310,7 +310,7 @@ def _log_space_rld(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
 
 
 def _total(terms: Mapping[str, Tensor]) -> Tensor:
-    """As the training step sums them."""
+    """Sums the terms as the training step does."""
     return torch.stack(list(terms.values())).sum()
 
 
@@ -321,7 +321,7 @@ def _logits(batch: int, classes: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def _peak_memory(name: str, step: Step, batch: int, classes: int, device: torch.device) -> float:
-    """MiB beyond the inputs. On a CPU a fresh process measures it: a process never gives its peak back."""
+    """Returns the peak MiB beyond the inputs; on a CPU measured in a fresh process, as freed memory is not returned."""
     if device.type == "cuda":
         return _peak_of(step, device)
     code = f"from rld_lightning.bench.steps import cpu_peak; print(cpu_peak({name!r}, {batch}, {classes}))"
@@ -329,15 +329,15 @@ def _peak_memory(name: str, step: Step, batch: int, classes: int, device: torch.
 
 
 def cpu_peak(name: str, batch: int, classes: int) -> float:
-    """MiB that one forward and backward needs beyond its inputs, at its peak; call it in a fresh process."""
+    """Returns the peak MiB of one forward and backward pass beyond its inputs; call it in a fresh process."""
     cpu = torch.device("cpu")
     inputs, loss = _logits(batch, classes, cpu), plain_rld if name == "plain formula" else _log_space_rld
     return _peak_of(lambda: loss(*inputs).backward(), cpu)
 
 
 def _peak_of(work: Step, device: torch.device) -> float:
-    """MiB that come on top of what is in use; NaN where the system does not say."""
-    forget_peak(device)
+    """Returns the peak MiB beyond what is in use; NaN if the system does not report it."""
+    reset_peak(device)
     before = memory(device)
     work()
     peak = peak_memory(device)
@@ -350,7 +350,7 @@ def _wait(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were measured on, in a few words."""
+    """Describes the hardware of the measurements."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"

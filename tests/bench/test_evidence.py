@@ -1,4 +1,4 @@
-"""What the check on a GPU runs, and what it leaves."""
+"""The commands and the output files of the GPU check."""
 
 import json
 import os
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 
 
-def test_every_training_of_the_check_is_a_configuration(tmp_path):
-    (tmp_path / "epochs").write_text("24\n")  # what the short trainings have found
+def test_every_training_of_the_check_composes(tmp_path):
+    (tmp_path / "epochs").write_text("24\n")  # as computed from the short trainings
     variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "TEACHER_EPOCHS": "16"}
     printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
     commands = [shlex.split(line) for line in printed.splitlines() if "scripts/fit.py" in line]
@@ -36,7 +36,7 @@ def test_every_training_of_the_check_is_a_configuration(tmp_path):
     assert [cfg.recipe.scheduler.milestones for cfg in found[1:3]] == [[10, 12, 14], [15, 18, 21]]
 
 
-def test_a_check_can_leave_stages_out_and_measures_no_speed_for_given_epochs(tmp_path):
+def test_a_check_can_skip_stages_and_measures_no_speed_for_given_epochs(tmp_path):
     variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "EPOCHS": "240"}
     variables["SKIP"] = "facts tests bench-step bench-overhead bench-loss bench-imagenet run-kd-0"
     printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
@@ -46,15 +46,15 @@ def test_a_check_can_leave_stages_out_and_measures_no_speed_for_given_epochs(tmp
 
 
 def test_trainings_fit_their_time(tmp_path):
-    assert epochs(tmp_path, 600) == 64  # nobody knows
+    assert epochs(tmp_path, 600) == 64  # no speed was measured
     for name, speed in (("pace-teacher", 25_000), ("pace-student", 50_000)):
         write_run(tmp_path / "runs" / name, summary={"images_per_s": speed})
-    assert epochs(tmp_path, 100) == 24  # of 2 s for the teacher, and as much for students at half their speed
+    assert epochs(tmp_path, 100) == 24  # 2 s for the teacher, and 2 s for students at half their speed
     assert epochs(tmp_path, 10_000) == 240
     assert epochs(tmp_path, 1) == 8
 
 
-def test_what_was_found_is_gathered_in_few_small_files(tmp_path):
+def test_results_are_collected_in_few_small_files(tmp_path):
     state, out = tmp_path / "state", tmp_path / "out"
     network = create_model("resnet8", 10)
     for name in ("teacher", "rld-0", "kd-0", "ce-0", "rld-1", "kd-1"):

@@ -1,4 +1,4 @@
-"""Processes that are measured in turn."""
+"""Processes measured in turn."""
 
 import sys
 import time
@@ -12,10 +12,10 @@ from rld_lightning.bench.plain import images_of
 STEPS = "import sys, time\nwhile True:\n    time.sleep(0.01)\n    open(sys.argv[1], 'a').write(f'{time.time()}\\n')"
 
 
-def test_a_contender_computes_only_in_its_turn_and_ends(tmp_path):
+def test_a_contender_runs_only_in_its_turn_and_is_killed_at_the_end(tmp_path):
     contender = Contender([sys.executable, "-c", STEPS, str(tmp_path / "times")], tmp_path)
     with contender.running():
-        time.sleep(0.05)  # for what it was about to write
+        time.sleep(0.05)  # for a write in progress
         before = contender.times.read_text()
         time.sleep(0.1)
         assert contender.times.read_text() == before
@@ -33,7 +33,7 @@ def test_a_contender_that_fails_shows_what_it_printed(tmp_path):
 
 def test_a_folder_of_images_is_written_once_and_the_plain_trainer_reads_it(tmp_path):
     root = tmp_path / "jpegs"
-    (tmp_path / "jpegs.part" / "train").mkdir(parents=True)  # of a call that was interrupted
+    (tmp_path / "jpegs.part" / "train").mkdir(parents=True)  # left by an interrupted call
     for _ in range(2):
         write_image_folder(root, classes=3, each=2, images=2)
     job = Job("imagefolder", str(root), "torchvision/resnet34", "torchvision/resnet18", 2)

@@ -1,4 +1,4 @@
-"""What a network takes: counted, in order, and an error is said instead of raised."""
+"""Latency and memory of a network; errors are returned instead of raised."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,12 +25,12 @@ def test_percentiles_are_of_the_batches_that_were_timed(contender):
         assert latency.images_per_s == pytest.approx(1000 * latency.batch_size / latency.p50)
 
 
-def test_what_does_not_run_is_said(contender, tmp_path):
+def test_a_failure_is_returned_as_an_error(contender, tmp_path):
     wrong = Contender("resnet8", contender.weights, 7, (3, 8, 8), "eager")
     assert "the file has 10 classes, the model 7" in measure(wrong, (1,), 0.01, 1).error
 
 
-def test_a_network_from_elsewhere_is_measured_once_it_is_trusted(contender, monkeypatch):
+def test_an_external_network_is_measured_only_if_it_is_trusted(contender, monkeypatch):
     monkeypatch.setattr("rld_lightning.models.imported._named", set())
     monkeypatch.setattr("rld_lightning.bench.latency.ProcessPoolExecutor", Here)
     other = Contender("rld_lightning.models.cifar.resnet:resnet8@16", contender.weights, 10, (3, 8, 8), "eager")
@@ -41,7 +41,7 @@ def test_a_network_from_elsewhere_is_measured_once_it_is_trusted(contender, monk
 
 
 class Here(ThreadPoolExecutor):
-    """Another process, that has been told nothing."""
+    """Stands for a fresh process, where no name is trusted."""
 
     def __init__(self, workers, mp_context):
         super().__init__(workers)

@@ -1,4 +1,4 @@
-"""The bench as functions."""
+"""Benchmarks of losses and training steps."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_bench_of_losses_is_relative_to_kd(capsys):
 
 
 @pytest.mark.parametrize("compiled", ["nothing", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_step_of_a_graph_trains_as_a_loop_does(compiled):
+def test_a_captured_step_trains_like_a_plain_loop(compiled):
     torch.manual_seed(0)
     images, label, rows = torch.randn(8, 3, 32, 32), torch.randint(10, (8,)), torch.arange(8)
     teacher, student, other = (bench.create_model("resnet8", 10) for _ in range(3))
