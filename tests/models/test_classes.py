@@ -1,4 +1,4 @@
-"""Which classes of a teacher those of the data are."""
+"""Matching the classes of the data to those of a teacher."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rld_lightning.models.libraries import published_classes
 KNOWN = ["owl", "cat", "tabby", "dog"]
 
 
-def test_classes_are_placed_by_name_by_number_and_as_a_map_says():
+def test_classes_are_matched_by_name_by_number_and_by_the_class_map():
     assert places_of(["cat", "owl"], KNOWN, 4, None) == [1, 0]
     assert places_of(["cat", "owl"], KNOWN, 4, {"cat": "tabby"}) == [2, 0]
     assert places_of(["cat", "owl"], None, 4, {"cat": 3, "owl": 1}) == [3, 1]
@@ -32,15 +32,15 @@ def test_classes_are_placed_by_name_by_number_and_as_a_map_says():
         (["cat", "fox"], KNOWN, {"fox": "cat"}, "are the same of the teacher's"),
     ],
 )
-def test_what_has_no_place_is_named(classes, known, class_map, words):
-    if words is None:  # which Python takes for 1
+def test_classes_without_a_position_are_named(classes, known, class_map, words):
+    if words is None:  # True equals 1 in Python
         words = "are the same of the teacher's"
     with pytest.raises(ValueError, match=words):
         places_of(classes, known, 4, class_map)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "torchvision/squeezenet1_1"])
-def test_a_network_that_knows_some_of_the_classes_says_of_them_what_the_whole_one_says(name):
+def test_selected_classes_have_the_logits_of_the_whole_network(name):
     whole = create_model(name, 7).eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

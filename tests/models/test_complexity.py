@@ -9,7 +9,7 @@ from rld_lightning.models.complexity import is_mostly_depthwise
 from rld_lightning.models.factory import blueprint
 
 
-def test_parameters_count_whether_they_train_or_not():
+def test_frozen_parameters_count_too():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[0].requires_grad_(False)
     assert count_parameters(model) == 3 * 4 + 4 + 4 + 4
@@ -33,7 +33,7 @@ def test_macs_of_each_kind_of_layer():
     ("name", "expected"),
     [("mobilenetv2", True), ("shufflev1", True), ("resnet8", False), ("torchvision/vit_b_16", False)],
 )
-def test_networks_of_depthwise_convolutions_are_told_from_others(name, expected):
+def test_networks_of_depthwise_convolutions_are_detected(name, expected):
     assert is_mostly_depthwise(blueprint(name)) is expected
 
 
@@ -46,7 +46,7 @@ def test_macs_of_resnet8():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_is_left_as_it_was(dtype):
+def test_the_model_is_not_changed(dtype):
     model = create_model("wrn16_1").to(dtype).train()
     model.bn1.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -61,7 +61,7 @@ def test_the_model_is_left_as_it_was(dtype):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_modes_come_back_after_an_exception():
+def test_training_modes_are_restored_after_an_exception():
     model = nn.Sequential(nn.Conv2d(4, 2, 1)).train()
     with pytest.raises(RuntimeError):
         count_macs(model)
@@ -75,7 +75,7 @@ def test_no_memory_is_needed_on_the_meta_device():
 
 
 def test_attention_in_one_fast_operation_counts():
-    tokens, width, hidden = 3, 64, 128  # a channel is a token
+    tokens, width, hidden = 3, 64, 128  # each channel is a token
     model = nn.Sequential(
         nn.Flatten(2), nn.TransformerEncoderLayer(width, 4, hidden, batch_first=True), nn.Flatten(), nn.Linear(192, 5)
     )

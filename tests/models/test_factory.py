@@ -1,4 +1,4 @@
-"""Creating networks by name, and knowing their stages."""
+"""Creating networks by name, and their stages."""
 
 import sys
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def registry(monkeypatch) -> Iterator[dict]:
     return model_registry.REGISTRY
 
 
-def test_registered_names_are_the_golden_ones():
+def test_registered_names_are_those_of_the_golden_files():
     golden = {canonical_name(name.split("/")[1]) for name in MODELS if not name.startswith("imagenet/ResNet")}
     assert set(list_models()) == golden
 
@@ -44,13 +44,13 @@ def test_registered_names_are_the_golden_ones():
         ("wrn_40_3", "wrn_40_3"),
     ],
 )
-def test_one_rule_knows_other_spellings_of_registered_names(name, expected):
+def test_other_spellings_of_registered_names_are_accepted(name, expected):
     assert canonical_name(name) == expected
     if "@" not in name and expected in list_models():
         assert type(create_model(name)) is type(create_model(expected))
 
 
-def test_every_name_is_spelled_in_one_way():
+def test_every_name_has_one_canonical_spelling():
     assert [canonical_name(name) for name in list_models()] == list_models()
     assert not [name for name in list_models() if name != name.lower()]
 
@@ -75,7 +75,7 @@ def test_list_models_is_in_natural_order_and_takes_patterns():
         ("torchvison/resnet34", "torchvision/resnet34"),
     ],
 )
-def test_unknown_names_are_answered_with_near_ones(name, meant):
+def test_similar_names_are_suggested_for_an_unknown_one(name, meant):
     with pytest.raises(ValueError, match="unknown model") as error:
         create_model(name)
     assert repr(name) in str(error.value)
@@ -83,7 +83,7 @@ def test_unknown_names_are_answered_with_near_ones(name, meant):
     assert "list_models()" in str(error.value)
 
 
-def test_a_name_near_nothing_still_tells_how_to_list():
+def test_without_a_similar_name_the_message_still_tells_how_to_list():
     with pytest.raises(ValueError, match=r"unknown model 'qqq'\. list_models\(\) lists all"):
         create_model("qqq")
 
@@ -95,7 +95,7 @@ def test_fewer_than_two_classes_are_refused(name, num_classes):
         create_model(name, num_classes=num_classes)
 
 
-def test_a_name_is_registered_once(registry):
+def test_a_name_can_be_registered_only_once(registry):
     @register_model
     def newcomer(num_classes: int = 100) -> nn.Module:
         return nn.Linear(3, num_classes)
@@ -130,7 +130,7 @@ def test_a_file_dropped_into_the_folder_registers_itself(registry, monkeypatch, 
 
 
 @pytest.mark.parametrize("depth", [7, 2, -4])
-def test_depths_that_do_not_fit_are_refused(depth):
+def test_invalid_depths_are_refused(depth):
     from rld_lightning.models.cifar.resnet import ResNet
     from rld_lightning.models.cifar.wrn import WideResNet
 
@@ -151,7 +151,7 @@ def test_any_image_size_and_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_batch_norms_run_once_a_forward(name):
+def test_each_batch_norm_runs_once_per_forward(name):
     model = create_model(name)
     model(torch.randn(2, 3, 32, 32))
     counts = {key: value.item() for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
@@ -181,7 +181,7 @@ def test_the_forward_is_one_graph(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_activation_works_in_place(name):
+def test_no_activation_is_in_place(name):
     assert not any(getattr(module, "inplace", False) for module in create_model(name).modules())
 
 
@@ -215,7 +215,7 @@ class TestTorchvision:
         assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
     @pytest.mark.parametrize(("num_classes", "same_classifier"), [(1000, True), (10, False)])
-    def test_pretrained_weights_and_a_fresh_classifier_where_it_does_not_fit(
+    def test_pretrained_weights_with_a_fresh_classifier_for_other_classes(
         self, monkeypatch, num_classes, same_classifier
     ):
         published = torchvision.models.resnet18().state_dict()
@@ -250,7 +250,7 @@ class TestTorchvision:
             assert not [key for key in state if "aux" in key.casefold()]
             fresh = {key for key, value in state.items() if not (value == 1).all()}
             assert fresh == (set() if num_classes == 1000 else {"fc.weight", "fc.bias"})
-            # Weights that were fine-tuned are read back into a network that was not made as pretrained.
+            # Fine-tuned weights are loaded into a network that was not created as pretrained.
             assert pretrained.transform_input
             assert model.transform_input
 
@@ -266,7 +266,7 @@ class TestTimm:
     def _timm(self):
         pytest.importorskip("timm")
 
-    def test_create_list_and_near_names(self):
+    def test_create_list_and_suggest_names(self):
         model = create_model("timm/resnet10t", num_classes=7)
         assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
         assert not any(getattr(module, "inplace", False) for module in model.modules())
@@ -284,19 +284,19 @@ class TestTimm:
         assert len(stages.features) >= 4
         assert features[stages.pooled].ndim == 2
 
-    def test_pretrained_weights_that_are_not_there_are_not_replaced_by_random_ones(self, monkeypatch):
+    def test_missing_pretrained_weights_are_not_replaced_by_random_ones(self, monkeypatch):
         monkeypatch.setattr("timm.is_model_pretrained", lambda name: False)
         with pytest.raises(ValueError, match="timm has no pretrained weights of resnet10t"):
             create_model("timm/resnet10t", pretrained=True)
 
-    def test_several_classifiers_are_not_guessed_at(self):
+    def test_a_network_with_several_classifiers_has_no_stages(self):
         with torch.device("meta"):
             model = create_model("timm/deit_tiny_distilled_patch16_224")
         with pytest.raises(ValueError, match="name the module paths explicitly"):
             stages_of(model)
 
 
-def test_missing_timm_is_said_in_one_sentence(monkeypatch):
+def test_missing_timm_is_reported_in_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r'pip install "rld-lightning\[timm\]"'):
         create_model("timm/resnet18")

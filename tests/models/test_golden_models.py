@@ -1,4 +1,4 @@
-"""Every network against the reference: weights by key and shape, and where it is given, what it computes."""
+"""Every network against the reference: keys and shapes of its weights and, if available, its outputs."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_norms_before_the_preactivations(name):
     with torch.device("meta"):
         model = build(name)
     norms, declared = stages_of(model).norms, MODELS[name]["bn_before_relu"] or []
-    # The reference leaves out the first stage of the ImageNet ResNets.
+    # The reference omits the first stage of the ImageNet ResNets.
     assert list(norms[len(norms) - len(declared) :]) == declared
     assert len(norms) == len(declared) or name.startswith("imagenet/ResNet")
     assert all(isinstance(model.get_submodule(norm), nn.BatchNorm2d) for norm in norms)
@@ -91,8 +91,8 @@ def test_logits_and_features(name, logits):
 
 
 @torch.inference_mode()
-def test_shufflenetv2_computes_what_torchvision_does():
-    # No golden logits: but for stem and head it is torchvision's network, weights in the same order.
+def test_shufflenetv2_matches_torchvision():
+    # There are no golden logits; except for stem and head it is torchvision's network, with weights in the same order.
     ours = create_model("shufflev2").eval()
     theirs = torchvision.models.shufflenet_v2_x1_0().eval()
     trunk = nn.Sequential(theirs.stage2, theirs.stage3, theirs.stage4, theirs.conv5)
@@ -117,7 +117,7 @@ def test_shufflenetv2_preactivations_become_the_features():
 
 
 @torch.inference_mode()
-def test_four_stage_resnet50_computes_what_torchvision_does():
+def test_four_stage_resnet50_matches_torchvision():
     ours = fill(create_model("resnet50"), 0.75).eval()
     theirs = torchvision.models.resnet50(num_classes=100).eval()
     names = {"shortcut": "downsample", "linear": "fc"}

@@ -1,4 +1,4 @@
-"""A student that ends in its teacher's classifier, and the map before the average that it needs."""
+"""Students with their teacher's classifier, and the last map that they need."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def grafted(student="resnet8", teacher="wrn16_2"):
-    """A grafted student whose statistics are not the initial ones, and its teacher."""
+    """Returns a grafted student with non-initial statistics, and its teacher."""
     torch.manual_seed(0)
     network = create_model(teacher, CLASSES).eval()
     model = graft(create_model(student, CLASSES), network)
@@ -48,7 +48,7 @@ def test_the_classifier_s_input_is_the_average_of_the_last_map(name):
     "name", ["torchvision/resnet18", "torchvision/resnet50", "timm/resnet10t", "timm/efficientnet_b0"]
 )
 @torch.inference_mode()
-def test_so_it_is_in_networks_of_the_libraries(name):
+def test_the_classifier_s_input_is_the_average_of_the_last_map_in_library_networks(name):
     if name.startswith("timm/"):
         pytest.importorskip("timm")
     assert_averages(create_model(name, CLASSES).eval(), torch.randn(2, 3, 64, 64))
@@ -62,14 +62,14 @@ def assert_averages(model, images):
     assert_close(last_map.mean((2, 3)), pooled, rtol=1e-5, atol=1e-5)
 
 
-def test_an_average_that_is_made_wider_before_it_is_classified_has_no_last_map():
+def test_a_network_that_widens_the_average_has_no_last_map():
     pytest.importorskip("timm")
     with torch.device("meta"):
         assert stages_of(create_model("timm/mobilenetv3_small_050")).last_map == ""
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("resnet8", "wrn16_2"), ("mobilenetv2", "vgg8")])
-def test_logits_are_those_of_the_formula(student, teacher):
+def test_logits_match_the_formula(student, teacher):
     model, network = grafted(student, teacher)
     model.eval()
     last_map = "layer3" if student == "resnet8" else "blocks"  # MobileNetV2 without its last convolution
@@ -106,7 +106,7 @@ def test_everything_but_the_classifier_trains():
     assert teacher.fc.weight.requires_grad
 
 
-def test_the_student_s_own_classifier_is_gone():
+def test_the_student_s_own_classifier_is_removed():
     student = create_model("mobilenetv2", CLASSES)
     names = set(student.state_dict())
     model = graft(student, create_model("resnet8", CLASSES))
@@ -124,8 +124,8 @@ def test_the_student_s_own_classifier_is_gone():
         ("mobilenetv2", "vgg13", 1_292_580),
     ],
 )
-def test_it_is_as_large_as_in_the_authors_code(student, teacher, parameters):
-    """The authors graft behind the deepest stage, and leave the 1x1 convolution after it out."""
+def test_the_size_matches_the_authors_code(student, teacher, parameters):
+    """The authors graft behind the deepest stage, without the 1x1 convolution after it."""
     assert count_parameters(create_model(f"{student}@{teacher}", 100)) == parameters
 
 
@@ -145,7 +145,7 @@ def test_stages_can_be_tapped():
 @pytest.mark.parametrize(
     ("student", "teacher"), [("resnet8", "resnet8x4"), ("mobilenetv2", "resnet18"), ("vgg8", "torchvision/resnet18")]
 )
-def test_it_is_rebuilt_by_name(student, teacher, tmp_path):
+def test_a_grafted_student_is_rebuilt_by_name(student, teacher, tmp_path):
     model, _ = grafted(student, teacher)
     save_weights(model, path := tmp_path / "student.safetensors")
     again = create_model(f"{student}@{teacher}", CLASSES)
@@ -177,13 +177,13 @@ def test_the_size_counts_projector_and_classifier():
         ("resnet8@torchvision/resnet17", "torchvision/resnet17", "torchvision/resnet18"),
     ],
 )
-def test_unknown_parts_are_answered_with_near_ones(name, wrong, meant):
+def test_similar_names_are_suggested_for_unknown_parts(name, wrong, meant):
     with pytest.raises(ValueError, match=f"unknown model '{wrong}'") as error:
         create_model(name)
     assert repr(meant) in str(error.value)
 
 
-def test_only_a_network_that_averages_a_map_can_be_grafted():
+def test_only_networks_that_average_a_map_can_be_grafted():
     class Tokens(nn.Module):
         stages = Stages(("stem",), (), "head:in")
 
@@ -206,13 +206,13 @@ def test_a_grafted_student_can_be_a_teacher():
     create_model("vgg8@resnet8@wrn16_2", CLASSES).load_state_dict(model.state_dict())
 
 
-def test_it_takes_the_student_s_type_not_the_teacher_s():
+def test_the_dtype_is_the_student_s_not_the_teacher_s():
     teacher = create_model("resnet8", CLASSES).bfloat16()
     assert graft(create_model("resnet8", CLASSES), teacher)(IMAGES).dtype == torch.float32
     assert classifier_of(teacher).weight.dtype == torch.bfloat16
 
 
-def test_compiled_it_gives_the_same_logits():
+def test_compiling_does_not_change_the_logits():
     torch.compiler.reset()
     model, _ = grafted()
     model.eval()

@@ -1,4 +1,4 @@
-"""Networks from elsewhere: imported where the user names them, and never because a file does."""
+"""External networks: imported if the user names them, never because a file does."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ IMAGES = torch.ones(2, 3, 4, 4)
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A module in the working directory, which marks that it was imported."""
+    """Writes a module into the working directory that records its import."""
     (tmp_path / "my_nets.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n{MODULE}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -57,7 +57,7 @@ def elsewhere(tmp_path, monkeypatch):
     sys.modules.pop("my_nets", None)
 
 
-def test_what_a_file_names_is_not_imported(elsewhere):
+def test_a_network_named_by_a_file_is_not_imported(elsewhere):
     trust("my_nets:zoo.build", "resnet8", None)
     with pytest.raises(ValueError, match="named by a file and not by you: nothing was imported"):
         create_model("my_nets:Net", 4)
@@ -66,7 +66,7 @@ def test_what_a_file_names_is_not_imported(elsewhere):
     assert not elsewhere.exists()
 
 
-def test_what_the_user_names_is(elsewhere):
+def test_a_network_named_by_the_user_is_imported(elsewhere):
     trust("my_nets:Net", "my_nets:zoo.build")
     for name in ("my_nets:Net", "my_nets:zoo.build"):
         network = create_model(name, 4)
@@ -75,11 +75,11 @@ def test_what_the_user_names_is(elsewhere):
         assert set(network.state_dict()) == {"fc.weight", "fc.bias"}
 
 
-def test_a_student_from_elsewhere_is_loaded_once_it_is_named_or_trusted(elsewhere, tmp_path):
+def test_an_external_student_is_loaded_only_if_it_is_named_or_trusted(elsewhere, tmp_path):
     trust("my_nets:Net")
     facts = {"name": "my_nets:Net", "num_classes": 4, "image_shape": [3, 4, 4], "mean": [0.5] * 3, "std": [0.5] * 3}
     save_weights(create_model("my_nets:Net", 4), tmp_path / "own.safetensors", facts)
-    assert load_student(tmp_path / "own.safetensors").name == "my_nets:Net"  # as scripts with trust= do
+    assert load_student(tmp_path / "own.safetensors").name == "my_nets:Net"  # like scripts with trust=
     imported._named.clear()
     sys.modules.pop("my_nets")
     elsewhere.unlink()
@@ -90,12 +90,12 @@ def test_a_student_from_elsewhere_is_loaded_once_it_is_named_or_trusted(elsewher
 
 
 @pytest.mark.filterwarnings("error:.*no-op")
-def test_a_builder_that_loads_weights_and_computes_is_looked_at_too(elsewhere):
+def test_a_builder_that_loads_weights_and_computes_is_checked_too(elsewhere):
     trust("my_nets:loads")
     for name in ("my_nets:loads", "my_nets:loads@8"):
         assert blueprint(name, 4).fc.weight[0].tolist() == [1, 0, 0]
     assert blueprint("resnet8", 4).fc.weight.is_meta
-    assert not blueprint("torchvision/regnet_y_400mf", 4).fc.weight.is_meta  # meta tensors refuse to compute widths
+    assert not blueprint("torchvision/regnet_y_400mf", 4).fc.weight.is_meta  # computes widths with tensors
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_builder_that_loads_weights_and_computes_is_looked_at_too(elsewhere):
         ("my_nets:other", "does not build a network from num_classes=4"),
     ],
 )
-def test_what_is_no_network_is_said(elsewhere, name, words):
+def test_an_import_that_is_no_network_is_reported(elsewhere, name, words):
     trust(name)
     with pytest.raises(ValueError, match=words):
         create_model(name, 4)
@@ -118,7 +118,7 @@ def test_what_is_no_network_is_said(elsewhere, name, words):
     [("a.b:c.d", True), ("transformers/x", True), ("resnet8@wrn16_2", False), ("a:b c", False), ("/x/y:z", False),
      ("timm/vit", False), (":a", False), ("a:", False), ("a::b", False)],
 )  # fmt: skip
-def test_an_import_path_is_told_by_its_form(name, found):
+def test_import_paths_are_recognised_by_their_form(name, found):
     assert is_from_elsewhere(name) == found
 
 
@@ -128,7 +128,7 @@ class Output:
     logits: Tensor
 
 
-def test_logits_are_found_in_whatever_comes_out():
+def test_logits_are_found_in_any_kind_of_output():
     logits = torch.zeros(2, 3)
     for output in (logits, (logits, 1), [logits], {"logits": logits}, Output(None, logits), ((logits,), 2)):
         assert logits_of(output) is logits
@@ -137,7 +137,7 @@ def test_logits_are_found_in_whatever_comes_out():
             logits_of(output)
 
 
-def test_a_network_is_still_what_it_was():
+def test_with_logits_does_not_change_a_network_that_returns_logits():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     expected = plain(IMAGES)
     same = with_logits(plain)
@@ -171,7 +171,7 @@ def test_a_classifier_of_transformers_from_a_folder(tmp_path):
         create_model("transformers//there/is/none", 3, pretrained=True)
 
 
-def test_weights_that_cannot_be_fetched_are_said_in_a_sentence(monkeypatch, tmp_path):
+def test_a_failed_download_of_weights_is_reported_in_one_sentence(monkeypatch, tmp_path):
     from urllib.error import URLError
 
     def offline(*_, **__):
@@ -183,7 +183,7 @@ def test_weights_that_cannot_be_fetched_are_said_in_a_sentence(monkeypatch, tmp_
         create_model("torchvision/resnet18", 10, pretrained=True)
 
 
-def test_code_beside_a_classifier_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+def test_remote_code_is_not_run_and_no_question_is_asked(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     ran = tmp_path / "ran"
     (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import ViTConfig as Config\n")
@@ -198,7 +198,7 @@ def test_code_beside_a_classifier_is_not_run_and_nobody_is_asked(tmp_path, monke
     assert not ran.exists()
 
 
-def test_transformers_that_are_missing_are_asked_for_in_one_sentence(monkeypatch):
+def test_missing_transformers_are_reported_in_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     trust("transformers/some/model")
     with pytest.raises(ImportError, match=r'need transformers: pip install "rld-lightning\[transformers\]"'):
@@ -206,7 +206,7 @@ def test_transformers_that_are_missing_are_asked_for_in_one_sentence(monkeypatch
 
 
 @pytest.mark.parametrize("name", ["my_nets:zoo.build", "my_nets:zoo.build@6"])
-def test_batches_of_any_size_are_exported_of_what_returns_more_than_logits(elsewhere, name):
+def test_networks_that_return_more_than_logits_are_exported_for_any_batch_size(elsewhere, name):
     trust(name)
     network = plain_copy(create_model(name, 4))
     example, free = example_of(network, (3, 4, 4))

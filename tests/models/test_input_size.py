@@ -1,4 +1,4 @@
-"""A network whose name has a size sees images in that size, wherever it is used."""
+"""A network with a size in its name resizes images to it, wherever it is used."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def pair():
     return sized.requires_grad_(False), plain.requires_grad_(False)
 
 
-def test_it_is_the_network_on_resized_images(pair):
+def test_it_equals_the_plain_network_on_resized_images(pair):
     sized, plain = pair
     expected, features = forward_with_taps(plain, resized(), ["layer1"])
     found, own = forward_with_taps(sized, images(), ["layer1"])
@@ -51,7 +51,7 @@ def test_a_grafted_student_may_have_a_size_and_its_teacher_another():
     check_name("resnet8@16@resnet14@24")
 
 
-def test_names_and_their_sizes():
+def test_names_are_split_from_sizes():
     assert split_size("timm/resnet18@224") == ("timm/resnet18", 224)
     assert split_size("resnet8@resnet14") == ("resnet8@resnet14", None)
     assert published_look("torchvision/resnet18@64") == published_look("torchvision/resnet18")
@@ -60,7 +60,7 @@ def test_names_and_their_sizes():
             create_model(f"resnet8@{size}")
 
 
-def test_files_keep_it(pair, tmp_path):
+def test_weights_files_keep_the_size(pair, tmp_path):
     sized, _ = pair
     facts = {"name": "resnet8@16", "num_classes": 10, "image_shape": [3, 8, 8], "resize": 8}
     facts |= {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "dataset": "digits"}

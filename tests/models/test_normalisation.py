@@ -1,4 +1,4 @@
-"""Each network gets images normalised as it was trained with, and classes in the order of the data."""
+"""Each network gets images with the normalisation of its training, and its classes in the data's order."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def normalized(look):
     return (pixels() - mean) / std
 
 
-def test_images_change_their_look_to_rounding():
+def test_images_are_renormalised_up_to_rounding():
     torch.testing.assert_close(Relook(IMAGENET, OTHER)(normalized(IMAGENET)), normalized(OTHER), rtol=0, atol=2e-6)
     assert Relook(IMAGENET, OTHER)(normalized(IMAGENET).bfloat16()).dtype is torch.float32
     assert not Relook(IMAGENET, OTHER).state_dict()
@@ -34,7 +34,7 @@ def test_images_change_their_look_to_rounding():
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float64"])
-def test_a_teacher_sees_its_own_look(dtype):
+def test_a_teacher_gets_its_own_normalisation(dtype):
     network = create_model("resnet8", 10).eval()
     with torch.no_grad():
         expected = network(normalized(OTHER))
@@ -43,7 +43,7 @@ def test_a_teacher_sees_its_own_look(dtype):
     assert {tensor.device.type for tensor in teacher.to("meta").buffers()} == {"meta"}
 
 
-def test_what_a_library_and_a_file_say():
+def test_normalisation_published_by_a_library_and_stored_in_a_file():
     assert published_look("timm/vit_tiny_patch16_224") == Look((0.5,) * 3, (0.5,) * 3)
     assert published_look("torchvision/resnet34") == IMAGENET
     assert published_look("torchvision/efficientnet_v2_l") == Look((0.5,) * 3, (0.5,) * 3)
@@ -60,17 +60,17 @@ def test_what_a_library_and_a_file_say():
     ],
     ids=str,
 )  # fmt: skip
-def test_a_look_is_three_numbers_twice(mean, std):
+def test_mean_and_std_must_be_three_numbers_each(mean, std):
     with pytest.raises(ValueError, match=r"model\.teacher\.mean=.*must be three numbers each"):
         look_of(mean, std)
 
 
-def test_a_look_by_hand():
+def test_given_mean_and_std():
     assert look_of([0.5, 0.4, 0.3], [0.5, 0.25, 1]) == OTHER
     assert look_of(None, None) is None
 
 
-def test_classes_are_matched_by_name_only_where_the_names_are_the_same():
+def test_classes_are_matched_only_if_the_sets_of_names_are_equal():
     assert order_of(["a", "b", "c"], ["c", "a", "b"]) == [2, 0, 1]
     assert order_of(["a", "b"], ["a", "c"]) is None
     assert order_of(["a", "b", "c"], ["a", "b"]) is None
@@ -80,11 +80,11 @@ def test_classes_are_matched_by_name_only_where_the_names_are_the_same():
 @pytest.mark.parametrize(
     "name", ["resnet8", "resnet8@resnet32x4", "torchvision/squeezenet1_1", "torchvision/regnet_y_400mf"]
 )
-def test_logits_come_in_another_order(name):
+def test_classes_are_reordered(name):
     torch.manual_seed(0)
     network = create_model(name, 5).eval()
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):  # so that a fresh network tells images apart
+        if isinstance(module, nn.BatchNorm2d):  # so that a fresh network's logits differ between images
             module.running_var.fill_(0.1)
     images = torch.randn(2, 3, 32, 32)
     order = [3, 0, 4, 1, 2]

@@ -1,4 +1,4 @@
-"""ONNX files, opened by ONNX Runtime."""
+"""ONNX files, run by ONNX Runtime."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
-def test_a_file_is_run_and_says_what_it_is(tmp_path):
+def test_a_file_is_run_and_has_metadata(tmp_path):
     content, weights = small_onnx({"name": "linear", "class_names": '["a", "b"]'})
     (tmp_path / "m.onnx").write_bytes(content)
     network = OnnxNetwork(tmp_path / "m.onnx")
@@ -25,7 +25,7 @@ def test_a_file_is_run_and_says_what_it_is(tmp_path):
     assert OnnxNetwork(small_onnx({}, pixels=True)[0]).takes_pixels
 
 
-def test_what_is_no_classifier_is_refused(tmp_path):
+def test_invalid_files_are_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no")
     with pytest.raises(WeightsError, match=r"m\.onnx is not an ONNX file that can be run"):
         OnnxNetwork(tmp_path / "m.onnx")
@@ -44,7 +44,7 @@ def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch, place):
     onnx.external_data_helper.set_external_data(tensor, "secret")
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    if place != "initializer":  # of which only the values may lie elsewhere
+    if place != "initializer":  # only the values of sparse tensors may be external
         everywhere = onnx.numpy_helper.from_array(torch.arange(weights.numel()).numpy(), "places")
         sparse = onnx.helper.make_sparse_tensor(tensor, everywhere, weights.shape)
         del sparse.values.dims[:], model.graph.initializer[:]
@@ -59,7 +59,7 @@ def test_weights_in_other_files_are_not_read(tmp_path, monkeypatch, place):
         OnnxNetwork(tmp_path / "m.onnx")
 
 
-def test_int8_is_near_and_a_quarter_of_the_size():
+def test_int8_is_close_and_a_quarter_of_the_size():
     content, weights = small_onnx({"name": "linear"}, size=32)
     images = torch.rand(64, 3, 32, 32)
     small = quantise_onnx(content, [images[:32], images[32:]])
@@ -71,7 +71,7 @@ def test_int8_is_near_and_a_quarter_of_the_size():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "wrn16_1", "mobilenetv2", "shufflev1", "shufflev2", "vgg8"])
-def test_networks_of_the_package_are_the_same_in_onnx(name):
+def test_networks_of_the_package_have_the_same_logits_in_onnx(name):
     network = plain_copy(create_model(name, 10))
     onnx = OnnxNetwork(to_onnx(network, (3, 32, 32), {"name": name}))
     for batch in (1, 5):
@@ -93,7 +93,7 @@ def test_pixels_in_and_probabilities_out():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("resize", "interpolation"), [(8, "bilinear"), (11, "bilinear"), (11, "bicubic")])
-def test_pictures_of_any_size_go_in(resize, interpolation):
+def test_pictures_of_any_size_are_accepted(resize, interpolation):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     transform = Preprocessing((8, 8), resize, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
     onnx = OnnxNetwork(to_onnx(plain_copy(PixelsToProbabilities(network, transform, resize=True)), (3, 8, 8), {}))
@@ -105,7 +105,7 @@ def test_pictures_of_any_size_go_in(resize, interpolation):
         torch.testing.assert_close(onnx(pixels.permute(0, 2, 3, 1)), expected, atol=0.01, rtol=0)
 
 
-def test_the_reason_of_an_exporter_is_said_and_not_where_to_read_on():
+def test_an_exporter_s_error_is_shortened_to_its_reason():
     error = RuntimeError(
         "Failed.\n- Modify it.\n\n## Exception summary\n\n<class 'A'>: no such shape\nMore.\n(Refer to it.)"
     )

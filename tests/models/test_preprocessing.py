@@ -1,4 +1,4 @@
-"""From pictures to what a network takes: bit for bit what validation does."""
+"""Preprocessing of pictures equals that of validation, bit for bit."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from rld_lightning.models.weights.read import WeightsError
 LOOK = {"mean": (0.3054,) * 3, "std": (0.3760,) * 3}
 
 
-def test_pictures_of_the_right_size_become_what_validation_sees(tmp_path):
+def test_pictures_of_the_input_size_are_processed_as_in_validation(tmp_path):
     paths, batch = write_digits(tmp_path / "digits")
     transform = Preprocessing((8, 8), 8, **LOOK)
     images = torch.stack([transform(path) for path in paths])
@@ -27,7 +27,7 @@ def test_pictures_of_the_right_size_become_what_validation_sees(tmp_path):
     torch.testing.assert_close(inside, network(images).softmax(1))
 
 
-def test_pictures_of_other_sizes_do_too(tmp_path):
+def test_pictures_of_other_sizes_are_processed_as_in_validation(tmp_path):
     write_jpegs(tmp_path, {"train": 1, "val": 3}, size=(50, 37), ending=".jpg")
     data = ready(ImageFolderDataModule(tmp_path, image_size=16, resize=20, num_workers=0))
     transform = Preprocessing((16, 16), data.eval_resize, data.mean, data.std)
@@ -37,7 +37,7 @@ def test_pictures_of_other_sizes_do_too(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "resize"), [((8, 8), 8), ((8, 8), 11), ((7, 10), 12)])
-def test_the_preprocessing_within_a_network_sees_the_same(size, resize):
+def test_the_preprocessing_inside_a_network_gives_the_same_images(size, resize):
     transform = Preprocessing(size, resize, **LOOK)
     inside = PixelsToProbabilities(torch.nn.Flatten(), transform, resize=True)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def test_files_arrays_tensors_and_images_are_the_same_picture(tmp_path):
             pixels_of(other)
 
 
-def test_what_is_given_wins_over_the_file_and_that_over_the_library():
+def test_given_values_override_the_file_s_and_those_the_library_s():
     said = WeightsFacts(image_shape=(3, 32, 32), resize=40, **LOOK)
     assert preprocessing_of(said, "resnet8", "f") == Preprocessing((32, 32), 40, **LOOK)
     given = preprocessing_of(said, "resnet8", "f", image_size=64, mean=[0.0, 0.0, 0.0], interpolation="bicubic")

@@ -1,4 +1,4 @@
-"""A trained network ready to use, from whatever holds it."""
+"""Loading a trained network from runs, exports and files."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def test_runs_files_and_checkpoints_hold_the_same_student(run, tmp_path):
         assert torch.equal(student(images), network(images))
 
 
-def test_it_names_what_pictures_show(run, tmp_path):
+def test_classes_of_pictures_are_predicted(run, tmp_path):
     network, folder = run
     paths, batch = write_digits(tmp_path / "digits")
     found = load_student(folder).predict(*paths[:5], top=3)
@@ -45,7 +45,7 @@ def test_it_names_what_pictures_show(run, tmp_path):
     assert load_student(folder).predict() == []
 
 
-def test_a_file_that_says_little_is_helped(tmp_path):
+def test_arguments_supply_missing_metadata(tmp_path):
     network = create_model("resnet8", 7).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="does not say which model it is of; give name="):
@@ -57,7 +57,7 @@ def test_a_file_that_says_little_is_helped(tmp_path):
     assert load_student(tmp_path / "w.pth", name="resnet8", class_names="abcdefg", **look).classes == list("abcdefg")
 
 
-def test_what_a_file_says_is_not_imported(tmp_path):
+def test_a_network_named_by_a_file_is_not_imported(tmp_path):
     save_weights(create_model("resnet8", 10), tmp_path / "w.safetensors", digits_facts("os:system"))
     with pytest.raises(ValueError, match="'os:system' is an external network, named by a file and not by you"):
         load_student(tmp_path / "w.safetensors")
@@ -76,8 +76,8 @@ class _Opens:
 
 
 @pytest.mark.parametrize("ending", [".pt2", ".pt", ".pth", ".ckpt", ".safetensors"])
-def test_programs_of_torch_export_are_not_run_whatever_they_are_called(tmp_path, ending):
-    """They are archives that say themselves which of their weights are pickled, and are believed by PyTorch."""
+def test_torch_export_programs_are_not_run_whatever_their_file_name(tmp_path, ending):
+    """Such an archive declares which of its weights are pickled, and PyTorch unpickles them."""
     pickled = io.BytesIO()
     torch.save(_Opens(tmp_path / "was_run"), pickled)
     weight = {"path_name": "weight_0", "is_param": True, "use_pickle": True, "tensor_meta": None}
@@ -92,7 +92,7 @@ def test_programs_of_torch_export_are_not_run_whatever_they_are_called(tmp_path,
     assert not (tmp_path / "was_run").exists()
 
 
-def test_folders_as_timm_writes_them_are_read(tmp_path):
+def test_folders_in_timm_s_format_are_read(tmp_path):
     timm = pytest.importorskip("timm")
     network = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
     save_weights(network, tmp_path / "model.safetensors")

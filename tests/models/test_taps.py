@@ -112,7 +112,7 @@ def test_features_before_and_after_the_forward(model, images):
 
 
 @pytest.mark.parametrize("path", ["0", "1:in"])
-def test_overwritten_features_are_not_handed_out(path):
+def test_overwritten_features_are_not_returned(path):
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
     with pytest.raises(RuntimeError, match=f"tap '{path}' was overwritten in place"):
         forward_with_taps(model, torch.ones(1, 3), [path])
@@ -120,7 +120,7 @@ def test_overwritten_features_are_not_handed_out(path):
     assert features["1"].min() >= 0
 
 
-def test_what_is_not_a_tensor_is_refused():
+def test_other_values_than_tensors_are_refused():
     model = nn.Sequential(nn.LSTM(3, 2))
     with pytest.raises(TypeError, match="tap '0' captured a tuple"):
         forward_with_taps(model, torch.ones(1, 3), ["0"])
@@ -133,7 +133,7 @@ def test_inference_mode(model, images):
     assert features["layer1"].is_inference()
 
 
-def test_wrappers_are_seen_through(model, images, tmp_path):
+def test_wrappers_are_unwrapped(model, images, tmp_path):
     expected = forward_with_taps(model, images, ["layer2", "fc:in"])[1]
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -151,7 +151,7 @@ def test_compiled_with_open_taps(model, images):
     torch.testing.assert_close(actual, expected)
 
 
-def test_compiled_before_the_taps_is_said(model, images):
+def test_compiling_before_opening_the_taps_is_reported(model, images):
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")
     compiled(images)

@@ -1,4 +1,4 @@
-"""A run that goes on with another learning rate follows the schedule that begins with it."""
+"""A run resumed with another learning rate follows the schedule of that rate."""
 
 from functools import partial
 
@@ -68,7 +68,7 @@ def go_on(optimizer, scheduler, steps):
 
 @pytest.mark.parametrize("schedule", ["cycle", *SCHEDULES])
 @pytest.mark.parametrize("steps", [0, 2, 6])
-def test_rates_are_those_of_a_run_that_began_with_the_new_one(schedule, steps):
+def test_rates_equal_those_of_a_run_started_with_the_new_one(schedule, steps):
     optimizer, scheduler, _ = begin(0.1, schedule)
     go_on(optimizer, scheduler, steps)
     again, restored, rates = begin(0.02, schedule)
@@ -83,7 +83,7 @@ def test_rates_are_those_of_a_run_that_began_with_the_new_one(schedule, steps):
     assert go_on(again, restored, 14 - steps) == pytest.approx(go_on(other, schedule_of_other, 14 - steps), rel=1e-12)
 
 
-def test_the_same_rate_touches_nothing():
+def test_the_same_rate_changes_nothing():
     optimizer, scheduler, rates = begin(0.1, "cosine")
     go_on(optimizer, scheduler, 3)
     before = [dict(group) for group in optimizer.param_groups]
@@ -100,7 +100,7 @@ class Rates(Callback):
 
 
 @pytest.mark.parametrize("scheduler", [None, partial(MultiStepLR, milestones=[1])])
-def test_a_run_goes_on_with_the_rate_that_it_is_given(tmp_path, scheduler):
+def test_a_run_resumes_with_the_given_rate(tmp_path, scheduler):
     def begin_or_go_on(*callbacks, rate, **options):
         trainer = quiet_trainer(*callbacks, max_epochs=2 if callbacks else 1)
         trainer.fit(job(lr=rate, momentum=0.9, scheduler=scheduler), DigitsDataModule(batch_size=128), **options)

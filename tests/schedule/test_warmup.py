@@ -1,4 +1,4 @@
-"""The schedule with a warm-up, beside PyTorch's parts of it."""
+"""Schedules with warm-up, compared with those composed of PyTorch's."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def rates(make, steps=40):
     return torch.tensor(found), scheduler
 
 
-def test_it_is_pytorchs_linear_rise_and_cosine_one_after_the_other():
+def test_warmup_cosine_equals_pytorchs_linear_and_cosine_in_sequence():
     def parts(optimizer):
         rise = LinearLR(optimizer, start_factor=1 / 8, total_iters=7)
         return SequentialLR(optimizer, [rise, CosineAnnealingLR(optimizer, T_max=32)], milestones=[8])
@@ -26,7 +26,7 @@ def test_it_is_pytorchs_linear_rise_and_cosine_one_after_the_other():
     torch.testing.assert_close(ours, rates(parts)[0])
 
 
-def test_it_ends_where_it_should_and_goes_on_from_its_state():
+def test_it_ends_at_the_final_rate_and_resumes_from_its_state():
     whole, _ = rates(lambda optimizer: WarmupCosine(optimizer, 20, warmup=0, final=0.1), steps=22)
     torch.testing.assert_close(whole[-1], torch.tensor([0.01, 0.03]))
     torch.testing.assert_close(whole[0], torch.tensor([0.1, 0.3]))
@@ -40,10 +40,10 @@ def test_it_ends_where_it_should_and_goes_on_from_its_state():
         return scheduler
 
     torch.testing.assert_close(rates(resumed, steps=10)[0], whole[10:20])
-    assert half.state_dict()["total_steps"] == 20  # which a run that goes on with another length is told
+    assert half.state_dict()["total_steps"] == 20  # read when a run resumes with another length
 
 
-def test_steps_after_a_rise_are_pytorchs():
+def test_warmup_multistep_equals_pytorchs():
     plain, _ = rates(lambda optimizer: MultiStepLR(optimizer, [15, 18, 21], 0.1), steps=24)
     ours, _ = rates(lambda optimizer: WarmupMultiStep(optimizer, [15, 18, 21], 0.1, warmup=8), steps=24)
     rise = (torch.arange(1, 25) / 8).clamp(max=1)[:, None]

@@ -1,4 +1,4 @@
-"""Several teachers as one: the mean of what they say, each seeing images as it was trained to."""
+"""An ensemble: the mean of its members' outputs, each with the normalisation of its training."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ class Says(nn.Module):
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_mean_is_of_what_was_asked_for():
+def test_the_mean_is_of_logits_or_of_probabilities():
     one, other = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.0, 300.0, 1.0])
     members = [Says(one.tolist()), Says(other.tolist())]
     torch.testing.assert_close(Ensemble(members)(IMAGES)[0], (one + other) / 2)
@@ -42,7 +42,7 @@ def test_the_mean_is_of_what_was_asked_for():
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_each_member_sees_its_own_look_and_size(dtype):
+def test_each_member_gets_its_own_normalisation_and_size(dtype):
     given, own = Look((0.5,) * 3, (0.5,) * 3), Look((0.0,) * 3, (1.0,) * 3)
     members = [create_model("resnet8", 10).eval() for _ in range(2)]
     looks = [None, Relook(given, own, (16, 16))]
@@ -58,7 +58,7 @@ def test_each_member_sees_its_own_look_and_size(dtype):
     torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
-def test_losses_of_logits_learn_from_it():
+def test_only_losses_of_logits_accept_it():
     teacher = FrozenTeacher(Ensemble([create_model("resnet8", 5) for _ in range(2)], "probabilities"))
     student = torch.randn(2, 5, requires_grad=True)
     for loss in (RLDLoss(), KDLoss()):

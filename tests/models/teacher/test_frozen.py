@@ -1,4 +1,4 @@
-"""A frozen teacher stays frozen, keeps its own precision, and is no part of the module that holds it."""
+"""A frozen teacher stays frozen, keeps its own precision, and is not registered in the module that holds it."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from rld_lightning.models.teacher.whole_linear import last_linear
 
 
 def trained(name="resnet8", classes=10):
-    """A model whose BatchNorms have statistics and scales that matter."""
+    """Returns a model with non-trivial BatchNorm statistics and scales."""
     torch.manual_seed(0)
     model = create_model(name, classes)
     for module in model.modules():
@@ -62,7 +62,7 @@ def test_stays_frozen_whatever_is_called(images, fuse):
     assert teacher.requires_grad_(True) is teacher
     assert_frozen(teacher)
     for _ in range(3):
-        teacher.model.train()  # past the teacher's own method
+        teacher.model.train()  # bypasses the teacher's own method
         teacher(images + 5)
     assert_frozen(teacher)
     assert_unchanged(teacher, before)
@@ -79,7 +79,7 @@ def test_outputs_carry_no_gradient_but_can_be_saved_for_backward(images):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_logits_are_the_models(images):
+def test_logits_equal_the_models(images):
     model = trained().eval()
     with torch.no_grad():
         expected = model(images)
@@ -133,7 +133,7 @@ def test_an_unknown_dtype_is_refused(dtype):
         lambda t: t.to("cpu", torch.float16),
     ],
 )
-def test_conversions_do_not_reach_an_own_dtype(convert):
+def test_conversions_do_not_change_an_own_dtype(convert):
     teacher = FrozenTeacher(trained(), dtype=torch.float32)
     before = snapshot(teacher)
     assert convert(teacher) is teacher
@@ -148,7 +148,7 @@ def test_moves_to_a_device(dtype):
     assert {p.dtype for p in teacher.to("meta", torch.float16).parameters()} == {teacher.dtype or torch.float16}
 
 
-def test_autocast_reaches_only_a_teacher_without_own_dtype(images):
+def test_autocast_affects_only_a_teacher_without_own_dtype(images):
     expected, _ = FrozenTeacher(trained())(images)
     with torch.autocast("cpu", torch.bfloat16):
         own, _ = FrozenTeacher(trained(), dtype="float32")(images.bfloat16().float())
@@ -179,7 +179,7 @@ def test_logits_under_autocast_are_not_rounded_to_bfloat16(images, fuse):
 
 
 @pytest.mark.parametrize("name", [*list_models(), "torchvision/efficientnet_b0", "torchvision/swin_t"])
-def test_the_last_linear_layer_makes_the_logits(name):
+def test_the_last_linear_layer_computes_the_logits(name):
     with torch.device("meta"):
         layer = last_linear(create_model(name, 7))
     assert layer.out_features == 7
@@ -191,7 +191,7 @@ def test_images_are_converted_to_the_model(images, dtype):
     torch.testing.assert_close(logits, FrozenTeacher(trained())(images)[0], rtol=0.05, atol=0.05)
 
 
-def test_channels_last_reaches_weights_and_images(images):
+def test_channels_last_applies_to_weights_and_images(images):
     teacher = FrozenTeacher(trained(), channels_last=True)
     assert teacher.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     logits, features = teacher(images, ["conv1:in"])
@@ -218,7 +218,7 @@ def test_fused_logits_are_the_same(images, name, left):
 
 
 class Unfusable(nn.Module):
-    """Two convolutions that a BatchNorm must not be folded into: one is called twice, one is also used unnormalised."""
+    """Two convolutions that a BatchNorm must not be folded into: one called twice, one also used without it."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ class Untraceable(nn.Module):
         return self.fc(x) if x.sum() > 0 else self.fc(-x)
 
 
-def test_what_cannot_be_traced_is_not_fused(images):
+def test_an_untraceable_model_is_not_fused(images):
     with pytest.warns(UserWarning, match="Untraceable cannot be traced and is not fused"):
         teacher = FrozenTeacher(Untraceable(), fuse=True)
     assert isinstance(teacher.model, Untraceable)
@@ -272,7 +272,7 @@ class Owner(LightningModule):
         hold_outside(self, "teacher", FrozenTeacher(trained()))
 
 
-def test_a_teacher_held_outside_is_no_part_of_its_owner(images):
+def test_a_teacher_held_outside_is_not_registered_in_its_owner(images):
     owner = Owner()
     before = snapshot(owner.teacher)
     alone = [name for name, _ in trained().named_parameters(prefix="student")]
@@ -290,11 +290,11 @@ def test_a_teacher_held_outside_is_no_part_of_its_owner(images):
     assert_frozen(copy.deepcopy(owner).teacher)
 
 
-def test_batch_norms_go_by_the_batch_where_features_are_tapped_and_keep_their_statistics():
+def test_tapped_batch_norms_use_the_batch_and_do_not_update_their_statistics():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
     images = torch.randn(6, 3, 8, 8)
-    model(images)  # moves the statistics
+    model(images)  # updates the statistics
     training = copy.deepcopy(model).train()
     before = copy.deepcopy(model.state_dict())
     teacher = FrozenTeacher(model, batch_statistics=True)
@@ -308,7 +308,7 @@ def test_batch_norms_go_by_the_batch_where_features_are_tapped_and_keep_their_st
         FrozenTeacher(model, fuse=True, batch_statistics=True)
 
 
-def test_its_size_is_that_of_the_model_before_it_was_folded():
+def test_the_parameter_count_is_that_of_the_unfolded_model():
     model = create_model("resnet8")
     expected = count_parameters(model)
     teacher = FrozenTeacher(model)
@@ -318,7 +318,7 @@ def test_its_size_is_that_of_the_model_before_it_was_folded():
 
 
 @pytest.mark.parametrize("size", [None, (16, 24)])
-def test_it_says_which_images_its_model_gets(size):
+def test_the_shape_of_the_model_s_input_is_known(size):
     look = Look((0.5,) * 3, (0.5,) * 3)
     teacher = FrozenTeacher(create_model("resnet8", 10), relook=Relook(look, look, size))
     got = []

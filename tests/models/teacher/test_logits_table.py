@@ -18,7 +18,7 @@ def logits_and_labels(size=64, classes=100, scale=5.0, seed=0):
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float16", 3 * EPS), ("float32", 0.0)])
-def test_a_row_is_unknown_until_it_is_written_and_then_what_was_written(tmp_path, dtype, rounding):
+def test_a_row_is_unknown_until_written_and_then_read_as_written(tmp_path, dtype, rounding):
     logits, label = logits_and_labels()
     rows = torch.randperm(1000)[:64]
     table = LogitsTable(tmp_path / "sub" / "table", 1000, 100, dtype)
@@ -36,7 +36,7 @@ def test_a_row_is_unknown_until_it_is_written_and_then_what_was_written(tmp_path
     assert (tmp_path / "sub" / "table").stat().st_size == table_bytes(1000, 100, dtype)
 
 
-def test_no_class_changes_sides_of_the_label():
+def test_rounding_keeps_each_class_above_or_below_the_label():
     # Weak teachers: many logits within one rounding of each other.
     for scale, offset in ((1e-3, 8.0), (1e-3, -8.0), (1e-7, 0.0), (3.0, 0.0)):
         logits, label = logits_and_labels(scale=scale)
@@ -53,7 +53,7 @@ def test_no_class_changes_sides_of_the_label():
     assert torch.equal(round_beside_label(equal, torch.tensor([0])).float(), equal)
 
 
-def test_rlds_mask_is_that_of_the_logits_themselves(tmp_path):
+def test_rlds_mask_is_that_of_the_unrounded_logits(tmp_path):
     logits, label = logits_and_labels(scale=1e-3)
     logits += 4
     student = torch.randn(64, 100)
@@ -66,7 +66,7 @@ def test_rlds_mask_is_that_of_the_logits_themselves(tmp_path):
     assert_close(terms, expected, rtol=5e-3, atol=1e-5)
 
 
-def test_what_is_torn_or_damaged_is_unknown(tmp_path):
+def test_incomplete_or_damaged_rows_are_unknown(tmp_path):
     logits, label = logits_and_labels()
     table = LogitsTable(tmp_path / "table", 64, 100)
     rows = torch.arange(64)
@@ -88,7 +88,7 @@ def test_what_is_torn_or_damaged_is_unknown(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
-def test_logits_that_cannot_be_kept_are_not(tmp_path, value):
+def test_logits_out_of_range_are_not_stored(tmp_path, value):
     logits, label = logits_and_labels(size=4)
     logits[1, 7] = value
     table = LogitsTable(tmp_path / "table", 4, 100)
@@ -97,7 +97,7 @@ def test_logits_that_cannot_be_kept_are_not(tmp_path, value):
     assert table.read(torch.arange(4))[1].tolist() == [True, False, True, True]
 
 
-def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, recwarn):
+def test_a_full_disk_stops_storing_but_not_the_run(tmp_path, monkeypatch, recwarn):
     logits, label = logits_and_labels(size=8)
     table = LogitsTable(tmp_path / "table", 16, 100)
     table.write(torch.arange(4), logits[:4], label[:4])
@@ -121,7 +121,7 @@ def fill(path, seed):
         table.write(rows, rows[:, None] + 0.01 * seed + torch.zeros(32, 100), torch.zeros(32, dtype=torch.long))
 
 
-def test_processes_that_fill_one_table_lose_and_mix_nothing(tmp_path):
+def test_concurrent_processes_write_one_table_correctly(tmp_path):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=fill, args=(tmp_path / "table", seed)) for seed in (1, 2)]
     for process in processes:
@@ -146,13 +146,13 @@ def test_a_file_of_another_size_or_type_is_refused(tmp_path):
         LogitsTable(tmp_path / "other", 10, 5, "int8")
 
 
-def test_what_others_put_in_its_place_is_not_written_to(tmp_path):
+def test_links_and_pipes_of_others_are_not_written_to(tmp_path):
     (tmp_path / "mine").touch()
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="symbolic link"):
         LogitsTable(tmp_path / "link", 10, 5)
-    with pytest.raises(ValueError, match="move it away"):  # and nobody waits for who reads it
+    with pytest.raises(ValueError, match="move it away"):  # without waiting for a reader
         LogitsTable(tmp_path / "pipe", 10, 5)
     assert (tmp_path / "mine").stat().st_size == 0
 

@@ -1,4 +1,4 @@
-"""A table on the device says what its file does, and a full one makes no step wait."""
+"""A table on the device equals its file, and a complete one causes no synchronisation."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_it_reads_and_fills_the_file(tmp_path, dtype):
+def test_it_reads_and_writes_the_file(tmp_path, dtype):
     some = torch.arange(0, 40, 3)
     file = filled(tmp_path / "t", some, dtype=dtype)
     table = ResidentTable(file, torch.device("cpu"))
@@ -42,7 +42,7 @@ def test_it_reads_and_fills_the_file(tmp_path, dtype):
         assert torch.equal(logits, said)
 
 
-def test_a_full_one_is_asked_for_nothing_but_rows(tmp_path):
+def test_a_complete_table_only_looks_up_rows(tmp_path):
     every = torch.arange(40)
     file = filled(tmp_path / "t", every)
     table = ResidentTable(file, torch.device("cpu"))
@@ -61,13 +61,13 @@ def test_a_full_one_is_asked_for_nothing_but_rows(tmp_path):
     assert not operations.names & {"_local_scalar_dense", "nonzero", "is_nonzero", "all"}
 
 
-def test_on_a_cpu_the_mapped_file_is_enough(tmp_path):
+def test_on_a_cpu_the_mapped_file_is_used(tmp_path):
     file = filled(tmp_path / "t", torch.arange(3))
     assert resident(file, torch.device("cpu")) is file
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_rows_lie_there(tmp_path):
+def test_on_a_gpu_rows_are_on_the_device(tmp_path):
     every = torch.arange(40)
     file = filled(tmp_path / "t", every)
     table = resident(file, torch.device("cuda"))

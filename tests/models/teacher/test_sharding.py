@@ -1,4 +1,4 @@
-"""A teacher shared out over two processes computes what the whole one computes, and is still no part of the student."""
+"""A teacher sharded over two processes computes the same as the whole one, and is not part of the student."""
 
 import os
 import traceback
@@ -57,12 +57,12 @@ def test_other_families_have_blocks_too(name, some, attention, largest):
     assert not any(path.startswith(f"{inside}.") for inside in attentions for path in found)
 
 
-def test_a_fused_teacher_is_not_shared_out():
+def test_a_fused_teacher_is_not_sharded():
     with pytest.raises(ValueError, match=r"model\.teacher\.fuse=false or model\.teacher\.shard=false"):
         FrozenTeacher(create_model("resnet8"), fuse=True, shard=True)
 
 
-def test_one_process_has_nobody_to_share_with(tmp_path):
+def test_one_process_cannot_shard(tmp_path):
     with pytest.raises(ValueError, match=r"there is one; take more devices \(trainer=ddp trainer\.devices=2\)"):
         find_teacher(Teacher("resnet8", "fit", "", None, {"shard": True}), "digits", TeacherStore(tmp_path))
     with pytest.raises(ValueError, match="at least two processes, not 1"):
@@ -70,7 +70,7 @@ def test_one_process_has_nobody_to_share_with(tmp_path):
 
 
 class Direct(nn.Module):
-    """Has weights of its own beside its blocks, and no number of rows that two processes could share equally."""
+    """Has weights outside of its blocks, and an odd number of rows, which two processes cannot divide equally."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class Direct(nn.Module):
 
 
 def teachers():
-    """Each with its taps and images."""
+    """Yields networks with their taps and images."""
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32)
     yield create_model("resnet14", 10), {}, TAPS, images
@@ -99,7 +99,7 @@ def compare(rank, folder):
         expected, features = whole(images, taps)
         keys, size = list(model.state_dict()), sum(p.numel() for p in model.parameters())
         teacher = FrozenTeacher(model, **options, shard=True)
-        for _ in range(2):  # a run is set up once for fitting and once for validating
+        for _ in range(2):  # setup runs once for fitting and once for validation
             teacher.place(device, processes=2)
         for _ in range(2):
             logits, seen = teacher(images, taps)
@@ -107,7 +107,7 @@ def compare(rank, folder):
             assert not any(isinstance(tensor, DTensor) or tensor.requires_grad for tensor in (logits, *seen.values()))
             for path, feature in features.items():
                 torch.testing.assert_close(seen[path], feature)
-            # Given back after each forward.
+            # Resharded after each forward.
             assert all(isinstance(p, DTensor) and not p.requires_grad for p in teacher.parameters())
             held = sum(p.to_local().numel() for p in teacher.parameters())
             assert held == pytest.approx(size / 2, rel=0.25)  # rows are not divided
@@ -118,7 +118,7 @@ def compare(rank, folder):
 
 
 def compare_and_leave(rank, folder):
-    """Ends the process by what the comparison found: gloo's threads sometimes abort an interpreter that shuts down."""
+    """Exits with the result of the comparison; gloo's threads sometimes abort an interpreter that shuts down."""
     try:
         compare(rank, folder)
     except BaseException:
@@ -128,7 +128,7 @@ def compare_and_leave(rank, folder):
 
 
 @pytest.mark.slow
-def test_a_teacher_shared_out_over_two_processes_is_the_same_teacher(tmp_path):
+def test_a_teacher_sharded_over_two_processes_computes_the_same(tmp_path):
     other = mp.get_context("spawn").Process(target=compare_and_leave, args=(1, tmp_path))
     other.start()
     compare(0, tmp_path)

@@ -1,4 +1,4 @@
-"""The store keeps, finds and downloads teachers; what goes wrong on the way says so in one sentence."""
+"""The store saves, finds and downloads teachers, and reports failures in one sentence."""
 
 import argparse
 import hashlib
@@ -56,7 +56,7 @@ def pickled(content):
 
 
 def archive(**members):
-    """A tar file like the published one, with some members replaced, or left out if None."""
+    """Returns a tar file like the published one, with some members replaced, or omitted if None."""
     contents = {name: pickled(checkpoint(name)) for name in NAMES} | members
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -76,7 +76,7 @@ def member_bytes(content, name):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` at every address; `ranges` and `cut` say how well."""
+    """Serves `content` at every URL; `ranges` and `cut` make it less reliable."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -156,8 +156,8 @@ def test_saves_and_finds(store):
 
 
 @pytest.mark.parametrize("name", ["wrn16_1", "wrn_16_1", "WRN-16-1"])
-def test_a_teacher_is_found_however_its_name_is_spelled(store, server, name):
-    old = store.root / "cifar100" / "wrn_16_1.safetensors"  # of an earlier version
+def test_a_teacher_is_found_in_any_spelling_of_its_name(store, server, name):
+    old = store.root / "cifar100" / "wrn_16_1.safetensors"  # written by an earlier version
     save_weights(create_model("wrn16_1", 100), old, {"source": "fit"})
     assert store.find("cifar100", name) == resolve("auto", store, name) == old
     assert store.download_published(server.url) == [store.path("cifar100", "resnet8")]
@@ -167,12 +167,12 @@ def test_a_teacher_is_found_however_its_name_is_spelled(store, server, name):
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet8", "timm/ResNet8", "resnet_8x4", "other"])
-def test_another_teacher_is_not_taken_for_it(store, name):
+def test_other_teachers_are_not_found(store, name):
     store.save(create_model("resnet8", 100), "cifar100", "resnet8", {})
     assert store.find("cifar100", name) is None
 
 
-def test_keeps_the_file_that_a_run_has_left_as_it_is(store, tmp_path):
+def test_a_run_s_file_is_stored_unchanged(store, tmp_path):
     file = tmp_path / "student.safetensors"
     for content in (b"one", b"another"):
         file.write_bytes(content)
@@ -205,7 +205,7 @@ def test_download_from_a_file(store, tmp_path):
     assert path.exists()
 
 
-def test_a_broken_off_download_is_continued(store, server):
+def test_an_interrupted_download_is_continued(store, server):
     server.cut = half = len(server.content) // 2
     with pytest.raises(DownloadError, match=f"broke off after {half} of {len(server.content)} bytes, run again"):
         store.download_published(server.url)
@@ -214,7 +214,7 @@ def test_a_broken_off_download_is_continued(store, server):
     assert server.requests == [None, f"bytes={half}-"]
 
 
-def test_a_broken_off_download_starts_over_where_the_server_cannot_continue(store, server):
+def test_an_interrupted_download_restarts_if_the_server_cannot_continue(store, server):
     server.cut, server.ranges = 5000, False
     with pytest.raises(DownloadError, match="broke off"):
         store.download_published(server.url)
@@ -223,7 +223,7 @@ def test_a_broken_off_download_starts_over_where_the_server_cannot_continue(stor
 
 
 @pytest.mark.parametrize("surplus", [0, 10], ids=["complete", "too_long"])
-def test_a_partial_file_with_nothing_left_to_fetch(store, server, surplus):
+def test_a_partial_file_that_is_already_complete(store, server, surplus):
     server.cut = 5000
     with pytest.raises(DownloadError):
         store.download_published(server.url)
@@ -305,7 +305,7 @@ def test_wrong_content_is_refused(store, server, tmp_path, case):
         ("not an address", "unknown url type"),
     ],
 )
-def test_an_address_that_does_not_answer(store, url, reason):
+def test_a_url_that_does_not_answer(store, url, reason):
     with pytest.raises(DownloadError, match=f"cannot be downloaded .*{reason}") as caught:
         store.download_published(url)
     assert_names_another_way(str(caught.value), url)
@@ -340,7 +340,7 @@ def test_another_archive_than_the_first_is_refused(store, server):
     assert read_metadata(path)["archive_sha256"] == hashlib.sha256(other).hexdigest()
 
 
-def test_a_member_of_known_checksum_has_it(store, server, monkeypatch):
+def test_a_known_checksum_of_a_member_is_verified(store, server, monkeypatch):
     monkeypatch.setattr(published_archive, "PUBLISHED_SHA256", {"wrn_16_1": "0" * 64})
     with pytest.raises(DownloadError, match=r"has the SHA-256 .*, not that of the published wrn_16_1"):
         store.download_published(server.url)
@@ -349,8 +349,8 @@ def test_a_member_of_known_checksum_has_it(store, server, monkeypatch):
     assert_downloaded(store, store.download_published(server.url))
 
 
-def test_a_member_that_claims_more_than_there_can_be_is_not_read(store, server):
-    """A sparse one: a block of 512 bytes, and the size of a terabyte."""
+def test_a_member_that_claims_too_much_is_not_read(store, server):
+    """The member is sparse: one block of 512 bytes, and a size of a terabyte."""
     head = bytearray(tarfile.TarInfo(member_name("resnet8")).tobuf(tarfile.GNU_FORMAT))
     head[156:157] = tarfile.GNUTYPE_SPARSE
     head[124:136] = b"%011o\0" % 512

@@ -1,4 +1,4 @@
-"""Teachers that are programs: TorchScript and ONNX files."""
+"""Teachers from TorchScript and ONNX files."""
 
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ def write(kind, whole, folder, batch=None):
 
 
 @pytest.mark.parametrize(("kind", "batch"), [("torchscript", None), ("onnx", None), ("onnx", 2)])
-def test_a_program_says_what_its_network_says(kind, batch, whole, tmp_path):
+def test_a_program_returns_its_network_s_logits(kind, batch, whole, tmp_path):
     network = load_foreign(kind, write(kind, whole, tmp_path, batch))
     with torch.no_grad():
         expected = whole(IMAGES) if kind == "torchscript" else IMAGES.mean((2, 3)) @ whole.fc.weight[:, :3].T
@@ -72,7 +72,7 @@ def test_a_program_says_what_its_network_says(kind, batch, whole, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "onnx"])
-def test_it_teaches_some_of_its_classes(kind, whole, tmp_path):
+def test_a_program_teaches_a_subset_of_its_classes(kind, whole, tmp_path):
     path = write(kind, whole, tmp_path)
     (data := DigitsDataModule()).setup()
     teacher = replace(make_plan(tmp_path).teacher, name=kind, weights=str(path))
@@ -88,7 +88,7 @@ def test_it_teaches_some_of_its_classes(kind, whole, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "onnx"])
-def test_what_is_none_is_said(kind, tmp_path):
+def test_other_files_are_refused(kind, tmp_path):
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
     (tmp_path / "x").write_bytes(b"no program")
@@ -97,7 +97,7 @@ def test_what_is_none_is_said(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [ScriptedNetwork, OnnxTeacher, Columns])
-def test_a_loss_that_looks_inside_hears_that_there_is_no_inside(kind):
+def test_a_feature_loss_reports_that_there_are_no_features(kind):
     network = kind.__new__(kind)
     nn.Module.__init__(network)
     with pytest.raises(ValueError, match="choose a loss of logits"):

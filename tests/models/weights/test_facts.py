@@ -1,4 +1,4 @@
-"""What a file says about itself is numbers and texts in range, or the file is refused: nothing of it is ever run."""
+"""A file's metadata is numbers and texts in range, or the file is refused; nothing in it is ever executed."""
 
 import json
 
@@ -56,25 +56,25 @@ def in_checkpoint(path, key, value):
     return path / "w.ckpt"
 
 
-def test_what_a_run_writes_is_read_as_it_was():
+def test_a_run_s_metadata_is_read_as_written():
     read = read_facts({key: value if isinstance(value, str) else json.dumps(value) for key, value in GOOD.items()}, "w")
     triples = {key: tuple(GOOD[key]) for key in ("image_shape", "mean", "std")}
     assert read == WeightsFacts(**GOOD | triples)
 
 
-def test_a_file_may_say_nothing():
+def test_a_file_may_have_no_metadata():
     assert read_facts({}, "w") == WeightsFacts()
     assert read_facts({"val_fraction": "None", "top1": "null", "format": "pt", "lr": "{}"}, "w") == WeightsFacts()
 
 
-def test_checkpoints_call_the_name_student():
+def test_the_name_in_checkpoints_is_called_student():
     assert read_facts({"student": "resnet8@resnet20"}, "w").name == "resnet8@resnet20"
     assert read_facts({"student": "resnet8", "name": "resnet20"}, "w").name == "resnet20"
 
 
 @pytest.mark.parametrize("write", [in_safetensors, in_checkpoint])
 @pytest.mark.parametrize(("key", "value"), PAYLOADS, ids=str)
-def test_other_values_are_refused_by_name(tmp_path, capsys, write, key, value):
+def test_invalid_values_are_refused_by_name(tmp_path, capsys, write, key, value):
     path = write(tmp_path, key, value)
     with pytest.raises(WeightsError) as refused:
         facts_of(read_weights(path))
@@ -89,7 +89,7 @@ def test_other_values_are_refused_by_name(tmp_path, capsys, write, key, value):
 @pytest.mark.parametrize(
     "value", [TARGET, ["a"], {"_partial_": True}, "lambda: 1", "${now:}", "[" * 100_000, "1" * 5000]
 )
-def test_objects_in_a_checkpoint_are_refused_where_they_would_decide(tmp_path, key, value):
+def test_objects_in_a_checkpoint_are_refused_for_strict_keys(tmp_path, key, value):
     torch.save({"state_dict": {"student.w": torch.zeros(1)}, "hyper_parameters": {key: value}}, tmp_path / "w.ckpt")
     with pytest.raises(WeightsError, match=f"says {key}=") as refused:
         facts_of(read_weights(tmp_path / "w.ckpt"))
@@ -97,13 +97,13 @@ def test_objects_in_a_checkpoint_are_refused_where_they_would_decide(tmp_path, k
 
 
 @pytest.mark.parametrize("key", ["class_names", "image_shape", "mean", "std", "top1", "epochs"])
-def test_what_other_programs_write_where_it_only_describes_says_nothing(key):
+def test_other_programs_values_are_ignored_for_descriptive_keys(key):
     for text in ("['a']", "(0.5, 0.5, 0.5)", str(TARGET), "tensor(0.5)", "[" * 100_000):
         assert read_facts({key: text}, "w") == WeightsFacts()
 
 
 @pytest.mark.parametrize("key", ["name", "dataset", "source"])
 @pytest.mark.parametrize("text", ["", "a\nb", "\x1b[2J", "x" * 400])
-def test_texts_are_a_line_each(key, text):
+def test_texts_are_one_line(key, text):
     with pytest.raises(WeightsError, match=f"w says {key}="):
         read_facts({key: text}, "w")

@@ -1,4 +1,4 @@
-"""Every format users have is read, nothing that is read is executed, and what does not fit says why."""
+"""Every common format is read without executing anything, and mismatches are explained."""
 
 import argparse
 import collections
@@ -47,7 +47,7 @@ def prefixed(state_dict, prefix):
 
 
 def published_checkpoint(model):
-    """What the distillation code of 2019 to 2022 wrote: options, optimizer, and numpy scalars beside the weights."""
+    """A checkpoint of the distillation code of 2019 to 2022: options, optimizer, numpy scalars and weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.zeros(2, 3, 3, 3)).sum().backward()
     optimizer.step()
@@ -116,7 +116,7 @@ def test_reads_numpy_scalars_pickled_before_numpy_2(model, tmp_path):
 
 
 @pytest.mark.parametrize("file_name", ["weights.safetensors", "weights.pth"])
-def test_safetensors_are_known_by_content(model, tmp_path, file_name):
+def test_safetensors_are_recognised_by_content(model, tmp_path, file_name):
     save_weights(model, path := tmp_path / file_name, {"name": "tiny"})
     weights = read_weights(str(path))
     assert_same(weights.state_dict, model)
@@ -127,7 +127,7 @@ def averaged(state_dict):
     return {key: 0.5 * value if value.is_floating_point() else value for key, value in state_dict.items()}
 
 
-# Content, and what the account says; the weights of the model are the only ones that are not halved.
+# Content and account; the weights of the model are the only ones that are not halved.
 SHAPES = {
     "model_state_dict": (
         lambda sd: {"epoch": 1, "model_state_dict": sd, "optimizer_state_dict": {}},
@@ -177,7 +177,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_model_is_found_in_whatever_shape_it_was_saved(tmp_path, shape):
+def test_a_model_is_found_in_any_layout(tmp_path, shape):
     torch.manual_seed(0)
     model, other = create_model("resnet8", 10), create_model("resnet8", 10)
     make, account = SHAPES[shape]
@@ -189,7 +189,7 @@ def test_a_model_is_found_in_whatever_shape_it_was_saved(tmp_path, shape):
 
 
 @pytest.mark.parametrize("part", ["state_dict_ema", "teacher", "state_dict.ema", "ema"])
-def test_a_part_of_a_file_can_be_asked_for(tmp_path, part):
+def test_a_part_of_a_file_can_be_selected(tmp_path, part):
     torch.manual_seed(0)
     model, other = create_model("resnet8", 10), create_model("resnet8", 10)
     sd = model.state_dict()
@@ -207,14 +207,14 @@ def test_a_part_of_a_file_can_be_asked_for(tmp_path, part):
         read_weights(f"{tmp_path / 'y.pth'}::ema")
 
 
-def test_the_weights_of_a_deeper_network_are_not_taken_for_those_of_its_first_blocks(tmp_path):
+def test_the_weights_of_a_deeper_network_do_not_match_a_shallower_one(tmp_path):
     torch.save(create_model("resnet32", 10).state_dict(), path := tmp_path / "x.pth")
     with pytest.raises(WeightsError, match="the file looks like resnet32"):
         load_weights(create_model("resnet20", 10), path)
 
 
 class Exploit:
-    """Unpickling it makes a file, if anyone lets it."""
+    """Creates a file when unpickled."""
 
     def __init__(self, how, marker):
         self._how, self._marker = how, marker
@@ -260,7 +260,7 @@ def test_refuses_a_pickled_module_and_a_bare_pickle(model, tmp_path):
     assert not marker.exists()
 
 
-def test_the_allow_list_is_as_it_was_after_the_call(model, tmp_path):
+def test_the_allow_list_is_restored_after_the_call(model, tmp_path):
     torch.save(published_checkpoint(model), path := tmp_path / "published.pth")
     read_weights(path)
     with pytest.raises(pickle.UnpicklingError):
@@ -297,7 +297,7 @@ def cut(path, write):
 
 
 @pytest.mark.parametrize("file_name", BROKEN)
-def test_broken_files_are_named_in_one_sentence(tmp_path, file_name):
+def test_broken_files_are_reported_in_one_sentence(tmp_path, file_name):
     BROKEN[file_name](path := tmp_path / file_name)
     with pytest.raises(WeightsError) as caught:
         read_weights(path)
@@ -307,7 +307,7 @@ def test_broken_files_are_named_in_one_sentence(tmp_path, file_name):
     assert len(message) < len(str(path)) + 200
 
 
-def test_a_missing_file_is_a_missing_file(tmp_path):
+def test_a_missing_file_is_reported_as_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weights file at .*gone\.pth"):
         read_weights(tmp_path / "gone.pth")
     with pytest.raises(FileNotFoundError, match=r"holds neither student\.safetensors, .* name its best\.ckpt"):
@@ -315,7 +315,7 @@ def test_a_missing_file_is_a_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("file_name", ["student.safetensors", "model.safetensors"])
-def test_a_folder_is_that_of_a_run_or_of_an_export(model, tmp_path, file_name):
+def test_a_folder_may_be_a_run_or_an_export(model, tmp_path, file_name):
     save_weights(model, tmp_path / file_name)
     weights = read_weights(tmp_path)
     assert_same(weights.state_dict, model)
@@ -346,7 +346,7 @@ def test_counters_may_be_absent_as_before_torch_0_4_1(model):
 
 
 def refusal(model, state_dict, **kwargs):
-    """The message, after a check that the model is as it was."""
+    """Returns the error message, after checking that the model is unchanged."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(WeightsError) as caught:
         load_weights(model, Weights(dict(state_dict), {}, Path("some.pth")), **kwargs)
@@ -361,7 +361,7 @@ def test_class_counts_are_named_when_only_the_classifier_differs():
         assert expected in message
 
 
-def test_other_differences_are_counted_and_sampled():
+def test_other_differences_are_counted_with_examples():
     message = refusal(tiny(width=4), tiny(width=6).state_dict())
     assert "model Sequential" in message
     assert "7 of another shape: 0.weight (file [6, 3, 3, 3], model [4, 3, 3, 3]), 0.bias" in message
@@ -373,7 +373,7 @@ def test_other_differences_are_counted_and_sampled():
     assert "9 not in the model: features.0.weight [4, 3, 3, 3]" in message
 
 
-def test_the_model_that_the_file_is_of_is_named():
+def test_the_file_s_actual_model_is_named():
     with torch.device("meta"):
         other = create_model("resnet14", 100).state_dict()
     message = refusal(create_model("resnet8", 100), other, name="resnet8")
@@ -391,7 +391,7 @@ def test_identify(name, classes):
     assert identify(state_dict) == []
 
 
-def test_save_writes_what_safetensors_would_refuse(tmp_path):
+def test_save_accepts_shared_memory(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4)).to(memory_format=torch.channels_last)
     model[2].weight = model[1].weight
     compiled = torch.compile(model)
@@ -419,7 +419,7 @@ def test_save_writes_what_safetensors_would_refuse(tmp_path):
     assert load_weights(compiled, path)
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_one_of_the_two(tmp_path):
+def test_a_file_replaced_while_being_read_is_read_consistently(tmp_path):
     path, ended = tmp_path / "teacher.safetensors", threading.Event()
     models = [nn.Linear(50, 50) for _ in range(2)]
     save_weights(models[0], path)
@@ -440,7 +440,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_one_of_the_two(tmp_path):
         assert any(all(torch.equal(state_dict[key], value) for key, value in m.state_dict().items()) for m in models)
 
 
-def test_a_file_that_is_written_to_while_it_is_read_is_refused(model, tmp_path, monkeypatch):
+def test_a_file_written_to_while_being_read_is_refused(model, tmp_path, monkeypatch):
     save_weights(model, path := tmp_path / "tiny.safetensors")
     look = os.fstat
 
@@ -453,7 +453,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(model, tmp_path, 
         read_weights(path)
 
 
-def test_save_is_all_or_nothing(model, tmp_path, monkeypatch):
+def test_save_is_atomic(model, tmp_path, monkeypatch):
     save_weights(model, path := tmp_path / "tiny.safetensors", {})
     before = path.read_bytes()
     reference = tmp_path / "reference"

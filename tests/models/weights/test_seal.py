@@ -1,4 +1,4 @@
-"""Each flipped bit of a file that this package has written is seen when it is read."""
+"""Every flipped bit in a file written by this package is detected on reading."""
 
 import random
 from io import BytesIO
@@ -33,13 +33,13 @@ def flipped(content, bit):
 
 
 @pytest.mark.parametrize("write", [checkpoint, export])
-def test_every_flipped_bit_is_seen(tmp_path, write):
+def test_every_flipped_bit_is_detected(tmp_path, write):
     path = write(tmp_path)
     content = path.read_bytes()
     assert not is_damaged(content)
     whole = read_weights(path).state_dict
     bits = 8 * len(content)
-    # At random; and all of the two ends, where the checksum and what says that there is one are.
+    # Random positions, and all of both ends, where the checksum and its marks are.
     ends = [*range(8 * 600), *range(bits - 8 * 200, bits)]
     unseen = []
     for bit in {*ends, *random.Random(0).sample(range(bits), 300)}:
@@ -57,20 +57,20 @@ def test_every_flipped_bit_is_seen(tmp_path, write):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_other_readers_take_a_sealed_checkpoint_as_it_is(tmp_path, mmap):
+def test_other_readers_accept_a_sealed_checkpoint(tmp_path, mmap):
     found = torch.load(checkpoint(tmp_path, epoch=3), weights_only=True, mmap=mmap)
     assert found["epoch"] == 3
     assert found["state_dict"]["weight"].shape == (20, 30)
 
 
-def test_other_readers_take_a_sealed_export_as_it_is(tmp_path):
+def test_other_readers_accept_a_sealed_export(tmp_path):
     path = export(tmp_path)
     assert safetensors.torch.load_file(path).keys() == {"weight", "bias"}
     told = {"name": "linear", "top1": "71.5", "classes": '["\\u00e4", "b\\"sha256\\":\\""]'}
     assert read_metadata(path) == read_weights(path).metadata == told
 
 
-def test_the_same_weights_make_the_same_file(tmp_path):
+def test_equal_weights_give_identical_files(tmp_path):
     torch.manual_seed(0)
     content = export(tmp_path).read_bytes()
     assert int.from_bytes(content[:8], "little") % 8 == 0
