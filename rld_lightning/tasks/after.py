@@ -132,7 +132,7 @@ def _measure(
 def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[ClassResult]]) -> None:
     write_networks(run, networks)
     head, rows = table_of(networks)
-    print_table(f"{networks[0].images:,} images of the test split", head, rows)
+    print_table(f"{networks[0].images:,} images of the test split; ms: the fastest of one image at a time", head, rows)
     roles = head[1:]
     by_name = [{result.name: result for result in results} for results in classes]
     hardest = [result.name for result in classes[-1]]  # for the student that was asked for

@@ -122,7 +122,11 @@ def ablation_markdown(table: pd.DataFrame, title: str) -> str:
 def note(table: pd.DataFrame) -> str:
     """Where the numbers come from."""
     epochs = ", ".join(sorted(set(table["epochs"].dropna())))
-    ours = f"Ours: {epochs} epochs, mean \u00b1 standard deviation over n seeds. " if epochs else ""
+    ours = (
+        f"Ours: {epochs} epoch{'' if epochs == '1' else 's'}, mean \u00b1 standard deviation over n seeds. "
+        if epochs
+        else ""
+    )
     return (
         f"{ours}Not ours: the paper's column, {PAPERS_PAIR} on CIFAR-100, 240 epochs, mean of 3 runs "
         f"({'; '.join(sorted(set(table['source'].dropna())))})."

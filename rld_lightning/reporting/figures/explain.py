@@ -176,9 +176,10 @@ def draw_refinement(
     _pairs(correlation, sample.teacher_correlation, sample.student_correlation, rows)
     correlation.set_title("RLD, MCD: what is left" if loss.beta else "MCD: switched off")
     _confidence(panels["confidence"], sample)
+    panels["confidence"].set_ylabel(_probability(loss.confidence_temperature or loss.temperature))
     panels["confidence"].set_title("RLD, SCD: how sure" if loss.alpha else "SCD: switched off")
     for axes in (panels["probs"], correlation):
-        axes.set(xlabel="probability", xlim=(0, None))
+        axes.set(xlabel=_probability(loss.temperature), xlim=(0, None))
     for axes in (logits, panels["probs"], correlation):
         axes.set_yticks(range(len(rows)), [_name(class_names[index], index, sample) for index in rows])
         axes.tick_params(left=False, labelleft=axes is logits)
@@ -229,4 +230,8 @@ def _confidence(axes: Axes, sample: Refinement) -> None:
         axes.bar_label(bars, fmt="%.3f", fontsize=6.5, padding=1)  # of many classes both may be small
     favourite = "true class" if sample.teacher_is_right else "favourite /\ntrue class"
     axes.set_xticks([0, 1], [favourite, "all others"])
-    axes.set(ylim=(0, 1.1), ylabel="probability")
+    axes.set_ylim(0, 1.1)
+
+
+def _probability(temperature: float) -> str:
+    return "probability" + (f" at temperature {temperature:g}" if temperature != 1 else "")

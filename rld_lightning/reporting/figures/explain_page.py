@@ -24,10 +24,12 @@ def explain_in_words(sample: Refinement, class_names: Sequence[str], loss: RLDLo
             f"{probs[1]} and the true class {probs[0]} (place {sample.rank} of {len(names)})"
         )
     kd = f"{teacher}, and plain distillation would pass exactly that on."
+    cold = loss.confidence_temperature or loss.temperature
+    sure = _percent(sample.teacher_confidence) + (f" (at temperature {cold:g})" if cold != loss.temperature else "")
     direction = "raise" if sample.teacher_confidence > sample.student_confidence else "lower"
     scd = (
-        f"SCD passes on only how sure the teacher is of its favourite, {_percent(sample.teacher_confidence)}, "
-        f"whichever class that is: the student is to {direction} its probability of {true}, now "
+        f"SCD passes on only how sure the teacher is of its favourite, {sure}, whichever class that is: the student "
+        f"is to {direction} its probability of {true}, now "
         f"{_percent(sample.student_confidence)}, to that."
     )
     return [

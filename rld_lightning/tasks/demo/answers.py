@@ -211,6 +211,7 @@ def answer(asked: Asked, sample: Refinement, classes: Sequence[str], loss: RLDLo
         | {side: float(probs[others].sum()) for side, probs in sides.items()},
         "masked": int(sample.masked.sum()),
         "confidence": {"teacher": sample.teacher_confidence, "student": sample.student_confidence},
+        "confidence_temperature": loss.confidence_temperature or loss.temperature,
         "terms": sample.terms,
         "words": explain_in_words(sample, classes, loss),
     }

@@ -111,6 +111,8 @@ def test_bars_of_a_sample_are_its_values(classes):
     own, student, teacher = sample(3, classes)
     figure = draw_refinement(own, [f"class_{i}" for i in range(classes)], RLDLoss(), "title")
     logits, probs, confidence, correlation = figure.axes
+    said = {probs.get_xlabel(), confidence.get_ylabel(), correlation.get_xlabel()}
+    assert said == {"probability at temperature 4"}  # and not the networks' own
     rows = shown_classes(own)
     assert len(rows) == min(classes, MOST_CLASSES)
     assert {own.label, own.favourite, int(student.argmax())} <= set(rows)
@@ -123,6 +125,17 @@ def test_bars_of_a_sample_are_its_values(classes):
     others = [text.get_text() for text in probs.texts if text.get_text().startswith("others")]
     assert others == ([] if classes == 6 else [f"others: teacher {1 - own.teacher_probs[rows].sum():.2f}, student "
                                                f"{1 - own.student_probs[rows].sum():.2f}"])  # fmt: skip
+
+
+def test_a_confidence_of_another_temperature_is_said_to_be_of_it():
+    _, student, teacher = sample(3)
+    loss = RLDLoss(confidence_temperature=1.0)
+    own = refine(student, teacher, 3, loss)
+    assert own.teacher_confidence == pytest.approx(float(teacher.softmax(-1).max()))
+    said = f"{100 * own.teacher_confidence:.1f}\u00a0% (at temperature 1), whichever"
+    assert said in explain_in_words(own, list("abcdef"), loss)[1]
+    labels = [axes.get_xlabel() or axes.get_ylabel() for axes in draw_refinement(own, list("abcdef"), loss).axes[1:]]
+    assert labels == ["probability at temperature 4", "probability", "probability at temperature 4"]
 
 
 def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):

@@ -66,6 +66,7 @@ function show(answer) {
     const name = others.count === 1 ? "1 other" : `${others.count} others, together`;
     $("rows").append(row(name, said, bars(others, 0, others.masked === others.count), "others"));
   }
+  $("sure").textContent = `Confidence (SCD), at temperature ${answer.confidence_temperature}`;
   $("confidence").replaceChildren(
     row("teacher", "in its favourite", [bar("teacher", confidence.teacher, 1)]),
     row("student", "in the label", [bar("student", confidence.student, 1)]),
