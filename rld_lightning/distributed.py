@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # imported on use, so that the command line is parsed without
 
 JOB = "rld-lightning"  # TORCHELASTIC_RUN_ID of the processes that a run starts itself
 GRACE = 20.0  # seconds that processes have to end after a signal: to finish the step and save
+RANK_ZERO_FIRST = 10.0  # seconds that other ranks leave to rank 0 to report an error which all may have found
 TRIALS = "RLD_LIGHTNING_TRIALS"  # environment variable for the processes of concurrent trials: the number of trials
 
 
@@ -69,6 +72,34 @@ def external_launcher() -> Launcher | None:
 def started_by_run() -> bool:
     """Whether a run started this process itself, as one of its ranks."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == JOB
+
+
+def wait_for_rank_zero() -> str:
+    """Leaves an error that every rank of ``torchrun`` or ``srun`` may find to rank 0, after which they are ended.
+
+    Returns:
+        a prefix for the message of a rank that is still there, and alone with its error: its number and host.
+    """
+    launcher = external_launcher()
+    if launcher is None or is_rank_zero():
+        return ""
+    time.sleep(RANK_ZERO_FIRST)
+    return f"rank {vars(rank_zero_only)['rank']} of {launcher.processes}, on {socket.gethostname()}: "
+
+
+def wait_for_all_ranks() -> None:
+    """Waits until all ranks of ``torchrun`` are here; a signal ends the wait.
+
+    PyTorch's own wait hears no signal: if a rank has failed, ``torchrun`` kills the others only half a minute later.
+    """
+    launcher = external_launcher()
+    if launcher is None or launcher.name != "torchrun" or launcher.processes == 1 or started_by_run():
+        return
+    store, _ = _rendezvous()
+    key = f"rld-lightning/ready/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_meetings)}"
+    store.add(key, 1)
+    while store.add(key, 0) < launcher.processes:
+        time.sleep(0.1)
 
 
 def trials_at_once() -> int | None:
@@ -144,6 +175,9 @@ def _rendezvous() -> tuple[torch.distributed.Store, int]:
             "MASTER_PORT)."
         ) from error
     return store, rank
+
+
+_meetings = count()
 
 
 @cache

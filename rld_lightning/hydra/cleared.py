@@ -5,6 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from rld_lightning.distributed import rank_zero_only
 from rld_lightning.runs.files import HYDRA, LOCK, SPLIT
 
 # What there is of a job, beside its log, before its work begins. Whatever else lies there tells of work that was done.
@@ -20,6 +21,7 @@ def will_make(folder: Path) -> None:
     _made[:] = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
 
 
+@rank_zero_only
 def clear_mistake() -> None:
     """Takes the folder of this job away again, and those above it, if it has made them and done no work in them.
 

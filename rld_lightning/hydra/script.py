@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.console import print_error, print_line, quiet_lightning
-from rld_lightning.distributed import Stopped, exit_now, stop_on_signals
+from rld_lightning.distributed import Stopped, exit_now, stop_on_signals, wait_for_rank_zero
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.cleared import clear_mistake
@@ -64,7 +64,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
                 raise
             if is_trial():
                 raise  # to the sweep, which says so, and in which the others go on
-            print_error(str(error))
+            print_error(wait_for_rank_zero() + str(error))
             sys.exit(2)
 
     try:
@@ -85,8 +85,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         if stop.code == 2 and (flags := re.search(r"unrecognized arguments: (.+)", _held())):
             _forget()
             print_error(
-                f"{flags[1]} is not known. Options are written key=value, as in recipe.epochs=10: --help lists them, "
-                "and --hydra-help the flags."
+                f"{wait_for_rank_zero()}{flags[1]} is not known. Options are written key=value, as in "
+                "recipe.epochs=10: --help lists them, and --hydra-help the flags."
             )
         raise
     finally:
@@ -140,7 +140,7 @@ def exit_on_user_error() -> Iterator[None]:
         with user_errors():
             yield
     except UserError as error:
-        print_error(str(error))
+        print_error(wait_for_rank_zero() + str(error))
         sys.exit(2)
 
 

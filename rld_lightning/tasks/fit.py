@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rld_lightning.callbacks import Diverged, StopSignals
 from rld_lightning.console import copy_output_to, print_config, print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import Stopped, external_launcher, requeued, started_by_run
+from rld_lightning.distributed import Stopped, external_launcher, requeued, started_by_run, wait_for_all_ranks
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.hydra.quoting import as_argument
@@ -183,6 +183,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         watch_own(trainer, cfg, plan)
         choose_threads(module, data, trainer)
         compile_steps(module, plan, data, trainer)
+    wait_for_all_ranks()
     describe_run(cfg, plan, data, trainer, module)
     found = settled(cfg, plan)
     write_provenance(plan.run, found)

@@ -307,3 +307,22 @@ def test_ranks_and_their_workers_end_soon_after_the_process_that_watches_was_kil
     assert watched.end() == (-signal.SIGKILL, "", "")
     assert all_ended(processes)
     assert not list(tmp_path.glob("result_*"))
+
+
+@pytest.mark.parametrize("ranks", ["01", "1"])
+def test_torchrun_ends_soon_and_a_mistake_is_said_once(tmp_path, ranks):
+    """Those that have made none are at the data, or wait for the others, where a signal ends them."""
+    wrong = f'case {ranks} in *$RANK*) set -- "$@" data=imagefolder data.root=/nowhere;; esac'
+    script = f'{wrong}; exec {sys.executable} {FIT} "$@" hydra.run.dir={tmp_path}/run'
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    began = time.monotonic()
+    ended = subprocess.run(
+        [*command, "sh", "-c", script, "sh", *JOB],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment(), timeout=300,
+    )  # fmt: skip
+    who = r"rank 1 of 2, on \S+: " * (ranks == "1")
+    (said,) = re.findall("^error: .*", ended.stdout, re.MULTILINE)
+    assert re.match(rf"error: {who}/nowhere is not a folder", said)
+    assert ended.returncode != 0
+    assert "SIGKILL" not in ended.stderr, f"after {time.monotonic() - began:.0f} s"
+    assert (tmp_path / "run").exists() is (ranks == "1")

@@ -1,9 +1,13 @@
 """How a script ends before it has a configuration or a folder."""
 
+import socket
+import time
+
 import pytest
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from rld_lightning.errors import UserError
-from rld_lightning.hydra.script import _explain, run_task
+from rld_lightning.hydra.script import _explain, exit_on_user_error, run_task
 
 
 def test_an_unknown_flag_ends_in_a_sentence(monkeypatch, capsys):
@@ -27,7 +31,7 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch):
 def test_ctrl_c_before_the_work_leaves_no_folder(monkeypatch, tmp_path, worked):
     folder = tmp_path / "runs" / "1"
     monkeypatch.setattr("sys.argv", ["cost.py", "run=x", f"hydra.run.dir={folder}"])
-    monkeypatch.setattr("rld_lightning.hydra.script.leave", lambda code: None)
+    monkeypatch.setattr("rld_lightning.hydra.script.exit_now", lambda code: None)
 
     def task(cfg):
         if worked:
@@ -36,3 +40,21 @@ def test_ctrl_c_before_the_work_leaves_no_folder(monkeypatch, tmp_path, worked):
 
     run_task(task, "cost")
     assert folder.exists() is (tmp_path / "runs").exists() is worked
+
+
+@pytest.mark.parametrize(("started", "rank"), [(None, 0), ("torchrun", 0), ("torchrun", 3), ("srun", 3)])
+def test_a_mistake_is_left_to_rank_0_and_said_by_another_with_its_name(monkeypatch, capsys, started, rank):
+    known = {"torchrun": {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4"}, "srun": {"SLURM_NTASKS": "4"}}
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in known.get(started, {}).items():
+        monkeypatch.setenv(name, value)
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise UserError("no such folder")
+    assert stop.value.code == 2
+    assert len(waited) == (rank > 0)
+    who = f"rank {rank} of 4, on {socket.gethostname()}: " * (rank > 0)
+    assert capsys.readouterr().out == f"error: {who}no such folder\n"
