@@ -41,10 +41,10 @@ def shown_by_lightning(trainer: "Trainer") -> bool:
     """Whether Lightning's progress bar displays values logged with ``prog_bar=True``.
 
     If it does, Lightning reads such values from the device in each step, which makes it wait for the previous one. A
-    bar with ``reads_by_itself`` does not need them.
+    bar with ``reads_values_itself`` does not need them.
     """
     bar = trainer.progress_bar_callback
-    return bar is not None and not getattr(bar, "reads_by_itself", False)
+    return bar is not None and not getattr(bar, "reads_values_itself", False)
 
 
 _EACH_STEP = (

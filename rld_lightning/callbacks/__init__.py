@@ -1,4 +1,4 @@
-"""What is watched while training."""
+"""Callbacks that monitor and control training."""
 
 from rld_lightning.callbacks.checkpoint_files import CheckpointFiles
 from rld_lightning.callbacks.class_accuracy import ClassAccuracy

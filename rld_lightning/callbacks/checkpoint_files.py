@@ -1,4 +1,4 @@
-"""How a trainer's checkpoints become files."""
+"""Writes and reads the trainer's checkpoint files."""
 
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,22 @@ from rld_lightning.runs.checkpoint import read_checkpoint, write_checkpoint
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints beside their place, with a checksum, and keeps the one before; reads them as data.
+    """Writes checkpoints atomically with a checksum, keeps the previous one, and reads them as plain data.
 
-    Lightning writes them by way of the folder for temporary files, from where they are copied if it is on another disk:
-    a process that is killed meanwhile leaves half a checkpoint and no other. Here one with the state of an optimizer,
-    which a run may have to go on from, stays as ``last.previous.ckpt`` until the next one, and is read where the latest
-    is damaged. Addresses of stores are left to Lightning.
+    Lightning writes via the temporary directory and copies from there if it is on another disk: a process killed
+    meanwhile leaves half a checkpoint and no other. Here a checkpoint with optimizer state, from which a run may have
+    to resume, is kept as ``last.previous.ckpt`` until the next one is written, and read if the latest is damaged. Paths
+    that are URLs of stores are handled by Lightning.
     """
 
     def __init__(self) -> None:
         self._written: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint; of several processes Lightning asks one.
+        """Writes a checkpoint; Lightning calls this on one process only.
 
         Raises:
-            UserError: it cannot be written; what was there is untouched.
+            UserError: it cannot be written; the old file is unchanged.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -44,16 +44,16 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint, or the one before it where it is damaged, without executing anything.
+        """Reads a checkpoint, or the previous one if it is damaged, without executing code.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or none, and there is no other before it.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or no checkpoint, and there is no previous one.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_checkpoint(Path(path), map_location)[0]
 
     def _is_intact(self, file: Path) -> bool:
-        """Whether a file is worth keeping: what was kept before it may be better."""
+        """Whether a file is intact; otherwise the previous one may be better and is kept."""
         return file in self._written or (file.is_file() and not is_damaged(read_once(file)))

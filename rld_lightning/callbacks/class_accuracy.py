@@ -1,4 +1,4 @@
-"""How good student and teacher are at each class, and what the student takes it for."""
+"""Accuracy of student and teacher per class, and the student's confusion matrix."""
 
 import time
 from pathlib import Path
@@ -12,34 +12,34 @@ from torch import Tensor
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import CLASSES, CONFUSION, write_csv
 
-_SECONDS = 10.0  # between two files that are soon replaced
+_SECONDS = 10.0  # minimum time between two writes
 
 
 class ClassAccuracy(Callback):
-    """Leaves ``classes.csv`` of the last validation: one row a class, in the order of the labels.
+    """Writes ``classes.csv`` for the last validation: one row per class, in the order of the labels.
 
-    It is written after each, or after short epochs every few seconds, and where the run ends or stops.
+    It is written after each validation, or if epochs are short every few seconds, and when the run ends or stops.
 
-    Its columns: ``class``, ``images``, ``accuracy`` of the student and, where
-    :class:`~rld_lightning.callbacks.TeacherMonitor` runs before this one, ``teacher_accuracy``, in percent. A class
-    without images has no accuracy. Beside it ``confusion.csv``, the student's: one row for each ``class`` and
-    ``predicted`` class that at least one image has (``images``).
+    Columns: ``class``, ``images``, the student's ``accuracy`` and, if
+    :class:`~rld_lightning.callbacks.TeacherMonitor` runs before this callback, ``teacher_accuracy``, in percent; empty
+    for a class without images. ``confusion.csv`` has the student's confusions: one row for each ``class`` and
+    ``predicted`` class with at least one image (``images``).
 
     Args:
-        dirpath: where to write.
+        dirpath: the directory to write to.
     """
 
     def __init__(self, dirpath: str | Path) -> None:
         self.path = Path(dirpath) / CLASSES
         self.counts: Tensor | None = None
         self.confusion: Tensor | None = None
-        self._finished: tuple[Tensor, Tensor] | None = None  # what is not written yet
-        self._written = float("-inf")  # when
+        self._finished: tuple[Tensor, Tensor] | None = None  # results not written yet
+        self._written = float("-inf")  # time of the last write
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Begins a validation."""
+        """Resets the counts."""
         classes = pl_module.hparams["num_classes"]
-        # (4, C): images, right by the student, seen by the teacher, right by the teacher.
+        # (4, C): images, correct by the student, evaluated by the teacher, correct by the teacher.
         self.counts = torch.zeros(4, classes, dtype=torch.long, device=trainer.strategy.root_device)
         self.confusion = self.counts.new_zeros(classes * classes)
 
@@ -58,15 +58,15 @@ class ClassAccuracy(Callback):
         right = [torch.ones_like(label), (predicted == label).long()]
         if teacher is not None:
             right += [torch.ones_like(label), (teacher == label).long()]
-        assert self.counts is not None  # made when the validation began
+        assert self.counts is not None  # created when the validation started
         assert self.confusion is not None
-        # Not bincount, which waits for the device.
+        # Not bincount, which synchronises with the device.
         rows = torch.stack(right)
         self.counts[: len(rows)].scatter_add_(1, label.expand_as(rows), rows)
         self.confusion.scatter_add_(0, label * self.counts.shape[1] + predicted, rows[0])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Sums over the ranks, and writes on rank 0 where it is time."""
+        """Sums over the ranks, and writes on rank 0 if it is time."""
         counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
         confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
         if trainer.sanity_checking or not trainer.is_global_zero:
@@ -76,11 +76,11 @@ class ClassAccuracy(Callback):
             self._write(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes."""
+        """Writes the files."""
         self._write(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes."""
+        """Writes the files."""
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
@@ -102,5 +102,5 @@ class ClassAccuracy(Callback):
 
 
 def _percent(right: Tensor, images: Tensor) -> list[str]:
-    """To four places; empty where there are no images."""
+    """Formats percentages with four decimals; empty for classes without images."""
     return [f"{100 * a / b:.4f}" if b else "" for a, b in zip(right.tolist(), images.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Ends a run whose loss or weights are no numbers any more, before anything of it is saved, and says why."""
+"""Stops a run whose loss or weights are not finite, before they are saved, and diagnoses the cause."""
 
 import math
 from collections import deque
@@ -23,120 +23,123 @@ from rld_lightning.runs.checkpoint import is_there
 from rld_lightning.runs.files import DIVERGED, LAST
 from rld_lightning.watching import measured_in_graph
 
-_LARGE_IMAGES = 100.0  # normalised ones reach 3 or so
-_MEMORY = 0.98  # of the mean loss that a spike is compared to: some 50 steps
+_LARGE_IMAGES = 100.0  # normalised images reach about 3
+_MEMORY = 0.98  # of the mean loss to which a spike is compared: about 50 steps
 
 
 class Diverged(UserError):
-    """The loss or the weights are no numbers any more; what to do about it stands in the message."""
+    """The loss or the weights are not finite; the message says what to do."""
 
 
 class Divergence(Callback):
-    """Looks at each step on the device, and reads what it saw every few steps and before whatever would save it.
+    """Measures each step on the device, and reads the values every few steps and before anything is saved.
 
-    A run ends where the loss, or the weights, are not finite: all ranks together, with one sentence that tells a broken
-    teacher or images of a wrong scale from a learning rate that is too large. Neither ``last.ckpt`` nor ``best.ckpt``
-    is overwritten; ``diverged.npz`` names the batch (``index`` in the training split, and ``label``; ``index_before``
-    and ``label_before`` of the batch before it, whose gradient may have been the cause).
+    The run is stopped if the loss or the weights are not finite: on all ranks together, with one sentence that
+    distinguishes a broken teacher or wrongly scaled images from too large a learning rate. Neither ``last.ckpt`` nor
+    ``best.ckpt`` is overwritten; ``diverged.npz`` names the batch (``index`` in the training split, and ``label``;
+    ``index_before`` and ``label_before`` of the previous batch, whose gradient may have been the cause).
 
-    A finite loss that jumps is said in one line, at most once an epoch: one above ``spike`` times both the mean of the
-    last 50 steps or so and the run's first loss.
+    A spike of a finite loss is printed, at most once per epoch: a loss above ``spike`` times both the mean of about the
+    last 50 steps and the run's first loss.
 
     Args:
-        dirpath: the run's folder.
-        every: steps between two readings. Each waits for the device, and for the other ranks.
-        spike: how many times the usual loss is worth a line.
+        dirpath: the run directory.
+        every: steps between two readings. Each synchronises with the device and the other ranks.
+        spike: ratio to the usual loss from which a spike is printed.
     """
 
     def __init__(self, dirpath: str | Path, every: int = 20, spike: float = 10.0) -> None:
         self.folder = Path(dirpath)
         self.every = every
         self.spike = spike
-        self.step = 0  # batches of this process, to tell its recent ones apart
-        self.looked = 0  # the step after which the weights were looked at: they change in no other way
+        self.step = 0  # batches of this process, to identify its recent ones
+        self.checked_step = 0  # the step after which the weights were checked: only steps change them
         self.recent: deque[_Recent] = deque(maxlen=every + 1)
-        self.told = -1  # the epoch whose spike was said
-        self.rows: list[Tensor] = []  # of each step since the last reading: its loss, then as in `_Values`
+        self.spike_epoch = -1  # the epoch whose spike was printed
+        self.rows: list[Tensor] = []  # one per step since the last reading: its loss, then as in `_Values`
         self.usual: tuple[float, float] | None = None  # mean of the latest losses, and the first
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Any], batch: Batch, batch_idx: int
     ) -> None:
-        """Looks at a step, and now and then reads what was seen."""
+        """Measures a step, and reads the measurements every few steps."""
         batch = as_batch(batch)
-        seen = measured_in_graph(self, pl_module)
+        measured = measured_in_graph(self, pl_module)
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
         self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(outputs["terms"])))
-        # A copy: what a graph computes is overwritten by its next replay.
-        self.rows.append(self.measure_step(pl_module, outputs, batch) if seen is None else seen.clone())
+        # A copy: a CUDA graph's next replay overwrites its outputs.
+        self.rows.append(self.measure_step(pl_module, outputs, batch) if measured is None else measured.clone())
         self.step += 1
         if self.step % self.every == 0:
             self._read(trainer, pl_module)
 
     def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
-        """A step's row, see :class:`~rld_lightning.watching.Watcher`."""
+        """Returns a step's row, see :class:`~rld_lightning.watching.Watcher`."""
         terms: list[Tensor] = list(outputs["terms"].values())
         loss = torch.stack(terms).sum().float()
         teacher = outputs.get("teacher_logits")
-        seen = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
-        seen += [loss.new_zeros(()) if teacher is None else _largest(teacher), _right(teacher, outputs["label"], loss)]
-        return torch.stack([*seen, *(term.float() for term in terms)])
+        measured = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
+        measured += [
+            loss.new_zeros(()) if teacher is None else _largest(teacher),
+            _teacher_correct(teacher, outputs["label"], loss),
+        ]
+        return torch.stack([*measured, *(term.float() for term in terms)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Looks at the weights, of which the best are saved after the validation."""
+        """Checks the weights, the best of which are saved after the validation."""
         if trainer.state.stage != "sanity_check" and self.recent:
             self._read(trainer, pl_module, state=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Looks at the weights."""
+        """Checks the weights."""
         self._read(trainer, pl_module, state=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: DistillationModule, checkpoint: dict[str, Any]) -> None:
-        """Looks at the weights and the optimizer's state, which are not saved if they are not finite."""
+        """Checks the weights and the optimizer's state; they are not saved if they are not finite."""
         self._read(trainer, pl_module, state=True)
 
-    def _worst(self) -> tuple[list[float], list[float]]:
-        """What the steps since the last reading came to, which waits for the device.
+    def _worst_rows(self) -> tuple[list[float], list[float]]:
+        """Reads the rows since the last reading, which synchronises with the device.
 
         Returns:
-            the number of the first step without a finite loss and its values, -1 before them where there is none; and
-            of the largest spike its ratio to the usual loss, the number of the step, its loss and the usual one.
+            the number of the first step without a finite loss and its values, -1 first if there is none; and for the
+            largest spike the ratio to the usual loss, the step's number, its loss and the usual loss.
         """
         rows: list[list[float]] = torch.stack(self.rows).tolist() if self.rows else []
-        bad, jump = [-1.0] * (6 + len(self.recent[-1].terms)), [0.0] * 4
+        bad, spike = [-1.0] * (6 + len(self.recent[-1].terms)), [0.0] * 4
         for step, row in enumerate(rows, self.step - len(rows)):
             loss = row[0]
             if bad[0] < 0 and not math.isfinite(loss):
                 bad = [float(step), *row]
             mean, first = self.usual or (abs(loss), abs(loss))
             ratio = loss / max(mean, first, 1e-6)
-            if ratio > jump[0]:
-                jump = [ratio, float(step), loss, mean]
-            # A spike counts as the largest loss that is none: what is usual must not follow it at once.
+            if ratio > spike[0]:
+                spike = [ratio, float(step), loss, mean]
+            # A spike counts as at most the largest loss that is not a spike, so that the mean does not follow at once.
             self.usual = mean + (1 - _MEMORY) * (min(abs(loss), self.spike * mean) - mean), first
         self.rows = []
-        return bad, jump
+        return bad, spike
 
     def _read(self, trainer: Trainer, module: DistillationModule, *, state: bool = False) -> None:
-        """Reads what all ranks saw, which waits for the device.
+        """Reads the measurements of all ranks, which synchronises with the device.
 
         Args:
-            state: whether to look at weights, buffers and the optimizer's state as well.
+            state: whether to check weights, buffers and the optimizer's state, too.
 
         Raises:
-            Diverged: on all ranks, in the same words.
+            Diverged: on all ranks, with the same message.
         """
-        if not self.recent:  # no step since the run began or went on
+        if not self.recent:  # no step since the run started or resumed
             return
-        state, self.looked = state and self.looked != self.step, self.step if state else self.looked
+        state, self.checked_step = state and self.checked_step != self.step, self.step if state else self.checked_step
         finite = _state_is_finite(trainer, module) if state else True
-        bad, jump = self._worst()
-        ranks = [[*bad, *jump, float(finite)]]
+        bad, spike = self._worst_rows()
+        ranks = [[*bad, *spike, float(finite)]]
         if trainer.world_size > 1:
-            seen = torch.tensor(ranks[0], device=module.device)
-            everyones = [torch.empty_like(seen) for _ in range(trainer.world_size)]
-            torch.distributed.all_gather(everyones, seen)
-            ranks = torch.stack(everyones).tolist()
+            measured = torch.tensor(ranks[0], device=module.device)
+            gathered_rows = [torch.empty_like(measured) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(gathered_rows, measured)
+            ranks = torch.stack(gathered_rows).tolist()
         latest = self.recent[-1]
         if worst := min((rank[: len(bad)] for rank in ranks if rank[0] >= 0), default=None):
             step, loss, images, student, teacher, right, *terms = worst
@@ -144,28 +147,28 @@ class Divergence(Callback):
             self._end(trainer, int(step), values)
         if not all(rank[-1] for rank in ranks):
             self._end(trainer, latest.step, None)
-        self._say_spike(trainer, max(rank[-5:-1] for rank in ranks))
+        self._print_spike(trainer, max(rank[-5:-1] for rank in ranks))
 
-    def _say_spike(self, trainer: Trainer, jump: list[float]) -> None:
-        ratio, step, loss, mean = jump
-        if ratio <= self.spike or self.told == trainer.current_epoch:
+    def _print_spike(self, trainer: Trainer, spike: list[float]) -> None:
+        ratio, step, loss, mean = spike
+        if ratio <= self.spike or self.spike_epoch == trainer.current_epoch:
             return
-        self.told = trainer.current_epoch
-        place = self._place(int(step))
+        self.spike_epoch = trainer.current_epoch
+        place = self._place_of(int(step))
         print_line("loss", f"{place}: {loss:.3g}, up from {mean:.3g}; it is finite, and training continues")
 
-    def _place(self, step: int) -> str:
+    def _place_of(self, step: int) -> str:
         found = next((recent for recent in self.recent if recent.step == step), self.recent[-1])
         return found.place
 
     def _end(self, trainer: Trainer, step: int, values: "_Values | None") -> None:
-        """Leaves the batch, and ends the run."""
-        self._leave_batch(trainer, step)
+        """Writes the batch, and stops the run."""
+        self._write_batch(trainer, step)
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         classes = trainer.lightning_module.hparams["num_classes"]
         images = len(self.recent[-1].label)
-        cause, remedy = why(values, rate=rate, classes=classes, images=images)
-        message = f"training diverged in {self._place(step)}: {cause}. "
+        cause, remedy = diagnose(values, rate=rate, classes=classes, images=images)
+        message = f"training diverged in {self._place_of(step)}: {cause}. "
         last = self.folder / LAST
         if remedy is not None:
             message += f"{remedy}, and start over. "
@@ -179,8 +182,8 @@ class Divergence(Callback):
         named = f"; the batch is named in {file}" if (file := self.folder / DIVERGED).exists() else ""
         raise Diverged(f"{message}Nothing of it was saved{named}.")
 
-    def _leave_batch(self, trainer: Trainer, step: int) -> None:
-        """Writes which images the step saw, on all ranks together, and those of the step before."""
+    def _write_batch(self, trainer: Trainer, step: int) -> None:
+        """Writes which images this step and the previous one used, over all ranks."""
         own: dict[str, Tensor] = {}
         for name, wanted in (("", step), ("_before", step - 1)):
             for recent in self.recent:
@@ -191,13 +194,13 @@ class Divergence(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).numpy() for name in own}
-            with suppress(OSError):  # a full disk is not to hide why the run ends
+            with suppress(OSError):  # a full disk must not hide the diagnosis
                 np.savez(self.folder / DIVERGED, **arrays)
 
 
 @dataclass(frozen=True)
 class _Recent:
-    """One of the latest steps: its number, what to call it, which images it saw, and its terms' names."""
+    """A recent step: its number, its name, its images and the names of its loss terms."""
 
     step: int
     place: str
@@ -208,24 +211,24 @@ class _Recent:
 
 @dataclass(frozen=True)
 class _Values:
-    """What the first step without a finite loss had: largest absolute values, and the teacher's right answers."""
+    """Measurements of the first step without a finite loss: absolute maxima, and the teacher's correct answers."""
 
     loss: float  # the sum of the terms
     images: float  # of the normalised images
     student: float  # of the student's logits
     teacher: float  # of the teacher's, 0 without one
-    right: float  # how many images of the batch the teacher gets right; -1 without one
+    right: float  # images of the batch that the teacher classifies correctly; -1 without a teacher
     terms: Mapping[str, float]  # by name
 
 
-def why(values: _Values | None, *, rate: float, classes: int, images: int) -> tuple[str, str | None]:
-    """Why a run diverged, and what to do about it.
+def diagnose(values: _Values | None, *, rate: float, classes: int, images: int) -> tuple[str, str | None]:
+    """Diagnoses why a run diverged, and suggests what to do.
 
     Args:
-        values: of the first step without a finite loss; None where only the weights are not finite.
+        values: of the first step without a finite loss; None if only the weights are not finite.
 
     Returns:
-        the cause; and the way out, None where it is a smaller learning rate or clipping.
+        the cause, and the remedy; None for a smaller learning rate or clipping.
     """
     if values is None:
         return f"the weights are not finite after it, at a learning rate of {rate:.3g}", None
@@ -252,18 +255,18 @@ def why(values: _Values | None, *, rate: float, classes: int, images: int) -> tu
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The largest absolute value, NaN where there is one."""
+    """Returns the largest absolute value, or NaN if there is one."""
     return values.detach().abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
 
 
-def _right(teacher: Tensor | None, label: Tensor, like: Tensor) -> Tensor:
+def _teacher_correct(teacher: Tensor | None, label: Tensor, like: Tensor) -> Tensor:
     return like.new_full((), -1.0) if teacher is None else (teacher.argmax(1) == label).sum().to(like.dtype)
 
 
 def _state_is_finite(trainer: Trainer, module: DistillationModule) -> bool:
     found = [*module.state_dict().values(), *_optimizer_tensors(trainer)]
     tensors = [value for value in found if value.is_floating_point()]
-    # A finite sum has finite summands, and takes a third of the time; large ones may have another.
+    # A finite sum implies finite summands and takes a third of the time; large values may overflow it.
     sums = torch.stack([value.sum().to(module.device, torch.float32) for value in tensors])
     return bool(sums.isfinite().all()) or all(bool(value.isfinite().all()) for value in tensors)
 

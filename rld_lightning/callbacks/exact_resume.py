@@ -1,4 +1,4 @@
-"""Where a run stands, so that it goes on from any step as if it had never stopped."""
+"""Saves a run's position so that it resumes exactly from any step."""
 
 import time
 from typing import Any, NamedTuple
@@ -14,114 +14,114 @@ from rld_lightning.watching import callbacks_of
 
 
 class Position(NamedTuple):
-    """How far a run has come."""
+    """A run's position."""
 
     epoch: int  # finished epochs
-    batch: int  # finished batches of the next one; all of them where it lacks its end alone
-    step: int  # steps of the optimizer
+    batch: int  # finished batches of the current epoch; all of them if only the epoch's end is missing
+    step: int  # optimizer steps
 
 
 def position(trainer: Trainer) -> Position:
-    """Where a run stands, in whichever hook; an epoch that ended before its last batch counts as begun."""
+    """Returns the position, in any hook; an epoch that ended before its last batch counts as unfinished."""
     loop = trainer.fit_loop
-    epochs: Any = loop.epoch_progress.current  # which counts more than its declared type says
+    epochs: Any = loop.epoch_progress.current  # has more fields than its declared type
     batch: Any = loop.epoch_loop.batch_progress.current
     last, within = trainer.num_training_batches, epochs.started > epochs.completed
-    if within and batch.processed >= last and epochs.processed > epochs.completed:  # its end has begun
+    if within and batch.processed >= last and epochs.processed > epochs.completed:  # the epoch's end has started
         return Position(epochs.completed + 1, 0, trainer.global_step)
     if within:
         return Position(epochs.completed, batch.processed, trainer.global_step)
-    if 0 < batch.processed < last:  # it had to end there
+    if 0 < batch.processed < last:  # the epoch was cut short there
         return Position(epochs.completed - 1, batch.processed, trainer.global_step)
     return Position(epochs.completed, 0, trainer.global_step)
 
 
 class ExactResume(Callback):
-    """Writes into each checkpoint where the run stands, in the way that Lightning's loops go on from exactly.
+    """Writes the position into each checkpoint in a form from which Lightning's loops resume exactly.
 
-    And the rows of ``metrics.csv`` up to there, and the time that they took.
+    Also adds the rows of ``metrics.csv`` so far, and the training time.
 
-    Left to themselves, these skip the rest of an epoch that ``max_steps``, ``max_time`` or a signal has cut short, take
-    its batches for those of the next one, and forget a validation that was due. Everything else that an epoch has
-    gathered is kept by those who gather it (their ``state_dict``).
+    By themselves, Lightning's loops skip the rest of an epoch that ``max_steps``, ``max_time`` or a signal has cut
+    short, count its batches as the next epoch's, and forget a validation that was due. Other state within an epoch is
+    saved by its owners (their ``state_dict``).
 
     Attributes:
-        began: the step that the run goes on from; None where it begins.
+        start_step: the step from which the run resumed; None for a new run.
     """
 
     def __init__(self) -> None:
-        self.began: int | None = None
+        self.start_step: int | None = None
         self._earlier, self._since = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken so far, with what came before the checkpoint that it goes on from."""
+        """Training time in seconds, including the time before a resume."""
         return self._earlier + time.monotonic() - self._since
 
     def state_dict(self) -> dict[str, Any]:
-        """The time so far."""
+        """Returns the training time."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adds what came before."""
+        """Restores the time before the resume."""
         self._earlier = float(state_dict["seconds"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rewrites the progress of the loops, and adds the rows."""
+        """Rewrites the loops' progress, and adds the metrics' rows."""
         count_states(checkpoint)
         checkpoint["loops"]["fit_loop"] |= _progress(trainer)
-        for logger in _files(trainer):
+        for logger in _metrics_files(trainer):
             checkpoint["metrics"] = _rows(trainer, logger)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes where the run goes on."""
-        self.began = checkpoint["global_step"]
+        """Stores the step from which the run resumes."""
+        self.start_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the rest of a checkpoint before it is restored, and lets the file of metrics go on from its rows.
+        """Checks the rest of a checkpoint before it is restored, and restores the rows of the metrics file.
 
-        A run that has stopped early is at its end.
+        A run that was stopped early is not continued.
         """
-        if self.began is None:
+        if self.start_step is None:
             return
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
         own = next((known.before.settings for known in callbacks_of(trainer, OwnSettings)), None)
         refuse_other_progress(checkpoint, trainer, own)
-        for logger in _files(trainer):
-            logger.begin(known_rows(checkpoint.get("metrics")))
+        for logger in _metrics_files(trainer):
+            logger.restore(known_rows(checkpoint.get("metrics")))
         if has_stopped_early(trainer):  # as Lightning's Timer does
             trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock, and lets an epoch that begins begin: with ``max_steps``, Lightning takes any for begun."""
+        """Starts the clock; corrects Lightning with ``max_steps``, which takes any epoch for restarted."""
         self._since = time.monotonic()
         if position(trainer).batch == 0:
             trainer.fit_loop.epoch_loop.restarting = False
 
 
 def has_stopped_early(trainer: Trainer) -> bool:
-    """Whether an early stopping has ended the run, be it before the checkpoint that it goes on from."""
+    """Whether early stopping has ended the run, possibly before the checkpoint from which it resumes."""
     stoppings = callbacks_of(trainer, EarlyStopping)
     return any(stopping.wait_count >= stopping.patience or stopping.stopped_epoch > 0 for stopping in stoppings)
 
 
 def _progress(trainer: Trainer) -> dict[str, Any]:
-    """The progress of a run as Lightning notes it between two batches, or between two epochs."""
+    """Returns the progress as Lightning stores it between two batches, or between two epochs."""
     epoch, batch, step = position(trainer)
     loop = trainer.fit_loop.epoch_loop
     whole = batch >= trainer.num_training_batches
     due = batch > 0 and _validation_is_due(trainer, epoch, batch)
-    waiting = due and not loop._should_accumulate()  # for the validation, before Lightning counts the step
+    waiting = due and not loop._should_accumulate()  # a validation is due, and Lightning has not counted the step yet
     total: Any = loop.batch_progress.total
     return {
-        "epoch_progress": _twice(_counts(epoch + (batch > 0), epoch)),
+        "epoch_progress": _total_and_current(_counts(epoch + (batch > 0), epoch)),
         "epoch_loop.state_dict": {"_batches_that_stepped": step - waiting},
         "epoch_loop.batch_progress": {
             "total": _counts(total.processed, total.processed),
             "current": _counts(batch, batch),
             "is_last_batch": whole,
         },
-        # Of one batch begun and not ended, Lightning makes a validation that is to be run.
+        # From one batch that is started but not completed, Lightning concludes that a validation is to be run.
         "epoch_loop.val_loop.batch_progress": {
             "total": _counts(int(due), 0),
             "current": _counts(0, 0),
@@ -130,12 +130,12 @@ def _progress(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _files(trainer: Trainer) -> list[MetricsFile]:
+def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
 
 
 def _rows(trainer: Trainer, logger: MetricsFile) -> list[Row]:
-    """The rows up to where a run stands; at the end of an epoch with its values, which are only logged after that."""
+    """Returns the rows up to the position; at an epoch's end with its values, which are only logged later."""
     epoch, batch, step = position(trainer)
     rows = [dict(row) for row in logger.rows if row["epoch"] <= epoch - (batch == 0)]
     if batch == 0 and trainer.fit_loop.epoch_progress.current.completed < epoch:
@@ -147,11 +147,11 @@ def _rows(trainer: Trainer, logger: MetricsFile) -> list[Row]:
 
 
 def _validation_is_due(trainer: Trainer, epoch: int, batch: int) -> bool:
-    """Whether the schedule has a validation after these batches of the epoch."""
+    """Whether a validation is scheduled after these batches of the epoch."""
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (epochs is not None and (epoch + 1) % epochs):
         return False
-    if every is None or every == float("inf"):  # by the clock, or at the epoch's end
+    if every is None or every == float("inf"):  # by the time, or at the epoch's end
         return every is not None and batch >= trainer.num_training_batches
     return (batch if epochs is not None else trainer.fit_loop.total_batch_idx + 1) % every == 0
 
@@ -160,5 +160,5 @@ def _counts(begun: int, ended: int) -> dict[str, int]:
     return {"ready": begun, "started": begun, "processed": ended, "completed": ended}
 
 
-def _twice(counts: dict[str, int]) -> dict[str, dict[str, int]]:
+def _total_and_current(counts: dict[str, int]) -> dict[str, dict[str, int]]:
     return {"total": counts, "current": dict(counts)}

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from."""
+"""The checkpoint from which a run resumes."""
 
 import time
 from pathlib import Path
@@ -12,16 +12,16 @@ from rld_lightning.runs.files import LAST
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes ``last.ckpt``: after each epoch, within a long one every few minutes or steps, and where a run stops.
+    """Writes ``last.ckpt``: after each epoch, within a long epoch every few minutes or steps, and when a run stops.
 
-    So whatever ends a run costs no more than that. Epochs that are shorter are not interrupted.
+    Whatever ends a run costs no more than that interval. Within shorter epochs nothing is written.
 
-    A stop in the middle of accumulating gradients, which no checkpoint holds, waits for the step of the optimizer.
+    A stop while gradients are being accumulated, which no checkpoint contains, waits for the optimizer step.
 
     Args:
-        dirpath: where to write.
-        minutes: how long may have passed since the last one; None for however long.
-        steps: how many steps of the optimizer, likewise.
+        dirpath: the directory to write to.
+        minutes: maximum time since the last checkpoint; None for no limit.
+        steps: maximum number of optimizer steps since then, likewise.
 
     Raises:
         ValueError: ``minutes`` or ``steps`` is not positive.
@@ -35,8 +35,8 @@ class LastCheckpoint(ModelCheckpoint):
         self.minutes = minutes
         self.steps = steps
         self._stop = False
-        self._saved = (0.0, 0)  # when, and after which step
-        self._looks = (0.0, 0, 0)  # when the clock was last looked at, after which step, and when next
+        self._saved = (0.0, 0)  # time and step of the last save
+        self._looks = (0.0, 0, 0)  # time and step of the last check of the clock, and step of the next one
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
@@ -46,29 +46,29 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves where it is time, or the run stops."""
+        """Saves if it is time, or if the run stops."""
         stop = self._stop or trainer.should_stop
         accumulating = trainer.fit_loop._should_accumulate()
         self._stop, trainer.should_stop = stop and accumulating, stop and not accumulating
-        if accumulating or position(trainer).batch >= trainer.num_training_batches:  # the epoch's end saves
+        if accumulating or position(trainer).batch >= trainer.num_training_batches:  # saved at the epoch's end
             return
         ends = (stop and trainer.fit_loop._can_stop_early) or trainer.global_step == trainer.max_steps
         if ends or self._is_time(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves."""
+        """Saves a checkpoint."""
         super().on_train_epoch_end(trainer, pl_module)
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves for a run that went on in another folder and had nothing left to do."""
+        """Saves for a run that was resumed in another directory with nothing left to train."""
         there = trainer.strategy.broadcast((Path(str(self.dirpath)) / LAST).exists())
         if not (there or self._should_skip_saving_checkpoint(trainer)):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def save(self, trainer: Trainer) -> None:
-        """Saves now, in all processes; between two steps of the optimizer."""
+        """Saves now, on all ranks; must be between two optimizer steps."""
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._restart(trainer)
 
@@ -82,7 +82,7 @@ class LastCheckpoint(ModelCheckpoint):
             return True
         if self.minutes is None or step < self._looks[2]:
             return False
-        # Processes have to agree, and for that wait for each other: seldom, at steps that all know.
+        # Agreeing makes the ranks wait for each other: rarely, at steps that all ranks know.
         now, (before, since, _) = time.monotonic(), self._looks
         left = self._saved[0] + 60 * self.minutes - now
         steps = 1 + int(max(0.0, left) / 2 * (step - since) / max(now - before, 1e-3))

@@ -1,4 +1,4 @@
-"""``metrics.csv``: what a run logs, one row an epoch."""
+"""``metrics.csv``: the logged metrics, one row per epoch."""
 
 import time
 from argparse import Namespace
@@ -15,14 +15,14 @@ _SECONDS = 10.0
 
 
 class MetricsFile(Logger):
-    """Writes what is logged with an epoch to ``metrics.csv``, which is always whole: one row an epoch.
+    """Writes the metrics logged per epoch to ``metrics.csv`` atomically, one row per epoch.
 
-    The loss of single steps, and what callbacks log at them, is for other loggers. Checkpoints have the rows up to
-    where they stand (:class:`~rld_lightning.callbacks.ExactResume`), so that a run that goes on, here or in another
-    folder, has each row once, as if it had never stopped.
+    The loss of single steps, and what callbacks log at them, is for other loggers. Checkpoints contain the rows so far
+    (:class:`~rld_lightning.callbacks.ExactResume`), so that a resumed run, here or in another directory, has each row
+    once, as if it had never stopped.
 
     Args:
-        save_dir: the run folder.
+        save_dir: the run directory.
     """
 
     def __init__(self, save_dir: str | Path) -> None:
@@ -30,33 +30,33 @@ class MetricsFile(Logger):
         self.folder = Path(save_dir)
         self.rows: list[Row] = []
         self._ended = False
-        self._part = False  # whether the epoch whose values came last has others to come
-        self._written = float("-inf")  # when
+        self._part = False  # whether the latest epoch's row is incomplete
+        self._written = float("-inf")  # time of the last write
 
     @property
     def name(self) -> str:
-        """Nothing: the file lies in the run folder itself."""
+        """Empty: the file is in the run directory itself."""
         return ""
 
     @property
     def version(self) -> str:
-        """Nothing, likewise."""
+        """Empty, likewise."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
+        """The run directory."""
         return str(self.folder)
 
     @rank_zero_only
-    def begin(self, rows: Iterable[Row]) -> None:
-        """Goes on after the rows of a checkpoint; whatever was written later is gone."""
+    def restore(self, rows: Iterable[Row]) -> None:
+        """Restores the rows of a checkpoint; later rows are dropped."""
         self.rows = [dict(row) for row in rows]
         write_rows(self.folder, self.rows)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Notes the values of an epoch; what is measured after training belongs to its last one."""
+        """Adds an epoch's values; values measured after training belong to the last epoch."""
         values = {name: float(value) for name, value in metrics.items() if name not in ("epoch", "loss")}
         if "epoch" not in metrics or not values:
             return
@@ -70,17 +70,17 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: they are in ``config.yaml``."""
+        """Does nothing: they are in ``config.yaml``."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the file; between a validation and the end of its epoch only if the last time is a while ago."""
+        """Writes the file; between a validation and its epoch's end only if the last write was a while ago."""
         if self.rows and not (self._part and time.monotonic() - self._written < _SECONDS):
             self._written = time.monotonic()
             write_rows(self.folder, self.rows)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Notes that the training has ended."""
+        """Records that training has ended."""
         self._ended, self._part = True, False
         self.save()

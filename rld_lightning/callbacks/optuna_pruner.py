@@ -1,4 +1,4 @@
-"""Ends trials of an Optuna sweep that fall behind the others."""
+"""Prunes trials of an Optuna sweep that fall behind the others."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class OptunaPruner(Callback):
-    """Reports ``val/top1`` of each epoch to the study and stops where Optuna's pruner says so.
+    """Reports ``val/top1`` of each epoch to the study, and stops the trial if Optuna's pruner decides so.
 
-    The sweeper asks the study for values and gives them to a process; which trial this is shows in the values. A
-    pruned trial ends with the accuracy that it has, and the sweeper tells the study so.
+    The sweeper asks the study for values and passes them to a process; the trial is identified by these values. A
+    pruned trial ends with its current accuracy, and the sweeper reports it to the study.
 
     Args:
         storage: URL of the study's storage.
-        study_name: its name there.
+        study_name: the study's name there.
         overrides: the trial's overrides, ``key=value``.
         pruner: one of ``optuna.pruners``.
 
@@ -43,7 +43,7 @@ class OptunaPruner(Callback):
             self.trial = self._find()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reports the epoch, and stops all ranks together."""
+        """Reports the epoch's accuracy, and stops all ranks together if the trial is pruned."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         epoch = trainer.current_epoch + 1

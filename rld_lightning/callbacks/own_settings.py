@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run, wherever it is moved to."""
+"""Stores a run's settings in its checkpoints, wherever they are moved."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from rld_lightning.runs.likeness import settings
 
 
 class OwnSettings(Callback):
-    """Puts into each checkpoint the settings that decide what is trained, and the checksum of the teacher's file.
+    """Adds to each checkpoint the settings that decide what is trained, and the teacher file's checksum.
 
     Args:
-        cfg: the run's configuration, with what was found for it.
+        cfg: the run's configuration, including values determined at run time.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -23,5 +23,5 @@ class OwnSettings(Callback):
         self.before = Before(settings(values), teacher["sha256"] if teacher else None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts it there."""
+        """Adds the settings."""
         tell(checkpoint, self.before)

@@ -1,4 +1,4 @@
-"""The bar in the terminal, on one line of 80 columns: epochs counted from 1, how long the whole run still takes."""
+"""Progress bar on one line of 80 columns: epochs counted from 1, and the time left of the whole run."""
 
 import math
 import time
@@ -13,42 +13,42 @@ from rich.text import Text
 
 from rld_lightning.console import duration
 
-# What a bar has room for, by the name that it is logged under.
+# Metrics that the bar shows: name as logged, and label.
 _SHOWN = {"loss": "loss", "val/top1": "top-1 %"}
 
 
 class RunProgress(RichProgressBar):
-    """Lightning's bar with other columns: epoch, batches, what is left of the run, the loss and the last accuracy.
+    """Lightning's bar with other columns: epoch, batches, time left of the run, the loss and the last accuracy.
 
     Args:
-        refresh_rate: how often a second it is drawn.
+        refresh_rate: draws per second.
     """
 
-    reads_by_itself = True  # see `shown_by_lightning`
+    reads_values_itself = True  # see `shown_by_lightning`
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._began = (0.0, 0)  # when, and after how many batches of the run
+        self._began = (0.0, 0)  # time, and batches of the run before it
         self._batches = 0
-        self._drawn = 0.0  # when
+        self._drawn = 0.0  # time of the last draw
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks where the run is, which may go on."""
+        """Stores the position at the start, as the run may be resumed."""
         self._batches = _batches_before(trainer)
         self._began = time.monotonic(), self._batches
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Counts."""
+        """Counts a batch and redraws if it is time."""
         self._batches += 1
-        # Not at each batch: what it shows is read from the device, which would wait.
+        # Not after each batch: reading the values synchronises with the device.
         now = time.monotonic()
         if self.is_enabled and (trainer.is_last_batch or now - self._drawn >= 1 / self.refresh_rate):
             self._drawn = now
             super().on_train_batch_end(trainer, pl_module, *args)
 
     def seconds_left(self, trainer: Trainer) -> float | None:
-        """How long the run still takes at its mean pace, validation included; None where nobody can know."""
+        """Returns the time left at the mean pace, validation included; None if unknown."""
         began, before = self._began
         total = _batches_in_all(trainer)
         if total is None or self._batches <= before:
@@ -57,7 +57,7 @@ class RunProgress(RichProgressBar):
         return pace * max(0, total - self._batches)
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        """Those before the metrics, which Lightning adds."""
+        """Returns the columns before the metrics, which Lightning adds."""
         bar = CustomBarColumn(
             bar_width=12,
             complete_style=self.theme.progress_bar,
@@ -66,17 +66,17 @@ class RunProgress(RichProgressBar):
         )
         line = Column(no_wrap=True)
         described = TextColumn("{task.description}", table_column=line)
-        return [described, bar, BatchesProcessedColumn(style=""), _Left(self, trainer)]
+        return [described, bar, BatchesProcessedColumn(style=""), _TimeLeft(self, trainer)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The loss and the last accuracy, as texts."""
+        """Returns the loss and the last accuracy as text."""
         metrics = super().get_metrics(trainer, pl_module)
         if "loss" in trainer.callback_metrics:
             metrics["loss"] = float(trainer.callback_metrics["loss"])
         return {shown: f"{metrics[name]:.4g}" for name, shown in _SHOWN.items() if name in metrics}
 
     def _should_update(self, current: int, total: int | float) -> bool:
-        return True  # Lightning before 2.6.1 takes the rate for a number of batches; when to draw is decided above
+        return True  # before 2.6.1 Lightning takes refresh_rate for a number of batches; redraws are timed above
 
     def _init_progress(self, trainer: Trainer) -> None:
         super()._init_progress(trainer)
@@ -89,8 +89,8 @@ class RunProgress(RichProgressBar):
         return f"{f'Epoch {current_epoch + 1}{of}':{len(self.validation_description)}}"
 
 
-class _Left(ProgressColumn):
-    """How long the run still takes, beside the bar of training."""
+class _TimeLeft(ProgressColumn):
+    """Column with the time left of the run, next to the training bar."""
 
     max_refresh = 0.5  # seconds
 
@@ -99,7 +99,7 @@ class _Left(ProgressColumn):
         self.bar, self.trainer = bar, trainer
 
     def render(self, task: Task) -> Text:
-        """Nothing until it is known."""
+        """Returns the time left; empty until it is known."""
         seconds = self.bar.seconds_left(self.trainer) if task.id == self.bar.train_progress_bar_id else None
         return Text("" if seconds is None else f"{duration(seconds)} left", style="dim")
 
@@ -111,7 +111,7 @@ def _batches_before(trainer: Trainer) -> int:
 
 
 def _batches_in_all(trainer: Trainer) -> int | None:
-    """None without an end."""
+    """Returns None for an unlimited run."""
     ends = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):
         ends.append(trainer.max_epochs * int(trainer.num_training_batches))

@@ -1,4 +1,4 @@
-"""Whether all processes of a run train the same thing."""
+"""Checks that all processes of a run have the same configuration."""
 
 import hashlib
 import json
@@ -11,18 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning.errors import UserError
 from rld_lightning.runs.likeness import flat
 
-# What rightly differs between machines, or matters to rank 0 alone.
+# Keys that may differ between machines, or concern rank 0 only.
 _LOCAL = ("logger", "print_config")
 
 
 class SameConfiguration(Callback):
-    """Compares a hash of the resolved configuration over the ranks when fitting starts, and ends all on a mismatch.
+    """Compares a hash of the resolved configuration over the ranks when fitting starts, and stops all on a mismatch.
 
-    Ranks with other hyper-parameters would train to the end, averaging gradients of different losses. Loggers, and
-    where data, teachers and runs lie, may differ between nodes; the run's own folder may not.
+    Ranks with different hyper-parameters would train to the end, averaging gradients of different losses. Loggers, and
+    the paths of data, teachers and runs, may differ between nodes; the run's own directory may not.
 
     Args:
-        cfg: this process's configuration, as it is before the run puts anything in.
+        cfg: this process's configuration, before the run adds anything.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -30,7 +30,7 @@ class SameConfiguration(Callback):
         self.digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compares, with one small collective, and a second one only on a mismatch.
+        """Compares the hashes with one small collective, and a second one only on a mismatch.
 
         Raises:
             UserError: on all ranks; names the values that differ.
@@ -58,7 +58,7 @@ def _gather(value: Any) -> list[Any]:
 def _shared(cfg: DictConfig) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(cfg, resolve=False)
     values["run"] = str(cfg.paths.run)
-    values["paths"] = {name: f"<{name}>" for name in cfg.paths}  # and with it every path below it
+    values["paths"] = {name: f"<{name}>" for name in cfg.paths}  # and thereby all paths below it
     for name in _LOCAL:
         values.pop(name, None)
     shared: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop, or to save: at the end of a step, in all processes together."""
+"""Handles signals to stop or to save: at the end of a step, in all processes together."""
 
 import os
 import shutil
@@ -19,64 +19,66 @@ from rld_lightning.console import print_line
 from rld_lightning.distributed import STOPS, Stopped, is_rank_zero, rank_zero_only, slurm_job, started_by_run
 from rld_lightning.watching import callbacks_of
 
-_SAVE = 1  # what processes tell each other: to save, or a stop's number and this much
+_SAVE = 1  # value that processes exchange: to save; to stop: _STOP plus the signal's number
 _STOP = 100
 
 
 class StopSignals(Checkpoint):
-    """Hears SIGINT, SIGTERM, SIGHUP and SIGUSR1 while a run trains, and obeys at the end of the step or of a batch of
-    the validation.
+    """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 during training, at the end of a step or of a validation batch.
 
     The first three save ``last.ckpt`` and end the run with 128 + the signal's number; a second one ends it at once.
-    SIGUSR1 saves and goes on; in a job of SLURM, which sends it before the time is up, the job is put back in the queue
-    and ends. Where gradients are accumulated, which no checkpoint holds, it takes until the step of the optimizer.
+    SIGUSR1 saves and training continues; in a SLURM job, to which SLURM sends it before the time limit, the job is
+    requeued and ends. While gradients are accumulated, which no checkpoint contains, it waits for the optimizer step.
 
-    Of several processes any may be signalled: they tell each other after each batch what they have heard, on the CPU
-    and while the next batch is computed, and so obey together one batch later.
+    Any of several processes may receive the signal: they exchange after each batch what they received, on the CPU and
+    while the next batch is computed, and so act together one batch later.
 
-    It is the last of the callbacks, so that the others have counted the step.
+    Must be the last of the callbacks, so that the others have counted the step.
     """
 
     def __init__(self) -> None:
         self.training = False
-        self.heard = 0
+        self.received = 0
         self._process = os.getpid()
         self._group: Any = None
         self._since_saved = 10  # batches
-        self._told: tuple[torch.Tensor, Any] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hears signals until the end of the block; what it does not hear while training ends the process at once."""
-        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+    def handling(self) -> Iterator[None]:
+        """Handles signals within the block; those that do not wait for a step end the process at once."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
             yield
             return
         before = {number: signal.getsignal(number) for number in (*STOPS, signal.SIGUSR1)}
-        self._listen()
+        self._install_handlers()
         try:
             yield
         except Exception as error:
-            if not self.heard >= _STOP:
+            if not self.received >= _STOP:
                 raise
-            raise Stopped(self.heard - _STOP) from error  # a worker of the data, say, that heard it, too
+            raise Stopped(
+                self.received - _STOP
+            ) from error  # for example from a data worker that received the signal, too
         finally:
             self.training = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on signals wait for the end of a step."""
+        """From here on, signals wait for the end of a step."""
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
-            self._listen()  # Lightning's own handlers tell other processes at once, which may wait for something else
+            # Lightning's own handlers notify other ranks at once, which may be in another collective.
+            self._install_handlers()
         self.training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Obeys."""
-        self._obey(trainer, waits=trainer.fit_loop._should_accumulate())
+        """Acts on a received signal."""
+        self._act(trainer, waits=trainer.fit_loop._should_accumulate())
 
     def on_validation_batch_end(
         self,
@@ -87,81 +89,81 @@ class StopSignals(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Obeys; the validation is made anew by the run that goes on."""
+        """Acts on a received signal; the resumed run repeats the validation."""
         if self.training:
-            self._obey(trainer, waits=trainer.fit_loop._should_accumulate())
+            self._act(trainer, waits=trainer.fit_loop._should_accumulate())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is no step to wait for."""
+        """From here on, signals no longer wait for a step."""
         self.training = False
-        if self._told is not None:
-            self._told[1].wait()
-            self._told = None
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
 
-    def _listen(self) -> None:
+    def _install_handlers(self) -> None:
         for number in (*STOPS, signal.SIGUSR1):
-            # By nohup, say; or SIGUSR1 until there is something to save.
+            # Ignored by nohup, for example; SIGUSR1 also until there is something to save.
             if signal.getsignal(number) is not signal.SIG_IGN or (number == signal.SIGUSR1 and started_by_run()):
-                signal.signal(number, self._hear)
+                signal.signal(number, self._on_signal)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of the data
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
         if number == signal.SIGUSR1:
-            self.heard = max(self.heard, _SAVE) if self.training else self.heard
-        elif self.training and self.heard < _STOP:
-            self.heard = _STOP + number
-            if is_rank_zero() and not started_by_run():  # else whoever has started it says so
+            self.received = max(self.received, _SAVE) if self.training else self.received
+        elif self.training and self.received < _STOP:
+            self.received = _STOP + number
+            if is_rank_zero() and not started_by_run():  # otherwise the process that started it prints this
                 line = b"stopping after this step, and saving; once more stops it at once\n"
-                os.write(2, b"\n" + line if os.isatty(2) else line)  # behind ^C, and a bar
+                os.write(2, b"\n" + line if os.isatty(2) else line)  # after the echoed ^C and the progress bar
         else:
             signal.signal(number, lambda *_: os._exit(128 + number))
             raise Stopped(number)
 
-    def _obey(self, trainer: Trainer, *, waits: bool) -> None:
+    def _act(self, trainer: Trainer, *, waits: bool) -> None:
         self._since_saved += 1
-        told = self._agreed()
-        if told == _SAVE and self._since_saved < 10:  # of one that has heard it a batch later
-            self.heard = told = 0 if self.heard <= _SAVE else self.heard
-        if not told:
+        agreed = self._agree()
+        if agreed == _SAVE and self._since_saved < 10:  # from a process that received it a batch later
+            self.received = agreed = 0 if self.received <= _SAVE else self.received
+        if not agreed:
             return
         if waits:
-            self.heard = max(self.heard, told)
+            self.received = max(self.received, agreed)
             return
-        stops = told >= _STOP or slurm_job() is not None
+        stops = agreed >= _STOP or slurm_job() is not None
         saved = _save(trainer)
-        if told == _SAVE:
-            self.heard = self.heard if self.heard > _SAVE else 0
+        if agreed == _SAVE:
+            self.received = self.received if self.received > _SAVE else 0
             where = (
                 f"as it is in epoch {trainer.current_epoch + 1}" if saved else "nothing: there is no checkpoint_last"
             )
             print_line("saved", where)
         if stops:
-            if told == _SAVE:
+            if agreed == _SAVE:
                 _requeue()
             self.training = False
-            raise Stopped(told - _STOP if told >= _STOP else signal.SIGUSR1)
+            raise Stopped(agreed - _STOP if agreed >= _STOP else signal.SIGUSR1)
 
-    def _agreed(self) -> int:
-        """What has been heard by any process until the batch before; by this one until now, where it is alone."""
+    def _agree(self) -> int:
+        """Returns the signal any process received up to the previous batch; a single process's up to now."""
         if self._group is None:
-            return self.heard
-        told, self._told = self._told, None
-        own = torch.tensor([self.heard])
-        if self.heard == _SAVE:
-            self.heard = 0
+            return self.received
+        pending, self._pending = self._pending, None
+        own = torch.tensor([self.received])
+        if self.received == _SAVE:
+            self.received = 0
         work = torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
-        self._told = (own, work)
-        if told is None:
+        self._pending = (own, work)
+        if pending is None:
             return 0
-        told[1].wait()
-        return int(told[0])
+        pending[1].wait()
+        return int(pending[0])
 
 
 def _save(trainer: Trainer) -> bool:
-    """Saves ``last.ckpt`` in all processes, if there is who does."""
+    """Saves ``last.ckpt`` in all processes, if a callback does so; returns whether it does."""
     for callback in callbacks_of(trainer, LastCheckpoint):
         callback.save(trainer)
         return True
@@ -170,7 +172,7 @@ def _save(trainer: Trainer) -> bool:
 
 @rank_zero_only
 def _requeue() -> None:
-    """Asks SLURM to start the job again."""
+    """Asks SLURM to requeue the job."""
     job = slurm_job()
     if job is None or shutil.which("scontrol") is None:
         return

@@ -1,4 +1,4 @@
-"""How good the teacher is on what the student sees, and how much the student follows it."""
+"""Accuracy of the teacher on the student's inputs, and agreement of the student with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,18 +12,18 @@ from rld_lightning.metrics import EpochMeans, counts
 from rld_lightning.module import DistillationModule
 from rld_lightning.watching import measured_in_graph
 
-_SAMPLES = ("teacher_top1", "agreement", "teacher_wrong", "right_alone")  # of which means are taken
+_SAMPLES = ("teacher_top1", "agreement", "teacher_wrong", "right_alone")  # averaged
 
 
 class TeacherMonitor(Callback):
-    """Logs ``teacher_top1``, ``agreement`` (samples of equal prediction) and ``top1_teacher_wrong``, in percent.
+    """Logs ``teacher_top1``, ``agreement`` (samples with equal predictions) and ``top1_teacher_wrong``, in percent.
 
-    For ``train/`` and ``val/``; the last is the student's accuracy on the samples that the teacher gets wrong, and is
-    not there where it gets none wrong.
+    For ``train/`` and ``val/``; the last is the student's accuracy on the samples that the teacher gets wrong, and
+    is absent if there are none.
 
-    On the training batches they come from logits that the step has computed anyway. Validation batches are the same in
-    every epoch, so the teacher runs on them once and its predictions are kept; later callbacks find them in the outputs
-    of the validation step, as ``teacher_prediction``. Does nothing without a teacher.
+    On training batches they are computed from logits that the step has anyway. Validation batches are the same in every
+    epoch, so the teacher runs on them once and its predictions are cached; later callbacks find them in the outputs of
+    the validation step, as ``teacher_prediction``. Does nothing without a teacher.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class TeacherMonitor(Callback):
         self.predictions: dict[tuple[int, int], Tensor] = {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Begins to count; not where a run goes on within an epoch."""
+        """Resets the means. (Not called when a run resumes within an epoch.)"""
         self.means["train"].reset()
 
     def on_train_batch_end(
@@ -44,17 +44,17 @@ class TeacherMonitor(Callback):
             self.means["train"].add(_SAMPLES, counted)
 
     def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
-        """What a training batch counts, see :class:`~rld_lightning.watching.Watcher`."""
+        """Returns a training batch's counts, see :class:`~rld_lightning.watching.Watcher`."""
         if "teacher_logits" not in outputs:
             return None
         return _count(outputs["teacher_logits"].argmax(1), outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Logs the epoch's values."""
+        """Logs the epoch's means."""
         self._log("train", trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Begins to count."""
+        """Resets the means."""
         self.means["val"].reset()
 
     def on_validation_batch_end(
@@ -66,34 +66,34 @@ class TeacherMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts a validation batch, asking the teacher the first time."""
+        """Counts a validation batch; runs the teacher on it the first time."""
         if pl_module.teacher is None:
             return
         batch, key = as_batch(batch), (dataloader_idx, batch_idx)
-        if not len(batch.label) and not pl_module.teacher.shard:  # one that is shared out runs in all processes or none
+        if not len(batch.label) and not pl_module.teacher.shard:  # a sharded teacher runs on all ranks or none
             self.predictions[key] = batch.label
         if key not in self.predictions:
-            # Hooks run outside the step's autocast, so this is measured in float32, as the student is.
+            # Hooks run outside the step's autocast: this is in float32, as the student's evaluation is.
             self.predictions[key] = pl_module.teacher.validate(batch.images, batch.index, batch.label).argmax(1)
         outputs["teacher_prediction"] = self.predictions[key]
         self.means["val"].add(_SAMPLES, _count(self.predictions[key], outputs))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Logs the epoch's values."""
+        """Logs the epoch's means."""
         self._log("val", trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch has counted so far."""
+        """Returns the epoch's counts so far."""
         return {"train": self.means["train"].state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the counts."""
         self.means["train"].load_state_dict(state_dict["train"])
 
     def _log(self, split: str, trainer: Trainer, pl_module: DistillationModule) -> None:
         means = self.means[split].compute(trainer.strategy.reduce)
         if means:
-            # A quotient of means over the same samples, and so of numbers of samples: exact over batches and ranks.
+            # A ratio of means over the same samples is a ratio of counts: exact over batches and ranks.
             wrong, alone = means.pop("teacher_wrong"), means.pop("right_alone")
             if wrong > 0:
                 means["top1_teacher_wrong"] = 100 * alone / wrong

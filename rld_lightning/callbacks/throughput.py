@@ -1,4 +1,4 @@
-"""How fast a run trains, in images per second over all processes."""
+"""Training speed in images per second over all processes."""
 
 import time
 from typing import Any
@@ -11,12 +11,12 @@ from rld_lightning.watching import shown_by_lightning
 
 
 class Throughput(Callback):
-    """Logs ``train/images_per_s``, the epoch's mean, and that so far as ``images/s`` for a progress bar of Lightning's.
+    """Logs ``train/images_per_s``, the epoch's mean, and the mean so far as ``images/s`` for Lightning's progress bars.
 
-    Only training steps count: validation, checkpoints and the start of each epoch lie outside the clock.
+    Only training steps are timed, not validation, checkpoints and the start of each epoch.
 
     Args:
-        window: steps between two readings of the clock; on an accelerator each reading waits for the device.
+        window: steps between two readings of the clock; on an accelerator each reading synchronises with the device.
     """
 
     def __init__(self, window: int = 20) -> None:
@@ -26,12 +26,12 @@ class Throughput(Callback):
         self.paused = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock of an epoch; where a run goes on within one, it goes on."""
+        """Starts the epoch's clock; continues it if a run resumes within the epoch."""
         self.seconds, self.images, self.pending = 0.0, 0, 0
         self.since, self.paused = None, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock again after a checkpoint."""
+        """Restarts the clock after a checkpoint."""
         if self.paused:
             self.since, self.paused = _now(trainer), False
 
@@ -39,7 +39,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads the clock after every ``window`` steps."""
-        if self.since is None:  # the first step, also of a resumed run, pays for warm-up and loader start
+        if self.since is None:  # the first step, also of a resumed run, includes warm-up and loader start
             self.since = _now(trainer)
             return
         self.pending += len(as_batch(batch).label) * trainer.world_size
@@ -55,7 +55,7 @@ class Throughput(Callback):
             pl_module.log("train/images_per_s", self.images / self.seconds)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stops the clock until the next step, and adds what the epoch has counted so far."""
+        """Stops the clock until the next step, and adds the time so far."""
         self._read(trainer)
         self.since, self.paused = None, self.since is not None
         checkpoint["callbacks"][self.state_key] = self.state_dict()
@@ -68,11 +68,11 @@ class Throughput(Callback):
             self.since, self.pending = now, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch has counted."""
+        """Returns the epoch's counts."""
         return {"seconds": self.seconds, "images": self.images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the counts."""
         self.seconds, self.images = float(state_dict["seconds"]), int(state_dict["images"])
 
 

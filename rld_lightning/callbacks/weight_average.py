@@ -1,4 +1,4 @@
-"""Averages of the student's weights over training: of the last steps (EMA), or of the last epochs (SWA)."""
+"""Averages of the student's weights: over the last steps (EMA), or over the last epochs (SWA)."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ from rld_lightning.runs.checkpoint_form import refuse_other_averages
 
 
 class WeightAverage(WeightAveraging):
-    """Validates, checkpoints and leaves an average of the weights, while training goes on with the weights themselves.
+    """Validates, checkpoints and exports an average of the weights; training continues with the weights themselves.
 
-    With ``decay``, a moving average (EMA) after each step of the optimizer::
+    With ``decay``, an exponential moving average (EMA) after each optimizer step::
 
         average <- d * average + (1 - d) * weights,   d = min(decay, (1 + n) / (10 + n)) after n updates
 
-    as in TensorFlow's ``ExponentialMovingAverage``: the first updates, which start from the weights themselves, do not
-    weigh for ever. Without ``decay``, the mean of the weights at the end of each epoch (SWA: Izmailov et al., UAI 2018,
-    arXiv 1803.05407). Statistics of batch norms are averaged as weights are; SWA's authors measure them anew instead.
+    as in TensorFlow's ``ExponentialMovingAverage``: so the first updates, which start from the weights themselves, do
+    not dominate for long. Without ``decay``, the mean of the weights at the end of each epoch (SWA: Izmailov et al.,
+    UAI 2018, arXiv 1803.05407). Batch-norm statistics are averaged like weights; SWA's authors recompute them instead.
 
-    Lightning's callback does the rest, but for this: the average lies on the training device, without a copy of the
-    teacher; before its first update it is not there, where Lightning's would be the weights before training.
+    Differs from Lightning's callback in two ways: the average is on the training device, without a copy of the teacher;
+    and it is not used before its first update, when Lightning's would be the weights before training.
 
     Args:
-        decay: d, in (0, 1); None for a mean of epochs.
-        start: share of the epochs after which the average begins, in [0, 1).
+        decay: d, in (0, 1); None for a mean over epochs.
+        start: fraction of the epochs after which averaging starts, in [0, 1).
 
     Raises:
         ValueError: an argument out of its range.
@@ -43,15 +43,15 @@ class WeightAverage(WeightAveraging):
         self.decay = decay
         self.start = start
         self.due = False
-        self.swapped = False  # whether the module has the average, and the average's place the weights
+        self.swapped = False  # whether the module holds the average, and the averaged model the weights
 
     @property
     def updates(self) -> int:
-        """How often the average has been updated."""
+        """Number of updates of the average."""
         return 0 if self._average_model is None else int(self._average_model.n_averaged)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes room for the average where the weights will be."""
+        """Creates the averaged model on the training device."""
         if stage != "fit":
             return
         self._device, teacher = trainer.strategy.root_device, getattr(pl_module, "teacher", None)
@@ -59,25 +59,27 @@ class WeightAverage(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         hold_outside(pl_module, "teacher", teacher)
         assert self._average_model is not None
-        self._average_model.n_averaged = self._average_model.n_averaged.cpu()  # where looking at it waits for nothing
+        self._average_model.n_averaged = (
+            self._average_model.n_averaged.cpu()
+        )  # on the CPU, so that reading it does not synchronise
         self.first_epoch = self.start * (trainer.max_epochs or 0)
         kind = "of all epochs (SWA)" if self.decay is None else f"moving, decay {self.decay:g} (EMA)"
         after = f", after {self.start:.0%} of the epochs" if self.start else ""
         print_line("average", f"{kind}{after}: validation, export and summary use the averaged weights")
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """After each step for a moving average, after the last of each epoch for a mean."""
+        """Updates after each step (EMA), or after each epoch's last step (SWA)."""
         return step_idx is not None and self.due
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Updates the average, before the epoch is validated."""
+        """Updates the average, before the epoch's validation."""
         self.due = trainer.current_epoch >= self.first_epoch and (self.decay is not None or trainer.is_last_batch)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the average in the weights' place, and these beside it; within a validation it is there already."""
+        """Saves the average as the weights, and the weights beside it; during validation they are swapped already."""
         if self.updates:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
             if self.swapped:
@@ -85,7 +87,7 @@ class WeightAverage(WeightAveraging):
                 checkpoint |= zip(keys, [checkpoint[key] for key in reversed(keys)], strict=True)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts both back in their places."""
+        """Restores both."""
         begun = checkpoint["callbacks"].get(self.state_key, {}).get("latest_update_step", 0) > 0
         if self._average_model is not None and (begun or "averaging_state" in checkpoint):
             own = {"averaging_state": {"n_averaged": self._average_model.n_averaged}}
@@ -93,8 +95,8 @@ class WeightAverage(WeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the average also where a run went on and nothing was left to train."""
-        if stage == "fit":  # after others may have saved the weights
+        """Keeps the average as the weights, also if a resumed run had nothing left to train."""
+        if stage == "fit":  # after other callbacks may have saved the weights
             self._copy_average_to_current(pl_module)
 
     def _swap_models(self, pl_module: LightningModule) -> None:
@@ -107,7 +109,7 @@ class WeightAverage(WeightAveraging):
             super()._copy_average_to_current(pl_module)
 
     def _update(self, average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        """Updates all tensors of one type; what counts is taken as it is."""
+        """Updates all tensors of one type; integer tensors, such as counters, are copied."""
         n = self.updates
         decay = n / (n + 1) if self.decay is None else min(self.decay, (1 + n) / (10 + n))
         if average[0].is_floating_point():

@@ -230,7 +230,7 @@ def _train(
 ) -> None:
     (signals,) = callbacks_of(trainer, StopSignals)
     try:
-        with signals.listening():
+        with signals.handling():
             trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
         say_nothing_left(trainer)
     except Diverged:  # which says by itself how to go on

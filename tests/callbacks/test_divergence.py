@@ -13,7 +13,7 @@ from torch import nn
 
 from rld_lightning import CELoss, FrozenTeacher, KDLoss
 from rld_lightning.callbacks import Diverged, Divergence
-from rld_lightning.callbacks.divergence import _Values, why
+from rld_lightning.callbacks.divergence import _Values, diagnose
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.data.base import Batch
 
@@ -178,14 +178,14 @@ def seen(**values):
     ],
 )
 def test_causes(values, words, begin_anew):
-    cause, remedy = why(values, rate=0.1, classes=100, images=100)
+    cause, remedy = diagnose(values, rate=0.1, classes=100, images=100)
     assert words in cause
     assert (remedy is not None) == begin_anew
 
 
 def test_half_of_two_classes_is_chance_and_most_of_them_is_not():
     for right, chance in ((32, True), (36, True), (48, False)):
-        cause, _ = why(seen(right=right), rate=0.1, classes=2, images=64)
+        cause, _ = diagnose(seen(right=right), rate=0.1, classes=2, images=64)
         assert ("chance" in cause) == chance
 
 

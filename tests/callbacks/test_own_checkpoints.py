@@ -10,7 +10,7 @@ from helpers.training import job, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rld_lightning.callbacks import OwnCheckpoints
-from rld_lightning.callbacks.own_checkpoints import _known
+from rld_lightning.callbacks.own_checkpoints import _restricted_state
 from rld_lightning.data import DigitsDataModule
 
 
@@ -91,7 +91,7 @@ def test_nothing_outside_the_folder_is_deleted_or_copied(first, tmp_path, form, 
 
 def test_paths_and_scores_that_are_none_count_for_nothing():
     for state in ({}, {"best_k_models": [3]}, {"best_k_models": {3: 1}, "last_model_path": 4, "best_model_path": []}):
-        assert _known(best("folder"), state, Path("elsewhere"))["best_k_models"] == {}
+        assert _restricted_state(best("folder"), state, Path("elsewhere"))["best_k_models"] == {}
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "student.safetensors", "last.ckpt", "best.ckpt.bak"])

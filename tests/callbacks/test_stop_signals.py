@@ -38,7 +38,7 @@ def fit(folder, *callbacks, resume=None, **options):
     trainer = quiet_trainer(*callbacks, LastCheckpoint(folder), ExactResume(), max_epochs=2, **options)
     trainer.callbacks.append(signals)
     try:
-        with signals.listening():
+        with signals.handling():
             trainer.fit(module, DigitsDataModule(batch_size=128), ckpt_path=resume, weights_only=True)
     finally:
         trainer.steps = trainer.global_step

@@ -33,7 +33,7 @@ def test_one_row_an_epoch_whatever_was_logged_when(tmp_path):
 def test_a_run_that_goes_on_has_each_row_once(tmp_path):
     write_rows(tmp_path, [{"epoch": epoch, "step": epoch, "val/top1": 1.0} for epoch in range(4)])
     logger = MetricsFile(tmp_path)
-    logger.begin(read_rows(tmp_path)[:2])  # the checkpoint is older than the file
+    logger.restore(read_rows(tmp_path)[:2])  # the checkpoint is older than the file
     assert pd.read_csv(tmp_path / "metrics.csv")["epoch"].tolist() == [0, 1]
     log(logger, 2, 2, val_top1=2.0)
     assert pd.read_csv(tmp_path / "metrics.csv")["val/top1"].tolist() == [1.0, 1.0, 2.0]

@@ -167,7 +167,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def say_nothing_left(trainer: Trainer) -> None:
     """Prints why a run that went on took no step, if it took none."""
-    began = next((callback.began for callback in callbacks_of(trainer, ExactResume)), None)
+    began = next((callback.start_step for callback in callbacks_of(trainer, ExactResume)), None)
     if began is None or trainer.global_step > began:
         return
     if any((left := timer.time_remaining()) is not None and left <= 0 for timer in callbacks_of(trainer, Timer)):
