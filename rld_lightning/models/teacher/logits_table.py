@@ -113,7 +113,7 @@ class LogitsTable:
         return torch.where(whole[:, None], stored.float(), logits.float())
 
     def _store(self, rows: Tensor, content: Tensor) -> None:
-        if not self.is_writable:
+        if not (self.is_writable and len(rows)):
             return
         if not hasattr(os, "pwrite"):  # on Windows
             self.table[rows] = content

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
@@ -120,13 +120,13 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
             raise
         print_line("cache", f"off: {path} cannot be written ({error.strerror or error})")
         return None
-    known = 100 * table.known(torch.linspace(0, rows - 1, min(rows, _SAMPLE)).long()).float().mean()
+    known = 100 * table.known(_some_asked(data)).float().mean()
     others = [other for other in folder.glob("*.logits") if other != path and not other.name.startswith(_VALIDATION)]
     beside = f"; {len(others)} other(s) there take {_gigabytes(sum(map(_bytes_on_disk, others)))}" if others else ""
     print_line(
         "cache",
         f"{why} logits of {rows:,} views are looked up, in {planned.cache_dtype}, {_gigabytes(size)} when full, "
-        f"about {known:.0f} % known: {path}{beside}",
+        f"about {known:.0f} % of this run's known: {path}{beside}",
     )
     return table
 
@@ -140,15 +140,20 @@ def table_path(
 
 
 def _is_known(path: Path, planned: Teacher, data: ImageDataModule) -> bool:
-    """Whether there is a table, and a sample of what a run asks of it is known."""
+    """Whether there is a table, and of what a run asks of it some that are looked at are known."""
     if not path.is_file() or data.train_views is None:
         return False
     try:
         table = LogitsTable(path, data.train_views, data.num_classes, planned.cache_dtype)
     except (OSError, ValueError):  # which is said where it is to be used
         return False
+    return bool(table.known(_some_asked(data)).all())
+
+
+def _some_asked(data: ImageDataModule) -> Tensor:
+    """Some of the views that a run asks for, spread over its images and over the crops of these."""
     asked = data.views_of(slice(0, data.train_size))
-    return bool(table.known(asked[:: max(1, len(asked) // _SAMPLE)]).all())
+    return asked[torch.linspace(0, len(asked) - 1, min(len(asked), _SAMPLE), dtype=torch.float64).long()]
 
 
 def _other_looks(loss: DistillationLoss) -> str:

@@ -23,7 +23,7 @@ from rld_lightning.models.teacher.resident_table import ResidentTable
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
 _AHEAD = 2  # batches that are computed while one is written
-_IMAGES = 32  # whose views are looked at together, for what is missing
+_IMAGES = 8  # whose views are looked at together, for what is missing
 _SAY_SECONDS = 60.0
 
 
@@ -49,7 +49,7 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     """Computes the logits of all views of the images that are trained on, as far as the teacher's table lacks them.
 
     As training does, in its precision. It may be interrupted, and goes on from what is there. Several processes, of
-    this run or of others, begin at different images and leave out what the others have done.
+    this run or of others, take the images in different orders and leave out what the others have done.
 
     Args:
         teacher: with a table; it is brought to the trainer's device.
@@ -89,10 +89,11 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
 
 def _missing(table: LogitsTable, data: ImageDataModule, advance: Callable[[int], None]) -> Iterator[Tensor]:
     """Numbers of views that are not known, of a few images at a time, on the CPU: nothing waits for the device."""
-    # Not drawn from the seed, which all processes share.
-    share = data.rank / data.world_size if data.world_size > 1 else random.SystemRandom().random()
-    views = data.views_of(slice(0, data.train_size)).cpu().view(data.train_size, -1)
-    for block in views.roll(-int(share * data.train_size), 0).split(_IMAGES):
+    blocks = list(data.views_of(slice(0, data.train_size)).cpu().view(data.train_size, -1).split(_IMAGES))
+    # Not drawn from the seed, which all processes share. Of two that took neighbours the faster one would catch up
+    # with the other, and compute what that one does from then on.
+    random.SystemRandom().shuffle(blocks)
+    for block in blocks:
         view = block.flatten()
         yield view[~table.known(view)]
         advance(len(block))

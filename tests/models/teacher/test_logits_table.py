@@ -95,6 +95,7 @@ def test_logits_out_of_range_are_not_stored(tmp_path, value):
     said = table.write(torch.arange(4), logits, label)
     assert_close(said[1], logits[1], rtol=0, atol=0, equal_nan=True)
     assert table.read(torch.arange(4))[1].tolist() == [True, False, True, True]
+    assert_close(table.write(torch.arange(1, 2), logits[1:2], label[1:2]), said[1:2], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_full_disk_stops_storing_but_not_the_run(tmp_path, monkeypatch, recwarn):

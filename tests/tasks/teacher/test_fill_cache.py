@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from rld_lightning import FrozenTeacher, create_model
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import ResidentTable
-from rld_lightning.tasks.teacher.fill_cache import fill_table
+from rld_lightning.tasks.teacher.fill_cache import _missing, fill_table
 
 
 class SmallDigits(DigitsDataModule):
@@ -91,6 +92,18 @@ def test_two_that_fill_at_once_make_one_table(tmp_path):
     logits, known = teachers[0].table.read(view)
     assert known.all()
     assert_close(logits, teachers[0](batch.images)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_two_seldom_compute_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("rld_lightning.tasks.teacher.fill_cache._IMAGES", 1)
+    data, asked = ready(SmallDigits()), 0
+    table = LogitsTable(tmp_path / "table", data.train_views, 10)
+    for pair in zip_longest(*(_missing(table, data, lambda _: None) for _ in range(2)), fillvalue=torch.empty(0)):
+        for view in pair:  # each is asked for while the other is computed, and known after that
+            asked += len(view)
+            table.write(view.long(), torch.zeros(len(view), 10), torch.zeros(len(view), dtype=torch.int64))
+    assert table.known(data.views_of(slice(0, data.train_size))).all()
+    assert asked < 1.3 * data.train_size * 9
 
 
 def test_a_full_disk_ends_it(tmp_path, monkeypatch, capsys):
