@@ -1,4 +1,4 @@
-"""The card of an exported student: what it is, how good it is and how it is used, as the Hugging Face Hub shows it."""
+"""The model card of an exported student, with its description, accuracy and usage, for the Hugging Face Hub."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ _MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class Exported:
-    """One file of an export, and how it compares with the student in PyTorch on the same images."""
+    """One file of an export, and its comparison with the student in PyTorch on the same images."""
 
     format: str  # such as `"onnx"`
-    file: str  # its name in the export's folder
+    file: str  # its name in the export folder
     size: int  # in bytes
     sha256: str  # of the file, as hexadecimal digits
-    images: int  # how many were compared; 0 where none were, and then the rest is None
+    images: int  # number of compared images; if 0, the fields below are None
     top1: float | None = None  # its accuracy on them, in percent
     torch_top1: float | None = None  # the student's, likewise
-    agreement: float | None = None  # share of the images whose likeliest class is the same, in percent
-    max_difference: float | None = None  # largest difference of a logit, or of a probability where the file gives these
+    agreement: float | None = None  # percentage of images with the same predicted class
+    max_difference: float | None = None  # largest difference of a logit, or of a probability if the file returns these
 
 
 def model_card(
@@ -48,9 +48,9 @@ def model_card(
     """The text of ``README.md``, in Markdown with a header in YAML.
 
     Args:
-        checkpoint: of which epoch the student is.
-        pixels: whether the ONNX and ``.pt2`` files take pixels and give probabilities.
-        any_size: whether these are of images of any size.
+        checkpoint: the student's epoch.
+        pixels: whether the ONNX and ``.pt2`` files map pixels to probabilities.
+        any_size: whether they accept images of any size.
     """
     summary, in_timm = run.summary, student.name.startswith("timm/")
     is_last = checkpoint == "last"
@@ -83,7 +83,7 @@ def model_card(
         _table(("", "student", "teacher"), _results(student, run, top1, is_last=is_last)),
         f"Accuracy is that of the {checkpoint} epoch on {_text(summary.validated_on)} (n = {summary.images})."
         + ("" if is_last else f" {_chosen(run)}"),
-        *(_beside(run) if is_last else ()),  # where the student is that of the last epoch
+        *(_beside(run) if is_last else ()),  # the comparison is of the last epoch
         "## Training",
         _table(("", ""), _training(run)),
         "## Input",
@@ -98,7 +98,7 @@ def model_card(
 
 
 def _chosen(run: Run) -> str:
-    """What an accuracy by which an epoch was chosen is worth."""
+    """The caveat on an accuracy that the epoch was chosen by."""
     if run.summary.split == "test":
         return f"Mind that {CHOSEN_ON_TEST}."
     return "The epoch was chosen by it, so it is somewhat higher than on other images."
@@ -107,7 +107,7 @@ def _chosen(run: Run) -> str:
 def _results(student: Student, run: Run, top1: float, *, is_last: bool) -> list[tuple[str, str, str]]:
     summary, size = run.summary, (3, *student.transform.size)
     rows = [("top-1 %", _number(top1), _number(summary.teacher_top1))]
-    if is_last:  # of other epochs they are not kept
+    if is_last:  # not recorded for other epochs
         rows.append(("top-5 %", _number(summary.top5), "-"))
         rows.append(("agreement with the teacher %", _number(summary.agreement), "-"))
     rows.append(("parameters", f"{count_parameters(student.network):,}", "-"))
@@ -116,7 +116,7 @@ def _results(student: Student, run: Run, top1: float, *, is_last: bool) -> list[
 
 
 def _beside(run: Run) -> list[str]:
-    """Teacher, student alone and distilled student side by side, where the run has measured them."""
+    """The comparison of teacher, student alone and distilled student, if the run has measured them."""
     if not (networks := read_networks(run.folder)):
         return []
     return [
@@ -147,7 +147,7 @@ def _training(run: Run) -> list[tuple[str, str]]:
 
 
 def _without_places(override: str) -> str:
-    """An override without the folders of somebody's machine: a card is there to be published."""
+    """An override without local folders, since cards are published."""
     key, equals, value = override.partition("=")
     return f"{key}=.../{PurePath(value).name}" if equals and value.startswith(("/", "~")) else override
 
@@ -178,7 +178,7 @@ def _use(student: Student, exported: Sequence[Exported], *, pixels: bool, any_si
 
 
 class _Code(str):
-    """A text of ours between backticks, which is printed as it is."""
+    """Trusted text in backticks, which is not escaped."""
 
 
 def _compared(file: Exported) -> tuple[str, ...]:
@@ -210,17 +210,17 @@ def _number(value: float | None) -> str:
 
 
 def _text(value: object) -> str:
-    """A name in Markdown: of one line, with neither HTML nor links nor cells of its own."""
+    """A value escaped for Markdown, on one line: no HTML, links or table cells."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`|\[\]<>*])", r"\\\1", line)
 
 
 def hub_config(student: Student) -> dict[str, object]:
-    """``config.json`` as timm reads it, with our own part beside it.
+    """The contents of ``config.json`` in timm's format, with our own settings under ``rld_lightning``.
 
-    ``architecture`` is timm's name of a ``timm/`` network; other networks have theirs under ``rld_lightning`` alone, so
-    that timm does not take them for one of its own. A network that sees images in a size of its own is given them in
-    that size by timm, which makes them of the picture straight.
+    ``architecture`` is timm's name of a ``timm/`` network; other networks have a name under ``rld_lightning`` only, so
+    that timm does not load them as its own. For a network that resizes its images to a size of its own, ``input_size``
+    is that size: timm resizes the picture to it directly.
     """
     plain, side = split_size(student.name)
     look, library = student.transform, plain.partition("/")
@@ -244,7 +244,7 @@ def hub_config(student: Student) -> dict[str, object]:
 
 
 def _timm_layers(student: Student) -> dict[str, object]:
-    """What timm calls the first and the last layer of one of its networks."""
+    """The names of a timm network's first and last layer, and its input constraints, from timm's own config."""
     config = getattr(student.network, "pretrained_cfg", None)
     found = (
         {key: config.get(key) for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")}

@@ -1,4 +1,4 @@
-"""The chapters of a report: what its templates show of each pair, and of each sweep."""
+"""The chapters of a report: the contents of its templates for each pair and each sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from rld_lightning.reporting.sweeps import Sweep, heat_maps, importances
 from rld_lightning.reporting.tables import Section, compare, rows_of, unlike
 from rld_lightning.runs.finished import Run
 
-# The columns of a results table that people who compute on get; templates see what stands beside them as well.
+# The columns of a results table that are written as CSV; the templates also use those of `_BESIDE`.
 RESULTS = (
     *("role", "method", "epochs", "n", "seeds", "last_mean", "last_std", "best_mean", "best_std"),
     *("images_per_s", "training_s"),
@@ -39,15 +39,15 @@ _BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few
 
 @dataclass(frozen=True, eq=False)
 class Chapter:
-    """All about one pair on one split."""
+    """The results of one pair on one split."""
 
-    section: Section  # what was measured
+    section: Section  # the measurements
     anchor: str  # its name in links and files
-    lines: pd.DataFrame  # of its table, see `results`
-    comparisons: pd.DataFrame  # `compare`, all of them
+    lines: pd.DataFrame  # the rows of its table, see `results`
+    comparisons: pd.DataFrame  # all of `compare`
     figures: list[FigureOfPanels]  # the learning curves
-    published: list[Published]  # all published numbers about the pair
-    confusion: FigureOfPanels | None = None  # what the best row takes for what; None where it is not known
+    published: list[Published]  # all published numbers of the pair
+    confusion: FigureOfPanels | None = None  # confusions of the best row; None if not recorded
 
     @property
     def tested(self) -> pd.DataFrame:
@@ -56,7 +56,7 @@ class Chapter:
 
     @property
     def untested(self) -> int:
-        """How many could not."""
+        """The number of comparisons that could not be tested."""
         return len(self.comparisons) - len(self.tested)
 
     @property
@@ -71,12 +71,12 @@ class Chapter:
 
     @property
     def has_cost(self) -> bool:
-        """Whether any line says how fast it was trained."""
+        """Whether any line has a training speed."""
         return bool(self.lines["images_per_s"].notna().any())
 
     @property
     def peers(self) -> pd.DataFrame:
-        """The lines with the most common recipe, and of those the ones with the most seeds that two of them have."""
+        """The lines with the most common recipe that have at least as many seeds as the second most repeated one."""
         lines = self.lines.dropna(subset="recipe")
         if lines.empty:
             return lines
@@ -86,13 +86,13 @@ class Chapter:
 
     @property
     def leader(self) -> int | None:
-        """The place of the one of :attr:`peers` with the highest accuracy in the last epoch, if there are several."""
+        """The index of the line of :attr:`peers` with the highest last-epoch accuracy, if there are several."""
         peers = self.peers
         return int(peers["last_mean"].idxmax()) if len(peers) > 1 else None
 
     @property
     def notes(self) -> list[str]:
-        """What to know when reading the table."""
+        """Caveats for readers of the table."""
         notes = []
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
@@ -148,7 +148,7 @@ def _ahead_of(beaten: int, tested: int) -> str:
 
 @dataclass(frozen=True)
 class SweepChapter:
-    """All about one sweep."""
+    """The results of one sweep."""
 
     sweep: Sweep
     anchor: str
@@ -158,24 +158,24 @@ class SweepChapter:
 
 
 class Sources:
-    """The footnotes of a page: a letter for each source in the order of use."""
+    """The footnotes of a page: a letter for each source, in order of first use."""
 
     def __init__(self) -> None:
         self.used: dict[str, Published] = {}
 
     def mark(self, number: Published) -> str:
-        """The letter of a number's source."""
+        """Registers a number's source and returns its letter."""
         self.used.setdefault(number.source_key, number)
         return self.letter(number.source_key)
 
     def letter(self, key: str) -> str:
-        """The letter of a source that is in use."""
+        """The letter of a registered source."""
         place = list(self.used).index(key)
         return ascii_lowercase[place % 26] * (1 + place // 26)
 
 
 def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
-    """Tells of a pair: our rows beside the published ones, which differences are certain, and the learning curves."""
+    """Collects a pair's results: its rows with published numbers, the tested differences, and the figures."""
     published = published_for_pair(section.dataset, section.teacher, section.student) if section.on_test else []
     figure = plots.curves(section, f"{anchor}-curves")
     lines = results(section, published, sources)
@@ -184,14 +184,14 @@ def make_chapter(section: Section, anchor: str, sources: Sources) -> Chapter:
 
 
 def results(section: Section, published: Sequence[Published], sources: Sources) -> pd.DataFrame:
-    """The results table of a pair: its teachers, and below them the student alone and the methods, the best first.
+    """The results table of a pair: its teachers first, then the student alone and the methods, best first.
 
     Returns:
-        one line a row, with :data:`RESULTS`: accuracy in percent and gains in percent points. ``n`` is 0 of a teacher's
-        accuracy that its students' runs have measured. Beside these: ``ce_base`` (the row that it is ahead of, where
-        there are others) and ``ce_seeds`` (how many are in common, where not all are), likewise of kd; the footnote
-        ``marks`` of the published number, what ``others`` print instead, ``few_seeds`` in short, and the ``recipe`` of
-        lines that can be compared.
+        one line per row, with :data:`RESULTS`: accuracy in percent and gains in percentage points. ``n`` is 0 for a
+        teacher's accuracy as measured by its students' runs. Also: ``ce_base`` (the baseline row, if there are
+        several), ``ce_seeds`` (the number of seeds in common, if not all are), likewise for kd; the footnote ``marks``
+        of the published number, the values of ``others``, ``few_seeds`` (the seeds in short), and the ``recipe``, equal
+        for lines that can be compared.
     """
     lines = []
     for name, row in rows_of(section.teacher_runs).iterrows():
@@ -211,7 +211,7 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
         if is_published_method(row["method"], row["runs"][0].settings):
             lines[-1] |= _published(row["method"], published, sources, _departures(row["runs"]))
     table = pd.DataFrame(lines, columns=[*RESULTS, *_BESIDE])
-    return table.astype({"published_second_hand": object, "published_comparable": object})  # true, false, or neither
+    return table.astype({"published_second_hand": object, "published_comparable": object})  # true, false or missing
 
 
 def _own(row: pd.Series) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _gain(section: Section, name: str, method: str) -> dict[str, Any]:
 
 
 def _departures(runs: Sequence[Run]) -> list[str]:
-    """In what any of a row's runs is not as the published rows are."""
+    """How the runs of a row differ from the published rows."""
     return list(dict.fromkeys(words for run in runs for words in departures(run)))
 
 
@@ -257,17 +257,17 @@ def _published(
         "published_top1": first.value, "published_method": first.method, "published_source": first.source,
         "published_second_hand": first.second_hand, "published_comparable": not words,
         "published_departures": "; ".join(words),
-        # One or two sources say enough; the table of all published numbers has the rest.
+        # At most two sources; the table of all published numbers has the rest.
         "marks": [sources.mark(number) for number in same[:2]],
         "others": sorted({number.value for number in numbers if not number.other_recipe} - {first.value}),
     }  # fmt: skip
 
 
 def make_sweep_chapter(sweep: Sweep, anchor: str, unfinished: Sequence[Path]) -> SweepChapter:
-    """Tells of a sweep: the heat maps, or points where its values are no grid; and Optuna's importances.
+    """Collects a sweep's results: heat maps (points if its values form no grid) and Optuna's importances.
 
     Args:
-        unfinished: folders of runs that did not finish, of any sweep.
+        unfinished: folders of unfinished runs, of any sweep.
     """
     maps = heat_maps(sweep)
     figures = [plots.heat_map_figure(maps, sweep, anchor) if maps else plots.value_scatter(sweep, anchor)]
@@ -283,7 +283,7 @@ def make_sweep_chapter(sweep: Sweep, anchor: str, unfinished: Sequence[Path]) ->
 
 
 def cost_figure(sections: Sequence[Section], name: str, cost_of: CostOf) -> FigureOfPanels | None:
-    """Accuracy over cost of one data set's networks; None where no cost is known."""
+    """Plots accuracy over cost for one data set's networks; None if no cost is known."""
     runs = [run for section in sections for part in (section.runs, section.teacher_runs) for run in part["run"]]
     networks = [section.teacher for section in sections if section.teacher]
     networks += [network for section in sections for network in section.rows["network"]]

@@ -1,4 +1,4 @@
-"""What students take for what: the whole matrix of few classes, the most frequent errors of many."""
+"""Confusions of students: the whole matrix for few classes, the most frequent errors for many."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,19 +13,19 @@ from rld_lightning.reporting.tables import Section
 from rld_lightning.runs.files import CONFUSION, text_of
 from rld_lightning.runs.finished import Run
 
-MAX_CLASSES = 20  # of a matrix that can be read
+MAX_CLASSES = 20  # of a readable matrix
 MAX_ERRORS = 15
-_LARGEST = 20_000_000  # bytes of a file; ImageNet's has one or two millions
-_MOST_NAMES = 10_000  # of classes in a file: the matrix has their square
+_LARGEST = 20_000_000  # bytes of a file; ImageNet's has one to two million
+_MOST_NAMES = 10_000  # classes in a file; the matrix has the square of it
 _MOST_IMAGES = 1 << 40
 _LONGEST_NAME = 18
 
 
 def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
-    """The confusions of the best row whose runs have noted any, all its seeds together.
+    """Plots the confusions of the best row whose runs have recorded them, summed over its seeds.
 
     Returns:
-        None where no run has noted any, or none was made.
+        None if no run has recorded them, or there are no errors.
     """
     for row, runs in section.rows["runs"].items():
         matrix, noted = _pooled(runs)
@@ -45,7 +45,7 @@ def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
 
 
 def _pooled(runs: Sequence[Run]) -> tuple[pd.DataFrame | None, int]:
-    """Images by class and prediction, of all runs that say so, and how many these are; None without any."""
+    """Image counts by class and prediction, summed over the runs that recorded them, and the number of these runs."""
     tables = []
     for run in runs:
         path = run.folder / CONFUSION
@@ -71,7 +71,7 @@ def _shares(matrix: pd.DataFrame) -> pd.DataFrame:
 
 
 def _errors(matrix: pd.DataFrame) -> pd.Series:
-    """The shares of the most frequent confusions, by class and prediction, the largest first."""
+    """The percentages of the most frequent confusions, by class and prediction, largest first."""
     shares = _shares(matrix).rename_axis(index="class", columns="predicted").stack()
     wrong = shares[shares.index.get_level_values(0) != shares.index.get_level_values(1)]
     return wrong[wrong > 0].sort_values(ascending=False, kind="stable")[:MAX_ERRORS]

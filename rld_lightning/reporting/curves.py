@@ -1,4 +1,4 @@
-"""Learning curves of a run as one picture."""
+"""The learning curves of a run as one picture."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -15,24 +15,24 @@ from rld_lightning.runs.files import CURVES, METRICS, read_config
 from rld_lightning.runs.metrics_csv import read_metrics
 from rld_lightning.runs.summary import Summary
 
-# What is logged under train/ beside the terms of the loss.
+# Names logged under train/ that are not terms of the loss.
 NO_TERMS = {
     *("train/loss", "train/top1", "train/top5", "train/teacher_top1", "train/agreement", "train/top1_teacher_wrong"),
     *("train/images_per_s", "train/grad_norm"),
 }
 
-_FEW = 20  # images, of which a share is all or nothing
+_FEW = 20  # images, too few for a meaningful percentage
 
 
 @styled
 def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
-    """Draws accuracy, loss terms, their shares, teacher statistics, gradient norm and learning rate of a run.
+    """Draws a run's accuracy, loss terms and their shares, teacher statistics, gradient norm and learning rate.
 
-    An epoch that was trained in part is drawn where it ended: 60 of 782 steps at 0.08. Where the teacher is wrong is
-    left out if that is on fewer than 20 validation images.
+    A partly trained epoch is drawn at its fraction: 60 of 782 steps at 0.08. The accuracy on images that the teacher
+    gets wrong is omitted if these are fewer than 20 validation images.
 
     Args:
-        summary: what the run came to, which says how much of its epochs was trained; None: all.
+        summary: the run's summary, for the number of trained steps; without it all epochs count as complete.
 
     Returns:
         the picture's path, ``curves.png``.
@@ -52,7 +52,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     if summary is not None and _errors(summary) < _FEW:
         del on_validation["val/top1_teacher_wrong"]
     on_training = {name: f"{name.removeprefix('stats/').replace('_', ' ')}, train" for name in statistics}
-    # Title, unit, what is drawn by the name it is logged under, and what it means if nothing is there.
+    # Title, unit, labels by logged name, and the text of an empty panel.
     panels = [
         ("Student accuracy", "%", {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"}, ""),
         (
@@ -80,26 +80,26 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         if not axes.has_data():
             axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
         elif not by_step:
-            axes.legend(frameon=True, framealpha=0.8, edgecolor="none")  # a line may run behind it
+            axes.legend(frameon=True, framealpha=0.8, edgecolor="none")  # may cover a line
         axes.grid(alpha=0.3)
     write_figure(figure, run / CURVES, dpi=120)
     return run / CURVES
 
 
 def _errors(summary: Summary) -> float:
-    """How many validation images the teacher gets wrong."""
+    """The number of validation images that the teacher gets wrong."""
     return summary.images * (1 - (summary.teacher_top1 or 0) / 100)
 
 
 def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:
-    """:func:`read_metrics` by the epochs that had been trained, as far as the run says how many steps one has."""
+    """:func:`read_metrics` by the (fractional) number of trained epochs, if the steps of an epoch are known."""
     metrics = read_metrics(run)
-    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # of a run that says too little
+    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # incomplete config
         epochs = int(read_config(run)["trainer"]["max_epochs"])
         if summary is None or summary.scheduled_steps is None or metrics.empty:
             return metrics
         rows = pd.read_csv(run / METRICS).dropna(subset=list(metrics), how="all")
-        # Steps are counted from 0, but by a validation after the last one.
+        # Steps are counted from 0, except in a validation after the last one.
         steps = (rows.groupby("epoch")["step"].max() + 1).clip(upper=summary.steps)
         trained = steps * epochs / summary.scheduled_steps
         return metrics.groupby(trained.to_numpy()).last()
@@ -107,10 +107,10 @@ def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:
 
 
 def _learning_rates(run: Path) -> tuple[pd.DataFrame, str]:
-    """The learning rate by training step, and how it is drawn.
+    """The learning rates by training step, and matplotlib's ``drawstyle`` for them.
 
-    There is one an epoch, that of its last step: the whole epoch's, or of a schedule by the step one point of it; of
-    several optimizers, which a callback watches, one a step that was logged.
+    There is one per epoch, that of its last step (constant over the epoch, unless the schedule is by step); with
+    Lightning's ``LearningRateMonitor``, one per logged step and optimizer.
     """
     try:
         rows = pd.read_csv(run / METRICS).set_index("step")
@@ -119,7 +119,7 @@ def _learning_rates(run: Path) -> tuple[pd.DataFrame, str]:
     if names := [name for name in rows if name.startswith("lr-")]:
         return rows[names].dropna(how="all"), "steps-post"
     rates = rows[[name for name in rows if name == "lr"]].dropna(how="all")
-    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # of a run that says too little
+    with suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # incomplete config
         if read_config(run)["recipe"]["scheduler_interval"] == "epoch" and len(rates):
             return pd.concat([rates.iloc[:1].set_axis([0]), rates]), "steps-pre"
     return rates, "default"

@@ -1,4 +1,4 @@
-"""Finished runs as one table, a line each, of which results, sweeps, CSV files and figures are groups."""
+"""Finished runs as one table with a line per run; results, sweeps, CSV files and figures group its lines."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,26 +12,26 @@ from rld_lightning.runs.files import ENVIRONMENT, SUMMARY, plain_cell
 from rld_lightning.runs.finished import Found, Run, find_all
 
 LAST, BEST = "top1_last", "top1_best"
-# The columns that people who compute on get.
+# The columns that are written as CSV.
 FACTS = (
     *("dataset", "split", "pair", "method", "seed", "epochs", LAST, BEST, "top5_last", "ce_last"),
     *("teacher", "teacher_top1", "agreement", "parameters", "macs", "folder", "overrides"),
     *("complete", "images", "split_images", "steps", "scheduled_steps"),
 )
-# The groups that write into their own part of the configuration, or into none that counts; others may write anywhere.
+# Config groups that write only into their own part of the config, or into none that matters; others may write anywhere.
 _GROUPS = ("data", "model", "loss", "recipe", "trainer", "callbacks", "logger", "paths", "sweep", "launcher")
-# What a configuration says beside what trains the student.
+# Settings that do not affect training.
 _NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
 _OF_TEACHERS = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
 
 
 def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
-    """:func:`runs_frame` of the finished runs in and below some folders, and what lies there beside them.
+    """:func:`runs_frame` of the finished runs in and below some folders, and the unfinished and broken ones.
 
-    A folder may be anybody's: one that says too little, or something of another kind, is among the broken ones.
+    Folders are untrusted: a run with missing values, or values of a wrong type, is listed as broken.
 
     Raises:
-        FileNotFoundError: a folder is not there.
+        FileNotFoundError: a folder does not exist.
     """
     found = find_all(folders)
     runs = []
@@ -46,7 +46,7 @@ def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
 
 
 def _is_usable(run: Run) -> bool:
-    """Whether all that reports need is there and of the right kind, beside the summary, of which that is known."""
+    """Whether a run has all that reports need, of the right type. (The summary was checked when it was read.)"""
     summary, networks = run.summary, run.config["model"]
     texts = [summary.model, summary.dataset, summary.validated_on, summary.run, run.pair, run.method]
     texts += [networks["student"]["name"], *run.settings, *run.overrides, *run.choices]
@@ -60,14 +60,14 @@ def _is_usable(run: Run) -> bool:
 
 
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """Finished runs as a table, one line a run, in their order.
+    """Finished runs as a table, one line per run, in their order.
 
-    Beside :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing where cross-entropy alone has
-    trained, ``complete`` false of runs that were trained or evaluated in part) it has the columns ``student``,
-    ``network`` (the one that came out; SimKD's ends in the teacher's classifier), ``pair_teacher`` (the teacher of the
-    pair, looked at or not), ``on_test`` (measured on all of that split), ``held_out`` (on another one), ``settings``
-    (those that have an effect, as a mapping), ``setting`` (the same as one text), ``unshared`` (likewise those that
-    do not count, because not all of a run's peers know them), ``finished`` (when), ``run`` and its ``data_seed``.
+    The columns are :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing for plain cross-entropy,
+    ``complete`` false if trained or evaluated in part), ``student``, ``network`` (the trained network; SimKD's ends in
+    the teacher's classifier), ``pair_teacher`` (the pair's teacher, used or not), ``on_test`` (measured on the whole
+    test split), ``held_out`` (on another split), ``settings`` (those with an effect, as a mapping), ``setting`` (the
+    same as one text), ``unshared`` (as one text, those ignored because not all peers of the run have them),
+    ``finished`` (when), ``run`` and its ``data_seed``.
     """
     lines = []
     for run, (settings, unshared) in zip(runs, trained_with(runs), strict=True):
@@ -94,16 +94,17 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def as_text(settings: Mapping[str, str]) -> str:
-    """Settings as a text that is equal where they are."""
+    """Settings as text, equal for equal settings."""
     return "\n".join(f"{key}={value}" for key, value in sorted(settings.items()))
 
 
 def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Finished runs with repetitions over seeds put together, the best first.
+    """Averages finished runs over seeds, best first.
 
     Returns:
-        one line a setting: the keys; ``mean`` and ``std`` (n - 1; missing of a single run) of the last epoch's top-1,
-        in percent, of ``n`` runs; ``best``, the mean of the best epochs'; ``epochs``, the most; ``run``, one of them.
+        one line per setting: the keys; ``mean`` and ``std`` (n - 1; missing for a single run) of the last epoch's
+        top-1, in percent, of ``n`` runs; ``best``, the mean of the best epochs; ``epochs``, the maximum; ``run``, one
+        of them.
     """
     groups = runs.groupby(list(keys), sort=False, dropna=False)
     pooled = groups.agg(
@@ -114,24 +115,24 @@ def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> Path:
-    """Writes a table for programs to read; no spreadsheet takes a text of it for a formula or a new line."""
+    """Writes a table as CSV, with texts escaped so that no spreadsheet reads them as formulas or new lines."""
     write_whole(path, printable(table.map(plain_cell).to_csv(index=False)).encode())
     return path
 
 
 def recipe(settings: Mapping[str, str], *, with_teacher: bool) -> dict[str, str]:
-    """Settings but for the loss's own: where these are equal, two methods can be compared."""
+    """The settings without the loss's: two methods can be compared if these are equal."""
     return without(settings, ("loss", "recipe.warmup_epochs", *(() if with_teacher else _OF_TEACHERS)))
 
 
 def trained_with(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[str, str]]]:
-    """The settings of each run that have an effect on what it trains, but the seed.
+    """The settings of each run that affect its training, without the seed.
 
-    A setting that a run's peers do not know, because another version of this package wrote them, tells nothing apart;
-    unless it was asked for on the command line, or an option may have brought it along that they have not chosen.
+    A setting that some peers of a run lack, because another version of this package wrote them, is ignored, unless it
+    was set on the command line. (Peers have chosen the same options, so an option can always add its settings.)
 
     Returns:
-        for each run the settings that count, and those that do not because not all of its peers know them.
+        for each run the settings that count, and those ignored because not all of its peers have them.
     """
     own = [without(run.settings, _NO_EFFECT if run.summary.teacher else _OF_TEACHERS) for run in runs]
     peers = [{key: _peers(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)]
@@ -150,13 +151,13 @@ def trained_with(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[str, st
 
 
 def _keys_asked_for(run: Run) -> list[str]:
-    """The keys on the command line; choices of options are none: ``loss=rld`` does not ask for all that is in it."""
+    """The keys set on the command line, without choices of options such as ``loss=rld``."""
     keys = [override.lstrip("+~").split("=")[0] for override in run.overrides]
     return [key for key in keys if key not in run.choices]
 
 
 def _chosen(key: str, run: Run) -> tuple[tuple[str, str], ...]:
-    """The options that may have brought a key along: those of its part of the configuration, and an experiment's."""
+    """The chosen options that may have set a key: those of its part of the config, and an experiment."""
     part = key.split(".")[0]
     found = []
     for group, option in run.choices.items():
@@ -168,14 +169,14 @@ def _chosen(key: str, run: Run) -> tuple[tuple[str, str], ...]:
 
 
 def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
-    """The runs that should know a key: with the same options, and loss, a teacher, the same class, or the data set."""
+    """The group of runs that should all have a key: same data set and options, and same loss, teacher or class."""
     where = run.summary.dataset, _chosen(key, run)
     if key.startswith("loss."):
         return *where, run.method
     if key.startswith("model.teacher."):
         return *where, "teacher"
     rooms = key.split(".")[:-1]
-    for end in range(len(rooms), 0, -1):  # the milestones of one scheduler are nothing that another one has
+    for end in range(len(rooms), 0, -1):  # a scheduler's milestones are expected of the same class only
         target = ".".join((*rooms[:end], "_target_"))
         if target in settings and target != key:
             return *where, target, settings[target]
@@ -183,6 +184,6 @@ def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
 
 
 def without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Settings but for those of some names, and of all below these."""
+    """The settings without some keys and all keys below them."""
     starts = tuple(f"{name}." for name in names)
     return {key: value for key, value in settings.items() if not f"{key}.".startswith(starts)}

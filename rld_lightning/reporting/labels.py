@@ -1,4 +1,4 @@
-"""What tells runs apart, in as few words as will do: ``alpha=2, lr=0.1``."""
+"""Short labels of the settings that distinguish runs: ``alpha=2, lr=0.1``."""
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -8,12 +8,12 @@ from rld_lightning.runs.naming import class_name
 
 
 def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashable] = ()) -> list[str]:
-    """The fewest keys that tell all settings apart, the loss's first; a key that says nothing new is left out.
+    """The keys that distinguish all settings, the loss's first, without those that add no distinction.
 
-    That some saw fewer images is said all the same: two numbers beside each other would mislead without it.
+    ``data.subset`` is always included if it differs: accuracies with fewer training images would mislead without it.
 
     Args:
-        known: what the reader knows of each already.
+        known: for each of the settings, what the reader already knows to be different.
     """
     classes: list[Hashable] = list(known) or [0] * len(settings)
     keys = []
@@ -26,10 +26,10 @@ def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashab
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """The keys in which some settings differ: the loss's first, then the recipe's, the data's and the others."""
+    """The keys in which some settings differ, ordered: the loss's, the recipe's, the data's, then the others."""
     rooms = ("loss", "recipe.epochs", "recipe.optimizer", "recipe", "data", "model", "trainer")
 
-    def place(key: str) -> tuple[bool, int, str]:  # a loss's warm-up follows the recipe
+    def place(key: str) -> tuple[bool, int, str]:  # a loss's warm-up comes last: it depends on the recipe
         return (
             key.endswith("warmup_epochs"),
             next((i for i, r in enumerate(rooms) if key.startswith(r)), len(rooms)),
@@ -41,13 +41,13 @@ def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def describe(settings: Mapping[str, str], keys: Iterable[str]) -> str:
-    """``alpha=2, lr=0.1``; that there are no callbacks with an effect goes without saying."""
+    """``alpha=2, lr=0.1``, without ``callbacks=None`` (no callback affects training)."""
     said = [key for key in dict.fromkeys(keys) if key in settings and (key, settings[key]) != ("callbacks", "None")]
     return ", ".join(f"{short_key(key)}={short_value(settings[key])}" for key in said)
 
 
 def short_key(key: str) -> str:
-    """``alpha`` of ``loss.alpha``; two parts where the last one alone would not do."""
+    """``alpha`` for ``loss.alpha``; the last two parts if the last is ambiguous."""
     *rooms, name = key.split(".")
     if name in ("_target_", "weights", "name", "channels_last") and rooms:
         return rooms[-1] if name == "_target_" else f"{rooms[-1]} {name}".replace("_", " ")
@@ -55,7 +55,7 @@ def short_key(key: str) -> str:
 
 
 def short_value(value: object) -> str:
-    """``4`` of 4.0, ``0.3333`` of 1/3, ``SGD`` of ``torch.optim.SGD``, the end of a path; a number or its text."""
+    """``4`` for 4.0, ``0.3333`` for 1/3, ``SGD`` for ``torch.optim.SGD``, the end of a path (also from text)."""
     value = str(value)
     try:
         number = float(value)
@@ -70,15 +70,15 @@ def short_value(value: object) -> str:
 
 
 def shortened(name: str, most: int) -> str:
-    """A name of at most so many characters."""
+    """A name cut to a number of characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def mean_and_std(mean: float, std: float | None) -> str:
-    """``60.12 ± 0.34``, or the mean alone."""
+    """``60.12 ± 0.34``, or only the mean if the deviation is unknown."""
     return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None and not isnan(std) else "")
 
 
 def in_markdown(value: object) -> str:
-    """What is printed into Markdown, where HTML and links count: names of strangers' runs bring none."""
+    """A value for Markdown, with HTML tags and links disabled: names in runs are untrusted."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value)).replace("](", "] (")

@@ -1,4 +1,4 @@
-"""Accuracy against latency: one point a network and what runs it."""
+"""Accuracy over latency, with one point per network and backend."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _COLOURS = {"teacher": TEACHER, "student": STUDENT}
 
 
 class Point(NamedTuple):
-    """A network and what runs it."""
+    """A network in one backend."""
 
     role: str  # such as `"student"`
     backend: str  # such as `"onnx"`
@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 @styled
 def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Path) -> None:
-    """Draws the points, at least one, into a picture."""
+    """Draws the points, at least one, and writes the picture."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     spare = [GREEN, PINK]

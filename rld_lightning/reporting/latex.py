@@ -1,4 +1,4 @@
-r"""The results tables of a report for papers: LaTeX with booktabs, one table a pair, for ``\input`` in a document."""
+r"""A report's results tables in LaTeX with booktabs, one table per pair, for ``\input`` in a paper."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ _SPECIAL = {
 
 
 def write_latex(chapters: Sequence[Chapter], path: Path) -> Path:
-    """Writes a file with one table a chapter, the leader bold and published numbers marked as on the page."""
+    """Writes one table per chapter to a file, with the leader in bold and published numbers marked as on the page."""
     head = r"% \usepackage{booktabs} in the preamble. Written by rld-lightning report." + "\n"
     write_whole(path, printable(head + "".join(f"\n{_table(chapter)}" for chapter in chapters)).encode())
     return path
 
 
 def escape(text: object) -> str:
-    """A text as LaTeX prints it, on one line."""
+    """Escapes a text for LaTeX and joins its lines."""
     return "".join(_SPECIAL.get(letter, letter) for letter in " ".join(str(text).split()))
 
 

@@ -1,4 +1,4 @@
-"""What networks say about images, as figures get it; :mod:`rld_lightning.tasks.logit_reader` runs the networks."""
+"""The interface by which figures get logits; :mod:`rld_lightning.tasks.logit_reader` runs the networks."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +10,7 @@ from rld_lightning.runs.finished import Run
 
 @dataclass(frozen=True)
 class RunLogits:
-    """Logits of both networks of a run."""
+    """The logits of a run's student and teacher."""
 
     student: Tensor  # `(N, C)` float32
     teacher: Tensor  # `(N, C)` float32
@@ -20,10 +20,10 @@ class RunLogits:
 
 
 class LogitSource(Protocol):
-    """Gives what a run's networks say about the images that the run was validated on."""
+    """Returns a run's logits on the images that it was validated on."""
 
     def read(self, run: Run) -> RunLogits:
-        """The logits of a run's student and teacher."""
+        """Returns the logits of a run's student and teacher."""
 
     def image(self, run: Run, index: int) -> Tensor:
-        """One validation image of a run, ``(H, W, 3)`` with values in [0, 1]."""
+        """Returns one validation image of a run, ``(H, W, 3)`` with values in [0, 1]."""

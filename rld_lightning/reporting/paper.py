@@ -1,4 +1,4 @@
-"""Published accuracies (``paper_tables.json``, each with its source), and which of our losses they belong to."""
+"""Published accuracies (``paper_tables.json``, each with its source), and the losses they belong to."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from rld_lightning.runs.likeness import decides
 
 TEACHER = "Teacher"
 
-# Options of the loss group, and what the published tables call them. What is not here has no published row: variants of
-# ours (rld_reference, kdg...), and mlkd, whose published rows are of 480 epochs or more.
+# Options of the loss group and their names in published tables. Others have no published row: our own variants
+# (rld_reference, kdg...), and mlkd, whose published rows are of 480 epochs or more.
 METHODS = {
     "ce": "Student (CE)",
     "kd": "KD",
@@ -49,29 +49,29 @@ METHODS = {
     "catkd": "CAT-KD",
 }
 DATASETS = {"cifar100": "cifar100", "imagenet": "imagenet1k"}
-# Epochs and recipe of the published rows, by our name of the data set; other rows say so in their note.
+# Epochs and recipe of the published rows, by our name of the data set; exceptions are in a row's note.
 EPOCHS = {"cifar100": 240, "imagenet": 100}
 RECIPES = {"cifar100": "cifar240", "imagenet": "imagenet100"}
-FLOAT32 = "32-true"  # the precision of the published rows, as Lightning calls it
-# Overrides that decide something, and leave what is published as it is: split and length are known otherwise.
+FLOAT32 = "32-true"  # the precision of the published rows, as Lightning names it
+# Overrides that affect training but need no mention here: split and epochs are compared elsewhere.
 _HARMLESS = ("data.seed", "data.val_fraction", "recipe.epochs")
-# Methods whose hyper-parameters behind the printed numbers are not known, and those that have others for each pair.
+# Methods whose hyper-parameters are not published, and those with different ones for each pair.
 _NOT_PRINTED = {
     "cifar100": ("rld", "rld_scd", "rld_mcd", "rld_mcd_g", "rld_g", "nkd", "wttm", "ldrld"),
     "imagenet": ("wttm", "ldrld"),
 }
 _BY_PAIR = ("catkd", "reviewkd")
-_ANY_PAIR = ("pair", "imagenet_pair")  # with what is the same for most pairs
-# Where several sources print a number, the first of these stands in the table; those that are not here follow.
+_ANY_PAIR = ("pair", "imagenet_pair")  # with the settings of most pairs
+# Of several sources of a number, the table shows the first of these; all others come after them.
 _PREFERRED = ("LSKD-paper", "RLD-note+DSKD", "RLD-note", "DSKD-readme", "DIST-readme", "NKD-readme")
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number that somebody has published. Accuracy in percent.
+    """A published accuracy in percent.
 
-    ``metric`` is ``top1`` or ``top5`` as a paper prints it (the best epoch, where it does not say), or with the suffix
-    ``_best_epoch`` or ``_last_epoch`` of a training log.
+    ``metric`` is ``top1`` or ``top5`` as printed in a paper (the best epoch, unless stated), or has the suffix
+    ``_best_epoch`` or ``_last_epoch`` if it is from a training log.
     """
 
     dataset: str
@@ -86,19 +86,19 @@ class Published:
 
     @property
     def second_hand(self) -> bool:
-        """Whether it was read in somebody else's summary, not in the paper or its code."""
+        """Whether it was read in a third party's summary, not in the paper or its code."""
         return self.source.startswith("SECOND-HAND")
 
     @property
     def other_recipe(self) -> bool:
-        """Whether it was trained otherwise than most of its table, as its note or its source says."""
+        """Whether, by its note or source, it was trained differently from most of its table."""
         text = f"{self.note} {self.source}"
         return bool(re.search(r"own training setup|training recipe|not comparable|(480|960) epochs|reproduction", text))
 
 
 @cache
 def published_numbers() -> tuple[Published, ...]:
-    """All of them, the preferred sources first."""
+    """All published numbers, preferred sources first."""
     records = json.loads((resources.files("rld_lightning.reporting") / "paper_tables.json").read_text("utf-8"))
     rank = {key: place for place, key in enumerate(_PREFERRED)}
     numbers = [Published(**record) for record in records]
@@ -106,10 +106,10 @@ def published_numbers() -> tuple[Published, ...]:
 
 
 def published_for_pair(dataset: str, teacher: str | None, student: str) -> list[Published]:
-    """What is published about a pair, the preferred sources first.
+    """The published numbers of a pair, preferred sources first.
 
     Args:
-        dataset: our name of it, such as ``cifar100``.
+        dataset: our name, such as ``cifar100``.
         teacher: our name of the network, such as ``wrn40_2`` or ``torchvision/resnet34``.
     """
     if teacher is None or dataset not in DATASETS:
@@ -120,7 +120,7 @@ def published_for_pair(dataset: str, teacher: str | None, student: str) -> list[
 
 
 def published_top1(numbers: list[Published], method: str) -> list[Published]:
-    """The published top-1 of one of our losses, or of :data:`TEACHER`, the preferred source first.
+    """The published top-1 of one of our losses, or of :data:`TEACHER`, preferred sources first.
 
     Args:
         method: an option of the loss group, or :data:`TEACHER`.
@@ -130,7 +130,7 @@ def published_top1(numbers: list[Published], method: str) -> list[Published]:
 
 
 def is_published_method(method: str, settings: Mapping[str, str]) -> bool:
-    """Whether a loss still is what its option is called: RLD with another mask, say, is not RLD of the tables."""
+    """Whether a loss is still the published method: RLD with another mask, for example, is not."""
     mask, standardized = "g" if method.endswith("_g") else "ge", str(method.endswith("_ls"))
     return (
         settings.get("loss.mask", mask) == mask
@@ -142,16 +142,16 @@ def is_published_method(method: str, settings: Mapping[str, str]) -> bool:
 
 
 def is_published_teacher(numbers: list[Published], top1: float | None) -> bool:
-    """Whether a teacher is as accurate as the published one, which retrained ones hardly ever are to a tenth.
+    """Whether a teacher's accuracy is within 0.1 points of the published one's, which retrained ones rarely are.
 
     Args:
-        top1: as measured on the test split, in percent.
+        top1: measured on the test split, in percent.
     """
     return top1 is not None and any(abs(number.value - top1) < 0.1 for number in published_top1(numbers, TEACHER))
 
 
 def departures(run: Run) -> list[str]:
-    """In what a run is not known to be as the published rows are, in a few words each; empty if it is.
+    """How a run differs, or may differ, from the published rows, in a few words each; empty if it does not.
 
     Published rows are of float32, the whole schedule, all images of the test split, and the teacher, the recipe and the
     hyper-parameters of their papers.
@@ -161,7 +161,7 @@ def departures(run: Run) -> list[str]:
     found = {
         f"{summary.epochs} epochs, not {EPOCHS.get(dataset)}": summary.epochs != EPOCHS.get(dataset),
         "another recipe" if "recipe" in run.choices else "recipe not known": (
-            run.choices.get("recipe") not in (RECIPES.get(dataset), run.method)  # of LDRLD
+            run.choices.get("recipe") not in (RECIPES.get(dataset), run.method)  # LDRLD has its own recipe
         ),
         f"{precision}, not float32": precision != FLOAT32,
         f"teacher in {teacher_type}": teacher_type not in ("None", "float32"),
@@ -176,7 +176,7 @@ def departures(run: Run) -> list[str]:
 
 
 def _departures_of_distilled(run: Run) -> list[str]:
-    """Those of the teacher, and of what a method wants for each pair."""
+    """The differences in the teacher and in settings that depend on the pair."""
     dataset, networks = run.summary.dataset, run.config["model"]
     names = networks["teacher"]["name"], networks["student"]["name"]
     by_pair = run.method in _BY_PAIR and run.method not in (networks.get("tuned") or {})
@@ -190,7 +190,7 @@ def _departures_of_distilled(run: Run) -> list[str]:
 
 
 def _other_settings(run: Run) -> list[str]:
-    """Keys that were set on the command line, where the published rows have the option's own values."""
+    """Keys set on the command line, for which the published rows have the option's values."""
     keys = dict.fromkeys(override.lstrip("+~").split("=")[0] for override in run.overrides)
     rooms = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
     known = {*_HARMLESS, "trainer.precision"}
@@ -198,6 +198,6 @@ def _other_settings(run: Run) -> list[str]:
 
 
 def _plain(network: str, dataset: str) -> str:
-    """``wrn402`` of ``wrn40_2``; torchvision's networks are those of the ImageNet tables alone, timm's of none."""
+    """``wrn402`` for ``wrn40_2``; only the ImageNet tables have torchvision's networks, and none has timm's."""
     name = network.lower()
     return re.sub(r"[^a-z0-9/]", "", name.removeprefix("torchvision/") if dataset == "imagenet" else name)

@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves, accuracy over cost, and what sweeps came to."""
+"""The figures of a report: learning curves, accuracy over cost, and sweeps."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,15 +35,15 @@ from rld_lightning.runs.files import METRICS
 from rld_lightning.runs.finished import Run
 
 MAX_COLOURED = len(OTHER_METHODS)
-MAX_NAMED = 4  # networks whose names have room beside their points
+MAX_NAMED = 4  # networks labelled with their names; more are numbered
 MEAN = f"{LAST}_mean"
 
 
 def coloured(rows: pd.DataFrame) -> dict[str, str]:
-    """A colour for each of some lines: those that others are compared to, then the best; the rest stays grey.
+    """Colours by row: the reference methods' first, then the best rows'; the others get none and are drawn grey.
 
     Args:
-        rows: what they are called, with ``method`` and ``top1_last_mean``.
+        rows: named rows with ``method`` and ``top1_last_mean``.
     """
     own = rows["method"].isin(METHODS)
     others = rows[~own].sort_values(MEAN, ascending=False, kind="stable")
@@ -56,10 +56,10 @@ def coloured(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def curves(section: Section, name: str) -> FigureOfPanels | None:
-    """Validation accuracy over the epochs: the mean over the seeds, and from the lowest to the highest of them.
+    """Plots validation accuracy over epochs: the mean over seeds, and a band from the lowest to the highest seed.
 
     Returns:
-        None if no run has logged any.
+        None if no run has logged it.
     """
     frames = {row: _accuracy(runs) for row, runs in section.rows["runs"].items()}
     logged = {row: frame for row, frame in frames.items() if not frame.empty}
@@ -67,7 +67,7 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
         return None
     colours = coloured(section.rows.loc[list(logged)])
     shortest = min(frame.index.max() for frame in logged.values())
-    zoom = 1 + int(shortest * 2 / 3)  # nobody's end is left out
+    zoom = 1 + int(shortest * 2 / 3)  # includes the end of the shortest run
     teachers = list(section.teacher_top1.values())
 
     def draw(axes: Axes, first: int) -> None:
@@ -101,7 +101,7 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
 
 
 def _accuracy(runs: Sequence[Run]) -> pd.DataFrame:
-    """``val/top1`` of each run by epoch, one column a run that has logged it."""
+    """``val/top1`` by epoch, with one column for each run that has logged it."""
     columns = {}
     for run in runs:
         if (run.folder / METRICS).is_file():
@@ -111,7 +111,7 @@ def _accuracy(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: str) -> FigureOfPanels:
-    """Accuracy of teachers and students of one data set over parameters, multiply-accumulates and latency."""
+    """Plots accuracy over parameters, multiply-accumulates and latency, for one data set's teachers and students."""
     rows = pd.concat([section.rows.assign(marker="o" if section.teacher else "D") for section in sections])
     rows = rows.sort_values(MEAN, kind="stable")
     colours = coloured(rows.drop_duplicates("method", keep="last").set_index("method", drop=False))
@@ -143,7 +143,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
             axes.margins(0.25, 0.22)
             _name_points(axes, shown, numbers if many else None)
             low, high = axes.get_xlim()
-            subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,)  # as many as have room
+            subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,)  # as many ticks as fit
             axes.xaxis.set_major_locator(LogLocator(10, subs=subs))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _in_units(value)))
@@ -167,7 +167,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
 
 
 def _name_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] | None) -> None:
-    """Names the networks of some points, or writes their numbers: those of points that are close together are one."""
+    """Labels points with their networks' names, or with numbers, which close points share in one label."""
     (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     by_network = points.groupby("network").agg(x=("x", "first"), high=("top1", "max"), low=("top1", "min"))
     groups: list[list[str]] = []
@@ -184,7 +184,7 @@ def _name_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] | 
             groups.append([network])
     for place, networks in enumerate(groups):
         own = by_network.loc[networks]
-        above = numbers is not None or place % 2 == 0  # neighbours' names would run into each other
+        above = numbers is not None or place % 2 == 0  # neighbours alternate, so that names do not overlap
         text = ", ".join(sorted((numbers[network] for network in networks), key=int)) if numbers else networks[0]
         axes.annotate(
             text, (own["x"].iloc[0], own["high"].max() if above else own["low"].min()),
@@ -194,7 +194,7 @@ def _name_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] | 
 
 
 def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureOfPanels:
-    """A sweep's grid: one panel a value of the third key, one colour scale for all, the value in each cell."""
+    """Plots a sweep's grid: one panel per value of the third key, one colour scale, the value in each cell."""
     low, high = (float(end([grid.cells for grid in maps])) for end in (np.nanmin, np.nanmax))
 
     def draw(cells: pd.DataFrame, axes: Axes) -> None:
@@ -239,7 +239,7 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureO
 
 
 def value_scatter(sweep: Sweep, name: str) -> FigureOfPanels:
-    """A sweep whose values are no grid: accuracy over each key, one point a setting."""
+    """Plots accuracy over each key, one point per setting, for a sweep whose values form no grid."""
     trials = sweep.trials
 
     def draw(axes: Axes, key: str) -> None:
@@ -262,7 +262,7 @@ def value_scatter(sweep: Sweep, name: str) -> FigureOfPanels:
 
 
 def importance_bars(importances: Mapping[str, float], how: str, name: str) -> FigureOfPanels:
-    """How much of the spread of the trials each parameter explains."""
+    """Plots the share of the trials' variance that each parameter explains."""
 
     def draw(axes: Axes) -> None:
         keys = list(importances)[::-1]
@@ -279,6 +279,6 @@ def importance_bars(importances: Mapping[str, float], how: str, name: str) -> Fi
 def _in_units(value: float) -> str:
     """``1.2 M``."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * size:  # or it would round to "1e+03 k"
+        if value >= 0.9995 * size:  # below, it would be rounded to "1e+03" of the smaller unit
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""One page that says what finished runs came to: HTML, Markdown, and CSV to compute on."""
+"""The report of finished runs as HTML, Markdown and CSV."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +29,8 @@ from rld_lightning.runs.finished import Found, Run
 from rld_lightning.runs.folder import check_folder
 from rld_lightning.shipped import script_command
 
-MAX_TRIALS = 100  # lines of a sweep's table on the page; the CSV has all
-ROWS_TO_FILTER = 6  # tables with more have a field to filter them by
+MAX_TRIALS = 100  # rows of a sweep's table on the page; the CSV has all
+ROWS_TO_FILTER = 6  # tables with more rows have a filter field
 PICTURES = ("pdf", "svg")
 PAGE, MARKDOWN, FIGURES, LATEX = "report.html", "report.md", "figures", "results.tex"
 TABLES = ("results", "comparisons", "sweeps", "runs")
@@ -44,7 +44,7 @@ READING = (
 
 
 class ReportFiles(NamedTuple):
-    """What :func:`write_report` has written."""
+    """The files that :func:`write_report` wrote."""
 
     html: Path
     markdown: Path
@@ -65,17 +65,17 @@ def write_report(
     """Reads run folders and writes ``report.html`` (self-contained), ``report.md`` with ``figures/``, and CSV files.
 
     Args:
-        folders: where finished runs lie, at any depth; one whose files cannot be read is named and left out.
-        latex: whether the results tables are written for papers as well, as ``results.tex``.
-        pictures: in which formats beside PNG figures are written: ``pdf``, ``svg``.
-        cost_of: tells what networks cost; by itself what the runs say about those that they have trained.
+        folders: searched for finished runs at any depth; runs that cannot be read are listed and skipped.
+        latex: whether to write the results tables for papers, too, as ``results.tex``.
+        pictures: formats of figures in addition to PNG: ``pdf``, ``svg``.
+        cost_of: returns a network's cost; by default from the summary of a run that trained it.
 
     Returns:
-        the paths of what was written.
+        the paths of the files.
 
     Raises:
-        FileNotFoundError: a folder is not there.
-        ValueError: there is no finished run, a format is unknown, or a link leads out of ``out``.
+        FileNotFoundError: a folder does not exist.
+        ValueError: there is no finished run, a format is unknown, or a link points outside ``out``.
     """
     if unknown := sorted(set(pictures) - set(PICTURES)):
         raise ValueError(f"figures cannot be written as {', '.join(unknown)}; choose of {', '.join(PICTURES)}.")
@@ -137,9 +137,9 @@ def write_report(
 
 
 def _remove_earlier(out: Path) -> None:
-    """Removes the tables and figures of an earlier report in the same folder, which may have had more of them."""
+    """Removes the tables and figures of an earlier report in this folder; the new one may have fewer."""
     page = out / MARKDOWN
-    if not page.is_file():  # a pipe would wait for somebody to write into it
+    if not page.is_file():  # reading a pipe would block
         return
     pictures = re.findall(r"\]\((figures/[^()/]+)\.png\)", page.read_text(encoding="utf-8"))
     kinds = ("png", *PICTURES)
@@ -152,7 +152,7 @@ def _remove_earlier(out: Path) -> None:
 
 
 def _anchors(titles: Iterable[str]) -> list[str]:
-    """A name for links and files for each title, such as ``pair-resnet20-to-resnet8-cifar100``; no two are alike."""
+    """Unique link and file names for titles, such as ``pair-resnet20-to-resnet8-cifar100``."""
     anchors: list[str] = []
     for title in titles:
         name = re.sub(r"[^a-z0-9_]+", "-", title.lower().replace("→", "to")).strip("-")[:80]
@@ -180,7 +180,7 @@ def _reason(folder: Path) -> str:
 
 
 def _how_much(run: Run) -> tuple[str, str]:
-    """How much of its training, and of its evaluation, a run has done."""
+    """The trained epochs or steps of a run, and the images that it was evaluated on."""
     summary = run.summary
     trained = f"{summary.epochs} epoch{'s' if summary.epochs != 1 else ''}"
     if summary.scheduled_steps is not None:
@@ -189,7 +189,7 @@ def _how_much(run: Run) -> tuple[str, str]:
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Path]]]:
-    """Each environment, and the runs that had it."""
+    """Each environment with the folders of its runs."""
     groups: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for run in runs:
         if (run.folder / ENVIRONMENT).exists():
@@ -206,10 +206,10 @@ def _words(value: object) -> str:
 
 def _command(run: Run) -> str:
     if run.overrides:
-        # What made it a trial would begin a sweep.
+        # Without the overrides that would start the sweep again.
         own = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
         if len(own) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in own):
-            own.append(f"loss={run.choices.get('loss', run.method)}")  # which the sweep may have chosen
+            own.append(f"loss={run.choices.get('loss', run.method)}")  # the sweep may have chosen it
         return f"{script_command('fit')} {as_command(own)}"
     above = run.folder.parent
     if (above / SWEEP).exists():
@@ -244,7 +244,7 @@ def _beside(where: Mapping[str, str | None], table: pd.DataFrame) -> pd.DataFram
 
 
 def _each_seed(runs: Sequence[Run] | float) -> str:
-    """The last epoch of each run of a row, for a tooltip; empty of what is no row of runs."""
+    """The last epoch's accuracy by seed, for a tooltip; empty if ``runs`` is not a list (a row without runs: NaN)."""
     if not isinstance(runs, list):
         return ""
     return ", ".join(f"seed {run.summary.seed}: {run.summary.top1:.2f} %" for run in runs)
@@ -258,13 +258,13 @@ def _signed(value: float | None) -> str:
 
 
 def _code(text: object) -> str:
-    """Text between backticks, where it has nothing that could be taken for HTML."""
+    """Text in backticks, unless it contains ``<``, which could be read as HTML."""
     line = " ".join(str(text).split())
     return line if "<" in line else f"`{line.replace('`', chr(39))}`"
 
 
 class _Ours(str):
-    """What a macro has made, of values that were looked at when they were printed into it."""
+    """A macro's output, whose values are escaped already."""
 
 
 @cache
@@ -298,6 +298,6 @@ def _environment(*, html: bool) -> jinja2.Environment:
 
 def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
     environment = _environment(html=template.endswith(".html.j2"))
-    # Names may turn the order of the letters around them, or be bytes that are no text.
+    # `printable`: names may contain characters that change the text's direction, or bytes that are not text.
     write_whole(path, printable(environment.get_template(template).render(**context)).encode())
     return path

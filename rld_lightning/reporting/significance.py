@@ -1,4 +1,4 @@
-"""Whether a difference between two methods is more than the luck of their seeds."""
+"""Tests whether two methods differ by more than the variation over seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ import pandas as pd
 from scipy import stats
 
 MIN_PAIRS = 3
-SAME = 1e-4  # percent points: float32's rounding is a tenth of it, one image of ImageNet's 50,000 twenty times
+SAME = 1e-4  # percentage points: ten times float32's rounding, a twentieth of one image of ImageNet's 50,000
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much the first method is ahead of the second, over the seeds that both were run with."""
+    """The gain of a first method over a second, over the seeds that both were run with."""
 
-    n: int  # how many seeds
-    mean: float | None  # mean difference, in percent points; None without a seed in common
-    low: float | None = None  # lower end of the 95 % confidence interval of the mean; None where it cannot be told
+    n: int  # number of seeds in common
+    mean: float | None  # mean difference, in percentage points; None without a seed in common
+    low: float | None = None  # lower end of the 95 % confidence interval of the mean; None if not tested
     high: float | None = None  # its upper end
-    p: float | None = None  # of the two-sided paired t test; None where it cannot be told
-    reason: str = ""  # why it cannot be told
+    p: float | None = None  # of the two-sided paired t test; None if not tested
+    reason: str = ""  # why there is no test
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:
@@ -28,10 +28,10 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
     Args:
         first: accuracy by seed, in percent; a mapping or a series.
-        second: the same of what it is compared to.
+        second: likewise, of the method to compare with.
 
     Returns:
-        the mean difference; with fewer than three seeds in common, or differences that are all the same, no more.
+        the mean difference and the test; no test with fewer than three seeds in common or equal differences.
     """
     both = pd.DataFrame({"first": first, "second": second}, dtype=float).dropna()
     n, differences = len(both), both["first"] - both["second"]
@@ -51,7 +51,7 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     """Corrects for several comparisons: the family-wise error stays below the level (Holm, 1979).
 
     Args:
-        ps: of one family; None where there is no test, which does not count.
+        ps: the p values of one family; None for comparisons without a test, which do not count.
 
     Returns:
         the adjusted p values, in the same order.

@@ -1,4 +1,4 @@
-"""How figures look, and how they are saved: one set of colours that colour-blind readers tell apart, one text size."""
+"""Style and saving of figures: colours that colour-blind readers can distinguish, and one set of text sizes."""
 
 import io
 import re
@@ -26,15 +26,15 @@ DARK_GREY, GREY, PALE_LINE, PALE = "#5A5A5A", "#8C8C8C", "#B9BDC2", "#E8E8E8"
 INK, FAINT = "#1A1B1C", "#D8D9DA"  # of text, and of grids
 TEACHER, STUDENT, TRUE_CLASS = BLUE, ORANGE, GREEN
 SEQUENTIAL, DIVERGING = "PuBuGn", "PuOr_r"  # of ColorBrewer, the first as in DKD's public code
-# The methods that everything is compared to look the same in every figure; the others take what is left.
+# Reference methods have the same colour in every figure; others get the remaining colours.
 METHODS = {"ce": GREY, "kd": BLUE, "dkd": GREEN, "rld": RED}
 OTHER_METHODS = (PINK, ORANGE, SKY, "#8B6FC6", "#9A6B3F", "#7A9A1F", "#179A9A", "#4F5FB5")
-# What a page calls these, where light and dark mode choose them.
+# CSS names of these colours in a page, where they depend on light or dark mode.
 _PAGE_COLOURS = {
     INK: "currentColor", FAINT: "var(--line)", PALE_LINE: "var(--pale)", PALE: "var(--masked)", DARK_GREY: "var(--soft)"
 }  # fmt: skip
 
-STYLE: dict[Any, Any] = {  # by the names of matplotlib's settings
+STYLE: dict[Any, Any] = {  # matplotlib's rcParams
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -51,12 +51,12 @@ STYLE: dict[Any, Any] = {  # by the names of matplotlib's settings
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # names may contain $
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "pdf.fonttype": 42,  # text stays text: it can be searched and edited
-    "svg.fonttype": "path",  # and looks the same where the font is missing
-    "svg.hashsalt": "rld-lightning",  # the same figure is the same file
+    "pdf.fonttype": 42,  # embeds fonts: text can be searched and edited
+    "svg.fonttype": "path",  # independent of installed fonts
+    "svg.hashsalt": "rld-lightning",  # deterministic files
 }
 _IN_INK: dict[Any, Any] = dict.fromkeys(
     ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
@@ -76,15 +76,15 @@ _PANEL_STYLE: dict[Any, Any] = {
 
 _NO_DATE: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 DPI = 300  # of pictures for papers
-PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # of logarithmic axes, which write powers by themselves
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # for logarithmic axes, whose default is powers
 
-# A decorator: what the function draws or saves is in this style, and matplotlib's own settings stay as they are.
+# Decorator: the function draws and saves in this style; matplotlib's global settings are unchanged.
 styled = matplotlib.rc_context(STYLE)
 
 
 @styled
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes a figure as a picture of 300 dots an inch (:data:`DPI`) and as a vector graphic for papers.
+    """Writes a figure as PNG with 300 dots per inch (:data:`DPI`) and as PDF.
 
     Returns:
         ``<folder>/<name>.png`` and ``<folder>/<name>.pdf``.
@@ -97,20 +97,20 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def write_figure(figure: Figure, path: Path, *, dpi: float) -> None:
-    """Writes a figure in the format that the file's suffix says, whole or not at all, and without a date."""
+    """Writes a figure atomically, in the format of the file's suffix, and without a date."""
     kind = path.suffix[1:]
     figure.savefig(buffer := io.BytesIO(), format=kind, dpi=dpi, metadata=_NO_DATE.get(kind))
     write_whole(path, buffer.getvalue())
 
 
 def page_colour(colour: str) -> str:
-    """What a page calls a colour, where light and dark mode choose it."""
+    """A colour's CSS name in a page, if it depends on light or dark mode."""
     return _PAGE_COLOURS.get(colour, colour)
 
 
 @styled
 def page_svg(draw: Callable[[], Figure]) -> str:
-    """A figure for a page: scalable, its text and lines in the page's colours."""
+    """A figure as SVG for a page, with text and lines in the page's colours."""
     with matplotlib.rc_context(_IN_INK):
         return _svg(draw())
 
@@ -126,22 +126,22 @@ def _svg(figure: Figure) -> str:
 
 
 def ink_on(colour: Sequence[float]) -> str:
-    """The colour of a text that can be read on another colour, given its red, green and blue in [0, 1]."""
+    """A text colour that is readable on a background, given as red, green and blue in [0, 1]."""
     red, green, blue = colour[:3]
-    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5 else "black"  # as the eye weighs them
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5 else "black"  # luminance (Rec. 709)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small figure of a report, not too wide for a phone."""
+    """One small figure of a report, narrow enough for a phone."""
 
     title: str  # its heading
-    alt: str  # what it shows, in a sentence, for those who cannot see it
-    draw: Callable[[Axes], None]  # draws it
+    alt: str  # alternative text, a sentence
+    draw: Callable[[Axes], None]  # draws the panel
     size: tuple[float, float] = (4.4, 3.1)  # width and height in inches
 
     def svg(self) -> str:
-        """The panel for a page: scalable, its text in the page's font, its lines in the page's colours."""
+        """The panel as SVG for a page, with the page's font and colours."""
         with matplotlib.rc_context(_PANEL_STYLE | {"svg.hashsalt": self.alt}):
             figure = Figure(figsize=self.size, layout="constrained")
             self.draw(figure.subplots())
@@ -153,13 +153,13 @@ class FigureOfPanels:
     """Panels side by side that share a legend."""
 
     name: str  # of its file
-    caption: str  # what to know to read it
+    caption: str  # explains the figure
     panels: tuple[Panel, ...]  # from left to right
-    # Label, colour and style of each: `-` and `--` are lines, `o` and `s` points
+    # Label, colour and style of each entry: `-` and `--` are lines, `o` and `s` points
     legend: tuple[tuple[str, str, str], ...] = ()
 
     def write(self, folder: Path, kinds: Sequence[str] = ("png",)) -> list[Path]:
-        """Writes it as one picture of each kind: ``png`` for Markdown and slides, ``pdf`` and ``svg`` for papers."""
+        """Writes the figure in each format: ``png`` for Markdown and slides, ``pdf`` and ``svg`` for papers."""
         columns = min(3, len(self.panels))
         rows = -(-len(self.panels) // columns)
         width = sum(panel.size[0] for panel in self.panels[:columns])
@@ -189,7 +189,7 @@ def _handle(label: str, colour: str, style: str) -> Line2D:
 
 
 def whole_epochs(axes: Axes, epochs: Iterable[float]) -> None:
-    """Has the axis across ticked at whole epochs, two of them at least, however few were trained."""
+    """Places the x axis's ticks at whole epochs, at least two, even after less than one epoch."""
     places = list(epochs)
     if not places:
         return

@@ -1,4 +1,4 @@
-"""Sweeps as tables and heat maps: what each setting came to on the images held out for tuning."""
+"""Sweeps as tables and heat maps: each setting's accuracy on the images held out for tuning."""
 
 import shutil
 import tempfile
@@ -17,21 +17,21 @@ from rld_lightning.runs.files import CONFIG, STUDY, SWEEPER
 from rld_lightning.runs.finished import Run
 
 _LARGEST = 1 << 30  # bytes of a study's file
-# The axes of heat maps, where these are swept: across, down, and one map each.
+# Preferred axes of heat maps: columns, rows, and one map per value.
 _FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
-MAX_GRID = 20  # values of a key, beyond which trials are points and not cells
+MAX_GRID = 20  # values of a key; with more, trials are drawn as points, not cells
 
 
 def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFrame:
-    """The settings that a sweep has tried to the end, the best first.
+    """The settings of a sweep's finished trials, best first.
 
     Args:
-        swept: the keys that it sweeps; ``seed`` makes repetitions of a setting.
+        swept: the keys that it sweeps; trials that differ in ``seed`` only are repetitions.
 
     Returns:
-        as :func:`~rld_lightning.reporting.frame.pool_seeds` by ``overrides``, those of ``swept`` but the seed's, as
-        written, in the order of ``swept``; and by ``complete``. Runs that were not given all of ``swept``, or whose
-        accuracy is not a number, do not count; empty if none does.
+        :func:`~rld_lightning.reporting.frame.pool_seeds` by ``overrides`` (those of ``swept`` without the seed's, as
+        written, in the order of ``swept``) and ``complete``. Runs without all of ``swept``, or whose accuracy is not a
+        number, do not count; empty if none does.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -50,8 +50,8 @@ def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFram
 class Sweep:
     """The finished trials of one sweep with one loss on one pair."""
 
-    folder: Path  # the sweep's
-    runs: pd.DataFrame  # its trials, as `runs_frame` has them; those that differ in their seed only are repetitions
+    folder: Path  # the sweep's folder
+    runs: pd.DataFrame  # its trials, lines of `runs_frame`; those that differ in the seed only are repetitions
 
     @property
     def title(self) -> str:
@@ -62,28 +62,28 @@ class Sweep:
 
     @property
     def complete(self) -> bool:
-        """Whether its trials were trained to the end and evaluated on all images; all of them or none."""
+        """Whether its trials were trained to the end and evaluated on all images (the same for all trials)."""
         return bool(self.runs["complete"].iloc[0])
 
     @property
     def split(self) -> str:
-        """What the trials were measured on, in words."""
+        """The images that the trials were measured on, in words."""
         return self.runs["split"].iloc[0]
 
     @property
     def held_out(self) -> bool:
-        """Whether that is something else than the test split, as it should be for tuning."""
+        """Whether the split is not the test split, as tuning requires."""
         return bool(self.runs["held_out"].iloc[0])
 
     @property
     def study(self) -> Path | None:
-        """Optuna's study, if it was Optuna that chose the values."""
+        """The file of Optuna's study, if Optuna chose the values."""
         path = self.folder / STUDY
         return path if path.exists() else None
 
     @cached_property
     def keys(self) -> list[str]:
-        """The keys that were swept, the loss's first; one that follows another is left out."""
+        """The swept keys, the loss's first, without keys that only vary with an earlier one."""
         settings = list(self.runs["settings"])
         keys: dict[tuple[str | None, ...], str] = {}
         for key in differing(settings):
@@ -102,8 +102,8 @@ class HeatMap:
     """Mean accuracy over a grid of two keys."""
 
     title: str  # the value of the third key, such as `temperature = 4`; empty without one
-    keys: list[str]  # of the columns, of the rows and the third one, if so many were swept
-    # In percent, the values of the first key across and of the second down; NaN where nothing was run
+    keys: list[str]  # of the columns, the rows and the maps, as many as were swept
+    # In percent; columns are the first key's values, rows the second's; NaN without a run
     cells: pd.DataFrame
 
     @property
@@ -113,20 +113,19 @@ class HeatMap:
 
     @property
     def y_key(self) -> str:
-        """The key of the rows; empty where only one key was swept."""
+        """The key of the rows; empty if only one key was swept."""
         return self.keys[1] if len(self.keys) > 1 else ""
 
 
 def split_sweeps(frame: pd.DataFrame) -> tuple[list[Sweep], pd.DataFrame]:
-    """Tells the trials of sweeps from other runs.
+    """Separates the trials of sweeps from other runs.
 
-    Trials that were tuned on held-out images belong to no results table. A sweep that validated on the test split
-    (over losses and seeds, say) is one of both: its runs stand in results tables as well. Trials in part are a sweep
-    apart.
+    Trials on held-out images are in no results table. A sweep that validated on the test split (over losses and seeds,
+    say) is in both. Trials in part form a separate sweep.
 
     Returns:
-        the sweeps; and the runs for the results tables, with trials whose accuracy is not a number, which no table
-        counts and :func:`~rld_lightning.reporting.tables.sections` names.
+        the sweeps; and the runs for the results tables, including trials whose accuracy is not a number, which
+        :func:`~rld_lightning.reporting.tables.sections` then lists as left out.
     """
     folders = frame["run"].map(_sweep_folder).where(np.isfinite(frame[LAST])).rename("sweep")
     groups = frame.groupby([folders, "dataset", "split", "pair", "method", "complete"], sort=False)
@@ -137,9 +136,9 @@ def split_sweeps(frame: pd.DataFrame) -> tuple[list[Sweep], pd.DataFrame]:
 
 
 def heat_maps(sweep: Sweep) -> list[HeatMap]:
-    """One map for each value of the third key, if three are swept; empty where the values are no grid.
+    """One map for each value of the third key, if three are swept; empty if the values form no grid.
 
-    With more than three swept keys a cell is the best over the others.
+    With more than three swept keys, each cell is the best over the others.
     """
     trials = sweep.trials
     favourites = [key for key in _FAVOURITES if key in sweep.keys]
@@ -161,10 +160,10 @@ def heat_maps(sweep: Sweep) -> list[HeatMap]:
 
 
 def importances(study: Path) -> tuple[dict[str, float], str]:
-    """How much of the spread of the trials each parameter explains, by Optuna.
+    """Optuna's importances: the share of the trials' variance that each parameter explains.
 
     Returns:
-        shares by parameter, the largest first, which sum to 1; and one sentence on how, or why there are none.
+        shares by parameter, largest first, with sum 1; and a sentence on the method, or why there are none.
     """
     from rld_lightning.hydra.sweeps.optuna_study import check_storage
 
@@ -173,11 +172,11 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
     except ImportError:
         return {}, 'Optuna is not here to read the study: pip install "rld-lightning[sweep]" for its importance plot.'
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with tempfile.TemporaryDirectory() as scratch:  # the study is only read, even where it lies read-only
+    with tempfile.TemporaryDirectory() as scratch:  # opening it may write, and its folder may be read-only
         storage = f"sqlite:///{scratch}/{study.name}"
         try:
             for file in study.parent.glob(f"{study.name}*"):
-                if file.is_file() and file.stat().st_size <= _LARGEST:  # no device, which would fill the disk
+                if file.is_file() and file.stat().st_size <= _LARGEST:  # a device would fill the disk
                     shutil.copy(file, scratch)
             check_storage(storage)
             name = optuna.get_all_study_summaries(storage=storage)[0].study_name
@@ -187,17 +186,17 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
                 return {}, f"{len(complete)} trials of the study are complete, too few to tell importances from."
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             found = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
-        except Exception as error:  # a study of another version, or that nothing can be learned from
+        except Exception as error:  # another version's study, or trials without information
             return {}, f"Optuna can tell no importances from {study}: {error}"
     return {key: float(value) for key, value in found.items()}, f"fANOVA over {len(complete)} complete trials"
 
 
 def _sweep_folder(run: Run) -> Path | None:
-    """The folder of the sweep that a run is a trial of: Hydra leaves ``multirun.yaml`` there."""
+    """The folder of a trial's sweep, in which Hydra writes ``multirun.yaml``; None if the run is no trial."""
     for folder in list(run.folder.parents)[:4]:
         if (folder / SWEEPER).exists() or (folder / STUDY).exists() or folder.parent.name == "sweeps":
             return folder
-        if (folder / CONFIG).exists():  # a teacher that was trained for a run
+        if (folder / CONFIG).exists():  # a teacher that was trained for another run
             return None
     return None
 

@@ -1,4 +1,4 @@
-"""Results tables: runs of one pair on one split, repetitions over seeds together, everything else apart."""
+"""Results tables: the runs of one pair on one split, one row per setting, averaged over seeds."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from rld_lightning.reporting.significance import MIN_PAIRS, PairedDifference, ho
 from rld_lightning.runs.files import TEACHER
 from rld_lightning.runs.finished import Run
 
-# What the runs of one row have in common: they differ in their seed only.
+# Columns that are equal within a row: its runs differ in the seed only.
 _ROW = ["dataset", "split", "student", "teacher", "method", "setting"]
 
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """What was measured about a pair on one split; or, without a teacher, about one network."""
+    """The measurements of a pair on one split; without a teacher, of one network."""
 
     dataset: str  # name of the data set
-    split: str  # what accuracy was measured on, in words, such as `the test split`
-    on_test: bool  # whether this is the test split, all of it, which published numbers are about
-    teacher: str | None  # the teacher's network; None of a single network
-    student: str  # the student's
-    # As `runs_frame` has them, with the `name` and the `label` of their row, those of the best row first
+    split: str  # the images that accuracy was measured on, in words, such as `the test split`
+    on_test: bool  # whether this is the whole test split, as for published numbers
+    teacher: str | None  # the teacher's network; None for a single network
+    student: str  # the student's network
+    # Lines of `runs_frame`, with the `name` and `label` of their row, those of the best row first
     runs: pd.DataFrame
-    teacher_runs: pd.DataFrame  # likewise those that trained the teacher, whose folders its weights are from
+    teacher_runs: pd.DataFrame  # likewise, the runs that trained the teacher's weights
 
     @property
     def title(self) -> str:
@@ -44,13 +44,13 @@ class Section:
 
     @property
     def teacher_top1(self) -> dict[str, float]:
-        """Each teacher's own accuracy, in percent, by its weights, as its students' runs have measured it."""
+        """Each teacher's accuracy, in percent, by its weights, as measured by its students' runs."""
         measured = self.runs.dropna(subset="teacher_top1")
         weights = measured["settings"].map(lambda settings: settings["model.teacher.weights"])
         return measured.groupby(weights, sort=False)["teacher_top1"].mean().to_dict()
 
     def baselines(self, name: str, method: str) -> pd.DataFrame:
-        """The rows of ``ce`` or ``kd`` with the same recipe, the plain ones: standardized logits are another method."""
+        """The rows of plain ``ce`` or ``kd`` with the same recipe; standardized logits are another method."""
         rows = self.rows
         recipe = "recipe_alone" if method == "ce" else "recipe"
         same = (rows["method"] == method) & (rows[recipe] == rows.at[name, recipe])
@@ -59,7 +59,7 @@ class Section:
         return rows[same] if rows.at[name, "method"] != method else rows[:0]
 
     def baseline(self, name: str, method: str, metric: str = LAST) -> str | None:
-        """Of :meth:`baselines` the one with the most seeds in common; of those the strongest."""
+        """The one of :meth:`baselines` with the most seeds in common; among several, the most accurate."""
         found, seeds = self.baselines(name, method), set(self.rows.at[name, "seeds"])
         return max(
             found.index,
@@ -68,16 +68,16 @@ class Section:
         )
 
     def gain(self, name: str, method: str, metric: str = LAST) -> PairedDifference | None:
-        """How much a row is ahead of its :meth:`baseline`, over the seeds in common."""
+        """A row's gain over its :meth:`baseline`, over the seeds in common."""
         base = self.baseline(name, method, metric)
         return self.difference(name, base, metric) if base else None
 
     def difference(self, first: str, second: str, metric: str = LAST) -> PairedDifference:
-        """How much one row is ahead of another, seed by seed."""
+        """A row's gain over another, seed by seed."""
         return paired_difference(self.values(first, metric), self.values(second, metric))
 
     def values(self, name: str, metric: str = LAST) -> pd.Series:
-        """Accuracy of a row by seed, in percent; ``metric`` is ``top1_last`` or ``top1_best``."""
+        """A row's accuracy by seed, in percent; ``metric`` is ``top1_last`` or ``top1_best``."""
         return self.runs[self.runs["name"] == name].set_index("seed")[metric]
 
 
@@ -85,10 +85,10 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of a results table, by name.
 
     Returns:
-        ``method``, ``label`` (in what it differs from the other rows of its method), ``n``, ``seeds`` and ``epochs``;
-        ``top1_last_mean``, ``top1_last_std`` (n - 1; missing of a single seed) and likewise ``top1_best_...`` in
-        percent; ``settings``, and as texts that are equal where two methods can be compared ``recipe`` (all but the
-        loss's) and ``recipe_alone`` (the teacher's neither); ``network`` and the list ``runs``.
+        ``method``, ``label`` (how it differs from other rows of its method), ``n``, ``seeds`` and ``epochs``;
+        ``top1_last_mean``, ``top1_last_std`` (n - 1; missing for a single seed) and likewise ``top1_best_...`` in
+        percent; ``settings``; two texts, equal for rows that can be compared: ``recipe`` (settings without the loss's)
+        and ``recipe_alone`` (nor the teacher's); ``network`` and the list ``runs``.
     """
     rows = runs.groupby("name", sort=False).agg(
         method=("method", "first"), label=("label", "first"), n=("seed", "size"), seeds=("seed", list),
@@ -104,18 +104,18 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def unlike(unshared: Sequence[str]) -> str:
-    """What some runs know and others do not, such as ``recipe.option=3``; empty where they know the same."""
+    """The settings that some runs have and others lack, such as ``recipe.option=3``; empty if none."""
     counts = Counter(line for lines in unshared for line in set(lines.splitlines()))
     return ", ".join(sorted(line for line, count in counts.items() if count < len(unshared)))
 
 
 def compare(section: Section, metric: str = LAST) -> pd.DataFrame:
-    """Every row against ``ce`` and ``kd``, and ``rld`` with enough seeds against every row, with the same recipe.
+    """Compares every row with ``ce`` and ``kd``, and ``rld`` with enough seeds with every row, within a recipe.
 
     Returns:
-        one line a comparison: the names ``first`` and ``second``, ``n`` seeds in common, mean ``difference`` with
-        ``ci95_low`` and ``ci95_high`` in percent points, ``p``, ``p_holm`` (corrected for all comparisons that have
-        one) and the ``verdict`` at 5 %, or why there is none.
+        one line per comparison: the names ``first`` and ``second``, ``n`` seeds in common, mean ``difference`` with
+        ``ci95_low`` and ``ci95_high`` in percentage points, ``p``, ``p_holm`` (corrected for all comparisons that have
+        a p) and the ``verdict`` at 5 %, or why there is none.
     """
     order = {"ce": 0, "kd": 1, "rld": 3}
     place = section.rows["method"].map(lambda method: order.get(method, 2))
@@ -146,13 +146,14 @@ def _verdict(difference: float, p: float | None, reason: str) -> str:
 
 
 def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]:
-    """Sorts finished runs into results tables. Runs that were trained or evaluated in part stand in none.
+    """Groups finished runs into results tables; runs that were trained or evaluated in part are in none.
 
-    Cross-entropy looks at no teacher: such runs stand in the table of each pair with their student, and in those of the
-    pairs whose teacher they have trained.
+    Cross-entropy uses no teacher: its runs are in the table of each pair with their student, and of each pair whose
+    teacher they trained.
 
     Returns:
-        one section a pair and split, the test split first; and the folders of runs that do not count, with the reason.
+        one section per pair and split, the test split first; and the folders of runs that do not count, with the
+        reason.
     """
     if frame.empty or not frame["complete"].any():
         return [], []
@@ -172,13 +173,13 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
 
 
 def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
-    """The section of one pair, that of the test split where there are several.
+    """The section of one pair, preferably of the test split.
 
     Args:
-        pair: which, such as ``resnet20_to_resnet8``; None where there is one.
+        pair: such as ``resnet20_to_resnet8``; None if there is only one.
 
     Raises:
-        ValueError: there is none, or not only one.
+        ValueError: there is none, or more than one.
     """
     found: dict[str, list[Section]] = {}
     for section in sections(runs)[0]:
@@ -203,8 +204,8 @@ def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
 
 
 def _one_a_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """Of runs with the same settings and seed the one that was finished last; the others with the reason."""
-    frame = frame.sort_values(["finished", "folder"])  # the folder decides between copies of the same time
+    """Keeps the last finished of the runs with the same settings and seed; returns the others with the reason."""
+    frame = frame.sort_values(["finished", "folder"])  # by folder for copies with the same time
     finite = np.isfinite(frame[LAST])
     later = frame[finite].groupby([*_ROW, "seed"], dropna=False)["folder"].shift(-1)
     repeated = "repeated with the same settings and seed in " + later.dropna()
@@ -231,9 +232,9 @@ def _section(
 
 
 def _named(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs in the order of their rows, with the rows' names.
+    """Sorts runs by their rows, best first, and adds the rows' names.
 
-    A label names what tells rows of one method apart, and recipes that are not the same throughout, epochs aside.
+    A label has the settings that distinguish rows of one method, and the recipe if it differs, apart from its epochs.
     """
     runs = runs.sort_values("seed", kind="stable")
     groups = [runs.loc[lines] for lines in runs.groupby(_ROW, sort=False, dropna=False).groups.values()]
@@ -249,7 +250,7 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
         label = describe(values, [*distinguishing(same), *shared])
         name = f"{method} ({label})" if label else method
         taken[name] = taken.get(name, 0) + 1
-        if taken[name] > 1:  # values may look the same when they are shortened
+        if taken[name] > 1:  # shortened values may be equal
             label = f"{label} #{taken[name]}".strip()
             name = f"{method} ({label})"
         named.append(own.assign(name=name, label=label))
@@ -257,5 +258,5 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _teacher_folders(run: Run) -> tuple[Path, Path]:
-    """Where a run's teacher may have been trained: beside its weights, or by the run itself, which then stored it."""
+    """The folders of a teacher's possible training run: that of its weights, or ``teacher/`` in the student's run."""
     return Path(run.settings["model.teacher.weights"]).resolve().parent, run.folder.resolve() / TEACHER

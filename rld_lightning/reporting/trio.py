@@ -1,4 +1,4 @@
-"""Teacher, student alone and distilled student of a run: what was measured of them, and their table."""
+"""The measurements of a run's teacher, student alone and distilled student, and their table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,8 +16,8 @@ _LARGEST = 1e18
 class Network:
     """A network of a run; written to ``networks.json``.
 
-    Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, and are of the
-    test split. Time is the fastest of one image at a time, in float32, on the device of the run.
+    Accuracies and calibration error (15 bins, Guo et al., arXiv 1706.04599) are in percent, NLL in nats, all on the
+    test split. Time is the fastest of one image at a time, in float32, on the run's device.
     """
 
     role: str  # of `ROLES`
@@ -28,12 +28,12 @@ class Network:
     top5: float | None
     nll: float
     ece: float
-    # How many, of a teacher before its batch norms were folded; None of a program that does not tell
+    # Number of parameters, of a teacher before its batch norms were folded; None for a program that has no count
     parameters: int | None
     macs: int | None  # multiply-accumulates for an image; None likewise
-    bytes: int  # of its file of weights, or of its parameters where it has none of its own
+    bytes: int  # of its weights file, or of its parameters if it has no such file
     milliseconds: float  # for an image
-    device: str  # what that was measured on
+    device: str  # of the timing
 
 
 _TEXTS = ("role", "name", "split", "device")
@@ -51,21 +51,21 @@ _IN_TABLE: dict[str, Callable[[Network], str]] = {
 
 
 def table_of(networks: Sequence[Network]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """A column for each network and a row for each thing that was measured: the head, and the rows."""
+    """The header and rows of a table with one column per network and one row per measurement."""
     head = ("", *(network.role for network in networks))
     return head, [(what, *map(show, networks)) for what, show in _IN_TABLE.items()]
 
 
 def write_networks(run: Path, networks: Sequence[Network]) -> None:
-    """Leaves them in the run's folder."""
+    """Writes ``networks.json`` in the run's folder."""
     write_json(run / NETWORKS, [asdict(network) for network in networks])
 
 
 def read_networks(run: Path) -> list[Network]:
-    """The networks that a run has measured, none where it has not. The folder may be a stranger's.
+    """Reads and checks ``networks.json`` of an untrusted folder; an empty list if there is none.
 
     Raises:
-        ValueError: the file is not as a run writes it.
+        ValueError: the file has unexpected contents.
     """
     path = run / NETWORKS
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The figures of the RLD paper, drawn from finished runs: a file here that registers one is all that a new one is."""
+"""The figures of the RLD paper, drawn from finished runs. A new figure is one file here that registers it."""
 
 import argparse
 import inspect
@@ -21,28 +21,28 @@ _FIGURES: dict[str, "RegisteredFigure"] = {}
 
 @dataclass(frozen=True)
 class RegisteredFigure:
-    """A figure as ``scripts/figures.py`` offers it."""
+    """A figure that ``scripts/figures.py`` can draw."""
 
     name: str  # of the command
-    summary: str  # what it shows, in a few words
-    # Writes its files: `write(out, runs, ...)`. `out` is the folder, `runs` finished runs as `runs_frame` has them,
-    # `pair` which of several pairs, `reader` a `LogitSource`; of these it takes what it needs.
+    summary: str  # its contents, in a few words
+    # Writes its files and returns their paths. Its parameters are those it needs of: the folder `out`, the finished
+    # `runs` (`runs_frame`), the name of a `pair` among several, and a `LogitSource` as `reader`.
     write: WriteFigure
-    add_options: Callable[[argparse.ArgumentParser], None]  # adds what else it takes to its command
+    add_options: Callable[[argparse.ArgumentParser], None]  # adds its other options to the command
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """What ``write`` takes."""
+        """The parameters of ``write``."""
         return inspect.signature(self.write).parameters
 
 
 def register_figure(
     name: str, summary: str, add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None
 ) -> Callable[[WriteFigure], WriteFigure]:
-    """Decorator: ``scripts/figures.py <name>`` calls the function, see :class:`RegisteredFigure`.
+    """Decorator that registers a function for ``scripts/figures.py <name>``, see :class:`RegisteredFigure`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
 
     def register(write: WriteFigure) -> WriteFigure:
@@ -62,10 +62,10 @@ def list_figures() -> list[RegisteredFigure]:
 
 
 def write_all(out: Path, runs: "pd.DataFrame", *, reader: LogitSource) -> list[Path]:
-    """Every figure that some runs suffice for; says why where they do not.
+    """Writes every figure that these runs suffice for, and prints why others are left out.
 
     Returns:
-        the files.
+        the paths of the files.
     """
     files = []
     for figure in list_figures():

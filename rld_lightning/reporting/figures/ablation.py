@@ -1,4 +1,4 @@
-"""RLD's parts switched on one by one, beside the paper's numbers."""
+"""The ablation of RLD: its parts enabled one by one, with the paper's numbers."""
 
 import textwrap
 from pathlib import Path
@@ -25,14 +25,14 @@ PARTS = {
     "rld_g": (True, "M_g"),
     "rld": (True, "M_ge"),
 }
-PAPERS_PAIR = "resnet32x4 \u2192 resnet8x4"  # of this one alone the paper prints the ablation
+PAPERS_PAIR = "resnet32x4 \u2192 resnet8x4"  # the only pair in the paper's ablation
 HEADING = ["loss", "SCD", "MCD", "last epoch, %", "best epoch, %", "n", "over ce", f"paper, {PAPERS_PAIR}, %"]
 _OURS = ["method", "n", "epochs", f"{LAST}_mean", f"{LAST}_std", f"{BEST}_mean", f"{BEST}_std"]
 
 
 @register_figure("ablation", "table of RLD's parts beside the paper's")
 def write_ablation(out: Path, runs: pd.DataFrame, *, pair: str | None = None) -> list[Path]:
-    """The ablation table, as a picture and as Markdown; without runs it has the paper's numbers alone."""
+    """Writes the ablation table as a picture and as Markdown; without runs it has only the paper's numbers."""
     section = None if runs.empty else choose_pair(runs, pair)
     table = ablation(section)
     title = f"Ablation of RLD, {section.title}, {section.dataset}, {section.split}" if section else "Ablation of RLD"
@@ -42,18 +42,18 @@ def write_ablation(out: Path, runs: pd.DataFrame, *, pair: str | None = None) ->
 
 
 def ablation(section: Section | None) -> pd.DataFrame:
-    """The rows of the table, those that were not run among them.
+    """The rows of the table, including those that were not run.
 
-    What a run switched on is read from its own settings, whichever option they were given to. The paper's number stands
-    beside the settings that the option itself has, once; in a row of its own if only others were run.
+    The parts that a run enabled are read from its settings, not from its option. The paper's number is shown once,
+    in the row with the option's own settings; in a separate row if there is no such run.
 
     Args:
-        section: the pair; None gives the paper's numbers alone.
+        section: the pair; None for only the paper's numbers.
 
     Returns:
-        one line a row: ``name``, ``scd`` and ``mask`` (MCD's, or empty); of our runs, missing where there are none,
-        what :attr:`Section.rows` has, and how far they are ahead of the student alone, ``over_ce`` over ``over_ce_n``
-        seeds; what the paper prints, ``paper`` and ``source``.
+        one line per row: ``name``, ``scd`` and ``mask`` (MCD's, or empty); of our runs, missing without any, columns of
+        :attr:`Section.rows` and the gain over the student alone, ``over_ce`` over ``over_ce_n`` seeds; the paper's
+        number, ``paper``, and its ``source``.
     """
     published = {number.method: number for number in published_numbers()}
     ours = section.rows[section.rows["method"].isin(PARTS)] if section else pd.DataFrame(columns=["runs", *_OURS])
@@ -84,7 +84,7 @@ def _parts(run: Run) -> tuple[bool, str]:
 
 
 def _as_published(run: Run) -> bool:
-    """Whether what is on of RLD has the weights and temperatures of ``loss=rld``, and nothing else is added."""
+    """Whether the enabled parts have the weights and temperatures of ``loss=rld``, with no other changes."""
     loss, usual = rld_of(run), usual_rld(run)
     if loss is None:
         return True
@@ -97,7 +97,7 @@ def _as_published(run: Run) -> bool:
 
 
 def ablation_cells(table: pd.DataFrame) -> list[list[str]]:
-    """What stands below :data:`HEADING`: parts, our last and best epochs with n, how far over CE, and the paper's."""
+    """The cells below :data:`HEADING`: parts, our last and best epochs with n, gain over CE, and the paper's number."""
     cells = []
     for row in table.itertuples():
         ours = ["-", "-", "-", "-"]
@@ -113,14 +113,14 @@ def ablation_cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def ablation_markdown(table: pd.DataFrame, title: str) -> str:
-    """The table as Markdown, with a line about what is ours and what is not."""
+    """The table as Markdown, with :func:`note` below."""
     cells = [[in_markdown(text).replace("|", "\\|") for text in line] for line in ablation_cells(table)]
     lines = "\n".join(f"| {' | '.join(line)} |" for line in [HEADING, ["---"] * 3 + ["---:"] * 5, *cells])
     return f"## {in_markdown(title)}\n\n{lines}\n\n{note(table)}\n"
 
 
 def note(table: pd.DataFrame) -> str:
-    """Where the numbers come from."""
+    """A sentence on the sources of the numbers."""
     epochs = ", ".join(sorted(set(table["epochs"].dropna())))
     ours = (
         f"Ours: {epochs} epoch{'' if epochs == '1' else 's'}, mean \u00b1 standard deviation over n seeds. "
@@ -135,7 +135,7 @@ def note(table: pd.DataFrame) -> str:
 
 @styled
 def draw_ablation(table: pd.DataFrame, title: str) -> Figure:
-    """Draws the table, the best of our means and of the paper's numbers in bold."""
+    """Draws the table, with the best of our means and of the paper's numbers in bold."""
     cells = ablation_cells(table)
     figure = Figure(figsize=(9.2, 1.3 + 0.28 * len(cells)), layout="constrained")
     figure.suptitle(title)

@@ -1,7 +1,7 @@
-"""How far students are from their teacher, class by class: DKD beside RLD.
+"""Heat maps of the logit differences between student and teacher by class, for DKD and RLD.
 
-The heat map of DKD's public code (mdistiller, ``tools/visualizations/correlation.ipynb``), which the RLD paper draws
-too. There RLD's students are *further* from the teacher than DKD's, and better: they do not copy its mistakes.
+The heat map of DKD's public code (mdistiller, ``tools/visualizations/correlation.ipynb``), which is also in the RLD
+paper. There RLD's students differ *more* from the teacher than DKD's, and are better: they do not copy its mistakes.
 """
 
 import argparse
@@ -28,16 +28,16 @@ MOST_NAMES = 20
 
 @dataclass(frozen=True)
 class DifferenceMap:
-    """How far one method's students are from their teacher."""
+    """The logit differences between one method's students and their teacher."""
 
     name: str  # the method
-    n: int  # over how many seeds `cells` is the mean
+    n: int  # number of seeds averaged in `cells`
     cells: Tensor  # `(C, C)`; row: true class, column: logit; NaN on the diagonal
     class_names: list[str]  # the C names
 
     @property
     def mean(self) -> float:
-        """Mean of all cells but the diagonal."""
+        """Mean of the cells without the diagonal."""
         return float(self.cells.nanmean())
 
 
@@ -58,11 +58,11 @@ def write_differences(
     standardized: bool = False,
     top: float | None = None,
 ) -> list[Path]:
-    """Heat maps of how far students are from their teacher.
+    """Writes heat maps of the differences between students and teacher.
 
     Args:
         standardized: z-score each sample's logits first.
-        top: upper end of the colour scale, to compare figures; None chooses one.
+        top: upper end of the colour scale, to compare figures; None for :func:`draw_differences`'s default.
     """
     section = choose_pair(runs, pair)
     maps = difference_maps(section, methods, reader, standardized=standardized)
@@ -72,24 +72,24 @@ def write_differences(
 
 
 def class_means(logits: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Mean logits of the samples of each class: ``(N, C)`` and ``(N,)`` to ``(C, C)``; NaN for a class without any."""
+    """Mean logits by class: ``(N, C)`` and ``(N,)`` to ``(C, C)``; NaN for a class without samples."""
     sums = torch.zeros(num_classes, logits.shape[1], dtype=torch.float64).index_add_(0, label, logits.double())
     return sums / label.bincount(minlength=num_classes)[:, None]
 
 
 def logit_differences(student: Tensor, teacher: Tensor, label: Tensor, *, standardized: bool = False) -> Tensor:
-    """Absolute difference of student's and teacher's mean logits by true class, without the diagonal.
+    """Absolute difference of the student's and the teacher's mean logits by true class, without the diagonal.
 
     Args:
         student: logits ``(N, C)``.
         teacher: logits ``(N, C)``.
         label: ``(N,)``.
-        standardized: z-score each sample's logits first (LSKD). No distillation by softmax fixes the offset of a
-            sample's logits, and some methods leave their scale free as well; both then count for nothing.
+        standardized: z-score each sample's logits first (LSKD). Distillation by softmax never determines the offset of
+            a sample's logits, and some methods not their scale; this removes both.
 
     Returns:
-        ``(C, C)``; row: true class, column: logit. The diagonal, which the published code sets to 0, is NaN, so that
-        means are over the other cells.
+        ``(C, C)``; row: true class, column: logit. The diagonal, which the published code sets to 0, is NaN here, so
+        that means ignore it.
     """
     if standardized:
         student, teacher = standardize(student), standardize(teacher)
@@ -100,10 +100,10 @@ def logit_differences(student: Tensor, teacher: Tensor, label: Tensor, *, standa
 def difference_maps(
     section: Section, methods: Sequence[str], reader: LogitSource, *, standardized: bool = False
 ) -> list[DifferenceMap]:
-    """The maps of some methods of a pair, each the mean over its seeds.
+    """The maps of some methods of a pair, each averaged over seeds.
 
     Raises:
-        ValueError: there is no run of a method.
+        ValueError: a method has no run.
     """
     distilled = section.rows[section.rows["distilled"]]
     known = sorted(set(distilled["method"]))
@@ -122,10 +122,10 @@ def difference_maps(
 
 @styled
 def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None = None) -> Figure:
-    """Draws maps side by side with one colour scale; of exactly two, also the second minus the first.
+    """Draws maps side by side with one colour scale; if there are two, also the second minus the first.
 
     Args:
-        top: upper end of the scale, to compare figures; None takes what 99.5 % of each map's cells are below.
+        top: upper end of the scale, to compare figures; None for the largest 99.5 % quantile of the maps.
     """
     count = len(maps) + (len(maps) == 2)
     columns = min(count, 3)

@@ -1,4 +1,4 @@
-"""RLD on one sample as a picture: the teacher's logits, the mask, SCD and MCD, the student beside them."""
+"""RLD on one sample as a picture: the teacher's and the student's logits, the mask, SCD and MCD."""
 
 import argparse
 import textwrap
@@ -47,11 +47,11 @@ def write_explanation(
     run: Path | None = None,
     index: int | None = None,
 ) -> list[Path]:
-    """RLD on one sample: a picture, and a page with three sentences and the numbers.
+    """Writes RLD on one sample as a picture, and as a page with three sentences and the numbers.
 
     Args:
-        runs: the first that was distilled with RLD, or else with anything, is taken; without one the toy logits.
-        index: of the validation image; None takes one that the teacher gets wrong.
+        runs: the first that was distilled with RLD is used, else the first distilled one, else the toy logits.
+        index: of the validation image; None for :func:`telling_sample`.
 
     Raises:
         ValueError: there is no such image, or an index without a run.
@@ -74,7 +74,7 @@ def write_explanation(
 def _sample_of(
     run: Run, index: int | None, reader: LogitSource
 ) -> tuple[Refinement, list[str], RLDLoss, Tensor, str, str]:
-    """A sample of a run, with its class names, the loss, its image, a title and where it comes from."""
+    """Returns a sample of a run, the class names, the loss, the image, a title and a description of its origin."""
     own, logits, summary = rld_of(run), reader.read(run), run.summary
     loss = own or usual_rld(run)
     if index is None:
@@ -107,11 +107,13 @@ def _explain(
 
 
 def telling_sample(logits: RunLogits) -> tuple[int, str]:
-    """Where RLD differs from plain distillation: the first sample that the teacher gets wrong and the student right.
+    """Chooses a sample for which RLD differs from plain distillation.
+
+    This is the first sample that the teacher gets wrong and the student right; else the first that the teacher gets
+    wrong; else the one with the teacher's lowest probability of the true class.
 
     Returns:
-        its place in the logits, and why it was chosen; the first that the teacher gets wrong where the student is
-        right about none of them, and the one that the teacher is least sure of where it gets none wrong.
+        its position in the logits, and why it was chosen.
     """
     teacher_wrong = logits.teacher.argmax(-1) != logits.label
     both = teacher_wrong & (logits.student.argmax(-1) == logits.label)
@@ -124,10 +126,10 @@ def telling_sample(logits: RunLogits) -> tuple[int, str]:
 
 
 def shown_classes(sample: Refinement) -> list[int]:
-    """The classes with a row of their own, by falling teacher logit: all, or as many as fit.
+    """The classes to show, by descending teacher logit: all, or as many as fit.
 
-    Then the true class and both favourites are among them, half of the others come from the top, and half from below
-    the true class, where MCD looks.
+    If not all fit, the true class and both predictions are among them, half of the others are the top ones, and half
+    are those after the true class, which MCD compares.
     """
     order = sample.teacher_logits.argsort(descending=True, stable=True).tolist()
     if len(order) <= MOST_CLASSES:
@@ -149,10 +151,10 @@ def draw_refinement(
     """Draws one sample as RLD sees it.
 
     Panels: logits of both networks; their probabilities, which plain distillation compares; SCD's two outcomes; MCD's
-    distributions. Rows are classes by falling teacher logit, those that MCD leaves out on grey.
+    distributions. Rows are classes by descending teacher logit; those masked by MCD are grey.
 
     Args:
-        loss: says what is switched off.
+        loss: its parts with weight 0 are drawn as switched off.
         image: ``(H, W, 3)`` in [0, 1], if there is one.
     """
     rows = shown_classes(sample)
@@ -227,7 +229,7 @@ def _confidence(axes: Axes, sample: Refinement) -> None:
     sides = ((-0.18, sample.teacher_confidence, TEACHER), (0.18, sample.student_confidence, STUDENT))
     for shift, sure, colour in sides:
         bars = axes.bar([shift, 1 + shift], [sure, 1 - sure], 0.34, color=colour)
-        axes.bar_label(bars, fmt="%.3f", fontsize=6.5, padding=1)  # of many classes both may be small
+        axes.bar_label(bars, fmt="%.3f", fontsize=6.5, padding=1)  # with many classes both may be small
     favourite = "true class" if sample.teacher_is_right else "favourite /\ntrue class"
     axes.set_xticks([0, 1], [favourite, "all others"])
     axes.set_ylim(0, 1.1)

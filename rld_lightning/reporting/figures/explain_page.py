@@ -1,4 +1,4 @@
-"""RLD on one sample as a page: the picture, three sentences and the numbers, in one HTML file without outside parts."""
+"""RLD on one sample as a self-contained HTML page: the picture, three sentences and the numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from rld_lightning.reporting.figures.refine import Refinement
 
 
 def explain_in_words(sample: Refinement, class_names: Sequence[str], loss: RLDLoss) -> list[str]:
-    """Three sentences: what plain distillation would pass on of a sample, what SCD does, and what MCD does."""
+    """Three sentences on a sample: what plain distillation would transfer, what SCD does, and what MCD does."""
     names = [f"\u201c{name.replace('_', ' ')}\u201d" for name in class_names]
     true, favourite = names[sample.label], names[sample.favourite]
     probs = [_percent(float(sample.teacher_probs[index])) for index in (sample.label, sample.favourite)]
@@ -69,7 +69,7 @@ def _percent(probability: float) -> str:
 
 
 def numbers_of(sample: Refinement, loss: RLDLoss) -> dict[str, str]:
-    """What stands behind the sentences: probabilities and this sample's losses, weights and T\u00b2 included."""
+    """The numbers for the sentences: probabilities and this sample's losses, including weights and T\u00b2."""
     terms, warm, cold = sample.terms, loss.temperature, loss.confidence_temperature or loss.temperature
     return {
         f"Teacher's probability of its favourite (temperature {cold:g})": f"{sample.teacher_confidence:.4f}",
@@ -95,7 +95,7 @@ def write_page(
     """Writes the page.
 
     Args:
-        origin: a line about where the sample comes from.
+        origin: a line on the sample's run.
 
     Returns:
         the page's path.

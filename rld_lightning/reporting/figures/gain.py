@@ -1,7 +1,6 @@
-"""What a method gains over others, by how accurate the teacher is on the images that it teaches with.
+"""The gain of a method over others, by the teacher's accuracy on the training images.
 
-In the RLD paper the gain over DKD grows as the teacher's training accuracy falls: the more mistakes there are, the more
-there is to refine.
+In the RLD paper the gain over DKD grows as the teacher's training accuracy falls: more mistakes leave more to refine.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def _options(command: argparse.ArgumentParser) -> None:
 def write_gain(
     out: Path, runs: pd.DataFrame, *, method: str = "rld", over: Sequence[str] = REFERENCES, best: bool = False
 ) -> list[Path]:
-    """What a method gains, by its teacher's training accuracy; the numbers also as CSV."""
+    """Writes the figure of a method's gain by its teacher's training accuracy, and the numbers as CSV."""
     table, left_out = gains(runs, method, over, best=best)
     for reason in left_out:
         print_line("left out", f"gain: {reason}")
@@ -44,17 +43,17 @@ def write_gain(
 def gains(
     runs: pd.DataFrame, method: str = "rld", references: Sequence[str] = REFERENCES, *, best: bool = False
 ) -> tuple[pd.DataFrame, list[str]]:
-    """One line a pair and reference: how much the method is ahead, seed by seed.
+    """The method's gain for each pair and reference, seed by seed.
 
     Only runs with the same recipe are compared, and only seeds that both were run with.
 
     Args:
-        references: the options that it is compared to; those that are not there are left out.
+        references: the options to compare with; those without runs are skipped.
 
     Returns:
         the lines: ``pair``, ``reference``, ``teacher_top1`` (on augmented training images, mean of the epochs),
         ``gain`` (mean over the seeds in common, percent points), ``low`` and ``high`` (ends of its 95 % confidence
-        interval; NaN where it cannot be told), ``n``; and what was left out, a sentence each.
+        interval; NaN if not tested), ``n``; and a sentence for each row left out.
 
     Raises:
         ValueError: there is nothing to compare.
@@ -92,7 +91,7 @@ def gains(
 def draw_gain(table: pd.DataFrame, method: str) -> Figure:
     """Draws :func:`gains`, a point with its confidence interval for each pair and reference.
 
-    Points of teachers that are as good as the same stand beside each other.
+    Points with almost equal teacher accuracy are drawn side by side.
     """
     table = table.sort_values(["teacher_top1", "pair"], kind="stable", ignore_index=True)
     table["x"] = _beside_each_other(table["teacher_top1"])
@@ -139,11 +138,11 @@ def draw_gain(table: pd.DataFrame, method: str) -> Figure:
 
 
 def _beside_each_other(places: pd.Series) -> pd.Series:
-    """Moves ascending places that are as good as the same apart, each group about its own place."""
+    """Spreads each group of almost equal values, given in ascending order, around their own values."""
     width = (places.max() - places.min()) or 2.0
     gaps = places.diff()
     group = (gaps > 0.03 * width).cumsum()
     sizes = places.groupby(group).transform("size")
-    between = gaps[gaps > 0.03 * width].min()  # NaN of a single group
+    between = gaps[gaps > 0.03 * width].min()  # NaN if there is only one group
     step = min(0.018 * width, 0.7 * (width if pd.isna(between) else between) / sizes.max())
     return places + step * (places.groupby(group).cumcount() - (sizes - 1) / 2)

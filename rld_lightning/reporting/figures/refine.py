@@ -1,4 +1,4 @@
-"""RLD taken apart for one sample: what the teacher says, what of it is passed on, and what the student says to that."""
+"""RLD for one sample in its parts: the teacher's outputs, the refined knowledge, and the student's outputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,42 +19,41 @@ from rld_lightning.runs.rebuild import build_loss
 
 @dataclass(frozen=True)
 class Refinement:
-    """One sample as RLD sees it."""
+    """The quantities of RLD for one sample."""
 
     label: int  # the true class
     favourite: int  # the class of the teacher's largest logit
-    rank: int  # place of the true class among the teacher's logits, from 1
+    rank: int  # rank of the true class among the teacher's logits, from 1
     teacher_logits: Tensor  # `(C,)`
     student_logits: Tensor  # `(C,)`
     teacher_probs: Tensor  # `(C,)` softmax at RLD's temperature, which plain distillation compares
-    student_probs: Tensor  # the same of the student
-    masked: Tensor  # `(C,)` bool, the classes that MCD leaves out
-    teacher_confidence: float  # SCD's probability of the teacher's favourite
-    # SCD's probability of the true class, which the student is to raise or lower to the former
-    student_confidence: float
-    teacher_correlation: Tensor  # `(C,)` MCD's distribution over the classes that are left; 0 at the others
-    student_correlation: Tensor  # the same of the student
-    # `ce` and the weighted `scd` and `mcd` of this sample, and `kd` of weight 1 to compare, in nats and with T^2, as
-    # the losses have it
+    student_probs: Tensor  # likewise, the student's
+    masked: Tensor  # `(C,)` bool, the classes masked by MCD
+    teacher_confidence: float  # the teacher's probability of its favourite, in SCD
+    student_confidence: float  # the student's probability of the true class; SCD pulls it to `teacher_confidence`
+    teacher_correlation: Tensor  # `(C,)` MCD's distribution over the unmasked classes; 0 for the others
+    student_correlation: Tensor  # likewise, the student's
+    # `ce`, the weighted `scd` and `mcd`, and `kd` with weight 1 for comparison, of this sample; in nats, with the
+    # factor T^2 of the losses
     terms: dict[str, float]
 
     @property
     def teacher_is_right(self) -> bool:
-        """Whether its favourite is the true class."""
+        """Whether the teacher's favourite is the true class."""
         return self.favourite == self.label
 
 
 def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLDLoss) -> Refinement:
-    """Takes RLD apart for one sample.
+    """Computes RLD's parts for one sample.
 
     Args:
         student_logits: ``(C,)``.
         teacher_logits: ``(C,)``.
         label: the true class.
-        loss: holds alpha, beta, temperatures and mask; its warm-up is taken to be over.
+        loss: for alpha, beta, temperatures and mask; its warm-up is ignored.
 
     Raises:
-        ValueError: the logits do not fit each other or the label.
+        ValueError: the logits do not match each other or the label.
     """
     student, teacher, true = student_logits[None], teacher_logits[None], torch.tensor([label])
     temperature, standardized = loss.temperature, loss.logit_standardization
@@ -95,10 +94,10 @@ def refine(student_logits: Tensor, teacher_logits: Tensor, label: int, loss: RLD
 
 
 def rld_of(run: Run) -> RLDLoss | None:
-    """The RLD that a run was distilled with, alone or among other losses; None where there was none.
+    """The RLD loss of a run, alone or as a part of its loss; None if it has none.
 
     Raises:
-        ValueError: what the run's folder calls RLD is not this package's.
+        ValueError: the class named RLD in the run's folder is not this package's.
     """
     settings = run.config["loss"]
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
@@ -108,12 +107,12 @@ def rld_of(run: Run) -> RLDLoss | None:
 
 
 def usual_rld(run: Run) -> RLDLoss:
-    """What ``loss=rld`` is on a run's pair: the defaults, but for what the pair's option of the model group tunes."""
+    """``loss=rld`` for a run's pair: the defaults, with the values tuned in the pair's option of the model group."""
     tuned = (run.config["model"].get("tuned") or {}).get("rld") or {}
     return _rld(run, {**tuned, "_target_": "rld_lightning.losses.RLDLoss"})
 
 
 def _rld(run: Run, settings: Mapping[str, Any]) -> RLDLoss:
     loss = build_loss(run, settings)
-    assert isinstance(loss, RLDLoss)  # no other loss is called so
+    assert isinstance(loss, RLDLoss)  # build_loss only builds this package's losses
     return loss

@@ -1,4 +1,4 @@
-"""How accuracy depends on the hyper-parameters that a sweep has varied: one panel each."""
+"""Accuracy over the hyper-parameters of a sweep, one panel each."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ from rld_lightning.reporting.sweeps import Sweep
 from rld_lightning.reporting.tables import sections
 from rld_lightning.shipped import script_command
 
-MOST_LINES = 4  # with more, all are grey but the best
+MOST_LINES = 4  # with more, all but the best are grey
 MOST_TICKS = 10
 LONGEST_TICK = 5  # characters
 WIDTH = 52  # characters of a legend below a panel
@@ -31,7 +31,7 @@ def _options(command: argparse.ArgumentParser) -> None:
 def write_sensitivity(
     out: Path, runs: pd.DataFrame, *, method: str | None = None, pair: str | None = None
 ) -> list[Path]:
-    """How accuracy depends on swept hyper-parameters; the numbers also as CSV."""
+    """Writes the figure of accuracy over swept hyper-parameters, and the numbers as CSV."""
     sweep = swept(runs, method, pair)
     files = save_figure(draw_sensitivity(sweep), out, "sensitivity")
     table = sweep.trials.drop(columns=["epochs", "run"]).round({"mean": 4, "std": 4, "best": 4})
@@ -42,11 +42,11 @@ def swept(runs: pd.DataFrame, method: str | None = None, pair: str | None = None
     """The runs that differ in hyper-parameters, as one sweep.
 
     Args:
-        method: an option of the loss group; not needed where one was swept.
-        pair: likewise, ``resnet20_to_resnet8``.
+        method: an option of the loss group; None if only one was swept.
+        pair: such as ``resnet20_to_resnet8``; likewise.
 
     Raises:
-        ValueError: nothing was swept, or several things were and it is not said which to draw.
+        ValueError: nothing was swept, or several methods or pairs were and none was chosen.
     """
     counted = pd.concat([pd.DataFrame(), *(section.runs for section in sections(runs)[0])])
     sweeps = {}
@@ -73,16 +73,16 @@ def swept(runs: pd.DataFrame, method: str | None = None, pair: str | None = None
 
 
 def _numeric(sweep: Sweep) -> list[str]:
-    """The swept keys whose values are numbers, which have an axis."""
+    """The swept keys with numeric values, which get a panel."""
     return [key for key in sweep.keys if pd.api.types.is_numeric_dtype(sweep.trials[key])]
 
 
 @styled
 def draw_sensitivity(sweep: Sweep) -> Figure:
-    """Draws accuracy over each swept number, with a line for each setting of the others, means and deviations.
+    """Draws accuracy over each swept number, with a line for each setting of the others: means and deviations.
 
-    With more than :data:`MOST_LINES` settings they are grey but the best one's. The last epoch counts, on whatever the
-    sweep was measured on.
+    With more than :data:`MOST_LINES` lines, all but the best are grey. Accuracy is the last epoch's, on the split that
+    the sweep was measured on.
     """
     keys = _numeric(sweep)
     trials = sweep.trials
@@ -122,7 +122,7 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
     named = [f"{value:g}" for value in values]
-    if len(values) <= MOST_TICKS and max(map(len, named)) <= LONGEST_TICK:  # a grid's, and not those of a sampler
+    if len(values) <= MOST_TICKS and max(map(len, named)) <= LONGEST_TICK:  # a grid's values, not a sampler's
         axes.set_xticks(values, named)
         axes.minorticks_off()
     axes.set(xlabel=short_key(key))
@@ -132,7 +132,7 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
 
 
 def _in_panel(name: str, columns: int) -> str:
-    """A name of a line in a legend that is not wider than its panel."""
+    """Wraps a line's name so that the legend is not wider than its panel."""
     return textwrap.fill(name, WIDTH // columns, max_lines=3, placeholder=" ...", break_on_hyphens=False)
 
 

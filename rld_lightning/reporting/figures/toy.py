@@ -1,4 +1,4 @@
-"""The toy example: what methods that correct a teacher make of one wrong prediction, and what RLD passes on instead."""
+"""The toy example: the targets of methods that correct a teacher's wrong prediction, and of RLD."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rld_lightning.reporting.style import DARK_GREY, GREY, PALE, SKY, TRUE_CLASS
 from rld_lightning.reporting.style import STUDENT as STUDENT_COLOUR
 from rld_lightning.reporting.style import TEACHER as TEACHER_COLOUR
 
-# The situation of the paper's Figure 1, an image of a lion that the teacher takes for a forest; the logits are ours.
+# The situation of the paper's Figure 1: the teacher classifies an image of a lion as a forest. The logits are ours.
 CLASSES = ("lion", "forest", "tiger", "leopard", "grass", "truck")
 TEACHER = (3.0, 4.0, 2.6, 1.8, 1.2, -1.0)
 STUDENT = (2.0, 2.2, 1.4, 0.6, 1.6, 0.0)
@@ -28,17 +28,17 @@ ETA = 0.8  # label revision's, its default
 
 @register_figure("toy", "one wrong prediction: corrections and RLD")
 def write_toy(out: Path) -> list[Path]:
-    """What methods that correct the teacher make of one wrong prediction, and what RLD passes on."""
+    """Writes the figure of the targets for one wrong prediction."""
     return save_figure(draw_toy(), out, "toy")
 
 
 def toy_targets() -> dict[str, list[float]]:
-    """What each method makes of the toy logits, as probabilities at temperature 1.
+    """Each method's targets for the toy logits, as probabilities at temperature 1.
 
     Returns:
-        a distribution over :data:`CLASSES` for ``teacher``, ``student``, ``swap``, ``revision``, ``rc`` (a correction
-        of the student's own prediction, not of the teacher's) and ``mcd`` (0 where masked); ``scd`` and ``scd_student``
-        are over two outcomes, the teacher's favourite or the true class, and all others.
+        a distribution over :data:`CLASSES` for ``teacher``, ``student``, ``swap``, ``revision``, ``rc`` (which corrects
+        the student's own prediction, not the teacher's) and ``mcd`` (0 where masked); ``scd`` (teacher) and
+        ``scd_student`` are over two outcomes: the teacher's favourite or the true class, and all others.
     """
     teacher, student, true = torch.tensor([TEACHER]), torch.tensor([STUDENT]), torch.tensor([LION])
     rld = refine(student[0], teacher[0], LION, RLDLoss(temperature=TEMPERATURE))
@@ -56,7 +56,7 @@ def toy_targets() -> dict[str, list[float]]:
 
 @styled
 def draw_toy() -> Figure:
-    """Draws :func:`toy_targets` as bars, one panel a method; outlines are what the method started from."""
+    """Draws :func:`toy_targets` as bars, one panel per method; outlines show the prediction before correction."""
     targets = toy_targets()
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     figure.suptitle("An image of a lion that the teacher takes for a forest: what the student is told")
