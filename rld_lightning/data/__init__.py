@@ -1,4 +1,4 @@
-"""Data sets, one a file: each is a LightningDataModule that yields :class:`Batch` and knows nothing of models."""
+"""Data sets, one per file: each is a LightningDataModule that yields :class:`Batch`, independent of models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rld_lightning.data.in_memory import InMemoryDataModule, InMemoryLoader
     from rld_lightning.data.shards.data_module import ShardsDataModule
 
-# Imported on first use: who decodes an image for a network of their own need not wait for Lightning.
+# Imported on first use, so that decoding an image does not import Lightning.
 _HOMES = {
     "Batch": "base",
     "CIFAR100DataModule": "cifar100",

@@ -1,4 +1,4 @@
-"""What every data set of this package offers to a training loop."""
+"""The common interface of the data sets."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,35 +15,36 @@ from rld_lightning.limits import SEEDS
 
 
 class Batch(NamedTuple):
-    """What a loader yields, ready for a model on the training device; ``x, y = batch[:2]`` are images and labels.
+    """A batch of a loader, on the training device; ``x, y = batch[:2]`` are images and labels.
 
     Attributes:
         images: normalised float32 images ``(B, 3, H, W)`` in ``channels_last`` memory format.
         label: classes, int64 ``(B,)``.
         index: positions in the split, int64 ``(B,)``; losses with a memory bank need them.
-        strong: the same samples strongly augmented, otherwise like ``images``; ``None`` unless it was asked for.
-        view: which of the finitely many views of all training images ``images`` are, int64 ``(B,)`` in
-            [0, ``train_views``); ``None`` where there is no end of them, and in evaluation.
-        other: what images that are mixtures have beside ``label``; ``None`` where they are none.
+        strong: strongly augmented views of the same samples, otherwise like ``images``; ``None`` unless
+            ``strong_view`` is set.
+        view: number of each image's view among the finitely many of all training images, int64 ``(B,)`` in
+            [0, ``train_views``); ``None`` if their number is not finite, and in evaluation.
+        other: the second label and its share, if images are mixed; else ``None``.
     """
 
     images: Tensor
     label: Tensor
-    index: Tensor  # type: ignore[assignment]  # which hides a method of tuples
+    index: Tensor  # type: ignore[assignment]  # hides a method of tuple
     strong: Tensor | None = None
     view: Tensor | None = None
     other: Other | None = None
 
 
 def as_batch(batch: Any) -> Batch:
-    """What anybody's loader yields, as a :class:`Batch`.
+    """Converts the batch of any loader to a :class:`Batch`.
 
     Args:
-        batch: one; or a list or tuple ``(images, label)``, or ``(images, label, index)``, of tensors. ``index`` is
-            ``None`` where the loader does not say it: losses with a memory need it.
+        batch: a ``Batch``, or a list or tuple of tensors ``(images, label)`` or ``(images, label, index)``. Without
+            ``index``, which losses with a memory need, it is ``None``.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it has another form.
     """
     if isinstance(batch, Batch):
         return batch
@@ -68,39 +69,39 @@ _Loader = TypeVar("_Loader", bound=_Resumable)
 
 
 class ImageDataModule(LightningDataModule):
-    """The common face of the data sets: splits, batch sizes and a description.
+    """Base class of the data sets: splits, batch sizes, samplers and a description.
 
     Args:
-        batch_size: training batch over *all* processes; each takes ``batch_size / world_size`` of it.
-        eval_batch_size: largest evaluation batch over all processes; by default 256, and 1,024 of images that lie on a
-            GPU, which takes as long to be told of a small batch as of a large one.
+        batch_size: training batch over *all* processes; each processes ``batch_size / world_size`` images of it.
+        eval_batch_size: largest evaluation batch over all processes; by default 256, or 1,024 for images stored on a
+            GPU, where launching a small batch takes as long as a large one.
         val_fraction: share of the training split to hold out for validation, stratified, in [0, 1). With 0 validation
-            runs on the test split, as the literature does; tune with more than 0.
+            runs on the test split, as in the literature; use more than 0 for tuning.
         subset: share of the training images to train on, stratified, in (0, 1], for quick trials; validation and test
-            images stay as they are.
+            images do not change.
         seed: seed of the validation split, of the subset, of the order of training samples and of their augmentation.
         augment: whether training images are augmented.
         flip: whether augmentation mirrors images with probability 1/2.
-        shuffle: whether training samples are permuted anew in each epoch.
-        drop_last: whether the last, smaller training batch of an epoch is left out.
-        mixup: training images are mixed in pairs, in proportions of Beta(mixup, mixup); 0 for none. See
-            :class:`~rld_lightning.data.mix.Mix`.
-        cutmix: boxes of them are, with areas of Beta(cutmix, cutmix); 0 for none.
-        strong_view: whether training batches have a second view of their samples, which methods such as MLKD learn
-            from: augmented anew like the first and then by
-            :class:`~rld_lightning.data.randaugment.RandAugment`. The first view is the same with and without it.
+        shuffle: whether training samples are shuffled in each epoch.
+        drop_last: whether the last, smaller training batch of an epoch is dropped.
+        mixup: parameter of Mixup: pairs of training images are mixed with shares of Beta(mixup, mixup); 0 for none.
+            See :class:`~rld_lightning.data.mix.Mix`.
+        cutmix: parameter of CutMix: boxes are pasted, with areas of Beta(cutmix, cutmix); 0 for none.
+        strong_view: whether training batches have a second view of their samples, for methods such as MLKD: augmented
+            like the first with new random draws, and then by :class:`~rld_lightning.data.randaugment.RandAugment`. The
+            first view is the same with and without it.
 
     Attributes:
         name: short name of the data set, such as ``"cifar100"``.
         num_classes: C.
         class_names: the C names, in the order of the labels.
         image_shape: ``(3, H, W)`` of a batch's images.
-        mean: mean of each channel that images are normalised with, for values in [0, 1].
+        mean: mean of each channel for the normalisation, for values in [0, 1].
         std: standard deviation of each channel, likewise.
-        split_options: the options that decide which images are held out, by what files of weights call them.
+        split_options: the options that determine the held-out images, by their keys in weights files.
     """
 
-    is_benchmark: ClassVar[bool] = False  # whether published tables are about it
+    is_benchmark: ClassVar[bool] = False  # whether published tables report results on it
     split_options: ClassVar[dict[str, str]] = {"data_seed": "seed", "val_fraction": "val_fraction"}
     name: str
     num_classes: int
@@ -155,7 +156,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """Position of this process among all processes of the attached trainer."""
+        """Global rank of this process in the attached trainer, 0 without one."""
         return 0 if self.trainer is None else self.trainer.global_rank
 
     @property
@@ -165,11 +166,11 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def device(self) -> torch.device:
-        """Where batches are delivered: the attached trainer's device, the CPU without one."""
+        """Device of the batches: the attached trainer's, or the CPU without one."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """A batch on the device; one that is there already as it is, without a look at each of its parts."""
+        """Moves a batch to the device; returns one that is already there without checking each of its tensors."""
         if isinstance(batch, Batch) and batch.images.device == device:
             return batch
         moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -177,44 +178,41 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def train_label(self) -> Tensor:
-        """Class of each training image, int64 ``(N,)``, at the position that a batch calls its ``index``.
-
-        Losses with a memory look up in it which images are of one class.
-        """
+        """Class of each training image, int64 ``(N,)``, indexed by a batch's ``index``, for losses with a memory."""
         raise NotImplementedError
 
     @property
     def train_views(self) -> int | None:
-        """How many views augmentation makes of all training images, held out or not; ``None``: there is no end of them.
+        """Number of views of all training images under augmentation, held out or not; ``None`` if not finite.
 
-        One view is the same image, cropped and flipped alike, in every run with equal :meth:`views_facts`.
+        A view's number stands for the same crop and flip of the same image in all runs with equal :meth:`views_facts`.
         """
         return None
 
     def val_facts(self) -> dict[str, str | list[float]] | None:
-        """What decides how the validation images look, in their order, as plain values; None: it is not known."""
+        """Plain values that determine the validation images and their order; None if they are not known."""
         return None
 
     def views_of(self, images: slice) -> Tensor:
-        """Numbers of all views of some of the images that are trained on, int64, in ascending order."""
+        """Returns the numbers of all views of a slice of the training images, int64, in ascending order."""
         raise NotImplementedError(f"{type(self).__name__} has views without number")
 
     def look_at(self, view: Tensor) -> Batch:
-        """The views of these numbers ``(B,)``, of images that are trained on, as training batches have them."""
+        """Returns the views with these numbers ``(B,)`` as a batch like those of training."""
         raise NotImplementedError(f"{type(self).__name__} has views without number")
 
     def views_facts(self) -> dict[str, str | int | float | list[float]]:
-        """What decides how the views look, as plain values; read where ``train_views`` is a number."""
+        """Plain values that determine the content of the views; only if ``train_views`` is a number."""
         raise NotImplementedError(f"{type(self).__name__} has views without number")
 
     @property
     def train_size(self) -> int:
-        """Number of images that are trained on."""
+        """Number of training images."""
         return self._split_sizes()[0]
 
     @property
     def val_size(self) -> int:
-        """Number of images that are validated on."""
+        """Number of validation images."""
         return self._split_sizes()[1]
 
     @property
@@ -232,14 +230,14 @@ class ImageDataModule(LightningDataModule):
         )
 
     def _class_order(self) -> str:
-        """A caution for the console where a network from elsewhere may well have the classes in another order."""
+        """Returns a caution if other code is likely to have the classes in another order: numbers sorted as text."""
         names = self.class_names
         if not all(map(str.isdecimal, names)) or names == sorted(names, key=int):
             return ""
         return f"; caution: classes in text order ({some(names)}), a network from elsewhere may have them by number"
 
     def normalize_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Has images normalised otherwise from now on, as a network wants that is to learn from them.
+        """Changes the normalisation of images, to that of the student's pretrained weights.
 
         Args:
             mean: mean of each channel, for values in [0, 1].
@@ -248,9 +246,9 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std = mean, std
 
     def val_sample(self, batch_size: int) -> Iterable[Batch]:
-        """The validation images in an order that mixes the classes, for who looks at the first of them only.
+        """Returns the validation images in an order that mixes the classes, for callers that use only the first ones.
 
-        All of them are there, in every process, and always in the same order.
+        The order is fixed, and every process gets all images.
 
         Args:
             batch_size: images in a batch.
@@ -259,19 +257,19 @@ class ImageDataModule(LightningDataModule):
         return self._eval_loader(self.val_split, EpochSampler(self.val_size, list(order.split(batch_size))))
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """The held-out training images, the data set's own validation split, or else the test split."""
+        """Returns a loader of the held-out training images, the data set's own validation split, or the test split."""
         return self._eval_loader(self.val_split, self.eval_sampler(self.val_size))
 
     def test_dataloader(self) -> Iterable[Batch]:
-        """The test split, each image exactly once over all processes."""
+        """Returns a loader of the test split, with each image exactly once over all processes."""
         return self._eval_loader("test", self.eval_sampler(self.test_size))
 
     def _eval_loader(self, split: str, sampler: EpochSampler) -> Iterable[Batch]:
-        """The images of a split that a sampler chooses, as they are."""
+        """Returns a loader of a split without augmentation."""
         raise NotImplementedError
 
     def train_sampler(self) -> EpochSampler:
-        """Makes the sampler of this process's share of the training split."""
+        """Creates the sampler of this process's share of the training split."""
         sampler = EpochSampler.for_training(
             self.train_size,
             self.batch_size,
@@ -289,40 +287,40 @@ class ImageDataModule(LightningDataModule):
         return 256
 
     def eval_sampler(self, size: int) -> EpochSampler:
-        """Makes the sampler of this process's share of an evaluation split of ``size`` images."""
+        """Creates the sampler of this process's share of an evaluation split of ``size`` images."""
         batch_size = self.eval_batch_size or self._usual_eval_batch
         return EpochSampler.for_evaluation(size, batch_size, rank=self.rank, world_size=self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training loader is."""
+        """Returns the position of the training loader."""
         loader = self._train_loader()
         return {} if loader is None else loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next training loader go on from there.
+        """Stores the position for the next training loader.
 
-        Lightning restores the state of loaders only if nobody has asked for them before, and a schedule that is told
-        the number of steps has.
+        Lightning itself restores loaders only if they were not created before, but a schedule that needs the number of
+        steps has created them.
         """
         self._train_state = dict(state_dict)
 
     def _for_training(self, loader: _Loader) -> _Loader:
-        """Brings a new training loader to where it is to go on, and has it mix images."""
+        """Restores the position of a new training loader, and sets its mixing."""
         loader.mix = self.mix
         state, self._train_state = self._train_state, None
         if state:
             loader.load_state_dict(state)
-        self._train_loader = weakref.ref(loader)  # whose workers are to end with the loop that uses it
+        self._train_loader = weakref.ref(loader)  # weak, so that its workers end with the training loop
         return loader
 
     @property
     def split_facts(self) -> dict[str, int | float]:
-        """What decides which images are held out, for the files that a run leaves."""
+        """The options that determine the held-out images, for the files of a run."""
         return {name: getattr(self, option) for name, option in self.split_options.items()}
 
     @property
     def eval_resize(self) -> int:
-        """What the shorter side of an evaluation image becomes before its centre is cropped; here: it has that size."""
+        """Length of an evaluation image's shorter side before the centre crop; here that of the image itself."""
         return self.image_shape[-1]
 
     @property
@@ -332,12 +330,12 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def val_split(self) -> str:
-        """What validation runs on: ``"test"``, or ``"val"`` where these are other images."""
+        """The split that validation runs on: ``"val"`` if there is one, else ``"test"``."""
         return "val" if self.has_own_validation else "test"
 
     @property
     def validated_on(self) -> str:
-        """What validation runs on, in words that complete "validated on"."""
+        """The validation images in words, to complete "validated on"."""
         if self.val_fraction > 0:
             return f"{self.val_size:,} held-out training images (stratified, seed {self.seed})"
         return "the test split" + (", as the literature does" if self.is_benchmark else "")

@@ -1,4 +1,4 @@
-"""Small data sets: the whole split is one uint8 tensor on the training device, augmented a batch at a time."""
+"""Small data sets: a split is one uint8 tensor on the training device, augmented in whole batches."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_ra
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.stratified import stratified_split, stratified_subset
 
-_TOGETHER = 1024  # images
+_TOGETHER = 1024  # images to prepare at once on a GPU
 
 
 class Split(NamedTuple):
@@ -33,28 +33,29 @@ class Split(NamedTuple):
     labels: Tensor
 
     def take(self, index: Tensor) -> "Split":
-        """The samples at ``index`` ``(M,)`` as a split of their own."""
+        """Returns the samples at ``index`` ``(M,)`` as a split."""
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
-        """The split on ``device``."""
+        """Returns the split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 class InMemoryLoader(EpochLoader):
-    """Yields the batches of a split that lives on the device.
+    """Yields the batches of a split on the device.
 
-    The order, the crops and the flips of an epoch are drawn at its start and moved to the device once, so that a step
-    only launches kernels and never waits for the device.
+    The order, the crops and the flips of an epoch are drawn at its start and moved to the device at once, so that a
+    step only launches kernels and never synchronises with the device.
 
     Args:
-        split: the samples, their images padded by ``padding`` on each side.
-        sampler: which samples this process takes.
-        normalize: turns uint8 crops into the model's input, on the device of the split.
+        split: the samples, with images padded by ``padding`` on each side.
+        sampler: selects the samples of this process.
+        normalize: converts uint8 crops to the model's input, on the device of the split.
         padding: the padding of the images, which is the largest shift of a crop.
         flip: whether crops are mirrored with probability 1/2.
         strong_view: whether each batch has a second, strongly augmented view.
-        origin: position of each sample among those whose views are numbered, int64 ``(N,)``; without it they are not.
+        origin: position of each sample in the full training split, for numbering its views, int64 ``(N,)``; None to not
+            number them.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class InMemoryLoader(EpochLoader):
         draw = self._draw_crops(generator)
         view = self._number_views(index, draw)
         if self.strong_view:
-            # Last, so that the first view is the same with and without this one.
+            # Drawn last, so that the first view is the same with and without this one.
             strong_draw, augment = self._draw_crops(generator), self._draw_randaugment(generator)
         number = start
-        for steps in self._together(self.sampler.steps[start:]):
+        for steps in self._step_groups(self.sampler.steps[start:]):
             some = slice(steps[0].start, steps[-1].stop)
             images = self.normalize(self._crop(index[some], draw, some))
             for step in steps:
@@ -96,8 +97,8 @@ class InMemoryLoader(EpochLoader):
                 yield Batch(own, label[step], index[step], strong, None if view is None else view[step])
                 number += 1
 
-    def _together(self, steps: Sequence[slice]) -> Iterator[Sequence[slice]]:
-        """Those whose images are made in one go: on a GPU, launching takes longer than making them."""
+    def _step_groups(self, steps: Sequence[slice]) -> Iterator[Sequence[slice]]:
+        """Groups steps whose images are prepared at once: on a GPU, launching kernels is slower than running them."""
         each = 1 if self.split.images.device.type == "cpu" else max(1, _TOGETHER // self.batch_size)
         return (steps[first : first + each] for first in range(0, len(steps), each))
 
@@ -129,7 +130,7 @@ class InMemoryLoader(EpochLoader):
         return crop_flip(self.split.images, index, CropFlip(*(values[step] for values in draw)), *self._crop_size)
 
     def _local(self, values: Tensor) -> Tensor:
-        """Takes this process's share of what was drawn for all positions ``(N,)``, on the device."""
+        """Selects this process's share of values for all positions ``(N,)``, on the device."""
         return values[self.sampler.positions].to(self.split.images.device)
 
 
@@ -139,10 +140,10 @@ class InMemoryDataModule(ImageDataModule):
     A subclass names the data set, downloads it in ``prepare_data`` and returns a split in ``read_split``.
 
     Attributes:
-        splits: once set up, ``"train"`` (padded), ``"test"`` and, where images are held out, ``"val"``.
+        splits: after ``setup``, ``"train"`` (padded), ``"test"`` and, if images are held out, ``"val"``.
 
     Args:
-        padding: black pixels around a training image, from which a crop of the original size is taken.
+        padding: black pixels added around a training image, before cropping it to the original size.
         options: see :class:`~rld_lightning.data.base.ImageDataModule`.
     """
 
@@ -170,7 +171,7 @@ class InMemoryDataModule(ImageDataModule):
             train, test = Split(*self.read_split(train=True)), Split(*self.read_split(train=False))
             splits, origin = {"test": test}, torch.arange(len(train.labels))
             self._views = len(origin) * count_views(self.padding, self._flips)
-            self._pixels_digest = _digest(train.images)  # a tenth of the time of reading them again
+            self._pixels_digest = _digest(train.images)  # takes a tenth of the time of reading them
             if self.val_fraction > 0:
                 origin, held_out = stratified_split(
                     train.labels, self.val_fraction, self.seed, "val_fraction", self.class_names
@@ -187,34 +188,34 @@ class InMemoryDataModule(ImageDataModule):
         self._sizes = tuple(len(self.splits[name].labels) for name in ("train", self.val_split, "test"))
 
     def take_over(self, other: "InMemoryDataModule") -> None:
-        """Takes what another module with the same options has read, which both share."""
+        """Shares the data that another module with the same options has read."""
         self.splits, self._origin = dict(other.splits), other._origin
         self._views, self._pixels_digest = other._views, other._pixels_digest
 
     @property
     def train_label(self) -> Tensor:
         """Class of each training image, int64 ``(N,)``, on the trainer's device."""
-        self._split_sizes()  # which says what to call if nothing is loaded yet
+        self._split_sizes()  # raises if nothing is loaded yet
         return self.splits["train"].labels
 
     @property
     def train_views(self) -> int | None:
-        """How many crops and flips there are of all training images, held out or not; None of mixtures."""
+        """Number of crops and flips of all training images, held out or not; None if images are mixed."""
         self._split_sizes()
         return None if self.mix else self._views
 
     def val_facts(self) -> dict[str, str | list[float]] | None:
-        """What decides how the validation images look, in their order, as plain values."""
+        """Plain values that determine the validation images and their order."""
         images = _digest(self.splits[self.val_split].images)
         return {"data": self.name, "images": images, "mean": list(self.mean), "std": list(self.std)}
 
     def views_of(self, images: slice) -> Tensor:
-        """Numbers of all views of some of the images that are trained on, int64, in ascending order."""
+        """Returns the numbers of all views of a slice of the training images, int64, in ascending order."""
         views = count_views(self.padding, self._flips)
         return (self._origin[images, None] * views + torch.arange(views, device=self._origin.device)).flatten()
 
     def look_at(self, view: Tensor) -> Batch:
-        """The views of these numbers ``(B,)``, of images that are trained on, as training batches have them."""
+        """Returns the views with these numbers ``(B,)`` as a batch like those of training."""
         split, views = self.splits["train"], count_views(self.padding, self._flips)
         index = torch.searchsorted(self._origin, view // views)
         draw, (_, height, width) = view_of_number(view % views, self.padding, self._flips), self.image_shape
@@ -222,7 +223,7 @@ class InMemoryDataModule(ImageDataModule):
         return Batch(images, split.labels[index], index, view=view)
 
     def views_facts(self) -> dict[str, str | int | float | list[float]]:
-        """What decides how the views look: every pixel, the crops and flips, the normalisation."""
+        """Plain values that determine the content of the views: all pixels, the crops and flips, the normalisation."""
         self._split_sizes()
         return {
             "data": self.name,
@@ -242,7 +243,7 @@ class InMemoryDataModule(ImageDataModule):
         return super()._usual_eval_batch if self.device.type == "cpu" else 1024
 
     def train_dataloader(self) -> InMemoryLoader:
-        """The augmented, shuffled training batches of this process."""
+        """Returns a loader of this process's augmented, shuffled training batches."""
         sampler = self.train_sampler()
         loader = InMemoryLoader(
             self.splits["train"],

@@ -1,4 +1,4 @@
-"""The loop over the batches of an epoch, common to data sets in memory and on disk."""
+"""The base class of the loaders, for data in memory and on disk."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from rld_lightning.data.sampler import EpochSampler
 
 
 class EpochLoader(ABC):
-    """An iterable over the batches of a sampler's epoch that can continue in the middle of one.
+    """An iterable over the batches of a sampler's epoch that can resume within an epoch.
 
-    It is no ``torch.utils.data.DataLoader``, so Lightning neither replaces its sampler nor pads its batches. Its
-    ``batch_size`` is the largest batch that this process sees.
+    It is not a ``torch.utils.data.DataLoader``, so that Lightning neither replaces its sampler nor pads its batches.
+    ``batch_size`` is the largest batch of this process.
 
-    A loop of one's own gets the next epoch from each iteration: one that was run to its end moves the sampler on, one
-    that was left before begins its epoch anew. ``loader.sampler.set_epoch(epoch)`` chooses another, as Lightning does.
+    In your own loop, each complete iteration advances the sampler to the next epoch; after an incomplete one the same
+    epoch starts over. ``loader.sampler.set_epoch(epoch)`` selects an epoch, as Lightning does.
     """
 
-    batch_sampler = None  # Lightning looks for one beside ``sampler``
+    batch_sampler = None  # Lightning reads it beside ``sampler``
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -32,25 +32,25 @@ class EpochLoader(ABC):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator runs from its first `next`. Lightning asks a resumed run's loader for its iterator before it
-        # announces the epoch, so anything drawn eagerly would belong to epoch 0.
+        # A generator starts at its first `next`. Lightning creates a resumed run's iterator before it sets the epoch,
+        # so anything drawn eagerly would belong to epoch 0.
         epoch = self.sampler.epoch
         start = self._resume["batch"] if self._resume and self._resume["epoch"] == epoch else 0
         self._resume = None
         for step, batch in enumerate(self._batches(start), start + 1):
             self._progress = {"epoch": epoch, "batch": step}
             yield mixed(batch, self.mix.draw(epoch, step, *batch.images.shape[2:])) if self.mix else batch
-        # Lightning stops at the last batch without coming here, and announces each epoch itself.
+        # Not reached in Lightning, which stops at the last batch and sets each epoch itself.
         self.sampler.set_epoch(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch of the last batch and how many batches of it were handed out."""
+        """Returns the epoch of the last batch, and how many batches of it were yielded."""
         return dict(self._progress or {"epoch": self.sampler.epoch, "batch": 0})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where the state was taken, with the next epoch if that was at the end of one.
+        """Resumes at the saved position, with the next epoch if that was the end of one.
 
-        Batches that were already seen are skipped only if the next iteration is of the same epoch.
+        The first batches are skipped only if the next iteration is of the same epoch.
         """
         self._resume, self._progress = dict(state_dict), dict(state_dict)
         self.sampler.set_epoch(state_dict["epoch"] + (state_dict["batch"] >= len(self)))
@@ -61,7 +61,7 @@ class EpochLoader(ABC):
 
 
 def mixed(batch: Batch, draw: MixDraw) -> Batch:
-    """Mixes the images of a batch, both views in the same way."""
+    """Mixes the images of a batch, both views alike."""
     return batch._replace(
         images=mix_images(batch.images, draw),
         strong=None if batch.strong is None else mix_images(batch.strong, draw),

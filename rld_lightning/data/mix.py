@@ -1,4 +1,4 @@
-"""Mixtures of training images: Mixup, and CutMix."""
+"""Mixup and CutMix of training images."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,41 +9,40 @@ from torch import Tensor
 
 
 class Other(NamedTuple):
-    """What a batch of mixtures has beside its labels."""
+    """The second label of each image in a mixed batch."""
 
-    label: Tensor  # the class of the other image in each, int64 `(B,)`
-    share: float  # how much of each image is of its own label, in [0, 1]; the rest is of the other
+    label: Tensor  # the class of the other image, int64 `(B,)`
+    share: float  # share of each image's own label, in [0, 1]; the rest is the other's
 
 
 class MixDraw(NamedTuple):
-    """How the images of a batch are mixed."""
+    """The random draws for mixing a batch."""
 
-    share: float  # how much of each is of the image itself, in [0, 1]
-    # The first row, the one after the last, and the columns likewise, that the other one fills; None where the two lie
-    # over each other
+    share: float  # share of the image itself, in [0, 1]
+    # CutMix's box from the other image: first row, row after the last, and the columns likewise; None for Mixup
     box: tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Mixes each image of a batch with the one before it, all in one proportion, as torchvision's ``v2.MixUp`` does.
+    """Mixes each image of a batch with the one before it, all with the same share, like torchvision's ``v2.MixUp``.
 
     With an image x, the other one x' and l drawn from Beta(a, a)::
 
         Mixup    l x + (1 - l) x'                            (Zhang et al., ICLR 2018, arXiv 1710.09412)
-        CutMix   x, but for a box of the share 1 - l of its area, which is from x'; a box that reaches over the rim is
-                 cut there, and l is then what is left of x  (Yun et al., ICCV 2019, arXiv 1905.04899)
+        CutMix   x with a box from x', of the share 1 - l of its area; a box that crosses the border is clipped, and l
+                 is then the remaining share of x            (Yun et al., ICCV 2019, arXiv 1905.04899)
 
-    With both, each batch is mixed in one of the two ways, at random. What is drawn is a function of the seed, the epoch
-    and the step; the other image is one of the same process.
+    With both, each batch uses one of the two, at random. The draws are a function of the seed, the epoch and the step;
+    the other image is from the same process.
 
     Raises:
-        ValueError: an a below 0.
+        ValueError: a parameter is below 0.
     """
 
     mixup: float  # a of Mixup, such as 0.2; 0 for none
     cutmix: float  # a of CutMix, such as 1; 0 for none
-    seed: int  # of what is drawn
+    seed: int  # of the draws
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
@@ -54,7 +53,7 @@ class Mix:
         return bool(self.mixup or self.cutmix)
 
     def draw(self, epoch: int, step: int, height: int, width: int) -> MixDraw:
-        """Draws how the batch of a step is mixed."""
+        """Draws the mixing of a step's batch."""
         chance = np.random.default_rng([self.seed, epoch, step])
         boxes = bool(self.cutmix) and (not self.mixup or chance.random() < 0.5)
         a = self.cutmix if boxes else self.mixup

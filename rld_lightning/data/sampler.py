@@ -1,8 +1,8 @@
-"""Which samples a process sees in which step, as a function of the seed, the epoch and nothing else.
+"""Assigns samples to processes and steps, as a function of the seed and the epoch only.
 
-Everything random is drawn for the whole epoch and all processes, and belongs to a *position* in the epoch; a process
-then takes its share of the positions. So runs with one and with many processes see the same global batches, a resumed
-run sees the batches it would have seen, and evaluation never touches the random state of training.
+Everything random is drawn for the whole epoch and all processes, and belongs to a *position* in the epoch; each process
+then uses its share of the positions. So global batches do not depend on the number of processes, a resumed run gets the
+batches that it would have had, and evaluation never changes the random state of training.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from torch.utils.data import SequentialSampler
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Makes the CPU generator that everything random in an epoch is drawn from.
+    """Creates the CPU generator for everything random in an epoch.
 
-    The pair is hashed: with ``seed + epoch``, epoch 1 of seed 0 would replay epoch 0 of seed 1. Four bytes are all that
-    PyTorch's CPU generator (MT19937) keeps of a seed.
+    The pair is hashed: with ``seed + epoch``, epoch 1 of seed 0 would repeat epoch 0 of seed 1. PyTorch's CPU generator
+    (MT19937) uses only four bytes of a seed.
     """
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -29,10 +29,10 @@ def _permute(size: int, generator: torch.Generator) -> Tensor:
 
 
 def share_of_batch(batch_size: int, world_size: int) -> int:
-    """How many samples of a global batch each process takes.
+    """Returns the number of samples of a global batch for each process.
 
     Raises:
-        ValueError: they cannot share it equally.
+        ValueError: the batch cannot be divided equally.
     """
     share, remainder = divmod(batch_size, world_size)
     if remainder or share < 1:
@@ -46,23 +46,22 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
 class EpochSampler(SequentialSampler):
     """The positions of an epoch that one process visits, step by step.
 
-    (It is no ``SequentialSampler`` of PyTorch but in name: any other one Lightning would replace for
+    (It derives from PyTorch's ``SequentialSampler`` in name only, because Lightning would replace any other sampler for
     ``overfit_batches``.)
 
     Args:
         size: N, the number of samples in the split.
-        batches: for each step, the positions in [0, N) that this process takes, int64 ``(B,)``.
-        seed: seed of everything that is drawn for the epoch.
-        shuffle: whether the samples are permuted before positions are given out.
+        batches: for each step, the positions in [0, N) of this process, int64 ``(B,)``.
+        seed: seed of everything drawn for the epoch.
+        shuffle: whether the samples are permuted before they are assigned to positions.
 
     Attributes:
-        positions: the positions of all steps, one after the other, int64 ``(M,)``.
+        positions: the positions of all steps, concatenated, int64 ``(M,)``.
         steps: for each step, its slice of ``positions``.
-        epoch: the epoch that the next iteration draws.
-        permute: how samples are permuted: given N and a generator, an order ``(N,)`` int64. Any order is as
-            likely as any other, unless a data set replaces this.
-        repeat: whether each epoch has the order of epoch 0, as where the same few batches are to be learnt by heart;
-            what else is drawn is new in each.
+        epoch: the epoch of the next iteration.
+        permute: returns an order ``(N,)`` int64, given N and a generator. Uniform, unless a data set replaces it.
+        repeat: whether each epoch has the order of epoch 0, to overfit on the same few batches; everything else is
+            drawn anew in each.
     """
 
     def __init__(self, size: int, batches: list[Tensor], *, seed: int = 0, shuffle: bool = False) -> None:
@@ -88,11 +87,11 @@ class EpochSampler(SequentialSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> "EpochSampler":
-        """Cuts an epoch into global batches of ``batch_size`` and takes the equal share of ``rank`` from each.
+        """Divides an epoch into global batches of ``batch_size``, and each of them equally between the ranks.
 
-        The last, smaller batch is shared equally too, because distributed training averages the gradients of the
-        processes with equal weight; where it does not divide, it is filled up from the start of the epoch. So it is
-        where a process would get a single image, of which batch norm knows no variance, unless all batches are such.
+        The last, smaller batch is divided equally too, because distributed training averages the gradients of the
+        processes with equal weight. If it is not divisible, it is filled with samples from the start of the epoch;
+        likewise if a process would get a single image, for which batch norm has no variance, unless all batches are so.
         """
         share = share_of_batch(batch_size, world_size)
         full, rest = divmod(size, batch_size)
@@ -109,11 +108,10 @@ class EpochSampler(SequentialSampler):
 
     @classmethod
     def for_evaluation(cls, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> "EpochSampler":
-        """Shares out every sample exactly once, in order, with the same number of steps on every process.
+        """Assigns every sample exactly once, in order, with the same number of steps for every process.
 
-        The global batches are made as equal as possible instead of leaving a small one at the end (10,000 images at 512
-        are 20 batches of 500): then each of them has a sample for every process, and no process runs dry while others
-        wait for it in a collective.
+        The global batches are as equal as possible, without a small one at the end (10,000 images at 512 are 20 batches
+        of 500). So each of them has a sample for every process, and no process ends while others wait in a collective.
         """
         if batch_size < 1:
             raise ValueError(f"eval_batch_size={batch_size} must be at least 1.")
@@ -128,14 +126,14 @@ class EpochSampler(SequentialSampler):
         return len(self.steps)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration draws; Lightning calls this before each epoch."""
+        """Sets the epoch of the next iteration; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def draw_order(self) -> tuple[Tensor, torch.Generator]:
-        """Draws which sample stands at each position of the epoch.
+        """Draws the sample at each position of the epoch.
 
         Returns:
-            the order ``(N,)`` int64, and the generator to draw the augmentation of the N positions from.
+            the order ``(N,)`` int64, and the generator for the augmentation of the N positions.
         """
         generator = epoch_generator(self.seed, self.epoch)
         if not self.shuffle:
