@@ -113,7 +113,7 @@ def test_a_full_disk_ends_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("os.pwrite", full)
     monkeypatch.setattr("rld_lightning.tasks.teacher.fill_cache._BATCH", {"cpu": 9})
     data = ready(SmallDigits())
-    with pytest.warns(UserWarning, match="no more of the teacher's logits are kept"):
+    with pytest.warns(UserWarning, match="no more of the teacher's logits are stored"):
         fill_table(teacher_with(tmp_path / "table", data), data, trainer())
     computed = int(re.search(r"([\d,]+) views computed", capsys.readouterr().out)[1].replace(",", ""))
     assert computed < data.train_size * 9 / 2
