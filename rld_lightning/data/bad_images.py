@@ -1,4 +1,4 @@
-"""Saying once which image files cannot be read."""
+"""Reports image files that cannot be read, each once."""
 
 import logging
 from collections.abc import Iterable
@@ -16,26 +16,26 @@ logger = logging.getLogger(__name__)
 
 
 class BadImage(NamedTuple):
-    """A file that cannot be read, and why."""
+    """A file that cannot be read, and the reason."""
 
     path: str
     reason: str
 
 
 def _printable(image: BadImage) -> BadImage:
-    """With a path and a reason of a single line, which no terminal obeys."""
+    """Returns path and reason as single lines without control characters."""
     return BadImage(printable(image.path).replace("\n", "\\n"), printable(image.reason))
 
 
 class BadImageReport:
-    """Logs each bad image once, however many workers, epochs and processes stumble over it.
+    """Logs each bad image once over all workers, epochs and processes.
 
-    Workers hand what they find to their training process, which reports it here. The processes of a run know of each
-    other's finds by a file of ``path<TAB>reason`` lines, which is also the list for the user. Only the first
-    ``MOST_LOGGED`` are logged one by one if there is a file.
+    Workers pass bad images to their training process, which reports them here. The processes of a run share a file of
+    ``path<TAB>reason`` lines, which is also the list for the user. If there is a file, only the first ``MOST_LOGGED``
+    are logged individually.
 
     Args:
-        file: where to list the images; ``None`` lists them nowhere, and each process then reports for itself.
+        file: lists the images; with ``None`` there is no list, and each process reports separately.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -43,11 +43,11 @@ class BadImageReport:
         self.known: set[str] = set()
 
     def add(self, images: Iterable[BadImage], consequence: str) -> None:
-        """Reports the images that are not known yet.
+        """Reports the images that were not reported yet.
 
         Args:
-            images: what was found.
-            consequence: what is done about them, which ends the message.
+            images: the bad images.
+            consequence: how they are handled, which ends the message.
         """
         new = {image.path: image for image in map(_printable, images) if image.path not in self.known}
         if not new:
@@ -62,7 +62,7 @@ class BadImageReport:
                 logger.warning("More than %d images cannot be read: see %s", MOST_LOGGED, self.file)
 
     def _enter(self, file: Path, new: dict[str, BadImage]) -> dict[str, BadImage]:
-        """Appends to the file what no process has entered yet, and returns that."""
+        """Appends the images that no process has listed yet to the file, and returns them."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if file.exists():

@@ -1,4 +1,4 @@
-"""What is done to an image that a network is to judge: evaluation, prediction and exports do the same."""
+"""The transform of evaluation images, shared by evaluation, prediction and exports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from torch import Tensor
 from torchvision.transforms import v2
 
-# An image that is longer than so many times its shorter side is cut to that before it is resized, since it would take
-# as much memory as its other side asks for: 256 x 768,000 pixels for one of 2 x 6,000.
+# A longer aspect ratio is cropped to this one before resizing, which would otherwise take unbounded memory: an image of
+# 2 x 6,000 would be resized to 256 x 768,000 pixels.
 MOST_ASPECT = 32
 
 
 class CentreCrop(v2.Transform):
-    """``v2.Resize`` of the shorter side and then ``v2.CenterCrop``, of an image of any aspect in bounded memory.
+    """``v2.Resize`` of the shorter side, then ``v2.CenterCrop``, in bounded memory for any aspect ratio.
 
     Args:
-        resize: what the shorter side becomes.
+        resize: length of the shorter side after resizing.
         size: height and width of the result.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
     """
@@ -27,7 +27,7 @@ class CentreCrop(v2.Transform):
         self.interpolation = v2.InterpolationMode(interpolation)
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """Resizes and cuts out."""
+        """Resizes and crops."""
         longest = MOST_ASPECT * min(inpt.shape[-2:])
         if max(inpt.shape[-2:]) > longest:
             inpt = v2.functional.center_crop(inpt, [min(side, longest) for side in inpt.shape[-2:]])

@@ -38,14 +38,14 @@ willow_tree wolf woman worm
 class CIFAR100DataModule(InMemoryDataModule):
     """CIFAR-100 in torchvision's file layout, ``root/cifar-100-python/{train,test,meta}``.
 
-    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The files are pickles, so nothing
-    is read from them before their MD5 is the published one. Mean and standard deviation are those of the published
-    distillation code (mdistiller, after RepDistiller), so that their teachers see what they were trained on.
+    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The files are pickles, so each
+    is only read if its MD5 is the published one. Mean and standard deviation are those of the published distillation
+    code (mdistiller, after RepDistiller), so that its teachers get the normalisation of their training.
 
     Args:
         root: folder of the data set.
-        download: whether to download what is missing.
-        url: address of ``cifar-100-python.tar.gz``, if not its home page; the same file is expected.
+        download: whether to download missing files.
+        url: URL of ``cifar-100-python.tar.gz``, if not its home page's; must be the same file.
         options: see :class:`~rld_lightning.data.in_memory.InMemoryDataModule`.
     """
 
@@ -67,14 +67,14 @@ class CIFAR100DataModule(InMemoryDataModule):
         self.url = url or URL
 
     def prepare_data(self) -> None:
-        """Downloads and unpacks the data set if a file is missing, in one process at a time."""
+        """Downloads and unpacks the data set if a file is missing; one process at a time."""
         if not self._missing():
             return
         if not self.download:
             raise FileNotFoundError(f"CIFAR-100 is missing and download=False: {self._how_to_place()}")
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / f"{FOLDER}.lock"):
-            if not self._missing():  # another process was faster
+            if not self._missing():  # another process has unpacked it
                 return
             archive = self.root / ARCHIVE
             if archive.exists():
@@ -84,12 +84,12 @@ class CIFAR100DataModule(InMemoryDataModule):
             self._unpack(archive)
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Reads a split, images uint8 ``(N, 32, 32, 3)`` and fine labels int64 ``(N,)``, after checking its MD5."""
+        """Checks the MD5 of a split and reads it: images uint8 ``(N, 32, 32, 3)`` and fine labels int64 ``(N,)``."""
         split = "train" if train else "test"
         path = self.root / FOLDER / split
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: call prepare_data(), or {self._how_to_place()}")
-        # Checksum and pickle are taken from the same bytes: the file may not change in between.
+        # Checksum and unpickle the same bytes, as the file may change in between.
         content = path.read_bytes()
         _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), FILE_MD5[split])
         entry = pickle.loads(content, encoding="latin1")
@@ -105,15 +105,15 @@ class CIFAR100DataModule(InMemoryDataModule):
         )
 
     def _unpack(self, archive: Path) -> None:
-        """Copies the three files out of the archive, each appearing under its name only when it is complete."""
+        """Extracts the three files from the archive, each atomically."""
         folder = self.root / FOLDER
         folder.mkdir(exist_ok=True)
         with tarfile.open(archive) as tar:
             for name, md5 in FILE_MD5.items():
                 part = folder / f"{name}.part"
-                part.unlink(missing_ok=True)  # it may be a link, in a folder that came from elsewhere
+                part.unlink(missing_ok=True)  # in a copied folder it may be a symbolic link
                 source = tar.extractfile(f"{FOLDER}/{name}")
-                assert source is not None  # a regular file, as the checksum of the archive says
+                assert source is not None  # a regular file in the archive with this checksum
                 with source, part.open("wb") as target:
                     shutil.copyfileobj(source, target)
                 _check_md5(part, file_md5(part), md5)

@@ -1,13 +1,13 @@
-"""Turning the bytes of an image file into uint8 RGB.
+"""Decodes image files to uint8 RGB.
 
-torchvision's own decoders need less time than Pillow for JPEG and WebP files, and give the same pixels, bit for bit.
-Pillow reads the rest: other formats, animations, and a JPEG at a fraction of its size. PNG is among them although
-torchvision would need a sixth less time, since one wrong bit in the pixels of a PNG ends torchvision 0.29, and with it
-the process, in a segmentation fault. Since 0.29 torchvision announces that its decoders will move to TorchCodec; where
-they are gone, Pillow reads everything.
+torchvision's decoders are faster than Pillow for JPEG and WebP files, with the same pixels, bit for bit. Pillow reads
+everything else: other formats, animations, and JPEGs at reduced size. PNG is among them although torchvision would take
+a sixth less time, since one wrong bit in the pixels of a PNG crashes torchvision 0.29, and the process, with a
+segmentation fault. Since 0.29 torchvision announces that its decoders will move to TorchCodec; if they are missing,
+Pillow reads everything.
 
-Whatever decodes, the header is read first, by the code below: it says how many pixels there will be, before any is
-allocated, and how the camera was held, which none of the decoders heeds.
+The code below always reads the header first, for the number of pixels, before any is allocated, and for the EXIF
+orientation, which none of the decoders applies.
 """
 
 import os
@@ -26,24 +26,24 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 DECODERS = ("auto", "pil", "cuda")
-# What the JPEG library can scale by while it decodes, for a fraction of the time.
+# Factors by which the JPEG library can reduce the size while decoding, which saves time.
 REDUCTIONS = (8, 4, 2)
 # A small file can claim any size. The largest cameras have 102 (medium format) and 108 (phones) million pixels.
 MOST_PIXELS = 128_000_000
 # No panorama is longer; Pillow takes three times the memory for lines of one pixel.
 _LONGEST_SIDE = 1 << 17
-_MOST_PNG_CHUNKS = 1 << 16  # of what a file is made of: 8 KB of pixels, as a rule
-# As many in RGBA of 16 bits, uncompressed: a longer file is no image that would be decoded.
+_MOST_PNG_CHUNKS = 1 << 16  # a chunk usually has 8 KB of pixels
+# The size of MOST_PIXELS as uncompressed 16-bit RGBA: a longer file would not be decoded.
 MOST_BYTES = 8 * MOST_PIXELS
-# What Pillow may read. It knows more, such as EPS, which is a program that it would have Ghostscript run.
+# Formats that Pillow may read. It supports more, such as EPS, which is a program that it would run in Ghostscript.
 FORMATS = frozenset(
     ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 )
-# So much of a JPEG file is searched for its size, which a stranger's file may hide behind any number of fill bytes.
+# How much of a JPEG file is searched for its size, which a malicious file may place after any number of fill bytes.
 _MOST_HEADER_BYTES = 1 << 24
 _TORCHVISION_FORMATS = ("JPEG", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag
-# For each value of it but 1: whether rows and columns change places, and which sides are then flipped.
+# For each orientation except 1: whether to transpose, and which dimensions to flip afterwards.
 _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     2: (False, (-1,)),
     3: (False, (-2, -1)),
@@ -58,14 +58,14 @@ _torchvision_decode = getattr(torchvision.io, "decode_image", None)
 
 
 class BadImageError(ValueError):
-    """An image that cannot be read; its text is the reason."""
+    """Raised for an image that cannot be read; the message is the reason."""
 
 
 class Header(NamedTuple):
-    """What the first bytes of an image file say.
+    """The header of an image file.
 
-    ``height`` and ``width`` are those of the image as it is shown, ``orientation`` (1 to 8, as in EXIF) is how what the
-    file holds must be turned to that.
+    ``height`` and ``width`` are those of the displayed image, after applying ``orientation`` (1 to 8, as in EXIF) to
+    the stored one.
     """
 
     format: str
@@ -75,13 +75,13 @@ class Header(NamedTuple):
 
 
 def read_file(path: str) -> Tensor:
-    """The bytes of a regular file, uint8 ``(N,)``.
+    """Reads the bytes of a regular file, uint8 ``(N,)``.
 
     Raises:
         BadImageError: the file cannot be read, is a pipe or a device, or is longer than ``MOST_BYTES``.
     """
     try:
-        # Opening a pipe would otherwise wait for somebody to write into it.
+        # Otherwise opening a pipe would wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -94,20 +94,20 @@ def read_file(path: str) -> Tensor:
 
 
 def read_header(content: Tensor) -> Header:
-    """Reads the size of an image and how it has to be turned, without decoding it.
+    """Reads an image's format, size and orientation, without decoding it.
 
     Args:
         content: the bytes of the file, uint8 ``(N,)``.
 
     Raises:
-        BadImageError: there is no image in the bytes, or one of more than ``MOST_PIXELS``.
+        BadImageError: the bytes are not an image, or one of more than ``MOST_PIXELS``.
     """
     data = content.numpy().tobytes()
     header = _jpeg_header(data[:_MOST_HEADER_BYTES]) or _png_header(data)
     if header is None:
         with _pillow_errors(data), _open(data) as image:
             _check_size(image.height, image.width)
-            # Pillow itself turns a TIFF file when it loads it.
+            # Pillow itself applies a TIFF file's orientation when loading it.
             exif = b"" if image.format == "TIFF" else image.info.get("exif", b"")
             header = _turned_header(str(image.format), image.height, image.width, _exif_orientation(exif))
     _check_size(header.height, header.width)
@@ -115,19 +115,19 @@ def read_header(content: Tensor) -> Header:
 
 
 def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1, header: Header | None = None) -> Tensor:
-    """Decodes an image of any mode of 8 bits (grey, palette, alpha, CMYK), or of 16, of which it keeps the upper 8.
+    """Decodes an image of any 8-bit mode (grey, palette, alpha, CMYK), or of 16 bits, of which the upper 8 are kept.
 
     Args:
         content: the bytes of the file, uint8 ``(N,)``.
-        decoder: ``"pil"`` for Pillow alone, otherwise torchvision where it can.
-        reduction: what to divide height and width by, one of :data:`REDUCTIONS` or 1, if the file is a JPEG.
-        header: what :func:`read_header` has read from the file, if it was called.
+        decoder: ``"pil"`` for Pillow only, otherwise torchvision where possible.
+        reduction: divisor of height and width for JPEG files, one of :data:`REDUCTIONS` or 1.
+        header: the result of :func:`read_header`, if it was called before.
 
     Returns:
-        RGB values, uint8 ``(3, H, W)``, upright as the EXIF orientation says; the first image of an animation.
+        RGB values, uint8 ``(3, H, W)``, with the EXIF orientation applied; of an animation the first image.
 
     Raises:
-        BadImageError: there is no such image in the bytes, or one of more than ``MOST_PIXELS``.
+        BadImageError: the bytes are not such an image, or one of more than ``MOST_PIXELS``.
     """
     if header is None:
         header = read_header(content)
@@ -140,7 +140,7 @@ def decode_image(content: Tensor, decoder: str = "auto", reduction: int = 1, hea
 
 
 def turn(image: Tensor, orientation: int) -> Tensor:
-    """Turns an image ``(..., H, W)`` upright, given the EXIF orientation (1 to 8) of its file."""
+    """Applies the EXIF orientation (1 to 8) of its file to an image ``(..., H, W)``."""
     if orientation == 1:
         return image
     transpose, flips = _TURNS[orientation]
@@ -164,7 +164,7 @@ def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor | 
 
     Args:
         contents: the bytes of each file, uint8 ``(N,)``, on the CPU.
-        device: where to decode.
+        device: the device to decode on.
 
     Returns:
         RGB values of each, uint8 ``(3, H, W)``, on the device; ``None`` for one that cannot be decoded there.
@@ -190,7 +190,7 @@ def _decode_with_torchvision(content: Tensor) -> Tensor | None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        return None  # an animation, or damaged: Pillow reads it, or says what is wrong
+        return None  # an animation, or damaged: Pillow reads it or reports the error
     return image if image.dtype == torch.uint8 and image.ndim == 3 else None
 
 
@@ -199,7 +199,7 @@ def _decode_with_pillow(content: Tensor, reduction: int) -> Tensor:
     with _pillow_errors(data), _open(data) as image:
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
-        # Pillow would clip 16 bits to white. PNG and PPM have no more than these, whatever Pillow calls the mode.
+        # Pillow would clip 16 bits to white. PNG and PPM have at most 16 bits, even if Pillow's mode is "I".
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             grey = torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8))
             return grey.expand(3, *grey.shape).contiguous()
@@ -209,7 +209,7 @@ def _decode_with_pillow(content: Tensor, reduction: int) -> Tensor:
 
 
 def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():  # our own limit is stated in an error
+    with warnings.catch_warnings():  # our own limit raises an error instead
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(BytesIO(data))
     if image.format not in FORMATS:
@@ -225,14 +225,14 @@ def _pillow_errors(data: bytes) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise BadImageError(f"more than {MOST_PIXELS:,} pixels") from error
-    # Damaged files make Pillow's readers raise almost anything: OSError, SyntaxError, struct.error, IndexError, ...
+    # Pillow raises almost anything for damaged files: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         reason = str(error) if data else "the file is empty"
         raise BadImageError(reason.split(" <_io.")[0] or type(error).__name__) from error
 
 
 def _jpeg_header(data: bytes) -> Header | None:
-    """The header of a JPEG file, found as the JPEG library finds it; ``None`` for what does not look like one."""
+    """Reads the header of a JPEG file like the JPEG library; ``None`` if it does not look like one."""
     if data[:2] != b"\xff\xd8":
         return None
     at, exif = 2, b""
@@ -241,9 +241,9 @@ def _jpeg_header(data: bytes) -> Header | None:
             at += 1
         marker = int.from_bytes(data[at : at + 1])
         at += 1
-        if marker <= 0x01 or 0xD0 <= marker <= 0xD7:  # nothing follows these
+        if marker <= 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
             continue
-        if marker in (0xD9, 0xDA):  # the end, or pixels before their size was said
+        if marker in (0xD9, 0xDA):  # the end, or pixels before their size
             return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
             if len(data) < at + 7:
@@ -258,13 +258,13 @@ def _jpeg_header(data: bytes) -> Header | None:
 
 
 def _png_header(data: bytes) -> Header | None:
-    """The header of a PNG file; ``None`` for what does not look like one."""
+    """Reads the header of a PNG file; ``None`` if it does not look like one."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
         return None
     at, chunks = 8, 0
-    while data[at + 4 : at + 8] not in (b"", b"eXIf"):  # which may come before the pixels or after them
+    while data[at + 4 : at + 8] not in (b"", b"eXIf"):  # eXIf may be before or after the pixels
         at += 12 + int.from_bytes(data[at : at + 4])
-        if (chunks := chunks + 1) > _MOST_PNG_CHUNKS:  # each costs Pillow more than a page of pixels
+        if (chunks := chunks + 1) > _MOST_PNG_CHUNKS:  # each costs Pillow more than a memory page of pixels
             raise BadImageError(f"it is cut into more than {_MOST_PNG_CHUNKS:,} chunks")
     exif = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4])]
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
@@ -274,7 +274,7 @@ def _png_header(data: bytes) -> Header | None:
 def _exif_orientation(exif: bytes) -> object:
     if not exif:
         return None
-    # Pillow warns of damaged tags or raises almost anything, which is no reason not to show the image.
+    # For damaged tags Pillow warns or raises almost anything; the image can still be used.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,4 +1,4 @@
-"""Digits: 1,797 hand-written digits of 8x8 pixels that come with scikit-learn. Trains in seconds, needs no download."""
+"""Digits: 1,797 hand-written digits of 8x8 pixels from scikit-learn. Trains in seconds, without a download."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.data.stratified import stratified_split
 
-# The data set has no official test split; this one is the same for every seed, so that results can be compared.
+# There is no official test split; this one is the same for every seed, so that results are comparable.
 TEST_FRACTION = 0.2
 TEST_SEED = 0
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -22,8 +22,8 @@ class DigitsDataModule(InMemoryDataModule):
     :func:`sklearn.datasets.load_digits`. Mean and standard deviation are those of the training part at 8x8 pixels.
 
     Args:
-        image_size: side of the images; other sizes than 8 are resized bilinearly.
-        padding: black pixels around a training image before it is cropped.
+        image_size: height and width of the images; resized bilinearly if not 8.
+        padding: black pixels added around a training image before cropping.
         flip: whether training images are mirrored; digits are not mirror symmetric.
         options: see :class:`~rld_lightning.data.base.ImageDataModule`.
     """
@@ -41,11 +41,11 @@ class DigitsDataModule(InMemoryDataModule):
         self.image_shape = (3, image_size, image_size)
 
     def read_split(self, train: bool) -> tuple[Tensor, Tensor]:
-        """The fixed 80% for training or the remaining 20%, the same classes in both.
+        """Returns the fixed 80% for training or the remaining 20%, stratified.
 
         Grey values 0..16 are scaled to 0..255.
         """
-        from sklearn.datasets import load_digits  # a second that other data sets need not wait
+        from sklearn.datasets import load_digits  # here, as the import takes a second
 
         digits = load_digits()
         labels = torch.from_numpy(digits.target).long()

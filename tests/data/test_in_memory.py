@@ -354,7 +354,7 @@ def test_sizes_before_setup_say_what_to_call():
 def test_images_of_several_batches_made_together_are_the_same(strong_view, monkeypatch):
     expected = train_epoch(strong_view=strong_view)
     monkeypatch.setattr(
-        "rld_lightning.data.in_memory.InMemoryLoader._together",
+        "rld_lightning.data.in_memory.InMemoryLoader._step_groups",
         lambda _, steps: [steps[first : first + 3] for first in range(0, len(steps), 3)],
     )
     together = train_epoch(strong_view=strong_view)
