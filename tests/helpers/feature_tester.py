@@ -222,7 +222,7 @@ class FeatureTester:
         missing += [f"{path} of the teacher" for path in loss.teacher_taps]
         logits, label = torch.randn(4, CLASSES), torch.arange(4)
         for arguments in [(logits, logits, label), (StepContext(ModelOutput(logits), ModelOutput(logits), label),)]:
-            with pytest.raises(ValueError, match="looks inside the networks") as error:
+            with pytest.raises(ValueError, match="needs features that the step lacks") as error:
                 loss(*arguments)
             said = str(error.value)
             assert all(one in said for one in missing)

@@ -46,12 +46,12 @@ def test_temperature():
     largest = torch.cat([student, teacher], -1).abs().amax(-1, keepdim=True).detach()
     assert_close(both, 1.3660254037844386 * largest)
     assert_close(adaptive_temperature(student, teacher, "teacher"), 1.3660254037844386 * teacher.abs().amax(-1, True))
-    # A large negative logit counts as a large one.
+    # The absolute value counts.
     assert adaptive_temperature(torch.zeros(1, 3), torch.tensor([[1.0, -4.0, 3.0]]), "both").item() > 5
 
 
 @pytest.mark.parametrize("source", ["both", "teacher"])
-def test_is_kd_of_each_sample_at_its_own_temperature(source):
+def test_equals_kd_with_a_temperature_per_sample(source):
     student, teacher, _ = batch()
     terms = atkd_loss(student, teacher, source=source, reduction="none")["atkd"]
     z = [torch.stack([zscore(row) for row in logits]) for logits in (student, teacher)]
@@ -60,7 +60,7 @@ def test_is_kd_of_each_sample_at_its_own_temperature(source):
         assert_close(terms[i], kd_loss(*sample, temperature=temperature, logit_standardization=True)["kd"])
 
 
-def test_scale_and_offset_of_either_network_do_not_matter():
+def test_is_invariant_to_scale_and_offset_of_either_network():
     student, teacher, label = batch()
     expected = atkd_loss(student, teacher, label)
     assert_close(atkd_loss(5 * student - 3, 0.5 * teacher + 1, label), expected, rtol=1e-6, atol=0)

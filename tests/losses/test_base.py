@@ -17,7 +17,7 @@ from rld_lightning.losses.base import cross_entropy
 
 
 class Distance(DistillationLoss):
-    """A method of a few lines, as a user would write it."""
+    """A minimal method, as a user would write it."""
 
     def __init__(self, weight=2.0, **base):
         super().__init__(**base)
@@ -28,7 +28,7 @@ class Distance(DistillationLoss):
         return {"distance": self.weight * (step.student.logits - step.teacher.logits).square().mean()}
 
 
-def test_a_method_of_ones_own():
+def test_a_user_defined_method():
     student, teacher, label = batch()
     distance = 2 * (student - teacher).square().mean()
     terms = Distance(ce_weight=0.5)(student, teacher, label)
@@ -70,7 +70,7 @@ def test_warmup_factor():
     assert [loss.warmup(epoch) for epoch in (1, 2, 3, 4, 5, None)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_warmup_scales_the_gradient_of_the_methods_own_terms_only():
+def test_warmup_scales_the_gradient_of_the_methods_terms_only():
     student, teacher, label = batch()
     gradients = []
     for epoch in (1, None):
@@ -88,7 +88,7 @@ def test_warmup_epochs_out_of_range(epochs):
         Distance(warmup_epochs=epochs)
 
 
-def test_method_is_outside_autocast():
+def test_terms_are_computed_outside_autocast():
     student, teacher, label = batch()
     types = []
 
@@ -112,7 +112,7 @@ def test_cross_entropy(dtype):
     assert_close(actual.double(), expected, rtol=1e-6 if dtype != torch.float64 else 1e-12, atol=0)
 
 
-def test_cross_entropy_of_maps_and_ignored_places():
+def test_cross_entropy_of_maps_and_ignored_positions():
     logits = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     label = torch.randint(5, (2, 3, 4))
     label[0, 0] = 255
@@ -121,7 +121,7 @@ def test_cross_entropy_of_maps_and_ignored_places():
     assert_close(cross_entropy(logits, label, ignore_index=255), expected)
 
 
-def test_cross_entropy_of_nothing():
+def test_cross_entropy_without_samples():
     logits = torch.randn(2, 5, requires_grad=True)
     loss = cross_entropy(logits, torch.full((2,), -100))
     loss.backward()
@@ -131,7 +131,7 @@ def test_cross_entropy_of_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
-def test_cross_entropy_wants_class_indices(dtype):
+def test_cross_entropy_requires_class_indices(dtype):
     with pytest.raises(ValueError, match=r"label must hold class indices \(integers\)"):
         cross_entropy(torch.randn(3, 2), torch.tensor([0, 1, 1], dtype=dtype))
 
@@ -149,7 +149,7 @@ def test_cross_entropy_wants_class_indices(dtype):
     ],
     ids=["column", "float", "soft", "tokens", "list", "tuple"],
 )
-def test_what_does_not_fit_is_refused_with_the_way_out(loss, change, message):
+def test_invalid_arguments_raise_with_a_hint(loss, change, message):
     student, label = change(torch.randn(8, 10), torch.arange(8))
     teacher = student if isinstance(student, torch.Tensor) else student[0]
     with pytest.raises(ValueError, match=message):
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(loss, change, message):
 
 
 @pytest.mark.parametrize("make", [Distance, lambda **base: CombinedLoss(a=Distance(), b=Distance(), **base)])
-def test_smoothed_labels_are_torchs_and_the_cross_entropys_alone(make):
+def test_label_smoothing_is_pytorchs_and_affects_only_the_cross_entropy(make):
     student, teacher, label = batch()
     plain, smooth = (make(label_smoothing=share)(student, teacher, label) for share in (0.0, 0.1))
     theirs = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(student, label)
@@ -170,7 +170,7 @@ def test_smoothed_labels_are_torchs_and_the_cross_entropys_alone(make):
         Distance(label_smoothing=1.0)
 
 
-def test_smoothed_labels_with_ignored_ones_and_of_pixels():
+def test_label_smoothing_with_ignored_labels_and_of_pixels():
     student, label = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randint(5, (2, 3, 4))
     label[0, 0] = -100
     expected = torch.nn.functional.cross_entropy(student, label, label_smoothing=0.2)

@@ -26,7 +26,7 @@ def test_ignored_samples():
     assert_close(CELoss(ignore_index=7)(student, None, label), CELoss()(student[kept], None, label[kept]))
 
 
-def test_what_it_refuses():
+def test_invalid_arguments_raise():
     student, _, label = batch()
     with pytest.raises(ValueError, match="call the loss with"):
         CELoss()(student)

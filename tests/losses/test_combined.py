@@ -19,7 +19,7 @@ def step(loss, teacher, student, epoch=None):
     return StepContext(ModelOutput(*forward_with_taps(student, images, loss.student_taps)), theirs, label, epoch=epoch)
 
 
-def test_it_is_the_weighted_sum_with_one_cross_entropy():
+def test_is_the_weighted_sum_with_one_cross_entropy():
     batch = logits()
     rld, kd = RLDLoss(alpha=2.0), KDLoss(ce_weight=0.1)
     alone, soft = rld(*batch), kd(*batch)
@@ -28,11 +28,11 @@ def test_it_is_the_weighted_sum_with_one_cross_entropy():
     assert_close(terms, expected)
 
 
-def test_a_term_called_like_its_loss_keeps_its_name():
+def test_a_term_with_the_name_of_its_loss_keeps_it():
     assert set(CombinedLoss(kd=KDLoss(), rld=RLDLoss())(*logits())) == {"ce", "kd", "rld/scd", "rld/mcd"}
 
 
-def test_every_part_warms_up_by_itself():
+def test_each_loss_has_its_own_warmup():
     combined = CombinedLoss(rld=RLDLoss(warmup_epochs=4), kd=KDLoss())
     student, teacher, label = logits()
     full = combined(student, teacher, label)
@@ -40,7 +40,7 @@ def test_every_part_warms_up_by_itself():
     assert_close(first, {name: term * (0.25 if name.startswith("rld") else 1) for name, term in full.items()})
 
 
-def test_features_are_collected_once_for_all_parts():
+def test_shared_features_are_collected_once():
     teacher, student = create_model("resnet14", 10).eval(), create_model("resnet8", 10)
     combined = CombinedLoss(rld=RLDLoss(), at=ATLoss(), twin=ATLoss(power=1.0))
     combined.connect(student, teacher, (3, 32, 32), torch.arange(10))
@@ -55,7 +55,7 @@ def test_features_are_collected_once_for_all_parts():
     assert student.layer1[0].conv1.weight.grad.abs().sum() > 0
 
 
-def test_what_the_parts_need_and_learn_is_the_combinations():
+def test_requirements_and_parameters_are_those_of_all_losses():
     learnable = KDLoss()
     learnable.scale = nn.Parameter(torch.ones(()))
     learnable.needs_strong_view = True
@@ -69,7 +69,7 @@ def test_what_the_parts_need_and_learn_is_the_combinations():
     assert not CombinedLoss(a=CELoss(), b=CELoss()).needs_teacher
 
 
-def test_weight_zero_leaves_a_part_out():
+def test_weight_zero_removes_a_loss():
     unused = KDLoss()
     unused.scale = nn.Parameter(torch.ones(()))
     combined = CombinedLoss(kd=unused, rld=RLDLoss(), weights={"kd": 0})
@@ -77,7 +77,7 @@ def test_weight_zero_leaves_a_part_out():
     assert not list(combined.parameters())
 
 
-def test_it_says_what_is_summed():
+def test_describe_names_the_sum():
     text = CombinedLoss(rld=RLDLoss(), at=ATLoss(), weights={"at": 0.5}).describe()
     assert text.startswith("1 * CE + 1 * RLDLoss(")
     assert " + 0.5 * ATLoss(" in text
@@ -93,12 +93,12 @@ def test_it_says_what_is_summed():
         ({"kd": KDLoss(), "rld": RLDLoss(), "ce_weight": -1.0}, "ce_weight=-1.0"),
     ],
 )
-def test_wrong_combinations_are_refused(arguments, message):
+def test_invalid_combinations_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         CombinedLoss(**arguments)
 
 
-def test_a_loss_with_a_cross_entropy_of_its_own_kind_is_refused():
+def test_a_loss_with_its_own_forward_raises():
     class Special(KDLoss):
         def forward(self, student, teacher=None, label=None):
             return super().forward(student, teacher, label)
@@ -107,7 +107,7 @@ def test_a_loss_with_a_cross_entropy_of_its_own_kind_is_refused():
         CombinedLoss(special=Special(), rld=RLDLoss())
 
 
-def test_what_it_passes_on_is_that_of_the_first_loss_that_changes_anything():
+def test_refined_logits_are_those_of_the_first_loss_that_changes_them():
     teacher, label = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([1])
     assert_close(CombinedLoss(kd=KDLoss(), rld=RLDLoss()).refined(teacher, label), RLDLoss().refined(teacher, label))
     assert CombinedLoss(kd=KDLoss(), ce=CELoss()).refined(teacher, label) is None

@@ -22,7 +22,7 @@ def ctkd_at_the_start(
     ignore_index=-100,
     reduction="mean",
 ):
-    """The function with the hyper-parameters of the module, whose temperature it takes."""
+    """The function with the module's hyper-parameters and temperature."""
     temperature = CTKDLoss(
         lowest_temperature=lowest_temperature,
         temperature_range=temperature_range,
@@ -105,7 +105,7 @@ def test_the_gradient_of_theta_is_reversed_and_scaled(epoch):
     assert_close(loss.theta.grad, loss.curriculum(epoch) * theta.grad, rtol=1e-5, atol=0)
 
 
-def test_a_step_on_theta_raises_the_loss():
+def test_a_step_on_theta_increases_the_loss():
     loss = CTKDLoss()
     optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
     before = loss(context())["ctkd"]
@@ -114,7 +114,7 @@ def test_a_step_on_theta_raises_the_loss():
     assert loss(context())["ctkd"] > before
 
 
-def test_the_student_is_not_reversed():
+def test_the_students_gradient_is_not_reversed():
     student, teacher, label = batch()
     loss = CTKDLoss(ce_weight=0.0)
     actual = LossTester.value_and_gradient(loss, student, teacher, label)[1]
@@ -125,7 +125,7 @@ def test_the_student_is_not_reversed():
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_temperature_has_a_gradient_everywhere(standardize):
+def test_temperature_gradient_through_distributions_and_factor(standardize):
     student, teacher, label = batch()
 
     def term(student, temperature):

@@ -32,7 +32,7 @@ class TestDIST(LossTester):
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_student_with_the_teachers_logits(self, dtype, hyper):
-        """Almost 0: the published 1e-8 in the denominator is left."""
+        """Almost 0, because of the published 1e-8 in the denominator."""
         _, teacher, label = batch("teacher_wrong")
         teacher = teacher.to(dtype)
         terms, gradient = self.value_and_gradient(self.call, teacher, teacher, label, **hyper)
@@ -45,23 +45,23 @@ def test_defaults_are_those_of_the_authors_code():
     assert (loss.beta, loss.gamma, loss.temperature, loss.ce_weight, loss.warmup_epochs) == (2.0, 2.0, 4.0, 1.0, 1)
 
 
-def test_linear_relations_are_enough():
-    """Probabilities mixed with the uniform ones correlate fully; at temperature 1 logits of them are their logs."""
+def test_linearly_related_probabilities_have_no_loss():
+    """Probabilities mixed with uniform ones have correlation 1; at temperature 1, logits are log-probabilities."""
     _, teacher, label = batch()
     p = teacher.softmax(-1)
     terms = dist_loss((0.3 * p + 0.07).log(), teacher, label, temperature=1.0)
     assert all(term < 1e-4 for term in terms.values())
 
 
-def test_reversed_relations_are_the_worst():
+def test_reversed_probabilities_hand_worked():
     teacher = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], dtype=torch.float64).log()
     terms = dist_loss(teacher.flip(0), teacher, beta=1.0, gamma=1.0, temperature=1.0)
-    # Rows: the centred (5, -1, -4)/30 against (-4, -1, 5)/30: -39/42. Columns: -1, nothing in the middle one, -1.
+    # Rows: the centred (5, -1, -4)/30 against (-4, -1, 5)/30: -39/42. Columns: -1, 0 (constant), -1.
     assert terms["inter"].item() == pytest.approx(1 + 39 / 42, rel=1e-6)
     assert terms["intra"].item() == pytest.approx(5 / 3, rel=1e-6)
 
 
-def test_a_single_sample_has_no_relations_within_a_class():
+def test_intra_of_a_single_sample_is_constant():
     student, teacher, label = batch("one_sample")
     leaf = student.clone().requires_grad_()
     terms = dist_loss(leaf, teacher, label, gamma=2.0, temperature=3.0)
@@ -70,7 +70,7 @@ def test_a_single_sample_has_no_relations_within_a_class():
     assert (gradient == 0).all()
 
 
-def test_ignored_samples_count_for_nothing():
+def test_ignored_samples_have_no_effect():
     student, teacher, label = batch()
     ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
     label[ignored] = 255

@@ -1,4 +1,4 @@
-"""The derivatives worked out by hand against those of the formulas, of first and second order."""
+"""The hand-written gradients against those of the formulas, of first and second order."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def rows(dtype=torch.float64, scale=1.0, count=12, classes=7):
     generator = torch.Generator().manual_seed(0)
     student, teacher = scale * torch.randn(2, count, classes, generator=generator, dtype=torch.float64)
     drop = torch.rand(count, classes, generator=generator) < 0.5
-    drop[0], drop[1, 1:], drop[1, 0] = True, True, False  # nothing is left, and a single class
+    drop[0], drop[1, 1:], drop[1, 0] = True, True, False  # no class left, and a single one
     label = torch.randint(classes, (count,), generator=generator)
     return student.to(dtype).requires_grad_(), teacher.to(dtype), drop, label
 
@@ -62,14 +62,14 @@ def test_margin_kl(dtype, scale):
 @FLOATS
 def test_margins_of_the_teacher(dtype, scale):
     _, teacher, _, label = rows(dtype, scale)
-    teacher[1, 2] = teacher[1, 4] = teacher[1].max()  # shared by two or three
+    teacher[1, 2] = teacher[1, 4] = teacher[1].max()  # ties of two or three
     teacher[2] = 3.0
     teacher[3, 1:] = -1e12
     assert_close(margin(teacher, label), numerics.margin(teacher, label))
     assert_close(largest_margin(teacher), numerics.margin(teacher, teacher.argmax(-1)))
 
 
-def test_a_teacher_that_learns_has_its_gradient():
+def test_a_teacher_that_requires_a_gradient_receives_it():
     student, teacher, drop, _ = rows()
     teacher.requires_grad_()
     value = softmax_kl(teacher, student, drop.double()).sum()
@@ -91,7 +91,7 @@ def test_derivatives_of_higher_order():
         assert torch.autograd.gradgradcheck(function, student)
 
 
-def test_transforms_of_functions_see_the_formula():
+def test_torch_func_transforms_use_the_formula():
     student, teacher, _, label = rows()
     student = student.detach()
 
@@ -116,8 +116,8 @@ def test_marks(dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("classes", [100, 21841])
-def test_a_gpu_gives_what_the_cpu_gives(classes, compiled):
-    """In a few kernels, in blocks of rows, and fused by the compiler."""
+def test_gpu_and_cpu_agree(classes, compiled):
+    """Eagerly, in blocks of rows, and compiled."""
     student, teacher, _, label = rows(torch.float32, 3.0, count=1024, classes=classes)
     label[::5] = -100
     function = torch.compile(rld_loss) if compiled else rld_loss

@@ -30,7 +30,7 @@ def test_defaults_are_the_papers():
     assert (loss.alpha, loss.beta, loss.temperature, loss.ce_weight, loss.warmup_epochs) == (1.0, 8.0, 4.0, 1.0, 20)
 
 
-def test_kd_is_tckd_and_nckd_weighted_by_the_rest():
+def test_kd_is_tckd_plus_nckd_weighted_by_the_rest():
     """Equation 5 of the paper: KD = TCKD + (1 - p_y) NCKD, of every sample."""
     student, teacher, label = batch()
     options = {"temperature": 3.0, "reduction": "none"}

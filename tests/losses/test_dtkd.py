@@ -40,7 +40,7 @@ def test_temperatures():
     of_student, of_teacher = dynamic_temperatures(student, teacher, 4.0)
     assert of_student.shape == of_teacher.shape == (8, 1)
     assert_close(of_student + of_teacher, torch.full((8, 1), 8.0, dtype=torch.float64))
-    # In proportion to the largest logits: softened, both have the same one.
+    # In proportion to the largest logits, so that both softened largest logits are equal.
     assert_close((student / of_student).amax(-1), (teacher / of_teacher).amax(-1))
     pair = dynamic_temperatures(torch.tensor([[-9.0, 1.0]]), torch.tensor([[3.0, -4.0]]), 4.0)
     assert_close(torch.cat(pair), torch.tensor([[2.0], [6.0]]))
@@ -55,15 +55,15 @@ def test_equal_largest_logits_are_kd():
     assert_close(terms["kd"], kd_loss(student, teacher, temperature=4.0, reduction="none")["kd"])
 
 
-def test_the_temperatures_do_not_see_a_common_scale():
-    """Logits times c are then as a temperature divided by c, whose square stands in front."""
+def test_a_common_scale_acts_as_the_inverse_temperature():
+    """The temperatures do not change if all logits are multiplied by c: the same as T / c, up to the factor T^2."""
     student, teacher, _ = batch()
     scaled = dtkd_loss(3 * student, 3 * teacher, temperature=4.0)["dtkd"]
     assert_close(scaled, 9 * dtkd_loss(student, teacher, temperature=4 / 3)["dtkd"])
 
 
 def test_gradient_passes_through_the_temperatures():
-    """Along the student's scale: at fixed temperatures the derivative is another one."""
+    """The derivative along the student's scale differs from the one at fixed temperatures."""
     student, teacher, _ = batch()
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     dtkd = dtkd_loss(scale * student, teacher, temperature=4.0)["dtkd"]
@@ -86,12 +86,12 @@ def test_rows_without_a_positive_logit_stay_finite(offset, dtype):
         assert (temperature > 0).all()
         assert (temperature <= 8).all()
     if offset[0] == offset[1]:
-        # Both maxima count as the same: plain KD.
+        # Both maxima are clamped to the same value: plain KD.
         assert_close(terms["dtkd"], kd_loss(student, teacher, temperature=4.0)["kd"])
 
 
 def test_opposite_largest_logits():
-    """Their sum is 0, and the published code divides by it."""
+    """Their sum, by which the published code divides, is 0."""
     student, teacher = torch.tensor([[-2.0, -3.0]]), torch.tensor([[2.0, 1.0]])
     terms, gradient = LossTester.value_and_gradient(dtkd_loss, student, teacher, temperature=4.0)
     assert all(term.isfinite() for term in terms.values())

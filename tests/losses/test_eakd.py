@@ -9,7 +9,7 @@ from rld_lightning.losses import EADKDLoss, EAKDLoss, dkd_loss, eadkd_loss, eakd
 
 
 def naive_weight(student, teacher, temperature, bound):
-    """Of one sample; sums over classes of -p ln p, written with a product that is 0 at p = 0."""
+    """Of one sample: the sum over classes of -p ln p, which is 0 at p = 0."""
     entropies = [torch.special.entr((logits.detach() / temperature).softmax(-1)).sum() for logits in (teacher, student)]
     bound = math.log(len(student)) if bound is None else bound
     return (entropies[0] + entropies[0] * entropies[1] / bound) / 2
@@ -78,8 +78,8 @@ def test_defaults_are_those_of_the_authors_code():
 
 
 @pytest.mark.parametrize("bound", [None, 100.0])
-def test_equal_entropies_are_kd_times_a_number(bound):
-    """Samples that are all permutations of one teacher and of one student: a single weight for the whole batch."""
+def test_equal_entropies_give_kd_times_a_constant(bound):
+    """All samples are permutations of the same logits, so that all have the same weight."""
     student, teacher, _ = batch("one_sample")
     orders = torch.stack([torch.randperm(10, generator=torch.Generator().manual_seed(i)) for i in range(6)])
     student, teacher = student[0][orders], teacher[0][orders.flip(0)]
@@ -90,10 +90,10 @@ def test_equal_entropies_are_kd_times_a_number(bound):
     assert_close(gradient, factor * kd_gradient)
 
 
-def test_teacher_and_student_without_a_preference_have_the_largest_weight():
+def test_uniform_teacher_and_student_have_the_largest_weight():
     """Both entropies are log C: the weight is log C, and with the bound 100 half of log C (1 + log C / 100)."""
     student, teacher = torch.zeros(2, 4, 10, dtype=torch.float64)
-    # At a tiny temperature the distillation sees the differences that the entropies at temperature 3 do not.
+    # Differences that matter for KD at a tiny temperature, but not for the entropies at temperature 3.
     teacher[:, 0] = 1e-9
     options = {"temperature": 1e-9, "reduction": "none"}
     kd = kd_loss(student, teacher, **options)["kd"]
@@ -102,7 +102,7 @@ def test_teacher_and_student_without_a_preference_have_the_largest_weight():
     assert_close(published, math.log(10) / 2 * (1 + math.log(10) / 100) * kd)
 
 
-def test_a_sure_teacher_is_not_listened_to():
+def test_a_certain_teacher_has_weight_zero():
     student, _, label = batch()
     teacher = 1e4 * torch.nn.functional.one_hot(label, 10).double()
     for loss in (eakd_loss, eadkd_loss):
@@ -113,7 +113,7 @@ def test_a_sure_teacher_is_not_listened_to():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradient_is_the_samples_own_times_its_weight(reduction):
+def test_gradient_is_that_of_kd_times_the_weight(reduction):
     """The weight depends on the student, but carries no gradient."""
     student, teacher, label = batch()
     options = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "reduction": reduction}
@@ -124,7 +124,7 @@ def test_gradient_is_the_samples_own_times_its_weight(reduction):
 
 
 def test_hand_worked():
-    """Four classes, the teacher unsure between two and the student between the others: both entropies are ln 2.
+    """Four classes, the teacher uniform over two and the student over the others: both entropies are ln 2.
 
     The weight is ln 2 / 2 (1 + ln 2 / ln 4) = 3/4 ln 2, or ln 2 / 2 (1 + ln 2 / 100); KD at temperature 1 is
     ln(1/2) - (-300 + ln(1/2)) = 300.

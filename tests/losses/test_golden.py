@@ -1,6 +1,6 @@
-"""Every loss against the numbers of the reference implementations, see tests/golden/README.md.
+"""Every loss against numbers of the reference implementations, see tests/golden/README.md.
 
-A new method with golden numbers is one line in ``LOGIT_METHODS``.
+To add a method with golden numbers, add a line to ``LOGIT_METHODS``.
 """
 
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ from rld_lightning.losses import (
 
 @dataclass(frozen=True)
 class LogitMethod:
-    """How a golden logit method is called here.
+    """How to call the loss of a golden logit method.
 
     Attributes:
         module: our class.
         terms: the golden name of each term, and ours.
-        hyper: golden names of hyper-parameters, and ours where they differ; ``None`` for a switch that ours lacks.
+        hyper: golden names of hyper-parameters, and ours if they differ; ``None`` for an option that ours lacks.
     """
 
     module: type[DistillationLoss]
@@ -97,7 +97,7 @@ def test_logit_method(case, dtype):
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", STRESS, ids=str)
-def test_rld_where_the_reference_is_not_finite(case):
+def test_rld_is_finite_if_the_reference_is_not(case):
     (dtype,) = case.dtypes
     check(case, dtype)
 

@@ -31,7 +31,7 @@ def test_hand_worked():
     teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
     student = torch.tensor([[0.25, 0.25, 0.5]]).log()
     assert kd_loss(student, teacher, temperature=1.0)["kd"].item() == pytest.approx(0.1732868, abs=1e-6)
-    # At temperature 2 the logits of these are twice as large, and the term four times.
+    # At temperature 2, logits twice as large give the same distributions, and the term is four times as large.
     assert kd_loss(2 * student, 2 * teacher, temperature=2.0)["kd"].item() == pytest.approx(0.6931472, abs=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_a_constant_added_to_a_sample_changes_nothing():
     assert_close(kd_loss(student + shift, teacher - 3 * shift, temperature=4.0), expected)
 
 
-def test_standardization_forgets_the_scale():
+def test_standardization_removes_the_scale():
     student, teacher, _ = batch()
     options = {"temperature": 2.0, "logit_standardization": True}
     expected = kd_loss(student, teacher, **options)

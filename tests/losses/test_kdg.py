@@ -39,7 +39,7 @@ class TestKDGLogit(LossTester):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_it_is_half_the_fisher_information_along_the_difference(temperature):
+def test_fisher_is_half_the_fisher_information_along_the_difference(temperature):
     student, teacher, label = batch()
     d = student - teacher
     expected = torch.stack([d[i] @ fisher(teacher[i] / temperature) @ d[i] / 2 for i in range(8)])
@@ -48,7 +48,7 @@ def test_it_is_half_the_fisher_information_along_the_difference(temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_near_the_teacher_it_is_the_divergence(temperature):
+def test_fisher_approximates_the_divergence_near_the_teacher(temperature):
     direction, teacher, label = batch()
     student = teacher + 1e-4 * direction
     exact = torch.stack([kl(t / temperature, s / temperature) for t, s in zip(teacher, student, strict=True)])
@@ -56,7 +56,7 @@ def test_near_the_teacher_it_is_the_divergence(temperature):
     assert_close(approximate, temperature**2 * exact, rtol=1e-3, atol=0)
 
 
-def test_when_everything_is_hot_it_is_the_squared_error_of_centred_logits():
+def test_fisher_at_high_temperature_is_the_squared_error_of_centred_logits():
     student, teacher, label = batch()
     d = student - teacher
     expected = (d - d.mean(-1, keepdim=True)).square().sum(-1).mean() / (2 * 10)

@@ -55,7 +55,7 @@ def test_pair_weights():
     assert_close(weights[[0, 0, 5], [1, 6, 6]], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_two_leading_classes_are_kd_of_one_pair_counted_twice():
+def test_k_of_two_is_the_kd_of_one_pair_counted_twice():
     student, teacher, _ = batch()
     pair = student.topk(2).indices
     expected = kd_loss(student.gather(-1, pair), teacher.gather(-1, pair), temperature=3.0, reduction="none")["kd"]
@@ -63,8 +63,8 @@ def test_two_leading_classes_are_kd_of_one_pair_counted_twice():
     assert_close(local, (2 * math.exp(-0.15) / 2.5 + 1) / 2 * expected)
 
 
-def test_all_classes_but_one_remaining_have_nothing_to_say():
-    """k = C leaves no class, k = C - 1 a single one: no loss and exactly no gradient of the remaining term."""
+def test_fewer_than_two_remaining_classes_have_no_loss():
+    """With k = C no class remains, with k = C - 1 a single one: the remaining term and its gradient are exactly 0."""
     student, teacher, _ = batch()
     for k in (9, 10, 11):
         leaf = student.clone().requires_grad_()
@@ -74,13 +74,13 @@ def test_all_classes_but_one_remaining_have_nothing_to_say():
         assert (gradient == 0).all()
 
 
-def test_more_leading_classes_than_classes_are_all_classes():
+def test_k_above_the_number_of_classes_is_all_classes():
     student, teacher, _ = batch()
     assert_close(ldrld_loss(student, teacher, k=99, **OPTIONS), ldrld_loss(student, teacher, k=10, **OPTIONS))
 
 
-def test_pairs_that_relate_as_the_teachers_leave_the_full_set():
-    """Shifting the leaders of the teacher together changes no relation among them, only to the remaining classes."""
+def test_shifted_top_classes_change_only_the_remaining_relations():
+    """Shifting the teacher's top logits together changes their relation to the remaining classes only."""
     _, teacher, _ = batch()
     leading = teacher.topk(3).indices
     student = teacher.scatter_add(-1, leading, torch.full((8, 3), 5.0, dtype=torch.float64))
@@ -90,8 +90,8 @@ def test_pairs_that_relate_as_the_teachers_leave_the_full_set():
     assert (kd_loss(student, teacher, temperature=3.0, reduction="none")["kd"] > 0.01).all()
 
 
-def test_remaining_is_nckd_without_the_leaders():
-    """Without the first leader, and with the second as the true class, DKD's non-target classes are what remains."""
+def test_remaining_is_nckd_without_the_top_classes():
+    """Without the top class, and with the second as the true class, the remaining classes are DKD's non-target ones."""
     student, teacher, _ = batch()
     first, second = student.topk(2).indices.unbind(-1)
     keep = torch.ones_like(student, dtype=torch.bool).scatter(-1, first.unsqueeze(-1), False)
@@ -108,7 +108,7 @@ def test_a_constant_added_to_a_sample_changes_nothing():
 
 
 @pytest.mark.parametrize("k", [1, 0, -7, 7.5])
-def test_too_few_leading_classes(k):
+def test_k_out_of_range(k):
     for call in (lambda: ldrld_loss(*batch(), k=k, **OPTIONS), lambda: LDRLDLoss(k=k)):
         with pytest.raises(ValueError, match=f"k={k} is not allowed; it must be a whole number >= 2"):
             call()

@@ -1,4 +1,4 @@
-"""Logit standardization (LSKD) goes with every logit method."""
+"""Logit standardization (LSKD) with every logit method."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import rld_lightning.losses
 from rld_lightning.losses import ATKDLoss, LogitLoss, MLKDNoAugLoss, RevisionLoss
 
-# These look at the logits as they are too, or always at z-scores; their own tests say how.
+# These also use the raw logits, or always standardize; their own tests check it.
 SPECIAL = (LogitLoss, ATKDLoss, MLKDNoAugLoss, RevisionLoss)
 METHODS = [
     value
@@ -18,12 +18,12 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-def test_it_is_the_method_on_z_scores_and_cross_entropy_on_logits(method):
+def test_terms_use_z_scores_and_cross_entropy_uses_raw_logits(method):
     student, teacher, label = batch()
     terms = method(ce_weight=1.0, logit_standardization=True)(student, teacher, label)
     expected = method(ce_weight=1.0)(torch.stack([*map(zscore, student)]), torch.stack([*map(zscore, teacher)]), label)
     expected["ce"] = torch.nn.functional.cross_entropy(student, label)
-    # Twice standardized is once standardized up to the 1e-7 beside the deviation.
+    # Standardizing twice changes nothing, up to the 1e-7 added to the deviation.
     assert_close(terms, expected, rtol=1e-6, atol=1e-8)
 
 

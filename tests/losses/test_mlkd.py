@@ -13,7 +13,7 @@ MODES = pytest.mark.parametrize("mode", ["reference", "clean"])
 
 
 def other_view(logits):
-    """A second view that can be told from the first, and is exact in every type."""
+    """A second view that differs from the first, and is exact in every type."""
     return 0.5 * logits.roll(1, 0)
 
 
@@ -25,7 +25,7 @@ two_views.__signature__ = inspect.signature(mlkd_loss)
 
 
 class TwoViews(MLKDLoss):
-    """Makes up the second view, so that it can be called like any other loss."""
+    """Creates the second view, so that the loss can be called like any other."""
 
     def terms(self, step):
         strong = (ModelOutput(other_view(view.logits)) for view in (step.student, step.teacher))
@@ -33,7 +33,7 @@ class TwoViews(MLKDLoss):
 
 
 def lower_half(values):
-    """Positions of the numbers that are at most their median (the mean of the two in the middle)."""
+    """Positions of the numbers that are at most their median (the mean of the middle two)."""
     ordered = sorted(values)
     median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return [i for i, value in enumerate(values) if value <= median]
@@ -47,7 +47,7 @@ def naive(weak, strong, *, temperature, weight, mode, logit_standardization=Fals
         s, t = (zscore(x[i]) if logit_standardization else x[i] for x in view)
         return T**2 * kl(t / T, s / T)
 
-    # Odds instead of probabilities, because many of those are 1 in a confident batch.
+    # Odds instead of probabilities, because many probabilities of a confident batch are 1.
     odds = [row.max() - torch.cat([row[: row.argmax()], row[row.argmax() + 1 :]]).logsumexp(-1) for row in teacher]
     samples = lower_half([value.item() for value in odds])
     of_class = lower_half([teacher.log_softmax(-1)[:, k].logsumexp(-1).item() for k in range(classes)])
@@ -139,14 +139,14 @@ def test_defaults_are_those_of_the_public_code():
     assert loss.needs_strong_view
 
 
-def test_reference_mode_of_the_weak_view_is_the_variant_with_one_view():
+def test_reference_mode_of_the_weak_view_equals_mlkd_noaug():
     weak, strong, label = views()
     terms = MLKDLoss()(context(weak, strong, label))
     one_view = MLKDNoAugLoss()(*weak, label)
     assert_close({name: terms[name] for name in one_view}, one_view, rtol=0, atol=0)
 
 
-def test_reference_mode_takes_the_weak_view_for_the_last_two_strong_temperatures():
+def test_reference_mode_uses_the_weak_view_for_the_last_two_strong_temperatures():
     weak, strong, _ = views()
     (student, teacher), kd = weak, lambda T, s, t: T**2 * sum(map(kl, t / T, s / T)) / 8
     expected = sum(kd(T, *strong) for T in (4.0, 3.0, 5.0)) + sum(kd(T, student, teacher) for T in (2.0, 6.0))
@@ -156,7 +156,7 @@ def test_reference_mode_takes_the_weak_view_for_the_last_two_strong_temperatures
 
 
 def test_reference_mode_scales_the_weak_kd_of_clean_mode_by_the_fraction_of_unsure_samples():
-    """METHODS J14: exactly so where all samples diverge alike, whatever the teacher's confidence in them."""
+    """Exactly, if all samples have the same divergence, at any confidence of the teacher."""
     generator = torch.Generator().manual_seed(2)
     scale = torch.linspace(0.5, 3, 7, dtype=torch.float64).unsqueeze(-1)
     teacher = scale * torch.randn(7, 10, generator=generator, dtype=torch.float64)
@@ -181,10 +181,10 @@ def test_reference_mode_scales_the_weak_kd_of_clean_mode_by_the_fraction_of_unsu
         mlkd_loss(*(student, teacher) * 2, weight=1.0, mode=mode)["kd"] for mode in ("reference", "clean")
     )
     assert clean.item() == pytest.approx(2.5)
-    assert reference.item() == pytest.approx(4 / 7 * clean.item())  # the one in the middle is unsure too
+    assert reference.item() == pytest.approx(4 / 7 * clean.item())  # the middle one is unsure too
 
 
-def test_clean_mode_learns_nothing_of_the_weak_view_from_sure_samples():
+def test_clean_mode_ignores_sure_samples_of_the_weak_view():
     (student, teacher), _, label = views()
     teacher[1::2, 0] += 100  # sure
     leaf = student.requires_grad_()
@@ -196,7 +196,7 @@ def test_clean_mode_learns_nothing_of_the_weak_view_from_sure_samples():
 
 
 @MODES
-def test_ignored_samples_count_for_nothing(mode):
+def test_ignored_samples_have_no_effect(mode):
     weak, strong, label = views()
     ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
     label[ignored] = 255
@@ -224,7 +224,7 @@ def test_without_labels_every_sample_counts(mode):
     assert_close(mlkd_loss(*weak, *strong, mode=mode), mlkd_loss(*weak, *strong, label, mode=mode), rtol=0, atol=0)
 
 
-def test_correlations_keep_raw_logits_of_the_weak_view():
+def test_correlations_use_raw_logits_of_the_weak_view():
     weak, strong, _ = views()
     plain = mlkd_loss(*weak, *strong)
     changed = mlkd_loss(*weak, *(2 * view for view in strong), logit_standardization=True)
@@ -233,7 +233,7 @@ def test_correlations_keep_raw_logits_of_the_weak_view():
         assert_close(plain[name], mlkd_noaug_loss(*weak)[name], rtol=0, atol=0)
 
 
-def test_missing_or_foreign_strong_view():
+def test_missing_or_mismatched_strong_view():
     weak, strong, label = views()
     message = "MLKDLoss needs a second, strongly augmented view.*strong_view=True.*or use MLKDNoAugLoss"
     step = context(weak, strong, label)

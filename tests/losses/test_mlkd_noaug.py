@@ -8,7 +8,7 @@ from rld_lightning.losses.mlkd_noaug import unsure
 
 
 def lower_half(values):
-    """Fraction of numbers that are at most their median (the mean of the two in the middle)."""
+    """Fraction of numbers that are at most their median (the mean of the middle two)."""
     ordered = sorted(values)
     median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return sum(value <= median for value in values) / len(values)
@@ -27,7 +27,7 @@ class TestMLKDNoAug(LossTester):
 
     def naive_batch(self, student, teacher, label, *, temperature, weight, logit_standardization=False):
         (size, classes), logs = teacher.shape, teacher.log_softmax(-1)
-        # Odds instead of probabilities, because many of those are 1 in a confident batch.
+        # Odds instead of probabilities, because many probabilities of a confident batch are 1.
         odds = [row.max() - torch.cat([row[: row.argmax()], row[row.argmax() + 1 :]]).logsumexp(-1) for row in teacher]
         samples = lower_half([value.item() for value in odds])
         of_class = lower_half([logs[:, k].logsumexp(-1).item() for k in range(classes)])
@@ -52,7 +52,7 @@ def test_defaults_are_those_of_the_public_code():
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_kd_is_plain_kd_scaled_by_the_kept_samples(standardize):
+def test_kd_is_plain_kd_scaled_by_the_fraction_of_unsure_samples(standardize):
     student, teacher, label = batch()
     options = {"logit_standardization": standardize}
     plain = sum(kd_loss(student, teacher, temperature=T, **options)["kd"] for T in (4.0, 3.0, 5.0, 2.0, 6.0))
@@ -68,7 +68,7 @@ def test_a_repeated_temperature_counts_twice():
     assert_close(five - three, 0.9 / 2 * (difference[1] - difference[0]))
 
 
-def test_correlations_keep_raw_logits():
+def test_correlations_use_raw_logits():
     student, teacher, _ = batch()
     plain = mlkd_noaug_loss(student, teacher)
     standardized = mlkd_noaug_loss(student, teacher, logit_standardization=True)
@@ -84,26 +84,26 @@ def test_unsure_samples_and_classes():
     samples, classes = unsure(teacher, everything)
     assert samples.tolist() == [True, True, False, False]
     assert classes.tolist() == [False, True, True]
-    # An odd number keeps the one in the middle.
+    # Of an odd number, the middle one is unsure.
     assert unsure(teacher[:3], everything[:3])[0].tolist() == [True, True, False]
-    # All alike: all are kept. A sample that is ignored is none of them.
+    # All equal: all are unsure, except ignored samples.
     assert all(kept.all() for kept in unsure(torch.zeros(4, 3), everything))
     without_last = torch.tensor([True, True, True, False])
     assert unsure(teacher, without_last)[0].tolist() == [True, True, False, False]
-    # In float32 each of these is sure with probability 1.
+    # In float32, the confidence of each of these rounds to 1.
     assert unsure(100 * teacher, everything)[0].tolist() == [True, True, False, False]
 
 
 def test_hand_worked_correlations():
-    """Two samples, two classes; the teacher is sure of one class each, the student knows nothing."""
+    """Two samples, two classes; the teacher is certain of one class each, the student is uniform."""
     teacher = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
     terms = mlkd_noaug_loss(torch.zeros(2, 2), teacher, weight=1.0)
-    # P'P = PP' = identity, Q'Q = QQ' = all 1/2: four squares of 1/2, over 2, at five temperatures; all are kept.
+    # P'P = PP' = identity, Q'Q = QQ' = all 1/2: four squares of 1/2, over 2, at five temperatures; all are unsure.
     assert terms["class_correlation"].item() == pytest.approx(2.5)
     assert terms["batch_correlation"].item() == pytest.approx(2.5)
 
 
-def test_ignored_samples_count_for_nothing():
+def test_ignored_samples_have_no_effect():
     student, teacher, label = batch()
     ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
     label[ignored] = 255

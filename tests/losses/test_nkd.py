@@ -32,7 +32,7 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_non_target_is_nckd_and_the_teachers_entropy(temperature):
+def test_non_target_is_nckd_plus_the_teachers_entropy(temperature):
     student, teacher, label = batch()
     nkd, nckd = student.clone().requires_grad_(), student.clone().requires_grad_()
     ours = nkd_loss(nkd, teacher, label, gamma=1.0, temperature=temperature)["non_target"]
@@ -51,7 +51,7 @@ def test_target_is_a_cross_entropy_weighted_by_the_teacher():
     assert_close(target, teacher.softmax(-1)[range(8), label] * ce)
 
 
-def test_two_classes_have_nothing_beside_the_target():
+def test_two_classes_have_no_non_target_term():
     student, teacher, label = batch("two_classes")
     leaf = student.clone().requires_grad_()
     term = nkd_loss(leaf, teacher, label)["non_target"]

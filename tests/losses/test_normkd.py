@@ -22,14 +22,14 @@ class TestNormKD(LossTester):
             return ((logits - logits.mean()).square().sum() / (len(logits) - 1)).sqrt()
 
         a, b = temperature * spread(teacher), temperature * (spread(student) + 1e-7)
-        # The deviation of the library's z-score has 1e-7 on both sides.
+        # The library's z-scores add 1e-7 to the deviation, for both networks.
         return {"normkd": weight * a**2 * kl(teacher / (a + temperature * 1e-7), student / b)}
 
     def assert_naive(self, student, teacher, label, hyper, dtype, float32_rtol=5e-5):
         if student.shape[-1] > 2 or dtype == torch.float64:
             super().assert_naive(student, teacher, label, hyper, dtype, float32_rtol)
             return
-        # Two scaled numbers hold only their order: the gradient is 0, and what is left of it is rounding.
+        # Two normalised logits depend only on their order: the gradient is 0, up to rounding.
         student, teacher = student.to(dtype), teacher.to(dtype)
         expected = self.naive_batch(student.double(), teacher.double(), label, **hyper)["normkd"]
         actual = self.call(student, teacher, label, **hyper)["normkd"]
@@ -41,7 +41,7 @@ def test_defaults_are_the_papers():
     assert (loss.temperature, loss.weight, loss.ce_weight, loss.warmup_epochs) == (2.0, 0.9, 0.1, 1)
 
 
-def test_the_students_scale_and_offset_do_not_matter():
+def test_is_invariant_to_the_students_scale_and_offset():
     student, teacher, label = batch()
     expected = normkd_loss(student, teacher, label, temperature=2.0)
     assert_close(normkd_loss(7 * student - 3, teacher, label, temperature=2.0), expected, rtol=1e-6, atol=0)
@@ -51,14 +51,14 @@ def test_the_students_scale_and_offset_do_not_matter():
     assert (leaf.grad * student).sum(-1).abs().max() < 1e-6
 
 
-def test_the_teachers_scale_sets_the_weight_of_a_sample():
+def test_the_teachers_scale_determines_the_weight_of_a_sample():
     student, teacher, label = batch()
     expected = normkd_loss(student, teacher, label, temperature=2.0)["normkd"]
     actual = normkd_loss(student, 3 * teacher + 1, label, temperature=2.0)["normkd"]
     assert_close(actual, 9 * expected, rtol=1e-6, atol=0)
 
 
-def test_is_standardized_kd_weighted_by_the_teachers_variance():
+def test_equals_standardized_kd_weighted_by_the_teachers_variance():
     student, teacher, label = batch()
     options = {"temperature": 2.0, "reduction": "none"}
     standardized = kd_loss(student, teacher, label, **options, logit_standardization=True)["kd"]

@@ -1,4 +1,4 @@
-"""The shared pieces, against exact arithmetic where rounding is the question."""
+"""The shared numerical functions; against exact arithmetic where rounding matters."""
 
 from decimal import Decimal, localcontext
 
@@ -54,7 +54,7 @@ def test_standardize(dtype):
 
 
 @FLOATS
-def test_standardize_keeps_order_and_forgets_scale(dtype):
+def test_standardize_keeps_order_and_removes_scale(dtype):
     logits = batch("many_classes")[0].to(dtype)
     scores = standardize(logits)
     assert_close(scores.mean(-1), torch.zeros(3, dtype=dtype), rtol=0, atol=1e-6)
@@ -84,7 +84,7 @@ def test_margin(scenario, scale, dtype):
     logits, _, label = batch(scenario)
     logits = (scale * logits).to(dtype)
     expected = exactly(exact_margin, logits.double(), label)
-    # The difference of two logits is as good as they are.
+    # The difference of two logits is as precise as the logits.
     precision = 8 * torch.finfo(dtype).eps
     assert_close(margin(logits, label).double(), expected, rtol=0, atol=precision * logits.abs().max().item())
 
@@ -97,7 +97,7 @@ def test_margin_is_the_log_odds_of_the_softmax():
 
 
 @FLOATS
-def test_margin_of_a_logit_far_above_the_rest_is_not_infinite(dtype):
+def test_margin_of_a_logit_far_above_the_rest_is_finite(dtype):
     logits = torch.tensor([[1e4, 0.0, 0.0], [-1e4, 0.0, 0.0]], dtype=dtype, requires_grad=True)
     values = margin(logits, torch.tensor([0, 0]))
     values.sum().backward()
@@ -113,7 +113,7 @@ def test_binary_kl(dtype):
     values.sum().backward()
     assert values.isfinite().all()
     expected = exactly(exact_binary_kl, teacher.double(), student.detach().double())
-    # What cancels between two nearly equal distributions is at most a rounding of their logarithms.
+    # For nearly equal distributions, the error is at most a rounding of their logarithms.
     tolerance = {"rtol": 1e-14, "atol": 1e-15} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
     assert_close(values.detach().double(), expected, **tolerance)
     # d/ds = q - p: without cancellation in either tail.
@@ -130,7 +130,7 @@ def test_binary_kl_of_equal_margins_is_exactly_zero(dtype):
 
 
 def test_binary_kl_in_the_tails():
-    """Both sure of the rest: what is left is the tiny probability times the difference of its logarithms."""
+    """If both are certain of the rest, the tiny probability times the difference of its logarithms remains."""
     value = binary_kl(torch.tensor([-40.0]), torch.tensor([-80.0]))
     expected = exactly(exact_binary_kl, torch.tensor([-40.0]), torch.tensor([-80.0]))
     assert value > 0
@@ -142,7 +142,7 @@ def test_binary_kl_in_the_tails():
 
 @FLOATS
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_masked_log_softmax_is_the_softmax_of_what_is_kept(scale, dtype):
+def test_masked_log_softmax_is_the_softmax_of_the_kept_classes(scale, dtype):
     logits, other, _ = batch()
     logits = (scale * logits).to(dtype)
     drop = other > 0.5
@@ -183,7 +183,7 @@ def test_a_row_with_one_class_kept_has_no_divergence_and_no_gradient(dtype):
 
 
 @FLOATS
-def test_nothing_dropped_is_log_softmax(dtype):
+def test_masked_log_softmax_without_dropped_classes_is_log_softmax(dtype):
     logits = batch()[0].to(dtype)
     none = torch.zeros(8, 10, dtype=torch.bool)
     assert torch.equal(masked_log_softmax(logits, none), logits.log_softmax(-1))

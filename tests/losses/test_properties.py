@@ -1,4 +1,4 @@
-"""What holds of every loss, on logits of any kind: finite, non-negative, no gradient along a common offset."""
+"""Properties of every loss for any logits: finite, non-negative, no gradient along a common offset."""
 
 import math
 
@@ -27,9 +27,9 @@ from rld_lightning.losses.features import (
 from rld_lightning.losses.registry import list_losses, loss_class
 
 LOSSES = [name for name in list_losses() if ".features." not in loss_class(name).__module__]
-# A common offset of the logits matters to these: they copy logits, or make temperatures of the largest.
+# These depend on a common offset of the logits: they copy logits, or compute temperatures from the largest.
 KNOW_OFFSETS = {"revision", "dtkd"}
-# Of the gradient of a sample, and of one that saturates: its largest is some tens.
+# Bounds of a sample's gradient, and of a saturating one: its largest element is some tens.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SATURATED = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 KINDS = ("random", "ties", "one-hot teacher", "constant", "equal", "ruled out", "true class ruled out")
@@ -71,11 +71,11 @@ def check(name, batch):
     assert values.isfinite().all(), terms
     assert (values >= 0).all(), terms
     (gradient,) = torch.autograd.grad(sum(terms.values()), student)
-    if student.dtype == torch.float16 and not gradient.isfinite().all():  # which reaches 65504
+    if student.dtype == torch.float16 and not gradient.isfinite().all():  # float16's largest number is 65504
         check(name, (student.detach().float().requires_grad_(), teacher.float(), label))
         return
     assert gradient.isfinite().all()
-    if name == "normkd" and teacher.isinf().any():  # in units of a deviation that is beyond all measure
+    if name == "normkd" and teacher.isinf().any():  # divides by an infinite deviation
         return
     if name not in KNOW_OFFSETS:
         gradient = gradient.double()
@@ -124,7 +124,7 @@ HOT = [name for name in LOSSES if "temperature" in loss_class(name).__dataclass_
 @pytest.mark.parametrize("name", HOT)
 @pytest.mark.parametrize("temperature", [100, 1e3, 1e5])
 def test_any_temperature(name, temperature):
-    """Distributions are nearly uniform there, and the squared temperature makes much of their rounding."""
+    """At high temperatures, distributions are nearly uniform and the squared temperature amplifies their rounding."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(64, 100, generator=generator) for _ in range(2))
     label = torch.randint(100, (64,), generator=generator)
@@ -143,12 +143,12 @@ def draws(count):
     shapes = (count, 6, 4, 4), (count, 6), (count, 6)
     drawn = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
     label = torch.randint(6, (count,), generator=generator)
-    label[: count // 3] = drawn[2][1, : count // 3].argmax(1)  # where the teacher is right, which is in the first half
+    label[: count // 3] = drawn[2][1, : count // 3].argmax(1)  # the teacher is right in part of the first half
     return *drawn, label
 
 
 ONES, SQUARE = torch.ones(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
-# Of maps (student, teacher), vectors and logits; their connectors apart.
+# From maps (student, teacher), vectors and logits; without connectors.
 ON_FEATURES = {
     "at": lambda maps, vectors, logits: at_loss([maps[0]], [maps[1]]),
     "catkd": lambda maps, vectors, logits: catkd_loss(*maps, SQUARE, SQUARE),
@@ -167,8 +167,8 @@ ON_FEATURES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(list_losses()) - {"crd"}))  # which draws for each batch anew
-def test_a_batch_is_the_mean_of_its_parts_unless_the_loss_says_otherwise(name):
+@pytest.mark.parametrize("name", sorted(set(list_losses()) - {"crd"}))  # draws new negatives for each batch
+def test_a_batch_is_the_mean_of_its_parts_unless_of_whole_batch(name):
     def value(rows):
         own = [both[:, rows] for both in drawn[:3]]
         if name in ON_FEATURES:

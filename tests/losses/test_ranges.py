@@ -1,4 +1,4 @@
-"""Hyper-parameters: the same keywords everywhere, and a range that function and module both keep."""
+"""Hyper-parameters: common keywords, and ranges that function and module both check."""
 
 import inspect
 from dataclasses import fields
@@ -41,7 +41,7 @@ def test_common_keywords(name):
     common = {p: parameters[p] for p in ("logit_standardization", "ignore_index", "reduction")}
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in common.values())
     assert {p: parameter.default for p, parameter in common.items()} == {
-        "logit_standardization": name == "atkd_loss",  # it is one of those that standardize
+        "logit_standardization": name == "atkd_loss",  # standardizes by default
         "ignore_index": -100,
         "reduction": "mean",
     }
@@ -50,7 +50,7 @@ def test_common_keywords(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_modules_take_what_their_function_takes(name):
+def test_modules_accept_the_options_of_their_function(name):
     parameters = inspect.signature(LOSSES[name]).parameters
     every = {"ce_weight", "warmup_epochs", "label_smoothing"}
     assert every <= set(parameters)
@@ -61,14 +61,14 @@ def test_modules_take_what_their_function_takes(name):
     assert set(parameters) == own | every
     for p in own:
         assert parameters[p].annotation == theirs[p].annotation, "the module and the function state one range"
-        # A weight of 1 is none; other defaults are the same for both.
+        # Functions have weight 1 by default; other defaults are the same for both.
         assert (
             theirs[p].default in (parameters[p].default, inspect.Parameter.empty) or "weight" in p or p == "temperature"
         )
 
 
 @pytest.mark.parametrize("name", ["dist_loss", "revision_loss", "mlkd_noaug_loss"])
-def test_losses_of_the_whole_batch_are_means(name):
+def test_losses_of_the_whole_batch_only_have_the_mean(name):
     function = LOGIT_FUNCTIONS[name]
     assert_close(function(*batch(), reduction="mean"), function(*batch()))
     with pytest.raises(ValueError, match="reduction='none' is unknown; choose one of mean"):
@@ -79,7 +79,7 @@ def test_losses_of_the_whole_batch_are_means(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_value_outside_its_range_is_refused_in_one_sentence(name):
+def test_a_value_outside_its_range_raises_one_sentence(name):
     cls = LOSSES[name]
     function = getattr(cls, "function", None)
     theirs = inspect.signature(function).parameters if function else {}
@@ -103,7 +103,7 @@ def test_a_value_outside_its_range_is_refused_in_one_sentence(name):
     assert refused >= len(WRONG[Weight]) + len(WRONG[Epochs])
 
 
-def test_what_annotations_say():
+def test_ranges_of_annotations():
     annotations = {
         "plain": float,
         "number": Positive,
@@ -126,7 +126,7 @@ def test_what_annotations_say():
         assert str(error.value) == message
 
 
-def test_a_checked_function_is_itself():
+def test_a_checked_function_keeps_its_metadata():
     @checked
     def scaled(tensor, *, weight: Weight = 1.0):
         """Scaled."""
@@ -138,7 +138,7 @@ def test_a_checked_function_is_itself():
         scaled(2.0, weight=-1)
 
 
-# A loss from the formula of its rows
+# row_loss
 
 
 def test_row_loss():

@@ -43,7 +43,7 @@ def test_first_term_is_kd(standardize):
     assert_close(rc_loss(student, teacher, label, **options)["kd"], expected)
 
 
-def test_correction_looks_at_the_student_only():
+def test_correction_uses_the_student_only():
     student, teacher, label = batch()
     expected = rc_loss(student, teacher, label, temperature=4.0)["rc"]
     assert_close(rc_loss(student, -teacher, label, temperature=4.0)["rc"], expected, rtol=0, atol=0)
@@ -52,12 +52,12 @@ def test_correction_looks_at_the_student_only():
 def test_only_the_true_class_is_corrected():
     student = torch.tensor([[1.0, 3.0, 0.0], [-1.0, -3.0, -2.0], [-1.0, 2.0, 0.0]])
     corrected = correct_logits(student, torch.tensor([0, 1, 0]))
-    # Leads where it was not negative; falls further where all are; ties are left.
+    # Becomes the largest if it is not negative; decreases if all are negative; ties stay.
     assert corrected.tolist() == [[4.0, 3.0, 0.0], [-1.0, -4.0, -2.0], [1.0, 2.0, 0.0]]
 
 
 def test_gradient_is_the_difference_of_probabilities():
-    """The target is a constant: T (softmax(s / T) - softmax(s' / T)) of each sample, the true class pulled up."""
+    """The target is a constant: T (softmax(s / T) - softmax(s' / T)) for each sample, which raises the true class."""
     student, teacher, label = batch()
     student = student + 5
     leaf = student.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Losses by name: a new one is a file, and nothing else."""
+"""Losses by name: adding one needs only a file."""
 
 import sys
 from pathlib import Path
@@ -36,11 +36,11 @@ class MSELoss(DistillationLoss):
 '''
 
 
-def test_names_are_those_of_the_command_line():
+def test_names_match_the_command_line():
     names = list_losses()
     assert names == sorted(names)
     assert {"kd", "dkd", "rld", "ctkd", "kdg_logit", "mlkd", "mlkd_noaug", "wttm", "at", "crd", "reviewkd"} <= {*names}
-    assert "combined" not in names  # of losses that have to be given
+    assert "combined" not in names  # its losses have to be given
     assert loss_class("rld") is RLDLoss
 
 
@@ -50,19 +50,19 @@ def test_options_build_the_loss(name):
     home, _, target = options.pop("_target_").rpartition(".")
     cls = getattr(sys.modules[home], target)
     assert cls is loss_class(name)
-    assert home in ("rld_lightning.losses", "rld_lightning.losses.features")  # where everybody imports it from
+    assert home in ("rld_lightning.losses", "rld_lightning.losses.features")  # the public import path
     assert cls(**options).describe() == cls().describe()
     assert cls.method
     assert cls.papers or name == "ce"
 
 
 @pytest.mark.parametrize("name", list_losses())
-def test_every_loss_has_tests_of_its_own(name):
+def test_every_loss_has_its_own_tests(name):
     tests = [path.read_text() for path in FOLDER.rglob("test_*.py") if path.name not in NOT_OF_ONE_LOSS]
     assert any(f"import {cls}" in text or f", {cls}" in text for text in tests for cls in [loss_class(name).__name__])
 
 
-def test_options_are_all_of_them():
+def test_options_are_complete():
     assert loss_options("rld") == {
         "_target_": "rld_lightning.losses.RLDLoss",
         "alpha": 1.0,
@@ -90,7 +90,7 @@ def test_options_are_all_of_them():
 
 @pytest.fixture
 def dropped_in(tmp_path, monkeypatch):
-    """A file of one loss in a folder that belongs to the package."""
+    """A file with one loss, in a folder that is added to the package."""
     (tmp_path / "mse.py").write_text(MSE)
     monkeypatch.setattr(rld_lightning.losses, "__path__", [*rld_lightning.losses.__path__, str(tmp_path)])
     monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY})
@@ -99,7 +99,7 @@ def dropped_in(tmp_path, monkeypatch):
     vars(rld_lightning.losses).pop("mse", None)
 
 
-def test_a_loss_of_a_module_outside_of_all_packages_has_options(monkeypatch):
+def test_a_loss_of_a_module_outside_any_package_has_options(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY})
     exec(MSE, {"__name__": "mine"})
     assert loss_options("mse")["_target_"] == "mine.MSELoss"
@@ -120,7 +120,7 @@ def test_a_file_in_the_package_is_a_loss(dropped_in):
     assert issubclass(loss_class("mse"), DistillationLoss)
 
 
-def test_a_name_is_taken_once():
+def test_a_name_cannot_be_registered_twice():
     with pytest.raises(ValueError, match=r"loss 'rld' is already registered, by rld_lightning\.losses\.rld"):
 
         @register_loss("rld")

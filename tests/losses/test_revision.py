@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_public_code():
 @pytest.mark.parametrize("eta", [0.1, 0.8, 0.99])
 @pytest.mark.parametrize("scenario", ["teacher_wrong", "all_masked", "confident", "two_classes"])
 def test_revised_probabilities(scenario, eta):
-    """They sum to 1, the true class leads by 1 - eta where the teacher was wrong, and the rest keep their ratios."""
+    """They sum to 1, the others keep their ratios, and the true class leads by 1 - eta if the teacher is wrong."""
     _, teacher, label = batch(scenario)
     probs = teacher.softmax(-1)
     revised = revise(probs, label, eta)
@@ -70,7 +70,7 @@ def test_revised_probabilities(scenario, eta):
     assert_close(others / others.sum(-1, keepdim=True), kept / kept.sum(-1, keepdim=True))
 
 
-def test_eta_of_one_ties_the_true_class_with_the_teachers():
+def test_eta_of_one_ties_the_true_class_with_the_teachers_largest():
     _, teacher, label = batch("teacher_wrong")
     revised = revise(teacher.softmax(-1), label, 1.0)
     assert_close(revised.gather(-1, label.unsqueeze(-1)).squeeze(-1), revised.amax(-1))
@@ -86,7 +86,7 @@ def test_eta_out_of_range(eta):
 @pytest.mark.parametrize(
     ("scenario", "empty"), [("teacher_right", {"wrong_mse"}), ("teacher_wrong", {"right_ce", "right_mse"})]
 )
-def test_an_empty_group_is_exactly_nothing(scenario, empty):
+def test_an_empty_group_adds_exactly_zero(scenario, empty):
     student, teacher, label = batch(scenario)
     for name in empty:
         leaf = student.clone().requires_grad_()
@@ -96,7 +96,7 @@ def test_an_empty_group_is_exactly_nothing(scenario, empty):
         assert (gradient == 0).all()
 
 
-def test_samples_do_not_meet_the_other_groups_terms():
+def test_samples_have_no_gradient_from_the_other_groups_terms():
     student, teacher, label = batch()
     label[:4] = teacher[:4].argmax(-1)
     label[4:] = teacher[4:].argmin(-1)
@@ -106,7 +106,7 @@ def test_samples_do_not_meet_the_other_groups_terms():
     assert_close(whole, {name: right[name] + wrong[name] for name in whole})
 
 
-def test_is_cross_entropy_where_teacher_and_student_are_right_and_agree():
+def test_equals_cross_entropy_if_teacher_and_student_are_right_and_equal():
     _, teacher, label = batch("teacher_right")
     terms = revision_loss(teacher, teacher, label)
     assert_close(terms["right_ce"], torch.nn.functional.cross_entropy(teacher, label))
@@ -114,7 +114,7 @@ def test_is_cross_entropy_where_teacher_and_student_are_right_and_agree():
     assert terms["wrong_mse"] == 0
 
 
-def test_ignored_samples_count_for_nothing():
+def test_ignored_samples_have_no_effect():
     student, teacher, label = batch()
     label[0] = teacher[0].argmax()
     ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()

@@ -48,7 +48,7 @@ def test_defaults_are_the_papers():
     student, teacher, label = batch()
     plain = rld_loss(student, teacher, label)
     assert_close(RLDLoss(ce_weight=0)(student, teacher, label), plain, rtol=0, atol=0)
-    # "Same T": no confidence temperature of its own means the temperature.
+    # "Same T": without a confidence temperature, the temperature is used.
     assert_close(rld_loss(student, teacher, label, confidence_temperature=4.0), plain, rtol=0, atol=0)
 
 
@@ -73,7 +73,7 @@ def test_hand_worked(mask, mcd):
 
 
 def test_hand_worked_weights_and_temperatures():
-    """Logits multiplied by the temperature give the same distributions; the terms carry its square and a weight."""
+    """Logits multiplied by the temperature give the same distributions; the terms have its square as a factor."""
     terms = rld_loss(3 * STUDENT, 3 * TEACHER, LABEL, alpha=2.0, beta=5.0, temperature=3.0)
     assert terms["scd"].item() == pytest.approx(2 * 9 * 0.4804268294735382, rel=1e-12)
     assert terms["mcd"].item() == pytest.approx(5 * 9 * 0.38357609660237457, rel=1e-12)
@@ -91,7 +91,7 @@ def test_ties_with_the_true_class_are_masked_by_ge_only():
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_is_dkd_when_the_teacher_is_always_right(standardize):
+def test_equals_dkd_if_the_teacher_is_always_right(standardize):
     options = {"alpha": 1.5, "beta": 6.0, "temperature": 3.0, "logit_standardization": standardize}
     student, teacher, label = batch("teacher_right")
     rld, rld_gradient = LossTester.value_and_gradient(rld_loss, student, teacher, label, **options)
@@ -116,7 +116,7 @@ def test_a_constant_added_to_a_sample_changes_nothing(temperature, confidence_te
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scenario", ["all_masked", "one_unmasked"])
-def test_nothing_to_compare_is_exactly_nothing(scenario, dtype):
+def test_fewer_than_two_unmasked_classes_give_exactly_zero(scenario, dtype):
     student, teacher, label = batch(scenario)
     student = student.to(dtype).requires_grad_()
     term = rld_loss(student, teacher.to(dtype), label)["mcd"]
@@ -125,7 +125,7 @@ def test_nothing_to_compare_is_exactly_nothing(scenario, dtype):
     assert (student.grad == 0).all()
 
 
-def test_nothing_to_compare_still_counts_in_the_average():
+def test_fully_masked_samples_count_in_the_average():
     student, teacher, label = batch("teacher_right")
     alone = rld_loss(student[:4], teacher[:4], label[:4])["mcd"]
     teacher[4:] = batch("all_masked")[1][4:]
@@ -147,8 +147,8 @@ def test_gradient_of_sample_confidence(temperature):
     assert leaf.grad.sum(-1).abs().max() < 1e-12
 
 
-def test_sample_confidence_is_content_with_the_teachers_confidence():
-    """The student is as sure of the true class as the teacher of its (wrong) one: no loss, no gradient."""
+def test_sample_confidence_vanishes_at_the_teachers_confidence():
+    """The student's confidence in the true class equals the teacher's in its (wrong) one: no loss, no gradient."""
     teacher = torch.tensor([[3.0, 0.0, 1.0, -1.0]], dtype=torch.float64)
     student = torch.tensor([[1.0, 3.0, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     term = rld_loss(student, teacher, torch.tensor([1]))["scd"]
@@ -157,8 +157,8 @@ def test_sample_confidence_is_content_with_the_teachers_confidence():
     assert student.grad.abs().max() < 1e-14
 
 
-def test_masked_correlation_leaves_dropped_classes_alone():
-    """A class that the teacher ranks at or above the true one gets no gradient from it, whatever its logit."""
+def test_masked_correlation_has_no_gradient_for_masked_classes():
+    """Classes that the teacher ranks at or above the true one get no gradient from it, at any logit."""
     student, teacher, label = batch()
     dropped = teacher >= teacher.gather(-1, label.unsqueeze(-1))
     leaf = student.clone().requires_grad_()
@@ -205,20 +205,20 @@ def test_statistics_hand_worked():
 
 
 def test_statistics_of_maps():
-    teacher = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]]).T.reshape(1, 2, 3)  # one sample, three places
+    teacher = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]]).T.reshape(1, 2, 3)  # one sample, three positions
     step = StepContext(ModelOutput(torch.zeros(1, 2, 3)), ModelOutput(teacher), torch.tensor([[0, 0, 0]]))
     statistics = RLDLoss().statistics(step)
     assert statistics["teacher_wrong"].item() == pytest.approx(100 / 3)
     assert statistics["masked_classes"].item() == pytest.approx(100 * (1 / 2 + 1 + 1) / 3)
 
 
-def test_what_is_passed_on_leaves_out_the_classes_at_or_above_the_true_one():
+def test_refined_logits_mask_the_classes_at_or_above_the_true_one():
     teacher = torch.tensor([[3.0, 1.0, 2.0, 1.0], [3.0, 1.0, 2.0, 1.0]])
     label = torch.tensor([2, 0])
     gone = -torch.inf
     expected = torch.tensor([[gone, 1.0, gone, 1.0], [gone, 1.0, 2.0, 1.0]])
     assert_close(RLDLoss().refined(teacher, label), expected)
     assert_close(RLDLoss(mask="g").refined(teacher, label)[1], teacher[1])
-    # It is the distribution that MCD distils: a student with just that has none of it to learn.
+    # It is the distribution that MCD distils: MCD of a student with this distribution is 0.
     terms = rld_loss(expected.nan_to_num(neginf=-50.0), teacher, label)
     assert_close(terms["mcd"], torch.tensor(0.0))

@@ -1,4 +1,4 @@
-"""Rows of logits: what comes in, blocks of them, what is left of their losses."""
+"""Rows of logits: checks, blocks of rows, reduction."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ FLOATS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=st
 
 
 def three_losses(student, teacher, label):
-    """Per-row losses that have nothing in common but the rows."""
+    """Three unrelated losses per row."""
     log_probs = student.log_softmax(-1)
     true = log_probs.gather(-1, label.unsqueeze(-1)).squeeze(-1)
     return kl_rows(teacher.log_softmax(-1), log_probs), -true, student.square().mean(-1)
@@ -29,7 +29,7 @@ def rows_of(count, dtype=torch.float64, classes=5):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Sets the size of a block, in elements; returns a list that the sizes of the blocks run are added to."""
+    """Sets the size of a block in elements; returns a function, and the list of the sizes of its computed blocks."""
 
     def use(elements):
         monkeypatch.setattr(rows, "BLOCK_ELEMENTS", {"cpu": elements, "other": 1})
@@ -48,15 +48,15 @@ def blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("elements", "sizes"),
     [
-        (1, [1] * 23),  # less than a row is a row
+        (1, [1] * 23),  # at least one row
         (5, [1] * 23),
         (17, [3] * 7 + [2]),
         (28, [5] * 4 + [3]),
-        (29, [23]),  # 4 * 29 > 23 * 5: not worth it
+        (29, [23]),  # 4 * 29 > 23 * 5: computed directly
     ],
 )
 @FLOATS
-def test_blocks_equal_the_direct_way(elements, sizes, dtype, blocks):
+def test_blocks_equal_the_direct_computation(elements, sizes, dtype, blocks):
     student, teacher, label = rows_of(23, dtype)
     outer = torch.randn(3, 23, generator=torch.Generator().manual_seed(1), dtype=dtype)
     expected = three_losses(student, teacher, label)
@@ -71,7 +71,7 @@ def test_blocks_equal_the_direct_way(elements, sizes, dtype, blocks):
     assert_close(gradient, expected_gradient)
 
 
-def test_blocks_of_only_some_losses(blocks):
+def test_blocks_with_a_gradient_of_only_some_losses(blocks):
     student, teacher, label = rows_of(23)
     losses = by_row_blocks(blocks(17)[0], student, teacher, label)
     for i, expected in enumerate(three_losses(student, teacher, label)):
@@ -89,8 +89,8 @@ def test_blocks_backward_twice(blocks):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_blocks_that_keep_one_gradient(together, blocks):
-    """Right whatever the weights, which only decide whether the sweep has to be done again."""
+def test_blocks_that_assume_a_sum(together, blocks):
+    """Correct for any weights; only if they differ, the blocks are computed again."""
     student, teacher, label = rows_of(23)
     outer = torch.randn(3, 23, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     if together:
@@ -100,12 +100,12 @@ def test_blocks_that_keep_one_gradient(together, blocks):
     losses = by_row_blocks(function, student, teacher, label, assume_sum=True)
     assert_close(torch.autograd.grad(losses, student, outer.unbind(), retain_graph=True), expected)
     assert len(sizes) == (8 if together else 16)
-    # What was kept is used up: the same again, by another sweep.
+    # The stored gradient is used up: the blocks are computed again.
     assert_close(torch.autograd.grad(losses, student, outer.unbind()), expected)
     assert len(sizes) == (16 if together else 24)
 
 
-def test_blocks_refuse_second_derivatives(blocks):
+def test_blocks_have_no_second_derivative(blocks):
     student, teacher, label = rows_of(23)
     total = sum(loss.sum() for loss in by_row_blocks(blocks(17)[0], student, teacher, label))
     with pytest.raises(RuntimeError, match="has no second derivative"):
@@ -126,8 +126,8 @@ def test_blocks_without_gradient(blocks):
     assert sizes == 2 * [3, 3, 3, 3, 3, 3, 3, 2]
 
 
-def test_blocks_reach_through_what_came_before(blocks):
-    """The student's logits are the output of something, not a leaf, and need not lie in one piece."""
+def test_blocks_pass_the_gradient_to_earlier_operations(blocks):
+    """The student's logits are not a leaf, and need not be contiguous."""
     weight, teacher, label = rows_of(23)
     direct, blocked = (
         torch.autograd.grad(sum(loss.sum() for loss in losses), weight)[0]
@@ -161,12 +161,12 @@ def test_blocks_in_the_losses(reduction, dtype, monkeypatch):
 
     expected = run()
     monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", 29)
-    # T^2 beta = 128 times the last bit of a sum, whose exponentials depend on how many of them there are at a time.
+    # T^2 beta = 128 times the rounding of a sum, whose vectorised exponentials depend on the block's size.
     assert_close(run(), expected, rtol=1e-5, atol=2e-5)
 
 
-def test_block_sizes_that_are_shipped():
-    """A batch of CIFAR-100 goes straight through; ImageNet batches on a CPU do not."""
+def test_default_block_sizes():
+    """A batch of CIFAR-100 is computed directly; ImageNet batches on a CPU are computed in blocks."""
     assert 64 * 100 <= 4 * rows.BLOCK_ELEMENTS["cpu"] < 2048 * 1000
 
 

@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_public_code():
 
 
 @pytest.mark.parametrize("scenario", ["random", "teacher_right", "teacher_wrong", "all_masked", "two_classes"])
-def test_the_true_class_leads_and_no_value_is_lost(scenario):
+def test_the_true_class_is_largest_and_values_are_permuted(scenario):
     _, teacher, label = batch(scenario)
     swapped = swap_logits(teacher, label)
     assert torch.equal(swapped.argmax(-1), label)
@@ -43,17 +43,17 @@ def test_the_true_class_leads_and_no_value_is_lost(scenario):
     assert torch.equal(swap_logits(swapped, label), swapped)
 
 
-def test_is_kd_when_the_teacher_is_right():
+def test_equals_kd_if_the_teacher_is_right():
     student, teacher, label = batch("teacher_right")
     assert torch.equal(swap_logits(teacher, label), teacher)
     expected = kd_loss(student, teacher, temperature=3.0)["kd"]
     assert_close(swap_loss(student, teacher, label, temperature=3.0)["swap"], expected)
 
 
-def test_the_first_of_tied_maxima_is_exchanged():
+def test_the_first_of_tied_maxima_is_swapped():
     teacher = torch.tensor([[1.0, 5.0, 5.0, 2.0]])
     assert swap_logits(teacher, torch.tensor([3])).tolist() == [[1.0, 2.0, 5.0, 5.0]]
-    # The true class shares the maximum: nothing to do.
+    # The true class shares the maximum: nothing changes.
     assert swap_logits(teacher, torch.tensor([2])).tolist() == [[1.0, 5.0, 5.0, 2.0]]
 
 
@@ -65,6 +65,6 @@ def test_hand_worked():
     assert swap_loss(student, teacher, label, temperature=1.0)["swap"].item() == pytest.approx(0.1732868, abs=1e-6)
 
 
-def test_what_it_passes_on_has_two_logits_exchanged():
+def test_refined_logits_have_two_logits_swapped():
     passed_on = SwapLoss().refined(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([2, 2]))
     assert passed_on.tolist() == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]

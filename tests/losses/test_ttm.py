@@ -66,13 +66,13 @@ def test_weight_of_a_sample(scenario, gamma):
     assert_close(uncertainty, (teacher.softmax(-1) ** gamma).sum(-1))
     assert (uncertainty >= 1 - 1e-12).all()
     assert (uncertainty <= classes ** (1 - gamma) + 1e-12).all()
-    # The ends: a teacher that is sure, and one that knows nothing.
+    # The extremes: a certain teacher, and a uniform one.
     assert_close(power_sum(torch.eye(classes)[:1] * 1e4, gamma), torch.ones(1))
     assert_close(power_sum(torch.zeros(1, classes), gamma), torch.tensor([classes ** (1 - gamma)]))
 
 
 @pytest.mark.parametrize("loss", [ttm_loss, wttm_loss])
-def test_a_gamma_of_one_is_kd_at_temperature_one(loss):
+def test_gamma_of_one_is_kd_at_temperature_one(loss):
     student, teacher, _ = batch()
     expected = kd_loss(student, teacher, temperature=1.0)["kd"]
     assert_close(next(iter(loss(student, teacher, gamma=1.0).values())), expected)

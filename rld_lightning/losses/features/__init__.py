@@ -1,4 +1,4 @@
-"""Losses that look inside the networks: features by tap path, connectors built from their shapes."""
+"""Losses on features: features by tap path, and connectors built from their shapes."""
 
 from rld_lightning.losses.features.at import ATLoss, at_loss
 from rld_lightning.losses.features.base import FeatureLoss

@@ -14,7 +14,7 @@ from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
-# Below 1 the derivative at 0 is infinite, and after a ReLU most of a map is 0.
+# Below 1, the derivative at 0 is infinite, and most of a map is 0 after a ReLU.
 Power = Annotated[float, must_be("a finite number >= 1", lambda value: 1 <= value < math.inf)]
 
 
@@ -22,22 +22,22 @@ Power = Annotated[float, must_be("a finite number >= 1", lambda value: 1 <= valu
 def at_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1000.0, power: Power = 2.0
 ) -> dict[str, Tensor]:
-    """Squared difference of where both networks look, mean over batch and positions, summed over the stages.
+    """Computes the squared difference of attention maps, mean over batch and positions, summed over the stages.
 
     The attention of a map is the channel mean of ``|x|^power`` at each position, as a vector of length 1 (section 3.1;
-    the sum over channels there differs by a factor that the normalisation takes out).
+    the paper sums over channels, a factor that the normalisation removes).
 
     Args:
         student: maps ``(B, channels, H, W)``, shallow to deep.
-        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
+        teacher: as many maps; if sizes differ, the larger map is average-pooled to the smaller.
         weight: factor on the term.
-        power: of the absolute values, at least 1.
+        power: exponent of the absolute values, at least 1.
 
     Returns:
         ``{"at": weight * AT}``.
 
     Raises:
-        ValueError: maps or hyper-parameters that do not fit.
+        ValueError: invalid maps or hyper-parameters.
     """
     check_pairs(student, teacher)
     distances = []
@@ -48,7 +48,7 @@ def at_loss(
 
 
 def _attention(feature: Tensor, power: float) -> Tensor:
-    energy = feature.square() if power == 2 else feature.abs().pow(power)  # the usual case takes half the passes
+    energy = feature.square() if power == 2 else feature.abs().pow(power)  # ``square`` needs half the passes
     return F.normalize(energy.mean(1).flatten(1))
 
 
@@ -56,8 +56,8 @@ def _attention(feature: Tensor, power: float) -> Tensor:
 class ATLoss(FeatureLoss):
     """``ce_weight * CE + weight * AT`` on all stages but the stem; see :func:`at_loss`.
 
-    Where one network has more stages than the other (MobileNetV2 of wrn40_2, MobileNetV1 of ResNet50), its deepest are
-    not compared, as in the published code.
+    If one network has more stages than the other (the pairs wrn40_2 to MobileNetV2, ResNet50 to MobileNetV1), its
+    deepest ones are not compared, as in the published code.
     """
 
     method = "Attention transfer"
@@ -70,9 +70,9 @@ class ATLoss(FeatureLoss):
     power: Power = 2.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages."""
+        """Returns the stages without the stem."""
         return stages.features[1:]
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``at``."""
+        """Returns ``at``."""
         return at_loss(student, teacher, weight=self.weight, power=self.power)

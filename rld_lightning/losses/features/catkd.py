@@ -25,29 +25,29 @@ def catkd_loss(
     pool_size: Count = 2,
     normalize: bool = True,
 ) -> dict[str, Tensor]:
-    """Squared difference of the class activation maps, mean over samples, classes and positions.
+    """Computes the squared difference of class activation maps, mean over samples, classes and positions.
 
-    A class activation map is what the classifier, without its bias, says about that class at each position: a 1x1
-    convolution of the last map. It is pooled first, which is the same and much cheaper, as both are linear.
+    A class activation map is the classifier's output for that class at each position, without the bias: a 1x1
+    convolution of the last map. The map is pooled first, which gives the same result at lower cost: both are linear.
 
-    The paper divides each map by its length; its published configurations do so for networks of different families
-    only, with other weights. In its code both networks lose the classifier's bias; here they keep it, the maps apart.
+    The paper normalises each map to length 1; its published configs do so only for networks of different families, with
+    other weights. Its code removes the classifier's bias from both networks; here they keep it, but the maps omit it.
 
     Args:
-        student: last map ``(B, channels, H, W)``.
-        teacher: likewise, of any size and number of channels.
-        student_classifier: weight ``(C, channels)`` of the student's classifier; takes part in the gradient.
-        teacher_classifier: the teacher's, likewise without gradient.
+        student: the student's last map ``(B, channels, H, W)``.
+        teacher: the teacher's last map, of any size and number of channels.
+        student_classifier: weight ``(C, channels)`` of the student's classifier; receives a gradient.
+        teacher_classifier: weight of the teacher's classifier; receives no gradient.
         weight: factor on the term.
-        pool_size: height and width that the maps are average-pooled to; a smaller map is left as it is, and the other
-            pooled to its size.
-        normalize: bring the map of each class to length 1, so that only where the class is seen counts.
+        pool_size: height and width to which the maps are average-pooled; if a map is smaller, both are pooled to its
+            size instead.
+        normalize: scale the map of each class to length 1, so that only the relative values of its positions count.
 
     Returns:
         ``{"catkd": weight * CAT}``.
 
     Raises:
-        ValueError: maps, classifiers or hyper-parameters that do not fit.
+        ValueError: invalid maps, classifiers or hyper-parameters.
     """
     check_pairs([student], [teacher])
     if len(student_classifier) != len(teacher_classifier):
@@ -76,9 +76,9 @@ def _activation_maps(feature: Tensor, classifier: Tensor, normalize: bool) -> Te
 class CATKDLoss(FeatureLoss):
     """``ce_weight * CE + weight * CAT`` on the last maps; see :func:`catkd_loss`.
 
-    The student's classifier is its own, as it comes, for it may have been trained. In the published code it is a new
-    1x1 convolution without bias, in ResNets, WRNs and MobileNetV2 of initial standard deviation ``sqrt(2 / C)``: 0.141
-    for 100 classes, where resnet8x4's linear layer starts from 0.036.
+    The student keeps its classifier, which may be pretrained. In the published code the classifier is a new 1x1
+    convolution without bias; in ResNets, WRNs and MobileNetV2 its initial standard deviation is ``sqrt(2 / C)``: 0.141
+    for 100 classes, compared with 0.036 of resnet8x4's linear layer.
     """
 
     method = "Class attention transfer"
@@ -95,20 +95,20 @@ class CATKDLoss(FeatureLoss):
     _classifier: nn.Linear = field(init=False)
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The map before the average."""
+        """Returns the map before global pooling."""
         return (stages.last_map,)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
     ) -> None:
-        """Chooses the maps, and takes hold of both classifiers: the student's itself, a copy of the teacher's."""
+        """Chooses the maps, and stores the student's classifier and a copy of the weight of the teacher's."""
         super().connect(student, teacher, image_shape, train_label)
         assert teacher is not None
         hold_outside(self, "_classifier", classifier_of(student))
         self.register_buffer("teacher_classifier", classifier_of(teacher).weight.detach().clone(), persistent=False)
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``catkd``."""
+        """Returns ``catkd``."""
         return catkd_loss(
             student[0],
             teacher[0],

@@ -17,7 +17,7 @@ from rld_lightning.losses.ranges import Count, Positive, Weight, checked, must_b
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
-# Apart from the run's seed, because all processes must start from the same memories.
+# Independent of the run's seed, because all processes must start from the same memories.
 _SEED = 1910_10699
 
 Momentum = Annotated[float, must_be("in [0, 1), for 1 never remembers", lambda value: 0 <= value < 1)]
@@ -35,7 +35,7 @@ def crd_loss(
     weight: Weight = 0.8,
     temperature: Positive = 0.07,
 ) -> dict[str, Tensor]:
-    """Tells an image from K others by what the *other* network remembers of them, in both directions.
+    """Contrasts an image's embedding with the *other* network's memories of it and of K negatives, in both directions.
 
     With unit embeddings e of one network and memories m of the other, N images and a constant Z::
 
@@ -43,15 +43,15 @@ def crd_loss(
         -log D_0 - sum over k = 1 ... K of log(1 - D_k)
 
     This is the paper's critic and noise-contrastive objective, with the Z of its published code; averaged over the
-    batch, summed over the two directions. That code also adds 1e-7 to each denominator against a division by zero,
-    which D as the sigmoid of ``log P_k - log(K / N)`` does not need.
+    batch, summed over the two directions. The code also adds 1e-7 to each denominator to avoid a division by zero; here
+    D is computed as the sigmoid of ``log P_k - log(K / N)``, which does not need it.
 
     Args:
         student: ``(B, D)`` unit vectors.
-        teacher: ``(B, D)`` unit vectors; carries a gradient too, for the teacher's embedding is learned.
+        teacher: ``(B, D)`` unit vectors; also carries a gradient, because the teacher's embedding is learned.
         student_memory: ``(N, D)``, without gradient.
         teacher_memory: ``(N, D)``, without gradient.
-        contrast: ``(B, 1 + K)`` rows of the memories: the image itself, then its negatives.
+        contrast: ``(B, 1 + K)`` row indices in the memories: the image itself, then its negatives.
         log_normaliser: ``(2,)``, log Z of the student's and of the teacher's scores.
         weight: factor on the term.
         temperature: > 0.
@@ -74,10 +74,11 @@ def crd_loss(
 
 
 def similarities(embedding: Tensor, memory: Tensor, contrast: Tensor) -> Tensor:
-    """Inner products of each embedding with its rows of a memory.
+    """Returns the inner products of each embedding with its rows of a memory.
 
-    With all rows at once and then a choice, rather than with ``(B, 1 + K, D)`` chosen rows, as long as that is the
-    smaller: for CIFAR-100 this takes a fifth of the memory and, on a CPU, a twentieth of the time.
+    If it needs less memory, the products with all rows are computed and the rows selected afterwards, instead of
+    gathering ``(B, 1 + K, D)`` rows: for CIFAR-100 this takes a fifth of the memory and, on a CPU, a twentieth of the
+    time.
 
     Args:
         embedding: ``(B, D)``.
@@ -94,15 +95,14 @@ def similarities(embedding: Tensor, memory: Tensor, contrast: Tensor) -> Tensor:
 
 
 def remember(memory: Tensor, embedding: Tensor, index: Tensor, momentum: float = 0.5) -> None:
-    """Moves rows of a memory towards new embeddings, in place: the unit vector along ``m old + (1 - m) new``.
+    """Updates rows of a memory in place, to the unit vector along ``m old + (1 - m) new``.
 
-    Of an image that occurs several times the last occurrence counts, on every device, so that equal calls leave equal
-    memories.
+    If an image occurs several times, the last occurrence counts, on every device: the result is deterministic.
 
     Args:
         memory: ``(N, D)``.
-        embedding: ``(B, D)`` unit vectors.
-        index: ``(B,)`` rows.
+        embedding: ``(B, D)`` unit vectors, the new values.
+        index: ``(B,)`` row indices.
         momentum: m.
     """
     same = index.unsqueeze(1) == index
@@ -115,20 +115,20 @@ def remember(memory: Tensor, embedding: Tensor, index: Tensor, momentum: float =
 class CRDLoss(FeatureLoss):
     """``ce_weight * CE + weight * CRD`` on the pooled features; see :func:`crd_loss`.
 
-    Both networks' features go through a learned linear embedding of unit length, and a memory of each holds a running
-    mean of the embeddings of every training image. The memories are moved after each step's loss was computed. The
-    constants Z are the mean score times N in the first step, for good.
+    Learned linear layers map both networks' features to embeddings of unit length. A memory per network holds a running
+    mean of the embedding of every training image, updated after each step's loss is computed. The constants Z are fixed
+    in the first step: the mean exponentiated score times N.
 
-    Negatives are images of *other* classes, drawn on the device, with replacement (the published data set draws
-    without as far as there are enough images); the draw depends on the number of steps so far and on the process, and
-    a resumed run goes on with it. Under DDP all processes hold the same memories, as one process with the whole batch
-    would: embeddings are gathered, and Z is that of the whole first batch. The first batch must be equally large on all
-    processes; none may be larger, and the last of an epoch may be smaller on some.
+    Negatives are images of *other* classes, drawn on the device with replacement (the published dataset draws without
+    replacement if there are enough images). The draw depends on the number of steps so far and on the process; a
+    resumed run continues it. Under DDP all processes hold the same memories as one process with the whole batch would:
+    embeddings are gathered, and Z is that of the whole first batch. The first batch must be equally large on all
+    processes, later ones must not be larger; an epoch's last batch may be smaller on some processes.
 
     Args:
-        negatives: K, per image; never more than the images outside the largest class.
-        dim: of the embeddings.
-        momentum: how much of a memory stays in a step, in [0, 1).
+        negatives: K per image; reduced to the number of images outside the largest class if that is smaller.
+        dim: dimension of the embeddings.
+        momentum: share of the old value in a memory's update, in [0, 1).
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
@@ -136,7 +136,7 @@ class CRDLoss(FeatureLoss):
     papers = ("1910.10699",)
 
     single = True
-    takes_mixtures = False  # a mixture is none of the images that it remembers
+    takes_mixtures = False  # the memories hold unmixed images
 
     own_buffers = (
         "student_memory",
@@ -166,23 +166,23 @@ class CRDLoss(FeatureLoss):
         self._largest_batch = 0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The pooled features."""
+        """Returns the pooled features."""
         return (stages.pooled,)
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """Two linear embeddings."""
+        """Builds the two linear embeddings."""
         self.student_embedding = nn.Linear(student_shapes[0][1:].numel(), self.dim)
         self.teacher_embedding = nn.Linear(teacher_shapes[0][1:].numel(), self.dim)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
     ) -> None:
-        """As in the base; then makes room for every training image."""
+        """Connects as in the base class, then creates the memories of the training images."""
         super().connect(student, teacher, image_shape, train_label)
         self.make_memories(train_label)
 
     def make_memories(self, train_label: Tensor) -> None:
-        """Fills the memories with small random vectors and sorts the images by class.
+        """Creates the memories, filled with random vectors, and the index of the images by class.
 
         Args:
             train_label: ``(N,)`` class of each training image.
@@ -196,17 +196,17 @@ class CRDLoss(FeatureLoss):
         if self.negatives < 1:
             raise ValueError("CRD contrasts images of different classes, but all training images are of one class.")
         generator = torch.Generator().manual_seed(_SEED)
-        bound = math.sqrt(3 / self.dim)  # a length of 1 on average
+        bound = math.sqrt(3 / self.dim)  # a mean squared length of 1
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(len(label), self.dim).uniform_(-bound, bound, generator=generator))
         self.register_buffer("log_normaliser", torch.zeros(2))
-        # Where the block of an image's own class begins in `by_class`, and how long it is; data, not learned.
+        # Start and size of each image's class in ``by_class``. Not in checkpoints: computed from the labels.
         self.register_buffer("by_class", label.argsort(stable=True), persistent=False)
         self.register_buffer("class_start", (counts.cumsum(0) - counts)[label], persistent=False)
         self.register_buffer("class_size", counts[label], persistent=False)
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``crd``; moves the memories."""
+        """Returns ``crd``, and updates the memories."""
         if step.index is None:
             raise ValueError("CRDLoss needs the position of each image in the training split (StepContext.index).")
         ours = _embed(self.student_embedding, student[0])
@@ -229,13 +229,13 @@ class CRDLoss(FeatureLoss):
         return terms
 
     def draw(self, index: Tensor) -> Tensor:
-        """Each image itself, and uniformly drawn images of other classes: ``(B,)`` to ``(B, 1 + K)``."""
+        """Returns each image's index and K uniformly drawn images of other classes: ``(B,)`` to ``(B, 1 + K)``."""
         rank, processes = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
         generator = torch.Generator(index.device).manual_seed(_SEED + self._steps * processes + rank)
         start, size = self.class_start[index].unsqueeze(1), self.class_size[index].unsqueeze(1)
         number = torch.randint(2**31, (len(index), self.negatives), generator=generator, device=index.device)
         place = number % (len(self.by_class) - size)
-        place = torch.where(place < start, place, place + size)  # over the block of the own class
+        place = torch.where(place < start, place, place + size)  # skips the image's class
         return torch.cat([index.unsqueeze(1), self.by_class[place]], 1)
 
     @torch.no_grad()
@@ -250,8 +250,8 @@ class CRDLoss(FeatureLoss):
     @torch.no_grad()
     def _remember(self, student: Tensor, teacher: Tensor, index: Tensor) -> None:
         if _distributed():
-            # Collectives want equal sizes, and to ask the others for theirs would make the device wait. A repeated
-            # last row changes nothing.
+            # Collectives need equal sizes; exchanging the sizes would synchronise. Smaller batches repeat their last
+            # row, which does not change the result.
             self._largest_batch = max(self._largest_batch, len(index))
             rows = torch.arange(self._largest_batch, device=index.device).clamp(max=len(index) - 1)
             student, teacher, index = (_gather(tensor[rows]) for tensor in (student, teacher, index))
@@ -259,11 +259,11 @@ class CRDLoss(FeatureLoss):
         remember(self.teacher_memory, teacher, index, self.momentum)
 
     def get_extra_state(self) -> Tensor:
-        """What a resumed run needs beside the memories; as a tensor, as everything in a state_dict."""
+        """Returns the state besides the memories that a resumed run needs, as a tensor."""
         return torch.tensor([self._steps, self._largest_batch])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Goes on where the saved loss was."""
+        """Restores the state of :meth:`get_extra_state`."""
         self._steps, self._largest_batch = state.tolist()
 
 

@@ -16,13 +16,13 @@ from rld_lightning.models.stages import Stages
 
 @checked
 def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 100.0) -> dict[str, Tensor]:
-    """Squared difference of the guided and the hint map, mean over all elements.
+    """Computes the squared difference of the guided and the hint map, mean over all elements.
 
-    Equation 3 of the paper has half of the sum over elements; mdistiller's mean, which the weight belongs to, is
-    followed.
+    Equation 3 of the paper has half the sum over elements; this follows mdistiller's mean, to which the default weight
+    belongs.
 
     Args:
-        student: ``(B, channels, H, W)``, brought to the teacher's shape by a regressor.
+        student: ``(B, channels, H, W)``, mapped to the teacher's shape by a regressor.
         teacher: the same shape; never receives a gradient.
         weight: factor on the term.
 
@@ -30,7 +30,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 100.0) -> 
         ``{"fitnet": weight * MSE}``.
 
     Raises:
-        ValueError: shapes or a weight that do not fit.
+        ValueError: invalid shapes or weight.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -44,15 +44,15 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 100.0) -> 
 class FitNetLoss(FeatureLoss):
     """``ce_weight * CE + weight * MSE`` of one stage, the hint; see :func:`fitnet_loss`.
 
-    The student's map goes through a regressor: a convolution that gives it the teacher's shape, batch norm and ReLU.
-    The convolution is 1x1 where the maps are equally large, 3x3 with stride 2 where the student's is twice as large,
-    4x4 transposed with stride 2 where the teacher's is, and for any other larger student map a valid one, whose kernel
-    is the difference plus 1. As in mdistiller, hint and labels are learned together, without the paper's first training
-    stage; its convolutions have a bias as well, which the batch norm takes out again.
+    A regressor maps the student's map to the teacher's shape: a convolution, batch norm and ReLU. The convolution is
+    1x1 if the maps have equal size, 3x3 with stride 2 if the student's is twice as large, 4x4 transposed with stride 2
+    if the teacher's is twice as large, and for any other larger student map one without padding, whose kernel size is
+    the difference of the sizes plus 1. As in mdistiller, hint and labels are learned together, without the paper's
+    first training stage. mdistiller's convolutions also have a bias, which the batch norm cancels.
 
     Args:
-        hint_layer: position of the hint among the network's features, where 0 is the stem; negative ones count from
-            the deep end.
+        hint_layer: index of the hint among the network's features: 0 is the stem, negative values count from the deep
+            end.
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
@@ -65,7 +65,7 @@ class FitNetLoss(FeatureLoss):
     hint_layer: int = 2
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The hint layer."""
+        """Returns the hint layer."""
         size = len(stages.features)
         if not -size <= self.hint_layer < size:
             raise ValueError(
@@ -75,7 +75,7 @@ class FitNetLoss(FeatureLoss):
         return (stages.features[self.hint_layer],)
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """Makes the regressor."""
+        """Builds the regressor."""
         (student,), (teacher,) = student_shapes, teacher_shapes
         self.regressor = nn.Sequential(
             OrderedDict(
@@ -86,11 +86,11 @@ class FitNetLoss(FeatureLoss):
         )
 
     def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The regressor on the student's map."""
+        """Applies the regressor to the student's map."""
         return [self.regressor(student[0])], teacher
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``fitnet``."""
+        """Returns ``fitnet``."""
         return fitnet_loss(student[0], teacher[0], weight=self.weight)
 
 
@@ -98,7 +98,7 @@ def _matching_convolution(student: torch.Size, teacher: torch.Size) -> nn.Module
     if len(student) != 4 or len(teacher) != 4:
         raise ValueError(f"FitNetLoss compares maps (B, channels, H, W), got {tuple(student)} and {tuple(teacher)}.")
     channels, ours, theirs = (student[1], teacher[1]), student[2:], teacher[2:]
-    # The batch norm that follows takes a bias out.
+    # No bias: the batch norm that follows would cancel it.
     if all(s == 2 * t for s, t in zip(ours, theirs, strict=True)):
         return nn.Conv2d(*channels, kernel_size=3, stride=2, padding=1, bias=False)
     if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):

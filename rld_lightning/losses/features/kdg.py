@@ -1,7 +1,7 @@
 """KD by approximation (KD-G), feature members and the sum with the logit member: Hsu et al., arXiv 2203.10163.
 
-The family is explained in :mod:`rld_lightning.losses.kdg`, and is a reconstruction as said there. The paper ranks what
-can be distilled: logits before gradient-weighted features before plain features.
+A reconstruction; :mod:`rld_lightning.losses.kdg` explains the family. The paper's ranking of knowledge sources: logits,
+then gradient-weighted features, then plain features.
 """
 
 from collections.abc import Sequence
@@ -33,17 +33,18 @@ def kdg_feature_loss(
     temperature: Positive = 1.0,
     weight: Weight = 1.0,
 ) -> dict[str, Tensor]:
-    """Squared difference of features as the teacher's classifier weighs it, averaged over the batch.
+    """Computes the squared difference of features, weighted by the teacher's classifier, averaged over the batch.
 
-    With d the difference of the features, W the teacher's classifier and p its probabilities at temperature T::
+    With the difference of the features d, the weight of the teacher's classifier W and its probabilities p at
+    temperature T::
 
         identity  1/2 |d|^2                                                             (KD-feat-L2)
         gradient  1/2 sum_k w_k d_k^2,  w_k = E over y ~ p of (d log p_y / d feature_k)^2     (KD-feat-G)
         fisher    1/2 d' W' (diag(p) - p p') W d = 1/2 Var_p(W d)                       (KD-feat-F)
 
-    The gradients are ``W_y - p W``, so that w_k is the variance of column k of W under p, the diagonal of the Fisher
-    form. The last approximates ``T^2`` times the divergence at T between the teacher and its classifier on the
-    student's feature.
+    The gradients are ``W_y - p W``, so w_k is the variance of column k of W under p: the diagonal of the Fisher form.
+    The Fisher form approximates ``T^2`` times the KL divergence at T between the teacher's output and its classifier's
+    output for the student's feature.
 
     Args:
         student: ``(B, D)``, float32 or float64.
@@ -51,14 +52,14 @@ def kdg_feature_loss(
         teacher_logits: ``(B, C)``; not needed for the identity.
         classifier: ``(C, D)``, the teacher's W; not needed for the identity.
         weighting: ``"gradient"``, ``"fisher"`` or ``"identity"``.
-        temperature: T; the identity does not use it.
+        temperature: T; not used by the identity.
         weight: factor on the term.
 
     Returns:
         ``{"kdg_feature": weight * loss}``.
 
     Raises:
-        ValueError: shapes or hyper-parameters that do not fit.
+        ValueError: invalid shapes or hyper-parameters.
     """
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
@@ -78,7 +79,7 @@ def kdg_feature_loss(
     if weighting == "fisher":
         loss = half_variance(difference @ classifier.T, probs)
     else:
-        # Of two products, because the variance written out would take (B, C, D); hence the rounding below 0.
+        # E[x^2] - E[x]^2, because the centred form would need (B, C, D) memory; it can be rounded below 0.
         variance = (probs @ classifier.square() - (probs @ classifier).square()).clamp(min=0)
         loss = (variance * difference.square()).sum(-1) / 2
     return {"kdg_feature": weight * loss.mean()}
@@ -92,17 +93,17 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 class KDGLoss(FeatureLoss):
     """``ce_weight * CE + logit_weight * logit member + feature_weight * feature member``.
 
-    See :func:`~rld_lightning.losses.kdg.kdg_logit_loss` (in its Fisher form) and :func:`kdg_feature_loss`. Features are
-    the pooled ones. Where the student's have another width, a linear layer trained with the student maps them to the
-    teacher's (our choice). The paper's weights and temperatures are not known to us: those of the logits are plain
-    KD's, that of the features makes their member about as large on CIFAR-100.
+    See :func:`~rld_lightning.losses.kdg.kdg_logit_loss` (in its Fisher form) and :func:`kdg_feature_loss`. The features
+    are the pooled ones. If the student's width differs, a linear layer, trained with the student, maps its feature to
+    the teacher's width (our choice). The paper's weights and temperatures are not known to us: the logit member has
+    those of plain KD, and the feature member a weight that makes it about as large on CIFAR-100.
 
     Args:
-        logit_weight: factor on the logit member; 0 leaves it out.
-        feature_weight: factor on the feature member. Of the size of 1 suits ``"gradient"`` and ``"fisher"``; the
-            identity sums over as many numbers as the feature has and wants 0.01 or so.
-        weighting: of the features: ``"gradient"``, ``"fisher"`` or ``"identity"``.
-        temperature: of the teacher's probabilities in both members.
+        logit_weight: factor on the logit member; 0 disables it.
+        feature_weight: factor on the feature member. About 1 suits ``"gradient"`` and ``"fisher"``; ``"identity"`` sums
+            over all elements of the feature and needs about 0.01.
+        weighting: weighting of the features: ``"gradient"``, ``"fisher"`` or ``"identity"``.
+        temperature: temperature of the teacher's probabilities in both members.
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
@@ -111,7 +112,7 @@ class KDGLoss(FeatureLoss):
 
     single = True
 
-    own_buffers = ("classifier",)  # a constant, the same wherever the teacher is
+    own_buffers = ("classifier",)  # a constant, equal on all processes
 
     logit_weight: Weight = 0.9
     feature_weight: Weight = 1.0
@@ -126,29 +127,29 @@ class KDGLoss(FeatureLoss):
         self.register_buffer("classifier", None, persistent=False)
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The pooled feature."""
+        """Returns the pooled feature."""
         return (stages.pooled,)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
     ) -> None:
-        """As :meth:`FeatureLoss.connect`; copies the weight of the teacher's classifier where it is needed."""
+        """Connects as in the base class, and copies the weight of the teacher's classifier if it is needed."""
         super().connect(student, teacher, image_shape, train_label)
         assert teacher is not None
         if self.weighting != "identity":
             self.classifier = classifier_of(teacher).weight.detach().clone()
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """Maps the student's width to the teacher's, where they differ."""
+        """Builds the linear layer from the student's width to the teacher's, if they differ."""
         ours, theirs = student_shapes[0][1:].numel(), teacher_shapes[0][1:].numel()
         self.mapping = nn.Identity() if ours == theirs else nn.Linear(ours, theirs)
 
     def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Flattens what has height and width, and maps the student's."""
+        """Flattens the features and maps the student's to the teacher's width."""
         return [self.mapping(student[0].flatten(1))], [teacher[0].flatten(1)]
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``kdg_logit`` (where it has a weight) and ``kdg_feature``."""
+        """Returns ``kdg_logit`` (unless its weight is 0) and ``kdg_feature``."""
         logits = {}
         if self.logit_weight:
             logits = kdg_logit_loss(

@@ -14,9 +14,9 @@ from rld_lightning.losses.ranges import Count, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
-# A vector is aligned with one of this many more of the student's than are compared.
+# Each teacher vector is matched with one of the student's first ``num_vectors + SPARE_VECTORS`` vectors.
 SPARE_VECTORS = 3
-# Singular values whose squares differ by less than this part of the largest have directions made of rounding.
+# If squared singular values differ by less than this fraction of the largest, rounding determines their directions.
 SMALLEST_GAP = 1e-4
 
 
@@ -24,29 +24,29 @@ SMALLEST_GAP = 1e-4
 def kdsvd_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0, num_vectors: Count = 1
 ) -> dict[str, Tensor]:
-    """Squared difference of how the singular vectors of neighbouring stages relate, over the batch size.
+    """Computes the squared difference of the relations of neighbouring stages' singular vectors, over the batch size.
 
-    A map is taken as a matrix ``(channels * H, W)``. Its first right singular vectors, each times its singular value
-    (those as a vector of length 1), are compared with those of the next stage, element by element, by
-    ``exp(-(a - b)^2 / 8)``, and the student's results with the teacher's. Before that, each of the teacher's vectors is
-    given the most parallel of the student's first ``num_vectors + 3``, up to sign, and that one gets the teacher's
-    singular value.
+    A map is treated as a matrix ``(channels * H, W)``. Its first right singular vectors, each times its singular value
+    (the singular values normalised to a vector of length 1), are related to those of the next stage elementwise by
+    ``exp(-(a - b)^2 / 8)``; the student's relations are compared with the teacher's. Before that, each of the teacher's
+    vectors is matched with the most parallel of the student's first ``num_vectors + 3``, up to sign, which is
+    multiplied by the teacher's singular value.
 
-    This is mdistiller's arrangement; RepDistiller's matrices are ``(H * W, channels)``, which needs equally many
-    channels in both networks. Two things that the decomposition leaves open are settled here: a teacher's vector has
-    its largest element positive; and the gradient, infinite where singular values coincide, fades there instead.
+    The matrices are mdistiller's; RepDistiller's are ``(H * W, channels)``, which needs equally many channels in both
+    networks. Two ambiguities of the decomposition are resolved here: the largest element of a teacher's vector is
+    positive, and the gradient, infinite if singular values coincide, tends to 0 there instead.
 
     Args:
         student: at least two maps ``(B, channels, H, W)``, shallow to deep.
-        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
+        teacher: as many maps; if sizes differ, the larger map is average-pooled to the smaller.
         weight: factor on the term.
-        num_vectors: how many singular vectors of each map are compared; not more than the smallest map has.
+        num_vectors: number of singular vectors of each map that are compared; at most those of the smallest map.
 
     Returns:
         ``{"kdsvd": weight * KDSVD}``. It has no second derivative.
 
     Raises:
-        ValueError: maps or hyper-parameters that do not fit.
+        ValueError: invalid maps or hyper-parameters.
     """
     check_pairs(student, teacher)
     _check_sizes([feature.shape for feature in (*student, *teacher)], len(student), num_vectors)
@@ -73,13 +73,13 @@ def _check_sizes(shapes: Sequence[torch.Size], num_stages: int, num_vectors: int
 
 
 def _relations(shallow: Tensor, deep: Tensor) -> Tensor:
-    """``(B, W, n)`` and ``(B, V, n)`` to ``(B, V, W, n)``."""
+    """Relates all elements of two stages' vectors: ``(B, W, n)`` and ``(B, V, n)`` to ``(B, V, W, n)``."""
     return (-(deep.unsqueeze(2) - shallow.unsqueeze(1)).square() / 8).exp()
 
 
 def _aligned_vectors(student: Tensor, teacher: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's right singular vectors times the teacher's singular values, ``(B, W, n)``."""
-    # Right singular vectors are the eigenvectors of a small matrix (W, W); one decomposition for both networks.
+    """Returns both networks' right singular vectors times the teacher's singular values, ``(B, W, n)``."""
+    # Right singular vectors are the eigenvectors of a small Gram matrix (W, W); one batched call for both networks.
     gram, teacher_gram = (_columns_gram(feature) for feature in (student, teacher))
     squares, vectors = torch.linalg.eigh(torch.cat([gram.detach(), teacher_gram]))
     (squares, teacher_squares), (vectors, teacher_vectors) = squares.chunk(2), vectors.chunk(2)
@@ -106,18 +106,18 @@ def _columns_gram(feature: Tensor) -> Tensor:
 
 
 def _with_gradient(chosen: Tensor, square: Tensor, gram: Tensor, squares: Tensor, vectors: Tensor) -> Tensor:
-    """Eigenvectors with the gradient of ``gram`` attached.
+    """Attaches the gradient of ``gram`` to eigenvectors.
 
-    To first order an eigenvector ``v`` of eigenvalue ``x`` moves by the sum over the others of
-    ``v_i (v_i . dG v) / (x - x_i)``. The derivative of ``eigh`` is the same, but infinite where two eigenvalues
-    coincide, as they do in every map with a dead part.
+    To first order an eigenvector ``v`` of eigenvalue ``x`` changes by the sum over the other eigenvectors of
+    ``v_i (v_i . dG v) / (x - x_i)``. The derivative of ``eigh`` is the same, but infinite if two eigenvalues coincide,
+    which happens in every map with a dead (all-zero) part.
 
     Args:
-        chosen: ``(B, W, n)`` eigenvectors.
-        square: ``(B, n)`` their eigenvalues.
+        chosen: ``(B, W, n)``, the eigenvectors.
+        square: ``(B, n)``, their eigenvalues.
         gram: ``(B, W, W)``, carries the gradient.
-        squares: ``(B, W)`` all eigenvalues, ascending.
-        vectors: ``(B, W, W)`` all eigenvectors.
+        squares: ``(B, W)``, all eigenvalues, ascending.
+        vectors: ``(B, W, W)``, all eigenvectors.
     """
     largest = squares[:, -1, None, None].clamp(min=torch.finfo(squares.dtype).tiny)
     gap = (square.unsqueeze(1) - squares.unsqueeze(2)) / largest
@@ -130,10 +130,10 @@ def _with_gradient(chosen: Tensor, square: Tensor, gram: Tensor, squares: Tensor
 class KDSVDLoss(FeatureLoss):
     """``ce_weight * CE + weight * KDSVD`` on all stages but the stem; see :func:`kdsvd_loss`.
 
-    Where one network has more stages than the other, the deepest are compared; the published code would pair them from
-    the shallow end, where their sizes do not fit.
+    If one network has more stages than the other, the deepest are compared; the published code pairs them from the
+    shallow end, where their sizes do not match.
 
-    The decompositions make a GPU wait: they report to the host whether they succeeded.
+    The decompositions synchronise with a GPU, because they report errors to the host.
     """
 
     method = "Singular vectors of neighbouring stages"
@@ -143,13 +143,13 @@ class KDSVDLoss(FeatureLoss):
     num_vectors: Count = 1
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages."""
+        """Returns the stages without the stem."""
         return stages.features[1:]
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """Has nothing to build; says at once that maps do not fit."""
+        """Builds nothing; raises ``ValueError`` early for invalid maps."""
         _check_sizes([*student_shapes, *teacher_shapes], len(student_shapes), self.num_vectors)
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``kdsvd``."""
+        """Returns ``kdsvd``."""
         return kdsvd_loss(student, teacher, weight=self.weight, num_vectors=self.num_vectors)

@@ -15,23 +15,23 @@ from rld_lightning.models.stages import Stages
 
 @checked
 def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 50.0) -> dict[str, Tensor]:
-    """Maximum mean discrepancy between the channels of both networks, mean over the batch, summed over the stages.
+    """Computes the maximum mean discrepancy of both networks' channels, mean over the batch, summed over the stages.
 
-    Each channel of a map is a sample: a vector over the positions, of length 1. With the kernel
-    ``k(x, y) = (x . y)^2``, the paper's polynomial one, the squared discrepancy of a stage is::
+    Each channel of a map is a sample: a vector over the positions, normalised to length 1. With the paper's polynomial
+    kernel ``k(x, y) = (x . y)^2``, the squared discrepancy of a stage is::
 
         mean k(t, t') + mean k(s, s') - 2 mean k(s, t)    over all pairs of channels
 
     Args:
         student: maps ``(B, channels, H, W)``, shallow to deep.
-        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller.
+        teacher: as many maps; if sizes differ, the larger map is average-pooled to the smaller.
         weight: factor on the term.
 
     Returns:
         ``{"nst": weight * NST}``.
 
     Raises:
-        ValueError: maps or a weight that do not fit.
+        ValueError: invalid maps or weight.
     """
     check_pairs(student, teacher)
     distances = []
@@ -42,9 +42,10 @@ def nst_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: We
 
 
 def _discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared discrepancy of two sets of channels ``(B, channels, positions)``, mean over the batch."""
+    """Returns the squared discrepancy of two sets of channels ``(B, channels, positions)``, mean over the batch."""
     if student.shape[2] <= min(student.shape[1], teacher.shape[1]):
-        # k is the inner product of x x^T and y y^T: the discrepancy is that of two matrices (positions, positions).
+        # k is the inner product of x x^T and y y^T: the discrepancy is the distance of two (positions, positions)
+        # matrices.
         ours, theirs = (feature.mT @ feature / feature.shape[1] for feature in (student, teacher))
         return (ours - theirs).square().sum((1, 2)).mean()
     own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
@@ -59,8 +60,8 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 class NSTLoss(FeatureLoss):
     """``ce_weight * CE + weight * NST`` on all stages but the stem; see :func:`nst_loss`.
 
-    Where one network has more stages than the other (MobileNetV2 of wrn40_2, MobileNetV1 of ResNet50), its deepest are
-    not compared, as in the published code.
+    If one network has more stages than the other (the pairs wrn40_2 to MobileNetV2, ResNet50 to MobileNetV1), its
+    deepest ones are not compared, as in the published code.
     """
 
     method = "Neuron selectivity transfer"
@@ -72,9 +73,9 @@ class NSTLoss(FeatureLoss):
     weight: Weight = 50.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages."""
+        """Returns the stages without the stem."""
         return stages.features[1:]
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``nst``."""
+        """Returns ``nst``."""
         return nst_loss(student, teacher, weight=self.weight)

@@ -24,20 +24,21 @@ KernelSize = Annotated[int, must_be("odd and >= 1 to keep the size", lambda size
 def ofd_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor], *, weight: Weight = 1e-3
 ) -> dict[str, Tensor]:
-    """Squared difference of both networks before a ReLU, where it makes a difference after it.
+    """Computes the squared difference of features before a ReLU, ignoring differences without effect after the ReLU.
 
-    With a map t of the teacher before its ReLU, s of the student and the margin m < 0 of each channel
+    With the maps before the ReLU, t of the teacher and s of the student, and the margin m < 0 of each channel
     (:func:`batch_norm_margin`)::
 
         t' = max(t, m)                                  (margin ReLU)
         d  = 0 if s <= t' <= 0, else (s - t')^2         (partial L2 distance)
 
-    Summed over channels and positions, averaged over the batch. The deepest stage counts whole, each shallower one half
-    of the next deeper, as in the published code.
+    Summed over channels and positions, averaged over the batch. The deepest stage has weight 1, each shallower one half
+    the weight of the next deeper, as in the published code.
 
     Args:
         student: maps ``(B, channels, H, W)``, shallow to deep, with the teacher's channels.
-        teacher: as many maps; of two sizes, the larger is average-pooled to the smaller (before it is clipped).
+        teacher: as many maps; if sizes differ, the larger map is average-pooled to the smaller (before the margin
+            ReLU).
         margin: ``(channels,)`` of each stage, <= 0.
         weight: factor on the term.
 
@@ -45,7 +46,7 @@ def ofd_loss(
         ``{"ofd": weight * OFD}``.
 
     Raises:
-        ValueError: maps, margins or hyper-parameters that do not fit.
+        ValueError: invalid maps, margins or hyper-parameters.
     """
     check_pairs(student, teacher)
     stages = []
@@ -64,18 +65,18 @@ def ofd_loss(
 
 
 def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
-    """Expected value of what a ReLU cuts off after a batch norm: ``E[x | x < 0]`` of ``x ~ Normal(shift, scale^2)``.
+    """Returns the mean of a batch norm's negative outputs: ``E[x | x < 0]`` of ``x ~ Normal(shift, scale^2)``.
 
-    Where almost nothing is negative (probability 0.001 or less) it is ``-3 |scale|`` instead, as in the published code.
+    If the probability of x < 0 is 0.001 or less, it is ``-3 |scale|`` instead, as in the published code.
 
     Args:
         scale: ``(channels,)``, the weight of the batch norm.
-        shift: ``(channels,)``, its bias.
+        shift: ``(channels,)``, the bias of the batch norm.
 
     Returns:
         ``(channels,)``, at most 0, in the type of ``scale``.
     """
-    # A scale of 0 is a constant: the limit is the shift if that is negative, and 0 otherwise.
+    # With a scale of 0, x is constant: the limit is the shift if it is negative, and 0 otherwise.
     sigma = scale.detach().double().abs().clamp(min=torch.finfo(torch.float64).tiny)
     mean = shift.detach().double()
     ratio = mean / sigma
@@ -89,19 +90,20 @@ def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
 class OFDLoss(FeatureLoss):
     """``ce_weight * CE + weight * OFD`` on all stages but the stem, before their ReLU; see :func:`ofd_loss`.
 
-    The student's maps go through a convolution and a batch norm each. The teacher runs in evaluation mode, as
-    everywhere here: its features are then those of the trained teacher, the same in every batch, and its weights and
-    statistics stay as they were. The scripts of the authors and mdistiller leave its batch norms in training mode,
-    which normalises by the batch and moves the running statistics; the gradient of a step differs by about a tenth. A
-    run does so with ``model.teacher.batch_statistics=true``.
+    A convolution and a batch norm per stage connect the student's maps. The teacher is in evaluation mode, as in all
+    losses here: its features do not depend on the batch, and its running statistics do not change. The scripts of the
+    authors and mdistiller leave its batch norms in training mode, which normalises by the batch and updates the running
+    statistics; a step's gradient differs by about a tenth. ``model.teacher.batch_statistics=true`` selects this for a
+    run.
 
-    Where stage counts differ, the deepest are compared, as in mdistiller, each with its own margin (mdistiller counts
-    margins from the shallow end). Refused are networks whose stages do not end in a ReLU (MobileNetV2, timm's) and, as
-    teachers, the ShuffleNets, where no single batch norm comes before it. On ImageNet: ``weight=1e-4``.
+    If the numbers of stages differ, the deepest are compared, as in mdistiller, each with its own margin (mdistiller
+    counts margins from the shallow end). Not supported are networks whose stages do not end in a ReLU (MobileNetV2,
+    timm's) and, as teachers, the ShuffleNets, whose ReLUs do not follow a single batch norm. On ImageNet:
+    ``weight=1e-4``.
 
     Args:
-        kernel_size: of the connectors' convolutions, odd.
-        teacher_norms: paths of the teacher's batch norms before its taps; none chooses them from its stages.
+        kernel_size: kernel size of the connectors' convolutions, odd.
+        teacher_norms: paths of the teacher's batch norms before its taps; if empty, they are chosen from its stages.
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
@@ -118,18 +120,18 @@ class OFDLoss(FeatureLoss):
         self.teacher_norms = tuple(self.teacher_norms or ())
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The inputs of the ReLUs that end the stages."""
+        """Returns the inputs of the ReLUs that end the stages, without the stem."""
         return stages.preactivations[1:]
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """A convolution and a batch norm for each stage."""
+        """Builds a convolution and a batch norm for each stage."""
         pairs = zip(student_shapes, teacher_shapes, strict=True)
         self.connectors = nn.ModuleList(_connector(ours[1], theirs[1], self.kernel_size) for ours, theirs in pairs)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor
     ) -> None:
-        """As in the base; then reads the margins from the teacher's batch norms."""
+        """Connects as in the base class, then computes the margins from the teacher's batch norms."""
         super().connect(student, teacher, image_shape, train_label)
         assert teacher is not None
         self.teacher_norms = (self.teacher_norms or stages_of(teacher).norms)[-len(self.teacher_taps) :]
@@ -147,15 +149,15 @@ class OFDLoss(FeatureLoss):
                     f"{path} is not a batch norm with {connector[0].out_channels} scales and shifts; name the one "
                     f"before {self.teacher_taps[i]} (+loss.teacher_norms=[...])."
                 )
-            # Read anew from the teacher for each run, hence in no checkpoint.
+            # Not in checkpoints: computed from the teacher at the start of each run.
             self.register_buffer(f"margin{i}", batch_norm_margin(norm.weight, norm.bias), persistent=False)
 
     def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's maps with the teacher's channels."""
+        """Maps the student's maps to the teacher's channels."""
         return [connector(map_) for connector, map_ in zip(self.connectors, student, strict=True)], teacher
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``ofd``."""
+        """Returns ``ofd``."""
         margin = [getattr(self, f"margin{i}") for i in range(len(student))]
         return ofd_loss(student, teacher, margin, weight=self.weight)
 

@@ -14,26 +14,26 @@ EPS = 1e-7
 
 @checked
 def pkt_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 30000.0) -> dict[str, Tensor]:
-    """Divergence of the probabilities with which each sample of a batch picks the others as its neighbours.
+    """Computes the divergence of the probabilities that each sample of a batch selects the others as neighbours.
 
-    The probabilities are the cosines of the features, brought to [0, 1] and divided by their sum over a row (section
-    3)::
+    The probabilities are the cosines of the features, mapped to [0, 1] and divided by their sum over a row
+    (section 3)::
 
         mean over both i and j of p_ij log((p_ij + 1e-7) / (q_ij + 1e-7)),  p of the teacher, q of the student
 
-    The published code is followed: the diagonal, which the paper's sum leaves out, is kept, and the mean is over all
-    ``B^2`` entries. A sample without any feature has cosines of 0 and receives no gradient.
+    This follows the published code: it includes the diagonal, which the paper's sum excludes, and the mean is over all
+    ``B^2`` entries. A sample whose features are all 0 has cosines of 0 and receives no gradient.
 
     Args:
         student: features ``(B, *)``.
-        teacher: features ``(B, *)``, of any other size; never receive a gradient.
+        teacher: features ``(B, *)``, of any size; never receive a gradient.
         weight: factor on the term.
 
     Returns:
         ``{"pkt": weight * PKT}``.
 
     Raises:
-        ValueError: batch sizes or a weight that do not fit.
+        ValueError: invalid batch sizes or weight.
     """
     check_pairs([student], [teacher])
     q, p = _neighbour_probs(student), _neighbour_probs(teacher.detach())
@@ -43,16 +43,16 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 30000.0) -> d
 def _neighbour_probs(feature: Tensor) -> Tensor:
     feature = feature.flatten(1)
     length = feature.norm(dim=1, keepdim=True)
-    # With the small denominator alone, a sample of zeros would have a gradient of 1e7.
+    # With only EPS in the denominator, a sample of zeros would have a gradient of 1e7.
     unit = feature / (length + EPS).masked_fill(length == 0, torch.inf)
-    # Rounding can take the cosine of opposite features below -1, and the logarithm has no use for that.
+    # Rounding can make the cosine of opposite features < -1, for which the logarithm is undefined.
     similarity = (unit @ unit.mT + 1).clamp(min=0)
     return similarity / similarity.sum(1, keepdim=True)
 
 
 @register_loss("pkt")
 class PKTLoss(FeatureLoss):
-    """``ce_weight * CE + weight * PKT`` of what the classifiers see; see :func:`pkt_loss`."""
+    """``ce_weight * CE + weight * PKT`` on the classifiers' inputs; see :func:`pkt_loss`."""
 
     method = "Probabilistic knowledge transfer"
     papers = ("1803.10837",)
@@ -63,9 +63,9 @@ class PKTLoss(FeatureLoss):
     weight: Weight = 30000.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The classifier's input."""
+        """Returns the classifier's input."""
         return (stages.pooled,)
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``pkt``."""
+        """Returns ``pkt``."""
         return pkt_loss(student[0], teacher[0], weight=self.weight)

@@ -17,11 +17,11 @@ from rld_lightning.models.stages import Stages
 
 @checked
 def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weight: Weight = 1.0) -> dict[str, Tensor]:
-    """Hierarchical context loss: squared differences of maps at several resolutions, summed over the stages.
+    """Computes the hierarchical context loss (HCL): squared differences at several resolutions, summed over the stages.
 
-    Of each stage, the mean squared difference of the maps as they are, and average-pooled to 4 x 4, 2 x 2 and 1 x 1,
-    with weights 1, 1/2, 1/4, 1/8, divided by their sum. Resolutions that are not below the map's height
-    are left out, and the weights then move up.
+    The loss of a stage is the weighted mean of the mean squared differences of the maps at full size and average-pooled
+    to 4 x 4, 2 x 2 and 1 x 1, with weights 1, 1/2, 1/4 and 1/8. Resolutions that are not below the map's height are
+    skipped, and the remaining ones have the first weights.
 
     Args:
         student: maps ``(B, channels, H, W)``, after fusion.
@@ -32,7 +32,7 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
         ``{"reviewkd": weight * HCL}``.
 
     Raises:
-        ValueError: maps or hyper-parameters that do not fit.
+        ValueError: invalid maps or hyper-parameters.
     """
     check_pairs(student, teacher)
     stages = []
@@ -43,7 +43,7 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
                 "student's go through the fusion modules first."
             )
         difference = ours - theirs.detach()
-        # Pooling is linear, so that the difference can be pooled instead of both maps.
+        # Pooling is linear, so the difference can be pooled instead of both maps.
         levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in (4, 2, 1) if size < ours.shape[2])]
         shares = [0.5**level for level in range(len(levels))]
         means = (share * level.square().mean() for share, level in zip(shares, levels, strict=True))
@@ -55,17 +55,17 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
 class ReviewKDLoss(FeatureLoss):
     """``ce_weight * CE + warmup * weight * HCL`` of fused features; see :func:`reviewkd_loss`.
 
-    The student's stages (stem left out) and its pooled features are fused from deep to shallow, each with what the
-    deeper ones have left, and compared with the teacher's stages before their ReLU and its pooled features. A teacher
-    without such places, like MobileNetV2 and timm's networks, shows its stages' outputs instead. On ImageNet, the
-    published code looks at the student before its ReLU too.
+    The student's stages (without the stem) and its pooled features are fused from deep to shallow, each with the fused
+    feature of the next deeper one, and compared with the teacher's stages before their ReLU and its pooled features. If
+    the teacher's stages do not end in a ReLU (MobileNetV2, timm's networks), their outputs are used. On ImageNet, the
+    published code also uses the student's stages before their ReLU.
 
-    The published code tunes ``weight`` for each pair, from 0.6 to 8. It takes a width of fusion from its configuration
-    and ignores it; this follows what it does: the width of the student's pooled features, at most 512. Warm-up counts
-    epochs from 1 (the authors' own code counts from 0).
+    The published code tunes ``weight`` for each pair, from 0.6 to 8. It ignores the width of fusion in its config; this
+    does the same: the width is that of the student's pooled features, at most 512. The warm-up counts epochs from 1
+    (from 0 in the authors' code).
 
     Args:
-        student_preactivations: compare the student's stages before their ReLU, too, as far as it has such places.
+        student_preactivations: also use the student's stages before their ReLU, if they end in one.
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
@@ -78,18 +78,18 @@ class ReviewKDLoss(FeatureLoss):
     warmup_epochs: Epochs = 20
 
     def student_paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages, as they are or before their ReLU, and the pooled features."""
-        places = (stages.preactivations if self.student_preactivations else ()) or stages.features
-        # A norm for each stage, none for the stem: as many norms as features say that there is no stem (MobileNetV1).
+        """Returns the stages, after or before their ReLU, and the pooled features."""
+        paths = (stages.preactivations if self.student_preactivations else ()) or stages.features
+        # Each stage has a norm, the stem has none: equally many norms and features mean no stem (MobileNetV1).
         has_stem = len(stages.norms) != len(stages.features)
-        return *(places[1:] if has_stem else places), stages.pooled
+        return *(paths[1:] if has_stem else paths), stages.pooled
 
     def teacher_paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages before their ReLU, or as they are where there is none, and the pooled features."""
+        """Returns the stages before their ReLU, or their outputs if there is none, and the pooled features."""
         return *(stages.preactivations or stages.features)[1:], stages.pooled
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """One fusion module for each pair of features, deep to shallow."""
+        """Builds a fusion module for each pair of features, deep to shallow."""
         for shape in (*student_shapes, *teacher_shapes):
             if len(shape) not in (2, 4):
                 raise ValueError(
@@ -103,7 +103,7 @@ class ReviewKDLoss(FeatureLoss):
         )
 
     def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The fused maps, of the teacher's shapes; vectors become maps of one position."""
+        """Fuses the student's maps to the teacher's shapes; vectors become maps of one position."""
         student, teacher = [_as_map(one) for one in student], [_as_map(one) for one in teacher]
         fused, deeper = [], None
         for fusion, ours, theirs in zip(self.fusions, reversed(student), reversed(teacher), strict=True):
@@ -112,18 +112,18 @@ class ReviewKDLoss(FeatureLoss):
         return fused[::-1], teacher
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``reviewkd``."""
+        """Returns ``reviewkd``."""
         return reviewkd_loss(student, teacher, weight=self.weight)
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion (the paper's ABF) of one stage with what comes from the deeper ones.
+    """Attention-based fusion (the paper's ABF) of a stage with the fused feature of the deeper ones.
 
     Args:
-        in_channels: of the stage.
-        width: channels of what is passed on.
-        out_channels: of the teacher's stage.
-        has_deeper: whether there is anything deeper.
+        in_channels: channels of the student's stage.
+        width: channels of the fused feature.
+        out_channels: channels of the teacher's stage.
+        has_deeper: whether there is a deeper stage.
     """
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, has_deeper: bool) -> None:
@@ -137,15 +137,15 @@ class Fusion(nn.Module):
         nn.init.kaiming_uniform_(widen.weight, a=1)
 
     def forward(self, stage: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fuses.
+        """Fuses a stage with the deeper feature.
 
         Args:
             stage: ``(B, in_channels, h, w)``.
-            deeper: ``(B, width, *, *)``, what the next deeper module passed on.
+            deeper: ``(B, width, *, *)``, the fused feature of the next deeper module.
             size: the teacher's height and width H, W.
 
         Returns:
-            ``(B, out_channels, H, W)`` to compare, and ``(B, width, H, W)`` to pass on.
+            ``(B, out_channels, H, W)``, to compare, and ``(B, width, H, W)``, the fused feature for the next module.
         """
         out = self.narrow(stage)
         if self.attention is not None and deeper is not None:

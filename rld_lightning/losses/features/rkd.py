@@ -20,25 +20,25 @@ def rkd_loss(
     angle_weight: Weight = 50.0,
     squared: bool = False,
 ) -> dict[str, Tensor]:
-    """Differences of the distances and of the angles between the samples of a batch, by the smooth L1 loss.
+    """Computes the smooth L1 losses of the distances and of the angles between the samples of a batch.
 
-    Distances are divided by their mean over all pairs of different samples (section 3.2.1), angles are the cosines at
-    each sample between every two others (section 3.2.2). Both losses are means over all pairs and triplets, those with
-    equal members included, as in the published code. An angle with a side of length 0 counts as 0 and has no gradient,
-    which would be infinite; a batch of one sample has no relations, and a loss of 0.
+    Distances are divided by their mean over all pairs of different samples (section 3.2.1); angles are the cosines at
+    each sample between every two others (section 3.2.2). The losses are means over all pairs and triplets, including
+    those with equal members, as in the published code. The cosine of an angle with a side of length 0 is set to 0,
+    without gradient (which would be infinite). The loss of a batch of one sample is 0.
 
     Args:
         student: features ``(B, *)``.
-        teacher: features ``(B, *)``, of any other size; never receive a gradient.
-        distance_weight: factor on the distances; 0 leaves them out.
-        angle_weight: factor on the angles; 0 leaves them out.
+        teacher: features ``(B, *)``, of any size; never receive a gradient.
+        distance_weight: factor on the distances; 0 disables them.
+        angle_weight: factor on the angles; 0 disables them.
         squared: compare squared distances.
 
     Returns:
         ``{"rkd_distance": distance_weight * distances, "rkd_angle": angle_weight * angles}``.
 
     Raises:
-        ValueError: batch sizes or weights that do not fit.
+        ValueError: invalid batch sizes or weights.
     """
     check_pairs([student], [teacher])
     ours, theirs = _distances(student), _distances(teacher.detach())
@@ -52,17 +52,17 @@ def rkd_loss(
 
 
 def _distances(feature: Tensor) -> Tensor:
-    """Distances between all samples, ``(B, B)``; those of equal samples are exactly 0, and so is their gradient."""
+    """Returns the distances between all samples, ``(B, B)``; for equal samples exactly 0, with gradient 0."""
     feature = feature.flatten(1)
     return torch.cdist(feature, feature, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _relative(distance: Tensor, squared: bool) -> Tensor:
-    """Distances, or their squares, over their mean without the diagonal."""
+    """Divides distances, or their squares, by their mean without the diagonal."""
     if squared:
         distance = distance.square()
     size = len(distance)
-    # The published code's smallest squared distance, 1e-12.
+    # The published code clamps squared distances to at least 1e-12.
     distance = distance.clamp(min=1e-12 if squared else 1e-6)
     distance = distance * (1 - torch.eye(size, dtype=distance.dtype, device=distance.device))
     mean = distance.sum() / max(size * (size - 1), 1)
@@ -70,12 +70,12 @@ def _relative(distance: Tensor, squared: bool) -> Tensor:
 
 
 def _cosines(distance: Tensor) -> Tensor:
-    """Cosines of the angles at sample i between samples j and k, ``(B, B, B)``, by the law of cosines.
+    """Returns the cosines of the angles at sample i between samples j and k, ``(B, B, B)``, by the law of cosines.
 
-    It needs the distances only. The differences that the cosines are defined by would be ``(B, B, D)`` to keep and a
-    product of ``D`` terms for each of the ``B^3`` angles.
+    It needs only the distances. The definition by difference vectors would store ``(B, B, D)`` differences and compute
+    a product of ``D`` terms for each of the ``B^3`` angles.
     """
-    # In a shorter side than this the rounding of the longer ones is as large as what would be computed from it.
+    # If a side is shorter than this, the rounding error of the longer ones dominates the cosine.
     shortest = torch.finfo(distance.dtype).eps ** 0.5 * distance.detach().mean()
     inverse = torch.where(distance > shortest, distance, torch.inf).reciprocal()
     square = distance.square()
@@ -85,7 +85,7 @@ def _cosines(distance: Tensor) -> Tensor:
 
 @register_loss("rkd")
 class RKDLoss(FeatureLoss):
-    """``ce_weight * CE + distance_weight * distances + angle_weight * angles`` of what the classifiers see.
+    """``ce_weight * CE + distance_weight * distances + angle_weight * angles`` on the classifiers' inputs.
 
     See :func:`rkd_loss`.
     """
@@ -101,11 +101,11 @@ class RKDLoss(FeatureLoss):
     squared: bool = False
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The classifier's input."""
+        """Returns the classifier's input."""
         return (stages.pooled,)
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``rkd_distance`` and ``rkd_angle``."""
+        """Returns ``rkd_distance`` and ``rkd_angle``."""
         return rkd_loss(
             student[0],
             teacher[0],

@@ -1,4 +1,4 @@
-"""SimKD, the teacher's classifier reused: Chen et al., CVPR 2022, arXiv 2203.14001."""
+"""SimKD, which reuses the teacher's classifier: Chen et al., CVPR 2022, arXiv 2203.14001."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
@@ -17,12 +17,12 @@ from rld_lightning.models.taps import unwrap
 
 @checked
 def simkd_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 1.0) -> dict[str, Tensor]:
-    """Squared difference of the maps that both networks classify the average of, mean over all elements.
+    """Computes the squared difference of the maps before global pooling, mean over all elements.
 
     Args:
         student: the projected map ``(B, channels, H, W)``.
-        teacher: the last map, with as many channels; of two sizes, the larger is average-pooled to the smaller. (In the
-            published code the student's is pooled before its projector, see
+        teacher: the last map, with as many channels; if sizes differ, the larger map is average-pooled to the smaller.
+            (The published code pools the student's map before its projector, see
             :class:`~rld_lightning.models.graft.GraftedStudent`.)
         weight: factor on the term.
 
@@ -30,7 +30,7 @@ def simkd_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 1.0) -> dic
         ``{"simkd": weight * SimKD}``.
 
     Raises:
-        ValueError: maps or a weight that do not fit.
+        ValueError: invalid maps or weight.
     """
     check_pairs([student], [teacher])
     ours, theirs = pool_to_smaller(student, teacher)
@@ -46,9 +46,8 @@ def simkd_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 1.0) -> dic
 class SimKDLoss(FeatureLoss):
     """``ce_weight * CE + weight * SimKD`` of a student that ends in the teacher's classifier; see :func:`simkd_loss`.
 
-    The student is made by :func:`~rld_lightning.models.graft`, in a training run by the run itself; ShuffleV2 and
-    MobileNetV2 lose their last 1x1 convolution, as published. By default there is no cross-entropy, as published:
-    labels are not looked at.
+    Create the student with :func:`~rld_lightning.models.graft`; a training run does so itself. As published, ShuffleV2
+    and MobileNetV2 lose their last 1x1 convolution, and there is no cross-entropy by default: labels are not used.
     """
 
     method = "The student ends in the teacher's classifier"
@@ -63,7 +62,7 @@ class SimKDLoss(FeatureLoss):
     ce_weight: Weight = 0.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The map before the average; the projector's output in a grafted student."""
+        """Returns the map before global pooling: in a grafted student, the projector's output."""
         return (stages.last_map,)
 
     def connect(
@@ -72,7 +71,7 @@ class SimKDLoss(FeatureLoss):
         """Chooses the maps.
 
         Raises:
-            ValueError: the student is not a grafted one, or the teacher does not classify the average of a map.
+            ValueError: the student is not grafted, or the teacher does not classify an average-pooled map.
         """
         if not isinstance(unwrap(student), GraftedStudent):
             raise ValueError(
@@ -82,5 +81,5 @@ class SimKDLoss(FeatureLoss):
         super().connect(student, teacher, image_shape, train_label)
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``simkd``."""
+        """Returns ``simkd``."""
         return simkd_loss(student[0], teacher[0], weight=self.weight)

@@ -11,21 +11,21 @@ from rld_lightning.models.stages import Stages
 
 @checked
 def sp_loss(student: Tensor, teacher: Tensor, *, weight: Weight = 3000.0) -> dict[str, Tensor]:
-    """Squared difference of how similar both networks find the images of a batch, summed and divided by ``B^2``.
+    """Computes the squared difference of both networks' similarities of a batch's images, summed, divided by ``B^2``.
 
-    The similarities are the products of the flattened features, ``(B, B)``, each row as a vector of length 1
-    (section 3). A sample without any feature is similar to none, itself included.
+    The similarities ``(B, B)`` are the inner products of the flattened features, each row normalised to length 1
+    (section 3). A sample whose features are all 0 has similarity 0 to all, including itself.
 
     Args:
         student: features ``(B, *)``.
-        teacher: features ``(B, *)``, of any other size; never receive a gradient.
+        teacher: features ``(B, *)``, of any size; never receive a gradient.
         weight: factor on the term.
 
     Returns:
         ``{"sp": weight * SP}``.
 
     Raises:
-        ValueError: batch sizes or a weight that do not fit.
+        ValueError: invalid batch sizes or weight.
     """
     check_pairs([student], [teacher])
     return {"sp": weight * (_similarities(student) - _similarities(teacher.detach())).square().mean()}
@@ -49,9 +49,9 @@ class SPLoss(FeatureLoss):
     weight: Weight = 3000.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The last stage."""
+        """Returns the last stage."""
         return stages.features[-1:]
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``sp``."""
+        """Returns ``sp``."""
         return sp_loss(student[0], teacher[0], weight=self.weight)

@@ -15,7 +15,7 @@ from rld_lightning.losses.ranges import Weight, checked, must_be
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
 
-# Added to every variance, so that a channel that is predicted perfectly keeps a finite loss.
+# Added to every variance, so that the loss of a perfectly predicted channel is finite.
 EPS = 1e-5
 
 Variance = Annotated[float, must_be(f"a finite number > {EPS}", lambda value: EPS < value < math.inf)]
@@ -25,23 +25,23 @@ Variance = Annotated[float, must_be(f"a finite number > {EPS}", lambda value: EP
 def vid_loss(
     mean: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor], *, weight: Weight = 1.0
 ) -> dict[str, Tensor]:
-    """How unlikely the teacher's maps are under Gaussians around the predictions, summed over the stages.
+    """Computes the negative log-likelihood of the teacher's maps under predicted Gaussians, summed over the stages.
 
-    Of each stage, with the predicted mean m and one variance v a channel, the constant left out::
+    For each stage, with the predicted mean m and a variance v per channel, without the constant::
 
         mean over batch, channels and positions of ((t - m)^2 / v + log v) / 2
 
     Args:
         mean: predictions of the teacher's maps, ``(B, channels, H, W)`` each.
-        teacher: the maps, in the same shapes; never receive a gradient.
-        variance: ``(channels,)`` each, > 0.
+        teacher: the teacher's maps, of the same shapes; never receive a gradient.
+        variance: ``(channels,)`` of each stage, > 0.
         weight: factor on the term.
 
     Returns:
-        ``{"vid": weight * VID}`` in nats an element; negative where the predictions are good.
+        ``{"vid": weight * VID}`` in nats per element; negative if the predictions are good.
 
     Raises:
-        ValueError: shapes or a weight that do not fit.
+        ValueError: invalid shapes or weight.
     """
     check_pairs(mean, teacher)
     stages = []
@@ -51,7 +51,7 @@ def vid_loss(
                 f"a prediction {tuple(predicted.shape)} and the teacher's map {tuple(observed.shape)} must have the "
                 "same shape."
             )
-        # Averaged over batch and positions first: the rest has only one number a channel.
+        # Averaged over batch and positions first, so that the rest is computed on one number per channel.
         error = (observed.detach() - predicted).square().mean((0, 2, 3))
         stages.append((error / spread + spread.log()).mean() / 2)
     return {"vid": weight * total(stages)}
@@ -61,15 +61,15 @@ def vid_loss(
 class VIDLoss(FeatureLoss):
     """``ce_weight * CE + weight * VID`` on all stages but the stem; see :func:`vid_loss`.
 
-    Of each stage the mean comes from the student's map through a regressor (three 1x1 convolutions without bias, ReLU
-    between them), after the larger map has been average-pooled to the other's size; the variance is
-    ``softplus(log_scale) + 1e-5``, a learned number for each of the teacher's channels. Both are trained, as in the
-    paper and in RepDistiller; mdistiller keeps the variances out of reach of the optimiser, at their initial value.
+    For each stage, a regressor (three 1x1 convolutions without bias, with ReLUs between) predicts the mean from the
+    student's map, after the larger map is average-pooled to the other's size. The variance is
+    ``softplus(log_scale) + 1e-5``, with a learned number for each of the teacher's channels. Both are trained, as in
+    the paper and in RepDistiller; mdistiller does not register the variances, so they keep their initial value.
 
-    Where one network has more stages than the other, its deepest are not compared, as in the published code.
+    If one network has more stages than the other, its deepest ones are not compared, as in the published code.
 
     Args:
-        init_variance: variance that training starts from.
+        init_variance: initial variance.
         others: see :class:`~rld_lightning.losses.features.base.FeatureLoss`.
     """
 
@@ -83,11 +83,11 @@ class VIDLoss(FeatureLoss):
     init_variance: Variance = 5.0
 
     def paths(self, stages: Stages) -> tuple[str, ...]:
-        """The stages."""
+        """Returns the stages without the stem."""
         return stages.features[1:]
 
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
-        """Makes the regressors and the parameters behind the variances."""
+        """Builds the regressors and the parameters of the variances."""
         pairs = [(student[1], teacher[1]) for student, teacher in zip(student_shapes, teacher_shapes, strict=True)]
         self.regressors = nn.ModuleList(_regressor(*channels) for channels in pairs)
         softplus = self.init_variance - EPS
@@ -95,17 +95,17 @@ class VIDLoss(FeatureLoss):
         self.log_scales = nn.ParameterList(torch.full((theirs,), log_scale) for _, theirs in pairs)
 
     def variances(self) -> list[Tensor]:
-        """The variances of each stage, ``(channels,)`` each."""
+        """Returns the variances of each stage, ``(channels,)`` each."""
         return [F.softplus(log_scale) + EPS for log_scale in self.log_scales]
 
     def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The regressors on the student's maps; maps of one size."""
+        """Pools both maps to one size and applies the regressors to the student's."""
         pooled = [pool_to_smaller(*pair) for pair in zip(student, teacher, strict=True)]
         mean = [regressor(ours) for regressor, (ours, _) in zip(self.regressors, pooled, strict=True)]
         return mean, [theirs for _, theirs in pooled]
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """``vid``."""
+        """Returns ``vid``."""
         return vid_loss(student, teacher, self.variances(), weight=self.weight)
 
 

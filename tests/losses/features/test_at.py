@@ -19,7 +19,7 @@ class TestAT(FeatureTester):
         return {"feature": terms["at"]}
 
 
-def test_only_where_a_network_looks_counts_not_how_strongly():
+def test_the_scale_of_the_maps_does_not_matter():
     student, teacher = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
     expected = at_loss([student], [teacher])
     assert_close(at_loss([7 * student], [0.1 * teacher]), expected)
@@ -43,7 +43,7 @@ def test_only_where_a_network_looks_counts_not_how_strongly():
 def test_stages_are_paired_from_the_shallow_end_as_in_the_published_code(
     method, teacher, student, teacher_taps, student_taps, size
 ):
-    """mdistiller's and RepDistiller's loops zip the stages behind the stem; the longer list keeps a deep rest."""
+    """mdistiller's and RepDistiller's loops zip the stages after the stem; the longer list's deepest are skipped."""
     with torch.device("meta"):
         networks = [create_model(name, 10).eval() for name in (student, teacher)]
         loss = method()

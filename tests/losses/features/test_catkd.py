@@ -109,13 +109,13 @@ def test_activation_maps_average_to_the_logits_without_bias(name):
         logits, features = forward_with_taps(model, images, loss.student_taps)
     classifier = classifier_of(model)
     (last_map,) = features.values()
-    # Against maps of zeros, one position, and nothing normalised: what is left are the logits.
+    # Against maps of zeros, pooled to one position and not normalised: the logits remain.
     zeros = torch.zeros_like(classifier.weight)
     term = catkd_loss(last_map, last_map, classifier.weight, zeros, weight=1.0, pool_size=1, normalize=False)
     assert_close(term["catkd"], (logits - classifier.bias).square().mean())
 
 
-def test_normalised_it_counts_where_a_class_is_seen_not_how_strongly():
+def test_normalised_maps_are_invariant_to_scale():
     student, teacher, ours, theirs = maps()
     expected = catkd_loss(student, teacher, ours, theirs)
     scale = torch.tensor([[0.1], [3.0], [8.0]], dtype=torch.float64)
@@ -148,7 +148,7 @@ def test_maps_of_zeros_have_a_finite_loss_and_gradient(normalize):
         ({"weight": float("nan")}, "weight=nan"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_invalid_arguments_raise(change, message):
     names = ("student", "teacher", "student_classifier", "teacher_classifier")
     with pytest.raises(ValueError, match=message):
         catkd_loss(**dict(zip(names, maps(), strict=True)) | change)

@@ -76,7 +76,7 @@ def built(label=LABEL, **hyper):
 
 
 def features(index, seed=0):
-    """Of the whole training set, so that an image has the same ones in every batch of a seed."""
+    """Features of the whole training set, so that an image has the same ones in every batch of a seed."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(len(LABEL), width, generator=generator) for width in (5, 7))
     return [student[index]], [teacher[index]], context(index)
@@ -87,7 +87,7 @@ def features(index, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_naive_formula(dtype):
-    """With the reference's probabilities and its 1e-7, an image and a negative at a time."""
+    """With the reference's probabilities and its 1e-7, for one image and one negative at a time."""
     torch.manual_seed(0)
     student, teacher, ours, theirs = (F.normalize(torch.randn(n, 4)).to(dtype) for n in (3, 3, 9, 9))
     contrast = torch.randint(9, (3, 6))
@@ -105,7 +105,7 @@ def test_naive_formula(dtype):
 
 
 @pytest.mark.parametrize("rows", [6, 60], ids=["few_rows", "many_rows"])
-def test_gradient_by_either_way_to_the_similarities(rows):
+def test_gradient_with_both_computations_of_the_similarities(rows):
     torch.manual_seed(0)
     student, teacher, ours, theirs = (F.normalize(torch.randn(n, 3, dtype=torch.float64)) for n in (2, 2, rows, rows))
     contrast = torch.randint(rows, (2, 4))
@@ -119,7 +119,7 @@ def test_gradient_by_either_way_to_the_similarities(rows):
 
 
 @pytest.mark.parametrize("rows", [6, 60], ids=["few_rows", "many_rows"])
-def test_memories_may_move_before_the_backward_pass(rows):
+def test_memories_may_be_updated_before_the_backward_pass(rows):
     torch.manual_seed(0)
     embedding, memory = torch.randn(2, 3, requires_grad=True), torch.randn(rows, 3)
     contrast = torch.randint(rows, (2, 4))
@@ -129,7 +129,7 @@ def test_memories_may_move_before_the_backward_pass(rows):
     assert_close(torch.autograd.grad(scores.sum(), embedding)[0], expected)
 
 
-def test_an_image_that_both_remember_alike_has_less_loss():
+def test_similar_memories_of_an_image_reduce_the_loss():
     torch.manual_seed(0)
     memory = F.normalize(torch.randn(10, 8))
     contrast = torch.arange(10).roll(-3).unsqueeze(0)
@@ -192,7 +192,7 @@ def test_small_data_has_fewer_negatives():
 # Memories
 
 
-def test_remembering():
+def test_memory_update():
     torch.manual_seed(0)
     memory = torch.randn(6, 3)
     before = memory.clone()
@@ -204,7 +204,7 @@ def test_remembering():
     assert torch.equal(memory[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
 
 
-def test_normaliser_is_the_first_steps_for_good():
+def test_normaliser_is_fixed_in_the_first_step():
     loss = built()
     before = deepcopy(loss)
     index = torch.tensor([3, 8, 0])
@@ -225,14 +225,14 @@ def test_normaliser_is_the_first_steps_for_good():
     assert torch.equal(loss.log_normaliser, fixed)
 
 
-def test_a_resumed_run_goes_on():
+def test_a_resumed_run_continues_the_draws():
     loss = built()
     loss.feature_terms(*features(torch.tensor([3, 8, 0])))
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    # Whoever reads the student from a checkpoint expects tensors throughout.
+    # Readers of a checkpoint expect only tensors.
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     resumed = built()
     resumed.load_state_dict(state)
@@ -251,11 +251,11 @@ def test_memories_do_not_depend_on_the_seed_of_the_run():
     assert not torch.equal(first.student_memory, first.teacher_memory)
 
 
-def test_every_buffer_is_the_loss_own_business():
+def test_all_buffers_are_own_buffers():
     assert {name for name, _ in built().named_buffers()} == set(CRDLoss.own_buffers)
 
 
-def test_positions_are_needed():
+def test_sample_positions_are_required():
     student, teacher, step = features(torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="position of each image"):
         built().feature_terms(student, teacher, StepContext(step.student, step.teacher, step.label))
@@ -263,7 +263,7 @@ def test_positions_are_needed():
 
 # Several processes
 
-# Positions of three steps; the share of the second process is smaller in the last, and one image comes twice.
+# Positions of three steps; the second process's batch is smaller in the last, and one image occurs twice.
 WHOLE = ([3, 8, 0, 1], [5, 3, 7, 2], [9, 11, 9])
 
 
@@ -293,7 +293,7 @@ def test_two_processes_have_the_memories_of_one(tmp_path):
     assert not torch.equal(first["draws"][0], second["draws"][0])
 
     alone = built(negatives=7)
-    # The constants are of the first step's negatives, of which each process draws its own.
+    # The constants depend on the first step's negatives, which each process draws itself.
     own = iter([torch.cat([first["draws"][0], second["draws"][0]])])
     draw = alone.draw
     alone.draw = lambda index: torch.cat([index.unsqueeze(1), next(own, draw(index)[:, 1:])], 1)

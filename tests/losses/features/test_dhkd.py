@@ -28,7 +28,7 @@ class TestDHKD(FeatureTester):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
-def test_it_is_the_divergence_of_two_coins(temperature):
+def test_equals_the_divergence_of_bernoulli_distributions(temperature):
     auxiliary, teacher = 5 * torch.randn(2, 6, 7, dtype=torch.float64)
     expected = 0
     for i in range(6):
@@ -84,7 +84,7 @@ class Tiny(nn.Module):
 
 
 def tiny(opposed, **options):
-    """A student, its loss, images, labels, and teacher logits that say what the labels do or the contrary."""
+    """A student, its loss, images, labels, and teacher logits that agree with the labels or oppose them."""
     torch.manual_seed(0)
     student = Tiny().double()
     loss = DHKDLoss(head="linear", ce_weight=0.7, weight=0.4, **options)
@@ -138,7 +138,7 @@ def separate(student, loss, images, label, teacher):
 
 
 @pytest.mark.parametrize("opposed", [True, False])
-def test_gradients_are_aligned_where_they_oppose(opposed):
+def test_opposing_gradients_are_aligned(opposed):
     everything = tiny(opposed)
     ce, dhkd = separate(*everything)
     overlap = ce @ dhkd
@@ -150,7 +150,7 @@ def test_gradients_are_aligned_where_they_oppose(opposed):
     assert_close(actual, ce + dhkd, rtol=1e-10, atol=1e-13)
 
 
-def test_values_are_the_plain_ones():
+def test_alignment_does_not_change_the_values():
     for opposed in (True, False):
         student, aligned, *data = tiny(opposed)
         _, plain, *_ = tiny(opposed, align_gradients=False)
@@ -159,7 +159,7 @@ def test_values_are_the_plain_ones():
         assert list(expected) == ["ce", "dhkd"]
 
 
-def test_without_a_conflict_alignment_changes_nothing_and_with_one_it_does():
+def test_alignment_changes_the_gradient_only_if_they_conflict():
     for opposed in (True, False):
         aligned = backward(*tiny(opposed))
         plain = backward(*tiny(opposed, align_gradients=False))
@@ -176,7 +176,7 @@ def test_a_loss_scale_scales_the_gradients(opposed):
 
 
 class Half(nn.Module):
-    """A step through float16: what comes back is a gradient that was float16."""
+    """Casts through float16, so that the gradient is rounded to float16."""
 
     def forward(self, tensor):
         return tensor.half().double()
@@ -192,7 +192,7 @@ def test_a_loss_scale_keeps_half_gradients_from_vanishing():
     assert_close(scaled, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
 
 
-def test_accumulated_batches_are_aligned_one_by_one():
+def test_accumulated_batches_are_aligned_separately():
     student, loss, images, label, teacher = tiny(True)
     halves = [(images[rows], label[rows], teacher[rows]) for rows in (slice(0, 4), slice(4, 8))]
     expected = [sum(pair) / 2 for pair in zip(*(backward(student, loss, *half) for half in halves), strict=True)]
@@ -233,7 +233,7 @@ def test_frozen_and_unused_parameters_have_no_gradient():
     assert_close(actual, ce + align(dhkd, ce), rtol=1e-9, atol=1e-12)
 
 
-def test_without_gradients_it_only_gives_values():
+def test_without_grad_only_values_are_computed():
     student, loss, *data = tiny(True)
     expected = {name: term.detach() for name, term in loss(step(student, loss, *data)).items()}
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_without_gradients_it_only_gives_values():
         assert_close(loss(step(student, loss, *data)), expected, rtol=0, atol=0)
 
 
-def test_without_cross_entropy_there_is_nothing_to_align_with():
+def test_without_cross_entropy_nothing_is_aligned():
     student, loss, *data = tiny(True)
     loss.ce_weight = 0.0
     expected = 0.4 * 4 * ((loss.auxiliary(student.body(data[0])) - data[2]) / 4).cosh().log().sum() / 8
@@ -254,14 +254,14 @@ def test_without_cross_entropy_there_is_nothing_to_align_with():
     assert_close(torch.autograd.grad(terms["dhkd"], trained), torch.autograd.grad(expected, trained))
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_raise():
     student, loss, *data = tiny(True)
     total = sum(loss(step(student, loss, *data)).values())
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(total, student.fc.weight, create_graph=True)
 
 
-def test_another_student_is_noticed():
+def test_a_different_student_raises():
     student, loss, *data = tiny(True)
     terms = loss(step(deepcopy(student), loss, *data))
     with pytest.raises(RuntimeError, match="connect the loss to that student"):
@@ -306,12 +306,12 @@ def test_heads_on_the_students_feature():
         "auxiliary.weight": (10, 64),
         "auxiliary.bias": (10,),
     }
-    # The student is not a part of the loss, or it would be saved, and handed to the optimiser, twice.
+    # The student is not a submodule of the loss: it would be saved, and passed to the optimiser, twice.
     assert set(linear.state_dict()) == {"auxiliary.weight", "auxiliary.bias"}
     assert linear.teacher_taps == ()
 
 
-def test_main_and_auxiliary_head_learn_from_one_term_each_when_nothing_opposes():
+def test_without_conflict_each_head_learns_from_one_term():
     student, loss, *data = tiny(False)
     ce, dhkd = separate(student, loss, *data)
     sizes = [p.numel() for p in parameters(student, loss)]

@@ -18,7 +18,7 @@ class TestFitNet(FeatureTester):
         loss = FitNetLoss(weight=case.hyper["feat_weight"])
         loss.build([student.shape], [teacher.shape])
         weights = tensors["connector"]
-        del weights["conv.bias"]  # the batch norm takes it out
+        del weights["conv.bias"]  # cancelled by the batch norm
         weights["bn.num_batches_tracked"] = torch.tensor(0)
         loss.regressor.load_state_dict(weights)
         terms = loss.feature_terms(*loss.to(student.dtype).align([student], [teacher]), step=None)
@@ -68,13 +68,13 @@ def test_a_larger_teacher_map_must_be_exactly_twice_as_large(teacher):
         FitNetLoss().build([torch.Size((2, 3, 4, 4))], [torch.Size((2, 5, *teacher))])
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(ValueError, match="maps"):
         FitNetLoss().build([torch.Size((2, 3))], [torch.Size((2, 5))])
 
 
 @pytest.mark.parametrize("hint_layer", [4, -5])
-def test_a_hint_layer_that_is_not_there(hint_layer):
+def test_a_missing_hint_layer_raises(hint_layer):
     teacher, student = FeatureTester.networks()
     with pytest.raises(ValueError, match=f"hint_layer={hint_layer} .* between -4 and 3"):
         FitNetLoss(hint_layer=hint_layer).connect(student, teacher, (3, 32, 32), torch.zeros(1))

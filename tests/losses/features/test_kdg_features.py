@@ -26,7 +26,7 @@ class TestKDG(FeatureTester):
 
 
 def inputs():
-    """Student features, teacher features, teacher logits and the classifier between the last two, in float64."""
+    """Student features, teacher features, the teacher's logits and classifier, in float64."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
     classifier = torch.randn(4, 6, generator=generator, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_gradient_weights_are_the_diagonal_of_the_classifiers_fisher_matrix():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_near_the_teacher_the_full_form_is_the_divergence(temperature):
+def test_the_full_form_approximates_the_divergence_near_the_teacher(temperature):
     direction, teacher, logits, classifier = inputs()
     student = teacher + 1e-4 * direction
     p = (logits / temperature).log_softmax(-1)
@@ -88,7 +88,7 @@ def test_near_the_teacher_the_full_form_is_the_divergence(temperature):
     assert_close(approximate, exact, rtol=1e-3, atol=0)
 
 
-def test_the_full_form_is_the_logit_member_on_the_teachers_classifier():
+def test_the_full_form_equals_the_logit_member_of_the_classifiers_outputs():
     student, teacher, logits, classifier = inputs()
     ours = kdg_feature_loss(student, teacher, logits, classifier, weighting="fisher", temperature=2.0)
     mapped = logits + (student - teacher) @ classifier.T
@@ -96,18 +96,18 @@ def test_the_full_form_is_the_logit_member_on_the_teachers_classifier():
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_teacher_that_is_sure_gives_finite_numbers(weighting):
+def test_a_certain_teacher_gives_finite_values(weighting):
     student, teacher, logits, classifier = (tensor.float() for tensor in inputs())
     leaf = student.clone().requires_grad_()
     loss = kdg_feature_loss(leaf, teacher, 1e4 * logits, classifier, weighting=weighting)["kdg_feature"]
     loss.backward()
     assert loss >= 0
     assert leaf.grad.isfinite().all()
-    # All classes but one have no probability: nothing that the feature does changes that.
+    # All classes but one have probability 0, so the feature has no effect.
     assert (loss < 1e-4) == (weighting != "identity")
 
 
-def test_shapes_that_do_not_fit():
+def test_invalid_shapes_raise():
     student, teacher, logits, classifier = inputs()
     with pytest.raises(ValueError, match=r"one shape \(B, D\), got student \(5, 5\) and teacher \(5, 6\)"):
         kdg_feature_loss(student[:, :5], teacher, logits, classifier)
@@ -116,7 +116,7 @@ def test_shapes_that_do_not_fit():
             kdg_feature_loss(student, teacher, *wrong, weighting="fisher")
 
 
-def test_a_width_is_mapped_only_where_it_differs():
+def test_a_width_is_mapped_only_if_it_differs():
     def connected(teacher, student, **options):
         return TestKDG().connected(*TestKDG.networks(teacher, student), **options)
 

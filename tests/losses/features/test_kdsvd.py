@@ -31,7 +31,7 @@ def maps(batch=3):
 
 
 def by_svd(student, teacher, n):
-    """The same of single images with the library's decomposition and its gradient."""
+    """The loss image by image, with PyTorch's SVD and its gradient."""
     total = 0.0
     for i in range(len(student[0])):
         stages = []
@@ -65,7 +65,7 @@ def test_image_by_image(n):
     gradients, expected_gradients = (torch.autograd.grad(one, leaves) for one in (value, expected))
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         largest = expected_gradient.abs().max().item()
-        assert_close(gradient, expected_gradient, rtol=0, atol=1e-4 * largest)  # what SMALLEST_GAP costs
+        assert_close(gradient, expected_gradient, rtol=0, atol=1e-4 * largest)  # the error from SMALLEST_GAP
 
 
 def test_numerical_derivative():
@@ -77,7 +77,7 @@ def test_numerical_derivative():
     assert torch.autograd.gradcheck(loss, [one.requires_grad_() for one in student])
 
 
-def test_signs_strength_and_the_order_of_rows_do_not_count():
+def test_is_invariant_to_sign_scale_and_order_of_rows():
     student, teacher = maps()
     expected = kdsvd_loss(student, teacher)
     signs = [-1.0, 1.0, -1.0]
@@ -87,7 +87,7 @@ def test_signs_strength_and_the_order_of_rows_do_not_count():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["zero", "half_dead", "equal_columns", "orthogonal", "tiny"])
-def test_maps_without_a_unique_decomposition_have_an_ordinary_gradient(kind, dtype):
+def test_maps_without_a_unique_decomposition_have_a_bounded_gradient(kind, dtype):
     student, teacher = ([one.to(dtype) for one in network] for network in maps())
     unscaled = 1.0
     if kind == "zero":
@@ -109,7 +109,7 @@ def test_maps_without_a_unique_decomposition_have_an_ordinary_gradient(kind, dty
         assert unscaled * gradient.abs().max() < 100
 
 
-def test_a_single_stage_is_refused():
+def test_a_single_stage_raises():
     student, teacher = maps()
     with pytest.raises(ValueError, match="at least two"):
         kdsvd_loss(student[:1], teacher[:1])
@@ -117,13 +117,13 @@ def test_a_single_stage_is_refused():
         KDSVDLoss().build([student[0].shape], [teacher[0].shape])
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     student, teacher = maps()
     with pytest.raises(ValueError, match="maps"):
         kdsvd_loss([one.flatten(1) for one in student], teacher)
 
 
-def test_more_vectors_than_columns_are_refused():
+def test_more_vectors_than_columns_raise():
     student, teacher = maps()
     with pytest.raises(ValueError, match=r"num_vectors=4 .* has 3 singular"):
         kdsvd_loss(student, teacher, num_vectors=4)

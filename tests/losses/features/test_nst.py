@@ -22,7 +22,7 @@ def maps(side, students=4, teachers=6):
     return torch.randn(2, students, side, side, **make), torch.randn(2, teachers, side, side, **make)
 
 
-# Fewer positions than channels, as many as the student's, and more: both ways to compute it.
+# Fewer positions than channels, as many as the student's, and more: both computations.
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_channel_by_channel(side):
     student, teacher = maps(side)
@@ -46,7 +46,7 @@ def test_gradcheck(side):
 
 
 @pytest.mark.parametrize("side", [2, 3])
-def test_order_sign_strength_and_number_of_copies_of_channels_do_not_count(side):
+def test_is_invariant_to_order_sign_scale_and_copies_of_channels(side):
     student, teacher = maps(side)
     expected = nst_loss([student], [teacher])
     other = torch.cat([student.roll(1, 1), -3 * student], 1)

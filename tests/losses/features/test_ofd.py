@@ -37,7 +37,7 @@ class TestOFD(FeatureTester):
 
 
 def naive(student, teacher, margin):
-    """One stage, one sample, a position at a time, as three cases."""
+    """One stage and one sample, position by position, with three cases."""
     total = torch.zeros((), dtype=torch.float64)
     for c in range(len(margin)):
         low = margin[c]
@@ -72,7 +72,7 @@ def test_gradient():
     assert teacher.grad is None
 
 
-def test_a_student_below_a_silent_teacher_is_left_alone():
+def test_a_student_below_a_negative_teacher_has_no_loss():
     """After the ReLU both are 0."""
     _, teacher, margin = maps()
     teacher = -teacher.abs()
@@ -91,7 +91,7 @@ def test_a_larger_map_of_either_network_is_pooled():
     assert_close(ofd_loss([student], [large], [margin]), ofd_loss([student], [teacher], [margin]))
 
 
-def test_maps_that_do_not_fit_are_refused():
+def test_invalid_maps_raise():
     student, teacher, margin = maps()
     with pytest.raises(ValueError, match="same channels"):
         ofd_loss([student[:, :2]], [teacher], [margin])
@@ -112,7 +112,7 @@ def test_golden_margin(case):
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (-0.5, 0.7), (2.0, -1.0), (0.3, -5.0), (1.0, 3.0)])
-def test_margin_is_the_mean_of_what_is_negative(scale, shift):
+def test_margin_is_the_mean_of_the_negative_part(scale, shift):
     x = torch.linspace(shift - 12 * abs(scale), min(shift + 12 * abs(scale), 0), 200_001, dtype=torch.float64)
     density = (-(((x - shift) / scale) ** 2) / 2).exp()
     expected = torch.trapezoid(x * density, x) / torch.trapezoid(density, x)
@@ -120,7 +120,7 @@ def test_margin_is_the_mean_of_what_is_negative(scale, shift):
     assert_close(margin, expected.unsqueeze(0), rtol=1e-6, atol=0)
 
 
-def test_margin_where_almost_nothing_is_negative():
+def test_margin_if_almost_nothing_is_negative():
     margin = batch_norm_margin(torch.tensor([0.5, -0.5, 1.0]), torch.tensor([2.0, 50.0, 3.1]))
     assert_close(margin, torch.tensor([-1.5, -1.5, -3.0]))
 
@@ -130,7 +130,7 @@ def test_margin_of_a_constant():
     assert_close(margin, torch.tensor([-2.0, 0.0, 0.0]))
 
 
-def test_margins_come_from_the_teacher_and_are_in_no_checkpoint():
+def test_margins_come_from_the_teacher_and_are_not_in_checkpoints():
     teacher, student = create_model("resnet14", CLASSES).eval(), create_model("resnet8", CLASSES)
     norm = teacher.layer2[-1].bn2
     torch.nn.init.normal_(norm.weight)
@@ -142,7 +142,7 @@ def test_margins_come_from_the_teacher_and_are_in_no_checkpoint():
     assert not [name for name in loss.state_dict() if "margin" in name]
 
 
-def test_norms_of_own_taps():
+def test_norms_of_given_taps():
     teacher, student = create_model("resnet14", CLASSES).eval(), create_model("resnet8", CLASSES)
     taps = {"student_taps": ["layer1.0.relu:in"], "teacher_taps": ["layer2.0.relu:in"]}
     loss = OFDLoss(teacher_norms=["layer2.0.bn2"], **taps)

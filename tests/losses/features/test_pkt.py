@@ -37,7 +37,7 @@ def test_sample_by_sample():
         for j in range(5):
             p, q = probability(teacher, i, j), probability(student, i, j)
             total += p * math.log(p / q)
-    # The small numbers in the published formula move the value by about as much.
+    # The small constants of the published formula change the value by about as much.
     assert pkt_loss(student, teacher, weight=3.0)["pkt"].item() == pytest.approx(3 * total / 25, rel=1e-4)
 
 
@@ -46,7 +46,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda s: pkt_loss(s, teacher, weight=1.0)["pkt"], student.requires_grad_())
 
 
-def test_lengths_and_a_rotation_change_nothing():
+def test_is_invariant_to_lengths_and_rotation():
     student, teacher = features()
     rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
     lengths = torch.arange(1.0, 6.0, dtype=torch.float64).unsqueeze(1)
@@ -54,7 +54,7 @@ def test_lengths_and_a_rotation_change_nothing():
     assert_close(pkt_loss(lengths * student @ rotation, teacher / lengths), expected, rtol=1e-5, atol=0)
 
 
-def test_a_sample_without_features_is_left_alone():
+def test_a_sample_of_zeros_has_no_gradient():
     student, teacher = features()
     student[1] = 0
     student.requires_grad_()

@@ -37,7 +37,7 @@ class TestReviewKD(FeatureTester):
 
 
 def naive(student, teacher):
-    """One stage: a level, a sample, a channel and a cell at a time."""
+    """One stage, by level, sample, channel and cell."""
     size = student.shape[-1]
     levels = [size, *(level for level in (4, 2, 1) if level < size)]
     total, norm = 0.0, 0.0
@@ -73,13 +73,13 @@ def test_gradient():
     assert teacher.grad is None
 
 
-def test_a_constant_difference_is_seen_alike_at_all_levels():
+def test_a_constant_difference_has_the_same_loss_at_all_levels():
     maps = [torch.randn(2, 3, size, size, dtype=torch.float64) for size in (32, 7, 3, 1)]
     loss = reviewkd_loss([one + 0.5 for one in maps], maps)["reviewkd"]
     assert_close(loss, torch.tensor(4 * 0.25, dtype=torch.float64))
 
 
-def test_other_shapes_are_refused():
+def test_invalid_shapes_raise():
     with pytest.raises(ValueError, match="same shape"):
         reviewkd_loss([torch.randn(2, 3, 4, 4)], [torch.randn(2, 3, 8, 8)])
     with pytest.raises(ValueError, match="vectors"):
@@ -93,7 +93,7 @@ def connected(teacher, student, **hyper):
     return loss
 
 
-def test_places_and_width():
+def test_taps_and_width():
     loss = connected("resnet14", "resnet8")
     assert loss.student_taps == ("layer1", "layer2", "layer3", "fc:in")
     assert loss.teacher_taps == ("layer1.1.relu:in", "layer2.1.relu:in", "layer3.1.relu:in", "fc:in")
@@ -103,7 +103,7 @@ def test_places_and_width():
     assert connected("vgg8", "mobilenetv2").fusions[0].narrow[0].out_channels == 512
 
 
-def test_named_places_do_not_replace_connecting():
+def test_given_taps_still_need_connect():
     loss = ReviewKDLoss(student_taps=["layer1"], teacher_taps=["layer1"])
     with pytest.raises(RuntimeError, match="ReviewKDLoss does not know the networks yet"):
         loss(torch.randn(2, 4), torch.randn(2, 4), torch.arange(2))
@@ -113,7 +113,7 @@ def test_a_student_before_its_relu():
     loss = connected("resnet14", "resnet8", student_preactivations=True)
     assert loss.student_taps == ("layer1.0.relu:in", "layer2.0.relu:in", "layer3.0.relu:in", "fc:in")
     assert loss.teacher_taps == connected("resnet14", "resnet8").teacher_taps
-    # As of a teacher: what has no such places shows its stages.
+    # As for a teacher: networks without preactivations use their stages.
     assert connected("vgg8", "mobilenetv2", student_preactivations=True).student_taps[0] == "blocks.1"
 
 
@@ -132,7 +132,7 @@ IMAGENET = {
 
 
 @pytest.mark.parametrize("pair", IMAGENET, ids=" > ".join)
-def test_imagenets_pairs_are_compared_where_the_published_code_compares_them(pair):
+def test_imagenet_pairs_compare_the_taps_of_the_published_code(pair):
     """mdistiller's configs/imagenet/{r50_mv1,r34_r18}/reviewkd.yaml: STU_PREACT, SHAPES, IN_CHANNELS, OUT_CHANNELS."""
     student_taps, teacher_taps, channels = IMAGENET[pair]
     with torch.device("meta"):
@@ -152,7 +152,7 @@ def test_imagenets_pairs_are_compared_where_the_published_code_compares_them(pai
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_only_mobilenetv1_has_no_stem_to_leave_out(name):
+def test_only_mobilenetv1_has_no_stem(name):
     with torch.device("meta"):
         stages = stages_of(create_model(name))
     expected = stages.features[0 if name == "mobilenetv1" else 1 :]
@@ -160,12 +160,12 @@ def test_only_mobilenetv1_has_no_stem_to_leave_out(name):
     assert ATLoss().paths(stages) == stages.features[1:]  # MobileNetV1's too, as in the published code
 
 
-def test_a_teacher_without_preactivations_shows_its_stages():
+def test_a_teacher_without_preactivations_uses_its_stages():
     assert connected("mobilenetv2", "resnet8").teacher_taps == ("blocks.2", "blocks.4", "blocks.6", "classifier:in")
 
 
 def test_fused_maps_have_the_teachers_shapes():
-    """ShuffleNets are half as large as their teachers throughout."""
+    """All maps of ShuffleNets are half as large as their teachers'."""
     loss = connected("resnet8x4", "shufflev1")
     student = [torch.randn(2, channels, size, size) for channels, size in ((240, 16), (480, 8), (960, 4))]
     teacher = [torch.randn(2, channels, size, size) for channels, size in ((64, 32), (128, 16), (256, 8))]
@@ -174,7 +174,7 @@ def test_fused_maps_have_the_teachers_shapes():
     assert teacher[-1].shape == (2, 256, 1, 1)
 
 
-def test_deeper_features_reach_shallower_maps_only():
+def test_deeper_features_affect_shallower_maps_only():
     loss = connected("resnet14", "resnet8").double().eval()
     student = [torch.randn(2, channels, size, size) for channels, size in ((16, 32), (32, 16), (64, 8))]
     teacher = [*student, torch.randn(2, 64)]

@@ -66,13 +66,13 @@ def test_gradcheck(squared):
     )
 
 
-def test_only_the_shape_of_the_cloud_of_samples_counts():
+def test_is_invariant_to_similarity_transforms():
     student, teacher = features()
     rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
     assert_close(rkd_loss(3 * student @ rotation + 5, 0.1 * teacher - 2), rkd_loss(student, teacher))
 
 
-def test_a_weight_of_zero_leaves_a_term_out():
+def test_weight_zero_disables_a_term():
     student, teacher = features()
     assert set(rkd_loss(student, teacher, angle_weight=0.0)) == {"rkd_distance"}
     assert set(rkd_loss(student, teacher, distance_weight=0.0)) == {"rkd_angle"}
@@ -89,7 +89,7 @@ def largest_gradient(student, teacher, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("squared", [False, True])
-def test_equal_samples_have_an_ordinary_gradient(squared, dtype):
+def test_equal_samples_have_a_bounded_gradient(squared, dtype):
     (case,) = [case for case in golden_cases("rkd") if case.id == "rkd/duplicate_rows"]
     tensors = case.tensors(dtype)
     student, teacher = tensors["student_pooled"], tensors["teacher_pooled"]
@@ -99,7 +99,7 @@ def test_equal_samples_have_an_ordinary_gradient(squared, dtype):
     assert 0 < largest_gradient(student, teacher[[0, 0, 0, 1, 2, 3]], squared=squared) < 3 * ordinary
 
 
-def test_almost_equal_samples_have_an_ordinary_gradient_in_float32():
+def test_almost_equal_samples_have_a_bounded_gradient_in_float32():
     student, teacher = (one.float() for one in features())
     ordinary = largest_gradient(student, teacher)
     student[1] = student[0] * (1 + 1e-6)
@@ -112,7 +112,7 @@ def test_a_collapsed_student(dtype):
     assert largest_gradient(torch.ones(5, 4, dtype=dtype), teacher.to(dtype)) == 0
 
 
-def test_one_sample_has_no_relations():
+def test_one_sample_has_no_loss():
     student, teacher = features(size=1)
     assert largest_gradient(student, teacher) == 0
     assert sum(rkd_loss(student, teacher).values()) == 0

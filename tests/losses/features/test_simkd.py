@@ -53,7 +53,7 @@ class TestSimKD(FeatureTester):
         assert trained == {name for name, _ in student.named_parameters()} - {"classifier.weight", "classifier.bias"}
 
 
-def test_a_student_without_a_loss_answers_as_the_teacher():
+def test_a_student_with_loss_zero_has_the_teachers_logits():
     torch.manual_seed(0)
     teacher = create_model("wrn16_2", CLASSES).eval()
     student = graft(create_model("resnet8", CLASSES), teacher).eval()
@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_a_mean_square():
         ((2, 3), (2, 3, 4, 4), "student's feature must be a map"),
     ],
 )
-def test_what_does_not_fit_is_refused(student, teacher, message):
+def test_invalid_arguments_raise(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         simkd_loss(torch.zeros(student), torch.zeros(teacher))
     with pytest.raises(ValueError, match="weight=-2"):

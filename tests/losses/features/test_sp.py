@@ -38,13 +38,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda s: sp_loss(s, teacher)["sp"], student.requires_grad_())
 
 
-def test_a_rotation_or_a_scale_of_all_features_changes_nothing():
+def test_is_invariant_to_rotation_and_scale():
     student, teacher = features()
     rotation, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))
     assert_close(sp_loss(3 * student.flatten(1) @ rotation, 0.1 * teacher), sp_loss(student, teacher))
 
 
-def test_a_sample_without_features_moves_towards_those_that_should_be_similar():
+def test_a_sample_of_zeros_moves_towards_similar_samples():
     student, teacher = (one.flatten(1) for one in features())
     student[1] = 0
     student.requires_grad_()
@@ -56,7 +56,7 @@ def test_a_sample_without_features_moves_towards_those_that_should_be_similar():
     assert gradient.abs().max() < 1
 
 
-def test_batch_sizes_that_do_not_fit():
+def test_different_batch_sizes_raise():
     student, teacher = features()
     with pytest.raises(ValueError, match="batch"):
         sp_loss(student, teacher[:-1])

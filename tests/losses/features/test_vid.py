@@ -58,7 +58,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda m, v: vid_loss([m], [teacher], [v])["vid"], (mean, variance))
 
 
-def test_best_variance_is_the_mean_squared_error():
+def test_optimal_variance_is_the_mean_squared_error():
     mean, teacher, _ = maps()
     variance = (mean - teacher).square().mean((0, 2, 3)).requires_grad_()
     vid_loss([mean], [teacher], [variance])["vid"].backward()
@@ -66,7 +66,7 @@ def test_best_variance_is_the_mean_squared_error():
 
 
 @pytest.mark.parametrize("init_variance", [2e-5, 0.5, 5.0, 50.0])
-def test_variance_starts_where_asked_and_learns(init_variance):
+def test_variance_starts_at_init_variance_and_is_learned(init_variance):
     loss = VIDLoss(init_variance=init_variance)
     loss.build([torch.Size((2, 3, 4, 4))], [torch.Size((2, 5, 4, 4))])
     assert_close(loss.variances()[0].detach(), torch.full((5,), init_variance), rtol=1e-5, atol=0)
@@ -80,7 +80,7 @@ def test_variance_starts_where_asked_and_learns(init_variance):
     assert (loss.log_scales[0] != before).all()
 
 
-def test_shapes_that_do_not_fit():
+def test_different_shapes_raise():
     mean, teacher, variance = maps()
     with pytest.raises(ValueError, match="same shape"):
         vid_loss([mean], [teacher[:, :3]], [variance])
