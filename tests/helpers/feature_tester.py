@@ -1,4 +1,4 @@
-"""The tests that every loss on features passes: give the loss, and how its golden cases call its function."""
+"""The tests that every loss on features must pass, given the loss and how its golden cases call its function."""
 
 from copy import deepcopy
 
@@ -18,16 +18,16 @@ TRAIN_LABEL = torch.arange(100) % CLASSES
 
 
 class FeatureTester:
-    """A subclass named ``Test...`` says what the loss is; every test here then runs for it.
+    """Base of the tests of a loss: a subclass named ``Test...`` sets the loss, and runs every test here.
 
     Attributes:
         module: the class.
-        settings: hyper-parameters to build it with; the first is used where one is enough.
-        wrong: hyper-parameters that must be refused, each with a part of the message.
-        golden_method: the name of the method in ``losses.json``, if it is there.
+        settings: hyper-parameters to test with; the first is used if one suffices.
+        wrong: invalid hyper-parameters, each with a part of the message.
+        golden_method: the name of the method in ``losses.json``, if it has one.
         pairs: teacher and student networks to connect.
-        unconnectable: teacher and student networks that must be refused, with a part of the message.
-        vanishes: whether a student that is the teacher has no loss of the method's own (connectors apart).
+        unconnectable: unsupported teachers and students, with a part of the message.
+        vanishes: whether the method's terms are 0 if the student is the teacher (apart from connectors).
     """
 
     module: type[FeatureLoss]
@@ -39,7 +39,7 @@ class FeatureTester:
     vanishes = True
 
     def golden(self, case, tensors):
-        """Calls the pure function as the golden case asks: terms by golden name, and ``tensors`` carry gradients."""
+        """Calls the pure function for a golden case; returns terms by golden name (``tensors`` carry gradients)."""
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc):
@@ -68,7 +68,7 @@ class FeatureTester:
 
     @staticmethod
     def step(loss, teacher, student, size=6, epoch=None, seed=0, **options):
-        """One step's context on random images."""
+        """Returns a step's context for random images."""
         generator = torch.Generator().manual_seed(seed)
         like = next(student.parameters())
         images = torch.randn(size, *IMAGE_SHAPE, generator=generator).to(like)
@@ -104,7 +104,7 @@ class FeatureTester:
         terms = loss(self.step(loss, teacher, student))
         assert all(term.shape == () and term.isfinite() for term in terms.values())
         sum(terms.values()).backward()
-        # DDP hangs on a parameter that takes no part in a step.
+        # DDP hangs on parameters without gradient.
         for name, parameter in [*student.named_parameters(), *loss.named_parameters()]:
             if not parameter.requires_grad:
                 continue
@@ -112,7 +112,7 @@ class FeatureTester:
             assert parameter.grad.isfinite().all(), name
         assert all(parameter.grad is None for parameter in teacher.parameters())
 
-    def test_the_own_terms_reach_the_student(self, hyper):
+    def test_the_methods_terms_have_a_student_gradient(self, hyper):
         teacher, student = self.networks()
         loss = self.connected(teacher, student, **hyper)
         own = {name: term for name, term in loss(self.step(loss, teacher, student)).items() if name != "ce"}
@@ -122,10 +122,10 @@ class FeatureTester:
             term.backward(retain_graph=True)
             assert next(student.parameters()).grad.abs().sum() > 0, name
 
-    def test_a_second_loss_takes_over_the_learned_state(self):
+    def test_the_state_dict_restores_the_loss(self):
         teacher, student = self.networks()
         loss = self.connected(teacher, student)
-        loss(self.step(loss, teacher, student, seed=1))  # statistics and memories move
+        loss(self.step(loss, teacher, student, seed=1))  # changes statistics and memories
         with torch.no_grad():
             for parameter in loss.parameters():
                 parameter.add_(0.01)
@@ -160,7 +160,7 @@ class FeatureTester:
         own.pop("ce")
         assert_close(own, {name: torch.zeros(()) for name in own}, rtol=0, atol=1e-5)
 
-    def test_connecting_leaves_the_networks_alone(self):
+    def test_connect_does_not_change_the_networks(self):
         teacher, student = self.networks()
         before = deepcopy(student.state_dict()), deepcopy(teacher.state_dict())
         self.connected(teacher, student)
@@ -173,13 +173,13 @@ class FeatureTester:
         loss = self.connected(teacher, student)
         loss(self.step(loss, teacher, student))
         with torch.no_grad():
-            student.eval()  # whose own batch norms see maps
+            student.eval()  # its batch norms see maps
         terms = loss(self.step(loss, teacher, student, size=1))
         sum(terms.values()).backward()
         assert all(term.isfinite() for term in terms.values())
         assert all(p.grad is None or p.grad.isfinite().all() for p in [*student.parameters(), *loss.parameters()])
 
-    def test_taps_that_it_cannot_compare_are_refused(self):
+    def test_incomparable_taps_raise(self):
         if not getattr(self.module, "single", False):
             pytest.skip("compares any number of features")
         taps = ["layer1", "layer2"]
@@ -188,10 +188,10 @@ class FeatureTester:
         with pytest.raises(ValueError, match="compares one feature of each network"):
             loss.connect(student, teacher, IMAGE_SHAPE, TRAIN_LABEL)
 
-    def test_warmup_scales_the_own_terms_only(self):
+    def test_warmup_scales_the_methods_terms_only(self):
         teacher, student = self.networks()
         loss = self.connected(teacher, student, warmup_epochs=4)
-        # Twins, because some losses remember what they have seen.
+        # Two instances, because some losses have a memory.
         twin = deepcopy(loss)
         torch.manual_seed(4)
         full = twin(self.step(loss, teacher, student))
@@ -200,22 +200,22 @@ class FeatureTester:
         for name, term in half.items():
             assert_close(term, full[name] * (1 if name == "ce" else 0.5), rtol=1e-5, atol=1e-7)
 
-    def test_wrong_hyper_parameters_are_refused(self, wrong_hyper, message):
+    def test_invalid_hyper_parameters_raise(self, wrong_hyper, message):
         with pytest.raises(ValueError, match=message):
             self.module(**wrong_hyper)
 
-    def test_networks_without_the_features_are_refused(self, foreign):
+    def test_networks_without_the_features_raise(self, foreign):
         teacher, student, message = foreign
         with pytest.raises(ValueError, match=message):
             self.connected(*self.networks(teacher, student))
 
-    def test_unconnected_it_says_what_to_do(self):
+    def test_an_unconnected_loss_raises(self):
         teacher, student = self.networks()
         loss = self.module(**self.settings[0])
         with pytest.raises(RuntimeError, match=r"call its connect\(\.\.\.\) first"):
             loss(self.step(loss, teacher, student))
 
-    def test_logits_alone_are_refused_and_the_missing_features_named(self):
+    def test_logits_without_features_raise(self):
         teacher, student = self.networks()
         loss = self.connected(teacher, student)
         missing = [f"{path} of the student" for path in loss.student_taps]

@@ -1,4 +1,4 @@
-"""The tests that every logit loss passes: give the loss and the same formula written naively, for one sample."""
+"""The tests that every logit loss must pass, given the loss and a naive formula for one sample."""
 
 import inspect
 
@@ -26,14 +26,14 @@ SCENARIOS = [
     "many_classes",
     "confident",
 ]
-# Half logits are computed in float32, so that a few scenarios tell whether they get there.
+# Half logits are computed in float32, so a few scenarios suffice.
 RUNS = [(s, d) for d in DTYPES for s in SCENARIOS if d.itemsize > 2 or s in ("random", "ties", "confident")]
-# One type for each way to compute: in float64, in float32, and in float32 from half logits.
+# The types of computation: float64, float32, and float32 from half logits.
 SATURATED = [(1e3, torch.float32), (1e4, torch.float64), (1e4, torch.float32), (1e4, torch.bfloat16)]
 
 
 def batch(scenario: str = "random", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits, teacher logits (float64) and labels of one kind of batch, the same at every call."""
+    """Student logits, teacher logits (float64) and labels of a scenario, equal in every call."""
     size = 1 if "one_sample" in scenario else 3 if scenario == "many_classes" else 8
     classes = 2 if "two_classes" in scenario else 1000 if scenario == "many_classes" else 10
     generator = torch.Generator().manual_seed(seed)
@@ -60,11 +60,11 @@ def batch(scenario: str = "random", seed: int = 0) -> tuple[Tensor, Tensor, Tens
     return student, teacher, label
 
 
-# What naive formulas are made of: everything is about one sample, logits (C,).
+# Building blocks of naive formulas, for one sample: logits (C,).
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL divergence of the softmaxes of two logit vectors; 0 of nothing."""
+    """KL divergence of the softmaxes of two logit vectors; 0 for empty ones."""
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     return (p.exp() * (p - q)).sum()
 
@@ -76,26 +76,26 @@ def one_against_rest(logits: Tensor, k: int) -> Tensor:
 
 
 def zscore(logits: Tensor) -> Tensor:
-    """Logit standardization as its published code does it."""
+    """Logit standardization as in its published code."""
     centred = logits - logits.sum() / len(logits)
     return centred / ((centred.square().sum() / (len(logits) - 1)).sqrt() + 1e-7)
 
 
 class LossTester:
-    """A subclass named ``Test...`` says what the loss is; every test here then runs for it.
+    """Base of the tests of a loss: a subclass named ``Test...`` sets the loss, and runs every test here.
 
     Attributes:
         function: the pure function, as a ``staticmethod``.
         module: the class that holds its hyper-parameters, under the same names.
-        settings: hyper-parameters to test with. The first is used where one is enough.
+        settings: hyper-parameters to test with; the first is used if one suffices.
         positive: hyper-parameters that must be finite and > 0.
         weights: hyper-parameters that must be finite and >= 0.
-        choices: hyper-parameters that are one of some words.
-        per_sample: whether the loss is the mean of losses of single samples, with ``reduction`` and ``ignore_index``.
-        vanishes: where a student with the teacher's logits has no loss: ``"always"``, only when the teacher is
+        choices: hyper-parameters with a fixed set of words.
+        per_sample: whether the loss is a mean over samples, with ``reduction`` and ``ignore_index``.
+        vanishes: when the loss of a student with the teacher's logits is 0: ``"always"``, only if the teacher is
             ``"right"``, or ``"never"``.
-        detaches_student: whether a part of the target is made of the student's own logits, so that the numerical
-            derivative is another one.
+        detaches_student: whether a target is computed from the student's detached logits, so that the numerical
+            derivative differs.
         saturates: whether logits of 1e3 and 1e4 have a finite loss and gradient.
     """
 
@@ -112,11 +112,11 @@ class LossTester:
 
     @staticmethod
     def naive(student: Tensor, teacher: Tensor, label: int, **hyper) -> dict[str, Tensor]:
-        """The terms of ONE sample from the formula: logits ``(C,)`` in float64, hyper-parameters as in ``settings``."""
+        """Returns the terms of ONE sample: logits ``(C,)`` in float64, hyper-parameters as in ``settings``."""
         raise NotImplementedError
 
     def naive_batch(self, student: Tensor, teacher: Tensor, label: Tensor, **hyper) -> dict[str, Tensor]:
-        """The same of a batch; replace it where the terms are not means over samples."""
+        """Returns the terms of a batch; override it if the terms are not means over samples."""
         if hyper.pop("logit_standardization", False):
             student, teacher = (torch.stack([zscore(row) for row in logits]) for logits in (student, teacher))
         rows = [self.naive(s, t, y, **hyper) for s, t, y in zip(student, teacher, label.tolist(), strict=True)]
@@ -130,12 +130,12 @@ class LossTester:
             metafunc.parametrize("hyper", self.settings, ids=names)
 
     def call(self, student, teacher, label, **options):
-        """The pure function."""
+        """Calls the pure function."""
         return type(self).function(student, teacher, label, **options)
 
     @staticmethod
     def value_and_gradient(loss, student, *others, **options):
-        """Detached terms, and the gradient of their sum with respect to the student."""
+        """Returns the detached terms, and the gradient of their sum with respect to the student."""
         leaf = student.detach().clone().requires_grad_()
         terms = loss(leaf, *others, **options)
         (gradient,) = torch.autograd.grad(sum(terms.values()).sum(), leaf)
@@ -143,14 +143,14 @@ class LossTester:
 
     @staticmethod
     def assert_same(actual, expected, *, rtol=1e-9, atol=1e-12):
-        """Two results of :meth:`value_and_gradient`; by default as close as float64 allows."""
+        """Compares two results of :meth:`value_and_gradient`; by default to float64's precision."""
         assert_close(actual[0], expected[0], rtol=rtol, atol=atol, check_dtype=False)
         assert_close(
             actual[1], expected[1], rtol=rtol, atol=rtol * expected[1].abs().max().item() + atol, check_dtype=False
         )
 
     def assert_naive(self, student, teacher, label, hyper, dtype, float32_rtol=5e-5):
-        """Value and gradient in ``dtype`` against the naive formula in float64 on the same, rounded, logits."""
+        """Compares value and gradient in ``dtype`` with the naive formula in float64 of the same, rounded, logits."""
         student, teacher = student.to(dtype), teacher.to(dtype)
         terms, gradient = self.value_and_gradient(self.call, student, teacher, label, **hyper)
         expected, expected_gradient = self.value_and_gradient(
@@ -169,7 +169,7 @@ class LossTester:
         if dtype == torch.float64:
             rounding, absolute = 0.0, 1e-9 * largest + 1e-11
         else:
-            # Half logits are computed in float32; only the gradient that comes back is rounded once more.
+            # Half logits are computed in float32; only the returned gradient is rounded again.
             rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
             absolute = 1e-3 * largest + 1e-5
         assert_close(gradient.double(), expected_gradient, rtol=rounding, atol=absolute)
@@ -190,7 +190,7 @@ class LossTester:
         for scenario in ("random", "teacher_wrong", "all_masked", "ties", "two_classes"):
             student, teacher, label = batch(scenario)
             student, teacher = scale * student.clamp(-3, 3), scale * teacher.clamp(-3, 3)
-            # One float32 rounding of a logit of 1e4 is 1e-3 in an exponent.
+            # Rounding a logit of 1e4 to float32 changes an exponent by 1e-3.
             self.assert_naive(student, teacher, label, hyper, dtype, float32_rtol=1e-3)
 
     def test_gradcheck(self, hyper):
@@ -218,7 +218,7 @@ class LossTester:
             elif scenario == "teacher_wrong":
                 assert gradient.abs().max() > 1e-3
 
-    # What must not matter
+    # Invariants
 
     def test_no_gradient_into_the_teacher_and_inputs_untouched(self, hyper):
         student, teacher, label = batch()
@@ -295,7 +295,7 @@ class LossTester:
 
     @pytest.mark.thinned(3)
     @pytest.mark.parametrize("ignore_index", [-100, 255, 3])
-    def test_ignored_samples_count_for_nothing(self, ignore_index, hyper):
+    def test_ignored_samples_have_no_effect(self, ignore_index, hyper):
         if not self.per_sample:
             pytest.skip("looks at the whole batch")
         student, teacher, label = batch()
@@ -332,7 +332,7 @@ class LossTester:
         module = self.module(**hyper)
         assert_close(module(student, teacher, label.to(dtype)), module(student, teacher, label), rtol=0, atol=0)
 
-    def test_a_label_that_may_be_left_out_changes_nothing(self, hyper):
+    def test_an_optional_label_changes_nothing(self, hyper):
         if inspect.signature(type(self).function).parameters["label"].default is inspect.Parameter.empty:
             pytest.skip("needs labels")
         student, teacher, label = batch()
@@ -341,7 +341,7 @@ class LossTester:
             expected = self.value_and_gradient(self.call, student, teacher, label, **hyper, **options)
             assert_close(found, expected, rtol=0, atol=0)
 
-    # How it is run
+    # Blocks, autocast, compilation
 
     @pytest.mark.thinned(2)
     @pytest.mark.parametrize("rows", [1, 3])
@@ -388,7 +388,7 @@ class LossTester:
     def test_compiled(self):
         self.assert_compiles(self.settings[0])
 
-    # What is refused
+    # Invalid arguments
 
     @pytest.mark.thinned(4)
     @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ class LossTester:
         assert_close(self.module(**hyper, ce_weight=0)(student, teacher, label), expected, rtol=0, atol=0)
         assert list(self.module(**hyper, ce_weight=1)(student, teacher, label)) == ["ce", *expected]
 
-    def test_half_logits_meet_float32_cross_entropy(self):
+    def test_half_logits_have_float32_cross_entropy(self):
         student, teacher, label = batch()
         module = self.module(**self.settings[0], ce_weight=1)
         half = module(student.bfloat16(), teacher.bfloat16(), label)

@@ -29,7 +29,8 @@ from rld_lightning.losses.registry import list_losses, loss_class
 LOSSES = [name for name in list_losses() if ".features." not in loss_class(name).__module__]
 # These depend on a common offset of the logits: they copy logits, or compute temperatures from the largest.
 KNOW_OFFSETS = {"revision", "dtkd"}
-# Bounds of a sample's gradient, and of a saturating one: its largest element is some tens.
+# Tolerances of the gradient along a common offset, relative to a sample's gradient and absolute (saturated logits).
+# The largest gradients are some tens.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SATURATED = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 KINDS = ("random", "ties", "one-hot teacher", "constant", "equal", "ruled out", "true class ruled out")
@@ -143,7 +144,7 @@ def draws(count):
     shapes = (count, 6, 4, 4), (count, 6), (count, 6)
     drawn = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
     label = torch.randint(6, (count,), generator=generator)
-    label[: count // 3] = drawn[2][1, : count // 3].argmax(1)  # the teacher is right in part of the first half
+    label[: count // 3] = drawn[2][1, : count // 3].argmax(1)  # the teacher is right on the first third
     return *drawn, label
 
 

@@ -29,7 +29,7 @@ def rows_of(count, dtype=torch.float64, classes=5):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Sets the size of a block in elements; returns a function, and the list of the sizes of its computed blocks."""
+    """Sets the block size in elements; returns ``three_losses`` and a list to which it adds each block's size."""
 
     def use(elements):
         monkeypatch.setattr(rows, "BLOCK_ELEMENTS", {"cpu": elements, "other": 1})
