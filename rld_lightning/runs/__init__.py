@@ -1,1 +1,1 @@
-"""What runs leave on disk: their folders, what is read from them, and what makes two of them alike."""
+"""Runs on disk: their directories, reading them, and comparing their settings."""

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, and the one before it, which is taken where the first is damaged."""
+"""The checkpoint from which a run resumes, and the previous one, which is used if the first is damaged."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -12,41 +12,41 @@ from rld_lightning.models.weights.claims import load_plainly
 from rld_lightning.models.weights.read import read_once
 from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
 
-_KEY = "rld_lightning"  # of a checkpoint, beside those of Lightning
+_KEY = "rld_lightning"  # key in a checkpoint, beside Lightning's
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint lies that was at ``path`` before the latest one: ``last.previous.ckpt``."""
+    """Returns the path of the previous checkpoint: ``last.previous.ckpt``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a checkpoint, or one before it."""
+    """Whether a checkpoint exists, or a previous one."""
     return path.is_file() or previous_of(path).is_file()
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, keep: bool) -> None:
-    """Writes a checkpoint with a checksum; it appears whole or not at all.
+    """Writes a checkpoint with a checksum, atomically.
 
     Args:
-        keep: whether what was there stays under the name of :func:`previous_of`.
+        keep: whether to keep the old file, under the name of :func:`previous_of`.
 
     Raises:
-        OSError: it cannot be written; what was there is untouched.
+        OSError: it cannot be written; the old file is unchanged.
     """
     torch.save(checkpoint, saved := BytesIO())
     write_whole(path, seal_checkpoint(saved), previous=previous_of(path) if keep else None)
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, Any], Path]:
-    """Reads a checkpoint as data, or the one before it if it is damaged or gone.
+    """Reads a checkpoint as plain data, or the previous one if it is damaged or missing.
 
     Returns:
-        what is in it, and the file that it was read from.
+        its content, and the file that was read.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or none, and there is no other before it.
+        FileNotFoundError: neither exists.
+        ValueError: it is damaged or no checkpoint, and there is no previous one.
     """
     if not is_there(path):
         raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
 
 
 def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
-    """What is in a checkpoint; None where there is none, or a damaged one."""
+    """Returns a checkpoint's content; None if it is missing or damaged."""
     if not path.is_file():
         return None
     content = read_once(path)
@@ -76,33 +76,33 @@ def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
         return None
     try:
         checkpoint = load_plainly(content, map_location)
-    except Exception:  # whatever a file that is no checkpoint is taken for
+    except Exception:  # whatever a parser raises for other files
         return None
     return checkpoint if isinstance(checkpoint, dict) else None
 
 
 class Before(NamedTuple):
-    """What a checkpoint says about the run that it is of, as plain text."""
+    """What a checkpoint records about its run, as plain text."""
 
-    settings: dict[str, str]  # what decided what was trained, see `settings`
-    teacher_sha256: str | None  # of the file of the run's teacher; None where there was none
+    settings: dict[str, str]  # what decided the training, see `settings`
+    teacher_sha256: str | None  # of the teacher's file; None without one
 
     @property
     def teacher(self) -> tuple[str | None, str | None]:
-        """The name and the file of the run's teacher."""
+        """Name and file of the run's teacher."""
         return self.settings.get("model.teacher.name"), self.settings.get("model.teacher.weights")
 
 
 def tell(checkpoint: dict[str, Any], before: Before) -> None:
-    """Puts into a checkpoint what :func:`told` reads."""
+    """Adds to a checkpoint what :func:`told` reads."""
     checkpoint[_KEY] = dict(before._asdict())
 
 
 def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
-    """What a checkpoint says about its run. It may be a stranger's.
+    """Reads what a checkpoint records about its run. It may be a stranger's.
 
     Raises:
-        ValueError: it says nothing, or something else than plain text.
+        ValueError: the record is missing or is not plain text.
     """
     found = checkpoint.get(_KEY)
     values = found.get("settings") if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""What happens to the trials of a sweep, a line of JSON each, written by whatever process runs them."""
+"""Events of a sweep's trials, one line of JSON each, written by the processes that run them."""
 
 import json
 import time
@@ -7,18 +7,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-EVENTS = ".trials.jsonl"  # in the sweep's folder
+EVENTS = ".trials.jsonl"  # in the sweep's directory
 
 
 def note(sweep: Path, **event: Any) -> None:
-    """Adds an event, with its time."""
+    """Appends an event, with its time."""
     sweep.mkdir(parents=True, exist_ok=True)
-    with (sweep / EVENTS).open("a") as file:  # one write of one line, which no other process's cuts in two
+    with (sweep / EVENTS).open("a") as file:  # one write per line, which other processes' writes cannot split
         file.write(json.dumps({"time": time.time(), **event}) + "\n")
 
 
 class Events:
-    """The events of a sweep that begins now, as they come."""
+    """The events of a sweep that starts now."""
 
     def __init__(self, sweep: Path) -> None:
         self._file = sweep / EVENTS
@@ -26,17 +26,17 @@ class Events:
         self._read = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Those that have come since the last call; what is no event is passed over."""
+        """Yields the events since the last call; skips lines that are no events."""
         if not self._file.exists():
             return
         with self._file.open("rb") as file:
             file.seek(self._read)
             for line in file:
-                if not line.endswith(b"\n"):  # it is being written
+                if not line.endswith(b"\n"):  # incomplete: it is being written
                     return
                 self._read += len(line)
                 event = None
-                with suppress(ValueError):  # two cut each other, on a disk of several machines say
+                with suppress(ValueError):  # mixed writes, for example on a network disk
                     event = json.loads(line)
                 if isinstance(event, dict):
                     yield event

@@ -1,4 +1,4 @@
-"""The files in a run folder: their names, and how they are written and read."""
+"""Names of the files in a run directory, and functions that write and read them."""
 
 import csv
 import json
@@ -14,68 +14,68 @@ from omegaconf import OmegaConf
 from rld_lightning.atomic_files import write_whole
 from rld_lightning.redact import redact
 
-_LARGEST = 1_000_000  # bytes of a file of settings; a run's have some thousands
-_FORMULAS = ("=", "+", "-", "@", "\t")  # what they begin with, to a spreadsheet
-_SEXAGESIMAL = re.compile(rb"\d(:\d+){30}")  # 1:30 is 90 to YAML; reading one of 100,000 digits takes hours
+_LARGEST = 1_000_000  # bytes of a settings file; a run's has some thousands
+_FORMULAS = ("=", "+", "-", "@", "\t")  # first characters of a formula in a spreadsheet
+_SEXAGESIMAL = re.compile(rb"\d(:\d+){30}")  # YAML reads 1:30 as 90; a number of 100,000 digits takes hours
 
 CONFIG = "config.yaml"  # resolved
 ENVIRONMENT = "environment.json"  # versions and hardware
-SUMMARY = "summary.json"  # what a finished run came to
-LOG = "fit.log"  # what was printed
-METRICS = "metrics.csv"  # what was logged, one row an epoch
-SPLIT = "split.csv"  # which image of a folder is in which split
-CLASSES = "classes.csv"  # accuracy of each class
-CONFUSION = "confusion.csv"  # how many images of a class were taken for which
+SUMMARY = "summary.json"  # results of a finished run
+LOG = "fit.log"  # console output
+METRICS = "metrics.csv"  # logged metrics, one row per epoch
+SPLIT = "split.csv"  # split of each image of a folder
+CLASSES = "classes.csv"  # accuracy per class
+CONFUSION = "confusion.csv"  # number of images per true and predicted class
 CURVES = "curves.png"
 STUDENT = "student.safetensors"  # the exported student
-_WEIGHTS = (STUDENT, "model.safetensors")  # in the folder of a run, and of an export
+_WEIGHTS = (STUDENT, "model.safetensors")  # in the directory of a run, and of an export
 LAST = "last.ckpt"  # to resume from
-PREVIOUS = "last.previous.ckpt"  # the one before it, should that be damaged
+PREVIOUS = "last.previous.ckpt"  # the previous one, in case that is damaged
 BEST = "best.ckpt"
-DIVERGED = "diverged.npz"  # which batch made the loss no number
-ERROR = "error.txt"  # of a trial that failed
-PRINTED = "trial.log"  # what a trial's processes have printed, where the sweep prints a line of its own
+DIVERGED = "diverged.npz"  # the batch with a non-finite loss
+ERROR = "error.txt"  # of a failed trial
+PRINTED = "trial.log"  # output of a trial's processes, if the sweep prints its own lines
 EVALUATION = "evaluation.json"  # of scripts/eval.py
 PER_CLASS = "per_class.csv"  # likewise
-EXPORTED = "export.json"  # how the files of an export compare, in its folder
-NETWORKS = "networks.json"  # teacher, student alone and distilled student side by side
-NETWORKS_CLASSES = "networks.csv"  # each class of theirs
-SWEEP = "sweep.yaml"  # what a sweep varies and what it does not, in the sweep's folder
-SWEEPER = "multirun.yaml"  # the configuration of a sweep, likewise
+EXPORTED = "export.json"  # comparison of an export's files, in its directory
+NETWORKS = "networks.json"  # comparison of teacher, student alone and distilled student
+NETWORKS_CLASSES = "networks.csv"  # their accuracies per class
+SWEEP = "sweep.yaml"  # varied and fixed settings of a sweep, in the sweep's directory
+SWEEPER = "multirun.yaml"  # the sweep's configuration, likewise
 STUDY = "study.db"  # of an Optuna sweep
-TEACHER = "teacher"  # the run folder, within another, of the teacher that was trained for it
-ALONE = "alone"  # likewise of the student that was trained by itself
-HYDRA = ".hydra"  # what Hydra notes
-CHOICES = f"{HYDRA}/hydra.yaml"  # which options of the groups were chosen
-OVERRIDES = f"{HYDRA}/overrides.yaml"  # what stood on the command line
-WANDB_RUN = "wandb_run.json"  # which W&B run it is
-WANDB = "wandb"  # what W&B keeps
-LOCK = ".lock"  # of the process that trains
+TEACHER = "teacher"  # directory, within another run's, of the teacher trained for it
+ALONE = "alone"  # likewise of the student trained alone
+HYDRA = ".hydra"  # Hydra's records
+CHOICES = f"{HYDRA}/hydra.yaml"  # chosen options of the config groups
+OVERRIDES = f"{HYDRA}/overrides.yaml"  # command-line overrides
+WANDB_RUN = "wandb_run.json"  # id of the W&B run
+WANDB = "wandb"  # wandb's files
+LOCK = ".lock"  # of the training process
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The file of weights in the folder of a run, or of an export; None where there is none."""
+    """Returns the weights file in the directory of a run or an export; None if there is none."""
     return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def run_of(weights: Path) -> Path:
-    """The folder of the run that a file of weights is of: its own, or that above of an export in a run's folder."""
+    """Returns the run directory of a weights file: its own, or the one above for an export within a run."""
     folder = weights.parent
     is_export = (folder / EXPORTED).is_file() and not (folder / CONFIG).is_file()
     return folder.parent if is_export and (folder.parent / CONFIG).is_file() else folder
 
 
 def split_of(run: Path) -> Path | None:
-    """The file that says which image of a folder was in which split; of a network beside a run it is the run's."""
+    """Returns the file with the split of each image of a folder; for a network within a run it is that run's."""
     folders = (run, run.parent) if run.absolute().name in (TEACHER, ALONE) else (run,)
     return next((folder / SPLIT for folder in folders if (folder / SPLIT).is_file()), None)
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    """Writes a table; its folder is made if need be.
+    """Writes a table; creates its directory if needed.
 
     Args:
-        columns: of one length, by name.
+        columns: by name, of equal length.
     """
     writer = csv.writer(text := StringIO(), lineterminator="\n")
     writer.writerow(columns)
@@ -84,7 +84,7 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
 
 
 def plain_cell(value: object) -> object:
-    """A value of a table that no spreadsheet takes for a formula or a new line: class names may be a stranger's."""
+    """Escapes cells that a spreadsheet would take for formulas or new lines: class names may be a stranger's."""
     if not isinstance(value, str):
         return value
     text = value.replace("\r", " ")
@@ -93,22 +93,22 @@ def plain_cell(value: object) -> object:
 
 
 def text_of(cell: str) -> str:
-    """The text that :func:`plain_cell` has made a cell of: there are data sets with a class ``+``."""
+    """Reverts :func:`plain_cell`: there are data sets with a class ``+``."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULAS) else cell
 
 
 def write_json(path: Path, values: object) -> None:
-    """Writes plain values; the folder is made if need be."""
+    """Writes plain values as JSON; creates the directory if needed."""
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def write_yaml(path: Path, values: Any) -> None:
-    """Writes plain values without secrets; interpolations stay what they are, and the folder is made if need be."""
+    """Writes plain values without secrets as YAML; keeps interpolations; creates the directory if needed."""
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(redact(values))).encode())
 
 
 def check_file(path: Path) -> None:
-    """Refuses what would hang or fill the memory when it is read: a pipe, say."""
+    """Refuses files that would hang or exhaust the memory when read, such as pipes."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file. Move it away.")
     if path.stat().st_size > _LARGEST:
@@ -118,7 +118,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text in a run folder, which may be a stranger's: no more of it than a run writes, nothing of a pipe."""
+    """Reads a text file of a run directory, which may be a stranger's: limited in size, and no pipe."""
     if path.exists() and not path.is_file():
         return ""
     with path.open(errors="replace") as file:
@@ -126,10 +126,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a run has written.
+    """Reads a JSON file of a run.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is not JSON.
     """
     check_file(path)
     try:
@@ -139,15 +139,15 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a run has written, resolved: OmegaConf would take three times as long to read it.
+    """Reads a YAML file of a run, already resolved: OmegaConf would take three times as long.
 
     Raises:
-        ValueError: it is no YAML, or more than plain values.
+        ValueError: it is not YAML, or contains more than plain values.
     """
     check_file(path)
     loader, text = getattr(yaml, "CSafeLoader", yaml.SafeLoader), path.read_bytes()
     try:
-        # Nested aliases make billions of values of a few lines; a run writes none.
+        # Nested aliases expand a few lines to billions of values; a run writes none.
         if b"*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
             raise ValueError(f"{path} has YAML aliases, which no run writes. Move it away.")
         if _SEXAGESIMAL.search(text):
@@ -158,10 +158,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_config(run: Path) -> Any:
-    """The configuration in a run folder, which may be a stranger's: plain values, of which nothing is called.
+    """Reads the configuration in a run directory, which may be a stranger's, as plain values; nothing is instantiated.
 
     Raises:
-        ValueError: it cannot be read as one; that it holds what a configuration does is the caller's to check.
+        ValueError: it cannot be read; the caller checks that it is a complete configuration.
     """
     try:
         return read_yaml(run / CONFIG)

@@ -1,4 +1,4 @@
-"""Finished runs, read from their folders alone."""
+"""Finished runs, read from their directories only."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 class Run:
     """A finished run."""
 
-    folder: Path  # where it lies
-    summary: Summary  # what it came to
-    config: dict[str, Any]  # its resolved configuration
+    folder: Path  # the run directory
+    summary: Summary  # the results
+    config: dict[str, Any]  # resolved
 
     @property
     def pair(self) -> str:
-        """What was trained: ``wrn40_2_to_wrn16_2``, or the name of a single model."""
+        """The networks: ``wrn40_2_to_wrn16_2``, or the name of a single model."""
         return self.config["model"]["label"]
 
     @cached_property
     def method(self) -> str:
-        """The option of the loss group, such as ``rld_ls``; ``rld+at`` of a combination."""
+        """The option of the loss group, such as ``rld_ls``; ``rld+at`` for a combination."""
         if "method" in self.config:
             return self.config["method"]
         name = loss_name(self.config["loss"])
@@ -51,19 +51,19 @@ class Run:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        """The options of the configuration groups, such as ``{"recipe": "cifar240"}``; empty if they are not known."""
+        """The options of the config groups, such as ``{"recipe": "cifar240"}``; empty if unknown."""
         path = self.folder / CHOICES
         return read_yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Everything that decides what was trained but the seed, as ``{"loss.alpha": "1", ...}``."""
+        """All settings that decide the training, except the seed, as ``{"loss.alpha": "1", ...}``."""
         return {key: value for key, value in settings(self.config).items() if key not in SEEDS}
 
     @cached_property
     def metrics(self) -> "pd.DataFrame":
-        """:func:`read_metrics` of the folder."""
-        from rld_lightning.runs.metrics_csv import read_metrics  # pandas takes a second
+        """:func:`read_metrics` of the run directory."""
+        from rld_lightning.runs.metrics_csv import read_metrics  # importing pandas takes a second
 
         return read_metrics(self.folder)
 
@@ -74,28 +74,28 @@ class Run:
 
     @cached_property
     def overrides(self) -> list[str]:
-        """What stood on the command line behind ``scripts/fit.py``; empty where that is not known.
+        """The command-line overrides of ``scripts/fit.py``; empty if unknown.
 
-        Paths below the current folder are relative to it, as one would write them.
+        Paths below the current folder are given relative to it.
         """
         path = self.folder / OVERRIDES
         return [line.replace(f"={Path.cwd()}/", "=") for line in read_yaml(path)] if path.exists() else []
 
 
 class Found(NamedTuple):
-    """What lies in and below some folders, ordered by path."""
+    """Run directories in and below some folders, ordered by path."""
 
-    runs: list[Run]  # the finished runs
-    unfinished: list[Path]  # folders of runs that have begun and not ended
-    broken: list[tuple[Path, str]]  # folders of runs whose files cannot be read, each with the reason
+    runs: list[Run]  # finished runs
+    unfinished: list[Path]  # directories of runs that have started and not finished
+    broken: list[tuple[Path, str]]  # directories of unreadable runs, with the reason
 
 
 def read_run(folder: Path) -> Run:
     """Reads a finished run.
 
     Raises:
-        FileNotFoundError: the run is not finished, or this is not the folder of one.
-        ValueError: one of its files is not what it should be.
+        FileNotFoundError: the run is not finished, or this is no run directory.
+        ValueError: one of its files is invalid.
     """
     for name in (SUMMARY, CONFIG):
         if not (folder / name).exists():
@@ -109,7 +109,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _respell(config: dict[str, Any]) -> None:
-    """Spells networks in a run's configuration as they are spelled here; a command may do it otherwise."""
+    """Normalises the network names in a run's configuration, which may be spelled otherwise on the command line."""
     model = config.get("model")
     for part in [model.get("teacher"), model.get("student")] if isinstance(model, dict) else []:
         if isinstance(part, dict) and isinstance(part.get("name"), str):
@@ -120,8 +120,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads the finished runs in and below some folders, ordered by path.
 
     Raises:
-        FileNotFoundError: a folder is not there.
-        ValueError: the files of a run cannot be read.
+        FileNotFoundError: a folder does not exist.
+        ValueError: a run's files cannot be read.
     """
     found = find_all(folders)
     if found.broken:
@@ -130,9 +130,9 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def find_all(folders: Sequence[Path]) -> Found:
-    """:func:`find_runs`, with the folders of the runs that are not finished, and of those that cannot be read.
+    """Like :func:`find_runs`, but also returns the directories of unfinished and unreadable runs.
 
-    A ``fast_dev_run`` is none of them.
+    Skips runs with ``fast_dev_run``.
     """
     found = Found([], [], [])
     for path in _below(folders):
@@ -149,15 +149,15 @@ def find_all(folders: Sequence[Path]) -> Found:
 
 
 def _below(folders: Sequence[Path]) -> Iterator[Path]:
-    """All folders of runs, each once."""
+    """Yields all run directories, each once."""
     found = set()
     for top in folders:
         if not top.is_dir():
             raise FileNotFoundError(f"{top} is not a folder; give folders that hold runs, such as runs/.")
         for path, inner, files in os.walk(top):
             inner[:] = [name for name in inner if not name.startswith(".")]
-            if CONFIG in files and WANDB in inner:  # where a config.yaml is not ours
+            if CONFIG in files and WANDB in inner:  # wandb's config.yaml is not a run's
                 inner.remove(WANDB)
-            if CONFIG in files or ERROR in files:  # a trial may fail before it has written its settings
+            if CONFIG in files or ERROR in files:  # a trial may fail before it writes its settings
                 found.add(Path(path))
     return iter(sorted(found))

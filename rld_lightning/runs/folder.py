@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time."""
+"""Locks run directories for one process at a time, and checks that they can be written to."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -14,10 +14,10 @@ from rld_lightning.runs.files import LOCK, WANDB
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Locks a run's folder for this process and those that it starts; does nothing in one of a group.
+    """Locks a run's directory for this process and those that it starts; does nothing in a group of processes.
 
     Raises:
-        UserError: another process trains in it.
+        UserError: another process is training in it.
     """
     lock = lock_folder(run, LOCK, "trained")
     try:
@@ -27,16 +27,16 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def lock_folder(folder: Path, name: str, what: str) -> FileLock:
-    """Locks a folder, which it makes, until the lock is released or this process ends.
+    """Creates and locks a directory until the lock is released or this process ends.
 
     Args:
-        what: is done there: "trained" or "swept".
+        what: the activity: "trained" or "swept".
 
     Returns:
-        the lock; one of a group of processes does not take it.
+        the lock; not acquired in a group of processes.
 
     Raises:
-        UserError: another process has taken it, or nothing can be written there.
+        UserError: another process holds it, or the directory cannot be written to.
     """
     lock = FileLock(folder / name)
     if external_launcher() is not None:
@@ -46,7 +46,7 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
-        except Timeout:  # an OSError, which would be said in the lock's own words
+        except Timeout:  # an OSError, whose own message would be shown otherwise
             raise UserError(
                 f"{folder} is being {what} in by another process; wait for it, end it, or choose another folder."
             ) from None
@@ -54,32 +54,32 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
 
 
 def check_within(folder: Path, above: Path, option: str) -> None:
-    """Looks whether a folder that is written to because another one was named lies in that.
+    """Checks that a directory to be written to is within the directory that was named.
 
     Args:
-        folder: such as ``<run>/export``, which need not be there yet.
-        above: the folder that was named, which may be a stranger's.
-        option: what names another one.
+        folder: such as ``<run>/export``, which need not exist yet.
+        above: the directory that was named, which may be a stranger's.
+        option: the option that names another one.
 
     Raises:
-        ValueError: it is a link out of it.
+        ValueError: it is a link that leads out of it.
     """
     if folder.is_symlink() and not folder.resolve().is_relative_to(above.resolve()):
         raise ValueError(f"{folder} is a link out of {above}, where nothing is written: give {option} yourself.")
 
 
 def check_folder(folder: Path, option: str = "hydra.run.dir=", written: Collection[str] | None = None) -> None:
-    """Looks whether a job can write into a folder, and into nothing else.
+    """Checks that a job can write into a directory, and that no link leads its writes elsewhere.
 
-    The folder may be a stranger's: files are written through links, so that one in it could lead to any file.
+    The directory may be a stranger's: files are written through links, so a link in it could lead to any file.
 
     Args:
-        folder: the folder, which need not be there yet, and may itself be a link.
-        option: what names another one.
-        written: names of the files and folders in it that may be written; others may be links. By default all.
+        folder: the directory, which need not exist yet, and may itself be a link.
+        option: the option that names another one.
+        written: names of its files and directories that may be written; others may be links. By default all.
 
     Raises:
-        ValueError: it is a file, cannot be written to, or holds a link that leads out of it.
+        ValueError: it is a file, cannot be written to, or contains a link that leads out of it.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -94,7 +94,7 @@ def check_folder(folder: Path, option: str = "hydra.run.dir=", written: Collecti
 
 
 def _leading_out(folder: Path, written: Collection[str] | None) -> Iterator[Path]:
-    """The links in and below a folder that lead elsewhere, of those of its names that are written."""
+    """Yields the links in and below a directory that lead out of it, among the names that are written."""
     inside = folder.resolve()
     for path, inner, files in os.walk(folder):
         if written is not None and Path(path) == folder:
@@ -104,4 +104,4 @@ def _leading_out(folder: Path, written: Collection[str] | None) -> Iterator[Path
             if link.is_symlink() and not link.resolve().is_relative_to(inside):
                 yield link
         if WANDB in inner:
-            inner.remove(WANDB)  # it makes its own anew, and its runs are where they are by its own names
+            inner.remove(WANDB)  # wandb recreates its links, and its run directories have names of their own

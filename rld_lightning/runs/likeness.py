@@ -1,9 +1,8 @@
-"""What decides whether two runs are alike: the settings that have an effect on the result.
+"""Decides whether two runs have the same settings: those that affect the result.
 
-A key without an effect is named here; any other one decides, so that doubt keeps runs apart. Of a trainer and of
-callbacks it is known what it means when nothing is said, or null: Lightning's default, and that there is none. These
-are filled in, so that a run with ``trainer.plugins=null`` is like one that does not say so, and one with averaged
-weights is never like one without.
+Keys without an effect are listed here; all others count, so that in doubt runs are kept apart. For options of the
+trainer and for callbacks, missing and null mean Lightning's default and no callback. These are filled in, so that a run
+with ``trainer.plugins=null`` equals one without this key, and one with averaged weights never equals one without.
 """
 
 import re
@@ -19,15 +18,15 @@ from rld_lightning.redact import redact
 from rld_lightning.runs.files import CONFIG, read_config, weights_in
 from rld_lightning.runs.naming import class_name
 
-SEEDS = ("seed", "data.seed")  # runs that differ in these alone are repetitions
+SEEDS = ("seed", "data.seed")  # runs that differ only in these are repetitions
 
-# What has no effect on the result, with all below it.
+# Keys without an effect on the result, including everything below them.
 _NO_EFFECT = (
-    # where things lie
+    # locations
     *("paths", "resume", "data.root", "data.cache", "data.bad_images_file", "trainer.default_root_dir"),
     "data.split_file",
-    "model.teacher.sha256",  # compared on its own, as of the file that is read
-    # what is said about a run, and where
+    "model.teacher.sha256",  # compared separately, as the checksum of the file that is read
+    # descriptions, and where they are shown
     *(
         "method",
         "dataset",
@@ -40,44 +39,44 @@ _NO_EFFECT = (
         "trainer.logger",
         "trainer.model_registry",
     ),
-    # how images come in
+    # data loading
     *("data.cache_gb", "data.num_workers", "data.eval_batch_size"),
-    # how the work is shared out: batches are global, and evaluation is exact on any number of devices
+    # distribution of the work: batches are global, and evaluation is exact on any number of devices
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy")),
-    # what is watched, and when
+    # monitoring
     *(f"trainer.{key}" for key in ("check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "profiler", "detect_anomaly", "enable_autolog_hparams")),
     *(f"trainer.{key}" for key in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")),
     *(f"trainer.{key}" for key in ("limit_test_batches", "limit_predict_batches")),
-    # in which order the same numbers are summed, which changes a result as much as other hardware does
+    # summation order, which changes a result as much as other hardware does
     *(f"trainer.{key}" for key in ("deterministic", "benchmark", "inference_mode")),
     *("model.compile", "model.teacher.fuse"),
     "model.capture",  # how the same step is launched
-    # how the teacher's logits are rounded, or computed in which batch: likewise
+    # rounding of the teacher's logits, or the batch in which they are computed: likewise
     *("model.teacher.cache", "model.teacher.cache_dtype"),
 )
-# Callbacks that only watch, by package; any other one decides, with all its options.
+# Callbacks that only monitor, by package; all others count, with all their options.
 _WATCHERS = {
     "rld_lightning": {
         *("ClassAccuracy", "GradientNorm", "TeacherMonitor", "Throughput", "WandbExamples"),
         *("Divergence", "ExactResume", "LastCheckpoint", "OwnCheckpoints", "SameConfiguration"),
         "RunProgress",
-        "StepSeed",  # of what chance does, as a seed
+        "StepSeed",  # random numbers, like a seed
     },
     "lightning": {
         *("RichProgressBar", "TQDMProgressBar", "ModelSummary", "RichModelSummary"),
         *("LearningRateMonitor", "DeviceStatsMonitor", "ModelCheckpoint", "OnExceptionCheckpoint"),
     },
 }
-# What conf/callbacks and conf/logger call them, for overrides, of which only the key is known.
+# Their names in conf/callbacks and conf/logger, for overrides, where only the key is known.
 _WATCHER_NAMES = (
     *("progress", "random_state", "throughput", "teacher", "class_accuracy", "gradient_norm", "learning_rate"),
     *("divergence", "checkpoint_files", "checkpoint_best", "checkpoint_last", "wandb_examples"),
 )
-# Options of callbacks that decide nothing: where a sweep keeps its books.
+# Options of callbacks without an effect: a sweep's records.
 _NOT_COUNTED = {"rld_lightning.callbacks.OptunaPruner": ("storage", "study_name", "overrides")}
-_NEVER = 1_000_000  # patience of an early stopping that only ends what has diverged
-# Lightning's defaults of the options that decide, as `canonical` writes them.
+_NEVER = 1_000_000  # patience of an EarlyStopping that only ends diverged runs
+# Lightning's defaults of the options that count, as `canonical` writes them.
 _TRAINER_DEFAULTS = {
     "trainer.precision": "32-true",
     "trainer.gradient_clip_val": "None",
@@ -90,13 +89,13 @@ _TRAINER_DEFAULTS = {
     "trainer.min_steps": "None",
     "trainer.max_time": "None",
     "trainer.limit_train_batches": "all",
-    "trainer.limit_val_batches": "all",  # decides what is measured
+    "trainer.limit_val_batches": "all",  # decides what is evaluated
     "trainer.overfit_batches": "0",
     "trainer.fast_dev_run": "False",
     "trainer.reload_dataloaders_every_n_epochs": "0",
     "trainer.plugins": "None",
 }
-# Likewise of other options that decide, and that not every configuration has.
+# Likewise for other options that count and that are missing in some configurations.
 _DEFAULTS = {
     "data.mixup": "0",
     "data.cutmix": "0",
@@ -109,7 +108,7 @@ _DEFAULTS = {
     "model.teacher.start": "None",
     "model.teacher.mean_of": "logits",
 }
-# Other words for the same value; as a limit, 1.0 is the whole and 1 a single batch.
+# Spellings of the same value; as a limit, 1.0 is everything and 1 a single batch.
 _SYNONYMS = {
     "trainer.precision": {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"},
     "trainer.gradient_clip_val": {"0": "None", "0.0": "None"},
@@ -124,7 +123,7 @@ _NO_FILES = ("None", "auto", "fit", "pretrained", "published")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values by their full keys, as text: ``{"loss.alpha": "1.0", ...}``."""
+    """Flattens nested values to full keys and text: ``{"loss.alpha": "1.0", ...}``."""
     pairs: dict[str, str] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
@@ -133,23 +132,23 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The settings, seeds included, in which two resolved configurations differ, with both values of each.
+    """Returns the settings, seeds included, in which two resolved configurations differ, with both values.
 
-    What has no effect on the result does not count; nor do settings that one of the two does not have.
+    Ignores settings without an effect on the result, and settings that only one of the two has.
     """
     before, after = settings(first), settings(second)
     return {key: (before[key], after[key]) for key in before if key in after and before[key] != after[key]}
 
 
 def decides(key: str) -> bool:
-    """Whether a key of the configuration decides what is trained, as ``loss.alpha`` does and ``logger`` does not."""
+    """Whether a configuration key affects the training, as ``loss.alpha`` does and ``logger`` does not."""
     if key.startswith("callbacks."):
         return key.split(".")[1] not in _WATCHER_NAMES
     return not any(f"{key}.".startswith(f"{name}.") for name in _NO_EFFECT)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """Everything in a resolved configuration that decides what is trained, as ``{"loss.alpha": "1", ...}``.
+    """Returns the settings of a resolved configuration that affect the training, as ``{"loss.alpha": "1", ...}``.
 
     Callbacks are one setting, ``callbacks``: ``None``, or such as ``WeightAverage(decay=0.99, start=0)``.
     """
@@ -164,7 +163,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def canonical(key: str, value: str) -> str:
-    """The same text for the same value: ``1`` for ``1.0``, a whole path of a file, one spelling of a network's name."""
+    """Normalises a value's text: ``1`` for ``1.0``, absolute file paths, one spelling of each network's name."""
     if key in _NETWORKS:
         return canonical_name(value)
     if key in _FILES and value not in _NO_FILES and not value.startswith("["):
@@ -173,22 +172,22 @@ def canonical(key: str, value: str) -> str:
 
 
 def _file(weights: Path) -> Path:
-    """The file of weights in the folder of a run, or of an export, by which they may be given."""
-    with suppress(OSError):  # no name that a file could have
+    """Returns the weights file in the directory of a run or an export, by which they may be given."""
+    with suppress(OSError):  # not a valid file name
         return weights_in(weights) or weights
     return weights
 
 
 def _callbacks(config: Mapping[str, Any]) -> str:
-    """Those that decide, in the order of their names."""
+    """Describes the callbacks that affect the training, ordered by name."""
     found = ", ".join(sorted(filter(None, map(_callback, (config.get("callbacks") or {}).values()))))
     run = (config.get("paths") or {}).get("run")
-    # The run's own folder says nothing about what is trained.
+    # The run's own directory has no effect on the training.
     return found.replace(str(run), "<run>") if found and run else found or "None"
 
 
 def _callback(options: Any) -> str:
-    """``WeightAverage(decay=0.99, start=0)``; empty of one that is switched off, or has no effect on the result."""
+    """``WeightAverage(decay=0.99, start=0)``; empty if it is switched off, or has no effect on the result."""
     if not isinstance(options, Mapping):
         return str(options or "")
     values = flat(options)
@@ -202,26 +201,26 @@ def _callback(options: Any) -> str:
 
 
 def only_watches(callback: type) -> bool:
-    """Whether a callback of this class decides nothing of what is trained."""
+    """Whether callbacks of this class have no effect on the training."""
     package = callback.__module__.split(".")[0].removeprefix("pytorch_")
     return callback.__name__ in _WATCHERS.get(package, ())
 
 
 def _only_ends_what_diverged(name: str, options: Mapping[str, str]) -> bool:
-    """Whether it is an early stopping that ends only runs whose loss is no number any more, which have no result."""
+    """Whether this is an EarlyStopping that ends only runs with a non-finite loss, which have no result."""
     thresholds = {options.get(key, "None") for key in ("stopping_threshold", "divergence_threshold")}
     patience = options.get("patience", "")
     return name == "EarlyStopping" and patience.isdecimal() and int(patience) >= _NEVER and thresholds == {"None"}
 
 
 def refuse_other_settings(run: Path, cfg: DictConfig) -> None:
-    """Checks that the run in a folder has the settings of this one.
+    """Checks that the run in a directory has the same settings as this one.
 
     Args:
-        run: the folder; one without a run suits any.
+        run: the directory; without a run in it, nothing is checked.
 
     Raises:
-        ValueError: a setting is another one, or the folder's configuration cannot be read.
+        ValueError: a setting differs, or the directory's configuration cannot be read.
     """
     if not (run / CONFIG).exists():
         return
@@ -232,14 +231,14 @@ def refuse_other_settings(run: Path, cfg: DictConfig) -> None:
 
 
 def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ: Collection[str] = ()) -> None:
-    """Checks that a run has the settings that one had before.
+    """Raises an error for the first setting that differs from an earlier run's.
 
     Args:
-        held: the words of the message that come before "a run with".
-        changed: the settings that are others, with the value there and the one here.
+        held: the beginning of the message, before "a run with".
+        changed: the differing settings, with the earlier value and this run's.
 
     Raises:
-        ValueError: another one is.
+        ValueError: a setting differs.
     """
     for key, (before, now) in changed.items():
         if key not in may_differ:
@@ -250,20 +249,20 @@ def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ
 
 
 def _shown(value: str) -> str:
-    """A value of a file that may be a stranger's, for a message."""
+    """Formats a value, possibly from a stranger's file, for a message."""
     return value if len(value) <= _MOST_SHOWN and value.isprintable() else repr(value[:_MOST_SHOWN])
 
 
 def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, str]]:
-    """In which settings this run differs from one before, with the value there and the one here.
+    """Returns the settings in which this run differs from an earlier one, with the earlier value and this run's.
 
     Args:
-        before: what :func:`settings` says of that one.
+        before: the result of :func:`settings` for the earlier run.
     """
-    now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as files are written
-    if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # whichever file that was
+    now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as in written files
+    if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # any file may have been chosen
         now.pop("model.teacher.weights")
     for key in [key for key in ("data.batch_size", "recipe.batch_size") if now.get(key) == "auto"]:  # likewise
         now.pop(key)
-    then = {key: canonical(key, value) for key, value in before.items()}  # others may have written it
+    then = {key: canonical(key, value) for key, value in before.items()}  # possibly written by another version
     return {key: (value, now[key]) for key, value in then.items() if key in now and now[key] != value}

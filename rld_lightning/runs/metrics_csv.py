@@ -1,4 +1,4 @@
-"""The values that a run logs, one row an epoch: read, and written whole."""
+"""Reads and writes the metrics that a run logs, one row per epoch."""
 
 import csv
 import math
@@ -17,20 +17,20 @@ Row = dict[str, float]
 
 _LARGEST = 1 << 28  # bytes of a file: an epoch has some hundreds
 _MOST_EPOCHS = 1 << 32
-_COUNTED = ("epoch", "step")  # whole numbers
-_NAME = re.compile(r"[A-Za-z][\w./ @+-]{0,199}")  # of what may come from a stranger, and no formula in a spreadsheet
+_COUNTED = ("epoch", "step")  # integers
+_NAME = re.compile(r"[A-Za-z][\w./ @+-]{0,199}")  # of possibly foreign names; no spreadsheet formulas
 
 
 def read_metrics(run: Path) -> "pd.DataFrame":
-    """The values logged at the end of epochs, one row an epoch (counted from 1), one column a metric.
+    """Returns the metrics logged at the end of epochs: one row per epoch (counted from 1), one column per metric.
 
     Args:
-        run: a run folder with a ``metrics.csv``, which may be a stranger's: what is no number in it is left out.
+        run: a run directory with a ``metrics.csv``, which may be a stranger's: values that are not numbers are dropped.
 
     Raises:
-        ValueError: the file is no table, or larger than that of any run.
+        ValueError: the file is not a table, or larger than any run's.
     """
-    import pandas as pd  # runs that only train do not need it
+    import pandas as pd  # not needed for training
 
     if (run / METRICS).stat().st_size > _LARGEST:
         raise ValueError(f"{run / METRICS} has more than {_LARGEST:,} bytes, which no run's has.")
@@ -41,7 +41,7 @@ def read_metrics(run: Path) -> "pd.DataFrame":
     columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
     try:
         numbers = rows[["epoch", *columns]].apply(pd.to_numeric, errors="coerce")
-    except OverflowError as error:  # of whole numbers, not of fractions
+    except OverflowError as error:  # of integers, not of fractions
         raise ValueError(f"{run / METRICS} has numbers of more digits than any run's.") from error
     epochs = numbers[numbers["epoch"].between(0, _MOST_EPOCHS)].groupby("epoch")[columns].last()
     epochs.index += 1
@@ -49,7 +49,7 @@ def read_metrics(run: Path) -> "pd.DataFrame":
 
 
 def read_rows(run: Path) -> list[Row]:
-    """The rows of a run's ``metrics.csv``; none where there is no such file."""
+    """Returns the rows of a run's ``metrics.csv``; none if there is no such file."""
     if not (run / METRICS).is_file():
         return []
     with (run / METRICS).open(newline="") as file:
@@ -57,7 +57,7 @@ def read_rows(run: Path) -> list[Row]:
 
 
 def known_rows(values: Any) -> list[Row]:
-    """Rows from a file or a checkpoint, which may be a stranger's: numbers by plain names, and nothing else."""
+    """Keeps the valid parts of rows from a file or a checkpoint, possibly a stranger's: numbers with plain names."""
     if not isinstance(values, list):
         return []
     rows = [_numbers(value) for value in values if isinstance(value, dict)]
@@ -65,7 +65,7 @@ def known_rows(values: Any) -> list[Row]:
 
 
 def write_rows(run: Path, rows: Iterable[Row]) -> None:
-    """Writes ``metrics.csv`` anew; a killed process leaves the one before."""
+    """Writes ``metrics.csv`` atomically; a killed process leaves the old one."""
     rows = list(rows)
     names = dict.fromkeys((*_COUNTED, *(name for row in rows for name in row)))
     write_csv(run / METRICS, {name: [row.get(name, "") for row in rows] for name in names})

@@ -1,4 +1,4 @@
-"""What runs are called after what they train."""
+"""Names of runs, derived from what they train."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any
 
 
 def class_name(target: str) -> str:
-    """``SGD`` of ``torch.optim.SGD``."""
+    """Returns ``SGD`` for ``torch.optim.SGD``."""
     return target.rsplit(".", 1)[-1]
 
 
 def loss_choice(choice: str, loss: Mapping[str, Any]) -> str:
-    """The option of the loss group, for folders: ``rld``, or ``rld+at`` of a combination."""
+    """Returns the option of the loss group, for directory names: ``rld``, or ``rld+at`` for a combination."""
     return loss_name(loss) if _is_combined(loss) else choice
 
 
 def dataset_name(choice: str | None, data: Mapping[str, Any]) -> str:
-    """The data set, for W&B: ``cifar100``, or ``photos`` of a folder or of shards of that name.
+    """Returns the data set's name, for W&B: ``cifar100``, or ``photos`` for a folder or shards of that name.
 
     Args:
-        choice: ``hydra.runtime.choices.data``; None where that is not known.
+        choice: ``hydra.runtime.choices.data``; None if unknown.
     """
     if data.get("name"):
         return str(data["name"])
@@ -30,7 +30,7 @@ def dataset_name(choice: str | None, data: Mapping[str, Any]) -> str:
 
 
 def loss_name(loss: Mapping[str, Any]) -> str:
-    """What a run is called after its loss: ``RLD``, or ``rld+at`` of a combination."""
+    """Returns the loss's name in a run's name: ``RLD``, or ``rld+at`` for a combination."""
     if _is_combined(loss):
         return "+".join(name for name, part in loss.items() if isinstance(part, Mapping) and "_target_" in part)
     return class_name(loss["_target_"]).removesuffix("Loss")

@@ -1,4 +1,4 @@
-"""With what a run was made: its configuration, command, versions and hardware."""
+"""Records a run's configuration, command, versions and hardware."""
 
 import os
 import platform
@@ -19,20 +19,20 @@ from rld_lightning.redact import redact_command
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, write_json, write_yaml
 from rld_lightning.shipped import invocation
 
-_COMMAND = "RLD_LIGHTNING_COMMAND"  # for the processes of a run
+_COMMAND = "RLD_LIGHTNING_COMMAND"  # environment variable for the processes of a run
 _PACKAGES = ("rld-lightning", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy")
 
 
 @rank_zero_only
 def write_provenance(run: Path, cfg: DictConfig) -> None:
-    """Leaves the resolved configuration, without secrets, and the command, versions and hardware of the run."""
+    """Writes the run's resolved configuration, without secrets, its command, versions and hardware."""
     write_yaml(run / CONFIG, OmegaConf.to_container(cfg, resolve=True))
     environment: dict[str, Any] = {
         "command": command(),
         "commit": _commit(Path(__file__).parents[2]),
         "python": platform.python_version(),
         **{package.replace("-", "_"): _version(package) for package in _PACKAGES},
-        "torch": torch.__version__,  # with what it was built for
+        "torch": torch.__version__,  # with its build, such as +cu126
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
@@ -44,17 +44,17 @@ def write_provenance(run: Path, cfg: DictConfig) -> None:
 
 
 def processor_name() -> str:
-    """What the processor of this machine is called."""
+    """Returns the name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def command(words: Sequence[str] | None = None) -> str:
-    """The command line of the run, without secrets; of the process that has started this one, if one has.
+    """Returns the run's command line, without secrets; in processes started by a run, that run's.
 
     Args:
-        words: script and arguments, where they are not what Python has now; the first call counts.
+        words: script and arguments, if they differ from ``sys.argv``; the first call sets them.
     """
     script, *rest = words or sys.argv
     return os.environ.setdefault(_COMMAND, shlex.join(redact_command([*invocation(script), *rest])))
@@ -68,7 +68,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(checkout: Path) -> str | None:
-    """What is checked out, with ``+`` where files have changed since; None where the package is installed elsewhere."""
+    """Returns the checked-out commit, with ``+`` if files have changed since; None without a checkout."""
     if not (checkout / ".git").exists():
         return None
     git = ("git", "-C", str(checkout))
@@ -76,6 +76,6 @@ def _commit(checkout: Path) -> str | None:
         head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, timeout=5, check=True)
         files = (*git, "status", "--porcelain", "--untracked-files=no")
         changed = subprocess.run(files, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, somebody else's checkout, a slow disk
+    except (OSError, subprocess.SubprocessError):  # no git, another user's checkout, a slow disk
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,7 +1,7 @@
-"""Data and losses of a run, built again from its settings.
+"""Rebuilds a run's data and losses from its settings.
 
-The folder may be anybody's, so that its settings are data: of the classes that they name this package's own are built,
-from a list, and nothing that they say is fetched from elsewhere or written to.
+The run directory may be a stranger's, so its settings are treated as data: only classes of this package are built, from
+a list, and the settings cannot make anything be downloaded from elsewhere or written to.
 """
 
 import inspect
@@ -18,19 +18,19 @@ from rld_lightning.losses.registry import list_losses, loss_class
 from rld_lightning.runs.files import split_of
 from rld_lightning.runs.finished import Run
 
-# Where data come from and what is written of them is not for a folder to say.
+# Paths and URLs of data, which a run directory must not decide.
 _PLACES = ("download", "url", "cache", "storage_options", "bad_images_file", "split_file")
 
 
 def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -> ImageDataModule:
-    """The data of a run, not loaded yet.
+    """Builds a run's data module, without loading the data.
 
     Args:
-        root: where the data lie, if not where they lay when the run was trained. Only there are they downloaded.
+        root: where the data are, if not where they were during training. Data are downloaded only to there.
 
     Raises:
-        FileNotFoundError: the run's own place is not there, or has to be unpacked first.
-        ValueError: the settings name another class than this package's, or have values that it does not take.
+        FileNotFoundError: the run's own data path does not exist, or must be unpacked first.
+        ValueError: the settings name a class from elsewhere, or contain invalid values.
     """
     classes = _data_classes(run.config["data"].get("_target_"))
     own = [cls for cls in classes if issubclass(cls, ImageDataModule) and not inspect.isabstract(cls)]
@@ -61,10 +61,10 @@ def build_data(run: Run, root: Path | None = None, *, option: str = "--data ") -
 
 
 def build_loss(run: Run, settings: Mapping[str, Any] | None = None) -> DistillationLoss:
-    """The loss of a run.
+    """Builds a run's loss.
 
     Raises:
-        ValueError: the settings name another class than this package's, or have values that it does not take.
+        ValueError: the settings name a class from elsewhere, or contain invalid values.
     """
     own = [*map(loss_class, list_losses()), CombinedLoss]
     allowed = _targets(own, "rld_lightning.losses") | _targets(own, "rld_lightning.losses.features")
@@ -72,7 +72,7 @@ def build_loss(run: Run, settings: Mapping[str, Any] | None = None) -> Distillat
 
 
 def _data_classes(target: object) -> list[type]:
-    """The public classes of ``rld_lightning.data``, and that of a data set which is a file there and no more."""
+    """Returns the public classes of ``rld_lightning.data``, and those of data sets that are single modules there."""
     data = rld_lightning.data
     module, _, name = str(target).rpartition(".")
     added = None
@@ -83,7 +83,7 @@ def _data_classes(target: object) -> list[type]:
 
 
 def _targets(classes: list[type], package: str) -> dict[str, type]:
-    """Classes by the paths that configurations call them."""
+    """Maps the import paths that configurations use to classes."""
     return {f"{home}.{cls.__name__}": cls for cls in classes for home in (package, cls.__module__)}
 
 
@@ -105,7 +105,7 @@ def _build(settings: Mapping[str, Any], allowed: Mapping[str, type], folder: Pat
 
 
 def _value(value: object, allowed: Mapping[str, type], folder: Path) -> Any:
-    """A plain value, or an allowed object in its place."""
+    """Returns a plain value, or the allowed object that it describes."""
     if isinstance(value, dict):
         if "_target_" in value:
             return _build(value, allowed, folder)

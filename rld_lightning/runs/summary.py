@@ -1,4 +1,4 @@
-"""What a finished run came to."""
+"""Results of a finished run."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from rld_lightning.runs.files import SUMMARY, read_text, write_json
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run came to; written as ``summary.json``. Accuracy in percent.
+    """Results of a finished run, written as ``summary.json``. Accuracy in percent.
 
     ``top1`` is the last epoch's, ``top1_best`` the best epoch's; tables in the literature print the best epoch on the
     test split.
@@ -21,10 +21,10 @@ class Summary:
     model: str
     loss: str
     dataset: str
-    split: str  # what it was validated on, `"test"` or `"val"`
-    images: int  # how many images the accuracy is of
-    val_fraction: float  # share of the training split that was held out for it; 0 where `split` is the data set's own
-    data_seed: int  # seed of what was held out
+    split: str  # validation data, `"test"` or `"val"`
+    images: int  # number of evaluated images
+    val_fraction: float  # fraction of the training split that was held out for it; 0 if `split` is the data set's own
+    data_seed: int  # seed of the held-out part
     epochs: int
     seed: int
     top1: float
@@ -36,20 +36,20 @@ class Summary:
     agreement: float | None
     parameters: int
     macs: int
-    images_per_s: float | None  # of training steps, the median of the epochs
+    images_per_s: float | None  # of training steps, the median over the epochs
     run: str
-    split_images: int  # how many there were to evaluate, unreadable ones aside
-    steps: int  # how many steps of the optimizer were taken
-    scheduled_steps: int | None  # how many the recipe's epochs take on all batches; None where nobody knows
-    fast_dev_run: bool = False  # whether it was only to show that everything works, which is no result
-    teacher_sha256: str | None = None  # of the file of the teacher; None without one
-    seconds: float | None = None  # how long training took, validation included, over all attempts
-    # The most memory that the first process had in use, of its GPU where it has one
+    split_images: int  # number of images in the split, without unreadable ones
+    steps: int  # optimizer steps taken
+    scheduled_steps: int | None  # steps of the recipe's epochs on all batches; None if unknown
+    fast_dev_run: bool = False  # whether it was a smoke test, which is not a result
+    teacher_sha256: str | None = None  # of the teacher's file; None without one
+    seconds: float | None = None  # training time, validation included, over all resumes
+    # Peak memory of rank 0, on its GPU if it has one.
     peak_memory_gb: float | None = None
 
     @property
     def validated_on(self) -> str:
-        """What it was validated on, in words, the same with every seed."""
+        """The validation data in words, the same for every seed."""
         if not self.evaluated_whole:
             split = {"test": "the test split", "val": "the validation split"}[self.split]
             return f"{self.images:,} of the {self.split_images:,} images of {split}"
@@ -61,7 +61,7 @@ class Summary:
 
     @property
     def evaluated_whole(self) -> bool:
-        """Whether the accuracy is of all images of the split."""
+        """Whether all images of the split were evaluated."""
         return self.images >= self.split_images
 
     @property
@@ -71,23 +71,23 @@ class Summary:
 
     @property
     def complete(self) -> bool:
-        """Whether it may stand beside other runs: trained to the end, and evaluated on the whole split."""
+        """Whether it is comparable to other runs: trained to the end, and evaluated on the whole split."""
         return self.trained_whole and self.evaluated_whole and not self.fast_dev_run
 
     def write(self, run: Path) -> None:
-        """Leaves it in the run's folder."""
+        """Writes the summary to the run's directory."""
         write_json(run / SUMMARY, asdict(self))
 
 
 def read_summary(run: Path) -> Summary:
-    """Reads a run's summary; what other versions of this package have written beside is left out.
+    """Reads a run's summary; ignores fields that other versions of this package have added.
 
     Raises:
         ValueError: it is not a summary.
     """
     try:
         values = json.loads(read_text(run / SUMMARY))
-        for role in ("model", "teacher"):  # which a command may spell otherwise
+        for role in ("model", "teacher"):  # a command may spell it otherwise
             if isinstance(values[role], str):
                 values[role] = canonical_name(values[role])
         found = Summary(**{name: value for name, value in values.items() if name in _KINDS})
@@ -106,12 +106,12 @@ _PERCENT = ("top1", "top1_best", "top5", "teacher_top1", "agreement")
 
 
 def _is_percent(value: float | None) -> bool:
-    """Whether it is an accuracy, or none; a student whose logits are no numbers has NaN."""
+    """Whether it is a valid accuracy or missing; a student with non-finite logits has NaN."""
     return value is None or isnan(value) or 0 <= value <= 100
 
 
 def _is_value(kind: Any, value: object) -> bool:
-    """Whether a value is of a field's kind; the file may be a stranger's, and what reads it takes that for granted."""
+    """Whether a value has a field's type; the file may be a stranger's, and readers rely on the types."""
     kinds = get_args(kind) or (kind,)
     if isinstance(value, int) and not isinstance(value, bool):
         return bool({int, float} & {*kinds}) and 0 <= value < _LARGEST

@@ -1,4 +1,4 @@
-"""Weights & Biases. Nothing of wandb is imported before a run uses it."""
+"""Weights & Biases. wandb is not imported before a run uses it."""
 
 from rld_lightning.tracking.examples import WandbExamples
 from rld_lightning.tracking.logger import WandbLogger, tracked, wandb_facts

@@ -1,8 +1,8 @@
 """The W&B project's saved views and report, as code: RLD and its baselines, teacher errors, training health, tuning.
 
-Metrics are those that runs log, configuration keys those of ``conf/``, and runs are told apart by what
-``conf/logger/wandb.yaml`` sets: the group is data set, networks and recipe, the job type the method. Panels take means
-over what has both in common.
+Metrics are those that runs log, configuration keys those of ``conf/``. Runs are grouped by what
+``conf/logger/wandb.yaml`` sets: the group is data set, networks and recipe, the job type the method. Panels average
+over runs with the same values of both.
 """
 
 import copy
@@ -46,19 +46,19 @@ from rld_lightning.hydra.options import list_options
 from rld_lightning.runs import files
 from rld_lightning.tracking.server import has_key, server, trouble
 
-PROJECT = "rld-lightning"  # that of conf/logger/wandb.yaml
+PROJECT = "rld-lightning"  # as in conf/logger/wandb.yaml
 METHOD, GROUP = "JobType", "Group"
 RLD = "rld_lightning.losses.RLDLoss"
-# W&B keeps nested values as {"data": {"value": {"val_fraction": ...}}}; its library adds that "value" in panels alone.
+# W&B stores nested values as {"data": {"value": {"val_fraction": ...}}}; its library adds "value" only in panels.
 HELD_OUT = Config("data.value.val_fraction")
 LOSS = Config("loss.value._target_")
 PAIR, DATA = Config("model.value.label"), Config("dataset.value")
-TIMEOUT = 15  # seconds for an answer of the server
+TIMEOUT = 15  # seconds to wait for the server's answer
 
 
 @dataclass(frozen=True)
 class Dashboard:
-    """What is kept in a W&B project."""
+    """The saved views and the report of a W&B project."""
 
     views: list[ws.Workspace]  # saved views of the project's workspace
     report: wr.Report  # the report
@@ -67,14 +67,14 @@ class Dashboard:
 def build_dashboard(
     entity: str, project: str = PROJECT, pairs: Sequence[str] = (), data: str | None = None
 ) -> Dashboard:
-    """Builds the views and the report; asks no server.
+    """Builds the views and the report, without contacting the server.
 
     Args:
-        pairs: labels of teacher-student pairs such as ``resnet20_to_resnet8``: each gets views and a run set of its
-            own. Without any there is one of each for all runs.
+        pairs: labels of teacher-student pairs such as ``resnet20_to_resnet8``: each gets its own views and run set.
+            Without any there is one of each for all runs.
 
     Returns:
-        the same objects, ids included, whenever it is called with the same arguments.
+        equal objects, ids included, for equal arguments.
     """
     compared, tuned = comparison_parts(), [tuning_part()]
     where: dict[str, Any] = {"entity": entity, "project": project}
@@ -100,17 +100,17 @@ def build_dashboard(
 
 
 def _of(pair: str | None, data: str | None) -> str:
-    """What views and run sets are called after."""
+    """Names a pair's views and run sets."""
     return f"{pair or 'all pairs'}{f' on {data}' if data else ''}"
 
 
 def _finals(pair: str | None, data: str | None) -> And:
-    """Runs on the full training split, validated on the test split."""
+    """Filters runs on the full training split, validated on the test split."""
     return _where([HELD_OUT == 0], pair, data)
 
 
 def _trials(pair: str | None, data: str | None) -> And:
-    """Runs of RLD validated on a held-out part of the training split."""
+    """Filters runs of RLD validated on a held-out part of the training split."""
     return _where([HELD_OUT != 0, LOSS == RLD], pair, data)
 
 
@@ -144,7 +144,7 @@ def _view(where: dict[str, Any], name: str, parts: list[Part], filters: And, *, 
 
 
 def _chapter(part: Part, run_sets: list[tuple[str, And]], group: bool) -> list[Any]:
-    """Heading, text and panels of a part, the panels two in a row."""
+    """Returns a part's heading, text and panels, two panels per row."""
     return [
         wr.H1(part.title),
         wr.P(part.text),
@@ -164,7 +164,7 @@ def _title(pairs: Sequence[str], data: str | None) -> str:
 
 
 def _rows(panels: list[Any]) -> list[Any]:
-    """Copies, placed two in a row; a panel that is wider than that gets a row of its own."""
+    """Returns copies of the panels, laid out two per row; a wide panel gets its own row."""
     placed, x, y, height = [], 0, 0, 0
     for panel in map(copy.deepcopy, panels):
         if panel.layout == wr.Layout():
@@ -178,7 +178,7 @@ def _rows(panels: list[Any]) -> list[Any]:
 
 
 def _give_ids(views: list[ws.Workspace], report: wr.Report) -> None:
-    """Replaces the random ids, so that the same dashboard is the same JSON and is found again on the server."""
+    """Replaces random ids, so that equal dashboards are equal JSON and the server recognises them."""
     for view in views:
         view._internal_name = f"nw-{_hash(view.entity, view.project, view.name)[:11]}-v"
         view._internal_runset_id = _hash("runs", view.name)
@@ -200,7 +200,7 @@ def _hash(*words: str) -> str:
 
 
 def write_json(dashboard: Dashboard, path: Path) -> None:
-    """Writes what would be sent to the server, but for the run sets' project, whose number only the server knows."""
+    """Writes what would be sent to the server, except for the run sets' project id, which only the server knows."""
 
     def plain(model: BaseModel) -> dict[str, Any]:
         return model.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -213,15 +213,15 @@ def write_json(dashboard: Dashboard, path: Path) -> None:
 
 
 def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
-    """Saves views and report; where they are there already they are overwritten, edits made in the browser included.
+    """Saves views and report; overwrites existing ones, including edits made in the browser.
 
-    Views are found by an internal name that follows from entity, project and display name, the report by its title.
+    Views are found by an internal name derived from entity, project and display name, the report by its title.
 
     Returns:
-        their addresses, those of the views first.
+        their URLs, the views' first.
 
     Raises:
-        ValueError: the project is not there.
+        ValueError: the project does not exist.
     """
     report = dashboard.report
     where = {"entityName": report.entity, "projectName": report.project}
@@ -231,7 +231,7 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
             "and wandb sync if it was offline), or choose another with --entity and --project."
         )
     for view in dashboard.views:
-        with suppress(ValueError):  # it is new
+        with suppress(ValueError):  # a new view
             short = views._internal_name_to_url_query_str(view._internal_name)
             view._internal_id = views.get_view_dict(view.entity, view.project, short)["id"]
         view.save()
@@ -245,13 +245,13 @@ def publish(dashboard: Dashboard, api: wandb.Api) -> list[str]:
 
 
 def label_of(pair: str) -> str:
-    """What runs of a pair have as ``model.label``: the label of an option of ``model``, which has its networks.
+    """Returns ``model.label`` of a pair's runs: the label of the option of ``model`` with its networks.
 
     Args:
-        pair: an option of ``model``, or a label, which is returned as it is.
+        pair: an option of ``model``, or a label, which is returned unchanged.
 
     Raises:
-        ValueError: the option leaves its networks open.
+        ValueError: the option does not determine its networks.
     """
     if pair not in list_options("model"):
         return pair
@@ -264,14 +264,14 @@ def label_of(pair: str) -> str:
 def save_dashboard(
     entity: str | None, project: str, pairs: Sequence[str], data: str | None = None, dry_run: Path | None = None
 ) -> None:
-    """What ``scripts/dashboard.py`` does: builds the dashboard, and saves it in W&B or writes it to a file.
+    """Builds the dashboard, and saves it in W&B or writes it to a file, for ``scripts/dashboard.py``.
 
     Args:
-        entity: user or team; None for the default one of the key.
-        dry_run: a file to write instead; then neither a key nor a network is needed.
+        entity: user or team; None for the key's default.
+        dry_run: a file to write instead; needs neither a key nor a network.
 
     Raises:
-        UserError: there is no key, W&B cannot be reached, or it refuses.
+        UserError: there is no key, or W&B is unreachable or refuses.
     """
     pairs = [label_of(pair) for pair in pairs]
     if dry_run is not None:
@@ -283,13 +283,13 @@ def save_dashboard(
         raise UserError(f"there is no key for {server()}: `wandb login` or set WANDB_API_KEY; then {hint}")
     if problem := trouble(TIMEOUT):
         raise UserError(f"W&B's server {server()} {problem}; {hint}")
-    wandb.setup(wandb.Settings(silent=True))  # print_line says it
+    wandb.setup(wandb.Settings(silent=True))  # print_line reports it
     try:
         api = wandb.Api(timeout=TIMEOUT)
         addresses = publish(build_dashboard(entity or api.default_entity or "", project, pairs, data), api)
     except ValueError:
         raise
-    except Exception as error:  # whatever the transport raises, which differs between versions of wandb
+    except Exception as error:  # of the transport, which differs between versions of wandb
         message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"W&B's server {server()} was of no use ({message}); {hint}") from error
     for address in addresses:

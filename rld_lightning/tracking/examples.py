@@ -1,4 +1,4 @@
-"""A table of example images in W&B, with what teacher and student predict for them."""
+"""A W&B table of example images with the predictions of teacher and student."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,11 +15,11 @@ from rld_lightning.tracking.logger import WandbLogger
 if TYPE_CHECKING:
     from wandb import Run, Table
 
-MOST_BATCHES = 50  # to look for errors in; a perfect teacher makes none
+MOST_BATCHES = 50  # searched for errors; a perfect teacher makes none
 
 
 class Examples(NamedTuple):
-    """Some images and what is predicted for them."""
+    """Images and their predictions."""
 
     images: Tensor  # normalised, `(N, 3, H, W)`
     label: Tensor  # `(N,)`
@@ -28,40 +28,40 @@ class Examples(NamedTuple):
 
     @property
     def wrong(self) -> Tensor:
-        """``(N,)``, where the teacher is wrong; where the student is, without a teacher."""
+        """``(N,)``, true where the teacher is wrong (without a teacher, the student)."""
         return (self.student if self.teacher is None else self.teacher).argmax(1) != self.label
 
     def take(self, index: Tensor) -> "Examples":
-        """The examples at ``index``."""
+        """Returns the examples at ``index``."""
         teacher = None if self.teacher is None else self.teacher[index]
         return Examples(self.images[index], self.label[index], self.student[index], teacher)
 
 
 class WandbExamples(Callback):
-    """When training ends, logs a table ``examples`` to W&B, once, from rank 0; does nothing without W&B.
+    """Logs a table ``examples`` to W&B when training ends, once, from rank 0; does nothing without W&B.
 
-    Half of the rows, as far as there are so many, are the first images of the validation split that the teacher gets
-    wrong (the student, without a teacher), the others the first that it gets right. Each shows the image, its label,
-    both predictions, and the distributions (softmax at temperature 1, the classes that matter) of teacher and student
-    and of what the loss makes of the teacher: for RLD the teacher without the masked classes.
+    Half of the rows, if there are enough, are the first images of the validation split that the teacher (without a
+    teacher, the student) gets wrong, the others the first that it gets right. Each row shows the image, its label, both
+    predictions, and the distributions (softmax at temperature 1, the most relevant classes) of teacher, student and the
+    loss's refined teacher: for RLD the teacher without the masked classes.
 
     Args:
-        count: rows.
+        count: number of rows.
     """
 
     def __init__(self, count: int = 16) -> None:
         self.count = count
 
     def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Chooses the images and logs them."""
+        """Selects the images and logs the table."""
         logger = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
         if logger is None or not trainer.is_global_zero:
             return
-        if pl_module.teacher is not None and pl_module.teacher.shard:  # which runs in all processes or none
+        if pl_module.teacher is not None and pl_module.teacher.shard:  # a sharded teacher runs on all ranks or none
             return
 
         def log(run: "Run") -> None:
-            data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+            data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, but not declared
             examples = choose_examples(trainer, pl_module, data.val_dataloader(), self.count)
             run.log({"examples": examples_table(examples, pl_module.loss, data.class_names, data.mean, data.std)})
 
@@ -70,7 +70,7 @@ class WandbExamples(Callback):
 
 @torch.no_grad()
 def choose_examples(trainer: Trainer, module: DistillationModule, batches: Iterable[Batch], count: int) -> Examples:
-    """The images that :class:`WandbExamples` describes, from this process's share of the split, errors first."""
+    """Selects the images of :class:`WandbExamples` from this process's part of the split, errors first."""
     errors: list[Examples] = []
     others: list[Examples] = []
     found = [0, 0]
@@ -78,7 +78,7 @@ def choose_examples(trainer: Trainer, module: DistillationModule, batches: Itera
     module.student.eval()
     try:
         for number, batch in enumerate(batches, 1):
-            with trainer.precision_plugin.forward_context():  # hooks run outside the step's own
+            with trainer.precision_plugin.forward_context():  # hooks run outside the step's context
                 student = module.student(batch.images)
                 teacher = None if module.teacher is None else module.teacher(batch.images)[0]
             examples = Examples(batch.images, batch.label, student, teacher)
@@ -108,17 +108,17 @@ def examples_table(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> "Table":
-    """One row an example."""
+    """Returns the table, one row per example."""
     import wandb
 
-    from rld_lightning.tracking.pictures import draw, enlarged  # which need matplotlib
+    from rld_lightning.tracking.pictures import draw, enlarged  # needs matplotlib
 
     pixels = examples.images.float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     pictures = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     views = distributions(examples, loss)
     columns: list[str | int] = ["image", "label", "distributions"]
     for name in views:
-        judged = () if name == "refined" else ("prediction", "right", "p(label)")  # refined, it predicts nothing
+        judged = () if name == "refined" else ("prediction", "right", "p(label)")  # it predicts nothing
         columns += [f"{name} {value}" for value in (*judged, "top classes")]
     table = wandb.Table(columns=columns)
     for i, label in enumerate(examples.label.tolist()):
@@ -138,9 +138,9 @@ def examples_table(
 
 
 def distributions(examples: Examples, loss: DistillationLoss) -> dict[str, Tensor]:
-    """Softmax at temperature 1 of ``teacher``, ``refined`` and ``student``, as far as they are there: ``(N, C)`` each.
+    """Softmax at temperature 1 of ``teacher``, ``refined`` and ``student``, as far as available: ``(N, C)`` each.
 
-    A sample of which a loss passes nothing on has a refined distribution of zeros.
+    The refined distribution of a sample that a loss drops is zero.
     """
     views = {}
     if examples.teacher is not None:

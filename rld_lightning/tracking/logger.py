@@ -1,4 +1,4 @@
-"""A W&B run beside ``metrics.csv``, which never stops training, whatever the server does."""
+"""A W&B run in addition to ``metrics.csv``; server problems never stop training."""
 
 import os
 import re
@@ -35,29 +35,29 @@ STEP = "trainer/global_step"
 
 
 class WandbLogger(LightningWandbLogger):
-    """Lightning's logger for W&B, with an end to all waiting.
+    """Lightning's W&B logger with limited waiting times.
 
-    A server that cannot be reached, refuses, hangs or fails makes an online run an offline one before it starts; what
-    it does later is wandb's own process to wait for, and the end of the run waits for ``finish_timeout`` at most.
-    Whatever wandb raises ends the logging to W&B, with one line, and nothing else. An offline run is uploaded later by
+    If the server is unreachable, refuses, hangs or fails, an online run is made an offline one before it starts. Later
+    problems only make wandb's own process wait, and the end of the run waits for ``finish_timeout`` at most. Any
+    exception from wandb ends the logging to W&B, with one line, and nothing else. Upload an offline run later with
     ``wandb sync <folder>``.
 
-    Under a W&B sweep agent, or where the environment has ``WANDB_RUN_ID`` and the like, the run's id, project and
-    entity are those.
+    Under a W&B sweep agent, or if ``WANDB_RUN_ID``, ``WANDB_PROJECT`` or ``WANDB_ENTITY`` is set, the run's id, project
+    and entity are taken from there.
 
     Args:
-        answer_timeout: seconds that the server has to show that it is there.
+        answer_timeout: seconds for the server to answer at all.
         init_timeout: seconds that the start of an online run may take after that.
         finish_timeout: seconds that the end of a run waits for uploads.
-        save_dir: the run folder; the id of the run is kept there, in ``wandb_run.json``.
-        artifact: the collection that the run's student becomes a version of.
-        log_model: whether it does.
-        watch: which histograms of each layer are logged: "gradients", "parameters" or "all"; None for none.
-        watch_every: steps between two of them.
+        save_dir: the run directory; the run's id is stored there, in ``wandb_run.json``.
+        artifact: the collection to which the run's student is added as a version.
+        log_model: whether it is added.
+        watch: which histograms of each layer to log: "gradients", "parameters" or "all"; None for none.
+        watch_every: steps between histograms.
         **options: see Lightning's logger and ``wandb.init``.
     """
 
-    hands_options_to: ClassVar[str] = "wandb.init"  # whose names are known before a run begins
+    hands_options_to: ClassVar[str] = "wandb.init"  # whose option names are checked before a run starts
     _experiment: "Run | None"
 
     def __init__(
@@ -81,17 +81,17 @@ class WandbLogger(LightningWandbLogger):
         self.init_timeout = init_timeout
         self.finish_timeout = finish_timeout
         self.artifact = results.plain_name(artifact)
-        self.log_students = log_model  # Lightning's own would upload checkpoints
+        self.log_students = log_model  # not Lightning's own, which uploads checkpoints
         self.watched, self.watch_every = watch, watch_every
         self.broken = False
         self._before: Path | None = None
-        self._first_step: int | None = None  # of a run that goes on, until something is logged
+        self._first_step: int | None = None  # of a resumed run, until something is logged
         self._open = ExitStack()
 
     def continue_run(self, folder: Path) -> None:
-        """Goes on with the W&B run of a run folder, if it has one; to be called before anything is logged.
+        """Continues the W&B run of a run directory, if it has one; call this before anything is logged.
 
-        The folder may be a stranger's: what is no id is none, for files are looked for by it.
+        The directory may be a stranger's: an invalid id is ignored, because it is used in file names.
         """
         self._before = folder
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -101,25 +101,25 @@ class WandbLogger(LightningWandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "Run":
-        """The W&B run, started when it is first asked for; one that does nothing where it could not start.
+        """The W&B run, started on first access; a dummy if it could not start.
 
-        Lightning asks for it, too, where an exception would end the training.
+        Lightning also accesses it where an exception would end the training.
         """
         if self._experiment is None and not self.broken:
             try:
                 self._experiment = self._begin()
-            except Exception as error:  # wandb's own, pydantic's, those of a folder that cannot be written, ...
+            except Exception as error:  # from wandb, pydantic, an unwritable directory, ...
                 self._lose(error)
         return cast("Run", DummyExperiment()) if self._experiment is None else self._experiment
 
     def _begin(self) -> "Run":
         self.folder.mkdir(parents=True, exist_ok=True)
-        # What is to be uploaded waits in the run folder, not in the user's: the folder may be copied before it is.
+        # Uploads wait in the run directory, not in the user's, as it may be copied before the upload.
         self._open.enter_context(environment("WANDB_DATA_DIR", str(self.folder.absolute() / "wandb")))
         run = self._start()
-        if run.offline and self._before is not None:  # online, wandb asks the server
+        if run.offline and self._before is not None:  # an online wandb asks the server
             self._first_step = next_step(self._before, run.id)
-        if swept := _swept(run):  # whose trials would all be called alike
+        if swept := _swept(run):  # otherwise all trials would have the same name
             run.name = f"{run.name}-{','.join(f'{key}={_short(run.config[key])}' for key in swept)}"[:LONGEST_NAME]
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
@@ -133,34 +133,34 @@ class WandbLogger(LightningWandbLogger):
         return run
 
     def _lose(self, error: Exception, extra: str | None = None) -> None:
-        """Says what is missed from now on; all, where nothing ``extra`` is named."""
+        """Prints what is no longer logged: everything, unless an ``extra`` is named."""
         self.broken = extra is None
         consequence = "logs no more, metrics.csv goes on" if self.broken else f"goes without {extra}"
         print_line("wandb", f"{consequence}: {_in_short(error)}")
 
     @property
     def version(self) -> str:
-        """Nothing: Lightning would put the run's id in the progress bar."""
+        """Empty: Lightning would show the run's id in the progress bar."""
         return ""
 
     @rank_zero_only
     def attempt(self, action: Callable[["Run"], Any], extra: str | None = None) -> None:
-        """Does something with the W&B run; if it raises, this was the last time.
+        """Runs an action on the W&B run; after an exception, no further one.
 
         Args:
-            extra: what is missed if it fails, in words, where the logging of metrics can go on without.
+            extra: what is missing if the action fails, in words, if the logging of metrics can continue without it.
         """
         run = self.experiment
         if self.broken:
             return
         try:
             action(run)
-        except Exception as error:  # as above, and those of a lost connection to wandb's process
+        except Exception as error:  # as above, or from a lost connection to wandb's process
             self._lose(error, extra)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs values at a step of the trainer."""
+        """Logs values at a trainer step."""
         self.attempt(lambda run: self._log(run, dict(metrics) | ({} if step is None else {STEP: step})))
 
     def _log(self, run: "Run", values: dict[str, float]) -> None:
@@ -171,19 +171,19 @@ class WandbLogger(LightningWandbLogger):
             run.log(values, step=first, commit=True)
 
     def watch_layers(self, module: DistillationModule) -> None:
-        """Lets wandb log histograms of the student's layers, if that is wanted."""
+        """Makes wandb log histograms of the student's layers, if requested."""
         options: dict[str, Any] = {"log": self.watched, "log_freq": self.watch_every, "log_graph": False}
         if self.watched is not None:
             self.attempt(lambda run: run.watch(module.student, **options), "histograms")
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]  # never a Namespace
-        """Adds to the run's configuration, without secrets; what a sweep has set stays."""
+        """Updates the run's configuration, without secrets; keeps values set by a sweep."""
         self.attempt(lambda run: run.config.update(_without(redact(dict(params)), _swept(run)), allow_val_change=True))
 
     @rank_zero_only
     def finish(self, succeeded: bool) -> None:
-        """Ends the W&B run, or the next one of this process would log into it, and says where it is."""
+        """Finishes the W&B run (otherwise this process's next run would log into it), and prints where it is."""
         with self._open:
             self._finish(succeeded)
 
@@ -197,7 +197,7 @@ class WandbLogger(LightningWandbLogger):
         except TimeoutError:
             complete = False
             print_line("wandb", f"{server()} has not taken everything within {self.finish_timeout:g} s")
-        except Exception as error:  # such as a process of its own that is gone
+        except Exception as error:  # for example because wandb's process has died
             complete = False
             print_line("wandb", f"did not finish cleanly: {_in_short(error)}")
             tear_down()
@@ -207,7 +207,7 @@ class WandbLogger(LightningWandbLogger):
     def _start(self) -> "Run":
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # print_line says it
+        wandb.setup(wandb.Settings(silent=True))  # print_line reports it
         options = {name: value for name, value in self._wandb_init.items() if value is not None}
         options |= within_limits(options)
         if os.environ.get("WANDB_SWEEP_ID"):
@@ -218,7 +218,7 @@ class WandbLogger(LightningWandbLogger):
         resume = options.pop("resume")
         options["settings"] = wandb.Settings(
             silent=True,
-            console="off",  # the console is for people; wandb would put its progress bars in a file
+            console="off",  # wandb would write its progress bars to a file
             init_timeout=self.init_timeout,
             finish_timeout=self.finish_timeout,
             finish_timeout_raises=True,
@@ -232,9 +232,9 @@ class WandbLogger(LightningWandbLogger):
                         run = wandb.init(**options, **known)
                     print_line("wandb", run.url or "online")
                     return run
-                except Exception as error:  # the server has changed its mind
+                except Exception as error:  # the server answered before, but fails now
                     problem = f"lets no run start ({_in_short(error)})"
-                    tear_down()  # its process would keep the id of the failed run
+                    tear_down()  # its process would keep the failed run's id
             print_line("wandb", f"offline, because {server()} {problem}")
             options["mode"] = "offline"
         with hidden_arguments():
@@ -243,10 +243,10 @@ class WandbLogger(LightningWandbLogger):
 
 @contextmanager
 def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> Iterator[None]:
-    """Gives all loggers the configuration at the start, and W&B, if there, the results and its end at the end.
+    """Passes the configuration to all loggers at the start, and the results to W&B, if used, at the end.
 
-    Results are read from the run folder: tables and students, see :mod:`~rld_lightning.tracking.results`. The
-    students of a run that holds training images out are no result and become an artifact of its own, ``...-tuning``.
+    Results are read from the run directory: tables and students, see :mod:`~rld_lightning.tracking.results`. Students
+    of runs with held-out training images are not results and become a separate artifact, ``...-tuning``.
     """
     config: Any = dict(module.hparams) | redact(OmegaConf.to_container(cfg, resolve=True))
     for other in trainer.loggers:
@@ -267,7 +267,7 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
         yield
         logger.attempt(lambda wandb_run: results.log_classes(wandb_run, run), "its table of classes")
         logger.attempt(lambda wandb_run: results.log_confusion(wandb_run, run), "its confusion matrix")
-        # Last, because online wandb asks the server whether it may, and waits for the answer.
+        # Last, because online wandb asks the server for permission and waits for the answer.
         if logger.log_students:
             teacher = None if module.teacher is None else cfg.model.teacher
             logger.attempt(lambda wandb_run: results.log_models(wandb_run, run, teacher), "its artifacts")
@@ -277,7 +277,7 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
 
 
 def wandb_facts(folder: Path) -> dict[str, str]:
-    """What a run folder's weights say about the W&B run that they are from: the artifact's name; empty without one."""
+    """Returns what a run directory's weights record of their W&B run: the artifact's name; empty without one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return {results.ARTIFACT: read_json(folder / WANDB_RUN)[results.ARTIFACT]}
     return {}
@@ -288,7 +288,7 @@ def _in_short(error: Exception) -> str:
 
 
 def _swept(run: "Run") -> tuple[str, ...]:
-    """What a sweep agent has set, which wandb would refuse to change, with a warning each."""
+    """Keys set by a sweep agent; wandb would refuse to change them, with a warning each."""
     return tuple(run.config.keys()) if run.sweep_id else ()
 
 

@@ -1,4 +1,4 @@
-"""The panels of the W&B dashboard, by the names under which runs log what they draw."""
+"""Panels of the W&B dashboard, with the names of the logged metrics."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 
 BEST = "val/top1_best"
-TOP1 = "val/top1"  # over the epochs
-LAST = "val/top1.last"  # in the summary of a run, where val/top1 is {"max": ..., "last": ...}
+TOP1 = "val/top1"  # per epoch
+LAST = "val/top1.last"  # in a run's summary, where val/top1 is {"max": ..., "last": ...}
 EPOCH = "epoch"
 ALPHA, BETA, TEMPERATURE = (wr.Config(f"loss.{name}") for name in ("alpha", "beta", "temperature"))
-MAX_RUNS = 200  # instead of the 10 that a panel shows by default
+MAX_RUNS = 200  # a panel shows 10 by default
 WIDTH, HEIGHT = 12, 8  # of a report's panel, on a grid of 24 columns
 
 
 @dataclass(frozen=True)
 class Part:
-    """Panels that belong together: a section of a view, and a chapter of the report."""
+    """Related panels: a section of a view, and a chapter of the report."""
 
     title: str  # its heading
-    text: str  # what it answers, one paragraph
-    panels: list[Any]  # its panels
-    columns: int = 3  # how many panels a view shows side by side
+    text: str  # the question it answers, one paragraph
+    panels: list[Any]  # the panels
+    columns: int = 3  # panels side by side in a view
 
 
 def comparison_parts() -> list[Part]:
-    """The parts that compare methods, of run sets that are grouped already."""
+    """Returns the parts that compare methods, for run sets that are already grouped."""
 
     def curve(title: str, *metrics: str, **options: Any) -> wr.LinePlot:
         return wr.LinePlot(
@@ -115,7 +115,7 @@ def comparison_parts() -> list[Part]:
 
 
 def tuning_part() -> Part:
-    """The part that shows sweeps of RLD, one line or point a trial."""
+    """Returns the part for sweeps of RLD, with one line or point per trial."""
     result = wr.SummaryMetric(LAST)
     columns: dict[str, wr.Config | wr.SummaryMetric] = {
         "alpha": ALPHA,

@@ -1,4 +1,4 @@
-"""The pictures in W&B's table of examples: an image, and bars of the distributions over its classes."""
+"""Pictures for W&B's table of examples: an image, and bar charts of the class distributions."""
 
 import io
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from rld_lightning.reporting.labels import shortened
 from rld_lightning.reporting.style import GREY, STUDENT, TEACHER, TRUE_CLASS, styled
 
 CLASSES_SHOWN = 6
-IMAGE_SIDE = 96  # images of CIFAR's size are hard to see in a table
+IMAGE_SIDE = 96  # CIFAR-sized images are hard to see in a table
 LONGEST_NAME = 16
 
 
 @styled
 def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Image.Image:
-    """Bars of the classes that matter most to any of the distributions, the true one in a colour of its own.
+    """Draws bars of the classes that are most relevant to any distribution, the true class in its own colour.
 
     Args:
         views: distributions ``(C,)`` by name.
@@ -58,7 +58,7 @@ def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Im
 
 
 def enlarged(pixels: Tensor) -> Image.Image:
-    """The image of uint8 pixels ``(H, W, 3)``, as many times larger as it takes to be seen."""
+    """Enlarges uint8 pixels ``(H, W, 3)`` by a whole factor, to be visible."""
     image = Image.fromarray(pixels.numpy())
     factor = max(1, -(-IMAGE_SIDE // max(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""What a finished run folder gives to W&B: the table of classes, the student as an artifact, its teacher's lineage."""
+"""Logs a finished run directory to W&B: the table of classes, the student as an artifact, its teacher's lineage."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY,
 if TYPE_CHECKING:
     from wandb import Artifact, Run
 
-MOST_CELLS = 10_000  # that W&B draws of a table
-ARTIFACT = "wandb_artifact"  # what a weights file calls the artifact that it is
+MOST_CELLS = 10_000  # cells of a table that W&B draws
+ARTIFACT = "wandb_artifact"  # key in a weights file for the name of its artifact
 
 
 def log_classes(run: "Run", folder: Path) -> None:
-    """Logs ``classes.csv`` of a run folder as a table."""
+    """Logs ``classes.csv`` of a run directory as a table."""
     import wandb
 
     path = folder / CLASSES
@@ -35,7 +35,7 @@ def log_classes(run: "Run", folder: Path) -> None:
 
 
 def log_confusion(run: "Run", folder: Path) -> None:
-    """Draws ``confusion.csv`` of a run folder as a confusion matrix."""
+    """Logs ``confusion.csv`` of a run directory as a confusion matrix."""
     import wandb
 
     path = folder / CONFUSION
@@ -52,7 +52,7 @@ def log_confusion(run: "Run", folder: Path) -> None:
 
 
 def _numbers(column: Sequence[str]) -> Sequence[int | float | str]:
-    """A column of a CSV file as numbers, an empty cell as NaN; as it is where some are none."""
+    """Converts a CSV column to numbers, empty cells to NaN; returns it unchanged if a cell is not a number."""
     with suppress(ValueError):
         return [int(cell) for cell in column]
     with suppress(ValueError):
@@ -63,17 +63,17 @@ def _numbers(column: Sequence[str]) -> Sequence[int | float | str]:
 def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
     """Logs the students as versions of one artifact, with the summary as metadata, and their teacher as an input.
 
-    The exported student, of the last epoch, is the version ``last`` and ``latest``; that of the best epoch is ``best``,
-    which may be the same.
+    The exported student, of the last epoch, has the aliases ``last`` and ``latest``; the best epoch's has ``best``,
+    which may be the same version.
 
-    A teacher that was a run logged to W&B is the very artifact that run has left: its file says the artifact's name,
-    and the same content is the same version. Another one becomes an artifact ``teacher-<data set>-<name>``, by checksum
-    and path alone; weights that come with a package have no file, and no artifact.
+    If the teacher's run was logged to W&B, the teacher is that run's artifact: its file contains the artifact's name,
+    and equal content is the same version. Any other becomes an artifact ``teacher-<data set>-<name>``, with checksum
+    and path only; weights that come with a package have neither a file nor an artifact.
     """
     summary = json.loads((folder / SUMMARY).read_text())
     if teacher is not None and (file := split_part(str(teacher.weights))[0]).is_file():
         artifact = _teacher(file.absolute(), teacher.name, summary["dataset"])
-        # What run.use_artifact() does, which refuses to do it offline, and online waits until the server has it.
+        # Like run.use_artifact(), which fails offline and, online, waits until the server has the artifact.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     aliases = ["latest", "last", f"seed{summary['seed']}"]
     last = read_weights(folder / STUDENT)
@@ -92,7 +92,7 @@ def _log_student(run: "Run", path: Path, summary: dict[str, object], aliases: li
     import wandb
 
     student = wandb.Artifact(read_metadata(path)[ARTIFACT], "model", metadata=summary)
-    # Not a copy in a folder of wandb's: the run folder keeps the file.
+    # No copy in wandb's directory: the run directory keeps the file.
     student.add_file(str(path), name=STUDENT, policy="immutable", skip_cache=True)
     run.log_artifact(student, aliases=aliases)
 
@@ -107,7 +107,7 @@ def _teacher(path: Path, name: str, dataset: str) -> "Artifact":
 
     try:
         facts = read_metadata(path)
-    except WeightsError:  # another format
+    except WeightsError:  # another file format
         facts = {}
     own = plain_name(f"teacher-{dataset}-{name}")
     artifact = wandb.Artifact(facts.get(ARTIFACT) or own, "model", metadata={"path": str(path), **facts})
@@ -116,5 +116,5 @@ def _teacher(path: Path, name: str, dataset: str) -> "Artifact":
 
 
 def plain_name(name: str) -> str:
-    """A name that an artifact may have."""
+    """Replaces characters that artifact names must not contain."""
     return re.sub(r"[^\w.-]+", "-", name)[:128]

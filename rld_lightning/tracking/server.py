@@ -1,4 +1,4 @@
-"""Which W&B server there is, which key it wants, and whether it answers; asked without starting wandb."""
+"""Determines the W&B server, its key, and whether it answers, without starting wandb."""
 
 import base64
 import configparser
@@ -12,14 +12,14 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-# Two names of the hosted service, the older one first; a key may be kept under either.
+# Two names of the hosted service, the older first; a key may be stored under either.
 HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
 def wandb_mode() -> str:
-    """W&B's mode: ``WANDB_MODE`` if set, else ``online`` with a key and ``offline`` without.
+    """Returns W&B's mode: ``WANDB_MODE`` if set, else ``online`` with a key and ``offline`` without.
 
-    The key is looked for without asking wandb, which would start a session and then ignore the mode.
+    Does not ask wandb for the key, which would start a session and then ignore the mode.
     """
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
@@ -27,12 +27,12 @@ def wandb_mode() -> str:
 
 
 def has_key() -> bool:
-    """Whether there is a key for the server, or a token in its place."""
+    """Whether there is a key for the server, or a token instead."""
     return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key(server()))
 
 
 def server() -> str:
-    """The server's address, as wandb finds it: ``WANDB_BASE_URL``, or what ``wandb login --host`` has left."""
+    """Returns the server's address, as wandb does: ``WANDB_BASE_URL``, or as set by ``wandb login --host``."""
     if os.environ.get("WANDB_BASE_URL"):
         return os.environ["WANDB_BASE_URL"].rstrip("/")
     settings = configparser.ConfigParser()
@@ -45,19 +45,19 @@ def server() -> str:
 
 
 def _default() -> str:
-    """The hosted service by the name that the installed wandb has for it."""
+    """Returns the hosted service's address in the installed wandb."""
     try:
         from wandb.sdk.lib.urls import DEFAULT_BASE_URL
-    except ImportError:  # before 0.30
+    except ImportError:  # wandb before 0.30
         return f"https://{HOSTED[0]}"
     return DEFAULT_BASE_URL
 
 
 def trouble(timeout: float) -> str | None:
-    """Why the server cannot be used now, in words; None if it takes the key.
+    """Returns why the server cannot be used now, in words; None if it accepts the key.
 
     Args:
-        timeout: seconds to wait in all, whatever the server does.
+        timeout: total seconds to wait, whatever the server does.
     """
     found: list[str | None] = [f"does not answer within {timeout:g} s"]
 
@@ -65,7 +65,7 @@ def trouble(timeout: float) -> str | None:
         with suppress(TimeoutError):
             found[0] = _ask(timeout)
 
-    # A thread, because a timeout of urllib's starts anew with each piece of a slow answer.
+    # A thread, because urllib's timeout restarts with each piece of a slow answer.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -73,7 +73,7 @@ def trouble(timeout: float) -> str | None:
 
 
 def _ask(timeout: float) -> str | None:
-    """As :func:`trouble`, but for a time-out, which it raises."""
+    """Like :func:`trouble`, but raises on a time-out."""
     address = server()
     headers = {"Content-Type": "application/json"}
     if key := _key(address):

@@ -1,4 +1,4 @@
-"""What surrounds the start of a W&B run: names within limits, no secrets, no long waits, files beside the run's own."""
+"""Helpers for starting W&B runs: limited names, no secrets, no long waits, files in the run directory."""
 
 import os
 import struct
@@ -13,11 +13,11 @@ from rld_lightning.redact import redact_command
 LONGEST_NAME = 128  # characters
 _LONGEST = {"name": LONGEST_NAME, "group": LONGEST_NAME, "job_type": 64}
 _LONGEST_TAG = 64
-_BLOCK, _HEADER = 32_768, 7  # bytes of a block of the file that wandb writes, and of what stands before each record
+_BLOCK, _HEADER = 32_768, 7  # bytes of a block of wandb's file, and of the header of each record
 
 
 def within_limits(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and tags as long as W&B takes them; a single tag may be written as such."""
+    """Shortens names and tags to W&B's limits; ``tags`` may be a single tag."""
     tags = options.get("tags") or ()
     texts = (str(tag).strip() for tag in ([tags] if isinstance(tags, str) else tags) if tag is not None)
     short = {name: str(options[name])[:longest] for name, longest in _LONGEST.items() if name in options}
@@ -26,7 +26,7 @@ def within_limits(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Sets a variable for a while, unless it is set already."""
+    """Sets an environment variable within a block, unless it is already set."""
     before = os.environ.get(name)
     os.environ[name] = before or value
     try:
@@ -38,7 +38,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def hidden_arguments() -> Iterator[None]:
-    """wandb keeps the command line; this is what it sees of it."""
+    """Redacts the command line within a block: wandb stores it."""
     before = sys.argv
     sys.argv = redact_command(before)
     try:
@@ -48,34 +48,34 @@ def hidden_arguments() -> Iterator[None]:
 
 
 def tear_down() -> None:
-    """Ends wandb's process; the next run starts another one."""
+    """Ends wandb's process; the next run starts a new one."""
     import wandb
 
-    with suppress(Exception):  # which is what it raises where there is no process any more
+    with suppress(Exception):  # raised if the process has already ended
         wandb.teardown()
 
 
 def next_step(folder: Path, run_id: str) -> int:
-    """The first ``_step`` that no file of a W&B run in a run folder has yet; 0 without any."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
+    """Returns the first ``_step`` that no file of a W&B run in a run directory has used; 0 without files."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # created on import
 
     last = -1
     for path in folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"):
         for content in _records(path.read_bytes()):
-            with suppress(Exception):  # what a killed process has left of a record
+            with suppress(Exception):  # an incomplete record of a killed process
                 last = max(last, Record.FromString(content).history.step.num)
     return last + 1
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """What is in a file of wandb's, a log of LevelDB's behind a header of its own."""
+    """Yields the records of a wandb file: a LevelDB log after a header of its own."""
     place, parts = _HEADER, b""
     while place + _HEADER <= len(data):
-        if (left := _BLOCK - place % _BLOCK) < _HEADER:  # no room for a header in this block
+        if (left := _BLOCK - place % _BLOCK) < _HEADER:  # this block has no room for a header
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + _HEADER])
         parts = (b"" if kind in (1, 2) else parts) + data[place + _HEADER : place + _HEADER + length]
         place += _HEADER + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield parts
