@@ -19,7 +19,7 @@ from rld_lightning.distributed import gathered
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.checkpoint import is_there
+from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import DIVERGED, LAST
 from rld_lightning.watching import measured_in_graph
 
@@ -172,7 +172,7 @@ class Divergence(Callback):
         last = self.folder / LAST
         if remedy is not None:
             message += f"{remedy}, and start over. "
-        elif is_there(last):
+        elif checkpoint_exists(last):
             message += (
                 f"Resume from before that with {as_argument('resume', last)} and a smaller recipe.optimizer.lr, or "
                 "with trainer.gradient_clip_val=1. "

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.redact import redact
-from rld_lightning.runs.checkpoint import Before, tell
+from rld_lightning.runs.checkpoint import RunRecord, add_record
 from rld_lightning.runs.likeness import settings
 
 
@@ -20,8 +20,8 @@ class OwnSettings(Callback):
     def __init__(self, cfg: DictConfig) -> None:
         values: Any = redact(OmegaConf.to_container(cfg, resolve=True))
         teacher = values["model"]["teacher"]
-        self.before = Before(settings(values), teacher["sha256"] if teacher else None)
+        self.before = RunRecord(settings(values), teacher["sha256"] if teacher else None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the settings."""
-        tell(checkpoint, self.before)
+        add_record(checkpoint, self.before)

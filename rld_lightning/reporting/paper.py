@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 
 from rld_lightning.runs.finished import Run
-from rld_lightning.runs.likeness import decides
+from rld_lightning.runs.likeness import affects_training
 
 TEACHER = "Teacher"
 
@@ -194,7 +194,7 @@ def _other_settings(run: Run) -> list[str]:
     keys = dict.fromkeys(override.lstrip("+~").split("=")[0] for override in run.overrides)
     rooms = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
     known = {*_HARMLESS, "trainer.precision"}
-    return [f"other {key}" for key in keys if key not in known and key.startswith(rooms) and decides(key)]
+    return [f"other {key}" for key in keys if key not in known and key.startswith(rooms) and affects_training(key)]
 
 
 def _plain(network: str, dataset: str) -> str:

@@ -20,7 +20,7 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def is_there(path: Path) -> bool:
+def checkpoint_exists(path: Path) -> bool:
     """Whether a checkpoint exists, or a previous one."""
     return path.is_file() or previous_of(path).is_file()
 
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
         FileNotFoundError: neither exists.
         ValueError: it is damaged or no checkpoint, and there is no previous one.
     """
-    if not is_there(path):
+    if not checkpoint_exists(path):
         raise FileNotFoundError(f"there is no checkpoint to resume from at {path}.")
     for candidate in (path, previous_of(path)):
         checkpoint = _load(candidate, map_location)
@@ -81,7 +81,7 @@ def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
     return checkpoint if isinstance(checkpoint, dict) else None
 
 
-class Before(NamedTuple):
+class RunRecord(NamedTuple):
     """What a checkpoint records about its run, as plain text."""
 
     settings: dict[str, str]  # what decided the training, see `settings`
@@ -93,12 +93,12 @@ class Before(NamedTuple):
         return self.settings.get("model.teacher.name"), self.settings.get("model.teacher.weights")
 
 
-def tell(checkpoint: dict[str, Any], before: Before) -> None:
-    """Adds to a checkpoint what :func:`told` reads."""
+def add_record(checkpoint: dict[str, Any], before: RunRecord) -> None:
+    """Adds to a checkpoint what :func:`read_record` reads."""
     checkpoint[_KEY] = dict(before._asdict())
 
 
-def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
+def read_record(checkpoint: Mapping[str, Any], path: Path) -> RunRecord:
     """Reads what a checkpoint records about its run. It may be a stranger's.
 
     Raises:
@@ -110,4 +110,4 @@ def told(checkpoint: Mapping[str, Any], path: Path) -> Before:
     texts = [*values, *values.values()] if isinstance(values, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not (sha256 is None or isinstance(sha256, str)):
         raise ValueError(f"{path} does not describe its run in plain text, and is not resumed from.")
-    return Before(dict(values or {}), sha256)
+    return RunRecord(dict(values or {}), sha256)

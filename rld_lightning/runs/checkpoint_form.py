@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rld_lightning.errors import UserError, printable
-from rld_lightning.runs.checkpoint import previous_of, told
-from rld_lightning.runs.likeness import only_watches
+from rld_lightning.runs.checkpoint import previous_of, read_record
+from rld_lightning.runs.likeness import only_monitors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -72,7 +72,7 @@ def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", mod
                     raise _Unlike(f"{key}.{_shown(name)} is there, and this run has no such weights")
         states = checkpoint["callbacks"]
         for callback in vars(trainer)["callbacks"]:
-            if callback.state_key in states or not only_watches(type(callback)):  # one that watches may be a new one
+            if callback.state_key in states or not only_monitors(type(callback)):  # one that watches may be a new one
                 _match(states.get(callback.state_key, {}), callback.state_dict(), f"callbacks.{callback.state_key}")
         said = checkpoint.get("hyper_parameters")
         for name, value in module.hparams.items():  # the student's name has been looked at, with all its spellings
@@ -127,7 +127,7 @@ def refuse_other_progress(
         _match(known := checkpoint.get(_WITH_STATE, there), there, _WITH_STATE)
         if known != there:
             raise _Unlike(f"optimizer_states have {there} entries, and had {known} when they were written")
-        before = {} if settings is None else told(checkpoint, Path(str(trainer.ckpt_path))).settings
+        before = {} if settings is None else read_record(checkpoint, Path(str(trainer.ckpt_path))).settings
         same = settings is not None and all(settings.get(key) == before.get(key) for key in RATES)
         _check_rates(checkpoint, groups, schedules, same=same)
 

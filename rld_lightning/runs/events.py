@@ -10,7 +10,7 @@ from typing import Any
 EVENTS = ".trials.jsonl"  # in the sweep's directory
 
 
-def note(sweep: Path, **event: Any) -> None:
+def log_event(sweep: Path, **event: Any) -> None:
     """Appends an event, with its time."""
     sweep.mkdir(parents=True, exist_ok=True)
     with (sweep / EVENTS).open("a") as file:  # one write per line, which other processes' writes cannot split

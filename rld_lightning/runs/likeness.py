@@ -140,7 +140,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     return {key: (before[key], after[key]) for key in before if key in after and before[key] != after[key]}
 
 
-def decides(key: str) -> bool:
+def affects_training(key: str) -> bool:
     """Whether a configuration key affects the training, as ``loss.alpha`` does and ``logger`` does not."""
     if key.startswith("callbacks."):
         return key.split(".")[1] not in _WATCHER_NAMES
@@ -153,7 +153,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     Callbacks are one setting, ``callbacks``: ``None``, or such as ``WeightAverage(decay=0.99, start=0)``.
     """
     others = {key: value for key, value in config.items() if key != "callbacks"}
-    known = {key: canonical(key, value) for key, value in flat(others).items() if decides(key)}
+    known = {key: canonical(key, value) for key, value in flat(others).items() if affects_training(key)}
     known = {key: value for key, value in known.items() if not (key.startswith("trainer.") and value == "None")}
     for key in [key for key in known if re.fullmatch(r"loss\.\w+\.label_smoothing", key)]:
         del known[key]  # a sum of losses has its own
@@ -200,7 +200,7 @@ def _callback(options: Any) -> str:
     return f"{name if package in _WATCHERS else target}({counted})"
 
 
-def only_watches(callback: type) -> bool:
+def only_monitors(callback: type) -> bool:
     """Whether callbacks of this class have no effect on the training."""
     package = callback.__module__.split(".")[0].removeprefix("pytorch_")
     return callback.__name__ in _WATCHERS.get(package, ())

@@ -23,7 +23,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.checkpoint import is_there
+from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import LAST, LOG, STUDENT, SUMMARY, TEACHER
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.naming import class_name, loss_name
@@ -111,7 +111,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
 
 def _of_requeued(run: Path) -> str | None:
     """The checkpoint of this run, where SLURM has started its job again."""
-    return str(run / LAST) if requeued() and is_there(run / LAST) else None
+    return str(run / LAST) if requeued() and checkpoint_exists(run / LAST) else None
 
 
 def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None) -> Summary:
@@ -237,7 +237,7 @@ def _train(
         raise
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         last = plan.run / LAST
-        if resume_hint and is_there(last):
+        if resume_hint and checkpoint_exists(last):
             print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
             if isinstance(error, Stopped):
                 error.said = True

@@ -44,7 +44,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.hydra.compose import compose
 from rld_lightning.hydra.options import list_options
 from rld_lightning.runs import files
-from rld_lightning.tracking.server import has_key, server, trouble
+from rld_lightning.tracking.server import has_key, server, server_problem
 
 PROJECT = "rld-lightning"  # as in conf/logger/wandb.yaml
 METHOD, GROUP = "JobType", "Group"
@@ -281,7 +281,7 @@ def save_dashboard(
     hint = "run the same command later, or write the JSON alone, with --dry-run FILE."
     if not has_key():
         raise UserError(f"there is no key for {server()}: `wandb login` or set WANDB_API_KEY; then {hint}")
-    if problem := trouble(TIMEOUT):
+    if problem := server_problem(TIMEOUT):
         raise UserError(f"W&B's server {server()} {problem}; {hint}")
     wandb.setup(wandb.Settings(silent=True))  # print_line reports it
     try:

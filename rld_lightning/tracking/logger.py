@@ -18,7 +18,7 @@ from rld_lightning.module import DistillationModule
 from rld_lightning.redact import redact
 from rld_lightning.runs.files import WANDB_RUN, read_json, write_json
 from rld_lightning.tracking import results
-from rld_lightning.tracking.server import server, trouble, wandb_mode
+from rld_lightning.tracking.server import server, server_problem, wandb_mode
 from rld_lightning.tracking.start import (
     LONGEST_NAME,
     environment,
@@ -80,11 +80,11 @@ class WandbLogger(LightningWandbLogger):
         self.answer_timeout = answer_timeout
         self.init_timeout = init_timeout
         self.finish_timeout = finish_timeout
-        self.artifact = results.plain_name(artifact)
+        self.artifact = results.artifact_name(artifact)
         self.log_students = log_model  # not Lightning's own, which uploads checkpoints
         self.watched, self.watch_every = watch, watch_every
         self.broken = False
-        self._before: Path | None = None
+        self._resumed_folder: Path | None = None
         self._first_step: int | None = None  # of a resumed run, until something is logged
         self._open = ExitStack()
 
@@ -93,7 +93,7 @@ class WandbLogger(LightningWandbLogger):
 
         The directory may be a stranger's: an invalid id is ignored, because it is used in file names.
         """
-        self._before = folder
+        self._resumed_folder = folder
         with suppress(OSError, ValueError, KeyError, TypeError):
             if re.fullmatch(r"[\w.=+@ -]{1,128}", found := read_json(folder / WANDB_RUN)["id"]):
                 self._wandb_init["id"] = found
@@ -107,19 +107,19 @@ class WandbLogger(LightningWandbLogger):
         """
         if self._experiment is None and not self.broken:
             try:
-                self._experiment = self._begin()
+                self._experiment = self._open_run()
             except Exception as error:  # from wandb, pydantic, an unwritable directory, ...
-                self._lose(error)
+                self._report_failure(error)
         return cast("Run", DummyExperiment()) if self._experiment is None else self._experiment
 
-    def _begin(self) -> "Run":
+    def _open_run(self) -> "Run":
         self.folder.mkdir(parents=True, exist_ok=True)
         # Uploads wait in the run directory, not in the user's, as it may be copied before the upload.
         self._open.enter_context(environment("WANDB_DATA_DIR", str(self.folder.absolute() / "wandb")))
         run = self._start()
-        if run.offline and self._before is not None:  # an online wandb asks the server
-            self._first_step = next_step(self._before, run.id)
-        if swept := _swept(run):  # otherwise all trials would have the same name
+        if run.offline and self._resumed_folder is not None:  # an online wandb asks the server
+            self._first_step = next_step(self._resumed_folder, run.id)
+        if swept := _sweep_keys(run):  # otherwise all trials would have the same name
             run.name = f"{run.name}-{','.join(f'{key}={_short(run.config[key])}' for key in swept)}"[:LONGEST_NAME]
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
@@ -132,7 +132,7 @@ class WandbLogger(LightningWandbLogger):
             write_json(self.folder / WANDB_RUN, known)
         return run
 
-    def _lose(self, error: Exception, extra: str | None = None) -> None:
+    def _report_failure(self, error: Exception, extra: str | None = None) -> None:
         """Prints what is no longer logged: everything, unless an ``extra`` is named."""
         self.broken = extra is None
         consequence = "logs no more, metrics.csv goes on" if self.broken else f"goes without {extra}"
@@ -156,7 +156,7 @@ class WandbLogger(LightningWandbLogger):
         try:
             action(run)
         except Exception as error:  # as above, or from a lost connection to wandb's process
-            self._lose(error, extra)
+            self._report_failure(error, extra)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -179,7 +179,9 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]  # never a Namespace
         """Updates the run's configuration, without secrets; keeps values set by a sweep."""
-        self.attempt(lambda run: run.config.update(_without(redact(dict(params)), _swept(run)), allow_val_change=True))
+        self.attempt(
+            lambda run: run.config.update(_without(redact(dict(params)), _sweep_keys(run)), allow_val_change=True)
+        )
 
     @rank_zero_only
     def finish(self, succeeded: bool) -> None:
@@ -224,7 +226,7 @@ class WandbLogger(LightningWandbLogger):
             finish_timeout_raises=True,
         )
         if options["mode"] == "online":
-            problem = trouble(self.answer_timeout)
+            problem = server_problem(self.answer_timeout)
             if problem is None:
                 try:
                     with environment("WANDB_HTTP_TIMEOUT", str(int(self.init_timeout))), hidden_arguments():
@@ -257,7 +259,7 @@ def tracked(trainer: Trainer, module: DistillationModule, cfg: DictConfig) -> It
         yield
         return
     if cfg.data.val_fraction:
-        logger.artifact = results.plain_name(f"{logger.artifact}-tuning")
+        logger.artifact = results.artifact_name(f"{logger.artifact}-tuning")
     run = Path(cfg.paths.run)
     logger.continue_run(Path(cfg.resume).parent if cfg.resume else run)
     succeeded = False
@@ -287,7 +289,7 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _swept(run: "Run") -> tuple[str, ...]:
+def _sweep_keys(run: "Run") -> tuple[str, ...]:
     """Keys set by a sweep agent; wandb would refuse to change them, with a warning each."""
     return tuple(run.config.keys()) if run.sweep_id else ()
 

@@ -109,12 +109,12 @@ def _teacher(path: Path, name: str, dataset: str) -> "Artifact":
         facts = read_metadata(path)
     except WeightsError:  # another file format
         facts = {}
-    own = plain_name(f"teacher-{dataset}-{name}")
+    own = artifact_name(f"teacher-{dataset}-{name}")
     artifact = wandb.Artifact(facts.get(ARTIFACT) or own, "model", metadata={"path": str(path), **facts})
     artifact.add_reference(path.as_uri(), name=STUDENT, checksum=True)
     return artifact
 
 
-def plain_name(name: str) -> str:
+def artifact_name(name: str) -> str:
     """Replaces characters that artifact names must not contain."""
     return re.sub(r"[^\w.-]+", "-", name)[:128]

@@ -53,7 +53,7 @@ def _default() -> str:
     return DEFAULT_BASE_URL
 
 
-def trouble(timeout: float) -> str | None:
+def server_problem(timeout: float) -> str | None:
     """Returns why the server cannot be used now, in words; None if it accepts the key.
 
     Args:
@@ -73,7 +73,7 @@ def trouble(timeout: float) -> str | None:
 
 
 def _ask(timeout: float) -> str | None:
-    """Like :func:`trouble`, but raises on a time-out."""
+    """Like :func:`server_problem`, but raises on a time-out."""
     address = server()
     headers = {"Content-Type": "application/json"}
     if key := _key(address):

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rld_lightning.callbacks import CheckpointFiles
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
-from rld_lightning.runs.checkpoint import is_there, previous_of, read_checkpoint
+from rld_lightning.runs.checkpoint import checkpoint_exists, previous_of, read_checkpoint
 from rld_lightning.runs.files import LAST, PREVIOUS
 from rld_lightning.tasks.run.build import build_trainer
 
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_seen_whichever_bit_it_is(last):
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 900), os.unlink])
 def test_a_checkpoint_that_is_empty_cut_or_gone_leaves_the_one_before(last, damage):
     damage(last)
-    assert is_there(last)
+    assert checkpoint_exists(last)
     assert step_of(last) == 1
 
 

@@ -4,7 +4,7 @@ import pytest
 from helpers.configs import compose
 from omegaconf import OmegaConf
 
-from rld_lightning.runs.likeness import canonical, changes, decides, differences, settings
+from rld_lightning.runs.likeness import affects_training, canonical, changes, differences, settings
 
 DEFAULT = ("recipe=quick", "trainer.precision=32-true")
 EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"
@@ -170,9 +170,9 @@ def test_what_is_no_configuration_of_a_run_is_no_traceback(config):
 
 def test_overrides_are_known_by_their_keys(plain):
     watchers = compose("logger=csv").callbacks
-    assert not any(decides(f"callbacks.{name}") for name in watchers)
+    assert not any(affects_training(f"callbacks.{name}") for name in watchers)
     assert plain["callbacks"] == "None"
-    assert decides("callbacks.ema._target_")
-    assert decides("trainer.precision")
-    assert not decides("trainer.profiler")
-    assert not decides("tags")
+    assert affects_training("callbacks.ema._target_")
+    assert affects_training("trainer.precision")
+    assert not affects_training("trainer.profiler")
+    assert not affects_training("tags")

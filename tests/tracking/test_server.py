@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 import pytest
 from helpers.wandb_stub import serving
 
-from rld_lightning.tracking.server import HOSTED, server, trouble, wandb_mode
+from rld_lightning.tracking.server import HOSTED, server, server_problem, wandb_mode
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +57,9 @@ def test_trouble_is_told_in_time(monkeypatch, behaviour, told):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     with serving(behaviour) as stub:
         monkeypatch.setenv("WANDB_BASE_URL", stub.address)
-        assert trouble(0.5 if told and "0.5" in told else 20) == told
+        assert server_problem(0.5 if told and "0.5" in told else 20) == told
 
 
 def test_nobody_listens(monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    assert trouble(20).startswith("cannot be reached (")
+    assert server_problem(20).startswith("cannot be reached (")

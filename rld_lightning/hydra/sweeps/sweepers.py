@@ -16,7 +16,7 @@ from rld_lightning.errors import UserError, first_line
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.hydra.sweeps.optuna_study import leave_best, open_study, search_space, tell, together
-from rld_lightning.runs.events import note
+from rld_lightning.runs.events import log_event
 from rld_lightning.runs.files import SWEEPER, write_yaml
 
 
@@ -61,7 +61,7 @@ def sweep_study(
             trials = [study.ask(space) for _ in range(min(at_once, to_go))]
             lines = [(*(f"{key}={value}" for key, value in trial.params.items()), *fixed) for trial in trials]
             batch = list(dict.fromkeys(lines))  # two with the same values are one, in one folder
-            note(Path(config.hydra.sweep.dir), total=first + to_go - len(trials) + len(batch))
+            log_event(Path(config.hydra.sweep.dir), total=first + to_go - len(trials) + len(batch))
             returned = dict(zip(batch, _launch(launcher, batch, first, config), strict=True))
             for trial, line in zip(trials, lines, strict=True):
                 tell(study, trial, _value(returned[line]))
@@ -83,7 +83,7 @@ def _note(config: DictConfig, total: int) -> None:
     """Leaves the sweep's configuration, without secrets, where Hydra's own sweeper does, and the number of trials."""
     folder = Path(config.hydra.sweep.dir)
     write_yaml(folder / SWEEPER, OmegaConf.to_container(config, enum_to_str=True))
-    note(folder, total=total)
+    log_event(folder, total=total)
 
 
 def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, config: DictConfig) -> Sequence[JobReturn]:

@@ -23,7 +23,7 @@ from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.read import Weights
-from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.schedule import make_schedule
 from rld_lightning.tasks.run.plan import Plan, Student, Teacher
 from rld_lightning.tasks.run.resume import check_folder, check_resume
@@ -31,7 +31,7 @@ from rld_lightning.tasks.run.resume import check_folder, check_resume
 LIBRARIES = ("torchvision/", "timm/", "transformers/")  # which have weights of their own
 
 
-def check_start(plan: Plan, cfg: DictConfig) -> Before | None:
+def check_start(plan: Plan, cfg: DictConfig) -> RunRecord | None:
     """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
 
     Returns:

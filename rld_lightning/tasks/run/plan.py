@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rld_lightning.models.classes import read_class_map
 from rld_lightning.models.normalisation import Look, look_of
 from rld_lightning.models.teacher.teacher_store import TeacherStore
-from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.runs.files import SPLIT
 from rld_lightning.tasks.run.batch_size import AUTO
 
@@ -79,7 +79,7 @@ class Plan:
     scheduler_interval: str  # when the schedule steps
     scheduler_monitor: str | None  # what a schedule looks at that waits for a plateau; None for the usual
     # What the checkpoint that it goes on from says about its run; None where it says nothing
-    before: Before | None = None
+    before: RunRecord | None = None
 
     @property
     def learning_rate(self) -> float:

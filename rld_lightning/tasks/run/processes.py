@@ -49,7 +49,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.forked_processes import Process, kill, poll, send_signal, wait_for_end
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
-from rld_lightning.runs.checkpoint import is_there
+from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import LAST
 from rld_lightning.shipped import shipped
 from rld_lightning.tasks.run.trainer import make_trainer
@@ -216,7 +216,7 @@ def _resume_hint(run: Path) -> str | None:
     if is_trial():
         return None
     last = run / LAST
-    return as_argument("resume", last) if is_there(last) else None
+    return as_argument("resume", last) if checkpoint_exists(last) else None
 
 
 def _read_failures(folder: Path, count: int) -> dict[int, Failure]:

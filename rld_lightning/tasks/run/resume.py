@@ -20,7 +20,7 @@ from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import hyper_parameters
 from rld_lightning.redact import redact_text
-from rld_lightning.runs.checkpoint import Before, is_there, read_checkpoint, told
+from rld_lightning.runs.checkpoint import RunRecord, checkpoint_exists, read_checkpoint, read_record
 from rld_lightning.runs.checkpoint_form import RATES
 from rld_lightning.runs.files import CONFIG, ERROR, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
 from rld_lightning.runs.likeness import changes, refuse_changes, refuse_other_settings
@@ -56,7 +56,7 @@ def find_checkpoint(resume: str | None) -> str | None:
     path = path / LAST if path.is_dir() else path
     folder = path.parent
     begun = any((folder / name).exists() for name in (CONFIG, HYDRA, LOCK, METRICS, TEACHER))
-    if is_there(path) or path.name != LAST or not begun:
+    if checkpoint_exists(path) or path.name != LAST or not begun:
         return str(path)
     if (folder / SUMMARY).exists():
         raise ValueError(f"the run in {folder} has ended and left no {LAST} to resume from; choose another folder.")
@@ -69,7 +69,7 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
 
     Args:
         resume: what it goes on from, as :func:`find_checkpoint` has found it.
-        given: what it was told to go on from.
+        given: what it was read_record to go on from.
 
     Raises:
         ValueError: the folder holds another run.
@@ -84,14 +84,14 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
             teacher = ""
         if not started_by_run():  # by a process that has said so
             print_line("resume", f"there is no checkpoint in {folder} yet: the run starts over{teacher}")
-    if (run / METRICS).exists() or is_there(run / LAST):
+    if (run / METRICS).exists() or checkpoint_exists(run / LAST):
         raise ValueError(
             f"{run} holds a run already; nothing is overwritten: choose another folder (hydra.run.dir), or continue "
             f"it ({as_argument('resume', run)})."
         )
 
 
-def check_resume(path: Path, student: str, cfg: DictConfig) -> Before:
+def check_resume(path: Path, student: str, cfg: DictConfig) -> RunRecord:
     """Looks whether a file is a checkpoint of a run with the same settings.
 
     Of these, a run may change its length, its learning rate, and how gradients are clipped.
@@ -110,7 +110,7 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> Before:
     if not re.fullmatch(rf"{re.escape(canonical_name(student))}(@.*\D.*)?", canonical_name(found)):
         raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
     may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # the last is the machine's
-    before = told(checkpoint, path)
+    before = read_record(checkpoint, path)
     changed = changes(before.settings, cfg)
     if before.teacher_sha256 is not None:  # wherever the file lies now
         may_differ.append("model.teacher.weights")
@@ -202,7 +202,7 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
                 print_line(name, f"{run} is finished")
             return read_summary(run)
     run.mkdir(parents=True, exist_ok=True)
-    goes_on = is_there(run / LAST)
+    goes_on = checkpoint_exists(run / LAST)
     _clear(run, goes_on=goes_on)
     try:
         return fit(changed(cfg, {"resume": str(run / LAST)}) if goes_on else cfg)

@@ -26,7 +26,7 @@ from rld_lightning.hydra.sweeps.optuna_study import check_options
 from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.reporting.labels import short_value
-from rld_lightning.runs.events import note
+from rld_lightning.runs.events import log_event
 from rld_lightning.runs.files import ALONE, CONFIG, STUDENT, SUMMARY, TEACHER, read_config
 from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.naming import loss_name
@@ -233,7 +233,7 @@ def _ended_after(run: Path) -> dict[str, int]:
 @rank_zero_only
 def _note(config: DictConfig, **event: Any) -> None:
     if is_trial():  # Hydra calls its callbacks for a single run as well
-        note(Path(config.hydra.sweep.dir), number=config.hydra.job.num, **event)
+        log_event(Path(config.hydra.sweep.dir), number=config.hydra.job.num, **event)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
 from rld_lightning.redact import redact_text
-from rld_lightning.runs.checkpoint import is_there
+from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
-from rld_lightning.runs.likeness import canonical, decides
+from rld_lightning.runs.likeness import affects_training, canonical
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.checks import check_names
@@ -101,7 +101,7 @@ def _check_trial(cfg: DictConfig) -> None:
     with user_errors():
         teacher = None if loss_name(cfg.loss) == "CE" else plan_teacher(cfg.model.teacher)
         check_names(plan_student(cfg.model.student), teacher)
-        if (checkpoint := find_checkpoint(cfg.resume)) is not None and not is_there(Path(checkpoint)):
+        if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
             raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
         settings = changed(cfg, {"paths.run": cfg.paths.runs}).data  # a trial has its folder later
         root = settings.get("root")
@@ -119,7 +119,7 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
         values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
     """
     record = folder / SWEEP
-    current = {line for key, line in fixed.items() if decides(key)}
+    current = {line for key, line in fixed.items() if affects_training(key)}
     current |= set(swept.values()) if values_too else set(swept)
     current = _canonical(map(redact_text, current))
     if record.exists():

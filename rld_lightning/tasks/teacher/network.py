@@ -30,7 +30,7 @@ from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import create_fitting
-from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.describe import describe_size
 from rld_lightning.tasks.run.matched_classes import put_in_order
@@ -39,7 +39,7 @@ from rld_lightning.tasks.teacher.recorded import teacher_size
 
 
 def build_teacher(
-    teacher: Teacher, data: ImageDataModule, usual: Look, before: Before | None = None
+    teacher: Teacher, data: ImageDataModule, usual: Look, before: RunRecord | None = None
 ) -> tuple[FrozenTeacher, WeightsFacts, str | None]:
     """Loads and freezes a teacher, and prints its lines.
 
@@ -84,7 +84,7 @@ def build_teacher(
     return frozen, facts, sha256
 
 
-def _check_sha256(teacher: Teacher, found: str, before: Before | None) -> None:
+def _check_sha256(teacher: Teacher, found: str, before: RunRecord | None) -> None:
     if teacher.sha256 not in (None, found):
         raise ValueError(
             f"{teacher.weights} has the SHA-256 {found}, not {teacher.sha256}: give the file that it is of, or another "

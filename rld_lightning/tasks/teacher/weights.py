@@ -15,7 +15,7 @@ from rld_lightning.models.input_size import split_size
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
 from rld_lightning.models.weights.read import split_part
-from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.run.plan import Teacher, alone, changed
@@ -23,7 +23,7 @@ from rld_lightning.tasks.run.resume import run_once
 
 
 def find_teacher(
-    teacher: Teacher, dataset: str, store: TeacherStore, told: Before | None = None
+    teacher: Teacher, dataset: str, store: TeacherStore, told: RunRecord | None = None
 ) -> str | tuple[str, ...] | None:
     """Finds the weights of a run's teacher.
 

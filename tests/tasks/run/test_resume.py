@@ -6,7 +6,7 @@ from helpers.plans import make_plan
 from omegaconf import OmegaConf
 
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.runs.checkpoint import Before, tell
+from rld_lightning.runs.checkpoint import RunRecord, add_record
 from rld_lightning.runs.likeness import settings
 from rld_lightning.tasks.run.checks import check_start
 from rld_lightning.tasks.run.plan import Student
@@ -102,11 +102,11 @@ def told_of(student):
 
 def with_settings(**changes):
     """A checkpoint with the settings of its run."""
-    before = Before(
+    before = RunRecord(
         settings(OmegaConf.to_container(OmegaConf.create(CONFIG), resolve=True)), changes.pop("sha256", None)
     )
     before.settings.update({key.replace("__", "."): value for key, value in changes.items()})
-    tell(checkpoint := dict(CHECKPOINT), before)
+    add_record(checkpoint := dict(CHECKPOINT), before)
     return checkpoint
 
 

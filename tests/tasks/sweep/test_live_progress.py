@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rld_lightning.console import duration
 from rld_lightning.errors import UserError
-from rld_lightning.runs.events import EVENTS, Events, note
+from rld_lightning.runs.events import EVENTS, Events, log_event
 from rld_lightning.tasks.sweep import callback as sweep
 from rld_lightning.tasks.sweep import live_progress as watching
 from rld_lightning.tasks.sweep.live_progress import Watch
@@ -66,9 +66,9 @@ def test_the_live_line_is_one_line_of_a_narrow_terminal_and_goes_away(tmp_path, 
     console = Console(width=40, force_terminal=True, record=True, highlight=False)
     monkeypatch.setattr(watching, "console", console)
     watch = Watch(tmp_path)
-    note(tmp_path, total=3)
-    note(tmp_path, state="begins", number=0, trial="a.long.key=1", known=False)
-    note(tmp_path, state="ends", number=0, trial="a.long.key=1 another.long.key=2", top1=50.0)
+    log_event(tmp_path, total=3)
+    log_event(tmp_path, state="begins", number=0, trial="a.long.key=1", known=False)
+    log_event(tmp_path, state="ends", number=0, trial="a.long.key=1 another.long.key=2", top1=50.0)
     watch.stop()
     (line,) = console.render_lines(watch._text(), pad=False)
     assert "".join(segment.text for segment in line).startswith("   sweep  1/3 done, 0 running")
@@ -77,7 +77,7 @@ def test_the_live_line_is_one_line_of_a_narrow_terminal_and_goes_away(tmp_path, 
 
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     events = Events(tmp_path)
-    note(tmp_path, total=3)
+    log_event(tmp_path, total=3)
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"total"')
     assert [event["total"] for event in events.new()] == [3]
@@ -97,8 +97,8 @@ def test_events_that_cannot_be_read_do_not_end_the_watch(watch, tmp_path, capsys
     ):
         with (tmp_path / EVENTS).open("a", errors="surrogateescape") as file:
             file.write(f"{text}\n")
-    note(tmp_path, total=1)
-    note(tmp_path, state="ends", number=0, trial="x=0", top1=50.0)
+    log_event(tmp_path, total=1)
+    log_event(tmp_path, state="ends", number=0, trial="x=0", top1=50.0)
     watch.stop()
     assert " ".join(capsys.readouterr().out.split()).endswith("x=0 50.00 % 0 s")
 

@@ -14,7 +14,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import Look
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.runs.checkpoint import Before
+from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.run.build import build_module
 from rld_lightning.tasks.teacher.network import build_teacher
@@ -32,14 +32,14 @@ def known(tmp_path):
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     (data := DigitsDataModule()).setup("fit")
     said = {"model.teacher.name": "resnet8", "model.teacher.weights": str(path)}
-    return teacher, Before(said, sha256), data
+    return teacher, RunRecord(said, sha256), data
 
 
 def test_a_teacher_that_was_replaced_is_not_taken_for_the_one_that_a_run_had(known):
     teacher, before, data = known
     assert build_teacher(teacher, data, USUAL, before)[2] == before.teacher_sha256
     build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
-    build_teacher(teacher, data, USUAL, Before({}, None))
+    build_teacher(teacher, data, USUAL, RunRecord({}, None))
     save_weights(create_model("resnet8", 10), teacher.weights)
     with pytest.raises(ValueError, match=r"is not the teacher that the run had: its SHA-256 is .* bring that one back"):
         build_teacher(teacher, data, USUAL, before)
@@ -51,7 +51,7 @@ def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
     teacher, before, _ = known
     wanted, store = replace(teacher, weights="fit"), make_plan(tmp_path).store
     assert find_teacher(wanted, "digits", store, before) == teacher.weights
-    gone = Before(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
+    gone = RunRecord(before.settings | {"model.teacher.weights": "/gone.pth"}, "ab")
     with pytest.raises(ValueError, match=r"the teacher of the run, /gone\.pth, is gone or damaged: bring it back"):
         find_teacher(wanted, "digits", store, gone)
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
 def test_anything_but_a_file_of_the_wanted_teacher_says_nothing(known, tmp_path, said):
     teacher, before, _ = known
     settings = {f"model.teacher.{key}": value for key, value in said.items()}
-    told = Before(before.settings | settings if said else {}, None)
+    told = RunRecord(before.settings | settings if said else {}, None)
     assert find_teacher(replace(teacher, weights="fit"), "digits", make_plan(tmp_path).store, told) is None
 
 
