@@ -1,4 +1,4 @@
-"""Finding the images, classes and splits in a folder of class folders."""
+"""Finds the images, classes and splits in a folder of class folders."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from rld_lightning.data.decode import read_file
 from rld_lightning.data.stratified import stratified_split
 
 _MOST_QUOTED = 10
-# Pictures that cameras, phones and browsers save and nobody here reads.
+# Picture formats of cameras, phones and browsers that are not read.
 _OTHER_PICTURES = (
     *(".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".tga", ".psd"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
@@ -24,22 +24,22 @@ _OTHER_PICTURES = (
 TRAIN_FOLDER = "train"
 VAL_FOLDERS = ("val", "valid", "validation")
 TEST_FOLDER = "test"
-# What else people call these, in any case and with or without `_set` and the like: `Training`, `train_set`, `TEST`.
+# Other common names of these, in any case, with or without `_set` and the like: `Training`, `train_set`, `TEST`.
 _SPLIT_NAMES = {
     TRAIN_FOLDER: (TRAIN_FOLDER, "training"),
     VAL_FOLDERS[0]: (*VAL_FOLDERS, "validate", "dev", "eval", "evaluation"),
     TEST_FOLDER: (TEST_FOLDER, "testing"),
 }
 _SPLIT_NAME_ENDS = ("set", "split", "data", "dataset", "images", "folder")
-# A flat folder is always split alike, whatever the seed of a run, so that results can be compared.
+# A flat folder's test split does not depend on the seed of a run, so that results are comparable.
 TEST_SEED = 0
 
 
 class ImageList(NamedTuple):
     """The files of a split.
 
-    ``paths`` is a NumPy array of bytes rather than a list of ``str``: worker processes share its memory, while counting
-    the references of a million strings would copy them into each worker. ``labels`` is int64 ``(N,)``.
+    ``paths`` is a NumPy array of bytes rather than a list of ``str``: worker processes share its memory, while
+    reference counting would copy a million strings into each worker. ``labels`` is int64 ``(N,)``.
     """
 
     class_names: list[str]
@@ -47,24 +47,24 @@ class ImageList(NamedTuple):
     labels: Tensor
 
     def take(self, index: Tensor) -> "ImageList":
-        """The files at ``index`` ``(M,)`` as a list of their own."""
+        """Returns the files at ``index`` ``(M,)`` as a list."""
         return ImageList(self.class_names, self.paths[index.numpy()], self.labels[index])
 
     def path(self, index: int) -> str:
-        """The path of an image."""
+        """Returns the path of an image."""
         return os.fsdecode(self.paths[index])
 
     def read(self, index: int) -> Tensor:
-        """The bytes of an image's file, uint8 ``(N,)``; see :func:`~rld_lightning.data.decode.read_file`."""
+        """Reads the bytes of an image's file, uint8 ``(N,)``; see :func:`~rld_lightning.data.decode.read_file`."""
         return read_file(self.path(index))
 
 
 def list_images(folder: Path, left_out: Counter[str] | None = None) -> ImageList:
-    """Lists the images in the class folders of ``folder``, sorted by class and name; what is hidden is left out.
+    """Lists the images in the class folders of ``folder``, sorted by class and name, without hidden files.
 
     Args:
-        folder: of class folders.
-        left_out: gets the count of pictures of kinds that are not read, by their ending.
+        folder: the parent of the class folders.
+        left_out: is filled with the number of pictures in unsupported formats, by suffix.
     """
     class_names = _folders_in(folder)
     if len(class_names) < 2:
@@ -94,10 +94,11 @@ def list_images(folder: Path, left_out: Counter[str] | None = None) -> ImageList
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """The files below a class folder, in torchvision's order, by links too; in no folder twice, where these go round.
+    """Yields the files below a class folder in torchvision's order; follows links, but visits each folder only once.
 
-    Two links of a folder to itself would make forty times twice as many of it. Hidden ones are no photographs: macOS
-    leaves a ``._photo.jpg`` beside each in what it packs, and notebooks keep copies in ``.ipynb_checkpoints``.
+    Two links of a folder to itself would double its files up to forty times. Hidden files are no images of the data
+    set: macOS writes a ``._photo.jpg`` beside each into its archives, and notebooks keep copies in
+    ``.ipynb_checkpoints``.
     """
     found, known = list[tuple[str, list[str]]](), set[tuple[int, int]]()
     for path, inner, files in os.walk(folder, followlinks=True):
@@ -117,11 +118,11 @@ def find_splits(root: Path, test_fraction: float, left_out: Counter[str] | None 
 
     Args:
         root: a folder of splits, or a flat folder of classes.
-        test_fraction: share of the images that becomes the test split of a flat folder.
+        test_fraction: share of a flat folder's images for the test split.
         left_out: as for :func:`list_images`.
 
     Returns:
-        the splits ``"train"``, ``"test"`` and, if the folder has one beside the test split, ``"val"``.
+        the splits ``"train"``, ``"test"`` and, if the folder has both, ``"val"``.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: set root to a folder of class folders of images.")
@@ -150,7 +151,7 @@ def find_splits(root: Path, test_fraction: float, left_out: Counter[str] | None 
 
 
 def _find_split(root: Path, folders: list[str], split: str) -> str | None:
-    """The folder of a split: by one of the documented names, or by another one if there are folders in it."""
+    """Finds the folder of a split, by a documented name, or by another common one if it contains folders."""
     documented = VAL_FOLDERS if split in VAL_FOLDERS else (split,)
     if found := next((name for name in documented if name in folders), None):
         return found
@@ -166,7 +167,7 @@ def _is_split_name(name: str, split: str) -> bool:
 
 
 def _check_no_splits(folder: Path, class_names: list[str]) -> None:
-    """Refuses folders that look like splits by names of their own, with the same class folders in each."""
+    """Refuses folders that look like splits with unusual names: all contain the same class folders."""
     inner = []
     for name in class_names:
         with os.scandir(folder / name) as entries:
@@ -201,6 +202,6 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def _quote(names: list[str]) -> str:
-    """Writes out at most :data:`_MOST_QUOTED` names for an error message."""
+    """Quotes at most :data:`_MOST_QUOTED` names for an error message."""
     more = f" and {len(names) - _MOST_QUOTED} more" if len(names) > _MOST_QUOTED else ""
     return (", ".join(map(repr, names[:_MOST_QUOTED])) or "none") + more

@@ -1,4 +1,4 @@
-"""Any folder of class folders, such as ImageNet: too big for the device, hence streamed by worker processes."""
+"""Folders of class folders, such as ImageNet: too large for the device, so streamed by worker processes."""
 
 import os
 from collections import Counter
@@ -20,19 +20,19 @@ from rld_lightning.distributed import is_rank_zero
 class ImageFolderDataModule(StreamingDataModule):
     """A folder of class folders of images.
 
-    Three layouts are understood. ``root/train`` beside one of ``root/{val,valid,validation,test}``: the latter is
-    the test split, as ImageNet's ``val`` is. ``root/train``, one of ``root/{val,valid,validation}`` and
+    Three layouts are supported. ``root/train`` with one of ``root/{val,valid,validation,test}``: the latter is
+    the test split, like ImageNet's ``val``. ``root/train``, one of ``root/{val,valid,validation}`` and
     ``root/test``, all with class folders: validation and test split are different, and nothing is held out of
     ``train``. ``root/<class>/...``: a fixed, stratified ``test_fraction`` of the images is the test split. Splits
-    may also be called ``Train``, ``training``, ``train_set`` and the like; folders that look like splits by names
-    of their own are refused.
+    may also be named ``Train``, ``training``, ``train_set`` and the like; folders that look like splits with other
+    names are refused.
 
     Args:
         root: the folder.
-        test_fraction: share of the images in the test split, if the folder does not say.
-        split_file: where it is written which image is in which split, if chance has decided that. A file that is there
-            is followed, also where images have come or gone since.
-        name: name of the data set, by default that of the folder.
+        test_fraction: share of the images in the test split, if the folder has no splits.
+        split_file: file that records random splits. An existing file is followed, even if images were added or removed
+            since.
+        name: name of the data set; by default that of the folder.
         options: see :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """
 
@@ -54,10 +54,10 @@ class ImageFolderDataModule(StreamingDataModule):
         self.test_fraction = test_fraction
         self.split_file = None if split_file is None else Path(split_file)
         self._since = ""
-        self._left_out: Counter[str] = Counter()  # pictures of kinds that are not read
+        self._left_out: Counter[str] = Counter()  # pictures in unsupported formats, by suffix
 
     def find_splits(self) -> dict[str, ImageList]:
-        """Lists the files of ``"train"``, ``"test"`` and, where the folder has one of its own, ``"val"``."""
+        """Lists the files of ``"train"``, ``"test"`` and, if the folder has its own, ``"val"``."""
         self._left_out.clear()
         return find_splits(self.root, self.test_fraction, self._left_out)
 
@@ -65,29 +65,29 @@ class ImageFolderDataModule(StreamingDataModule):
         if self.split_file is None:
             return super()._held_out()
         if self.split_file.exists():
-            return self._as_written(self.split_file)
+            return self._from_split_file(self.split_file)
         splits = super()._held_out()
         if (self.val_fraction > 0 or self._is_flat(splits)) and is_rank_zero():
             write_split(self.split_file, self.root, splits)
         return splits
 
     def _is_flat(self, splits: Mapping[str, Images]) -> bool:
-        """Whether the folder has classes, and no folders of splits."""
+        """Whether the folder contains classes rather than splits."""
         return (self.root / splits["train"].class_names[0]).is_dir()
 
-    def _as_written(self, file: Path) -> dict[str, Images]:
+    def _from_split_file(self, file: Path) -> dict[str, Images]:
         train, *others = self.find_splits().values()
         paths = np.array([path for images in (train, *others) for path in images.paths])
         labels = torch.cat([images.labels for images in (train, *others)])
         written = read_split(file, self.root, ImageList(train.class_names, paths, labels))
         if self.val_fraction > 0 and "val" not in written.splits:
             raise ValueError(f"{file} holds no images out for validation; set data.val_fraction=0.")
-        counts = ((written.gone, "of them are gone"), (written.new, "have come since and are left out"))
+        counts = ((written.gone, "of them are missing"), (written.new, "new ones are ignored"))
         self._since = "".join(f", {count:,} {what}" for count, what in counts if count)
         return dict(written.splits)
 
     def describe(self) -> str:
-        """One line for the console, with what is tested on, what has changed since, and what is left out."""
+        """One line for the console, with the test split, changes since the split file, and unsupported pictures."""
         splits, tested = self.splits, ""
         if self.val_split == "val" and not self.is_benchmark and not self._is_flat(splits):
             folder = Path(os.path.relpath(splits["test"].path(0), self.root)).parts[0]
@@ -96,5 +96,5 @@ class ImageFolderDataModule(StreamingDataModule):
         left_out = ""
         if self._left_out:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._left_out.most_common())
-            left_out = f"; caution: pictures of kinds that are not read are left out ({kinds})"
+            left_out = f"; caution: pictures in unsupported formats are skipped ({kinds})"
         return f"{super().describe()}{tested}{since}{left_out}"

@@ -22,17 +22,17 @@ from rld_lightning.data.image_list import ImageList
 from rld_lightning.data.imagefolder import ImageFolderDataModule
 
 SPLITS = ("train", "val")
-# SHA-256 of the 1,000 WordNet ids, sorted, a line each: the classes that torchvision's and timm's models know.
+# SHA-256 of the 1,000 sorted WordNet ids, one per line: the classes of torchvision's and timm's models.
 WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
 
 class ImageNetDataModule(ImageFolderDataModule):
-    """ImageNet (ILSVRC 2012), as folders or as the archives that one downloads.
+    """ImageNet (ILSVRC 2012), as folders or as the official archives.
 
-    ``root/{train,val}/<WordNet id>/*``; ``val`` is the test split. Where one of the folders is missing, it is unpacked
-    from the archives that :class:`torchvision.datasets.ImageNet` knows, by torchvision's own functions: for ``train``
+    ``root/{train,val}/<WordNet id>/*``; ``val`` is the test split. A missing folder is unpacked, with torchvision's
+    functions, from the archives of :class:`torchvision.datasets.ImageNet`: for ``train``
     ``root/ILSVRC2012_img_train.tar``, for ``val`` ``root/ILSVRC2012_img_val.tar`` and
-    ``root/ILSVRC2012_devkit_t12.tar.gz``. Any subset of the classes will do, such as ImageNet-100's folders.
+    ``root/ILSVRC2012_devkit_t12.tar.gz``. Any subset of the classes works too, such as ImageNet-100's folders.
 
     Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015, arXiv 1409.0575.
 
@@ -48,7 +48,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         super().__init__(root, name=name, **options)
 
     def find_splits(self) -> dict[str, ImageList]:
-        """Lists the files of ``"train"`` and ``"test"``, unpacked if they were not."""
+        """Lists the files of ``"train"`` and ``"test"``, after unpacking them if necessary."""
         self.prepare_data()
         return super().find_splits()
 
@@ -56,8 +56,8 @@ class ImageNetDataModule(ImageFolderDataModule):
     def class_names(self) -> list[str]:  # type: ignore[override]
         """English names of the classes, in the order of their WordNet ids.
 
-        Of the 1,000 classes these are the names that torchvision's models carry; of other choices of classes those in
-        the devkit, once it has been unpacked, or else the names of the folders.
+        For the 1,000 classes, the names in torchvision's models; for other choices of classes, the names in the devkit
+        if it has been unpacked, else the folder names.
         """
         wnids = super().class_names
         if hashlib.sha256("\n".join(wnids).encode()).hexdigest() == WNIDS_SHA256:
@@ -65,11 +65,11 @@ class ImageNetDataModule(ImageFolderDataModule):
         if not (self.root / META_FILE).exists():
             return wnids
         names = self._read_meta()[0]
-        # Two classes may share their first name: there is a crane that flies.
+        # Two classes may share their first name, such as crane, the bird and the machine.
         return [f"{names[wnid][0]} ({wnid})" if wnid in names else wnid for wnid in wnids]
 
     def prepare_data(self) -> None:
-        """Unpacks what is missing, in one process at a time; an interrupted archive is started over."""
+        """Unpacks missing splits; one process at a time. An interrupted unpacking starts over."""
         folders = [self.root / split for split in SPLITS if (self.root / split).is_dir()]
         for folder in folders:
             if not any(entry.is_dir() for entry in folder.iterdir()):
@@ -84,7 +84,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         with FileLock(self.root / "imagenet.lock"):
             missing = [split for split in SPLITS if not (self.root / split).is_dir()]
             archives = [*missing, *(["devkit"] if "val" in missing and not (self.root / META_FILE).exists() else [])]
-            # All of them before the first hour of unpacking.
+            # Check all of them before the first hour of unpacking.
             if absent := [self._archive(name).name for name in archives if not self._archive(name).exists()]:
                 raise FileNotFoundError(
                     f"{self.root} has no {'/ and no '.join(missing)}/, nor {' and '.join(absent)} to unpack. "
@@ -95,9 +95,9 @@ class ImageNetDataModule(ImageFolderDataModule):
                 self._unpack(split)
 
     def _unpack(self, split: str) -> None:
-        # A hidden folder, which no listing takes for a class; under its name a split is complete.
+        # A hidden folder, which is not listed as a class, until the split is complete.
         part = self.root / f".{split}.part"
-        if part.is_symlink():  # in a folder that came from elsewhere; what it leads to is left alone
+        if part.is_symlink():  # in a copied folder; its target must not be changed
             part.unlink()
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -118,7 +118,7 @@ class ImageNetDataModule(ImageFolderDataModule):
             (Path(folder) / META_FILE).replace(self.root / META_FILE)
 
     def _read_meta(self) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-        """The names of each WordNet id and the WordNet id of each validation image."""
+        """Reads the names of each WordNet id, and the WordNet id of each validation image."""
         try:
             return load_meta_file(self.root)
         except Exception as error:  # unpicklers raise almost anything

@@ -1,12 +1,12 @@
-"""The strong view of two-view methods: RandAugment and Cutout of a whole batch of uint8 images at once.
+"""The strong view of two-view methods: RandAugment and Cutout on a whole batch of uint8 images at once.
 
-It is what the public code of MLKD (Jin-Ying/Multi-Level-Logit-Distillation) and the code of RLD that builds on it call
-``RandAugment(2, 10)``, for CIFAR-100 and for ImageNet: FixMatch's variant. Of 14 operations two are drawn, with
-replacement, each with a magnitude drawn uniformly from its whole range (the 10 is not used), and a Cutout follows. That
-is another augmentation than ``RandAugment`` of torchvision, which has one magnitude for all and no Cutout.
+This is what the public code of MLKD (Jin-Ying/Multi-Level-Logit-Distillation), and the code of RLD based on it, call
+``RandAugment(2, 10)``, for CIFAR-100 and for ImageNet: FixMatch's variant. Two of 14 operations are drawn, with
+replacement, each with a magnitude drawn uniformly from its whole range (the 10 is not used), followed by Cutout. This
+differs from torchvision's ``RandAugment``, which has one magnitude for all and no Cutout.
 
-The code there calls Pillow, image by image. Here the arithmetic of Pillow is written out for batches, in integers where
-it has any, so that the pixels are the same, on every device.
+That code calls Pillow for each image. Here Pillow's arithmetic is implemented for batches, in integers where Pillow
+uses integers, so that the pixels are the same on every device.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rld_lightning.data.augment import Device
 
-# The range of each operation's magnitude. Those that only move pixels come last: they are applied together.
+# The range of each operation's magnitude. Operations that only move pixels are last: they are applied together.
 MAGNITUDES = {
     "identity": (0.0, 0.0),
     "autocontrast": (0.0, 0.0),
@@ -42,11 +42,11 @@ HOLE_COLOR = (125, 123, 114)
 
 
 class RandAugmentDraw(NamedTuple):
-    """What is done to each of N samples, on the CPU."""
+    """The random draws for N samples, on the CPU."""
 
     operation: Tensor  # positions in `OPERATIONS`, int64 `(N, 2)`
     magnitude: Tensor  # in the range of each operation, float32 `(N, 2)`
-    hole: Tensor  # the first and the last row, the first and the last column that Cutout fills, int64 `(N, 4)`
+    hole: Tensor  # first and last row, first and last column of Cutout's rectangle, int64 `(N, 4)`
 
 
 def draw_randaugment(size: int, height: int, width: int, generator: torch.Generator) -> RandAugmentDraw:
@@ -65,17 +65,17 @@ def draw_randaugment(size: int, height: int, width: int, generator: torch.Genera
 
 
 class RandAugment:
-    """Applies what was drawn, a batch at a time.
+    """Applies the drawn operations to batches.
 
-    Everything that a batch needs is moved to the device here, and how many samples of a batch get which operation is
-    known on the CPU, so that a step launches kernels and waits for nothing.
+    The constructor moves all draws to the device and counts on the CPU how many samples of each batch get which
+    operation, so that a step only launches kernels, without synchronisation.
 
     Args:
-        draw: what was drawn for all M samples, batch after batch.
-        steps: the slice of the M samples in each batch; together they are all, in order.
+        draw: the draws for all M samples, in the order of the batches.
+        steps: the slice of the M samples in each batch; together they cover all, in order.
         height: H.
         width: W.
-        device: where the images are.
+        device: device of the images.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RandAugment:
 
 
 def randaugment_image(image: Tensor) -> Tensor:
-    """Augments one uint8 image ``(3, H, W)`` as drawn from the global CPU generator."""
+    """Augments one uint8 image ``(3, H, W)``, with draws from the global CPU generator."""
     height, width = image.shape[1:]
     draw = draw_randaugment(1, height, width, torch.default_generator)
     augment = RandAugment(draw, [slice(0, 1)], height, width, image.device)
@@ -121,9 +121,9 @@ def randaugment_image(image: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Stretches each channel to 0..255; a channel of one value stays.
+    """Stretches each channel to 0..255; a constant channel does not change.
 
-    Pillow computes a table in floats of 64 bits, which now and then falls short of a whole number; so does this one.
+    Like Pillow, computes a table in 64-bit floats, which sometimes falls just short of a whole number.
     """
     low, high = (x.double() for x in _on_float64(torch.stack(images.flatten(1, 2).aminmax(dim=1))).unsqueeze(-1))
     values = torch.arange(256, device=low.device, dtype=torch.float64)
@@ -136,11 +136,11 @@ def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _on_float64(values: Tensor) -> Tensor:
-    return values.cpu() if values.device.type == "mps" else values  # Apple's GPUs have no such floats
+    return values.cpu() if values.device.type == "mps" else values  # Apple's GPUs have no float64
 
 
 def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Spreads the values of each channel so that their histogram is as flat as can be."""
+    """Equalises the histogram of each channel."""
     samples, height, width, channels = images.shape
     histograms = torch.arange(samples * channels, device=images.device).view(samples, 1, 1, channels)
     bins = (256 * histograms + images).view(-1)
@@ -154,34 +154,34 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Keeps the highest bits of each value, as many as the magnitude rounded down."""
+    """Keeps the highest bits of each value; their number is the magnitude rounded down."""
     return images & (256 - torch.bitwise_left_shift(1, 8 - magnitude.int())).byte()
 
 
 def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Inverts the values that are not below the magnitude."""
+    """Inverts values at or above the magnitude."""
     return torch.where(images < magnitude, images, 255 - images)
 
 
 def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Darkens: at 0 black, at 1 the image."""
+    """Reduces brightness: 0 is black, 1 the image."""
     return (magnitude * images).byte()
 
 
 def color(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Takes out colour: at 0 grey, at 1 the image."""
+    """Reduces colour: 0 is grey, 1 the image."""
     return _blend(_grey(images), images, magnitude)
 
 
 def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Takes out contrast: at 0 the rounded mean of the grey image, at 1 the image."""
+    """Reduces contrast: 0 is the rounded mean of the grey image, 1 the image."""
     pixels = images.shape[1] * images.shape[2]
     mean = (2 * _grey(images).sum((1, 2), keepdim=True) + pixels) // (2 * pixels)
     return _blend(mean, images, magnitude)
 
 
 def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Smooths: at 0 the mean of 3x3 pixels with the middle one counted five times, at 1 the image; the rim stays."""
+    """Smooths: 0 is the mean of 3x3 pixels with a centre weight of five, 1 the image; the border does not change."""
     pixels = images.int()
     middle = pixels[:, 1:-1, 1:-1]
     total = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
@@ -200,12 +200,12 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _blend(base: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
-    # The difference is an integer, and its product is rounded before the sum: every device gets the same.
+    # The difference is an integer, and the product is rounded before the sum, so that all devices agree.
     return (base + magnitude * (images - base)).byte()
 
 
 def fixed_point_moves(operation: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
-    """Writes rotation, shear or translation as the integers that Pillow resamples with.
+    """Converts rotation, shear or translation to the integers of Pillow's resampling.
 
     Args:
         operation: positions in ``OPERATIONS``, int64 ``(N,)``.
@@ -214,8 +214,8 @@ def fixed_point_moves(operation: Tensor, magnitude: Tensor, height: int, width: 
         width: W.
 
     Returns:
-        ``(a, b, c, d, e, f)``, int32 ``(N, 6)``: pixel (x, y) is taken from column ``(a x + b y + c) >> 16`` and row
-        ``(d x + e y + f) >> 16``. For operations that move nothing it is taken from where it is.
+        ``(a, b, c, d, e, f)``, int32 ``(N, 6)``: pixel (x, y) is read from column ``(a x + b y + c) >> 16`` and row
+        ``(d x + e y + f) >> 16``. For operations that move nothing, this is the identity.
     """
     magnitude = magnitude.double()
     angle, shear_x, shear_y, shift_x, shift_y = (
@@ -223,7 +223,7 @@ def fixed_point_moves(operation: Tensor, magnitude: Tensor, height: int, width: 
     )
     cos, sin = torch.deg2rad(angle).cos(), torch.deg2rad(angle).sin()
     a, b, d, e = cos, shear_x - sin, shear_y + sin, cos
-    # Rotation is about the centre; whole pixels are shifted; the middle of a pixel is where it is read.
+    # Rotation is about the centre; shifts are whole pixels; pixels are read at their centre.
     c = (1 - cos) * width / 2 + sin * height / 2 + (shift_x * width + 0.5).floor() + (a + b) / 2
     f = (1 - cos) * height / 2 - sin * width / 2 + (shift_y * height + 0.5).floor() + (d + e) / 2
     return (torch.stack([a, b, c, d, e, f], dim=-1) * 65536 + 0.5).floor().int()
@@ -234,7 +234,7 @@ def move(images: Tensor, moves: Tensor) -> Tensor:
 
     Args:
         images: uint8 ``(B, H, W, 3)``.
-        moves: as :func:`fixed_point_moves` gives them, int32 ``(B, 6)``.
+        moves: result of :func:`fixed_point_moves`, int32 ``(B, 6)``.
     """
     samples, height, width, channels = images.shape
     y = torch.arange(height, dtype=torch.int32, device=images.device).unsqueeze(-1)
@@ -254,12 +254,12 @@ def cutout(images: Tensor, hole: Tensor, filling: Tensor) -> Tensor:
     Args:
         images: uint8 ``(B, H, W, 3)``.
         hole: first and last row, first and last column, int64 ``(B, 4)``.
-        filling: a row of filled pixels, uint8 ``(3 W,)``.
+        filling: a row of pixels in the fill colour, uint8 ``(3 W,)``.
     """
     top, bottom, left, right = hole.T[..., None, None]
     height, channels = images.shape[1], images.shape[3]
     rows = torch.arange(height, device=images.device).unsqueeze(-1)
     columns = torch.arange(len(filling), device=images.device) // channels
     inside = ((rows >= top) & (rows <= bottom)) & ((columns >= left) & (columns <= right))
-    # Whole rows of channels: a condition for each pixel, broadcast over three channels, is slow on a CPU.
+    # On rows of channel values: broadcasting a condition per pixel over three channels is slow on a CPU.
     return torch.where(inside, filling, images.flatten(2)).view(images.shape)

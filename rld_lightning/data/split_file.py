@@ -1,4 +1,4 @@
-"""Which image is in which split, written down, so that a folder that grows is still split as it was."""
+"""Split files record the split of each image, so that a growing folder keeps its splits."""
 
 import csv
 import os
@@ -18,16 +18,16 @@ _LARGEST = 1 << 30  # bytes
 
 
 class WrittenSplit(NamedTuple):
-    """Images as a file has shared them out."""
+    """Images split as in a split file."""
 
-    # `"train"`, `"test"` and, where the file has one, `"val"`, each in the order of the file
+    # `"train"`, `"test"` and, if the file has one, `"val"`, each in the order of the file
     splits: dict[str, ImageList]
-    gone: int  # how many images of the file are not there any more
-    new: int  # how many there are that the file does not name; they are in no split
+    gone: int  # number of images in the file that no longer exist
+    new: int  # number of images that are not in the file; they are in no split
 
 
 def write_split(path: Path, root: Path, splits: Mapping[str, Images]) -> None:
-    """Writes a line ``split,image`` for each image, by its path within ``root``."""
+    """Writes a line ``split,image`` for each image, with its path relative to ``root``."""
     writer = csv.writer(text := StringIO(), lineterminator="\n")
     writer.writerow(("split", "image"))
     for name, images in splits.items():
@@ -36,15 +36,15 @@ def write_split(path: Path, root: Path, splits: Mapping[str, Images]) -> None:
 
 
 def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
-    """Shares images out as a file says, which may be a stranger's: its paths are compared, and never opened.
+    """Splits images as in a split file. The file is not trusted: its paths are only compared, never opened.
 
     Args:
         path: the file.
-        root: the folder that its paths are in.
-        images: all that there are, of whatever split.
+        root: the folder that its paths are relative to.
+        images: all images of all splits.
 
     Raises:
-        ValueError: it is no such file, or leaves no image to train on or to test.
+        ValueError: it is not a split file, or a split would be empty.
     """
     way_out = "move it away, or have the folder shared out anew with data.split_file=null"
     if not path.is_file() or path.stat().st_size > _LARGEST:
@@ -52,7 +52,7 @@ def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
     place = {_within(root, images.path(i)): i for i in range(len(images.labels))}
     try:
         rows = list(csv.reader(StringIO(path.read_bytes().decode("utf-8", "surrogateescape"))))
-    except csv.Error:  # a cell of some hundred thousand characters, say
+    except csv.Error:  # such as an overlong cell
         rows = []
     if rows[:1] != [["split", "image"]] or any(len(row) != 2 or row[0] not in _SPLITS for row in rows[1:]):
         raise ValueError(f"{path} has other lines than split,image with the splits {', '.join(_SPLITS)}; {way_out}.")

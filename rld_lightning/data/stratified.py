@@ -1,4 +1,4 @@
-"""Shares of a data set with the class frequencies of the whole: what is held out, and what a quick trial takes."""
+"""Stratified shares of a data set: held-out images, and subsets for quick trials."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from rld_lightning.errors import some
 def stratified_split(
     labels: Tensor, fraction: float, seed: int, name: str = "fraction", class_names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Splits samples in two so that both parts have the class frequencies of the whole.
+    """Splits samples in two, both with the class frequencies of the whole.
 
     Args:
         labels: classes, int64 ``(N,)``.
         fraction: share of the samples to hold out, in (0, 1).
         seed: seed of the split.
-        name: what the caller names the fraction, for the error message.
+        name: the caller's name of the fraction, for error messages.
         class_names: the names of the classes, likewise.
 
     Returns:
         the sorted positions of the kept and of the held-out samples, int64.
 
     Raises:
-        ValueError: a class has a single sample, or the fraction is too small or large for all classes to be in both.
+        ValueError: a class has a single sample, or the fraction is too small or large for all classes.
     """
-    from sklearn.model_selection import train_test_split  # a second that runs which hold nothing out need not wait
+    from sklearn.model_selection import train_test_split  # here, as the import takes a second
 
     try:
         kept, held_out = train_test_split(
@@ -47,9 +47,9 @@ def stratified_split(
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Chooses a fraction of the samples of each class, but at least one.
+    """Chooses a fraction of the samples of each class, at least one.
 
-    With one seed, a smaller fraction chooses among the samples of a larger one.
+    With the same seed, a smaller fraction gives a subset of a larger one's.
 
     Args:
         labels: classes, int64 ``(N,)``.

@@ -471,5 +471,5 @@ def test_pictures_that_are_not_read_are_counted(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     data = folder_data(tmp_path)
-    assert data.describe().endswith("; caution: pictures of kinds that are not read are left out (2 .heic, 1 .gif)")
+    assert data.describe().endswith("; caution: pictures in unsupported formats are skipped (2 .heic, 1 .gif)")
     assert data.train_size + data.test_size == 21

@@ -32,7 +32,7 @@ def test_what_was_drawn_is_drawn_once(tmp_path, folders):
     (root / gone).unlink()
     data, grown = members(root, file, val_fraction=0.2, seed=4)
     assert grown == drawn
-    assert data.describe().endswith(f"split as in {file}, 1 of them are gone, 20 have come since and are left out")
+    assert data.describe().endswith(f"split as in {file}, 1 of them are missing, 20 new ones are ignored")
     # A part of the training images is no other way of sharing out.
     _, few = members(root, file, val_fraction=0.2, subset=0.5)
     assert len(few["train"]) < len(drawn["train"])
