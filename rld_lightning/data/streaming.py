@@ -1,4 +1,4 @@
-"""Reading single images in worker processes, and putting them together to batches on the device."""
+"""Decodes single images in worker processes, and normalises batches of them on the device."""
 
 import gc
 import weakref
@@ -28,18 +28,18 @@ from rld_lightning.data.random_crop import REDUCING_GAP, RandomCropFlip
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.errors import UserError
 
-# So many files of a class that cannot be read, one after the other, are no accident.
+# More consecutive unreadable files of a class are an error.
 MOST_REPLACEMENTS = 8
 
 Key = tuple[int, int]
 
 
 class UnreadableImagesError(UserError, ValueError):
-    """Images without which a run would mean nothing cannot be read."""
+    """Raised for unreadable images without which a run would be meaningless."""
 
 
 class Images(Protocol):
-    """The encoded images of a split, wherever they are."""
+    """The encoded images of a split, from any source."""
 
     @property
     def class_names(self) -> list[str]:
@@ -50,34 +50,34 @@ class Images(Protocol):
         """Classes, int64 ``(N,)``."""
 
     def take(self, index: Tensor) -> "Images":
-        """The images at ``index`` ``(M,)`` as a list of their own."""
+        """Returns the images at ``index`` ``(M,)`` as a list."""
 
     def path(self, index: int) -> str:
-        """What an image is called in messages."""
+        """Returns an image's name for messages."""
 
     def read(self, index: int) -> Tensor:
-        """The bytes of an image's file, uint8 ``(N,)``.
+        """Reads the bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
-            BadImageError: this image cannot be read, while others may.
+            BadImageError: this image cannot be read; others may be readable.
         """
 
 
 class Sample(NamedTuple):
-    """What became of a key.
+    """The result of loading a key.
 
-    ``index`` is the position of the image that was read and ``label`` its class, ``views`` has one or two images
-    ``(3, H, W)`` or, if none could be read, nothing, and ``bad`` are the files that could not be read on the way.
+    ``index`` is the position of the image that was read and ``label`` its class. ``views`` has one or two images
+    ``(3, H, W)``, or is empty if none could be read. ``bad`` are the files that could not be read before.
     """
 
-    index: int  # type: ignore[assignment]  # which hides a method of tuples
+    index: int  # type: ignore[assignment]  # hides a method of tuple
     label: Tensor
     views: list[Tensor]
     bad: list[BadImage]
 
 
 class Encoded(NamedTuple):
-    """A JPEG file that the device will decode, which knows nothing of its EXIF ``orientation``."""
+    """A JPEG file for decoding on the device, which does not apply the EXIF ``orientation``."""
 
     key: Key
     content: Tensor
@@ -85,15 +85,15 @@ class Encoded(NamedTuple):
 
 
 class StreamedImages(Dataset[Sample | Encoded]):
-    """Decodes and transforms single images; a key is the index of an image and the seed of its augmentation.
+    """Decodes and transforms single images; a key is an image's index and the seed of its augmentation.
 
     Args:
         images: the images.
-        transform: applied to each uint8 image ``(3, H, W)``; must give equal shapes.
-        strong: whether to transform the same image once more and augment it strongly for a second view.
+        transform: applied to each uint8 image ``(3, H, W)``; all results must have the same shape.
+        strong: whether to add a second view: the same image transformed again and strongly augmented.
         decode: ``"auto"``, ``"pil"`` or ``"cuda"``; see
             :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
-        replace: whether the next readable image of the same class takes the place of one that cannot be read.
+        replace: whether the next readable image of the same class replaces an unreadable one.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class StreamedImages(Dataset[Sample | Encoded]):
         self.replace = replace
 
     def __getitem__(self, key: Key) -> Sample | Encoded:
-        """An image, or the file of one that the device will decode."""
+        """Returns an image, or a file for decoding on the device."""
         if self.decode == "cuda":
             try:
                 content = self.images.read(key[0])
@@ -127,7 +127,7 @@ class StreamedImages(Dataset[Sample | Encoded]):
         return len(self.images.labels)
 
     def key_sampler(self, sampler: EpochSampler) -> "KeySampler":
-        """Makes what asks for the batches of a sampler's epoch."""
+        """Creates the batch sampler for a sampler's epochs."""
         return KeySampler(sampler)
 
     def load(self, key: Key) -> Sample:
@@ -146,24 +146,24 @@ class StreamedImages(Dataset[Sample | Encoded]):
         return self.sample(index, [], bad)
 
     def sample(self, index: int, views: list[Tensor], bad: Sequence[BadImage] = ()) -> Sample:
-        """Puts together what became of a key."""
+        """Creates the :class:`Sample` of an image."""
         return Sample(index, self.images.labels[index], views, list(bad))
 
     def views(self, image: Tensor, seed: int) -> list[Tensor]:
-        """Transforms a uint8 image ``(3, H, W)``, on the device where it is."""
-        # Transforms draw from the global generator. Seeding it for each image makes the result independent of which
-        # worker loads it, and restoring it leaves the random state of training alone. Only the CPU generator: the
-        # common `torch.manual_seed` would touch CUDA's in every worker.
+        """Transforms a uint8 image ``(3, H, W)`` on its device."""
+        # Transforms draw from the global generator. Seeding it for each image makes the result independent of the
+        # worker, and restoring it keeps the random state of training. Only the CPU generator: `torch.manual_seed` would
+        # also seed CUDA's in every worker.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             views = [self.transform(image)]
             if self.strong:
-                # After the first, which is therefore the same with and without it.
+                # Drawn last, so that the first view is the same with and without this one.
                 views.append(randaugment_image(self.transform(image)))
         return views
 
     def _draw_reduction(self, header: Header, seed: int) -> int:
-        """Foresees the crops of a large JPEG and returns by how much it may be reduced while it is decoded."""
+        """Draws the crops of a large JPEG in advance, and returns the factor by which decoding may reduce it."""
         if self.decode == "pil" or header.format != "JPEG" or not isinstance(self.transform, RandomCropFlip):
             return 1
         size = header.height, header.width
@@ -184,9 +184,9 @@ class StreamedImages(Dataset[Sample | Encoded]):
 
 
 class Stacked(NamedTuple):
-    """The samples of a batch that could be read.
+    """The readable samples of a batch.
 
-    ``tensors`` are labels ``(B,)``, indices ``(B,)`` and one or two views ``(B, 3, H, W)``, or nothing if B is 0;
+    ``tensors`` are labels ``(B,)``, indices ``(B,)`` and one or two views ``(B, 3, H, W)``, or empty if B is 0;
     ``bad`` are the files that could not be read.
     """
 
@@ -195,7 +195,7 @@ class Stacked(NamedTuple):
 
 
 def stack(samples: Sequence[Sample]) -> Stacked:
-    """Stacks what could be read."""
+    """Stacks the readable samples."""
     read = [(sample.label, sample.index, *sample.views) for sample in samples if sample.views]
     bad = [image for sample in samples for image in sample.bad]
     return Stacked(default_collate(read) if read else [], bad)
@@ -212,7 +212,7 @@ class KeySampler:
         return len(self.sampler)
 
     def draw(self) -> Tensor:
-        """Draws the keys of all steps of this process, one after the other, int64 ``(M, 2)``."""
+        """Draws the keys of all steps of this process, concatenated, int64 ``(M, 2)``."""
         order, generator = self.sampler.draw_order()
         seeds = torch.randint(1 << 32, order.shape, generator=generator)
         return torch.stack([order, seeds], dim=1)[self.sampler.positions]
@@ -224,22 +224,22 @@ class KeySampler:
 
 
 class StreamingLoader(EpochLoader):
-    """Yields batches that worker processes decode; they are normalised on the device.
+    """Yields batches decoded by worker processes and normalised on the device.
 
-    Images cross the process boundary and the bus as uint8, a quarter of their size as floats.
+    Images are transferred between processes and to the device as uint8, a quarter of their size as floats.
 
-    An image that cannot be read is replaced where the data set says so, so that every batch keeps its size. Otherwise
-    it is left out: an evaluation sees each readable image once, whichever process it falls to, in as many batches as
-    before, some of which may then be empty. A split of which nothing can be read is an error: when a process has seen
-    none yet, it looks for one in the whole split, so that all processes come to the same conclusion.
+    If the data set has ``replace``, unreadable images are replaced, so that every batch keeps its size. Otherwise they
+    are skipped: an evaluation gets each readable image once, in the same number of batches, some of which may be empty.
+    A split without any readable image is an error: a process that has seen none yet searches the whole split, so that
+    all processes reach the same result.
 
     Args:
-        dataset: gives the uint8 views of a key's image.
-        sampler: which samples this process takes.
-        normalize: turns uint8 images into the model's input.
-        device: where batches are delivered.
-        num_workers: worker processes, 0 to decode in this one.
-        report: where images that cannot be read are reported; without it they are errors.
+        dataset: loads the uint8 views of a key's image.
+        sampler: selects the samples of this process.
+        normalize: converts uint8 images to the model's input.
+        device: device of the batches.
+        num_workers: number of worker processes; 0 to decode in this one.
+        report: reports unreadable images; without it they are errors.
     """
 
     def __init__(
@@ -266,17 +266,17 @@ class StreamingLoader(EpochLoader):
             num_workers=num_workers,
             collate_fn=list if on_device else stack,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_keep_to_own,
+            worker_init_fn=_freeze_parent_objects,
             pin_memory=device.type == "cuda" and not on_device,
-            # The base seed of the workers is drawn from here instead of the random state of training.
+            # Otherwise the workers' base seed would be drawn from the random state of training.
             generator=torch.Generator(),
         )
-        # The workers have to be stopped before the garbage collector gets to their queues: in a reference cycle, and
-        # trainers are full of them, it closes the queues first and then waits five seconds for each deaf worker.
+        # Stop the workers before garbage collection: in a reference cycle, as trainers have, it would close their
+        # queues first and then wait five seconds for each unreachable worker.
         weakref.finalize(self, _stop_workers, self._workers)
 
     def close(self) -> None:
-        """Ends the workers, also in the middle of an epoch; whoever iterates anew gets others."""
+        """Ends the workers, even within an epoch; the next iteration starts new ones."""
         _stop_workers(self._workers)
 
     def _batches(self, start: int) -> Iterator[Batch]:
@@ -298,12 +298,12 @@ class StreamingLoader(EpochLoader):
         try:
             yield from self._workers
         except UserError as error:
-            # What a worker raises comes as its traceback, which ends in the name of the error and its text.
+            # A worker's error arrives with its traceback as text, which ends in the error's name and message.
             kind, text = type(error), str(error).rstrip().rpartition("\n")[2]
             raise kind(text.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
 
     def _decode(self, delivered: list[Sample | Encoded]) -> list[Sample]:
-        """Decodes on the device what the workers have left to it, and on the CPU what it refuses."""
+        """Decodes the encoded files on the device, and those that it cannot decode on the CPU."""
         encoded = [item for item in delivered if isinstance(item, Encoded)]
         images = iter(decode_jpegs([item.content for item in encoded], self.device))
         samples = []
@@ -336,7 +336,7 @@ class StreamingLoader(EpochLoader):
         )
 
     def _check_some_readable(self, bad: BadImage) -> None:
-        """Raises ``UnreadableImagesError`` if the split has no image that can be read."""
+        """Raises ``UnreadableImagesError`` if the split has no readable image."""
         size = len(self.dataset)
         if not self._some_readable and not any(self.dataset.load((index, 0)).views for index in range(size)):
             raise UnreadableImagesError(
@@ -353,10 +353,10 @@ class StreamingLoader(EpochLoader):
 
 def _stop_workers(loader: DataLoader[Any]) -> None:
     iterator, loader._iterator = loader._iterator, None
-    if iterator is not None and loader.num_workers:  # who is in the middle of an epoch may hold it still
-        iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the kind with workers
+    if iterator is not None and loader.num_workers:  # an unfinished epoch may still hold it
+        iterator._shutdown_workers()  # type: ignore[attr-defined]  # defined with workers only
 
 
-def _keep_to_own(worker: int) -> None:
-    """Leaves alone what the worker was forked with: garbage of the parent, its workers say, is not for it to end."""
+def _freeze_parent_objects(worker: int) -> None:
+    """Excludes the parent's objects from a worker's garbage collection, which might end the parent's own workers."""
     gc.freeze()

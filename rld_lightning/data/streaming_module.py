@@ -1,4 +1,4 @@
-"""What data sets share whose images worker processes read one by one: folders and shards."""
+"""Base class of data sets whose images are decoded by worker processes: folders and shards."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,34 +26,33 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class StreamingDataModule(ImageDataModule):
-    """Images too many for the device, decoded by worker processes.
+    """Data sets too large for the device, decoded by worker processes.
 
     Args:
         name: name of the data set.
-        image_size: side of the square images that the model sees.
-        resize: shorter side that evaluation images are resized to before the centre is cropped; by default
+        image_size: height and width of the model's input.
+        resize: length of an evaluation image's shorter side before the centre crop; by default
             ``image_size / 0.875``, 256 for 224.
-        scale: range of the share of the area that a random training crop covers.
-        num_workers: decoding processes for each training process.
-        decode: ``"auto"`` decodes in the workers, JPEG and WebP with torchvision and the rest with Pillow, and large
-            JPEGs at a fraction of their size where the training crop allows; ``"pil"`` with Pillow alone, always at
-            full size; ``"cuda"`` has JPEGs decoded on the GPU by nvJPEG, which frees the workers and rounds
-            differently.
-        bad_images: what to do about files that cannot be read as an image, or that claim more pixels than
-            :data:`~rld_lightning.data.decode.MOST_PIXELS`. ``"replace"`` trains on the next image of the same class in
-            their place, leaves them out of evaluation, and reports each once; a split of which nothing can be read ends
-            the run all the same. ``"error"`` ends it at the first.
-        bad_images_file: where to list them, for all processes of a run; nowhere by default.
-        mean: mean of each channel; by default ImageNet's, as are its models.
-        std: standard deviation of each channel.
+        scale: range of a random training crop's share of the area.
+        num_workers: decoding processes per training process.
+        decode: ``"auto"`` decodes in the workers, JPEG and WebP with torchvision and other formats with Pillow, and
+            large JPEGs at reduced size if the training crop allows it; ``"pil"`` with Pillow only, always at full size;
+            ``"cuda"`` decodes JPEGs on the GPU with nvJPEG, which frees the workers and rounds differently.
+        bad_images: how to handle files that cannot be read as an image, or that claim more pixels than
+            :data:`~rld_lightning.data.decode.MOST_PIXELS`. ``"replace"`` trains on the next image of the same class
+            instead, skips them in evaluation, and reports each once; a split without any readable image is still an
+            error. ``"error"`` stops the run at the first.
+        bad_images_file: file that lists them, for all processes of a run; none by default.
+        mean: mean of each channel; by default ImageNet's.
+        std: standard deviation of each channel; by default ImageNet's.
         options: see :class:`~rld_lightning.data.base.ImageDataModule`.
 
     Attributes:
-        spared: the ``val_fraction`` that was asked for in vain: where there is a validation split beside the test
-            split, it is what validation runs on, nothing is held out, and ``val_fraction`` is 0 once that is known.
+        spared: the requested ``val_fraction`` if it was ignored: if there is a validation split beside the test split,
+            validation runs on it, nothing is held out, and ``val_fraction`` is set to 0.
     """
 
-    # What the workers read from, and what the user calls it.
+    # Class of the data set in the workers, and the word for the source of the images in messages.
     _dataset: type[StreamedImages] = StreamedImages
     _kind = "folder"
 
@@ -111,12 +110,12 @@ class StreamingDataModule(ImageDataModule):
         self.std = tuple(IMAGENET_STD if std is None else std)
 
     def find_splits(self) -> Mapping[str, Images]:
-        """Finds the images of ``"train"``, ``"test"`` and, where there is one of its own, ``"val"``."""
+        """Finds the images of ``"train"``, ``"test"`` and, if the source has its own, ``"val"``."""
         raise NotImplementedError
 
     @cached_property
     def splits(self) -> Mapping[str, Images]:
-        """The images of ``"train"``, ``"test"`` and, where it is not the test split, ``"val"``."""
+        """The images of ``"train"``, ``"test"`` and, if it is not the test split, ``"val"``."""
         splits = self._held_out()
         if self.subset < 1:
             train = splits["train"]
@@ -124,10 +123,10 @@ class StreamingDataModule(ImageDataModule):
         return splits
 
     def _held_out(self) -> dict[str, Images]:
-        """The splits, with all training images that are not held out."""
+        """Returns the splits after holding out validation images, before ``subset``."""
         splits = dict(self.find_splits())
         if "val" in splits and self.val_fraction > 0:
-            self.spared, self.val_fraction = self.val_fraction, 0.0  # so that all that is said and written is true
+            self.spared, self.val_fraction = self.val_fraction, 0.0  # so that messages and files state the actual value
         elif self.val_fraction > 0:
             train = splits["train"]
             kept, held_out = stratified_split(
@@ -152,13 +151,13 @@ class StreamingDataModule(ImageDataModule):
         self._sizes = tuple(len(splits[name].labels) for name in ("train", self.val_split, "test"))
 
     def train_transform(self) -> v2.Transform:
-        """What is done to a uint8 training image ``(3, H, W)``."""
+        """Creates the transform of a uint8 training image ``(3, H, W)``."""
         if not self.augment:
             return self.eval_transform()
         return RandomCropFlip(self.image_shape[1:], self.scale, self.flip)
 
     def eval_transform(self) -> v2.Transform:
-        """What is done to a uint8 evaluation image ``(3, H, W)``."""
+        """Creates the transform of a uint8 evaluation image ``(3, H, W)``."""
         return CentreCrop(self.resize, self.image_shape[1:])
 
     @property
@@ -167,7 +166,7 @@ class StreamingDataModule(ImageDataModule):
         return self.splits["train"].labels
 
     def train_dataloader(self) -> StreamingLoader:
-        """The augmented, shuffled training batches of this process."""
+        """Returns a loader of this process's augmented, shuffled training batches."""
         return self._for_training(self._loader("train", self.train_sampler(), self.train_transform(), training=True))
 
     def _eval_loader(self, split: str, sampler: EpochSampler) -> StreamingLoader:
@@ -197,17 +196,17 @@ class StreamingDataModule(ImageDataModule):
         return loader
 
     def teardown(self, stage: str | None = None) -> None:
-        """Ends the workers of all loaders: a trainer keeps its loaders, and the next training forks with them."""
+        """Ends the workers of all loaders, since a trainer keeps its loaders and the next training would fork them."""
         for loader in list(self._loaders):
             loader.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends the workers where a training fails or is stopped, of which Lightning does not tell :meth:`teardown`."""
+        """Ends the workers if training fails or is stopped; Lightning does not call :meth:`teardown` then."""
         self.teardown()
 
     @property
     def eval_resize(self) -> int:
-        """What the shorter side of an evaluation image becomes before its centre is cropped."""
+        """Length of an evaluation image's shorter side before the centre crop."""
         return self.resize
 
     @property
@@ -216,13 +215,13 @@ class StreamingDataModule(ImageDataModule):
         return super().has_own_validation or "val" in self.splits
 
     def describe(self) -> str:
-        """One line for the console, which also says where nothing was held out although that was asked for."""
+        """One line for the console; mentions an ignored ``val_fraction``."""
         spared = f", so that data.val_fraction={self.spared:g} holds no training images out" if self.spared else ""
         return f"{super().describe()}{spared}"
 
     @property
     def validated_on(self) -> str:
-        """What validation runs on, in words that complete "validated on"."""
+        """The validation images in words, to complete "validated on"."""
         if self.val_fraction > 0 or not self.has_own_validation:
             return super().validated_on
         return f"the {self.val_size:,} images of the {self._kind}'s own validation split"

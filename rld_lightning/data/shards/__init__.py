@@ -1,1 +1,1 @@
-"""Tar shards in the WebDataset format, on local disks or in a store."""
+"""Tar shards in the WebDataset format, on local disks or in object storage."""

@@ -1,10 +1,10 @@
-"""Data sets in tar shards, read from local disks or object storage: for what does not fit one machine.
+"""Data sets in tar shards on local disks or object storage, for data that does not fit one machine.
 
-The shards are WebDataset's: plain tar files that any tool reads and that ImageNet is published in, while litdata's
-chunks are its own format, its distributed epochs drop images, and it needs boto3, obstore and tifffile. Of webdataset
-we take the writer and the conventions; its reading pipeline hands out whole shards, so that processes end an epoch at
-different steps and none can resume within one, and version 1.0 has dropped its indexed reader, which is why an index of
-every image's place lets our own sampler plan exact epochs.
+The shards are WebDataset's: plain tar files that any tool reads and in which ImageNet is published. litdata's chunks
+have their own format, its distributed epochs drop images, and it needs boto3, obstore and tifffile. We use webdataset's
+writer and conventions, but not its reading pipeline: it assigns whole shards, so that processes end an epoch at
+different steps and cannot resume within one, and version 1.0 removed its indexed reader. Instead, an index of every
+image's location lets our own sampler plan exact epochs.
 """
 
 import shutil
@@ -24,28 +24,29 @@ from rld_lightning.data.streaming_module import StreamingDataModule
 
 
 class ShardsDataModule(StreamingDataModule):
-    """Images in tar shards with an index, which ``scripts/shards.py`` makes.
+    """Images in tar shards with an index, written by ``scripts/shards.py``.
 
-    Epochs are as exact as any other data set's: each training image once, evaluation unpadded, the same global batches
-    whatever the number of processes and workers, and resumed in their middle. Shards on a local disk are read in place.
-    Those of a store (``s3://``, ``gs://``, ``http://``, ...) are fetched a little before they are needed into a cache
+    Epochs are as exact as any other data set's: each training image once, evaluation without padding, the same global
+    batches for any number of processes and workers, and resumable within an epoch. Shards on a local disk are read in
+    place. Those in object storage (``s3://``, ``gs://``, ``http://``, ...) are downloaded ahead of use into a cache
     that all processes of a machine share.
 
     Args:
-        root: where ``index.json`` is: a folder or an address.
-        mixed_shards: how many shards the images of a training batch are drawn from at a time; ``None`` for all, which
-            only local disks or a cache for all of them can take.
-        streams: in how many parts an epoch is read side by side: on as many machines or fewer, each shard is fetched by
-            one of them (nearly) only. The order of training images depends on it and on ``mixed_shards``.
-        cache: the folder for shards of a store, on a disk of the machine's own.
-        cache_gb: what they may take there, in GB; 0 has each image fetched on its own, which suits a small ``subset``.
-        storage_options: options of the store for fsspec, such as ``endpoint_url`` for S3. Keys and passwords belong
-            into the environment instead, since a run keeps its configuration.
-        image_size: side of the square images that the model sees; by default as when they were packed.
-        resize: shorter side that evaluation images are resized to; by default likewise, if ``image_size`` is.
-        mean: mean of each channel; by default as when they were packed.
+        root: folder or URL of ``index.json``.
+        mixed_shards: number of shards that the images of a training batch come from; ``None`` for all, which needs
+            local disks or a cache for all of them.
+        streams: number of parts of an epoch that are read in parallel: on at most as many machines, (nearly) every
+            shard is downloaded by only one of them. The order of training images depends on it and on ``mixed_shards``.
+        cache: folder for downloaded shards, on a local disk.
+        cache_gb: size limit of the cache in GB; with 0 each image is downloaded separately, for a small ``subset``.
+        storage_options: options of the storage for fsspec, such as ``endpoint_url`` for S3. Put keys and passwords into
+            the environment instead, since a run stores its configuration.
+        image_size: height and width of the model's input; by default the value when packed.
+        resize: length of an evaluation image's shorter side; by default the value when packed, unless ``image_size`` is
+            given.
+        mean: mean of each channel; by default the value when packed.
         std: standard deviation of each channel, likewise.
-        name: name of the data set, by default the one that was packed.
+        name: name of the data set; by default the name when packed.
         options: see :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """
 
@@ -107,12 +108,12 @@ class ShardsDataModule(StreamingDataModule):
         self._set_look(**(packed | self._chosen))
 
     def normalize_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Has images normalised otherwise from now on, whatever they were packed with."""
+        """Changes the normalisation of images, whatever they were packed with."""
         self._chosen |= {"mean": mean, "std": std}
         super().normalize_with(mean, std)
 
     def find_splits(self) -> dict[str, ShardList]:
-        """The images that the index lists."""
+        """Returns the images listed in the index."""
         return {
             split: ShardList(
                 self.index.class_names,
@@ -127,7 +128,7 @@ class ShardsDataModule(StreamingDataModule):
         }
 
     def setup(self, stage: str | None = None) -> None:
-        """Lists the images, and sees that the shards and the cache are as they should be."""
+        """Lists the images, and checks the shards and the cache."""
         self._adopt_look()
         super().setup(stage)
         for images in self.splits.values():
@@ -136,7 +137,7 @@ class ShardsDataModule(StreamingDataModule):
             self._check_cache()
 
     def train_sampler(self) -> EpochSampler:
-        """Makes the sampler of this process's share of the training split."""
+        """Creates the sampler of this process's share of the training split."""
         sampler = super().train_sampler()
         if self.mixed_shards is not None:
             shard = self.splits["train"].shard
@@ -155,9 +156,9 @@ class ShardsDataModule(StreamingDataModule):
         return CachedShards(addresses, sizes, self.cache, round(1e9 * self.cache_gb), self.storage_options)
 
     def _check_cache(self) -> None:
-        """Refuses a cache that would throw away shards that are still being read."""
+        """Refuses a cache so small that it would evict shards still being read."""
         sizes = sorted((shard.bytes for shards in self.index.shards.values() for shard in shards), reverse=True)
-        # In each stream the window begins and ends within a shard.
+        # In each stream the window may begin and end within a shard.
         window = len(sizes) if self.mixed_shards is None else self.mixed_shards + self.streams + SHARDS_AHEAD
         needed = sum(sizes[:window]) / 1e9
         if needed > self.cache_gb:

@@ -1,8 +1,8 @@
-"""Where each image of a data set lies in its shards, written once so that epochs can be planned before they are read.
+"""The index of a data set in shards: the location of each image, so that epochs can be planned before reading.
 
-``index.json`` says what the data set is and which shards it has; ``index.npz`` holds, for each image of a split, the
-place of its bytes in its shard, its class and the name of its member. Both lie beside the shards, or in a folder of
-their own that names the shards by their addresses.
+``index.json`` describes the data set and lists its shards; ``index.npz`` has, for each image of a split, the position
+of its bytes in its shard, its class and the name of its tar member. Both are beside the shards, or in another folder
+with the shards' URLs.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"
 FORMAT = "rld-lightning shards 1"
 LOOK = ("image_size", "resize", "mean", "std")
-_MOST_JSON = 1 << 26  # bytes: a shard takes some sixty
+_MOST_JSON = 1 << 26  # bytes; a shard takes some sixty
 
 
 class Shard(NamedTuple):
-    """A tar file: its address, relative to the index or absolute, its length and how many images are in it."""
+    """A tar file: its path or URL (absolute or relative to the index), its length and its number of images."""
 
     path: str
     bytes: int
@@ -45,11 +45,11 @@ class ShardIndex:
     class_names: list[str]  # the C names, in the order of the labels
     shards: dict[str, list[Shard]]  # the shards of each split
     samples: dict[str, Samples]  # the images of each split
-    # `image_size`, `resize`, `mean` and `std` as the data set had them when it was packed, if it was
+    # `image_size`, `resize`, `mean` and `std` of the data set when it was packed; empty if it was only indexed
     look: dict[str, Any]
 
     def write(self, root: str, options: dict[str, Any] | None = None) -> None:
-        """Writes both files into ``root``, a folder or an address; ``options`` are for the store."""
+        """Writes both files into ``root``, a folder or URL; ``options`` are for the storage."""
         samples = pack_samples(self.samples)
         described = {
             "format": FORMAT,
@@ -65,12 +65,12 @@ class ShardIndex:
 
     @classmethod
     def read(cls, root: str, options: dict[str, Any] | None = None) -> "ShardIndex":
-        """Reads what :meth:`write` has written.
+        """Reads an index written by :meth:`write`.
 
         Raises:
-            FileNotFoundError: there is none.
-            OSError: the store cannot be reached.
-            ValueError: the files are not an index, or not of one another.
+            FileNotFoundError: there is no index.
+            OSError: the storage cannot be reached.
+            ValueError: the files are not an index, or do not belong together.
         """
         path = join(root, INDEX_FILE)
         again = f"make it again with {script_command('shards')}"
@@ -86,7 +86,7 @@ class ShardIndex:
             if described["format"] != FORMAT:
                 raise ValueError(f"its format is {described['format']!r} instead of {FORMAT!r}")
             shards = {split: [Shard(**shard) for shard in listed] for split, listed in described["shards"].items()}
-            if (file := described["samples"]["file"]) != SAMPLES_FILE:  # and not any file of whoever reads it
+            if (file := described["samples"]["file"]) != SAMPLES_FILE:  # never any other local file
                 raise ValueError(f"its samples are in {file!r} instead of {SAMPLES_FILE}")
             _check_place(root, shards)
             samples = read_bytes(join(root, SAMPLES_FILE), MOST_BYTES, options)
@@ -105,7 +105,7 @@ class ShardIndex:
             raise ValueError(f"{path} is not an index of shards ({error}): {again}.") from error
 
     def _check(self) -> None:
-        """Raises ``ValueError`` for what was not written by :meth:`write`; the file may be a stranger's."""
+        """Raises ``ValueError`` for invalid values; the file is not trusted."""
         if not isinstance(self.name, str) or "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"{self.name!r} is no name of a data set")
         if not isinstance(self.class_names, list) or not all(isinstance(name, str) for name in self.class_names):
@@ -141,7 +141,7 @@ def _check_numbers(shards: dict[str, list[Shard]]) -> None:
 
 
 def _check_place(root: str, shards: dict[str, list[Shard]]) -> None:
-    """Refuses shards in local files that are listed by an index from elsewhere."""
+    """Refuses local shards in an index from a URL."""
     if local_path(root) is not None:
         return
     for shard in (shard for listed in shards.values() for shard in listed):
@@ -152,7 +152,7 @@ def _check_place(root: str, shards: dict[str, list[Shard]]) -> None:
 class ShardList(NamedTuple):
     """Images in shards; see :class:`~rld_lightning.data.streaming.Images`.
 
-    ``shard`` is the number of each image's shard in ``store``, int32 ``(N,)``.
+    ``shard`` is the position of each image's shard in ``store``, int32 ``(N,)``.
     """
 
     class_names: list[str]
@@ -166,16 +166,16 @@ class ShardList(NamedTuple):
         return torch.from_numpy(self.samples.label)
 
     def take(self, index: Tensor) -> "ShardList":
-        """The images at ``index`` ``(M,)`` as a list of their own."""
+        """Returns the images at ``index`` ``(M,)`` as a list."""
         at = index.numpy()
         return self._replace(samples=Samples(*(values[at] for values in self.samples)), shard=self.shard[at])
 
     def path(self, index: int) -> str:
-        """The address of an image's shard and its name there."""
+        """Returns the URL of an image's shard and its member name."""
         return f"{self.store.addresses[self.shard[index]]}/{self.samples.member[index].decode()}"
 
     def read(self, index: int) -> Tensor:
-        """The bytes of an image's file, uint8 ``(N,)``.
+        """Reads the bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
             ShardError: its shard cannot be read.

@@ -1,4 +1,4 @@
-"""In which order the images of shards are trained on, so that few shards are needed at a time."""
+"""The order of training images in shards, so that few shards are needed at a time."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,27 +12,27 @@ from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.shards.index import ShardList
 from rld_lightning.data.streaming import Encoded, Key, KeySampler, Sample, StreamedImages
 
-# Behind those in use, so many more are fetched ahead.
+# Number of shards to download ahead of those in use.
 SHARDS_AHEAD = 8
 
 
 class ShardShuffle:
-    """Permutes the images of shards within a window that moves through permuted shards.
+    """Shuffles images within a window that moves through permuted shards.
 
-    The shards are permuted and their images laid out one shard after the other. This row is cut into ``streams`` equal
-    parts, in each of which an image moves back by up to ``mixed / streams`` shards, at random. Batches take an equal
-    share from each stream, always at the same places. As a process takes neighbouring places of each global batch, it
-    reads from its part of the streams alone, and with as many machines as streams or fewer nearly every shard is
-    fetched by one of them only; still the global batches are the same however many there are.
+    The shards are permuted and their images concatenated. This sequence is divided into ``streams`` equal parts, in
+    each of which every image moves back by a random distance of up to ``mixed / streams`` shards. A batch has an equal
+    share from each stream, at fixed positions. Since a process uses adjacent positions of each global batch, it reads
+    only some of the streams, and with at most as many machines as streams, nearly every shard is downloaded by one of
+    them only. The global batches do not depend on the number of machines.
 
-    At both ends of an epoch a batch is drawn from fewer shards than in between, from one a stream at first. So shards
-    should be packed in random order, as those of scripts/shards.py and the published ones are.
+    At both ends of an epoch a batch comes from fewer shards than in between, at first from one per stream. So shards
+    should be packed in random order, like those of scripts/shards.py and published ones.
 
     Args:
         shard: the shard of each image, int ``(N,)``, ascending.
         batch_size: the global batch.
         streams: number of streams.
-        mixed: how many shards the images of a batch come from, over all streams.
+        mixed: number of shards that the images of a batch come from, over all streams.
     """
 
     def __init__(self, shard: np.ndarray, batch_size: int, streams: int, mixed: int) -> None:
@@ -61,17 +61,17 @@ def _delayed(row: Tensor, delay: Tensor) -> Tensor:
 
 
 class Request(NamedTuple):
-    """The keys of a batch, and the shards to fetch meanwhile."""
+    """The keys of a batch, and the shards to download ahead."""
 
     keys: list[Key]
     ahead: list[int]
 
 
 class ShardKeySampler(KeySampler):
-    """Yields with each batch the shards that this process will begin to read ``SHARDS_AHEAD`` shards later.
+    """Yields with each batch the shards that this process will start to read ``SHARDS_AHEAD`` shards later.
 
     Args:
-        sampler: which images this process takes.
+        sampler: selects the images of this process.
         shard: the shard of each image, int ``(N,)``.
     """
 
@@ -91,16 +91,16 @@ class ShardKeySampler(KeySampler):
 
 
 class ShardedImages(StreamedImages):
-    """Images whose shards are fetched ahead of them; see :class:`~rld_lightning.data.streaming.StreamedImages`."""
+    """Images whose shards are downloaded ahead; see :class:`~rld_lightning.data.streaming.StreamedImages`."""
 
     images: ShardList
 
     def __getitems__(self, request: Request) -> list[Sample | Encoded]:
-        """The images of a batch."""
+        """Loads the images of a batch, and starts the downloads ahead."""
         for shard in request.ahead:
             self.images.store.fetch(shard)
         return [self[key] for key in request.keys]
 
     def key_sampler(self, sampler: EpochSampler) -> ShardKeySampler:
-        """Makes what asks for the batches of a sampler's epoch and says which shards come next."""
+        """Creates the batch sampler for a sampler's epochs, which also yields the next shards."""
         return ShardKeySampler(sampler, self.images.shard)

@@ -1,4 +1,4 @@
-"""Files in local folders and in stores: ``s3://``, ``gs://`` and ``http://``."""
+"""Files in local folders and object storage: ``s3://``, ``gs://`` and ``http://``."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,39 +15,39 @@ from fsspec.callbacks import Callback
 from rld_lightning.atomic_files import write_whole
 from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor
 
-# fsspec knows more: some read any local file (`local`, `reference`), make up content (`data`) or wrap others by `::`.
-# An address may come from an index that a stranger wrote.
+# fsspec supports more: some read any local file (`local`, `reference`), contain data (`data`) or wrap others with `::`.
+# An address may come from an untrusted index.
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "memory")
-# Between bytes; a shard as a whole may take as long as it takes.
+# Timeout between bytes; there is none for a whole shard.
 SILENCE_SECONDS = 60
 
 
 def local_path(address: str) -> Path | None:
-    """The local path that an address is or ``file://`` names, ``None`` for one of a store."""
+    """Returns the local path of a plain path or ``file://`` URL; ``None`` for other URLs."""
     if address.startswith("file://"):
         return Path(unquote(urlsplit(address).path))
     return None if "://" in address else Path(address).expanduser()
 
 
 def join(root: str, path: str) -> str:
-    """The address of ``path``, which may be absolute, as seen from ``root``."""
+    """Resolves ``path``, which may be absolute, relative to ``root``."""
     if "://" in path or Path(path).is_absolute():
         return path
     return f"{root.rstrip('/')}/{path}"
 
 
 def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
-    """The file system of an address and the address's path in it.
+    """Returns the file system of a URL, and the path in it.
 
-    The file system must not be kept: fsspec makes another one in a forked worker.
+    Do not keep the file system: fsspec creates another one in a forked worker.
 
     Args:
-        address: what to open.
+        address: the URL.
         options: options of the file system, such as ``endpoint_url`` for S3.
 
     Raises:
         ImportError: the file system's package is not installed.
-        ValueError: the address is of another kind than ``SCHEMES``.
+        ValueError: the URL's scheme is not one of ``SCHEMES``.
     """
     options = dict(options or {})
     protocol = address.partition("://")[0].lower()
@@ -57,11 +57,11 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
             "s3:// or gs://."
         )
     if protocol in ("http", "https"):
-        import aiohttp  # a tenth of a second that only these addresses are worth
+        import aiohttp  # here, as the import takes a tenth of a second
 
-        # As curl does: through the proxy that the environment names.
+        # trust_env uses the environment's proxy, like curl.
         silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-        # Not packed: a few bytes may unpack to any number. A server that packs nevertheless is not understood.
+        # No compression, since a few bytes may unpack to any number; a server that compresses anyway is not supported.
         ours = {"trust_env": True, "timeout": silence, "auto_decompress": False}
         given: dict[str, Any] = ours | dict(options.get("client_kwargs", {}))
         given["headers"] = {"Accept-Encoding": "identity"} | dict(given.get("headers", {}))
@@ -76,11 +76,11 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
 
 @contextmanager
 def store_errors(address: str) -> Iterator[None]:
-    """Turns what a store raises, each its own kinds, into ``OSError`` with the address; a missing file stays one.
+    """Converts the various errors of a storage to ``OSError`` with the URL, or ``FileNotFoundError``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: something else went wrong.
+        OSError: any other error.
     """
     try:
         yield
@@ -92,13 +92,13 @@ def store_errors(address: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line, or else its name."""
+    """Returns an error's message on one line, or its name if it has none."""
     unspoken = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
     return " ".join(str(error).split()) or unspoken
 
 
 class _Watch(Callback):
-    """Ends a transfer that is too slow, or that goes on after its end."""
+    """Aborts a transfer that is too slow or too long."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Watch(Callback):
         self._floor = SpeedFloor()
 
     def relative_update(self, inc: int = 1) -> None:
-        """Counts bytes that were received."""
+        """Counts received bytes."""
         super().relative_update(inc)
         if self.value > self._most:
             raise ConnectionError(f"the server sends more than the expected {self._most:,} bytes")
@@ -114,20 +114,20 @@ class _Watch(Callback):
 
 
 def get_file(store: AbstractFileSystem, path: str, target: Path, most: int) -> None:
-    """Fetches a file of at most ``most`` bytes, and not too slowly.
+    """Downloads a file of at most ``most`` bytes.
 
     Raises:
-        ConnectionError: it is longer, or the store is slower than :class:`~rld_lightning.download.SpeedFloor` allows;
-            stores raise others.
+        ConnectionError: it is longer, or the storage is slower than :class:`~rld_lightning.download.SpeedFloor` allows;
+            storages raise other types too.
     """
     store.get_file(path, str(target), callback=_Watch(most))
 
 
 def get_range(store: AbstractFileSystem, path: str, offset: int, size: int) -> bytes:
-    """The ``size`` bytes of a file from ``offset`` on, and more where the store sends more.
+    """Reads ``size`` bytes of a file from ``offset`` on; may return more if the server sends more.
 
     Raises:
-        TimeoutError: the store is too slow; stores raise others.
+        TimeoutError: the storage is too slow; storages raise other types too.
     """
     timeout = SILENCE_SECONDS + size / SLOWEST_BYTES_PER_SECOND
     if path.startswith(("http://", "https://")):
@@ -137,7 +137,7 @@ def get_range(store: AbstractFileSystem, path: str, offset: int, size: int) -> b
 
 
 async def _get_range(store: Any, path: str, offset: int, size: int) -> bytes:
-    """As the file system's own, which would keep whatever a server sends."""
+    """Replaces the file system's own function, which would keep everything that a server sends."""
     options = dict(store.kwargs)
     headers = {**options.pop("headers", {}), "Range": f"bytes={offset}-{offset + size - 1}"}
     session = await store.set_session()
@@ -152,11 +152,11 @@ async def _get_range(store: Any, path: str, offset: int, size: int) -> bytes:
 
 
 def read_bytes(address: str, most: int, options: dict[str, Any] | None = None) -> bytes:
-    """The content of a file of at most ``most`` bytes.
+    """Reads a file of at most ``most`` bytes.
 
     Raises:
-        FileNotFoundError: it is not there.
-        OSError: the store does not give it for another reason, or it is larger, or none.
+        FileNotFoundError: it does not exist.
+        OSError: it is larger, is not a regular file, or cannot be read.
     """
     if (path := local_path(address)) is not None:
         if path.exists() and not (path.is_file() and path.stat().st_size <= most):

@@ -1,4 +1,4 @@
-"""The arrays of an index, read from a compressed file that may be anybody's: no more is unpacked than there can be."""
+"""The arrays of an index, read from an untrusted compressed file with a limit on the unpacked size."""
 
 import zipfile
 import zlib
@@ -8,7 +8,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-# Of all arrays together: fourteen million images take some 800 MB.
+# Of all arrays; fourteen million images take some 800 MB.
 MOST_BYTES = 1 << 32
 _MOST_HEADER = 1 << 12
 
@@ -16,8 +16,8 @@ _MOST_HEADER = 1 << 12
 class Samples(NamedTuple):
     """The images of a split, in the order of its shards: NumPy arrays, which worker processes share.
 
-    ``offset`` and ``size`` (int64) are the place of an image's bytes in its shard, ``label`` (int64) is its class and
-    ``member`` (bytes) its name there; each is ``(N,)``.
+    ``offset`` and ``size`` (int64) locate an image's bytes in its shard, ``label`` (int64) is its class and ``member``
+    (bytes) its name there; each is ``(N,)``.
     """
 
     offset: np.ndarray
@@ -27,26 +27,26 @@ class Samples(NamedTuple):
 
     @classmethod
     def join(cls, parts: list["Samples"]) -> "Samples":
-        """Puts those of several shards one after the other."""
+        """Concatenates the samples of several shards."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def pack_samples(samples: Mapping[str, Samples]) -> bytes:
-    """The content of a file with the samples of each split, for :func:`unpack_samples`."""
+    """Returns the content of a file with the samples of each split, for :func:`unpack_samples`."""
     arrays = {f"{split}.{name}": values for split, own in samples.items() for name, values in own._asdict().items()}
     np.savez_compressed(buffer := BytesIO(), **arrays)
     return buffer.getvalue()
 
 
 def unpack_samples(content: bytes, counts: Mapping[str, int]) -> dict[str, Samples]:
-    """The samples of each split.
+    """Reads the samples of each split.
 
     Args:
-        content: what :func:`pack_samples` has made.
-        counts: how many images each split has.
+        content: the result of :func:`pack_samples`.
+        counts: the number of images of each split.
 
     Raises:
-        ValueError: it is something else, has other numbers of images, or would unpack to more than ``MOST_BYTES``.
+        ValueError: it is not such a file, has other numbers of images, or would unpack to more than ``MOST_BYTES``.
     """
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
@@ -63,7 +63,7 @@ def unpack_samples(content: bytes, counts: Mapping[str, int]) -> dict[str, Sampl
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
-    """An array of ``count`` values; what the file says about its shape decides nothing about how much is read."""
+    """Reads an array of ``count`` values; the shape in the file does not determine how much is read."""
     with archive.open(name) as file:
         shape, fortran, dtype = _read_header(file)
         if len(shape) != 1 or fortran or dtype.hasobject or not dtype.itemsize:

@@ -1,4 +1,4 @@
-"""Reading from shards: in place, from a cache of bounded size, or image by image from a store."""
+"""Reads from shards: in place, through a cache of bounded size, or image by image from object storage."""
 
 import os
 import shutil
@@ -25,22 +25,22 @@ ATTEMPTS = 3
 RETRY_SECONDS = 2.0
 WAIT_SECONDS = 0.1
 MOST_OPEN = 64
-CACHED = ".shard"  # what a cached file's name ends in, so that nothing else is ever thrown away
+CACHED = ".shard"  # suffix of cached files, so that nothing else is ever deleted
 LOCK = "cache.lock"
 REPAIR = "copy it again, or make the index again if it was replaced on purpose."
 
 
 class ShardError(UserError, OSError):
-    """A shard that cannot be read; its text names the shard and says why. It ends a run with this one sentence."""
+    """Raised for a shard that cannot be read; ends a run with its message, which names the shard and the reason."""
 
 
 class ShardStore:
-    """The bytes of shards; this one fetches single images from a store, which suits a small share of many shards.
+    """Reads bytes of shards; this class downloads single images, for a small share of many shards.
 
     Args:
-        addresses: where the shards are.
-        sizes: the length that each of them must have, in bytes.
-        options: options of the store; see :func:`~rld_lightning.data.shards.remote.open_store`.
+        addresses: URLs of the shards.
+        sizes: the expected length of each, in bytes.
+        options: options of the storage; see :func:`~rld_lightning.data.shards.remote.open_store`.
     """
 
     def __init__(self, addresses: Sequence[str], sizes: Sequence[int], options: dict[str, Any] | None = None) -> None:
@@ -49,24 +49,24 @@ class ShardStore:
         self.options = options
 
     def check(self) -> None:
-        """Finds out before a run whether the shards can be read: here the first and the last one.
+        """Checks before a run whether the shards can be read: here the first and the last one.
 
         Raises:
-            ShardError: one is missing or has another length than the index says.
+            ShardError: one is missing or has another length than in the index.
         """
         for shard in {0, len(self.addresses) - 1}:
             size = self._ask(shard, lambda store, path: store.info(path).get("size"))
-            if size is not None:  # which not every HTTP server sends
+            if size is not None:  # not every HTTP server sends it
                 self._check_size(shard, size)
 
     def fetch(self, shard: int) -> None:
-        """Begins to fetch a shard that will be read soon, where that helps."""
+        """Starts to download a shard that will be read soon; does nothing here."""
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
-        """``size`` bytes of a shard from ``offset`` on, uint8 ``(size,)``.
+        """Reads ``size`` bytes of a shard from ``offset`` on, uint8 ``(size,)``.
 
         Raises:
-            ShardError: the shard is missing, cannot be reached or has another length than it should.
+            ShardError: the shard is missing, cannot be reached or has another length than expected.
         """
         content = self._ask(shard, lambda store, path: get_range(store, path, offset, size))
         if len(content) > size:
@@ -89,7 +89,7 @@ class ShardStore:
             )
 
     def _ask(self, shard: int, question: Callable[[AbstractFileSystem, str], Any]) -> Any:
-        """Asks the store about a shard, again where the connection may be to blame."""
+        """Sends a request about a shard to the storage, and repeats it if the connection may have failed."""
         address = self.addresses[shard]
         for attempt in range(1, ATTEMPTS + 1):
             store, path = open_store(address, self.options)
@@ -99,7 +99,7 @@ class ShardStore:
                 raise ShardError(f"{address}, which the index lists, is missing: {REPAIR}") from error
             except MemoryError:
                 raise
-            except Exception as error:  # each store has its own
+            except Exception as error:  # each storage raises its own types
                 if attempt == ATTEMPTS or isinstance(error, PermissionError):
                     raise ShardError(
                         f"{address} cannot be fetched ({reason(error)}): check the address, the access to it and the "
@@ -120,7 +120,7 @@ class LocalShards(ShardStore):
         return self.__dict__ | {"_open": OrderedDict()}
 
     def check(self) -> None:
-        """Looks at the length of each shard."""
+        """Checks the length of each shard."""
         for shard, address in enumerate(self.addresses):
             try:
                 status = self._path(shard).stat()
@@ -128,7 +128,7 @@ class LocalShards(ShardStore):
                 raise ShardError(
                     f"{address}, which the index lists, is missing ({error.strerror}): {REPAIR}"
                 ) from error
-            if not stat.S_ISREG(status.st_mode):  # a pipe would wait for somebody to write into it
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for a writer
                 raise ShardError(f"{address}, which the index lists, is not a regular file: {REPAIR}")
             self._check_size(shard, status.st_size)
 
@@ -137,7 +137,7 @@ class LocalShards(ShardStore):
         content = torch.empty(size, dtype=torch.uint8)
         try:
             file = self._file(shard)
-            # Unlike seeking, this minds no other process that a worker shares an open file with.
+            # Unlike seeking, this is safe if a worker shares the open file with another process.
             read = os.preadv(file.fileno(), [content.numpy().data], offset)
         except OSError as error:
             raise ShardError(f"{self.addresses[shard]} cannot be read ({error.strerror}): {REPAIR}") from error
@@ -151,7 +151,7 @@ class LocalShards(ShardStore):
         return path
 
     def _file(self, shard: int) -> FileIO:
-        """Opens a shard, or finds it among those that are open."""
+        """Returns the open file of a shard, opening it if necessary."""
         if shard not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
@@ -161,16 +161,16 @@ class LocalShards(ShardStore):
 
 
 class CachedShards(ShardStore):
-    """Shards of a store that are fetched whole into a local folder, which all processes of a machine share.
+    """Shards downloaded whole into a local cache, which all processes of a machine share.
 
-    A shard that has been in use least recently makes room for a new one.
+    The least recently used shards are evicted.
 
     Args:
-        addresses: where the shards are.
-        sizes: the length that each of them must have, in bytes.
-        folder: where to keep them.
-        limit: how many bytes they may take there, those on their way included.
-        options: options of the store.
+        addresses: URLs of the shards.
+        sizes: the expected length of each, in bytes.
+        folder: folder of the cache.
+        limit: size limit of the cache in bytes, including downloads in progress.
+        options: options of the storage.
     """
 
     def __init__(
@@ -186,9 +186,9 @@ class CachedShards(ShardStore):
         self.limit = limit
 
     def fetch(self, shard: int) -> None:
-        """Begins to fetch a shard in the background, unless it is here."""
+        """Starts to download a shard in the background, unless it is cached."""
         if not self.target(shard).exists():
-            # What goes wrong comes up again when the shard is read, and is reported then.
+            # Errors occur again when the shard is read, and are reported then.
             threading.Thread(target=self._try_to_get, args=(shard,), daemon=True).start()
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
@@ -197,21 +197,21 @@ class CachedShards(ShardStore):
             path = self._get(shard)
             try:
                 with path.open("rb", buffering=0) as file:
-                    os.utime(file.fileno())  # in use
+                    os.utime(file.fileno())  # marks it as recently used
                     content = os.pread(file.fileno(), size, offset)
-            except FileNotFoundError:  # it has just made room for another one
+            except FileNotFoundError:  # just evicted
                 continue
             return self._to_tensor(shard, content, size)
 
     def target(self, shard: int) -> Path:
-        """Where a shard is once it has been fetched; another shard of the same name is somewhere else."""
+        """Returns the path of a shard in the cache, which is unique to its URL and size."""
         size = self.sizes[shard]
         digest = blake2b(f"{self.addresses[shard]} {size}".encode(), digest_size=6).hexdigest()
         return self.folder / f"{self.addresses[shard].rpartition('/')[2]}.{digest}.{size}{CACHED}"
 
     def _try_to_get(self, shard: int) -> None:
         with suppress(Exception):
-            self._get(shard, timeout=0)  # or another process is fetching it already
+            self._get(shard, timeout=0)  # times out if another process is downloading it
 
     def _get(self, shard: int, timeout: float = -1) -> Path:
         target = self.target(shard)
@@ -221,7 +221,7 @@ class CachedShards(ShardStore):
         part, failed = (target.with_name(f"{target.name}.{ending}") for ending in ("part", "failed"))
         asked = time.time()
         with FileLock(f"{target}.lock", timeout=timeout):
-            if target.exists():  # thanks to whoever held the lock
+            if target.exists():  # another process has downloaded it
                 return target
             if _last_use(failed) > asked:  # or dozens of workers would ask a slow server for minutes, in turn
                 raise ShardError(failed.read_text(errors="replace"))
@@ -231,7 +231,7 @@ class CachedShards(ShardStore):
                 self._check_space(self.sizes[shard])
                 self._ask(shard, lambda store, path: get_file(store, path, part, self.sizes[shard]))
                 self._check_size(shard, part.stat().st_size)
-                with FileLock(self.folder / LOCK):  # whoever counts sees one of the two names
+                with FileLock(self.folder / LOCK):  # so that counting sees exactly one of the two names
                     part.replace(target)
                 failed.unlink(missing_ok=True)
             except ShardError as error:
@@ -250,9 +250,9 @@ class CachedShards(ShardStore):
             )
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Makes room for a shard and marks it as taken; false while others on their way take it."""
+        """Evicts shards to make room for a shard and reserves it; False while other downloads take the room."""
         with FileLock(self.folder / LOCK):
-            # A part of this shard has been left by a killed process, and is overwritten now.
+            # An existing part of this shard was left by a killed process, and will be overwritten.
             others = [path for path in self.folder.glob(f"*{CACHED}.part") if path != part]
             coming = sum(_size(path) for path in others if self._is_alive(path))
             kept = list(self.folder.glob(f"*{CACHED}"))
@@ -272,7 +272,7 @@ class CachedShards(ShardStore):
             return True
 
     def _is_alive(self, part: Path) -> bool:
-        """Whether a process is fetching this file; what a killed one has left is removed."""
+        """Whether a process is downloading this file; removes it if its process was killed."""
         try:
             with FileLock(f"{part.with_suffix('')}.lock", timeout=0):
                 part.unlink(missing_ok=True)
@@ -282,7 +282,7 @@ class CachedShards(ShardStore):
 
 
 def cached_bytes(folder: Path) -> int:
-    """How many bytes the shards in a cache take."""
+    """Returns the size of all shards in a cache, in bytes."""
     return sum(map(_size, folder.glob(f"*{CACHED}")))
 
 

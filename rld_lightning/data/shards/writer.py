@@ -1,4 +1,4 @@
-"""Packing images into shards in the WebDataset format, and listing what shards hold."""
+"""Packs images into shards in the WebDataset format, and indexes shards."""
 
 import re
 import tarfile
@@ -23,13 +23,13 @@ from rld_lightning.download import tar_members
 from rld_lightning.limits import MOST_CLASSES
 
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
-# Training images are packed in random order, and in the same one whatever the seed of a run.
+# Training images are packed in a random order that does not depend on the seed of a run.
 ORDER_SEED = 0
 MOST_CLASS_BYTES = 100
 
 
 class Listing(NamedTuple):
-    """A shard and the images in it."""
+    """A shard and its images."""
 
     shard: Shard
     samples: Samples
@@ -45,20 +45,20 @@ def pack(
     shard_mb: float,
     options: dict[str, Any] | None = None,
 ) -> ShardIndex:
-    """Writes images into shards ``<split>-<number>.tar`` with an index; files are copied as they are.
+    """Writes images into shards ``<split>-<number>.tar`` with an index; image files are copied unchanged.
 
     Args:
-        target: the folder or address to write to; must have no index yet.
+        target: the folder or URL to write to; must have no index yet.
         class_names: the C names, in the order of the labels.
-        look: what the index says about the images' size and statistics.
-        shard_mb: about how large a shard becomes, in MB.
+        look: the images' size and normalisation for the index.
+        shard_mb: approximate size of a shard, in MB.
 
     Returns:
-        the index, which has been written too.
+        the index, as written.
 
     Raises:
         ImportError: webdataset is not installed.
-        ValueError: there is an index already, or an image's file cannot be read.
+        ValueError: there is an index already, or an image file cannot be read.
     """
     shard_writer = _webdataset("writer").ShardWriter
     if shard_mb <= 0:
@@ -103,18 +103,18 @@ def index_shards(
     class_names: list[str] | None = None,
     options: dict[str, Any] | None = None,
 ) -> ShardIndex:
-    """Makes an index of shards that are there already, such as published ones; each is read once.
+    """Writes an index of existing shards, such as published ones; each is read once.
 
-    A sample is an image and its class as a number: ``<key>.jpg`` (or another suffix of an image) and ``<key>.cls``.
+    A sample is an image and its class as a number: ``<key>.jpg`` (or another image suffix) and ``<key>.cls``.
 
     Args:
-        patterns: for each split, where its shards are: addresses with ``{000..123}`` or, where files can be listed,
-            with ``*``; several are separated by ``::``.
-        target: the folder or address for the index.
+        patterns: for each split, the paths or URLs of its shards, with ``{000..123}`` or, if files can be listed, with
+            ``*``; several are separated by ``::``.
+        target: the folder or URL for the index.
         class_names: the C names; by default the numbers.
 
     Returns:
-        the index, which has been written too.
+        the index, as written.
 
     Raises:
         ImportError: webdataset is not installed.
@@ -140,7 +140,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
     """Lists the images of a tar file.
 
     Args:
-        file: its content.
+        file: the open tar file.
         address: its name for messages.
 
     Raises:
@@ -168,7 +168,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
                     assert content is not None  # of a regular file
                     sample["label"] = _class_of(content.read(), f"{address}/{member.name}")
             file.seek(tar.offset)
-            # At a header that is cut off or damaged, tarfile stops as it does at the empty block that ends a tar file.
+            # tarfile stops at a truncated or damaged header just as at the empty block that ends a tar file.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
     except (tarfile.TarError, OverflowError) as error:
@@ -199,13 +199,13 @@ def _class_of(content: bytes, member: str) -> int:
 
 
 def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
-    """Yields the samples of a split as webdataset's writer wants them."""
+    """Yields the samples of a split in the form that webdataset's writer expects."""
     count = len(images.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(ORDER_SEED))
     order = order if split == "train" else torch.arange(count)
     for number, index in enumerate(_tracked(order.tolist(), f"packing {split}", count)):
         file = Path(images.path(index))
-        # A point would end the key, and the number keeps equal names of different classes apart.
+        # A dot would end the key; the number makes equal file names of different classes unique.
         key = f"{number:08d}_{re.sub(r'[^A-Za-z0-9_-]', '_', file.stem)[:60]}"
         try:
             content = images.read(index).numpy().tobytes()
@@ -266,7 +266,7 @@ def _open(address: str, options: dict[str, Any] | None) -> BinaryIO:
 
 
 def _as_seen_from(target: str, address: str) -> str:
-    """Writes an address relative to the folder of the index if it lies in there, and absolute otherwise."""
+    """Returns an address relative to the folder of the index if it is inside, otherwise the absolute address."""
     path, folder = local_path(address), local_path(target)
     if path is None or folder is None:
         return address.removeprefix(f"{target.rstrip('/')}/")
