@@ -1,6 +1,6 @@
-"""What follows a run of ``scripts/fit.py`` once it has left its results, as ``after=[alone,networks,export]`` says.
+"""Steps after a run of ``scripts/fit.py``, chosen by ``after=[alone,networks,export]``.
 
-The student is trained alone, the networks are measured side by side, and the student is exported.
+They train the student alone, compare the networks, and export the student.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,18 +39,18 @@ _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has left its results."""
+    """A run that has written its results."""
 
     cfg: DictConfig  # its configuration
-    plan: Plan  # what it was to do
-    data: ImageDataModule  # its data, set up
-    module: DistillationModule  # its student and its teacher, on the device that they were trained on
-    summary: Summary  # what it came to
-    fit: Callable[[DictConfig], Summary]  # does another run, see `run_once`
+    plan: Plan  # its plan
+    data: ImageDataModule  # its data module, set up
+    module: DistillationModule  # its student and teacher, on the training device
+    summary: Summary  # its results
+    fit: Callable[[DictConfig], Summary]  # runs another job, see `run_once`
 
 
 class _Logits(nn.Module):
-    """A teacher as a network that returns its logits."""
+    """A teacher as a network that returns only logits."""
 
     def __init__(self, teacher: FrozenTeacher) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class _Logits(nn.Module):
 
 
 def train_alone(finished: Finished) -> None:
-    """Trains the student of a run by itself: with cross-entropy, the same data, recipe and first weights."""
+    """Trains a run's student alone: with cross-entropy, on the same data, with the same recipe and initial weights."""
     plan = finished.plan
     if plan.teacher is None:
-        return  # it has been
+        return  # it was trained alone already
     folder = plan.run / ALONE
     if not (folder / SUMMARY).exists():
         print_line("alone", f"training {plan.student.name} once more without the teacher, for comparison")
@@ -72,9 +72,9 @@ def train_alone(finished: Finished) -> None:
 
 
 def compare_networks(finished: Finished) -> None:
-    """Measures the networks of a run on its test split, which nothing was chosen by where images were held out.
+    """Measures the networks of a run on its test split, on which nothing was selected if images were held out.
 
-    Prints a table and leaves ``networks.json`` and ``networks.csv``, the accuracy of each class.
+    Prints a table and writes ``networks.json`` and ``networks.csv``, the accuracies per class.
     """
     with user_errors():
         measured = [_measure(finished, *network) for network in _networks(finished)]
@@ -82,14 +82,14 @@ def compare_networks(finished: Finished) -> None:
 
 
 def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
-    """Role, name, network and the bytes of each."""
+    """Yields role, name, network and number of bytes of each network."""
     plan, module = finished.plan, finished.module
     if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
         weights = plan.teacher.weights
         files = [split_part(file)[0] for file in (weights if isinstance(weights, tuple) else (str(weights),))]
         size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
         name = plan.teacher.name
-        name = name if "+" in name else "+".join([name] * len(files))  # of an ensemble of one kind
+        name = name if "+" in name else "+".join([name] * len(files))  # an ensemble of one network
         yield "teacher", name, _Logits(module.teacher), size
     role = "distilled student" if plan.teacher is not None else "student alone"
     students = {"student alone": plan.run / ALONE / STUDENT, role: plan.run / STUDENT}
@@ -107,7 +107,7 @@ def _measure(
     finished: Finished, role: str, name: str, network: nn.Module, size: int
 ) -> tuple[Network, list[ClassResult]]:
     data = finished.data
-    exact = changed(finished.cfg, {"trainer.precision": "32-true"}).trainer  # a measurement, not a race
+    exact = changed(finished.cfg, {"trainer.precision": "32-true"}).trainer  # for an exact measurement
     trainer = make_trainer(exact, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     module = EvaluationModule(network, data.num_classes)
     test_with(trainer, module, data, "test")
@@ -135,7 +135,7 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
     print_table(f"{networks[0].images:,} images of the test split; ms: the fastest of one image at a time", head, rows)
     roles = head[1:]
     by_name = [{result.name: result for result in results} for results in classes]
-    hardest = [result.name for result in classes[-1]]  # for the student that was asked for
+    hardest = [result.name for result in classes[-1]]  # for the distilled student
     table = [(name, by_name[-1][name].images, *(found[name].accuracy for found in by_name)) for name in hardest]
     write_csv(run / NETWORKS_CLASSES, dict(zip(("class", "images", *roles), zip(*table, strict=True), strict=True)))
     shown = table[:MOST_CLASSES_SHOWN]
@@ -151,7 +151,7 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
 
 
 def has_not_paid(networks: Sequence[Network]) -> str:
-    """A sentence where the student alone is as good as the distilled one or better; else empty."""
+    """Returns a sentence if the student alone is at least as good as the distilled one; else empty."""
     top1 = {network.role: network.top1 for network in networks}
     by_itself, distilled = top1.get("student alone"), top1.get("distilled student")
     if by_itself is None or distilled is None or distilled > by_itself:
@@ -164,8 +164,8 @@ def has_not_paid(networks: Sequence[Network]) -> str:
 
 @rank_zero_only
 def export_student(finished: Finished) -> None:
-    """Exports the student with a model card, to ONNX too where that is installed, and says how to predict with it."""
-    from rld_lightning.tasks.export import export_run  # takes a second that other runs need not wait for
+    """Exports the student with a model card, and to ONNX if that is installed, and prints how to predict with it."""
+    from rld_lightning.tasks.export import export_run  # takes a second to import
 
     run = finished.plan.run
     formats = ["safetensors", *(["onnx"] if all(map(find_spec, _ONNX)) else [])]
@@ -178,7 +178,7 @@ def export_student(finished: Finished) -> None:
 
 
 def _told(key: str, name: str) -> str:
-    """What a command is told of a network from elsewhere, which it takes from no file."""
+    """Returns an argument that a command needs for a network from elsewhere, as files do not provide it."""
     return f" {as_argument(key, name)}" if is_from_elsewhere(split_size(name)[0]) else ""
 
 
@@ -190,7 +190,7 @@ STEPS: Mapping[str, Callable[[Finished], None]] = {
 
 
 def go_on(finished: Finished) -> None:
-    """Takes the steps that ``after`` names, in the order of :data:`STEPS`, whatever the order there."""
+    """Runs the steps that ``after`` names, in the order of :data:`STEPS`."""
     for name, step in STEPS.items():
         if name in finished.cfg.after:
             step(finished)

@@ -228,7 +228,7 @@ def _share_out_as_trained(weights: Weights, data: ImageDataModule, run: Path) ->
 
 
 def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
-    """RunRecord anything is downloaded: can these be the classes that the model was trained on?"""
+    """Refuses data with a number of classes that cannot be the model's, before anything is downloaded."""
     facts = facts_of(weights)
     if facts.num_classes not in (None, data.num_classes) and not set(facts.class_names or ()) & set(data.class_names):
         of = f" of {facts.dataset}" if facts.dataset else ""

@@ -1,4 +1,4 @@
-"""Trains a student, with or without a teacher, and leaves a run folder that explains itself."""
+"""Trains a student, with or without a teacher, and writes a self-contained run directory."""
 
 import gc
 from copy import deepcopy
@@ -61,18 +61,18 @@ TASK = "rld_lightning.tasks.fit:fit"
 
 
 def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
-    """Runs the whole job that ``conf/fit.yaml`` describes, in as many processes as ``cfg.trainer`` wants.
+    """Runs the whole job of ``conf/fit.yaml``, in as many processes as ``cfg.trainer`` requires.
 
     Args:
-        cfg: the composed configuration; nothing is written into it from here on.
-        resume_hint: whether a run that is interrupted says how to continue.
+        cfg: the composed configuration; it is not modified from here on.
+        resume_hint: whether an interrupted run prints how to resume.
 
     Returns:
-        the summary; on ranks other than 0 as well.
+        the summary, on all ranks.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong, raised before training starts; or
-            training diverged, or a process of several was lost.
+        UserError: the configuration or a file that it names is wrong (raised before training starts), or training
+            diverged, or one of several processes was lost.
     """
     freeze(cfg)
     with user_errors():
@@ -98,43 +98,44 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
             scheduler_interval=cfg.recipe.scheduler_interval,
             scheduler_monitor=cfg.recipe.get("scheduler_monitor"),
         )
-    command()  # which processes that are started here inherit
+    command()  # stores the command for processes started here to inherit
     with locked(plan.run), disk_errors(), copy_output_to(plan.run / LOG):
         with user_errors():
-            plan = replace(plan, before=check_start(plan, cfg))  # one sentence is better early than from all ranks
+            plan = replace(plan, before=check_start(plan, cfg))  # early, so that one process reports it, not each rank
         if plan.processes > 1:
             run_in_processes(plan.processes, TASK, cfg)
             return read_summary(plan.run)
-        # Where processes were started here, the one that has started them says how to continue.
+        # If ranks were started here, the process that started them prints how to resume.
         return _run(cfg, plan, resume_hint=resume_hint and not started_by_run())
 
 
 def _of_requeued(run: Path) -> str | None:
-    """The checkpoint of this run, where SLURM has started its job again."""
+    """Returns this run's checkpoint if SLURM has requeued its job."""
     return str(run / LAST) if requeued() and checkpoint_exists(run / LAST) else None
 
 
 def fit_in_processes(cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None) -> Summary:
-    """Runs :func:`fit` in fresh processes, or in those that somebody has started for it.
+    """Runs :func:`fit` in fresh processes, or in those that a launcher has started.
 
     Args:
-        resume_hint: what continues an interrupted run when it is added to the command; by default what its kind takes.
-        output: a file that gets what processes print that are started here.
+        resume_hint: the override that resumes an interrupted run, to be added to the command; by default that of
+            the run's kind.
+        output: a file for the output of processes started here.
 
     Raises:
         UserError: as :func:`fit`.
     """
     with user_errors():
         processes = processes_to_start(cfg.trainer)
-    if external_launcher() is not None:  # SLURM has
+    if external_launcher() is not None:  # started by SLURM, for example
         return fit(cfg)
     run_in_processes(processes, TASK, cfg, resume_hint=resume_hint, output=output)
     return read_summary(Path(cfg.paths.run))
 
 
 def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
-    """Does the job in this process, as one of its group: check, find the teacher, build, train, leave results."""
-    gc.collect()  # an earlier run of this process, a teacher's say, leaves its data in reference cycles
+    """Runs the job in this process, as one of its ranks: checks, finds the teacher, builds, trains, writes results."""
+    gc.collect()  # an earlier run of this process, such as the teacher's, leaves data in reference cycles
     with user_errors():
         if cfg.print_config == "tree":
             print_config(cfg)
@@ -150,7 +151,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_network(plan.student.name, data, other_sizes=plan.other_sizes)
     if loss.needs_teacher and plan.teacher is not None:
         with user_errors():
-            if plan.teacher.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
+            if plan.teacher.weights in ("auto", "fit", "published"):  # others determine their own input
                 check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
             weights = find_teacher(plan.teacher, data.name, plan.store, plan.before)
         if weights is None:
@@ -174,7 +175,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             plan = replace(plan, teacher=replace(plan.teacher, sha256=sha256))
             remember_validation(teacher, plan, data)
             measure_teacher(teacher, facts, data, trainer)
-        recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to it
+        recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to the rate
         module = build_module(
             plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.get("scheduler"))
         )
@@ -196,7 +197,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
 
 
 def _choose_batch(plan: Plan, data: ImageDataModule, trainer: Trainer) -> int:
-    """One that suits device and data; the one that it had where a run goes on."""
+    """Returns a batch size that suits device and data; that of the checkpoint if the run resumes."""
     before = None if plan.before is None else plan.before.settings.get("data.batch_size")
     if before is not None and before.isdecimal() and 0 < int(before) <= data.train_size:
         return int(before)
@@ -208,10 +209,10 @@ def _choose_batch(plan: Plan, data: ImageDataModule, trainer: Trainer) -> int:
 def _train_teacher(
     cfg: DictConfig, plan: Plan, teacher: Teacher, loss: DistillationLoss, data: ImageDataModule
 ) -> None:
-    """Trains the teacher that there is not yet, in ``<run>/teacher``, and keeps it for other runs if it is for them."""
+    """Trains the missing teacher in ``<run>/teacher``, and stores it for other runs if they can use it."""
     folder = plan.run / TEACHER
-    with user_errors():  # fresh networks show that the loss can work with them, before one is trained for it
-        pretrained = {"pretrained": True} if plan.student.weights == "pretrained" else {}  # fetched now, or refused
+    with user_errors():  # before the teacher is trained, untrained networks show that the loss can work with them
+        pretrained = {"pretrained": True} if plan.student.weights == "pretrained" else {}  # downloaded or refused now
         student = create_model(plan.student.name, data.num_classes, **pretrained)
         other = create_model(teacher.name, data.num_classes)
         connect(deepcopy(loss), student, other, data.image_shape, data.train_label)
@@ -233,7 +234,7 @@ def _train(
         with signals.handling():
             trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
         say_nothing_left(trainer)
-    except Diverged:  # which says by itself how to go on
+    except Diverged:  # its message says how to resume
         raise
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         last = plan.run / LAST
@@ -241,6 +242,6 @@ def _train(
             print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
             if isinstance(error, Stopped):
                 error.said = True
-        if "metric" in str(error) and "not available" in str(error):  # of a loss's own values this is known only now
+        if "metric" in str(error) and "not available" in str(error):  # a loss's own metrics are known only now
             raise UserError(f"a callback or the schedule monitors a metric that is not logged: {error}") from error
         raise

@@ -1,1 +1,1 @@
-"""One run, from its plan to its results: what all that trains or measures is built on."""
+"""The steps of one run, from its plan to its results, shared by all tasks that train or evaluate."""

@@ -1,4 +1,4 @@
-"""Data before their batch is known, and a batch that suits device and data."""
+"""Creates data before their batch size is known, and chooses a batch size for device and data."""
 
 from typing import TYPE_CHECKING
 
@@ -6,30 +6,30 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-if TYPE_CHECKING:  # Lightning takes seconds, and plans are read without it
+if TYPE_CHECKING:  # Lightning takes seconds to import, and plans are read without it
     from rld_lightning.data.base import ImageDataModule
 
 AUTO = "auto"
-_STEPS = 16  # an epoch has at least about as many, so that a small folder gets its steps
+_STEPS = 16  # minimum number of steps per epoch, roughly, so that small data sets get enough updates
 _LEAST, _MOST_CPU, _MOST_SMALL_GPU, _MOST = 8, 32, 64, 128
-_LARGE_GPU = 20e9  # bytes; networks of some 30 M parameters train on 128 images of 224 x 224 in 16 GB
+_LARGE_GPU = 20e9  # bytes; networks with about 30 M parameters train on 128 images of 224 x 224 in 16 GB
 
 
 def make_data(settings: DictConfig) -> "ImageDataModule":
-    """The data that ``data`` describes; where their batch is still to be chosen, it is 1 for now."""
+    """Creates the data module that ``data`` describes, with batch size 1 if it is still to be chosen."""
     if settings.batch_size != AUTO:
         return instantiate(settings)
     return instantiate(settings, batch_size=1)
 
 
 def suitable_batch(images: int, device: torch.device, processes: int = 1) -> int:
-    """A power of two, times the number of processes where that is none: what an epoch has 16 steps with, within bounds.
+    """Returns a power of two (times the number of processes if that is not one) with 16 steps per epoch, within bounds.
 
-    These are 8, and 32 on a CPU, 64 on a GPU of less than 20 GB, 128 on others: of each process.
+    Bounds per process: 8 to 32 on a CPU, to 64 on a GPU with less than 20 GB, to 128 on larger ones.
 
     Args:
-        images: to train on, in all processes.
-        processes: that share the batch.
+        images: number of training images, over all processes.
+        processes: number of processes that share the batch.
     """
     most = _MOST_CPU
     if device.type == "cuda":

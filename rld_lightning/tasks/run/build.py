@@ -1,4 +1,4 @@
-"""The parts of a run that take more than their part of the configuration to be made."""
+"""Builds the parts of a run that depend on more than their section of the configuration."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,7 +34,7 @@ from rld_lightning.watching import skip_idle_hooks
 
 
 def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
-    """Downloads data where need be, sets them up, and prints their line."""
+    """Downloads data if needed, sets them up, and prints their line."""
     data.prepare_data()
     data.setup("fit")
     print_line("data", data.describe())
@@ -49,8 +49,8 @@ def build_module(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer], LRScheduler] | None,
 ) -> DistillationModule:
-    """The student and what it is trained with; no teacher where the loss needs none."""
-    # Whatever came before may have used random numbers; the student starts from the seed with or without a teacher.
+    """Builds the student and its training module; without a teacher if the loss needs none."""
+    # Earlier steps may have used random numbers; the student depends only on the seed, with or without a teacher.
     seed_everything(plan.seed, workers=True, verbose=False)
     name, weights = plan.student.name, plan.student.weights
     pretrained = {"pretrained": True} if weights == "pretrained" else {}
@@ -85,13 +85,13 @@ def build_module(
 
 
 def watchers(cfg: DictConfig) -> dict[str, Any]:
-    """Who watches a run: its loggers and callbacks, as arguments of the trainer."""
+    """Returns the run's loggers and callbacks, as arguments of the trainer."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     enabled = {}
     for option, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
         if cfg.trainer.get(option) is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
-        # Lightning would put its own in the place of what callbacks.<name>=null has switched off.
+        # Lightning would add its own in place of those that callbacks.<name>=null has switched off.
         enabled[option] = any(isinstance(callback, kind) for callback in callbacks)
     return {
         "logger": [instantiate(logger) for logger in cfg.logger.values() if logger],
@@ -101,32 +101,32 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
-    """The trainer of a run, with :func:`watchers`, whose checkpoints are whole and verified."""
+    """Builds the trainer with the loggers and callbacks; it writes checkpoints atomically and verifies them."""
     trainer = make_trainer(cfg.trainer, **watchers(cfg))
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and none from trainer.plugins
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none set by trainer.plugins
         trainer.strategy.checkpoint_io = CheckpointFiles()
     return trainer
 
 
 def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
-    """Adds who watches each run, whatever its configuration says, once its teacher has been found."""
+    """Adds the callbacks of every run, whatever its configuration, once its teacher has been found."""
     teacher = {} if plan.teacher is None else {"model.teacher.sha256": plan.teacher.sha256}
-    shared = changed(cfg, teacher)  # where files lie may differ between machines, what is in them may not
-    callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning does not declare
+    shared = changed(cfg, teacher)  # paths may differ between machines, the files' content may not
+    callbacks: list[Callback] = vars(trainer)["callbacks"]  # not declared by Lightning
     callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan)), StopSignals()]
     skip_idle_hooks(trainer)
 
 
 def adopt_look(student: Student, data: ImageDataModule, settings: Mapping[str, Any]) -> Look:
-    """Has the data normalised as the student's weights want it, where it starts from any.
+    """Sets the data's normalisation to that of the weights from which the student starts, if any.
 
-    The data themselves and not the student's input, so that everything that the run leaves says what it was fed with.
+    The data are changed, not the student's input, so that all files of the run record what it was trained on.
 
     Args:
-        settings: of the data; what they say to normalise with stays, with a word of caution.
+        settings: the data's; a normalisation set there is kept, with a warning.
 
     Returns:
-        what the data were normalised with before.
+        the data's previous normalisation.
     """
     usual = Look(tuple(data.mean), tuple(data.std))
     if (side := split_size(student.name)[1]) is not None:

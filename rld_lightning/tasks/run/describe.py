@@ -1,4 +1,4 @@
-"""What a run prints about itself before it trains."""
+"""Prints the description of a run before it trains."""
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
@@ -17,7 +17,7 @@ from rld_lightning.tasks.run.plan import Plan
 def describe_run(
     cfg: DictConfig, plan: Plan, data: ImageDataModule, trainer: Trainer, module: DistillationModule
 ) -> None:
-    """Prints one line for each part of the run that has not had its own yet."""
+    """Prints one line for each part of the run that has not printed its own yet."""
     print_line("student", f"{module.hparams['student']}, {describe_size(module.student, data.image_shape)}")
     print_line("loss", module.loss.describe())
     if data.mix:
@@ -30,7 +30,7 @@ def describe_run(
     if plan.scale_lr_from is not None:
         rate += f" = {plan.recipe_rate:g} x {plan.batch_size} / {plan.scale_lr_from}"
     devices = trainer.world_size
-    assert plan.batch_size is not None  # of a plan that is complete
+    assert plan.batch_size is not None  # the plan is complete here
     epochs = "1 epoch" if trainer.max_epochs == 1 else f"{trainer.max_epochs} epochs"
     print_line(
         "training",
@@ -62,10 +62,10 @@ def describe_run(
 
 
 def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
-    """What a loss makes of a step that is divided, if that is another value than of all its images; else empty.
+    """Describes how a loss treats a divided batch, if its value differs from that of the whole batch; else empty.
 
     Args:
-        parts: into how many batches, of processes or of accumulated gradients.
+        parts: number of parts, from processes or accumulated gradients.
     """
     if parts == 1 or not loss.of_whole_batch:
         return ""
@@ -76,11 +76,11 @@ def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
 
 
 def describe_size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """Parameters and multiply-accumulates of a model, for the console."""
+    """Describes a model's parameters and multiply-accumulates, for the console."""
     parameters, macs = count_parameters(model), count_macs(model, image_shape)
     return f"{_millions(parameters, 2)} parameters, {_millions(macs, 1)} MACs"
 
 
 def _millions(number: int, digits: int) -> str:
-    """A number in millions, or as it is where these digits would show nothing of it."""
+    """Formats a number in millions, or in full if these digits would show 0."""
     return f"{number / 1e6:.{digits}f} M" if number >= 10 ** (6 - digits) else f"{number:,}"

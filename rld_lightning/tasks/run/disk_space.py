@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a run writes, before it is trained."""
+"""Checks before training that the disk has room for a run's files."""
 
 import shutil
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from rld_lightning.runs.checkpoint import previous_of
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.watching import callbacks_of
 
-# Metrics, curves and the like, and what checkpoints hold beside tensors.
+# Bytes for metrics, curves and the like, and for the contents of checkpoints other than tensors.
 _OTHERS = 2_000_000
 
 
@@ -24,7 +24,7 @@ def check_room(run: Path, trainer: Trainer, module: DistillationModule) -> None:
     """Refuses a run whose checkpoints and student do not fit on the disk.
 
     Raises:
-        ValueError: there is less room than they take.
+        ValueError: there is not enough room.
     """
     folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
     need, free = room_needed(run, trainer, module), shutil.disk_usage(folder).free
@@ -36,15 +36,15 @@ def check_room(run: Path, trainer: Trainer, module: DistillationModule) -> None:
 
 
 def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
-    """How many more bytes a run writes than lie in its folder already.
+    """Returns how many bytes a run adds to its directory.
 
-    Each checkpoint is written beside the one that it replaces. Those to go on from hold the state of the optimizer, and
-    of them the one before the latest stays.
+    Each checkpoint is written before the one that it replaces is removed. Checkpoints for resuming contain the
+    optimizer's state, and the previous one is kept.
     """
     weights = _bytes_of(module.state_dict().values())
     whole = weights + _state_of_optimizer(module)
     if callbacks_of(trainer, WeightAveraging):
-        whole += weights  # those that are trained, beside their average
+        whole += weights  # the trained weights, in addition to their average
     files = [(run / STUDENT, weights)]
     largest = weights
     for callback in callbacks_of(trainer, ModelCheckpoint):
@@ -61,7 +61,7 @@ def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
 
 
 def _state_of_optimizer(module: DistillationModule) -> int:
-    """The bytes that an optimizer will hold: a momentum in SGD, and two moments in what it is not known of."""
+    """Estimates the optimizer state's bytes: a momentum for SGD, and two moments for any other optimizer."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = module.make_optimizer(trained)
     copies = 2

@@ -1,4 +1,4 @@
-"""What a run folds and compiles to be done sooner: switches which the job alone decides where they are ``auto``."""
+"""Folds and compiles networks for speed; for ``auto`` only the job decides, not the machine's load."""
 
 import math
 
@@ -13,13 +13,13 @@ from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.plan import Plan
 
-# Multiply-accumulates of the student's steps from which on compiling, about a minute, is won back: a compiled step
-# takes 0.7 (resnet8) to 0.87 (wrn16_2) of the time, and a core does 5e10 to 1.5e11 a second.
+# Multiply-accumulates of the student's steps from which compiling, about a minute, pays off: a compiled step takes 0.7
+# (resnet8) to 0.87 (wrn16_2) of the time, and a core does 5e10 to 1.5e11 per second.
 _WORTH = 1e14
 
 
 def fold_teacher(teacher: FrozenTeacher, loss: DistillationLoss, data: ImageDataModule) -> None:
-    """Folds the teacher's batch norms into its convolutions, where nobody looks at its features; prints a line."""
+    """Folds the teacher's batch norms into its convolutions, unless its features are used; prints a line."""
     if teacher.fused or loss.teacher_taps or teacher.shard or teacher.batch_statistics:
         return
     if norms := teacher.fold(data.image_shape):
@@ -27,15 +27,15 @@ def fold_teacher(teacher: FrozenTeacher, loss: DistillationLoss, data: ImageData
 
 
 def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
-    """Has training steps compiled where that is wanted, and prints a line.
+    """Compiles training steps if requested, and prints a line.
 
-    With ``auto`` the student's are, on a CPU, in a run that is long enough.
+    With ``auto``, compiles the student's steps on a CPU if the run is long enough.
 
     Raises:
-        ValueError: it is asked for, and this machine cannot compile.
+        ValueError: it is requested, and this machine cannot compile.
     """
     device, auto = trainer.strategy.root_device, plan.compile == "auto"
-    # Hooks, of taps or of a teacher that is shared out, would send a network back to eager.
+    # hooks, of taps or of a sharded teacher, would make a compiled network run eagerly
     of_student = plan.compile and not module.loss.student_taps
     of_teacher = plan.compile is True and module.teacher is not None and not module.loss.teacher_taps
     if auto and of_student:
@@ -57,7 +57,7 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
 
 
 def images_to_come(data: ImageDataModule, trainer: Trainer) -> float:
-    """How many images the whole run trains on, counted again in each epoch; infinite where only time ends it."""
+    """Returns the number of images of the whole run, counted in each epoch; infinite if only the time is limited."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     limit = trainer.limit_train_batches
     of_epoch = data.train_size * limit if isinstance(limit, float) else min(data.train_size, limit * data.batch_size)

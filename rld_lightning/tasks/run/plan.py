@@ -1,4 +1,4 @@
-"""What a run is to do, read from its configuration once, with what was found. Nothing writes into a configuration."""
+"""A run's plan: read once from the configuration, then completed. Configurations are never modified."""
 
 import os
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ class Student:
 
     Attributes:
         name: for :func:`~rld_lightning.models.create_model`.
-        weights: a file to start from, or ``"pretrained"``; None for random ones.
-        channels_last: whether it computes in that layout.
+        weights: a file to start from, or ``"pretrained"``; None for random weights.
+        channels_last: whether to use this memory layout.
     """
 
     name: str
@@ -36,54 +36,54 @@ class Student:
 class Teacher:
     """The network to learn from: ``model.teacher``."""
 
-    name: str  # for `create_model`; of unlike networks all, as `names_of_members` reads them
-    # A file, several for an ensemble, or `"pretrained"`; or where to look for a file, `"auto"`, `"fit"` or
+    name: str  # for `create_model`; for different networks all names, as `names_of_members` parses them
+    # A file, several for an ensemble, or `"pretrained"`; or where to search for a file: `"auto"`, `"fit"` or
     # `"published"`
     weights: str | tuple[str, ...] | None
-    published_url: str  # the archive of published teachers
-    # What it wants images normalised with, as `mean` and `std` say; None where they leave it to its file
+    published_url: str  # archive of published teachers
+    # Normalisation of its input, from `mean` and `std`; None if its file determines it
     look: Look | None
     options: Mapping[str, Any]  # of `FrozenTeacher`; `fuse` may also be `"auto"`
-    sha256: str | None = None  # of the file; None where it is not known yet, and of what is no file
-    start: str | None = None  # what one that has to be trained begins from, as `weights` of a student
-    mean_of: str = "logits"  # what an ensemble takes the mean of, see `Ensemble`
-    class_map: Mapping[str, str | int] | None = None  # which of its classes those of the data are, see `places_of`
-    # The side of the images that it wants; `"auto"`: what it was trained with; None: the data's
+    sha256: str | None = None  # of the file; None if not known yet, and without a file
+    start: str | None = None  # initial weights if it has to be trained, like a student's `weights`
+    mean_of: str = "logits"  # what an ensemble averages, see `Ensemble`
+    class_map: Mapping[str, str | int] | None = None  # its classes for those of the data, see `places_of`
+    # Side of its input images; `"auto"`: as in its training; None: as the data
     image_size: int | str | None = "auto"
-    # Whether its logits are kept in a table and looked up; `"auto"`: where that pays; `"fill"`: and all are computed
-    # before the training
+    # Whether its logits are cached in a table; `"auto"`: if that pays off; `"fill"`: all are computed before the
+    # training
     cache: bool | str = False
-    cache_dtype: str = "float16"  # what they are kept in
+    cache_dtype: str = "float16"  # data type of the table
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to do."""
+    """A run's plan."""
 
-    run: Path  # the run's folder
-    resume: str | None  # the checkpoint that it goes on from; None where it begins
-    processes: int  # how many are to be started; 1 where this process trains
-    seed: int  # of weights, order and augmentation
-    label: str  # what the pair, or the single network, is called
+    run: Path  # the run directory
+    resume: str | None  # the checkpoint from which it resumes; None for a new run
+    processes: int  # number of processes to start; 1 if this process trains
+    seed: int  # for weights, order and augmentation
+    label: str  # name of the pair, or of the single network
     student: Student  # the network to train
-    teacher: Teacher | None  # the network to learn from; None without one, and where the loss needs none
-    store: TeacherStore  # where trained teachers are kept
-    compile: bool | str  # whether training steps are compiled; `"auto"`: where that pays
-    capture: bool | str  # whether a step is launched as one CUDA graph; `"auto"`: on a GPU
-    loss: str  # what the loss is called
-    batch_size: int | None  # over all processes; None until one has been chosen that suits the device and the data
-    other_sizes: bool  # whether the data can have another `data.image_size`
+    teacher: Teacher | None  # the network to learn from; None without one, and if the loss needs none
+    store: TeacherStore  # the store of trained teachers
+    compile: bool | str  # whether to compile training steps; `"auto"`: if that pays off
+    capture: bool | str  # whether to run a step as one CUDA graph; `"auto"`: on a GPU
+    loss: str  # name of the loss
+    batch_size: int | None  # over all processes; None until it has been chosen for device and data
+    other_sizes: bool  # whether the data accept another `data.image_size`
     optimizer: str  # its class
     recipe_rate: float  # the recipe's learning rate
-    scale_lr_from: int | None  # the batch size that it is for; None where it holds for any
-    scheduler_interval: str  # when the schedule steps
-    scheduler_monitor: str | None  # what a schedule looks at that waits for a plateau; None for the usual
-    # What the checkpoint that it goes on from says about its run; None where it says nothing
+    scale_lr_from: int | None  # the batch size for that rate; None if the rate is not scaled
+    scheduler_interval: str  # when the scheduler steps
+    scheduler_monitor: str | None  # metric for a plateau scheduler; None for the default
+    # What the checkpoint from which it resumes records about its run; None without a record
     before: RunRecord | None = None
 
     @property
     def learning_rate(self) -> float:
-        """The rate to train with, by linear scaling (Goyal et al., arXiv 1706.02677) where the recipe asks for it.
+        """The learning rate, with linear scaling (Goyal et al., arXiv 1706.02677) if the recipe requests it.
 
         Raises:
             ValueError: the batch size to scale from is not positive.
@@ -94,20 +94,20 @@ class Plan:
             raise ValueError(
                 f"recipe.scale_lr_from={self.scale_lr_from} must be a batch size, such as 256, or null for no scaling."
             )
-        assert self.batch_size is not None  # rates are asked for once it is known
+        assert self.batch_size is not None  # chosen before rates are needed
         return self.recipe_rate * self.batch_size / self.scale_lr_from
 
 
 def plan_student(settings: DictConfig) -> Student:
-    """The network to train, as ``model.student`` says."""
+    """Reads the network to train from ``model.student``."""
     return Student(settings.name, settings.weights, settings.channels_last)
 
 
 def plan_teacher(settings: DictConfig | None) -> Teacher | None:
-    """The network to learn from, as ``model.teacher`` says; None without one.
+    """Reads the network to learn from from ``model.teacher``; None without one.
 
     Raises:
-        ValueError: ``mean`` and ``std`` are not three numbers each, or ``cache`` is another word.
+        ValueError: ``mean`` and ``std`` are not three numbers each, or ``cache`` is an unknown word.
     """
     if settings is None:
         return None
@@ -137,12 +137,12 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
 
 
 def freeze(cfg: DictConfig) -> None:
-    """Lets nobody write into a configuration any more."""
+    """Makes a configuration read-only."""
     OmegaConf.set_readonly(cfg, True)
 
 
 def changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
-    """Another configuration, frozen, with other values by full key.
+    """Returns a frozen copy of a configuration with other values, by full key.
 
     Args:
         values: such as ``{"recipe.optimizer.lr": 0.1}``.
@@ -156,17 +156,17 @@ def changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
 
 
 def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> DictConfig:
-    """The configuration of a run that trains one network by itself: with cross-entropy, and a run's data and recipe.
+    """Returns the configuration of a run that trains one network alone: with cross-entropy and a run's data and recipe.
 
     Args:
-        weights: what it starts from, as ``model.student.weights``.
+        weights: initial weights, as ``model.student.weights``.
     """
     own = deepcopy(cfg)
     OmegaConf.set_readonly(own, False)
     OmegaConf.set_struct(own, False)
     if "split_file" in own.data and (written := Path(cfg.paths.run) / SPLIT).is_file():
-        own.data.split_file = str(written)  # the images of a folder are shared out as those of the run
-    own.dataset, own.recipe_name = cfg.dataset, cfg.recipe_name  # which Hydra knows
+        own.data.split_file = str(written)  # a folder's images are split as in the run
+    own.dataset, own.recipe_name = cfg.dataset, cfg.recipe_name  # known from Hydra
     own.pop("hydra", None)
     student = {**cfg.model.student, "name": name, "weights": weights}
     own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
@@ -176,17 +176,17 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
     own.paths.run = str(folder)
     own.resume = None
     own.after = []
-    own.callbacks.pop("pruner", None)  # which would take it for a trial
-    if "WANDB_RUN_ID" in os.environ:  # a sweep agent's, for the run that this one is for
+    own.callbacks.pop("pruner", None)  # it would take the run for a trial
+    if "WANDB_RUN_ID" in os.environ:  # from a sweep agent, for the run for which this network is trained
         own.logger.pop("wandb", None)
     freeze(own)
     return own
 
 
 def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
-    """A configuration with what was found for its run, for those who read it later: ``config.yaml`` and the loggers."""
+    """Returns a configuration completed with a run's found values, for ``config.yaml`` and the loggers."""
     found: dict[str, Any] = {"resume": plan.resume}
-    if plan.batch_size is not None:  # where it was to be chosen; a recipe's need not be that of the data
+    if plan.batch_size is not None:  # in case it was chosen; a recipe's batch size may differ from the data's
         keys = ("data.batch_size", "recipe.batch_size")
         found |= {key: plan.batch_size for key in keys if OmegaConf.select(cfg, key) == AUTO}
     if plan.teacher is not None:

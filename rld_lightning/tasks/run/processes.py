@@ -1,15 +1,14 @@
-"""A run with several processes: one that reads the command line and watches, and the ranks that train.
+"""Runs with several processes: one parses the command line and monitors, and the ranks train.
 
-Every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one folder.
-They get the environment that ``torchrun`` gives, so that there is one way to run and two to start. Those of a sweep are
-forked from one that has imported everything (:mod:`rld_lightning.forked_processes`). Why neither of the launchers at
-hand:
+Every run, and every trial of a sweep, is a fresh group of processes with the composed configuration and one
+directory. They get the environment that ``torchrun`` sets, so that runs work the same either way. Processes of a sweep
+are forked from one that has imported everything (:mod:`rld_lightning.forked_processes`). Why not an existing launcher:
 
-- Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in a
-  sweep every rank would sweep on its own, and nobody is left to say what happened when rank 0 dies.
-- torch's (``torch.distributed.elastic``) ends the others by SIGTERM, which Lightning answers with a broadcast to
-  processes that are gone, and waits 30 s before it kills them; it leaves the data loaders of a killed rank running; and
-  it orders failures by whole seconds, and so names a rank that lost its connection instead of the one that was killed.
+- Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in
+  a sweep every rank would run its own sweep, and nobody reports the error if rank 0 dies.
+- torch's (``torch.distributed.elastic``) ends the others by SIGTERM, to which Lightning reacts with a broadcast to
+  processes that have ended, and waits 30 s before it kills them; it leaves the data loaders of a killed rank running;
+  and it orders failures by whole seconds, and so may name a rank that lost its connection instead of the killed one.
 """
 
 import importlib
@@ -30,7 +29,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-import rld_lightning.hydra.resolvers  # noqa: F401  (the configuration that ranks read calls them)
+import rld_lightning.hydra.resolvers  # noqa: F401  (resolvers for the configuration that ranks load)
 from rld_lightning import forked_processes
 from rld_lightning.console import print_line, quiet_lightning, reset_console, start_new_line
 from rld_lightning.distributed import (
@@ -54,12 +53,12 @@ from rld_lightning.runs.files import LAST
 from rld_lightning.shipped import shipped
 from rld_lightning.tasks.run.trainer import make_trainer
 
-POLL = 0.1  # seconds between two looks at the processes while they train
+POLL = 0.1  # seconds between checks of the processes while they train
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The exception that ended a rank, written by itself; ``traceback`` is None for a :class:`UserError`."""
+    """The exception that ended a rank, written by that rank; ``traceback`` is None for a :class:`UserError`."""
 
     message: str
     traceback: str | None
@@ -70,19 +69,19 @@ _LIMITS = ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit
 
 
 def processes_to_start(trainer: DictConfig) -> int:
-    """How many processes a run needs that nobody has started yet; 1 where this process does it alone.
+    """Returns how many processes this run must start; 1 if this process trains by itself.
 
     Raises:
-        ValueError: ``torchrun`` or ``srun`` has started another number of processes than the trainer wants, a sweep was
-            started with them, or the run needs several nodes and nobody has started the others.
+        ValueError: ``torchrun`` or ``srun`` has started another number of processes than the trainer requires, or
+            started a sweep, or the run needs several nodes and no launcher was used.
     """
     if trainer.devices == 1 and trainer.get("num_nodes", 1) == 1 and external_launcher() is None:
         return 1
-    # Here, so that ranks end quietly on a Ctrl-C while they import it.
+    # Imported here, so that ranks end quietly on a Ctrl-C during the import.
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-    # Its device count alone is of interest: no precision, which may have to ask, and so occupy, a GPU, and nothing of
-    # which Lightning has a line to print, as the run's own trainer will.
+    # Only its number of devices is needed: without a precision, whose check may occupy a GPU, and without options for
+    # which Lightning prints lines, as the run's own trainer prints them.
     others = dict.fromkeys(("precision", "fast_dev_run", "detect_anomaly", *_LIMITS))
     probe = make_trainer(trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False, **others)
     wanted = probe.num_devices * probe.num_nodes
@@ -111,20 +110,20 @@ def processes_to_start(trainer: DictConfig) -> int:
 def run_in_processes(
     count: int, task: str, cfg: DictConfig, *, resume_hint: str | None = None, output: Path | None = None
 ) -> None:
-    """Runs a task in ``count`` fresh processes and returns when all have ended; none is left whatever happens.
+    """Runs a task in ``count`` fresh processes and returns when all have ended; never leaves one running.
 
     Args:
         count: number of processes on this machine.
         task: a function that takes the configuration, as ``package.module:function``.
-        cfg: the configuration; ``paths.run`` is the folder that all of them share.
-        resume_hint: what continues an interrupted run when it is added to the command; by default the last checkpoint
-            in ``paths.run``. Of a trial the sweep says so.
-        output: a file that gets, at its end, what the processes print; by default they print where this one does.
+        cfg: the configuration; ``paths.run`` is the directory that all processes share.
+        resume_hint: the override that resumes an interrupted run, to be added to the command; by default the last
+            checkpoint in ``paths.run``. For a trial the sweep prints it.
+        output: a file to which the processes' output is appended; by default they print to this process's output.
 
     Raises:
-        UserError: a process failed or was killed. The others have been ended, and the message says how to continue.
-        Stopped: the run was stopped by a signal to this process or to one of its own, which had :data:`GRACE` seconds
-            to save. A second signal ends them at once.
+        UserError: a process failed or was killed. The others have been ended, and the message says how to resume.
+        Stopped: a signal to this process or a rank stopped the run; ranks had :data:`GRACE` seconds to save. A
+            second signal ends them at once.
     """
     run = Path(cfg.paths.run).absolute()
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
@@ -135,24 +134,24 @@ def run_in_processes(
             stop = None
             try:
                 codes = _wait(processes)
-                if (number := stopped_by(codes.values())) is not None:  # all of them, or soon
+                if (number := stopped_by(codes.values())) is not None:  # all of them have stopped, or will soon
                     stop = number
                     wait_for_end(processes, GRACE)
             except (KeyboardInterrupt, Stopped) as signalled:
                 stop = signalled.signal if isinstance(signalled, Stopped) else signal.SIGINT
-                if trials_at_once() is None:  # else the launcher says it
+                if trials_at_once() is None:  # otherwise the launcher prints it
                     start_new_line()
                     print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
                     _interrupt(processes)
             if stop is not None:
                 hint = resume_hint or _resume_hint(run)
-                if hint or not is_trial():  # of a trial the sweep says it
+                if hint or not is_trial():  # for a trial the sweep prints it
                     how = f"continue with the same command and {hint}" if hint else "nothing was saved yet"
                     print_line("stopped", how)
                 raise Stopped(stop, said=True)
             if codes:
-                time.sleep(5 * POLL)  # the rank that failed first may be the last to end
+                time.sleep(5 * POLL)  # the rank that failed first may end last
         if codes:
             failures = _read_failures(folder, count)
             raise UserError(_explain(codes, failures, count, resume_hint or _resume_hint(run), output))
@@ -160,7 +159,7 @@ def run_in_processes(
 
 @contextmanager
 def _started(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[Process]]:
-    """Starts the ranks, each in a session of its own, and kills what is left of them in the end."""
+    """Starts the ranks, each in its own session, and at the end kills those that still run."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -170,12 +169,12 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
         "TORCHELASTIC_RUN_ID": JOB,
     }
     processes: list[Process] = []
-    # Ranks that cannot save yet inherit that it is ignored; later it is passed on.
+    # Ranks inherit that SIGUSR1 is ignored until they can save; later it is forwarded to them.
     before = _on_sigusr1(signal.SIG_IGN)
     try:
         for rank in range(count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of its own: this process passes Ctrl-C on, and ends a rank's data loaders with it.
+            # In its own session: this process forwards Ctrl-C, and kills a rank's data loaders with it.
             with output.open("ab") if output else nullcontext() as file:
                 processes.append(forked_processes.start(command, environment, file))
         _on_sigusr1(lambda *_: send_signal(processes, signal.SIGUSR1))
@@ -187,7 +186,7 @@ def _started(command: Sequence[str], count: int, output: Path | None = None) -> 
 
 
 def _wait(processes: Sequence[Process]) -> dict[int, int]:
-    """Waits until a process has failed or all have ended well; returns the exit codes of those that failed, by rank."""
+    """Waits until a process fails or all have ended; returns the exit codes of the failed ranks."""
     while True:
         codes = [poll(process) for process in processes]
         failed = {rank: code for rank, code in enumerate(codes) if code}
@@ -197,22 +196,22 @@ def _wait(processes: Sequence[Process]) -> dict[int, int]:
 
 
 def _on_sigusr1(handler: Any) -> Any:
-    """Sets what is done about SIGUSR1, where Python allows it; returns what was."""
+    """Sets the handler of SIGUSR1, in the main thread only; returns the previous one."""
     main = threading.current_thread() is threading.main_thread()
     return signal.signal(signal.SIGUSR1, handler) if main else signal.getsignal(signal.SIGUSR1)
 
 
 def _interrupt(processes: Sequence[Process]) -> None:
-    """Tells them to stop, whatever signal came, so that they save and loggers finish, and waits for the end.
+    """Asks the processes to stop, whatever the signal was, so that they save and loggers finish, and waits for them.
 
-    By SIGTERM, which ends those that are still importing without a traceback.
+    Uses SIGTERM, which ends processes that are still importing without a traceback.
     """
     send_signal(processes, signal.SIGTERM)
     wait_for_end(processes, GRACE)
 
 
 def _resume_hint(run: Path) -> str | None:
-    """Returns what continues a single run; None without a checkpoint, and of a trial, of which the sweep says it."""
+    """Returns the override that resumes a run; None without a checkpoint, and for a trial, whose sweep prints it."""
     if is_trial():
         return None
     last = run / LAST
@@ -220,10 +219,10 @@ def _resume_hint(run: Path) -> str | None:
 
 
 def _read_failures(folder: Path, count: int) -> dict[int, Failure]:
-    """Reads what the ranks have written before they ended, by rank."""
+    """Reads the failures that ranks wrote before they ended, by rank."""
     failures = {}
     for rank in range(count):
-        with suppress(FileNotFoundError, json.JSONDecodeError):  # it wrote nothing, or was killed while it did
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # the rank wrote nothing, or was killed while writing
             failures[rank] = Failure(**json.loads((folder / f"failure_{rank}.json").read_text()))
     return failures
 
@@ -235,9 +234,9 @@ def _explain(
     resume_hint: str | None,
     output: Path | None = None,
 ) -> str:
-    """Makes one sentence of what ended the run; the traceback of an exception goes to where the processes print."""
-    # Others may fail because of the first one, and even end before it. A rank that was killed has written nothing;
-    # one that has failed may abort on its way out.
+    """Describes in one sentence what ended the run; writes an exception's traceback to the processes' output."""
+    # Other ranks may fail because of the first, and even end before it. A killed rank has written nothing; a failed one
+    # may abort on exit.
     killed = [rank for rank, code in codes.items() if code < 0 and rank not in failures]
     rank, *_ = [*killed, *sorted(failures, key=lambda rank: failures[rank].time), *codes]
     failure = failures.get(rank)
@@ -261,7 +260,7 @@ def _explain(
 
 
 def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration with its interpolations, which a run still uses, but for those that only Hydra can answer."""
+    """Returns the configuration with its interpolations, except those that only Hydra can resolve."""
     values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     for key, value in values.items():
         if isinstance(value, dict):
@@ -278,10 +277,10 @@ def _free_port() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does the work of one process, and returns its exit status.
+    """Runs one rank, and returns its exit status.
 
     Args:
-        arguments: the task and the folder with the configuration.
+        arguments: the task, and the folder with the configuration.
     """
     code = _rank(arguments[0], Path(arguments[1]))
     if stopped_by([code]) is not None:

@@ -1,4 +1,4 @@
-"""What a run came to, what it leaves behind, and what it prints at its end."""
+"""Computes, writes and prints the results of a run."""
 
 import sys
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ from rld_lightning.watching import callbacks_of
 
 
 def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule) -> Summary:
-    """What a run came to.
+    """Returns the results of a run.
 
     Raises:
-        UserError: the weights are not finite, or no image was evaluated: such a student is no result, neither exported
-            nor stored as a teacher.
+        UserError: the weights are not finite, or no image was evaluated: such a student is neither exported nor stored
+            as a teacher.
     """
     if not all(value.isfinite().all() for value in module.student.state_dict().values()):
         raise UserError(
@@ -75,24 +75,24 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         macs=count_macs(module.student, data.image_shape),
         images_per_s=_speed(plan.run, metrics),
         run=str(plan.run),
-        split_images=images if all_batches else data.val_size,  # without those that cannot be read
+        split_images=images if all_batches else data.val_size,  # without unreadable images
         steps=trainer.global_step,
         scheduled_steps=_scheduled_steps(trainer, data),
         seconds=_seconds(trainer),
         peak_memory_gb=_peak_memory(trainer.strategy.root_device),
-        fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # which Lightning does not declare
+        fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # not declared by Lightning
         teacher_sha256=plan.teacher.sha256 if plan.teacher is not None else None,
     )
 
 
 def _keep_best(run: Path, trainer: Trainer, module: DistillationModule, top1: float) -> None:
-    """Does for a validation after training what is done for the others: logs the best so far, and keeps its weights."""
+    """Handles a validation after training like the others: logs the best accuracy, and saves its weights."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if top1 > module.best_top1:
         module.best_top1 = top1
         paths = [Path(callback.format_checkpoint_name({})) for callback in callbacks_of(trainer, ModelCheckpoint)]
-        if run / BEST in paths:  # unless it has been switched off
+        if run / BEST in paths:  # unless checkpoint_best has been switched off
             trainer.save_checkpoint(run / BEST, weights_only=True)
     for logger in trainer.loggers:
         logger.log_metrics({"val/top1_best": module.best_top1, "epoch": trainer.current_epoch}, trainer.global_step)
@@ -104,30 +104,30 @@ def _seconds(trainer: Trainer) -> float | None:
 
 
 def _peak_memory(device: torch.device) -> float | None:
-    """The most memory that this process had in use so far, in GB: of its GPU, or else of the machine."""
+    """Returns this process's peak memory in GB: of its GPU, or else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
         return None
-    import resource  # of Unix
+    import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _speed(run: Path, logged: Mapping[str, float]) -> float | None:
-    """Images a second in training, the median of the epochs: other programs slow single ones down."""
+    """Returns the training speed in images/s: the median over the epochs, as other programs may slow some down."""
     name = "train/images_per_s"
     epochs = [row[name] for row in read_rows(run) if name in row]
     return median(epochs) if epochs else logged.get(name)
 
 
 def _last_row(run: Path) -> Row:
-    """What the last epoch has logged, also where nothing was left to train."""
+    """Returns the last epoch's metrics, also if nothing was left to train."""
     return next(iter(read_rows(run)[-1:]), {})
 
 
 def _scheduled_steps(trainer: Trainer, data: ImageDataModule) -> int | None:
-    """How many steps of the optimizer all epochs take on all batches; None where there is no end to the epochs."""
+    """Returns the number of optimizer steps of all epochs on all batches; None if the epochs are unlimited."""
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         return None
     return trainer.max_epochs * ceil(len(data.train_sampler()) / trainer.accumulate_grad_batches)
@@ -161,8 +161,8 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
             title = f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}, seed {summary.seed}"
             _draw_curves(run, title, summary)
     finally:
-        summary.write(run)  # last: a run with a summary is a finished one
-    # What debug=overfit is looked at for.
+        summary.write(run)  # last: the summary marks a run as finished
+    # The purpose of debug=overfit.
     by_heart = _last_row(run).get("train/top1") if not summary.trained_whole else None
     part = summary.scheduled_steps and not summary.trained_whole
     rows = [
@@ -197,7 +197,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
 
 def _draw_curves(run: Path, title: str, summary: Summary) -> None:
     try:
-        from rld_lightning.reporting.curves import plot_curves  # pandas and matplotlib are of an extra
+        from rld_lightning.reporting.curves import plot_curves  # pandas and matplotlib are an extra
     except ImportError as error:
         print_line("curves", f'not drawn ({error}): pip install "rld-lightning[report]"')
         return

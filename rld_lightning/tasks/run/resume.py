@@ -69,7 +69,7 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
 
     Args:
         resume: what it goes on from, as :func:`find_checkpoint` has found it.
-        given: what it was read_record to go on from.
+        given: the value of `resume` as the user gave it.
 
     Raises:
         ValueError: the folder holds another run.

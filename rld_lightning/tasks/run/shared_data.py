@@ -1,4 +1,4 @@
-"""The data of a sweep's trials: read once by the process that they are forked from, whose memory they share."""
+"""Shares the data of a sweep's trials: read once by the fork server, whose memory the trials share."""
 
 import json
 from typing import Any
@@ -14,16 +14,16 @@ _kept: dict[str, InMemoryDataModule] = {}
 
 
 def share_data(settings: DictConfig) -> None:
-    """Has the process that trials are forked from read their data, where it is small.
+    """Makes the fork server read the trials' data, if they are small.
 
     Args:
-        settings: ``data``; trials with other settings read for themselves.
+        settings: ``data``; trials with other settings read their data themselves.
     """
     forked_processes.run_in_server(f"{__name__}:keep", _as_text(settings))
 
 
 def keep(settings: str) -> None:
-    """Reads data and keeps them for those that are forked from here.
+    """Reads data and keeps them for processes forked from this one.
 
     Args:
         settings: ``data`` as JSON.
@@ -35,7 +35,7 @@ def keep(settings: str) -> None:
 
 
 def take_kept(data: ImageDataModule, settings: DictConfig) -> None:
-    """Gives data what was read before this process was forked, so that it need not read."""
+    """Reuses data that were read before this process was forked."""
     kept = _kept.get(_as_text(settings)) if _kept else None
     if kept is not None and isinstance(data, InMemoryDataModule):
         data.take_over(kept)
@@ -44,5 +44,5 @@ def take_kept(data: ImageDataModule, settings: DictConfig) -> None:
 def _as_text(settings: DictConfig) -> str:
     values: Any = OmegaConf.to_container(settings, resolve=True)
     if not values.get("val_fraction") and values.get("subset") == 1:
-        values["seed"] = 0  # which chooses nothing
+        values["seed"] = 0  # has no effect on reading
     return json.dumps(values, sort_keys=True)

@@ -1,4 +1,4 @@
-"""How many threads a process computes with, where it computes on a CPU."""
+"""Chooses the number of threads of a process that trains on a CPU."""
 
 import os
 
@@ -11,16 +11,16 @@ from rld_lightning.distributed import devices_per_node, trials_at_once
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.module import DistillationModule
 
-# Multiply-accumulates of a step that a thread is worth waiting for. All threads wait for the slowest at every layer:
-# where another program holds one core, small layers run at the pace of its time slices.
+# Multiply-accumulates of a step for which an additional thread pays off. All threads wait for the slowest at every
+# layer: if another program uses one core, small layers run at the pace of its time slices.
 _WORTH = 1e9
 
 
 def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: Trainer) -> None:
-    """Sets the number of threads by the work of a step, and prints it; leaves alone what the user has set.
+    """Sets and prints the number of threads for the work of a step, unless the user has set it.
 
-    It is a function of the job and of the number of cores, not of how busy they are: another number of threads sums in
-    another order, and the same command is to give the same student.
+    It depends on the job and the number of cores, not on their load: another number of threads sums in another order,
+    and the same command must train the same student.
     """
     if trainer.strategy.root_device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         return
@@ -34,10 +34,10 @@ def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: T
 
 
 def threads_for(work: float, cores: int, processes: int) -> int:
-    """The number of threads of each process.
+    """Returns the number of threads per process.
 
     Args:
         work: multiply-accumulates of a step in this process.
-        processes: how many of the run, and of trials beside it, share them.
+        processes: number of processes, of this run and of concurrent trials, that share the cores.
     """
     return max(1, min(cores // processes, round(work / _WORTH)))

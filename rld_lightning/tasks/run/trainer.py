@@ -1,4 +1,4 @@
-"""A trainer, and where there is none a device, as the configuration says."""
+"""Creates the trainer, or without one the device, from the configuration."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def make_trainer(settings: DictConfig, **others: Any) -> "Trainer":
-    """Makes a trainer; what is null has Lightning's default."""
+    """Creates a trainer; null options get Lightning's defaults."""
     values: Any = OmegaConf.to_container(settings, resolve=True)
     stated = {key: value for key, value in (values | others).items() if value is not None}
     trainer: Trainer = instantiate(stated)
@@ -19,10 +19,10 @@ def make_trainer(settings: DictConfig, **others: Any) -> "Trainer":
 
 
 def device_of(option: str) -> torch.device:
-    """The device of ``device=``; ``auto`` is the GPU where there is one.
+    """Returns the device of ``device=``; ``auto`` is the GPU if there is one.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the device does not exist.
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if option == "auto" else option

@@ -1,4 +1,4 @@
-"""Sweeps: what is swept is checked, trials are watched while Hydra runs them, and at the end told side by side."""
+"""Sweeps: checks swept values, shows trials while Hydra runs them, and compares them at the end."""
 
 from rld_lightning.tasks.sweep.callback import Sweep
 

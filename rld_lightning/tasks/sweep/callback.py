@@ -1,4 +1,4 @@
-"""A sweep from its first line to its last; in between, Hydra runs the trials (:mod:`rld_lightning.tasks.trial`)."""
+"""Hydra callback that prepares and finishes a sweep; Hydra runs the trials (:mod:`rld_lightning.tasks.trial`)."""
 
 import logging
 import os
@@ -59,21 +59,21 @@ from rld_lightning.tasks.teacher.weights import is_for_others, keep_teacher, tra
 
 
 class Sweep(Callback):
-    """What every sweep gets, whichever sweeper chooses the values and whichever launcher runs the trials.
+    """Prepares and finishes every sweep, for any sweeper and launcher.
 
-    At its start: hyper-parameters are tuned on a held-out part of the training split, a trial's folder is named after
-    the values that are swept, the teacher of all trials is trained, and an Optuna study in a storage goes on where it
-    was. At its end: the trials in order, and the best setting with the command that trains with it on the whole split.
+    At its start: holds out a part of the training split for tuning, names trial directories after the swept values,
+    trains the teacher of all trials, and continues an Optuna study in a storage. At its end: prints the trials in
+    order, and the best setting with the command that trains with it on the whole split.
 
     Args:
-        held_out: ``data.val_fraction`` of sweeps that do not say their own; 0 for a comparison on the test split.
-        store: whether trials with ``model.teacher.weights=fit`` take the teacher of the store, and one that is trained
-            for them is kept there; with False the sweep has its own.
-        alone: whether the student is trained by itself as well, with cross-entropy; the networks are then printed side
-            by side at the end.
-        report: whether a report is written at the end.
-        watch: whether the terminal shows the sweep, a line for each trial that ends and one for what is under way, and
-            the trials' own output goes to their folders.
+        held_out: default ``data.val_fraction`` of sweeps; 0 for a comparison on the test split.
+        store: whether trials with ``model.teacher.weights=fit`` use the store's teacher, and a teacher trained for them
+            is stored; with False the sweep has its own.
+        alone: whether to train the student alone as well, with cross-entropy; the networks are then printed side by
+            side at the end.
+        report: whether to write a report at the end.
+        watch: whether the terminal shows the sweep, with a line per finished trial and one for the progress; the
+            trials' output goes to their directories.
     """
 
     def __init__(
@@ -89,20 +89,20 @@ class Sweep(Callback):
         self._watch: Watch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and the screen: launchers send callbacks along to the processes of trials."""
+        """Omits the lock and the live display: launchers send callbacks to the trials' processes."""
         return {**vars(self), "_lock": None, "_watch": None}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Puts in what makes a sweep a clean one.
+        """Adds the overrides that a sound sweep needs.
 
         Raises:
-            SystemExit: the sweep is a mistake, or cannot start; with one sentence.
+            SystemExit: the sweep is invalid or cannot start; with one sentence.
         """
         with _ends_the_sweep(config):
             self._begin(config)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints what the trials came to, and writes the report.
+        """Prints the trials' results, and writes the report.
 
         Raises:
             SystemExit: a trial has failed (1), or none has finished (2).
@@ -124,22 +124,22 @@ class Sweep(Callback):
             sys.exit(1)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Notes that a trial begins, in whatever process."""
+        """Logs that a trial has started, in its process."""
         known = (Path(config.hydra.runtime.output_dir) / SUMMARY).exists()
         _note(config, state="begins", trial=self._name(config), known=known)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Notes how a trial has ended."""
+        """Logs how a trial has ended."""
         if job_return.status == JobStatus.COMPLETED:
             early = _ended_after(Path(config.hydra.runtime.output_dir))
             _note(config, state="ends", trial=self._name(config), top1=job_return.return_value, **early)
         else:
-            error = job_return._return_value  # as a property it would raise it
+            error = job_return._return_value  # the property would raise it
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             _note(config, state="ends", trial=self._name(config), error=text)
 
     def _name(self, config: DictConfig) -> str:
-        """The values of a trial, long numbers shortened."""
+        """Describes a trial's values, with long numbers shortened."""
         own = {key_of(override): line_of(override) for override in parse(config.hydra.overrides.task)}
         parts = [own[key].partition("=") for key in self._swept if key in own]
         return " ".join(f"{key}={short_value(value)}" for key, _, value in parts)
@@ -149,7 +149,7 @@ class Sweep(Callback):
         trust(config.model.student.name, *([config.model.teacher.name] if config.model.teacher else []))
         swept, fixed = overrides_of(config)
         self._swept = tuple(swept)
-        if not swept and not config.hydra.sweeper.get("params"):  # of which a command may leave one value: seed=3
+        if not swept and not config.hydra.sweeper.get("params"):  # a command may leave one value: seed=3
             raise UserError(
                 "-m has nothing to sweep over: give an option several values, such as seed=0,1,2, or omit -m."
             )
@@ -171,13 +171,13 @@ class Sweep(Callback):
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
         share_data(changed(config, {"paths.run": str(folder)}).data)
         print_line("sweep", f"{folder}; to continue it if interrupted, use the same command and {_here(folder)}")
-        for name in ("hydra", "hydra_plugins"):  # whose launchers list the trials
+        for name in ("hydra", "hydra_plugins"):  # their launchers list the trials
             logging.getLogger(name).setLevel(logging.WARNING)
         if self.watch:
             self._watch = Watch(folder)
 
     def _hold_out(self, config: DictConfig, swept: Collection[str], fixed: dict[str, str]) -> None:
-        """Holds training images out where something is chosen by its accuracy."""
+        """Holds out training images if a setting is chosen by its accuracy."""
         if not set(swept) - {"seed", HELD_OUT} or HELD_OUT in swept or config.data.val_fraction:
             return
         tuned = [key for key in swept if "." in key]
@@ -189,7 +189,7 @@ class Sweep(Callback):
             _add(config, fixed, HELD_OUT, self.held_out)
 
     def _train_first(self, config: DictConfig, swept: Mapping[str, str], fixed: dict[str, str], folder: Path) -> None:
-        """Trains what the trials learn from, or are compared to, once and with one seed for all."""
+        """Trains the networks that trials learn from, or are compared to, once and with one seed for all."""
         fit = partial(fit_in_processes, resume_hint=_here(folder))
         if self._lacks_teacher(config, swept, folder):
             name = config.model.teacher.name
@@ -211,9 +211,9 @@ class Sweep(Callback):
             run_once(alone(seeded, config.model.student.name, config.model.student.weights, own), fit, name="student")
 
     def _lacks_teacher(self, config: DictConfig, swept: Collection[str], folder: Path) -> bool:
-        """Whether a teacher is to be trained for all trials, before the first one would do it with its own values."""
+        """Whether to train a teacher for all trials, before the first trial would do it with its own values."""
         if any(re.match(r"(data|recipe|model|experiment)$|data\.|model\.teacher\b", key) for key in swept):
-            return False  # each its own
+            return False  # each trial has its own
         teacher = config.model.teacher
         if teacher is None or teacher.weights != "fit" or ("loss" not in swept and loss_name(config.loss) == "CE"):
             return False
@@ -223,7 +223,7 @@ class Sweep(Callback):
 
 
 def _ended_after(run: Path) -> dict[str, int]:
-    """After how many epochs a trial has ended before its schedule: pruned, say."""
+    """Returns the number of epochs of a trial that ended early, for example pruned."""
     with suppress(OSError, ValueError):
         summary = read_summary(run)
         return {} if summary.trained_whole else {"ended_after": summary.epochs}
@@ -238,7 +238,7 @@ def _note(config: DictConfig, **event: Any) -> None:
 
 @contextmanager
 def _ends_the_sweep(config: DictConfig) -> Iterator[None]:
-    """What a callback raises ends the sweep; Hydra would make a warning of it and go on without what it does."""
+    """Makes a callback's exception end the sweep; Hydra would only warn and continue without the callback."""
     try:
         with exit_on_user_error():
             yield
@@ -258,12 +258,12 @@ def _store(config: DictConfig) -> TeacherStore:
 
 
 def _data(config: DictConfig, folder: Path) -> ImageDataModule:
-    """The data of a run in a folder, not loaded."""
+    """Creates the data module of a run in a directory, without loading the data."""
     return make_data(changed(config, {"paths.run": str(folder)}).data)
 
 
 def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float) -> None:
-    """Adds an override for all trials, in the place of what the command says."""
+    """Adds an override for all trials, replacing that of the command."""
     OmegaConf.update(config, key, value)
     task = config.hydra.overrides.task
     if key in fixed and fixed[key] in task:
@@ -273,7 +273,7 @@ def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float
 
 
 def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
-    """The seed of what is trained for all trials: that of a run that has begun, else the first of the trials'."""
+    """Returns the seed of networks trained for all trials: that of an interrupted run, else the first trial's."""
     if (folder / CONFIG).exists():
         return read_config(folder)["seed"]
     if "seed" not in swept:
@@ -283,7 +283,7 @@ def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
 
 
 def _write_report(config: DictConfig, folder: Path) -> None:
-    from rld_lightning.reporting.report import write_report  # pandas and matplotlib take seconds
+    from rld_lightning.reporting.report import write_report  # pandas and matplotlib take seconds to import
     from rld_lightning.tasks.cost import measure_cost
 
     swept, _ = overrides_of(config)

@@ -1,4 +1,4 @@
-"""A sweep that can be watched: one line for each trial that ends and, in a terminal, one live line for all."""
+"""Live display of a sweep: one line per finished trial and, in a terminal, one live line for all."""
 
 import atexit
 import threading
@@ -14,21 +14,20 @@ from rld_lightning.console import console, duration, print_line
 from rld_lightning.errors import printable
 from rld_lightning.runs.events import Events
 
-LOOK = 0.3  # seconds between two looks at what has happened
+LOOK = 0.3  # seconds between reads of the events
 
 
 class Watch:
-    """Prints what happens to the trials of a sweep until :meth:`stop`; whatever process ends it, the terminal is left
-    as it was.
+    """Prints the events of a sweep's trials until :meth:`stop`; restores the terminal whichever process ends it.
 
     Attributes:
-        failed: how many trials have failed.
+        failed: number of failed trials.
     """
 
     def __init__(self, sweep: Path) -> None:
         self._events = Events(sweep)
         self._total = 0
-        self._running: dict[int, float] = {}  # when each began
+        self._running: dict[int, float] = {}  # start time by trial
         self._known: set[int] = set()
         self._seconds: list[float] = []
         self._ended = 0
@@ -44,7 +43,7 @@ class Watch:
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """Prints the last of it."""
+        """Prints the last events."""
         if self._over.is_set():
             return
         self._over.set()
@@ -60,13 +59,13 @@ class Watch:
         return Text.assemble(("   sweep", "bold"), printable(f"  {self.line()}"), no_wrap=True, overflow="ellipsis")
 
     def _take(self) -> None:
-        with suppress(OSError):  # the next look may be luckier
+        with suppress(OSError):  # retried at the next read
             for event in self._events.new():
-                with suppress(KeyError, TypeError, ValueError, AttributeError):  # another version's, say
+                with suppress(KeyError, TypeError, ValueError, AttributeError):  # for example from another version
                     self.take(event)
 
     def take(self, event: dict[str, Any]) -> None:
-        """Takes one event: how many trials there are to be, that one begins, or that one ends."""
+        """Processes an event: the number of trials, a trial's start, or its end."""
         if (total := event.get("total")) is not None:
             self._total = total
         elif event["state"] == "begins":
@@ -79,21 +78,21 @@ class Watch:
             text = f"{self._ended}/{self._total}  {event['trial']}"
             if event.get("error") is not None:
                 self.failed += 1
-                first = event["error"].partition(". ")[0]  # all of it comes at the end of the sweep
+                first = event["error"].partition(". ")[0]  # the full message is printed at the sweep's end
                 print_line("failed", f"{text}: {first}")
                 return
-            known = event["number"] in self._known  # a trial of an earlier time takes none
+            known = event["number"] in self._known  # finished in an earlier session: takes no time
             if not known:
                 self._seconds.append(seconds)
             if self._best is None or event["top1"] > self._best[0]:
                 self._best = event["top1"], event["trial"]
-            early = f", ended after epoch {event['ended_after']}" if "ended_after" in event else ""  # pruned, say
+            early = f", ended after epoch {event['ended_after']}" if "ended_after" in event else ""  # pruned
             print_line(
                 "trial", f"{text}  {event['top1']:.2f} %{early}  {'already done' if known else duration(seconds)}"
             )
 
     def line(self, now: float | None = None) -> str:
-        """Done, running, failed, what is left of the time, and the best so far."""
+        """Returns the numbers of finished, running and failed trials, the time left, and the best so far."""
         parts = [f"{self._ended - self.failed}/{self._total} done", f"{len(self._running)} running"]
         if self.failed:
             parts.append(f"{self.failed} failed")

@@ -1,4 +1,4 @@
-"""What a command line sweeps and what it holds fixed, and whether each of the values can be."""
+"""Parses what a command sweeps and what it fixes, and checks each value."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,45 +28,44 @@ WEIGHTS = "model.teacher.weights"
 
 
 def _parsed(config: DictConfig) -> list[Override]:
-    """The sweeper's own parameters, then the command's overrides."""
+    """Returns the sweeper's own parameters, then the command's overrides."""
     return parse([*own_params(config.hydra.sweeper.get("params")), *config.hydra.overrides.task])
 
 
 def parse(lines: Iterable[str]) -> list[Override]:
-    """Takes overrides apart."""
+    """Parses overrides."""
     return OverridesParser.create().parse_overrides(list(lines))
 
 
 def overrides_of(config: DictConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """What is swept and what is fixed, by key, as written: the sweeper's own parameters and the command."""
+    """Returns swept and fixed values by key, as written, from the sweeper's own parameters and the command."""
     overrides = {key_of(override): override for override in _parsed(config)}  # the last one wins
     swept = {key: line_of(override) for key, override in overrides.items() if override.is_sweep_override()}
     return swept, {key: line_of(override) for key, override in overrides.items() if key not in swept}
 
 
 def group_of(key: str) -> str:
-    """A key as Hydra compares it to those that it leaves out of folder names: ``loss`` of ``loss@loss.at``."""
+    """Returns the part of a key by which Hydra excludes keys from directory names: ``loss`` of ``loss@loss.at``."""
     return key.split("@")[0]
 
 
 def values_of(override: Override) -> list[str]:
-    """The overrides that a swept one stands for; of an interval its ends."""
+    """Returns the overrides for which a swept one stands; for an interval its ends."""
     if isinstance(ends := override.value(), IntervalSweep):
         return [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def check_swept(config: DictConfig, *, listed: bool) -> None:
-    """Composes the configuration with each value that is swept, before anything is trained for the trials.
+    """Composes the configuration with each swept value, before anything is trained for the trials.
 
     Args:
         listed: whether the sweep goes through lists of values.
 
     Raises:
-        UserError: there is no such option, or no such key, or a value is not allowed; or an interval where a list is
-            wanted.
+        UserError: an option or a key does not exist, a value is invalid, or an interval was given instead of a list.
     """
-    overrides = {override.get_key_element(): override for override in _parsed(config)}  # as Hydra's sweeper has them
+    overrides = {override.get_key_element(): override for override in _parsed(config)}  # keyed as in Hydra's sweeper
     if listed and (intervals := [o.input_line for o in overrides.values() if o.is_interval_sweep()]):
         raise UserError(
             f"{intervals[0]} has no list of values, which a grid goes through: write them with commas between, or let "
@@ -93,30 +92,30 @@ def check_swept(config: DictConfig, *, listed: bool) -> None:
 
 
 def _check_trial(cfg: DictConfig) -> None:
-    """Refuses a trial that would fail as soon as it starts; downloads nothing, and reads no image.
+    """Refuses a trial that would fail at its start; downloads nothing, and reads no image.
 
     Raises:
-        UserError: a network is not known, or a file or a folder that is named is not there.
+        UserError: a network is unknown, or a named file or folder does not exist.
     """
     with user_errors():
         teacher = None if loss_name(cfg.loss) == "CE" else plan_teacher(cfg.model.teacher)
         check_names(plan_student(cfg.model.student), teacher)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
             raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
-        settings = changed(cfg, {"paths.run": cfg.paths.runs}).data  # a trial has its folder later
+        settings = changed(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
         root = settings.get("root")
         if root is not None and "://" not in str(root) and not Path(root).is_dir():
             data = make_data(settings)
-            if not isinstance(data, InMemoryDataModule):  # which may be downloaded; others say what they lack
+            if not isinstance(data, InMemoryDataModule):  # others report missing data; these may be downloaded
                 data.prepare_data()
                 data.setup("fit")
 
 
 def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:
-    """Leaves :data:`SWEEP`, and refuses a command that would mix other trials with those of a folder.
+    """Writes :data:`SWEEP`, and refuses a command that would mix other trials with those of a directory.
 
     Args:
-        values_too: whether the values of what is swept must be the same, as in a study of Optuna's.
+        values_too: whether the swept values must be the same, as in an Optuna study.
     """
     record = folder / SWEEP
     current = {line for key, line in fixed.items() if affects_training(key)}
@@ -124,7 +123,7 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     current = _canonical(map(redact_text, current))
     if record.exists():
         with user_errors():
-            saved = _canonical(map(str, read_yaml(record) or ()))  # plain: nothing of it is resolved
+            saved = _canonical(map(str, read_yaml(record) or ()))  # plain text, nothing is resolved
         if differing := sorted(saved ^ current):
             values = (
                 "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"
@@ -137,9 +136,9 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
 
 
 def _canonical(lines: Iterable[str]) -> set[str]:
-    """Overrides, and keys, as the same texts however they were written."""
+    """Normalises overrides and keys to the same text, however they were written."""
     parts = (line.partition("=") for line in lines)
-    # How trials are chosen and started says nothing about them.
+    # How trials are chosen and started does not matter.
     return {
         f"{key}={canonical(key, value)}" if equals else key
         for key, equals, value in parts

@@ -1,4 +1,4 @@
-"""The trials of a sweep when they are over: by setting, as the command that trains with the best, as a table."""
+"""Results of a finished sweep: a table of settings, and the command that trains with the best."""
 
 import math
 import re
@@ -36,7 +36,7 @@ MOST_SHOWN = 20  # settings
 
 
 def _trials(folder: Path) -> list[Run]:
-    """The finished trials of a sweep, without those of a sweep within it, and without what was trained first."""
+    """Returns the finished trials of a sweep, without those of nested sweeps and the networks trained first."""
 
     def is_trial(run: Run) -> bool:
         above = [path for path in (run.folder, *run.folder.parents) if path.is_relative_to(folder) and path != folder]
@@ -47,17 +47,17 @@ def _trials(folder: Path) -> list[Run]:
 
 
 def key_of(override: Override) -> str:
-    """What an override is for: ``loss.alpha``, ``loss``, or ``loss@loss.at`` of one in another place."""
+    """Returns an override's key: ``loss.alpha``, ``loss``, or ``loss@loss.at`` with a package."""
     return override.get_key_element().lstrip("+~")
 
 
 def line_of(override: Override) -> str:
-    """An override as it was written."""
+    """Returns an override as it was written."""
     return override.input_line or ""
 
 
 def print_failed(folder: Path) -> int:
-    """Prints why trials of a sweep have failed, a line each, and returns how many have."""
+    """Prints why trials of a sweep failed, one line each, and returns their number."""
     failed = sorted(path.parent for path in folder.rglob(ERROR) if not (path.parent / SUMMARY).exists())
     for path in failed:
         print_line("failed", f"{path}: {read_text(path / ERROR).strip()}")
@@ -65,12 +65,12 @@ def print_failed(folder: Path) -> int:
 
 
 def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[str, str]) -> None:
-    """Prints the settings of a sweep, the best first, and how to train with that.
+    """Prints the settings of a sweep, best first, and how to train with the best.
 
     Raises:
         UserError: no trial has finished.
     """
-    from rld_lightning.reporting.sweeps import sweep_settings  # pandas takes a second
+    from rld_lightning.reporting.sweeps import sweep_settings  # pandas takes a second to import
 
     folder = Path(config.hydra.sweep.dir)
     settings = sweep_settings(_trials(folder), swept)
@@ -104,17 +104,17 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
 
 
 def headings(keys: Sequence[str]) -> list[str]:
-    """What swept keys are called in a terminal, which is narrow: shortly, where that tells them apart."""
+    """Shortens swept keys for the terminal, as far as they stay distinct."""
     short = [short_key(key) for key in keys]
     return short if len({*short}) == len(keys) else [*keys]
 
 
 def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
-    """The place of the setting with the highest mean, of those that were trained to the end.
+    """Returns the index of the setting with the highest mean, among those trained to the end.
 
     Args:
-        repeated: whether each was to be run with several seeds: then those with the most count, as a
-            single lucky run is no mean.
+        repeated: whether settings have several seeds: then only those with the most seeds count, as a single
+            lucky run is not a mean.
     """
     whole = settings[settings["complete"]] if settings["complete"].any() else settings
     if repeated:
@@ -123,10 +123,10 @@ def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
 
 
 def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: Mapping[str, str]) -> str:
-    """The command that trains with a sweep's best setting on the whole training split, and tests once, at the end.
+    """Returns the command that trains a sweep's best setting on the whole training split, and tests once, at the end.
 
     Args:
-        best: the overrides of the setting, but for the seed.
+        best: the overrides of the setting, without the seed.
     """
     gone = ("sweep", "launcher", "seed", HELD_OUT)
     settled = {key: line for key, line in fixed.items() if key not in gone and not key.startswith("callbacks.pruner")}
@@ -141,7 +141,7 @@ def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: 
 
 
 def _as_a_list(fixed: Mapping[str, str]) -> dict[str, str]:
-    """``loss=[rld,at]`` as the user has written it, before :func:`expand_combined_loss`."""
+    """Reverts :func:`expand_combined_loss`: ``loss=[rld,at]`` as the user has written it."""
     names = [match[1] for line in fixed.values() if (match := re.fullmatch(r"\+loss@loss\.(\w+)=\1", line))]
     if fixed.get("loss") != "loss=combined" or len(names) < 2:
         return dict(fixed)
@@ -186,7 +186,7 @@ def print_networks(folder: Path) -> None:
 
 
 def _may_be_chance(alone: Summary, distilled: Sequence[Summary]) -> str:
-    """A sentence where no student differs from the one alone by more than so few images can tell; else empty."""
+    """Returns a warning if all differences to the student alone are within the sampling error; else empty."""
     most = max(abs(summary.top1 - alone.top1) for summary in distilled)
     told = max(
         math.hypot(sampling_error(alone.top1, alone.images), sampling_error(s.top1, s.images)) for s in distilled
@@ -197,7 +197,7 @@ def _may_be_chance(alone: Summary, distilled: Sequence[Summary]) -> str:
 
 
 def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:
-    """Name, accuracy and cost of a network that was trained, or taught, in a run."""
+    """Returns name, accuracy and cost of a run's student or teacher."""
     file = run.folder / STUDENT
     facts = read_facts(read_metadata(file), file)
     if facts.num_classes is None or facts.image_shape is None:
@@ -207,6 +207,6 @@ def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:
 
 @cache
 def _cost(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> tuple[int, float, float]:
-    """Parameters, MACs in millions and images/s of a network; measured once, as its weights make no difference."""
+    """Returns parameters, MACs in millions and images/s of a network; measured once, as weights do not matter."""
     model = create_model(name, num_classes)
     return count_parameters(model), count_macs(model, image_shape) / 1e6, images_per_second(model, image_shape)

@@ -1,1 +1,1 @@
-"""The teacher of a run: where its weights are, the frozen network, how good it is, and its logits, kept."""
+"""The teacher of a run: its weights, the frozen network, its accuracy, and its cached logits."""

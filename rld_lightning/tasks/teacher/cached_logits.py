@@ -1,4 +1,4 @@
-"""Whether a run looks the teacher's logits up instead of computing them, and where they lie."""
+"""Decides whether a run uses a table of the teacher's logits instead of computing them, and where the table is."""
 
 import math
 import shutil
@@ -27,20 +27,20 @@ from rld_lightning.tasks.run.fold_and_compile import images_to_come
 from rld_lightning.tasks.run.plan import Plan, Teacher
 from rld_lightning.tasks.teacher.fill_cache import FillAhead
 
-_SHARE = 0.05  # of a step that the teacher has to take: looking up is not for nothing
-_SAMPLE = 2000  # rows
-_VALIDATION = "validation-"  # what tables of validation images begin with, which take little
-_BLOCK = 512  # bytes, in which systems count what a file takes
+_SHARE = 0.05  # minimum share of a step that the teacher takes: lookups are not free
+_SAMPLE = 2000  # rows that are checked
+_VALIDATION = "validation-"  # name prefix of tables of validation images, which are small
+_BLOCK = 512  # bytes of a block in `st_blocks`
 
 
 def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
-    """Has the teacher remember its logits, in a file beside the teachers, where that is wanted; prints one line.
+    """Makes the teacher cache its logits, in a file beside the teachers, if requested; prints one line.
 
-    Where all are to be computed ahead, the trainer gets a callback that does so as it begins.
+    If all are to be computed ahead, adds a callback to the trainer that does so when training starts.
 
     Raises:
-        ValueError: an unknown type to keep logits in, or no room for them where they are to be kept.
-        OSError: the file cannot be made.
+        ValueError: the cache's data type is unknown, or there is no room for a requested cache.
+        OSError: the file cannot be created.
     """
     if module.teacher is None or plan.teacher is None or not plan.teacher.cache:
         return
@@ -53,7 +53,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     ahead = plan.teacher.cache == "fill"
     path = None if reason else table_path(module.teacher, plan.teacher, data, trainer, plan.store)
     if path is not None and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
-        # What a step lacks it has to ask for and to launch by itself: dearer than a teacher in the graph of the step.
+        # Missing rows need a synchronisation and separate launches: slower than a teacher within the step's graph.
         ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
         if not ahead and not _is_known(path, plan.teacher, data):
             reason = (
@@ -73,9 +73,9 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
 
 
 def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModule) -> None:
-    """Has a teacher remember what it says of the validation images, in float32, where it remembers anything.
+    """Makes a teacher cache its logits of the validation images, in float32, if it caches any.
 
-    So runs and trials ask it once, be it for its own accuracy or for what the student has in common with it.
+    So runs and trials compute them once, for the teacher's accuracy and for its agreement with the student.
     """
     facts, planned = data.val_facts(), plan.teacher
     if facts is None or planned is None or not planned.cache or teacher.shard or torch.float64 in _types(teacher):
@@ -84,26 +84,26 @@ def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModul
     key = table_key(teacher.model.state_dict(), facts)
     path = _folder(plan.store, data, planned) / f"{_VALIDATION}{canonical_name(planned.name)}-{key}.logits"
     size = table_bytes(data.val_size, data.num_classes, "float32")
-    with suppress(OSError):  # where nothing can be written, it is computed each time
+    with suppress(OSError):  # if the file cannot be written, logits are computed each time
         if size < _free(path) / 2:
             teacher.validation_table = LogitsTable(path, data.val_size, data.num_classes, "float32")
 
 
 def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "the teacher's") -> LogitsTable | None:
-    """The table of a teacher, which is made where there is none; prints one line about it.
+    """Opens or creates a teacher's table, and prints one line about it.
 
     Args:
-        why: what the line begins with.
+        why: the beginning of the line.
 
     Returns:
-        None where the disk has no room, or cannot be written to, and ``planned.cache`` is ``"auto"``.
+        the table; None if the disk is full or not writable, and ``planned.cache`` is ``"auto"``.
 
     Raises:
-        ValueError: where it has no room, and that is not so.
-        OSError: where it cannot be written to, likewise.
+        ValueError: the disk is full, otherwise.
+        OSError: it is not writable, otherwise.
     """
     rows = data.train_views
-    assert rows is not None  # or it were impossible
+    assert rows is not None  # otherwise `impossible` gives a reason
     folder = path.parent
     size, taken = table_bytes(rows, data.num_classes, planned.cache_dtype), _bytes_on_disk(path)
     free = _free(path)
@@ -134,30 +134,30 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
 def table_path(
     teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer, store: TeacherStore
 ) -> Path:
-    """Where the table of a teacher lies, whether it is there or not; all of its weights are read for that."""
+    """Returns the path of a teacher's table, which need not exist; reads all of its weights for the key."""
     key = _key(teacher, planned, data, trainer)
     return _folder(store, data, planned) / f"{canonical_name(planned.name)}-{key}.logits"
 
 
 def _is_known(path: Path, planned: Teacher, data: ImageDataModule) -> bool:
-    """Whether there is a table, and of what a run asks of it some that are looked at are known."""
+    """Whether a table exists and contains all of a sample of the run's views."""
     if not path.is_file() or data.train_views is None:
         return False
     try:
         table = LogitsTable(path, data.train_views, data.num_classes, planned.cache_dtype)
-    except (OSError, ValueError):  # which is said where it is to be used
+    except (OSError, ValueError):  # reported when the table is used
         return False
     return bool(table.known(_some_asked(data)).all())
 
 
 def _some_asked(data: ImageDataModule) -> Tensor:
-    """Some of the views that a run asks for, spread over its images and over the crops of these."""
+    """Returns a sample of the run's views, spread over its images and their crops."""
     asked = data.views_of(slice(0, data.train_size))
     return asked[torch.linspace(0, len(asked) - 1, min(len(asked), _SAMPLE), dtype=torch.float64).long()]
 
 
 def _other_looks(loss: DistillationLoss) -> str:
-    """Why a loss wants more than logits of views; nothing where it does not."""
+    """Returns why a loss needs more than logits of cacheable views; empty if it does not."""
     if loss.teacher_taps:
         return f"{type(loss).__name__} uses features of the teacher"
     if loss.needs_strong_view:
@@ -166,7 +166,7 @@ def _other_looks(loss: DistillationLoss) -> str:
 
 
 def impossible(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) -> str:
-    """Why logits cannot be looked up; nothing where they can."""
+    """Returns why logits cannot be cached; empty if they can."""
     if data.train_views is None:
         return "these data have unlimited augmented views"
     if teacher.shard:
@@ -177,11 +177,11 @@ def impossible(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) 
 
 
 def _share_of_step(module: DistillationModule, data: ImageDataModule) -> float:
-    """How much of a step's work is the teacher's, in (0, 1)."""
+    """Returns the teacher's share of a step's work, in (0, 1)."""
     assert module.teacher is not None
     teacher = count_macs(module.teacher.model, module.teacher.seen(data.image_shape))
     student = count_macs(module.student, data.image_shape)
-    return teacher / (teacher + 3 * student)  # backward takes as long as two forwards
+    return teacher / (teacher + 3 * student)  # a backward pass takes as long as two forward passes
 
 
 def _types(teacher: FrozenTeacher) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -193,12 +193,12 @@ def _folder(store: TeacherStore, data: ImageDataModule, planned: Teacher) -> Pat
 
 
 def _free(path: Path) -> int:
-    """Bytes that are free on the disk of a file that may not be there yet, nor its folder."""
+    """Returns the free bytes on the disk of a path that need not exist yet."""
     return shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
 
 
 def _bytes_on_disk(path: Path) -> int:
-    """What a file takes there, holes left out."""
+    """Returns a file's size on disk, without holes."""
     if not path.is_file():
         return 0
     found = path.stat()
@@ -227,7 +227,7 @@ def _said_by(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule) ->
         "look": _plain_look(teacher.relook),
         "exact_logits": teacher.exact_logits,
         "of several": [planned.mean_of, str(planned.look), str(planned.class_map), *map(_plain_look, members)],
-        "sha256": planned.sha256 if set(FOREIGN) & set(planned.name.split("+")) else None,  # whose weights are not seen
+        "sha256": planned.sha256 if set(FOREIGN) & set(planned.name.split("+")) else None,  # state_dict lacks theirs
     }
 
 

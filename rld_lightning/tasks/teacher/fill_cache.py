@@ -1,4 +1,4 @@
-"""Computes a teacher's logits of all views ahead, in batches as large as pay."""
+"""Computes a teacher's logits of all views ahead, in large batches."""
 
 import random
 import time
@@ -22,22 +22,22 @@ from rld_lightning.models.teacher.resident_table import ResidentTable
 
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
-_AHEAD = 2  # batches that are computed while one is written
-_IMAGES = 8  # whose views are looked at together, for what is missing
+_AHEAD = 2  # batches computed while one is written
+_IMAGES = 8  # images whose views are checked together for missing rows
 _SAY_SECONDS = 60.0
 
 
 class FillAhead(Callback):
-    """Fills the table of a run's teacher before its first step, once a checkpoint that it goes on from is accepted.
+    """Fills the table of a run's teacher before its first step, after the checkpoint to resume from was accepted.
 
-    With as many threads as there are when it is made: its batches are larger than those of a step.
+    Uses the number of threads at its creation: its batches are larger than those of a step.
     """
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Fills it; those who look at the checkpoint come before."""
+        """Fills the table; callbacks that check the checkpoint run before."""
         of_step = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         fill_table(pl_module.teacher, vars(trainer)["datamodule"], trainer)
@@ -46,39 +46,39 @@ class FillAhead(Callback):
 
 
 def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) -> None:
-    """Computes the logits of all views of the images that are trained on, as far as the teacher's table lacks them.
+    """Computes the logits of all views of the training images that the teacher's table lacks.
 
-    As training does, in its precision. It may be interrupted, and goes on from what is there. Several processes, of
-    this run or of others, take the images in different orders and leave out what the others have done.
+    Uses the training's precision. It can be interrupted and continued. Several processes, of this or other runs,
+    process the images in different orders and skip rows that others have computed.
 
     Args:
-        teacher: with a table; it is brought to the trainer's device.
+        teacher: with a table; it is moved to the trainer's device.
     """
     table = teacher.table
     assert table is not None
     data.trainer = trainer
-    data.setup("fit")  # which brings the images to the trainer's device
+    data.setup("fit")  # moves the images to the trainer's device
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     teacher.place(device)
     if teacher.table is not None and teacher.table.complete:
         return
-    # The file: whether all is known is looked up where it is brought to the device to train.
+    # The file: a resident table is checked for completeness when training moves it to the device.
     table = table.file if isinstance(table, ResidentTable) else table
     teacher.remember(table)
     started, computed = time.monotonic(), 0
     writing: deque[Future[Tensor]] = deque()
-    # Leaving waits for what is being written, whatever the reason.
+    # Leaving the block waits for pending writes, whatever the reason.
     with _progress(data.train_size) as advance, ThreadPoolExecutor(1) as writer:
         for view in _batches(_missing(table, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
             batch = data.look_at(view.to(device))
-            assert batch.view is not None  # of data whose views are counted
+            assert batch.view is not None  # the data's views are counted
             with precision.forward_context():
                 logits, _ = teacher(precision.convert_input(batch.images))
             writing.append(writer.submit(table.write, batch.view, logits, batch.label))
             computed += len(view)
             if len(writing) > _AHEAD:
                 writing.popleft().result()
-            if not table.is_writable:  # and has said why
+            if not table.is_writable:  # it has printed the reason
                 break
         for last in writing:
             last.result()
@@ -88,10 +88,10 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
 
 
 def _missing(table: LogitsTable, data: ImageDataModule, advance: Callable[[int], None]) -> Iterator[Tensor]:
-    """Numbers of views that are not known, of a few images at a time, on the CPU: nothing waits for the device."""
+    """Yields missing views, of a few images at a time, on the CPU: without synchronising with the device."""
     blocks = list(data.views_of(slice(0, data.train_size)).cpu().view(data.train_size, -1).split(_IMAGES))
-    # Not drawn from the seed, which all processes share. Of two that took neighbours the faster one would catch up
-    # with the other, and compute what that one does from then on.
+    # Not from the seed, which all processes share: of two processes that work on neighbouring images the faster would
+    # catch up with the other, and from then on compute the same.
     random.SystemRandom().shuffle(blocks)
     for block in blocks:
         view = block.flatten()
@@ -100,7 +100,7 @@ def _missing(table: LogitsTable, data: ImageDataModule, advance: Callable[[int],
 
 
 def _batches(parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """The same numbers, ``size`` at a time; fewer at the end."""
+    """Regroups the numbers into batches of ``size``; the last may be smaller."""
     rest: Tensor | None = None
     for part in parts:
         *whole, rest = (part if rest is None else torch.cat([rest, part])).split(size)
@@ -111,7 +111,7 @@ def _batches(parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def _progress(images: int) -> Iterator[Callable[[int], None]]:
-    """A bar with what is left, or without a terminal a line a minute; gets how many images more are done."""
+    """Shows a progress bar, or without a terminal a line per minute; yields a function that adds finished images."""
     done, started = 0, time.monotonic()
     said = started
     columns = (TextColumn("filling the cache"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

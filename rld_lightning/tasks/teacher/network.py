@@ -1,4 +1,4 @@
-"""The network of a teacher, one or several, frozen: classes in the order of the data, and how it sees images."""
+"""Builds the frozen network of a teacher, or of several: classes in the data's order, and its input's preprocessing."""
 
 import hashlib
 from dataclasses import replace
@@ -44,15 +44,14 @@ def build_teacher(
     """Loads and freezes a teacher, and prints its lines.
 
     Args:
-        usual: what the data are normalised with where nobody wants another look: that of a teacher of which nothing is
-            known.
-        before: what the checkpoint that the run goes on from says about its run.
+        usual: the data's default normalisation, used for a teacher whose own is unknown.
+        before: what the checkpoint from which the run resumes records about its run.
 
     Returns:
-        the teacher, what is known about its weights, and the SHA-256 of their file, if they are in one.
+        the teacher, the facts about its weights, and the SHA-256 of their file, if they are in one.
 
     Raises:
-        ValueError: the weights are another network's, know other classes, or are not those that they have to be.
+        ValueError: the weights are of another network or other classes, or differ from the checkpoint's.
     """
     files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
     names = names_of_members(teacher.name, len(files))
@@ -65,15 +64,15 @@ def build_teacher(
         members, looks = [found.network for found in loaded], [found.relook for found in loaded]
         network: nn.Module = Ensemble(members, teacher.mean_of, looks)
         own_look = None
-        facts = replace(facts, top1=None)  # of one
+        facts = replace(facts, top1=None)  # the facts are one member's
         sha256 = hashlib.sha256(",".join(str(found.sha256) for found in loaded).encode()).hexdigest()
     else:
         network, own_look = first.network, first.relook
     if sha256 is not None:
         _check_sha256(teacher, sha256, before)
     shape = data.image_shape if own_look is None or own_look.size is None else (3, *own_look.size)
-    size = describe_size(network, shape)  # before the teacher takes the network over
-    options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: once the loss has seen it
+    size = describe_size(network, shape)  # before the teacher wraps the network
+    options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: decided later, with the loss
     frozen = FrozenTeacher(network, **options, relook=own_look)
     precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
     shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
@@ -99,20 +98,20 @@ def _check_sha256(teacher: Teacher, found: str, before: RunRecord | None) -> Non
 
 
 class TeacherNetwork(NamedTuple):
-    """A network that a teacher is, or is made of."""
+    """A network of a teacher: the teacher itself, or a member of an ensemble."""
 
-    network: nn.Module  # on the CPU; maps images as it wants them to logits of the classes of the data, in their order
-    relook: Relook | None  # takes images of the data to how it wants them; None where they come so
-    facts: WeightsFacts  # what its file says
-    sha256: str | None  # of its file; None where there is none
-    origin: str  # where its weights are from, in words
+    network: nn.Module  # on the CPU; maps its own input to logits of the data's classes, in their order
+    relook: Relook | None  # converts the data's images to its input; None if they are the same
+    facts: WeightsFacts  # from its file
+    sha256: str | None  # of its file; None without one
+    origin: str  # source of its weights, in words
 
 
 def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: Look) -> TeacherNetwork:
-    """Loads a network of a teacher, and prints what is special about it.
+    """Loads a network of a teacher, and prints its special properties.
 
     Raises:
-        ValueError: the weights are another network's, or know other classes.
+        ValueError: the weights are of another network or other classes.
     """
     foreign: ScriptedNetwork | OnnxTeacher | None = None
     network: nn.Module
@@ -145,7 +144,7 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
 
 
 def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Module, Weights]:
-    """A network with the weights of a file, for the classes of the data, of which the file may know more."""
+    """Builds a network with a file's weights, restricted to the data's classes."""
     weights, classes = find_weights(path), list(data.class_names)
     known = facts_of(weights).class_names
     count = len(known) if known is not None else number_of_classes(teacher.name, weights.state_dict)
@@ -163,11 +162,11 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
 def _of_foreign(
     network: ScriptedNetwork | OnnxTeacher, teacher: Teacher, data: ImageDataModule, size: tuple[int, int]
 ) -> nn.Module:
-    """A program with the logits of the classes of the data."""
+    """Wraps a program to return the logits of the data's classes."""
     try:
         with torch.no_grad():
             said = network(torch.zeros(2, 3, *size))
-    except Exception as error:  # each runtime refuses images in its own way
+    except Exception as error:  # each runtime has its own exceptions
         raise ValueError(
             f"the {teacher.name} teacher cannot take images of {size[0]}x{size[1]} ({first_line(error)}); give another "
             "side with model.teacher.image_size=."
@@ -210,7 +209,7 @@ def _selected(
 
 
 def _known(facts: WeightsFacts) -> str:
-    """What a weights file says about itself, for the console."""
+    """Describes the facts of a weights file, for the console."""
     top1 = f"top-1 {facts.top1:.2f} %" if facts.top1 is not None else ""
     epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
     known = ", ".join(filter(None, (top1, epochs, facts.source)))
@@ -218,7 +217,7 @@ def _known(facts: WeightsFacts) -> str:
 
 
 def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrained: bool) -> tuple[Look, str]:
-    """What a teacher wants images normalised with, and who says so.
+    """Returns the normalisation that a teacher needs, and its source in words.
 
     Args:
         pretrained: whether its weights are its library's.

@@ -1,4 +1,4 @@
-"""The teacher of a finished run, as its folder describes it."""
+"""Reconstructs the teacher of a finished run from its directory."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,16 +17,16 @@ from rld_lightning.tasks.run.plan import Teacher
 def teacher_of(
     run: Run, file: str | None = None, option: str | None = "teacher=", *, classes_count: bool = True
 ) -> Teacher:
-    """The teacher of a finished run, as its configuration describes it, which is a stranger's perhaps.
+    """Returns the teacher of a finished run from its configuration, which may be a stranger's.
 
     Args:
-        file: its weights, if not where they lay when the run was trained.
-        option: what names the file, for messages; None where nothing does.
-        classes_count: whether it is to be asked about the data's classes, and not only how large it is, say.
+        file: its weights, if not where they were during training.
+        option: the option that names the file, for messages; None if there is none.
+        classes_count: whether its classes matter, and not only its size, for example.
 
     Raises:
-        FileNotFoundError: its file is not there.
-        ValueError: there is none, or it is not one file of weights of a network of this package or its libraries.
+        FileNotFoundError: its file does not exist.
+        ValueError: there is none, or it is not one weights file of a network of this package or its libraries.
     """
     settings = run.config["model"].get("teacher")
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
@@ -62,28 +62,28 @@ def teacher_of(
 
 
 def size_seen(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
-    """The height and width of the images that a teacher has seen in its run, made of those of the data."""
+    """Returns height and width of a teacher's input in its run, given those of the data."""
     pretrained = teacher.weights == "pretrained"
     facts = WeightsFacts() if pretrained else facts_of(read_weights(str(teacher.weights)))
     return teacher_size(teacher, facts, given, pretrained=pretrained)
 
 
 def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The image shape that a network saw as the teacher of one of the runs; ``given`` where it taught none."""
+    """Returns a network's input shape as the teacher of one of the runs; ``given`` if it is no run's teacher."""
     for run in runs:
         if run.summary.teacher == name:
-            with suppress(ValueError, OSError):  # its file is gone, say
+            with suppress(ValueError, OSError):  # for example its file is missing
                 return (given[0], *size_seen(teacher_of(run, classes_count=False), given[1:]))
     return given
 
 
 def teacher_size(teacher: Teacher, facts: WeightsFacts, given: tuple[int, int], *, pretrained: bool) -> tuple[int, int]:
-    """The height and width that a teacher wants images in: what it was trained with, as far as anybody says.
+    """Returns height and width of a teacher's input: those of its training, as far as known.
 
     Args:
         pretrained: whether its weights are its library's.
     """
-    if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # it resizes them itself
+    if teacher.image_size is None or split_size(teacher.name)[1] is not None:  # resized by the network itself
         return given
     if teacher.image_size != "auto":
         return int(teacher.image_size), int(teacher.image_size)

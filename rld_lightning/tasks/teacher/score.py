@@ -1,4 +1,4 @@
-"""How good a teacher is, measured before anything is learnt from it."""
+"""Measures a teacher's accuracy before training."""
 
 import time
 
@@ -19,19 +19,18 @@ _FAR = 5.0  # points of top-1
 
 @rank_zero_only
 def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageDataModule, trainer: Trainer) -> None:
-    """Measures a teacher on validation images, as many as a few seconds allow, and prints what it scores.
+    """Measures a teacher on as many validation images as a few seconds allow, and prints its accuracy.
 
-    In float32, as its accuracy is measured during training; what it remembers of earlier runs takes no time. A word of
-    caution follows where it is near chance, or far below what its file says. A teacher that is shared out is in no
-    single place yet, and is left out.
+    In float32, as during training; cached logits take no time. Prints a warning if it is near chance, or far below the
+    accuracy recorded in its file. Skips a sharded teacher, which is not on one device yet.
 
     Raises:
-        ValueError: its logits are not numbers.
+        ValueError: its logits are not finite.
     """
     if teacher.shard:
         return
     device = trainer.strategy.root_device
-    data.trainer = trainer  # which says where images are to be decoded
+    data.trainer = trainer  # determines where images are decoded
     teacher.place(device)
     right = seen = 0
     end = time.monotonic() + SECONDS
@@ -64,13 +63,13 @@ def measure_teacher(teacher: FrozenTeacher, facts: WeightsFacts, data: ImageData
 
 
 def _learnt(facts: WeightsFacts, data: ImageDataModule) -> str:
-    """A word of caution where images are held out of a training split that the teacher may have seen all of."""
+    """Returns a warning if images are held out of a training split that the teacher may have been trained on."""
     held_out = facts.dataset == data.name and all(getattr(facts, k) == v for k, v in data.split_facts.items())
     return "" if held_out or not data.val_fraction else ", which it may have been trained on"
 
 
 def _causes(facts: WeightsFacts, teacher: FrozenTeacher, data: ImageDataModule) -> str:
-    """What it may be, as far as it is not known."""
+    """Suggests possible causes, as far as they are not excluded."""
     causes = []
     if facts.mean is None and teacher.relook is None:
         causes.append("another normalisation (model.teacher.mean and std)")

@@ -1,4 +1,4 @@
-"""Of several runs that lack the same teacher one trains it, and the others wait and take it."""
+"""Lets one of several runs that lack the same teacher train it; the others wait and use it."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 
 _POLL_SECONDS = 0.2
-# Of these and the run's folder the processes of one run have the same, and no other run has.
+# Equal for the processes of one run, together with its directory, and different between runs.
 _GROUP = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
 
 
@@ -23,19 +23,19 @@ _GROUP = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RES
 def turn_to_train(
     store: TeacherStore, dataset: str, name: str, run: Path, *, for_others: bool = True
 ) -> Iterator[bool]:
-    """Waits until no other run trains a teacher for the store, and keeps others waiting meanwhile.
+    """Waits until no other run trains a teacher for the store, and makes other runs wait meanwhile.
 
-    Of the processes of a run the first waits for other runs, and the others for what it finds. The lock ends with its
-    process, however that ends.
+    Of a run's processes, the first waits for other runs, and the others for its result. The lock ends with its process,
+    however that ends.
 
     Args:
-        for_others: whether it is to be kept there at all; for one of its own a run waits for nobody.
+        for_others: whether the teacher is to be stored; otherwise nobody waits.
 
     Yields:
-        whether it is still to be trained.
+        whether the teacher still has to be trained.
 
     Raises:
-        UserError: nothing can be written there, said before anything is trained for it.
+        UserError: the store is not writable; raised before the training.
     """
     if not for_others:
         yield True
@@ -51,7 +51,7 @@ def turn_to_train(
         _wait(lock, f"{name} is being trained for {place} by another run: waiting for it")
         lacks = not store.has(dataset, name)
         if lacks:
-            write_whole(holder, own.encode())  # in place of a link that somebody else has left there
+            write_whole(holder, own.encode())  # replaces a link that somebody else may have placed there
     except OSError as error:
         lock.release()
         raise UserError(
@@ -71,7 +71,7 @@ def _wait(lock: FileLock, words: str) -> None:
     except Timeout:
         print_line("teacher", words)
         lock.acquire()
-    except NotImplementedError:  # a file system without locks: both train
+    except NotImplementedError:  # a file system without locks: both runs train
         pass
 
 
@@ -85,7 +85,7 @@ def _wait_for_the_first(store: TeacherStore, dataset: str, name: str, lock: File
 
 
 def _is_held(lock: FileLock, holder: Path) -> bool:
-    """Whether a process has the lock; if none has, one that was killed has left what the holder says: it is removed."""
+    """Whether a process holds the lock; if none does, removes the holder file that a killed process has left."""
     try:
         with lock.acquire(timeout=0):
             holder.unlink(missing_ok=True)

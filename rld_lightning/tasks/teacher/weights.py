@@ -1,4 +1,4 @@
-"""The weights of a run's teacher: where they are, how they are trained first, and kept for other runs."""
+"""Finds, trains and stores the weights of a run's teacher."""
 
 import gc
 from collections.abc import Callable
@@ -28,14 +28,14 @@ def find_teacher(
     """Finds the weights of a run's teacher.
 
     Args:
-        told: what the checkpoint that the run goes on from says about it: it keeps the teacher that it had.
+        told: what the checkpoint from which the run resumes records about its run: it keeps its teacher.
 
     Returns:
-        the file, or several, or ``"pretrained"``; None where the teacher has to be trained first.
+        the file, or several, or ``"pretrained"``; None if the teacher has to be trained first.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such teacher, or no second process to share it out to.
+        FileNotFoundError: the file does not exist.
+        ValueError: the teacher does not exist, or cannot be sharded over a single process.
     """
     if teacher.options["shard"] and int(devices_per_node(1)) < 2:
         raise ValueError(
@@ -56,7 +56,7 @@ def find_teacher(
         print_line("teacher", f"the one that the run had before: {before}")
         return before
     path = None
-    if teacher.weights != "fit" or teacher.start is None:  # one that starts from somewhere is the run's own
+    if teacher.weights != "fit" or teacher.start is None:  # a teacher with initial weights is the run's own
         path = resolve_teacher_weights(
             teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
         )
@@ -74,20 +74,20 @@ def find_teacher(
 
 
 def _file_of(name: str | None, weights: str | None, wanted: str) -> str | None:
-    """The file of a teacher, if it is the one that is wanted and its file is there."""
+    """Returns the file of a teacher, if it is the wanted one and exists."""
     if name is None or weights is None or canonical_name(name) != canonical_name(wanted):
         return None
     return weights if split_part(weights)[0].is_file() else None
 
 
 def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Summary]) -> Summary:
-    """Trains the teacher of a run, or of runs to come, or goes on with it, or finds it finished.
+    """Trains the teacher of a run or of later runs, resumes its training, or finds it finished.
 
     Returns:
-        what it came to; its weights are in its folder.
+        its results; its weights are in its directory.
 
     Raises:
-        UserError: it failed.
+        UserError: the training failed.
     """
     name = cfg.model.teacher.name
     own = alone(cfg, name, cfg.model.teacher.get("start"), folder)
@@ -96,23 +96,23 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
         summary = run_once(changed(own, look), fit, name="teacher")
     except UserError as error:
         raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
-    gc.collect()  # its network, optimizer and data lie in reference cycles: on the device, while the student trains
+    gc.collect()  # reference cycles would keep its network, optimizer and data on the device
     return summary
 
 
 def is_for_others(data: ImageDataModule, start: str | None) -> bool:
-    """Whether a teacher may be one for other runs: trained on all training images, from random weights."""
+    """Whether other runs can use a teacher: trained on all training images, from random weights."""
     return data.val_fraction == 0 and data.subset == 1 and start is None
 
 
 def keep_teacher(
     summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str, start: str | None
 ) -> None:
-    """Keeps a teacher that was trained for a run, or a sweep, for other runs, if it is one for them.
+    """Stores a teacher that was trained for a run or a sweep, if other runs can use it.
 
-    That is one that was trained to the end on all training images, and measured on all.
+    It must have been trained to the end on all training images, and evaluated on all.
     """
     if is_for_others(data, start) and summary.steps is not None and summary.complete:
         rank_zero_only(store.add)(folder / STUDENT, data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the other ranks look for what rank 0 has stored
+        torch.distributed.barrier()  # the other ranks read what rank 0 has stored
