@@ -1,5 +1,6 @@
 """Atomic file writes that survive a killed process and a power failure."""
 
+import glob
 import os
 import sys
 import time
@@ -59,7 +60,7 @@ def write_whole(path: Path, content: bytes | bytearray | memoryview, *, previous
 
 def remove_leftovers(path: Path) -> None:
     """Removes a file's temporary files that killed processes left; keeps those that are being written."""
-    for temporary in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - temporary.stat().st_mtime > _YOUNG_SECONDS and _is_abandoned(temporary):
                 temporary.unlink()
@@ -67,10 +68,6 @@ def remove_leftovers(path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rld_lightning.bench.jobs import run_fit
 from rld_lightning.bench.steps import machine
 from rld_lightning.console import console, print_table
+from rld_lightning.models.complexity import clock
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.save import save_weights
 
@@ -34,11 +34,11 @@ class EpochTimes(Callback):
         self._began, student = 0.0, cast("torch.nn.Module", pl_module.student)
 
         def begin(*_: Any) -> None:
-            self._began = _now(trainer)
+            self._began = clock(trainer.strategy.root_device)
 
         def end(student: torch.nn.Module, *_: Any) -> None:
             if not student.training and self.forward:
-                self.forward[-1] += _now(trainer) - self._began
+                self.forward[-1] += clock(trainer.strategy.root_device) - self._began
 
         student.register_forward_pre_hook(begin)
         student.register_forward_hook(end)
@@ -46,13 +46,13 @@ class EpochTimes(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Records the time since the last step of the previous epoch."""
         if batch_idx == 0 and self._ended is not None:
-            self.between.append(_now(trainer) - self._ended)
+            self.between.append(clock(trainer.strategy.root_device) - self._ended)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records a step's time."""
-        now = _now(trainer)
+        now = clock(trainer.strategy.root_device)
         if batch_idx > 1 and self._ended is not None:  # the first steps are warm-up
             self.steps.append(now - self._ended)
         self._ended = now
@@ -101,9 +101,3 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
     )
     medians = f"medians of {len(times['steps'])} steps and {len(later)} epochs"
     console.print(f"{medians}; steps scaled to a full epoch", style="dim")
-
-
-def _now(trainer: Trainer) -> float:
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
-    return time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rld_lightning.bench.steps import machine
+from rld_lightning.models.complexity import clock
 from rld_lightning.models.weights.read import read_weights
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
@@ -44,9 +45,7 @@ def _seconds(work: Any, device: torch.device) -> float:
     for _ in range(5):
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock(device) - start)
     return best
 
 

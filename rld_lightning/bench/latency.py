@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rld_lightning.models.complexity import clock
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import check_trusted, is_from_elsewhere, trust
 from rld_lightning.models.input_size import split_size
@@ -37,7 +38,7 @@ class Contender:
     weights: str  # its file; `"pretrained"` for its library's weights; with ONNX the file to run
     num_classes: int  # C
     image_shape: tuple[int, int, int]  # channels, height and width
-    backend: str  # `"eager"`, `"compiled"`, `"onnx"` or `"onnx_int8"`
+    backend: str = "eager"  # `"eager"`, `"compiled"`, `"onnx"` or `"onnx_int8"`
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,9 @@ def _time(
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < _LEAST or time.perf_counter() < end:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = clock(device)
         network(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(1000 * (time.perf_counter() - start))
+        taken.append(1000 * (clock(device) - start))
     p50, p90, p99 = np.percentile(taken, (50, 90, 99)).tolist()
     return Latency(batch_size, len(taken), p50, p90, p99)
 

@@ -3,7 +3,6 @@
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from rld_lightning.hydra.resolvers import fast_precision
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.connect import connect
 from rld_lightning.losses.rld import RLDLoss, rld_loss
+from rld_lightning.models.complexity import clock
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.frozen import FrozenTeacher
@@ -55,11 +55,9 @@ def time_in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -
         step(), step()
     for _ in range(rounds):
         for name, step in steps.items():
-            _wait(device)
-            start = time.perf_counter()
+            start = clock(device)
             step()
-            _wait(device)
-            durations[name].append(time.perf_counter() - start)
+            durations[name].append(clock(device) - start)
     return {name: statistics.median(values) for name, values in durations.items()}
 
 
@@ -342,11 +340,6 @@ def _peak_of(work: Step, device: torch.device) -> float:
     work()
     peak = peak_memory(device)
     return float("nan") if before is None or peak is None else (peak - before) / 2**20
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:

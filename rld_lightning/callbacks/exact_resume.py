@@ -113,8 +113,9 @@ def _progress(trainer: Trainer) -> dict[str, Any]:
     due = batch > 0 and _validation_is_due(trainer, epoch, batch)
     waiting = due and not loop._should_accumulate()  # a validation is due, and Lightning has not counted the step yet
     total: Any = loop.batch_progress.total
+    epochs = _counts(epoch + (batch > 0), epoch)
     return {
-        "epoch_progress": _total_and_current(_counts(epoch + (batch > 0), epoch)),
+        "epoch_progress": {"total": epochs, "current": dict(epochs)},
         "epoch_loop.state_dict": {"_batches_that_stepped": step - waiting},
         "epoch_loop.batch_progress": {
             "total": _counts(total.processed, total.processed),
@@ -158,7 +159,3 @@ def _validation_is_due(trainer: Trainer, epoch: int, batch: int) -> bool:
 
 def _counts(begun: int, ended: int) -> dict[str, int]:
     return {"ready": begun, "started": begun, "processed": ended, "completed": ended}
-
-
-def _total_and_current(counts: dict[str, int]) -> dict[str, dict[str, int]]:
-    return {"total": counts, "current": dict(counts)}

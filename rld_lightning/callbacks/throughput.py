@@ -1,12 +1,11 @@
 """Training speed in images per second over all processes."""
 
-import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rld_lightning.data.base import as_batch
+from rld_lightning.models.complexity import clock
 from rld_lightning.watching import shown_by_lightning
 
 
@@ -33,14 +32,14 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restarts the clock after a checkpoint."""
         if self.paused:
-            self.since, self.paused = _now(trainer), False
+            self.since, self.paused = clock(trainer.strategy.root_device), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads the clock after every ``window`` steps."""
         if self.since is None:  # the first step, also of a resumed run, includes warm-up and loader start
-            self.since = _now(trainer)
+            self.since = clock(trainer.strategy.root_device)
             return
         self.pending += len(as_batch(batch).label) * trainer.world_size
         if (batch_idx + 1) % self.window and batch_idx + 1 < trainer.num_training_batches:
@@ -62,7 +61,7 @@ class Throughput(Callback):
 
     def _read(self, trainer: Trainer) -> None:
         if self.pending and self.since is not None:
-            now = _now(trainer)
+            now = clock(trainer.strategy.root_device)
             self.seconds += now - self.since
             self.images += self.pending
             self.since, self.pending = now, 0
@@ -74,9 +73,3 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts."""
         self.seconds, self.images = float(state_dict["seconds"]), int(state_dict["images"])
-
-
-def _now(trainer: Trainer) -> float:
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
-    return time.perf_counter()

@@ -38,7 +38,8 @@ def known() -> Known:
 
 @cache
 def _remembered() -> Known:
-    file = _cache() / f"known-{hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:16]}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rld-lightning"
+    file = cache / f"known-{hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:16]}.json"
     state = _state()
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         saved = json.loads(file.read_text())
@@ -68,10 +69,6 @@ def _registered() -> Known:
         on_features=[name for name in names if issubclass(loss_class(name), FeatureLoss)],
         families=families,
     )
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rld-lightning"
 
 
 def _state() -> str:

@@ -68,7 +68,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
             sys.exit(2)
 
     try:
-        _hold_back()
+        if not os.environ.get("HYDRA_FULL_ERROR"):
+            sys.stderr = _HydrasWords()
         with stop_on_signals():  # launchers of trials, too, clear up behind them
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Stopped) as error:
@@ -157,11 +158,6 @@ class _HydrasWords(StringIO):
     def __init__(self) -> None:
         super().__init__()
         self.stderr = sys.stderr
-
-
-def _hold_back() -> None:
-    if not os.environ.get("HYDRA_FULL_ERROR"):
-        sys.stderr = _HydrasWords()
 
 
 def _held() -> str:

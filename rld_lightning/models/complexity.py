@@ -72,7 +72,12 @@ def images_per_second(
         stop = time.perf_counter() + seconds
         while (start := time.perf_counter()) < stop or fastest == math.inf:
             model(images)
-            if like.is_cuda:
-                torch.cuda.synchronize(like.device)
-            fastest = min(fastest, time.perf_counter() - start)
+            fastest = min(fastest, clock(like.device) - start)
     return batch_size / fastest
+
+
+def clock(device: torch.device) -> float:
+    """Waits until a device has finished its work, and reads the clock: seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -59,7 +59,8 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
     if side is not None:
         return at_size(create_model(plain, num_classes, **kwargs), side)
     if is_from_elsewhere(name):
-        return _from_elsewhere(name, num_classes, **kwargs)
+        build = transformers_model if name.startswith("transformers/") else build_imported
+        return build(name, num_classes, **kwargs)
     name = registry.canonical_name(name)
     if (grafted := _GRAFTED.fullmatch(name)) is not None:
         return _grafted_model(grafted[1], grafted[2], num_classes, **kwargs)
@@ -105,11 +106,6 @@ def check_name(name: str) -> None:
             raise ValueError(_unknown(name, list_models(f"{library}/*")))
     elif name not in registry.REGISTRY:
         raise ValueError(_unknown(name, [*registry.REGISTRY, *list_models("torchvision/*")]))
-
-
-def _from_elsewhere(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    build = transformers_model if name.startswith("transformers/") else build_imported
-    return build(name, num_classes, **kwargs)
 
 
 def list_models(pattern: str = "*") -> list[str]:

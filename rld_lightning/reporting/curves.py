@@ -49,7 +49,8 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         "val/agreement": "student agrees with teacher, val",
         "val/top1_teacher_wrong": "student right where teacher is wrong, val",
     }
-    if summary is not None and _errors(summary) < _FEW:
+    # Of images that the teacher gets wrong.
+    if summary is not None and summary.images * (1 - (summary.teacher_top1 or 0) / 100) < _FEW:
         del on_validation["val/top1_teacher_wrong"]
     on_training = {name: f"{name.removeprefix('stats/').replace('_', ' ')}, train" for name in statistics}
     # Title, unit, labels by logged name, and the text of an empty panel.
@@ -84,11 +85,6 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         axes.grid(alpha=0.3)
     write_figure(figure, run / CURVES, dpi=120)
     return run / CURVES
-
-
-def _errors(summary: Summary) -> float:
-    """The number of validation images that the teacher gets wrong."""
-    return summary.images * (1 - (summary.teacher_top1 or 0) / 100)
 
 
 def _by_epochs_trained(run: Path, summary: Summary | None) -> pd.DataFrame:

@@ -128,8 +128,8 @@ def write_report(
     figures = [figure for chapter in chapters for figure in (*chapter.figures, chapter.confusion) if figure]
     figures += [figure for chapter in sweep_chapters for figure in chapter.figures] + scatters
     return ReportFiles(
-        _render("report.html.j2", context, out / PAGE),
-        _render("report.md.j2", context, out / MARKDOWN),
+        render("report.html.j2", context, out / PAGE),
+        render("report.md.j2", context, out / MARKDOWN),
         _write_tables(chapters, sweeps, frame[list(FACTS)], out),
         [path for figure in figures for path in figure.write(out / FIGURES, ("png", *dict.fromkeys(pictures)))],
         write_latex(chapters, out / LATEX) if latex else None,
@@ -296,7 +296,8 @@ def _environment(*, html: bool) -> jinja2.Environment:
     return environment
 
 
-def _render(template: str, context: Mapping[str, Any], path: Path) -> Path:
+def render(template: str, context: Mapping[str, Any], path: Path) -> Path:
+    """Writes a page of a template in this package's folder: HTML, or Markdown."""
     environment = _environment(html=template.endswith(".html.j2"))
     # `printable`: names may contain characters that change the text's direction, or bytes that are not text.
     write_whole(path, printable(environment.get_template(template).render(**context)).encode())

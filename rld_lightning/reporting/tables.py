@@ -13,7 +13,6 @@ from rld_lightning.reporting.frame import BEST, LAST, as_text, recipe
 from rld_lightning.reporting.labels import describe, distinguishing
 from rld_lightning.reporting.significance import MIN_PAIRS, PairedDifference, holm, paired_difference
 from rld_lightning.runs.files import TEACHER
-from rld_lightning.runs.finished import Run
 
 # Columns that are equal within a row: its runs differ in the seed only.
 _ROW = ["dataset", "split", "student", "teacher", "method", "setting"]
@@ -225,7 +224,9 @@ def _section(
 ) -> Section:
     here = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
     own = here[(here["student"] == student) & (here["teacher"].isna() | (here["teacher"] == teacher))]
-    homes = {folder for run in own[own["teacher"].notna()]["run"] for folder in _teacher_folders(run)}
+    homes: set[Path] = set()  # of possible training runs: the weights' folder, or teacher/ in the student's run
+    for run in own[own["teacher"].notna()]["run"]:
+        homes |= {Path(run.settings["model.teacher.weights"]).resolve().parent, run.folder.resolve() / TEACHER}
     trained = here["run"].map(lambda run: bool(homes & {run.folder.resolve(), Path(run.summary.run)}))
     teachers = here[(here["student"] == teacher) & here["teacher"].isna() & trained]
     return Section(dataset, split, on_test, teacher, student, _named(own), _named(teachers))
@@ -255,8 +256,3 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
             name = f"{method} ({label})"
         named.append(own.assign(name=name, label=label))
     return pd.concat(named) if named else runs.assign(name="", label="")
-
-
-def _teacher_folders(run: Run) -> tuple[Path, Path]:
-    """The folders of a teacher's possible training run: that of its weights, or ``teacher/`` in the student's run."""
-    return Path(run.settings["model.teacher.weights"]).resolve().parent, run.folder.resolve() / TEACHER

@@ -87,7 +87,10 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
     if module.teacher is not None and plan.teacher is not None and not module.teacher.shard:
         weights = plan.teacher.weights
         files = [split_part(file)[0] for file in (weights if isinstance(weights, tuple) else (str(weights),))]
-        size = sum(file.stat().st_size for file in files) if all(map(Path.is_file, files)) else _bytes(module.teacher)
+        if all(map(Path.is_file, files)):
+            size = sum(file.stat().st_size for file in files)
+        else:
+            size = sum(parameter.nbytes for parameter in module.teacher.parameters())
         name = plan.teacher.name
         name = name if "+" in name else "+".join([name] * len(files))  # an ensemble of one network
         yield "teacher", name, _Logits(module.teacher), size
@@ -97,10 +100,6 @@ def _networks(finished: Finished) -> Iterator[tuple[str, str, nn.Module, int]]:
         if file.is_file():
             name = finished.summary.model if file.parent == plan.run else plan.student.name
             yield role, name, read_student(file, name, finished.data), file.stat().st_size
-
-
-def _bytes(network: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
 
 
 def _measure(

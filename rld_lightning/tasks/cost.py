@@ -38,10 +38,7 @@ class Network:
     """A network of a run."""
 
     role: str  # `"teacher"` or `"student"`
-    name: str  # for `create_model`
-    weights: str  # its file, or `"pretrained"`
-    num_classes: int  # C
-    image_shape: tuple[int, int, int]  # channels, height and width of what it saw in its run
+    contender: Contender  # in eager mode, with images as it saw them in its run
     top1: float | None  # accuracy in percent, as the run has measured it; None where it has not
 
 
@@ -82,7 +79,7 @@ def cost(cfg: DictConfig) -> list[Row]:
         rows = []
         for network in found:
             for backend in cfg.backends:
-                print_line("measure", f"{network.role} {network.name}, {backend}")
+                print_line("measure", f"{network.role} {network.contender.name}, {backend}")
                 rows.append(_row(run, network, backend, folder, (sizes, cfg.seconds, threads, device)))
                 if error := rows[-1].measured.error:
                     print_line("left out", f"{network.role}, {backend}: {error}")
@@ -115,19 +112,21 @@ def networks(run: Run) -> Iterator[Network]:
         if weights != "pretrained":  # which may know more classes than the data
             known = number_of_classes(planned.name, read_weights(weights).state_dict)
         seen = (3, *size_seen(planned, student.transform.size))
-        yield Network("teacher", planned.name, weights, known or classes, seen, run.summary.teacher_top1)
-    yield Network("student", student.name, str(run.folder / RUN_WEIGHTS), classes, shape, run.summary.top1)
+        teacher_network = Contender(planned.name, weights, known or classes, seen)
+        yield Network("teacher", teacher_network, run.summary.teacher_top1)
+    yield Network("student", Contender(student.name, str(run.folder / RUN_WEIGHTS), classes, shape), run.summary.top1)
 
 
 def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tuple[int, ...], float, int, str]) -> Row:
-    contender = Contender(network.name, network.weights, network.num_classes, network.image_shape, backend)
-    model, file, error = network_of(contender), split_part(network.weights)[0], ""
+    contender = replace(network.contender, backend=backend)
+    name, image_shape = contender.name, contender.image_shape
+    model, file, error = network_of(contender), split_part(contender.weights)[0], ""
     if backend.startswith("onnx"):
         file = folder / f"{network.role}.{backend}.onnx"
         try:
-            content = to_onnx(plain_copy(model), network.image_shape, {"name": network.name})
+            content = to_onnx(plain_copy(model), image_shape, {"name": name})
             if backend == "onnx_int8":  # how fast it is does not depend on the ranges
-                content = quantise_onnx(content, [torch.randn(8, *network.image_shape)])
+                content = quantise_onnx(content, [torch.randn(8, *image_shape)])
             write_whole(file, content)
             contender = replace(contender, weights=str(file))
         except ValueError as refusal:
@@ -138,10 +137,10 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
         top1, images = _exported_top1(run) if network.role == "student" else (None, None)
     return Row(
         network.role,
-        network.name,
+        name,
         backend,
         count_parameters(model),
-        count_macs(model, network.image_shape),
+        count_macs(model, image_shape),
         None if error or contender.weights == "pretrained" else file.stat().st_size / 1e6,
         top1,
         images,

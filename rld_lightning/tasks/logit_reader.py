@@ -50,8 +50,9 @@ class LogitReader:
         if not (file := run.folder / STUDENT).is_file():
             raise FileNotFoundError(f"there are no weights at {file}; the run must have exported its student.")
         student_logits, label, index = self._of(data, str(file), lambda: read_student(file, run.summary.model, data))
+        look = Look(tuple(data.mean), tuple(data.std))
         key = f"{teacher.weights} {teacher.name} {teacher.look} {teacher.image_size} {teacher.class_map}"
-        teacher_logits, _, _ = self._of(data, key, lambda: _frozen(teacher, data))
+        teacher_logits, _, _ = self._of(data, key, lambda: build_teacher(teacher, data, look)[0])
         return RunLogits(student_logits, teacher_logits, label, index, list(data.class_names))
 
     def data(self, run: Run) -> ImageDataModule:
@@ -111,7 +112,3 @@ class LogitReader:
                     index.append(batch.index.cpu())
             self._logits[key] = torch.cat(logits), torch.cat(label), torch.cat(index)
         return self._logits[key]
-
-
-def _frozen(teacher: Teacher, data: ImageDataModule) -> nn.Module:
-    return build_teacher(teacher, data, Look(tuple(data.mean), tuple(data.std)))[0]

@@ -76,17 +76,27 @@ def build_dashboard(
     Returns:
         equal objects, ids included, for equal arguments.
     """
-    compared, tuned = comparison_parts(), [tuning_part()]
     where: dict[str, Any] = {"entity": entity, "project": project}
-    run_sets: Sequence[str | None] = pairs or [None]
-    views = []
-    for pair in run_sets:
-        name = _of(pair, data)
-        views.append(_view(where, f"RLD and baselines: {name}", compared, _finals(pair, data), group=True))
-        views.append(_view(where, f"Tuning of RLD: {name}", tuned, _trials(pair, data), group=False))
+    kinds: list[tuple[str, list[Part], list[FilterExpr], bool]] = [  # the last: whether runs are grouped
+        # On the full training split, validated on the test split; and validated on a held-out part of it.
+        ("RLD and baselines", comparison_parts(), [HELD_OUT == 0], True),
+        ("Tuning of RLD", [tuning_part()], [HELD_OUT != 0, LOSS == RLD], False),
+    ]
+    chosen: Sequence[str | None] = pairs or [None]
+    run_sets = [(f"{pair or 'all pairs'}{f' on {data}' if data else ''}", pair) for pair in chosen]
+
+    def filters(conditions: list[FilterExpr], pair: str | None) -> And:
+        return And(*conditions, *(key == value for key, value in ((PAIR, pair), (DATA, data)) if value is not None))
+
+    views = [
+        _view(where, f"{title}: {name}", parts, filters(conditions, pair), group=group)
+        for name, pair in run_sets
+        for title, parts, conditions, group in kinds
+    ]
     chapters = [
-        *(_chapter(part, [(_of(pair, data), _finals(pair, data)) for pair in run_sets], True) for part in compared),
-        *(_chapter(part, [(_of(pair, data), _trials(pair, data)) for pair in run_sets], False) for part in tuned),
+        _chapter(part, [(name, filters(conditions, pair)) for name, pair in run_sets], group)
+        for _, parts, conditions, group in kinds
+        for part in parts
     ]
     report = wr.Report(
         **where,
@@ -97,26 +107,6 @@ def build_dashboard(
     )
     _give_ids(views, report)
     return Dashboard(views, report)
-
-
-def _of(pair: str | None, data: str | None) -> str:
-    """Names a pair's views and run sets."""
-    return f"{pair or 'all pairs'}{f' on {data}' if data else ''}"
-
-
-def _finals(pair: str | None, data: str | None) -> And:
-    """Filters runs on the full training split, validated on the test split."""
-    return _where([HELD_OUT == 0], pair, data)
-
-
-def _trials(pair: str | None, data: str | None) -> And:
-    """Filters runs of RLD validated on a held-out part of the training split."""
-    return _where([HELD_OUT != 0, LOSS == RLD], pair, data)
-
-
-def _where(conditions: list[FilterExpr], pair: str | None, data: str | None) -> And:
-    wanted = [key == value for key, value in ((PAIR, pair), (DATA, data)) if value is not None]
-    return And(*conditions, *wanted)
 
 
 def _view(where: dict[str, Any], name: str, parts: list[Part], filters: And, *, group: bool) -> ws.Workspace:

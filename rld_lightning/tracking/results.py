@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from omegaconf import DictConfig
 
-from rld_lightning.models.weights.read import Weights, WeightsError, read_metadata, read_weights, split_part
+from rld_lightning.models.weights.read import WeightsError, read_metadata, read_weights, split_part
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import BEST, CLASSES, CONFUSION, STUDENT, SUMMARY, WANDB, text_of
 
@@ -78,7 +78,8 @@ def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
     aliases = ["latest", "last", f"seed{summary['seed']}"]
     last = read_weights(folder / STUDENT)
     best = read_weights(folder / BEST) if (folder / BEST).exists() else last
-    if _same(best, last):
+    a, b = best.state_dict, last.state_dict
+    if a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a):
         aliases.append("best")
     else:
         path = folder / WANDB / "best" / STUDENT
@@ -95,11 +96,6 @@ def _log_student(run: "Run", path: Path, summary: dict[str, object], aliases: li
     # No copy in wandb's directory: the run directory keeps the file.
     student.add_file(str(path), name=STUDENT, policy="immutable", skip_cache=True)
     run.log_artifact(student, aliases=aliases)
-
-
-def _same(first: Weights, second: Weights) -> bool:
-    a, b = first.state_dict, second.state_dict
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def _teacher(path: Path, name: str, dataset: str) -> "Artifact":

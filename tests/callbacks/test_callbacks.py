@@ -178,7 +178,7 @@ class Saves(Callback):
 @pytest.mark.parametrize(("window", "saves"), [(1, False), (5, False), (100, False), (5, True)])
 def test_throughput_counts_training_steps_only(tmp_path, monkeypatch, window, saves):
     clock = Clock()
-    monkeypatch.setattr("rld_lightning.callbacks.throughput._now", lambda trainer: clock.now)
+    monkeypatch.setattr("rld_lightning.callbacks.throughput.clock", lambda device: clock.now)
     trainer, _ = run(tmp_path, Throughput(window), clock, *([Saves(clock)] if saves else []))
     # 1,437 images in steps of 128: eleven timed steps, ten of them whole and the last of 29.
     assert trainer.callback_metrics["train/images_per_s"].item() == pytest.approx((10 * 128 + 29) / 1.1, rel=1e-5)

@@ -36,7 +36,11 @@ def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
         raise ClaimError(wrong)
     found = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
     for tensor in _tensors(found):
-        if tensor.layout != torch.strided or tensor.is_meta or _shown(tensor) > _held(tensor) + _STRETCHED:
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.nbytes > tensor.untyped_storage().nbytes() + _STRETCHED
+        ):
             raise ClaimError(
                 f"a tensor of {tuple(tensor.shape)} in it has not all of these values; tensors have to be dense and "
                 "contiguous"
@@ -72,14 +76,6 @@ def _is_inflated(content: bytes) -> bool:
         return False
     with zipfile.ZipFile(BytesIO(content)) as archive:
         return sum(entry.file_size for entry in archive.infolist()) > len(content)
-
-
-def _shown(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _held(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
 
 
 def _tensors(content: object) -> Iterator[Tensor]:

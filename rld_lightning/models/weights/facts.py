@@ -103,11 +103,7 @@ def _refusal(key: str, text: str, kind: str, source: str | Path) -> WeightsError
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and not any(map(_is_control, value))
-
-
-def _is_control(character: str) -> bool:
-    return category(character) == "Cc"
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and "Cc" not in map(category, value)
 
 
 def _is_whole(low: int, high: int) -> Callable[[Any], bool]:

@@ -63,7 +63,7 @@ def _wrong(file: IO[bytes]) -> str:
             stack += [_Value() if name.startswith("EMPTY_") else _PLAIN for _ in operation.stack_after]
         else:
             marked = pickletools.markobject in before
-            at = _last_mark(stack) if marked else len(stack) - len(before) + (name in _CHANGES)
+            at = len(stack) - 1 - stack[::-1].index(_MARK) if marked else len(stack) - len(before) + (name in _CHANGES)
             parts = stack[at:]
             del stack[at:]
             parts = parts[1:] if parts and parts[0] is _MARK else parts
@@ -83,7 +83,3 @@ def _wrong(file: IO[bytes]) -> str:
                 return "it goes on filling what is part of something else already"
             changed.size, changed.depth = changed.size + size, max(changed.depth, 1 + depth)
     return ""
-
-
-def _last_mark(stack: list[_Value]) -> int:
-    return len(stack) - 1 - stack[::-1].index(_MARK)

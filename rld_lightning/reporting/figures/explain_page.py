@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.reporting.figures.refine import Refinement
+from rld_lightning.reporting.report import render
 
 
 def explain_in_words(sample: Refinement, class_names: Sequence[str], loss: RLDLoss) -> list[str]:
@@ -100,20 +99,12 @@ def write_page(
     Returns:
         the page's path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rld_lightning.reporting", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("figures/explain.html.j2").render(
-        title=title,
-        origin=origin,
-        sentences=explain_in_words(sample, class_names, loss),
-        svg=svg,
-        numbers=numbers_of(sample, loss),
-    )
+    context = {
+        "title": title,
+        "origin": origin,
+        "sentences": explain_in_words(sample, class_names, loss),
+        "svg": svg,
+        "numbers": numbers_of(sample, loss),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return render("figures/explain.html.j2", context, path)

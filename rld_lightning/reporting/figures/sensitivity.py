@@ -91,7 +91,8 @@ def draw_sensitivity(sweep: Sweep) -> Figure:
     for axes, key in zip(panels, keys, strict=True):
         others = [other for other in sweep.keys if other != key]
         lines = trials.groupby(others, sort=True, dropna=False) if others else [((), trials)]
-        _panel(axes, key, others, {_setting(others, values): line.sort_values(key) for values, line in lines})
+        named = {describe(dict(zip(others, values, strict=True)), others): line for values, line in lines}
+        _panel(axes, key, others, {name: line.sort_values(key) for name, line in named.items()})
     panels[0].set_ylabel("top-1 of the last epoch, %")
     counts = ", ".join(str(n) for n in sorted(set(trials["n"])))
     figure.suptitle(", ".join(sweep.runs.iloc[0][["method", "pair", "dataset"]]))
@@ -134,7 +135,3 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
 def _in_panel(name: str, columns: int) -> str:
     """Wraps a line's name so that the legend is not wider than its panel."""
     return textwrap.fill(name, WIDTH // columns, max_lines=3, placeholder=" ...", break_on_hyphens=False)
-
-
-def _setting(keys: list[str], values: object) -> str:
-    return describe(dict(zip(keys, values if isinstance(values, tuple) else (values,), strict=True)), keys)

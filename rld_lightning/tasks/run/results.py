@@ -20,7 +20,7 @@ from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.files import BEST, CLASSES, CURVES, METRICS, STUDENT, SUMMARY
-from rld_lightning.runs.metrics_csv import Row, read_rows
+from rld_lightning.runs.metrics_csv import read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.run.plan import Plan
 from rld_lightning.tracking import wandb_facts
@@ -78,7 +78,7 @@ def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: Im
         split_images=images if all_batches else data.val_size,  # without unreadable images
         steps=trainer.global_step,
         scheduled_steps=_scheduled_steps(trainer, data),
-        seconds=_seconds(trainer),
+        seconds=next((callback.seconds for callback in callbacks_of(trainer, ExactResume)), None),
         peak_memory_gb=_peak_memory(trainer.strategy.root_device),
         fast_dev_run=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # not declared by Lightning
         teacher_sha256=plan.teacher.sha256 if plan.teacher is not None else None,
@@ -99,10 +99,6 @@ def _keep_best(run: Path, trainer: Trainer, module: DistillationModule, top1: fl
         logger.save()
 
 
-def _seconds(trainer: Trainer) -> float | None:
-    return next((callback.seconds for callback in callbacks_of(trainer, ExactResume)), None)
-
-
 def _peak_memory(device: torch.device) -> float | None:
     """Returns this process's peak memory in GB: of its GPU, or else of main memory."""
     if device.type == "cuda":
@@ -119,11 +115,6 @@ def _speed(run: Path, logged: Mapping[str, float]) -> float | None:
     name = "train/images_per_s"
     epochs = [row[name] for row in read_rows(run) if name in row]
     return median(epochs) if epochs else logged.get(name)
-
-
-def _last_row(run: Path) -> Row:
-    """Returns the last epoch's metrics, also if nothing was left to train."""
-    return next(iter(read_rows(run)[-1:]), {})
 
 
 def _scheduled_steps(trainer: Trainer, data: ImageDataModule) -> int | None:
@@ -163,7 +154,7 @@ def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: n
     finally:
         summary.write(run)  # last: the summary marks a run as finished
     # The purpose of debug=overfit.
-    by_heart = _last_row(run).get("train/top1") if not summary.trained_whole else None
+    by_heart = next(iter(read_rows(run)[-1:]), {}).get("train/top1") if not summary.trained_whole else None
     part = summary.scheduled_steps and not summary.trained_whole
     rows = [
         ("steps of the optimizer", f"{summary.steps:,} of {summary.scheduled_steps:,}" if part else None),
