@@ -152,7 +152,8 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
         return Panel(title, f"Last-epoch accuracy over {label}. {networks}.", draw, (3.5, 2.9))
 
     panels = [panel("Parameters", "parameters", "parameters"), panel("Multiply-accumulates", "macs", "MACs per image")]
-    caption = "Mean last-epoch top-1 over seeds."
+    splits = " and ".join(dict.fromkeys(section.split for section in sections))
+    caption = f"Mean last-epoch top-1 over seeds, on {splits}."
     if many:
         caption += f" Networks: {', '.join(f'{number} {network}' for network, number in numbers.items())}."
     if machines := sorted({cost.machine for cost in costs.values() if cost.milliseconds}):

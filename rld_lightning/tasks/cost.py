@@ -85,10 +85,12 @@ def cost(cfg: DictConfig) -> list[Row]:
                     print_line("left out", f"{network.role}, {backend}: {error}")
     machine = _processor(threads)
     machine = f"{torch.cuda.get_device_name()}, {machine}" if device == "cuda" else machine
-    write_json(folder / COST, {"machine": machine, "torch": torch.__version__, "rows": [asdict(row) for row in rows]})
-    _print(rows, sizes, machine)
+    where = run.summary.validated_on
+    facts = {"machine": machine, "torch": torch.__version__, "accuracy_on": where}
+    write_json(folder / COST, facts | {"rows": [asdict(row) for row in rows]})
+    _print(rows, sizes, machine, where)
     files = {COST: "these numbers"}
-    if _draw(rows, sizes[0], machine, folder):
+    if _draw(rows, sizes[0], f"{machine}; accuracy on {where}", folder):
         files["cost.png"] = "accuracy against latency"
     print_files(folder, files)
     return rows
@@ -163,10 +165,10 @@ def _exported_top1(run: Run) -> tuple[float | None, int | None]:
     return (float(top1), images) if right else (None, None)
 
 
-def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str) -> None:
+def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str, accuracy_on: str) -> None:
     sized = {(row.role, row.name): row for row in reversed(rows)}
     print_table(
-        "Networks",
+        f"Networks, accuracy on {accuracy_on}",
         ("", "parameters", "M MACs", "top-1 %"),
         [
             (f"{role} {name}", row.parameters, f"{row.macs / 1e6:.1f}", row.top1)
@@ -191,7 +193,7 @@ def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str) -> None:
         print_table(f"Batch of {size}, {machine}", ("", "ms p50", "p90", "p99", "images/s", "n"), lines)
 
 
-def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> bool:
+def _draw(rows: Sequence[Row], batch_size: int, below: str, folder: Path) -> bool:
     try:
         from rld_lightning.reporting.latency_plot import Point, draw_latency  # matplotlib is of an extra
     except ImportError as error:
@@ -206,7 +208,7 @@ def _draw(rows: Sequence[Row], batch_size: int, machine: str, folder: Path) -> b
     if points:
         names = {row.role: row.name for row in rows}
         title = ", ".join(f"{role}: {name}" for role, name in names.items())
-        draw_latency(points, batch_size, f"{title}\n{machine}", folder / "cost.png")
+        draw_latency(points, batch_size, f"{title}\n{below}", folder / "cost.png")
     return bool(points)
 
 

@@ -210,6 +210,12 @@ def test_more_rows_than_colours(tmp_path, drawn):
     assert len({row[0] for row in parse(page).rows if row[0].startswith("at (weight=")}) == 12
 
 
+def test_accuracy_over_cost_says_which_images_it_is_of(tmp_path):
+    write_run(tmp_path / "run", held_out=0.1)
+    page = write_report([tmp_path], tmp_path / "out").markdown.read_text()
+    assert "Mean last-epoch top-1 over seeds, on 5,000 held-out training images (stratified)." in page
+
+
 def test_networks_that_are_gone_and_html_in_names(tmp_path):
     write_run(tmp_path / "a", student="<gone>", teacher="no_such_network")
     page = write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html

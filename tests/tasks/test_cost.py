@@ -56,7 +56,9 @@ def test_teacher_and_student_side_by_side(run, monkeypatch, capsys, in_a_folder)
     assert written["rows"][1]["measured"]["latencies"][0]["p50"] == student.measured.latencies[0].p50
     assert "1 thread" in written["machine"]
     assert (run.parent / "cost" / "cost.png").stat().st_size > 10_000
-    assert "Batch of 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Batch of 2" in printed
+    assert f"Networks, accuracy on {read_run(run).summary.validated_on}" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize("size", ["auto", 16, None])
