@@ -1,7 +1,7 @@
-"""What images look like to a network: the mean and spread that they are normalised with, and their size.
+"""The normalisation of a network's input, and the conversion between two.
 
-Each network was trained with a look of its own. Data are normalised once, and a network that wants another look gets
-the same pixels under its own, by one multiplication and one addition.
+Data are normalised once. A network trained with another normalisation gets the same pixels in its own, by one
+multiplication and one addition.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from rld_lightning.models.libraries import published_input
 from rld_lightning.models.weights.facts import WeightsFacts
 
 
-class Look(NamedTuple):
-    """How images are normalised."""
+class Normalisation(NamedTuple):
+    """The mean and standard deviation of the images' normalisation."""
 
     mean: tuple[float, ...]  # mean of each channel, for values in [0, 1]
     std: tuple[float, ...]  # standard deviation of each channel, likewise
@@ -25,18 +25,18 @@ class Look(NamedTuple):
         return f"mean {list(self.mean)} and std {list(self.std)}"
 
 
-def look_of(mean: Sequence[float] | None, std: Sequence[float] | None) -> Look | None:
-    """The look that a teacher's ``mean`` and ``std`` ask for.
+def parse_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation | None:
+    """Parses a teacher's options ``mean`` and ``std``.
 
     Args:
         mean: three numbers, or None.
         std: three numbers above 0, or None.
 
     Returns:
-        the look; None where both are None.
+        the normalisation; None if both are None.
 
     Raises:
-        ValueError: there is one of the two, or they are not three numbers each.
+        ValueError: only one is given, or they are not three numbers each.
     """
     if mean is None and std is None:
         return None
@@ -46,51 +46,52 @@ def look_of(mean: Sequence[float] | None, std: Sequence[float] | None) -> Look |
             f"model.teacher.mean={mean} and model.teacher.std={std} must be three numbers each, those of std above 0, "
             "such as model.teacher.mean=[0.5,0.5,0.5] model.teacher.std=[0.5,0.5,0.5]; or null both."
         )
-    return Look(tuple(mean), tuple(std))
+    return Normalisation(tuple(mean), tuple(std))
 
 
-def trained_look(facts: WeightsFacts) -> Look | None:
-    """The look that a file of weights says its network was trained with; None where it does not say."""
-    return None if facts.mean is None or facts.std is None else Look(facts.mean, facts.std)
+def stored_normalisation(facts: WeightsFacts) -> Normalisation | None:
+    """Returns the normalisation stored in a weights file; None if there is none."""
+    return None if facts.mean is None or facts.std is None else Normalisation(facts.mean, facts.std)
 
 
-def published_look(name: str) -> Look | None:
-    """The look that torchvision or timm says the pretrained weights of a network want; None for other networks."""
+def published_normalisation(name: str) -> Normalisation | None:
+    """Returns the normalisation published for a network's pretrained weights; None for other networks."""
     found = published_input(name)
-    return None if found is None else Look(*found[:2])
+    return None if found is None else Normalisation(*found[:2])
 
 
-class Relook(nn.Module):
-    """Takes normalised images to another look: ``x * std / std' + (mean - mean') / std'``, in float32 or better.
+class Renormalise(nn.Module):
+    """Converts images to another normalisation: ``x * std / std' + (mean - mean') / std'``, in float32 or better.
 
     Args:
-        given: the look that images come in.
-        wanted: the look that they leave in.
-        size: height and width that they leave in, resized by bilinear interpolation, with antialiasing; None for those
-            that they come in.
+        given: the normalisation of the input.
+        wanted: the normalisation of the output.
+        size: height and width of the output, resized with bilinear interpolation and antialiasing; None for no change.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, given: Look, wanted: Look, size: tuple[int, int] | None = None) -> None:
+    def __init__(self, given: Normalisation, wanted: Normalisation, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.size = size
         (mean, std), (own_mean, own_std) = (
-            torch.tensor(look, dtype=torch.float64)[..., None, None] for look in (given, wanted)
+            torch.tensor(values, dtype=torch.float64)[..., None, None] for values in (given, wanted)
         )
         self.register_buffer("scale", (std / own_std).float(), persistent=False)
         self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to the same shape, but for the size."""
+        """Maps ``(B, 3, H, W)`` to the same shape, except for the size."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         if self.size is not None:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         return torch.addcmul(self.shift, images, self.scale)
 
 
-def relook(given: Look, wanted: Look | None, size: tuple[int, int] | None = None) -> Relook | None:
-    """What takes images to the look, and the size, that a network wants; None where they have both."""
+def make_renormalise(
+    given: Normalisation, wanted: Normalisation | None, size: tuple[int, int] | None = None
+) -> Renormalise | None:
+    """Creates the conversion to the normalisation and size that a network needs; None if images have both."""
     wanted = given if wanted is None else wanted
-    return None if wanted == given and size is None else Relook(given, wanted, size)
+    return None if wanted == given and size is None else Renormalise(given, wanted, size)

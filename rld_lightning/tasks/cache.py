@@ -12,7 +12,7 @@ from rld_lightning.losses.kd import KDLoss
 from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks.run.batch_size import make_data
-from rld_lightning.tasks.run.build import adopt_look, set_up
+from rld_lightning.tasks.run.build import adopt_normalisation, set_up
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.plan import freeze, plan_student, plan_teacher
@@ -48,7 +48,7 @@ def cache(cfg: DictConfig) -> Path:
         seed_everything(cfg.seed, workers=True, verbose=False)
         data = make_data(cfg.data)
         set_up(data, strong_view=False)
-        usual = adopt_look(plan_student(cfg.model.student), data, cfg.data)
+        usual = adopt_normalisation(plan_student(cfg.model.student), data, cfg.data)
         if planned.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
             check_network(planned.name, data, other_sizes="image_size" in cfg.data)
         store = TeacherStore(Path(cfg.paths.teachers))

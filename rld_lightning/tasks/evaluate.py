@@ -24,7 +24,13 @@ from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.hydra.options import list_options
 from rld_lightning.losses.base import cross_entropy
 from rld_lightning.models.imported import trust
-from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
+from rld_lightning.models.normalisation import (
+    Normalisation,
+    Renormalise,
+    make_renormalise,
+    published_normalisation,
+    stored_normalisation,
+)
 from rld_lightning.models.teacher.torchscript_and_onnx import OnnxTeacher
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
@@ -69,17 +75,21 @@ class EvaluationModule(LightningModule):
         num_classes: C.
         class_of: for each class of the data, its place among the logits, or -1 for images to be left out; by default
             the same.
-        relook: takes images to the look that the model was trained with; None where they come in it.
+        renormalise: converts images to the normalisation that the model was trained with; None if they have it.
     """
 
     class_of: Tensor
 
     def __init__(
-        self, model: nn.Module, num_classes: int, class_of: Sequence[int] | None = None, relook: Relook | None = None
+        self,
+        model: nn.Module,
+        num_classes: int,
+        class_of: Sequence[int] | None = None,
+        renormalise: Renormalise | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.relook = relook
+        self.renormalise = renormalise
         self.register_buffer(
             "class_of", torch.tensor(range(num_classes) if class_of is None else class_of), persistent=False
         )
@@ -100,7 +110,7 @@ class EvaluationModule(LightningModule):
         images, label = batch.images[known], label[known]
         if not len(label):
             return
-        logits = self.model(images if self.relook is None else self.relook(images)).float()
+        logits = self.model(images if self.renormalise is None else self.renormalise(images)).float()
         # Probabilities, as torchmetrics would take the logits of a batch that all lie in [0, 1] for some.
         # A confidence of exactly 1 would have a sixteenth bin to itself.
         self.metrics["ece"].update(logits.softmax(1).clamp(max=1 - 2**-24), label)
@@ -158,9 +168,9 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
             model = program
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}{f' ({weights.account})' if weights.account else ''}")
-        own_look = _own_look(weights, data, cfg.data, name)
+        own_renormalise = _own_renormalise(weights, data, cfg.data, name)
         trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
-    module = EvaluationModule(model, len(classes.names), classes.class_of, own_look)
+    module = EvaluationModule(model, len(classes.names), classes.class_of, own_renormalise)
     test_with(trainer, module, data, cfg.split)
     per_class = class_results(module.results["per_class"], classes.names)
     if not any(result.images for result in per_class):
@@ -241,10 +251,13 @@ def _check_number_of_classes(weights: Weights, data: ImageDataModule) -> None:
         )
 
 
-def _own_look(weights: Weights, data: ImageDataModule, settings: DictConfig, name: str) -> Relook | None:
-    """What takes the data's images to the look that a model was trained with, as its file says; tells of both."""
-    facts, given = facts_of(weights), Look(tuple(data.mean), tuple(data.std))
-    if (own := trained_look(facts)) is None and (published := published_look(name)) not in (None, given):
+def _own_renormalise(weights: Weights, data: ImageDataModule, settings: DictConfig, name: str) -> Renormalise | None:
+    """Returns the conversion of the data's images to the normalisation stored with a model; prints both."""
+    facts, given = facts_of(weights), Normalisation(tuple(data.mean), tuple(data.std))
+    if (own := stored_normalisation(facts)) is None and (published := published_normalisation(name)) not in (
+        None,
+        given,
+    ):
         print_line(
             "caution",
             f"{weights.source} does not say what images were normalised with, and {name} is published for {published}; "
@@ -257,10 +270,10 @@ def _own_look(weights: Weights, data: ImageDataModule, settings: DictConfig, nam
             f"{weights.source} was trained with image_shape {list(trained)}, and is measured with {list(found)}"
             + f"; data.image_size={trained[1]} measures it as it was trained" * (sized and trained[1] == trained[2]),
         )
-    own_look = relook(given, own)
-    if own_look is not None:
+    own_renormalise = make_renormalise(given, own)
+    if own_renormalise is not None:
         print_line("model", f"sees images normalised with its own {own}, as its file says")
-    return own_look
+    return own_renormalise
 
 
 def _check_held_out(weights: Weights, data: ImageDataModule, split: str) -> None:

@@ -31,7 +31,7 @@ from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.after import Finished, go_on
 from rld_lightning.tasks.run.batch_size import AUTO, make_data, suitable_batch
-from rld_lightning.tasks.run.build import adopt_look, build_module, build_trainer, set_up, watch_own
+from rld_lightning.tasks.run.build import adopt_normalisation, build_module, build_trainer, set_up, watch_own
 from rld_lightning.tasks.run.checks import (
     check_loss,
     check_mixtures,
@@ -147,7 +147,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         take_kept(data, cfg.data)
         check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
-        usual = adopt_look(plan.student, data, cfg.data)
+        usual = adopt_normalisation(plan.student, data, cfg.data)
         check_network(plan.student.name, data, other_sizes=plan.other_sizes)
     if loss.needs_teacher and plan.teacher is not None:
         with user_errors():

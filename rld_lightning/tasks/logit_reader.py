@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.models.normalisation import Look
+from rld_lightning.models.normalisation import Normalisation
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.reporting.logits import RunLogits
@@ -50,9 +50,9 @@ class LogitReader:
         if not (file := run.folder / STUDENT).is_file():
             raise FileNotFoundError(f"there are no weights at {file}; the run must have exported its student.")
         student_logits, label, index = self._of(data, str(file), lambda: read_student(file, run.summary.model, data))
-        look = Look(tuple(data.mean), tuple(data.std))
-        key = f"{teacher.weights} {teacher.name} {teacher.look} {teacher.image_size} {teacher.class_map}"
-        teacher_logits, _, _ = self._of(data, key, lambda: build_teacher(teacher, data, look)[0])
+        usual = Normalisation(tuple(data.mean), tuple(data.std))
+        key = f"{teacher.weights} {teacher.name} {teacher.normalisation} {teacher.image_size} {teacher.class_map}"
+        teacher_logits, _, _ = self._of(data, key, lambda: build_teacher(teacher, data, usual)[0])
         return RunLogits(student_logits, teacher_logits, label, index, list(data.class_names))
 
     def data(self, run: Run) -> ImageDataModule:

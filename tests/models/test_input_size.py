@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.factory import check_name, create_model
 from rld_lightning.models.input_size import split_size
-from rld_lightning.models.normalisation import published_look
+from rld_lightning.models.normalisation import published_normalisation
 from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, to_onnx
 from rld_lightning.models.student import load_student
 from rld_lightning.models.taps import feature_shapes, forward_with_taps
@@ -54,7 +54,7 @@ def test_a_grafted_student_may_have_a_size_and_its_teacher_another():
 def test_names_are_split_from_sizes():
     assert split_size("timm/resnet18@224") == ("timm/resnet18", 224)
     assert split_size("resnet8@resnet14") == ("resnet8@resnet14", None)
-    assert published_look("torchvision/resnet18@64") == published_look("torchvision/resnet18")
+    assert published_normalisation("torchvision/resnet18@64") == published_normalisation("torchvision/resnet18")
     for size in ("0", "4097", "9" * 5000):
         with pytest.raises(ValueError, match="give 1 to 4096, such as resnet8@224"):
             create_model(f"resnet8@{size}")

@@ -6,12 +6,19 @@ from torch import nn
 
 from rld_lightning.models.classes import order_of, reorder_classes
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.normalisation import Look, Relook, look_of, published_look, relook, trained_look
+from rld_lightning.models.normalisation import (
+    Normalisation,
+    Renormalise,
+    make_renormalise,
+    parse_normalisation,
+    published_normalisation,
+    stored_normalisation,
+)
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.facts import WeightsFacts
 
-IMAGENET = Look((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OTHER = Look((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OTHER = Normalisation((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
 
 
 def pixels():
@@ -24,13 +31,13 @@ def normalized(look):
 
 
 def test_images_are_renormalised_up_to_rounding():
-    torch.testing.assert_close(Relook(IMAGENET, OTHER)(normalized(IMAGENET)), normalized(OTHER), rtol=0, atol=2e-6)
-    assert Relook(IMAGENET, OTHER)(normalized(IMAGENET).bfloat16()).dtype is torch.float32
-    assert not Relook(IMAGENET, OTHER).state_dict()
+    torch.testing.assert_close(Renormalise(IMAGENET, OTHER)(normalized(IMAGENET)), normalized(OTHER), rtol=0, atol=2e-6)
+    assert Renormalise(IMAGENET, OTHER)(normalized(IMAGENET).bfloat16()).dtype is torch.float32
+    assert not Renormalise(IMAGENET, OTHER).state_dict()
     images = normalized(IMAGENET).contiguous(memory_format=torch.channels_last)
-    assert Relook(IMAGENET, OTHER)(images).is_contiguous(memory_format=torch.channels_last)
-    assert relook(IMAGENET, IMAGENET) is None
-    assert relook(IMAGENET, None) is None
+    assert Renormalise(IMAGENET, OTHER)(images).is_contiguous(memory_format=torch.channels_last)
+    assert make_renormalise(IMAGENET, IMAGENET) is None
+    assert make_renormalise(IMAGENET, None) is None
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float64"])
@@ -38,18 +45,18 @@ def test_a_teacher_gets_its_own_normalisation(dtype):
     network = create_model("resnet8", 10).eval()
     with torch.no_grad():
         expected = network(normalized(OTHER))
-    teacher = FrozenTeacher(network, dtype=dtype, relook=relook(IMAGENET, OTHER))
+    teacher = FrozenTeacher(network, dtype=dtype, renormalise=make_renormalise(IMAGENET, OTHER))
     torch.testing.assert_close(teacher(normalized(IMAGENET))[0].float(), expected, rtol=1e-4, atol=1e-5)
     assert {tensor.device.type for tensor in teacher.to("meta").buffers()} == {"meta"}
 
 
 def test_normalisation_published_by_a_library_and_stored_in_a_file():
-    assert published_look("timm/vit_tiny_patch16_224") == Look((0.5,) * 3, (0.5,) * 3)
-    assert published_look("torchvision/resnet34") == IMAGENET
-    assert published_look("torchvision/efficientnet_v2_l") == Look((0.5,) * 3, (0.5,) * 3)
-    assert published_look("wrn40_2") is None
-    assert trained_look(WeightsFacts(mean=OTHER.mean, std=OTHER.std)) == OTHER
-    assert trained_look(WeightsFacts(mean=OTHER.mean)) is None
+    assert published_normalisation("timm/vit_tiny_patch16_224") == Normalisation((0.5,) * 3, (0.5,) * 3)
+    assert published_normalisation("torchvision/resnet34") == IMAGENET
+    assert published_normalisation("torchvision/efficientnet_v2_l") == Normalisation((0.5,) * 3, (0.5,) * 3)
+    assert published_normalisation("wrn40_2") is None
+    assert stored_normalisation(WeightsFacts(mean=OTHER.mean, std=OTHER.std)) == OTHER
+    assert stored_normalisation(WeightsFacts(mean=OTHER.mean)) is None
 
 
 @pytest.mark.parametrize(
@@ -62,12 +69,12 @@ def test_normalisation_published_by_a_library_and_stored_in_a_file():
 )  # fmt: skip
 def test_mean_and_std_must_be_three_numbers_each(mean, std):
     with pytest.raises(ValueError, match=r"model\.teacher\.mean=.*must be three numbers each"):
-        look_of(mean, std)
+        parse_normalisation(mean, std)
 
 
 def test_given_mean_and_std():
-    assert look_of([0.5, 0.4, 0.3], [0.5, 0.25, 1]) == OTHER
-    assert look_of(None, None) is None
+    assert parse_normalisation([0.5, 0.4, 0.3], [0.5, 0.25, 1]) == OTHER
+    assert parse_normalisation(None, None) is None
 
 
 def test_classes_are_matched_only_if_the_sets_of_names_are_equal():

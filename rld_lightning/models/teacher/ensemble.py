@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rld_lightning.models.normalisation import Relook
+from rld_lightning.models.normalisation import Renormalise
 
 MEANS = ("logits", "probabilities")
 
@@ -21,7 +21,7 @@ class Ensemble(nn.Module):
     Args:
         members: each maps images ``(B, 3, H, W)`` to logits ``(B, C)`` of the same classes.
         mean_of: ``"logits"`` or ``"probabilities"``.
-        relooks: converts the images to each member's normalisation; None if the member has the data's.
+        renormalises: converts the images to each member's normalisation; None if the member has the data's.
 
     Raises:
         ValueError: there are no members, or ``mean_of`` is unknown.
@@ -33,7 +33,10 @@ class Ensemble(nn.Module):
     )
 
     def __init__(
-        self, members: Sequence[nn.Module], mean_of: str = "logits", relooks: Sequence[Relook | None] | None = None
+        self,
+        members: Sequence[nn.Module],
+        mean_of: str = "logits",
+        renormalises: Sequence[Renormalise | None] | None = None,
     ) -> None:
         super().__init__()
         if not members:
@@ -41,14 +44,14 @@ class Ensemble(nn.Module):
         if mean_of not in MEANS:
             raise ValueError(f"mean_of={mean_of!r} is unknown; choose {' or '.join(MEANS)}.")
         self.members = nn.ModuleList(members)
-        self.relooks = nn.ModuleList(
-            nn.Identity() if look is None else look for look in relooks or [None] * len(members)
+        self.renormalises = nn.ModuleList(
+            nn.Identity() if step is None else step for step in renormalises or [None] * len(members)
         )
         self.mean_of = mean_of
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps ``(B, 3, H, W)`` to ``(B, C)``, in float32 or better."""
-        seen = (look(images).to(images.dtype) for look in self.relooks)
+        seen = (step(images).to(images.dtype) for step in self.renormalises)
         logits = torch.stack([member(view) for member, view in zip(self.members, seen, strict=True)])
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

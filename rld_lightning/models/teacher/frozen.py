@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rld_lightning.models.complexity import count_parameters
-from rld_lightning.models.normalisation import Relook
+from rld_lightning.models.normalisation import Renormalise
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.fold import fold_if_same, fuse_conv_bn
@@ -41,7 +41,7 @@ class FrozenTeacher(nn.Module):
             can no longer be tapped. It is faster together with ``channels_last``, but not with ``torch.compile``.
         shard: shard the weights over the processes of each machine (done by :meth:`place`), for a teacher that does not
             fit one device. Weights are then in contiguous layout. Cannot be combined with ``fuse``.
-        relook: converts images to the preprocessing that the model was trained with; None if they have it.
+        renormalise: converts images to the preprocessing that the model was trained with; None if they have it.
         batch_statistics: if features are tapped, batch norms normalise by the batch's statistics, as in training mode,
             without updating the running ones. Cannot be combined with ``fuse``.
 
@@ -57,7 +57,7 @@ class FrozenTeacher(nn.Module):
         channels_last: bool = False,
         fuse: bool = False,
         shard: bool = False,
-        relook: Relook | None = None,
+        renormalise: Renormalise | None = None,
         batch_statistics: bool = False,
     ) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class FrozenTeacher(nn.Module):
             for last in filter(None, lasts):  # a changed class instead of a wrapper, so that the keys do not change
                 last.__class__ = WholeLinear
         self.exact_logits = self.dtype is None and None not in lasts
-        self.relook = relook
+        self.renormalise = renormalise
         self.table: LogitsTable | None = None
         self.validation_table: LogitsTable | None = None
         self.train()
@@ -112,8 +112,8 @@ class FrozenTeacher(nn.Module):
     def seen(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
         """Returns channels, height and width of the model's input for images of ``image_shape``."""
         channels, height, width = image_shape
-        if self.relook is not None and self.relook.size is not None:
-            height, width = self.relook.size
+        if self.renormalise is not None and self.renormalise.size is not None:
+            height, width = self.renormalise.size
         return channels, height, width
 
     def remember(self, table: LogitsTable) -> None:
@@ -180,8 +180,8 @@ class FrozenTeacher(nn.Module):
         # Not inference_mode, which forbids saving the teacher's outputs for the backward pass, as losses do.
         norms = batch_statistics(self.model) if self.batch_statistics and paths else nullcontext()
         with torch.no_grad(), own_precision, norms:
-            if self.relook is not None:
-                images = self.relook(images)
+            if self.renormalise is not None:
+                images = self.renormalise(images)
             images = images.to(dtype=self._input_dtype(images), memory_format=self.memory_format)
             logits, features = forward_with_taps(self.model, images, paths)
             return logits.to(torch.promote_types(logits.dtype, torch.float32)), features
@@ -208,8 +208,8 @@ class FrozenTeacher(nn.Module):
             raise ValueError(f"shard=True shards the teacher over at least two processes, not {processes}.")
         from rld_lightning.models.teacher.sharding import shard_over_machine  # FSDP takes a second
 
-        if self.relook is not None:
-            self.relook.to(device)
+        if self.renormalise is not None:
+            self.renormalise.to(device)
         shard_over_machine(self.model, device, processes)
 
     def train(self, mode: bool = True) -> Self:

@@ -23,7 +23,7 @@ from rld_lightning.data.decode import BadImageError, decode_image, read_header
 from rld_lightning.errors import user_errors
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.models.imported import trust
-from rld_lightning.models.normalisation import Look
+from rld_lightning.models.normalisation import Normalisation
 from rld_lightning.models.student import load_student
 from rld_lightning.models.weights.read import RUN_WEIGHTS
 from rld_lightning.reporting.figures.explain_page import explain_in_words
@@ -86,7 +86,7 @@ class Demo:
         )
         planned = teacher_of(run, teacher)
         data = cast(ImageDataModule, images)  # as much of it as a teacher asks for
-        frozen, _, _ = build_teacher(planned, data, Look(look.mean, look.std))
+        frozen, _, _ = build_teacher(planned, data, Normalisation(look.mean, look.std))
         self.student, self.teacher = student.to(self.device).eval(), frozen.to(self.device).eval()
         self.names = {"student": student.name, "teacher": planned.name}
         own = rld_of(run)

@@ -20,7 +20,7 @@ from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.losses.connect import connect
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.input_size import split_size
-from rld_lightning.models.normalisation import Look, published_look, trained_look
+from rld_lightning.models.normalisation import Normalisation, published_normalisation, stored_normalisation
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import facts_of
@@ -117,7 +117,7 @@ def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     skip_idle_hooks(trainer)
 
 
-def adopt_look(student: Student, data: ImageDataModule, settings: Mapping[str, Any]) -> Look:
+def adopt_normalisation(student: Student, data: ImageDataModule, settings: Mapping[str, Any]) -> Normalisation:
     """Sets the data's normalisation to that of the weights from which the student starts, if any.
 
     The data are changed, not the student's input, so that all files of the run record what it was trained on.
@@ -128,13 +128,13 @@ def adopt_look(student: Student, data: ImageDataModule, settings: Mapping[str, A
     Returns:
         the data's previous normalisation.
     """
-    usual = Look(tuple(data.mean), tuple(data.std))
+    usual = Normalisation(tuple(data.mean), tuple(data.std))
     if (side := split_size(student.name)[1]) is not None:
         print_line("student", "sees images resized to {0}x{0} from {1}x{2}".format(side, *data.image_shape[1:]))
     if student.weights == "pretrained":
-        wanted = published_look(student.name)
+        wanted = published_normalisation(student.name)
     elif student.weights is not None:
-        wanted = trained_look(facts_of(find_weights(student.weights)))
+        wanted = stored_normalisation(facts_of(find_weights(student.weights)))
     else:
         wanted = None
     if wanted in (None, usual):

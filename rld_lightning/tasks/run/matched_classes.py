@@ -9,7 +9,7 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
 from rld_lightning.models.classes import order_of, reorder_classes
-from rld_lightning.models.normalisation import Look, relook, trained_look
+from rld_lightning.models.normalisation import Normalisation, make_renormalise, stored_normalisation
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
@@ -59,7 +59,7 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
 
 
 def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
-    """A student as it lies in its file, for images and classes of the data, under the look that it was trained with.
+    """Reads a student for the images and classes of the data, with the normalisation that it was trained with.
 
     Args:
         name: of the network, where the file does not say it.
@@ -73,8 +73,8 @@ def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
     name = facts.name or name
     network, weights = create_fitting(name, data.num_classes, weights)
     put_in_order(network, name, weights, data, "student")
-    look = relook(Look(tuple(data.mean), tuple(data.std)), trained_look(facts))
-    return network if look is None else nn.Sequential(look, network)
+    renormalise = make_renormalise(Normalisation(tuple(data.mean), tuple(data.std)), stored_normalisation(facts))
+    return network if renormalise is None else nn.Sequential(renormalise, network)
 
 
 def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDataModule, role: str) -> None:

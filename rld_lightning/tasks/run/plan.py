@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rld_lightning.models.classes import read_class_map
-from rld_lightning.models.normalisation import Look, look_of
+from rld_lightning.models.normalisation import Normalisation, parse_normalisation
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.runs.files import SPLIT
@@ -42,7 +42,7 @@ class Teacher:
     weights: str | tuple[str, ...] | None
     published_url: str  # archive of published teachers
     # Normalisation of its input, from `mean` and `std`; None if its file determines it
-    look: Look | None
+    normalisation: Normalisation | None
     options: Mapping[str, Any]  # of `FrozenTeacher`; `fuse` may also be `"auto"`
     sha256: str | None = None  # of the file; None if not known yet, and without a file
     start: str | None = None  # initial weights if it has to be trained, like a student's `weights`
@@ -111,7 +111,7 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
     """
     if settings is None:
         return None
-    look = look_of(settings.get("mean"), settings.get("std"))
+    normalisation = parse_normalisation(settings.get("mean"), settings.get("std"))
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard", "batch_statistics")}
     if settings.cache not in (True, False, "auto", "fill"):
         raise ValueError(f"model.teacher.cache={settings.cache} is unknown; choose true, false, auto or fill.")
@@ -124,7 +124,7 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
         settings.name,
         tuple(weights) if isinstance(weights, ListConfig) else weights,
         settings.published_url,
-        look,
+        normalisation,
         options,
         sha256=settings.sha256,
         start=settings.get("start"),

@@ -15,7 +15,7 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs
-from rld_lightning.models.normalisation import Relook
+from rld_lightning.models.normalisation import Renormalise
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.frozen import FrozenTeacher
@@ -220,18 +220,23 @@ def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, traine
 
 
 def _said_by(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule) -> dict[str, Any]:
-    members = teacher.model.relooks if isinstance(teacher.model, Ensemble) else ()
+    members = teacher.model.renormalises if isinstance(teacher.model, Ensemble) else ()
     return {
         "classes": data.num_classes,
         "network": canonical_name(planned.name),
-        "look": _plain_look(teacher.relook),
+        "look": _renormalise_fact(teacher.renormalise),
         "exact_logits": teacher.exact_logits,
-        "of several": [planned.mean_of, str(planned.look), str(planned.class_map), *map(_plain_look, members)],
+        "of several": [
+            planned.mean_of,
+            str(planned.normalisation),
+            str(planned.class_map),
+            *map(_renormalise_fact, members),
+        ],
         "sha256": planned.sha256 if set(FOREIGN) & set(planned.name.split("+")) else None,  # state_dict lacks theirs
     }
 
 
-def _plain_look(look: nn.Module | None) -> list[Any] | None:
-    if not isinstance(look, Relook):
+def _renormalise_fact(renormalise: nn.Module | None) -> list[Any] | None:
+    if not isinstance(renormalise, Renormalise):
         return None
-    return [look.scale.flatten().tolist(), look.shift.flatten().tolist(), look.size]
+    return [renormalise.scale.flatten().tolist(), renormalise.shift.flatten().tolist(), renormalise.size]

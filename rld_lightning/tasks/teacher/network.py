@@ -15,7 +15,13 @@ from rld_lightning.errors import first_line, some
 from rld_lightning.models.classes import number_of_classes, places_of, select_classes
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
-from rld_lightning.models.normalisation import Look, Relook, published_look, relook, trained_look
+from rld_lightning.models.normalisation import (
+    Normalisation,
+    Renormalise,
+    make_renormalise,
+    published_normalisation,
+    stored_normalisation,
+)
 from rld_lightning.models.registry import names_of_members
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.frozen import FrozenTeacher
@@ -39,7 +45,7 @@ from rld_lightning.tasks.teacher.recorded import teacher_size
 
 
 def build_teacher(
-    teacher: Teacher, data: ImageDataModule, usual: Look, before: RunRecord | None = None
+    teacher: Teacher, data: ImageDataModule, usual: Normalisation, before: RunRecord | None = None
 ) -> tuple[FrozenTeacher, WeightsFacts, str | None]:
     """Loads and freezes a teacher, and prints its lines.
 
@@ -61,19 +67,19 @@ def build_teacher(
     first, facts = loaded[0], loaded[0].facts
     sha256 = first.sha256
     if len(loaded) > 1:
-        members, looks = [found.network for found in loaded], [found.relook for found in loaded]
-        network: nn.Module = Ensemble(members, teacher.mean_of, looks)
-        own_look = None
+        members, renormalises = [found.network for found in loaded], [found.renormalise for found in loaded]
+        network: nn.Module = Ensemble(members, teacher.mean_of, renormalises)
+        own_renormalise = None
         facts = replace(facts, top1=None)  # the facts are one member's
         sha256 = hashlib.sha256(",".join(str(found.sha256) for found in loaded).encode()).hexdigest()
     else:
-        network, own_look = first.network, first.relook
+        network, own_renormalise = first.network, first.renormalise
     if sha256 is not None:
         _check_sha256(teacher, sha256, before)
-    shape = data.image_shape if own_look is None or own_look.size is None else (3, *own_look.size)
+    shape = data.image_shape if own_renormalise is None or own_renormalise.size is None else (3, *own_renormalise.size)
     size = describe_size(network, shape)  # before the teacher wraps the network
     options = {**teacher.options, "fuse": teacher.options["fuse"] is True}  # auto: decided later, with the loss
-    frozen = FrozenTeacher(network, **options, relook=own_look)
+    frozen = FrozenTeacher(network, **options, renormalise=own_renormalise)
     precision = teacher.options["dtype"] or "precision of the run" + ", logits in float32" * frozen.exact_logits
     shares = f", shared out over {devices_per_node(1)} processes" if frozen.shard else ""
     kinds = f"{len(names)} {names[0]}" if len(set(names)) == 1 else " and ".join(names)
@@ -101,13 +107,13 @@ class TeacherNetwork(NamedTuple):
     """A network of a teacher: the teacher itself, or a member of an ensemble."""
 
     network: nn.Module  # on the CPU; maps its own input to logits of the data's classes, in their order
-    relook: Relook | None  # converts the data's images to its input; None if they are the same
+    renormalise: Renormalise | None  # converts the data's images to its input; None if they are the same
     facts: WeightsFacts  # from its file
     sha256: str | None  # of its file; None without one
     origin: str  # source of its weights, in words
 
 
-def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: Look) -> TeacherNetwork:
+def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: Normalisation) -> TeacherNetwork:
     """Loads a network of a teacher, and prints its special properties.
 
     Raises:
@@ -127,16 +133,16 @@ def load_network(teacher: Teacher, weights: str, data: ImageDataModule, usual: L
         network, read = _of_file(teacher, weights, data)
         facts, sha256 = facts_of(read), read.sha256
         origin = f"{weights}{_known(facts)}"
-    look, who = teacher_look(teacher, facts, usual, pretrained=weights == "pretrained")
+    normalisation, who = teacher_normalisation(teacher, facts, usual, pretrained=weights == "pretrained")
     size = teacher_size(teacher, facts, data.image_shape[1:], pretrained=weights == "pretrained")
     if foreign is not None:
         if teacher.image_size == "auto" and foreign.size is not None:
             size = foreign.size
         network = _of_foreign(foreign, teacher, data, size)
-    given = Look(tuple(data.mean), tuple(data.std))
-    own = relook(given, look, size if size != data.image_shape[1:] else None)
-    if look != given:
-        print_line("teacher", f"sees images normalised with its own {look} ({who})")
+    given = Normalisation(tuple(data.mean), tuple(data.std))
+    own = make_renormalise(given, normalisation, size if size != data.image_shape[1:] else None)
+    if normalisation != given:
+        print_line("teacher", f"sees images normalised with its own {normalisation} ({who})")
     if size != data.image_shape[1:]:
         print_line("teacher", "sees images resized to {}x{} from {}x{}".format(*size, *data.image_shape[1:]))
     check_network(teacher.name, data, network, image_size=size)
@@ -216,18 +222,20 @@ def _known(facts: WeightsFacts) -> str:
     return f" ({known})" if known else ""
 
 
-def teacher_look(teacher: Teacher, facts: WeightsFacts, usual: Look, *, pretrained: bool) -> tuple[Look, str]:
+def teacher_normalisation(
+    teacher: Teacher, facts: WeightsFacts, usual: Normalisation, *, pretrained: bool
+) -> tuple[Normalisation, str]:
     """Returns the normalisation that a teacher needs, and its source in words.
 
     Args:
         pretrained: whether its weights are its library's.
     """
-    if teacher.look is not None:
-        return teacher.look, "model.teacher.mean and std"
-    published = published_look(teacher.name)
+    if teacher.normalisation is not None:
+        return teacher.normalisation, "model.teacher.mean and std"
+    published = published_normalisation(teacher.name)
     if pretrained:
         return published or usual, "its library says so"
-    if (trained := trained_look(facts)) is not None:
+    if (trained := stored_normalisation(facts)) is not None:
         return trained, "its file says so"
     if published not in (None, usual):
         print_line(

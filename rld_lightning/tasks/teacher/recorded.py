@@ -6,7 +6,7 @@ from contextlib import suppress
 from rld_lightning.limits import LARGEST_SIDE
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.libraries import published_input
-from rld_lightning.models.normalisation import look_of
+from rld_lightning.models.normalisation import parse_normalisation
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import read_weights, split_part
@@ -54,7 +54,7 @@ def teacher_of(
         name,
         weights,
         "",
-        look_of(settings.get("mean"), settings.get("std")),
+        parse_normalisation(settings.get("mean"), settings.get("std")),
         {"fuse": False, "dtype": None},
         class_map=classes,
         image_size=size,

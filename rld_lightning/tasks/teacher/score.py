@@ -71,7 +71,7 @@ def _learnt(facts: WeightsFacts, data: ImageDataModule) -> str:
 def _causes(facts: WeightsFacts, teacher: FrozenTeacher, data: ImageDataModule) -> str:
     """Suggests possible causes, as far as they are not excluded."""
     causes = []
-    if facts.mean is None and teacher.relook is None:
+    if facts.mean is None and teacher.renormalise is None:
         causes.append("another normalisation (model.teacher.mean and std)")
     if facts.image_shape is None or facts.image_shape != data.image_shape:
         causes.append("images of another size")

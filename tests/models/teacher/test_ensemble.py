@@ -6,7 +6,7 @@ from torch import nn
 
 from rld_lightning.losses import KDLoss, RLDLoss
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.normalisation import Look, Relook
+from rld_lightning.models.normalisation import Normalisation, Renormalise
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.frozen import FrozenTeacher
@@ -43,13 +43,13 @@ def test_the_mean_is_of_logits_or_of_probabilities():
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_each_member_gets_its_own_normalisation_and_size(dtype):
-    given, own = Look((0.5,) * 3, (0.5,) * 3), Look((0.0,) * 3, (1.0,) * 3)
+    given, own = Normalisation((0.5,) * 3, (0.5,) * 3), Normalisation((0.0,) * 3, (1.0,) * 3)
     members = [create_model("resnet8", 10).eval() for _ in range(2)]
-    looks = [None, Relook(given, own, (16, 16))]
+    renormalises = [None, Renormalise(given, own, (16, 16))]
     with torch.no_grad():
         seen = nn.functional.interpolate(IMAGES, (16, 16), mode="bilinear", antialias=True) * 0.5 + 0.5
         expected = (members[0](IMAGES) + members[1](seen)) / 2
-    teacher = FrozenTeacher(Ensemble(members, relooks=looks), dtype=dtype)
+    teacher = FrozenTeacher(Ensemble(members, renormalises=renormalises), dtype=dtype)
     assert teacher.exact_logits == (dtype is None)
     assert all((type(member.fc) is WholeLinear) == (dtype is None) for member in members)
     found, _ = teacher(IMAGES)

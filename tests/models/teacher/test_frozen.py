@@ -11,7 +11,7 @@ from torch import nn
 from rld_lightning.models.complexity import count_parameters
 from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.hold_outside import hold_outside
-from rld_lightning.models.normalisation import Look, Relook
+from rld_lightning.models.normalisation import Normalisation, Renormalise
 from rld_lightning.models.teacher.fold import fuse_conv_bn
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.whole_linear import last_linear
@@ -319,8 +319,8 @@ def test_the_parameter_count_is_that_of_the_unfolded_model():
 
 @pytest.mark.parametrize("size", [None, (16, 24)])
 def test_the_shape_of_the_model_s_input_is_known(size):
-    look = Look((0.5,) * 3, (0.5,) * 3)
-    teacher = FrozenTeacher(create_model("resnet8", 10), relook=Relook(look, look, size))
+    given = Normalisation((0.5,) * 3, (0.5,) * 3)
+    teacher = FrozenTeacher(create_model("resnet8", 10), renormalise=Renormalise(given, given, size))
     got = []
     teacher.model.register_forward_pre_hook(lambda _, inputs: got.append(inputs[0].shape[1:]))
     teacher(torch.zeros(1, 3, 8, 8))

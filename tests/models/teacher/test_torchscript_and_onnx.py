@@ -9,12 +9,12 @@ from torch import nn
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.normalisation import Look
+from rld_lightning.models.normalisation import Normalisation
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.teacher.torchscript_and_onnx import Columns, OnnxTeacher, ScriptedNetwork, load_foreign
 from rld_lightning.tasks.teacher.network import build_teacher
 
-LOOK = Look((0.5,) * 3, (0.5,) * 3)
+LOOK = Normalisation((0.5,) * 3, (0.5,) * 3)
 IMAGES = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -79,7 +79,9 @@ def test_a_program_teaches_a_subset_of_its_classes(kind, whole, tmp_path):
     with pytest.raises(ValueError, match=r"no class for '0' \('0'\).*which of its 12, which has no names"):
         build_teacher(teacher, data, LOOK)
     places = {str(digit): 11 - digit for digit in range(10)}
-    frozen, _, sha256 = build_teacher(replace(teacher, class_map=places, look=Look(data.mean, data.std)), data, LOOK)
+    frozen, _, sha256 = build_teacher(
+        replace(teacher, class_map=places, normalisation=Normalisation(data.mean, data.std)), data, LOOK
+    )
     images = next(iter(data.val_dataloader())).images[:4]
     with torch.no_grad():
         expected = load_foreign(kind, path)(images)[:, list(places.values())]

@@ -2,22 +2,26 @@
 
 import torch
 
-from rld_lightning.models.normalisation import Look
-from rld_lightning.tasks.run.build import adopt_look
+from rld_lightning.models.normalisation import Normalisation
+from rld_lightning.tasks.run.build import adopt_normalisation
 from rld_lightning.tasks.run.plan import Student
 
-HALVES = Look((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+HALVES = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_the_data_are_normalised_as_the_weights_of_the_student_want_it(data, file, capsys):
-    usual = Look(data.mean, data.std)
-    assert adopt_look(Student("resnet8", None, True), data, {"mean": None}) == usual == Look(data.mean, data.std)
+    usual = Normalisation(data.mean, data.std)
+    assert (
+        adopt_normalisation(Student("resnet8", None, True), data, {"mean": None})
+        == usual
+        == Normalisation(data.mean, data.std)
+    )
     student = Student("resnet8", str(file(mean=[0.5] * 3, std=[0.5] * 3)), True)
-    assert adopt_look(student, data, {"mean": list(data.mean)}) == usual == Look(data.mean, data.std)
+    assert adopt_normalisation(student, data, {"mean": list(data.mean)}) == usual == Normalisation(data.mean, data.std)
     assert "caution" in capsys.readouterr().out
     before = next(iter(data.val_dataloader())).images
-    assert adopt_look(student, data, {}) == usual
-    assert Look(data.mean, data.std) == HALVES
+    assert adopt_normalisation(student, data, {}) == usual
+    assert Normalisation(data.mean, data.std) == HALVES
     pixels = before * usual.std[0] + usual.mean[0]
     torch.testing.assert_close(next(iter(data.train_dataloader())).images.min(), torch.tensor(-1.0))
     torch.testing.assert_close(next(iter(data.val_dataloader())).images, (pixels - 0.5) / 0.5)

@@ -18,7 +18,7 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.errors import UserError
 from rld_lightning.losses import MLKDLoss
 from rld_lightning.losses.features import ATLoss
-from rld_lightning.models.normalisation import Look, Relook
+from rld_lightning.models.normalisation import Normalisation, Renormalise
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.logits_table import LogitsTable, round_beside_label, table_key
 from rld_lightning.models.teacher.resident_table import ResidentTable
@@ -358,11 +358,11 @@ def test_a_table_is_of_all_members_with_their_looks(tmp_path):
     data = ready(DigitsDataModule(batch_size=100))
     plan = make_plan(tmp_path)
     plan = replace(plan, teacher=replace(plan.teacher, name="resnet8+resnet14", cache=True))
-    members, given = [create_model(name, 10) for name in ("resnet8", "resnet14")], Look((0.5,) * 3, (0.5,) * 3)
+    members, given = [create_model(name, 10) for name in ("resnet8", "resnet14")], Normalisation((0.5,) * 3, (0.5,) * 3)
 
     def table(*stds):
-        looks = [Relook(given, Look((0.5,) * 3, (std,) * 3)) for std in stds]
-        teacher = FrozenTeacher(Ensemble([deepcopy(member) for member in members], relooks=looks))
+        renormalises = [Renormalise(given, Normalisation((0.5,) * 3, (std,) * 3)) for std in stds]
+        teacher = FrozenTeacher(Ensemble([deepcopy(member) for member in members], renormalises=renormalises))
         remember_validation(teacher, plan, data)
         return teacher.validation_table.path
 

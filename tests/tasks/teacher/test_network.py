@@ -12,12 +12,12 @@ from torch import nn
 from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
-from rld_lightning.models.normalisation import Look
+from rld_lightning.models.normalisation import Normalisation
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.teacher import network as teacher_network
 from rld_lightning.tasks.teacher.network import build_teacher, load_network
 
-LOOK = Look((0.5,) * 3, (0.5,) * 3)
+LOOK = Normalisation((0.5,) * 3, (0.5,) * 3)
 
 
 def data_of(*names, size=32):
@@ -72,10 +72,10 @@ def test_of_a_pretrained_teacher_the_classes_of_the_data_are_taken(tmp_path, bui
         "2 of its 1,000 classes are used, matched to the data's by name: tabby is tabby, golden retriever is" in output
     )
     assert "sees images resized to 224x224 from 32x32" in output
-    assert found.relook.size == (224, 224)
+    assert found.renormalise.size == (224, 224)
     found = load_network(teacher_of(tmp_path, class_map={"dog": 207, "cat": "tabby"}, image_size=None), "pretrained",
                          data_of("cat", "dog"), LOOK)  # fmt: skip
-    assert (found.network[1].places, found.relook.size) == ([names.index("tabby"), 207], None)
+    assert (found.network[1].places, found.renormalise.size) == ([names.index("tabby"), 207], None)
 
 
 def test_a_file_that_knows_more_is_taken_in_part_and_several_teach_together(tmp_path, capsys):
@@ -145,7 +145,7 @@ def halves(data):
 
 
 def build(tmp_path, path, data, **values):
-    usual = Look(data.mean, data.std)
+    usual = Normalisation(data.mean, data.std)
     return build_teacher(
         replace(make_plan(tmp_path).teacher, name="resnet8", weights=str(path), **values), data, usual
     )[0]
@@ -157,7 +157,7 @@ def test_a_teacher_is_fed_as_it_was_trained(tmp_path, data, file, capsys, said_b
     plain, _ = build(tmp_path, file(), data)(images)
     assert "sees images" not in capsys.readouterr().out
     facts = {"mean": [0.5] * 3, "std": [0.5] * 3} if said_by == "file" else {"mean": [0.1] * 3, "std": [0.1] * 3}
-    teacher = build(tmp_path, file(**facts), data, look=None if said_by == "file" else LOOK)
+    teacher = build(tmp_path, file(**facts), data, normalisation=None if said_by == "file" else LOOK)
     own, _ = teacher(images)
     said = "its file says so" if said_by == "file" else "model.teacher.mean and std"
     output = capsys.readouterr().out
@@ -181,9 +181,9 @@ def test_classes_of_a_teacher_are_matched_by_name(tmp_path, data, file, capsys):
 
 
 def test_images_have_the_size_that_a_teacher_was_trained_with(tmp_path, data, file, capsys):
-    assert build(tmp_path, file(image_shape=[3, 8, 8]), data).relook is None
+    assert build(tmp_path, file(image_shape=[3, 8, 8]), data).renormalise is None
     for own, size in (("auto", 32), (16, 16)):
-        assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=own).relook.size == (size, size)
+        assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=own).renormalise.size == (size, size)
         said = f"sees images resized to {size}x{size} from 8x8"
         assert said in " ".join(capsys.readouterr().out.split())
-    assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=None).relook is None
+    assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=None).renormalise is None

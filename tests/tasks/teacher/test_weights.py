@@ -11,7 +11,7 @@ from helpers.plans import make_plan
 
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.normalisation import Look
+from rld_lightning.models.normalisation import Normalisation
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.checkpoint import RunRecord
@@ -20,7 +20,7 @@ from rld_lightning.tasks.run.build import build_module
 from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.weights import find_teacher, train_teacher
 
-USUAL = Look((0.5,) * 3, (0.5,) * 3)
+USUAL = Normalisation((0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture
