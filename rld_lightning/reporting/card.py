@@ -73,31 +73,31 @@ def model_card(
             }
         ],
     }
-    taught = f", distilled from {summary.teacher}" if summary.teacher else ""
+    distilled_from = f", distilled from {summary.teacher}" if summary.teacher else ""
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {_text(student.name)} on {_text(summary.dataset)}",
-        f"An image classifier for {len(student.classes)} classes{_text(taught)}, trained with "
+        f"An image classifier for {len(student.classes)} classes{_text(distilled_from)}, trained with "
         "[rld-lightning](https://arxiv.org/abs/2408.07703).",
         "## Results",
         _table(("", "student", "teacher"), _results(student, run, top1, is_last=is_last)),
         f"Accuracy is that of the {checkpoint} epoch on {_text(summary.validated_on)} (n = {summary.images})."
-        + ("" if is_last else f" {_chosen(run)}"),
-        *(_beside(run) if is_last else ()),  # the comparison is of the last epoch
+        + ("" if is_last else f" {_selection_note(run)}"),
+        *(_comparison(run) if is_last else ()),  # the comparison is of the last epoch
         "## Training",
         _table(("", ""), _training(run)),
         "## Input",
         f"RGB images: {student.transform.describe()}. Classes: {_classes(student.classes)}.",
         "## Use",
-        _use(student, exported, pixels=pixels, any_size=any_size),
+        _usage(student, exported, pixels=pixels, any_size=any_size),
     ]
-    if rows := [_compared(file) for file in exported]:
+    if rows := [_file_row(file) for file in exported]:
         columns = ("file", "MB", "top-1 %", "PyTorch's %", "agreement %", "largest difference", "images")
         parts += ["## Files", _table(columns, rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _chosen(run: Run) -> str:
+def _selection_note(run: Run) -> str:
     """The caveat on an accuracy that the epoch was chosen by."""
     if run.summary.split == "test":
         return f"Mind that {CHOSEN_ON_TEST}."
@@ -115,7 +115,7 @@ def _results(student: Student, run: Run, top1: float, *, is_last: bool) -> list[
     return [row for row in rows if row[1] != "-"]
 
 
-def _beside(run: Run) -> list[str]:
+def _comparison(run: Run) -> list[str]:
     """The comparison of teacher, student alone and distilled student, if the run has measured them."""
     if not (networks := read_networks(run.folder)):
         return []
@@ -137,7 +137,7 @@ def _training(run: Run) -> list[tuple[str, str]]:
         "loss": f"{run.method} ({summary.loss})",
         "epochs": summary.epochs,
         "seed": summary.seed,
-        "options": " ".join(map(_without_places, run.overrides)),
+        "options": " ".join(map(_without_folders, run.overrides)),
         "commit": environment.get("commit"),
         "versions": ", ".join(
             f"{name} {environment[name]}" for name in ("rld_lightning", "torch") if name in environment
@@ -146,13 +146,13 @@ def _training(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 
 
-def _without_places(override: str) -> str:
+def _without_folders(override: str) -> str:
     """An override without local folders, since cards are published."""
     key, equals, value = override.partition("=")
     return f"{key}=.../{PurePath(value).name}" if equals and value.startswith(("/", "~")) else override
 
 
-def _use(student: Student, exported: Sequence[Exported], *, pixels: bool, any_size: bool) -> str:
+def _usage(student: Student, exported: Sequence[Exported], *, pixels: bool, any_size: bool) -> str:
     files = {file.format: file.file for file in exported}
     blocks = []
     if "safetensors" in files:
@@ -181,7 +181,7 @@ class _Code(str):
     """Trusted text in backticks, which is not escaped."""
 
 
-def _compared(file: Exported) -> tuple[str, ...]:
+def _file_row(file: Exported) -> tuple[str, ...]:
     difference = "-" if file.max_difference is None else f"{file.max_difference:.2g}"
     return (
         _Code(f"`{file.file}`"),
@@ -223,17 +223,17 @@ def hub_config(student: Student) -> dict[str, object]:
     is that size: timm resizes the picture to it directly.
     """
     plain, side = split_size(student.name)
-    look, library = student.transform, plain.partition("/")
+    transform, library = student.transform, plain.partition("/")
     shared: dict[str, object] = {
         "num_classes": len(student.classes),
-        "input_size": [3, *(look.size if side is None else (side, side))],
-        "interpolation": look.interpolation,
-        "crop_pct": min(look.size) / look.resize,
+        "input_size": [3, *(transform.size if side is None else (side, side))],
+        "interpolation": transform.interpolation,
+        "crop_pct": min(transform.size) / transform.resize,
         "crop_mode": "center",
-        "mean": list(look.mean),
-        "std": list(look.std),
+        "mean": list(transform.mean),
+        "std": list(transform.std),
     }
-    own = {"name": student.name, "weights": HUB_WEIGHTS, "resize": look.resize}
+    own = {"name": student.name, "weights": HUB_WEIGHTS, "resize": transform.resize}
     config: dict[str, object] = {"architecture": library[2]} if library[0] == "timm" else {}
     return config | {
         "num_classes": len(student.classes),

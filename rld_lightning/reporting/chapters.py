@@ -23,10 +23,10 @@ from rld_lightning.reporting.paper import (
 )
 from rld_lightning.reporting.style import FigureOfPanels
 from rld_lightning.reporting.sweeps import Sweep, heat_maps, importances
-from rld_lightning.reporting.tables import Section, compare, rows_of, unlike
+from rld_lightning.reporting.tables import Section, compare, not_shared, rows_of
 from rld_lightning.runs.finished import Run
 
-# The columns of a results table that are written as CSV; the templates also use those of `_BESIDE`.
+# The columns of a results table that are written as CSV; the templates also use those of `_TEMPLATE_COLUMNS`.
 RESULTS = (
     *("role", "method", "epochs", "n", "seeds", "last_mean", "last_std", "best_mean", "best_std"),
     *("images_per_s", "training_s"),
@@ -34,7 +34,7 @@ RESULTS = (
     *("published_top1", "published_method", "published_source", "published_second_hand", "published_comparable"),
     "published_departures",
 )
-_BESIDE = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "few_seeds", "recipe", "runs")
+_TEMPLATE_COLUMNS = ("ce_base", "ce_seeds", "kd_base", "kd_seeds", "marks", "others", "short_seeds", "recipe", "runs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Chapter:
         if self.section.teacher_top1 and not self.section.on_test:
             notes.append("The teacher's accuracy flatters it where it was trained on these images, too.")
         for name, unshared in self.section.runs.groupby("name", sort=False)["unshared"]:
-            if keys := unlike(list(unshared)):
+            if keys := not_shared(list(unshared)):
                 notes.append(
                     f"{name} holds runs of which not all know {keys}: taken for settings that other versions of this "
                     "package do not have. If they are yours, give each run a value."
@@ -190,44 +190,46 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
         one line per row, with :data:`RESULTS`: accuracy in percent and gains in percentage points. ``n`` is 0 for a
         teacher's accuracy as measured by its students' runs. Also: ``ce_base`` (the baseline row, if there are
         several), ``ce_seeds`` (the number of seeds in common, if not all are), likewise for kd; the footnote ``marks``
-        of the published number, the values of ``others``, ``few_seeds`` (the seeds in short), and the ``recipe``, equal
-        for lines that can be compared.
+        of the published number, the values of ``others``, ``short_seeds``, and the ``recipe``, equal for lines that can
+        be compared.
     """
     lines = []
     for name, row in rows_of(section.teacher_runs).iterrows():
-        lines.append(_own(row) | {"role": "teacher", "method": f"{section.teacher}, {name}"})
+        lines.append(_measured_columns(row) | {"role": "teacher", "method": f"{section.teacher}, {name}"})
         if is_published_method(row["method"], row["runs"][0].settings):
-            lines[-1] |= _published(TEACHER, published, sources, _departures(row["runs"]))
+            lines[-1] |= _published_columns(TEACHER, published, sources, _departures(row["runs"]))
     for weights, top1 in section.teacher_top1.items():
         name = f"{section.teacher}, {short_value(weights)}" if len(section.teacher_top1) > 1 else section.teacher
         lines.append({"role": "teacher", "method": name, "epochs": "-", "n": 0, "seeds": "as measured in these runs"})
-        lines[-1] |= {"last_mean": top1, "few_seeds": ""}
+        lines[-1] |= {"last_mean": top1, "short_seeds": ""}
         other = [] if is_published_teacher(list(published), top1) else ["another teacher"]
-        lines[-1] |= _published(TEACHER, published, sources, other)
+        lines[-1] |= _published_columns(TEACHER, published, sources, other)
     for name, row in section.rows.iterrows():
         alone = row["method"] == "ce" and section.teacher is not None
-        lines.append(_own(row) | {"role": "student alone" if alone else "", "method": name})
-        lines[-1] |= {"recipe": row["recipe_alone"]} | _gain(section, name, "ce") | _gain(section, name, "kd")
+        lines.append(_measured_columns(row) | {"role": "student alone" if alone else "", "method": name})
+        lines[-1] |= (
+            {"recipe": row["recipe_alone"]} | _gain_columns(section, name, "ce") | _gain_columns(section, name, "kd")
+        )
         if is_published_method(row["method"], row["runs"][0].settings):
-            lines[-1] |= _published(row["method"], published, sources, _departures(row["runs"]))
-    table = pd.DataFrame(lines, columns=[*RESULTS, *_BESIDE])
+            lines[-1] |= _published_columns(row["method"], published, sources, _departures(row["runs"]))
+    table = pd.DataFrame(lines, columns=[*RESULTS, *_TEMPLATE_COLUMNS])
     return table.astype({"published_second_hand": object, "published_comparable": object})  # true, false or missing
 
 
-def _own(row: pd.Series) -> dict[str, Any]:
+def _measured_columns(row: pd.Series) -> dict[str, Any]:
     seeds = row["seeds"]
     speed, seconds = training_cost(row["runs"])
-    in_a_row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    consecutive = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return {
         "epochs": row["epochs"], "n": row["n"], "seeds": ", ".join(map(str, seeds)),
-        "few_seeds": f"{seeds[0]}-{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds)),
+        "short_seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else ", ".join(map(str, seeds)),
         "last_mean": row["top1_last_mean"], "last_std": row["top1_last_std"],
         "best_mean": row["top1_best_mean"], "best_std": row["top1_best_std"],
         "images_per_s": speed, "training_s": seconds, "runs": row["runs"],
     }  # fmt: skip
 
 
-def _gain(section: Section, name: str, method: str) -> dict[str, Any]:
+def _gain_columns(section: Section, name: str, method: str) -> dict[str, Any]:
     base = section.baseline(name, method)
     if base is None:
         return {}
@@ -244,7 +246,7 @@ def _departures(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(words for run in runs for words in departures(run)))
 
 
-def _published(
+def _published_columns(
     method: str, numbers: Sequence[Published], sources: Sources, departures_of_ours: Sequence[str]
 ) -> dict[str, Any]:
     numbers = published_top1(list(numbers), method)

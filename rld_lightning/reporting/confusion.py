@@ -37,10 +37,10 @@ def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
             caption = (
                 f"What {row} takes each class's images for {where}: in percent of the class, so that rows sum to 100."
             )
-            return FigureOfPanels(name, caption, (_whole(matrix, row),))
+            return FigureOfPanels(name, caption, (_matrix_panel(matrix, row),))
         errors = _errors(matrix)
         caption = f"The most frequent confusions of {row} {where}: in percent of the class's images."
-        return FigureOfPanels(name, caption, (_bars(errors, row),)) if len(errors) else None
+        return FigureOfPanels(name, caption, (_errors_panel(errors, row),)) if len(errors) else None
     return None
 
 
@@ -57,11 +57,11 @@ def _pooled(runs: Sequence[Run]) -> tuple[pd.DataFrame | None, int]:
                     tables.append(table)
     if not tables:
         return None, 0
-    together = pd.concat(tables)
-    names = list(dict.fromkeys([*together["class"], *together["predicted"]]))
+    pooled = pd.concat(tables)
+    names = list(dict.fromkeys([*pooled["class"], *pooled["predicted"]]))
     if len(names) > _MOST_NAMES:
         return None, 0
-    counts = together.groupby(["class", "predicted"], sort=False)["images"].sum().unstack(fill_value=0)
+    counts = pooled.groupby(["class", "predicted"], sort=False)["images"].sum().unstack(fill_value=0)
     return counts.reindex(index=names, columns=names, fill_value=0), len(tables)
 
 
@@ -77,7 +77,7 @@ def _errors(matrix: pd.DataFrame) -> pd.Series:
     return wrong[wrong > 0].sort_values(ascending=False, kind="stable")[:MAX_ERRORS]
 
 
-def _whole(matrix: pd.DataFrame, row: str) -> Panel:
+def _matrix_panel(matrix: pd.DataFrame, row: str) -> Panel:
     shares = _shares(matrix)
 
     def draw(axes: Axes) -> None:
@@ -104,7 +104,7 @@ def _whole(matrix: pd.DataFrame, row: str) -> Panel:
     return Panel("", f"Confusion matrix of {row}. Most frequent: {worst or 'no error'}.", draw, (side + 0.4, side))
 
 
-def _bars(errors: pd.Series, row: str) -> Panel:
+def _errors_panel(errors: pd.Series, row: str) -> Panel:
     def draw(axes: Axes) -> None:
         shown = errors[::-1]
         names = [" taken for ".join(shortened(name, _LONGEST_NAME) for name in pair) for pair in shown.index]

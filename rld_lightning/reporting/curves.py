@@ -10,18 +10,18 @@ matplotlib.use("Agg")  # runs have no display
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rld_lightning.reporting.style import styled, whole_epochs, write_figure
+from rld_lightning.reporting.style import styled, tick_whole_epochs, write_figure
 from rld_lightning.runs.files import CURVES, METRICS, read_config
 from rld_lightning.runs.metrics_csv import read_metrics
 from rld_lightning.runs.summary import Summary
 
 # Names logged under train/ that are not terms of the loss.
-NO_TERMS = {
+NOT_LOSS_TERMS = {
     *("train/loss", "train/top1", "train/top5", "train/teacher_top1", "train/agreement", "train/top1_teacher_wrong"),
     *("train/images_per_s", "train/grad_norm"),
 }
 
-_FEW = 20  # images, too few for a meaningful percentage
+_MIN_IMAGES = 20  # images, too few for a meaningful percentage
 
 
 @styled
@@ -40,7 +40,9 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     metrics = _by_epochs_trained(run, summary)
     rates, rate_style = _learning_rates(run)
     terms = {
-        name: name.removeprefix("train/") for name in metrics if name.startswith("train/") and name not in NO_TERMS
+        name: name.removeprefix("train/")
+        for name in metrics
+        if name.startswith("train/") and name not in NOT_LOSS_TERMS
     }
     shares = {f"stats/{term}_share": term for term in terms.values()}
     statistics = [name for name in metrics if name.startswith("stats/") and name not in shares]
@@ -50,7 +52,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         "val/top1_teacher_wrong": "student right where teacher is wrong, val",
     }
     # Of images that the teacher gets wrong.
-    if summary is not None and summary.images * (1 - (summary.teacher_top1 or 0) / 100) < _FEW:
+    if summary is not None and summary.images * (1 - (summary.teacher_top1 or 0) / 100) < _MIN_IMAGES:
         del on_validation["val/top1_teacher_wrong"]
     on_training = {name: f"{name.removeprefix('stats/').replace('_', ' ')}, train" for name in statistics}
     # Title, unit, labels by logged name, and the text of an empty panel.
@@ -77,7 +79,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
             axes.plot(values.index, values, label=labels[name], marker=marker, drawstyle=drawstyle)
         axes.set(title=heading, ylabel=unit, xlabel="step" if by_step else "epoch")
         if not by_step:
-            whole_epochs(axes, metrics.index)
+            tick_whole_epochs(axes, metrics.index)
         if not axes.has_data():
             axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
         elif not by_step:

@@ -13,7 +13,7 @@ from rld_lightning.runs.finished import Found, Run, find_all
 
 LAST, BEST = "top1_last", "top1_best"
 # The columns that are written as CSV.
-FACTS = (
+RUN_COLUMNS = (
     *("dataset", "split", "pair", "method", "seed", "epochs", LAST, BEST, "top5_last", "ce_last"),
     *("teacher", "teacher_top1", "agreement", "parameters", "macs", "folder", "overrides"),
     *("complete", "images", "split_images", "steps", "scheduled_steps"),
@@ -22,7 +22,7 @@ FACTS = (
 _GROUPS = ("data", "model", "loss", "recipe", "trainer", "callbacks", "logger", "paths", "sweep", "launcher")
 # Settings that do not affect training.
 _NO_EFFECT = ("model.label", "model.tuned", "model.teacher.published_url", "loss._target_")
-_OF_TEACHERS = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
+_TEACHER_SETTINGS = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
 
 
 def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
@@ -62,7 +62,7 @@ def _is_usable(run: Run) -> bool:
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """Finished runs as a table, one line per run, in their order.
 
-    The columns are :data:`FACTS` (accuracy in percent, ``split`` in words, ``teacher`` missing for plain cross-entropy,
+    The columns are :data:`RUN_COLUMNS` (accuracy in percent, ``split`` in words, ``teacher`` missing for cross-entropy,
     ``complete`` false if trained or evaluated in part), ``student``, ``network`` (the trained network; SimKD's ends in
     the teacher's classifier), ``pair_teacher`` (the pair's teacher, used or not), ``on_test`` (measured on the whole
     test split), ``held_out`` (on another split), ``settings`` (those with an effect, as a mapping), ``setting`` (the
@@ -70,7 +70,7 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
     ``finished`` (when), ``run`` and its ``data_seed``.
     """
     lines = []
-    for run, (settings, unshared) in zip(runs, trained_with(runs), strict=True):
+    for run, (settings, unshared) in zip(runs, effective_settings(runs), strict=True):
         summary = run.summary
         lines.append(
             {
@@ -122,10 +122,10 @@ def write_csv(table: pd.DataFrame, path: Path) -> Path:
 
 def recipe(settings: Mapping[str, str], *, with_teacher: bool) -> dict[str, str]:
     """The settings without the loss's: two methods can be compared if these are equal."""
-    return without(settings, ("loss", "recipe.warmup_epochs", *(() if with_teacher else _OF_TEACHERS)))
+    return without_keys(settings, ("loss", "recipe.warmup_epochs", *(() if with_teacher else _TEACHER_SETTINGS)))
 
 
-def trained_with(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[str, str]]]:
+def effective_settings(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[str, str]]]:
     """The settings of each run that affect its training, without the seed.
 
     A setting that some peers of a run lack, because another version of this package wrote them, is ignored, unless it
@@ -134,29 +134,31 @@ def trained_with(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[str, st
     Returns:
         for each run the settings that count, and those ignored because not all of its peers have them.
     """
-    own = [without(run.settings, _NO_EFFECT if run.summary.teacher else _OF_TEACHERS) for run in runs]
-    peers = [{key: _peers(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)]
+    own = [without_keys(run.settings, _NO_EFFECT if run.summary.teacher else _TEACHER_SETTINGS) for run in runs]
+    peers = [
+        {key: _peer_group(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)
+    ]
     size = Counter(group for groups in peers for group in set(groups.values()))
-    knowing = Counter((key, group) for groups in peers for key, group in groups.items())
+    having = Counter((key, group) for groups in peers for key, group in groups.items())
     found = []
     for run, settings, groups in zip(runs, own, peers, strict=True):
-        asked = tuple(f"{key}." for key in _keys_asked_for(run))
+        overridden = tuple(f"{key}." for key in _overridden_keys(run))
         counted = {
             key: value
             for key, value in settings.items()
-            if f"{key}.".startswith(asked) or knowing[key, groups[key]] == size[groups[key]]
+            if f"{key}.".startswith(overridden) or having[key, groups[key]] == size[groups[key]]
         }
         found.append((counted, {key: value for key, value in settings.items() if key not in counted}))
     return found
 
 
-def _keys_asked_for(run: Run) -> list[str]:
+def _overridden_keys(run: Run) -> list[str]:
     """The keys set on the command line, without choices of options such as ``loss=rld``."""
     keys = [override.lstrip("+~").split("=")[0] for override in run.overrides]
     return [key for key in keys if key not in run.choices]
 
 
-def _chosen(key: str, run: Run) -> tuple[tuple[str, str], ...]:
+def _possible_sources(key: str, run: Run) -> tuple[tuple[str, str], ...]:
     """The chosen options that may have set a key: those of its part of the config, and an experiment."""
     part = key.split(".")[0]
     found = []
@@ -168,22 +170,22 @@ def _chosen(key: str, run: Run) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found))
 
 
-def _peers(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
+def _peer_group(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:
     """The group of runs that should all have a key: same data set and options, and same loss, teacher or class."""
-    where = run.summary.dataset, _chosen(key, run)
+    where = run.summary.dataset, _possible_sources(key, run)
     if key.startswith("loss."):
         return *where, run.method
     if key.startswith("model.teacher."):
         return *where, "teacher"
-    rooms = key.split(".")[:-1]
-    for end in range(len(rooms), 0, -1):  # a scheduler's milestones are expected of the same class only
-        target = ".".join((*rooms[:end], "_target_"))
+    parts = key.split(".")[:-1]
+    for end in range(len(parts), 0, -1):  # a scheduler's milestones are expected of the same class only
+        target = ".".join((*parts[:end], "_target_"))
         if target in settings and target != key:
             return *where, target, settings[target]
     return *where, ""
 
 
-def without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+def without_keys(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The settings without some keys and all keys below them."""
     starts = tuple(f"{name}." for name in names)
     return {key: value for key, value in settings.items() if not f"{key}.".startswith(starts)}

@@ -24,8 +24,8 @@ CostOf = Callable[[str, Sequence[Run]], Cost | None]
 
 def training_cost(runs: Sequence[Run]) -> tuple[float | None, float | None]:
     """Training speed in images per second, and seconds including validation; means over the runs that have them."""
-    told = [(run.summary.images_per_s, run.summary.seconds) for run in runs]
-    speeds, times = ([value for value in values if value and isfinite(value)] for values in zip(*told, strict=True))
+    recorded = [(run.summary.images_per_s, run.summary.seconds) for run in runs]
+    speeds, times = ([value for value in values if value and isfinite(value)] for values in zip(*recorded, strict=True))
     return (fmean(speeds) if speeds else None), (fmean(times) if times else None)
 
 

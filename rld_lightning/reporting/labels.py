@@ -27,30 +27,30 @@ def distinguishing(settings: Sequence[Mapping[str, str]], known: Sequence[Hashab
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
     """The keys in which some settings differ, ordered: the loss's, the recipe's, the data's, then the others."""
-    rooms = ("loss", "recipe.epochs", "recipe.optimizer", "recipe", "data", "model", "trainer")
+    prefixes = ("loss", "recipe.epochs", "recipe.optimizer", "recipe", "data", "model", "trainer")
 
-    def place(key: str) -> tuple[bool, int, str]:  # a loss's warm-up comes last: it depends on the recipe
+    def order(key: str) -> tuple[bool, int, str]:  # a loss's warm-up comes last: it depends on the recipe
         return (
             key.endswith("warmup_epochs"),
-            next((i for i, r in enumerate(rooms) if key.startswith(r)), len(rooms)),
+            next((i for i, r in enumerate(prefixes) if key.startswith(r)), len(prefixes)),
             key,
         )
 
     keys = {key for values in settings for key in values}
-    return sorted((key for key in keys if len({values.get(key) for values in settings}) > 1), key=place)
+    return sorted((key for key in keys if len({values.get(key) for values in settings}) > 1), key=order)
 
 
 def describe(settings: Mapping[str, str], keys: Iterable[str]) -> str:
     """``alpha=2, lr=0.1``, without ``callbacks=None`` (no callback affects training)."""
-    said = [key for key in dict.fromkeys(keys) if key in settings and (key, settings[key]) != ("callbacks", "None")]
-    return ", ".join(f"{short_key(key)}={short_value(settings[key])}" for key in said)
+    shown = [key for key in dict.fromkeys(keys) if key in settings and (key, settings[key]) != ("callbacks", "None")]
+    return ", ".join(f"{short_key(key)}={short_value(settings[key])}" for key in shown)
 
 
 def short_key(key: str) -> str:
     """``alpha`` for ``loss.alpha``; the last two parts if the last is ambiguous."""
-    *rooms, name = key.split(".")
-    if name in ("_target_", "weights", "name", "channels_last") and rooms:
-        return rooms[-1] if name == "_target_" else f"{rooms[-1]} {name}".replace("_", " ")
+    *parents, name = key.split(".")
+    if name in ("_target_", "weights", "name", "channels_last") and parents:
+        return parents[-1] if name == "_target_" else f"{parents[-1]} {name}".replace("_", " ")
     return name
 
 

@@ -54,13 +54,13 @@ EPOCHS = {"cifar100": 240, "imagenet": 100}
 RECIPES = {"cifar100": "cifar240", "imagenet": "imagenet100"}
 FLOAT32 = "32-true"  # the precision of the published rows, as Lightning names it
 # Overrides that affect training but need no mention here: split and epochs are compared elsewhere.
-_HARMLESS = ("data.seed", "data.val_fraction", "recipe.epochs")
+_IGNORED_OVERRIDES = ("data.seed", "data.val_fraction", "recipe.epochs")
 # Methods whose hyper-parameters are not published, and those with different ones for each pair.
-_NOT_PRINTED = {
+_UNPUBLISHED_HYPERPARAMETERS = {
     "cifar100": ("rld", "rld_scd", "rld_mcd", "rld_mcd_g", "rld_g", "nkd", "wttm", "ldrld"),
     "imagenet": ("wttm", "ldrld"),
 }
-_BY_PAIR = ("catkd", "reviewkd")
+_TUNED_PER_PAIR = ("catkd", "reviewkd")
 _ANY_PAIR = ("pair", "imagenet_pair")  # with the settings of most pairs
 # Of several sources of a number, the table shows the first of these; all others come after them.
 _PREFERRED = ("LSKD-paper", "RLD-note+DSKD", "RLD-note", "DSKD-readme", "DIST-readme", "NKD-readme")
@@ -114,9 +114,9 @@ def published_for_pair(dataset: str, teacher: str | None, student: str) -> list[
     """
     if teacher is None or dataset not in DATASETS:
         return []
-    wanted = [_plain(network, dataset) for network in (teacher, student)]
+    wanted = [_normalised(network, dataset) for network in (teacher, student)]
     numbers = [number for number in published_numbers() if number.dataset == DATASETS[dataset]]
-    return [n for n in numbers if [_plain(network, dataset) for network in (n.teacher, n.student)] == wanted]
+    return [n for n in numbers if [_normalised(network, dataset) for network in (n.teacher, n.student)] == wanted]
 
 
 def published_top1(numbers: list[Published], method: str) -> list[Published]:
@@ -171,18 +171,18 @@ def departures(run: Run) -> list[str]:
     }
     words = [words for words, differs in found.items() if differs]
     if summary.teacher is not None:
-        words += _departures_of_distilled(run)
+        words += _distillation_departures(run)
     return [*words, *_other_settings(run)]
 
 
-def _departures_of_distilled(run: Run) -> list[str]:
+def _distillation_departures(run: Run) -> list[str]:
     """The differences in the teacher and in settings that depend on the pair."""
     dataset, networks = run.summary.dataset, run.config["model"]
     names = networks["teacher"]["name"], networks["student"]["name"]
-    by_pair = run.method in _BY_PAIR and run.method not in (networks.get("tuned") or {})
+    by_pair = run.method in _TUNED_PER_PAIR and run.method not in (networks.get("tuned") or {})
     found = {
         "another teacher": not is_published_teacher(published_for_pair(dataset, *names), run.summary.teacher_top1),
-        "hyper-parameters not published": run.method in _NOT_PRINTED.get(dataset, ()),
+        "hyper-parameters not published": run.method in _UNPUBLISHED_HYPERPARAMETERS.get(dataset, ()),
         "hyper-parameters of another pair": by_pair or (run.method == "ttm" and names != ("vgg13", "vgg8")),
         "settings of most pairs": run.choices.get("model") in _ANY_PAIR,
     }
@@ -192,12 +192,12 @@ def _departures_of_distilled(run: Run) -> list[str]:
 def _other_settings(run: Run) -> list[str]:
     """Keys set on the command line, for which the published rows have the option's values."""
     keys = dict.fromkeys(override.lstrip("+~").split("=")[0] for override in run.overrides)
-    rooms = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
-    known = {*_HARMLESS, "trainer.precision"}
-    return [f"other {key}" for key in keys if key not in known and key.startswith(rooms) and affects_training(key)]
+    prefixes = ("loss.", "recipe.", "data.", "trainer.", "model.tuned", "model.student.weights", "experiment")
+    known = {*_IGNORED_OVERRIDES, "trainer.precision"}
+    return [f"other {key}" for key in keys if key not in known and key.startswith(prefixes) and affects_training(key)]
 
 
-def _plain(network: str, dataset: str) -> str:
+def _normalised(network: str, dataset: str) -> str:
     """``wrn402`` for ``wrn40_2``; only the ImageNet tables have torchvision's networks, and none has timm's."""
     name = network.lower()
     return re.sub(r"[^a-z0-9/]", "", name.removeprefix("torchvision/") if dataset == "imagenet" else name)

@@ -27,7 +27,7 @@ from rld_lightning.reporting.style import (
     FigureOfPanels,
     Panel,
     ink_on,
-    whole_epochs,
+    tick_whole_epochs,
 )
 from rld_lightning.reporting.sweeps import HeatMap, Sweep
 from rld_lightning.reporting.tables import Section
@@ -39,7 +39,7 @@ MAX_NAMED = 4  # networks labelled with their names; more are numbered
 MEAN = f"{LAST}_mean"
 
 
-def coloured(rows: pd.DataFrame) -> dict[str, str]:
+def row_colours(rows: pd.DataFrame) -> dict[str, str]:
     """Colours by row: the reference methods' first, then the best rows'; the others get none and are drawn grey.
 
     Args:
@@ -65,7 +65,7 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
     logged = {row: frame for row, frame in frames.items() if not frame.empty}
     if not logged:
         return None
-    colours = coloured(section.rows.loc[list(logged)])
+    colours = row_colours(section.rows.loc[list(logged)])
     shortest = min(frame.index.max() for frame in logged.values())
     zoom = 1 + int(shortest * 2 / 3)  # includes the end of the shortest run
     teachers = list(section.teacher_top1.values())
@@ -82,7 +82,7 @@ def curves(section: Section, name: str) -> FigureOfPanels | None:
         for top1 in teachers if first == 1 else ():
             axes.axhline(top1, color=INK, ls="--", lw=1)
         axes.set(xlabel="epoch", ylabel="top-1 (%)")
-        whole_epochs(axes, [epoch for frame in logged.values() for epoch in frame.index if epoch >= first])
+        tick_whole_epochs(axes, [epoch for frame in logged.values() for epoch in frame.index if epoch >= first])
         axes.grid(axis="y")
 
     ends = ", ".join(f"{label} {frame.mean(axis=1).iloc[-1]:.1f} %" for label, frame in list(logged.items())[:12])
@@ -114,7 +114,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
     """Plots accuracy over parameters, multiply-accumulates and latency, for one data set's teachers and students."""
     rows = pd.concat([section.rows.assign(marker="o" if section.teacher else "D") for section in sections])
     rows = rows.sort_values(MEAN, kind="stable")
-    colours = coloured(rows.drop_duplicates("method", keep="last").set_index("method", drop=False))
+    colours = row_colours(rows.drop_duplicates("method", keep="last").set_index("method", drop=False))
     students = [
         (row.network, row.top1_last_mean, colours.get(row.method, PALE_LINE), row.marker) for row in rows.itertuples()
     ]
@@ -141,7 +141,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
                 axes.plot(point.x, point.top1, point.marker, color=point.colour, markersize=7, alpha=0.85, mew=0)
             axes.set(xlabel=f"{label}, log scale", ylabel="top-1 (%)", xscale="log")
             axes.margins(0.25, 0.22)
-            _name_points(axes, shown, numbers if many else None)
+            _label_points(axes, shown, numbers if many else None)
             low, high = axes.get_xlim()
             subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,)  # as many ticks as fit
             axes.xaxis.set_major_locator(LogLocator(10, subs=subs))
@@ -167,7 +167,7 @@ def cost_scatter(sections: Sequence[Section], costs: Mapping[str, Cost], name: s
     return FigureOfPanels(name, caption, tuple(panels), tuple(legend))
 
 
-def _name_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] | None) -> None:
+def _label_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] | None) -> None:
     """Labels points with their networks' names, or with numbers, which close points share in one label."""
     (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     by_network = points.groupby("network").agg(x=("x", "first"), high=("top1", "max"), low=("top1", "min"))

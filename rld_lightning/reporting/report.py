@@ -15,7 +15,7 @@ from rld_lightning.console import duration
 from rld_lightning.errors import printable
 from rld_lightning.hydra.quoting import as_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
-from rld_lightning.reporting.frame import BEST, FACTS, read_frame, write_csv
+from rld_lightning.reporting.frame import BEST, RUN_COLUMNS, read_frame, write_csv
 from rld_lightning.reporting.known_cost import CostOf, known_cost
 from rld_lightning.reporting.labels import in_markdown, mean_and_std, short_key, short_value
 from rld_lightning.reporting.latex import write_latex
@@ -35,7 +35,7 @@ PICTURES = ("pdf", "svg")
 PAGE, MARKDOWN, FIGURES, LATEX = "report.html", "report.md", "figures", "results.tex"
 TABLES = ("results", "comparisons", "sweeps", "runs")
 
-READING = (
+READING_NOTES = (
     "Accuracy is top-1 in percent; ± is the sample standard deviation (n - 1) over seeds. The best epoch is chosen on "
     "the images it is measured on, as in published tables, which flatters it; differences are of the last epoch. "
     "vs ce and vs kd are mean differences over the seeds in common with the student alone and with plain KD, where "
@@ -82,7 +82,7 @@ def write_report(
     places, out = [Path(folder) for folder in folders], Path(out)
     frame, everything = read_frame(places)
     if frame.empty:
-        raise ValueError(_nothing_finished(places, everything))
+        raise ValueError(_no_finished_runs(places, everything))
     sweeps, to_compare = split_sweeps(frame)
     in_part = to_compare[~to_compare["complete"]].sort_values(["dataset", "pair", "method", "seed"], kind="stable")
     found, left_out = sections(to_compare)
@@ -105,10 +105,10 @@ def write_report(
         "folders": places,
         "runs": everything.runs,
         "findings": [chapter.finding for chapter in chapters if chapter.finding],
-        "reading": READING if chapters else (),
+        "reading": READING_NOTES if chapters else (),
         "chapters": chapters,
         "sweeps": sweep_chapters,
-        "in_part": [(line, *_how_much(line.run)) for line in in_part.itertuples()],
+        "in_part": [(line, *_progress(line.run)) for line in in_part.itertuples()],
         "scatters": scatters,
         "unfinished": [(folder, _reason(folder)) for folder in everything.unfinished],
         "left_out": [*everything.broken, *left_out],
@@ -130,7 +130,7 @@ def write_report(
     return ReportFiles(
         render("report.html.j2", context, out / PAGE),
         render("report.md.j2", context, out / MARKDOWN),
-        _write_tables(chapters, sweeps, frame[list(FACTS)], out),
+        _write_tables(chapters, sweeps, frame[list(RUN_COLUMNS)], out),
         [path for figure in figures for path in figure.write(out / FIGURES, ("png", *dict.fromkeys(pictures)))],
         write_latex(chapters, out / LATEX) if latex else None,
     )
@@ -161,7 +161,7 @@ def _anchors(titles: Iterable[str]) -> list[str]:
     return anchors
 
 
-def _nothing_finished(folders: Sequence[Path], found: Found) -> str:
+def _no_finished_runs(folders: Sequence[Path], found: Found) -> str:
     where = ", ".join(str(folder) for folder in folders)
     if found.broken:
         return f"no finished run in {where} can be read: {found.broken[0][1]}"
@@ -179,7 +179,7 @@ def _reason(folder: Path) -> str:
     return "running or interrupted"
 
 
-def _how_much(run: Run) -> tuple[str, str]:
+def _progress(run: Run) -> tuple[str, str]:
     """The trained epochs or steps of a run, and the images that it was evaluated on."""
     summary = run.summary
     trained = f"{summary.epochs} epoch{'s' if summary.epochs != 1 else ''}"
@@ -194,11 +194,11 @@ def _environments(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Path]]
     for run in runs:
         if (run.folder / ENVIRONMENT).exists():
             known = {key: value for key, value in run.environment.items() if key != "command" and value is not None}
-            groups.setdefault(tuple((key, _words(value)) for key, value in known.items()), []).append(run.folder)
+            groups.setdefault(tuple((key, _as_text(value)) for key, value in known.items()), []).append(run.folder)
     return [(dict(words), where) for words, where in groups.items()]
 
 
-def _words(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value)
@@ -225,21 +225,21 @@ def _write_tables(chapters: Sequence[Chapter], sweeps: Sequence[Sweep], frame: p
         section = chapter.section
         where: dict[str, str | None] = {"dataset": section.dataset, "split": section.split}
         where |= {"teacher": section.teacher, "student": section.student}
-        results.append(_beside(where, chapter.lines[list(RESULTS)]))
-        comparisons.append(_beside(where | {"epoch": "last"}, chapter.comparisons))
-        comparisons.append(_beside(where | {"epoch": "best"}, compare(section, BEST)))
+        results.append(_with_columns(where, chapter.lines[list(RESULTS)]))
+        comparisons.append(_with_columns(where | {"epoch": "last"}, chapter.comparisons))
+        comparisons.append(_with_columns(where | {"epoch": "best"}, compare(section, BEST)))
     trials = []
     for sweep in sweeps:
         first = sweep.runs.iloc[0]
         where = {"sweep": str(sweep.folder)} | {key: first[key] for key in ("dataset", "split", "pair", "method")}
-        trials.append(_beside(where, sweep.trials.drop(columns=["epochs", "run"])))
+        trials.append(_with_columns(where, sweep.trials.drop(columns=["epochs", "run"])))
     tables = (*(pd.concat(parts) if parts else pd.DataFrame() for parts in (results, comparisons, trials)), frame)
     return [
         write_csv(table, out / f"{name}.csv") for name, table in zip(TABLES, tables, strict=True) if not table.empty
     ]
 
 
-def _beside(where: Mapping[str, str | None], table: pd.DataFrame) -> pd.DataFrame:
+def _with_columns(where: Mapping[str, str | None], table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([pd.DataFrame([where] * len(table), index=table.index), table], axis=1)
 
 
@@ -263,7 +263,7 @@ def _code(text: object) -> str:
     return line if "<" in line else f"`{line.replace('`', chr(39))}`"
 
 
-class _Ours(str):
+class _Escaped(str):
     """A macro's output, whose values are escaped already."""
 
 
@@ -272,7 +272,7 @@ def _environment(*, html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rld_lightning.reporting", "."),
         autoescape=html,
-        finalize=None if html else lambda value: value if isinstance(value, _Ours) else in_markdown(value),
+        finalize=None if html else lambda value: value if isinstance(value, _Escaped) else in_markdown(value),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -290,7 +290,7 @@ def _environment(*, html: bool) -> jinja2.Environment:
         "duration": duration,
         "each_seed": _each_seed,
         "papers": paper_links,
-        "ours": _Ours,
+        "escaped": _Escaped,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     return environment

@@ -188,7 +188,7 @@ def _handle(label: str, colour: str, style: str) -> Line2D:
     return Line2D([], [], color=colour, ls=style, label=label)
 
 
-def whole_epochs(axes: Axes, epochs: Iterable[float]) -> None:
+def tick_whole_epochs(axes: Axes, epochs: Iterable[float]) -> None:
     """Places the x axis's ticks at whole epochs, at least two, even after less than one epoch."""
     places = list(epochs)
     if not places:

@@ -18,7 +18,7 @@ from rld_lightning.runs.finished import Run
 
 _LARGEST = 1 << 30  # bytes of a study's file
 # Preferred axes of heat maps: columns, rows, and one map per value.
-_FAVOURITES = ("loss.alpha", "loss.beta", "loss.temperature")
+_PREFERRED_AXES = ("loss.alpha", "loss.beta", "loss.temperature")
 MAX_GRID = 20  # values of a key; with more, trials are drawn as points, not cells
 
 
@@ -141,9 +141,9 @@ def heat_maps(sweep: Sweep) -> list[HeatMap]:
     With more than three swept keys, each cell is the best over the others.
     """
     trials = sweep.trials
-    favourites = [key for key in _FAVOURITES if key in sweep.keys]
-    others = sorted(set(sweep.keys) - set(favourites), key=lambda key: (-trials[key].nunique(), sweep.keys.index(key)))
-    axes = [*favourites, *others][:3]
+    preferred = [key for key in _PREFERRED_AXES if key in sweep.keys]
+    others = sorted(set(sweep.keys) - set(preferred), key=lambda key: (-trials[key].nunique(), sweep.keys.index(key)))
+    axes = [*preferred, *others][:3]
     counts = trials[axes].nunique()
     if counts.max() > MAX_GRID or len(trials[axes].drop_duplicates()) < 0.25 * counts.prod():
         return []

@@ -15,7 +15,7 @@ from rld_lightning.reporting.significance import MIN_PAIRS, PairedDifference, ho
 from rld_lightning.runs.files import TEACHER
 
 # Columns that are equal within a row: its runs differ in the seed only.
-_ROW = ["dataset", "split", "student", "teacher", "method", "setting"]
+_ROW_KEYS = ["dataset", "split", "student", "teacher", "method", "setting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def unlike(unshared: Sequence[str]) -> str:
+def not_shared(unshared: Sequence[str]) -> str:
     """The settings that some runs have and others lack, such as ``recipe.option=3``; empty if none."""
     counts = Counter(line for lines in unshared for line in set(lines.splitlines()))
     return ", ".join(sorted(line for line, count in counts.items() if count < len(unshared)))
@@ -157,7 +157,7 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
     if frame.empty or not frame["complete"].any():
         return [], []
     frame = frame[frame["complete"]]
-    counted, left_out = _one_a_seed(frame)
+    counted, left_out = _latest_per_seed(frame)
     where = ["dataset", "split", "on_test"]
     pairs = counted.dropna(subset="pair_teacher")[[*where, "pair_teacher", "student"]].drop_duplicates()
     found = [_section(counted, *pair) for pair in pairs.to_numpy().tolist()]
@@ -202,15 +202,15 @@ def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
     return candidates[0]
 
 
-def _one_a_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+def _latest_per_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Keeps the last finished of the runs with the same settings and seed; returns the others with the reason."""
     frame = frame.sort_values(["finished", "folder"])  # by folder for copies with the same time
     finite = np.isfinite(frame[LAST])
-    later = frame[finite].groupby([*_ROW, "seed"], dropna=False)["folder"].shift(-1)
+    later = frame[finite].groupby([*_ROW_KEYS, "seed"], dropna=False)["folder"].shift(-1)
     repeated = "repeated with the same settings and seed in " + later.dropna()
     unshared, data_seeds = (frame.set_index("folder")[name] for name in ("unshared", "data_seed"))
     for line, folder in later.dropna().items():
-        if keys := unlike([frame.at[line, "unshared"], unshared[folder]]):
+        if keys := not_shared([frame.at[line, "unshared"], unshared[folder]]):
             repeated[line] += f", though not both know {keys}"
         if frame.at[line, "data_seed"] != data_seeds[folder]:
             repeated[line] += ", though data.seed is another: it is seed= that tells repetitions apart"
@@ -224,21 +224,25 @@ def _section(
 ) -> Section:
     here = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
     own = here[(here["student"] == student) & (here["teacher"].isna() | (here["teacher"] == teacher))]
-    homes: set[Path] = set()  # of possible training runs: the weights' folder, or teacher/ in the student's run
+    # Of possible training runs of the teacher: the weights' folder, or teacher/ in the student's run.
+    teacher_folders: set[Path] = set()
     for run in own[own["teacher"].notna()]["run"]:
-        homes |= {Path(run.settings["model.teacher.weights"]).resolve().parent, run.folder.resolve() / TEACHER}
-    trained = here["run"].map(lambda run: bool(homes & {run.folder.resolve(), Path(run.summary.run)}))
+        teacher_folders |= {
+            Path(run.settings["model.teacher.weights"]).resolve().parent,
+            run.folder.resolve() / TEACHER,
+        }
+    trained = here["run"].map(lambda run: bool(teacher_folders & {run.folder.resolve(), Path(run.summary.run)}))
     teachers = here[(here["student"] == teacher) & here["teacher"].isna() & trained]
-    return Section(dataset, split, on_test, teacher, student, _named(own), _named(teachers))
+    return Section(dataset, split, on_test, teacher, student, _with_row_names(own), _with_row_names(teachers))
 
 
-def _named(runs: pd.DataFrame) -> pd.DataFrame:
+def _with_row_names(runs: pd.DataFrame) -> pd.DataFrame:
     """Sorts runs by their rows, best first, and adds the rows' names.
 
     A label has the settings that distinguish rows of one method, and the recipe if it differs, apart from its epochs.
     """
     runs = runs.sort_values("seed", kind="stable")
-    groups = [runs.loc[lines] for lines in runs.groupby(_ROW, sort=False, dropna=False).groups.values()]
+    groups = [runs.loc[lines] for lines in runs.groupby(_ROW_KEYS, sort=False, dropna=False).groups.values()]
     groups.sort(key=lambda own: (-own[LAST].mean(), Path(own["folder"].iloc[0])))
     settings = [own["settings"].iloc[0] for own in groups]
     methods = [own["method"].iloc[0] for own in groups]

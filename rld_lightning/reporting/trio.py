@@ -37,7 +37,7 @@ class Network:
 
 
 _TEXTS = ("role", "name", "split", "device")
-_MAY_LACK = ("top5", "parameters", "macs")
+_OPTIONAL = ("top5", "parameters", "macs")
 _IN_TABLE: dict[str, Callable[[Network], str]] = {
     "network": lambda network: network.name,
     "top-1 %": lambda network: f"{network.top1:.2f}",
@@ -77,15 +77,15 @@ def read_networks(run: Path) -> list[Network]:
     networks = []
     for one in found:
         values = dict.fromkeys(known) | {key: value for key, value in one.items() if key in known}
-        if wrong := [key for key, value in values.items() if not _is_value(key, value)]:
+        if wrong := [key for key, value in values.items() if not _is_valid(key, value)]:
             raise ValueError(f"{path} has a network whose {sorted(wrong)[0]} is not as a run writes it. Move it away.")
         networks.append(Network(**values))
     return networks
 
 
-def _is_value(key: str, value: object) -> bool:
+def _is_valid(key: str, value: object) -> bool:
     if value is None:
-        return key in _MAY_LACK
+        return key in _OPTIONAL
     if key == "role":
         return value in ROLES
     if key in _TEXTS:

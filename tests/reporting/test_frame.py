@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from helpers.run_factory import write_run, write_sweep
 
-from rld_lightning.reporting.frame import FACTS, pool_seeds, runs_frame, write_csv
+from rld_lightning.reporting.frame import RUN_COLUMNS, pool_seeds, runs_frame, write_csv
 from rld_lightning.reporting.sweeps import sweep_settings
 from rld_lightning.runs.finished import find_runs
 
@@ -15,7 +15,7 @@ def test_one_line_a_run(tmp_path):
     write_run(tmp_path / "a", "ce", seed=1, top1=50.0)
     write_run(tmp_path / "b", "rld", top1=60.0, settings={"loss.alpha": 2.0})
     frame = runs_frame(find_runs([tmp_path]))
-    assert set(FACTS) <= set(frame)
+    assert set(RUN_COLUMNS) <= set(frame)
     assert frame["method"].tolist() == ["ce", "rld"]
     assert frame["top1_last"].tolist() == [50.0, 60.0]
     assert frame["teacher"].isna().tolist() == [True, False]

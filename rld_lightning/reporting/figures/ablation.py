@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from rld_lightning.reporting.figures import register_figure
-from rld_lightning.reporting.figures.refine import rld_of, usual_rld
+from rld_lightning.reporting.figures.refine import default_rld, rld_of
 from rld_lightning.reporting.frame import BEST, LAST
 from rld_lightning.reporting.labels import in_markdown, mean_and_std
 from rld_lightning.reporting.paper import published_numbers
@@ -85,7 +85,7 @@ def _parts(run: Run) -> tuple[bool, str]:
 
 def _as_published(run: Run) -> bool:
     """Whether the enabled parts have the weights and temperatures of ``loss=rld``, with no other changes."""
-    loss, usual = rld_of(run), usual_rld(run)
+    loss, usual = rld_of(run), default_rld(run)
     if loss is None:
         return True
     weights = [(own, its) for own, its in ((loss.alpha, usual.alpha), (loss.beta, usual.beta)) if own > 0]

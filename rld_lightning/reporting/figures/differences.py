@@ -137,7 +137,7 @@ def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None
         axes.remove()
     largest = max(float(one.cells.nanquantile(0.995)) for one in maps) if top is None else top
     for axes, one in zip(panels, maps, strict=False):
-        shown = _show(axes, one.cells, one.class_names, cmap=SEQUENTIAL, vmin=0, vmax=largest)
+        shown = _draw_map(axes, one.cells, one.class_names, cmap=SEQUENTIAL, vmin=0, vmax=largest)
         axes.set_title(f"{one.name}\nmean {one.mean:.3f} (n = {one.n})")
     figure.colorbar(
         shown,
@@ -151,7 +151,7 @@ def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None
         first, second = maps
         change = second.cells - first.cells
         end = float(change.abs().nanquantile(0.995)) or 1.0
-        shown = _show(panels[2], change, first.class_names, cmap=DIVERGING, vmin=-end, vmax=end)
+        shown = _draw_map(panels[2], change, first.class_names, cmap=DIVERGING, vmin=-end, vmax=end)
         mean = f"{float(change.nanmean()):+.3f}".replace("-", "\u2212")
         panels[2].set_title(f"{second.name} \u2212 {first.name}\nmean {mean}")
         figure.colorbar(
@@ -160,7 +160,7 @@ def draw_differences(maps: list[DifferenceMap], title: str, *, top: float | None
     return figure
 
 
-def _show(axes: Axes, cells: Tensor, class_names: list[str], **scale: Any) -> AxesImage:
+def _draw_map(axes: Axes, cells: Tensor, class_names: list[str], **scale: Any) -> AxesImage:
     axes.set_facecolor(PALE)
     place = axes.get_subplotspec()
     leftmost = place is not None and place.is_first_col()

@@ -15,7 +15,7 @@ from torch import Tensor
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.reporting.figures import register_figure, toy
 from rld_lightning.reporting.figures.explain_page import write_page
-from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
+from rld_lightning.reporting.figures.refine import Refinement, default_rld, refine, rld_of
 from rld_lightning.reporting.logits import LogitSource, RunLogits
 from rld_lightning.reporting.style import (
     DARK_GREY,
@@ -51,24 +51,24 @@ def write_explanation(
 
     Args:
         runs: the first that was distilled with RLD is used, else the first distilled one, else the toy logits.
-        index: of the validation image; None for :func:`telling_sample`.
+        index: of the validation image; None for :func:`choose_sample`.
 
     Raises:
         ValueError: there is no such image, or an index without a run.
     """
     if run is not None:
-        return _explain(out, *_sample_of(read_run(run), index, reader))
+        return _write_files(out, *_sample_of(read_run(run), index, reader))
     distilled = [] if runs is None or runs.empty else list(runs.dropna(subset="teacher")["run"])
     if distilled:
         first = next((run for run in distilled if run.method == "rld"), distilled[0])
-        return _explain(out, *_sample_of(first, index, reader))
+        return _write_files(out, *_sample_of(first, index, reader))
     if index is not None:
         raise ValueError("--index is of a validation image of a run; add --run FOLDER.")
     loss = RLDLoss(temperature=toy.TEMPERATURE)
     sample = refine(torch.tensor(toy.STUDENT), torch.tensor(toy.TEACHER), toy.LION, loss)
     title = "RLD on one sample: an image of a lion that the teacher takes for a forest"
     origin = "The logits are made up; --run FOLDER takes those of a finished run."
-    return _explain(out, sample, list(toy.CLASSES), loss, None, title, origin)
+    return _write_files(out, sample, list(toy.CLASSES), loss, None, title, origin)
 
 
 def _sample_of(
@@ -76,9 +76,9 @@ def _sample_of(
 ) -> tuple[Refinement, list[str], RLDLoss, Tensor, str, str]:
     """Returns a sample of a run, the class names, the loss, the image, a title and a description of its origin."""
     own, logits, summary = rld_of(run), reader.read(run), run.summary
-    loss = own or usual_rld(run)
+    loss = own or default_rld(run)
     if index is None:
-        place, why = telling_sample(logits)
+        place, why = choose_sample(logits)
     else:
         found = (logits.index == index).nonzero()
         if not len(found):
@@ -98,7 +98,7 @@ def _sample_of(
     return sample, logits.class_names, loss, reader.image(run, number), title, origin
 
 
-def _explain(
+def _write_files(
     out: Path, sample: Refinement, class_names: list[str], loss: RLDLoss, image: Tensor | None, title: str, origin: str
 ) -> list[Path]:
     files = save_figure(draw_refinement(sample, class_names, loss, title, image), out, "explain")
@@ -106,7 +106,7 @@ def _explain(
     return [*files, write_page(out / "explain.html", sample, class_names, loss, svg, title=title, origin=origin)]
 
 
-def telling_sample(logits: RunLogits) -> tuple[int, str]:
+def choose_sample(logits: RunLogits) -> tuple[int, str]:
     """Chooses a sample for which RLD differs from plain distillation.
 
     This is the first sample that the teacher gets wrong and the student right; else the first that the teacher gets
@@ -170,12 +170,12 @@ def draw_refinement(
         panels["picture"].imshow(image.numpy(), interpolation="nearest")
         panels["picture"].set_axis_off()
     logits, correlation = panels["logits"], panels["correlation"]
-    _pairs(logits, sample.teacher_logits, sample.student_logits, rows)
+    _paired_bars(logits, sample.teacher_logits, sample.student_logits, rows)
     logits.axvline(0, color=GREY, linewidth=0.8)
     logits.set_title("Logits")
-    _pairs(panels["probs"], sample.teacher_probs, sample.student_probs, rows)
+    _paired_bars(panels["probs"], sample.teacher_probs, sample.student_probs, rows)
     panels["probs"].set_title("KD compares all classes")
-    _pairs(correlation, sample.teacher_correlation, sample.student_correlation, rows)
+    _paired_bars(correlation, sample.teacher_correlation, sample.student_correlation, rows)
     correlation.set_title("RLD, MCD: what is left" if loss.beta else "MCD: switched off")
     _confidence(panels["confidence"], sample)
     panels["confidence"].set_ylabel(_probability(loss.confidence_temperature or loss.temperature))
@@ -192,9 +192,9 @@ def draw_refinement(
             if sample.masked[index]:
                 axes.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
                 if axes is correlation:
-                    _write(axes, place, "masked")
+                    _write_in_row(axes, place, "masked")
     if rest:
-        _write(logits, len(rows), f"and {rest} others")
+        _write_in_row(logits, len(rows), f"and {rest} others")
         sides = {
             panels["probs"]: (sample.teacher_probs, sample.student_probs),
             correlation: (sample.teacher_correlation, sample.student_correlation),
@@ -202,7 +202,7 @@ def draw_refinement(
         for axes, values in sides.items():
             teacher, student = (float(side.sum() - side[rows].sum()) for side in values)
             text = f"others: teacher {teacher:.2f}, student {student:.2f}" if values[0].any() else "others: masked, too"
-            _write(axes, len(rows), text)
+            _write_in_row(axes, len(rows), text)
     logits.get_yticklabels()[rows.index(sample.label)].set(color=TRUE_CLASS, fontweight="bold")
     figure.legend(*logits.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
@@ -215,13 +215,13 @@ def _name(name: str, index: int, sample: Refinement) -> str:
     return f"{name} ({marks})" if marks else name
 
 
-def _pairs(axes: Axes, teacher: Tensor, student: Tensor, rows: list[int]) -> None:
+def _paired_bars(axes: Axes, teacher: Tensor, student: Tensor, rows: list[int]) -> None:
     for shift, values, colour, name in ((-0.19, teacher, TEACHER, "teacher"), (0.19, student, STUDENT, "student")):
         places = [place + shift for place in range(len(rows))]
         axes.barh(places, values[rows].tolist(), 0.36, color=colour, label=name)
 
 
-def _write(axes: Axes, place: int, text: str) -> None:
+def _write_in_row(axes: Axes, place: int, text: str) -> None:
     axes.text(0.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=DARK_GREY)
 
 

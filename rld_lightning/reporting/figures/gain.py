@@ -73,8 +73,8 @@ def gains(
             pair = f"{section.title}, {section.dataset}" + ("" if section.on_test else f", {section.split}")
             pair += f" ({row['label']})" if row["label"] else ""
             for reference, gain in found.items():
-                accurate = mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row["runs"])
-                lines.append((pair, reference, accurate, gain.mean, gain.low, gain.high, gain.n))
+                teacher_top1 = mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row["runs"])
+                lines.append((pair, reference, teacher_top1, gain.mean, gain.low, gain.high, gain.n))
     if not lines and left_out:
         raise ValueError(f"no pair can be drawn. {left_out[0]}")
     if not lines:
@@ -94,7 +94,7 @@ def draw_gain(table: pd.DataFrame, method: str) -> Figure:
     Points with almost equal teacher accuracy are drawn side by side.
     """
     table = table.sort_values(["teacher_top1", "pair"], kind="stable", ignore_index=True)
-    table["x"] = _beside_each_other(table["teacher_top1"])
+    table["x"] = _spread_apart(table["teacher_top1"])
     pairs = list(table["pair"].drop_duplicates())
     figure = Figure(figsize=(6.4, 4.4 + 0.17 * len(pairs)), layout="constrained")
     axes = figure.subplots()
@@ -137,7 +137,7 @@ def draw_gain(table: pd.DataFrame, method: str) -> Figure:
     return figure
 
 
-def _beside_each_other(places: pd.Series) -> pd.Series:
+def _spread_apart(places: pd.Series) -> pd.Series:
     """Spreads each group of almost equal values, given in ascending order, around their own values."""
     width = (places.max() - places.min()) or 2.0
     gaps = places.diff()

@@ -106,7 +106,7 @@ def rld_of(run: Run) -> RLDLoss | None:
     return None
 
 
-def usual_rld(run: Run) -> RLDLoss:
+def default_rld(run: Run) -> RLDLoss:
     """``loss=rld`` for a run's pair: the defaults, with the values tuned in the pair's option of the model group."""
     tuned = (run.config["model"].get("tuned") or {}).get("rld") or {}
     return _rld(run, {**tuned, "_target_": "rld_lightning.losses.RLDLoss"})

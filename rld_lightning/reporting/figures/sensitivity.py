@@ -32,13 +32,13 @@ def write_sensitivity(
     out: Path, runs: pd.DataFrame, *, method: str | None = None, pair: str | None = None
 ) -> list[Path]:
     """Writes the figure of accuracy over swept hyper-parameters, and the numbers as CSV."""
-    sweep = swept(runs, method, pair)
+    sweep = find_sweep(runs, method, pair)
     files = save_figure(draw_sensitivity(sweep), out, "sensitivity")
     table = sweep.trials.drop(columns=["epochs", "run"]).round({"mean": 4, "std": 4, "best": 4})
     return [*files, write_csv(table, out / "sensitivity.csv")]
 
 
-def swept(runs: pd.DataFrame, method: str | None = None, pair: str | None = None) -> Sweep:
+def find_sweep(runs: pd.DataFrame, method: str | None = None, pair: str | None = None) -> Sweep:
     """The runs that differ in hyper-parameters, as one sweep.
 
     Args:
@@ -116,7 +116,7 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
             alpha=0.45 if plain else 1.0,
             linewidth=1 if plain else 1.8,
             zorder=2 if plain else 3,
-            label="_" if plain or not others else _in_panel(f"best: {name}" if many else name, 1 if many else 2),
+            label="_" if plain or not others else _wrapped(f"best: {name}" if many else name, 1 if many else 2),
         )
     values = sorted({value for line in lines.values() for value in line[key]})
     if min(values) > 0 and (max(values) / min(values) >= 8 or all(math.frexp(value)[0] == 0.5 for value in values)):
@@ -132,6 +132,6 @@ def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFram
         axes.legend(labelcolor=DARK_GREY, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if many else 2)
 
 
-def _in_panel(name: str, columns: int) -> str:
+def _wrapped(name: str, columns: int) -> str:
     """Wraps a line's name so that the legend is not wider than its panel."""
     return textwrap.fill(name, WIDTH // columns, max_lines=3, placeholder=" ...", break_on_hyphens=False)

@@ -71,7 +71,7 @@ def draw_toy() -> Figure:
     for axes, (name, (title, colour, before)) in zip(corrections, titles.items(), strict=True):
         _bars(axes, targets[name], colour, before)
         axes.set_title(title)
-        _say(axes, _relations(targets[name], None if name in ("teacher", "rc") else teacher))
+        _annotate(axes, _ratio_lines(targets[name], None if name in ("teacher", "rc") else teacher))
     _confidence(confidence, targets["scd"], targets["scd_student"])
     _bars(correlation, targets["mcd"], TEACHER_COLOUR, None)
     correlation.set_title("RLD, masked correlation (MCD)")
@@ -80,7 +80,7 @@ def draw_toy() -> Figure:
             correlation.bar(index, 0.78, 1, color=PALE, zorder=0)
             correlation.text(index, 0.39, "masked", rotation=90, ha="center", va="center", color=DARK_GREY)
     own, left = (_ratio(values, TIGER, LEOPARD) for values in (teacher, targets["mcd"]))
-    _say(correlation, f"tiger : leopard = {left:.1f}, the teacher's {own:.1f}\nnothing about lion and forest")
+    _annotate(correlation, f"tiger : leopard = {left:.1f}, the teacher's {own:.1f}\nnothing about lion and forest")
     figure.supxlabel(
         "Dotted: before the correction. RC corrects the student's own prediction, beside KD. Green: the true class.",
         fontsize=8,
@@ -111,7 +111,7 @@ def _confidence(axes: Axes, teacher: list[float], student: list[float]) -> None:
     axes.legend(loc="upper center", ncols=2)
 
 
-def _relations(values: list[float], teacher: list[float] | None) -> str:
+def _ratio_lines(values: list[float], teacher: list[float] | None) -> str:
     lines = []
     for name, pair in (("lion : tiger", (LION, TIGER)), ("forest : tiger", (FOREST, TIGER))):
         text = f"{name} = {_ratio(values, *pair):.1f}"
@@ -123,5 +123,5 @@ def _ratio(values: list[float], one: int, other: int) -> float:
     return values[one] / values[other]
 
 
-def _say(axes: Axes, text: str) -> None:
+def _annotate(axes: Axes, text: str) -> None:
     axes.text(0.98, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=8)

@@ -27,7 +27,7 @@ from rld_lightning.models.normalisation import Normalisation
 from rld_lightning.models.student import load_student
 from rld_lightning.models.weights.read import RUN_WEIGHTS
 from rld_lightning.reporting.figures.explain_page import explain_in_words
-from rld_lightning.reporting.figures.refine import Refinement, refine, rld_of, usual_rld
+from rld_lightning.reporting.figures.refine import Refinement, default_rld, refine, rld_of
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.tasks.demo.web_server import serve
 from rld_lightning.tasks.run.plan import freeze
@@ -90,7 +90,7 @@ class Demo:
         self.student, self.teacher = student.to(self.device).eval(), frozen.to(self.device).eval()
         self.names = {"student": student.name, "teacher": planned.name}
         own = rld_of(run)
-        self.loss: RLDLoss = own or usual_rld(run)
+        self.loss: RLDLoss = own or default_rld(run)
         self.distilled_with = run.method
         self.trained_with_rld = own is not None
         self._turn = threading.Lock()

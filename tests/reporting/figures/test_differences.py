@@ -15,8 +15,8 @@ from rld_lightning.reporting.figures.differences import (
     logit_differences,
     write_differences,
 )
-from rld_lightning.reporting.figures.explain import telling_sample, write_explanation
-from rld_lightning.reporting.figures.refine import rld_of, usual_rld
+from rld_lightning.reporting.figures.explain import choose_sample, write_explanation
+from rld_lightning.reporting.figures.refine import default_rld, rld_of
 from rld_lightning.reporting.frame import read_frame
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.reporting.tables import sections
@@ -110,9 +110,9 @@ def test_says_that_a_run_was_distilled_with_something_else(make_run, save_networ
 def test_the_usual_rld_of_a_run_is_what_its_pair_tunes(make_run):
     run = make_run("kd")
     assert rld_of(run) is None
-    assert (usual_rld(run).beta, usual_rld(run).temperature) == (8, 4)
+    assert (default_rld(run).beta, default_rld(run).temperature) == (8, 4)
     run.config["model"]["tuned"] = {"lr": 0.1, "rld": {"beta": 0.5, "temperature": 1.0}}
-    assert (usual_rld(run).beta, usual_rld(run).temperature) == (0.5, 1)
+    assert (default_rld(run).beta, default_rld(run).temperature) == (0.5, 1)
     assert rld_of(make_run("rld", loss={"alpha": 3.0})).alpha == 3
 
 
@@ -121,9 +121,9 @@ def test_the_sample_to_explain_is_one_where_the_methods_differ():
         to_logits = lambda classes: torch.eye(3)[torch.tensor(classes)] * 5  # noqa: E731
         return RunLogits(to_logits(student), to_logits(teacher), torch.zeros(4).long(), torch.arange(4), list("abc"))
 
-    assert telling_sample(logits([0, 1, 0, 0], [0, 1, 1, 0]))[0] == 2
-    assert telling_sample(logits([0, 1, 1, 0], [0, 1, 1, 0]))[0] == 1
-    assert "gets none wrong" in telling_sample(logits([0, 1, 1, 0], [0, 0, 0, 0]))[1]
+    assert choose_sample(logits([0, 1, 0, 0], [0, 1, 1, 0]))[0] == 2
+    assert choose_sample(logits([0, 1, 1, 0], [0, 1, 1, 0]))[0] == 1
+    assert "gets none wrong" in choose_sample(logits([0, 1, 1, 0], [0, 0, 0, 0]))[1]
 
 
 def test_a_published_checkpoint_can_be_the_teacher(make_run, save_networks, tmp_path):

@@ -15,7 +15,7 @@ from scipy import stats
 from rld_lightning.reporting.figures import list_figures, register_figure
 from rld_lightning.reporting.figures.ablation import ablation, ablation_cells, ablation_markdown, draw_ablation
 from rld_lightning.reporting.figures.gain import draw_gain, gains, write_gain
-from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, swept, write_sensitivity
+from rld_lightning.reporting.figures.sensitivity import draw_sensitivity, find_sweep, write_sensitivity
 from rld_lightning.reporting.frame import read_frame
 from rld_lightning.reporting.tables import sections
 
@@ -112,7 +112,7 @@ def sweep(make_run, alphas, betas, seeds):
 def test_sensitivity_draws_means_and_deviations(make_run, tmp_path):
     sweep(make_run, (1.0, 2.0), (4.0, 8.0), (0, 2))
     make_run("ce")
-    figure = draw_sensitivity(swept(read_frame([tmp_path / "runs"])[0]))
+    figure = draw_sensitivity(find_sweep(read_frame([tmp_path / "runs"])[0]))
     alpha, beta = figure.axes
     lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in alpha.containers}
     assert lines == {"beta=4": [[1, 51.6], [2, 52.6]], "beta=8": [[1, 51.2], [2, 52.2]]}
@@ -134,7 +134,7 @@ def test_values_of_a_sampler_leave_ticks_and_legend_room(make_run, tmp_path, rec
     for number in range(6):
         values = {"alpha": 0.7238517082858716 + number / 97, "beta": 8.98114977751205 - number / 7}
         make_run("rld", loss=values | {"temperature": 4 + number}, top1=50 + number)
-    figure = draw_sensitivity(swept(read_frame([tmp_path / "runs"])[0]))
+    figure = draw_sensitivity(find_sweep(read_frame([tmp_path / "runs"])[0]))
     figure.canvas.draw()
     assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
     for axes in figure.axes:
@@ -147,7 +147,7 @@ def test_values_of_a_sampler_leave_ticks_and_legend_room(make_run, tmp_path, rec
 
 def test_many_settings_are_grey_but_the_best(make_run, tmp_path):
     sweep(make_run, (1.0, 2.0), range(1, 6), (0,))
-    figure = draw_sensitivity(swept(read_frame([tmp_path / "runs"])[0]))
+    figure = draw_sensitivity(find_sweep(read_frame([tmp_path / "runs"])[0]))
     alpha, beta = figure.axes
     assert len(alpha.containers) == 5
     figure.canvas.draw()
@@ -162,14 +162,14 @@ def test_what_was_not_swept_is_said(make_run, tmp_path):
     make_run("rld", seed=0, loss={"alpha": 1.0})
     make_run("rld", seed=1, loss={"alpha": 1.0})
     with pytest.raises(ValueError, match="no hyper-parameter has several values"):
-        swept(read_frame([tmp_path / "runs"])[0])
+        find_sweep(read_frame([tmp_path / "runs"])[0])
     make_run("rld", loss={"alpha": 2.0})
     make_run("rld", loss={"alpha": 3.0}, teacher="resnet20")
     make_run("rld", loss={"alpha": 2.0}, teacher="resnet20")
     runs = read_frame([tmp_path / "runs"])[0]
     with pytest.raises(ValueError, match="several things were swept"):
-        swept(runs)
-    assert set(swept(runs, pair="resnet20_to_resnet8").runs["pair"]) == {"resnet20_to_resnet8"}
+        find_sweep(runs)
+    assert set(find_sweep(runs, pair="resnet20_to_resnet8").runs["pair"]) == {"resnet20_to_resnet8"}
 
 
 def test_ablation_has_our_runs_and_the_papers_numbers_apart(make_run, tmp_path):
