@@ -147,7 +147,7 @@ def test_a_run_whose_teacher_cannot_be_shown_is_refused_in_a_sentence(place, tmp
         ({"name": "torchscript", "weights": file}, "a program"),
         ({"name": "resnet14", "image_size": 10**9}, "image_size=1000000000"),
         ({"image_size": None, "class_map": "/etc/passwd"}, "not read"),
-        ({"class_map": None, "name": "my_package.teachers:build"}, "from elsewhere"),
+        ({"class_map": None, "name": "my_package.teachers:build"}, "an external network"),
     ):
         set_teacher(tmp_path, **({"weights": file} | values))
         with pytest.raises((ValueError, OSError), match=reason):
