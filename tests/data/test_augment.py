@@ -56,7 +56,7 @@ def test_flip_rate_is_one_half():
     assert not draw(1000, flip=False).flip.any()
 
 
-def test_switching_flips_off_leaves_the_crops_alone():
+def test_disabling_flips_does_not_change_the_crops():
     with_flips, without = draw(100), draw(100, flip=False)
     assert torch.equal(with_flips.top, without.top)
     assert torch.equal(with_flips.left, without.left)

@@ -1,4 +1,4 @@
-"""Files that cannot be read: replaced in training, left out of evaluation, and reported once."""
+"""Unreadable files: replaced in training, skipped in evaluation, and reported once."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from rld_lightning.losses import CELoss
 from rld_lightning.module import DistillationModule
 
 DEEP = np.full((20, 20), 0.5, dtype=np.float32)
-# What is wrong with which training image: index, class and number. There are three classes of six.
+# The defect of each bad training image: index, class and number. There are three classes of six.
 BAD = {0: ("a", 0, "empty"), 5: ("a", 5, "32 bit"), 7: ("b", 1, "truncated"), 8: ("b", 2, "text")}
 REPLACED_BY = {0: 1, 5: 1, 7: 9, 8: 9}
 
@@ -43,7 +43,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def root(good, tmp_path):
-    """The same images, four of 18 for training and three of 12 for testing spoiled."""
+    """The same images, with four of 18 training and three of 12 test images made unreadable."""
     shutil.copytree(good, tmp_path / "bad")
     for name, number, how in BAD.values():
         spoil(tmp_path / "bad" / "train" / name / f"{number}.jpg", how)
@@ -61,7 +61,7 @@ def logged(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("rld_lightning")]
 
 
-def test_an_image_of_the_same_class_takes_the_place_of_a_bad_one(good, root):
+def test_a_bad_image_is_replaced_by_one_of_the_same_class(good, root):
     expected = merge(epoch_of(folder_data(good, strong_view=True).train_dataloader(), 2))
     data = folder_data(root, strong_view=True)
     actual = merge(epoch_of(data.train_dataloader(), 2))
@@ -73,12 +73,12 @@ def test_an_image_of_the_same_class_takes_the_place_of_a_bad_one(good, root):
     assert torch.equal(actual.strong[readable], expected.strong[readable])
 
 
-def test_what_takes_its_place_depends_on_nothing_but_the_images(root):
+def test_the_replacement_depends_only_on_the_images(root):
     alone = epoch_of(folder_data(root).train_dataloader(), 1)
     assert same(epoch_of(folder_data(root, num_workers=2).train_dataloader(), 1), alone)
     ranks = [epoch_of(folder_data(root, rank, 2).train_dataloader(), 1) for rank in range(2)]
     together = [merge(step) for step in zip(*ranks, strict=True)]
-    assert same(together[:-1], alone[:-1])  # of the last two images each process would have one: it gets two
+    assert same(together[:-1], alone[:-1])  # each process would get one of the last two images; it gets two
     loader = folder_data(root).train_dataloader()
     loader.load_state_dict({"epoch": 1, "batch": 2})
     assert same(epoch_of(loader, 1), alone[2:])
@@ -92,7 +92,7 @@ def test_evaluation_counts_each_readable_image_once(good, root, world_size, eval
         list(folder_data(root, rank, world_size, eval_batch_size=eval_batch_size).test_dataloader())
         for rank in range(world_size)
     ]
-    # In equally many steps everywhere, because processes wait for each other in them.
+    # In the same number of steps on every process, because processes wait for each other in them.
     assert len({len(batches) for batches in ranks}) == 1
     found = merge([batch for batches in ranks for batch in batches])
     assert sorted(found.index.tolist()) == [0, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -129,7 +129,7 @@ def test_each_bad_image_is_reported_once(root, tmp_path, caplog):
     for epoch in range(2):
         epoch_of(loader, epoch)
     list(data.test_dataloader())
-    # Another process of the run, and another run into the same folder.
+    # Another process of the run, and another run in the same folder.
     epoch_of(folder_data(root, 1, 2, bad_images_file=listing).train_dataloader())
     entries = dict(line.split("\t") for line in listing.read_text().splitlines())
     names = {"a/0.jpg", "a/5.tif", "b/1.jpg", "b/2.jpg"}
@@ -147,7 +147,7 @@ def test_each_bad_image_is_reported_once(root, tmp_path, caplog):
         assert consequence in message
 
 
-def test_without_a_file_a_process_reports_once_for_itself(root, caplog):
+def test_without_a_file_each_process_reports_once(root, caplog):
     loader = folder_data(root).train_dataloader()
     for epoch in range(2):
         epoch_of(loader, epoch)
@@ -193,7 +193,7 @@ def test_a_class_without_a_readable_image_is_an_error(root, caplog):
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_of_which_nothing_can_be_read_ends_the_run_in_one_sentence(root, split, world_size, num_workers):
+def test_a_split_without_readable_images_ends_the_run_in_one_sentence(root, split, world_size, num_workers):
     for path in (root / {"train": "train", "test": "val"}[split]).rglob("*.*"):
         path.write_bytes(b"")
     for rank in range(world_size):
@@ -217,8 +217,8 @@ def test_one_readable_image_is_enough_for_an_evaluation(root):
         assert len(merge(folder_data(root, rank, 4).test_dataloader()).label) == (rank == 8 % 4)
 
 
-def test_what_is_no_file_or_too_large_is_a_bad_image_like_others(good, root, caplog):
-    """A pipe that nobody writes into, a device, and a small file of too many pixels."""
+def test_pipes_devices_and_oversized_images_are_bad_images(good, root, caplog):
+    """A pipe without a writer, a device, and a small file that claims too many pixels."""
     folder = root / "train" / "c"
     for number in (0, 2, 4):
         (folder / f"{number}.jpg").unlink()

@@ -26,7 +26,7 @@ def pixels_of(split):
 
 @pytest.fixture(scope="module")
 def files():
-    """The three files of the data set, with few images."""
+    """Returns the three files of the data set, with few images."""
     contents = {
         split: pickle.dumps({"data": pixels_of(split), "fine_labels": [i % 100 for i in range(size)]}, protocol=2)
         for split, size in SIZES.items()
@@ -36,7 +36,7 @@ def files():
 
 @pytest.fixture
 def archive(files, monkeypatch):
-    """The archive of these files, which the package takes for the published one."""
+    """Returns the archive of these files, with its checksum in place of the published one's."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in files.items():
@@ -49,7 +49,7 @@ def archive(files, monkeypatch):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``content`` under any path, understands ranges, and hangs up after ``limit`` bytes."""
+    """Serves ``content`` under any path, supports ranges, and closes the connection after ``limit`` bytes."""
 
     def __init__(self, content):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -163,7 +163,7 @@ def test_truncated_download_is_reported_and_continued(server, tmp_path, archive)
 
 
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "too long"])
-def test_left_over_part_without_a_rest(server, tmp_path, archive, complete):
+def test_a_partial_file_that_is_already_complete(server, tmp_path, archive, complete):
     (tmp_path / "cifar-100-python.tar.gz.part").write_bytes(archive if complete else archive + b"x")
     CIFAR100DataModule(tmp_path, url=server.url).prepare_data()
     assert (tmp_path / "cifar-100-python.tar.gz").read_bytes() == archive

@@ -1,4 +1,4 @@
-"""What Lightning's loops do with the loaders: announce epochs, resume, share batches, leave samplers alone."""
+"""The loaders in Lightning's loops: epochs are set, runs resume, batches are divided, samplers are not replaced."""
 
 import gc
 import multiprocessing
@@ -18,7 +18,7 @@ from rld_lightning.data.base import as_batch
 
 
 class Recorder(LightningModule):
-    """A linear classifier that remembers which samples it saw."""
+    """A linear classifier that records the samples of its steps."""
 
     def __init__(self, save_at=None):
         super().__init__()
@@ -81,14 +81,14 @@ def test_epochs_are_announced_and_differ(data):
 
 
 class Failing(Recorder):
-    """Fails at its first step, with more batches on their way."""
+    """Fails at its first step, while more batches are being loaded."""
 
     def training_step(self, batch, batch_idx):
         raise KeyError("step")
 
 
 class Garbage:
-    """A piece of a reference cycle, which must not be ended by another process than its own."""
+    """Part of a reference cycle, which must not be finalised in another process."""
 
     def __init__(self, path):
         self.path, self.home, self.me = path, os.getpid(), self
@@ -98,7 +98,7 @@ class Garbage:
 
 
 class Collecting:
-    """The files of a split, which are read where garbage has just been collected."""
+    """The files of a split; reading one collects garbage first."""
 
     def __init__(self, images):
         self.images = images
@@ -113,8 +113,8 @@ class Collecting:
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_no_worker_outlives_a_training(folder, fails):
-    before = multiprocessing.active_children()  # of loaders of other tests, which await the garbage collector
-    runner = trainer(max_steps=1, limit_val_batches=0)  # of three
+    before = multiprocessing.active_children()  # of loaders of other tests, not yet garbage-collected
+    runner = trainer(max_steps=1, limit_val_batches=0)  # of three steps
     if fails:
         with pytest.raises(KeyError):
             runner.fit(Failing(), folder)
@@ -123,17 +123,17 @@ def test_no_worker_outlives_a_training(folder, fails):
         trainer(1).fit(again := Recorder(), folder)
         assert len(again.trained) == 3
     loaders = list(folder._loaders)
-    assert loaders  # the trainer is alive, and with it they are
+    assert loaders  # the trainer still holds them
     assert all(loader._workers._iterator is None for loader in loaders)
     assert set(multiprocessing.active_children()) <= set(before)
 
 
-def test_a_worker_leaves_what_it_was_forked_with_alone(folder, tmp_path):
+def test_a_worker_does_not_finalise_its_parent_s_objects(folder, tmp_path):
     folder.prepare_data()
     folder.setup()
     loader = folder.train_dataloader()
     loader.dataset.images = Collecting(loader.dataset.images)
-    gc.disable()  # what is in a cycle has to be there when workers are forked
+    gc.disable()  # the cycle must exist when workers are forked
     try:
         Garbage(tmp_path / "end.txt")
         assert len(list(loader)) == 3
@@ -146,7 +146,7 @@ def test_a_worker_leaves_what_it_was_forked_with_alone(folder, tmp_path):
 
 @pytest.fixture(params=["memory", "folder", "shards"])
 def noise(request, tmp_path):
-    """A data set of each kind, none of whose images looks the same when it is cropped elsewhere."""
+    """A data set of each kind, with noise images, of which every crop is different."""
     if request.param == "memory":
         return digits()
     write_images(tmp_path / "images")
@@ -156,17 +156,17 @@ def noise(request, tmp_path):
     return ImageFolderDataModule(tmp_path / "images", image_size=8, batch_size=15, num_workers=0)
 
 
-def test_overfitting_sees_the_same_images_in_each_epoch_and_augments_them_anew(noise):
+def test_overfitting_uses_the_same_images_in_each_epoch_with_new_augmentation(noise):
     model = Recorder()
     trainer(overfit_batches=1).fit(model, noise)
     first, second = model.trained
     assert torch.equal(first.index, second.index)
-    assert len(first.label.unique()) > 2  # not the first class alone, as without a shuffle
+    assert len(first.label.unique()) > 2  # without shuffling there would be the first class only
     assert not torch.equal(first.images, second.images)
     assert len(model.evaluated[-1]) < noise.val_size or len(noise.val_dataloader()) == 1
 
 
-def test_a_share_of_the_training_batches_is_what_the_schedule_counts(noise):
+def test_the_schedule_counts_limited_training_batches(noise):
     model, runner = Recorder(), trainer(limit_train_batches=0.7, limit_val_batches=0)
     runner.fit(model, noise)
     assert runner.estimated_stepping_batches == len(model.trained) == 2 * int(0.7 * len(noise.train_dataloader()))
@@ -221,7 +221,7 @@ def test_rank_and_device_are_the_trainers():
     assert (data.rank, data.world_size, data.device) == (0, 1, torch.device("cpu"))
 
 
-def test_batches_of_anybodys_loader_become_batches():
+def test_batches_of_other_loaders_are_converted():
     images, label, index = torch.zeros(2, 3, 4, 4), torch.arange(2), torch.arange(2) + 5
     own = Batch(images, label, index)
     assert as_batch(own) is own

@@ -68,7 +68,7 @@ def test_every_decoder_gives_the_pixels_of_pillow(tmp_path, mode, suffix, option
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
-def test_pillow_reads_everything_where_torchvision_has_no_decoders(tmp_path, monkeypatch):
+def test_pillow_reads_everything_if_torchvision_has_no_decoders(tmp_path, monkeypatch):
     noise(53, 41).save(tmp_path / "image.jpg")
     expected = read_image(str(tmp_path / "image.jpg"))
     monkeypatch.setattr(decode, "_torchvision_decode", None)
@@ -92,7 +92,7 @@ def test_damaged_files_have_one_kind_of_error(tmp_path, how, suffix):
     path = tmp_path / f"image.{suffix}"
     noise(90, 70).save(path)
     content = spoil(path.read_bytes(), how)
-    # What is cut off the end of these files is beyond their pixels.
+    # The truncated end of these files is after their pixels.
     if how == "last bytes missing" and suffix in ("png", "tiff"):
         content = content[:-100]
     path.write_bytes(content)
@@ -104,7 +104,7 @@ def test_damaged_files_have_one_kind_of_error(tmp_path, how, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
-def test_a_wrong_bit_is_an_error_or_another_image_but_no_crash(tmp_path, suffix):
+def test_a_flipped_bit_gives_an_error_or_another_image_but_no_crash(tmp_path, suffix):
     noise(90, 70).save(tmp_path / f"image.{suffix}")
     content = (tmp_path / f"image.{suffix}").read_bytes()
     generator = np.random.default_rng(0)
@@ -132,11 +132,11 @@ def test_the_size_of_a_jpeg_is_in_its_header(tmp_path, mode, options):
     assert read_header(read_file(str(tmp_path / "image.jpg"))) == ("JPEG", 41, 53, 1)
 
 
-def test_the_header_of_a_jpeg_is_found_as_the_jpeg_library_finds_it(tmp_path):
+def test_the_header_of_a_jpeg_is_read_like_the_jpeg_library(tmp_path):
     noise(53, 41).save(tmp_path / "image.jpg")
     content = (tmp_path / "image.jpg").read_bytes()
     another = content[content.index(b"\xff\xc0") :][:19].replace(bytes((0, 41, 0, 53)), bytes((9, 9, 9, 9)))
-    # Fill bytes, what is skipped, a marker without a length, and a header that is a comment's text.
+    # Fill bytes, skipped bytes, a marker without a length, and a header inside a comment.
     for between in (b"\xff\xff", b"text", b"\xff\xd0", b"\xff\x01", b"\xff\xfe\x00\x15" + another):
         changed = torch.frombuffer(bytearray(content[:2] + between + content[2:]), dtype=torch.uint8)
         assert read_header(changed) == ("JPEG", 41, 53, 1)
@@ -157,7 +157,7 @@ def upright(path):
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
-def test_photographs_are_turned_as_every_viewer_turns_them(tmp_path, suffix, orientation, monkeypatch):
+def test_the_exif_orientation_is_applied_as_in_image_viewers(tmp_path, suffix, orientation, monkeypatch):
     path = tmp_path / f"image.{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -165,7 +165,7 @@ def test_photographs_are_turned_as_every_viewer_turns_them(tmp_path, suffix, ori
     content, expected = read_file(str(path)), upright(path)
     assert expected.shape == ((3, 53, 41) if 5 <= orientation <= 8 else (3, 41, 53))
     header = read_header(content)
-    if suffix != "tiff":  # which Pillow turns itself
+    if suffix != "tiff":  # Pillow applies a TIFF's orientation itself
         assert (header.height, header.width) == expected.shape[1:]
         assert header.orientation == (orientation if 1 <= orientation <= 8 else 1)
     for decoder in ("auto", "pil"):
@@ -175,7 +175,7 @@ def test_photographs_are_turned_as_every_viewer_turns_them(tmp_path, suffix, ori
     assert np.array_equal(decode_image(content), expected)
 
 
-def test_a_turn_after_the_pixels_of_a_png_counts(tmp_path):
+def test_an_orientation_after_the_pixels_of_a_png_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(53, 41).save(tmp_path / "plain.png")
@@ -192,14 +192,14 @@ def test_a_turn_after_the_pixels_of_a_png_counts(tmp_path):
     "exif", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40]
 )
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_a_damaged_exif_tag_turns_nothing(tmp_path, suffix, exif):
+def test_a_damaged_exif_tag_is_ignored(tmp_path, suffix, exif):
     noise(53, 41).save(tmp_path / f"image.{suffix}", exif=exif)
     assert read_image(str(tmp_path / f"image.{suffix}")).shape == (3, 41, 53)
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_turned_jpeg_is_reduced_as_the_crop_of_the_turned_image_allows(tmp_path, orientation):
-    """A photograph taken upright and the same pixels turned before they were saved give the same crops."""
+def test_a_rotated_jpeg_is_reduced_by_the_crop_of_the_upright_image(tmp_path, orientation):
+    """A photograph with an orientation tag and the same pixels saved upright give the same crops."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     for name in ("a", "b"):
@@ -222,12 +222,12 @@ def test_a_turned_jpeg_is_reduced_as_the_crop_of_the_turned_image_allows(tmp_pat
     assert not torch.equal(seen[0], seen[1])
 
 
-# Earlier versions of Pillow read and write the last one with 32 bits.
+# Earlier versions of Pillow read and write the last format with 32 bits.
 PGM = pytest.param("pgm", marks=pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 11, reason="Pillow < 11"))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", PGM])
-def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, suffix):
+def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, suffix):
     path = tmp_path / f"image.{suffix}"
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(path)
@@ -237,22 +237,22 @@ def test_grey_of_16_bits_keeps_its_upper_8(tmp_path, suffix):
         assert image.dtype == torch.uint8
 
 
-def test_grey_and_colour_of_16_bits_come_out_alike(tmp_path):
-    """Eight bits saved as sixteen are the eight again."""
+def test_16_bit_grey_and_colour_give_the_same_pixels(tmp_path):
+    """Eight bits saved as sixteen are read as the same eight."""
     grey = np.asarray(noise(53, 41, "L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "image.png")
     assert np.array_equal(read_image(str(tmp_path / "image.png"))[0], grey)
 
 
 @pytest.mark.parametrize("values", [np.zeros((4, 5), np.float32), np.zeros((4, 5), np.int32)])
-def test_more_than_16_bits_are_no_image(tmp_path, values):
+def test_more_than_16_bits_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "image.tiff")
     with pytest.raises(BadImageError, match=r"mode [IF] has more than 16 bits a channel"):
         decode_image(read_file(str(tmp_path / "image.tiff")))
 
 
 def claiming(width, height, suffix):
-    """A small file that says that it is large."""
+    """Returns a small file that claims to be large."""
     buffer = BytesIO()
     noise(53, 41).save(buffer, suffix)
     content = buffer.getvalue()
@@ -268,7 +268,7 @@ def claiming(width, height, suffix):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def test_what_costs_more_than_its_pixels_is_not_decoded():
+def test_images_that_cost_more_than_their_pixels_are_not_decoded():
     def chunk(name, content=b""):
         return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
 
@@ -285,7 +285,7 @@ def test_what_costs_more_than_its_pixels_is_not_decoded():
 
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "bmp", "ppm"])
 @pytest.mark.parametrize(("width", "height"), [(16_000, 16_000), (65_000, 2_000), (12_000, 11_000)])
-def test_what_claims_more_pixels_than_any_camera_is_not_decoded(suffix, width, height, monkeypatch, recwarn):
+def test_images_with_more_pixels_than_any_camera_are_not_decoded(suffix, width, height, monkeypatch, recwarn):
     def never(*args, **kwargs):
         raise AssertionError("decoded")
 
@@ -298,7 +298,7 @@ def test_what_claims_more_pixels_than_any_camera_is_not_decoded(suffix, width, h
     assert read_header(claiming(11_000, 11_000, suffix))[1:3] == (11_000, 11_000)
 
 
-def test_an_animation_is_decoded_no_further_than_its_first_image(tmp_path):
+def test_only_the_first_image_of_an_animation_is_decoded(tmp_path):
     frames = [Image.new("P", (60, 50), color) for color in range(200)]
     frames[0].save(tmp_path / "image.gif", save_all=True, append_images=frames[1:])
     content = read_file(str(tmp_path / "image.gif"))
@@ -306,7 +306,7 @@ def test_an_animation_is_decoded_no_further_than_its_first_image(tmp_path):
     assert decode_image(content).shape == (3, 50, 60)
 
 
-def test_what_pillow_would_have_another_program_run_is_not_read(tmp_path):
+def test_formats_that_make_pillow_run_another_program_are_refused(tmp_path):
     noise(53, 41).save(tmp_path / "image.eps")
     for decoder in ("auto", "pil"):
         with pytest.raises(BadImageError, match="images of the format EPS are not read"):
@@ -318,7 +318,7 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as server:
-        monkeypatch.chdir(tmp_path)  # the names of sockets are short
+        monkeypatch.chdir(tmp_path)  # a socket's path must be short
         server.bind("socket.jpg")
     with (tmp_path / "sparse.jpg").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
@@ -335,7 +335,7 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("width", "height", "mode"), [(832, 640, "RGB"), (640, 640, "L"), (704, 512, "CMYK")])
 @pytest.mark.parametrize("reduction", [2, 4, 8])
-def test_a_reduced_jpeg_is_the_image_at_a_fraction_of_its_size(tmp_path, width, height, mode, reduction):
+def test_a_reduced_jpeg_is_the_image_at_reduced_size(tmp_path, width, height, mode, reduction):
     noise(width, height, mode).save(tmp_path / "image.jpg", quality=90)
     content = read_file(str(tmp_path / "image.jpg"))
     reduced = decode_image(content, reduction=reduction)
@@ -357,7 +357,7 @@ def test_large_jpegs_are_reduced_as_far_as_the_crop_allows():
         torch.manual_seed(seed)
         large = crop.make_params([torch.empty(3, 300, 400)])
         assert small["flip"] == large["flip"]
-        # The same share of the reduced image, and at least twice what it is resized to.
+        # The same share of the reduced image, and at least twice the target size.
         for side in ("height", "width"):
             assert abs(small[side] * reductions[-1] - large[side]) <= 2 * reductions[-1]
             assert small[side] >= 2 * 16 - 2
@@ -369,7 +369,7 @@ def test_a_reduced_training_image_looks_the_same(tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / folder).mkdir(parents=True)
         noise(600, 450, seed=len(folder)).save(tmp_path / folder / "0.jpg", quality=90)
-    whole = {"image_size": 64, "scale": (1.0, 1.0), "flip": False, "num_workers": 0}  # a crop that cannot be missed
+    whole = {"image_size": 64, "scale": (1.0, 1.0), "flip": False, "num_workers": 0}  # the crop is the whole image
     auto, pil = (
         merge(epoch_of(ready(ImageFolderDataModule(tmp_path, decode=decoder, **whole)).train_dataloader()))
         for decoder in ("auto", "pil")
@@ -384,7 +384,7 @@ def test_a_reduced_training_image_looks_the_same(tmp_path):
     assert torch.equal(*evaluated)
 
 
-def test_our_pipeline_and_pillows_give_the_same_crops(tmp_path):
+def test_our_pipeline_and_pillow_give_the_same_crops(tmp_path):
     contenders = pipelines(write_jpegs(tmp_path, 6, 100, 75, 90), 32)
     expected, *_, from_files, from_shard, actual = (pipeline() for pipeline in contenders.values())
     assert torch.equal(from_files, from_shard)
@@ -412,11 +412,11 @@ def loader_of(data, decode, num_workers=0):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_the_workers_leave_to_the_device_comes_out_the_same(folder, num_workers, caplog):
+def test_decoding_on_the_device_gives_the_same_batches(folder, num_workers, caplog):
     (folder / "train" / "b" / "2.jpg").write_bytes((folder / "train" / "b" / "2.jpg").read_bytes()[:500])
     (folder / "train" / "a" / "0.jpg").write_bytes(b"")
     data = ready(ImageFolderDataModule(folder, image_size=16, batch_size=3))
-    # decode=cuda with the CPU in the place of the GPU: the same calls, without nvJPEG.
+    # decode=cuda with the CPU in place of the GPU: the same calls, without nvJPEG.
     loader = loader_of(data, "cuda", num_workers)
     batches = epoch_of(loader, 1)
     assert same(batches, epoch_of(loader_of(data, "auto"), 1))
@@ -424,7 +424,7 @@ def test_what_the_workers_leave_to_the_device_comes_out_the_same(folder, num_wor
     assert {record.args[0][-7:] for record in caplog.records} == {"b/2.jpg", "a/0.jpg"}
 
 
-def test_a_photograph_that_the_device_decodes_is_turned_too(folder):
+def test_the_orientation_is_applied_after_decoding_on_the_device(folder):
     exif = Image.Exif()
     for orientation, path in zip((6, 8, 5), sorted(folder.glob("train/*/[02].jpg")), strict=False):
         exif[0x0112] = orientation
@@ -436,7 +436,7 @@ def test_a_photograph_that_the_device_decodes_is_turned_too(folder):
     assert same(epoch_of(loader_of(data, "cuda")), epoch_of(loader_of(data, "auto")))
 
 
-def test_one_bad_file_does_not_spoil_the_batch_on_the_device(folder):
+def test_one_bad_file_does_not_fail_the_batch_on_the_device(folder):
     contents = [read_file(str(path)) for path in sorted(folder.glob("train/a/*.jpg"))]
     contents.insert(1, contents[0][:300])
     images = decode_jpegs(contents, CPU)

@@ -44,7 +44,7 @@ def test_images_are_grey_and_use_the_full_range():
     assert (images.min(), images.max()) == (0, 255)
 
 
-def test_resized_images_are_the_same_digits():
+def test_resized_images_show_the_same_digits():
     small, labels = split_of(train=False)
     large, large_labels = split_of(train=False, image_size=32)
     assert large.shape == (360, 32, 32, 3)

@@ -19,7 +19,7 @@ CLASSES = ("cat", "dog", "owl")
 
 
 def write_image(path, seed=0, mode="RGB"):
-    """Save smooth noise of a size and aspect that depend on the seed."""
+    """Saves smooth noise of a size and aspect ratio that depend on the seed."""
     generator = np.random.default_rng(seed)
     noise = generator.integers(256, size=(4, 5, 4), dtype=np.uint8)
     size = tuple(generator.integers(20, 60, size=2).tolist())
@@ -78,7 +78,7 @@ def test_classes_are_known_before_setup(root):
     assert data.resize == 256
 
 
-def test_what_is_not_said_of_the_look_is_imagenets():
+def test_size_and_normalisation_default_to_imagenets():
     folder, usual = (ImageFolderDataModule("photos", **given) for given in ({"mean": None, "std": [0.5] * 3}, {}))
     assert (folder.mean, folder.std) == (usual.mean, (0.5, 0.5, 0.5))
 
@@ -120,7 +120,7 @@ def test_a_thin_image_takes_no_more_memory_than_others(tmp_path, size, monkeypat
     result = data.eval_transform()(image)
     assert result.shape == (3, 16, 16)
     assert max(areas) <= MOST_ASPECT * data.resize**2
-    # Cut first, the centre comes out the same, but for the fraction of a pixel by which sides are rounded.
+    # Cropping first gives the same centre, up to the fraction of a pixel by which sides are rounded.
     assert (result.int() - expected.int()).abs().max() <= (0 if max(size) <= MOST_ASPECT * min(size) else 2)
     assert data.train_transform()(image).shape == (3, 16, 16)
 
@@ -136,7 +136,7 @@ def test_training_crops_are_random_and_seeded(root):
     assert torch.equal(plain.images, next(iter(evaluated.test_dataloader())).images)
 
 
-def test_flip_can_be_switched_off(root):
+def test_flip_can_be_disabled(root):
     whole = {"scale": (1.0, 1.0), "shuffle": False}
     flipped, plain = merge(train_epoch(root, **whole)), merge(train_epoch(root, flip=False, **whole))
     mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(flipped.images, plain.images, strict=True)]
@@ -145,7 +145,7 @@ def test_flip_can_be_switched_off(root):
     assert 0 < sum(mirrored) < 21
 
 
-def test_the_strong_view_leaves_the_first_alone(root):
+def test_the_strong_view_does_not_change_the_first(root):
     one, two = train_epoch(root, 2), train_epoch(root, 2, strong_view=True)
     assert same([batch[:3] for batch in two], [batch[:3] for batch in one])
     first = two[0]
@@ -155,7 +155,7 @@ def test_the_strong_view_leaves_the_first_alone(root):
     assert next(iter(folder_data(root, strong_view=True).val_dataloader())).strong is None
 
 
-def test_strong_view_is_randaugment_of_a_crop_of_its_own(root):
+def test_the_strong_view_is_randaugment_of_another_crop(root):
     loader = folder_data(root, strong_view=True).train_dataloader()
     data, batch = folder_data(root), next(iter(loader))
     index, seed = next(iter(KeySampler(loader.sampler)))[0]
@@ -176,12 +176,12 @@ def test_batches_do_not_depend_on_the_workers(root):
         for loader in (alone, with_workers):
             loader.sampler.set_epoch(epoch)
         assert same(list(with_workers), list(alone))
-    # An epoch that was left early does not leak into the next one.
+    # An unfinished epoch does not affect the next one.
     next(iter(with_workers))
     assert same(list(with_workers), list(alone))
 
 
-def test_workers_stop_at_once_when_the_loader_is_garbage(root):
+def test_workers_stop_at_once_when_the_loader_is_collected(root):
     loader = folder_data(root, num_workers=2).train_dataloader()
     list(loader)
     workers = loader._workers._iterator._workers
@@ -191,14 +191,14 @@ def test_workers_stop_at_once_when_the_loader_is_garbage(root):
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch(root):
+def test_an_iterator_created_before_set_epoch_draws_that_epoch(root):
     loader = folder_data(root).train_dataloader()
     iterator = iter(loader)
     loader.sampler.set_epoch(3)
     assert same(list(iterator), train_epoch(root, 3))
 
 
-def test_loader_continues_in_the_middle_of_an_epoch(root):
+def test_the_loader_resumes_within_an_epoch(root):
     loader = folder_data(root, strong_view=True).train_dataloader()
     loader.load_state_dict({"epoch": 2, "batch": 3})
     loader.sampler.set_epoch(2)
@@ -208,7 +208,7 @@ def test_loader_continues_in_the_middle_of_an_epoch(root):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_see_the_batches_of_a_single_process(root, world_size):
+def test_global_batches_do_not_depend_on_the_number_of_ranks(root, world_size):
     alone = train_epoch(root, 1, strong_view=True)
     ranks = [train_epoch(root, 1, rank=rank, world_size=world_size, strong_view=True) for rank in range(world_size)]
     together = [merge(step) for step in zip(*ranks, strict=True)]
@@ -220,7 +220,7 @@ def test_ranks_see_the_batches_of_a_single_process(root, world_size):
     assert len({len(rank) for rank in tests}) == 1
 
 
-def test_loading_consumes_no_global_randomness(root):
+def test_loading_does_not_change_the_global_random_state(root):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     data = folder_data(root, strong_view=True)
@@ -242,19 +242,19 @@ def test_a_folder_with_three_splits(root, tmp_path):
     assert len(merge(data.val_dataloader()).label) == 10
 
 
-def test_a_validation_split_of_its_own_is_what_validation_runs_on(root, tmp_path):
+def test_validation_runs_on_the_folder_s_own_validation_split(root, tmp_path):
     shutil.copytree(root, tmp_path / "pets")
     write_classes(tmp_path / "pets" / "test", counts=(2, 2, 1))
     data = folder_data(tmp_path / "pets", val_fraction=0.2, split_file=tmp_path / "split.csv")
-    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 5)  # as without it
+    assert (data.train_size, data.val_size, data.test_size) == (21, 10, 5)  # no change by val_fraction
     assert data.describe().endswith(
         "the 10 images of the folder's own validation split, so that data.val_fraction=0.2 holds no training images out"
     )
-    assert data.split_facts["val_fraction"] == 0  # which the files of a run say
-    assert not (tmp_path / "split.csv").exists()  # chance has decided nothing
+    assert data.split_facts["val_fraction"] == 0  # written to the files of a run
+    assert not (tmp_path / "split.csv").exists()  # nothing was split at random
 
 
-def test_of_two_folders_val_is_the_test_split_and_some_of_train_is_held_out(root):
+def test_without_a_test_folder_val_is_the_test_split_and_some_of_train_is_held_out(root):
     data = folder_data(root, val_fraction=0.2)
     assert (data.train_size, data.val_size, data.test_size) == (16, 5, 10)
     assert data.describe().endswith("5 held-out training images (stratified, seed 0); val/ is the test split")
@@ -270,13 +270,13 @@ def test_a_folder_with_two_splits(root, tmp_path, folder):
     assert data.describe().endswith("validated on the test split")
 
 
-def test_imagenets_test_folder_without_classes_is_left_alone(root, tmp_path):
+def test_imagenets_test_folder_without_classes_is_ignored(root, tmp_path):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     write_image(tmp_path / "test" / "0.png")
     assert folder_data(tmp_path).test_size == 10
 
 
-def test_a_flat_folder_is_split_alike_for_every_seed(root):
+def test_a_flat_folder_s_test_split_does_not_depend_on_the_seed(root):
     data = folder_data(root / "train", test_fraction=0.3, seed=1)
     assert (data.train_size, data.test_size) == (14, 7)
     train, test = data.splits["train"], data.splits["test"]
@@ -335,7 +335,7 @@ def test_unreadable_images_are_named(tmp_path):
         read_image(str(deep))
 
 
-def test_folder_errors_come_at_setup_and_name_the_culprit(root, tmp_path):
+def test_folder_errors_are_raised_at_setup_and_name_the_cause(root, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder: set root"):
         folder_data(tmp_path / "nowhere")
 
@@ -382,7 +382,7 @@ def test_folder_errors_come_at_setup_and_name_the_culprit(root, tmp_path):
         ("TrainSplit", "dev"),
     ],
 )
-def test_splits_by_other_names_are_splits(root, tmp_path, train, test):
+def test_other_common_names_of_splits_are_recognised(root, tmp_path, train, test):
     shutil.copytree(root / "train", tmp_path / train)
     shutil.copytree(root / "val", tmp_path / test)
     data, expected = folder_data(tmp_path), folder_data(root)
@@ -392,7 +392,7 @@ def test_splits_by_other_names_are_splits(root, tmp_path, train, test):
     assert same(list(data.test_dataloader()), list(expected.test_dataloader()))
 
 
-def test_three_splits_by_other_names(root, tmp_path):
+def test_three_splits_with_other_names(root, tmp_path):
     for name, source in (("Training", "train"), ("Validation_Set", "val"), ("TEST", "val")):
         shutil.copytree(root / source, tmp_path / name)
     data = folder_data(tmp_path)
@@ -408,15 +408,15 @@ def test_three_splits_by_other_names(root, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("fold1", "fold2"), ("trainval", "test"), ("a", "b", "c"), ("Zug", "Test")])
-def test_folders_of_the_same_folders_are_no_classes(root, tmp_path, names):
+def test_folders_with_equal_subfolders_are_not_classes(root, tmp_path, names):
     for name in names:
         shutil.copytree(root / "train", tmp_path / name)
-        (tmp_path / name / "._.jpg").touch()  # of macOS, and no image
+        (tmp_path / name / "._.jpg").touch()  # written by macOS; not an image
     with pytest.raises(
         ValueError, match=r"has no images in '.*' but the same folders in each, 'cat', 'dog', 'owl': if"
     ):
         folder_data(tmp_path)
-    # Neither are they within a split.
+    # Likewise inside a split.
     for split in ("train", "val"):
         for name in names:
             shutil.copytree(root / "train", tmp_path / "in" / split / name)
@@ -424,8 +424,8 @@ def test_folders_of_the_same_folders_are_no_classes(root, tmp_path, names):
         folder_data(tmp_path / "in")
 
 
-def test_classes_may_hold_folders(root, tmp_path):
-    """As Tiny ImageNet's do, and with folders of their own each."""
+def test_classes_may_contain_folders(root, tmp_path):
+    """Like Tiny ImageNet's, and with different subfolders in each."""
     for name in CLASSES:
         shutil.copytree(root / "train" / name, tmp_path / "tiny" / name / "images")
         shutil.copytree(root / "train" / name, tmp_path / "own" / name / f"{name}1")
@@ -439,12 +439,12 @@ def test_classes_may_hold_folders(root, tmp_path):
         assert data.train_size + data.test_size == count
 
 
-def test_classes_may_be_called_like_splits(tmp_path):
+def test_classes_may_have_the_names_of_splits(tmp_path):
     write_classes(tmp_path, names=("Testing", "training", "truck"))
     assert folder_data(tmp_path).class_names == ["Testing", "training", "truck"]
 
 
-def test_numbers_in_text_order_are_cautioned_of(tmp_path):
+def test_numbers_in_text_order_give_a_caution(tmp_path):
     write_classes(tmp_path / "text", counts=(5,) * 10, names=[str(number) for number in range(1, 11)])
     write_classes(tmp_path / "number", counts=(5,) * 10, names=[f"{number:02d}" for number in range(1, 11)])
     caution = "; caution: classes in text order (1, 10, 2, ...), a network from elsewhere may have them by number"
@@ -464,7 +464,7 @@ def test_options_out_of_range_are_refused(options, message):
         ImageFolderDataModule("somewhere", **options)
 
 
-def test_pictures_that_are_not_read_are_counted(tmp_path):
+def test_pictures_in_unsupported_formats_are_counted(tmp_path):
     write_classes(tmp_path)
     hidden = ("cat/._00.jpg", "dog/.ipynb_checkpoints/00-checkpoint.jpg", "dog/.a/.b/c.gif", "owl/.hidden")
     for name in ("cat/a.gif", "dog/b.HEIC", "dog/c.heic", "owl/notes.txt", *hidden):

@@ -1,4 +1,4 @@
-"""ImageNet's folders and archives, with three classes in the place of a thousand."""
+"""ImageNet's folders and archives, with three classes instead of a thousand."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ from rld_lightning.data import ImageNetDataModule, imagenet
 
 WNIDS = ["n01440764", "n02012849", "n03126707"]
 NAMES = ["tench, Tinca tinca", "crane", "crane"]
-# The devkit numbers classes in an order of its own.
+# The devkit numbers classes in another order.
 NUMBERS = {"n01440764": 3, "n02012849": 1, "n03126707": 2}
 VAL_WNIDS = ["n02012849", "n01440764", "n03126707", "n02012849", "n01440764", "n03126707", "n01440764"]
 TRAIN, VAL, DEVKIT = (torchvision_imagenet.ARCHIVE_META[name][0] for name in ("train", "val", "devkit"))
@@ -60,7 +60,7 @@ def devkit():
 
 @pytest.fixture(scope="module")
 def contents():
-    """The bytes of the three archives."""
+    """Returns the bytes of the three archives."""
     classes = {
         f"{wnid}.tar": tar_bytes({f"{wnid}_{number}.JPEG": jpeg(10 * number) for number in range(4)}) for wnid in WNIDS
     }
@@ -70,7 +70,7 @@ def contents():
 
 @pytest.fixture
 def root(contents, tmp_path, monkeypatch):
-    """The three archives, and their MD5 in the place of the real ones'."""
+    """Writes the three archives, and replaces the published MD5s by theirs."""
     for name, (file, _) in list(torchvision_imagenet.ARCHIVE_META.items()):
         (tmp_path / file).write_bytes(contents[file])
         md5 = hashlib.md5(contents[file]).hexdigest()
@@ -113,7 +113,7 @@ def test_classes_are_known_before_the_data_is_prepared(root):
     assert (data.num_classes, data.image_shape) == (3, (3, 224, 224))
 
 
-def test_what_is_there_is_left_alone(root):
+def test_existing_folders_are_not_changed(root):
     data_at(root)
     for archive in (TRAIN, VAL, DEVKIT):
         (root / archive).unlink()
@@ -123,7 +123,7 @@ def test_what_is_there_is_left_alone(root):
     assert files_in(root) == before
 
 
-def test_an_interrupted_archive_is_started_over(root, monkeypatch):
+def test_an_interrupted_unpacking_starts_over(root, monkeypatch):
     def stopped(*arguments, **options):
         torchvision_imagenet.parse_val_archive(*arguments, **options)
         raise KeyboardInterrupt
@@ -133,12 +133,12 @@ def test_an_interrupted_archive_is_started_over(root, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             data_at(root)
     assert not (root / "val").exists()
-    (root / TRAIN).unlink()  # finished and not needed any more
+    (root / TRAIN).unlink()  # unpacked, so no longer needed
     assert data_at(root).test_size == 7
     assert not (root / ".val.part").exists()
 
 
-def test_only_what_is_missing_is_asked_for(root):
+def test_only_missing_archives_are_requested(root):
     data_at(root)
     (root / "train").rename(root / "kept")
     (root / VAL).unlink()
@@ -146,13 +146,13 @@ def test_only_what_is_missing_is_asked_for(root):
     assert data_at(root).train_size == 12
 
 
-def test_names_are_those_of_the_folders_without_a_devkit(root):
+def test_without_a_devkit_class_names_are_the_folders_names(root):
     data_at(root)
     (root / "meta.bin").unlink()
     assert data_at(root).class_names == WNIDS
 
 
-def test_the_thousand_classes_have_the_names_that_their_models_carry(root, monkeypatch):
+def test_the_thousand_classes_have_the_names_of_torchvision_s_models(root, monkeypatch):
     digest = hashlib.sha256("\n".join(WNIDS).encode()).hexdigest()
     monkeypatch.setattr(imagenet, "WNIDS_SHA256", digest)
     names = data_at(root).class_names
@@ -166,7 +166,7 @@ def test_the_thousand_classes_have_the_names_that_their_models_carry(root, monke
 
 
 def test_the_thousand_classes_are_recognised():
-    spec = importlib.util.find_spec("timm")  # imported it would take seconds
+    spec = importlib.util.find_spec("timm")  # importing it would take seconds
     if spec is None:
         pytest.skip("timm, which lists them, is not installed")
     wnids = (Path(spec.origin).parent / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
@@ -206,20 +206,20 @@ def test_a_damaged_meta_file_is_refused(root):
         data_at(root)
 
 
-def test_validation_images_that_are_not_sorted_are_explained(root):
+def test_unsorted_validation_images_are_explained(root):
     (root / "val").mkdir()
     (root / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg(3))
     with pytest.raises(ValueError, match=r"val has no class folders: sort its images .* or move it away"):
         data_at(root)
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(root, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_unpacking(root, monkeypatch):
     monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
     with pytest.raises(ValueError, match=rf"unpacking .*{TRAIN} takes 0 GB, and .* has 0 GB free"):
         data_at(root)
 
 
-def test_a_subset_has_every_class(root):
+def test_a_subset_has_all_classes(root):
     data = data_at(root, subset=0.5, val_fraction=0.25)
     assert torch.bincount(data.train_label).tolist() in ([1, 1, 1], [2, 2, 2])
     assert (data.val_size, data.test_size) == (3, 7)

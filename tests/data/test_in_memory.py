@@ -41,7 +41,7 @@ def train_epoch(epoch=0, **options):
     return epoch_of(toy(**options).train_dataloader(), epoch)
 
 
-# An epoch with and without the strong view keeps the same promises.
+# Epochs with and without the strong view pass the same tests.
 views = pytest.mark.parametrize("strong_view", [False, True], ids=["one view", "two views"])
 
 
@@ -94,22 +94,22 @@ def test_training_images_are_shifted_and_mirrored_originals():
     assert len(seen) > 35
 
 
-def test_flip_and_padding_can_be_switched_off():
+def test_flip_and_padding_can_be_disabled():
     plain = train_epoch(augment=False)
     assert same(train_epoch(padding=0, flip=False), plain)
     assert not same(train_epoch(padding=0), plain)
     assert not same(train_epoch(flip=False), plain)
 
 
-def test_the_strong_view_leaves_the_first_alone():
+def test_the_strong_view_does_not_change_the_first():
     one, two = train_epoch(2, seed=7), train_epoch(2, seed=7, strong_view=True)
     assert same([batch[:3] for batch in two], [batch[:3] for batch in one])
     evaluated = toy(strong_view=True, val_fraction=0.3)
     assert all(batch.strong is None for batch in [*evaluated.val_dataloader(), *evaluated.test_dataloader()])
 
 
-def test_the_first_view_is_what_it_was_before_there_was_a_second():
-    """Numbers taken when batches had one view: published runs can be repeated."""
+def test_the_first_view_is_the_same_as_before_there_was_a_second():
+    """Numbers recorded when batches had one view, so that published runs stay reproducible."""
     for batch, index, total in zip(
         train_epoch(1), ([77, 42, 86, 91], [74, 99, 0, 29]), (-436.251618, -333.669920), strict=False
     ):
@@ -122,7 +122,7 @@ def test_strong_view_is_a_crop_flip_and_randaugment_of_the_same_samples():
     loader.sampler.set_epoch(2)
     images = loader.split.images
     order, generator = loader.sampler.draw_order()
-    for _ in range(2):  # the crops of the first view come before
+    for _ in range(2):  # the crops of the first view are drawn before
         crops = draw_crop_flip(103, padding=2, flip=True, generator=generator)
     draw = draw_randaugment(103, 6, 5, generator)
     expected = RandAugment(draw, [slice(0, 103)], 6, 5)(crop_flip(images, order, crops, 6, 5), 0)
@@ -137,8 +137,8 @@ def test_strong_view_is_a_crop_flip_and_randaugment_of_the_same_samples():
 def test_strong_view_of_images_that_are_not_cropped():
     batch = merge(train_epoch(strong_view=True, augment=False, shuffle=False))
     kept = (batch.strong == batch.images).all(1).flatten(1).float().mean(1)
-    assert (kept < 1).all()  # for the hole
-    assert kept.max() > 0.5  # where what is drawn beside it changes little
+    assert (kept < 1).all()  # because of the hole
+    assert kept.max() > 0.5  # if the other operation changes little
 
 
 @views
@@ -152,23 +152,23 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(strong_view):
     assert not same(views(1, seed=0), views(0, seed=1))
 
 
-def test_jumping_to_an_epoch_equals_running_through():
+def test_jumping_to_an_epoch_equals_running_all_before_it():
     loader = toy().train_dataloader()
     through = [epoch_of(loader, epoch) for epoch in range(4)]
     assert same(epoch_of(toy().train_dataloader(), 3), through[3])
 
 
-def test_a_loop_of_ones_own_gets_the_next_epoch_each_time():
+def test_a_custom_loop_gets_the_next_epoch_each_time():
     loader = toy().train_dataloader()
     assert loader.state_dict() == {"epoch": 0, "batch": 0}
     passes = [list(loader) for _ in range(3)]
     assert all(same(batches, train_epoch(epoch)) for epoch, batches in enumerate(passes))
-    next(iter(loader))  # an iteration that is left early is begun anew
+    next(iter(loader))  # an unfinished epoch starts over
     assert same(list(loader), train_epoch(3))
 
 
 @pytest.mark.parametrize("batches", [1, 5, 9, 10], ids=["begin", "middle", "end", "next"])
-def test_a_loop_of_ones_own_goes_on_where_its_state_was_taken(batches):
+def test_a_custom_loop_resumes_at_its_saved_state(batches):
     def endless(loader):
         while True:
             yield from loader
@@ -191,7 +191,7 @@ def test_evaluation_is_the_same_each_time():
     assert same(list(resumed), list(loader))
 
 
-def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch():
+def test_an_iterator_created_before_set_epoch_draws_that_epoch():
     loader = toy().train_dataloader()
     iterator = iter(loader)
     loader.sampler.set_epoch(3)
@@ -199,7 +199,7 @@ def test_iterator_made_before_the_epoch_is_announced_still_draws_that_epoch():
 
 
 @views
-def test_loader_continues_in_the_middle_of_an_epoch(strong_view):
+def test_the_loader_resumes_within_an_epoch(strong_view):
     def train_loader():
         return toy(strong_view=strong_view).train_dataloader()
 
@@ -223,7 +223,7 @@ def test_loader_continues_in_the_middle_of_an_epoch(strong_view):
 
 @views
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_see_the_batches_of_a_single_process(world_size, strong_view):
+def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size, strong_view):
     alone = train_epoch(1, strong_view=strong_view)
     ranks = [train_epoch(1, rank=rank, world_size=world_size, strong_view=strong_view) for rank in range(world_size)]
     together = [merge(step) for step in zip(*ranks, strict=True)]
@@ -235,14 +235,14 @@ def test_ranks_see_the_batches_of_a_single_process(world_size, strong_view):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_share_the_test_split_exactly(world_size):
+def test_the_test_split_is_divided_exactly_between_ranks(world_size):
     ranks = [list(toy(rank=rank, world_size=world_size).test_dataloader()) for rank in range(world_size)]
     index = torch.cat([batch.index for rank in ranks for batch in rank])
     assert sorted(index.tolist()) == list(range(41))
     assert len({len(rank) for rank in ranks}) == 1
 
 
-def test_loading_consumes_no_global_randomness():
+def test_loading_does_not_change_the_global_random_state():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     data = toy(val_fraction=0.3, strong_view=True)
@@ -296,7 +296,7 @@ def test_validation_is_the_test_split_unless_some_is_held_out():
 @pytest.mark.parametrize(
     ("device", "options", "batches"), [("cpu", {}, 4), ("meta", {}, 1), ("meta", {"eval_batch_size": 10}, 103)]
 )
-def test_a_gpu_evaluates_more_images_at_a_time(device, options, batches):
+def test_evaluation_batches_are_larger_on_a_gpu(device, options, batches):
     data = Toy(**{"eval_batch_size": None} | options)
     data.trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device(device)), world_size=1, global_rank=0
@@ -332,17 +332,17 @@ def test_options_out_of_range_are_refused(options, message):
         Toy(**options)
 
 
-def test_split_that_cannot_be_stratified_is_refused():
+def test_a_split_that_cannot_be_stratified_is_refused():
     with pytest.raises(ValueError, match=r"val_fraction=0.01 of 103 images in 3 classes .* choose another fraction"):
         toy(val_fraction=0.01)
 
 
-def test_batch_must_be_shared_equally():
+def test_batch_size_must_be_divisible_by_the_number_of_processes():
     with pytest.raises(ValueError, match="batch_size=12 is the global batch and cannot be shared by 5 processes"):
         toy(world_size=5).train_dataloader()
 
 
-def test_sizes_before_setup_say_what_to_call():
+def test_sizes_before_setup_raise_and_name_the_calls_needed():
     with pytest.raises(RuntimeError, match=r"toy is not loaded yet: call prepare_data\(\) and setup\(\)"):
         Toy().describe()
     with pytest.raises(RuntimeError, match=r"toy is not loaded yet"):
@@ -351,7 +351,7 @@ def test_sizes_before_setup_say_what_to_call():
 
 
 @views
-def test_images_of_several_batches_made_together_are_the_same(strong_view, monkeypatch):
+def test_preparing_several_batches_at_once_gives_the_same_images(strong_view, monkeypatch):
     expected = train_epoch(strong_view=strong_view)
     monkeypatch.setattr(
         "rld_lightning.data.in_memory.InMemoryLoader._step_groups",
@@ -374,7 +374,7 @@ def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait(strong_view):
     loader = data.train_dataloader()
     loader.sampler.set_epoch(1)
     batches = iter(loader)
-    first = next(batches)  # moves the draws of the epoch to the device
+    first = next(batches)  # this moves the draws of the epoch to the device
     torch.cuda.set_sync_debug_mode("error")
     try:
         rest = list(batches)
@@ -388,7 +388,7 @@ def test_on_a_gpu_batches_are_bit_identical_and_steps_do_not_wait(strong_view):
 @pytest.mark.parametrize(
     ("options", "count"), [({}, 50), ({"flip": False}, 25), ({"padding": 0}, 2), ({"augment": False}, 1)]
 )
-def test_a_view_has_one_number_in_every_run(options, count):
+def test_a_view_has_the_same_number_in_every_run(options, count):
     seen = {}
     for other in ({}, {"seed": 3}, {"val_fraction": 0.3}, {"subset": 0.5, "val_fraction": 0.3}):
         data = toy(**options, **other)
@@ -403,7 +403,7 @@ def test_a_view_has_one_number_in_every_run(options, count):
 
 
 @pytest.mark.parametrize("options", [{}, {"flip": False}, {"padding": 0}, {"subset": 0.4, "val_fraction": 0.3}])
-def test_a_view_is_made_by_its_number_as_an_epoch_makes_it(options):
+def test_a_view_created_by_its_number_equals_that_of_an_epoch(options):
     data = toy(**options)
     batch = merge(epoch_of(data.train_dataloader(), 3))
     assert all(torch.equal(*pair) for pair in zip(data.look_at(batch.view)[:3], batch[:3], strict=True))
@@ -413,7 +413,7 @@ def test_a_view_is_made_by_its_number_as_an_epoch_makes_it(options):
     assert torch.equal(data.look_at(data.views_of(slice(5, 7))).index.unique(), torch.tensor([5, 6]))
 
 
-def test_views_are_told_apart_by_what_they_show():
+def test_views_facts_change_with_the_content_of_the_views():
     facts = toy().views_facts()
     assert toy(seed=1, val_fraction=0.3, batch_size=6, subset=0.5).views_facts() == facts
     for options in ({"padding": 1}, {"flip": False}, {"augment": False}):
@@ -424,7 +424,7 @@ def test_views_are_told_apart_by_what_they_show():
     assert ready(other).views_facts() != facts
 
 
-def test_views_are_told_apart_without_reading_again():
+def test_views_facts_need_no_second_reading():
     data, shared = toy(val_fraction=0.3), Toy(val_fraction=0.3)
     shared.take_over(data)
     facts = data.views_facts()

@@ -1,4 +1,4 @@
-"""Mixtures of images, beside torchvision's."""
+"""Mixup and CutMix, compared with torchvision's."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def batch(size=6, height=8, width=6, channels_last=True):
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0)])
-def test_images_and_labels_are_torchvisions_given_the_same_draw(monkeypatch, mixup, cutmix):
+def test_images_and_labels_equal_torchvisions_for_the_same_draw(monkeypatch, mixup, cutmix):
     one = batch()
     mix = Mix(mixup, cutmix, seed=3)
     for step in range(8):
@@ -42,7 +42,7 @@ def test_images_and_labels_are_torchvisions_given_the_same_draw(monkeypatch, mix
         assert ours.view is None
 
 
-def test_shares_are_of_beta_and_boxes_of_the_area_that_they_say():
+def test_shares_follow_beta_and_boxes_have_the_stated_area():
     shares = np.array([Mix(0.4, 0, 0).draw(1, step, 32, 32).share for step in range(2000)])
     assert abs(shares.mean() - 0.5) < 0.03
     assert abs(shares.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.01  # of Beta(a, a)
@@ -56,7 +56,7 @@ def test_shares_are_of_beta_and_boxes_of_the_area_that_they_say():
     assert 160 < sum(boxes) < 240
 
 
-def test_what_is_mixed_is_a_function_of_seed_epoch_and_step():
+def test_mixing_is_a_function_of_seed_epoch_and_step():
     data = ready(DigitsDataModule(batch_size=500, mixup=1.0, cutmix=1.0))
     first, again = (epoch_of(data.train_dataloader(), epoch=2) for _ in range(2))
     assert all(

@@ -1,4 +1,4 @@
-"""Against Pillow, image by image, because the public code of MLKD makes its strong view with it."""
+"""Comparison with Pillow, image by image, because the public code of MLKD uses it for its strong view."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def by_pillow(name, pixels, magnitude):
 
 
 def random_images(size, height, width, seed=0):
-    """Noise of the full range, of a range of its own for each channel, and of one value."""
+    """Noise of the full range, of a different range for each channel, and of one value."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(size, height, width, 3, generator=generator)
     low = torch.randint(200, (size, 1, 1, 3), generator=generator)
@@ -60,7 +60,7 @@ def random_images(size, height, width, seed=0):
 
 
 def random_magnitudes(name, size, seed=1):
-    """Uniform ones, and both ends of the range (but 8 bits and threshold 256 would do nothing)."""
+    """Uniform magnitudes and both ends of the range (without 8 bits and threshold 256, which would do nothing)."""
     low, high = MAGNITUDES[name]
     magnitude = low + (high - low) * torch.rand(size, generator=torch.Generator().manual_seed(seed))
     magnitude[:2] = torch.tensor([low, high])
@@ -68,7 +68,7 @@ def random_magnitudes(name, size, seed=1):
 
 
 def apply(name, images, magnitude):
-    """Apply one operation to a batch."""
+    """Applies one operation to a batch."""
     size, height, width, _ = images.shape
     operation = torch.full((size,), OPERATIONS.index(name))
     if name in OPERATIONS[FIRST_MOVE:]:
@@ -79,7 +79,7 @@ def apply(name, images, magnitude):
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (17, 30), (2, 3), (96, 64)])
 @pytest.mark.parametrize("name", OPERATIONS[1:])
-def test_every_operation_is_pillows(name, height, width):
+def test_every_operation_equals_pillows(name, height, width):
     images = random_images(40, height, width)
     magnitude = random_magnitudes(name, 40)
     actual = apply(name, images, magnitude)
@@ -88,7 +88,7 @@ def test_every_operation_is_pillows(name, height, width):
     assert torch.equal(actual, expected)
 
 
-def test_autocontrast_has_pillows_table_for_every_lowest_and_highest_value():
+def test_autocontrast_equals_pillows_for_every_lowest_and_highest_value():
     low, high = torch.triu_indices(256, 256, offset=1)
     images = torch.maximum(torch.arange(256), low[:, None]).minimum(high[:, None]).byte()
     actual = apply("autocontrast", images.view(-1, 3, 256).permute(0, 2, 1).unsqueeze(1).contiguous(), torch.zeros(1))
@@ -97,10 +97,10 @@ def test_autocontrast_has_pillows_table_for_every_lowest_and_highest_value():
     pillow = (images.numpy() * scale + -low.numpy()[:, None] * scale).astype(int).clip(0, 255)
     assert (actual.numpy() == pillow).all()
     exact = (images.long() - low[:, None]) * 255 // (high - low)[:, None]
-    assert (actual != exact).any()  # as floats have it
+    assert (actual != exact).any()  # due to rounding of floats
 
 
-def test_images_without_a_channel_to_stretch_or_equalize_stay():
+def test_constant_images_are_not_stretched_or_equalized():
     flat = torch.full((1, 4, 4, 3), 77, dtype=torch.uint8)
     for name in ("autocontrast", "equalize"):
         assert torch.equal(apply(name, flat, torch.zeros(1)), flat)
@@ -118,8 +118,8 @@ def test_cutout_is_pillows_rectangle():
     assert torch.equal(cutout(images, hole, filling), torch.stack(expected))
 
 
-def test_holes_are_those_of_the_reference():
-    """A side of up to half the width around a uniform centre; the first corner in the image, the last cut off there."""
+def test_holes_equal_the_reference():
+    """Up to half the width, around a uniform centre; both corners are clipped to the image."""
     size, height, width = 4000, 40, 20
     hole = draw_randaugment(size, height, width, torch.Generator().manual_seed(3)).hole
     generator = torch.Generator().manual_seed(3)
@@ -145,7 +145,7 @@ def test_draws_are_uniform():
         assert abs(magnitude.mean() - (low + high) / 2) <= 4 * (high - low) / (12 * len(magnitude)) ** 0.5
 
 
-def test_ranges_are_those_of_the_reference():
+def test_ranges_equal_the_reference():
     assert len(OPERATIONS) == 14
     assert randaugment.ROUNDS == 2
     assert [name for name, (low, high) in MAGNITUDES.items() if low == high == 0] == list(OPERATIONS[:3])
@@ -154,8 +154,8 @@ def test_ranges_are_those_of_the_reference():
     assert (MAGNITUDES["posterize"], MAGNITUDES["solarize"], MAGNITUDES["rotate"]) == ((4, 8), (0, 256), (-30, 30))
 
 
-def test_batches_are_both_operations_and_the_hole_of_each_sample():
-    """Each sample against a chain of Pillow's operations, whatever batch it is in."""
+def test_a_batch_gets_both_operations_and_the_hole_of_each_sample():
+    """Compares each sample with a chain of Pillow's operations, in any batch."""
     size, height, width = 300, 12, 10
     draw = draw_randaugment(size, height, width, torch.Generator().manual_seed(5))
     images = random_images(size, height, width)

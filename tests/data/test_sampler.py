@@ -24,7 +24,7 @@ def test_epoch_generator_depends_on_seed_and_epoch_only():
     assert len(streams) == 400
 
 
-def test_epoch_generator_leaves_the_global_state_alone():
+def test_epoch_generator_does_not_change_the_global_state():
     before = torch.get_rng_state()
     random_numbers(0, 0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -46,7 +46,7 @@ def test_training_visits_every_position_in_batches():
         (67, 64, 2, [64, 65, 66, 0]),
         (68, 64, 1, [64, 65, 66, 67]),
         (1, 64, 1, [0, 0]),
-        (3, 1, 1, [2]),  # as all others
+        (3, 1, 1, [2]),  # like all others
         (5, 2, 2, [4, 0]),
     ],
 )
@@ -58,7 +58,7 @@ def test_no_process_gets_a_last_batch_of_one_image(size, batch_size, world_size,
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_ranks_together_take_the_global_batches(world_size, drop_last):
+def test_the_ranks_together_get_the_global_batches(world_size, drop_last):
     alone = batches(training(drop_last=drop_last))
     ranks = [batches(training(drop_last=drop_last, rank=r, world_size=world_size)) for r in range(world_size)]
     together = [list(chain(*step)) for step in zip(*ranks, strict=True)]
@@ -71,7 +71,7 @@ def test_ranks_together_take_the_global_batches(world_size, drop_last):
 
 
 def test_last_training_batch_gives_each_rank_an_equal_share():
-    # One sample is left for three processes, and none is to train on a single one.
+    # One sample remains for three processes, and none may train on a single one.
     ranks = [batches(training(13, 12, rank=rank, world_size=3)) for rank in range(3)]
     assert [rank[-1] for rank in ranks] == [[12, 0], [1, 2], [3, 4]]
 
@@ -89,7 +89,7 @@ def test_evaluation_visits_each_sample_once_in_order(world_size, size, batch_siz
     assert max(map(len, together)) <= max(batch_size, 2 * world_size)
 
 
-def test_evaluation_of_cifar_at_the_default_batch_has_one_shape():
+def test_evaluation_batches_of_cifar_have_one_shape_by_default():
     assert {len(batch) for batch in batches(EpochSampler.for_evaluation(10_000, 512))} == {500}
 
 

@@ -1,4 +1,4 @@
-"""A folder that grows or shrinks is still shared out as it was when a run began."""
+"""A folder that grows or shrinks keeps the splits of its split file."""
 
 import pytest
 from helpers.photos import grow
@@ -14,7 +14,7 @@ def members(root, file, **options):
 
 
 @pytest.mark.parametrize("folders", [("",), ("train", "val")])
-def test_what_was_drawn_is_drawn_once(tmp_path, folders):
+def test_random_splits_are_drawn_once(tmp_path, folders):
     root, file = tmp_path / "photos", tmp_path / "run" / SPLIT
     for folder in folders:
         grow(root / folder, ("cat", "dog"))
@@ -27,19 +27,19 @@ def test_what_was_drawn_is_drawn_once(tmp_path, folders):
     data, again = members(root, file, val_fraction=0.2, seed=3)
     assert (again, file.read_bytes()) == (drawn, written)
     assert "shared out" not in data.describe()
-    grow(root / folders[0], ("cat", "dog"), start=10)  # without the file, all would be drawn anew
+    grow(root / folders[0], ("cat", "dog"), start=10)  # without the file, splits would be drawn again
     gone = drawn["train"].pop()
     (root / gone).unlink()
     data, grown = members(root, file, val_fraction=0.2, seed=4)
     assert grown == drawn
     assert data.describe().endswith(f"split as in {file}, 1 of them are missing, 20 new ones are ignored")
-    # A part of the training images is no other way of sharing out.
+    # A subset of the training images does not change the splits.
     _, few = members(root, file, val_fraction=0.2, subset=0.5)
     assert len(few["train"]) < len(drawn["train"])
     assert few["test"] == drawn["test"]
 
 
-def test_where_nothing_was_drawn_nothing_is_written(tmp_path):
+def test_without_random_splits_no_file_is_written(tmp_path):
     for split in ("train", "val"):
         grow(tmp_path / split, ("cat", "dog"), count=1)
     members(tmp_path, tmp_path / SPLIT)
@@ -57,7 +57,7 @@ def test_where_nothing_was_drawn_nothing_is_written(tmp_path):
         ('split,image\ntrain,"cat/000, a.png"\ntest,"cat/001, a.png"\n', "set data.val_fraction=0"),
     ],
 )
-def test_a_file_that_says_something_else_is_refused(tmp_path, content, words):
+def test_an_invalid_file_is_refused(tmp_path, content, words):
     grow(tmp_path / "photos", ("cat", "dog"), count=5)
     (tmp_path / SPLIT).write_text(content)
     with pytest.raises(ValueError, match=words):

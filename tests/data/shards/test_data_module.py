@@ -1,4 +1,4 @@
-"""Shards give what the folder gives, in an order of their own that no number of processes or workers changes."""
+"""Shards give the folder's images, in an order that does not depend on the number of processes or workers."""
 
 import logging
 import shutil
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(folder, tmp_path_factory):
-    """45 training images and 18 test images, about four a shard."""
+    """45 training images and 18 test images, about four per shard."""
     root = tmp_path_factory.mktemp("100% shards")
     pack_folder(folder, root)
     return root
@@ -54,7 +54,7 @@ def test_evaluation_is_that_of_the_folder(folder, shards):
     assert same(list(shards_data(shards).test_dataloader()), list(folder_data(folder).test_dataloader()))
 
 
-def test_photographs_are_turned_in_shards_and_in_the_cache_of_shards(folder, tmp_path):
+def test_the_exif_orientation_is_applied_in_shards_and_from_the_cache(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "turned")
     exif = Image.Exif()
     for number, path in enumerate(sorted((tmp_path / "turned").rglob("*.JPEG"))):
@@ -68,7 +68,7 @@ def test_photographs_are_turned_in_shards_and_in_the_cache_of_shards(folder, tmp
         assert same(list(shards_data(address, cache=tmp_path / "cache").test_dataloader()), expected)
 
 
-def test_training_images_are_the_folders_packed_in_random_order(folder, shards):
+def test_training_images_are_packed_in_random_order(folder, shards):
     plain = {"shuffle": False, "augment": False, "strong_view": True}
     expected = merge(folder_data(folder, **plain).train_dataloader())
     data = shards_data(shards, **plain)
@@ -79,7 +79,7 @@ def test_training_images_are_the_folders_packed_in_random_order(folder, shards):
     assert torch.equal(actual.label, data.train_label)
 
 
-def test_every_image_once_an_epoch_in_another_order(shards):
+def test_each_epoch_has_every_image_once_in_another_order(shards):
     first, second = merge(train_epoch(shards, 0)), merge(train_epoch(shards, 1))
     for epoch in (first, second):
         assert sorted(epoch.index[:42].tolist() + epoch.index[42:45].tolist()) == list(range(45))
@@ -106,7 +106,7 @@ def test_batches_do_not_depend_on_workers_or_place(shards, place, tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("options", [{}, {"mixed_shards": None}, {"streams": 4}], ids=["", "all mixed", "4 streams"])
-def test_ranks_see_the_batches_of_a_single_process(shards, world_size, options):
+def test_global_batches_do_not_depend_on_the_number_of_ranks(shards, world_size, options):
     alone = train_epoch(shards, 1, **options)
     ranks = [train_epoch(shards, 1, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     together = [merge(step) for step in zip(*ranks, strict=True)]
@@ -119,14 +119,14 @@ def test_ranks_see_the_batches_of_a_single_process(shards, world_size, options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_continues_in_its_middle(shards, num_workers):
+def test_the_loader_resumes_within_an_epoch(shards, num_workers):
     loader = shards_data(shards, num_workers=num_workers).train_dataloader()
     loader.load_state_dict({"epoch": 2, "batch": 5})
     assert same(epoch_of(loader, 2), train_epoch(shards, 2)[5:])
     assert same(epoch_of(loader, 3), train_epoch(shards, 3))
 
 
-def test_loading_consumes_no_global_randomness(shards):
+def test_loading_does_not_change_the_global_random_state(shards):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     data = shards_data(shards)
@@ -146,7 +146,7 @@ def test_held_out_images_and_subsets_are_stratified(shards):
     assert torch.equal(batch.label, data.train_label[batch.index])
 
 
-def test_a_validation_split_of_its_own_is_packed_too(folder, tmp_path):
+def test_a_separate_validation_split_is_packed_too(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "images")
     shutil.copytree(folder / "val", tmp_path / "images" / "test")
     pack_folder(tmp_path / "images", tmp_path / "shards")
@@ -156,7 +156,7 @@ def test_a_validation_split_of_its_own_is_packed_too(folder, tmp_path):
 
 
 def spoil(root, split, *positions):
-    """Overwrite images in their shards and return what they are called."""
+    """Overwrites images in their shards and returns their names."""
     images = shards_data(root).splits[split]
     for position in positions:
         with (root / images.path(position).split("/")[-2]).open("r+b") as file:
@@ -216,26 +216,26 @@ class TestOrder:
             row = drawn[:, 16 * stream : 16 * (stream + 1)].ravel()
             lives = [np.flatnonzero(row == shard)[[0, -1]] for shard in np.unique(row)]
             in_use = [sum(first <= at <= last for first, last in lives) for at in range(len(row))]
-            assert max(in_use) <= 4  # two for the window, and one at each of its ends
+            assert max(in_use) <= 4  # two for the window, and one at each end
         mixed = [len(np.unique(batch)) for batch in drawn]
         assert np.mean(mixed[10:-10]) > 8
 
     def test_images_of_a_shard_are_spread(self):
         order = self.order().numpy()
-        order = order[: self.size // self.batch * self.batch].reshape(-1, 4, 16)  # batches, streams, places
+        order = order[: self.size // self.batch * self.batch].reshape(-1, 4, 16)  # batches, streams, positions
         neighbours = self.shard[order[..., 1:]] == self.shard[order[..., :-1]]
         assert 0.2 < neighbours[10:-10].mean() < 0.5  # of three shards in use; 0.98 in the order of the shards
         assert (np.diff(order) == 1).mean() < 0.05
 
     @pytest.mark.parametrize("world_size", [2, 4])
-    def test_ranks_share_hardly_a_shard(self, world_size):
+    def test_hardly_a_shard_is_read_by_two_ranks(self, world_size):
         batches = self.size // self.batch
         drawn = self.shard[self.order()[: batches * self.batch].numpy()].reshape(batches, world_size, -1)
         read = [len(np.unique(drawn[:, rank])) for rank in range(world_size)]
         assert sum(read) <= 64 + world_size - 1
 
 
-def test_shards_are_announced_once_and_ahead_of_their_images(shards):
+def test_shards_are_requested_once_and_ahead_of_their_images(shards):
     for rank, world_size in ((0, 1), (1, 3)):
         loader = shards_data(shards, rank, world_size, streams=1, mixed_shards=1).train_dataloader()
         images, announced = loader.dataset.images, []

@@ -1,4 +1,4 @@
-"""The arrays of an index are unpacked to what they say they are, and to no more."""
+"""The arrays of an index are unpacked within their limits."""
 
 import io
 import tracemalloc
@@ -19,7 +19,7 @@ def listed(count):
 
 
 def content(**changes):
-    """A file as it is written, with other bytes for some of its arrays."""
+    """Returns a valid file, with other bytes for some of its arrays."""
     packed = pack_samples({split: listed(count) for split, count in COUNTS.items()})
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         arrays = {name: archive.read(name) for name in archive.namelist()}
@@ -36,7 +36,7 @@ def npy(values, shape=None):
     return buffer.getvalue() if shape is None else buffer.getvalue().replace(b"(5,)", shape)
 
 
-def test_what_is_packed_is_unpacked():
+def test_packed_samples_are_unpacked_unchanged():
     found = unpack_samples(content(), COUNTS)
     for split, count in COUNTS.items():
         for values, expected in zip(found[split], listed(count), strict=True):
@@ -58,7 +58,7 @@ def test_what_is_packed_is_unpacked():
         ({"member": None}, COUNTS, "its samples are no arrays"),
     ],
 )
-def test_what_is_no_list_of_images_is_refused_before_it_is_unpacked(changes, counts, words):
+def test_invalid_arrays_are_refused_before_unpacking(changes, counts, words):
     packed = content(**changes)
     tracemalloc.start()
     try:
@@ -69,13 +69,13 @@ def test_what_is_no_list_of_images_is_refused_before_it_is_unpacked(changes, cou
         tracemalloc.stop()
 
 
-def test_what_claims_too_much_is_not_unpacked(monkeypatch):
+def test_oversized_arrays_are_not_unpacked(monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 500)
     with pytest.raises(ValueError, match=r"its samples claim [\d,]+ bytes, more than the 500 that are read"):
         unpack_samples(content(), COUNTS)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"PK", content()[:-30], content().replace(b"train.size", b"train.sise")])
-def test_what_is_no_archive_is_refused(damaged):
+def test_damaged_archives_are_refused(damaged):
     with pytest.raises(ValueError, match="its samples are no arrays"):
         unpack_samples(damaged, COUNTS)

@@ -1,4 +1,4 @@
-"""Shards that are missing, cut off or far away, and the cache for those that are."""
+"""Missing, truncated and remote shards, and the cache of remote ones."""
 
 import json
 import os
@@ -35,7 +35,7 @@ GB = 1e-9
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """45 training images and 18 test images, about two a shard."""
+    """45 training images and 18 test images, about two per shard."""
     root = tmp_path_factory.mktemp("store")
     write_images(root / "images")
     pack_folder(root / "images", root / "shards", shard_mb=0.0008)
@@ -76,7 +76,7 @@ def test_damaged_shards_are_named_before_a_run(shards):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_shard_that_is_cut_off_during_a_run_is_named(shards, num_workers):
+def test_a_shard_truncated_during_a_run_is_named(shards, num_workers):
     data = shards_data(shards, num_workers=num_workers)
     for path in shards.glob("train-*.tar"):
         os.truncate(path, 1000)
@@ -88,7 +88,7 @@ def test_a_shard_that_is_cut_off_during_a_run_is_named(shards, num_workers):
         list(data.test_dataloader())
 
 
-def test_shards_of_a_server_are_fetched_once_for_all_processes(shards, tmp_path):
+def test_shards_are_downloaded_once_for_all_processes(shards, tmp_path):
     with serve(shards) as (address, asked):
         alone = epoch_of(shards_data(shards).train_dataloader(), 1)
         ranks = [shards_data(address, rank, 2, cache=tmp_path / "cache") for rank in range(2)]
@@ -103,7 +103,7 @@ def test_shards_of_a_server_are_fetched_once_for_all_processes(shards, tmp_path)
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_cache_stays_within_its_bounds(shards, tmp_path, num_workers):
+def test_the_cache_stays_within_its_limit(shards, tmp_path, num_workers):
     size = (shards / "train-000000.tar").stat().st_size
     expected = [epoch_of(shards_data(shards, streams=1, mixed_shards=2).train_dataloader(), epoch) for epoch in (0, 1)]
     limit = 12 * size
@@ -135,7 +135,7 @@ def test_a_cache_that_is_too_small_is_refused(shards, tmp_path):
         shards_data(address, cache=tmp_path, cache_gb=20 * size * GB)
 
 
-def test_what_a_killed_process_has_left_in_the_cache_is_removed(shards, tmp_path):
+def test_partial_files_of_killed_processes_are_removed_from_the_cache(shards, tmp_path):
     size = (shards / "train-000000.tar").stat().st_size
     with serve(shards) as (address, _):
         addresses = [f"{address}/train-{number:06d}.tar" for number in range(3)]
@@ -152,7 +152,7 @@ def test_what_a_killed_process_has_left_in_the_cache_is_removed(shards, tmp_path
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_shards_that_a_server_lost_or_cut_off_are_named(shards, tmp_path, num_workers):
+def test_missing_or_truncated_shards_of_a_server_are_named(shards, tmp_path, num_workers):
     with serve(shards) as (address, _):
         data = shards_data(address, cache=tmp_path, num_workers=num_workers)
         (shards / "train-000004.tar").unlink()
@@ -166,7 +166,7 @@ def test_shards_that_a_server_lost_or_cut_off_are_named(shards, tmp_path, num_wo
             shards_data(address, cache=tmp_path)
 
 
-def test_a_store_that_cannot_be_reached_is_named(shards, tmp_path):
+def test_an_unreachable_storage_is_named(shards, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(
@@ -179,7 +179,7 @@ def test_a_store_that_cannot_be_reached_is_named(shards, tmp_path):
         list(data.train_dataloader())
 
 
-def test_single_images_are_fetched_from_a_store_without_a_cache(shards, tmp_path):
+def test_single_images_are_downloaded_without_a_cache(shards, tmp_path):
     store = fsspec.filesystem("memory")
     store.put(str(shards), "/pets", recursive=True)
     try:
@@ -194,14 +194,14 @@ def test_single_images_are_fetched_from_a_store_without_a_cache(shards, tmp_path
         store.rm("/pets", recursive=True)
 
 
-def test_a_server_without_ranges_is_no_source_of_single_images(shards, tmp_path):
+def test_a_server_without_ranges_cannot_serve_single_images(shards, tmp_path):
     with serve(shards) as (address, _):
         data = shards_data(address, cache=tmp_path, cache_gb=0)
         with pytest.raises(ShardError, match=r"sends whole files only: give data.cache_gb room for shards"):
             list(data.train_dataloader())
 
 
-def test_a_store_of_an_unknown_kind_is_refused():
+def test_an_unknown_url_scheme_is_refused():
     with pytest.raises(ValueError, match=r"carrier-pigeon://loft/index.json cannot be opened"):
         shards_data("carrier-pigeon://loft")
 
@@ -220,13 +220,13 @@ def test_a_store_of_an_unknown_kind_is_refused():
         "ftp://host/x",
     ],
 )
-def test_stores_that_read_other_files_or_wrap_others_are_refused_in_one_sentence(shards, tmp_path, address):
+def test_file_systems_that_read_local_files_or_wrap_others_are_refused_in_one_sentence(shards, tmp_path, address):
     sentence = re.escape(": addresses of shards are paths or begin with file://, http://, https://, s3:// or gs://.")
     with pytest.raises(ValueError, match=rf"{re.escape(address)}/index.json cannot be opened{sentence}"):
         shards_data(address)
     with pytest.raises(ValueError, match=rf"^{re.escape(address)} cannot be opened{sentence}"):
         open_store(address)
-    # Neither are they opened for an index that somebody else has written.
+    # Likewise for an index written by someone else.
     change(shards, lambda index: index["shards"]["train"][0].update(path=address))
     with (
         serve(shards) as (server, _),
@@ -237,7 +237,7 @@ def test_stores_that_read_other_files_or_wrap_others_are_refused_in_one_sentence
 
 
 def change(shards, edit):
-    """Edits an index, whose ``index.npz`` stays the right one."""
+    """Edits ``index.json`` while ``index.npz`` stays valid."""
     index = json.loads((shards / "index.json").read_text())
     edit(index)
     (shards / "index.json").write_text(json.dumps(index))
@@ -245,7 +245,7 @@ def change(shards, edit):
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "file:///etc/passwd", "{shards}/train-000000.tar"])
-def test_an_index_from_elsewhere_names_no_files_of_this_machine(shards, tmp_path, place):
+def test_a_remote_index_cannot_name_local_files(shards, tmp_path, place):
     place = place.format(shards=shards)
     change(shards, lambda index: [shard.update(path=place) for split in index["shards"].values() for shard in split])
     with serve(shards) as (address, asked):
@@ -273,12 +273,12 @@ def test_an_index_from_elsewhere_names_no_files_of_this_machine(shards, tmp_path
         (lambda index: index["shards"]["train"][0].update(bytes=100), "it has train images outside their shards"),
     ],
 )
-def test_an_index_that_nobody_would_write_is_refused(shards, edit, message):
+def test_an_invalid_index_is_refused(shards, edit, message):
     with pytest.raises(ValueError, match=rf"index.json is not an index of shards \(.*{message}.*\): make it again"):
         shards_data(change(shards, edit))
 
 
-def test_a_shard_that_is_a_pipe_is_not_waited_for(shards):
+def test_a_shard_that_is_a_pipe_does_not_block(shards):
     path = shards / "train-000003.tar"
     path.unlink()
     os.mkfifo(path)
@@ -287,7 +287,7 @@ def test_a_shard_that_is_a_pipe_is_not_waited_for(shards):
 
 
 class _Endless(SimpleHTTPRequestHandler):
-    """Sends more than it announced, or slowly."""
+    """Sends more than announced, or slowly."""
 
     def do_GET(self):
         if not self.path.endswith(self.server.bad):
@@ -313,25 +313,25 @@ def lying(folder, bad, block, pause, *, packed=False):
         yield f"http://127.0.0.1:{server.server_port}"
 
 
-def test_a_shard_without_end_is_not_written_beyond_its_size(shards, tmp_path):
+def test_an_endless_shard_is_not_written_beyond_its_size(shards, tmp_path):
     size = (shards / "test-000000.tar").stat().st_size
     with lying(shards, "test-000000.tar", bytes(1 << 16), 0) as address:
         data = shards_data(address, cache=tmp_path / "cache")
         with pytest.raises(ShardError, match=rf"the server sends more than the expected {size:,} bytes"):
             list(data.test_dataloader())
-    assert not list((tmp_path / "cache").glob("test-000000*.part"))  # others may be on their way
+    assert not list((tmp_path / "cache").glob("test-000000*.part"))  # others may be downloading
 
 
 @pytest.mark.parametrize("bad", ["test-000000.tar", "index.json"])
-def test_a_store_that_sends_a_byte_now_and_then_is_ended(shards, tmp_path, bad, monkeypatch):
+def test_a_transfer_that_is_too_slow_is_aborted(shards, tmp_path, bad, monkeypatch):
     monkeypatch.setattr(download, "SLOW_SECONDS", 0.2)
     message = r"the server has sent \d+ bytes/s for \d s, less than the minimum of 10,000"
     with lying(shards, bad, b"x", 0.02) as address, pytest.raises(OSError, match=message):
         list(shards_data(address, cache=tmp_path / "cache").test_dataloader())
 
 
-def test_those_who_wait_for_a_shard_hear_why_it_cannot_be_had(tmp_path, monkeypatch):
-    """A worker of eight on each of eight GPUs would else be the last to hear it, after hours."""
+def test_processes_waiting_for_a_shard_get_the_error_of_its_download(tmp_path, monkeypatch):
+    """Otherwise the last of eight workers on each of eight GPUs would report it after hours."""
     asked, locks, wait = [], [], threading.Event()
 
     def lock(path, **options):
@@ -351,7 +351,7 @@ def test_those_who_wait_for_a_shard_hear_why_it_cannot_be_had(tmp_path, monkeypa
         waiting = [workers.submit(store.read, 0, 0, 1) for _ in range(4)]
         while not asked or locks.count(f"{store.target(0)}.lock") < 5:
             time.sleep(0.01)
-        store.fetch(0)  # which waits for nobody
+        store.fetch(0)  # does not wait
         wait.set()
         for error in (one.exception() for one in waiting):
             assert isinstance(error, ShardError)
@@ -359,7 +359,7 @@ def test_those_who_wait_for_a_shard_hear_why_it_cannot_be_had(tmp_path, monkeypa
     assert len(asked) == shard_store.ATTEMPTS
     with pytest.raises(ShardError, match="the server is slow"):
         store.read(0, 0, 1)
-    assert len(asked) == 2 * shard_store.ATTEMPTS  # whoever comes later asks anew
+    assert len(asked) == 2 * shard_store.ATTEMPTS  # a later process tries again
     monkeypatch.setattr(shard_store, "get_file", lambda store, path, target, most: target.write_bytes(bytes(10)))
     assert store.read(0, 0, 1).tolist() == [0]
     assert {path.suffix for path in tmp_path.iterdir()} == {".shard", ".lock"}
@@ -373,7 +373,7 @@ def test_a_single_image_is_not_read_beyond_its_size(shards, packed):
         list(shards_data(address, cache_gb=0).test_dataloader())
 
 
-def test_a_single_image_is_not_waited_for_without_end(shards, tmp_path, monkeypatch):
+def test_waiting_for_a_single_image_is_limited(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.1)
     with lying(shards, "test-000000.tar", b"x", 0.02) as address:
         data = shards_data(address, cache_gb=0)
@@ -381,7 +381,7 @@ def test_a_single_image_is_not_waited_for_without_end(shards, tmp_path, monkeypa
             list(data.test_dataloader())
 
 
-def test_a_disk_without_room_for_the_next_shard_is_named(shards, tmp_path, monkeypatch):
+def test_a_disk_without_space_for_the_next_shard_is_named(shards, tmp_path, monkeypatch):
     with serve(shards) as (address, _):
         data = shards_data(address, cache=tmp_path / "cache")
         monkeypatch.setattr(shard_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5000))
@@ -390,7 +390,7 @@ def test_a_disk_without_room_for_the_next_shard_is_named(shards, tmp_path, monke
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_a_missing_index_or_one_of_others_is_named(shards, tmp_path):
+def test_a_missing_or_invalid_index_is_named(shards, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=f"{tmp_path}/index.json is not there: set root to .* scripts/shards.py"
     ):

@@ -1,4 +1,4 @@
-"""Packing folders into shards, and listing shards that others have packed."""
+"""Packing folders into shards, and indexing existing shards."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_webdataset_reads_what_is_packed(folder, tmp_path):
+def test_webdataset_reads_packed_shards(folder, tmp_path):
     pack_folder(folder, tmp_path)
     data = folder_data(folder)
     originals = sorted((path.read_bytes(), number) for number, name in enumerate("abc")
@@ -46,7 +46,7 @@ def test_packing_twice_gives_the_same_bytes_and_never_overwrites(folder, tmp_pat
         pack_folder(folder, tmp_path / "c", shard_mb=0)
 
 
-def test_packing_into_a_store(folder, tmp_path):
+def test_packing_into_object_storage(folder, tmp_path):
     store = fsspec.filesystem("memory")
     try:
         pack_folder(folder, "memory://bucket/pets")
@@ -88,7 +88,7 @@ def test_class_names_default_to_numbers_and_must_suffice(folder, tmp_path):
     index = index_shards(patterns, str(tmp_path / "index"), name="found")
     assert index.class_names == ["0", "1", "2"]
     assert index.shards["train"][0].path == f"{tmp_path}/shards/train-000000.tar"
-    # Beside its shards an index can be moved with them.
+    # An index beside its shards can be moved with them.
     index_shards(patterns, f"{tmp_path}/shards", name="found")
     (tmp_path / "shards").rename(tmp_path / "moved")
     assert shards_data(tmp_path / "moved", image_size=16).train_size == 45
@@ -144,13 +144,13 @@ def test_samples_are_found_among_other_files():
         (gzip.compress(tar_of(**{"a.cls": b"1", "a.jpg": b"x"})), "compressed shards have to be unpacked"),
     ],
 )
-def test_what_is_no_shard_of_classified_images_is_refused(content, message):
+def test_other_tar_files_are_refused(content, message):
     with pytest.raises(ValueError, match=message):
         listed(content)
 
 
 def with_size(content, name, size):
-    """The tar file with another size in the header of a member."""
+    """Returns the tar file with another size in a member's header."""
     at = content.index(name.encode())
     header = bytearray(content[at : at + 512])
     header[124:136] = size.to_bytes(12, signed=True) if size < 0 else b"\x80" + size.to_bytes(11)
@@ -160,7 +160,7 @@ def with_size(content, name, size):
 
 
 def sparse(content, name, size):
-    """The tar file with a member that is one hole of this size."""
+    """Returns the tar file with a sparse member that is one hole of this size."""
     at = content.index(name.encode())
     header = bytearray(content[at : at + 512])
     header[156:157] = tarfile.GNUTYPE_SPARSE
@@ -175,7 +175,7 @@ def sparse(content, name, size):
 
 
 @pytest.mark.parametrize("name", ["a.cls", "a.jpg"])
-def test_members_that_claim_a_terabyte_are_refused_unread(name):
+def test_members_that_claim_a_terabyte_are_refused_without_reading(name):
     content = tar_of(**{"a.cls": b"1", "a.jpg": b"x"})
     assert listed(with_size(content, name, 1)).label.tolist() == [1]
     message = r"no number of a class" if name == "a.cls" else "x.tar is not a whole tar file"
@@ -185,7 +185,7 @@ def test_members_that_claim_a_terabyte_are_refused_unread(name):
         listed(sparse(content, name, 10**12))
 
 
-def test_a_member_of_fewer_than_no_bytes_is_not_read_for_ever():
+def test_a_member_of_negative_size_is_not_read_forever():
     content = tar_of(**{"a.cls": b"1", "a.jpg": b"x", "README": b"x"})
     with pytest.raises(ValueError, match=r"x.tar is not a whole tar file \(README has -512 bytes\)"):
         listed(with_size(content, "README", -512))
@@ -203,7 +203,7 @@ def test_a_file_that_cannot_be_packed_is_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize("length", [100, 512, 700, 1024, 1500, 2048, 2100, 2500])
-def test_a_shard_that_was_cut_off_is_refused_wherever(length):
+def test_a_shard_truncated_anywhere_is_refused(length):
     content = tar_of(**{"a.cls": b"1", "a.jpg": bytes(range(1, 256)) * 3})
     assert listed(content).label.tolist() == [1]
     with pytest.raises(ValueError, match=r"x.tar is not a whole tar file"):
