@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from helpers.configs import CONF, FRAMES, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, compose
+from helpers.configs import CONF, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, TEMPLATES, compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
@@ -35,7 +35,7 @@ def unresolved(*overrides):
 @cache
 def choices_of(group):
     """Every option of a group, composed at once under a name of its own, as the same files say the same anywhere."""
-    names = {"model": [*PAIRS, *FRAMES, *SINGLES], "loss": LOSSES}[group]
+    names = {"model": [*PAIRS, *TEMPLATES, *SINGLES], "loss": LOSSES}[group]
     return unresolved(*(f"+{group}@choices.{name}={name}" for name in names))["choices"]
 
 

@@ -1,1 +1,1 @@
-"""Pieces that tests of several files share; no test imports a test."""
+"""Helpers shared by several test files; no test imports another test."""

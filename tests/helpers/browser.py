@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium through chromedriver, over the WebDriver protocol itself."""
+"""A real browser for tests: headless Chromium, controlled through chromedriver's WebDriver protocol."""
 
 import base64
 import json
@@ -14,17 +14,17 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
 )
-_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # what the protocol calls a reference
+_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key of an element reference
 
 
 class Browser:
-    """A tab."""
+    """A browser tab."""
 
     def __init__(self, address):
         self.address = address
 
     def __call__(self, path, **values):
-        """One command; a GET where there are no values."""
+        """Sends a command and returns its value; a GET if there are no values."""
         body = json.dumps(values).encode() if values or path.endswith(("/click", "/refresh")) else None
         request = Request(f"{self.address}/{path}", body, {"Content-Type": "application/json"})
         with urlopen(request, timeout=60) as answer:
@@ -34,39 +34,39 @@ class Browser:
         self("url", url=address)
 
     def run(self, script, *arguments):
-        """What a script in the page returns."""
+        """Runs a script in the page and returns its value."""
         return self("execute/sync", script=script, args=list(arguments))
 
     def wait(self, script, seconds=20):
-        """Waits until a script returns something true, and gives that."""
+        """Waits until a script returns a true value, and returns it."""
         end = time.monotonic() + seconds
-        while not (found := self.run(script)):
+        while not (value := self.run(script)):
             assert time.monotonic() < end, script
             time.sleep(0.05)
-        return found
+        return value
 
     def type(self, selector, text):
-        """Types into an element; of one for files, their path."""
+        """Types into an element; for a file input, the file's path."""
         element = self("element", using="css selector", value=selector)[_ELEMENT]
         self(f"element/{element}/value", text=str(text))
 
     def press(self, *keys):
-        """Presses keys, one after the other, wherever the focus is."""
+        """Presses keys one after another in the focused element."""
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self("actions", actions=[{"type": "key", "id": "keys", "actions": steps}])
 
     def resize(self, width, height=900):
-        """What the page has to itself, also narrower than a window may be."""
+        """Sets the size of the page, which may be narrower than the smallest window."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=metrics)
 
     def prefer(self, scheme):
-        """``"light"`` or ``"dark"``."""
+        """Sets the preferred colour scheme: ``"light"`` or ``"dark"``."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self("goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": features})
 
     def log(self):
-        """What the console has been told, such as breaches of the page's policy."""
+        """The console's messages, such as violations of the page's content security policy."""
         return [entry["message"] for entry in self("se/log", type="browser")]
 
     def screenshot(self, path):
@@ -75,7 +75,7 @@ class Browser:
 
 @contextmanager
 def chromium(profile, *flags):
-    """A browser with a new profile, and more flags perhaps; skips the test where there is none."""
+    """Starts a browser with a new profile and additional flags; skips the test if there is no browser."""
     driver, program = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if driver is None or program is None:
         pytest.skip("needs chromium and chromedriver")

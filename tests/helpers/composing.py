@@ -1,4 +1,4 @@
-"""Hydra composes in less than half the time where files are read, and expressions parsed, once."""
+"""Caches for Hydra's composition, which more than halve its time."""
 
 import pickle
 from functools import cache, wraps
@@ -13,17 +13,17 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 
 
-def remember() -> None:
-    """Has files of configuration read once, as long as they do not change, and OmegaConf's expressions parsed once.
+def cache_composition() -> None:
+    """Caches config files until they change, and OmegaConf's parsed expressions.
 
-    What defaults could be interpolated with is put together only where one is; in ``conf/`` none is.
+    The map for interpolated defaults is built only if there are any; ``conf/`` has none.
     """
-    Plugins.instance()  # which imports the sources anew
+    Plugins.instance()  # imports the sources again
     files, packaged = map(SourcesRegistry.instance().resolve, ("file", "pkg"))
     if not hasattr(files.load_config, "__wrapped__"):
-        files.load_config = _remembering(files.load_config, _state_of_file)
-        packaged.load_config = _remembering(packaged.load_config, lambda _source, _name: True)  # of what is installed
-        parse = cache(omegaconf.grammar_parser.parse)  # a tree that is only read
+        files.load_config = _cached(files.load_config, _state_of_file)
+        packaged.load_config = _cached(packaged.load_config, lambda _source, _name: True)  # installed files
+        parse = cache(omegaconf.grammar_parser.parse)  # the tree is only read
         for module in (omegaconf._utils, omegaconf.base, omegaconf.grammar_parser, omegaconf.resolvers.oc):
             module.parse = parse
         create = defaults_list._create_interpolation_map
@@ -32,19 +32,19 @@ def remember() -> None:
         )
 
 
-def _remembering(load, state_of):
-    """A source's ``load_config`` that gives copies of what a file said when it was first in this state."""
-    remembered = {}
+def _cached(load, state_of):
+    """Wraps a source's ``load_config``; returns copies of a file's cached contents while its state is the same."""
+    contents = {}
 
     @wraps(load)
     def load_config(source, config_path):
         state = state_of(source, config_path)
         key = (source.provider, source.path, config_path, state)
         if not state:
-            return load(source, config_path)  # which says what is wrong
-        if key not in remembered:
-            remembered[key] = pickle.dumps(load(source, config_path))
-        return pickle.loads(remembered[key])  # a copy in a seventh of the time of OmegaConf's own
+            return load(source, config_path)  # raises the error
+        if key not in contents:
+            contents[key] = pickle.dumps(load(source, config_path))
+        return pickle.loads(contents[key])  # seven times faster than OmegaConf's copy
 
     return load_config
 

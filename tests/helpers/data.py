@@ -1,4 +1,4 @@
-"""What the tests of loaders share."""
+"""Helpers for tests of data modules and loaders."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from rld_lightning.data import Batch
 
 
 def same(a, b):
-    """Whether two lists of tuples of tensors (or ``None``) are equal bit for bit."""
+    """Whether two lists of tuples of tensors (or ``None``) are bitwise equal."""
     return len(a) == len(b) and all(
         x is y if x is None or y is None else torch.equal(x, y)
         for left, right in zip(a, b, strict=True)
@@ -19,17 +19,17 @@ def same(a, b):
 
 
 def merge(batches):
-    """Concatenate batches into one."""
+    """Concatenates batches into one."""
     return Batch(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*batches, strict=True)))
 
 
 def part(batch, *bounds):
-    """Slice all tensors of a batch."""
+    """Slices all tensors of a batch."""
     return Batch(*(None if values is None else values[slice(*bounds)] for values in batch))
 
 
 def ready(data, rank=0, world_size=1):
-    """Prepare and set up a data module as process ``rank`` of ``world_size`` would."""
+    """Prepares and sets up a data module as in process ``rank`` of ``world_size``."""
     if world_size > 1:
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
@@ -39,13 +39,13 @@ def ready(data, rank=0, world_size=1):
 
 
 def epoch_of(loader, epoch=0):
-    """List the batches of an epoch."""
+    """Returns the batches of an epoch."""
     loader.sampler.set_epoch(epoch)
     return list(loader)
 
 
 def write_jpegs(root, counts, *, size, ending):
-    """Three classes a split, of colour, grey and CMYK images in turn."""
+    """Writes three classes per split, with colour, grey and CMYK images in turn."""
     generator = np.random.default_rng(0)
     for split, count in counts.items():
         for name in "abc":

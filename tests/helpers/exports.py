@@ -1,4 +1,4 @@
-"""Folders of runs with a student in them, and small ONNX files, without training or an exporter."""
+"""Run folders with a student, and small ONNX files, without training or exporting."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from rld_lightning.models.weights.save import save_weights
 
 
 def digits_run(folder, name="resnet8", *, size=8, seed=0, held_out=0.0):
-    """The folder of a finished run on digits, whose student has learned nothing; gives the student, too."""
+    """Writes the folder of a finished run on digits with an untrained student; returns the student."""
     write_run(folder, student=name, dataset="digits", held_out=held_out)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["data"] = {"_target_": "rld_lightning.data.DigitsDataModule", "image_size": size, "batch_size": 64}
@@ -41,7 +41,7 @@ def digits_facts(name, size=8):
 
 
 def write_digits(folder):
-    """The test images as PNG files; gives their paths and the batch that validation makes of them."""
+    """Writes the test images as PNG files; returns their paths and the batch that validation makes of them."""
     data = DigitsDataModule()
     data.setup()
     batch = merge(list(data.test_dataloader()))
@@ -55,7 +55,7 @@ def write_digits(folder):
 
 
 def small_onnx(facts, *, pixels=False, size=8, classes=10):
-    """A linear classifier as an ONNX file, made by hand; gives its weights ``(3 * size * size, classes)``, too."""
+    """Builds a linear classifier in ONNX; returns the file's bytes and the weights ``(3 * size * size, classes)``."""
     onnx = __import__("onnx")
     helper, kinds = onnx.helper, onnx.TensorProto
     weights = np.random.default_rng(0).normal(size=(3 * size * size, classes)).astype(np.float32)

@@ -16,11 +16,11 @@ WARMUP = json.loads((FOLDER / "schedules.json").read_text())["warmup"]["cases"]
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One case of ``losses.json`` or ``rld_stress.json``: inputs, hyper-parameters, and what must come out.
+    """One case of ``losses.json`` or ``rld_stress.json``: inputs, hyper-parameters and expected results.
 
     Attributes:
-        name: the file that it stands in, without suffix.
-        facts: its entry there.
+        name: its file, without suffix.
+        facts: its entry in the file.
     """
 
     name: str
@@ -36,7 +36,7 @@ class GoldenCase:
 
     @property
     def dtypes(self):
-        """The types in which it is to be run."""
+        """The dtypes to test."""
         if "input_dtype" in self.facts:
             return (getattr(torch, self.input_dtype),)
         if self.dtype == "float32":
@@ -44,7 +44,7 @@ class GoldenCase:
         return (torch.float64,) if self.id == "rkd/duplicate_rows" else (torch.float64, torch.float32)
 
     def tensors(self, dtype):
-        """Every array by field name, floating ones in ``dtype``; lists and mappings of arrays keep their form."""
+        """The arrays by field name, floating ones in ``dtype``; lists and mappings of arrays keep their form."""
 
         def load(entry):
             if isinstance(entry, list):
@@ -57,7 +57,7 @@ class GoldenCase:
         return {field: load(entry) for field, entry in self.arrays.items()}
 
     def assert_value(self, actual, expected):
-        """Whether a scalar is right for the type in which it was computed."""
+        """Compares a scalar, with the tolerance for the dtype of its computation."""
         if self.name == "rld_stress" and actual.dtype == torch.float32:
             tolerance = {"rtol": 1e-3, "atol": 1e-10}
         elif self.dtypes == (torch.float32,) or actual.dtype == torch.float64:
@@ -88,14 +88,14 @@ class GoldenCase:
         float64 = actual.dtype == torch.float64
         two_classes = self.name == "losses" and self.facts.get("num_classes") == 2
         if not float64 and two_classes and self.hyper["logit_standardization"]:
-            return  # Two standardised numbers hold only their order: the true gradient is almost 0, the rest rounding.
+            return  # Two standardised logits have only an order: the true gradient is almost 0, the rest rounding.
         if self.name == "rld_stress":
             relative, absolute = (1e-6, 1e-11) if float64 else (1e-3, 1e-6)
         elif float64 or self.dtypes == (torch.float32,):
             relative, absolute = (1e-3 if self.method == "kdsvd" else 1e-6), 1e-11
         else:
             relative, absolute = 1e-3, 1e-5
-        # The gradient of a half tensor comes back in its type and is rounded once.
+        # The gradient of a half tensor has its dtype and is rounded once.
         rounding = 0.0 if float64 or actual.dtype == torch.float32 else torch.finfo(actual.dtype).eps
         assert_close(actual.double(), expected, rtol=rounding, atol=relative * expected.abs().max().item() + absolute)
 

@@ -1,4 +1,4 @@
-"""Weights and images of the golden model values: the integer hash that `tests/golden/models.json` defines in words."""
+"""Weights and images of the golden model values, by the integer hash that `tests/golden/models.json` describes."""
 
 import json
 import math

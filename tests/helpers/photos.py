@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def grow(root: Path, names: tuple[str, ...], count: int = 10, start: int = 0) -> None:
-    """Adds images to class folders, of names that a CSV file has to quote."""
+    """Adds images to class folders, with names that need quotes in a CSV file."""
     for name in names:
         for number in range(start, start + count):
             path = root / name / f"{number:03d}, a.png"

@@ -8,7 +8,7 @@ from rld_lightning.tasks.run.plan import Plan, Student, Teacher
 
 
 def make_plan(run: Path, **values: Any) -> Plan:
-    """A plan for a student of a teacher, in a folder, with some values of its own."""
+    """A plan for distilling a student in folder ``run``; ``values`` replace defaults."""
     options = {"dtype": None, "channels_last": True, "fuse": False, "shard": False}
     usual = {
         "resume": None,

@@ -1,4 +1,4 @@
-"""Writes run folders that look like finished, unfinished and failed runs, without training anything."""
+"""Writes folders of finished, unfinished and failed runs, without training."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import yaml
 
 from rld_lightning.runs.summary import Summary
 
-# Class, and hyper-parameters that runs differ in.
+# Class and typical hyper-parameters of each loss.
 LOSSES = {
     "ce": {"_target_": "rld_lightning.losses.CELoss"},
     "kd": {"_target_": "rld_lightning.losses.KDLoss", "temperature": 4.0, "weight": 0.9, "ce_weight": 0.1},
@@ -46,25 +46,25 @@ def write_run(
     """Writes the folder of a run.
 
     Args:
-        folder: where; it is made.
-        method: option of the loss group; one that :data:`LOSSES` does not have gets a loss without hyper-parameters.
+        folder: created if missing.
+        method: option of the loss group; if not in :data:`LOSSES`, a loss without hyper-parameters.
         teacher: its network, or None for a single model.
-        student: the network that is trained.
+        student: the trained network.
         seed: of the run.
-        top1: last epoch's accuracy in percent; the learning curve ends there.
-        best: best epoch's; 0.1 more by itself.
-        epochs: how many.
+        top1: last epoch's accuracy in percent, the end of the learning curve.
+        best: best epoch's; by default 0.1 more.
+        epochs: number of epochs.
         dataset: its name.
-        held_out: ``data.val_fraction``; with more than 0 the accuracy is one on held-out training images.
-        teacher_top1: accuracy that the run has measured of its teacher.
+        held_out: ``data.val_fraction``; if above 0, accuracy is on held-out training images.
+        teacher_top1: the teacher's accuracy as measured by the run.
         weights: the teacher's file.
         settings: values by full key, such as ``{"loss.alpha": 2.0}``.
-        model: option of the model group; the pair's own by itself.
-        callbacks: as in the configuration.
-        summary: fields of the summary that are to be others, such as ``{"steps": 60}``.
-        tuned: what the pair's file sets for losses.
-        finished: False leaves the summary away.
-        error: what ``error.txt`` says; the run is then a failed one.
+        model: option of the model group; by default the pair's.
+        callbacks: as in the config.
+        summary: fields of the summary to replace, such as ``{"steps": 60}``.
+        tuned: settings of losses in the pair's file.
+        finished: False writes no summary.
+        error: text of ``error.txt``, for a failed run.
     """
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     best = top1 + 0.1 if best is None else best
@@ -88,10 +88,10 @@ def write_run(
     }
     overrides = [f"model={config['model']['label']}", f"loss={method}", f"seed={seed}", f"recipe.epochs={epochs}"]
     for key, value in (settings or {}).items():
-        *rooms, name = key.split(".")
+        *parents, name = key.split(".")
         inner = config
-        for room in rooms:
-            inner = inner.setdefault(room, {})
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
         inner[name] = value
         overrides.append(f"{key}={value}")
     choices = {"loss": method, "recipe": "cifar240" if epochs == 240 else "quick"}
@@ -130,8 +130,8 @@ def write_comparison(
         options.setdefault("weights", str(root.resolve() / "teacher" / "student.safetensors"))
     for method, mean in means.items():
         for seed in range(seeds):
-            luck = random.Random(f"{method} {seed}").gauss(0, spread) + 0.4 * math.sin(seed)
-            write_run(root / method / f"seed{seed}", method, seed=seed, top1=round(mean + luck, 2), **options)
+            noise = random.Random(f"{method} {seed}").gauss(0, spread) + 0.4 * math.sin(seed)
+            write_run(root / method / f"seed{seed}", method, seed=seed, top1=round(mean + noise, 2), **options)
     if with_teacher:
         teacher = options.get("teacher", "resnet20")
         alone = {k: v for k, v in options.items() if k not in ("teacher", "student")}
@@ -139,18 +139,18 @@ def write_comparison(
 
 
 def write_sweep(root: Path, *, alphas, betas, temperatures, seeds=(0,), method="rld") -> None:
-    """Writes a sweep's folder with one folder a trial, each on held-out images; best at alpha 2, beta 8, T 4."""
+    """Writes a sweep with one folder per trial, all on held-out images; the best is alpha 2, beta 8, T 4."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "multirun.yaml").write_text("hydra: {}\n")
     for alpha in alphas:
         for beta in betas:
             for temperature in temperatures:
                 for seed in seeds:
-                    away = abs(math.log2(alpha / 2)) + 0.7 * abs(math.log2(beta / 8)) + 0.5 * abs(temperature - 4)
+                    distance = abs(math.log2(alpha / 2)) + 0.7 * abs(math.log2(beta / 8)) + 0.5 * abs(temperature - 4)
                     values = {"loss.alpha": alpha, "loss.beta": beta, "loss.temperature": temperature}
                     name = ",".join(f"{key}={value}" for key, value in values.items()) + f",seed={seed}"
                     write_run(
-                        root / name, method, seed=seed, top1=round(58 - away + 0.1 * seed, 2), held_out=0.1,
+                        root / name, method, seed=seed, top1=round(58 - distance + 0.1 * seed, 2), held_out=0.1,
                         settings=values, epochs=10,
                     )  # fmt: skip
 

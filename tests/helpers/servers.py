@@ -1,4 +1,4 @@
-"""Servers on this machine that answer while a test runs."""
+"""Local servers that run during a test."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from socketserver import BaseServer
 
 @contextmanager
 def running(server: BaseServer) -> Iterator[BaseServer]:
-    """Has a server answer in a thread of its own; in the end it is closed."""
+    """Runs a server in a thread, and closes it at the end."""
     with server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:

@@ -1,4 +1,4 @@
-"""Folders of small JPEGs, their shards, and a server for these."""
+"""Folders of small JPEGs, their shards, and a server for the shards."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +23,7 @@ def folder_data(root, rank=0, world_size=1, **options):
 
 
 def pack_folder(root, target, shard_mb=0.002, **options):
-    """About four images a shard."""
+    """Packs a folder into shards of about four images."""
     data = folder_data(root)
     return pack(
         data.splits, str(target), name="pets", class_names=data.class_names, look=LOOK, shard_mb=shard_mb, **options
@@ -39,7 +39,7 @@ def shards_data(root, rank=0, world_size=1, **options):
 
 class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self):
-        self.server.asked.append(self.path.rpartition("/")[2])
+        self.server.requested.append(self.path.rpartition("/")[2])
         super().do_GET()
 
     def log_message(self, *args):
@@ -48,7 +48,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serve(folder):
-    """Serve a folder; gives its address and the names of the files that have been asked for."""
+    """Serves a folder; yields its address and the names of the requested files."""
     with running(ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))) as server:
-        server.asked = []
-        yield f"http://127.0.0.1:{server.server_port}", server.asked
+        server.requested = []
+        yield f"http://127.0.0.1:{server.server_port}", server.requested

@@ -1,4 +1,4 @@
-"""Sweeps as a command line begins them, without running their trials."""
+"""Sweeps started as from the command line, without running their trials."""
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -11,7 +11,7 @@ from rld_lightning.tasks.sweep.callback import Sweep
 
 
 def begin_sweep(*command: str) -> tuple[DictConfig, Sweep]:
-    """Begins a sweep with the options behind ``scripts/fit.py -m``; its configuration, and its callback."""
+    """Starts a sweep with the options of ``scripts/fit.py -m``; returns its config and its callback."""
     GlobalHydra.instance().clear()
     parsed = OverridesParser.create().parse_overrides(list(command))
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]

@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server on this machine, and a reader of the files that offline runs leave."""
+"""A local stub of W&B's server, and a reader of the files that offline runs write."""
 
 import json
 import struct
@@ -17,7 +17,7 @@ BUCKET = {"id": "b", "displayName": "run", "config": "{}", "historyLineCount": 0
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as ``server.behaviour`` says, one of the cases below; ``late`` is never."""
+    """Answers according to ``server.behaviour``, one of the cases below; ``late`` never answers."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
@@ -65,13 +65,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    def handle_error(self, *_arguments):  # a client that has gone away
+    def handle_error(self, *_arguments):  # a client that disconnected
         pass
 
 
 @contextmanager
 def serving(behaviour: str, after: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server on 127.0.0.1; after a request with one of some texts in it, it behaves in another way."""
+    """Runs a server on 127.0.0.1; ``after`` maps a text in a request to the behaviour from then on."""
     server = Server(("127.0.0.1", 0), Handler)
     server.behaviour, server.after, server.closing = behaviour, after or {}, threading.Event()
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -83,27 +83,27 @@ def serving(behaviour: str, after: dict[str, str] | None = None) -> Iterator[Ser
 
 
 def read_run(folder) -> list[Record]:
-    """All records of the one W&B run in a run folder."""
+    """The records of the only W&B run in a run folder."""
     (path,) = folder.glob("wandb/*run-*/run-*.wandb")
     return read_file(path)
 
 
 def read_file(path) -> list[Record]:
-    """All records of a file, which is a log of LevelDB's with a header of seven bytes."""
+    """The records of a file in LevelDB's log format, after a header of seven bytes."""
     data, place, parts, records = path.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:  # no room for a header in this block
+        if (left := 32768 - place % 32768) < 7:  # the block has no room for a header
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             records.append(Record.FromString(parts))
             parts = b""
     return records
 
 
 def values(items) -> dict:
-    """What a list of updates comes to, nested keys joined by dots."""
+    """The values of a list of updates, with nested keys joined by dots."""
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}

@@ -64,23 +64,23 @@ def test_the_picture_shows_each_term_and_the_schedule(run, monkeypatch):
 
 
 def drawn_on(monkeypatch, run):
-    """The places of the points of ``val/top1``, and the ticks that are in sight."""
-    found = []
+    """The x positions of the points of ``val/top1``, and the visible ticks."""
+    drawn = []
 
     def keep(figure, path, **options):
         save(figure, path, **options)
         axes = figure.axes[0]
         low, high = axes.get_xlim()
         ticks = [float(tick) for tick in axes.get_xticks() if low <= tick <= high]
-        found.append((list({line.get_label(): line for line in axes.lines}["val top-1"].get_xdata()), ticks))
+        drawn.append((list({line.get_label(): line for line in axes.lines}["val top-1"].get_xdata()), ticks))
 
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", keep)
     plot_curves(run, "title", read_summary(run))
-    return found[0]
+    return drawn[0]
 
 
-# What Lightning logs when max_steps=60 ends the first of 782 steps' epoch, and the run is validated after it.
+# Lightning's log when max_steps=60 ends the first epoch of 782 steps, and the run is validated afterwards.
 IN_PART = """epoch,step,train/loss,train/ce,val/top1
 0,59,3.0,3.0,
 1,60,,,12.5

@@ -1,4 +1,4 @@
-"""Runs as one table, repetitions pooled, and CSV files that no spreadsheet computes."""
+"""The table of runs, averages over seeds, and CSV files without formulas."""
 
 import math
 

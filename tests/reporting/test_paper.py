@@ -1,4 +1,4 @@
-"""Published numbers: found by our names, each with its source."""
+"""Published numbers: lookup by our names, and their sources."""
 
 import math
 
@@ -26,7 +26,7 @@ def top1(dataset, teacher, student, method):
 
 
 def cell(folder, method, *, teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.61, **options):
-    """The published number beside a run, and whether the two compare; None without a number."""
+    """The published number for a run, and whether it is comparable; None without a number."""
     options |= {"teacher": teacher, "student": student, "epochs": epochs, "teacher_top1": teacher_top1}
     folder = write_run(folder, method, **options)
     ((section,), _) = sections(runs_frame([read_run(folder)]))
@@ -71,7 +71,7 @@ def test_numbers_of_longer_training_are_shown_beside_none_of_ours():
         ("rld", {"loss.beta": 0}),
         ("rld", {"loss.confidence_temperature": 1.0}),
         ("kd", {"loss.logit_standardization": True}),
-        ("rld_scd", {}),  # the factory's has no beta of 0
+        ("rld_scd", {}),  # the factory's loss does not set beta to 0
     ],
 )
 def test_a_loss_that_is_not_the_published_one_has_no_published_number(tmp_path, method, settings):
@@ -98,14 +98,14 @@ def test_the_options_own_settings_keep_the_number(tmp_path, method, settings, va
         ("kd", {"settings": {"loss.temperature": 1.0}}, False),
         ("kd", {"epochs": 30}, False),
         ("kd", {"teacher_top1": 75.4}, False),  # another teacher
-        ("kd", {"model": "pair"}, False),  # whose settings are those of most pairs
-        ("rld", {}, False),  # its alpha and beta are not printed
+        ("kd", {"model": "pair"}, False),  # with the settings of most pairs
+        ("rld", {}, False),  # alpha and beta are not published
         ("wttm", {}, False),
-        ("reviewkd", {}, False),  # has others for each pair
+        ("reviewkd", {}, False),  # different settings for each pair
         ("reviewkd", {"tuned": {"reviewkd": {"weight": 5.0}}}, True),
-        ("ttm", {}, False),  # its values are of vgg13 to vgg8
+        ("ttm", {}, False),  # settings of vgg13 to vgg8
         ("ttm", {"teacher": "vgg13", "student": "vgg8", "teacher_top1": 74.64}, True),
-        ("nkd", {}, False),  # its values are of ImageNet
+        ("nkd", {}, False),  # settings for ImageNet
     ],
 )
 def test_only_runs_with_the_published_recipe_compare(tmp_path, method, options, comparable):
@@ -129,7 +129,7 @@ EMA = {"ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "de
     ("options", "words"),
     [
         ({}, []),
-        ({"settings": {"trainer.precision": "32-true"}}, []),  # on the command line or not
+        ({"settings": {"trainer.precision": "32-true"}}, []),  # the default, set explicitly
         ({"settings": {"trainer.precision": 32}}, []),
         ({"settings": {"trainer.precision": "bf16-mixed"}}, ["bf16-mixed, not float32"]),
         ({"settings": {"trainer.precision": "16-mixed"}}, ["16-mixed, not float32"]),
@@ -166,14 +166,14 @@ def test_other_recipes_are_no_disagreement():
     assert {70.83, 71.37} <= {number.value for number in numbers if number.other_recipe}  # CTKD's, torchdistill's
     assert not numbers[0].other_recipe
     first = top1("cifar100", "wrn40_2", "wrn40_1", "dist")[0]
-    assert (first.value, first.source_key) == (74.43, "DIST-readme")  # not what TTM's authors print of it
+    assert (first.value, first.source_key) == (74.43, "DIST-readme")  # not the number in TTM's paper
 
 
 def test_nothing_where_nothing_is_published():
     assert published_for_pair("cifar100", "resnet20", "resnet8") == []
     assert published_for_pair("digits", "wrn40_2", "wrn16_2") == []
     assert published_for_pair("imagenet", "timm/resnet34", "torchvision/resnet18") == []  # other weights
-    assert published_for_pair("cifar100", "torchvision/resnet50", "vgg8") == []  # another network than CIFAR's
+    assert published_for_pair("cifar100", "torchvision/resnet50", "vgg8") == []  # not CIFAR's resnet50
     assert published_for_pair("cifar100", "resnet50", "vgg8")
     assert top1("cifar100", "wrn40_2", "wrn16_2", "rld_reference") == []
 

@@ -1,4 +1,4 @@
-"""The page as a whole: what stands in it, what does not, and that awkward input is no trouble."""
+"""The report as a whole: its contents, and its robustness against bad input."""
 
 import json
 import os
@@ -30,7 +30,7 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Tables(HTMLParser):
-    """Collects the text of table rows, and checks that tags are closed in order."""
+    """Collects the texts of table rows and checks that tags are closed in order."""
 
     def __init__(self):
         super().__init__()
@@ -68,12 +68,12 @@ def write_confusion(folder, rows):
 
 @pytest.fixture
 def drawn():
-    """For tests of the pictures themselves."""
+    """Requested by tests that need real figures."""
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(request, monkeypatch):
-    """Drawing is nearly all of a report's time, and most tests read its words and numbers alone."""
+    """Skips drawing, which takes nearly all of a report's time: most tests read only texts and numbers."""
     if "drawn" not in request.fixturenames:
         svg = '<svg role="img" aria-label="{}"></svg>'
         monkeypatch.setattr(Panel, "svg", lambda panel: svg.format(escape_html(panel.alt)))
@@ -109,16 +109,16 @@ def test_the_results_table(report):
     rld = results.loc["rld (epochs=240)"]
     cells = rows["rld (epochs=240)"]
     assert cells[1] == f"{rld['last_mean']:.2f} ± {rld['last_std']:.2f}"
-    assert cells[3:6] == ["240", "3seeds 0-2", "90071 min"]  # images/s, and how long it took
-    assert cells[-1].startswith("76.02")  # the paper's, second-hand, and nobody says with which alpha and beta
+    assert cells[3:6] == ["240", "3seeds 0-2", "90071 min"]  # images/s and duration
+    assert cells[-1].startswith("76.02")  # the paper's, second-hand, with unknown alpha and beta
     assert {"†", "‡"} <= set(cells[-1])
     assert rows["kd"][-1].startswith("74.92")
     assert "‡" not in rows["kd"][-1]
-    assert "‡" in rows["rld (epochs=30)"][-1]  # trained otherwise
+    assert "‡" in rows["rld (epochs=30)"][-1]  # trained differently
     assert rld["published_second_hand"] in (True, "True")
     assert "iversonshao/DSKD" in rld["published_source"]
     assert rows["cestudent alone"][4] == "3seeds 0-2"
-    assert rows["wrn40_2, ceteacher"][1] == "68.20"  # trained in the folder that the weights are from
+    assert rows["wrn40_2, ceteacher"][1] == "68.20"  # trained in the folder of the weights
     assert rows["wrn40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][1] == "75.60"
 
 
@@ -137,7 +137,7 @@ def test_gains_and_tests_are_those_of_the_runs(report):
 
 
 def test_confusions_are_of_the_seeds_that_have_noted_them(report):
-    assert "2 seeds together" in report.html.read_text()  # of three, one of which is damaged
+    assert "2 seeds together" in report.html.read_text()  # of three, one is damaged
 
 
 def test_a_sweep_stays_out_of_the_results(report):
@@ -278,7 +278,7 @@ def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path, 
     write_sweep(tmp_path / "runs" / "sweeps" / "s", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
     out = tmp_path / "out"
     before = write_report([tmp_path / "runs"], out)
-    (out / "figures" / "mine.png").write_bytes(b"of somebody else")
+    (out / "figures" / "mine.png").write_bytes(b"not the report's")
     (out / "mine.csv").write_text("likewise")
     write_run(tmp_path / "one")
     after = write_report([tmp_path / "one"], out)
@@ -456,18 +456,18 @@ def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 1
 
 
-def numbers_too_long(path):
+def write_huge_numbers(path):
     path.write_text(f"epoch,val/top1,class,predicted,images\n{10**500},1,a,b,{10**30}\n")
 
 
-def classes_without_end(path):
-    rows = "".join(f"a{number},b{number},{number % 7}\n" for number in range(100_000))  # whose square no memory holds
+def write_many_classes(path):
+    rows = "".join(f"a{number},b{number},{number % 7}\n" for number in range(100_000))  # their square exceeds memory
     path.write_text(f"class,predicted,images\n{rows}")
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [pipe, lambda path: path.write_bytes(b"\x00\xff"), numbers_too_long, classes_without_end,
+    [pipe, lambda path: path.write_bytes(b"\x00\xff"), write_huge_numbers, write_many_classes,
      lambda path: path.write_text("class,predicted,images\n")],
 )  # fmt: skip
 def test_bad_files_that_no_number_is_read_from_end_nothing(tmp_path, spoil):
@@ -599,7 +599,7 @@ def test_the_confusion_matrix_pools_the_seeds_that_have_one(report):
 
 def test_many_classes_are_their_most_frequent_confusions(tmp_path):
     folder = write_run(tmp_path / "run")
-    names = ["'=", *(f"c{number:02}" for number in range(1, 30))]  # a handwritten sign, which is no formula in the file
+    names = ["'=", *(f"c{number:02}" for number in range(1, 30))]  # escaped in the file: it would be a formula
     write_confusion(
         folder,
         [(a, b, 90 if a == b else 10) for a, b in zip(names * 2, names + names[1:] + names[:1], strict=True)][:31],

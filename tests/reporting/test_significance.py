@@ -1,4 +1,4 @@
-"""Paired differences against numbers worked out by hand, and Holm's correction."""
+"""Paired differences and Holm's correction against hand-computed numbers."""
 
 import math
 
@@ -61,5 +61,5 @@ def test_swapping_changes_the_sign_alone():
 def test_holm_by_hand():
     # Sorted 0.01, 0.02, 0.04 times 3, 2, 1 is 0.03, 0.04, 0.04; a missing test does not count.
     assert holm([0.04, None, 0.01, 0.02]) == [pytest.approx(0.04), None, pytest.approx(0.03), pytest.approx(0.04)]
-    assert holm([0.5, 0.9]) == [1.0, 1.0]  # never above 1, never below a smaller one's
+    assert holm([0.5, 0.9]) == [1.0, 1.0]  # at most 1, and monotonic
     assert holm([]) == []

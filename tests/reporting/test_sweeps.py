@@ -25,7 +25,7 @@ def grid(tmp_path):
 
 def test_trials_are_pooled_over_seeds_and_ordered(grid):
     (sweep,), others = split_sweeps(runs_frame(find_runs([grid])))
-    assert others.empty  # held out: none for the results tables
+    assert others.empty  # held out: not in the results tables
     assert sweep.held_out
     assert sweep.keys == ["loss.alpha", "loss.beta", "loss.temperature"]
     trials = sweep.trials
@@ -45,7 +45,7 @@ def test_one_heat_map_a_temperature(grid):
     assert (warm.x_key, warm.y_key, *map(list, (warm.cells.columns, warm.cells.index))) == (
         *("loss.alpha", "loss.beta", [0.5, 1, 2], [4, 8]),
     )
-    # 58 less |log2(alpha/2)| and 0.7 |log2(beta/8)|, plus 0.05 for the mean of seeds 0 and 1; a degree costs 0.5
+    # 58 - |log2(alpha/2)| - 0.7 |log2(beta/8)| - 0.5 |T - 4|, plus 0.05 for the mean of seeds 0 and 1
     expected = np.array([[55.35, 56.35, 57.35], [56.05, 57.05, 58.05]])
     np.testing.assert_allclose(warm.cells, expected)
     np.testing.assert_allclose(cold.cells, expected - 1.0)

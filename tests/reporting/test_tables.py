@@ -1,4 +1,4 @@
-"""Rows of results tables: what is pooled, what is kept apart, and what they are called."""
+"""Rows of results tables: which runs share a row, and the rows' names."""
 
 import math
 import os
@@ -20,7 +20,7 @@ def read(folder):
 
 
 def compared(section):
-    """Pairs of methods that are compared."""
+    """The comparisons by their pair of methods."""
     method = section.rows["method"]
     return {(method[line.first], method[line.second]): line for line in compare(section).itertuples()}
 
@@ -53,7 +53,7 @@ def test_settings_tell_rows_apart_by_what_differs(tmp_path):
             write_run(tmp_path / f"{alpha}-{seed}", seed=seed, settings={"loss.alpha": alpha})
     write_run(tmp_path / "long", seed=0, epochs=240, settings={"loss.alpha": 2.0, "loss.beta": 4.0})
     (section,), _ = read(tmp_path)
-    # The longer run's beta is told by nothing else; its epochs follow from it and are not said again.
+    # Only beta distinguishes the longer run, so that its epochs are not named.
     assert section.rows["n"].to_dict() == {
         "rld (alpha=1, beta=8)": 2,
         "rld (alpha=2, beta=8)": 2,
@@ -133,7 +133,7 @@ def test_each_teacher_has_its_own_accuracy(tmp_path):
 
 
 def test_a_run_of_the_teachers_network_is_not_the_teacher_by_that(tmp_path):
-    # The student of one pair is the network of the other's teacher, whose weights are from somewhere else.
+    # One pair's student is the same network as the other's teacher, whose weights are from elsewhere.
     write_run(tmp_path / "first", "ce", teacher="resnet56", student="resnet20", top1=69.0)
     write_run(tmp_path / "first-rld", teacher="resnet56", student="resnet20", top1=71.0)
     write_run(tmp_path / "second", teacher="resnet20", student="resnet8")
@@ -177,7 +177,7 @@ def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
     found, _ = read(tmp_path)
     assert [(s.on_test, s.split, s.rows["n"].iloc[0]) for s in found] == [
         (True, "the test split", 1),
-        (False, "5,000 held-out training images (stratified)", 2),  # one split, whatever its seed
+        (False, "5,000 held-out training images (stratified)", 2),  # one split, for any seed
     ]
     flattered = "The teacher's accuracy flatters it where it was trained on these images, too."
     assert [flattered in make_chapter(section, "pair", Sources()).notes for section in found] == [False, True]
@@ -224,7 +224,7 @@ def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
     (section,), _ = read(tmp_path)
     assert section.rows["n"].tolist() == [2]
     (note,) = [note for note in make_chapter(section, "pair", Sources()).notes if "not all know" in note]
-    assert note.startswith("rld holds runs of which not all know trainer.new_option=3:")  # told, not merged in silence
+    assert note.startswith("rld holds runs of which not all know trainer.new_option=3:")  # merged, with a note
     write_run(tmp_path / "asked", seed=0, settings={"trainer.gradient_clip_val": 1.0})
     (section,), _ = read(tmp_path)
     assert sorted(section.rows["n"]) == [1, 2]
@@ -286,7 +286,7 @@ def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
         scheduler = {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": milestones}
         settings = {f"recipe.scheduler.{key}": value for key, value in scheduler.items()}
         folder = write_run(tmp_path / name, "kd", seed=seed, settings=settings)
-        (folder / ".hydra" / "overrides.yaml").write_text("[]")  # as from a recipe of one's own
+        (folder / ".hydra" / "overrides.yaml").write_text("[]")  # as from a user's recipe
 
     write("early", 0, [30, 60])
     write("late", 1, [150, 180])

@@ -1,4 +1,4 @@
-"""Finished runs as figures read them, without training."""
+"""Folders of finished runs for figures, without training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +25,13 @@ TARGETS = {"ce": "CELoss", "kd": "KDLoss", "dkd": "DKDLoss"}
 
 @pytest.fixture(autouse=True)
 def _coarse_pictures(monkeypatch):
-    """Nobody looks at them here, and fine ones take seconds."""
+    """Lowers the resolution: full-resolution pictures take seconds."""
     monkeypatch.setattr(style, "DPI", 30)
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Leaves the folder of a finished run: ``make_run("rld", seed=1, top1=60.0, loss={"alpha": 2.0})``."""
+    """Writes the folder of a finished run: ``make_run("rld", seed=1, top1=60.0, loss={"alpha": 2.0})``."""
 
     def make(
         method, *, seed=0, top1=50.0, teacher="resnet14", teacher_train=(90.0, 92.0), epochs=3, loss=(), **summary
@@ -70,7 +70,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def save_networks(tmp_path):
-    """Leaves random weights where a run looks for its student's and its teacher's; they need not be good."""
+    """Writes random weights as a run's student and teacher."""
 
     def save(run: Run, seed: int = 0) -> None:
         torch.manual_seed(seed)

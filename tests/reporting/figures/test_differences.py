@@ -1,4 +1,4 @@
-"""Heat maps of students and teachers: the numbers are those of a loop over the samples."""
+"""Heat maps of students and teachers, compared with a loop over the samples."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""RLD taken apart for one sample, the toy example and the page: what is drawn is what the losses compute."""
+"""RLD for one sample, the toy example and the page, compared with the losses."""
 
 import re
 

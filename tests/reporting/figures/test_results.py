@@ -28,7 +28,7 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
         if ce:
             make_run("ce", seed=seed, top1=ce)
     make_run("dkd", seed=1, top1=62.5)
-    make_run("kd", seed=0, top1=1.0, epochs=99)  # another recipe: not to be compared
+    make_run("kd", seed=0, top1=1.0, epochs=99)  # another recipe: not compared
     make_run("rld", teacher="resnet20", seed=0, top1=58.0, teacher_train=(80.0,))
     table, left_out = gains(read_frame([tmp_path / "runs"])[0])
     assert not left_out
@@ -37,7 +37,7 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
     assert table["teacher_top1"].tolist() == [80, 91, 91]
     assert table["gain"].tolist() == [3, 6, 0.5]
     assert table["n"].tolist() == [1, 2, 1]
-    assert table["low"].isna().all()  # of fewer than three seeds
+    assert table["low"].isna().all()  # fewer than three seeds
     figure = draw_gain(table, "rld")
     drawn = [container.lines[0].get_xydata()[:, 1].tolist() for container in figure.axes[0].containers]
     assert drawn == [[3, 6], [0.5]]
@@ -203,7 +203,7 @@ def test_ablation_reads_the_parts_from_the_settings(make_run, tmp_path):
     table = [(row.scd, row.mask, row.top1_last_mean, row.paper) for row in rows.itertuples()]
     assert table == [
         (False, "", None, 72.5),
-        (True, "", None, 73.55),  # of T = 4, as ours is not
+        (True, "", None, 73.55),  # for T = 4, unlike ours
         (True, "", 65.0, None),
         (False, "M_g", 64.0, 75.5),
         (False, "M_ge", None, 75.64),
@@ -216,7 +216,7 @@ def test_ablation_reads_the_parts_from_the_settings(make_run, tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch, capsys):
-    """Runs ``scripts/figures.py`` in this process: exit code and what it prints."""
+    """Runs ``scripts/figures.py`` in this process; returns its exit code and output."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
@@ -286,7 +286,7 @@ def test_a_bad_folder_is_named_and_the_figure_goes_on(make_run, tmp_path, figure
     code, told = figures("gain", tmp_path / "runs")
     assert code == 0
     assert "config.yaml is not the configuration of a run" in told
-    # In the folder of the runs, so that figures of others stay; but not out of it, as in a folder of a stranger's.
+    # Written into the runs' folder, where other figures stay; links in an untrusted folder are not followed out of it.
     assert f"{tmp_path}/runs/figures/gain.png" in told
     files = tmp_path / "runs" / "figures"
     (tmp_path / "mine").write_text("mine")
