@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from rld_lightning.hydra import options
-from rld_lightning.hydra.compose import expand_combined_loss, flags_first, with_own_folder
+from rld_lightning.hydra.compose import expand_combined_loss, flags_first, set_run_folder
 from rld_lightning.hydra.options import register_options
 from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_loss, registry
 from rld_lightning.models import list_models
@@ -143,9 +143,9 @@ def test_several_configurations_are_not_printed_as_one():
 
 
 def test_a_folder_that_is_named_is_the_one_that_hydra_makes():
-    assert with_own_folder(["seed=1", "paths.run=x/paths.run=y"]) == ["seed=1", "hydra.run.dir=x/paths.run=y"]
+    assert set_run_folder(["seed=1", "paths.run=x/paths.run=y"]) == ["seed=1", "hydra.run.dir=x/paths.run=y"]
     for left in (["-m", "paths.run=x"], ["paths.run=x", "hydra.run.dir=y"], ["paths.runs=x"]):
-        assert with_own_folder(left) == left
+        assert set_run_folder(left) == left
 
 
 @pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], []])

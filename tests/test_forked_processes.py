@@ -204,7 +204,7 @@ def test_a_server_ends_with_who_has_started_it(place):
 
 @pytest.mark.slow
 def test_what_trials_import_starts_no_thread_and_no_gpu_and_they_have_all_their_threads(place, monkeypatch):
-    from rld_lightning.hydra.later import _OF_TRIALS
+    from rld_lightning.hydra.later import _TRIAL_MODULES
 
     (place / "look.py").write_text(
         "import os, sys\n"
@@ -216,7 +216,7 @@ def test_what_trials_import_starts_no_thread_and_no_gpu_and_they_have_all_their_
         "    return 0\n"
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    forked.start_server(_OF_TRIALS)
+    forked.start_server(_TRIAL_MODULES)
     for wanted in ({"OMP_NUM_THREADS": "3"}, {}):
         with (place / "log").open("ab") as log:
             process = forked.start([*forked.PYTHON_M, "look", str(place / "out")], {**os.environ, **wanted}, log)

@@ -44,7 +44,7 @@ RUN = (
 def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COMP_LINE", "python scripts/fit.py loss.al")
-    registered_names._remembered.__wrapped__()  # an earlier command, which has seen what there is
+    registered_names._cached.__wrapped__()  # an earlier command, which has seen what there is
     for arguments in (["--help"], ["-sc", "query=bash"], ["loss.gama=1"]):
         (packages,) = imported_by(RUN.format(arguments=arguments))
         assert "hydra" in packages

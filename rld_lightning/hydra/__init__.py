@@ -1,1 +1,1 @@
-"""The one room that knows Hydra: resolvers, composing, and the frame of the scripts."""
+"""Everything that uses Hydra: resolvers, composing configs, and running the scripts."""

@@ -1,4 +1,4 @@
-"""What a job's folder must be before Hydra writes into it."""
+"""Checks a job's folder before Hydra writes into it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,32 +10,32 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from rld_lightning.hydra.cleared import will_make
+from rld_lightning.hydra.cleared import note_missing_folders
 from rld_lightning.hydra.script import exit_on_user_error
 from rld_lightning.runs.folder import check_folder
 
 
 class CheckFolder(Callback):
-    """Ends a job in one sentence whose folder cannot be written to, or leads elsewhere by a link."""
+    """Ends a job with one sentence if its folder is not writable or is behind a link."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Looks at the folder of a single job."""
-        with exit_on_user_error(), _answered(config):  # Hydra would make a warning of it
+        """Checks the folder of a single job."""
+        with exit_on_user_error(), _hydra_config(config):  # Hydra turns exceptions of callbacks into warnings
             check_folder(folder := Path(config.hydra.run.dir))
-            will_make(folder)
+            note_missing_folders(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Looks at the folder of a sweep."""
-        with exit_on_user_error(), _answered(config):
+        """Checks the folder of a sweep."""
+        with exit_on_user_error(), _hydra_config(config):
             check_folder(Path(config.hydra.sweep.dir))
 
 
 @contextmanager
-def _answered(config: DictConfig) -> Iterator[None]:
-    """Answers ``${hydra:...}``, which Hydra does from the beginning of a job on."""
+def _hydra_config(config: DictConfig) -> Iterator[None]:
+    """Sets the config that resolves ``${hydra:...}``, which Hydra does only when a job starts."""
     hydra = HydraConfig.instance()
     before = hydra.cfg
-    hydra.set_config(deepcopy(config))  # which it makes read-only
+    hydra.set_config(deepcopy(config))  # ``set_config`` makes its argument read-only
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A job that turns out to be a mistake, or is ended before its work, leaves nothing that was not there before it."""
+"""Removes the folder of a job that ends before its work starts, by a user's mistake or Ctrl-C."""
 
 import shutil
 from pathlib import Path
@@ -8,46 +8,46 @@ from filelock import FileLock
 from rld_lightning.distributed import rank_zero_only
 from rld_lightning.runs.files import HYDRA, LOCK, SPLIT
 
-# What there is of a job, beside its log, before its work begins. Whatever else lies there tells of work that was done.
-_OF_PREPARATION = (HYDRA, LOCK, SPLIT)
+# The files of a job, besides its log, before its work starts. Any other file means that work was done.
+_PREPARATION_FILES = (HYDRA, LOCK, SPLIT)
 
-_FAILURE = "Traceback (most recent call last)"  # of a process that was lost, say: no mistake of the user's
+_FAILURE = "Traceback (most recent call last)"  # for example of a crashed process: not a mistake of the user
 
-_made: list[Path] = []  # the folders that this process's job has Hydra make, the innermost first
+_missing_folders: list[Path] = []  # the folders that Hydra creates for this process's job, the innermost first
 
 
-def will_make(folder: Path) -> None:
-    """Notes which folders are missing, before Hydra makes the one of a job."""
-    _made[:] = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+def note_missing_folders(folder: Path) -> None:
+    """Stores which folders are missing before Hydra creates a job's folder."""
+    _missing_folders[:] = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
 
 
 @rank_zero_only
-def clear_mistake() -> None:
-    """Takes the folder of this job away again, and those above it, if it has made them and done no work in them.
+def remove_unused_folder() -> None:
+    """Removes this job's folder and its parents, if they were created for this job and no work was done in them.
 
-    One that was begun at the same moment as another may have thought that it made the folder which that one works in.
+    The lock is checked because another job that started at the same time may use the folder.
     """
-    if not _made or not (folder := _made[0]).is_dir():
+    if not _missing_folders or not (folder := _missing_folders[0]).is_dir():
         return
-    there = list(folder.iterdir())
-    if any((path.name not in _OF_PREPARATION and path.suffix != ".log") or path.is_symlink() for path in there):
+    files = list(folder.iterdir())
+    if any((path.name not in _PREPARATION_FILES and path.suffix != ".log") or path.is_symlink() for path in files):
         return
-    if any(_FAILURE in path.read_text(errors="replace") for path in there if path.suffix == ".log"):
+    if any(_FAILURE in path.read_text(errors="replace") for path in files if path.suffix == ".log"):
         return
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
-    except OSError:  # of which a timeout is one
+    except OSError:  # includes ``Timeout``
         return
-    for path in there:
+    for path in files:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != LOCK:
             path.unlink(missing_ok=True)
     lock.release()
     (folder / LOCK).unlink(missing_ok=True)
-    for path in _made:
+    for path in _missing_folders:
         try:
             path.rmdir()
-        except OSError:  # another job's folder lies in it
+        except OSError:  # it contains another job's folder
             return

@@ -1,4 +1,4 @@
-"""Configurations: the one that a command line gives, for programs, and what Hydra has no word for."""
+"""Composes configs in programs, and rewrites command lines for what Hydra does not support."""
 
 import re
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from rld_lightning.hydra.options import CONF, register_options
 
 SWEEP = frozenset(("-m", "--multirun"))
 SEARCH_PATH, CONFIG_NAME = ("-cd", "--config-dir"), ("-cn", "--config-name")
-# Flags whose value is an argument of its own.
-WITH_VALUE = (*SEARCH_PATH, *CONFIG_NAME, "-cp", "--config-path", "-p", "--package", "-c", "--cfg", "-i", "--info")
+# Flags whose value is a separate argument.
+VALUE_FLAGS = (*SEARCH_PATH, *CONFIG_NAME, "-cp", "--config-path", "-p", "--package", "-c", "--cfg", "-i", "--info")
 
 
 def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
-    """The configuration that a script's command line would give, for programs; interpolations are not resolved.
+    """Composes the config of a script's command line, for programs; interpolations are not resolved.
 
     Args:
-        overrides: as on the command line; a combined loss spelled out, see :func:`expand_combined_loss`.
+        overrides: as on the command line; a combined loss in its long form, see :func:`expand_combined_loss`.
 
     Raises:
-        HydraException: an override is not one of this configuration.
+        HydraException: an override does not match the config.
     """
     register_options()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -30,13 +30,14 @@ def compose(overrides: Sequence[str], config_name: str = "fit") -> DictConfig:
 
 
 def expand_combined_loss(arguments: list[str]) -> list[str]:
-    """Spells out ``loss=[rld,at]``, for which Hydra has no word of its own.
+    """Rewrites ``loss=[rld,at]``, which Hydra does not support.
 
-    It becomes ``loss=combined``, each loss's options at ``loss.<name>`` and its weight, 1, at ``loss.weights.<name>``.
+    It becomes ``loss=combined``, with each loss's options at ``loss.<name>`` and its weight, 1, at
+    ``loss.weights.<name>``.
 
     Raises:
-        ValueError: a list of fewer than two losses, with one twice, or as one of several values of a sweep. Hydra would
-            take it for something else.
+        ValueError: the list has fewer than two losses or a duplicate, or is one of several values of a sweep. Hydra
+            would interpret it differently.
     """
     lists = [argument for argument in arguments if re.match(r"\+*loss=.*\[", argument)]
     if not lists:
@@ -49,29 +50,29 @@ def expand_combined_loss(arguments: list[str]) -> list[str]:
             "over combinations, start one command for each."
         )
     expanded = [f"+loss@loss.{name}={name}" for name in names] + [f"+loss.weights.{name}=1.0" for name in names]
-    # In front, so that weights and options given anywhere find their keys.
-    return in_front(expanded, ["loss=combined" if argument in lists else argument for argument in arguments])
+    # In front, so that the keys exist for weights and options given anywhere.
+    return prepend_overrides(expanded, ["loss=combined" if argument in lists else argument for argument in arguments])
 
 
-def with_own_folder(arguments: Sequence[str]) -> list[str]:
-    """Has Hydra make the folder that ``paths.run=`` names, and no empty one beside it. A sweep has a folder a run."""
+def set_run_folder(arguments: Sequence[str]) -> list[str]:
+    """Makes ``paths.run=`` Hydra's run folder, so that it creates no other one. A sweep has a folder for each run."""
     if SWEEP & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
         return list(arguments)
     return [re.sub("^paths.run=", "hydra.run.dir=", argument) for argument in arguments]
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
-    """Puts a command line's flags, with their values, before its overrides: ``model=wrn40_2 -m seed=0,1`` as well.
+    """Moves a command line's flags, with their values, before its overrides: for ``model=wrn40_2 -m seed=0,1``.
 
-    Hydra takes overrides in one piece alone. Help is of no values, and so of none that are swept.
+    Hydra accepts overrides only without flags between them. With ``--help``, ``--multirun`` is removed.
 
     Raises:
-        ValueError: several configurations are to be printed as one.
+        ValueError: ``--cfg`` or ``--info``, which print one config, together with ``--multirun``.
     """
     flags: list[str] = []
     overrides: list[str] = []
     for before, argument in zip(("", *arguments), arguments, strict=False):
-        (flags if argument.startswith("-") or before in WITH_VALUE else overrides).append(argument)
+        (flags if argument.startswith("-") or before in VALUE_FLAGS else overrides).append(argument)
     if sweeps := SWEEP & {*flags}:
         if {"--help", "-h", "--hydra-help"} & {*flags}:
             return [flag for flag in flags if flag not in sweeps]
@@ -83,8 +84,8 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     return [*flags, *overrides]
 
 
-def in_front(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Puts overrides before those on a command line, but behind its flags, which must not stand between overrides."""
+def prepend_overrides(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Inserts overrides before those on a command line, after its flags, which must not be between overrides."""
     is_override = ["=" in argument and not argument.startswith("-") for argument in arguments]
     first = is_override.index(True) if any(is_override) else len(arguments)
     return [*arguments[:first], *overrides, *arguments[first:]]

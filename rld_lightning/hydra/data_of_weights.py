@@ -1,4 +1,4 @@
-"""Which data a file of weights is for, where the command does not say: its run does, or else the file."""
+"""Finds the data of a weights file, if the command does not name it: from its run, or else from the file."""
 
 import re
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from rld_lightning.hydra.options import CONF, list_options
 from rld_lightning.hydra.quoting import for_hydra, read_text
 from rld_lightning.runs.files import CONFIG, STUDENT, read_config, run_of, split_of, weights_in
 
-_COMPLETE = ("cifar100", "digits", "imagenet")  # options that need nothing else, called as their data set
-# What decides which images are measured, and how they are read; seed and share held out are in the file itself. Where
-# a folder, maybe a stranger's, would have something written or fetched is not asked.
-_SEEN = ("root", "test_fraction", "image_size", "resize", "mean", "std", "decode", "num_workers", "eval_batch_size")
-_UNPACKED = {"cifar100": "cifar-100-python", "imagenet": "val"}  # in their root, where nothing has to be fetched for it
+_NAMED_AS_DATASET = ("cifar100", "digits", "imagenet")  # options with the name of their dataset that need no others
+# The options that determine which images are evaluated and how they are read; the weights file holds the seed and the
+# held-out share. Options that cause writing or downloading are not read: the run directory may be a stranger's.
+_KEYS = ("root", "test_fraction", "image_size", "resize", "mean", "std", "decode", "num_workers", "eval_batch_size")
+_UNPACKED = {"cifar100": "cifar-100-python", "imagenet": "val"}  # subfolders of a root that needs no download
 
 
 def data_of(arguments: Sequence[str]) -> tuple[str, ...]:
-    """``("data=imagefolder", "data.root=/photos", ...)`` where ``weights=`` is of a run on it, and no data are named.
+    """Returns ``("data=imagefolder", "data.root=/photos", ...)`` for ``weights=`` of a run, if no data is named.
 
     Args:
-        arguments: what stands behind the name of a script that measures weights.
+        arguments: the command-line arguments of a script that evaluates weights.
 
     Raises:
-        UserError: the run's images are not where they were, and the command does not say where else.
+        UserError: the run's data.root no longer exists, and the command does not name another.
     """
     given = [argument.partition("=")[2] for argument in arguments if argument.startswith("weights=")]
     if not given or any(re.match(r"\+*data=", argument) for argument in arguments):
@@ -35,17 +35,17 @@ def data_of(arguments: Sequence[str]) -> tuple[str, ...]:
     if path.is_dir():
         path = weights_in(path) or path / STUDENT
     has_root = any(argument.startswith("data.root=") for argument in arguments)
-    return _of_run(run_of(path), has_root=has_root) or _of_file(path)
+    return _data_of_run(run_of(path), has_root=has_root) or _data_of_file(path)
 
 
-def _of_run(run: Path, *, has_root: bool) -> tuple[str, ...]:
-    """What the configuration in a folder says, if it is that of a run on data of this package."""
+def _data_of_run(run: Path, *, has_root: bool) -> tuple[str, ...]:
+    """Returns the data overrides of a run directory's config, if it is a run on data of this package."""
     try:
         data = read_config(run)["data"]
         option = {_target(name): name for name in list_options("data")}[data["_target_"]]
-    except (OSError, ValueError, KeyError, TypeError):  # the folder of something else
+    except (OSError, ValueError, KeyError, TypeError):  # not a run directory
         return ()
-    settings = {key: data[key] for key in _SEEN if data.get(key) is not None}
+    settings = {key: data[key] for key in _KEYS if data.get(key) is not None}
     if "split_file" in data and (written := split_of(run)) is not None:
         settings["split_file"] = str(written)
     if settings.get("decode") == "cuda":  # there may be no GPU here
@@ -66,15 +66,15 @@ def _of_run(run: Path, *, has_root: bool) -> tuple[str, ...]:
             f"{run} was trained on data.root={root}, which is not a folder here; add data.root=<folder>, where these "
             "images are now."
         )
-    return (f"data={option}", *(f"data.{key}={_text(run, key, value)}" for key, value in settings.items()))
+    return (f"data={option}", *(f"data.{key}={_override_value(run, key, value)}" for key, value in settings.items()))
 
 
 def _target(option: str) -> str:
     return str(yaml.safe_load((CONF / "data" / f"{option}.yaml").read_text())["_target_"])
 
 
-def _text(run: Path, key: str, value: Any) -> str:
-    """A plain value as Hydra reads it; that it is one that the option takes is checked with the rest of a command."""
+def _override_value(run: Path, key: str, value: Any) -> str:
+    """Returns a plain value as an override's text; its range is checked later, with the rest of the command."""
     numbers = value if isinstance(value, list) else [value]
     if isinstance(value, str) and "${" not in value:
         return for_hydra(value)
@@ -83,8 +83,8 @@ def _text(run: Path, key: str, value: Any) -> str:
     return str(value).lower()
 
 
-def _of_file(path: Path) -> tuple[str, ...]:
-    """What an export says by itself, where that is all there is to say."""
+def _data_of_file(path: Path) -> tuple[str, ...]:
+    """Returns the data override of an export's metadata, if its dataset needs no other options."""
     if path.suffix == ".ckpt":
         path = path.with_name(STUDENT)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -94,6 +94,6 @@ def _of_file(path: Path) -> tuple[str, ...]:
     try:
         with safe_open(path, framework="numpy") as file:
             name = (file.metadata() or {}).get("dataset")
-    except (OSError, SafetensorError):  # which the script says by itself
+    except (OSError, SafetensorError):  # the script reports it
         return ()
-    return (f"data={name}",) if name in _COMPLETE else ()
+    return (f"data={name}",) if name in _NAMED_AS_DATASET else ()

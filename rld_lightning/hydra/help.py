@@ -1,4 +1,4 @@
-"""What ``--help`` says about the options: a script's values, those of its groups, networks and losses by family."""
+"""The text of ``--help``: a script's values, the options of its groups, networks and losses by family."""
 
 import re
 import textwrap
@@ -12,12 +12,12 @@ from rld_lightning.hydra.registered_names import Known, known
 
 WIDTH = 80
 _INDENT = 4
-_LONG = 25  # what has a line of its own
+_LONG = 25  # entries of this width or more have a line without description
 _IMAGENET = ("resnet34_to_resnet18", "resnet50_to_mobilenetv1")
 
 
 def script_help(config_name: str) -> str:
-    """What ``--help`` says of a script behind its header: its values, its options, and how all are seen."""
+    """Returns the ``--help`` text of a script after its header: values, options, and how to print all values."""
     values = f"Values with their defaults (...: required):\n\n{values_help(config_name)}\n\n"
     if set(_groups(config_name)) == {"paths"}:
         return f"{values}--cfg job prints all values, --hydra-help lists the flags."
@@ -28,7 +28,7 @@ def script_help(config_name: str) -> str:
 
 
 def options_help(config_name: str) -> str:
-    """The groups of a script, each with its options, in lines of :data:`WIDTH` columns."""
+    """Returns the groups of a script with their options, in lines of :data:`WIDTH` columns."""
     registered = known()
     parts = []
     for group, default in _groups(config_name).items():
@@ -44,9 +44,9 @@ def options_help(config_name: str) -> str:
 
 
 def values_help(config_name: str) -> str:
-    """The values of a script's own, with their defaults and what its file in ``conf/`` says about them.
+    """Returns the values of a script's file in ``conf/``, with their defaults and comments.
 
-    Those that follow from others are left out.
+    Values that are interpolations are omitted.
     """
     own = (CONF / f"{config_name}.yaml").read_text().partition("_self_\n")[2].partition("\nhydra:")[0]
     entries = [
@@ -69,7 +69,7 @@ def values_help(config_name: str) -> str:
 
 
 def _groups(config_name: str) -> dict[str, str | None]:
-    """The groups that a script's configuration is made of, and what they are by default."""
+    """Returns the config groups of a script and their default options."""
     defaults = yaml.safe_load((CONF / f"{config_name}.yaml").read_text())["defaults"]
     entries = chain.from_iterable(entry.items() for entry in defaults if isinstance(entry, dict))
     return {group: option for group, option in entries if not group.startswith("override ")}
@@ -113,7 +113,7 @@ def _losses(options: list[str], registered: Known) -> list[str]:
 
 
 def _values(stated: dict[str, object]) -> str:
-    """What a preset starts from, and its own values."""
+    """Returns a preset's base loss and the values that it sets."""
     values = " ".join(f"{key}={str(value).lower()}" for key, value in stated.items() if key != "of")
     return f"{stated['of']} {values}".rstrip()
 

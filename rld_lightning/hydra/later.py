@@ -1,4 +1,4 @@
-"""A callback of Hydra's that is made when a sweep begins: Hydra makes all callbacks of every job, also of a mistake."""
+"""A Hydra callback that is created only for a sweep: Hydra creates callbacks for every job, even an invalid one."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 
 from rld_lightning import forked_processes
 from rld_lightning.hydra.checks.mistakes import check
-from rld_lightning.hydra.script import composed, exit_on_user_error
+from rld_lightning.hydra.script import exit_on_user_error, release_stderr
 
-# What a trial imports sooner or later, in an order in which the end of a sweep is noticed in between.
-_OF_TRIALS = (
+# The modules that a trial imports, one by one, so that the process notices the end of a sweep between them.
+_TRIAL_MODULES = (
     "torch",
     "torchvision",
     "lightning.pytorch",
@@ -26,16 +26,16 @@ _OF_TRIALS = (
     "rld_lightning.tasks.sweep",
     "rld_lightning.hydra.sweeps.side_by_side",
 )
-_HERE = ("BasicLauncher", "SideBySideLauncher")  # those that start trials on this machine
+_LOCAL_LAUNCHERS = ("BasicLauncher", "SideBySideLauncher")  # launchers that start trials on this machine
 
 
 class Later(Callback):
-    """Checks the configuration, and makes a callback for sweeps, whose imports take seconds, where there is a sweep.
+    """Checks the config, and creates the callback of sweeps, whose imports take seconds, only for a sweep.
 
     Args:
         of: the callback's import path.
         warm: whether the processes of trials are forked from one that has imported everything.
-        options: what it takes.
+        options: arguments of the callback.
     """
 
     def __init__(self, of: str, *, warm: bool = True, **options: Any) -> None:
@@ -44,35 +44,35 @@ class Later(Callback):
         self.callback: Callback | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Ends a run whose configuration is a mistake before it has a folder.
+        """Ends a run with an invalid config before its folder is created.
 
         Raises:
-            SystemExit: it is; with a sentence for each.
+            SystemExit: the config has mistakes; prints a sentence for each.
         """
         with exit_on_user_error():
             check(config)
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
-        """As :meth:`on_run_start`; then the sweep begins."""
-        composed()
+        """Checks the config like :meth:`on_run_start`, then starts the sweep's callback."""
+        release_stderr()
         self.on_run_start(config)
-        if self.warm and str(config.hydra.launcher._target_).endswith(_HERE):
-            forked_processes.start_server(_OF_TRIALS)  # which imports while this process does
+        if self.warm and str(config.hydra.launcher._target_).endswith(_LOCAL_LAUNCHERS):
+            forked_processes.start_server(_TRIAL_MODULES)  # imports in parallel with this process
         self.callback = instantiate(self.settings)
         assert self.callback is not None
         self.callback.on_multirun_start(config, **options)
 
     def on_multirun_end(self, config: DictConfig, **options: Any) -> None:
-        """Of a sweep."""
+        """Calls the callback at the end of a sweep."""
         if self.callback is not None:
             self.callback.on_multirun_end(config, **options)
 
     def on_job_start(self, config: DictConfig, **options: Any) -> None:
-        """Of a trial."""
+        """Calls the callback at the start of a trial."""
         if self.callback is not None:
             self.callback.on_job_start(config, **options)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Of a trial."""
+        """Calls the callback at the end of a trial."""
         if self.callback is not None:
             self.callback.on_job_end(config, job_return, **options)

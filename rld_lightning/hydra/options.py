@@ -1,7 +1,7 @@
-"""Options that need no file: each registered network is a ``model=<name>``, each registered loss a ``loss=<name>``.
+"""Options without a file: each registered network is ``model=<name>``, each registered loss ``loss=<name>``.
 
-They lie in Hydra's store, where ``--help``, completion and Hydra's messages find them. A file of that name in ``conf/``
-takes an option's place.
+They are in Hydra's ConfigStore, where ``--help``, completion and Hydra's messages find them. A file of the same name in
+``conf/`` replaces an option.
 """
 
 import json
@@ -23,9 +23,9 @@ _SWEEPERS: dict[str, dict[str, Any]] = {
     "optuna": {
         "defaults": [{"sampler": "tpe"}],
         "_target_": f"{_PLUGINS}.OptunaSweeper",
-        "_recursive_": False,  # the sampler of a study that goes on gets another seed
+        "_recursive_": False,  # the sampler of a resumed study gets another seed
         "study_name": "${hydra.job.name}",
-        "storage": "sqlite:///${hydra.sweep.dir}/study.db",  # so that an interrupted sweep goes on
+        "storage": "sqlite:///${hydra.sweep.dir}/study.db",  # to resume an interrupted sweep
         "direction": "maximize",
         "n_trials": 20,
         "n_jobs": 1,
@@ -33,7 +33,7 @@ _SWEEPERS: dict[str, dict[str, Any]] = {
     },
 }
 _SAMPLERS: dict[str, dict[str, Any]] = {
-    # By constant_liar trials side by side do not try the same.
+    # constant_liar: parallel trials try different values.
     "tpe": {"_target_": "optuna.samplers.TPESampler", "n_startup_trials": 10, "constant_liar": True, "seed": None},
     "random": {"_target_": "optuna.samplers.RandomSampler", "seed": None},
     "grid": {"_target_": "optuna.samplers.GridSampler", "seed": None},
@@ -44,62 +44,62 @@ _LAUNCHERS: dict[str, dict[str, Any]] = {
         "n_jobs": "${trials_at_once:${trainer.accelerator},${trainer.devices}}",
     },
 }
-_SMALL_RATE = ("mobilenetv2", "shufflev1", "shufflev2")  # the literature trains them with a learning rate of 0.01
+_SMALL_LR = ("mobilenetv2", "shufflev1", "shufflev2")  # trained with a learning rate of 0.01 in the literature
 
 
-class _Shared(dict[str, Any]):
-    """A store that copies of it share. Nodes are copied when they are read, so that nothing writes into them."""
+class _NotCopied(dict[str, Any]):
+    """A dict that ``deepcopy`` returns as it is. Nodes are copied when they are read, so none is modified."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_NotCopied":
         return self
 
 
 def register_options() -> None:
-    """Puts all generated options into Hydra's store; once more after a network or a loss has been registered.
+    """Adds all generated options to Hydra's store; call it again after registering a network or a loss.
 
     Raises:
         ValueError: see :func:`tunable_losses`.
     """
     store = ConfigStore.instance()
-    if not isinstance(store.repo, _Shared):  # Hydra copies it for each group that its help lists, which takes seconds
-        store.repo = _Shared(store.repo)
+    if not isinstance(store.repo, _NotCopied):  # Hydra copies it for each group in its help, which takes seconds
+        store.repo = _NotCopied(store.repo)
     for group, options in (("model", network_options()), ("loss", tunable_losses())):
         for name in options.keys() - _files(group):
             store.store(group=group, name=name, node=options[name])
-    Plugins.instance()  # these come first, because Hydra's own and others of the name would take our place
-    own = {"hydra/sweeper": _SWEEPERS, "hydra/sweeper/sampler": _SAMPLERS, "hydra/launcher": _LAUNCHERS}
-    for group, options in own.items():
+    Plugins.instance()  # registers the plugins' configs first: later ones of the same name would replace ours
+    ours = {"hydra/sweeper": _SWEEPERS, "hydra/sweeper/sampler": _SAMPLERS, "hydra/launcher": _LAUNCHERS}
+    for group, options in ours.items():
         for name, node in options.items():
             store.store(group=group, name=name, node=node)
 
 
 def list_options(group: str) -> list[str]:
-    """The options of a group, those in files and those that are generated, in alphabetical order."""
+    """Returns the options of a group, from files and generated, in alphabetical order."""
     generated = {"model": network_options, "loss": tunable_losses}
     return sorted(_files(group) | set(generated[group]() if group in generated else ()))
 
 
 def network_options() -> dict[str, dict[str, Any]]:
-    """A single model for each registered network, by name: what a file in ``conf/model`` would hold."""
-    small_rate = {"tuned": {"lr": 0.01}}
+    """Returns the option of each registered network, by name, as a file in ``conf/model`` would define it."""
+    small_lr = {"tuned": {"lr": 0.01}}
     return {
-        name: {"defaults": ["single"], "student": {"name": name}} | (small_rate if name in _SMALL_RATE else {})
+        name: {"defaults": ["single"], "student": {"name": name}} | (small_lr if name in _SMALL_LR else {})
         for name in known().models
     }
 
 
 def tunable_losses() -> dict[str, dict[str, Any]]:
-    """All losses by name, registered ones and those of ``conf/loss_presets.yaml``, with each value open to a pair.
+    """Returns all losses by name, registered ones and ``conf/loss_presets.yaml``'s, with values that a pair can set.
 
-    ``beta: 8.0`` of ``rld`` becomes ``${tuned:rld.beta,8.0}``: what ``model.tuned.rld.beta`` says, else 8. Experiments
-    and the command line put their own in the place of that.
+    ``beta: 8.0`` of ``rld`` becomes ``${tuned:rld.beta,8.0}``: the value of ``model.tuned.rld.beta``, or 8. Experiments
+    and the command line override it.
 
     Raises:
-        ValueError: a preset does not say which loss it starts from.
+        ValueError: a preset's ``of`` is not a loss before it.
     """
     presets = yaml.safe_load((CONF / "loss_presets.yaml").read_text()) or {}
-    registered = {name: _warmed_up(options) for name, options in known().losses.items()}
-    losses = {name: _open_to_pairs(name, options) for name, options in registered.items() if name not in presets}
+    registered = {name: _with_recipe_warmup(options) for name, options in known().losses.items()}
+    losses = {name: _tunable(name, options) for name, options in registered.items() if name not in presets}
     for name, stated in presets.items():
         if (of := stated.pop("of", None)) not in losses:
             raise ValueError(
@@ -107,18 +107,18 @@ def tunable_losses() -> dict[str, dict[str, Any]]:
                 f"{did_you_mean(str(of), losses)}"
             )
         base = losses[of]
-        own = registered.get(name, {})
-        new = {key: value for key, value in own.items() if key == "_target_" or key not in base}
-        losses[name] = _open_to_pairs(name, base | new | stated)
+        options = registered.get(name, {})
+        new = {key: value for key, value in options.items() if key == "_target_" or key not in base}
+        losses[name] = _tunable(name, base | new | stated)
     return losses
 
 
-def _warmed_up(options: dict[str, Any]) -> dict[str, Any]:
-    """A loss's options; one that warms up by itself warms up as long as the recipe says."""
+def _with_recipe_warmup(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the number of warm-up epochs from the recipe, if the loss has a warm-up by default."""
     return options | ({"warmup_epochs": "${recipe.warmup_epochs}"} if options.get("warmup_epochs", 1) != 1 else {})
 
 
-def _open_to_pairs(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _tunable(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value if key == "_target_" else f"${{tuned:{name}.{key},{_in_interpolation(value)}}}"
         for key, value in options.items()

@@ -1,4 +1,4 @@
-"""Paths of a configuration where a job does not stay in the folder that the command was given in."""
+"""Resolves the relative paths of a config, for jobs that change their working directory."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -7,11 +7,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.hydra.quoting import PATHS
 
-_WORDS = ("auto", "fit", "published", "pretrained")  # of weights that are looked for
+_WORDS = ("auto", "fit", "published", "pretrained")  # values of ``weights`` that are not paths
 
 
-def anchored(cfg: DictConfig, folder: Path) -> DictConfig:
-    """A configuration whose relative paths mean what they do in a folder, wherever the process is."""
+def with_absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Returns a copy of a config, with its relative paths resolved in a folder."""
     other = deepcopy(cfg)
     for key in PATHS:
         group, _, name = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""Values on a command line: written as shell and Hydra have to have them, and mended where only the shell was told."""
+"""Quotes values for the shell and for Hydra, and adds the quotes for Hydra that users omit."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-# Keys whose values are files, folders or addresses; Hydra's own for the folders of runs and sweeps.
+# Keys whose values are files, folders or URLs, including Hydra's for the folders of runs and sweeps.
 PATHS = frozenset(
     (
         *("paths.data", "paths.runs", "paths.teachers", "paths.run"),
@@ -25,41 +25,41 @@ _UNREADABLE = object()
 
 
 def as_argument(key: str, value: Any) -> str:
-    """An option of a command as it can be pasted into a shell: ``"resume='runs/a=1/last.ckpt'"``."""
+    """Returns an override that can be pasted into a shell: ``"resume='runs/a=1/last.ckpt'"``."""
     return _for_shell(f"{key}={for_hydra(str(value))}")
 
 
 def as_command(arguments: Iterable[str]) -> str:
-    """Arguments that Hydra reads, as they can be pasted into a shell."""
+    """Returns arguments of Hydra as a command that can be pasted into a shell."""
     return " ".join(map(_for_shell, arguments))
 
 
 def _for_shell(argument: str) -> str:
-    # Easier to read than shlex's '"'"', where the shell leaves all signs alone.
+    # More readable than shlex's '"'"', if no character is special in double quotes.
     return f'"{argument}"' if "'" in argument and not set(argument) & set('"$`\\!') else shlex.quote(argument)
 
 
 def for_hydra(text: str) -> str:
-    """A text as Hydra's grammar has to have it: in quotes where it would be taken for something else."""
+    """Returns a text in Hydra's grammar, quoted if Hydra would read it as something else."""
     if _read(text) == text and not text.startswith("'") and "${" not in text:
         return text
-    # Hydra takes a backslash for an escape in front of a quote alone.
-    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", r"\'"), text)
+    # In Hydra's grammar, a backslash escapes only before a quote.
+    inner = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), text)
     return "'" + inner.replace("${", r"\${") + "'"
 
 
 def with_quotes(arguments: Iterable[str]) -> list[str]:
-    """Puts in the quotes that Hydra needs and no shell passes on, where a value can only be a path.
+    """Adds the quotes that Hydra needs (the shell removes the user's), if a value can only be a path.
 
-    That is where Hydra cannot read ``key=value``, or would read something else than one text, and the key is one of
-    :data:`PATHS`, or there is such a file: ``weights=runs/seed=1/student.safetensors``. A list of them with commas
-    between is taken for several paths if each is there.
+    That is, if Hydra cannot parse ``key=value`` or would not read a single text, and the key is one of :data:`PATHS` or
+    the file exists: ``weights=runs/seed=1/student.safetensors``. A comma-separated list is quoted as several paths if
+    all exist.
     """
     return [_with_quotes(argument) for argument in arguments]
 
 
 def read_text(value: str) -> str:
-    """What a value on a command line is as a text, with or without Hydra's quotes."""
+    """Returns the text of a value on a command line, with or without Hydra's quotes."""
     read = _read(value)
     return read if isinstance(read, str) else value
 
@@ -72,21 +72,21 @@ def _with_quotes(argument: str) -> str:
     parts = value.split(",")
     if len(parts) > 1 and all(map(_exists, parts)):
         return f"{key}={','.join(map(_quoted, parts))}"
-    is_a_list = read is not _UNREADABLE  # which a path in brackets or with commas is to Hydra
+    is_a_list = read is not _UNREADABLE  # Hydra reads a path with brackets or commas as a list
     if _exists(value) if is_a_list else key.lstrip("+") in PATHS or _exists(value):
         return f"{key}={_quoted(value)}"
     return argument
 
 
 def _quoted(value: str) -> str:
-    """A path of a user's in quotes; ``${...}`` in it stays what it is."""
+    """Quotes a user's path; keeps interpolations ``${...}``."""
     return for_hydra(value).replace(r"\${", "${")
 
 
 def _exists(value: str) -> bool:
     try:
         return "/" in value and Path(value).expanduser().exists()
-    except (OSError, ValueError):  # no name that a file could have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
@@ -96,7 +96,7 @@ def _parser() -> OverridesParser:
 
 
 def _read(value: str) -> Any:
-    """What Hydra makes of a value without quotes, None of null; ``_UNREADABLE`` where it cannot read it."""
+    """Returns the value that Hydra reads from an unquoted text (None for null), or ``_UNREADABLE``."""
     try:
         override = _parser().parse_override(f"key={value}")
     except HydraException:

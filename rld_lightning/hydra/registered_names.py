@@ -1,7 +1,7 @@
-"""What is registered, without importing PyTorch for it: networks by name, and losses with their options.
+"""The registered networks and losses, without importing PyTorch.
 
-Importing takes seconds, which help, completion and a typing mistake need not wait for. So what was read last lies in
-the user's cache folder, for the very files that it was read from: another loss, or another default, is read anew.
+Importing takes seconds, too long for help, completion and messages about typos. So the names and options are cached in
+the user's cache folder, and read again if a source file of a network or a loss has changed.
 """
 
 import hashlib
@@ -19,25 +19,25 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Known(NamedTuple):
-    """What is registered."""
+    """The registered networks and losses."""
 
     models: list[str]  # names of the networks, in natural order
     # Options of the losses by name, as Hydra instantiates them, in alphabetical order
     losses: dict[str, dict[str, Any]]
-    methods: dict[str, str]  # what each is called, in a few words
-    on_features: list[str]  # those that look into the networks
-    families: dict[str, list[str]]  # networks by the words of the file that defines them
+    methods: dict[str, str]  # name of each loss's method
+    on_features: list[str]  # losses that use features
+    families: dict[str, list[str]]  # networks by the docstring of the file that defines them
 
 
 def known() -> Known:
-    """What is registered now; what lies in the cache counts only before anybody can have registered more."""
+    """Returns what is registered; from the cache only if no registry is imported, so that nothing can be added yet."""
     if {"rld_lightning.losses.registry", "rld_lightning.models.registry"} & sys.modules.keys():
         return _registered()
-    return _remembered()
+    return _cached()
 
 
 @cache
-def _remembered() -> Known:
+def _cached() -> Known:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rld-lightning"
     file = cache / f"known-{hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:16]}.json"
     state = _state()
@@ -45,10 +45,10 @@ def _remembered() -> Known:
         saved = json.loads(file.read_text())
         if saved.pop("state") == state:
             return Known(**saved)
-    found = _registered()
-    with suppress(OSError, TypeError):  # a cache that cannot be kept is none
-        write_whole(file, json.dumps({**found._asdict(), "state": state}).encode())
-    return found
+    registered = _registered()
+    with suppress(OSError, TypeError):  # works without a cache
+        write_whole(file, json.dumps({**registered._asdict(), "state": state}).encode())
+    return registered
 
 
 def _registered() -> Known:
@@ -72,7 +72,7 @@ def _registered() -> Known:
 
 
 def _state() -> str:
-    """Changes with any file that networks or losses are defined in, and with this one."""
+    """Returns a hash that changes with any file of networks and losses, and with this one."""
     files = [Path(__file__), *(path for room in ("losses", "models") for path in (_PACKAGE / room).rglob("*.py"))]
     stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(files)]
     return hashlib.sha256(repr((sys.version_info, stats)).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""What the YAML files in ``conf/`` can call: resolvers, registered by importing this module.
+"""The OmegaConf resolvers of the YAML files in ``conf/``; importing this module registers them.
 
-They import PyTorch when they are asked: help, completion and typing mistakes need not wait for it.
+They import PyTorch only when called, so that help, completion and messages about typos are fast.
 """
 
 import sys
@@ -18,28 +18,29 @@ from rld_lightning.runs.naming import dataset_name, loss_choice
 
 
 def tuned(key: str, default: Any, *, _root_: DictConfig) -> Any:
-    """What the model or pair sets for a loss (``model.tuned``), else the loss's own value.
+    """Returns the value that the model or pair sets for a loss (``model.tuned``), or the loss's default.
 
     Args:
         key: the loss's option and the hyper-parameter, such as ``rld.beta``.
+        default: the loss's default.
     """
-    own = OmegaConf.create(default) if isinstance(default, list | dict) else default
-    return OmegaConf.select(_root_, f"model.tuned.{key}", default=own)
+    value = OmegaConf.create(default) if isinstance(default, list | dict) else default
+    return OmegaConf.select(_root_, f"model.tuned.{key}", default=value)
 
 
 def choice(group: str, otherwise: str | None = None, *, _root_: DictConfig) -> str | None:
-    """The option of a group that was chosen, such as ``quick`` of ``recipe``."""
+    """Returns the chosen option of a group, such as ``quick`` of ``recipe``."""
     if "hydra" in _root_:
         return OmegaConf.select(_root_, f"hydra.runtime.choices.{group}", default=otherwise)
     return HydraConfig.get().runtime.choices.get(group, otherwise) if HydraConfig.initialized() else otherwise
 
 
 def network(name: str | None) -> str | None:
-    """A network's name in the spelling of this package; ``None`` where none is given yet."""
-    # Spelled as it is here; where networks are imported already, asking them takes no time.
+    """Returns a network's canonical name; ``None`` if none is given."""
+    # Names of ``known()`` are canonical: no need to import the networks.
     if not name or ("rld_lightning.models.registry" not in sys.modules and name in known().models):
         return name or None
-    if name.startswith("transformers/"):  # a folder, maybe
+    if name.startswith("transformers/"):  # possibly followed by a folder
         return name.rstrip("/").rpartition("/")[2]
     from rld_lightning.models.registry import canonical_name
 
@@ -47,9 +48,9 @@ def network(name: str | None) -> str | None:
 
 
 def fast_precision(accelerator: str = "auto") -> str:
-    """Lightning's ``bf16-mixed`` where bfloat16 has instructions of its own, ``32-true`` elsewhere.
+    """Returns ``bf16-mixed`` if the hardware has bfloat16 instructions, else ``32-true``.
 
-    That is NVIDIA GPUs from compute capability 8.0 on, and CPUs with AVX512-BF16 or AMX.
+    NVIDIA GPUs have them from compute capability 8.0, and CPUs with AVX512-BF16 or AMX.
     """
     import torch
 
@@ -70,7 +71,7 @@ def _cpu_has_bfloat16() -> bool:
     return any(probe() for probe in probes if probe is not None)
 
 
-# Cached, because a run has one folder and one precision.
+# Cached, so that a run has a single folder and precision.
 _CACHED: tuple[Callable[..., Any], ...] = (unique_name, fast_precision)
 _OTHERS: tuple[Callable[..., Any], ...] = (
     *(choice, dataset_name, devices_per_node, loss_choice, network, nodes, script_help, trials_at_once, tuned),

@@ -1,4 +1,4 @@
-"""The frame of every script: Hydra reads ``conf/``, a task runs, user mistakes end in one sentence."""
+"""Runs a script: composes the config with Hydra, calls the task, and reports user mistakes in one sentence each."""
 
 import os
 import re
@@ -19,10 +19,10 @@ from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import Stopped, exit_now, stop_on_signals, wait_for_rank_zero
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
-from rld_lightning.hydra.cleared import clear_mistake
-from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first, in_front, with_own_folder
+from rld_lightning.hydra.cleared import remove_unused_folder
+from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first, prepend_overrides, set_run_folder
 from rld_lightning.hydra.options import CONF, register_options
-from rld_lightning.hydra.paths import anchored
+from rld_lightning.hydra.paths import with_absolute_paths
 from rld_lightning.hydra.quoting import with_quotes
 from rld_lightning.redact import remember
 from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_yaml
@@ -31,112 +31,112 @@ from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_y
 def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
     """Runs ``task`` with the configuration of ``conf/<config_name>.yaml`` and the overrides on the command line.
 
-    ``overrides`` come before those, which therefore win.
+    The command line takes precedence over ``overrides``.
 
-    Exits with 2 and a sentence for each mistake of the user's; ``HYDRA_FULL_ERROR=1`` shows the traceback instead. On a
-    signal it exits with 128 + its number, and one sentence.
+    Exits with code 2 and a sentence for each mistake of the user; ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    On a signal it exits with code 128 + its number, and one sentence.
     """
 
     quiet_lightning()
-    if not _is_read_by_others(sys.argv[1:]):
+    if not _only_prints(sys.argv[1:]):
         print_line("start", "composing the configuration, then loading PyTorch and Lightning")
     with exit_on_user_error():
         register_options()
         arguments = flags_first(sys.argv[1:])
-        sys.argv[1:] = expand_combined_loss(in_front(overrides, with_own_folder(with_quotes(arguments))))
+        sys.argv[1:] = expand_combined_loss(prepend_overrides(overrides, set_run_folder(with_quotes(arguments))))
 
     def guarded(cfg: DictConfig) -> float | None:
-        composed()
-        quiet_lightning()  # also where a launcher has started another process
+        release_stderr()
+        quiet_lightning()  # again, for processes started by a launcher
         if (job := HydraConfig.get()).job.chdir:
-            cfg = anchored(cfg, Path(job.runtime.cwd))
+            cfg = with_absolute_paths(cfg, Path(job.runtime.cwd))
         try:
             check(cfg)
             with disk_errors():
-                _note_job(cfg)
+                _write_job_config(cfg)
                 if cfg.get("print_config") and not is_trial():
-                    print_line("config", " ".join(chosen()))
+                    print_line("config", " ".join(_chosen_options()))
                 return task(cfg)
         except UserError as error:
             if not is_trial():
-                clear_mistake()
+                remove_unused_folder()
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             if is_trial():
-                raise  # to the sweep, which says so, and in which the others go on
+                raise  # the sweep reports it and continues with the other trials
             print_error(wait_for_rank_zero() + str(error))
             sys.exit(2)
 
     try:
         if not os.environ.get("HYDRA_FULL_ERROR"):
-            sys.stderr = _HydrasWords()
-        with stop_on_signals():  # launchers of trials, too, clear up behind them
+            sys.stderr = _HeldStderr()
+        with stop_on_signals():  # so that launchers of trials also clean up
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Stopped) as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        if stopped.signal == signal.SIGINT:  # not one of a cluster, which is to be explained
-            clear_mistake()
+        if stopped.signal == signal.SIGINT:  # keeps the log of a job that a cluster ended
+            remove_unused_folder()
         if not stopped.said:
             print_line("stopped", f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else stopped.signal.name}")
         exit_now(128 + stopped.signal)
     except SystemExit as stop:
-        if stop.code == 1 and (words := _held()):
+        if stop.code == 1 and (text := _held_text()):
             with exit_on_user_error():
-                _explain(words, config_name)
-        if stop.code == 2 and (flags := re.search(r"unrecognized arguments: (.+)", _held())):
-            _forget()
+                _explain(text, config_name)
+        if stop.code == 2 and (flags := re.search(r"unrecognized arguments: (.+)", _held_text())):
+            _discard_held()
             print_error(
                 f"{wait_for_rank_zero()}{flags[1]} is not known. Options are written key=value, as in "
                 "recipe.epochs=10: --help lists them, and --hydra-help the flags."
             )
         raise
     finally:
-        composed()
+        release_stderr()
 
 
-def _is_read_by_others(arguments: Sequence[str]) -> bool:
-    """Whether there are flags, all of which but ``--multirun`` ask for something to be printed."""
+def _only_prints(arguments: Sequence[str]) -> bool:
+    """Whether there is a flag other than ``--multirun``: they all print something and exit."""
     return any(argument.startswith("-") and argument not in SWEEP for argument in arguments)
 
 
-def _note_job(cfg: DictConfig) -> None:
-    """Writes a job's ``.hydra``: its configuration, Hydra's own and the overrides, without secrets.
+def _write_job_config(cfg: DictConfig) -> None:
+    """Writes a job's ``.hydra`` folder: its config, Hydra's config and the overrides, without secrets.
 
-    Interpolations are kept. The secrets are remembered for whatever this process writes later.
+    Interpolations are kept. The secrets are stored, to redact them in everything that this process writes later.
     """
-    own = HydraConfig.get()
-    folder = Path(own.runtime.output_dir)
-    hydra: Any = OmegaConf.to_container(own, enum_to_str=True)
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    hydra: Any = OmegaConf.to_container(hydra_config, enum_to_str=True)
     remember(OmegaConf.to_container(cfg))
     write_yaml(folder / HYDRA / "config.yaml", OmegaConf.to_container(cfg, enum_to_str=True))
     write_yaml(folder / CHOICES, {"hydra": hydra})
     write_yaml(folder / OVERRIDES, hydra["overrides"]["task"])
-    if own.mode == RunMode.MULTIRUN and (sweep := Path(own.sweep.dir) / SWEEPER).exists():
-        write_yaml(sweep, OmegaConf.to_container(OmegaConf.load(sweep)))  # as sweepers of others write it
+    if hydra_config.mode == RunMode.MULTIRUN and (sweep := Path(hydra_config.sweep.dir) / SWEEPER).exists():
+        write_yaml(sweep, OmegaConf.to_container(OmegaConf.load(sweep)))  # third-party sweepers write it with secrets
 
 
-def chosen() -> list[str]:
-    """The options that make up the configuration of this job, and what else the command line says."""
-    own = HydraConfig.get()
-    choices = [f"{group}={option}" for group, option in reversed(own.runtime.choices.items()) if option is not None]
-    groups = [choice for choice in choices if not re.match(r"[^=]*[/@]|paths=", choice)]  # neither within others
+def _chosen_options() -> list[str]:
+    """Returns the options of this job's config groups, and the command line's other overrides."""
+    hydra = HydraConfig.get()
+    choices = [f"{group}={option}" for group, option in reversed(hydra.runtime.choices.items()) if option is not None]
+    groups = [choice for choice in choices if not re.match(r"[^=]*[/@]|paths=", choice)]  # without nested groups
     options = {choice.partition("=")[0] for choice in choices}
-    return [*groups, *(o for o in own.overrides.task if o.lstrip("+").partition("=")[0] not in options)]
+    return [*groups, *(o for o in hydra.overrides.task if o.lstrip("+").partition("=")[0] not in options)]
 
 
 def is_trial() -> bool:
-    """Whether Hydra runs this job as one of a sweep."""
+    """Whether this job is a trial of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def is_watched() -> bool:
-    """Whether this job is a trial of a sweep that has the terminal for its own lines."""
+    """Whether this job is a trial of a sweep that shows its own progress in the terminal."""
     return is_trial() and bool(HydraConfig.get().callbacks.get("sweep", {}).get("watch"))
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """For scripts without Hydra: what :func:`user_errors` catches ends in one sentence and exit code 2."""
+    """Turns what :func:`user_errors` catches into one sentence and exit code 2, for scripts without Hydra."""
     try:
         with user_errors():
             yield
@@ -145,27 +145,27 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
 
 
-def composed() -> None:
-    """Says that there is a configuration: from here on, what anybody writes to stderr is shown as it comes."""
-    if isinstance(sys.stderr, _HydrasWords):
+def release_stderr() -> None:
+    """Writes the held text to stderr and stops holding it, once the config is composed."""
+    if isinstance(sys.stderr, _HeldStderr):
         held, sys.stderr = sys.stderr, sys.stderr.stderr
         sys.stderr.write(held.getvalue())
 
 
-class _HydrasWords(StringIO):
-    """What Hydra writes to stderr while it composes: on a mistake, its view of it, or a traceback."""
+class _HeldStderr(StringIO):
+    """Holds what Hydra writes to stderr while it composes: on a mistake, its message or a traceback."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stderr = sys.stderr
 
 
-def _held() -> str:
-    return sys.stderr.getvalue() if isinstance(sys.stderr, _HydrasWords) else ""
+def _held_text() -> str:
+    return sys.stderr.getvalue() if isinstance(sys.stderr, _HeldStderr) else ""
 
 
-def _explain(words: str, config_name: str) -> None:
-    """Says in sentences what Hydra has ended with; leaves its own words alone where there are none.
+def _explain(text: str, config_name: str) -> None:
+    """Replaces Hydra's error text by our own sentences, if there are any.
 
     Raises:
         UserError: the sentences.
@@ -173,16 +173,16 @@ def _explain(words: str, config_name: str) -> None:
     try:
         checked(sys.argv[1:], config_name)
     except UserError:
-        _forget()
+        _discard_held()
         raise
-    # The folders of runs and sweeps are made by Hydra.
-    if found := re.search(
-        r"^(?:FileExists|FileNotFound|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", words, re.MULTILINE
+    # Hydra creates the folders of runs and sweeps.
+    if match := re.search(
+        r"^(?:FileExists|FileNotFound|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", text, re.MULTILINE
     ):
-        _forget()
-        raise UserError(f"the run's folder cannot be made, {found[1]}; choose another (hydra.run.dir, paths.runs).")
+        _discard_held()
+        raise UserError(f"the run's folder cannot be made, {match[1]}; choose another (hydra.run.dir, paths.runs).")
 
 
-def _forget() -> None:
-    if isinstance(sys.stderr, _HydrasWords):
+def _discard_held() -> None:
+    if isinstance(sys.stderr, _HeldStderr):
         sys.stderr = sys.stderr.stderr

@@ -3,7 +3,7 @@
 import pytest
 from filelock import FileLock
 
-from rld_lightning.hydra.cleared import clear_mistake, will_make
+from rld_lightning.hydra.cleared import note_missing_folders, remove_unused_folder
 
 
 def prepare(folder):
@@ -14,17 +14,17 @@ def prepare(folder):
 
 def test_the_folder_goes_with_those_that_were_made_for_it(tmp_path):
     (tmp_path / "runs").mkdir()
-    will_make(folder := tmp_path / "runs" / "rld" / "today" / "1")
+    note_missing_folders(folder := tmp_path / "runs" / "rld" / "today" / "1")
     prepare(folder)
-    clear_mistake()
+    remove_unused_folder()
     assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
 def test_a_neighbour_keeps_the_folders_above(tmp_path):
-    will_make(folder := tmp_path / "runs" / "1")
+    note_missing_folders(folder := tmp_path / "runs" / "1")
     prepare(folder)
     prepare(tmp_path / "runs" / "2")
-    clear_mistake()
+    remove_unused_folder()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["2"]
 
 
@@ -33,30 +33,30 @@ def test_what_was_there_or_tells_of_work_stays(tmp_path, work):
     folder = tmp_path / "run"
     if work in (None, ".hydra"):  # there before, be it empty
         folder.mkdir()
-    will_make(folder)
+    note_missing_folders(folder)
     if work is not None:
         prepare(folder)
         (folder / work).parent.mkdir(exist_ok=True)
         (folder / work).touch()
-        clear_mistake()
+        remove_unused_folder()
         assert {path.name for path in folder.iterdir()} >= {".hydra", ".lock", "fit.log"}
-    clear_mistake()
+    remove_unused_folder()
     assert folder.is_dir()
 
 
 def test_a_folder_that_another_process_is_at_stays(tmp_path):
-    will_make(folder := tmp_path / "run")
+    note_missing_folders(folder := tmp_path / "run")
     prepare(folder)
     with FileLock(folder / ".lock"):
-        clear_mistake()
+        remove_unused_folder()
     assert {path.name for path in folder.iterdir()} == {".hydra", ".lock", "fit.log", "eval.log", "split.csv"}
-    clear_mistake()
+    remove_unused_folder()
     assert not folder.exists()
 
 
 def test_the_log_of_a_failure_stays(tmp_path):
-    will_make(folder := tmp_path / "run")
+    note_missing_folders(folder := tmp_path / "run")
     prepare(folder)
     (folder / "fit.log").write_text("Traceback (most recent call last):\nRuntimeError: out of memory\n")
-    clear_mistake()
+    remove_unused_folder()
     assert (folder / "fit.log").is_file()

@@ -23,7 +23,7 @@ def written_below(folder):
 def test_a_sweep_leaves_no_secret_before_its_first_job(monkeypatch, tmp_path):
     options = ["-m", "seed=0", f"hydra.sweep.dir={tmp_path}", "out=/out", "data.root=/photos"]
     monkeypatch.setattr(sys, "argv", ["shards.py", *options, *OVERRIDES])
-    monkeypatch.setattr("rld_lightning.hydra.script._note_job", lambda cfg: None)
+    monkeypatch.setattr("rld_lightning.hydra.script._write_job_config", lambda cfg: None)
     run_task(lambda cfg: None, "shards")
     text = (tmp_path / "multirun.yaml").read_text()
     assert "REDACTED" in text

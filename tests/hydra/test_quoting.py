@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rld_lightning.hydra.paths import anchored
+from rld_lightning.hydra.paths import with_absolute_paths
 from rld_lightning.hydra.quoting import as_argument, as_command, with_quotes
 
 PATHS = (
@@ -69,7 +69,7 @@ def test_relative_paths_stay_those_of_the_command(tmp_path):
             "resume": None,
         }
     )
-    found = anchored(cfg, tmp_path)
+    found = with_absolute_paths(cfg, tmp_path)
     assert (found.paths.data, found.paths.teachers) == (f"{tmp_path}/data", "/store")
     assert (found.data.root, found.data.cache, found.resume) == (f"{tmp_path}/photos", "s3://bucket", None)
     assert (found.model.teacher.weights, found.model.student.weights) == ("fit", f"{tmp_path}/w.pth")

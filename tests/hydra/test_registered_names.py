@@ -43,11 +43,11 @@ def reads(monkeypatch, tmp_path):
 
 
 def ask():
-    registered_names._remembered.cache_clear()  # as in another process
+    registered_names._cached.cache_clear()  # as in another process
     try:
         return known()
     finally:
-        registered_names._remembered.cache_clear()
+        registered_names._cached.cache_clear()
 
 
 def test_the_registries_are_read_again_when_a_file_of_theirs_has_changed(reads, tmp_path):

@@ -158,7 +158,7 @@ def test_a_study_with_a_view_that_has_no_end_is_not_asked(tmp_path):
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
     with closing(sqlite3.connect(tmp_path / "study.db")) as database:
         database.execute(f"CREATE VIEW studies AS {endless}")
-    assert importances(tmp_path / "study.db")[1].endswith("it has 'studies' where Optuna makes tables alone")
+    assert importances(tmp_path / "study.db")[1].endswith("it has 'studies', but Optuna creates only tables")
 
 
 def test_studies_that_say_nothing(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from rld_lightning.hydra.checks.callbacks import check_watchers
 from rld_lightning.hydra.checks.machine import check_machine
 from rld_lightning.hydra.checks.unknown_keys import unknown_key
 from rld_lightning.hydra.checks.values import check_values
-from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, WITH_VALUE, compose
+from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, VALUE_FLAGS, compose
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
 
@@ -44,7 +44,7 @@ class Command:
                 overrides.append(argument)
                 continue
             flags.add(flag)
-            if flag in WITH_VALUE:
+            if flag in VALUE_FLAGS:
                 value = value if equals else next(rest, "")
                 folders += [value] if flag in SEARCH_PATH else []
                 config_name = value if flag in CONFIG_NAME else config_name

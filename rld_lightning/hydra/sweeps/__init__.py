@@ -1,1 +1,1 @@
-"""How a sweep chooses its trials, and how they run side by side."""
+"""Choosing the trials of a sweep, and running them in parallel."""

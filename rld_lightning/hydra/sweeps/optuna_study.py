@@ -1,4 +1,4 @@
-"""A study of Optuna's as a sweep uses it: what it chooses from, how it goes on, what it is told."""
+"""An Optuna study for a sweep: its search space, resuming it, and reporting results to it."""
 
 import logging
 import math
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-INSTEAD_OF = "instead_of"  # of a trial: the number of the interrupted one that it is the repetition of
+INSTEAD_OF = "instead_of"  # attribute of a trial: the number of the interrupted trial that it repeats
 
 
 def search_space(
     lines: Sequence[str], loader: ConfigLoader | None = None
 ) -> "tuple[dict[str, BaseDistribution], tuple[str, ...]]":
-    """What Optuna is to choose from, by key, and the overrides that are the same for all trials.
+    """Returns Optuna's distributions by key, and the overrides that are the same for all trials.
 
     Args:
-        lines: overrides; of those for one key the last one counts.
+        lines: overrides; the last one for a key counts.
 
     Raises:
-        ValueError: an interval is none, such as one on a logarithmic scale that begins at 0.
+        ValueError: an interval is invalid, such as one on a logarithmic scale that starts at 0.
     """
     overrides = OverridesParser.create(loader).parse_overrides(list(lines))
     last = {override.get_key_element(): override for override in overrides}
@@ -65,15 +65,15 @@ def _distribution(override: Override) -> "BaseDistribution":
 
 
 def _category(value: Any) -> Any:
-    """A value as Optuna can store it, which reads as an override when it is printed."""
+    """Returns a value that Optuna can store and that prints as an override."""
     return value if isinstance(value, bool | int | float) else Transformer.str(value)
 
 
 def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tuple[optuna.Study, int]":
-    """The study of a sweep, new or one that goes on, and how many trials it is still to run.
+    """Creates or loads the study of a sweep, and returns it with the number of remaining trials.
 
     Raises:
-        ValueError: there is nothing to choose, a grid has no list of values, or the storage cannot be read.
+        ValueError: no key has several values, a grid has an interval, or the storage cannot be read.
     """
     import optuna
     from optuna.trial import TrialState
@@ -91,50 +91,50 @@ def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tu
             direction=options.direction,
             load_if_exists=True,
         )
-    except Exception as error:  # of a database, or of what is none
+    except Exception as error:  # databases raise their own types
         raise ValueError(
             f"{options.storage} cannot be opened by Optuna {optuna.__version__}: {first_line(error)}"
         ) from error
     trials = study.get_trials(deepcopy=False)
-    study.sampler, to_go = _sampler(options, space, len(trials))
+    study.sampler, total = _sampler(options, space, len(trials))
     for trial in trials:
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, user_attrs={INSTEAD_OF: trial.number})  # and so in the same folder
-    again = {trial.user_attrs.get(INSTEAD_OF) for trial in study.get_trials(deepcopy=False)}
-    done = sum(trial.state.is_finished() and trial.number not in again for trial in study.get_trials(deepcopy=False))
-    return study, max(0, to_go - done)
+            study.enqueue_trial(trial.params, user_attrs={INSTEAD_OF: trial.number})  # same values: same folder
+    repeated = {trial.user_attrs.get(INSTEAD_OF) for trial in study.get_trials(deepcopy=False)}
+    done = sum(trial.state.is_finished() and trial.number not in repeated for trial in study.get_trials(deepcopy=False))
+    return study, max(0, total - done)
 
 
 def check_storage(storage: str | None) -> None:
-    """Looks whether a database in a file, which may be a stranger's, is tables alone.
+    """Checks that a database file, possibly a stranger's, contains only tables.
 
     Args:
-        storage: its address; of another one nothing is looked at.
+        storage: its URL; anything but an SQLite file is not checked.
 
     Raises:
-        ValueError: it has views, which could count for ever in the place of a table, or triggers.
-        sqlite3.Error: it is no database.
+        ValueError: it has triggers, or views, which could take forever in the place of a table.
+        sqlite3.Error: it is not a database.
     """
     file = Path(str(storage).removeprefix("sqlite:///"))
     if not str(storage).startswith("sqlite:///") or not file.is_file():
         return
     with closing(sqlite3.connect(file)) as database:
-        if found := database.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
-            raise ValueError(f"it has {found[0]!r} where Optuna makes tables alone")
+        if row := database.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
+            raise ValueError(f"it has {row[0]!r}, but Optuna creates only tables")
 
 
 def _sampler(
-    options: DictConfig, space: "dict[str, BaseDistribution]", begun: int
+    options: DictConfig, space: "dict[str, BaseDistribution]", started: int
 ) -> "tuple[optuna.samplers.BaseSampler, int]":
-    """The sampler, and how many trials there are to be in all: a grid has no more than its points."""
+    """Returns the sampler and the total number of trials, for a grid at most its points."""
     settings: Any = OmegaConf.to_container(options.sampler)
     if settings["_target_"].endswith(".GridSampler"):
         points = {key: _points(key, distribution) for key, distribution in space.items()}
-        most = math.prod(len(values) for values in points.values())
-        return instantiate({**settings, "search_space": points, "_convert_": "all"}), min(options.n_trials, most)
+        size = math.prod(len(values) for values in points.values())
+        return instantiate({**settings, "search_space": points, "_convert_": "all"}), min(options.n_trials, size)
     if settings.get("seed") is not None:
-        settings["seed"] += begun  # or it would propose the first ones again
+        settings["seed"] += started  # otherwise it would propose the first trials again
     return instantiate(settings), options.n_trials
 
 
@@ -152,10 +152,10 @@ def _points(key: str, distribution: "BaseDistribution") -> list[Any]:
 
 
 def tell(study: "optuna.Study", trial: "optuna.Trial", value: float | None) -> None:
-    """Tells a study what a trial came to: a number, or that it has failed.
+    """Reports a trial's result to the study.
 
     Args:
-        value: its result; None, and what is no finite number, is a failure.
+        value: the result; None or a number that is not finite is a failure.
     """
     from optuna.samplers import GridSampler
     from optuna.trial import TrialState
@@ -165,13 +165,13 @@ def tell(study: "optuna.Study", trial: "optuna.Trial", value: float | None) -> N
             study.tell(trial, state=TrialState.FAIL)
         else:
             study.tell(trial, float(value))
-    except (RuntimeError, KeyError):  # after its last point a grid wants to stop a loop of Optuna's; the trial is told
+    except (RuntimeError, KeyError):  # after its last point, a grid stops Optuna's loop; the result is stored already
         if not isinstance(study.sampler, GridSampler):
             raise
 
 
-def leave_best(study: "optuna.Study", folder: Path) -> None:
-    """Leaves ``optimization_results.yaml``, if a trial has finished."""
+def write_best(study: "optuna.Study", folder: Path) -> None:
+    """Writes ``optimization_results.yaml``, if a trial has completed."""
     from optuna.trial import TrialState
 
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -180,10 +180,10 @@ def leave_best(study: "optuna.Study", folder: Path) -> None:
 
 
 def check_options(options: DictConfig) -> None:
-    """Looks at what can be said about an Optuna sweep before anything is trained for it.
+    """Checks the options of an Optuna sweep before anything is trained.
 
     Raises:
-        ValueError: there would be no trial, or a number is none.
+        ValueError: an option is invalid.
         ImportError: Optuna is not installed.
     """
     try:
@@ -194,14 +194,14 @@ def check_options(options: DictConfig) -> None:
         raise ValueError(f"hydra.sweeper.n_trials={options.n_trials} must be a whole number from 1 on.")
     if options.direction not in ("maximize", "minimize"):
         raise ValueError(f"hydra.sweeper.direction={options.direction} must be maximize or minimize.")
-    together(options.n_jobs)
+    check_n_jobs(options.n_jobs)
 
 
-def together(n_jobs: Any) -> int:
-    """How many trials are proposed at a time.
+def check_n_jobs(n_jobs: Any) -> int:
+    """Returns how many trials are proposed at a time.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: the number is invalid.
     """
     if n_jobs == -1:  # as joblib counts
         return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Trials of a sweep side by side: each is one of Hydra's jobs in a process of its own, with its share of the GPUs."""
+"""Parallel trials of a sweep: each is a Hydra job in its own process, with its share of the GPUs."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ from rld_lightning.forked_processes import PYTHON_M, Process, kill, poll, send_s
 from rld_lightning.hydra.gpu_shares import VISIBLE, gpu_shares
 from rld_lightning.runs.files import ERROR
 
-_POLL = 0.05  # seconds between two looks at the processes
+_POLL = 0.05  # seconds between two checks of the processes
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class _Running:
 
 
 class Jobs:
-    """Runs jobs of a sweep, so many at a time.
+    """Runs jobs of a sweep, ``at_once`` of them in parallel.
 
     Raises:
-        UserError: none can run.
+        UserError: ``at_once`` is invalid.
     """
 
     def __init__(self, context: HydraContext, config: DictConfig, task: TaskFunction, at_once: int) -> None:
@@ -54,11 +54,11 @@ class Jobs:
         self.shares = gpu_shares(config.get("trainer") or {})
 
     def run(self, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Runs all, and returns what each has returned; one that was killed has failed.
+        """Runs all jobs and returns their results; a killed job has failed.
 
         Raises:
-            KeyboardInterrupt: by Ctrl-C; nothing is left running.
-            Stopped: by another signal, likewise.
+            KeyboardInterrupt: on Ctrl-C; all processes have ended.
+            Stopped: on another signal; all processes have ended.
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -67,7 +67,7 @@ class Jobs:
         waiting, running = deque(range(len(overrides))), dict[int, _Running]()
         with TemporaryDirectory(prefix="rld-jobs-") as scratch:
             folder = Path(scratch)
-            # By value: main of a script cannot be imported.
+            # Pickled by value, because a script's ``main`` cannot be imported.
             shared = (self.context, self.config, self.task, Singleton.get_state())
             (folder / "shared").write_bytes(cloudpickle.dumps(shared))
             try:
@@ -89,11 +89,11 @@ class Jobs:
                 print_line("stopping", "after this step, and saving; once more stops it at once")
                 with suppress(KeyboardInterrupt, Stopped):
                     jobs = [job.process for job in running.values()]
-                    send_signal(jobs, signal.SIGTERM)  # which they tell their trials
+                    send_signal(jobs, signal.SIGTERM)  # they forward it to their trials
                     wait_for_end(jobs, GRACE + 5)
                 raise
             finally:
-                for job in running.values():  # what it has started ends with it
+                for job in running.values():  # also ends the processes that it started
                     kill(job.process)
         return [returned[index] for index in range(len(overrides))]
 
@@ -103,11 +103,11 @@ class Jobs:
         return start(command, {**os.environ, TRIALS: str(self.at_once), **self.environment(slot)})
 
     def environment(self, slot: int) -> Mapping[str, str]:
-        """What the jobs of a slot get that those of another do not: trials are dealt to the GPUs in turn."""
+        """Returns the environment variables of a slot's jobs: slots use the GPU shares in turn."""
         return {VISIBLE: self.shares[slot % len(self.shares)]} if self.shares else {}
 
     def _returned(self, folder: Path, number: int, code: int, overrides: Sequence[str]) -> JobReturn:
-        """What a job has returned that has ended."""
+        """Returns the result of a job that has ended."""
         file = folder / f"returned_{number}"
         if file.exists():
             returned: JobReturn = pickle.loads(file.read_bytes())
@@ -128,19 +128,19 @@ class Jobs:
 
 
 def job_config(context: HydraContext, config: DictConfig, number: int, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one of a sweep's jobs."""
-    own = context.config_loader.load_sweep_config(config, list(overrides))
-    with open_dict(own):
-        own.hydra.job.id = f"{own.hydra.job.name}_{number}"
-        own.hydra.job.num = number
-    return own
+    """Composes the config of a sweep's job."""
+    job = context.config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(job):
+        job.hydra.job.id = f"{job.hydra.job.name}_{number}"
+        job.hydra.job.num = number
+    return job
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a job, in a process of its own, and returns its exit status.
+    """Runs a job in this process, and returns the exit status.
 
     Args:
-        arguments: the folder with what all jobs share, and this one's number.
+        arguments: the folder of the jobs' pickled data, and this job's number.
     """
     folder, number = Path(arguments[0]), int(arguments[1])
     try:
@@ -149,11 +149,11 @@ def main(arguments: Sequence[str]) -> int:
             overrides = pickle.loads((folder / f"job_{number}").read_bytes())
             setup_globals()
             Singleton.set_state(singletons)
-            own = job_config(context, config, number, overrides)
-            HydraConfig.instance().set_config(own)
+            job = job_config(context, config, number, overrides)
+            HydraConfig.instance().set_config(job)
             returned = run_job(
                 task_function=task,
-                config=own,
+                config=job,
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
                 hydra_context=context,

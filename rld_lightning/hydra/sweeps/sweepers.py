@@ -1,4 +1,4 @@
-"""How a sweep runs its trials: all of a grid, or those that a study of Optuna's proposes."""
+"""Runs the trials of a sweep: all points of a grid, or those that an Optuna study proposes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ from rld_lightning.console import print_line
 from rld_lightning.errors import UserError, first_line
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.hydra.sweeps.optuna_study import leave_best, open_study, search_space, tell, together
+from rld_lightning.hydra.sweeps.optuna_study import check_n_jobs, open_study, search_space, tell, write_best
 from rld_lightning.runs.events import log_event
 from rld_lightning.runs.files import SWEEPER, write_yaml
 
 
 def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
-    """Runs every value of each key with every value of the others.
+    """Runs all combinations of the values.
 
     Raises:
-        SystemExit: the trials cannot be run; with one sentence.
+        SystemExit: the trials cannot run; prints one sentence.
     """
     config, launcher, context = sweeper.config, sweeper.launcher, sweeper.hydra_context
     assert config is not None
@@ -35,7 +35,7 @@ def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
             [*own_params(sweeper.params), *arguments]
         )
         batches = sweeper.split_arguments(overrides, sweeper.max_batch_size)
-        _note(config, sum(map(len, batches)))
+        _write_sweep(config, sum(map(len, batches)))
         first = 0
         for batch in batches:
             _launch(launcher, batch, first, config)
@@ -45,33 +45,33 @@ def sweep_grid(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
 def sweep_study(
     config: DictConfig, launcher: Launcher, loader: ConfigLoader, options: dict[str, Any], arguments: Sequence[str]
 ) -> None:
-    """Runs what an Optuna study proposes, and tells it what came out: a number, or that a trial has failed.
+    """Runs the trials that an Optuna study proposes, and reports each result to it: a number, or a failure.
 
-    A study in a storage goes on where it was: what was running when it was interrupted is tried again first.
+    A study in a storage is resumed: trials that were running when it was interrupted are repeated first.
 
     Raises:
-        SystemExit: a mistake in the options, or the trials cannot be run; with one sentence.
+        SystemExit: a mistake in the options, or the trials cannot run; prints one sentence.
     """
     with exit_on_user_error():
         space, fixed = search_space([*own_params(options.get("params")), *arguments], loader)
-        study, to_go = open_study(OmegaConf.create(options), space)
-        _note(config, to_go)
-        at_once, first = together(options["n_jobs"]), 0
-        while to_go > 0:
-            trials = [study.ask(space) for _ in range(min(at_once, to_go))]
+        study, remaining = open_study(OmegaConf.create(options), space)
+        _write_sweep(config, remaining)
+        n_jobs, first = check_n_jobs(options["n_jobs"]), 0
+        while remaining > 0:
+            trials = [study.ask(space) for _ in range(min(n_jobs, remaining))]
             lines = [(*(f"{key}={value}" for key, value in trial.params.items()), *fixed) for trial in trials]
-            batch = list(dict.fromkeys(lines))  # two with the same values are one, in one folder
-            log_event(Path(config.hydra.sweep.dir), total=first + to_go - len(trials) + len(batch))
+            batch = list(dict.fromkeys(lines))  # trials with the same values have the same folder and run once
+            log_event(Path(config.hydra.sweep.dir), total=first + remaining - len(trials) + len(batch))
             returned = dict(zip(batch, _launch(launcher, batch, first, config), strict=True))
             for trial, line in zip(trials, lines, strict=True):
                 tell(study, trial, _value(returned[line]))
             first += len(batch)
-            to_go -= len(trials)
-        leave_best(study, Path(config.hydra.sweep.dir))
+            remaining -= len(trials)
+        write_best(study, Path(config.hydra.sweep.dir))
 
 
 def own_params(params: Mapping[str, Any] | None) -> list[str]:
-    """A sweeper's own parameters as overrides."""
+    """Returns the ``params`` of a sweeper's config as overrides."""
     return [f"{key}={value}" for key, value in (params or {}).items()]
 
 
@@ -79,8 +79,8 @@ def _value(returned: JobReturn) -> float | None:
     return returned.return_value if returned.status == JobStatus.COMPLETED else None
 
 
-def _note(config: DictConfig, total: int) -> None:
-    """Leaves the sweep's configuration, without secrets, where Hydra's own sweeper does, and the number of trials."""
+def _write_sweep(config: DictConfig, total: int) -> None:
+    """Writes the sweep's config without secrets, to the path of Hydra's own sweeper, and the number of trials."""
     folder = Path(config.hydra.sweep.dir)
     write_yaml(folder / SWEEPER, OmegaConf.to_container(config, enum_to_str=True))
     log_event(folder, total=total)
@@ -90,16 +90,16 @@ def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, conf
     """Runs trials.
 
     Raises:
-        SystemExit: the sweep was interrupted; how it goes on has been said.
-        UserError: they cannot be run: their configuration is none, or one of the launcher's processes has died.
+        SystemExit: the sweep was interrupted; prints how to resume it.
+        UserError: their config is invalid, or one of the launcher's processes has died.
     """
     try:
         return launcher.launch([list(lines) for lines in batch], initial_job_idx=first)
-    except (KeyboardInterrupt, SystemExit) as stop:  # of Ctrl-C, and of SIGTERM
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, SIGTERM
         folder = as_argument("hydra.sweep.dir", config.hydra.sweep.dir)
         print_line("stopped", f"continue with the same command and {folder}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
-    except Exception as error:  # each launcher has its own
+    except Exception as error:  # each launcher raises its own types
         raise UserError(
             "the trials cannot be run, or a process that ran some has died "
             f"({type(error).__name__}: {first_line(error)}). Continue an interrupted sweep with the same command and "
