@@ -1,15 +1,15 @@
-# Every target makes its own virtual environment when it is missing.
+# Targets create their virtual environment if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# What stands behind a target as name=value is an override for the script: make quickstart loss=dkd seed=1
+# Arguments name=value after a target are overrides for the script: make quickstart loss=dkd seed=1
 OVERRIDES := $(filter-out PYTHON=% VENV=%,$(MAKEOVERRIDES))
 
-# Torch gets one thread in each process. What Python compiles is kept for the many processes that tests start, also where
-# a container's environment says otherwise.
+# One PyTorch thread per process. Bytecode is cached for the many processes that tests start, even if the environment
+# disables it.
 QUICKLY := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
-# Files of tests, one a core, in the order of tests/conftest.py.
+# Test files in parallel, one per core, in the order of tests/conftest.py.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -23,26 +23,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-install: $(INSTALLED) ## make .venv with the tested versions
+install: $(INSTALLED) ## create .venv with the tested versions
 
 quickstart: $(INSTALLED) ## teacher, student alone and distilled student on real digits, in a minute (loss=dkd ...)
 	$(RUN) scripts/quickstart.py $(OVERRIDES)
 
-test: $(INSTALLED) ## the default tests, under 5 minutes on 2 cores
+test: $(INSTALLED) ## run the default tests, under 5 minutes on 2 cores
 	$(QUICKLY) $(RUN) -m pytest -q $(SIDE_BY_SIDE)
 
-test-slow: $(INSTALLED) ## the slow tests
+test-slow: $(INSTALLED) ## run the slow tests
 	$(RUN) -m pytest -q -m slow
 
-soak: $(INSTALLED) ## break hundreds of runs, and count those that resume to the same result
+soak: $(INSTALLED) ## interrupt hundreds of runs, and count those that resume to the same result
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/soak.py
 
-test-lowest: ## the default tests with the lowest supported versions, in .venv-lowest
+test-lowest: ## run the default tests with the lowest supported versions, in .venv-lowest
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	$(QUICKLY) .venv-lowest/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
-lint: $(INSTALLED) ## ruff, import layers and types
+lint: $(INSTALLED) ## check style (ruff), import layers and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
@@ -57,13 +57,13 @@ audit: $(INSTALLED) ## check the tested versions for known vulnerabilities (PyPI
 	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit
 	$(RUN) -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
-docs: $(INSTALLED) ## build the manual in site/, with its links checked
+docs: $(INSTALLED) ## build the manual in site/ and check its links
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 docs-tables: $(INSTALLED) ## regenerate the tables of losses in docs/losses.md
 	$(RUN) docs/tables.py
 
-build: $(INSTALLED) ## the wheel, in dist/
+build: $(INSTALLED) ## build the wheel in dist/
 	$(RUN) -m build --wheel
 
 clean: ## remove build outputs (not data, teachers or runs)

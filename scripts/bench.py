@@ -10,7 +10,7 @@ if __name__ == "__main__":
         prog=script_command("bench"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, in turn")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each is timed, alternately")
     what = parser.add_subparsers(dest="what", required=True)
     fit = what.add_parser("fit", help="whole jobs of fit.py against a plain trainer like public distillation code")
     fit.add_argument("--data", default="cifar100", choices=("cifar100", "digits", "imagefolder"))
@@ -18,9 +18,9 @@ if __name__ == "__main__":
         "--root", default="data", help="folder of CIFAR-100, or of images, made in ImageNet's size if it is missing"
     )
     fit.add_argument("--workers", type=int, default=2, help="dataloader workers of the plain trainer")
-    fit.add_argument("--seconds", type=float, default=4, help="time of each in a round")
-    fit.add_argument("--folder", type=Path, help="where the teacher and its logits are kept for the next call")
-    fit.add_argument("--prepare", type=int, metavar="STEPS", help="only fill --folder and compile, in so many steps")
+    fit.add_argument("--seconds", type=float, default=4, help="time of each per round")
+    fit.add_argument("--folder", type=Path, help="folder that keeps the teacher and its logits for the next call")
+    fit.add_argument("--prepare", type=int, metavar="STEPS", help="only fill --folder and compile, in this many steps")
     fit.add_argument(
         "--with",
         dest="switches",
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     loss.add_argument("--batch", type=int, default=1024)
     loss.add_argument("--classes", type=int, default=21841)
     step = what.add_parser("step", help="a training step against the plain eager float32 one")
-    epoch = what.add_parser("epoch", help="overhead of an epoch of fit.py beside its steps")
+    epoch = what.add_parser("epoch", help="overhead of an epoch of fit.py besides its steps")
     epoch.add_argument("--root", default="data", help="folder of CIFAR-100")
     epoch.add_argument("--epochs", type=int, default=4)
     losses = what.add_parser("losses", help="a training step with each loss relative to kd's")
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     if options.what == "fit" and options.prepare and options.folder is None:
         parser.error("--prepare needs --folder")
 
-    import torch  # help and mistakes need not wait for it
+    import torch  # slow, so not for help and mistakes
 
     from rld_lightning.bench.data import bench_data, write_image_folder
     from rld_lightning.bench.epochs import bench_epoch

@@ -20,14 +20,15 @@ from rld_lightning.hydra.script import exit_on_user_error, run_task
 from rld_lightning.shipped import script_command
 
 SWEPT = {"losses": "loss", "seeds": "seed"}
-NOT_FOR_ALL = r"[+~]*((loss|seed|sweep|resume)=|loss@|hydra\.sweep(?!\.dir=))"  # runs of a comparison differ in it
+# Options that differ between the runs of a comparison.
+NOT_FOR_ALL = r"[+~]*((loss|seed|sweep|resume)=|loss@|hydra\.sweep(?!\.dir=))"
 
 
-def translated(option: str) -> str:
-    """``losses=ce,rld``, ``seeds=0,1`` and ``folder=...`` in scripts/fit.py's words; other options as they are.
+def fit_override(option: str) -> str:
+    """Translates ``losses=ce,rld``, ``seeds=0,1`` and ``folder=...`` to overrides of scripts/fit.py; keeps others.
 
     Raises:
-        ValueError: it is no list, or not the same for all runs.
+        ValueError: it is not a list, or an option that differs between the runs.
     """
     key, equals, value = option.partition("=")
     if key == "folder":
@@ -50,8 +51,8 @@ def translated(option: str) -> str:
 
 
 def main(cfg: DictConfig) -> float:
-    """A student's top-1 accuracy in percent."""
-    from rld_lightning.tasks.trial import run_trial  # Lightning takes seconds that help need not wait for
+    """Runs a trial and returns the student's top-1 accuracy in percent."""
+    from rld_lightning.tasks.trial import run_trial  # imports Lightning: slow, so not for help
 
     return run_trial(cfg).top1
 
@@ -68,8 +69,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="a folder with your own configuration files")
     with exit_on_user_error():
-        # The sweep says itself that it is one, but Hydra cannot read that where something else is wrong.
-        given = parser.parse_intermixed_args()  # options may stand between them
+        # conf/sweep/compare.yaml sets MULTIRUN, but Hydra does not read it if another override is invalid.
+        given = parser.parse_intermixed_args()  # flags may be between options
         more = ["--config-dir", given.config_dir] if given.config_dir else []
-        sys.argv[1:] = ["--multirun", *more, *map(translated, given.options)]
+        sys.argv[1:] = ["--multirun", *more, *map(fit_override, given.options)]
     run_task(main, "fit", "sweep=compare")

@@ -27,6 +27,6 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the JSON here; needs no key and no network")
     options = parser.parse_args()
     with exit_on_user_error():
-        from rld_lightning.tracking.dashboard import save_dashboard  # needs an extra, and takes seconds to import
+        from rld_lightning.tracking.dashboard import save_dashboard  # needs an extra, and imports slowly
 
         save_dashboard(options.entity, options.project, options.pair, options.data, options.dry_run)

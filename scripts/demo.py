@@ -9,7 +9,7 @@ from rld_lightning.hydra.script import run_task
 
 def main(cfg: DictConfig) -> None:
     """Serves the page until it is stopped."""
-    from rld_lightning.tasks.demo import demo  # takes seconds that help and mistakes need not wait for
+    from rld_lightning.tasks.demo import demo  # slow, so not for help and mistakes
 
     demo(cfg)
 

@@ -11,10 +11,8 @@ from rld_lightning.hydra.script import exit_on_user_error, run_task
 
 
 def main(cfg: DictConfig) -> float:
-    """Top-1 accuracy in percent."""
-    from rld_lightning.tasks.evaluate import (
-        evaluate,  # Lightning takes seconds that help and mistakes need not wait for
-    )
+    """Evaluates the weights and returns the top-1 accuracy in percent."""
+    from rld_lightning.tasks.evaluate import evaluate  # imports Lightning: slow, so not for help and mistakes
 
     return evaluate(cfg).top1
 

@@ -8,8 +8,8 @@ from rld_lightning.hydra.script import run_task
 
 
 def main(cfg: DictConfig) -> None:
-    """Writes the files, and compares them."""
-    from rld_lightning.tasks.export import export  # takes seconds that help and mistakes need not wait for
+    """Writes the files, and compares them with PyTorch."""
+    from rld_lightning.tasks.export import export  # slow, so not for help and mistakes
 
     export(cfg)
 

@@ -11,28 +11,28 @@ from rld_lightning.runs.folder import check_folder, check_within
 from rld_lightning.shipped import script_command
 from rld_lightning.tasks.logit_reader import LogitReader
 
-FIGURES = "figures"  # the folder of the files, in that of the runs
+FIGURES = "figures"  # default folder of the files, in the folder of the runs
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", figure: RegisteredFigure) -> None:
-    """Adds the command of a figure, with the options that its function takes."""
+    """Adds a figure's command, with the options of its function."""
     description = (figure.write.__doc__ or figure.summary).split("\n\n")[0]
     command = commands.add_parser(figure.name, help=figure.summary, description=description)
     command.set_defaults(write=figure.write)
-    command.add_argument("--out", type=Path, help=f"folder to write to; by itself {FIGURES}/ in the first one of runs")
+    command.add_argument("--out", type=Path, help=f"folder to write to; by default {FIGURES}/ in the first one of runs")
     if runs := figure.parameters.get("runs"):
         some = "+" if runs.default is runs.empty else "*"
         command.add_argument("runs", nargs=some, type=Path, help="folders that hold finished runs")
     if "pair" in figure.parameters:
-        command.add_argument("--pair", help="such as resnet20_to_resnet8, where the folders hold several")
+        command.add_argument("--pair", help="such as resnet20_to_resnet8, if the folders hold several")
     if "reader" in figure.parameters:
         command.add_argument(
             "--teacher",
             type=Path,
             metavar="PATH",
-            help="its weights, if they have moved: a folder of a run or of an export, or a file",
+            help="the teacher's weights, if they have moved: a folder of a run or an export, or a file",
         )
-        command.add_argument("--data", type=Path, metavar="FOLDER", help="the data, if they have moved")
+        command.add_argument("--data", type=Path, metavar="FOLDER", help="the data, if it has moved")
     figure.add_options(command)
 
 

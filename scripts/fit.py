@@ -8,8 +8,8 @@ from rld_lightning.hydra.script import is_trial, run_task
 
 
 def main(cfg: DictConfig) -> float:
-    """The student's top-1 accuracy in percent."""
-    from rld_lightning.tasks.fit import fit  # Lightning takes seconds that help and mistakes need not wait for
+    """Trains the student and returns its top-1 accuracy in percent."""
+    from rld_lightning.tasks.fit import fit  # imports Lightning: slow, so not for help and mistakes
     from rld_lightning.tasks.trial import run_trial
 
     return (run_trial if is_trial() else fit)(cfg).top1

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, for a machine that has one for some minutes and no network, in calls of limited
-# time: the CUDA tests and steps; then, on CIFAR-100, whole jobs, a teacher (WRN-40-2), one student of it (WRN-16-2, rld)
-# alone, and the others (kd, ce, more seeds) side by side. A call continues where the last one stopped, and one that
-# lacks parts of the data does what needs none. After each stage $OUT has what was found.
+# Everything that needs a GPU, for a machine that has one for some minutes and no network, in calls of limited time: the
+# CUDA tests and steps; then, on CIFAR-100, whole jobs, a teacher (WRN-40-2), one of its students (WRN-16-2, rld) alone,
+# and the others (kd, ce, more seeds) in parallel. A call continues where the last one stopped; if parts of the data are
+# missing, it runs the stages that need no data. After each stage, $OUT contains the results so far.
 #
 #   scripts/gpu_check.sh pack FOLDER   here, with a network: FOLDER/wheels for the machine, FOLDER/parts of the data
-#   scripts/gpu_check.sh               there
-#   SCALE=0.001 scripts/gpu_check.sh   anywhere: all of it a thousandth as long
+#   scripts/gpu_check.sh               on the GPU machine
+#   SCALE=0.001 scripts/gpu_check.sh   anywhere: everything a thousandth as long
 #
 # DATA    CIFAR-100's folder (data)          PARTS  or a folder with parts of it, which may come in several calls
-# OUT     8 files at most (runs/gpu_check)   STATE  what the next call continues from (/tmp/gpu_check)
-# WHEELS  packages to install from           FROM   OUT of another machine: its teacher is taken
-# LIMIT   seconds of this call (570)         BUDGET seconds that all trainings may take (600): decides EPOCHS, up to 240
-# EPOCHS  of each training, TEACHER_EPOCHS of the teacher's; without EPOCHS two short trainings measure the speed first
-# SKIP    stages to leave out ("tests bench-imagenet")    DRY    1: only print what would be run
-# SEEDS   of the students (0 1 2 3 4); ' ': no training
+# OUT     at most 8 files (runs/gpu_check)   STATE  state that the next call continues from (/tmp/gpu_check)
+# WHEELS  packages to install from           FROM   OUT of another machine, to use its teacher
+# LIMIT   seconds of this call (570)         BUDGET seconds for all trainings (600): determines EPOCHS, up to 240
+# EPOCHS  of each training, TEACHER_EPOCHS of the teacher's; without EPOCHS, two short trainings measure the speed first
+# SKIP    stages to skip ("tests bench-imagenet")         DRY    1: only print the commands
+# SEEDS   seeds of the students (0 1 2 3 4); ' ': no training
 set -uo pipefail
 cd "$(dirname "$0")/.."
 START=$(date +%s)
 DATA=${DATA:-data} OUT=${OUT:-runs/gpu_check} STATE=${STATE:-/tmp/gpu_check} LIMIT=${LIMIT:-570} BUDGET=${BUDGET:-600}
 SCALE=${SCALE:-1} SEEDS=${SEEDS:-0 1 2 3 4} DRY=${DRY:-} PARTS=${PARTS:-} WHEELS=${WHEELS:-} FROM=${FROM:-} EPOCHS=${EPOCHS:-}
 TEACHER_EPOCHS=${TEACHER_EPOCHS:-} SKIP=${SKIP:-}
-TEACHER=wrn40_2 STUDENT=wrn16_2 SPARE=20 # seconds to stop and to gather in
+TEACHER=wrn40_2 STUDENT=wrn16_2 SPARE=20 # seconds for stopping and gathering
 PYTHON=${PYTHON:-python3}
 RUNS=$STATE/runs
 export PYTHONPATH=$STATE/site:$PWD PYTHONUNBUFFERED=1 COLUMNS=110 WANDB_MODE=disabled PYTHONDONTWRITEBYTECODE=1
@@ -29,18 +29,18 @@ export PYTHONPATH=$STATE/site:$PWD PYTHONUNBUFFERED=1 COLUMNS=110 WANDB_MODE=dis
 say() { printf '%4d s  %s\n' $(($(date +%s) - START)) "$*" | tee -a "$STATE/log.txt"; }
 left() { echo $((START + LIMIT - SPARE - $(date +%s))); }
 
-pack() { # what a machine without a network lacks; pip fetches no wheel of antlr4, so it is built
+pack() { # packs the files that a machine without a network lacks; antlr4 has no wheel on PyPI, so it is built
     local folder=$1
     mkdir -p "$folder/wheels" "$folder/parts"
     "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$folder/wheels" \
         hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 || return 1
-    # A part travels in a call of at most 64 MiB, beside this repository.
+    # Parts small enough for transfers of at most 64 MiB, including this repository.
     tar --create --directory "$DATA" cifar-100-python | xz -T0 -1 | split --bytes=47M - "$folder/parts/cifar." || return 1
     (cd "$folder/parts" && sha256sum cifar.* >SHA256SUMS)
     du -h "$folder"/wheels/* "$folder"/parts/*
 }
 
-join_data() { # keeps what this call has brought, and says whether that is all
+join_data() { # stores this call's parts of the data; fails if some are still missing
     mkdir -p "$STATE/parts"
     cp -n "$PARTS"/* "$STATE/parts/" 2>/dev/null
     [ -f "$STATE/data/.whole" ] && return 0
@@ -53,8 +53,8 @@ gather() {
     [ "$DRY" ] || "$PYTHON" -m rld_lightning.bench.evidence gather "$STATE" "$OUT" >>"$STATE/log.txt" 2>&1
 }
 
-# stage NAME SECONDS COMMAND...: once, whatever comes of it, unless the time of the call ends it. A run takes part as
-# often as it needs. 0: done; 1: to be gone on with; 2: failed.
+# stage NAME SECONDS COMMAND...: runs a command once, also if it fails, unless the call's time ends it. Trainings (run-*)
+# continue in the next calls. Returns 0: done; 1: to be continued; 2: failed.
 stage() {
     local name=$1 limit=$2 began rc
     shift 2
@@ -64,7 +64,7 @@ stage() {
     ((limit > $(left))) && limit=$(left)
     ((limit < 10)) && { say "$name: no time left"; return 1; }
     began=$(date +%s)
-    # The run that is told to stop saves where it stands.
+    # A run that receives SIGTERM writes a checkpoint.
     timeout --kill-after=15 "$limit" "$@" >>"$STATE/logs/$name.txt" 2>&1
     rc=$?
     say "$name: exit status $rc after $(($(date +%s) - began)) of $limit s"
@@ -77,7 +77,7 @@ stage() {
     return "$(cat "$STATE/done/$name")"
 }
 
-# run NAME SECONDS OVERRIDES...: a training, from its last checkpoint where it has one.
+# run NAME SECONDS OVERRIDES...: a training, resumed from its last checkpoint if there is one.
 run() {
     local name=$1 limit=$2 resume=()
     shift 2
@@ -99,7 +99,7 @@ fi
 
 scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n *= s; print int(n < least ? least : n) }'; }
 SHORT=() TOGETHER=${TOGETHER:-3} MEASURE=$([ "$EPOCHS" ] || echo 1)
-if [ "$SCALE" != 1 ]; then # two epochs, of so many batches that steps are scaled
+if [ "$SCALE" != 1 ]; then # two epochs, with fewer batches to scale the number of steps
     EPOCHS=2 TEACHER_EPOCHS=2
     SHORT=("trainer.limit_train_batches=$(scaled $((240 * 782 / 2)) 2)" "trainer.limit_val_batches=$(scaled 200 1)")
 fi
@@ -121,7 +121,7 @@ stage bench-loss 60 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
 gather
 [ "$MISSING" ] && { say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
 
-# Four times the batch: the teacher's recipe is nobody's concern, and a GPU has room.
+# Four times the batch size: the teacher's recipe is not compared, and a GPU has enough memory.
 FAST=("model=$TEACHER" loss=ce data.batch_size=256 recipe.optimizer.lr=0.15)
 if [ "$MEASURE" ]; then
     SHORT_BEFORE=("${SHORT[@]}") SHORT=("${PACED[@]}")
@@ -130,7 +130,7 @@ if [ "$MEASURE" ]; then
     SHORT=("${SHORT_BEFORE[@]}")
 fi
 
-# All logits known: of images as they are, so that computing them takes no time.
+# All logits cached: without augmentation, so that filling the cache is fast.
 KNOWN="data.augment=false model.teacher.cache=fill recipe.warmup_epochs=1"
 [ "$SCALE" = 1 ] || KNOWN+=" data.subset=0.01"
 stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" --folder "$STATE/bench" \
@@ -141,7 +141,7 @@ gather
 [ "$EPOCHS" ] || EPOCHS=$(cat "$STATE/epochs" 2>/dev/null || "$PYTHON" -m rld_lightning.bench.evidence epochs "$STATE" "$BUDGET")
 echo "$EPOCHS" >"$STATE/epochs"
 say "trainings of $EPOCHS epochs"
-recipe() { # EPOCHS: the literature's shape of the schedule
+recipe() { # EPOCHS: the literature's schedule, scaled to EPOCHS
     echo "recipe.epochs=$1" "recipe.warmup_epochs=$((($1 + 11) / 12))" \
         "recipe.scheduler.milestones=[$(($1 * 5 / 8)),$(($1 * 3 / 4)),$(($1 * 7 / 8))]"
 }
@@ -157,9 +157,9 @@ student() { # LOSS SEED
 run teacher 3600 "${FAST[@]}" $(recipe "${TEACHER_EPOCHS:-$EPOCHS}") || { say "teacher: not finished"; exit 0; }
 gather
 FIRST=${SEEDS%% *}
-student rld "$FIRST" # alone: how long a user waits for one
+student rld "$FIRST" # alone, to measure the time of a single training
 gather
-# As on ImageNet: JPEG files, which it writes first.
+# JPEG files as in ImageNet, which the benchmark writes first.
 stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
     --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
     --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
@@ -167,7 +167,7 @@ stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit
 gather
 for seed in $SEEDS; do
     pids=()
-    for loss in rld kd ce; do # side by side: a batch of 64 leaves most of a GPU idle
+    for loss in rld kd ce; do # in parallel: a batch of 64 uses only a small part of a GPU
         [ "$loss-$seed" = "rld-$FIRST" ] && continue
         student "$loss" "$seed" &
         pids+=($!)
@@ -176,7 +176,7 @@ for seed in $SEEDS; do
     wait
     [ "$DRY" ] && break
     gather
-    (($(left) < 10)) && { say "students: go on in the next call"; exit 0; }
+    (($(left) < 10)) && { say "students: continue in the next call"; exit 0; }
 done
 stage tests-end-to-end 600 "${PYTEST[@]}" tests/end_to_end/test_gpu.py
 say "all done"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How many students to train at once on one GPU: the same eight trials of a sweep, 1, 2, 4 and 8 at a time, without and
-# with NVIDIA's MPS, which lets kernels of different processes overlap. Prints seconds and images/s of all together.
+# Measures how many students to train in parallel on one GPU: the same eight trials of a sweep, 1, 2, 4 and 8 at a time,
+# without and with NVIDIA's MPS, which lets kernels of different processes overlap. Prints total seconds and images/s.
 #
 #   DATA=data TEACHER=teacher.safetensors scripts/gpu_together.sh        on a machine with a GPU
 #   TRAINER=cpu STEPS=3 AT_ONCE="1 2" ... scripts/gpu_together.sh        anywhere, to try it

@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 from rld_lightning.console import console
 from rld_lightning.hydra.script import run_task
 
-UNREADABLE = 3  # exit code where some images could not be read
+UNREADABLE = 3  # exit code if some images could not be read
 
 
 def main(cfg: DictConfig) -> None:
-    """Names the likeliest classes of each image."""
-    from rld_lightning.tasks.predict import predict  # takes seconds that help and mistakes need not wait for
+    """Prints and writes the most probable classes of each image."""
+    from rld_lightning.tasks.predict import predict  # slow, so not for help and mistakes
 
     if predict(cfg):
         sys.exit(UNREADABLE)
@@ -22,5 +22,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     if "out=-" in sys.argv[1:]:
-        console.stderr = True  # standard output is for the results alone
+        console.stderr = True  # standard output contains only the results
     run_task(main, "predict")

@@ -10,17 +10,17 @@ from rld_lightning.shipped import script_command
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog=script_command("report"), description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs, at any depth")
-    parser.add_argument("--out", type=Path, help="folder to write to; report/ in the first folder by itself")
+    parser.add_argument("--out", type=Path, help="folder to write to; by default report/ in the first folder")
     parser.add_argument("--title", default="Results", help="heading of the page")
     parser.add_argument("--no-latency", action="store_true", help="do not measure the networks on this machine")
-    parser.add_argument("--latex", action="store_true", help="write the results tables for papers as well, results.tex")
+    parser.add_argument("--latex", action="store_true", help="also write the results tables for papers, results.tex")
     parser.add_argument(
-        "--figures", nargs="+", default=[], choices=("pdf", "svg"), help="write figures in these formats beside PNG"
+        "--figures", nargs="+", default=[], choices=("pdf", "svg"), help="write figures in these formats besides PNG"
     )
-    options = parser.parse_intermixed_args()  # options may stand between folders
+    options = parser.parse_intermixed_args()  # options may be between folders
     out = options.out or options.folders[0] / "report"
     with exit_on_user_error():
-        from rld_lightning.console import print_line  # --help waits for none of these
+        from rld_lightning.console import print_line  # slow imports, so not for --help
         from rld_lightning.reporting.report import write_report
         from rld_lightning.runs.folder import check_within
         from rld_lightning.tasks.cost import measure_cost

@@ -8,8 +8,8 @@ from rld_lightning.hydra.script import run_task
 
 
 def main(cfg: DictConfig) -> None:
-    """Packs, or makes an index."""
-    from rld_lightning.tasks.shards import make_shards  # takes seconds that help and mistakes need not wait for
+    """Packs images into shards, or indexes existing ones."""
+    from rld_lightning.tasks.shards import make_shards  # slow, so not for help and mistakes
 
     make_shards(cfg)
 

@@ -12,27 +12,27 @@ from omegaconf import DictConfig
 from rld_lightning.hydra.script import exit_on_user_error, run_task
 from rld_lightning.shipped import script_command
 
-GIVEN = list(sys.argv)
+ORIGINAL_ARGV = list(sys.argv)
 
 
 def main(cfg: DictConfig) -> float:
-    """The teacher's top-1 accuracy in percent."""
-    from rld_lightning.runs.provenance import command  # Lightning takes seconds that help need not wait for
+    """Trains a teacher and returns its top-1 accuracy in percent."""
+    from rld_lightning.runs.provenance import command  # imports Lightning: slow, so not for help
     from rld_lightning.tasks.teachers import fit_teacher
 
-    command(GIVEN)
+    command(ORIGINAL_ARGV)
     return fit_teacher(cfg).top1
 
 
 def fill(cfg: DictConfig) -> None:
-    """Computes a teacher's logits of all views of the training images."""
+    """Computes and caches a teacher's logits for all views of the training images."""
     from rld_lightning.tasks.cache import cache
 
     cache(cfg)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["fit"], ["cache"], ["-sc"]):  # the last at the tab key
+    if sys.argv[1:2] in (["fit"], ["cache"], ["-sc"]):  # -sc: Hydra's shell completion
         filling = "cache" in sys.argv[1:2]
         line = os.environ.get("COMP_LINE", "").replace(" fit ", " ", 1).replace(" cache ", " ", 1)
         os.environ["COMP_LINE"] = line
@@ -48,9 +48,9 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="accuracy, checksum and source of each teacher")
     fetch = commands.add_parser("fetch", help="download the published teachers of CIFAR-100 that are missing")
-    fetch.add_argument("--url", help="address of their archive, if not the original; file:// works, too")
+    fetch.add_argument("--url", help="URL of their archive, if not the original; also file://")
     verify = commands.add_parser(
-        "verify", help="measure teachers on the test split, and compare with what is published"
+        "verify", help="measure teachers on the test split, and compare with the published accuracy"
     )
     verify.add_argument(
         "words", nargs="*", metavar="NAME | KEY=VALUE", help="networks (default: all), and options of eval.py"
@@ -74,6 +74,6 @@ if __name__ == "__main__":
         elif options.what == "fetch":
             teachers.fetch_teachers(store, options.url or PUBLISHED_URL)
         else:
-            words = [*options.words, *more]  # argparse takes none that stand behind --root
+            words = [*options.words, *more]  # argparse does not assign words after --root
             settings = [word for word in words if "=" in word]
             teachers.verify_teachers(store, [word for word in words if word not in settings], settings)

@@ -1,4 +1,4 @@
-"""What a mistaken job takes away again: what it has made itself, and nothing of any work."""
+"""A job with a mistake removes the folders that it created, but no results."""
 
 import pytest
 from filelock import FileLock
@@ -12,7 +12,7 @@ def prepare(folder):
         (folder / name).touch()
 
 
-def test_the_folder_goes_with_those_that_were_made_for_it(tmp_path):
+def test_the_folder_and_created_parents_are_removed(tmp_path):
     (tmp_path / "runs").mkdir()
     note_missing_folders(folder := tmp_path / "runs" / "rld" / "today" / "1")
     prepare(folder)
@@ -20,7 +20,7 @@ def test_the_folder_goes_with_those_that_were_made_for_it(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
-def test_a_neighbour_keeps_the_folders_above(tmp_path):
+def test_parents_with_another_run_are_kept(tmp_path):
     note_missing_folders(folder := tmp_path / "runs" / "1")
     prepare(folder)
     prepare(tmp_path / "runs" / "2")
@@ -29,9 +29,9 @@ def test_a_neighbour_keeps_the_folders_above(tmp_path):
 
 
 @pytest.mark.parametrize("work", ["config.yaml", "teacher/last.ckpt", "diverged.npz", ".hydra", None])
-def test_what_was_there_or_tells_of_work_stays(tmp_path, work):
+def test_existing_folders_and_results_are_kept(tmp_path, work):
     folder = tmp_path / "run"
-    if work in (None, ".hydra"):  # there before, be it empty
+    if work in (None, ".hydra"):  # existed before, possibly empty
         folder.mkdir()
     note_missing_folders(folder)
     if work is not None:
@@ -44,7 +44,7 @@ def test_what_was_there_or_tells_of_work_stays(tmp_path, work):
     assert folder.is_dir()
 
 
-def test_a_folder_that_another_process_is_at_stays(tmp_path):
+def test_a_locked_folder_is_kept(tmp_path):
     note_missing_folders(folder := tmp_path / "run")
     prepare(folder)
     with FileLock(folder / ".lock"):
@@ -54,7 +54,7 @@ def test_a_folder_that_another_process_is_at_stays(tmp_path):
     assert not folder.exists()
 
 
-def test_the_log_of_a_failure_stays(tmp_path):
+def test_a_log_with_a_traceback_is_kept(tmp_path):
     note_missing_folders(folder := tmp_path / "run")
     prepare(folder)
     (folder / "fit.log").write_text("Traceback (most recent call last):\nRuntimeError: out of memory\n")

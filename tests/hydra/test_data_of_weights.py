@@ -1,4 +1,4 @@
-"""The data of a file of weights, before a configuration is composed."""
+"""The data of a weights file, before a config is composed."""
 
 import shutil
 
@@ -17,12 +17,12 @@ from rld_lightning.hydra.data_of_weights import data_of
     [
         ("digits", (), ("data=digits",)),
         ("digits", ("data=cifar100",), ()),
-        ("photos", (), ()),  # a folder, which has to be named
+        ("photos", (), ()),  # a folder, which the command has to name
         ("../digits", (), ()),
         (None, (), ()),
     ],
 )
-def test_an_export_says_what_it_was_trained_on(tmp_path, dataset, options, found):
+def test_the_data_of_an_export(tmp_path, dataset, options, found):
     path = tmp_path / "seed=1" / "student.safetensors"
     path.parent.mkdir()
     save_file({"w": np.zeros(1)}, path, metadata={"dataset": dataset} if dataset else None)
@@ -33,7 +33,7 @@ def test_an_export_says_what_it_was_trained_on(tmp_path, dataset, options, found
     assert data_of([f"weights={path.parent}", *options]) == found
 
 
-def test_what_is_no_export_is_left_to_the_script(tmp_path):
+def test_other_files_are_left_to_the_script(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     for weights in ("broken.safetensors", "missing.safetensors", "last.ckpt"):
         assert data_of([f"weights={tmp_path / weights}"]) == ()
@@ -42,7 +42,7 @@ def test_what_is_no_export_is_left_to_the_script(tmp_path):
 
 @pytest.fixture
 def folder_run(tmp_path):
-    """The folder of a run on a folder of images, whose settings have been changed or added to."""
+    """Creates the folder of a run on a folder of images, with changed or added settings."""
 
     def write(target="ImageFolderDataModule", **settings):
         (tmp_path / "photos of=mine").mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def composed(run, *arguments):
     return compose(*data_of(arguments), *arguments, name="eval").data
 
 
-def test_a_run_on_a_folder_says_which_and_how_large_its_images_are(folder_run, tmp_path):
+def test_the_folder_and_image_size_of_a_run(folder_run, tmp_path):
     run = folder_run()
     (run / "split.csv").write_text("split,image\n")
     (run / "export").mkdir()
@@ -78,18 +78,18 @@ def test_a_run_on_a_folder_says_which_and_how_large_its_images_are(folder_run, t
         assert (data.image_size, data.test_fraction, data.resize) == (24, 0.3, None)
         assert list(data.mean) == [0.5, 0.25, 0.001]
         assert data.split_file == str(run / "split.csv")
-        assert data.bad_images_file.startswith("/run/")  # what is written is not for a folder to say
+        assert data.bad_images_file.startswith("/run/")  # paths to write are not read from a run
         assert (data.decode, data.seed, data.val_fraction) == ("auto", None, None)
-    data = composed(run, "data.root=elsewhere", "data.image_size=32")  # the command wins
+    data = composed(run, "data.root=elsewhere", "data.image_size=32")  # the command takes precedence
     assert (data.root, data.image_size, data.test_fraction) == ("elsewhere", 32, 0.3)
     assert data_of([f"weights='{run}'", "data=digits"]) == ()
-    (run / "alone").mkdir()  # a student alone has its images shared out as the run
+    (run / "alone").mkdir()  # a student alone has the run's split
     for name in ("config.yaml", "student.safetensors"):
         shutil.copy(run / name, run / "alone")
     assert composed(run / "alone").split_file == str(run / "split.csv")
 
 
-def test_images_that_are_gone_are_said_with_the_way_out(folder_run, tmp_path):
+def test_missing_images_raise_with_a_hint(folder_run, tmp_path):
     run = folder_run(root=str(tmp_path / "gone"))
     with pytest.raises(
         UserError, match=r"first was trained on data\.root=.*gone, which is not a folder here; add data\."
@@ -101,7 +101,7 @@ def test_images_that_are_gone_are_said_with_the_way_out(folder_run, tmp_path):
         data_of([f"weights='{run}'"])
 
 
-def test_nothing_is_fetched_to_where_a_folder_says(folder_run, tmp_path):
+def test_nothing_is_downloaded_to_a_runs_paths(folder_run, tmp_path):
     (tmp_path / "mine").mkdir()
     for target, option, inside in (
         ("CIFAR100DataModule", "cifar100", "cifar-100-python"),
@@ -114,13 +114,13 @@ def test_nothing_is_fetched_to_where_a_folder_says(folder_run, tmp_path):
 
 
 @pytest.mark.parametrize("value", [{"_target_": "os.system"}, [["x"]], ["${oc.env:HOME}"], "${oc.env:HOME}", "a${b}"])
-def test_what_is_no_plain_value_is_refused(folder_run, value):
+def test_values_that_are_not_plain_raise(folder_run, value):
     with pytest.raises(UserError, match=r"config\.yaml says data\.mean=.*which no run writes"):
         data_of([f"weights='{folder_run(mean=value)}'"])
 
 
 @pytest.mark.parametrize("config", ["[]", "data: 3", "data: {_target_: os.system}", "data: {_target_: [x]}", "{"])
-def test_the_settings_of_something_else_say_nothing(folder_run, config):
+def test_other_configs_are_ignored(folder_run, config):
     run = folder_run()
     (run / "config.yaml").write_text(config)
     assert data_of([f"weights='{run}'"]) == ()

@@ -1,4 +1,4 @@
-"""What Hydra notes of a job: all that it does by itself, without secrets."""
+"""A job's .hydra folder: all that Hydra writes itself, without secrets."""
 
 import sys
 
@@ -20,7 +20,7 @@ def written_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_sweep_leaves_no_secret_before_its_first_job(monkeypatch, tmp_path):
+def test_a_sweep_writes_no_secret_before_its_first_job(monkeypatch, tmp_path):
     options = ["-m", "seed=0", f"hydra.sweep.dir={tmp_path}", "out=/out", "data.root=/photos"]
     monkeypatch.setattr(sys, "argv", ["shards.py", *options, *OVERRIDES])
     monkeypatch.setattr("rld_lightning.hydra.script._write_job_config", lambda cfg: None)
@@ -30,7 +30,7 @@ def test_a_sweep_leaves_no_secret_before_its_first_job(monkeypatch, tmp_path):
     assert not [secret for secret in SECRETS if secret in text]
 
 
-def test_the_jobs_of_a_sweep_get_secrets_and_leave_none(monkeypatch, tmp_path):
+def test_the_jobs_of_a_sweep_get_secrets_and_write_none(monkeypatch, tmp_path):
     command = [
         "shards.py",
         "-m",

@@ -1,4 +1,4 @@
-"""What --help says about the options."""
+"""The text of --help."""
 
 import re
 
@@ -14,14 +14,14 @@ def text():
     return options_help("fit")
 
 
-def test_all_options_are_there_in_lines_of_80_columns(text):
+def test_all_options_are_listed_in_lines_of_80_columns(text):
     words = set(re.findall(r"[\w/]+", text))
     assert words >= {*LOSSES, *SINGLES, *PAIRS, "pair", "single", "digits", "rld_optuna", "joblib", "combined"}
     assert all(len(line) <= WIDTH for line in text.splitlines())
     assert len(text.splitlines()) < 120
 
 
-def test_losses_and_networks_stand_in_their_families_with_a_few_words(text):
+def test_losses_and_networks_are_listed_by_family_with_a_description(text):
     logits, features = (text.index(family) for family in ("  On logits\n", "  On features\n"))
     assert logits < text.index("    rld            Refined Logit Distillation\n") < features
     assert features < text.index("    crd            Contrastive representation distillation\n")
@@ -30,7 +30,7 @@ def test_losses_and_networks_stand_in_their_families_with_a_few_words(text):
     assert "  Wide residual networks\n    wrn16_1, wrn16_2," in text
 
 
-def test_what_is_no_group_of_a_script_is_not_listed(text):
+def test_groups_that_a_script_does_not_use_are_not_listed(text):
     groups = re.findall(r"^(\w+)(?:=\w+)?$", text, re.MULTILINE)
     assert groups[:4] == ["data", "model", "loss", "recipe"]
     assert set(groups) < {path.name for path in CONF.iterdir()}
@@ -39,7 +39,7 @@ def test_what_is_no_group_of_a_script_is_not_listed(text):
 
 
 @pytest.mark.parametrize("script", ["fit", "export", "predict", "cost", "demo", "eval", "shards"])
-def test_a_scripts_own_values_are_listed_with_their_defaults(script):
+def test_a_scripts_values_are_listed_with_their_defaults(script):
     text = values_help(script)
     own = yaml.safe_load((CONF / f"{script}.yaml").read_text())
     expected = {
@@ -53,9 +53,9 @@ def test_a_scripts_own_values_are_listed_with_their_defaults(script):
     assert "${script_help:" + script + "}" in (CONF / f"{script}.yaml").read_text()
 
 
-def test_values_that_have_to_be_given_long_ones_and_headings():
+def test_required_values_long_values_and_headings():
     text = values_help("export")
     assert "    run=...           the directory of a finished run\n" in text
-    assert "    formats=[safetensors,onnx,torch_export]\n                      and onnx_int8, which" in text
-    assert "\n  What the file does not contain, or to override it:\n    name=null " in values_help("predict")
+    assert "    formats=[safetensors,onnx,torch_export]\n                      also: onnx_int8, which" in text
+    assert "\n  Only if the file does not contain them, or to override it:\n    name=null " in values_help("predict")
     assert "\n    batch_size=64\n" in values_help("predict")

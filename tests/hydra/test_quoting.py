@@ -1,4 +1,4 @@
-"""Values that mean the same to whoever has written them, to the shell and to Hydra."""
+"""Values that mean the same to the user, the shell and Hydra."""
 
 import shlex
 
@@ -34,17 +34,17 @@ def read(argument):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_is_printed_can_be_pasted(path):
+def test_printed_overrides_can_be_pasted(path):
     (argument,) = shlex.split(as_argument("resume", path))
     assert read(argument) == path
 
 
-def test_a_command_is_as_it_was_given():
+def test_a_printed_command_parses_to_its_arguments():
     given = ["loss.alpha=1", "data.root='a b'", "loss=[kd,at]", "~recipe.optimizer.momentum", "x='it\\'s'"]
     assert shlex.split(as_command(given)) == given
 
 
-def test_paths_are_read_as_they_are_given(tmp_path, monkeypatch):
+def test_paths_are_read_without_quotes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a=1/x.pth", "a=2/x.pth", "b,c/x.pth", "[d]/x.pth"):
         (tmp_path / name).parent.mkdir()
@@ -60,7 +60,7 @@ def test_paths_are_read_as_they_are_given(tmp_path, monkeypatch):
     assert with_quotes(same) == same
 
 
-def test_relative_paths_stay_those_of_the_command(tmp_path):
+def test_relative_paths_are_resolved_in_the_commands_folder(tmp_path):
     cfg = OmegaConf.create(
         {
             "paths": {"data": "data", "teachers": "/store", "run": "${paths.data}/run"},

@@ -1,4 +1,4 @@
-"""What is registered, remembered from one command to the next."""
+"""The registered names, cached between commands."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from rld_lightning.models import list_models
 ANY = Known(["a"], {"b": {"_target_": "c", "alpha": 1.0}}, {"b": "B"}, [], {})
 
 
-def test_what_is_registered_is_known_and_survives_the_cache():
+def test_registered_names_survive_the_cache():
     found = known()
     assert found.models == list_models()
     assert found.losses == {name: loss_options(name) for name in list_losses()}
     assert all(found.methods.values())
     assert sorted(name for names in found.families.values() for name in names) == sorted(found.models)
     assert {"at", "crd"} <= set(found.on_features) <= set(list_losses()) - {"rld", "kd"}
-    saved = json.loads(json.dumps(found.losses))  # lists in the place of tuples, as on a command line
+    saved = json.loads(json.dumps(found.losses))  # lists instead of tuples, as on a command line
     assert saved == {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in o.items()} for name, o in found.losses.items()
     }
@@ -29,7 +29,7 @@ def test_what_is_registered_is_known_and_survives_the_cache():
 
 @pytest.fixture
 def reads(monkeypatch, tmp_path):
-    """How often the registries were read, in a process that has not imported them."""
+    """Counts how often the registries are read, as in a process that has not imported them."""
     package, count = tmp_path / "package", []
     for room in ("losses", "models"):
         (package / room).mkdir(parents=True)
@@ -50,7 +50,7 @@ def ask():
         registered_names._cached.cache_clear()
 
 
-def test_the_registries_are_read_again_when_a_file_of_theirs_has_changed(reads, tmp_path):
+def test_the_registries_are_read_again_if_a_file_has_changed(reads, tmp_path):
     assert ask() == ask() == ANY
     assert len(reads) == 1
     os.utime(tmp_path / "package" / "losses" / "a.py", (1, 1))
@@ -62,7 +62,7 @@ def test_the_registries_are_read_again_when_a_file_of_theirs_has_changed(reads, 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": 1}'])
-def test_a_spoilt_cache_is_written_anew(reads, tmp_path, text):
+def test_a_broken_cache_is_rewritten(reads, tmp_path, text):
     ask()
     (file,) = (tmp_path / "cache" / "rld-lightning").glob("*.json")
     file.write_text(text)
@@ -70,14 +70,14 @@ def test_a_spoilt_cache_is_written_anew(reads, tmp_path, text):
     assert len(reads) == 2
 
 
-def test_without_a_place_for_it_there_is_no_cache(reads, monkeypatch, tmp_path):
+def test_works_without_a_cache_folder(reads, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert ask() == ask() == ANY
     assert len(reads) == 2
 
 
-def test_what_somebody_has_registered_since_is_known(reads, monkeypatch):
+def test_later_registrations_are_known(reads, monkeypatch):
     ask()
     monkeypatch.setitem(sys.modules, "rld_lightning.losses.registry", registered_names)
     assert ask() == ANY

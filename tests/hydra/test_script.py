@@ -1,4 +1,4 @@
-"""How a script ends before it has a configuration or a folder."""
+"""Scripts that end before the config is composed or the folder is created."""
 
 import socket
 import time
@@ -10,7 +10,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import _explain, exit_on_user_error, run_task
 
 
-def test_an_unknown_flag_ends_in_a_sentence(monkeypatch, capsys):
+def test_an_unknown_flag_prints_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["fit.py", "--epochs", "3"])
     with pytest.raises(SystemExit) as stop:
         run_task(lambda cfg: None, "fit")
@@ -20,7 +20,7 @@ def test_an_unknown_flag_ends_in_a_sentence(monkeypatch, capsys):
     assert not printed.err
 
 
-def test_a_folder_that_cannot_be_made_is_named(monkeypatch):
+def test_a_folder_that_cannot_be_created_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["fit.py", "hydra.run.dir=/proc/x"])
     words = "Traceback\n  os.mkdir(self, mode)\nFileNotFoundError: [Errno 2] No such file or directory: '/proc/x'\n"
     with pytest.raises(UserError, match=r"folder cannot be made, No such file or directory: '/proc/x'; choose another"):
@@ -28,7 +28,7 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("worked", [False, True])
-def test_ctrl_c_before_the_work_leaves_no_folder(monkeypatch, tmp_path, worked):
+def test_ctrl_c_before_the_work_removes_the_folder(monkeypatch, tmp_path, worked):
     folder = tmp_path / "runs" / "1"
     monkeypatch.setattr("sys.argv", ["cost.py", "run=x", f"hydra.run.dir={folder}"])
     monkeypatch.setattr("rld_lightning.hydra.script.exit_now", lambda code: None)

@@ -41,7 +41,7 @@ def teachers(monkeypatch):
 @pytest.fixture
 def translated():
     """What the script makes of an option."""
-    return runpy.run_path(str(SCRIPT))["translated"]
+    return runpy.run_path(str(SCRIPT))["fit_override"]
 
 
 def compare(folder, *options):

@@ -1,4 +1,4 @@
-"""Optuna's studies: what is chosen from, how one goes on, what it is told."""
+"""Optuna studies: search space, resuming, reporting results."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ SPACE = {"x": FloatDistribution(0, 4)}
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Where studies are kept instead of in a file, which takes SQLite a second each."""
+    """An in-memory storage for studies: creating an SQLite file takes a second."""
     storage, create = optuna.storages.InMemoryStorage(), optuna.create_study
     monkeypatch.setattr(optuna, "create_study", lambda **options: create(**{**options, "storage": storage}))
     return storage
@@ -38,7 +38,7 @@ def options(storage=None, sampler="tpe", **others):
         ("x=choice(true,1,0.5,text)", CategoricalDistribution([True, 1, 0.5, "text"])),
         ("x=a,'b c'", CategoricalDistribution(["a", "'b c'"])),
         ("x=choice([1,2],{a:1})", CategoricalDistribution(["[1,2]", "{a:1}"])),
-        ("x=range(16,64,step=16)", IntDistribution(16, 48, step=16)),  # as a grid has it, without the end
+        ("x=range(16,64,step=16)", IntDistribution(16, 48, step=16)),  # without the end, as in a grid
         ("x=range(3)", IntDistribution(0, 2)),
         ("x=range(0.5,2.0,step=0.5)", FloatDistribution(0.5, 1.5, step=0.5)),
         ("x=range(4,1,step=-1)", IntDistribution(2, 4)),
@@ -50,7 +50,7 @@ def options(storage=None, sampler="tpe", **others):
         ("x=tag(log, interval(0.001,0.1))", FloatDistribution(0.001, 0.1, log=True)),
     ],
 )
-def test_values_are_chosen_from_what_the_command_line_says(line, distribution):
+def test_distributions_of_overrides(line, distribution):
     assert search_space([line, "y=1", "~z"]) == ({"x": distribution}, ("y=1", "~z"))
 
 
@@ -58,7 +58,7 @@ def test_the_last_override_of_a_key_counts():
     assert search_space(["x=choice(1,2)", "x=3"]) == ({}, ("x=3",))
 
 
-def test_every_category_is_an_override_again():
+def test_categories_print_as_overrides():
     line = "x=true,1,0.5,null,text,'b c',[1,2],{a:1},'1'"
     parse = OverridesParser.create().parse_override
     ((_, distribution),) = search_space([line])[0].items()
@@ -67,12 +67,12 @@ def test_every_category_is_an_override_again():
 
 
 @pytest.mark.parametrize("line", ["x=tag(log, interval(0,1))", "x=interval(2,1)"])
-def test_what_is_no_interval_is_said(line):
+def test_invalid_intervals_raise(line):
     with pytest.raises(ValueError, match="is not an interval"):
         search_space([line])
 
 
-def test_a_study_goes_on_where_it_was(tmp_path):
+def test_a_study_is_resumed(tmp_path):
     own = options(f"sqlite:///{tmp_path / 'study.db'}", n_trials=10)
     study, to_go = open_study(own, SPACE)
     assert to_go == 10
@@ -83,10 +83,10 @@ def test_a_study_goes_on_where_it_was(tmp_path):
         again, to_go = open_study(own, SPACE)
         assert to_go == 8  # one finished, one failed
     assert [again.ask(SPACE).params for _ in range(2)] == [trial.params for trial in proposed[2:]]
-    assert again.ask(SPACE).params not in [trial.params for trial in proposed]  # not the first ones from the seed
+    assert again.ask(SPACE).params not in [trial.params for trial in proposed]  # not the seed's first proposals again
 
 
-def test_what_is_no_study_is_said_in_one_sentence(tmp_path):
+def test_an_invalid_storage_raises_one_sentence(tmp_path):
     (tmp_path / "study.db").write_text("no database")
     with pytest.raises(ValueError, match=r"study\.db cannot be opened by Optuna"):
         open_study(options(f"sqlite:///{tmp_path / 'study.db'}"), SPACE)
@@ -96,7 +96,7 @@ def test_what_is_no_study_is_said_in_one_sentence(tmp_path):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Runs a sweep of ``lines`` whose trials come to ``result``; the batches of overrides that were launched."""
+    """Runs a sweep of ``lines`` whose trials return ``result``; returns the launched batches of overrides."""
 
     def run(own, lines, result):
         launched = []
@@ -120,7 +120,7 @@ def _returned(result, lines):
     return returned
 
 
-def test_failed_trials_and_results_that_are_no_numbers_are_noted_and_the_others_go_on(sweep, kept, tmp_path):
+def test_failed_trials_and_non_finite_results_are_stored_and_the_sweep_continues(sweep, kept, tmp_path):
     results = iter([UserError("out of memory"), float("nan"), None, 40.0, float("inf"), 50.0])
     own = options(n_trials=6)
     launched = sweep(own, ["x=interval(0.0,1.0)", "y=2"], lambda _: next(results))
@@ -133,17 +133,17 @@ def test_failed_trials_and_results_that_are_no_numbers_are_noted_and_the_others_
     assert (best.best_value, f"x={best.best_params.x}") == (50.0, launched[5][0][0])
 
 
-def test_where_all_fail_there_is_no_best(sweep, tmp_path):
+def test_without_completed_trials_there_is_no_best(sweep, tmp_path):
     sweep(options(n_trials=2), ["x=interval(0.0,1.0)"], lambda _: UserError("out of memory"))
     assert not (tmp_path / "sweep" / "optimization_results.yaml").exists()
 
 
-def test_trials_side_by_side_with_the_same_values_are_one(sweep):
+def test_parallel_trials_with_the_same_values_run_once(sweep):
     launched = sweep(options(n_trials=8, n_jobs=8, sampler="random"), ["x=choice(1,2)"], lambda lines: len(lines[0]))
     assert sorted(launched[0]) == [["x=1"], ["x=2"]]
 
 
-def test_a_grid_is_gone_through_once_and_goes_on(sweep, kept):
+def test_a_grid_runs_once_and_is_resumed(sweep, kept):
     own = options(sampler="grid", n_trials=4)
     lines = ["x=choice(1,2)", "y=range(0,3)"]
     first = sweep(own, lines, lambda _: 1.0)
@@ -153,13 +153,13 @@ def test_a_grid_is_gone_through_once_and_goes_on(sweep, kept):
     assert len(first) == 4
 
 
-def test_a_grid_takes_no_intervals(sweep, capsys):
+def test_a_grid_rejects_intervals(sweep, capsys):
     with pytest.raises(SystemExit, match="2"):
         sweep(options(sampler="grid"), ["x=interval(0,1.0)"], lambda _: 1.0)
     assert "error: a grid needs values and x has an interval" in capsys.readouterr().out
 
 
-def test_a_dead_worker_ends_the_sweep_in_one_sentence(sweep, capsys, tmp_path):
+def test_a_dead_worker_ends_the_sweep_with_one_sentence(sweep, capsys, tmp_path):
     def dies(_):
         raise RuntimeError("A worker process was terminated.\nSee the log.")
 

@@ -1,4 +1,4 @@
-"""Trials side by side: how many, on which GPU, and what becomes of one that is killed."""
+"""Parallel trials: how many, on which GPU, and what happens if one is killed."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ from rld_lightning.hydra.sweeps.side_by_side import Jobs
 
 @pytest.fixture
 def with_gpus(monkeypatch):
-    """Lets PyTorch count so many GPUs, of which some are visible."""
+    """Makes PyTorch report a number of GPUs, some of them visible."""
 
     def have(count, visible=None):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -45,17 +45,17 @@ def with_gpus(monkeypatch):
         (0, None, "auto", "auto", []),
         (0, "", "auto", "auto", []),
         (4, None, "cpu", 1, []),
-        (4, None, "gpu", [1, 3], []),  # as the command says
+        (4, None, "gpu", [1, 3], []),  # as in the command
         (1, None, "gpu", 2, []),
     ],
 )
-def test_each_trial_gets_gpus_of_its_own(with_gpus, count, visible, accelerator, devices, shares):
+def test_each_trial_gets_its_own_gpus(with_gpus, count, visible, accelerator, devices, shares):
     with_gpus(count, visible)
     assert gpu_shares.gpu_shares(OmegaConf.create({"accelerator": accelerator, "devices": devices})) == shares
     assert gpu_shares.trials_at_once(accelerator, devices) == (len(shares) or 2)
 
 
-def test_where_more_run_than_there_are_gpus_they_are_dealt_in_turn(with_gpus, sweep):
+def test_more_trials_than_gpus_use_them_in_turn(with_gpus, sweep):
     with_gpus(2)
     jobs = sweep(5, accelerator="auto")
     assert [jobs.environment(slot) for slot in range(5)] == [
@@ -74,7 +74,7 @@ def test_processes_know_how_many_trials_share_the_machine(monkeypatch):
 
 
 class Machine:
-    """Processes that end as they are told to: by an exit status, after so many looks at them."""
+    """Fake processes that end with given exit statuses after given numbers of polls."""
 
     def __init__(self, ends):
         self.ends, self.started, self.running, self.most, self.signals = ends, [], 0, 0, []
@@ -103,7 +103,7 @@ class Machine:
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Jobs of a sweep in a folder; what is told of their ends is in ``told``."""
+    """Jobs of a sweep in a folder; reports of their ends are in ``told``."""
     told = []
     monkeypatch.setattr(side_by_side, "configure_log", lambda *_: None)
     monkeypatch.setattr(side_by_side.Singleton, "get_state", staticmethod(dict))
@@ -136,7 +136,7 @@ def sweep(tmp_path, monkeypatch):
     return make
 
 
-def test_trials_run_side_by_side_and_one_that_is_killed_is_named_and_ends_no_other(with_gpus, sweep, tmp_path):
+def test_a_killed_trial_is_reported_and_the_others_continue(with_gpus, sweep, tmp_path):
     with_gpus(2)
     machine = Machine({6: (-9, 1)})
     jobs = sweep(2, machine, accelerator="auto", devices="auto")
@@ -154,7 +154,7 @@ def test_trials_run_side_by_side_and_one_that_is_killed_is_named_and_ends_no_oth
     assert told is lost
 
 
-def test_a_trial_that_was_stopped_stops_the_others(sweep, capsys):
+def test_a_stopped_trial_stops_the_others(sweep, capsys):
     machine = Machine({0: (128 + signal.SIGTERM, 2), 1: (0, 10**9)})
     with pytest.raises(Stopped) as stop:
         sweep(2, machine, accelerator="cpu").run([["x=0"], ["x=1"], ["x=2"]], first=0)
