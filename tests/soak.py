@@ -1,9 +1,8 @@
-"""Breaks runs in every way that machines do, and counts how many end as if nothing had happened: ``make soak``.
+"""Interrupts runs in all ways that machines do, and counts how many resume to the same result: ``make soak``.
 
-Each run is a process of its own, forked from one that has imported everything, so that a hundred kills take minutes. A
-run is broken at a step, or at one of the moments when it opens, renames or removes a file of its folder, or from
-outside; then the same command goes on with ``resume=<folder>``. It has to end with the weights, the metrics and the
-files of a run that nobody has disturbed.
+Each run is a process forked from one that has imported everything, so that a hundred kills take minutes. A run is
+interrupted at a step, when it opens, renames or removes a file of its folder, or from outside; then the same command
+resumes it with ``resume=<folder>``. It has to end with the weights, metrics and files of an uninterrupted run.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Teacher and student: a kill may meet the teacher's training, too. Checkpoints come from within epochs as well.
+# Teacher and student, so that the teacher's training is interrupted, too; with checkpoints within epochs.
 JOB = (
     "data=digits", "model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=rld",
     "model.teacher.weights=fit", "recipe=quick", "recipe.epochs=2", "data.batch_size=128", "trainer.precision=32-true",
@@ -31,7 +30,7 @@ JOB = (
 ONE = ("trainer=cpu",)
 TWO = ("trainer=ddp_cpu",)
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.truncate", "os.link", "os.symlink", "shutil.move"}
-# Different in every run, by their nature.
+# Values that differ between runs.
 CLOCKS = re.compile(r"images_per_s|seconds|time|memory")
 
 
@@ -39,12 +38,12 @@ CLOCKS = re.compile(r"images_per_s|seconds|time|memory")
 
 
 def run(overrides: Sequence[str], log: Path, broken: Callable[[], None] | None = None) -> None:
-    """Does a job as ``scripts/fit.py`` does, with what it prints in a file."""
+    """Runs a job as ``scripts/fit.py`` does, with its output in a file."""
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
     if broken is not None:
         broken()
     from rld_lightning.hydra.script import run_task
@@ -54,25 +53,25 @@ def run(overrides: Sequence[str], log: Path, broken: Callable[[], None] | None =
     run_task(lambda cfg: fit(cfg).top1, "fit")
 
 
-def end() -> None:
-    """Ends this process as a machine that loses its power does."""
+def kill_self() -> None:
+    """Kills this process, as in a power failure."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class AtStep:
-    """Breaks a process at a step of training, counted over teacher and student.
+    """Interrupts a process at a training step, counted over teacher and student.
 
     Attributes:
         step: from 0.
-        signals: sent to itself there.
+        signals: signals that the process sends to itself.
     """
 
     step: int
     signals: tuple[int, ...] = (signal.SIGKILL,)
 
     def __call__(self) -> None:
-        """Gets ready."""
+        """Patches the training step."""
         from rld_lightning.module import DistillationModule
 
         count, original = iter(range(sys.maxsize)), DistillationModule.training_step
@@ -88,12 +87,12 @@ class AtStep:
 
 @dataclass(frozen=True)
 class AtWrite:
-    """Kills a process when it is about to open for writing, rename or remove a file below a folder.
+    """Kills a process before it opens a file below a folder for writing, renames or removes it.
 
     Attributes:
         folder: the folder.
-        moment: the how-manieth time, from 0; more than there are: never.
-        count: a file that gets one byte each time.
+        moment: the number of the write, from 0; never if there are fewer writes.
+        count: a file that gets one byte per write.
     """
 
     folder: Path
@@ -101,7 +100,7 @@ class AtWrite:
     count: Path | None = None
 
     def __call__(self) -> None:
-        """Gets ready."""
+        """Installs an audit hook."""
         moments, folder = iter(range(sys.maxsize)), str(self.folder)
         file = os.open(self.count, os.O_CREAT | os.O_WRONLY | os.O_APPEND) if self.count else None
 
@@ -112,7 +111,7 @@ class AtWrite:
                 if file is not None:
                     os.write(file, b".")
                 if next(moments) == self.moment:
-                    end()
+                    kill_self()
 
         sys.addaudithook(hook)
 
@@ -124,18 +123,18 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
     return bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
-# In the process that watches
+# In the main process
 
 
 @dataclass
 class Promise:
-    """One row of the table.
+    """A guarantee, one row of the table.
 
     Attributes:
-        text: what is promised.
-        tried: how often.
-        broken: what was seen where it did not hold, by the try's number.
-        figure: a number that goes with it.
+        text: the guarantee.
+        tried: number of tries.
+        broken: descriptions of failures, by the number of the try.
+        figure: an additional measurement.
     """
 
     text: str
@@ -145,7 +144,7 @@ class Promise:
 
 
 class Soak:
-    """Runs, broken runs and the run that nobody has disturbed, below one folder."""
+    """Interrupted runs and the uninterrupted run, below one folder."""
 
     def __init__(self, folder: Path, job: Sequence[str] = JOB, seed: int = 0) -> None:
         self.folder = folder
@@ -157,7 +156,7 @@ class Soak:
         self._expected: dict[tuple[str, ...], tuple[Any, int, int]] = {}
 
     def start(self, folder: Path, overrides: Iterable[str] = ONE, broken: Callable[[], None] | None = None) -> Any:
-        """A process that does the job in a folder."""
+        """Starts a process that runs the job in a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = (f"hydra.run.dir={folder / 'run'}", f"paths.teachers={folder / 'teachers'}")
         process = self.server.Process(target=run, args=((*self.job, *paths, *overrides), folder / "log", broken))
@@ -165,18 +164,18 @@ class Soak:
         return process
 
     def finish(self, folder: Path, overrides: Iterable[str] = ONE, broken: Callable[[], None] | None = None) -> int:
-        """Does the job in a folder, and gives the exit code."""
+        """Runs the job in a folder and returns the exit code."""
         process = self.start(folder, overrides, broken)
         process.join()
         return int(process.exitcode)
 
     def new(self) -> Path:
-        """A folder for a run."""
+        """Returns a new folder for a run."""
         self._made += 1
         return self.folder / f"{self._made:04d}"
 
     def expected(self, overrides: tuple[str, ...]) -> tuple[Any, int, int]:
-        """What an undisturbed run leaves, and how many writes and steps it took."""
+        """Returns the results of an uninterrupted run, and its numbers of writes and steps."""
         if overrides not in self._expected:
             folder = self.new()
             count = self.folder / "count"
@@ -185,14 +184,14 @@ class Soak:
             if code:
                 raise RuntimeError(f"a run that nobody disturbed ended with {code}: see {folder / 'log'}")
             steps = 2 * 2 * 12  # networks x epochs x batches of 128 of 1,437 images
-            self._expected[overrides] = left(folder), count.stat().st_size, steps
+            self._expected[overrides] = results(folder), count.stat().st_size, steps
         return self._expected[overrides]
 
-    def goes_on(self, promise: Promise, folder: Path, overrides: tuple[str, ...] = ONE, what: str = "") -> None:
-        """Lets a broken run go on, and compares what it leaves with what an undisturbed one does."""
+    def check_resumed(self, promise: Promise, folder: Path, overrides: tuple[str, ...] = ONE, what: str = "") -> None:
+        """Resumes an interrupted run and compares its results with those of an uninterrupted one."""
         promise.tried += 1
         code = self.finish(folder, (*overrides, f"resume={folder / 'run'}"))
-        problem = f"exit code {code}" if code else difference(left(folder), self.expected(overrides)[0])
+        problem = f"exit code {code}" if code else difference(results(folder), self.expected(overrides)[0])
         if not problem and "Traceback" in (folder / "log").read_text():
             problem = "a traceback"
         if problem:
@@ -200,21 +199,21 @@ class Soak:
         else:
             shutil.rmtree(folder)
 
-    # What is promised
+    # The guarantees
 
     def kills_at_writes(self, tries: int) -> Promise:
-        """Kills when files are written."""
+        """Kills runs at writes of files."""
         promise = Promise("Killed while it writes, renames or removes any file: goes on to the same end")
         writes = self.expected(ONE)[1]
         for moment in _spread(self.random, writes, tries):
             folder = self.new()
             self.finish(folder, ONE, AtWrite(folder, moment))
-            self.goes_on(promise, folder, what=f"killed at write {moment} of {writes}")
+            self.check_resumed(promise, folder, what=f"killed at write {moment} of {writes}")
         promise.figure = f"{writes} moments"
         return promise
 
     def kills_at_steps(self, tries: int, overrides: tuple[str, ...] = ONE) -> Promise:
-        """Kills while it computes."""
+        """Kills runs at training steps."""
         processes = "a process of two" if overrides == TWO else "it"
         promise = Promise(f"Killed at any step, {processes} goes on to the same weights, metrics and files")
         steps = self.expected(overrides)[2]
@@ -224,21 +223,21 @@ class Soak:
                 self.kill_later(folder, overrides, self.random.uniform(3, 25))
             else:
                 self.finish(folder, overrides, AtStep(step))
-            self.goes_on(promise, folder, overrides, what=f"killed at step {step} of {steps}")
+            self.check_resumed(promise, folder, overrides, what=f"killed at step {step} of {steps}")
         return promise
 
     def kill_later(self, folder: Path, overrides: tuple[str, ...], seconds: float) -> None:
-        """Kills a run, or what it has started, from outside."""
+        """Kills a run, or one of its child processes, from outside."""
         process = self.start(folder, overrides)
         process.join(seconds)
         if process.is_alive():
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(self.random.choice([str(process.pid), *children])), signal.SIGKILL)
             process.join(60)
-        time.sleep(1)  # what watches over the others needs a moment
+        time.sleep(1)  # for the processes that end the others
 
     def signals(self, tries: int) -> Promise:
-        """Asks it to stop."""
+        """Stops runs with signals."""
         promise = Promise("Asked to stop (SIGINT, SIGTERM): exits with 130 or 143, and goes on to the same end")
         codes, slowest = {signal.SIGINT: 130, signal.SIGTERM: 143}, 0.0
         for step in _spread(self.random, self.expected(ONE)[2], tries):
@@ -250,12 +249,12 @@ class Soak:
             slowest = max(slowest, ended - log.stat().st_mtime)
             if process.exitcode != codes[number]:
                 promise.broken[promise.tried + 1] = f"{number.name} at step {step}: exit code {process.exitcode}"
-            self.goes_on(promise, folder, what=f"{number.name} at step {step}")
+            self.check_resumed(promise, folder, what=f"{number.name} at step {step}")
         promise.figure = f"ended {slowest:.1f} s after its last line"
         return promise
 
     def flips(self, tries: int) -> Promise:
-        """Flips bits of checkpoints."""
+        """Flips bits in checkpoints."""
         promise = Promise("A flipped bit in last.ckpt is seen, and the run goes on from the checkpoint before")
         steps = self.expected(ONE)[2]
         folder = self.new()
@@ -264,11 +263,11 @@ class Soak:
             copy = self.new()
             shutil.copytree(folder, copy)
             _flip(copy / "run" / "last.ckpt", self.random)
-            self.goes_on(promise, copy, what="a flipped bit")
+            self.check_resumed(promise, copy, what="a flipped bit")
         return promise
 
     def full_disk(self, tries: int) -> Promise:
-        """Lets the disk fill up: a file system in memory, of a few MB."""
+        """Fills the disk: a file system in memory with a few MB."""
         promise = Promise("A disk that is full ends it in one sentence; with room again, it goes on to the same end")
         for _ in range(tries):
             folder = self.new()
@@ -286,19 +285,19 @@ class Soak:
                 shutil.copytree(folder, kept)
             finally:
                 subprocess.run(["umount", folder], check=False)
-            for path in (kept / "run").rglob("*.yaml"):  # which names its folder
+            for path in (kept / "run").rglob("*.yaml"):  # they contain the folder's path
                 path.write_text(path.read_text().replace(str(folder), str(kept)))
-            self.goes_on(promise, kept, what=f"{size} KiB")
+            self.check_resumed(promise, kept, what=f"{size} KiB")
         return promise
 
     def long(self, epochs: int) -> Promise:
-        """Trains for long."""
+        """Trains for many epochs and measures memory, open files and threads."""
         promise = Promise("Memory, files and threads do not grow with the epochs")
         folder = self.new()
         process = self.start(folder, (*ONE, f"recipe.epochs={epochs}", "model.teacher.weights=fit"))
         seen, run = [], folder / "run"
         while process.is_alive():
-            # What starting, the teacher and the figures at the end open is none of an epoch's.
+            # Only during epochs: the start, the teacher and the figures at the end open other files.
             if (run / "metrics.csv").exists() and not (run / "summary.json").exists():
                 try:
                     seen.append(_resources(process.pid))
@@ -314,8 +313,8 @@ class Soak:
         return promise
 
 
-def left(folder: Path) -> dict[str, Any]:
-    """What a run leaves, without what differs from run to run: weights, metrics, names of files."""
+def results(folder: Path) -> dict[str, Any]:
+    """The results of a run, without values that differ between runs: weights, metrics, names of files."""
     import csv
     import json
 
@@ -337,7 +336,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """What differs, in a few words; nothing where nothing does."""
+    """Describes the first difference in a few words; an empty string if there is none."""
     for key, value in expected.items():
         if found[key] == value:
             continue
@@ -352,7 +351,7 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 
 def _spread(chance: random.Random, total: int, tries: int) -> list[int]:
-    """Moments out of all, each at most once where there are enough."""
+    """Draws different moments, sorted; all of them if there are not enough."""
     return sorted(chance.sample(range(total), tries) if tries <= total else range(total))
 
 
@@ -375,11 +374,11 @@ def _resources(process: int) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    """Breaks runs, and prints the table of promises."""
+    """Interrupts runs and prints the table of guarantees."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, number in {"writes": 60, "kills": 40, "pairs": 8, "signals": 20, "flips": 20, "disks": 6}.items():
         parser.add_argument(f"--{name}", type=int, default=number, help=f"how many ({number})")
-    parser.add_argument("--epochs", type=int, default=300, help="of the long run; 0: none (300)")
+    parser.add_argument("--epochs", type=int, default=300, help="of the long run; 0 skips it (300)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))

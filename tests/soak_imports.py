@@ -1,4 +1,4 @@
-"""What processes of the soak are forked with."""
+"""Imports of the process that the soak's runs are forked from."""
 
 import helpers.configs  # noqa: F401
 import torch

@@ -1,4 +1,4 @@
-"""What the processes of test_processes.py do; imported there and in the ranks."""
+"""The jobs of test_processes.py, imported there and in the ranks."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from rld_lightning.module import DistillationModule
 
 
 class Noise(InMemoryDataModule):
-    """As many test images as CIFAR-100 has."""
+    """Random images, with as many test images as CIFAR-100."""
 
     name, num_classes, image_shape = "noise", 10, (3, 8, 8)
     class_names, mean, std = [str(c) for c in range(10)], (0.5, 0.5, 0.5), (0.29, 0.29, 0.29)
@@ -28,7 +28,7 @@ class Noise(InMemoryDataModule):
 
 
 class Recorder(Callback):
-    """Keeps the first and the last gradient, what DDP holds, and which images were validated."""
+    """Records the first and the last gradient, the tensors in DDP, and the validated images."""
 
     def __init__(self):
         self.gradients, self.wrapped, self.seen = [], {}, []
@@ -44,11 +44,11 @@ class Recorder(Callback):
 
 
 def train_and_evaluate(cfg):
-    """20 steps of RLD with a global batch of 60, then 10,000 images; every rank leaves what it saw."""
+    """Trains 20 steps of RLD with a global batch of 60, validates 10,000 images, and writes each rank's records."""
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    # No BatchNorm in the student: its statistics are a process's own, and SyncBatchNorm does not run on a CPU.
+    # No BatchNorm in the student: its statistics differ between processes, and SyncBatchNorm does not run on a CPU.
     student = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)
     )
@@ -100,7 +100,7 @@ def train_and_evaluate(cfg):
 
 
 class Witness(Callback):
-    """Writes down what each rank trains with, and lets the second one of a trial fail."""
+    """Writes each rank's learning rate and port, and raises an error in one trial's second rank."""
 
     def on_train_start(self, trainer, module):
         folder = Path(trainer.default_root_dir)
@@ -108,6 +108,6 @@ class Witness(Callback):
         (folder / f"rank_{trainer.global_rank}.json").write_text(json.dumps(seen))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        # After a step, and so after both have written.
+        # After the first step, when both ranks have written.
         if batch_idx == 1 and Path(trainer.default_root_dir).name.endswith("=0.02") and trainer.global_rank == 1:
             raise RuntimeError("the second rank fails")

@@ -1,4 +1,4 @@
-"""What the processes of test_train_from_shards.py write down."""
+"""The callback with which test_train_from_shards.py records its processes' batches."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 
 class Witness(Callback):
-    """Keeps the batches that a process trains and validates on."""
+    """Records the batches that a process trains and validates on."""
 
     def __init__(self):
         self.trained, self.validated = [], []

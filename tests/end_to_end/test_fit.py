@@ -1,4 +1,4 @@
-"""The main job as a user runs it: scripts/fit.py on the digits, then scripts/eval.py on what it left."""
+"""scripts/fit.py on the digits, as a user runs it, then scripts/eval.py on its results."""
 
 import json
 import re
@@ -39,14 +39,14 @@ def run(script, *arguments, folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose teacher had to be trained first, and its output; the slow tests start processes of their own."""
+    """The folder and output of a run that first trained its teacher; only slow tests start processes."""
     folder = tmp_path_factory.mktemp("fit")
     options = (*PAIR, "model.teacher.weights=fit", "recipe.epochs=2", f"hydra.run.dir={folder / 'run'}")
     paths = (f"paths.runs={folder / 'runs'}", f"paths.teachers={folder / 'teachers'}", "trainer=cpu")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(SCRIPTS / "fit.py"), *options, *paths])
-        patch.setattr("rld_lightning.reporting.curves.plot_curves", plot_curves)  # which other tests leave out
+        patch.setattr("rld_lightning.reporting.curves.plot_curves", plot_curves)  # conftest replaces it
         runpy.run_path(str(SCRIPTS / "fit.py"), run_name="__main__")
     return folder, printed.getvalue()
 
@@ -146,13 +146,13 @@ def test_the_same_command_gives_the_same_student_bit_for_bit(finished):
     options = (*PAIR, "model.teacher.weights=auto", "recipe.epochs=2", f"hydra.run.dir={target}")
     output = run("fit.py", *options, folder=folder).stdout
     assert "training it first" not in output
-    assert "fit)" in output  # the stored teacher says where it comes from
+    assert "fit)" in output  # the stored teacher's origin
     first, again = (load_file(folder / name / "student.safetensors") for name in ("run", "again"))
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
 def mistake(monkeypatch, capsys, *overrides):
-    """What the job prints where it ends in a sentence, before anything is trained."""
+    """The output of a command that ends in an error message before training."""
     from rld_lightning.hydra.script import run_task
     from rld_lightning.tasks.fit import fit
 
@@ -205,11 +205,11 @@ def test_a_finished_run_is_not_overwritten(finished, monkeypatch, capsys):
 def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, capsys, overrides, sentence):
     places = f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}"
     assert sentence in mistake(monkeypatch, capsys, *overrides, *places)
-    assert not (tmp_path / "run").exists()  # where nothing was done nothing is left
+    assert not (tmp_path / "run").exists()  # nothing was done, so no folder is left
 
 
 def in_process(tmp_path, *overrides):
-    """A short CE run on the digits through the task itself."""
+    """Runs a short CE training on the digits in this process."""
     from helpers.configs import compose
 
     from rld_lightning.tasks.fit import fit
@@ -291,7 +291,7 @@ def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
     assert not list((tmp_path / "teachers").rglob("*.safetensors"))
     weights = tmp_path / "1" / "teacher" / "student.safetensors"
     assert weights.exists()
-    for epochs in (2, 3):  # goes on with it, however often
+    for epochs in (2, 3):  # resumed with it, any number of times
         resume = f"resume={tmp_path / str(epochs - 1) / 'last.ckpt'}"
         in_process(tmp_path / str(epochs), *options, f"recipe.epochs={epochs}", resume)
         assert OmegaConf.load(tmp_path / str(epochs) / "config.yaml").model.teacher.weights == str(weights)
@@ -349,7 +349,7 @@ def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
 def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # The second ends within its epoch, so that the summary validates, and logs, after training.
+    # The second ends within its epoch, so that it validates, and logs, after training.
     for name, limit in (("a", "+trainer.limit_train_batches=2"), ("b", "trainer.max_steps=2")):
         in_process(tmp_path / name, "recipe.epochs=1", "logger=wandb", limit)
         assert len(list((tmp_path / name / "wandb").glob("offline-run-*"))) == 1
@@ -360,7 +360,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     folder, _ = finished
     teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'resnet14.safetensors'}"
     paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
-    pair = (*PAIR, "recipe.scheduler=null")  # one cycle has its length from the beginning
+    pair = (*PAIR, "recipe.scheduler=null")  # a one-cycle schedule cannot be extended
     command = [sys.executable, SCRIPTS / "fit.py", *pair, teacher, "recipe.epochs=200", *paths]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
     while not (folder / "stopped" / "last.ckpt").exists():
@@ -374,7 +374,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
     options = (*pair, teacher, f"recipe.epochs={epoch + 2}", f"resume={last}", f"hydra.run.dir={folder / 'continued'}")
     run("fit.py", *options, folder=folder)
     assert json.loads((folder / "continued" / "summary.json").read_text())["epochs"] == epoch + 2
-    run("fit.py", *options[:-1], f"hydra.run.dir={folder / 'stopped'}", folder=folder)  # the same in its own folder
+    run("fit.py", *options[:-1], f"hydra.run.dir={folder / 'stopped'}", folder=folder)  # resumes in the same folder
     metrics = pd.read_csv(folder / "stopped" / "metrics.csv")
     assert metrics.dropna(subset=["val/top1"])["epoch"].tolist() == list(range(epoch + 2))
     weights = [load_file(folder / name / "student.safetensors") for name in ("continued", "stopped")]
@@ -391,7 +391,7 @@ def test_two_processes_train_evaluate_every_image_once_and_leave_one_folder(fini
     result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "batch 64 = 2 x 32 on cpu" in result.stdout
-    assert result.stdout.count("top-1, last epoch") == 1  # rank 0 alone reports
+    assert result.stdout.count("top-1, last epoch") == 1  # only rank 0 reports
     summary = json.loads((target / "summary.json").read_text())
     run("eval.py", "data=digits", f"weights={target / 'student.safetensors'}", f"hydra.run.dir={target}", folder=folder)
     alone = json.loads((target / "evaluation.json").read_text())

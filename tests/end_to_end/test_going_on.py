@@ -1,4 +1,4 @@
-"""Runs that are ended anywhere and go on with the same command are those that never stopped."""
+"""Runs that are interrupted at any point and resumed give the same results as uninterrupted ones."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ SHORT = ("recipe=quick", "recipe.epochs=2", "trainer.limit_train_batches=5", "tr
 
 
 class Killed(BaseException):
-    """Ends a run as nothing that it catches does."""
+    """Ends a run with an exception that it does not catch."""
 
 
 def run(folder, *overrides):
@@ -30,7 +30,7 @@ def run(folder, *overrides):
 
 
 def killed(folder, step, *overrides):
-    """A run that ends after a step, before anything of it is saved."""
+    """Runs a training that ends after a step, before the step is saved."""
 
     measure = Throughput.on_train_batch_end
 
@@ -65,7 +65,7 @@ def check(folder, whole, *others):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that never stopped; of a teacher that has learned nothing."""
+    """An uninterrupted run with an untrained teacher."""
     folder = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
     (folder / "teachers" / "digits").mkdir(parents=True)
@@ -76,7 +76,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def folder(whole):
-    """A folder beside it, with the same teacher."""
+    """A new folder next to ``whole``, with the same teacher."""
     return whole.parent / f"run{len(list(whole.parent.iterdir()))}"
 
 
@@ -156,7 +156,9 @@ def test_a_finished_run_that_goes_on_elsewhere_leaves_all_that_it_has(folder, wh
 def test_a_teacher_that_was_killed_in_its_first_epoch_is_trained_again(tmp_path):
     first = "model.teacher.weights=fit"
     run(tmp_path / "whole", first)
-    assert not list((tmp_path / "teachers").rglob("*.safetensors"))  # after a few batches it is for its run alone
+    assert not list(
+        (tmp_path / "teachers").rglob("*.safetensors")
+    )  # trained for a few batches only, so not stored for other runs
     killed(tmp_path / "run", 3, first)
     assert not (tmp_path / "run" / "config.yaml").exists()
     run(tmp_path / "run", first, f"resume={tmp_path / 'run'}")

@@ -1,4 +1,4 @@
-"""The main job on a GPU, as a user runs it: what only shows there is where tensors lie, and what waits."""
+"""The scripts on a GPU, as a user runs them, for errors in devices and synchronisation."""
 
 import json
 import subprocess
@@ -28,14 +28,14 @@ def run(folder, script, *arguments):
 
 
 def fit(folder, name, *options):
-    """Trains a student in a folder of this name; its summary, and what was printed."""
+    """Trains a student in the folder ``name``; returns its summary and output."""
     out = run(folder, "fit.py", *PAIR, "recipe.epochs=3", f"hydra.run.dir={folder / name}", *options)
     return json.loads((folder / name / "summary.json").read_text()), out
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A run that has trained its teacher, in the folder that others share."""
+    """A run that trained its teacher, in the folder that other runs share: folder, summary and output."""
     folder = tmp_path_factory.mktemp("gpu")
     return folder, *fit(folder, "first", "model.teacher.weights=fit")
 

@@ -1,4 +1,4 @@
-"""Several processes: the same training as one, every image evaluated once, one folder, and nothing left behind."""
+"""Several processes: the same training as one, every image evaluated once, one folder, and no process left."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def environment(**more):
 
 
 def fit(*options, folder, check=True):
-    flags = [option for option in options if option == "-m"]  # which argparse wants in front
+    flags = [option for option in options if option == "-m"]  # argparse requires them first
     command = [sys.executable, FIT, *flags, *JOB, *(option for option in options if option not in flags)]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=folder, env=environment(), timeout=400
@@ -61,7 +61,7 @@ def all_ended(processes):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """What each rank of 1, 2 and 3 processes saw."""
+    """The records of each rank of 1, 2 and 3 processes."""
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
@@ -87,7 +87,7 @@ def test_processes_train_as_one_with_the_same_global_batch(jobs, world):
         print(f"{world} processes, weights after 20 steps: {difference:.1e} apart, {moved:.1e} from the start")
         assert difference < 2e-6
         assert difference < 1e-4 * moved
-        for several, one in zip(rank["gradients"], alone["gradients"], strict=True):  # of the first and the last step
+        for several, one in zip(rank["gradients"], alone["gradients"], strict=True):  # first and last step
             assert largest_difference(several, one) < 1e-5 * max(float(value.abs().max()) for value in one.values())
     assert all(largest_difference(rank["weights"], ranks[0]["weights"]) == 0 for rank in ranks)
 
@@ -113,7 +113,7 @@ def test_only_what_trains_is_wrapped_and_never_the_teacher(jobs):
 
 @pytest.fixture
 def machines():
-    """Two network namespaces with a cable between them: how a command runs in each, its address, and its device."""
+    """Two connected network namespaces: for each, the prefix of its commands, its address and its device."""
     names = [f"rld{os.getpid()}{end}" for end in "ab"]
     first, second = names
     commands = [f"netns add {name}" for name in names]
@@ -158,7 +158,7 @@ def test_two_nodes_under_torchrun_leave_one_folder_and_the_result_of_one_command
     first, second = (load_file(folder / "student.safetensors") for folder in (summary.parent, tmp_path / "here"))
     assert largest_difference(first, second) == 0
     metrics = pd.read_csv(summary.parent / "metrics.csv")
-    assert metrics["val/top1"].dropna().size == 2  # an epoch's value is there once
+    assert metrics["val/top1"].dropna().size == 2  # one value per epoch
 
 
 @pytest.mark.parametrize("sweeper", ["basic", "optuna"])
@@ -221,7 +221,7 @@ def test_no_process_is_left(tmp_path, event):
     else:
         names = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
         process.send_signal(names.get(event, signal.SIGKILL))
-    output, _ = process.communicate(timeout=60)  # which waits for all that hold its end of the pipe
+    output, _ = process.communicate(timeout=60)  # waits for all processes that have the pipe open
     print(output)
     assert all_ended(ranks)
     assert "Traceback" not in output
@@ -235,12 +235,12 @@ def test_no_process_is_left(tmp_path, event):
 
 
 class Watched:
-    """Two ranks of ``waiting_job:wait``, each with a worker, and the process that watches over them."""
+    """Two ranks of ``waiting_job:wait``, each with a worker, and the process that started them."""
 
     def __init__(self, folder, event="none"):
         self.folder = folder
         command = [sys.executable, "-m", "waiting_job", str(folder), event]
-        env = environment(TMPDIR=str(folder))  # one that is killed leaves a folder there
+        env = environment(TMPDIR=str(folder))  # a killed process leaves a folder there
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     def wait_until_all_run(self):
@@ -252,8 +252,8 @@ class Watched:
         return [json.loads(file.read_text()) for file in files]
 
     def end(self):
-        """Returns the exit code, what stands on stdout, and what on stderr."""
-        stdout, stderr = self.process.communicate(timeout=60)  # which waits for all that hold its end of the pipes
+        """Waits for the end; returns the exit code, stdout and stderr."""
+        stdout, stderr = self.process.communicate(timeout=60)  # waits for all processes that have the pipes open
         print(stdout, stderr)
         return self.process.returncode, stdout, stderr
 
@@ -311,7 +311,7 @@ def test_ranks_and_their_workers_end_soon_after_the_process_that_watches_was_kil
 
 @pytest.mark.parametrize("ranks", ["01", "1"])
 def test_torchrun_ends_soon_and_a_mistake_is_said_once(tmp_path, ranks):
-    """Those that have made none are at the data, or wait for the others, where a signal ends them."""
+    """Ranks without the mistake are reading data or waiting for the others, and a signal ends them."""
     wrong = f'case {ranks} in *$RANK*) set -- "$@" data=imagefolder data.root=/nowhere;; esac'
     script = f'{wrong}; exec {sys.executable} {FIT} "$@" hydra.run.dir={tmp_path}/run'
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]

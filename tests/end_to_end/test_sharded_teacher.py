@@ -1,4 +1,4 @@
-"""A run whose teacher is shared out over its processes gives the student that the whole teacher gives."""
+"""A teacher sharded over the processes gives the same student as the whole teacher."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Trials of a sweep, forked and side by side, are the runs that they would be by themselves."""
+"""Parallel, forked trials of a sweep give the same results as single runs."""
 
 import json
 import os

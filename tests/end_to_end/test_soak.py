@@ -1,4 +1,4 @@
-"""A few of the breakdowns that ``make soak`` tries by the hundred, each in processes of their own."""
+"""A few of the interruptions of which ``make soak`` tries hundreds, each in separate processes."""
 
 import pytest
 from soak import TWO, Soak

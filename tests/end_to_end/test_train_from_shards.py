@@ -1,4 +1,4 @@
-"""Two processes train from the shards of a server as one does."""
+"""Two processes train on the same batches as one, from shards on a server."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def shards(tmp_path):
 
 def test_two_processes_see_the_batches_of_one(shards, tmp_path):
     seen = {}
-    with serve(shards) as (address, asked):
+    with serve(shards) as (address, requested):
         for world, trainer in ((1, ["trainer=cpu"]), (2, ["trainer=ddp_cpu", "trainer.devices=2"])):
             run = tmp_path / f"world_{world}"
             options = (f"data.root={address}", f"data.cache={run}/cache", *trainer, f"hydra.run.dir={run}")
@@ -51,12 +51,12 @@ def test_two_processes_see_the_batches_of_one(shards, tmp_path):
         zip(seen[1][0]["trained"], *(rank["trained"] for rank in seen[2]), strict=True)
     ):
         together = [torch.cat(values) for values in zip(*ranks, strict=True)]
-        size = len(alone[0])  # the last batch of an epoch, of three, is filled up to four
+        size = len(alone[0])  # the last batch has three images, and is padded to four
         assert all(torch.equal(ours[:size], theirs) for ours, theirs in zip(together, alone, strict=True)), epoch
     for ranks in seen.values():
         validated = torch.cat([rank["validated"] for rank in ranks])
         assert torch.equal(validated.sort().values, torch.arange(18).repeat_interleave(2))
-    tars = [name for name in asked if name.endswith(".tar")]
+    tars = [name for name in requested if name.endswith(".tar")]
     assert len(tars) == 2 * len(set(tars))  # once for each run
 
 

@@ -1,4 +1,4 @@
-"""The built wheel, installed where there is no checkout: commands, configuration and a project of a user's own."""
+"""The built wheel, installed without the checkout: commands, configs and a user's project."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment with the wheel, and all other packages from this one; skips where none can be built."""
+    """A virtual environment with the wheel and this environment's other packages; skips if it cannot be built."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, REPOSITORY]
     if (built := subprocess.run(build, capture_output=True, text=True, check=False)).returncode:
@@ -46,7 +46,7 @@ def environment(tmp_path_factory):
     venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     (packages,) = venv.glob("lib/python*/site-packages")
-    # Without what is installed as editable there: lines of .pth files count in a site's own folder alone.
+    # This excludes editable installs: .pth files are only processed in the environment's own site folder.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     (wheel,) = folder.glob("*.whl")
     install = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-deps", wheel]
@@ -110,7 +110,7 @@ def test_the_tab_key_completes(environment, project, line, words):
 
 
 def test_a_project_of_ones_own_needs_no_checkout(environment, project):
-    """A pair and a loss of its own, in two processes; then what a run leaves is measured and reported."""
+    """Trains a custom pair with a custom loss in two processes, then evaluates and reports the run."""
     own = ("--config-dir", "conf", "data=digits", "model=mine", "loss=own", "recipe=quick", "recipe.epochs=1")
     run(environment, project, "rld-lightning", "fit", *own, "trainer=ddp_cpu", "trainer.max_steps=4")
     (found,) = [found for found in find_runs([project / "runs"]) if found.config["model"]["teacher"]]

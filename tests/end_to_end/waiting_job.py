@@ -1,4 +1,4 @@
-"""Two ranks that only wait, and the process that watches over them; without Lightning, which is slow to import."""
+"""Two ranks that only wait, and the process that starts them; without Lightning, which is slow to import."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from rld_lightning.tasks.run.processes import run_in_processes
 
 
 def wait(cfg):
-    """Starts a worker, as a data loader does, and waits for an end; the second rank may bring it about."""
+    """Starts a worker, as a data loader does, and waits to be ended; the second rank may fail as ``cfg.event`` says."""
     folder, rank = Path(cfg.paths.run), int(os.environ["RANK"])
     worker = subprocess.Popen(["sleep", "100"])
     _write(folder / f"processes_{rank}.json", json.dumps([os.getpid(), worker.pid]))
     if rank == 1 and cfg.event != "none":
         while not (folder / "processes_0.json").exists():
             time.sleep(0.1)
-        time.sleep(0.5)  # the test reads what both have written
+        time.sleep(0.5)  # so that the test can read both files
         if cfg.event == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         raise {
@@ -37,7 +37,7 @@ def wait(cfg):
 
 
 def _write(path, text):
-    """Writes a file that others wait for: it is there when it is whole."""
+    """Writes a file atomically, because others wait for it."""
     path.with_suffix(".new").write_text(text)
     path.with_suffix(".new").rename(path)
 

@@ -1,4 +1,4 @@
-"""Mistakes that users make on the command line: each ends in a sentence that names the key, the value and a way out."""
+"""Mistakes on the command line: each ends in a sentence that names the key, the value and the way out."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ def base(*groups):
 
 
 def told(command, *groups):
-    """What is said of overrides that name no groups, without composing anew for each."""
+    """The error message for overrides without groups; the groups' config is composed only once."""
     cfg = base(*groups)
     for line in shlex.split(command):
         if line.startswith("~"):
@@ -35,7 +35,7 @@ def told(command, *groups):
     return str(error.value)
 
 
-# Overrides of values, and a sentence that tells them. "such as" and "must be" are the way out.
+# Overrides of values, and their error messages.
 VALUES = {
     # data
     "data.batch_size=0": r"data\.batch_size=0 is not allowed; it must be a whole number >= 1",
@@ -287,7 +287,7 @@ def test_a_value_of_the_wrong_type_or_range_in_other_groups(group, command):
     assert re.search(OTHER_GROUPS[group, command], told(command, group))
 
 
-# What Hydra refuses, or lets pass, of a whole command line.
+# Mistakes of whole command lines, some of which Hydra would accept.
 COMMANDS = {
     "epochs=3": r"epochs is not known\. Did you mean recipe\.epochs\?",
     "recipe.epohcs=3": r"recipe\.epohcs is not known\. Did you mean recipe\.epochs\?",
@@ -332,7 +332,7 @@ OWN = {
 }
 
 
-# Composing takes its time: one of each kind is enough by default.
+# Composing is slow: one of each kind by default.
 BY_DEFAULT = ("epochs=3", "data=cifar10", "seed=0,1", "callbacks=null", "-cd {own} experiment=torn")
 
 
@@ -357,7 +357,7 @@ def test_what_a_resolver_raises_is_one_line():
 
 def test_what_a_run_has_no_need_of_may_be_elsewhere():
     check(with_value(base("loss=ce"), "model.teacher.weights=/nowhere.pth"))
-    check(with_value(base("loss=kd"), "model.student.name=my_package.module:build"))  # only a try can tell
+    check(with_value(base("loss=kd"), "model.student.name=my_package.module:build"))  # known only when it is called
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Trainer, data, callbacks and loggers take what a configuration gives them, or it is said which does not."""
+"""Arguments of trainer, data, callbacks and loggers: valid ones pass, others end in a message that names them."""
 
 import re
 
@@ -27,8 +27,8 @@ def checked(part, changes):
     ("part", "changes"),
     [
         ("trainer", {"max_epochs": 5}),
-        ("logger.wandb", {"resume": "allow", "version": "abc"}),  # of wandb.init, and of Lightning's logger
-        ("data", {"_target_": "builtins.dict", "anything": 1}),  # takes all
+        ("logger.wandb", {"resume": "allow", "version": "abc"}),  # arguments of wandb.init and of Lightning's logger
+        ("data", {"_target_": "builtins.dict", "anything": 1}),  # accepts any argument
     ],
 )
 def test_what_they_take_is_taken(part, changes):

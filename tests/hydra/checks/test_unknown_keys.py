@@ -1,4 +1,4 @@
-"""What is said of keys that nothing reads."""
+"""Error messages for unknown keys."""
 
 import pytest
 
