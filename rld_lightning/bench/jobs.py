@@ -143,7 +143,7 @@ def bench_fit(
     overrides = {f"fit.py {switch}".strip(): switch for switch in switches or [""]}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        teacher = keep_teacher(job, folder or place)
+        teacher = store_teacher(job, folder or place)
         contenders = {PLAIN: Contender(_plain(job, place / "0"), place / "0")}
         for number, (title, switch) in enumerate(overrides.items(), 1):
             own = place / str(number)
@@ -174,7 +174,7 @@ def bench_fit(
 
 def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> None:
     """Warm-up: runs our contenders for some steps, so that code is compiled and the teacher's logits are cached."""
-    teacher = keep_teacher(job, folder)
+    teacher = store_teacher(job, folder)
     for switch in switches or [""]:
         with tempfile.TemporaryDirectory() as name:
             own = Path(name)
@@ -183,7 +183,7 @@ def prepare_fit(job: Job, steps: int, switches: Sequence[str], folder: Path) -> 
                 contender.measure(0, job.batch, steps)
 
 
-def keep_teacher(job: Job, folder: Path) -> Path:
+def store_teacher(job: Job, folder: Path) -> Path:
     """Writes a teacher with fixed random weights into a folder, unless it is there."""
     path = folder / f"{job.teacher.replace('/', '_')}_{job.data}.safetensors"
     if not path.exists():

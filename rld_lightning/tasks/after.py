@@ -30,7 +30,7 @@ from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import script_command
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.run.matched_classes import read_student
-from rld_lightning.tasks.run.plan import Plan, alone, changed
+from rld_lightning.tasks.run.plan import Plan, standalone_config, with_values
 from rld_lightning.tasks.run.resume import run_once
 from rld_lightning.tasks.run.trainer import make_trainer
 
@@ -68,7 +68,9 @@ def train_alone(finished: Finished) -> None:
     folder = plan.run / ALONE
     if not (folder / SUMMARY).exists():
         print_line("alone", f"training {plan.student.name} once more without the teacher, for comparison")
-    run_once(alone(finished.cfg, plan.student.name, plan.student.weights, folder), finished.fit, name="alone")
+    run_once(
+        standalone_config(finished.cfg, plan.student.name, plan.student.weights, folder), finished.fit, name="alone"
+    )
 
 
 def compare_networks(finished: Finished) -> None:
@@ -106,7 +108,7 @@ def _measure(
     finished: Finished, role: str, name: str, network: nn.Module, size: int
 ) -> tuple[Network, list[ClassResult]]:
     data = finished.data
-    exact = changed(finished.cfg, {"trainer.precision": "32-true"}).trainer  # for an exact measurement
+    exact = with_values(finished.cfg, {"trainer.precision": "32-true"}).trainer  # for an exact measurement
     trainer = make_trainer(exact, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     module = EvaluationModule(network, data.num_classes)
     test_with(trainer, module, data, "test")
@@ -141,15 +143,15 @@ def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[C
     which = f"the {len(shown)} hardest of {len(table)} classes" if len(shown) < len(table) else "each class"
     print_table(f"Accuracy of {which}, %", ("class", "images", *roles), shown)
     print_files(run, {NETWORKS: "these numbers", NETWORKS_CLASSES: "every class"})
-    if caution := has_not_paid(networks):
+    if caution := no_gain_note(networks):
         print_line("caution", caution)
-        trust = _told("trust", networks[-1].name)
+        trust = _foreign_override("trust", networks[-1].name)
         print_line(
             "alone", f"exported by {script_command('export')} {as_argument('run', run / ALONE)}{trust}", pasted=True
         )
 
 
-def has_not_paid(networks: Sequence[Network]) -> str:
+def no_gain_note(networks: Sequence[Network]) -> str:
     """Returns a sentence if the student alone is at least as good as the distilled one; else empty."""
     top1 = {network.role: network.top1 for network in networks}
     by_itself, distilled = top1.get("student alone"), top1.get("distilled student")
@@ -172,11 +174,11 @@ def export_student(finished: Finished) -> None:
         print_line("export", 'without ONNX, which needs pip install "rld-lightning[onnx]"')
     with user_errors():
         export_run(run, formats)
-    name = _told("name", finished.plan.student.name)
+    name = _foreign_override("name", finished.plan.student.name)
     print_line("next", f"{script_command('predict')} {as_argument('weights', run)}{name} images=photo.jpg", pasted=True)
 
 
-def _told(key: str, name: str) -> str:
+def _foreign_override(key: str, name: str) -> str:
     """Returns an argument that a command needs for a network from elsewhere, as files do not provide it."""
     return f" {as_argument(key, name)}" if is_from_elsewhere(split_size(name)[0]) else ""
 
@@ -188,7 +190,7 @@ STEPS: Mapping[str, Callable[[Finished], None]] = {
 }
 
 
-def go_on(finished: Finished) -> None:
+def run_follow_ups(finished: Finished) -> None:
     """Runs the steps that ``after`` names, in the order of :data:`STEPS`."""
     for name, step in STEPS.items():
         if name in finished.cfg.after:

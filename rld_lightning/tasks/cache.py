@@ -17,7 +17,7 @@ from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.plan import freeze, plan_student, plan_teacher
 from rld_lightning.tasks.run.trainer import make_trainer
-from rld_lightning.tasks.teacher.cached_logits import impossible, open_table, table_path
+from rld_lightning.tasks.teacher.cached_logits import open_table, table_path, why_not_cacheable
 from rld_lightning.tasks.teacher.fill_cache import fill_table
 from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.weights import find_teacher
@@ -63,7 +63,7 @@ def cache(cfg: DictConfig) -> Path:
         planned = replace(planned, sha256=sha256)
         if planned.options["fuse"] == "auto":
             fold_teacher(teacher, KDLoss(), data)  # as for any loss that looks at logits alone
-        if reason := impossible(teacher, trainer, data):
+        if reason := why_not_cacheable(teacher, trainer, data):
             raise ValueError(f"the teacher's logits cannot be kept: {reason}.")
         table = open_table(table_path(teacher, planned, data, trainer, store), planned, data)
         assert table is not None

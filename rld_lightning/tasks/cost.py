@@ -26,7 +26,7 @@ from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.tasks.run.trainer import device_of
-from rld_lightning.tasks.teacher.recorded import seen_as_teacher, size_seen, teacher_of
+from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher, input_size, teacher_of
 
 COST = "cost.json"
 # What is believed of a folder that may be a stranger's: a network is built, and run, for so many.
@@ -113,7 +113,7 @@ def networks(run: Run) -> Iterator[Network]:
         weights, known = str(planned.weights), None
         if weights != "pretrained":  # which may know more classes than the data
             known = number_of_classes(planned.name, read_weights(weights).state_dict)
-        seen = (3, *size_seen(planned, student.transform.size))
+        seen = (3, *input_size(planned, student.transform.size))
         teacher_network = Contender(planned.name, weights, known or classes, seen)
         yield Network("teacher", teacher_network, run.summary.teacher_top1)
     yield Network("student", Contender(student.name, str(run.folder / RUN_WEIGHTS), classes, shape), run.summary.top1)
@@ -226,7 +226,7 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
     if known is not None and not latency:
         return known
     num_classes, image_shape = _images(runs)
-    seen = seen_as_teacher(name, runs, image_shape)
+    seen = input_shape_as_teacher(name, runs, image_shape)
     image_shape = seen if max(seen) <= _LARGEST_SIDE else image_shape
     try:
         network = create_model(name, num_classes)

@@ -29,9 +29,9 @@ from rld_lightning.runs.folder import locked
 from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
-from rld_lightning.tasks.after import Finished, go_on
+from rld_lightning.tasks.after import Finished, run_follow_ups
 from rld_lightning.tasks.run.batch_size import AUTO, make_data, suitable_batch
-from rld_lightning.tasks.run.build import adopt_normalisation, build_module, build_trainer, set_up, watch_own
+from rld_lightning.tasks.run.build import add_run_callbacks, adopt_normalisation, build_module, build_trainer, set_up
 from rld_lightning.tasks.run.checks import (
     check_loss,
     check_mixtures,
@@ -41,19 +41,27 @@ from rld_lightning.tasks.run.checks import (
     check_trainer,
 )
 from rld_lightning.tasks.run.describe import describe_run
-from rld_lightning.tasks.run.disk_space import check_room
+from rld_lightning.tasks.run.disk_space import check_disk_space
 from rld_lightning.tasks.run.fold_and_compile import compile_steps
-from rld_lightning.tasks.run.plan import Plan, Teacher, changed, freeze, plan_student, plan_teacher, settled
+from rld_lightning.tasks.run.plan import (
+    Plan,
+    Teacher,
+    completed_config,
+    freeze,
+    plan_student,
+    plan_teacher,
+    with_values,
+)
 from rld_lightning.tasks.run.processes import processes_to_start, run_in_processes
-from rld_lightning.tasks.run.results import leave_results, summarise
-from rld_lightning.tasks.run.resume import find_checkpoint, say_nothing_left
-from rld_lightning.tasks.run.shared_data import take_kept
+from rld_lightning.tasks.run.results import summarise, write_results
+from rld_lightning.tasks.run.resume import find_checkpoint, print_nothing_left
+from rld_lightning.tasks.run.shared_data import reuse_cached_data
 from rld_lightning.tasks.run.threads import choose_threads
-from rld_lightning.tasks.teacher.cached_logits import remember_logits, remember_validation
+from rld_lightning.tasks.teacher.cached_logits import cache_logits, cache_validation_logits
 from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.score import measure_teacher
-from rld_lightning.tasks.teacher.training_lock import turn_to_train
-from rld_lightning.tasks.teacher.weights import find_teacher, is_for_others, keep_teacher, train_teacher
+from rld_lightning.tasks.teacher.training_lock import training_turn
+from rld_lightning.tasks.teacher.weights import find_teacher, is_reusable, store_teacher, train_teacher
 from rld_lightning.tracking import tracked
 from rld_lightning.watching import callbacks_of
 
@@ -80,7 +88,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
         trust(cfg.model.student.name, *([cfg.model.teacher.name] if cfg.model.teacher else []))
         plan = Plan(
             run=Path(cfg.paths.run),
-            resume=find_checkpoint(cfg.resume) or _of_requeued(Path(cfg.paths.run)),
+            resume=find_checkpoint(cfg.resume) or _requeued_checkpoint(Path(cfg.paths.run)),
             processes=processes_to_start(cfg.trainer),
             seed=cfg.seed,
             label=cfg.model.label,
@@ -109,7 +117,7 @@ def fit(cfg: DictConfig, *, resume_hint: bool = True) -> Summary:
         return _run(cfg, plan, resume_hint=resume_hint and not started_by_run())
 
 
-def _of_requeued(run: Path) -> str | None:
+def _requeued_checkpoint(run: Path) -> str | None:
     """Returns this run's checkpoint if SLURM has requeued its job."""
     return str(run / LAST) if requeued() and checkpoint_exists(run / LAST) else None
 
@@ -144,7 +152,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         check_loss(loss, plan)
         check_recipe(instantiate(cfg.recipe.optimizer), instantiate(cfg.recipe.get("scheduler")))
         data = make_data(cfg.data)
-        take_kept(data, cfg.data)
+        reuse_cached_data(data, cfg.data)
         check_mixtures(loss, data)
         set_up(data, strong_view=loss.needs_strong_view)
         usual = adopt_normalisation(plan.student, data, cfg.data)
@@ -155,8 +163,8 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
                 check_network(plan.teacher.name, data, other_sizes=plan.other_sizes)
             weights = find_teacher(plan.teacher, data.name, plan.store, plan.before)
         if weights is None:
-            for_others = is_for_others(data, plan.teacher.start)
-            with turn_to_train(plan.store, data.name, plan.teacher.name, plan.run, for_others=for_others) as lacks:
+            for_others = is_reusable(data, plan.teacher.start)
+            with training_turn(plan.store, data.name, plan.teacher.name, plan.run, for_others=for_others) as lacks:
                 if lacks:
                     _train_teacher(cfg, plan, plan.teacher, loss, data)
             weights = find_teacher(plan.teacher, data.name, plan.store) or str(plan.run / TEACHER / STUDENT)
@@ -173,26 +181,28 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
         if plan.teacher is not None:
             teacher, facts, sha256 = build_teacher(plan.teacher, data, usual, plan.before)
             plan = replace(plan, teacher=replace(plan.teacher, sha256=sha256))
-            remember_validation(teacher, plan, data)
+            cache_validation_logits(teacher, plan, data)
             measure_teacher(teacher, facts, data, trainer)
-        recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe  # the schedule may refer to the rate
+        recipe = with_values(
+            cfg, {"recipe.optimizer.lr": plan.learning_rate}
+        ).recipe  # the schedule may refer to the rate
         module = build_module(
             plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.get("scheduler"))
         )
-        check_room(plan.run, trainer, module)
-        remember_logits(module, plan, data, trainer)
-        watch_own(trainer, cfg, plan)
+        check_disk_space(plan.run, trainer, module)
+        cache_logits(module, plan, data, trainer)
+        add_run_callbacks(trainer, cfg, plan)
         choose_threads(module, data, trainer)
         compile_steps(module, plan, data, trainer)
     wait_for_all_ranks()
     describe_run(cfg, plan, data, trainer, module)
-    found = settled(cfg, plan)
-    write_provenance(plan.run, found)
-    with tracked(trainer, module, found):
+    final = completed_config(cfg, plan)
+    write_provenance(plan.run, final)
+    with tracked(trainer, module, final):
         _train(plan, trainer, module, data, resume_hint=resume_hint)
         summary = summarise(plan, trainer, module, data)
-        leave_results(plan.run, summary, data, module.student)
-    go_on(Finished(cfg, plan, data, module, summary, partial(fit, resume_hint=False)))
+        write_results(plan.run, summary, data, module.student)
+    run_follow_ups(Finished(cfg, plan, data, module, summary, partial(fit, resume_hint=False)))
     return summary
 
 
@@ -223,7 +233,7 @@ def _train_teacher(
             why = f"{teacher.name} begins with {teacher.start}"
         print_line("teacher", f"{why}: training it first, with cross-entropy")
     summary = train_teacher(cfg, folder, partial(fit, resume_hint=False))
-    keep_teacher(summary, folder, plan.store, data, teacher.name, teacher.start)
+    store_teacher(summary, folder, plan.store, data, teacher.name, teacher.start)
 
 
 def _train(
@@ -233,7 +243,7 @@ def _train(
     try:
         with signals.handling():
             trainer.fit(module, datamodule=data, ckpt_path=plan.resume, weights_only=True)
-        say_nothing_left(trainer)
+        print_nothing_left(trainer)
     except Diverged:  # its message says how to resume
         raise
     except (Exception, SystemExit, KeyboardInterrupt) as error:

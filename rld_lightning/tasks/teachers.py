@@ -22,8 +22,8 @@ from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.run.batch_size import make_data
-from rld_lightning.tasks.teacher.training_lock import turn_to_train
-from rld_lightning.tasks.teacher.weights import is_for_others, keep_teacher
+from rld_lightning.tasks.teacher.training_lock import training_turn
+from rld_lightning.tasks.teacher.weights import is_reusable, store_teacher
 
 TOLERANCE = 0.1  # points: ten images of CIFAR-100's test split, for rounding on other hardware
 
@@ -106,14 +106,14 @@ def fit_teacher(cfg: DictConfig) -> Summary:
         if cfg.model.teacher is not None:
             raise ValueError(f"{cfg.model.label} is a pair; name the teacher alone, such as model=wrn40_2.")
         data = make_data(cfg.data)
-        if not is_for_others(data, None):
+        if not is_reusable(data, None):
             raise ValueError("a teacher of the store has learned from all images: data.val_fraction=0 data.subset=1.")
     store = TeacherStore(Path(cfg.paths.teachers))
-    with turn_to_train(store, data.name, name, Path(cfg.paths.run)) as lacks:
+    with training_turn(store, data.name, name, Path(cfg.paths.run)) as lacks:
         if not lacks:
             raise UserError(f"{store.find(data.name, name)} is there; move it away to train {name} again.")
         summary = fit(cfg)
-        keep_teacher(summary, Path(cfg.paths.run), store, data, name, None)
+        store_teacher(summary, Path(cfg.paths.run), store, data, name, None)
     kept = store.find(data.name, name)
     print_line("teacher", f"kept as {kept}" if kept else "not stored: it was not trained to the end on all images")
     return summary

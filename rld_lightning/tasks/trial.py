@@ -11,7 +11,7 @@ from rld_lightning.runs.files import PRINTED
 from rld_lightning.runs.folder import locked
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.fit import fit_in_processes
-from rld_lightning.tasks.run.plan import changed, freeze
+from rld_lightning.tasks.run.plan import freeze, with_values
 from rld_lightning.tasks.run.resume import run_once
 
 
@@ -35,4 +35,6 @@ def run_trial(cfg: DictConfig) -> Summary:
     run = Path(cfg.paths.run)
     with locked(run):
         output = run / PRINTED if is_watched() else None
-        return run_once(changed(cfg, own), partial(fit_in_processes, output=output), name=None if output else "trial")
+        return run_once(
+            with_values(cfg, own), partial(fit_in_processes, output=output), name=None if output else "trial"
+        )

@@ -11,9 +11,9 @@ from helpers.photos import grow
 from torch import nn
 
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
-from rld_lightning.tasks.after import _networks, _told, has_not_paid
+from rld_lightning.tasks.after import _foreign_override, _networks, no_gain_note
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.teacher.weights import is_for_others
+from rld_lightning.tasks.teacher.weights import is_reusable
 
 
 def small(run, root, *overrides):
@@ -75,7 +75,7 @@ def test_from_a_folder_to_three_networks_side_by_side(tmp_path, capsys):
     ],
 )
 def test_a_teacher_that_has_not_helped_is_said(scores, said):
-    found = has_not_paid([SimpleNamespace(role=role, top1=top1) for role, top1 in scores.items()])
+    found = no_gain_note([SimpleNamespace(role=role, top1=top1) for role, top1 in scores.items()])
     assert re.search(said, found) if said else not found
 
 
@@ -99,12 +99,12 @@ def test_several_teachers_are_not_called_one(tmp_path, monkeypatch, name, weight
 
 @pytest.mark.parametrize(("name", "told"), [("resnet8@32", ""), ("my.nets:small@32", " name=my.nets:small@32")])
 def test_commands_name_a_network_from_elsewhere(name, told):
-    assert _told("name", name) == told
+    assert _foreign_override("name", name) == told
 
 
 def test_a_teacher_that_starts_from_somewhere_is_the_runs_own():
     class Data:
         val_fraction, subset = 0.0, 1.0
 
-    assert is_for_others(Data(), None)
-    assert not is_for_others(Data(), "pretrained")
+    assert is_reusable(Data(), None)
+    assert not is_reusable(Data(), "pretrained")

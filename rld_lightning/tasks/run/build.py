@@ -28,7 +28,7 @@ from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.matched_classes import put_in_order
-from rld_lightning.tasks.run.plan import Plan, Student, changed, settled
+from rld_lightning.tasks.run.plan import Plan, Student, completed_config, with_values
 from rld_lightning.tasks.run.trainer import make_trainer
 from rld_lightning.watching import skip_idle_hooks
 
@@ -84,7 +84,7 @@ def build_module(
     )
 
 
-def watchers(cfg: DictConfig) -> dict[str, Any]:
+def loggers_and_callbacks(cfg: DictConfig) -> dict[str, Any]:
     """Returns the run's loggers and callbacks, as arguments of the trainer."""
     callbacks: list[Callback] = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     enabled = {}
@@ -102,18 +102,18 @@ def watchers(cfg: DictConfig) -> dict[str, Any]:
 
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Builds the trainer with the loggers and callbacks; it writes checkpoints atomically and verifies them."""
-    trainer = make_trainer(cfg.trainer, **watchers(cfg))
+    trainer = make_trainer(cfg.trainer, **loggers_and_callbacks(cfg))
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none set by trainer.plugins
         trainer.strategy.checkpoint_io = CheckpointFiles()
     return trainer
 
 
-def watch_own(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
+def add_run_callbacks(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     """Adds the callbacks of every run, whatever its configuration, once its teacher has been found."""
     teacher = {} if plan.teacher is None else {"model.teacher.sha256": plan.teacher.sha256}
-    shared = changed(cfg, teacher)  # paths may differ between machines, the files' content may not
+    shared = with_values(cfg, teacher)  # paths may differ between machines, the files' content may not
     callbacks: list[Callback] = vars(trainer)["callbacks"]  # not declared by Lightning
-    callbacks += [SameConfiguration(shared), OwnSettings(settled(cfg, plan)), StopSignals()]
+    callbacks += [SameConfiguration(shared), OwnSettings(completed_config(cfg, plan)), StopSignals()]
     skip_idle_hooks(trainer)
 
 

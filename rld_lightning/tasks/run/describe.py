@@ -37,7 +37,7 @@ def describe_run(
         f"{plan.optimizer}, learning rate {rate}, batch {plan.batch_size} = {devices} x {plan.batch_size // devices} "
         f"on {trainer.strategy.root_device.type}, precision {trainer.precision}, {epochs}",
     )
-    if divided := of_parts(module.loss, devices * trainer.accumulate_grad_batches, plan.batch_size // devices):
+    if divided := describe_parts(module.loss, devices * trainer.accumulate_grad_batches, plan.batch_size // devices):
         print_line("training", f"{plan.loss} {divided}")
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and trainer.precision == "bf16-mixed" and is_mostly_depthwise(module.student):
@@ -61,7 +61,7 @@ def describe_run(
     print_line("folder", str(plan.run))
 
 
-def of_parts(loss: DistillationLoss, parts: int, size: int) -> str:
+def describe_parts(loss: DistillationLoss, parts: int, size: int) -> str:
     """Describes how a loss treats a divided batch, if its value differs from that of the whole batch; else empty.
 
     Args:

@@ -20,14 +20,14 @@ _OTHERS = 2_000_000
 
 
 @rank_zero_only
-def check_room(run: Path, trainer: Trainer, module: DistillationModule) -> None:
+def check_disk_space(run: Path, trainer: Trainer, module: DistillationModule) -> None:
     """Refuses a run whose checkpoints and student do not fit on the disk.
 
     Raises:
         ValueError: there is not enough room.
     """
     folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
-    need, free = room_needed(run, trainer, module), shutil.disk_usage(folder).free
+    need, free = bytes_needed(run, trainer, module), shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(
             f"the disk of {run} has {free / 1e6:,.0f} MB free, and the checkpoints and the student of the run take "
@@ -35,7 +35,7 @@ def check_room(run: Path, trainer: Trainer, module: DistillationModule) -> None:
         )
 
 
-def room_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
+def bytes_needed(run: Path, trainer: Trainer, module: DistillationModule) -> int:
     """Returns how many bytes a run adds to its directory.
 
     Each checkpoint is written before the one that it replaces is removed. Checkpoints for resuming contain the

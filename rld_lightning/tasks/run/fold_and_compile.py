@@ -39,7 +39,7 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
     of_student = plan.compile and not module.loss.student_taps
     of_teacher = plan.compile is True and module.teacher is not None and not module.loss.teacher_taps
     if auto and of_student:
-        work = 3 * count_macs(module.student, data.image_shape) * images_to_come(data, trainer) / trainer.world_size
+        work = 3 * count_macs(module.student, data.image_shape) * images_to_train(data, trainer) / trainer.world_size
         of_student = device.type == "cpu" and work >= _WORTH
     if not (of_student or of_teacher):
         return
@@ -56,7 +56,7 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
     print_line("compile", f"the {what} in training steps, which takes about a minute at the first one")
 
 
-def images_to_come(data: ImageDataModule, trainer: Trainer) -> float:
+def images_to_train(data: ImageDataModule, trainer: Trainer) -> float:
     """Returns the number of images of the whole run, counted in each epoch; infinite if only the time is limited."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     limit = trainer.limit_train_batches

@@ -141,7 +141,7 @@ def freeze(cfg: DictConfig) -> None:
     OmegaConf.set_readonly(cfg, True)
 
 
-def changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+def with_values(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     """Returns a frozen copy of a configuration with other values, by full key.
 
     Args:
@@ -155,7 +155,7 @@ def changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     return other
 
 
-def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> DictConfig:
+def standalone_config(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> DictConfig:
     """Returns the configuration of a run that trains one network alone: with cross-entropy and a run's data and recipe.
 
     Args:
@@ -183,7 +183,7 @@ def alone(cfg: DictConfig, name: str, weights: str | None, folder: Path) -> Dict
     return own
 
 
-def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
+def completed_config(cfg: DictConfig, plan: Plan) -> DictConfig:
     """Returns a configuration completed with a run's found values, for ``config.yaml`` and the loggers."""
     found: dict[str, Any] = {"resume": plan.resume}
     if plan.batch_size is not None:  # in case it was chosen; a recipe's batch size may differ from the data's
@@ -193,4 +193,4 @@ def settled(cfg: DictConfig, plan: Plan) -> DictConfig:
         weights = plan.teacher.weights
         found["model.teacher.weights"] = list(weights) if isinstance(weights, tuple) else weights
         found["model.teacher.sha256"] = plan.teacher.sha256
-    return changed(cfg, found)
+    return with_values(cfg, found)

@@ -128,9 +128,9 @@ def run_in_processes(
     run = Path(cfg.paths.run).absolute()
     with TemporaryDirectory(prefix=f"{JOB}-") as scratch:
         folder = Path(scratch)
-        OmegaConf.save(OmegaConf.create(_without_hydra(cfg)), folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(_resolve_hydra(cfg)), folder / "config.yaml")
         command = (*forked_processes.PYTHON_M, "rld_lightning.tasks.run.processes", task, str(folder), str(os.getpid()))
-        with stop_on_signals(), _started(command, count, output) as processes:
+        with stop_on_signals(), _running(command, count, output) as processes:
             stop = None
             try:
                 codes = _wait(processes)
@@ -158,7 +158,7 @@ def run_in_processes(
 
 
 @contextmanager
-def _started(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[Process]]:
+def _running(command: Sequence[str], count: int, output: Path | None = None) -> Iterator[list[Process]]:
     """Starts the ranks, each in its own session, and at the end kills those that still run."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -259,12 +259,12 @@ def _explain(
     return f"rank {rank} of {count} {end}, and the others were ended with it: nothing is left running.{advice}"
 
 
-def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
+def _resolve_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Returns the configuration with its interpolations, except those that only Hydra can resolve."""
     values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     for key, value in values.items():
         if isinstance(value, dict):
-            values[key] = _without_hydra(cfg[key])
+            values[key] = _resolve_hydra(cfg[key])
         elif isinstance(value, str) and ("${hydra:" in value or "${choice:" in value):
             values[key] = cfg[key]
     return values

@@ -125,7 +125,7 @@ def _scheduled_steps(trainer: Trainer, data: ImageDataModule) -> int | None:
 
 
 @rank_zero_only
-def leave_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
+def write_results(run: Path, summary: Summary, data: ImageDataModule, student: nn.Module) -> None:
     """Writes summary, student and curves, and prints the summary as a table."""
     facts = {
         "name": summary.model,

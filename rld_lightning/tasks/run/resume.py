@@ -25,7 +25,7 @@ from rld_lightning.runs.checkpoint_form import RATES
 from rld_lightning.runs.files import CONFIG, ERROR, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
 from rld_lightning.runs.likeness import changes, refuse_changes, refuse_other_settings
 from rld_lightning.runs.summary import Summary, read_summary
-from rld_lightning.tasks.run.plan import changed
+from rld_lightning.tasks.run.plan import with_values
 from rld_lightning.watching import callbacks_of
 
 # What a run may change that goes on after it has diverged.
@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def say_nothing_left(trainer: Trainer) -> None:
+def print_nothing_left(trainer: Trainer) -> None:
     """Prints why a run that went on took no step, if it took none."""
     began = next((callback.start_step for callback in callbacks_of(trainer, ExactResume)), None)
     if began is None or trainer.global_step > began:
@@ -205,7 +205,7 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
     goes_on = checkpoint_exists(run / LAST)
     _clear(run, goes_on=goes_on)
     try:
-        return fit(changed(cfg, {"resume": str(run / LAST)}) if goes_on else cfg)
+        return fit(with_values(cfg, {"resume": str(run / LAST)}) if goes_on else cfg)
     except UserError as error:
         (run / ERROR).write_text(f"{redact_text(str(error))}\n")
         raise

@@ -34,7 +34,7 @@ def keep(settings: str) -> None:
         _kept[settings] = data
 
 
-def take_kept(data: ImageDataModule, settings: DictConfig) -> None:
+def reuse_cached_data(data: ImageDataModule, settings: DictConfig) -> None:
     """Reuses data that were read before this process was forked."""
     kept = _kept.get(_as_text(settings)) if _kept else None
     if kept is not None and isinstance(data, InMemoryDataModule):

@@ -33,10 +33,10 @@ from rld_lightning.runs.naming import loss_name
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.fit import fit_in_processes
 from rld_lightning.tasks.run.batch_size import make_data
-from rld_lightning.tasks.run.plan import alone, changed
+from rld_lightning.tasks.run.plan import standalone_config, with_values
 from rld_lightning.tasks.run.resume import run_once
 from rld_lightning.tasks.run.shared_data import share_data
-from rld_lightning.tasks.sweep.live_progress import Watch
+from rld_lightning.tasks.sweep.live_progress import LiveProgress
 from rld_lightning.tasks.sweep.swept_values import (
     WEIGHTS,
     check_swept,
@@ -54,8 +54,8 @@ from rld_lightning.tasks.sweep.trial_tables import (
     print_networks,
     print_settings,
 )
-from rld_lightning.tasks.teacher.training_lock import turn_to_train
-from rld_lightning.tasks.teacher.weights import is_for_others, keep_teacher, train_teacher
+from rld_lightning.tasks.teacher.training_lock import training_turn
+from rld_lightning.tasks.teacher.weights import is_reusable, store_teacher, train_teacher
 
 
 class Sweep(Callback):
@@ -86,7 +86,7 @@ class Sweep(Callback):
         self.watch = watch
         self._swept: tuple[str, ...] = ()
         self._lock: FileLock | None = None
-        self._watch: Watch | None = None
+        self._watch: LiveProgress | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Omits the lock and the live display: launchers send callbacks to the trials' processes."""
@@ -169,12 +169,12 @@ class Sweep(Callback):
         varied = {group_of(key) for key in swept}
         others = dict.fromkeys(f'"{group_of(key)}"' for key in fixed if group_of(key) not in varied)
         config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(others)}]")
-        share_data(changed(config, {"paths.run": str(folder)}).data)
+        share_data(with_values(config, {"paths.run": str(folder)}).data)
         print_line("sweep", f"{folder}; to continue it if interrupted, use the same command and {_here(folder)}")
         for name in ("hydra", "hydra_plugins"):  # their launchers list the trials
             logging.getLogger(name).setLevel(logging.WARNING)
         if self.watch:
-            self._watch = Watch(folder)
+            self._watch = LiveProgress(folder)
 
     def _hold_out(self, config: DictConfig, swept: Collection[str], fixed: dict[str, str]) -> None:
         """Holds out training images if a setting is chosen by its accuracy."""
@@ -198,17 +198,21 @@ class Sweep(Callback):
             shared = (folder / TEACHER).absolute()
             data = _data(config, shared)
             start = config.model.teacher.get("start")
-            for_others = self.store and is_for_others(data, start) and not shared.exists()
-            with turn_to_train(_store(config), data.name, name, folder, for_others=for_others) as lacks:
+            for_others = self.store and is_reusable(data, start) and not shared.exists()
+            with training_turn(_store(config), data.name, name, folder, for_others=for_others) as lacks:
                 if lacks:
-                    summary = train_teacher(changed(config, {"seed": _seed(config, swept, shared)}), shared, fit)
+                    summary = train_teacher(with_values(config, {"seed": _seed(config, swept, shared)}), shared, fit)
                     if self.store:
-                        keep_teacher(summary, shared, _store(config), data, name, start)
+                        store_teacher(summary, shared, _store(config), data, name, start)
                     _add(config, fixed, WEIGHTS, str(folder / TEACHER / STUDENT))
         if self.alone:
             own = (folder / ALONE).absolute()
-            seeded = changed(config, {"seed": _seed(config, swept, own)})
-            run_once(alone(seeded, config.model.student.name, config.model.student.weights, own), fit, name="student")
+            seeded = with_values(config, {"seed": _seed(config, swept, own)})
+            run_once(
+                standalone_config(seeded, config.model.student.name, config.model.student.weights, own),
+                fit,
+                name="student",
+            )
 
     def _lacks_teacher(self, config: DictConfig, swept: Collection[str], folder: Path) -> bool:
         """Whether to train a teacher for all trials, before the first trial would do it with its own values."""
@@ -259,7 +263,7 @@ def _store(config: DictConfig) -> TeacherStore:
 
 def _data(config: DictConfig, folder: Path) -> ImageDataModule:
     """Creates the data module of a run in a directory, without loading the data."""
-    return make_data(changed(config, {"paths.run": str(folder)}).data)
+    return make_data(with_values(config, {"paths.run": str(folder)}).data)
 
 
 def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float) -> None:

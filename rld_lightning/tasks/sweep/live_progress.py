@@ -17,7 +17,7 @@ from rld_lightning.runs.events import Events
 LOOK = 0.3  # seconds between reads of the events
 
 
-class Watch:
+class LiveProgress:
     """Prints the events of a sweep's trials until :meth:`stop`; restores the terminal whichever process ends it.
 
     Attributes:
@@ -36,7 +36,7 @@ class Watch:
         self.failed = 0
         self._over = threading.Event()
         self._live = Live(get_renderable=self._text, console=console, refresh_per_second=2, transient=True)
-        self._thread = threading.Thread(target=self._look, daemon=True, name="watch-sweep")
+        self._thread = threading.Thread(target=self._refresh, daemon=True, name="watch-sweep")
         if console.is_terminal:
             self._live.start()
         self._thread.start()
@@ -49,22 +49,22 @@ class Watch:
         self._over.set()
         self._thread.join()
         self._live.stop()
-        self._take()
+        self._process_new()
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         while not self._over.wait(LOOK):
-            self._take()
+            self._process_new()
 
     def _text(self) -> Text:
         return Text.assemble(("   sweep", "bold"), printable(f"  {self.line()}"), no_wrap=True, overflow="ellipsis")
 
-    def _take(self) -> None:
+    def _process_new(self) -> None:
         with suppress(OSError):  # retried at the next read
             for event in self._events.new():
                 with suppress(KeyError, TypeError, ValueError, AttributeError):  # for example from another version
-                    self.take(event)
+                    self.process(event)
 
-    def take(self, event: dict[str, Any]) -> None:
+    def process(self, event: dict[str, Any]) -> None:
         """Processes an event: the number of trials, a trial's start, or its end."""
         if (total := event.get("total")) is not None:
             self._total = total

@@ -20,7 +20,7 @@ from rld_lightning.runs.likeness import affects_training, canonical
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.checks import check_names
-from rld_lightning.tasks.run.plan import changed, plan_student, plan_teacher
+from rld_lightning.tasks.run.plan import plan_student, plan_teacher, with_values
 from rld_lightning.tasks.run.resume import find_checkpoint
 from rld_lightning.tasks.sweep.trial_tables import key_of, line_of
 
@@ -102,7 +102,7 @@ def _check_trial(cfg: DictConfig) -> None:
         check_names(plan_student(cfg.model.student), teacher)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
             raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
-        settings = changed(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
+        settings = with_values(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
         root = settings.get("root")
         if root is not None and "://" not in str(root) and not Path(root).is_dir():
             data = make_data(settings)

@@ -26,7 +26,7 @@ from rld_lightning.runs.files import ALONE, CURVES, ERROR, STUDENT, SUMMARY, SWE
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.runs.summary import Summary
 from rld_lightning.shipped import invocation, script_command
-from rld_lightning.tasks.teacher.recorded import seen_as_teacher
+from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +202,7 @@ def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:
     facts = read_facts(read_metadata(file), file)
     if facts.num_classes is None or facts.image_shape is None:
         raise ValueError(f"{file} does not say what images it is for; give a folder that this package has written.")
-    return name, top1, *_cost(name, facts.num_classes, seen_as_teacher(name, [run], facts.image_shape))
+    return name, top1, *_cost(name, facts.num_classes, input_shape_as_teacher(name, [run], facts.image_shape))
 
 
 @cache

@@ -23,7 +23,7 @@ from rld_lightning.models.teacher.logits_table import LogitsTable, table_bytes, 
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.module import DistillationModule
-from rld_lightning.tasks.run.fold_and_compile import images_to_come
+from rld_lightning.tasks.run.fold_and_compile import images_to_train
 from rld_lightning.tasks.run.plan import Plan, Teacher
 from rld_lightning.tasks.teacher.fill_cache import FillAhead
 
@@ -33,7 +33,7 @@ _VALIDATION = "validation-"  # name prefix of tables of validation images, which
 _BLOCK = 512  # bytes of a block in `st_blocks`
 
 
-def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
+def cache_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
     """Makes the teacher cache its logits, in a file beside the teachers, if requested; prints one line.
 
     If all are to be computed ahead, adds a callback to the trainer that does so when training starts.
@@ -44,7 +44,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     """
     if module.teacher is None or plan.teacher is None or not plan.teacher.cache:
         return
-    reason = _other_looks(module.loss) or impossible(module.teacher, trainer, data)
+    reason = _why_logits_do_not_suffice(module.loss) or why_not_cacheable(module.teacher, trainer, data)
     why = "the teacher's"
     if not reason and plan.teacher.cache == "auto":
         share = _share_of_step(module, data)
@@ -54,7 +54,7 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
     path = None if reason else table_path(module.teacher, plan.teacher, data, trainer, plan.store)
     if path is not None and plan.teacher.cache == "auto" and trainer.strategy.root_device.type == "cuda":
         # Missing rows need a synchronisation and separate launches: slower than a teacher within the step's graph.
-        ahead = images_to_come(data, trainer) >= (data.train_views or math.inf)
+        ahead = images_to_train(data, trainer) >= (data.train_views or math.inf)
         if not ahead and not _is_known(path, plan.teacher, data):
             reason = (
                 "on a GPU it pays only if all logits are known or the run is long; model.teacher.cache=fill computes "
@@ -72,15 +72,15 @@ def remember_logits(module: DistillationModule, plan: Plan, data: ImageDataModul
         vars(trainer)["callbacks"].append(FillAhead())
 
 
-def remember_validation(teacher: FrozenTeacher, plan: Plan, data: ImageDataModule) -> None:
+def cache_validation_logits(teacher: FrozenTeacher, plan: Plan, data: ImageDataModule) -> None:
     """Makes a teacher cache its logits of the validation images, in float32, if it caches any.
 
     So runs and trials compute them once, for the teacher's accuracy and for its agreement with the student.
     """
     facts, planned = data.val_facts(), plan.teacher
-    if facts is None or planned is None or not planned.cache or teacher.shard or torch.float64 in _types(teacher):
+    if facts is None or planned is None or not planned.cache or teacher.shard or torch.float64 in _dtypes(teacher):
         return
-    facts |= {**_said_by(teacher, planned, data), "validated in": str(teacher.dtype)}
+    facts |= {**_teacher_facts(teacher, planned, data), "validated in": str(teacher.dtype)}
     key = table_key(teacher.model.state_dict(), facts)
     path = _folder(plan.store, data, planned) / f"{_VALIDATION}{canonical_name(planned.name)}-{key}.logits"
     size = table_bytes(data.val_size, data.num_classes, "float32")
@@ -103,7 +103,7 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
         OSError: it is not writable, otherwise.
     """
     rows = data.train_views
-    assert rows is not None  # otherwise `impossible` gives a reason
+    assert rows is not None  # otherwise `why_not_cacheable` gives a reason
     folder = path.parent
     size, taken = table_bytes(rows, data.num_classes, planned.cache_dtype), _bytes_on_disk(path)
     free = _free(path)
@@ -120,7 +120,7 @@ def open_table(path: Path, planned: Teacher, data: ImageDataModule, why: str = "
             raise
         print_line("cache", f"off: {path} cannot be written ({error.strerror or error})")
         return None
-    known = 100 * table.known(_some_asked(data)).float().mean()
+    known = 100 * table.known(_sample_views(data)).float().mean()
     others = [other for other in folder.glob("*.logits") if other != path and not other.name.startswith(_VALIDATION)]
     beside = f"; {len(others)} other(s) there take {_gigabytes(sum(map(_bytes_on_disk, others)))}" if others else ""
     print_line(
@@ -147,16 +147,16 @@ def _is_known(path: Path, planned: Teacher, data: ImageDataModule) -> bool:
         table = LogitsTable(path, data.train_views, data.num_classes, planned.cache_dtype)
     except (OSError, ValueError):  # reported when the table is used
         return False
-    return bool(table.known(_some_asked(data)).all())
+    return bool(table.known(_sample_views(data)).all())
 
 
-def _some_asked(data: ImageDataModule) -> Tensor:
+def _sample_views(data: ImageDataModule) -> Tensor:
     """Returns a sample of the run's views, spread over its images and their crops."""
     asked = data.views_of(slice(0, data.train_size))
     return asked[torch.linspace(0, len(asked) - 1, min(len(asked), _SAMPLE), dtype=torch.float64).long()]
 
 
-def _other_looks(loss: DistillationLoss) -> str:
+def _why_logits_do_not_suffice(loss: DistillationLoss) -> str:
     """Returns why a loss needs more than logits of cacheable views; empty if it does not."""
     if loss.teacher_taps:
         return f"{type(loss).__name__} uses features of the teacher"
@@ -165,13 +165,13 @@ def _other_looks(loss: DistillationLoss) -> str:
     return ""
 
 
-def impossible(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) -> str:
+def why_not_cacheable(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataModule) -> str:
     """Returns why logits cannot be cached; empty if they can."""
     if data.train_views is None:
         return "these data have unlimited augmented views"
     if teacher.shard:
         return "the teacher is sharded (model.teacher.shard)"
-    if torch.float64 in _types(teacher) or "64" in str(trainer.precision):
+    if torch.float64 in _dtypes(teacher) or "64" in str(trainer.precision):
         return "logits in float64 would be rounded"
     return ""
 
@@ -184,7 +184,7 @@ def _share_of_step(module: DistillationModule, data: ImageDataModule) -> float:
     return teacher / (teacher + 3 * student)  # a backward pass takes as long as two forward passes
 
 
-def _types(teacher: FrozenTeacher) -> tuple[torch.dtype | None, torch.dtype | None]:
+def _dtypes(teacher: FrozenTeacher) -> tuple[torch.dtype | None, torch.dtype | None]:
     return teacher.dtype, next((parameter.dtype for parameter in teacher.parameters()), None)
 
 
@@ -212,14 +212,14 @@ def _gigabytes(size: int) -> str:
 def _key(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule, trainer: Trainer) -> str:
     facts = {
         **data.views_facts(),
-        **_said_by(teacher, planned, data),
+        **_teacher_facts(teacher, planned, data),
         "precision": str(teacher.dtype or trainer.precision),
         "stored": planned.cache_dtype,
     }
     return table_key(teacher.model.state_dict(), facts)
 
 
-def _said_by(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule) -> dict[str, Any]:
+def _teacher_facts(teacher: FrozenTeacher, planned: Teacher, data: ImageDataModule) -> dict[str, Any]:
     members = teacher.model.renormalises if isinstance(teacher.model, Ensemble) else ()
     return {
         "classes": data.num_classes,

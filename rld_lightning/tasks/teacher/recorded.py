@@ -61,19 +61,19 @@ def teacher_of(
     )
 
 
-def size_seen(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
+def input_size(teacher: Teacher, given: tuple[int, int]) -> tuple[int, int]:
     """Returns height and width of a teacher's input in its run, given those of the data."""
     pretrained = teacher.weights == "pretrained"
     facts = WeightsFacts() if pretrained else facts_of(read_weights(str(teacher.weights)))
     return teacher_size(teacher, facts, given, pretrained=pretrained)
 
 
-def seen_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int]) -> tuple[int, int, int]:
+def input_shape_as_teacher(name: str, runs: Sequence[Run], given: tuple[int, int, int]) -> tuple[int, int, int]:
     """Returns a network's input shape as the teacher of one of the runs; ``given`` if it is no run's teacher."""
     for run in runs:
         if run.summary.teacher == name:
             with suppress(ValueError, OSError):  # for example its file is missing
-                return (given[0], *size_seen(teacher_of(run, classes_count=False), given[1:]))
+                return (given[0], *input_size(teacher_of(run, classes_count=False), given[1:]))
     return given
 
 

@@ -20,7 +20,7 @@ _GROUP = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RES
 
 
 @contextmanager
-def turn_to_train(
+def training_turn(
     store: TeacherStore, dataset: str, name: str, run: Path, *, for_others: bool = True
 ) -> Iterator[bool]:
     """Waits until no other run trains a teacher for the store, and makes other runs wait meanwhile.

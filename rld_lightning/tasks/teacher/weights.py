@@ -18,17 +18,17 @@ from rld_lightning.models.weights.read import split_part
 from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.runs.files import STUDENT
 from rld_lightning.runs.summary import Summary
-from rld_lightning.tasks.run.plan import Teacher, alone, changed
+from rld_lightning.tasks.run.plan import Teacher, standalone_config, with_values
 from rld_lightning.tasks.run.resume import run_once
 
 
 def find_teacher(
-    teacher: Teacher, dataset: str, store: TeacherStore, told: RunRecord | None = None
+    teacher: Teacher, dataset: str, store: TeacherStore, record: RunRecord | None = None
 ) -> str | tuple[str, ...] | None:
     """Finds the weights of a run's teacher.
 
     Args:
-        told: what the checkpoint from which the run resumes records about its run: it keeps its teacher.
+        record: what the checkpoint from which the run resumes records about its run: it keeps its teacher.
 
     Returns:
         the file, or several, or ``"pretrained"``; None if the teacher has to be trained first.
@@ -52,7 +52,7 @@ def find_teacher(
                 raise FileNotFoundError(f"there is no teacher's weights file at {file}: an ensemble is one of files.")
         return teacher.weights
     looked_for = teacher.weights in ("auto", "fit", "published")
-    if told is not None and looked_for and (before := _file_of(*told.teacher, teacher.name)) is not None:
+    if record is not None and looked_for and (before := _file_of(*record.teacher, teacher.name)) is not None:
         print_line("teacher", f"the one that the run had before: {before}")
         return before
     path = None
@@ -60,9 +60,9 @@ def find_teacher(
         path = resolve_teacher_weights(
             teacher.weights, name=teacher.name, dataset=dataset, store=store, url=teacher.published_url
         )
-    if path is None and told is not None and told.teacher_sha256 is not None:
+    if path is None and record is not None and record.teacher_sha256 is not None:
         raise ValueError(
-            f"the teacher of the run, {told.teacher[1]}, is gone or damaged: bring it back, or name its file with "
+            f"the teacher of the run, {record.teacher[1]}, is gone or damaged: bring it back, or name its file with "
             "model.teacher.weights=."
         )
     if path is None and isinstance(teacher.image_size, int):
@@ -90,29 +90,29 @@ def train_teacher(cfg: DictConfig, folder: Path, fit: Callable[[DictConfig], Sum
         UserError: the training failed.
     """
     name = cfg.model.teacher.name
-    own = alone(cfg, name, cfg.model.teacher.get("start"), folder)
+    own = standalone_config(cfg, name, cfg.model.teacher.get("start"), folder)
     look = {f"data.{key}": found for key in ("mean", "std") if (found := cfg.model.teacher.get(key)) is not None}
     try:
-        summary = run_once(changed(own, look), fit, name="teacher")
+        summary = run_once(with_values(own, look), fit, name="teacher")
     except UserError as error:
         raise UserError(f"the teacher {name} could not be trained in {folder}: {error}") from error
     gc.collect()  # reference cycles would keep its network, optimizer and data on the device
     return summary
 
 
-def is_for_others(data: ImageDataModule, start: str | None) -> bool:
+def is_reusable(data: ImageDataModule, start: str | None) -> bool:
     """Whether other runs can use a teacher: trained on all training images, from random weights."""
     return data.val_fraction == 0 and data.subset == 1 and start is None
 
 
-def keep_teacher(
+def store_teacher(
     summary: Summary, folder: Path, store: TeacherStore, data: ImageDataModule, name: str, start: str | None
 ) -> None:
     """Stores a teacher that was trained for a run or a sweep, if other runs can use it.
 
     It must have been trained to the end on all training images, and evaluated on all.
     """
-    if is_for_others(data, start) and summary.steps is not None and summary.complete:
+    if is_reusable(data, start) and summary.steps is not None and summary.complete:
         rank_zero_only(store.add)(folder / STUDENT, data.name, name)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks read what rank 0 has stored

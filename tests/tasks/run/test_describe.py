@@ -5,7 +5,7 @@ from torch import nn
 
 from rld_lightning.losses import CombinedLoss, KDLoss, RLDLoss, loss_class
 from rld_lightning.models.factory import create_model
-from rld_lightning.tasks.run.describe import describe_size, of_parts
+from rld_lightning.tasks.run.describe import describe_parts, describe_size
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ def test_small_networks_have_a_size_too(network, said):
 
 def test_a_divided_step_is_named_where_the_loss_is_then_another():
     sums = CombinedLoss(rld=RLDLoss(), rkd=loss_class("rkd")()), CombinedLoss(rld=RLDLoss(), kd=KDLoss())
-    assert "here sees 16 images at a time: a step of 4 such batches" in of_parts(sums[0], 4, 16)
-    assert not of_parts(sums[1], 4, 16)
-    assert not of_parts(sums[0], 1, 64)
+    assert "here sees 16 images at a time: a step of 4 such batches" in describe_parts(sums[0], 4, 16)
+    assert not describe_parts(sums[1], 4, 16)
+    assert not describe_parts(sums[0], 1, 64)

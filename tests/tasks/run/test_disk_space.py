@@ -17,7 +17,7 @@ from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.run import disk_space as room
-from rld_lightning.tasks.run.disk_space import check_room, room_needed
+from rld_lightning.tasks.run.disk_space import bytes_needed, check_disk_space
 
 
 def build(folder, make_optimizer, *more):
@@ -45,23 +45,23 @@ def build(folder, make_optimizer, *more):
 )
 def test_the_estimate_is_what_is_written(tmp_path, make_optimizer, more):
     trainer, module = build(tmp_path, make_optimizer, *more)
-    estimate = room_needed(tmp_path, trainer, module)
+    estimate = bytes_needed(tmp_path, trainer, module)
     trainer.fit(module, DigitsDataModule(batch_size=8))
     save_weights(module.student, tmp_path / "student.safetensors")
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
     assert len(sizes) == 4
     assert estimate == pytest.approx(sum(sizes) + max(sizes) + room._OTHERS, rel=0.05)
-    again = room_needed(tmp_path, trainer, module)
+    again = bytes_needed(tmp_path, trainer, module)
     assert again == pytest.approx(max(sizes) + room._OTHERS, rel=0.1), "what is there is replaced"
 
 
 def test_a_run_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     trainer, module = build(tmp_path, SGD)
     module.make_optimizer = lambda p: SGD(p, lr=0.1)
-    check_room(tmp_path, trainer, module)
+    check_disk_space(tmp_path, trainer, module)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000))
     with pytest.raises(ValueError, match=r"has 3 MB free, and the checkpoints .* take [6-9] MB: make room, or choose"):
-        check_room(tmp_path / "new", trainer, module)
+        check_disk_space(tmp_path / "new", trainer, module)
 
 
 def test_a_full_disk_is_no_traceback():

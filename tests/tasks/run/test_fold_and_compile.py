@@ -12,7 +12,7 @@ from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, cre
 from rld_lightning.losses.features import ATLoss
 from rld_lightning.models.compiled import CompiledForward, why_not_compiled
 from rld_lightning.tasks.run import fold_and_compile as speed
-from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_come
+from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_train
 
 DATA = SimpleNamespace(image_shape=(3, 32, 32), train_size=50_000, batch_size=64)
 
@@ -39,7 +39,7 @@ def module_of(loss=None, teacher=True, **options):
     ],
 )
 def test_images_to_come_are_those_of_the_whole_run(trainer, images):
-    assert images_to_come(DATA, trainer) == images
+    assert images_to_train(DATA, trainer) == images
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rld_lightning.runs.likeness import differences, settings
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.run.plan import changed, settled
+from rld_lightning.tasks.run.plan import completed_config, with_values
 from rld_lightning.tasks.trial import run_trial
 
 PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "recipe=quick")
@@ -57,7 +57,7 @@ def test_a_plan_cannot_be_changed(tmp_path):
 def test_what_was_found_is_in_the_configuration_that_a_run_leaves(tmp_path):
     cfg = compose(*PAIR, f"paths.run={tmp_path}", resolve=False)
     plan = make_plan(tmp_path)
-    left = settled(cfg, replace(plan, teacher=replace(plan.teacher, weights="/my/teacher.pth", sha256="ab")))
+    left = completed_config(cfg, replace(plan, teacher=replace(plan.teacher, weights="/my/teacher.pth", sha256="ab")))
     left, before = (OmegaConf.to_container(part, resolve=True) for part in (left, cfg))
     assert differences(before, left).keys() == {"model.teacher.weights"}
     assert left["model"]["teacher"]["weights"] == "/my/teacher.pth"
@@ -66,7 +66,7 @@ def test_what_was_found_is_in_the_configuration_that_a_run_leaves(tmp_path):
 
 def test_a_changed_configuration_is_another_one():
     cfg = compose("recipe=quick", "recipe.epochs=30", resolve=False)
-    other = changed(cfg, {"recipe.epochs": 7, "logger.mine.name": "x"})
+    other = with_values(cfg, {"recipe.epochs": 7, "logger.mine.name": "x"})
     assert (cfg.recipe.epochs, cfg.trainer.max_epochs, "mine" in cfg.logger) == (30, 30, False)
     assert (other.recipe.epochs, other.trainer.max_epochs, other.logger.mine.name) == (7, 7, "x")
     with pytest.raises(ReadonlyConfigError):
@@ -79,7 +79,7 @@ def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_w
     plan = replace(plan, scale_lr_from=64)
     assert plan.learning_rate == pytest.approx(0.4)
     cfg = compose("recipe=quick", "data.batch_size=256", "recipe.optimizer.lr=0.1", resolve=False)
-    recipe = changed(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe
+    recipe = with_values(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe
     assert instantiate(recipe.optimizer).keywords["lr"] == pytest.approx(0.4)
     assert recipe.scheduler.max_lr == pytest.approx(0.4)
     assert cfg.recipe.optimizer.lr == 0.1
@@ -89,8 +89,8 @@ def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_w
 
 def test_only_a_batch_that_was_to_be_chosen_is_written_down(tmp_path):
     given = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "data.batch_size=4")
-    left = settled(given, replace(make_plan(tmp_path), teacher=None, batch_size=4))
+    left = completed_config(given, replace(make_plan(tmp_path), teacher=None, batch_size=4))
     assert (left.data.batch_size, left.recipe.batch_size) == (4, given.recipe.batch_size) == (4, 64)
     chosen = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "recipe.batch_size=auto")
-    left = settled(chosen, replace(make_plan(tmp_path), teacher=None, batch_size=32))
+    left = completed_config(chosen, replace(make_plan(tmp_path), teacher=None, batch_size=32))
     assert (left.data.batch_size, left.recipe.batch_size) == (32, 32)

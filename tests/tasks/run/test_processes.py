@@ -111,7 +111,7 @@ def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkey
     start = subprocess.Popen
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda *a, **k: start(*a, **k | {"stdout": subprocess.PIPE, "text": True}))
-        with launching._started((sys.executable, "-c", script), 2) as processes:
+        with launching._running((sys.executable, "-c", script), 2) as processes:
             printed = [process.communicate(timeout=100)[0].split() for process in processes]
     assert len({name for names in printed for name in names}) == 1
     assert [len(names) for names in printed] == [2, 2]
@@ -126,7 +126,7 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
         f"worker = subprocess.Popen(['sleep', '100']); open('{tmp_path}/worker', 'w').write(str(worker.pid))\n"
         "time.sleep(100)\n"
     )
-    with launching._started((sys.executable, "-c", script), 2) as processes:
+    with launching._running((sys.executable, "-c", script), 2) as processes:
         while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
             time.sleep(0.01)
         assert launching._wait(processes) == {1: 3}
@@ -142,7 +142,7 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
 
 
 def test_all_well_is_the_end_of_the_wait():
-    with launching._started((sys.executable, "-c", "pass"), 2) as processes:
+    with launching._running((sys.executable, "-c", "pass"), 2) as processes:
         assert launching._wait(processes) == {}
 
 
@@ -156,7 +156,7 @@ def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch
         f"open('{tmp_path}/ready_' + rank, 'w').close()\n"
         "time.sleep(100)\n"
     )
-    with launching._started((sys.executable, "-c", script), 2) as processes:
+    with launching._running((sys.executable, "-c", script), 2) as processes:
         while len(list(tmp_path.glob("ready_*"))) < 2:
             time.sleep(0.01)
         start = time.monotonic()
@@ -213,7 +213,7 @@ def test_what_a_trial_prints_and_why_it_failed_goes_into_its_log(monkeypatch, ca
     monkeypatch.setattr(launching, "is_trial", lambda: True)
     log, code = tmp_path / "trial.log", "import sys; print('out'); print('err', file=sys.stderr)"
     for _ in range(2):  # one that goes on adds to it
-        with launching._started((sys.executable, "-c", code), 1, log) as processes:
+        with launching._running((sys.executable, "-c", code), 1, log) as processes:
             assert not launching._wait(processes)
     failure = Failure("KeyError: 'x'", "Traceback ...\n", 0.0)
     message = launching._explain({0: 1}, {0: failure}, 1, None, log)
@@ -234,7 +234,7 @@ def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydr
     cfg = OmegaConf.create(
         {"paths": {"run": "${hydra:runtime.output_dir}"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None}
     )
-    assert launching._without_hydra(cfg) == {
+    assert launching._resolve_hydra(cfg) == {
         "paths": {"run": "<runtime.output_dir>"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None,
     }  # fmt: skip
 
@@ -271,10 +271,10 @@ def test_a_job_of_slurm_that_is_started_again_finds_its_folder(monkeypatch, step
 def test_a_run_of_a_job_that_is_started_again_goes_on(monkeypatch, tmp_path):
     srun(monkeypatch)
     (tmp_path / "last.ckpt").touch()
-    assert fit._of_requeued(tmp_path) is None
+    assert fit._requeued_checkpoint(tmp_path) is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert fit._of_requeued(tmp_path) == str(tmp_path / "last.ckpt")
-    assert fit._of_requeued(tmp_path / "other") is None
+    assert fit._requeued_checkpoint(tmp_path) == str(tmp_path / "last.ckpt")
+    assert fit._requeued_checkpoint(tmp_path / "other") is None
 
 
 def test_only_our_own_ranks_are_started_here(monkeypatch):
@@ -331,7 +331,7 @@ def test_the_slurm_launcher_is_submitits_with_our_settings():
 
 
 def test_a_signal_while_a_process_is_looked_at_leaves_nothing_waiting():
-    with launching._started((sys.executable, "-c", "import time; time.sleep(100)"), 1) as (process,):
+    with launching._running((sys.executable, "-c", "import time; time.sleep(100)"), 1) as (process,):
         process._waitpid_lock.acquire()  # as a handler leaves it that raises within Popen.poll
         assert launching.poll(process) is None
     assert process.returncode == -signal.SIGKILL
@@ -346,7 +346,7 @@ def test_processes_get_secrets_that_no_file_of_the_run_has(monkeypatch, tmp_path
         seen.append((OmegaConf.load(path).data.storage_options.secret, path.parent.stat().st_mode & 0o077))
         yield []
 
-    monkeypatch.setattr(launching, "_started", started)
+    monkeypatch.setattr(launching, "_running", started)
     cfg = OmegaConf.create({"paths": {"run": str(tmp_path)}, "data": {"storage_options": {"secret": "hunter2"}}})
     launching.run_in_processes(2, "package:task", cfg)
     assert seen == [("hunter2", 0)]  # in a folder that nobody else may enter, and that is gone

@@ -15,12 +15,12 @@ from rld_lightning.errors import UserError
 from rld_lightning.runs.events import EVENTS, Events, log_event
 from rld_lightning.tasks.sweep import callback as sweep
 from rld_lightning.tasks.sweep import live_progress as watching
-from rld_lightning.tasks.sweep.live_progress import Watch
+from rld_lightning.tasks.sweep.live_progress import LiveProgress
 
 
 @pytest.fixture
 def watch(tmp_path):
-    watch = Watch(tmp_path)
+    watch = LiveProgress(tmp_path)
     yield watch
     watch.stop()
 
@@ -34,12 +34,12 @@ def ends(number, time, **result):
 
 
 def test_done_running_failed_the_best_so_far_and_what_is_left(watch, capsys):
-    watch.take({"total": 8})
+    watch.process({"total": 8})
     for event in (begins(0, 0), begins(1, 0), ends(0, 100, top1=50.0), begins(2, 100), ends(1, 200, error="oom")):
-        watch.take(event)
+        watch.process(event)
     # Of one that ended well there are 100 s; 5 wait and one has run for half of that, two at a time.
     assert watch.line(now=150) == "1/8 done, 1 running, 1 failed, 5 min left, best 50.00 %: x=0"
-    watch.take(ends(2, 300, top1=60.0, ended_after=3))
+    watch.process(ends(2, 300, top1=60.0, ended_after=3))
     assert watch.line(now=300).endswith("best 60.00 %: x=2")
     assert watch.failed == 1
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -52,7 +52,7 @@ def test_done_running_failed_the_best_so_far_and_what_is_left(watch, capsys):
 
 def test_what_was_finished_before_takes_no_time(watch, capsys):
     for event in ({"total": 2}, begins(0, 0, known=True), ends(0, 1, top1=50.0)):
-        watch.take(event)
+        watch.process(event)
     assert watch.line(now=1) == "1/2 done, 0 running, best 50.00 %: x=0"
     assert "50.00 %  already done" in capsys.readouterr().out
 
@@ -65,7 +65,7 @@ def test_durations_are_short(seconds, text):
 def test_the_live_line_is_one_line_of_a_narrow_terminal_and_goes_away(tmp_path, monkeypatch):
     console = Console(width=40, force_terminal=True, record=True, highlight=False)
     monkeypatch.setattr(watching, "console", console)
-    watch = Watch(tmp_path)
+    watch = LiveProgress(tmp_path)
     log_event(tmp_path, total=3)
     log_event(tmp_path, state="begins", number=0, trial="a.long.key=1", known=False)
     log_event(tmp_path, state="ends", number=0, trial="a.long.key=1 another.long.key=2", top1=50.0)

@@ -27,7 +27,7 @@ from rld_lightning.runs.checkpoint import write_checkpoint
 from rld_lightning.tasks.cache import cache
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher import cached_logits
-from rld_lightning.tasks.teacher.cached_logits import remember_logits, remember_validation
+from rld_lightning.tasks.teacher.cached_logits import cache_logits, cache_validation_logits
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ TRAINER = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_dev
 )
 def test_where_logits_cannot_be_looked_up_it_says_why(tmp_path, module, trainer, reason, capsys):
     module, data = module(), ready(DigitsDataModule(), 0, 1)
-    remember_logits(module, planned(tmp_path, tmp_path), data, trainer)
+    cache_logits(module, planned(tmp_path, tmp_path), data, trainer)
     assert module.teacher.table is None
     assert f"off: {reason}" in capsys.readouterr().out
 
@@ -212,7 +212,7 @@ def test_data_without_end_switch_it_off(tmp_path, capsys):
         train_views = None
 
     module = module_with(KDLoss())
-    remember_logits(module, planned(tmp_path, tmp_path), ready(Endless(), 0, 1), TRAINER)
+    cache_logits(module, planned(tmp_path, tmp_path), ready(Endless(), 0, 1), TRAINER)
     assert module.teacher.table is None
     assert "these data have unlimited augmented views" in capsys.readouterr().out
 
@@ -220,25 +220,25 @@ def test_data_without_end_switch_it_off(tmp_path, capsys):
 def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys, monkeypatch):
     data = ready(DigitsDataModule(), 0, 1)
     module = module_with(KDLoss())
-    remember_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
+    cache_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
     assert module.teacher.table is not None
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=400_000))
     module = module_with(KDLoss())
-    remember_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
+    cache_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
     assert module.teacher.table is None
     assert "off: it may grow by 0.3 MB, and 0.4 MB are free" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=200_000))
     with pytest.raises(ValueError, match=r"no room: it may grow .*; make room, or set model\.teacher\.cache=false"):
-        remember_logits(module, planned(tmp_path, tmp_path, cache=True), data, TRAINER)
+        cache_logits(module, planned(tmp_path, tmp_path, cache=True), data, TRAINER)
     monkeypatch.setattr(
         "rld_lightning.tasks.teacher.cached_logits.count_macs", lambda net, _: 1 if net is not module.student else 9
     )
-    remember_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
+    cache_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
     assert module.teacher.table is None
     assert "off: the teacher takes little of a step; model.teacher.cache=true turns it on" in capsys.readouterr().out
-    remember_logits(module, planned(tmp_path, tmp_path, cache=False), data, TRAINER)
+    cache_logits(module, planned(tmp_path, tmp_path, cache=False), data, TRAINER)
     module = DistillationModule(create_model("resnet8", 10), CELoss(), torch.optim.SGD, num_classes=10)
-    remember_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
+    cache_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
     assert not capsys.readouterr().out
 
 
@@ -259,7 +259,7 @@ def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatc
         )
         torch.manual_seed(0)
         module = module_with(KDLoss())
-        remember_logits(module, planned(tmp_path, tmp_path, cache), data, trainer)
+        cache_logits(module, planned(tmp_path, tmp_path, cache), data, trainer)
         return module.teacher.table
 
     assert table(3) is None
@@ -287,7 +287,7 @@ def test_each_teacher_view_and_precision_has_a_table_of_its_own(tmp_path):
         network.state_dict()["fc.bias"][3] += teacher_weight
         module = module_with(KDLoss(), FrozenTeacher(network))
         data = ready(data or DigitsDataModule(), 0, 1)
-        remember_logits(module, planned(tmp_path, tmp_path, **options), data, SimpleNamespace(precision=precision))
+        cache_logits(module, planned(tmp_path, tmp_path, **options), data, SimpleNamespace(precision=precision))
         return module.teacher.table.path
 
     usual = path()
@@ -305,12 +305,12 @@ def test_each_teacher_view_and_precision_has_a_table_of_its_own(tmp_path):
 def test_where_nothing_can_be_written_auto_goes_on_without(tmp_path, capsys):
     (tmp_path / "digits").touch()
     data, module = ready(DigitsDataModule(), 0, 1), module_with(KDLoss())
-    remember_validation(module.teacher, planned(tmp_path, tmp_path, "auto"), data)
-    remember_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
+    cache_validation_logits(module.teacher, planned(tmp_path, tmp_path, "auto"), data)
+    cache_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
     assert module.teacher.table is module.teacher.validation_table is None
     assert "cannot be written" in capsys.readouterr().out
     with pytest.raises(OSError, match="digits"):
-        remember_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
+        cache_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
 
 
 def test_validation_images_are_shown_to_a_teacher_once_by_all_runs(tmp_path, computed):
@@ -319,7 +319,7 @@ def test_validation_images_are_shown_to_a_teacher_once_by_all_runs(tmp_path, com
 
     def asked(data, dtype=None):
         teacher = FrozenTeacher(deepcopy(network), dtype=dtype)
-        remember_validation(teacher, planned(tmp_path, tmp_path, "auto"), data)
+        cache_validation_logits(teacher, planned(tmp_path, tmp_path, "auto"), data)
         del computed[:]
         said = [teacher.validate(batch.images, batch.index, batch.label) for batch in data.val_dataloader()]
         seen = sum(computed)
@@ -363,7 +363,7 @@ def test_a_table_is_of_all_members_with_their_looks(tmp_path):
     def table(*stds):
         renormalises = [Renormalise(given, Normalisation((0.5,) * 3, (std,) * 3)) for std in stds]
         teacher = FrozenTeacher(Ensemble([deepcopy(member) for member in members], renormalises=renormalises))
-        remember_validation(teacher, plan, data)
+        cache_validation_logits(teacher, plan, data)
         return teacher.validation_table.path
 
     first = table(0.25, 0.2)

@@ -15,7 +15,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
 from rld_lightning.tasks.teacher import training_lock as turn
-from rld_lightning.tasks.teacher.training_lock import turn_to_train
+from rld_lightning.tasks.teacher.training_lock import training_turn
 
 NAME = ("digits", "resnet8")
 
@@ -40,7 +40,7 @@ def test_one_of_several_runs_trains_and_the_others_take_it(store, model, tmp_pat
     trained = []
 
     def run(number):
-        with turn_to_train(store, *NAME, tmp_path / str(number)) as lacks:
+        with training_turn(store, *NAME, tmp_path / str(number)) as lacks:
             if lacks:
                 time.sleep(0.2)
                 trained.append(number)
@@ -59,14 +59,14 @@ def test_nothing_is_written_through_a_link_in_a_folder_of_several_users(store, t
     place = store.path(*NAME)
     place.parent.mkdir(parents=True)
     place.with_name(f".{place.stem}.{kind}").symlink_to(mine)
-    with contextlib.suppress(UserError), turn_to_train(store, *NAME, tmp_path / "run"):
+    with contextlib.suppress(UserError), training_turn(store, *NAME, tmp_path / "run"):
         pass
     assert mine.read_text() == "mine"
 
 
 def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, capsys):
     def hold(held):
-        with turn_to_train(store, *NAME, tmp_path / "other"):
+        with training_turn(store, *NAME, tmp_path / "other"):
             held.set()
             time.sleep(60)
 
@@ -75,7 +75,7 @@ def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, 
     other.start()
     assert held.wait(20)
     threading.Timer(0.3, os.kill, (other.pid, signal.SIGKILL)).start()
-    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+    with training_turn(store, *NAME, tmp_path / "run") as lacks:
         assert lacks
     other.join()
     said = " ".join(capsys.readouterr().out.split())
@@ -85,7 +85,7 @@ def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, 
 
 def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, monkeypatch):
     def first(found):
-        with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+        with training_turn(store, *NAME, tmp_path / "run") as lacks:
             found.append(lacks)
             if lacks:
                 assert others.wait(20)
@@ -102,11 +102,11 @@ def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, mo
     place = store.path(*NAME)
     holder = place.with_name(f".{place.stem}.holder")
     holder.write_text(turn._group(tmp_path / "run"))  # as it is where all processes have that environment
-    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+    with training_turn(store, *NAME, tmp_path / "run") as lacks:
         assert lacks
     others.set()
     thread.join()
-    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+    with training_turn(store, *NAME, tmp_path / "run") as lacks:
         assert not lacks
 
 
@@ -119,7 +119,7 @@ def test_what_a_killed_run_has_left_is_not_taken_for_the_first_process(store, mo
     holder = place.with_name(f".{place.stem}.holder")
     holder.write_text(turn._group(tmp_path / "run"))
     threading.Timer(0.3, store.save, (model, *NAME, {})).start()  # by another run, which the first waits for
-    with turn_to_train(store, *NAME, tmp_path / "run") as lacks:
+    with training_turn(store, *NAME, tmp_path / "run") as lacks:
         assert not lacks
     assert not holder.exists()
 
@@ -130,7 +130,7 @@ def test_a_store_that_cannot_be_written_to_is_named_before_training(tmp_path):
         pytest.raises(
             UserError, match=r"resnet8 cannot be kept in .*teachers/digits .*choose another with paths\.teach"
         ),
-        turn_to_train(TeacherStore(tmp_path / "teachers"), *NAME, tmp_path),
+        training_turn(TeacherStore(tmp_path / "teachers"), *NAME, tmp_path),
     ):
         pass
 
