@@ -1,8 +1,8 @@
 """A Hydra callback that is created only for a sweep: Hydra creates callbacks for every job, even an invalid one."""
 
+from functools import partialmethod
 from typing import Any
 
-from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -62,17 +62,10 @@ class Later(Callback):
         assert self.callback is not None
         self.callback.on_multirun_start(config, **options)
 
-    def on_multirun_end(self, config: DictConfig, **options: Any) -> None:
-        """Calls the callback at the end of a sweep."""
+    def _pass_on(self, event: str, *about: Any, **options: Any) -> None:
         if self.callback is not None:
-            self.callback.on_multirun_end(config, **options)
+            getattr(self.callback, event)(*about, **options)
 
-    def on_job_start(self, config: DictConfig, **options: Any) -> None:
-        """Calls the callback at the start of a trial."""
-        if self.callback is not None:
-            self.callback.on_job_start(config, **options)
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Calls the callback at the end of a trial."""
-        if self.callback is not None:
-            self.callback.on_job_end(config, job_return, **options)
+    on_multirun_end = partialmethod(_pass_on, "on_multirun_end")
+    on_job_start = partialmethod(_pass_on, "on_job_start")
+    on_job_end = partialmethod(_pass_on, "on_job_end")

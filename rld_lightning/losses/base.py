@@ -91,6 +91,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         method: name of the method, for tables.
         papers: sources: arXiv numbers, or the venue of papers that are not on arXiv.
+        function: the method as a function of tensors, if it is one; its keyword-only parameters are hyper-parameters.
         own_recipe: the recipe of the authors' code on CIFAR-100, if it differs from the usual one.
         needs_teacher: whether the loss uses a teacher.
         takes_mixtures: whether it can be computed twice for one forward pass, once for each label of mixed images
@@ -113,6 +114,9 @@ class DistillationLoss(nn.Module):
     papers: ClassVar[tuple[str, ...]] = ()
     own_recipe: ClassVar[str] = ""
 
+    function: ClassVar[Callable[..., dict[str, Tensor]]]
+    _hyper_parameters: ClassVar[tuple[str, ...]]
+
     needs_teacher: bool = field(default=True, init=False)
     takes_mixtures: bool = field(default=True, init=False)
     needs_strong_view: bool = field(default=False, init=False)
@@ -127,6 +131,12 @@ class DistillationLoss(nn.Module):
     warmup_epochs: Epochs = 1
     ignore_index: int = -100
     label_smoothing: Smoothing = 0.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, "function"):
+            named = [p for p in inspect.signature(cls.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            cls._hyper_parameters = tuple(p.name for p in named if p.name != "reduction")
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -161,6 +171,11 @@ class DistillationLoss(nn.Module):
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """Returns the method's scalar terms by name, weighted, without warm-up."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(step).")
+
+    def call_function(self, *inputs: Any, **given: Any) -> dict[str, Tensor]:
+        """Calls the class's :attr:`function` with this module's hyper-parameters, those that are given aside."""
+        options = {name: getattr(self, name) for name in self._hyper_parameters} | given
+        return type(self).function(*inputs, **options)
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
         """Returns scalars to monitor, not to minimise (percent or nats), by name; called without gradient."""
@@ -239,22 +254,12 @@ class LogitLoss(DistillationLoss):
             weight: Weight = 0.9
             logit_standardization: bool = False
 
-    Attributes:
-        function: maps ``(student_logits, teacher_logits, label, *, <hyper-parameters>)`` to named, weighted terms.
+    The function maps ``(student_logits, teacher_logits, label, *, <hyper-parameters>)`` to named, weighted terms.
     """
 
-    function: ClassVar[Callable[..., dict[str, Tensor]]]
-    _hyper_parameters: ClassVar[tuple[str, ...]]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        parameters = inspect.signature(cls.function).parameters.values()
-        cls._hyper_parameters = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "reduction")
-
     def terms(self, step: StepContext) -> dict[str, Tensor]:
-        """Calls the function with this module's hyper-parameters."""
-        options = {name: getattr(self, name) for name in self._hyper_parameters}
-        return type(self).function(step.student.logits, step.teacher_logits, step.label, **options)
+        """Returns the terms of the function."""
+        return self.call_function(step.student.logits, step.teacher_logits, step.label)
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:

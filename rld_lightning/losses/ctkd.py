@@ -88,6 +88,7 @@ class CTKDLoss(DistillationLoss):
 
     method = "Curriculum temperature, one for all samples"
     papers = ("2211.16231",)
+    function = staticmethod(ctkd_loss)
 
     weight: Weight = 0.9
     lowest_temperature: Positive = 1.0
@@ -113,15 +114,8 @@ class CTKDLoss(DistillationLoss):
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """Returns ``ctkd``."""
-        return ctkd_loss(
-            step.student.logits,
-            step.teacher_logits,
-            step.label,
-            temperature=self.temperature(step.epoch),
-            weight=self.weight,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )
+        logits = step.student.logits, step.teacher_logits
+        return self.call_function(*logits, step.label, temperature=self.temperature(step.epoch))
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:
         """Returns ``temperature``."""

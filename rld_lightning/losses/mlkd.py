@@ -105,6 +105,7 @@ class MLKDLoss(DistillationLoss):
 
     method = "Multi-level logit distillation, two views"
     papers = ("CVPR 2023",)
+    function = staticmethod(mlkd_loss)
     own_recipe = "mlkd"
     needs_strong_view = True
     of_whole_batch = True
@@ -127,18 +128,8 @@ class MLKDLoss(DistillationLoss):
                 "MLKDLoss needs a second, strongly augmented view of each image: give the data module strong_view=True "
                 "and the StepContext student_strong and teacher_strong, or use MLKDNoAugLoss."
             )
-        terms = mlkd_loss(
-            step.student.logits,
-            step.teacher_logits,
-            step.student_strong.logits,
-            step.teacher_strong.logits,
-            step.label,
-            temperature=self.temperature,
-            weight=self.weight,
-            mode=self.mode,
-            logit_standardization=self.logit_standardization,
-            ignore_index=self.ignore_index,
-        )
+        strong = step.student_strong.logits, step.teacher_strong.logits
+        terms = self.call_function(step.student.logits, step.teacher_logits, *strong, step.label)
         if self.ce_weight:
             terms["ce_strong"] = self.ce_weight * self.cross_entropy(step.student_strong.logits, step.label)
         return terms

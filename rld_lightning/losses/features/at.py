@@ -7,7 +7,6 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked, must_be
@@ -62,6 +61,7 @@ class ATLoss(FeatureLoss):
 
     method = "Attention transfer"
     papers = ("1612.03928",)
+    function = staticmethod(at_loss)
 
     maps = True
     from_shallow = True
@@ -72,7 +72,3 @@ class ATLoss(FeatureLoss):
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """Returns the stages without the stem."""
         return stages.features[1:]
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``at``."""
-        return at_loss(student, teacher, weight=self.weight, power=self.power)

@@ -78,8 +78,13 @@ class FeatureLoss(DistillationLoss):
         return student, teacher
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns the terms of the aligned features, which are float32 or float64 and in the order of the taps."""
-        raise NotImplementedError(f"{type(self).__name__} must define feature_terms(student, teacher, step).")
+        """Returns the terms of the aligned features, which are float32 or float64 and in the order of the taps.
+
+        By default those of :attr:`function`: of both lists of features or, for a :attr:`single` one, of both features.
+        """
+        if not hasattr(self, "function"):
+            raise NotImplementedError(f"{type(self).__name__} must define feature_terms(student, teacher, step).")
+        return self.call_function(student[0], teacher[0]) if self.single else self.call_function(student, teacher)
 
     def connect(
         self, student: nn.Module, teacher: nn.Module | None, image_shape: Sequence[int], train_label: Tensor

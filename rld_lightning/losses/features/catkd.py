@@ -83,6 +83,7 @@ class CATKDLoss(FeatureLoss):
 
     method = "Class attention transfer"
     papers = ("2304.12777",)
+    function = staticmethod(catkd_loss)
 
     single = True
     own_buffers = ("teacher_classifier",)  # a constant
@@ -109,12 +110,4 @@ class CATKDLoss(FeatureLoss):
 
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
         """Returns ``catkd``."""
-        return catkd_loss(
-            student[0],
-            teacher[0],
-            self._classifier.weight,
-            self.teacher_classifier,
-            weight=self.weight,
-            pool_size=self.pool_size,
-            normalize=self.normalize,
-        )
+        return self.call_function(student[0], teacher[0], self._classifier.weight, self.teacher_classifier)

@@ -134,6 +134,7 @@ class CRDLoss(FeatureLoss):
 
     method = "Contrastive representation distillation"
     papers = ("1910.10699",)
+    function = staticmethod(crd_loss)
 
     single = True
     takes_mixtures = False  # the memories hold unmixed images
@@ -214,16 +215,8 @@ class CRDLoss(FeatureLoss):
         contrast = self.draw(step.index)
         if self._steps == 0:
             self._fix_normaliser(ours.detach(), theirs.detach(), contrast)
-        terms = crd_loss(
-            ours,
-            theirs,
-            self.student_memory,
-            self.teacher_memory,
-            contrast,
-            self.log_normaliser,
-            weight=self.weight,
-            temperature=self.temperature,
-        )
+        memories = self.student_memory, self.teacher_memory
+        terms = self.call_function(ours, theirs, *memories, contrast, self.log_normaliser)
         self._remember(ours.detach(), theirs.detach(), step.index)
         self._steps += 1
         return terms

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -58,6 +57,7 @@ class FitNetLoss(FeatureLoss):
 
     method = "Hints: one stage through a regressor"
     papers = ("1412.6550",)
+    function = staticmethod(fitnet_loss)
 
     single = True
 
@@ -88,10 +88,6 @@ class FitNetLoss(FeatureLoss):
     def align(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Applies the regressor to the student's map."""
         return [self.regressor(student[0])], teacher
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``fitnet``."""
-        return fitnet_loss(student[0], teacher[0], weight=self.weight)
 
 
 def _matching_convolution(student: torch.Size, teacher: torch.Size) -> nn.Module:

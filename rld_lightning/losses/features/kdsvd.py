@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Count, Weight, checked
@@ -138,6 +137,7 @@ class KDSVDLoss(FeatureLoss):
 
     method = "Singular vectors of neighbouring stages"
     papers = ("ECCV 2018",)
+    function = staticmethod(kdsvd_loss)
 
     weight: Weight = 1.0
     num_vectors: Count = 1
@@ -149,7 +149,3 @@ class KDSVDLoss(FeatureLoss):
     def build(self, student_shapes: Sequence[torch.Size], teacher_shapes: Sequence[torch.Size]) -> None:
         """Builds nothing; raises ``ValueError`` early for invalid maps."""
         _check_sizes([*student_shapes, *teacher_shapes], len(student_shapes), self.num_vectors)
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``kdsvd``."""
-        return kdsvd_loss(student, teacher, weight=self.weight, num_vectors=self.num_vectors)

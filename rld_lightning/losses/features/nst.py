@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked
@@ -66,6 +65,7 @@ class NSTLoss(FeatureLoss):
 
     method = "Neuron selectivity transfer"
     papers = ("1707.01219",)
+    function = staticmethod(nst_loss)
 
     maps = True
     from_shallow = True
@@ -75,7 +75,3 @@ class NSTLoss(FeatureLoss):
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """Returns the stages without the stem."""
         return stages.features[1:]
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``nst``."""
-        return nst_loss(student, teacher, weight=self.weight)

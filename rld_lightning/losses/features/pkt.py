@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -56,6 +55,7 @@ class PKTLoss(FeatureLoss):
 
     method = "Probabilistic knowledge transfer"
     papers = ("1803.10837",)
+    function = staticmethod(pkt_loss)
 
     single = True
     of_whole_batch = True
@@ -65,7 +65,3 @@ class PKTLoss(FeatureLoss):
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """Returns the classifier's input."""
         return (stages.pooled,)
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``pkt``."""
-        return pkt_loss(student[0], teacher[0], weight=self.weight)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.base import Epochs, StepContext
+from rld_lightning.losses.base import Epochs
 from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
 from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked
@@ -71,6 +71,7 @@ class ReviewKDLoss(FeatureLoss):
 
     method = "Knowledge review"
     papers = ("2104.09044",)
+    function = staticmethod(reviewkd_loss)
 
     weight: Weight = 1.0
     _: KW_ONLY
@@ -110,10 +111,6 @@ class ReviewKDLoss(FeatureLoss):
             out, deeper = fusion(ours, deeper, theirs.shape[2:])
             fused.append(out)
         return fused[::-1], teacher
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``reviewkd``."""
-        return reviewkd_loss(student, teacher, weight=self.weight)
 
 
 class Fusion(nn.Module):

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -92,6 +91,7 @@ class RKDLoss(FeatureLoss):
 
     method = "Relational KD: distances and angles"
     papers = ("1904.05068",)
+    function = staticmethod(rkd_loss)
 
     single = True
     of_whole_batch = True
@@ -103,13 +103,3 @@ class RKDLoss(FeatureLoss):
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """Returns the classifier's input."""
         return (stages.pooled,)
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``rkd_distance`` and ``rkd_angle``."""
-        return rkd_loss(
-            student[0],
-            teacher[0],
-            distance_weight=self.distance_weight,
-            angle_weight=self.angle_weight,
-            squared=self.squared,
-        )

@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, pool_to_smaller
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -52,6 +51,7 @@ class SimKDLoss(FeatureLoss):
 
     method = "The student ends in the teacher's classifier"
     papers = ("2203.14001",)
+    function = staticmethod(simkd_loss)
 
     single = True
 
@@ -79,7 +79,3 @@ class SimKDLoss(FeatureLoss):
                 f"{type(unwrap(student)).__name__} does not: student = graft(student, teacher)."
             )
         super().connect(student, teacher, image_shape, train_label)
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``simkd``."""
-        return simkd_loss(student[0], teacher[0], weight=self.weight)

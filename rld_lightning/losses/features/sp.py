@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from rld_lightning.losses.base import StepContext
 from rld_lightning.losses.features.base import FeatureLoss, check_pairs, unit_vectors
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -42,6 +41,7 @@ class SPLoss(FeatureLoss):
 
     method = "Similarity-preserving distillation"
     papers = ("1907.09682",)
+    function = staticmethod(sp_loss)
 
     single = True
     of_whole_batch = True
@@ -51,7 +51,3 @@ class SPLoss(FeatureLoss):
     def paths(self, stages: Stages) -> tuple[str, ...]:
         """Returns the last stage."""
         return stages.features[-1:]
-
-    def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
-        """Returns ``sp``."""
-        return sp_loss(student[0], teacher[0], weight=self.weight)
