@@ -1,4 +1,4 @@
-"""A file is there whole, or what was there before is."""
+"""Atomic writes: a path has the whole new contents, or keeps the previous ones."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ def test_writes_in_place_of_another_and_keeps_that(tmp_path):
 
 
 def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
-    """Where renaming would be no single step."""
+    """A rename across file systems would not be atomic."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     write_whole(tmp_path / "a", b"one")
@@ -103,7 +103,7 @@ def test_of_two_writers_one_wins(tmp_path):
 
 
 def test_a_kill_between_two_names_leaves_nothing_behind(tmp_path):
-    """The previous file has its second name, and not yet its own."""
+    """The previous file already has its temporary second name, but not its final one."""
     write_whole(tmp_path / "a", b"one", previous=tmp_path / "b")
     (tmp_path / ".b.0123.tmp").hardlink_to(tmp_path / "a")
     old = time.time() - 10

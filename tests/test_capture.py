@@ -1,4 +1,4 @@
-"""A captured step is the same step: the same weights, logs and checkpoints, with and without."""
+"""Captured steps give the same weights, logs and checkpoints as uncaptured ones."""
 
 import warnings
 from functools import partial
@@ -39,7 +39,7 @@ def module(loss=None, capture=True, **options):
 
 
 class Losses(Callback):
-    """Keeps what each step came to."""
+    """Records each step's loss, terms and sum of logits."""
 
     def __init__(self):
         self.seen = []
@@ -54,7 +54,7 @@ def fit(job, folder, *, accelerator="cpu", resume=None, callbacks=(), **options)
     watchers = [StepSeed(0), GradientNorm(), TeacherMonitor(), watch, *callbacks]
     usual = {"max_epochs": 5, "accelerator": accelerator, "limit_val_batches": 1, "default_root_dir": folder}
     trainer = quiet_trainer(*watchers, **usual | options)
-    # Twelve batches, of which the last is smaller.
+    # Twelve batches, the last one smaller.
     trainer.fit(job, DigitsDataModule(batch_size=128), ckpt_path=resume)
     return trainer, watch.seen
 
@@ -98,25 +98,25 @@ def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatc
     recorded = []
     monkeypatch.setattr(CapturedStep, "_record", spy(CapturedStep._record, recorded))
     fit(module(RLDLoss(warmup_epochs=2)), tmp_path, max_epochs=5)
-    # In each epoch whose weights differ; and the epoch's last batch, after it was the same three times.
+    # In each epoch with other weights; and for the last batch's shape, after three equal ones.
     assert [(epoch, len(images)) for _, epoch, (images, *_) in recorded] == [(1, 128), (2, 128), (2, 29)]
 
 
 def test_what_callbacks_see_of_a_step_is_captured_with_it(monkeypatch, tmp_path):
-    looked = []
-    monkeypatch.setattr(TeacherMonitor, "measure_step", spy(TeacherMonitor.measure_step, looked))
+    measured = []
+    monkeypatch.setattr(TeacherMonitor, "measure_step", spy(TeacherMonitor.measure_step, measured))
     job = module(RLDLoss(warmup_epochs=1))
     fit(job, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
     assert job.watchers == []
     assert job.seen == {}
-    # Where it is recorded, and before; not by the hooks of the 24 steps again.
-    twice = module(RLDLoss(warmup_epochs=1), capture=False)
-    here = len(looked)
+    # Called within the captured function, and not again by the hooks of the 24 steps.
+    uncaptured = module(RLDLoss(warmup_epochs=1), capture=False)
+    calls = len(measured)
     monkeypatch.setattr(
         DistillationModule, "_captured_values", spy(DistillationModule._captured_values, captured := [])
     )
-    fit(twice, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
-    assert (here, len(looked) - here, captured) == (24, 24, [])
+    fit(uncaptured, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
+    assert (calls, len(measured) - calls, captured) == (24, 24, [])
 
 
 def spy(method, calls):
@@ -136,7 +136,7 @@ def test_a_captured_run_goes_on_from_any_step(tmp_path):
     options = {"max_epochs": 3, "limit_val_batches": 0}
     whole, rest = (module(scheduler=None) for _ in range(2))
     _, everything = fit(whole, tmp_path, callbacks=[ExactResume(), Save()], **options)
-    # The run that goes on warms up within the epoch.
+    # The resumed run does its uncaptured steps within the epoch.
     _, after = fit(rest, tmp_path, resume=tmp_path / "between.ckpt", callbacks=[ExactResume()], **options)
     assert after == everything[18:]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
@@ -164,14 +164,14 @@ def test_an_optimizer_is_fused_on_a_gpu_unless_something_is_against_it():
     assert fused(partial(SGD, foreach=True), *on()) == fused(torch.optim.Rprop, *on()) == {}
 
 
-class Reads(TorchDispatchMode):
-    """Notes each operation that makes a GPU wait for Python, or Python for a GPU."""
+class Synchronizations(TorchDispatchMode):
+    """Records the operations that synchronise with a GPU."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -179,32 +179,32 @@ class Reads(TorchDispatchMode):
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
         if name in self.WAITS or indexed:
-            self.found.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("capture", [False, True])
 def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
-    reads = Reads()
+    synchronizations = Synchronizations()
 
-    class Look(Callback):
-        """Of all that happens between the beginnings of two steps, with logs, watchers and the next batch."""
+    class RecordStep(Callback):
+        """Records from the start of one step to that of the next, with logs, watchers and the next batch."""
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 6:
-                reads.__enter__()
+                synchronizations.__enter__()
             elif batch_idx == 7:
-                reads.__exit__(None, None, None)
+                synchronizations.__exit__(None, None, None)
 
     job = module(capture=capture)
-    watchers = [Divergence(tmp_path), Throughput(), Look()]
+    watchers = [Divergence(tmp_path), Throughput(), RecordStep()]
     options = {"max_epochs": 1, "gradient_clip_val": 1.0, "limit_val_batches": 0}
     monkeypatch.setattr(Losses, "on_train_batch_end", lambda *_: None)
     for name in ("base", "rows"):
-        monkeypatch.setattr(f"rld_lightning.losses.{name}.check_labels", lambda *_: None)  # waits on a CPU alone
+        monkeypatch.setattr(f"rld_lightning.losses.{name}.check_labels", lambda *_: None)  # synchronises on a CPU only
     monkeypatch.setattr("rld_lightning.losses.rows._none_if_all", lambda valid: valid)  # likewise
     fit(job, tmp_path, callbacks=watchers, **options)
-    assert reads.found == []
+    assert synchronizations.names == []
 
 
 @pytest.mark.cuda
@@ -219,7 +219,7 @@ def test_on_a_gpu_the_graph_computes_what_the_step_does(tmp_path, precision):
             job.student = create_model("resnet8", 10).to(memory_format=torch.channels_last)
             job.student.load_state_dict(resnet8())
             runs[capture] = job, fit(job, tmp_path, **options)
-            assert not (capture and job.captured)  # given back
+            assert not (capture and job.captured)  # freed
     finally:
         torch.backends.cudnn.deterministic = False
     (plain, (_, seen)), (captured, (_, seen_too)) = runs[False], runs[True]
@@ -248,16 +248,16 @@ def test_on_a_gpu_a_replay_is_the_function():
     step = CapturedStep(function, layer.parameters(), layer.parameters())
     for number in range(10):
         x = torch.randn(5, 8, device=device)
-        found = step(2.0, x)["loss"].clone()
+        loss = step(2.0, x)["loss"].clone()
         gradient = layer.weight.grad.clone()
         layer.weight.grad = None
-        weight = layer.weight.detach().clone().requires_grad_()  # whose own node no other stream has made
+        weight = layer.weight.detach().clone().requires_grad_()  # without an autograd node of another stream
         expected = 2 * nn.functional.linear(x, weight, layer.bias.detach()).square().sum()
-        torch.testing.assert_close(found, expected.detach())
+        torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(gradient, *torch.autograd.grad(expected, weight))
         with torch.no_grad():
             layer.weight -= 0.01 * gradient
-        assert len(calls) == min(number + 1, 4)  # three as they are, one that is recorded
+        assert len(calls) == min(number + 1, 4)  # three uncaptured steps and the capture
     assert not step.failed
 
 
@@ -279,7 +279,7 @@ def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is(wait):
         with torch.autocast("cuda", torch.bfloat16):
             expected = layer(x).float().sum().detach()
         torch.testing.assert_close(step(1, x)["loss"], expected)
-        torch.rand(4, device="cuda")  # needs a generator that no recording holds
+        torch.rand(4, device="cuda")  # fails if a capture still holds the generator
     assert step.failed
 
 

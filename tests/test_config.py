@@ -1,4 +1,4 @@
-"""The configuration: everything composes, what it names exists, and mistakes are explained."""
+"""The configs: everything composes, what they name exists, and mistakes are explained."""
 
 import inspect
 import re
@@ -34,14 +34,14 @@ def unresolved(*overrides):
 
 @cache
 def choices_of(group):
-    """Every option of a group, composed at once under a name of its own, as the same files say the same anywhere."""
+    """All options of a group, by name, composed at once."""
     names = {"model": [*PAIRS, *TEMPLATES, *SINGLES], "loss": LOSSES}[group]
     return unresolved(*(f"+{group}@choices.{name}={name}" for name in names))["choices"]
 
 
 @cache
-def put_together(recipe="cifar240", **choices):
-    """What a model, or also a loss, and a recipe say, without composing each combination anew."""
+def combined(recipe="cifar240", **choices):
+    """A config of a model, optionally a loss, and a recipe, from cached parts instead of a composition for each."""
     cfg = {group: choices_of(group)[name] for group, name in choices.items()}
     cfg = OmegaConf.create(cfg | {"recipe": unresolved(f"recipe={recipe}")["recipe"]})
     OmegaConf.resolve(cfg.loss if "loss" in cfg else cfg)
@@ -49,18 +49,18 @@ def put_together(recipe="cifar240", **choices):
 
 
 def pair(name):
-    return put_together(model=name)
+    return combined(model=name)
 
 
 def loss_of(model, loss, recipe="cifar240"):
-    return put_together(recipe, model=model, loss=loss).loss
+    return combined(recipe, model=model, loss=loss).loss
 
 
 @pytest.mark.parametrize(
     "choices", [{"model": "vgg13_to_mobilenetv2", "loss": "dkd_ls"}, {"model": "resnet34_to_resnet18"}]
 )
 def test_what_is_put_together_here_is_what_hydra_composes(choices):
-    cfg, expected = put_together(**choices), compose(*(f"{group}={name}" for group, name in choices.items()))
+    cfg, expected = combined(**choices), compose(*(f"{group}={name}" for group, name in choices.items()))
     for group in ["loss"] if "loss" in choices else ["model", "recipe"]:
         assert cfg[group] == expected[group]
 
@@ -99,7 +99,7 @@ def test_every_loss(name):
     cfg = loss_of("wrn40_2_to_wrn16_2", name)
     loss = instantiate(cfg)
     assert isinstance(loss, DistillationLoss)
-    if isinstance(loss, LogitLoss) and name != "atkd":  # which always does
+    if isinstance(loss, LogitLoss) and name != "atkd":  # it always standardizes
         assert isinstance(cfg.logit_standardization, bool)
 
 
@@ -107,7 +107,7 @@ def test_every_loss(name):
 @pytest.mark.parametrize("model", PAIRS)
 def test_every_pair_with_the_losses_that_are_tuned_for_pairs(model):
     cfg = pair(model)
-    # Names of the libraries' networks, without the library: labels are folders.
+    # Labels are folder names, so they do not contain the library's name.
     plain = [name.removeprefix("torchvision/") for name in (cfg.model.teacher.name, cfg.model.student.name)]
     assert cfg.model.label == (model if model in IMAGENET_PAIRS else "_to_".join(plain))
     for loss in LOSSES:
@@ -253,8 +253,8 @@ class MyLoss(LogitLoss):
 
 @pytest.fixture
 def compose_own(monkeypatch, tmp_path):
-    """Composes with a loss, a pair and an experiment of a user's own."""
-    register_options()  # before anything of the store is exchanged
+    """Composes with a user's loss, pair and experiment."""
+    register_options()  # before the store is patched
     monkeypatch.setitem(ConfigStore.instance().repo, "loss", {})
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     register_loss("mine")(MyLoss)
@@ -293,7 +293,7 @@ def test_an_experiment_wins_over_a_pair_and_the_command_line_over_both(compose_o
 
 
 def test_a_file_takes_the_place_of_a_generated_option(monkeypatch, tmp_path):
-    register_options()  # before anything of the store is exchanged
+    register_options()  # before the store is patched
     monkeypatch.setattr(options, "CONF", tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "resnet8.yaml").touch()
@@ -325,7 +325,7 @@ def test_a_preset_of_no_loss_is_refused(monkeypatch, tmp_path, preset, words):
 def test_every_setting_of_a_pair_reaches_its_loss(model):
     tuned = dict(pair(model).model.tuned or {})
     assert tuned.pop("lr", 0.01) == 0.01
-    assert tuned.pop("epochs", {"mlkd": 960}) == {"mlkd": 960}  # of a recipe
+    assert tuned.pop("epochs", {"mlkd": 960}) == {"mlkd": 960}  # used by a recipe
     for name, settings in tuned.items():
         loss = loss_of(model, name)
         assert {key: loss[key] for key in settings} == settings, name
@@ -359,7 +359,7 @@ def test_standardized_logits_have_the_settings_of_the_released_logs(model):
     assert (settings.temperature, settings.alpha, settings.beta) == (temperature, weight, weight * beta)
     settings = loss_of(model, "rld_ls")
     assert (settings.temperature, settings.alpha, settings.beta) == (2, 9, 72)
-    # Only what differs from the option's values stands in the file.
+    # The file has only values that differ from the option's.
     default = {name: loss_of("pair", name) for name in ("kd_ls", "dkd_ls")}
     for name in default:
         tuned = (pair(model).model.tuned or {}).get(name, {})
@@ -383,7 +383,7 @@ def test_pairs_with_shufflev1_have_the_published_settings(model):
         assert {key: settings[key] for key in expected} == expected
 
 
-# What METHODS and the methods' code say for ImageNet: both pairs, or one value for each.
+# Settings for ImageNet in METHODS and the methods' code: one value for both pairs, or one for each.
 IMAGENET = {
     "rld": {"alpha": 1, "beta": (0.5, 2), "temperature": 1, "ce_weight": 1, "confidence_temperature": None},
     "rld_reference": {"beta": (0.5, 2), "temperature": 1, "confidence_temperature": 1},
@@ -404,7 +404,7 @@ IMAGENET = {
     "reviewkd": {"weight": (1, 8), "warmup_epochs": 1, "student_preactivations": True},
     "crd": {"weight": 0.8},
 }
-IMAGENET_RESNETS = {  # published for this pair alone
+IMAGENET_RESNETS = {  # published for the ResNet pair only
     "eakd": {"temperature": 1, "weight": 0.5, "entropy_temperature": 2, "entropy_bound": None, "ce_weight": 1},
     "eadkd": {"beta": 0.5, "temperature": 1, "entropy_temperature": 3, "entropy_bound": None},
     "dhkd": {"head": "linear", "align_gradients": False, "weight": 0.1, "temperature": 2},
@@ -434,7 +434,7 @@ def test_imagenets_settings_yield_to_the_command_line_and_reach_combinations():
     assert (cfg.loss.temperature, cfg.loss.beta, cfg.model.teacher.weights) == (1, 0.5, "pretrained")
 
 
-# Any pair: what both have, beta as for ResNet34 > ResNet18, and as for the other the cross-entropy's weight beside KD.
+# Any pair: the common settings; otherwise those of ResNet34 > ResNet18, but the other pair's weight of CE with KD.
 ANY_IMAGENET_PAIR = {
     name: {key: value[name == "kd"] if isinstance(value, tuple) else value for key, value in settings.items()}
     for name, settings in IMAGENET.items()
@@ -503,7 +503,7 @@ def test_every_data_set(name):
     assert data.batch_size == 64
 
 
-TOLD = ("quick", "adamw_cosine", "finetune", "patient")  # how many steps there are
+WITH_TOTAL_STEPS = ("quick", "adamw_cosine", "finetune", "patient")  # schedules that get the number of steps
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in (CONF / "recipe").glob("*.yaml")])
@@ -513,7 +513,7 @@ def test_every_recipe(recipe):
     cfg = compose(f"recipe={recipe}")
     optimizer = instantiate(cfg.recipe.optimizer)([torch.nn.Parameter(torch.zeros(1))])
     scheduler = instantiate(cfg.recipe.scheduler)
-    assert scheduler(optimizer, **({"total_steps": 10} if recipe in TOLD else {}))
+    assert scheduler(optimizer, **({"total_steps": 10} if recipe in WITH_TOTAL_STEPS else {}))
     assert cfg.trainer.max_epochs == cfg.recipe.epochs
 
 

@@ -1,4 +1,4 @@
-"""What a run prints is in its folder as well."""
+"""A run's output is also written to a file in its folder."""
 
 import logging
 import re
@@ -97,14 +97,14 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 
 
 def test_what_lightning_tells_is_told_once():
-    """Its own handler prints it; Hydra's, at the root, would print and write it again."""
+    """Lightning's handler prints it; Hydra's root handler would print and write it again."""
     quiet_lightning()
     own, root = StringIO(), StringIO()
     handlers = {"lightning": logging.StreamHandler(own), "": logging.StreamHandler(root)}
     for name, handler in handlers.items():
         logging.getLogger(name).addHandler(handler)
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    told.warning("Restoring states from the checkpoint path at last.ckpt")  # which a line of the run says
+    told.warning("Restoring states from the checkpoint path at last.ckpt")  # a line of the run says it
     told.warning("something new")
     for name, handler in handlers.items():
         logging.getLogger(name).removeHandler(handler)
@@ -113,7 +113,7 @@ def test_what_lightning_tells_is_told_once():
 
 
 def test_a_terminal_obeys_no_name(tmp_path, capsys):
-    """Of a class, a file or a run, which may be a stranger's: it could clear the screen, or type."""
+    """Names of classes, files and runs are untrusted: control characters could clear the screen or send input."""
     name = "\x1b]0;title\x07\x9bcat\u202etac\udcff"
     with copy_output_to(tmp_path / "fit.log"):
         print_config(OmegaConf.create({"name": name, name: 1}))

@@ -1,4 +1,4 @@
-"""What the README and the manual say works: code runs, commands compose, tables are current, links resolve."""
+"""The README and the manual are correct: code runs, commands compose, tables are current, links resolve."""
 
 import re
 import runpy
@@ -48,7 +48,7 @@ COMMANDS = [
 
 
 def commands(*beginning):
-    """The documented commands that begin like this, without the beginning."""
+    """The documented commands with this beginning, without it."""
     return [command[len(beginning) :] for command in COMMANDS if command[: len(beginning)] == beginning]
 
 
@@ -74,7 +74,7 @@ def test_a_loss_in_a_loop_of_your_own(text):
 
 
 class Noise(InMemoryDataModule):
-    """In the place of CIFAR-100."""
+    """Random images that replace CIFAR-100."""
 
     name, num_classes, image_shape = "noise", 100, (3, 32, 32)
     mean, std = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
@@ -127,7 +127,7 @@ def test_the_losses_that_see_a_batch_as_a_whole_are_named():
 
 @pytest.fixture
 def _own_registries(monkeypatch):
-    """What a test registers is gone after it."""
+    """Restores the registries after a test."""
     list_losses()
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     before = dict(REGISTRY)
@@ -177,7 +177,7 @@ def test_adding_a_network():
 
 
 def test_adding_a_figure(tmp_path, monkeypatch):
-    figures.list_figures()  # which looks for them once
+    figures.list_figures()  # imports the shipped ones
     monkeypatch.setattr(figures, "_FIGURES", dict(figures._FIGURES))
     exec(block("def write_mine"), {"__name__": "docs"})
     (mine,) = [figure for figure in figures.list_figures() if figure.name == "mine"]
@@ -202,8 +202,8 @@ def test_every_block_of_code_is_run_here():
 
 # Commands
 
-# Those of docs/extending.md are of what is added there, and generated tables have a test of their own. `name=<value>`
-# is a form to fill in, not an option.
+# Without docs/extending.md, whose options are added there, and generated tables, which have a separate test.
+# `name=<value>` is a placeholder, not an option.
 OPTIONS = set(
     re.findall(
         r"`([a-z]\w*(?:\.\w+)*=[^`\s<]+)`",
@@ -212,8 +212,8 @@ OPTIONS = set(
 )
 
 
-def together(options):
-    """Options in as few command lines as there are values of one key; an option that is wrong is named by Hydra."""
+def command_lines(options):
+    """Groups options into as few command lines as possible, each key once per line; Hydra names a wrong option."""
     values = {}
     for option in sorted(options):
         values.setdefault(option.partition("=")[0], []).append(option)
@@ -222,7 +222,7 @@ def together(options):
 
 @pytest.mark.parametrize("is_value", [False, True])
 def test_every_option_composes(is_value):
-    lines = together(option for option in OPTIONS if ("." in option.partition("=")[0]) == is_value)
+    lines = command_lines(option for option in OPTIONS if ("." in option.partition("=")[0]) == is_value)
     assert lines
     assert all(compose(*line) for line in lines)
 
@@ -232,7 +232,7 @@ def check_hydra(name, overrides):
     overrides = [o for o in overrides if not o.startswith("-")]
     if any(o.startswith("sweep=") for o in overrides):  # Hydra's own part is tested with the configuration
         overrides = [o for o in overrides if not o.startswith("hydra.")]
-    if swept:  # of the values of a sweep, the first
+    if swept:  # only the first value of a sweep
         overrides = [o.split(",")[0] for o in overrides]
     assert compose(*overrides, name=name, resolve=not any("optuna" in o for o in overrides))
 
@@ -270,7 +270,7 @@ def test_every_flag_and_word_of_the_other_scripts_is_known(script):
     found = commands("python", f"scripts/{script}.py")
     assert found
     sources = [ROOT / "scripts" / f"{script}.py"]
-    if script == "figures":  # where each brings its own options
+    if script == "figures":  # each figure adds its own options
         sources += (ROOT / "rld_lightning" / "reporting" / "figures").glob("*.py")
     text = "".join(source.read_text() for source in sources)
     for arguments in found:
@@ -312,7 +312,7 @@ def test_make_targets_that_are_named_exist():
 
 
 def test_what_the_readme_tells_to_type_runs(tmp_path):
-    """Its first fit and the eval, on digits, with a teacher that has learned nothing."""
+    """Runs the first fit and the eval, on digits, with an untrained teacher."""
     teacher = tmp_path / "teacher.pth"
     torch.save(create_model("wrn40_2", 10).state_dict(), teacher)
     small = ("data=digits", f"model.teacher.weights={teacher}", "recipe.epochs=1", "trainer.max_steps=2")
@@ -376,13 +376,13 @@ def test_figures_that_are_named_exist():
 
 
 def table(page, begins):
-    """The cells of the table whose first line begins so, without the emphasis; its head and its rule left out."""
+    """The cells of the table with this header line, without emphasis, header and rule."""
     rows = PAGES[page].split(f"\n{begins}\n", 1)[1].split("\n\n")[0].splitlines()[1:]
     return [[cell.strip(" *`") for cell in row.strip("|").split("|")] for row in rows]
 
 
-def says(printed, *values):
-    """Whether a cell is made of these numbers, each rounded to the places that it has there."""
+def check_numbers(printed, *values):
+    """Checks that a cell has these numbers, rounded to its numbers of decimals."""
     found = re.findall(r"[-+]?\d+\.?\d*", printed)
     assert len(found) == len(values), printed
     for text, value in zip(found, values, strict=True):
@@ -392,7 +392,7 @@ def says(printed, *values):
 
 @pytest.fixture(scope="module")
 def seeds():
-    """The raw data: top-1 of the last epoch by seed and method, of both series of seeds."""
+    """The raw data of both series of seeds: last-epoch top-1 by seed and method."""
     folder = ROOT / "docs/results/cifar100_resnet20_to_resnet8"
     runs = pd.concat([pd.read_csv(folder / name) for name in ("runs.csv", "seeds_3_to_7/runs.csv")])
     return runs[runs["pair"] == "resnet20_to_resnet8"].pivot(index="seed", columns="method", values="top1_last")
@@ -403,10 +403,10 @@ def test_means_and_deviations_are_those_of_the_raw_data(seeds):
     for method, *cells in table(page, "| | seeds 0 to 2 | seeds 3 to 7 | all eight |"):
         for cell, own in zip(cells, (seeds.loc[:2], seeds.loc[3:], seeds), strict=True):
             values = own.loc[:, method.partition("`")[2]]
-            says(cell, values.mean(), values.std())
+            check_numbers(cell, values.mean(), values.std())
     (cells,) = table("README.md", "| `ce` | `kd` | `dkd` | `rld` |")
     for cell, method in zip(cells, ("ce", "kd", "dkd", "rld"), strict=True):
-        says(cell, seeds[method].mean(), seeds[method].std())
+        check_numbers(cell, seeds[method].mean(), seeds[method].std())
 
 
 def test_tests_and_what_is_said_of_them_are_those_of_the_raw_data(seeds):
@@ -416,9 +416,9 @@ def test_tests_and_what_is_said_of_them_are_those_of_the_raw_data(seeds):
     for comparison, difference, interval, _ in printed:
         first, second = re.findall(r"\w+", comparison.replace("over", ""))
         differences = seeds[first] - seeds[second]
-        says(difference, differences.mean())
+        check_numbers(difference, differences.mean())
         half = stats.t.ppf(0.975, len(differences) - 1) * differences.sem()
-        says(interval, differences.mean() - half, differences.mean() + half)
+        check_numbers(interval, differences.mean() - half, differences.mean() + half)
         found.append(stats.ttest_1samp(differences, 0).pvalue)
     largest, corrected = 0.0, [0.0] * len(found)
     for rank, place in enumerate(sorted(range(len(found)), key=found.__getitem__)):
@@ -444,8 +444,8 @@ def test_the_best_of_the_sweep_is_that_of_the_raw_data():
     accuracy = trials.set_index(["loss.alpha", "loss.beta", "loss.temperature"])["mean"]
     (said,) = re.findall(r"- The best is alpha (\d+), beta (\d+), temperature (\d+) with ([\d.]+) %", PAGES[page])
     assert accuracy.idxmax() == tuple(map(float, said[:3]))
-    says(said[3], accuracy.max())
-    says(*re.findall(r"the defaults \(1, 8, 4\) reach ([\d.]+) %", PAGES[page]), accuracy[1, 8, 4])
+    check_numbers(said[3], accuracy.max())
+    check_numbers(*re.findall(r"the defaults \(1, 8, 4\) reach ([\d.]+) %", PAGES[page]), accuracy[1, 8, 4])
     by_alpha = accuracy.unstack("loss.alpha")
     assert len(by_alpha) == 9
     assert (by_alpha[2] > by_alpha[1]).all()
@@ -462,7 +462,7 @@ def test_the_readme_is_short():
 
 
 def anchors(text):
-    """What GitHub makes of a page's headings."""
+    """The anchors that GitHub creates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

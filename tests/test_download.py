@@ -1,4 +1,4 @@
-"""Downloads from servers that are slow, endless or lie, and addresses that are no downloads."""
+"""Downloads from slow, endless or lying servers, and refused addresses."""
 
 import hashlib
 import re
@@ -18,11 +18,11 @@ from rld_lightning.download import SLOWEST_BYTES_PER_SECOND, SpeedFloor, downloa
 
 @contextmanager
 def server(answer):
-    """Answers every request with ``answer(handler)``; gives the address."""
+    """Answers every request with ``answer(handler)``; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            with suppress(OSError):  # nobody listens any more
+            with suppress(OSError):  # the client has disconnected
                 answer(self)
 
         def log_message(self, *args):
@@ -32,7 +32,7 @@ def server(answer):
         yield f"http://127.0.0.1:{started.server_port}/file.tar"
 
 
-def begin(handler, length=None):
+def send_headers(handler, length=None):
     handler.send_response(200)
     if length is not None:
         handler.send_header("Content-Length", str(length))
@@ -40,7 +40,7 @@ def begin(handler, length=None):
 
 
 def trickle(handler):
-    begin(handler, 10**6)
+    send_headers(handler, 10**6)
     while True:
         handler.wfile.write(b"x")
         time.sleep(0.02)
@@ -98,7 +98,7 @@ def test_files_and_servers_are_downloaded_from(tmp_path):
     (tmp_path / "here").write_bytes(content)
 
     def send(handler):
-        begin(handler, len(content))
+        send_headers(handler, len(content))
         handler.wfile.write(content)
 
     with server(send) as url:
@@ -114,18 +114,18 @@ def test_a_server_that_sends_a_byte_now_and_then_is_ended(tmp_path, monkeypatch)
         message = r"failed: the server has sent \d+ bytes/s for \d s, less than the minimum of 10,000, run again"
         with pytest.raises(FileNotFoundError, match=message):
             fetch(url, tmp_path / "x", "0" * 32)
-        assert time.monotonic() - start < 60  # and not for ever
-    assert 0 < (tmp_path / "x.part").stat().st_size < 100  # which the next call continues
+        assert time.monotonic() - start < 60  # not endless
+    assert 0 < (tmp_path / "x.part").stat().st_size < 100  # the next call resumes it
 
 
 def test_the_floor_is_on_the_speed_of_each_window(monkeypatch):
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     floor = SpeedFloor()
-    for _ in range(200):  # just fast enough, however long it takes
+    for _ in range(200):  # just fast enough for any duration
         now += 1
         floor.add(SLOWEST_BYTES_PER_SECOND)
-    floor.add(10**9)  # no window makes up for the next
+    floor.add(10**9)  # does not compensate for the next window
     now += module.SLOW_SECONDS
     floor.add(1)
     now += module.SLOW_SECONDS
@@ -136,7 +136,7 @@ def test_the_floor_is_on_the_speed_of_each_window(monkeypatch):
 @pytest.mark.parametrize("length", [10**15, None])
 def test_what_the_disk_has_no_room_for_is_not_written(tmp_path, monkeypatch, length):
     def send(handler):
-        begin(handler, length)
+        send_headers(handler, length)
         while True:
             handler.wfile.write(bytes(1 << 20))
 
@@ -175,7 +175,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert (mine.read_bytes(), (tmp_path / "x").read_bytes()) == (b"my ", b"my content")
 
 
-# What is sent at once, and what then comes byte by byte, over and over.
+# The beginning of each answer, and the bytes that then follow slowly without end.
 TRICKLES = {
     "status line": (b"HTTP/1.1 2", b"0"),
     "headers": (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n", b"X-Header: y\r\n"),
@@ -195,9 +195,9 @@ def test_a_server_that_sends_what_is_no_content_byte_by_byte_is_ended(tmp_path, 
                 time.sleep(0.01)
 
     monkeypatch.setattr(module, "SLOW_SECONDS", 0.3)
-    monkeypatch.setattr(module, "SLOWEST_BYTES_PER_SECOND", 0)  # of what a busy machine may be late to take
+    monkeypatch.setattr(module, "SLOWEST_BYTES_PER_SECOND", 0)  # a busy machine may receive slowly
     with server(send) as url:
         start = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"failed: the server has sent nothing of use for \d s, run again"):
             fetch(url, tmp_path / "x", "0" * 32)
-        assert time.monotonic() - start < 60  # and not for ever
+        assert time.monotonic() - start < 60  # not endless

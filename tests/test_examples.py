@@ -1,4 +1,4 @@
-"""Everything in examples/ runs, trains, and gives what it says."""
+"""The examples run, train, and compute what they claim."""
 
 import runpy
 from pathlib import Path
@@ -10,7 +10,7 @@ from rld_lightning import CELoss, FrozenTeacher, RLDLoss, create_model, rld_loss
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NEEDS = {"timm_task.py": "timm", "hf_trainer.py": "transformers"}
-TIMM = "1.0.31"  # whose tasks the example follows
+TIMM = "1.0.31"  # the example uses its task classes
 SLOW = {"hf_trainer.py", "lightning_script.py", "own_lightning_module.py"}
 
 
@@ -31,12 +31,12 @@ def test_every_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     scope = load(name, "__main__")
-    if "top1" in scope:  # of ten classes
+    if "top1" in scope:  # for ten classes
         assert scope["top1"] > 80
 
 
 def test_tokens_are_rows_and_padding_counts_for_nothing():
-    """The same as a loop over the tokens that count."""
+    """Compares with a loop over the tokens that are not padding."""
     example = load("tokens_and_maps.py")
     torch.manual_seed(0)
     student, teacher, label = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randint(7, (2, 5))

@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has imported what they need are like those that Python starts."""
+"""Processes forked from a server with the imports done behave like newly started ones."""
 
 import json
 import os
@@ -55,7 +55,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a module to fork; the server is ended afterwards."""
+    """A folder with a module to run in forked processes; stops the server at the end."""
     (tmp_path / "warm_job.py").write_text(JOB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(forked, "_server", None)
@@ -139,7 +139,7 @@ def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
     forked.start_server(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
-    process._connection.close()  # as the end of who has asked for it does
+    process._connection.close()  # as when the requesting process ends
     assert is_gone(pid)
     assert is_gone(worker)
 

@@ -1,4 +1,4 @@
-"""What a library user imports, and what the command line needs before anything runs, stays light."""
+"""Imports of the library and of the command line before a run stay light."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ HEAVY = {"lightning", "torchvision", "torchmetrics", "pandas", "matplotlib", "sc
 
 
 def imported_by(*codes: str) -> list[set[str]]:
-    """Top-level packages that are there after each of some pieces of code, in a process of their own."""
+    """The imported top-level packages after each of some pieces of code, in one new process."""
     tell = "import sys; print('\\nPACKAGES', *{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", "\n".join(f"{code}\n{tell}" for code in codes)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
@@ -22,7 +22,7 @@ def imported_by(*codes: str) -> list[set[str]]:
 
 
 def test_losses_networks_and_a_trained_student_need_torch_and_what_images_need():
-    """In one process, as each takes seconds to start: what one of them imports stays there for the next to be told."""
+    """In one process, since each takes seconds to start: imports of the first piece also count for the second."""
     losses = "import rld_lightning.losses.features; from rld_lightning import RLDLoss, rld_loss"
     networks = "from rld_lightning import create_model, FrozenTeacher; create_model('wrn16_1')"
     student = "import rld_lightning; rld_lightning.load_student; import rld_lightning.data.centre_crop"
@@ -44,7 +44,7 @@ RUN = (
 def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COMP_LINE", "python scripts/fit.py loss.al")
-    registered_names._cached.__wrapped__()  # an earlier command, which has seen what there is
+    registered_names._cached.__wrapped__()  # fills the cache, as an earlier command
     for arguments in (["--help"], ["-sc", "query=bash"], ["loss.gama=1"]):
         (packages,) = imported_by(RUN.format(arguments=arguments))
         assert "hydra" in packages

@@ -1,4 +1,4 @@
-"""The command ``rld-lightning``: its names, its help, and how it runs a script. From a wheel: test_wheel.py."""
+"""The command ``rld-lightning``: its subcommands, its help, and how it runs scripts. (In a wheel: test_wheel.py.)"""
 
 import ast
 import os
@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture
 def called(monkeypatch):
-    """Calls the command, and puts back what it changes in this process."""
+    """Calls the command, and restores what it changes in this process."""
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(Path.cwd())])
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
@@ -101,7 +101,7 @@ def test_what_to_run_next_is_said_as_it_can_be_run_here(monkeypatch, tmp_path):
 
 
 def test_no_line_says_by_itself_how_a_script_is_called():
-    """An installed wheel has no folder ``scripts`` to call them in: :func:`rld_lightning.shipped.called` knows."""
+    """A wheel has no folder ``scripts``: texts use :func:`rld_lightning.shipped.script_command`."""
     package = REPOSITORY / "rld_lightning"
     for path in {*package.rglob("*.py")} - {package / "__main__.py", package / "shipped.py"}:
         if "scripts/" not in path.read_text():

@@ -1,4 +1,4 @@
-"""Means over an epoch, against a recount, with two pretended ranks."""
+"""Means over an epoch, compared with a recount, also for two simulated ranks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The training step: what is trained, what is saved, what is logged, what is resumed."""
+"""The module: training, checkpoints, logging and resuming."""
 
 from functools import cache, partial
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ def digits(**options):
 
 
 class LearnableLoss(CELoss):
-    """A loss with a parameter of its own."""
+    """A loss with a learnable parameter."""
 
     needs_teacher = True
 
@@ -122,7 +122,7 @@ def test_unknown_scheduler_interval():
 
 
 class Watch(Callback):
-    """Recounts what the module logs."""
+    """Recomputes the values that the module logs."""
 
     def __init__(self):
         self.right = self.seen = self.wrong_teacher = 0
@@ -253,7 +253,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
 
 
 def connected_module(loss):
-    """A module whose loss looks inside real networks."""
+    """A module with real networks and a loss on their features."""
     torch.manual_seed(5)
     teacher, student = create_model("wrn16_2", 10), create_model("wrn16_1", 10)
     loss.connect(student, teacher, (3, 8, 8), digits_label())
@@ -268,12 +268,12 @@ def digits_label():
 
 
 def learning_loss():
-    """RLD and a method of each kind: connectors, fusion, memory."""
+    """RLD combined with feature losses of each kind: connectors, fusion, memory."""
     parts = {"fitnet": FitNetLoss(weight=1.0), "reviewkd": ReviewKDLoss(), "crd": CRDLoss(negatives=64)}
     return CombinedLoss(rld=RLDLoss(), **parts)
 
 
-@pytest.mark.parametrize("make_loss", [learning_loss, DHKDLoss])  # DHKD's second head drops out
+@pytest.mark.parametrize("make_loss", [learning_loss, DHKDLoss])  # DHKD's second head has dropout
 def test_learnable_parts_of_a_loss_are_optimised_saved_and_resumed(make_loss, tmp_path):
     options = {"limit_train_batches": 2, "limit_val_batches": 1}
     last = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
@@ -339,7 +339,7 @@ def test_fewer_than_six_classes_have_no_top5():
 
 
 def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
-    """Cross-entropy is that of the mixed label, KD is once itself, and RLD is the mean over the labels."""
+    """Cross-entropy uses the mixed label, KD counts once, and RLD is the mean over the labels."""
     data = digits(mixup=1.0)
     data.setup()
     batch = next(iter(data.train_dataloader()))
@@ -352,7 +352,7 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
         model.log = lambda *_, **__: None
         outputs = model.training_step(batch, 0)
         student, teacher = outputs["student_logits"], outputs.get("teacher_logits")
-        if teacher is not None:  # has seen what the student has
+        if teacher is not None:  # it gets the same images as the student
             torch.testing.assert_close(student, model.student(batch.images))
             torch.testing.assert_close(teacher, model.teacher(batch.images)[0])
         terms = outputs["terms"]
@@ -396,7 +396,7 @@ def for_tests(data):
 
 
 class Gradients(Callback):
-    """The gradient of each step of the optimizer."""
+    """Records the gradient of each optimizer step."""
 
     def __init__(self):
         self.seen = []

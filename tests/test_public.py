@@ -1,4 +1,4 @@
-"""What is public: every name of it is there, says what it is, and is known to editors."""
+"""The public API: every name exists, has a docstring, and is visible to editors."""
 
 import ast
 from importlib import import_module
@@ -8,12 +8,12 @@ import pytest
 
 import rld_lightning
 
-ROOMS = ("losses", "losses.features", "models", "data", "callbacks")
+PACKAGES = ("losses", "losses.features", "models", "data", "callbacks")
 
 
-@pytest.mark.parametrize("room", ["", *ROOMS])
-def test_every_public_name_is_there_and_says_what_it_is(room):
-    module = import_module(f"rld_lightning.{room}".rstrip("."))
+@pytest.mark.parametrize("package", ["", *PACKAGES])
+def test_every_public_name_is_there_and_says_what_it_is(package):
+    module = import_module(f"rld_lightning.{package}".rstrip("."))
     assert list(module.__all__) == sorted(set(module.__all__))
     for name in module.__all__:
         assert getattr(module, name).__doc__
@@ -21,8 +21,8 @@ def test_every_public_name_is_there_and_says_what_it_is(room):
 
 def test_editors_see_what_is_imported_on_first_use():
     tree = ast.parse(Path(rld_lightning.__file__).read_text())
-    (only_for_them,) = [node for node in tree.body if isinstance(node, ast.If)]
-    names = {alias.name for node in only_for_them.body for alias in node.names}
+    (type_checking,) = [node for node in tree.body if isinstance(node, ast.If)]
+    names = {alias.name for node in type_checking.body for alias in node.names}
     assert names == set(rld_lightning.__all__) <= set(dir(rld_lightning))
 
 

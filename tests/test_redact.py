@@ -1,4 +1,4 @@
-"""What is hidden of a configuration, an override, a message, and what is not."""
+"""The redaction of secrets in configs, overrides and messages."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_values_are_secrets_by_their_names(key):
     "values",
     [
         {"key": "loss.alpha", "keys": 3, "num_tokens": 4, "monitor": "val/top1", "tokens": ["a"]},
-        {"secret": None, "password": "", "token": False, "api_key": "${oc.env:KEY}"},  # nothing, or where it stands
+        {"secret": None, "password": "", "token": False, "api_key": "${oc.env:KEY}"},  # empty, or a reference
         {"url": "s3://bucket/a?list=1", "host": "http://localhost:9000/a@b", "git": "ssh://git@host/x"},
         {"augment": "cutout:16,flip", "optimizer": "torch.optim.SGD", "design": "small", "insig": 1},
     ],
@@ -69,7 +69,7 @@ def test_a_secret_that_was_seen_is_found_wherever_it_turns_up():
     seen = redact({"store": {"secret": "hunter2!x"}, "command": ["fit.py --with hunter2!x"], "of": "hunter2!x/y"})
     assert seen == {"store": {"secret": HIDDEN}, "command": [f"fit.py --with {HIDDEN}"], "of": f"{HIDDEN}/y"}
     assert redact_command(["fit.py", "a=[hunter2!x]", "seed=1"]) == ["fit.py", f"a=[{HIDDEN}]", "seed=1"]
-    redact({"token": "val"})  # too short to be told from other words
+    redact({"token": "val"})  # too short to be distinguished from other words
     assert redact_text("val/top1") == "val/top1"
 
 

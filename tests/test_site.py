@@ -1,4 +1,4 @@
-"""The site of the manual: its pages, and what it makes of docstrings. ``make docs`` builds it and follows its links."""
+"""The manual's site: its pages and its rendering of docstrings. ``make docs`` builds it and checks its links."""
 
 import inspect
 import re
@@ -38,7 +38,7 @@ def formulas(hooks):
 
 @pytest.fixture(scope="module")
 def made(hooks):
-    """The pages that no file of docs/ holds."""
+    """The generated pages."""
     return hooks.made(str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md"))
 
 
@@ -136,6 +136,6 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     build(config)
     method = (tmp_path / "methods" / "rld.html").read_text()
     assert method.count("<math") == 2
-    assert "RowTerms" not in method  # which the formula's rows come as, and rld_loss does not
-    for page in tmp_path.glob("**/*.html"):  # nothing is fetched from elsewhere
+    assert "RowTerms" not in method  # the return type of a helper, not of rld_loss
+    for page in tmp_path.glob("**/*.html"):  # nothing is loaded from other servers
         assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=\"?https?:", page.read_text()), page

@@ -1,4 +1,4 @@
-"""Twenty real SGD steps on CIFAR-100 through the module and the Trainer, against the reference implementation's."""
+"""Twenty SGD steps on CIFAR-100 with the module and the Trainer, compared with the reference implementation."""
 
 import json
 from functools import partial
@@ -40,7 +40,7 @@ def images_and_labels(split, facts):
 
 
 class Recorder(Callback):
-    """Keeps what each step computed, before the update."""
+    """Records each step's losses and gradient norm, before the update."""
 
     def __init__(self):
         self.steps = []
@@ -71,7 +71,7 @@ def train(method, dtype, tmp_path, steps=20, compiled=False):
         for start in range(0, 64 * steps, 64)
     ]
     frozen = FrozenTeacher(teacher, dtype=dtype)
-    assert frozen.fold((3, 32, 32)) == 21  # as it is in a run
+    assert frozen.fold((3, 32, 32)) == 21  # as in a run
     module = DistillationModule(student, make_loss(method, facts["hyper"]), optimizer, teacher=frozen, num_classes=100)
     if compiled:
         module.compiled = CompiledForward(student, 64)
@@ -106,7 +106,7 @@ def assert_the_references(steps, expected):
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
 def test_float64_trajectory_begins_as_the_references(method, tmp_path):
-    """Of three steps the last is the first that momentum has a part in."""
+    """Three steps: momentum first affects the result of the third."""
     facts, _, steps = train(method, torch.float64, tmp_path, steps=3)
     assert_the_references(steps, facts["steps_float64"][:3])
 
@@ -137,7 +137,7 @@ def test_float64_trajectory_is_the_references(method, compiled, tmp_path):
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
 def test_float32_trajectory_within_the_references_own_sensitivity(method, tmp_path):
-    # RLD at full weight from the first step is chaotic: rounding grows to percents, and more steps would tell nothing.
+    # RLD at full weight from the first step is chaotic: rounding errors grow to percents, so more steps test nothing.
     facts, _, steps = train(method, torch.float32, tmp_path, steps=4 if method == "rld" else 20)
 
     deviations = list(map(deviation, steps, facts["steps"]))

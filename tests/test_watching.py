@@ -1,4 +1,4 @@
-"""Which of a trainer's callbacks are called in a step."""
+"""The trainer's callbacks that are called in a step."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from rld_lightning.watching import callbacks_of, skip_idle_hooks
 
 
 class Counts(Callback):
-    """Does something in one of a step's hooks."""
+    """Implements one of a step's hooks."""
 
     def __init__(self):
         self.batches = 0
@@ -29,7 +29,7 @@ def test_only_hooks_that_do_something_are_called_in_a_step():
     assert callable(counts.on_train_batch_end)
     assert callable(given.on_before_zero_grad)
     assert callable(idle.on_fit_start), "hooks outside of a step stay"
-    skip_idle_hooks(trainer)  # again, as where a trainer is used twice
+    skip_idle_hooks(trainer)  # again, as when a trainer is used twice
     assert callbacks_of(trainer, Counts) == [counts, given]
 
 
