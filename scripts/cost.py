@@ -1,7 +1,7 @@
 """Measure the cost of teacher and student on this machine: `python scripts/cost.py run=runs/...`."""
 
-# Not called profile.py: the folder of a script comes first where Python looks for modules, and cProfile, which PyTorch
-# imports, would find that in place of the standard library's.
+# Not named profile.py: a script's folder is first in Python's module search path, so cProfile, which PyTorch imports,
+# would import it instead of the standard library's.
 import rld_lightning.interrupt  # noqa: F401, I001  (first, so that Ctrl-C ends the other imports, too)
 
 from omegaconf import DictConfig
@@ -10,8 +10,8 @@ from rld_lightning.hydra.script import run_task
 
 
 def main(cfg: DictConfig) -> None:
-    """Measures, and prints tables."""
-    from rld_lightning.tasks.cost import cost  # takes seconds that help and mistakes need not wait for
+    """Measures the cost, and prints tables."""
+    from rld_lightning.tasks.cost import cost  # slow, so not for help and mistakes
 
     cost(cfg)
 

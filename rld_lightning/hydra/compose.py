@@ -78,7 +78,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
             return [flag for flag in flags if flag not in sweeps]
         if shown := [flag for flag in flags if flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i")]:
             raise ValueError(
-                f"{shown[0]} shows one configuration, and {min(sweeps)} means several: leave {min(sweeps)} away, and "
+                f"{shown[0]} shows one configuration, and {min(sweeps)} means several: remove {min(sweeps)}, and "
                 "give each option one value."
             )
     return [*flags, *overrides]

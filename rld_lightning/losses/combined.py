@@ -50,8 +50,8 @@ class CombinedLoss(DistillationLoss):
         for name, loss in losses.items():
             if type(loss).forward is not DistillationLoss.forward:
                 raise ValueError(
-                    f"{name} weighs its gradient against that of its own cross-entropy and cannot be combined; take it "
-                    "alone, or leave it out."
+                    f"{name} aligns its gradient with that of its own cross-entropy and cannot be combined; use it "
+                    "alone, or remove it."
                 )
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
         for name, weight in self.weights.items():

@@ -52,7 +52,7 @@ def dkd_loss(
 def decoupled_kl(teacher: Tensor, student: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Returns TCKD and NCKD ``(N,)`` of each row, without ``T^2``, from logits ``(N, C)`` divided by T."""
     true_class = torch.zeros_like(teacher).scatter_(-1, label.unsqueeze(-1), 1.0)
-    tckd = margin_kl(margin(teacher, label), student, label)
+    tckd = margin_kl(margin(teacher, label), student, label)  # from the log-odds of p, and the logits of q
     return tckd, softmax_kl(teacher, student, drop=true_class)
 
 

@@ -24,11 +24,11 @@ def label_hint(label: Tensor, shape: Size, logits: Size) -> str:
         logits: the shape of the logits ``(B, C, *)``.
     """
     if label.shape == shape:
-        return "; take label.long()" if label.is_floating_point() else ""
+        return "; use label.long()" if label.is_floating_point() else ""
     if label.shape == logits:
-        return "; of soft or one-hot labels take label.argmax(1)"
+        return "; for soft or one-hot labels use label.argmax(1)"
     if label.shape == logits[:-1]:
-        return "; classes are dimension 1 of logits: of (B, L, C) take logits.transpose(1, 2)"
+        return "; classes are dimension 1 of logits: for (B, L, C) use logits.transpose(1, 2)"
     if label.shape == (*shape, 1):
-        return "; take label.squeeze(-1)"
+        return "; use label.squeeze(-1)"
     return ""

@@ -47,7 +47,7 @@ def rld_loss(
         MCD = T^2 KL( softmax over k not in M of t / T || softmax over k not in M of s / T ),  M = {k : t_k >= t_y}
 
     If fewer than two classes of a sample are outside M, its MCD and the gradient are exactly 0; the sample still counts
-    in the average.
+    in the average. If Tc = T and the teacher is right on every sample, this is DKD.
 
     Args:
         alpha: weight of SCD.
@@ -65,11 +65,12 @@ def rld_loss(
     """
     scd_temperature = temperature if confidence_temperature is None else confidence_temperature
     student, teacher = student_logits / scd_temperature, teacher_logits / scd_temperature
-    scd = margin_kl(largest_margin(teacher), student, label)
+    scd = margin_kl(largest_margin(teacher), student, label)  # from the log-odds of b, and the logits of q
     if scd_temperature != temperature:
         student, teacher = student_logits / temperature, teacher_logits / temperature
     true_logit = teacher_logits.gather(-1, label.unsqueeze(-1))
-    mcd = softmax_kl(teacher, student, drop=float_mask(ABOVE[mask], teacher_logits, true_logit))
+    in_m = float_mask(ABOVE[mask], teacher_logits, true_logit)
+    mcd = softmax_kl(teacher, student, drop=in_m)
     return {"scd": (alpha * scd_temperature**2, scd), "mcd": (beta * temperature**2, mcd)}
 
 

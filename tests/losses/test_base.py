@@ -140,10 +140,10 @@ def test_cross_entropy_requires_class_indices(dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s, y: (s, y[:, None]), r"\(8, 1\); take label\.squeeze\(-1\)\."),
-        (lambda s, y: (s, y.double()), r"float64 \(8,\); take label\.long\(\)\."),
-        (lambda s, y: (s, s.softmax(1)), r"float32 \(8, 10\); of soft or one-hot labels take label\.argmax\(1\)\."),
-        (lambda s, y: (s.reshape(2, 4, 10), y.reshape(2, 4)), r"of \(B, L, C\) take logits\.transpose\(1, 2\)\."),
+        (lambda s, y: (s, y[:, None]), r"\(8, 1\); use label\.squeeze\(-1\)\."),
+        (lambda s, y: (s, y.double()), r"float64 \(8,\); use label\.long\(\)\."),
+        (lambda s, y: (s, s.softmax(1)), r"float32 \(8, 10\); for soft or one-hot labels use label\.argmax\(1\)\."),
+        (lambda s, y: (s.reshape(2, 4, 10), y.reshape(2, 4)), r"for \(B, L, C\) use logits\.transpose\(1, 2\)\."),
         (lambda s, y: (s, y.tolist()), r"label must be a tensor, got a list; pass torch\.as_tensor\(label\)\."),
         (lambda s, y: ((s,), y), r"student_logits must be a tensor, got a tuple; pass the logits of a model's output"),
     ],
