@@ -212,7 +212,9 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureO
                 fontsize=10 if cells.shape[1] < 8 else 8, weight="bold" if value == high else "normal",
             )  # fmt: skip
             if value == high:
-                axes.add_patch(matplotlib.patches.Rectangle((column, row), 1, 1, fill=False, ec=RED, lw=3, zorder=5))
+                axes.add_patch(
+                    matplotlib.patches.Rectangle((column, row), 1, 1, fill=False, ec=RED, lw=3, zorder=5, clip_on=False)
+                )
         axes.set_xticks(np.arange(cells.shape[1]) + 0.5, [short_value(value) for value in cells.columns])
         axes.set_yticks(np.arange(cells.shape[0]) + 0.5, [short_value(value) for value in cells.index])
         axes.set(xlabel=short_key(maps[0].x_key), ylabel=short_key(maps[0].y_key))
