@@ -1,8 +1,8 @@
-"""Whether a checkpoint is one that its run would have written, looked at before anything is trained on it.
+"""Checks before training that a checkpoint is one that this run could have written.
 
-A file may be of another program or version, or altered by hand. A run that goes on knows what it would write itself:
-which entries, of which kinds and shapes, and finite. And a checkpoint says in several places how far it has come: these
-have to agree with each other, and with the batches of the run.
+A file may be of another program or version, or altered by hand. A resumed run knows what it would write itself: which
+entries, of which types and shapes, and finite. Also, a checkpoint contains its progress in several places: these must
+agree with each other, and with the run's batches.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ from rld_lightning.runs.likeness import only_monitors
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-# The settings that learning rates follow from, which a run that goes on may change.
+# Settings that determine learning rates, which a resumed run may change.
 RATES = ("recipe.optimizer.lr", "recipe.scheduler.max_lr")
-# Of a group of parameters, what neither a schedule nor another learning rate changes; and what only some schedules do.
+# Options of a parameter group that neither a schedule nor another learning rate changes; and those of some schedules.
 _FIXED = ("weight_decay", "dampening", "nesterov", "eps", "amsgrad", "maximize", "differentiable")
 _CYCLED = ("momentum", "betas")
 _WITH_STATE = "parameters_with_state"
@@ -34,12 +34,12 @@ _MOST_SHOWN = 60  # characters
 
 
 class _Unlike(Exception):
-    """An entry that the run would not have written so; the text says which, what it is, and what it has to be."""
+    """An entry that the run would not have written; the text names it, its value, and the expected one."""
 
 
 @contextmanager
 def _refused(path: object) -> Iterator[None]:
-    """Turns an entry that is not as it has to be into a sentence with the way out."""
+    """Turns an unexpected entry into an error message with a way out."""
     try:
         yield
     except _Unlike as error:
@@ -52,13 +52,13 @@ def _refused(path: object) -> Iterator[None]:
 
 
 def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", module: "LightningModule") -> None:
-    """Refuses a checkpoint where what networks and callbacks would take from it is not of this run.
+    """Refuses a checkpoint whose entries for networks and callbacks do not fit this run.
 
     Args:
-        module: what it trains, as it is without the checkpoint.
+        module: the run's module, before the checkpoint is loaded.
 
     Raises:
-        UserError: an entry is missing, of another kind or shape, or not finite; the message names it.
+        UserError: an entry is missing, of another type or shape, or not finite; the message names it.
     """
     own: dict[str, Any] = {"global_step": 0, "state_dict": module.state_dict(), "callbacks": {}}
     module.on_save_checkpoint(own)
@@ -72,42 +72,42 @@ def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", mod
                     raise _Unlike(f"{key}.{_shown(name)} is there, and this run has no such weights")
         states = checkpoint["callbacks"]
         for callback in vars(trainer)["callbacks"]:
-            if callback.state_key in states or not only_monitors(type(callback)):  # one that watches may be a new one
+            if callback.state_key in states or not only_monitors(type(callback)):  # one that only monitors may be new
                 _match(states.get(callback.state_key, {}), callback.state_dict(), f"callbacks.{callback.state_key}")
         said = checkpoint.get("hyper_parameters")
-        for name, value in module.hparams.items():  # the student's name has been looked at, with all its spellings
+        for name, value in module.hparams.items():  # the student's name was checked earlier, with all its spellings
             if name != "student" and isinstance(said, Mapping) and said.get(name, value) != value:
                 raise _Unlike(f"hyper_parameters.{name} is {_shown(said[name])}, and has to be {_shown(value)}")
 
 
 def refuse_other_averages(checkpoint: Mapping[str, Any], trainer: "Trainer", own: Mapping[str, Any]) -> None:
-    """As :func:`refuse_other_contents`, of averaged weights, which a checkpoint of before their beginning has not.
+    """Like :func:`refuse_other_contents`, for averaged weights, which a checkpoint from before averaging lacks.
 
     Args:
-        own: what the run would write beside the weights.
+        own: what the run would write in addition to the weights.
     """
     with _refused(trainer.ckpt_path):
         _match(checkpoint, own, "", positive=True)
 
 
 def count_states(checkpoint: dict[str, Any]) -> None:
-    """Puts into a checkpoint how many parameters each optimizer has a state of: not those without a gradient."""
+    """Adds to a checkpoint for how many parameters each optimizer has state: not for those without a gradient."""
     checkpoint[_WITH_STATE] = _with_state(checkpoint)
 
 
 def refuse_other_progress(
     checkpoint: Mapping[str, Any], trainer: "Trainer", settings: Mapping[str, str] | None = None
 ) -> None:
-    """Refuses a checkpoint whose optimizer, schedule or counts are not those of this run at its place.
+    """Refuses a checkpoint whose optimizer, schedule or progress do not fit this run at that position.
 
     Args:
-        trainer: the run's, with a fresh optimizer and schedule.
-        settings: of the run, as its checkpoints tell them; where they have its learning rate, the same has to be there.
+        trainer: the run's, with a new optimizer and schedule.
+        settings: the run's, as its checkpoints record them; if they contain its learning rate, the same is expected.
 
     Raises:
         UserError: an entry is not what this run would have written; the message names it.
     """
-    if trainer.strategy.restore_checkpoint_after_setup:  # where processes have parts of the states
+    if trainer.strategy.restore_checkpoint_after_setup:  # if each process has a part of the states
         return
     schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     fixed = (*_FIXED, *(() if any(schedule.get("cycle_momentum") for schedule in schedules) else _CYCLED))
@@ -133,14 +133,14 @@ def refuse_other_progress(
 
 
 def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
-    """Compares what was read with what a run that begins has there, as far as that says something.
+    """Compares an entry with that of a new run, as far as it is determined.
 
     Args:
         own: what the run would write.
-        positive: whether numbers are none below 0, and lists no longer or shorter.
+        positive: whether numbers must not be negative, and lists must have the same length.
 
     Raises:
-        _Unlike: it is missing, of another kind or shape, or not finite where the run's own is.
+        _Unlike: it is missing, of another type or shape, or not finite where the run's own is.
     """
     match own:
         case Mapping():
@@ -160,7 +160,7 @@ def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
             is_like = isinstance(found, int | float) and not isinstance(found, bool) and not isnan(found)
             is_like = is_like and (isfinite(found) or not isfinite(own)) and not (positive and found < 0 <= own)
         case list() | tuple():
-            any_length = not own or (isinstance(own[0], Mapping) and not positive)  # one for each process
+            any_length = not own or (isinstance(own[0], Mapping) and not positive)  # one entry per process
             expected = "a list" if any_length else f"a list of {len(own)}"
             is_like = isinstance(found, list | tuple) and (bool(found) or not own)
             is_like = is_like and (any_length or len(found) == len(own))
@@ -178,7 +178,7 @@ def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
 
 
 def _check_groups(found: Any, own: Any, fixed: tuple[str, ...], where: str) -> None:
-    """Compares the options of groups of parameters, of whose numbers only rates may be others."""
+    """Compares the options of parameter groups, of whose numbers only rates may differ."""
     for n, (group, known) in enumerate(zip(found, own, strict=True)):
         for name in ("params", *fixed):
             value, expected = group.get(name), known.get(name)
@@ -189,7 +189,7 @@ def _check_groups(found: Any, own: Any, fixed: tuple[str, ...], where: str) -> N
 
 
 def _check_state(found: Any, optimizer: Optimizer, where: str, *, begun: bool) -> None:
-    """Compares what an optimizer remembers of each parameter; of one without a gradient that is nothing."""
+    """Compares an optimizer's state of each parameter; a parameter without a gradient has none."""
     state, parameters = found.get("state"), [p for group in optimizer.param_groups for p in group["params"]]
     _match(state, {}, where)
     own = _after_a_step(optimizer, parameters)
@@ -209,7 +209,7 @@ def _with_state(checkpoint: Mapping[str, Any]) -> list[int]:
 
 
 def _check_rates(checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules: Sequence[Any], *, same: bool) -> None:
-    """Compares where learning rates began: in an optimizer and its schedules alike, and as in this run if ``same``."""
+    """Compares initial learning rates: equal in an optimizer and its schedules, and equal to this run's if ``same``."""
     for n, own in enumerate(groups):
         place = f"optimizer_states[{n}].param_groups"
         before = [group.get("initial_lr") for group in checkpoint["optimizer_states"][n]["param_groups"]]
@@ -222,7 +222,7 @@ def _check_rates(checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules
 
 
 def _each(schedules: Iterable[Any]) -> Iterator[Any]:
-    """The states of schedules, and of those that they are made of."""
+    """Yields the states of schedules, and of their parts."""
     for schedule in schedules:
         yield schedule
         yield from _each(schedule.get("_schedulers", ()))
@@ -236,8 +236,8 @@ def _close(rates: Any, others: Sequence[Any]) -> bool:
 
 
 def _after_a_step(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """What an optimizer has of each parameter after one step, without memory; empty where it needs the numbers."""
-    if optimizer.state:  # from the beginning on
+    """Returns an optimizer's state of each parameter after one step, without memory; empty if it needs values."""
+    if optimizer.state:  # created with the optimizer
         return [dict(optimizer.state.get(p, {})) for p in parameters]
     shadows = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters}
     try:
@@ -247,13 +247,13 @@ def _after_a_step(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[
         for shadow in shadows.values():
             shadow.grad = torch.empty_like(shadow)
         other.step()
-    except Exception:  # each optimizer has its own way to need numbers
+    except Exception:  # each optimizer has its own exceptions for missing values
         return []
     return [dict(other.state.get(shadows[id(p)], {})) for p in parameters]
 
 
 def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple[str, Any, Sequence[int]]]:
-    """What a checkpoint says of how far it has come: where, what, and what it may be by the epochs and batches."""
+    """Yields a checkpoint's progress: where, the value, and its allowed values by the epochs and batches."""
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
     data = getattr(trainer, "datamodule", None)
@@ -263,7 +263,7 @@ def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple
         return
     trainer.fit_loop.setup_data()
     batches, every = trainer.num_training_batches, trainer.accumulate_grad_batches
-    if not isinstance(batches, int):  # nobody knows how many
+    if not isinstance(batches, int):  # the number of batches is unknown
         return
     loops = checkpoint["loops"]["fit_loop"]
     epoch, batch = (
@@ -283,7 +283,7 @@ def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple
     yield "global_step", checkpoint["global_step"], (step,)
     optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     yield "loops.fit_loop.epoch_loop.automatic_optimization", optimizer["total"]["completed"], (step,)
-    # One less waits for a validation.
+    # One less if a validation is due.
     yield "loops.fit_loop.epoch_loop", loops["epoch_loop.state_dict"]["_batches_that_stepped"], (step, step - 1)
     rows, rising = checkpoint.get("metrics", []), -1
     _match(rows, [], "metrics")
@@ -308,7 +308,7 @@ def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple
 
 
 def _shown(value: Any) -> str:
-    """A value of a file that may be a stranger's, for a message."""
+    """Formats a value, possibly from a stranger's file, for a message."""
     if value is _MISSING:
         return "missing"
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The logits of a teacher for all views of the training images, computed by themselves: for runs and sweeps to come."""
+"""Computes a teacher's logits for all views of the training images ahead of runs and sweeps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,18 +24,18 @@ from rld_lightning.tasks.teacher.weights import find_teacher
 
 
 def cache(cfg: DictConfig) -> Path:
-    """Fills the table that runs of this configuration look the teacher's logits up in.
+    """Fills the table from which runs of this configuration read the teacher's logits.
 
-    In one process, on the first device. More of them, started beside it, share the work.
+    Runs in one process, on the first device. Further processes, started beside it, share the work.
 
     Args:
-        cfg: of ``conf/fit.yaml``; what is trained does not matter.
+        cfg: of ``conf/fit.yaml``; the settings of the student's training do not matter.
 
     Returns:
         the file.
 
     Raises:
-        UserError: there is no teacher, or no end of views, or no room; or something in the configuration is wrong.
+        UserError: there is no teacher, the views are unlimited, the disk is full, or the configuration is wrong.
     """
     freeze(cfg)
     with user_errors():
@@ -49,7 +49,7 @@ def cache(cfg: DictConfig) -> Path:
         data = make_data(cfg.data)
         set_up(data, strong_view=False)
         usual = adopt_normalisation(plan_student(cfg.model.student), data, cfg.data)
-        if planned.weights in ("auto", "fit", "published"):  # another one says by itself what it wants to see
+        if planned.weights in ("auto", "fit", "published"):  # others determine their own input
             check_network(planned.name, data, other_sizes="image_size" in cfg.data)
         store = TeacherStore(Path(cfg.paths.teachers))
         weights = find_teacher(planned, data.name, store)
@@ -62,7 +62,7 @@ def cache(cfg: DictConfig) -> Path:
         teacher, _, sha256 = build_teacher(planned, data, usual)
         planned = replace(planned, sha256=sha256)
         if planned.options["fuse"] == "auto":
-            fold_teacher(teacher, KDLoss(), data)  # as for any loss that looks at logits alone
+            fold_teacher(teacher, KDLoss(), data)  # as for any loss that uses logits only
         if reason := why_not_cacheable(teacher, trainer, data):
             raise ValueError(f"the teacher's logits cannot be kept: {reason}.")
         table = open_table(table_path(teacher, planned, data, trainer, store), planned, data)

@@ -1,4 +1,4 @@
-"""What networks cost: those of a run side by side, with size, computation, memory and latency, and one by its name."""
+"""Measures networks: those of a run side by side, with size, computation, memory and latency, or one by its name."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from rld_lightning.tasks.run.trainer import device_of
 from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher, input_size, teacher_of
 
 COST = "cost.json"
-# What is believed of a folder that may be a stranger's: a network is built, and run, for so many.
+# Limits for a run directory that may be a stranger's: its networks are built and run.
 _MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
 
 
@@ -38,15 +38,15 @@ class Network:
     """A network of a run."""
 
     role: str  # `"teacher"` or `"student"`
-    contender: Contender  # in eager mode, with images as it saw them in its run
-    top1: float | None  # accuracy in percent, as the run has measured it; None where it has not
+    contender: Contender  # in eager mode, with its input size in the run
+    top1: float | None  # accuracy in percent, as measured by the run; None if it was not
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a network costs with one backend; ``file_mb`` is None of weights that lie with their library.
+    """The cost of a network with one backend; ``file_mb`` is None for weights that their library stores.
 
-    ``top1_images`` says on how many images ``top1`` is.
+    ``top1_images`` is the number of images for ``top1``.
     """
 
     role: str
@@ -61,10 +61,10 @@ class Row:
 
 
 def cost(cfg: DictConfig) -> list[Row]:
-    """Does what ``conf/cost.yaml`` describes: measures, prints, and leaves ``cost.json`` and ``cost.png``.
+    """Runs the job of ``conf/cost.yaml``: measures, prints, and writes ``cost.json`` and ``cost.png``.
 
     Raises:
-        UserError: the run is not finished, or a network's file is not where it was.
+        UserError: the run is not finished, or a network's file has moved.
     """
     freeze(cfg)
     folder, sizes = Path(cfg.paths.run), tuple(cfg.batch_sizes)
@@ -97,11 +97,11 @@ def cost(cfg: DictConfig) -> list[Row]:
 
 
 def networks(run: Run) -> Iterator[Network]:
-    """The teacher of a run, where it has one, and its student.
+    """Yields a run's teacher, if it has one, and its student.
 
     Raises:
-        FileNotFoundError: a file is not where it was.
-        ValueError: the teacher is a program, or its settings are not those of a run.
+        FileNotFoundError: a file has moved.
+        ValueError: the teacher is a program, or the run's settings are invalid.
     """
     student = load_student(run.folder / RUN_WEIGHTS)
     shape, classes = (3, *student.transform.size), len(student.classes)
@@ -111,7 +111,7 @@ def networks(run: Run) -> Iterator[Network]:
     elif run.summary.teacher is not None and teacher:
         planned = teacher_of(run, option=None, classes_count=False)
         weights, known = str(planned.weights), None
-        if weights != "pretrained":  # which may know more classes than the data
+        if weights != "pretrained":  # it may have more classes than the data
             known = number_of_classes(planned.name, read_weights(weights).state_dict)
         seen = (3, *input_size(planned, student.transform.size))
         teacher_network = Contender(planned.name, weights, known or classes, seen)
@@ -127,7 +127,7 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
         file = folder / f"{network.role}.{backend}.onnx"
         try:
             content = to_onnx(plain_copy(model), image_shape, {"name": name})
-            if backend == "onnx_int8":  # how fast it is does not depend on the ranges
+            if backend == "onnx_int8":  # its speed does not depend on the ranges
                 content = quantise_onnx(content, [torch.randn(8, *image_shape)])
             write_whole(file, content)
             contender = replace(contender, weights=str(file))
@@ -151,7 +151,7 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
 
 
 def _exported_top1(run: Run) -> tuple[float | None, int | None]:
-    """What the run's own export in int8 has scored, and on how many images."""
+    """Returns the accuracy of the run's int8 export, and its number of images."""
     path = run.folder / EXPORT / EXPORTED
     if not path.exists():
         return None, None
@@ -195,7 +195,7 @@ def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str, accuracy_on:
 
 def _draw(rows: Sequence[Row], batch_size: int, below: str, folder: Path) -> bool:
     try:
-        from rld_lightning.reporting.latency_plot import Point, draw_latency  # matplotlib is of an extra
+        from rld_lightning.reporting.latency_plot import Point, draw_latency  # matplotlib is an extra
     except ImportError as error:
         print_line("cost.png", f'not drawn ({error}): pip install "rld-lightning[report]"')
         return False
@@ -213,14 +213,14 @@ def _draw(rows: Sequence[Row], batch_size: int, below: str, folder: Path) -> boo
 
 
 def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cost | None:
-    """The cost of a network by name.
+    """Returns the cost of a network by name.
 
     Args:
-        runs: some of its data set; they know the size of the images, and what the network costs if they trained it.
-        latency: whether to measure its time, about half a second, with fresh weights on the CPU.
+        runs: runs on its data set; they provide the images' size, and the network's cost if they trained it.
+        latency: whether to measure its time, about half a second, with random weights on the CPU.
 
     Returns:
-        None where the network cannot be built, as one that is not in this package any more.
+        the cost; None if the network cannot be built, for example because it was removed from this package.
     """
     known = known_cost(name, runs)
     if known is not None and not latency:
@@ -243,12 +243,12 @@ def _processor(threads: int) -> str:
 
 
 def _images(runs: Sequence[Run]) -> tuple[int, tuple[int, int, int]]:
-    """Number of classes and shape of the images, from an exported student; else what the configuration says."""
+    """Returns number of classes and image shape of an exported student; else of the configuration."""
     for run in runs:
         weights = run.folder / STUDENT
         try:
             facts = read_facts(read_metadata(weights) if weights.is_file() else {}, weights)
-        except (ValueError, OSError):  # left in part, or of another kind
+        except (ValueError, OSError):  # incomplete or of another kind
             continue
         classes, shape = facts.num_classes, facts.image_shape
         if classes is not None and shape is not None and classes <= _MOST_CLASSES and max(shape) <= _LARGEST_SIDE:

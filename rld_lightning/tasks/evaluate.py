@@ -1,4 +1,4 @@
-"""Measures any checkpoint or export: accuracy, likelihood, calibration, and each class on its own."""
+"""Evaluates any checkpoint or export: accuracy, likelihood, calibration, and accuracy per class."""
 
 import json
 import math
@@ -101,18 +101,18 @@ class EvaluationModule(LightningModule):
         if num_classes > 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.metrics = MetricCollection(metrics, compute_groups=False)
-        self.nll = MeanMetric(nan_strategy=math.nan)  # by default it leaves out what is no number
+        self.nll = MeanMetric(nan_strategy=math.nan)  # by default it skips NaN
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Counts a batch."""
+        """Updates the metrics with a batch."""
         label = self.class_of[batch.label]
         known = label >= 0
         images, label = batch.images[known], label[known]
         if not len(label):
             return
         logits = self.model(images if self.renormalise is None else self.renormalise(images)).float()
-        # Probabilities, as torchmetrics would take the logits of a batch that all lie in [0, 1] for some.
-        # A confidence of exactly 1 would have a sixteenth bin to itself.
+        # Probabilities, because torchmetrics takes logits of a batch that are all in [0, 1] for probabilities. A
+        # confidence of exactly 1 would get a sixteenth bin.
         self.metrics["ece"].update(logits.softmax(1).clamp(max=1 - 2**-24), label)
         for name, metric in self.metrics.items():
             if name != "ece":
@@ -120,11 +120,11 @@ class EvaluationModule(LightningModule):
         self.nll.update(cross_entropy(logits, label), weight=len(label))
 
     def on_test_epoch_end(self) -> None:
-        """Computes everything, on all ranks in the same order."""
+        """Computes all metrics, on all ranks in the same order."""
         self.results: dict[str, Tensor] = {**self.metrics.compute(), "nll": self.nll.compute()}
 
     def scores(self, split: str) -> dict[str, Any]:
-        """How good the model is, by the names of :class:`Evaluation`, once a split has been run over."""
+        """Returns the scores by the names of :class:`Evaluation`, after a split was evaluated."""
         found = {name: float(value) for name, value in self.results.items() if name != "per_class"}
         percent = {name: 100 * value for name, value in found.items() if name != "nll"}
         images = int(self.results["per_class"][:, -1].sum())
@@ -132,10 +132,10 @@ class EvaluationModule(LightningModule):
 
 
 def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Evaluation:
-    """Does what ``conf/eval.yaml`` describes, prints it, and leaves ``evaluation.json`` and ``per_class.csv``.
+    """Runs the job of ``conf/eval.yaml``: evaluates, prints, and writes ``evaluation.json`` and ``per_class.csv``.
 
     Args:
-        classes_shown: how many classes are printed, the least accurate first; where this process measures by itself.
+        classes_shown: number of classes to print, least accurate first, if this process evaluates by itself.
 
     Raises:
         UserError: the weights cannot be read or do not fit the model or the data.
@@ -192,16 +192,16 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
 
 
 def test_with(trainer: Trainer, module: EvaluationModule, data: ImageDataModule, split: str) -> None:
-    """Runs a model over a split of the data, in all processes of a trainer.
+    """Evaluates a model on a split of the data, in all processes of a trainer.
 
     Args:
-        trainer: that has done nothing yet.
-        module: the model; has its ``results`` afterwards.
-        data: the data, which now belong to this trainer.
+        trainer: an unused trainer.
+        module: the model; holds its ``results`` afterwards.
+        data: the data, which belong to this trainer from now on.
         split: ``"test"`` or ``"val"``.
 
     Raises:
-        UserError: the model's logits are no numbers for some images.
+        UserError: the model's logits are not finite for some images.
     """
     data.trainer = trainer
     loader = data.test_dataloader if split == "test" else data.val_dataloader
@@ -215,7 +215,7 @@ def test_with(trainer: Trainer, module: EvaluationModule, data: ImageDataModule,
 
 
 def _of_program(program: OnnxTeacher) -> Weights:
-    """What an ONNX file says about itself, called by its name where it does not say of which network it is."""
+    """Returns an ONNX file's facts, named after the file if it does not name its network."""
     source = program.file.source
     return Weights({}, {"name": source.name} | program.file.metadata, source)
 
@@ -228,7 +228,7 @@ def _model_name(weights: Weights) -> str:
 
 
 def _share_out_as_trained(weights: Weights, data: ImageDataModule, run: Path) -> None:
-    """Has a folder of images shared out as the run of the weights has written it down, unless the command says how."""
+    """Splits a folder of images as the run of the weights has recorded, unless the command says otherwise."""
     written = split_of(run_of(weights.source))
     if not isinstance(data, ImageFolderDataModule) or data.split_file != run / SPLIT:
         return
@@ -277,7 +277,7 @@ def _own_renormalise(weights: Weights, data: ImageDataModule, settings: DictConf
 
 
 def _check_held_out(weights: Weights, data: ImageDataModule, split: str) -> None:
-    """Once the data are there: are they not what the model was trained on?"""
+    """Refuses loaded data on which the model was trained."""
     if split != "val":
         return
     facts = facts_of(weights)
@@ -294,16 +294,16 @@ def _check_held_out(weights: Weights, data: ImageDataModule, split: str) -> None
 
 
 class ClassResult(NamedTuple):
-    """How a model did at one class, in percent; None where there is nothing to divide by."""
+    """Results for one class, in percent; None if the denominator is 0."""
 
     name: str  # of the class
     images: int  # how many there are of it
-    accuracy: float | None  # share of them that the model called so (recall)
-    precision: float | None  # share of what the model called so that is of the class
+    accuracy: float | None  # fraction of its images that the model assigned to it (recall)
+    precision: float | None  # fraction of the images assigned to it that belong to it
 
 
 def class_results(stat_scores: Tensor, class_names: list[str]) -> list[ClassResult]:
-    """All classes, the least accurate first, those without images last."""
+    """Returns all classes, least accurate first, those without images last."""
     results = [
         ClassResult(name, int(images), _percent(right, images), _percent(right, right + wrong))
         for name, (right, wrong, _, _, images) in zip(class_names, stat_scores.tolist(), strict=True)

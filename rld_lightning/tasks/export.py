@@ -1,4 +1,4 @@
-"""Exports a student in formats that others read, and shows on real images that each does what it does in PyTorch."""
+"""Exports a student to common formats, and verifies on real images that each matches PyTorch."""
 
 import hashlib
 import json
@@ -43,24 +43,24 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Export:
-    """What an export has left; also in its ``export.json``."""
+    """Result of an export; also written as ``export.json``."""
 
-    folder: str  # where the files lie
-    model: str  # what was exported
-    checkpoint: Literal["last", "best"]  # of which epoch, `"last"` or `"best"`
-    dataset: str  # what it was compared on
-    split: str  # which images of it, `"test"` or `"val"`
-    pixels: bool  # whether the ONNX and `.pt2` files take uint8 pixels and give probabilities
-    any_size: bool  # whether these are of images of any size
-    files: tuple[Exported, ...]  # the files, with how they compare
+    folder: str  # the directory of the files
+    model: str  # the exported network
+    checkpoint: Literal["last", "best"]  # the epoch, `"last"` or `"best"`
+    dataset: str  # the data set of the comparison
+    split: str  # its split, `"test"` or `"val"`
+    pixels: bool  # whether the ONNX and `.pt2` files take uint8 pixels and return probabilities
+    any_size: bool  # whether these take images of any size
+    files: tuple[Exported, ...]  # the files, with the comparison
 
 
 def export(cfg: DictConfig) -> Export:
-    """Does what ``conf/export.yaml`` describes.
+    """Runs the job of ``conf/export.yaml``.
 
     Raises:
-        UserError: the run is not finished, its data are not there, a package is missing, or a format cannot hold the
-            network.
+        UserError: the run is not finished, its data are missing, a package is missing, or a format does not support
+            the network.
     """
     freeze(cfg)
     with user_errors():
@@ -92,33 +92,34 @@ def export_run(
 ) -> Export:
     """Exports the student of a finished run, compares each file with it on validation images, and prints a table.
 
-    The folder is laid out as the Hugging Face Hub has models: ``config.json``, ``model.safetensors``, a model card in
-    ``README.md``, and beside them ``model.onnx``, ``model.int8.onnx``, ``model.pt2`` and ``export.json``.
+    The directory has the layout of models on the Hugging Face Hub: ``config.json``, ``model.safetensors``, a model card
+    in ``README.md``, and also ``model.onnx``, ``model.int8.onnx``, ``model.pt2`` and ``export.json``.
 
     Args:
-        run: the folder of a finished run: its ``student.safetensors``, ``summary.json`` and ``config.yaml`` are read.
+        run: the directory of a finished run: its ``student.safetensors``, ``summary.json`` and ``config.yaml`` are
+            read.
         formats: of :data:`FORMATS`; the card and ``export.json`` are always written.
-        checkpoint: the student of the last epoch, or that of ``best.ckpt``, which validation has chosen.
-        out: where to; ``<run>/export`` by default, and ``<run>/export_best`` of the best epoch.
-        val_images: how many of the images that the run was validated on each file is compared on, classes mixed; None
-            for all, 0 for none, and then the data need not be there.
-        train_images: how many training images ``onnx_int8`` is calibrated on.
-        pixels: whether the ONNX and ``.pt2`` files take uint8 pixels ``(B, H, W, 3)`` and give probabilities.
-        any_size: whether these are of images of any size, which are resized and cropped; else of the network's size.
-        root: where the data lie, if not where they lay when the run was trained.
+        checkpoint: the student of the last epoch, or that of ``best.ckpt``, selected by validation.
+        out: output directory; by default ``<run>/export``, or ``<run>/export_best`` for the best epoch.
+        val_images: number of the run's validation images for the comparison, classes mixed; None for all, 0 for none,
+            which needs no data.
+        train_images: number of training images that calibrate ``onnx_int8``.
+        pixels: whether the ONNX and ``.pt2`` files take uint8 pixels ``(B, H, W, 3)`` and return probabilities.
+        any_size: whether these take images of any size, which they resize and crop; else of the network's size.
+        root: where the data are, if not where they were during training.
 
     Returns:
         what was written, and how it compares.
 
     Raises:
-        FileNotFoundError: the run is not finished, has no such checkpoint, or its data are not there.
+        FileNotFoundError: the run is not finished, has no such checkpoint, or its data are missing.
         ImportError: a package is missing; the message says how to install it.
-        ValueError: a format is unknown or cannot hold the network, or the run's files are not what they should be.
+        ValueError: a format is unknown or does not support the network, or the run's files are invalid.
     """
     _check(formats, val_images)
     finished = _finished(run, checkpoint)
     student = load_student(run / (RUN_WEIGHTS if checkpoint == "last" else BEST))
-    if checkpoint == "best":  # which its file does not know
+    if checkpoint == "best":  # its file does not record it
         student.facts = replace(student.facts, top1=finished.summary.top1_best)
     folder = out or run / (EXPORT if checkpoint == "last" else f"{EXPORT}_{checkpoint}")
     if out is None:
@@ -197,7 +198,7 @@ def _check(formats: Sequence[str], val_images: int | None) -> None:
 
 
 def _data(run: Run, student: Student, root: Path | None) -> ImageDataModule:
-    """The run's data as they are evaluated: training images, too, come as they are."""
+    """Returns the run's data for evaluation, without augmentation of the training images either."""
     settings = run.config["data"] | {"augment": False, "subset": 1.0, "mixup": 0.0, "cutmix": 0.0}
     settings = {key: value for key, value in settings.items() if key in run.config["data"]}
     data = build_data(replace(run, config=run.config | {"data": settings}), root, option="root=")
@@ -214,7 +215,7 @@ def _data(run: Run, student: Student, root: Path | None) -> ImageDataModule:
 
 
 class _Sample(NamedTuple):
-    """Validation images ``(N, 3, H, W)``, their classes, and where they stand in their split."""
+    """Validation images ``(N, 3, H, W)``, their classes, and their positions in the split."""
 
     images: Tensor
     label: Tensor
@@ -222,7 +223,7 @@ class _Sample(NamedTuple):
 
 
 def _sample(data: ImageDataModule, number: int | None) -> _Sample:
-    """The first validation images of an order that mixes the classes."""
+    """Returns the first validation images in an order that mixes the classes."""
     batches, count = [], 0
     for batch in data.val_sample(_BATCH):
         batches.append((batch.images, batch.label, batch.index))
@@ -233,7 +234,7 @@ def _sample(data: ImageDataModule, number: int | None) -> _Sample:
 
 
 def _pictures(data: ImageDataModule | None, positions: Tensor) -> Iterator[Tensor]:
-    """The same images before they were resized, uint8 ``(B, H, W, 3)``, neighbours of one size together."""
+    """Yields the same images before resizing, uint8 ``(B, H, W, 3)``, consecutive images of one size together."""
     assert isinstance(data, StreamingDataModule | InMemoryDataModule)
     split, together = data.splits[data.val_split], list[Tensor]()
     decoder = "pil" if getattr(data, "decode", None) == "pil" else "auto"
@@ -250,7 +251,7 @@ def _pictures(data: ImageDataModule | None, positions: Tensor) -> Iterator[Tenso
 
 
 def _calibration(data: ImageDataModule | None, number: int) -> Iterator[Tensor]:
-    """Training images, as validation would see them, in batches."""
+    """Yields training images, preprocessed as for validation, in batches."""
     assert data is not None
     count = 0
     for batch in data.train_dataloader():
@@ -261,7 +262,7 @@ def _calibration(data: ImageDataModule | None, number: int) -> Iterator[Tensor]:
 
 
 class _Writer:
-    """Writes the files of an export, each whole or not at all."""
+    """Writes the files of an export, each atomically."""
 
     def __init__(self, student: Student, folder: Path, *, pixels: bool, any_size: bool) -> None:
         self.student = student
@@ -276,7 +277,7 @@ class _Writer:
         self._onnx: bytes | None = None
 
     def pixels(self, format: str) -> bool:
-        """Whether a format takes pixels; safetensors hold weights alone."""
+        """Whether a format takes pixels; safetensors contain only weights."""
         return self._pixels and format != "safetensors"
 
     def program_resizes(self, format: str) -> bool:
@@ -284,7 +285,7 @@ class _Writer:
         return self._resize and self.pixels(format)
 
     def takes(self, images: Tensor, format: str) -> Tensor:
-        """Normalised images as a format takes them."""
+        """Converts normalised images to a format's input."""
         if not self.pixels(format):
             return images
         look = self.student.transform
@@ -294,7 +295,7 @@ class _Writer:
     def write(
         self, formats: Iterable[str], calibration: Callable[[], Iterator[Tensor]]
     ) -> Iterator[tuple[Exported, Callable[[Tensor], Tensor]]]:
-        """Writes the formats in turn; yields what each has become, and what runs the file that was written."""
+        """Writes the formats in turn; yields each result, and a function that runs the written file."""
         for format in dict.fromkeys(formats):
             print_line("export", f"{format}: {self.folder / FILES[format]}")
             path = self.folder / FILES[format]
@@ -316,7 +317,7 @@ class _Writer:
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """What each file says about itself."""
+        """Returns the facts stored in each file."""
         look, known = self.student.transform, asdict(self.student.facts)
         return {key: value for key, value in known.items() if value is not None} | {
             "name": self.student.name,
@@ -338,7 +339,7 @@ class _Writer:
         example, free = example_of(self.network, self.shape)
         try:
             program = torch.export.export(self.network, (example,), dynamic_shapes=free)
-        except Exception as error:  # each stage raises its own
+        except Exception as error:  # each stage has its own exceptions
             reason = first_line(error)
             raise ValueError(
                 f"torch.export cannot trace {self.student.name} ({reason}); leave torch_export out of formats=."

@@ -1,4 +1,4 @@
-"""Runs the networks of a finished run on the images that the run was validated on."""
+"""Runs the networks of a finished run on its validation images."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,11 +23,11 @@ from rld_lightning.tasks.teacher.recorded import teacher_of
 
 
 class LogitReader:
-    """Runs students and teachers over their validation images, each once, in float32.
+    """Runs students and teachers on their validation images, each once, in float32.
 
     Args:
-        data_root: where the data lie, if not where they lay when the runs were trained.
-        teacher: the teacher's weights, if not where they lay then.
+        data_root: where the data are, if not where they were during training.
+        teacher: the teacher's weights, likewise.
     """
 
     def __init__(self, data_root: Path | None = None, teacher: Path | None = None) -> None:
@@ -38,12 +38,12 @@ class LogitReader:
         self._logits: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def read(self, run: Run) -> RunLogits:
-        """Computes the logits of a run's student and teacher on what it was validated on.
+        """Computes the logits of a run's student and teacher on its validation images.
 
-        Each sees images as in training: in its size, under its normalisation, with the classes in the data's order.
+        Each gets images as in training: its size, its normalisation, and the classes in the data's order.
 
         Raises:
-            FileNotFoundError: weights or data are not where they were.
+            FileNotFoundError: weights or data have moved.
             ValueError: the run has no teacher, or weights do not fit.
         """
         data, teacher = self.data(run), self._teacher_of(run)
@@ -56,9 +56,9 @@ class LogitReader:
         return RunLogits(student_logits, teacher_logits, label, index, list(data.class_names))
 
     def data(self, run: Run) -> ImageDataModule:
-        """The data of a run, loaded."""
+        """Returns a run's data module, with loaded data."""
         settings = run.config["data"]
-        # What has no part in the images that are validated on; the seed has where they are held out.
+        # Settings without an effect on the validation images; the seed has one if they are held out.
         unimportant = {"batch_size", "subset", "augment"} | (set() if settings.get("val_fraction") else {"seed"})
         key = str({name: value for name, value in settings.items() if name not in unimportant})
         if key not in self._data:
@@ -69,7 +69,7 @@ class LogitReader:
         return self._data[key]
 
     def image(self, run: Run, index: int) -> Tensor:
-        """One validation image of a run, ``(H, W, 3)`` with values in [0, 1].
+        """Returns one validation image of a run, ``(H, W, 3)`` with values in [0, 1].
 
         Raises:
             ValueError: there is no image of this index.
@@ -82,7 +82,7 @@ class LogitReader:
         raise ValueError(f"there is no validation image {index} in {data.name}; choose 0 to {data.val_size - 1}.")
 
     def _teacher_of(self, run: Run) -> Teacher:
-        """What it is, and where its weights are; a file that was given knows best which network it is of."""
+        """Returns the teacher with its weights; a given file determines its network itself."""
         if self.teacher is None:
             if run.summary.teacher is None:
                 raise ValueError(
@@ -98,7 +98,7 @@ class LogitReader:
         return Teacher(known, str(self.teacher), "", None, {"fuse": False, "dtype": None})
 
     def _of(self, data: ImageDataModule, what: str, make: Callable[[], nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
-        """What a network says of all validation images, computed once; ``make`` gives it, on the CPU."""
+        """Returns a network's results for all validation images, computed once; ``make`` builds it on the CPU."""
         key = (what, id(data))
         if key not in self._logits:
             network = make().to(self.device).eval()

@@ -1,4 +1,4 @@
-"""Says what images show, with any student, checkpoint, export or ONNX file, after the preprocessing of validation."""
+"""Classifies images with any student, checkpoint, export or ONNX file, after the preprocessing of validation."""
 
 import csv
 import glob
@@ -38,21 +38,21 @@ from rld_lightning.tasks.run.trainer import device_of
 
 STDIN = STDOUT = "-"
 MOST_ROWS_SHOWN = 40
-_FEW = 64  # images that are read sooner than a process for it is started
+_FEW = 64  # number of images for which starting a reader process does not pay off
 
 
 class Classifier(NamedTuple):
-    """A network that is asked."""
+    """A network with its preprocessing and classes."""
 
-    probabilities: Callable[[Tensor], Tensor]  # of normalised images `(B, 3, H, W)`, `(B, C)`
+    probabilities: Callable[[Tensor], Tensor]  # maps normalised images `(B, 3, H, W)` to `(B, C)`
     classes: Sequence[str]  # the C names
-    transform: Preprocessing  # what it wants to see
-    name: str  # what it is called
-    device: torch.device  # where it takes images
+    transform: Preprocessing  # its preprocessing
+    name: str  # its name
+    device: torch.device  # device of its input
 
 
 class Answer(NamedTuple):
-    """What an image shows, the likeliest first; or why it cannot be read."""
+    """The most likely classes of an image, in order; or why it cannot be read."""
 
     image: str
     found: list[Prediction]
@@ -60,10 +60,10 @@ class Answer(NamedTuple):
 
 
 def predict(cfg: DictConfig) -> int:
-    """Does what ``conf/predict.yaml`` describes.
+    """Runs the job of ``conf/predict.yaml``.
 
     Returns:
-        how many images could not be read.
+        the number of images that could not be read.
 
     Raises:
         UserError: the weights cannot be used, there are no images, none of them can be read, or the answers cannot be
@@ -93,9 +93,9 @@ def predict(cfg: DictConfig) -> int:
                 sys.stdout.buffer.write(lines)
                 sys.stdout.flush()
         else:
-            known.extend(answers)  # which has those before an interruption
+            known.extend(answers)  # contains those before an interruption
     except (KeyboardInterrupt, Stopped):
-        if path is not None and known:  # beside a file of all, which an earlier command may have left
+        if path is not None and known:  # not replacing a complete file of an earlier command
             leave(part := path.with_name(f"{path.stem}.partial{path.suffix}"))
             print_line("answered", f"{len(known):,} of {len(paths):,} images: {part}")
         raise
@@ -113,7 +113,7 @@ def predict(cfg: DictConfig) -> int:
 
 
 def _file_of(cfg: DictConfig) -> Path:
-    """Where the answers go."""
+    """Returns the output file."""
     path = Path(cfg.out or Path(cfg.paths.run) / f"predictions.{'jsonl' if cfg.format == 'jsonl' else 'csv'}")
     if path.is_dir():
         raise UserError(f"out={path} is a directory; name a file in it.")
@@ -121,14 +121,14 @@ def _file_of(cfg: DictConfig) -> Path:
 
 
 def find_images(sources: Iterable[str]) -> list[str]:
-    """The files that are meant, in their order, each once.
+    """Returns the files of the sources, in order, each once.
 
     Args:
-        sources: files, folders (with all below them), patterns such as ``photos/**/*.jpg``, and ``-`` for a list on
-            standard input, one a line.
+        sources: files, folders (including everything below), patterns such as ``photos/**/*.jpg``, and ``-`` for a list
+            on standard input, one per line.
 
     Raises:
-        FileNotFoundError: there is nothing of a name, or no image at all.
+        FileNotFoundError: a source does not exist, or there is no image at all.
     """
     found: dict[str, None] = {}
     for source in sources:
@@ -136,7 +136,7 @@ def find_images(sources: Iterable[str]) -> list[str]:
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
             found |= dict.fromkeys(line for line in lines if line)
             continue
-        path = os.path.expanduser(source)  # noqa: PTH111 -- a pattern is no path
+        path = os.path.expanduser(source)  # noqa: PTH111 -- a pattern is not a path
         if os.path.lexists(path):
             matches = [path]
         elif matches := sorted(_matching(path)):
@@ -154,8 +154,8 @@ def find_images(sources: Iterable[str]) -> list[str]:
 
 
 def _matching(pattern: str) -> Iterator[str]:
-    """What :mod:`glob` finds, but that ``**`` follows no links to folders: two that lead back double all, 40 times."""
-    above, stars, rest = f"/{pattern}".partition("/**")  # with a slash in front, which is taken away again
+    """Like :mod:`glob`, but ``**`` follows no links to folders: two that lead back would double all, 40 times."""
+    above, stars, rest = f"/{pattern}".partition("/**")  # the leading slash is removed again
     if not stars or not (rest.startswith("/") or not rest):
         yield from glob.glob(pattern)  # noqa: PTH207 -- patterns with a root
         return
@@ -175,10 +175,10 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def load_classifier(cfg: DictConfig) -> Classifier:
-    """The network of ``weights=``, with what the command says in place of what the file does.
+    """Loads the network of ``weights=``; options of the command override the file's facts.
 
     Raises:
-        WeightsError: it cannot be used, or says too little about itself.
+        WeightsError: it cannot be used, or its file lacks facts.
     """
     device = device_of(cfg.device)
     options = {key: cfg[key] for key in ("image_size", "resize", "mean", "std", "interpolation")}
@@ -199,7 +199,7 @@ def _of_onnx(network: OnnxNetwork, name: str | None, names: list[str] | None, op
     if facts.image_shape is None and network.image_size is not None:
         options = {"image_size": network.image_size} | options
     name = name or facts.name or network.source.name
-    transform = preprocessing_of(facts, name, network.source, **options)  # type: ignore[arg-type]  # of a checked configuration
+    transform = preprocessing_of(facts, name, network.source, **options)  # type: ignore[arg-type]  # checked by Hydra
     classes = names or facts.class_names or [str(index) for index in range(network.num_classes or 0)]
     if network.num_classes is not None and len(classes) != network.num_classes:
         raise ValueError(
@@ -217,21 +217,21 @@ def _of_onnx(network: OnnxNetwork, name: str | None, names: list[str] | None, op
 
 
 def _names(given: object) -> list[str]:
-    """Class names as a list, or from a text file, a name a line."""
+    """Returns class names from a list, or from a text file with one name per line."""
     if not isinstance(given, str):
         return [str(name) for name in given]  # type: ignore[attr-defined]
     return [line for line in Path(given).expanduser().read_text().splitlines() if line]
 
 
 class _Broken(BadImageReport):
-    """Keeps why images cannot be read, instead of saying so."""
+    """Collects why images cannot be read, instead of printing it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
 
     def add(self, images: Iterable[BadImage], consequence: str) -> None:
-        """Keeps them."""
+        """Collects them."""
         self.reasons.update((image.path, image.reason) for image in images)
 
 
@@ -239,12 +239,12 @@ class _Broken(BadImageReport):
 def answer(
     classifier: Classifier, paths: Sequence[str], *, top: int = 5, batch_size: int = 64, num_workers: int | None = None
 ) -> Iterator[Answer]:
-    """What each image shows, in their order, as batches are done; a bar in a terminal shows how far it is.
+    """Yields an answer per image, in order, as batches are finished; shows a progress bar in a terminal.
 
-    The images come by the loader and the transform of validation.
+    Uses the loader and the transform of validation.
 
     Args:
-        num_workers: processes that read; by default none for a few images.
+        num_workers: number of reader processes; by default none for a few images.
 
     Raises:
         UnreadableImagesError: none of them can be read.
@@ -286,7 +286,7 @@ def _kept(answers: Iterable[Answer], known: list[Answer]) -> Iterator[Answer]:
 
 
 def _csv(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
-    """Lines of a table: the image, classes and probabilities in turn, and what is wrong with it."""
+    """Yields CSV lines: the image, classes and probabilities in turn, and why it cannot be read."""
     ranks = range(1, top + 1)
     columns = ["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")), "error"]
     yield _line(columns)
@@ -296,7 +296,7 @@ def _csv(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
 
 
 def _line(cells: Sequence[str]) -> bytes:
-    """A line of a table, and no more than one."""
+    """Formats exactly one CSV line."""
     lines = (plain_cell(" ".join(cell.splitlines())) for cell in cells)
     csv.writer(text := StringIO(), lineterminator="\n").writerow(lines)
     return text.getvalue().encode("utf-8", "surrogateescape")
@@ -315,8 +315,8 @@ def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
 
 
 def _common_folder(paths: Sequence[str]) -> str:
-    """What all of several paths begin with, up to a slash; nothing of a single one."""
-    shared = os.path.commonprefix(paths)  # noqa: RUF071 -- as they are written, and cut at a slash
+    """Returns the common beginning of several paths, up to a slash; empty for a single one."""
+    shared = os.path.commonprefix(paths)  # noqa: RUF071 -- as written, and cut at a slash
     folder = shared[: shared.rfind(os.sep) + 1]
     return "" if len(paths) < 2 or folder == os.sep else folder
 

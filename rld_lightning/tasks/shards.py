@@ -1,4 +1,4 @@
-"""Packs a data set into shards, or makes an index of shards that are there."""
+"""Packs a data set into shards, or indexes existing shards."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from rld_lightning.errors import user_errors
 
 
 def make_shards(cfg: DictConfig) -> ShardIndex:
-    """Does what ``conf/shards.yaml`` describes and prints what there is now.
+    """Runs the job of ``conf/shards.yaml`` and prints the result.
 
     Raises:
-        UserError: the images, the shards or the place to write to are not as they should be.
+        UserError: the images, the shards or the output directory are invalid.
     """
     with user_errors():
         options: Any = OmegaConf.to_container(cfg.storage_options, resolve=True)
@@ -49,7 +49,7 @@ def _pack(cfg: DictConfig, target: str, options: dict[str, Any]) -> ShardIndex:
         "mean": list(data.mean),
         "std": list(data.std),
     }
-    # The data module's names: a folder of ImageNet's has WordNet ids.
+    # Class names from the data module: folders of ImageNet are named by WordNet ids.
     return pack(
         data.splits,
         target,

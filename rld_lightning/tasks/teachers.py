@@ -1,4 +1,4 @@
-"""What the store of teachers holds, where it comes from, and whether it scores what it should."""
+"""Lists, downloads, trains and verifies the teachers of the store."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -32,25 +32,25 @@ TOLERANCE = 0.1  # points: ten images of CIFAR-100's test split, for rounding on
 class Stored:
     """A teacher in the store."""
 
-    dataset: str  # what it is for
+    dataset: str  # its data set
     path: Path  # its file
     sha256: str  # of the file
-    facts: WeightsFacts  # what it says about itself; nothing where it cannot be used
-    refusal: str = ""  # why it cannot be used; empty where it can
+    facts: WeightsFacts  # facts from its file; empty if it cannot be used
+    refusal: str = ""  # why it cannot be used; empty if it can
 
     @property
     def name(self) -> str:
-        """The network."""
+        """The network's name."""
         return canonical_name(self.path.stem)
 
     @property
     def expected(self) -> float | None:
-        """The top-1 that it should have, in percent: the published one, or what its own run has measured."""
+        """The expected top-1 in percent: as published, or as measured by its run."""
         return published_top1(self.dataset, self.name) if self.facts.source == "published" else self.facts.top1
 
 
 def stored_teachers(store: TeacherStore) -> Iterator[Stored]:
-    """Everything in a store, by data set and name; damaged files, too."""
+    """Yields all teachers of a store, by data set and name, including damaged files."""
     for path in sorted(Path(store.root).expanduser().glob("*/*.safetensors")):
         content = read_once(path)
         facts, refusal = WeightsFacts(), f"{path} is damaged" if is_damaged(content) else ""
@@ -62,7 +62,7 @@ def stored_teachers(store: TeacherStore) -> Iterator[Stored]:
 
 
 def print_teachers(store: TeacherStore) -> None:
-    """Prints what a store holds: accuracy, checksum, source; and the published teachers that it lacks."""
+    """Prints a store's teachers with accuracy, checksum and source, and the published teachers that it lacks."""
     found = list(stored_teachers(store))
     rows: list[tuple[object, ...]] = [
         (
@@ -89,17 +89,17 @@ def fetch_teachers(store: TeacherStore, url: str) -> None:
     """Downloads the published teachers that a store lacks.
 
     Raises:
-        DownloadError: the archive cannot be fetched, or is not what was expected.
+        DownloadError: the archive cannot be downloaded, or is not the expected one.
     """
     for path in store.download_published(url):
         print_line("teacher", str(path))
 
 
 def fit_teacher(cfg: DictConfig) -> Summary:
-    """Trains a single network, by ``conf/fit.yaml``, and keeps it in the store.
+    """Trains a single network, by ``conf/fit.yaml``, and stores it.
 
     Raises:
-        UserError: the store has it, it would be none for other runs, or its training failed.
+        UserError: the store has it already, other runs could not use it, or its training failed.
     """
     name = cfg.model.student.name
     with user_errors():
@@ -120,13 +120,13 @@ def fit_teacher(cfg: DictConfig) -> Summary:
 
 
 def verify_teachers(store: TeacherStore, names: Sequence[str], overrides: Sequence[str]) -> None:
-    """Measures teachers of a store on the test split, and compares with what they should have.
+    """Evaluates teachers of a store on the test split, and compares with their expected accuracy.
 
     Args:
-        overrides: of ``conf/eval.yaml``, such as ``data.root=...``; with ``data=...`` those of one data set alone.
+        overrides: of ``conf/eval.yaml``, such as ``data.root=...``; ``data=...`` restricts to one data set.
 
     Raises:
-        UserError: there is no such teacher, or one scores something else.
+        UserError: a teacher does not exist, or its accuracy differs.
     """
     quiet_lightning()
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
@@ -141,7 +141,7 @@ def verify_teachers(store: TeacherStore, names: Sequence[str], overrides: Sequen
             if "data" not in given:
                 own.append(f"data={teacher.dataset}")
             top1 = evaluate(checked([*own, *with_quotes(overrides)], "eval"), classes_shown=0).top1
-            difference = None if teacher.expected is None else round(top1 - teacher.expected, 4) + 0.0  # no -0
+            difference = None if teacher.expected is None else round(top1 - teacher.expected, 4) + 0.0  # avoids -0
         verdict = "unusable" if teacher.refusal else _verdict(difference)
         if teacher.refusal or abs(difference or 0.0) > TOLERANCE:
             wrong.append(teacher.refusal or f"{teacher.path} is {verdict}")

@@ -1,4 +1,4 @@
-"""A trial of a sweep: a run that happens once, in processes of its own."""
+"""Runs a trial of a sweep, once, in its own processes."""
 
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,19 @@ from rld_lightning.tasks.run.resume import run_once
 def run_trial(cfg: DictConfig) -> Summary:
     """Runs :func:`~rld_lightning.tasks.fit.fit` in fresh processes, once: a finished trial is only read.
 
-    A trial that was interrupted goes on from its ``last.ckpt``. One that fails leaves ``error.txt`` in its folder, and
-    is tried again when a grid is continued; Optuna proposes another. What it prints goes into ``trial.log``, where the
-    sweep has a line of its own in the terminal.
+    An interrupted trial resumes from its ``last.ckpt``. A failed one writes ``error.txt`` to its directory, and is
+    repeated when a grid is continued; Optuna proposes another. Its output goes to ``trial.log`` if the sweep has its
+    own live display in the terminal.
 
     Args:
-        cfg: the composed configuration; ``paths.run`` is the trial's folder.
+        cfg: the composed configuration; ``paths.run`` is the trial's directory.
 
     Raises:
-        UserError: the trial failed, its folder holds one with other settings, or another process is at it.
+        UserError: the trial failed, its directory contains one with other settings, or another process is running it.
     """
     freeze(cfg)
     own: dict[str, Any] = {"print_config": False}
-    if cfg.logger.get("wandb"):  # trials have the same pair, method and, often, seed
+    if cfg.logger.get("wandb"):  # trials share the pair, the method and often the seed
         own["logger.wandb.name"] = f"${{.group}}-${{method}}-{Path(cfg.paths.run).name}"
     run = Path(cfg.paths.run)
     with locked(run):

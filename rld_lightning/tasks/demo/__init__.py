@@ -1,4 +1,4 @@
-"""A local page on which one drops a picture and sees what RLD makes of the teacher."""
+"""A local web page that shows for a dropped picture how RLD refines the teacher."""
 
 from rld_lightning.tasks.demo.answers import demo
 

@@ -1,4 +1,4 @@
-"""What the page of the demo answers: the networks behind it, and what RLD makes of the teacher on a picture."""
+"""Answers for the demo page: runs both networks on a picture, and shows how RLD refines the teacher."""
 
 import base64
 import hashlib
@@ -36,15 +36,15 @@ from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.recorded import teacher_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MOST_PIXELS = 50_000_000  # less than data may have: some hundred megabytes while one picture is decoded
-BEST = 5  # classes of each network that have a row
-_REMEMBERED = 8  # pictures whose logits are kept, for another label
-_TIMED, _LEAST, _SECONDS = 11, 3, 0.3  # passes at most and at least, and for how long
+MOST_PIXELS = 50_000_000  # less than for data: decoding one picture takes some hundred megabytes
+BEST = 5  # classes of each network that get a row
+_REMEMBERED = 8  # pictures whose logits are cached, for another label
+_TIMED, _LEAST, _SECONDS = 11, 3, 0.3  # passes at most and at least, and for how many seconds
 
 
 @dataclass(frozen=True)
 class _Images:
-    """What a teacher is told of the images: those that the student takes."""
+    """The images' properties that a teacher needs: those of the student's input."""
 
     name: str
     class_names: list[str]
@@ -55,26 +55,26 @@ class _Images:
 
 
 class Asked(NamedTuple):
-    """What both networks have said to a picture."""
+    """Results of both networks for a picture."""
 
     student: Tensor  # logits `(C,)`, float32
     teacher: Tensor  # logits `(C,)`, float32
-    milliseconds: dict[str, float]  # of each, median of some passes with a batch of one
-    seen: str  # the pixels that the networks get, as a `data:` address of a PNG file
+    milliseconds: dict[str, float]  # of each network: median over some passes with a batch of one
+    seen: str  # the networks' input pixels, as a `data:` URL of a PNG file
 
 
 class Demo:
-    """Teacher and student of a finished run, asked about one picture at a time; threads take turns.
+    """Teacher and student of a finished run, for one picture at a time; threads take turns.
 
     Args:
-        run: a finished run, whose student lies in its folder.
-        teacher: the teacher's file, if not where it lay when the run was trained.
-        device: where both compute, as ``device=`` says it.
-        name: the student's network, where its file names one from elsewhere.
+        run: a finished run, with the student in its directory.
+        teacher: the teacher's file, if not where it was during training.
+        device: device of both networks, as for ``device=``.
+        name: the student's network, if its file names an external one.
 
     Raises:
-        FileNotFoundError: a file is not where it was.
-        ValueError: the run has no teacher, or one that is not of one file of weights; or the device is not there.
+        FileNotFoundError: a file has moved.
+        ValueError: the run has no teacher, or not one with a single weights file; or the device does not exist.
     """
 
     def __init__(self, run: Run, teacher: str | None = None, device: str = "cpu", name: str | None = None) -> None:
@@ -85,7 +85,7 @@ class Demo:
             run.summary.dataset, student.classes, len(student.classes), (3, *look.size), look.mean, look.std
         )
         planned = teacher_of(run, teacher)
-        data = cast(ImageDataModule, images)  # as much of it as a teacher asks for
+        data = cast(ImageDataModule, images)  # the part that a teacher uses
         frozen, _, _ = build_teacher(planned, data, Normalisation(look.mean, look.std))
         self.student, self.teacher = student.to(self.device).eval(), frozen.to(self.device).eval()
         self.names = {"student": student.name, "teacher": planned.name}
@@ -98,7 +98,7 @@ class Demo:
         self._time(torch.zeros(1, 3, *look.size))  # the first passes are slow
 
     def facts(self) -> dict[str, Any]:
-        """What the page has to know before there is a picture; plain values."""
+        """Returns plain values that the page needs before there is a picture."""
         loss = self.loss
         settings = {"alpha": loss.alpha, "beta": loss.beta, "temperature": loss.temperature, "mask": loss.mask}
         return {
@@ -111,17 +111,17 @@ class Demo:
         }
 
     def ask(self, content: bytes, label: int | None = None) -> dict[str, Any]:
-        """What is said about a picture.
+        """Answers a request for a picture.
 
         Args:
             content: a JPEG, PNG or WebP file.
-            label: the class that RLD is to take for true; None takes the student's favourite.
+            label: the class that RLD treats as true; None for the student's most likely one.
 
         Returns:
             plain values for the page.
 
         Raises:
-            BadImageError: there is no such picture in the bytes, or too large a one.
+            BadImageError: the bytes are not such a picture, or it is too large.
             ValueError: there is no class of this number.
         """
         if label is not None and not 0 <= label < len(self.student.classes):
@@ -159,17 +159,17 @@ class Demo:
             end = time.perf_counter() + _SECONDS
             while len(taken) < _LEAST or (len(taken) < _TIMED and time.perf_counter() < end):
                 start = time.perf_counter()
-                logits[role] = network(images)[0].float().cpu()  # waits for the device
+                logits[role] = network(images)[0].float().cpu()  # synchronises with the device
                 taken.append(1000 * (time.perf_counter() - start))
             milliseconds[role] = float(np.median(taken))
         return logits, milliseconds
 
 
 def demo(cfg: DictConfig) -> None:
-    """Does what ``conf/demo.yaml`` describes, until it is stopped.
+    """Runs the job of ``conf/demo.yaml`` until it is stopped.
 
     Raises:
-        UserError: the run is not finished, a network's file is not where it was, or the port is taken.
+        UserError: the run is not finished, a network's file has moved, or the port is in use.
     """
     freeze(cfg)
     with user_errors():
@@ -181,14 +181,14 @@ def demo(cfg: DictConfig) -> None:
 
 
 def shown_rows(sample: Refinement) -> list[int]:
-    """The classes with a row: the likeliest of both networks and the label, by falling probability of the student."""
+    """Returns the classes with a row: both networks' most likely and the label, by decreasing student probability."""
     both = (sample.student_logits, sample.teacher_logits)
     chosen = {sample.label}.union(*(logits.topk(min(BEST, len(logits))).indices.tolist() for logits in both))
     return [index for index in sample.student_logits.argsort(descending=True, stable=True).tolist() if index in chosen]
 
 
 def answer(asked: Asked, sample: Refinement, classes: Sequence[str], loss: RLDLoss) -> dict[str, Any]:
-    """What the page shows of a picture, in plain values; probabilities are in [0, 1]."""
+    """Returns the page's content for a picture, as plain values; probabilities are in [0, 1]."""
     shown = shown_rows(sample)
     sides = {"teacher": sample.teacher_probs, "refined": sample.teacher_correlation, "student": sample.student_probs}
     others = torch.ones(len(classes), dtype=torch.bool)
@@ -218,7 +218,7 @@ def answer(asked: Asked, sample: Refinement, classes: Sequence[str], loss: RLDLo
 
 
 def _decode(content: bytes) -> Tensor:
-    """Pixels of a picture of an allowed format and size, uint8 ``(3, H, W)``."""
+    """Decodes a picture of an allowed format and size to uint8 pixels ``(3, H, W)``."""
     file = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
     header = read_header(file)
     if header.format not in FORMATS:

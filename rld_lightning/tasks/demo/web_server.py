@@ -1,17 +1,17 @@
-"""The server behind ``scripts/demo.py``: four fixed pages and one question, for this machine alone.
+"""The server of ``scripts/demo.py``: four fixed pages and one request, for this machine only.
 
-The standard library's server, and not Gradio or an ASGI stack: there are two things to do, hand out three small files
-and answer to one picture, and whatever is not there cannot go wrong. Gradio would bring some forty packages, fonts and
-scripts from elsewhere, a reporting home that has to be switched off, and handlers that open files by the paths that
-requests name. What the standard library does not do is done here:
+Uses the standard library's server, not Gradio or an ASGI stack: there are two things to do, serve three small files and
+answer requests for one picture, and what does not exist cannot fail. Gradio would add some forty packages, fonts and
+scripts from other sites, telemetry that has to be switched off, and handlers that open files by requested paths. What
+the standard library lacks is done here:
 
-- it listens on 127.0.0.1 and nowhere else;
-- ``Host`` must be this machine, or a page of a stranger's could have its own name point here (DNS rebinding), and
-  ``Origin`` of a question must be the page itself, so that no other page can ask;
-- a picture's length is looked at before it is read, its type before it is decoded, and no path is ever opened: the
+- it listens on 127.0.0.1 only;
+- ``Host`` must be this machine, as a stranger's page could resolve its own name to this address (DNS rebinding), and
+  ``Origin`` of a request must be the page itself, so that no other page can send one;
+- a picture's length is checked before it is read, its type before it is decoded, and no path is ever opened: the
   files are read once, before the first request;
-- connections are few, wait for no more than some seconds, and are heard for no more than a minute in all;
-- the page may load nothing but its own files, and be shown in no frame.
+- connections are limited in number, in idle time (seconds), and in total time (a minute);
+- the page may load only its own files, and must not be shown in a frame.
 """
 
 import json
@@ -35,10 +35,11 @@ Ask = Callable[[bytes, int | None], dict[str, Any]]
 HOST = "127.0.0.1"
 MOST_BYTES = 20_000_000  # of a picture
 TYPES = ("image/jpeg", "image/png", "image/webp")
-_MOST_CONNECTIONS = 32  # browsers open some ahead
-_SECONDS = 10  # that a connection may be silent
-_MOST_SECONDS = 60  # that it may take to say all: a byte now and then is no silence
-_OURS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")  # any port: the other end of an SSH tunnel has one
+_MOST_CONNECTIONS = 32  # browsers open some in advance
+_SECONDS = 10  # idle time of a connection
+_MOST_SECONDS = 60  # total time of a request: a byte now and then is not idle
+# Any port: an SSH tunnel may have another at its other end.
+_OURS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")
 _PAGE = Path(__file__).parent / "page"
 _FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -62,9 +63,9 @@ class DemoServer(ThreadingHTTPServer):
     """Listens on a port of this machine.
 
     Args:
-        facts: what the page has to know before there is a picture.
-        ask: answers to the bytes of a picture and the label, plain values.
-        port: 0 takes a free one.
+        facts: what the page needs before there is a picture.
+        ask: maps a picture's bytes and the label to plain values.
+        port: 0 for a free one.
     """
 
     daemon_threads = True
@@ -80,18 +81,18 @@ class DemoServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What to open."""
+        """The page's URL."""
         return f"http://{HOST}:{self.server_address[1]}/"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Takes a connection, if there are not too many."""
+        """Accepts a connection, unless there are too many."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answers, and makes room for another."""
+        """Answers, and releases the connection's slot."""
         hearing = threading.Timer(_MOST_SECONDS, _hear_no_more, [request])
         hearing.daemon = True
         try:
@@ -102,7 +103,7 @@ class DemoServer(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of connections that break off."""
+        """Prints nothing about broken connections."""
 
 
 def _hear_no_more(request: socket.socket) -> None:
@@ -114,7 +115,7 @@ def serve(facts: Mapping[str, Any], ask: Ask, port: int) -> None:
     """Serves the page until the process is stopped.
 
     Raises:
-        UserError: the port is taken, or not for this user.
+        UserError: the port is in use, or this user must not use it.
     """
     try:
         server = DemoServer(facts, ask, port)
@@ -128,7 +129,7 @@ def serve(facts: Mapping[str, Any], ask: Ask, port: int) -> None:
 
 
 class _Refused(Exception):
-    """A request that is not answered, and the sentence that says why."""
+    """A refused request, with the sentence that says why."""
 
     def __init__(self, status: HTTPStatus, sentence: str) -> None:
         super().__init__(sentence)
@@ -136,30 +137,30 @@ class _Refused(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request of one connection."""
+    """Handles the requests of a connection."""
 
     server: DemoServer
     timeout = _SECONDS
     server_version, sys_version = "rld-lightning", ""
-    error_content_type = "text/plain; charset=utf-8"  # of what the base class refuses by itself
+    error_content_type = "text/plain; charset=utf-8"  # for errors that the base class sends itself
     error_message_format = "%(code)d\n"
 
     def do_GET(self) -> None:
-        """One of the fixed pages."""
+        """Sends one of the fixed pages."""
         self._answer(self._page)
 
     def do_POST(self) -> None:
-        """The question about a picture."""
+        """Answers a request for a picture."""
         self._answer(self._ask)
 
     def end_headers(self) -> None:
-        """Every answer has the same ones."""
+        """Adds the headers that all answers share."""
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keeps quiet: requests are no news, and what stands in them is not for a terminal."""
+        """Prints nothing: requests are not of interest, and their content must not reach a terminal."""
 
     def _answer(self, answer: Callable[[], tuple[bytes, str]]) -> None:
         status = HTTPStatus.OK
@@ -169,8 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             status, content, kind = refused.status, json.dumps({"error": str(refused)}).encode(), _JSON
         except TimeoutError:
-            raise  # who asks has gone
-        except Exception as error:  # the page goes on, and so does whoever looks at the terminal
+            raise  # the client has gone
+        except Exception as error:  # the server continues, and prints the error
             print_line("error", f"{type(error).__name__}: {first_line(error)}")
             status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, _JSON
             content = json.dumps({"error": "That failed; the terminal says why."}).encode()
@@ -207,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         return json.dumps(found, allow_nan=False).encode(), _JSON
 
     def _content(self) -> bytes:
-        """The picture's bytes, as many as have been announced and are allowed."""
+        """Reads the picture's bytes, as many as announced and allowed."""
         if self.headers.get_all("Content-Type", []) not in [[kind] for kind in TYPES]:
             raise _Refused(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JPEG, PNG and WebP pictures are taken, and nothing else."

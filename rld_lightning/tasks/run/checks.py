@@ -1,4 +1,4 @@
-"""What would go wrong later, said before anything is trained or measured: one sentence each."""
+"""Checks before training or evaluation for errors that would occur later; each is one sentence."""
 
 from collections.abc import Callable, Iterable
 from math import ceil
@@ -28,19 +28,19 @@ from rld_lightning.schedule import make_schedule
 from rld_lightning.tasks.run.plan import Plan, Student, Teacher
 from rld_lightning.tasks.run.resume import check_folder, check_resume
 
-LIBRARIES = ("torchvision/", "timm/", "transformers/")  # which have weights of their own
+LIBRARIES = ("torchvision/", "timm/", "transformers/")  # they provide weights
 
 
 def check_start(plan: Plan, cfg: DictConfig) -> RunRecord | None:
-    """Looks whether a run can begin, or go on, in its folder, and whether its networks are known.
+    """Checks that a run can start or resume in its directory, and that its networks are known.
 
     Returns:
-        what the checkpoint that it goes on from says about its run, if it says something.
+        what the checkpoint from which it resumes records about its run, if anything.
 
     Raises:
-        FileNotFoundError: there is no checkpoint to resume from.
-        ValueError: the folder holds another run, the checkpoint is not of this one, a network has no name that is
-            known, or the processes cannot share the batch.
+        FileNotFoundError: the checkpoint to resume from does not exist.
+        ValueError: the directory contains another run, the checkpoint is another run's, a network's name is unknown, or
+            the processes cannot share the batch.
     """
     if plan.processes > 1 and plan.batch_size is not None:
         share_of_batch(plan.batch_size, plan.processes)
@@ -51,17 +51,17 @@ def check_start(plan: Plan, cfg: DictConfig) -> RunRecord | None:
 
 
 def check_names(student: Student, teacher: Teacher | None) -> None:
-    """Looks whether the networks of a run are known.
+    """Checks the networks' names, and that the requested weights exist for them.
 
     Raises:
-        ValueError: one has no name that is known, or cannot have the weights that it is to have.
+        ValueError: a name is unknown, or it cannot have the requested weights.
     """
     for role, network in (("teacher", teacher), ("student", student)):
         if network is None:
             continue
         if network.name is None:
             raise ValueError(f"model.{role}.name has no value; name a model, such as model.{role}.name=resnet20.")
-        start = None  # an experiment's does not matter to a teacher that is there
+        start = None  # an experiment's start does not matter if the teacher exists
         if isinstance(network, Teacher) and network.weights in ("auto", "fit"):
             start = network.start
         option = "weights" if start is None else "start"
@@ -72,7 +72,7 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
                 f"model.{role}.{option}=pretrained is for torchvision/, timm/ and transformers/ names, not for "
                 f"{network.name}; give {ways}{own}."
             )
-        # A wrong name should not wait for a download.
+        # Report a wrong name before a download.
         files = len(network.weights) if isinstance(network.weights, tuple) else 1
         for name in names_of_members(network.name, files):
             if name not in FOREIGN:
@@ -80,7 +80,7 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
 
 
 def check_loss(loss: DistillationLoss, plan: Plan) -> None:
-    """Looks whether a loss has the teacher that it needs.
+    """Checks that a loss has the teacher that it needs.
 
     Raises:
         ValueError: it needs one, and there is none.
@@ -93,10 +93,10 @@ def check_loss(loss: DistillationLoss, plan: Plan) -> None:
 
 
 def check_mixtures(loss: DistillationLoss, data: ImageDataModule) -> None:
-    """Looks whether a loss can learn from images that are mixed.
+    """Checks that a loss supports mixed images, if the data mix them.
 
     Raises:
-        ValueError: they are mixed, and it cannot.
+        ValueError: the data mix images, and the loss does not support it.
     """
     if data.mix and not loss.takes_mixtures:
         raise ValueError(
@@ -109,10 +109,10 @@ def check_mixtures(loss: DistillationLoss, data: ImageDataModule) -> None:
 def check_recipe(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], scheduler: Callable[[Optimizer], LRScheduler] | None
 ) -> None:
-    """Makes the optimizer and the schedule of a run once for a parameter of nobody's: training begins much later.
+    """Creates a run's optimizer and scheduler once for a dummy parameter, as training starts much later.
 
     Raises:
-        ValueError: one of them cannot be made.
+        ValueError: one of them cannot be created.
     """
     what = "optimizer"
     try:
@@ -120,15 +120,15 @@ def check_recipe(
         what = "scheduler"
         if scheduler is not None:
             make_schedule(scheduler, made, lambda: 1000)
-    except Exception as error:  # each class refuses its options in its own way
+    except Exception as error:  # each class has its own exceptions for bad options
         raise ValueError(f"recipe.{what} cannot be made of its options: {error}") from error
 
 
 def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule) -> None:
-    """Looks whether a trainer can do all of a run.
+    """Checks that a trainer supports the run.
 
     Raises:
-        ValueError: it trains or validates never, cannot share out the batch, or has no GPUs for what needs them.
+        ValueError: it never trains or validates, cannot divide the batch, or lacks GPUs that an option needs.
     """
     if trainer.limit_val_batches == 0:
         raise ValueError(
@@ -157,16 +157,16 @@ def check_network(
     num_classes: int | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> None:
-    """Has a network show that it turns two images of the data into logits.
+    """Checks that a network maps two images of the data to logits.
 
     Args:
-        network: the network, on the CPU; by default a fresh one of this name.
-        other_sizes: whether the data can have another ``data.image_size``.
-        num_classes: how many it tells apart; by default those of the data.
-        image_size: height and width of the images that it gets; by default those of the data.
+        network: the network, on the CPU; by default a new one of this name.
+        other_sizes: whether the data accept another ``data.image_size``.
+        num_classes: its number of classes; by default the data's.
+        image_size: height and width of its input; by default the data's.
 
     Raises:
-        ValueError: it cannot take them, or what it returns are not logits ``(2, C)``.
+        ValueError: it does not accept the images, or its output is not logits ``(2, C)``.
     """
     num_classes = data.num_classes if num_classes is None else num_classes
     own = "" if network is not None or other_sizes else _at_its_size(name)
@@ -176,7 +176,7 @@ def check_network(
     try:
         with evaluation_mode(network), torch.no_grad():
             logits = network(torch.zeros(2, *image_shape))
-    except Exception as error:  # each library refuses images in its own way
+    except Exception as error:  # each library has its own exceptions for bad images
         size = "another size with data.image_size=, or " if other_sizes else own
         raise ValueError(
             f"{name} cannot take images of {shape} ({first_line(error)}); choose {size}another model."
@@ -189,19 +189,19 @@ def check_network(
 
 
 def _at_its_size(name: str) -> str:
-    """A way out for a network that its library has published for images of another size."""
+    """Suggests a solution for a network that its library publishes for another image size."""
     published = published_input(name) if name.startswith(("torchvision/", "timm/")) and "@" not in name else None
     return "" if published is None else f"{name}@{published[2]}, which resizes them itself, or "
 
 
 def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
-    """What the run of a file has held out, for the options of the data that their configuration leaves open (null).
+    """Returns what a weights file's run held out, for the options that the data's configuration leaves open (null).
 
     Returns:
-        values by option, such as ``{"seed": 0, "val_fraction": 0.1}``; 0 where the file does not say.
+        values by option, such as ``{"seed": 0, "val_fraction": 0.1}``; 0 if the file does not record it.
 
     Raises:
-        WeightsError: what the file says is not a number in range.
+        WeightsError: the file's value is not a number in range.
     """
     facts = facts_of(weights)
     options = {option: getattr(facts, name) or 0 for name, option in ImageDataModule.split_options.items()}
@@ -209,15 +209,15 @@ def split_to_measure(settings: DictConfig, weights: Weights) -> dict[str, Any]:
 
 
 def check_split(weights: Weights, data: ImageDataModule, split: str) -> None:
-    """Refuses to measure weights on images that they were trained on, as far as their file says what was held out.
+    """Refuses to evaluate weights on images of their training, as far as their file records what was held out.
 
     Raises:
-        ValueError: other images were held out when they were trained.
+        ValueError: other images were held out during their training.
     """
     facts = facts_of(weights)
     if facts.dataset != data.name:
         return
-    # How the training split is cut up does not change the test split; and where nothing is cut off, no seed counts.
+    # The split of the training images does not affect the test split; if nothing is held out, the seed does not matter.
     harmless = ImageDataModule.split_options if split == "test" else () if data.val_fraction else ("data_seed",)
     for name, value in data.split_facts.items():
         known, option = getattr(facts, name), f"data.{data.split_options[name]}"

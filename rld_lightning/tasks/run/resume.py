@@ -1,4 +1,4 @@
-"""What a run goes on from: a checkpoint, a folder, or nothing yet; a run that happens once, however often asked for."""
+"""Finds and checks what a run resumes from: a checkpoint, a directory, or nothing; and runs jobs only once."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,27 +28,27 @@ from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.run.plan import with_values
 from rld_lightning.watching import callbacks_of
 
-# What a run may change that goes on after it has diverged.
+# Settings that a run may change when it resumes after divergence.
 AGAINST_DIVERGENCE = (
     *RATES,
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
 )
-_LIGHTNING = "pytorch-lightning_version"  # what Lightning calls its own in each checkpoint
+_LIGHTNING = "pytorch-lightning_version"  # Lightning's key in each checkpoint
 _LENGTH = ("recipe.epochs", "trainer.max_epochs", "trainer.max_steps")
 
 
 def find_checkpoint(resume: str | None) -> str | None:
-    """What a run goes on from.
+    """Returns the checkpoint from which a run resumes.
 
     Args:
-        resume: a checkpoint, or the folder of a run, which has its ``last.ckpt``.
+        resume: a checkpoint, or a run directory with its ``last.ckpt``.
 
     Returns:
-        the checkpoint, whether it is there or not; None where the run in the folder has begun and has none yet, so that
-        it begins anew.
+        the checkpoint, whether it exists or not; None if the run in the directory has started without writing one yet,
+        so that it starts over.
 
     Raises:
-        ValueError: the run in the folder has ended without one.
+        ValueError: the run in the directory has finished without one.
     """
     if resume is None:
         return None
@@ -65,14 +65,14 @@ def find_checkpoint(resume: str | None) -> str | None:
 
 @rank_zero_only
 def check_folder(run: Path, resume: str | None, given: str | None) -> None:
-    """Looks whether a run may use its folder, and clears what one has left there that begins anew.
+    """Checks that a run may use its directory, and removes remains of a run that starts over.
 
     Args:
-        resume: what it goes on from, as :func:`find_checkpoint` has found it.
-        given: the value of `resume` as the user gave it.
+        resume: the checkpoint from which it resumes, from :func:`find_checkpoint`.
+        given: the user's value of ``resume``.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the directory contains another run.
     """
     if resume is not None and Path(resume).absolute() == (run / LAST).absolute():
         return
@@ -80,9 +80,9 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
         folder = Path(given) if Path(given).is_dir() else Path(given).parent
         teacher = f", but its teacher resumes with hydra.run.dir={folder}" if (folder / TEACHER).exists() else ""
         if folder.absolute() == run.absolute():
-            (run / METRICS).unlink(missing_ok=True)  # of the beginning of an epoch
+            (run / METRICS).unlink(missing_ok=True)  # of an incomplete epoch
             teacher = ""
-        if not started_by_run():  # by a process that has said so
+        if not started_by_run():  # otherwise the parent has printed it
             print_line("resume", f"there is no checkpoint in {folder} yet: the run starts over{teacher}")
     if (run / METRICS).exists() or checkpoint_exists(run / LAST):
         raise ValueError(
@@ -92,27 +92,27 @@ def check_folder(run: Path, resume: str | None, given: str | None) -> None:
 
 
 def check_resume(path: Path, student: str, cfg: DictConfig) -> RunRecord:
-    """Looks whether a file is a checkpoint of a run with the same settings.
+    """Checks that a file is a checkpoint of a run with the same settings.
 
-    Of these, a run may change its length, its learning rate, and how gradients are clipped.
+    A resumed run may change its length, its learning rate, and gradient clipping.
 
     Returns:
-        what it says about its run.
+        what it records about its run.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is something else, of another student or of other settings; or the run would be of another
-            length and its schedule does not allow it.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a checkpoint, or one of another student or other settings; or the run would have another
+            length, which its schedule does not allow.
     """
     checkpoint = _read(path)
     found = read_facts(hyper_parameters(checkpoint), path).name or student
-    # SimKD's has the teacher's name behind it; digits alone are a size, which is the student's own.
+    # SimKD appends the teacher's name; digits alone are a size, which belongs to the student.
     if not re.fullmatch(rf"{re.escape(canonical_name(student))}(@.*\D.*)?", canonical_name(found)):
         raise ValueError(f"{path} is of a run with {found}, and this one trains {student}.")
-    may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # the last is the machine's
+    may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # precision: of the machine
     before = read_record(checkpoint, path)
     changed = changes(before.settings, cfg)
-    if before.teacher_sha256 is not None:  # wherever the file lies now
+    if before.teacher_sha256 is not None:  # wherever the file is now
         may_differ.append("model.teacher.weights")
     _refuse_other_length(path, changed, checkpoint["lr_schedulers"])
     refuse_changes(f"{path} is of", changed, may_differ)
@@ -120,14 +120,14 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> RunRecord:
 
 
 def _refuse_other_length(path: Path, changed: Mapping[str, tuple[str, str]], schedules: Sequence[Any]) -> None:
-    """Refuses to go on longer, or shorter, where the schedule has its length from the beginning."""
+    """Refuses another length of the run if the schedule has had a fixed length from the start."""
     key = next((key for key in _LENGTH if key in changed), None)
     follows = any(name.startswith("recipe.scheduler.") and name not in AGAINST_DIVERGENCE for name in changed)
     if key is None or not (follows or any(map(_has_its_length, schedules))):
         return
     before, now = changed[key]
     had, way_out = f"{key}={before}", f"Continue it with {key}={before}"
-    if " " in before:  # the recipe's, which nobody has to say
+    if " " in before:  # the recipe's, which is the default
         had, way_out = f"{before} {key}", f"Leave {key} out"
     raise ValueError(
         f"{path} is of a run with {had}, and this one has {key}={now}: its schedule depends on the length of the run, "
@@ -137,7 +137,7 @@ def _refuse_other_length(path: Path, changed: Mapping[str, tuple[str, str]], sch
 
 
 def _has_its_length(schedule: Any) -> bool:
-    """Whether the state of a schedule, or of one that it is made of, has the number of all steps, as one-cycle's."""
+    """Whether the state of a schedule, or of a part of it, contains the total number of steps, as one-cycle's does."""
     if not isinstance(schedule, dict):
         return False
     inner = schedule.get("_schedulers", ())
@@ -145,7 +145,7 @@ def _has_its_length(schedule: Any) -> bool:
 
 
 def _is_version(value: object) -> bool:
-    """Whether Lightning can read which version of it has written a checkpoint."""
+    """Whether Lightning can parse the version that wrote a checkpoint."""
     try:
         return isinstance(value, str) and bool(Version(value))
     except InvalidVersion:
@@ -159,14 +159,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has only weights, no optimizer state; take a run's last.ckpt, or {weights}.")
     if not isinstance(checkpoint.get("lr_schedulers"), list) or not _is_version(checkpoint.get(_LIGHTNING)):
         raise ValueError(f"{path} is not a checkpoint to resume from; take a run's last.ckpt, or {weights}.")
-    if used != path and not started_by_run():  # by a process that has said so
+    if used != path and not started_by_run():  # otherwise the parent has printed it
         step = f", of step {step}" if type(step := checkpoint.get("global_step")) is int else ""
         print_line("caution", f"{path} is damaged or gone: resuming from the previous one, {used}{step}")
     return checkpoint
 
 
 def print_nothing_left(trainer: Trainer) -> None:
-    """Prints why a run that went on took no step, if it took none."""
+    """Prints why a resumed run took no step, if it took none."""
     began = next((callback.start_step for callback in callbacks_of(trainer, ExactResume)), None)
     if began is None or trainer.global_step > began:
         return
@@ -182,17 +182,17 @@ def print_nothing_left(trainer: Trainer) -> None:
 
 
 def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str | None) -> Summary:
-    """Runs what is not finished yet; what is finished is only read.
+    """Runs a job unless it is finished; a finished job is only read.
 
-    A run that was interrupted goes on from its ``last.ckpt``. One that fails leaves ``error.txt`` in its folder.
+    An interrupted run resumes from its ``last.ckpt``. A failed one writes ``error.txt`` to its directory.
 
     Args:
-        cfg: the configuration; ``paths.run`` is the run's folder, which no other process may be at.
-        fit: does the run, with a configuration that says what it goes on from.
-        name: what the console calls it where it is finished, such as ``"student"``; None says nothing.
+        cfg: the configuration; ``paths.run`` is the run's directory, which no other process may use.
+        fit: runs the job, with a configuration that includes the checkpoint to resume from.
+        name: its name on the console if it is finished, such as ``"student"``; None prints nothing.
 
     Raises:
-        UserError: the run failed, or its folder holds one with other settings.
+        UserError: the run failed, or its directory contains one with other settings.
     """
     run = Path(cfg.paths.run)
     with user_errors():
@@ -213,7 +213,7 @@ def run_once(cfg: DictConfig, fit: Callable[[DictConfig], Summary], *, name: str
 
 @rank_zero_only
 def _clear(run: Path, *, goes_on: bool) -> None:
-    """Clears what a failed attempt has left."""
+    """Removes what a failed attempt has written."""
     (run / ERROR).unlink(missing_ok=True)
     if not goes_on:
-        (run / METRICS).unlink(missing_ok=True)  # the beginning of an epoch
+        (run / METRICS).unlink(missing_ok=True)  # of an incomplete epoch
