@@ -100,7 +100,7 @@ def model_card(
 def _selection_note(run: Run) -> str:
     """The caveat on an accuracy that the epoch was chosen by."""
     if run.summary.split == "test":
-        return f"Mind that {CHOSEN_ON_TEST}."
+        return f"Note that {CHOSEN_ON_TEST}."
     return "The epoch was chosen by it, so it is somewhat higher than on other images."
 
 

@@ -97,12 +97,12 @@ class Chapter:
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
         if self.section.teacher_top1 and not self.section.on_test:
-            notes.append("The teacher's accuracy flatters it where it was trained on these images, too.")
+            notes.append("The teacher's accuracy is too high if it was trained on these images, too.")
         for name, unshared in self.section.runs.groupby("name", sort=False)["unshared"]:
             if keys := not_shared(list(unshared)):
                 notes.append(
-                    f"{name} holds runs of which not all know {keys}: taken for settings that other versions of this "
-                    "package do not have. If they are yours, give each run a value."
+                    f"{name} contains runs that do not all have {keys}: ignored as settings that other versions of "
+                    "this package lack. If they are yours, set them in each run."
                 )
         return notes + [
             f"Sources disagree about {line.published_method}: others print "

@@ -35,7 +35,7 @@ def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
         where = f"on {section.split}{seeds}, after the last validation"
         if len(matrix) <= MAX_CLASSES:
             caption = (
-                f"What {row} takes each class's images for {where}: in percent of the class, so that rows sum to 100."
+                f"Predictions of {row} by class {where}: in percent of the class's images, so that rows sum to 100."
             )
             return FigureOfPanels(name, caption, (_matrix_panel(matrix, row),))
         errors = _errors(matrix)

@@ -63,7 +63,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
             *({"train/loss": "sum", **terms, "val/ce": "val ce"}, ""),
         ),
         ("Share of each term in the loss", "%", shares, "the loss has one term"),
-        ("Teacher, and what the loss tells about itself", "%", on_validation | on_training, "no teacher in this run"),
+        ("Teacher and statistics of the loss", "%", on_validation | on_training, "no teacher in this run"),
         ("Gradient norm, before clipping", "", {"train/grad_norm": "mean over the epoch"}, "not logged in this run"),
         ("Learning rate", "", {name: name for name in rates}, "too few steps to be logged"),
     ]

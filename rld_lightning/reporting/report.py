@@ -78,7 +78,7 @@ def write_report(
         ValueError: there is no finished run, a format is unknown, or a link points outside ``out``.
     """
     if unknown := sorted(set(pictures) - set(PICTURES)):
-        raise ValueError(f"figures cannot be written as {', '.join(unknown)}; choose of {', '.join(PICTURES)}.")
+        raise ValueError(f"figures cannot be written as {', '.join(unknown)}; choose from {', '.join(PICTURES)}.")
     places, out = [Path(folder) for folder in folders], Path(out)
     frame, everything = read_frame(places)
     if frame.empty:
@@ -175,7 +175,7 @@ def _no_finished_runs(folders: Sequence[Path], found: Found) -> str:
 def _reason(folder: Path) -> str:
     error = folder / ERROR
     if error.is_file():
-        return " ".join(read_text(error).split())[:400] or "failed, and says nothing"
+        return " ".join(read_text(error).split())[:400] or "failed without a message"
     return "running or interrupted"
 
 

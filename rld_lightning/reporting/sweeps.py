@@ -170,7 +170,7 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
     try:
         import optuna
     except ImportError:
-        return {}, 'Optuna is not here to read the study: pip install "rld-lightning[sweep]" for its importance plot.'
+        return {}, 'importances need Optuna, which is not installed: pip install "rld-lightning[sweep]".'
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:  # opening it may write, and its folder may be read-only
         storage = f"sqlite:///{scratch}/{study.name}"
@@ -183,11 +183,11 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
             loaded = optuna.load_study(study_name=name, storage=storage)
             complete = [trial for trial in loaded.trials if trial.state == optuna.trial.TrialState.COMPLETE]
             if len(complete) < 4:
-                return {}, f"{len(complete)} trials of the study are complete, too few to tell importances from."
+                return {}, f"{len(complete)} trials of the study are complete, too few to compute importances."
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             found = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
         except Exception as error:  # another version's study, or trials without information
-            return {}, f"Optuna can tell no importances from {study}: {error}"
+            return {}, f"Optuna cannot compute importances from {study}: {error}"
     return {key: float(value) for key, value in found.items()}, f"fANOVA over {len(complete)} complete trials"
 
 

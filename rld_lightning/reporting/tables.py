@@ -211,9 +211,9 @@ def _latest_per_seed(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str,
     unshared, data_seeds = (frame.set_index("folder")[name] for name in ("unshared", "data_seed"))
     for line, folder in later.dropna().items():
         if keys := not_shared([frame.at[line, "unshared"], unshared[folder]]):
-            repeated[line] += f", though not both know {keys}"
+            repeated[line] += f", though not both have {keys}"
         if frame.at[line, "data_seed"] != data_seeds[folder]:
-            repeated[line] += ", though data.seed is another: it is seed= that tells repetitions apart"
+            repeated[line] += ", though data.seed differs: only seed= distinguishes repetitions"
     reasons = pd.concat([frame[~finite]["folder"].map(lambda _: "its accuracy is not a number"), repeated])
     left_out = frame.loc[frame.index.isin(reasons.index), "folder"]
     return frame.drop(reasons.index), [(folder, reasons[line]) for line, folder in left_out.items()]

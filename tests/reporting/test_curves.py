@@ -55,7 +55,7 @@ def test_the_picture_shows_each_term_and_the_schedule(run, monkeypatch):
         "val ce": [2.0, 1.5],
     }
     assert drawn["Share of each term in the loss"] == {"ce": [60.0, 70.0], "kd": [40.0, 30.0]}
-    assert drawn["Teacher, and what the loss tells about itself"] == {
+    assert drawn["Teacher and statistics of the loss"] == {
         "student right where teacher is wrong, val": [12.0, 14.0],
         "teacher wrong, train": [30.0, 20.0],
     }

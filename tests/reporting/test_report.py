@@ -627,5 +627,5 @@ def test_tables_for_latex(report):
 
 
 def test_an_unknown_format_of_figures_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be written as jpg; choose of pdf, svg"):
+    with pytest.raises(ValueError, match=r"cannot be written as jpg; choose from pdf, svg"):
         write_report([tmp_path], tmp_path / "out", pictures=["jpg"])

@@ -179,8 +179,8 @@ def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
         (True, "the test split", 1),
         (False, "5,000 held-out training images (stratified)", 2),  # one split, for any seed
     ]
-    flattered = "The teacher's accuracy flatters it where it was trained on these images, too."
-    assert [flattered in make_chapter(section, "pair", Sources()).notes for section in found] == [False, True]
+    caveat = "The teacher's accuracy is too high if it was trained on these images, too."
+    assert [caveat in make_chapter(section, "pair", Sources()).notes for section in found] == [False, True]
 
 
 def test_of_repetitions_the_one_that_finished_last_counts(tmp_path):
@@ -213,7 +213,7 @@ def test_runs_that_differ_in_the_seed_of_their_data_alone_are_told_to_be_no_repe
     for seed in range(2):
         write_run(tmp_path / str(seed), settings={"data.seed": seed}, summary={"data_seed": seed})
     _, ((_, reason),) = read(tmp_path)
-    assert reason.endswith("though data.seed is another: it is seed= that tells repetitions apart")
+    assert reason.endswith("though data.seed differs: only seed= distinguishes repetitions")
 
 
 def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
@@ -223,8 +223,8 @@ def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
     (new / "config.yaml").write_text(text)
     (section,), _ = read(tmp_path)
     assert section.rows["n"].tolist() == [2]
-    (note,) = [note for note in make_chapter(section, "pair", Sources()).notes if "not all know" in note]
-    assert note.startswith("rld holds runs of which not all know trainer.new_option=3:")  # merged, with a note
+    (note,) = [note for note in make_chapter(section, "pair", Sources()).notes if "not all have" in note]
+    assert note.startswith("rld contains runs that do not all have trainer.new_option=3:")  # merged, with a note
     write_run(tmp_path / "asked", seed=0, settings={"trainer.gradient_clip_val": 1.0})
     (section,), _ = read(tmp_path)
     assert sorted(section.rows["n"]) == [1, 2]
@@ -270,7 +270,7 @@ def test_a_run_that_replaces_one_with_other_keys_says_so(tmp_path):
     config.write_text(config.read_text().replace("trainer:\n", "trainer:\n  new_option: 3\n"))
     _, ((folder, reason),) = read(tmp_path)
     assert Path(folder).name == "old"
-    assert reason.endswith("though not both know trainer.new_option=3")
+    assert reason.endswith("though not both have trainer.new_option=3")
 
 
 def test_callbacks_are_named_where_there_are_some(tmp_path):
