@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+_MOST_QUOTED = 50  # characters of a stranger's value
 INSTEAD_OF = "instead_of"  # attribute of a trial: the number of the interrupted trial that it repeats
 
 
@@ -73,7 +74,8 @@ def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tu
     """Creates or loads the study of a sweep, and returns it with the number of remaining trials.
 
     Raises:
-        ValueError: no key has several values, a grid has an interval, or the storage cannot be read.
+        ValueError: no key has several values, a grid has an interval, the storage cannot be read, or is not this
+            sweep's.
     """
     import optuna
     from optuna.trial import TrialState
@@ -91,19 +93,57 @@ def open_study(options: DictConfig, space: "dict[str, BaseDistribution]") -> "tu
             direction=options.direction,
             load_if_exists=True,
         )
+        trials = study.get_trials(deepcopy=False)
+        _check_study(study, options.direction, trials, space)
     except Exception as error:  # databases raise their own types
         raise ValueError(
-            f"{options.storage} cannot be opened by Optuna {optuna.__version__}: {first_line(error)}"
+            f"{options.storage} cannot be opened by Optuna {optuna.__version__} ({first_line(error)}): move it away, "
+            "or sweep in another folder with hydra.sweep.dir=."
         ) from error
-    trials = study.get_trials(deepcopy=False)
     study.sampler, total = _sampler(options, space, len(trials))
     for trial in trials:
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs={INSTEAD_OF: trial.number})  # same values: same folder
-    repeated = {trial.user_attrs.get(INSTEAD_OF) for trial in study.get_trials(deepcopy=False)}
-    done = sum(trial.state.is_finished() and trial.number not in repeated for trial in study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    numbers = [trial.user_attrs.get(INSTEAD_OF) for trial in trials]
+    repeated = {number for number in numbers if isinstance(number, int)}
+    done = sum(trial.state.is_finished() and trial.number not in repeated for trial in trials)
     return study, max(0, total - done)
+
+
+def _check_study(
+    study: "optuna.Study",
+    direction: str,
+    trials: "Sequence[optuna.trial.FrozenTrial]",
+    space: "dict[str, BaseDistribution]",
+) -> None:
+    """Checks what is in a study, possibly a stranger's: Optuna would try any values that are noted for a trial to come.
+
+    Raises:
+        ValueError: it has other directions, results that are not numbers, or trials outside the search space.
+    """
+    from optuna.trial import TrialState
+
+    if (found := [own.name.lower() for own in study.directions]) != [direction]:
+        raise ValueError(f"its direction is {', '.join(found) or 'none'}, not hydra.sweeper.direction={direction}")
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE and [type(value) for value in trial.values or ()] != [float]:
+            raise ValueError(f"the result of its trial {trial.number} is not a number")
+        waits = trial.system_attrs.get("fixed_params", {}) if trial.state == TrialState.WAITING else {}
+        for key, value in (trial.params if trial.state == TrialState.RUNNING else dict(waits)).items():
+            if key not in space or not _is_in(space[key], value):
+                value = str(value)[:_MOST_QUOTED]
+                raise ValueError(f"its trial {trial.number} has {key}={value}, which this sweep does not search")
+
+
+def _is_in(distribution: "BaseDistribution", value: object) -> bool:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
 
 
 def check_storage(storage: str | None) -> None:

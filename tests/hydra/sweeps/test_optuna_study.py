@@ -94,6 +94,43 @@ def test_an_invalid_storage_raises_one_sentence(tmp_path):
         open_study(options(), {})
 
 
+def _evil(study):
+    study.enqueue_trial({"x": 1e9})
+
+
+def _running(study):
+    study.ask({"x": CategoricalDistribution(["${oc.env:HOME}"])})
+
+
+def _other_key(study):
+    study.enqueue_trial({"x": 1.0, "evil.key": 1})
+
+
+def _no_number(study):
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    study._storage.get_all_trials(study._study_id, deepcopy=False)[0].values = ["text"]
+
+
+@pytest.mark.parametrize(
+    ("direction", "change", "words"),
+    [
+        ("minimize", None, "its direction is minimize, not hydra.sweeper.direction=maximize"),
+        (["maximize", "minimize"], None, "its direction is maximize, minimize, not"),
+        ("maximize", _evil, r"its trial 0 has x=1000000000\.0, which this sweep does not search"),
+        ("maximize", _running, r"its trial 0 has x=\$\{oc\.env:HOME\}, which this sweep"),
+        ("maximize", _other_key, "its trial 0 has evil.key=1, which this sweep"),
+        ("maximize", _no_number, "the result of its trial 0 is not a number"),
+    ],
+)
+def test_a_study_that_is_not_of_this_sweep_is_refused(kept, direction, change, words):
+    many = isinstance(direction, list)
+    study = optuna.create_study(study_name="fit", **{"directions" if many else "direction": direction})
+    if change is not None:
+        change(study)
+    with pytest.raises(ValueError, match=rf"cannot be opened by Optuna .* \({words}.*\): move it away, or sweep in"):
+        open_study(options(), SPACE)
+
+
 @pytest.fixture
 def sweep(tmp_path):
     """Runs a sweep of ``lines`` whose trials return ``result``; returns the launched batches of overrides."""
