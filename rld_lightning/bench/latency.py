@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rld_lightning.models.complexity import clock
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.imported import check_trusted, is_from_elsewhere, trust
+from rld_lightning.models.imported import check_trusted, is_external, trust
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.weights.beside import find_weights
@@ -77,7 +77,7 @@ def measure_alone(
     Raises:
         ValueError: the network is an external one whose name is not trusted.
     """
-    if is_from_elsewhere(plain := split_size(contender.name)[0]):
+    if is_external(plain := split_size(contender.name)[0]):
         check_trusted(plain)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:

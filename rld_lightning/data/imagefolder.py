@@ -82,7 +82,7 @@ class ImageFolderDataModule(StreamingDataModule):
         written = read_split(file, self.root, ImageList(train.class_names, paths, labels))
         if self.val_fraction > 0 and "val" not in written.splits:
             raise ValueError(f"{file} holds no images out for validation; set data.val_fraction=0.")
-        counts = ((written.gone, "of them are missing"), (written.new, "new ones are ignored"))
+        counts = ((written.missing, "of them are missing"), (written.new, "new ones are ignored"))
         self._since = "".join(f", {count:,} {what}" for count, what in counts if count)
         return dict(written.splits)
 

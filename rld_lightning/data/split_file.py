@@ -22,7 +22,7 @@ class WrittenSplit(NamedTuple):
 
     # `"train"`, `"test"` and, if the file has one, `"val"`, each in the order of the file
     splits: dict[str, ImageList]
-    gone: int  # number of images in the file that no longer exist
+    missing: int  # number of images in the file that no longer exist
     new: int  # number of images that are not in the file; they are in no split
 
 
@@ -66,7 +66,7 @@ def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
             raise ValueError(f"{path} has no {name} image that is in {root}; {way_out}.")
     known = sum(map(len, found.values()))
     splits = {name: images.take(torch.tensor(positions)) for name, positions in found.items()}
-    return WrittenSplit(splits, gone=len(split_of) - known, new=len(place) - known)
+    return WrittenSplit(splits, missing=len(split_of) - known, new=len(place) - known)
 
 
 def _within(root: Path, path: str) -> str:

@@ -12,7 +12,7 @@ from rld_lightning.errors import did_you_mean, some
 from rld_lightning.models.factory import blueprint, create_model
 
 
-def order_of(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+def class_order(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Returns the position of each wanted class among the known ones.
 
     Returns:
@@ -77,7 +77,7 @@ def _class_dims(name: str, count: int) -> list[tuple[str, int]]:
     ]
 
 
-def places_of(
+def class_positions(
     classes: Sequence[str], known: Sequence[str] | None, count: int, class_map: Mapping[str, str | int] | None
 ) -> list[int]:
     """Returns the position of each class of the data among a teacher's classes.

@@ -49,7 +49,7 @@ class CompiledForward:
         return type(self)(copy.deepcopy(self.network, memo), self.size)
 
 
-def why_not_compiled(device: torch.device) -> str:
+def compile_error(device: torch.device) -> str:
     """Compiles a sum as a test; returns why that fails, such as a missing C++ compiler, or an empty string."""
     try:
         if stranger := _cache_of_another():

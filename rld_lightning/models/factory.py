@@ -12,8 +12,8 @@ from torch import nn
 from rld_lightning.errors import did_you_mean
 from rld_lightning.models import registry
 from rld_lightning.models.graft import GraftedStudent
-from rld_lightning.models.imported import build_imported, is_from_elsewhere
-from rld_lightning.models.input_size import at_size, split_size
+from rld_lightning.models.imported import build_imported, is_external
+from rld_lightning.models.input_size import split_size, with_input_size
 from rld_lightning.models.libraries import (
     timm_model,
     timm_names,
@@ -57,8 +57,8 @@ def create_model(name: str, num_classes: int = 100, **kwargs: Any) -> nn.Module:
         raise ValueError(f"num_classes={num_classes!r} is not allowed; it must be a whole number >= 2.")
     plain, side = split_size(name)
     if side is not None:
-        return at_size(create_model(plain, num_classes, **kwargs), side)
-    if is_from_elsewhere(name):
+        return with_input_size(create_model(plain, num_classes, **kwargs), side)
+    if is_external(name):
         build = transformers_model if name.startswith("transformers/") else build_imported
         return build(name, num_classes, **kwargs)
     name = registry.canonical_name(name)
@@ -94,7 +94,7 @@ def check_name(name: str) -> None:
         ImportError: a ``timm/`` name, and timm is not installed.
     """
     name, _ = split_size(name)
-    if is_from_elsewhere(name):
+    if is_external(name):
         return
     name = registry.canonical_name(name)
     library, slash, plain = name.partition("/")

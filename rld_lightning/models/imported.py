@@ -21,7 +21,7 @@ _HUB = "transformers/"
 _named: set[str] = set()
 
 
-def is_from_elsewhere(name: str) -> bool:
+def is_external(name: str) -> bool:
     """Whether a name is ``my_package.module:build`` or ``transformers/...``."""
     return name.startswith(_HUB) or _PATH.fullmatch(name) is not None
 
@@ -34,7 +34,7 @@ def trust(*names: str | Sequence[str] | None) -> None:
     """
     flat = (one for name in names if name is not None for one in ((name,) if isinstance(name, str) else name))
     each = (part for name in flat for part in {name, *name.split("+")})  # members of an ensemble
-    _named.update(plain for part in each for plain in {part, split_size(part)[0]} if is_from_elsewhere(plain))
+    _named.update(plain for part in each for plain in {part, split_size(part)[0]} if is_external(plain))
 
 
 def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:

@@ -34,7 +34,7 @@ def split_size(name: str) -> tuple[str, int | None]:
     return plain, int(digits)
 
 
-def at_size(network: nn.Module, side: int) -> nn.Module:
+def with_input_size(network: nn.Module, side: int) -> nn.Module:
     """Makes a network resize its input to ``(side, side)``: bilinear, antialiased, in float32.
 
     The resizing is part of its forward rather than a wrapper module, so that keys and module paths do not change, and

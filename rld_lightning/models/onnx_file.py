@@ -30,11 +30,11 @@ _QUANTISED = (
 )
 
 
-def example_of(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
+def example_input(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Tensor, tuple[dict[int, Any], ...]]:
     """Returns the example input for tracing a network, and its dynamic dimensions.
 
     Args:
-        network: a :func:`plain_copy`, of a :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities` or
+        network: a :func:`export_copy`, of a :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities` or
             another network.
         image_shape: channels, height and width of the network's input.
 
@@ -52,7 +52,7 @@ def example_of(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[T
     return torch.zeros(2, 2 * side + 3, 3 * side + 5, channels, dtype=torch.uint8), (free,)
 
 
-def plain_copy(network: nn.Module) -> nn.Module:
+def export_copy(network: nn.Module) -> nn.Module:
     """Copies a network for exporters: in evaluation mode, on the CPU, in float32 and contiguous layout."""
     copy = deepcopy(unwrap(network)).cpu().float().to(memory_format=torch.contiguous_format)
     return copy.requires_grad_(False).eval()
@@ -62,7 +62,7 @@ def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mappin
     """Exports a network to ONNX, for batches of any size.
 
     Args:
-        network: a :func:`plain_copy` of a network from normalised images ``(B, 3, H, W)`` to logits, or of a
+        network: a :func:`export_copy` of a network from normalised images ``(B, 3, H, W)`` to logits, or of a
             :class:`~rld_lightning.models.preprocessing.PixelsToProbabilities`.
         image_shape: channels, height and width of the network's input.
         facts: metadata for the file; strings are written unchanged, other values as JSON.
@@ -77,7 +77,7 @@ def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mappin
     """
     _import("onnx")
     _import("onnxscript")
-    example, free = example_of(network, image_shape)
+    example, free = example_input(network, image_shape)
     pixels = isinstance(network, PixelsToProbabilities)
     try:
         with _quiet():

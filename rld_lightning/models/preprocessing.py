@@ -58,7 +58,7 @@ class Preprocessing:
         )  # bit for bit like torchvision's ToTensor and Normalize
         return pixels.float().div(torch.tensor(255.0, device=pixels.device)).sub(mean).div(std)
 
-    def pixels(self, images: Tensor) -> Tensor:
+    def denormalize(self, images: Tensor) -> Tensor:
         """Inverts :meth:`normalize` exactly: normalised images to uint8 pixels ``(..., 3, H, W)``."""
         mean, std = (
             torch.tensor(values, dtype=torch.float64, device=images.device)[:, None, None]
@@ -66,7 +66,7 @@ class Preprocessing:
         )
         return images.double().mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
 
-    def framed(self, pixels: Tensor) -> Tensor:
+    def pad_for_resize(self, pixels: Tensor) -> Tensor:
         """Pads uint8 pixels ``(B, 3, H, W)`` with black so that resizing and cropping returns them unchanged."""
         (height, width), side = self.size, self.resize
         frame = pixels.new_zeros(*pixels.shape[:-2], side, side)

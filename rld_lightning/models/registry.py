@@ -50,7 +50,7 @@ def canonical_name(name: str) -> str:
     return "".join(spellings.get(_plain(part), part) for part in re.split("([@+])", name))
 
 
-def names_of_members(name: str, count: int) -> tuple[str, ...]:
+def member_names(name: str, count: int) -> tuple[str, ...]:
     """Returns the network name of each of a teacher's weights files: one name for all, or ``resnet56+wrn40_2``.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rld_lightning.atomic_files import write_whole
-from rld_lightning.models.weights.claims import load_plainly
+from rld_lightning.models.weights.claims import load_safely
 from rld_lightning.models.weights.read import read_once
 from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
 
@@ -75,7 +75,7 @@ def _load(path: Path, map_location: Any) -> dict[str, Any] | None:
     if is_damaged(content):
         return None
     try:
-        checkpoint = load_plainly(content, map_location)
+        checkpoint = load_safely(content, map_location)
     except Exception:  # whatever a parser raises for other files
         return None
     return checkpoint if isinstance(checkpoint, dict) else None

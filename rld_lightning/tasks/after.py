@@ -18,7 +18,7 @@ from rld_lightning.distributed import rank_zero_only
 from rld_lightning.errors import user_errors
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
-from rld_lightning.models.imported import is_from_elsewhere
+from rld_lightning.models.imported import is_external
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.read import split_part
@@ -180,7 +180,7 @@ def export_student(finished: Finished) -> None:
 
 def _foreign_override(key: str, name: str) -> str:
     """Returns an argument that a command needs for a network from elsewhere, as files do not provide it."""
-    return f" {as_argument(key, name)}" if is_from_elsewhere(split_size(name)[0]) else ""
+    return f" {as_argument(key, name)}" if is_external(split_size(name)[0]) else ""
 
 
 STEPS: Mapping[str, Callable[[Finished], None]] = {

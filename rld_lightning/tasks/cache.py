@@ -67,6 +67,6 @@ def cache(cfg: DictConfig) -> Path:
             raise ValueError(f"the teacher's logits cannot be kept: {reason}.")
         table = open_table(table_path(teacher, planned, data, trainer, store), planned, data)
         assert table is not None
-        teacher.remember(table)
+        teacher.use_table(table)
     fill_table(teacher, data, trainer)
     return table.path

@@ -16,7 +16,7 @@ from rld_lightning.models.classes import number_of_classes
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import trust
-from rld_lightning.models.onnx_file import plain_copy, quantise_onnx, to_onnx
+from rld_lightning.models.onnx_file import export_copy, quantise_onnx, to_onnx
 from rld_lightning.models.student import EXPORT, load_student
 from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import RUN_WEIGHTS, read_metadata, read_weights, split_part
@@ -126,7 +126,7 @@ def _row(run: Run, network: Network, backend: str, folder: Path, how: tuple[tupl
     if backend.startswith("onnx"):
         file = folder / f"{network.role}.{backend}.onnx"
         try:
-            content = to_onnx(plain_copy(model), image_shape, {"name": name})
+            content = to_onnx(export_copy(model), image_shape, {"name": name})
             if backend == "onnx_int8":  # its speed does not depend on the ranges
                 content = quantise_onnx(content, [torch.randn(8, *image_shape)])
             write_whole(file, content)

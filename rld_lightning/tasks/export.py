@@ -21,7 +21,7 @@ from rld_lightning.data.in_memory import InMemoryDataModule, Split
 from rld_lightning.data.streaming_module import StreamingDataModule
 from rld_lightning.errors import first_line, user_errors
 from rld_lightning.models.imported import trust
-from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, quantise_onnx, to_onnx
+from rld_lightning.models.onnx_file import OnnxNetwork, example_input, export_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
 from rld_lightning.models.student import EXPORT, Student, load_student
 from rld_lightning.models.weights.beside import HUB_CONFIG
@@ -273,7 +273,7 @@ class _Writer:
         network = student.network
         if pixels:
             network = PixelsToProbabilities(network, student.transform, resize=any_size)
-        self.network = plain_copy(network)
+        self.network = export_copy(network)
         self._onnx: bytes | None = None
 
     def pixels(self, format: str) -> bool:
@@ -289,8 +289,8 @@ class _Writer:
         if not self.pixels(format):
             return images
         look = self.student.transform
-        pixels = look.pixels(images)
-        return (look.framed(pixels) if self._resize else pixels).permute(0, 2, 3, 1).contiguous()
+        pixels = look.denormalize(images)
+        return (look.pad_for_resize(pixels) if self._resize else pixels).permute(0, 2, 3, 1).contiguous()
 
     def write(
         self, formats: Iterable[str], calibration: Callable[[], Iterator[Tensor]]
@@ -336,7 +336,7 @@ class _Writer:
         return self._onnx
 
     def _exported_program(self) -> bytes:
-        example, free = example_of(self.network, self.shape)
+        example, free = example_input(self.network, self.shape)
         try:
             program = torch.export.export(self.network, (example,), dynamic_shapes=free)
         except Exception as error:  # each stage has its own exceptions

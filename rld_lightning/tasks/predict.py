@@ -209,8 +209,8 @@ def _of_onnx(network: OnnxNetwork, name: str | None, names: list[str] | None, op
 
     def probabilities(images: Tensor) -> Tensor:
         if network.takes_pixels:
-            pixels = transform.pixels(images)
-            return network((transform.framed(pixels) if network.resizes else pixels).permute(0, 2, 3, 1))
+            pixels = transform.denormalize(images)
+            return network((transform.pad_for_resize(pixels) if network.resizes else pixels).permute(0, 2, 3, 1))
         return network(images).softmax(1)
 
     return Classifier(probabilities, classes, transform, name, torch.device("cpu"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rld_lightning.models.classes import number_of_classes, places_of, read_class_map, select_classes
+from rld_lightning.models.classes import class_positions, number_of_classes, read_class_map, select_classes
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
 
@@ -11,9 +11,9 @@ KNOWN = ["owl", "cat", "tabby", "dog"]
 
 
 def test_classes_are_matched_by_name_by_number_and_by_the_class_map():
-    assert places_of(["cat", "owl"], KNOWN, 4, None) == [1, 0]
-    assert places_of(["cat", "owl"], KNOWN, 4, {"cat": "tabby"}) == [2, 0]
-    assert places_of(["cat", "owl"], None, 4, {"cat": 3, "owl": 1}) == [3, 1]
+    assert class_positions(["cat", "owl"], KNOWN, 4, None) == [1, 0]
+    assert class_positions(["cat", "owl"], KNOWN, 4, {"cat": "tabby"}) == [2, 0]
+    assert class_positions(["cat", "owl"], None, 4, {"cat": 3, "owl": 1}) == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_classes_without_a_position_are_named(classes, known, class_map, words):
     if words is None:  # True equals 1 in Python
         words = "are the same of the teacher's"
     with pytest.raises(ValueError, match=words):
-        places_of(classes, known, 4, class_map)
+        class_positions(classes, known, 4, class_map)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "torchvision/squeezenet1_1"])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rld_lightning.models import create_model, imported, trust
 from rld_lightning.models.factory import blueprint
-from rld_lightning.models.imported import is_from_elsewhere, logits_of, with_logits
-from rld_lightning.models.onnx_file import example_of, plain_copy
+from rld_lightning.models.imported import is_external, logits_of, with_logits
+from rld_lightning.models.onnx_file import example_input, export_copy
 from rld_lightning.models.student import load_student
 from rld_lightning.models.weights.save import save_weights
 
@@ -119,7 +119,7 @@ def test_an_import_that_is_no_network_is_reported(elsewhere, name, words):
      ("timm/vit", False), (":a", False), ("a:", False), ("a::b", False)],
 )  # fmt: skip
 def test_import_paths_are_recognised_by_their_form(name, found):
-    assert is_from_elsewhere(name) == found
+    assert is_external(name) == found
 
 
 @dataclass
@@ -208,8 +208,8 @@ def test_missing_transformers_are_reported_in_one_sentence(monkeypatch):
 @pytest.mark.parametrize("name", ["my_nets:zoo.build", "my_nets:zoo.build@6"])
 def test_networks_that_return_more_than_logits_are_exported_for_any_batch_size(elsewhere, name):
     trust(name)
-    network = plain_copy(create_model(name, 4))
-    example, free = example_of(network, (3, 4, 4))
+    network = export_copy(create_model(name, 4))
+    example, free = example_input(network, (3, 4, 4))
     program = torch.export.export(network, (example,), dynamic_shapes=free)
     images = torch.randn(5, 3, 4, 4)
     torch.testing.assert_close(program.module()(images), network(images))

@@ -8,7 +8,7 @@ from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.factory import check_name, create_model
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.normalisation import published_normalisation
-from rld_lightning.models.onnx_file import OnnxNetwork, example_of, plain_copy, to_onnx
+from rld_lightning.models.onnx_file import OnnxNetwork, example_input, export_copy, to_onnx
 from rld_lightning.models.student import load_student
 from rld_lightning.models.taps import feature_shapes, forward_with_taps
 from rld_lightning.models.teacher.fold import fuse_conv_bn
@@ -70,8 +70,8 @@ def test_weights_files_keep_the_size(pair, tmp_path):
     with torch.no_grad():
         expected = sized(images())
         assert torch.equal(student(images()), expected)
-        copy = plain_copy(student.network)
-        example, free = example_of(copy, (3, 8, 8))
+        copy = export_copy(student.network)
+        example, free = example_input(copy, (3, 8, 8))
         program = torch.export.export(copy, (example,), dynamic_shapes=free)
         torch.testing.assert_close(program.module()(images()), expected)
 
@@ -81,5 +81,5 @@ def test_an_onnx_file_resizes_as_the_network_does(pair, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     sized, _ = pair
-    (tmp_path / "model.onnx").write_bytes(to_onnx(plain_copy(sized), (3, 8, 8), {"name": "resnet8@16"}))
+    (tmp_path / "model.onnx").write_bytes(to_onnx(export_copy(sized), (3, 8, 8), {"name": "resnet8@16"}))
     torch.testing.assert_close(OnnxNetwork(tmp_path / "model.onnx")(images()), sized(images()), rtol=1e-4, atol=1e-5)

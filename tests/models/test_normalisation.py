@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rld_lightning.models.classes import order_of, reorder_classes
+from rld_lightning.models.classes import class_order, reorder_classes
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.normalisation import (
     Normalisation,
@@ -78,10 +78,10 @@ def test_given_mean_and_std():
 
 
 def test_classes_are_matched_only_if_the_sets_of_names_are_equal():
-    assert order_of(["a", "b", "c"], ["c", "a", "b"]) == [2, 0, 1]
-    assert order_of(["a", "b"], ["a", "c"]) is None
-    assert order_of(["a", "b", "c"], ["a", "b"]) is None
-    assert order_of(["a", "a"], ["a", "a"]) is None
+    assert class_order(["a", "b", "c"], ["c", "a", "b"]) == [2, 0, 1]
+    assert class_order(["a", "b"], ["a", "c"]) is None
+    assert class_order(["a", "b", "c"], ["a", "b"]) is None
+    assert class_order(["a", "a"], ["a", "a"]) is None
 
 
 @pytest.mark.parametrize(

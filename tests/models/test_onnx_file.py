@@ -6,7 +6,7 @@ from helpers.exports import small_onnx
 from torch import nn
 
 from rld_lightning.models import create_model, onnx_file
-from rld_lightning.models.onnx_file import OnnxNetwork, plain_copy, quantise_onnx, to_onnx
+from rld_lightning.models.onnx_file import OnnxNetwork, export_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities, Preprocessing
 from rld_lightning.models.weights.read import WeightsError
 
@@ -72,7 +72,7 @@ def test_int8_is_close_and_a_quarter_of_the_size():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "wrn16_1", "mobilenetv2", "shufflev1", "shufflev2", "vgg8"])
 def test_networks_of_the_package_have_the_same_logits_in_onnx(name):
-    network = plain_copy(create_model(name, 10))
+    network = export_copy(create_model(name, 10))
     onnx = OnnxNetwork(to_onnx(network, (3, 32, 32), {"name": name}))
     for batch in (1, 5):
         images = torch.randn(batch, 3, 32, 32)
@@ -83,7 +83,7 @@ def test_networks_of_the_package_have_the_same_logits_in_onnx(name):
 def test_pixels_in_and_probabilities_out():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     transform = Preprocessing((8, 8), 8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    inside = plain_copy(PixelsToProbabilities(network, transform))
+    inside = export_copy(PixelsToProbabilities(network, transform))
     onnx = OnnxNetwork(to_onnx(inside, (3, 8, 8), {}))
     pixels = torch.randint(256, (5, 8, 8, 3), dtype=torch.uint8)
     expected = network(transform.normalize(pixels.permute(0, 3, 1, 2))).softmax(1)
@@ -96,7 +96,7 @@ def test_pixels_in_and_probabilities_out():
 def test_pictures_of_any_size_are_accepted(resize, interpolation):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     transform = Preprocessing((8, 8), resize, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
-    onnx = OnnxNetwork(to_onnx(plain_copy(PixelsToProbabilities(network, transform, resize=True)), (3, 8, 8), {}))
+    onnx = OnnxNetwork(to_onnx(export_copy(PixelsToProbabilities(network, transform, resize=True)), (3, 8, 8), {}))
     assert onnx.resizes
     for size in ((1, 8, 8), (3, 40, 27), (2, 9, 100), (1, 5, 4)):
         smooth = nn.functional.interpolate(torch.rand(size[0], 3, 3, 3), size[1:], mode="bilinear")

@@ -21,7 +21,7 @@ def test_pictures_of_the_input_size_are_processed_as_in_validation(tmp_path):
     images = torch.stack([transform(path) for path in paths])
     assert torch.equal(images, batch.images)
     pixels = torch.stack([pixels_of(path) for path in paths])
-    assert torch.equal(transform.pixels(images), pixels)
+    assert torch.equal(transform.denormalize(images), pixels)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
     inside = PixelsToProbabilities(network, transform)(pixels.permute(0, 2, 3, 1))
     torch.testing.assert_close(inside, network(images).softmax(1))
@@ -45,7 +45,7 @@ def test_the_preprocessing_inside_a_network_gives_the_same_images(size, resize):
         pixels = torch.randint(256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
         assert (inside._crop(pixels.float()) - transform.crop(pixels)).abs().max() <= 1
     cropped = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=generator)
-    assert torch.equal(inside._crop(transform.framed(cropped).float()), cropped.float())
+    assert torch.equal(inside._crop(transform.pad_for_resize(cropped).float()), cropped.float())
     with pytest.raises(ValueError, match="images of 9x16 cannot be cut from any that is resized to 12"):
         PixelsToProbabilities(torch.nn.Flatten(), Preprocessing((9, 16), 12, **LOOK), resize=True)
 

@@ -187,7 +187,7 @@ def test_all_formats_do_what_the_student_does(tmp_path, pixels, any_size):
     folder = tmp_path / "run" / "export"
     transform = load_student(folder).transform
     images = torch.stack([transform(torch.randint(256, (3, 8, 8), dtype=torch.uint8)) for _ in range(3)])
-    taken = transform.pixels(images).permute(0, 2, 3, 1).contiguous() if pixels else images
+    taken = transform.denormalize(images).permute(0, 2, 3, 1).contiguous() if pixels else images
     wanted = network(images).softmax(1) if pixels else network(images)
     torch.testing.assert_close(OnnxNetwork(folder / "model.onnx")(taken), wanted, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(taken), wanted, rtol=1e-3, atol=1e-4)

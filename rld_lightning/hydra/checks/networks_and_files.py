@@ -3,7 +3,7 @@
 from omegaconf import DictConfig, ListConfig
 
 from rld_lightning.models.factory import check_name
-from rld_lightning.models.registry import names_of_members
+from rld_lightning.models.registry import member_names
 from rld_lightning.models.teacher.teacher_store import SOURCES, teacher_file
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.read import existing_part
@@ -23,7 +23,7 @@ def check_named(cfg: DictConfig) -> None:
     program = str(cfg.get("weights")).endswith(".onnx")  # which may be called anything
     files = teacher.get("weights")
     count = len(files) if isinstance(files, ListConfig) else 1
-    of_teacher = names_of_members(teacher["name"], count) if teacher.get("name") is not None else ()
+    of_teacher = member_names(teacher["name"], count) if teacher.get("name") is not None else ()
     for name in (*of_teacher, student.get("name"), None if program else cfg.get("name")):
         if name is not None and (name not in FOREIGN or name == student.get("name")):
             check_name(name)

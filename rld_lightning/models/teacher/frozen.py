@@ -103,20 +103,20 @@ class FrozenTeacher(nn.Module):
         Returns:
             how many were folded; 0 if the model cannot be traced, or its logits would change.
         """
-        folded, count = fold_if_same(self.model, self.seen(image_shape))
+        folded, count = fold_if_same(self.model, self.input_shape(image_shape))
         if count:
             self.model, self.fused = folded.to(memory_format=self.memory_format), True
             self.requires_grad_()
         return count
 
-    def seen(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
+    def input_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
         """Returns channels, height and width of the model's input for images of ``image_shape``."""
         channels, height, width = image_shape
         if self.renormalise is not None and self.renormalise.size is not None:
             height, width = self.renormalise.size
         return channels, height, width
 
-    def remember(self, table: LogitsTable) -> None:
+    def use_table(self, table: LogitsTable) -> None:
         """Uses a table as a cache of the logits from now on.
 
         Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rld_lightning.models.weights.pickled import bomb_in
+from rld_lightning.models.weights.pickled import pickle_fault
 
 _STRETCHED = 1 << 24  # bytes by which a tensor's size may exceed its storage, as an expanded buffer's does
 _OLD_PICKLES = 5  # pickles in a file in the format before torch 1.6
@@ -24,7 +24,7 @@ class ClaimError(ValueError):
     """Raised for a file that claims more than it holds; the message says what."""
 
 
-def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
+def load_safely(content: bytes, map_location: Any = "cpu") -> Any:
     """Loads a file's content with ``torch.load(weights_only=True)``, after checking that it is no bomb.
 
     Raises:
@@ -32,7 +32,7 @@ def load_plainly(content: bytes, map_location: Any = "cpu") -> Any:
     """
     if _is_inflated(content):
         raise ClaimError("it claims to unpack to more than it holds; torch.save compresses nothing")
-    if wrong := _bomb_in(content):
+    if wrong := _pickle_fault(content):
         raise ClaimError(wrong)
     found = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
     for tensor in _tensors(found):
@@ -59,13 +59,13 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | Number)
 
 
-def _bomb_in(content: bytes) -> str:
+def _pickle_fault(content: bytes) -> str:
     """Returns what is wrong with the pickle that PyTorch would read from a file; empty if it may be read."""
     if content[:4] != b"PK\x03\x04":  # the format before torch 1.6: several pickles in a row
-        return bomb_in(BytesIO(content), _OLD_PICKLES)
+        return pickle_fault(BytesIO(content), _OLD_PICKLES)
     try:
         reader: Any = torch._C.PyTorchFileReader(BytesIO(content))  # not fully typed
-        return bomb_in(BytesIO(reader.get_record("data.pkl"))) if reader.has_record("data.pkl") else ""
+        return pickle_fault(BytesIO(reader.get_record("data.pkl"))) if reader.has_record("data.pkl") else ""
     except RuntimeError:  # no archive; torch.load will report it
         return ""
 

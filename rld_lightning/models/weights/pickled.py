@@ -31,7 +31,7 @@ class _Value:
 _PLAIN, _MARK = _Value(), _Value()
 
 
-def bomb_in(file: IO[bytes], pickles: int = 1) -> str:
+def pickle_fault(file: IO[bytes], pickles: int = 1) -> str:
     """Returns what is wrong with consecutive pickles; empty if they may be read, or if the file holds none.
 
     Args:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.errors import some
-from rld_lightning.models.weights.claims import ClaimError, as_text, load_plainly
+from rld_lightning.models.weights.claims import ClaimError, as_text, load_safely
 from rld_lightning.models.weights.seal import is_damaged, without_seal
 from rld_lightning.models.weights.unpack import Part, find_parts, usual_keys, wanted_parts
 
@@ -72,7 +72,7 @@ class Weights:
     source: Path  # the file
     sha256: str = ""  # hexadecimal SHA-256 of the file; empty if there is no file
     parts: tuple[Part, ...] = ()  # every state_dict in the file, the likeliest first, with the file's own keys
-    beside: tuple[str, ...] = ()  # names of the file's other entries
+    other_entries: tuple[str, ...] = ()  # names of the file's other entries
     account: str = ""  # which parts were used and which were not, in words; empty if there is nothing to report
 
 
@@ -145,7 +145,7 @@ def _part_of(weights: Weights, wanted: str) -> Weights:
         raise WeightsError(
             f"{weights.source} has no weights under {wanted!r}; it has {some(map(repr, names)) or 'no parts by name'}"
         )
-    return replace(weights, state_dict=usual_keys(chosen[0]), parts=tuple(chosen), beside=())
+    return replace(weights, state_dict=usual_keys(chosen[0]), parts=tuple(chosen), other_entries=())
 
 
 def read_once(path: Path) -> bytes:
@@ -204,7 +204,7 @@ def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
     allowed = torch.serialization.get_safe_globals()
     try:
         with torch.serialization.safe_globals([extra for extra in _SAFE_GLOBALS if extra not in allowed]):
-            content = load_plainly(file.read())
+            content = load_safely(file.read())
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(_explain_load_failure(error, source)) from error
     parts = find_parts(content)
@@ -214,10 +214,12 @@ def read_torch_weights(file: IO[bytes], source: str | Path) -> Weights:
             found = f"has the keys {some(map(repr, content))}" if content else "is empty"
         raise WeightsError(f"{source} holds no state_dict: it {found}, with tensors neither there nor under 'model'")
     named = {part.path.partition(".")[0] for part in parts}
-    beside = (
+    other_entries = (
         () if named == {""} or not isinstance(content, Mapping) else tuple(str(k) for k in content if k not in named)
     )
-    return Weights(usual_keys(parts[0]), hyper_parameters(content), Path(source), parts=tuple(parts), beside=beside)
+    return Weights(
+        usual_keys(parts[0]), hyper_parameters(content), Path(source), parts=tuple(parts), other_entries=other_entries
+    )
 
 
 def hyper_parameters(content: object) -> dict[str, str]:

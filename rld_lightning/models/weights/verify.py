@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rld_lightning.errors import some
 from rld_lightning.models.factory import create_model, list_models
-from rld_lightning.models.imported import is_from_elsewhere
+from rld_lightning.models.imported import is_external
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.taps import unwrap
 from rld_lightning.models.weights.beside import find_weights
@@ -51,7 +51,7 @@ def check_fits(name: str, num_classes: int, weights: Weights) -> None:
     Raises:
         WeightsError: they are another network's.
     """
-    if is_from_elsewhere(split_size(name)[0]):
+    if is_external(split_size(name)[0]):
         return
     try:
         with torch.device("meta"):
@@ -86,14 +86,14 @@ def _for_model(weights: Weights, model: nn.Module) -> Weights:
     others = [other for other, _ in places[1:]]
     whole = next(found.state_dict for found in weights.parts if found.path == part.path)
     prefix = place.removeprefix(part.path).removeprefix(".")
-    left = [key for key in whole if prefix and not key.startswith(f"{prefix}.")]
-    left += [found.path for found in weights.parts if found.path not in (part.path, *others)]
-    left += weights.beside
+    unused = [key for key in whole if prefix and not key.startswith(f"{prefix}.")]
+    unused += [found.path for found in weights.parts if found.path not in (part.path, *others)]
+    unused += weights.other_entries
     account = f"taken from {place!r}" if place else ""
     if others:
         account += f", not from {some(map(repr, others))}: for those write {weights.source.name}::{others[0]}"
-    if left:
-        account += f"{'; ' if account else ''}left: {some(left)}"
+    if unused:
+        account += f"{'; ' if account else ''}left: {some(unused)}"
     return replace(weights, state_dict=_without_auxiliary(part.state_dict, shapes), account=account)
 
 

@@ -18,7 +18,7 @@ from rld_lightning.errors import first_line
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.factory import blueprint, create_model
 from rld_lightning.models.libraries import published_input
-from rld_lightning.models.registry import names_of_members
+from rld_lightning.models.registry import member_names
 from rld_lightning.models.taps import evaluation_mode
 from rld_lightning.models.teacher.torchscript_and_onnx import FOREIGN
 from rld_lightning.models.weights.facts import facts_of
@@ -74,7 +74,7 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
             )
         # Report a wrong name before a download.
         files = len(network.weights) if isinstance(network.weights, tuple) else 1
-        for name in names_of_members(network.name, files):
+        for name in member_names(network.name, files):
             if name not in FOREIGN:
                 blueprint(name)
 

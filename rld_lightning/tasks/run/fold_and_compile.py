@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
-from rld_lightning.models.compiled import CompiledForward, why_not_compiled
+from rld_lightning.models.compiled import CompiledForward, compile_error
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
@@ -43,7 +43,7 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
         of_student = device.type == "cpu" and work >= _WORTH
     if not (of_student or of_teacher):
         return
-    if reason := why_not_compiled(device):
+    if reason := compile_error(device):
         if not auto:
             raise ValueError(f"model.compile=true: nothing can be compiled here ({reason}); set model.compile=false.")
         print_line("compile", f"off: nothing can be compiled here ({reason})")

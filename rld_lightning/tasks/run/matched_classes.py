@@ -8,7 +8,7 @@ from torch import nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
-from rld_lightning.models.classes import order_of, reorder_classes
+from rld_lightning.models.classes import class_order, reorder_classes
 from rld_lightning.models.normalisation import Normalisation, make_renormalise, stored_normalisation
 from rld_lightning.models.weights.beside import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
@@ -91,7 +91,7 @@ def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDat
     known, classes = facts_of(weights).class_names, list(data.class_names)
     if known is None or known == classes:
         return
-    if (order := order_of(known, classes)) is None:
+    if (order := class_order(known, classes)) is None:
         raise ValueError(
             f"{weights.source} was trained on other classes than those of {data.name}{first_other(known, classes)}; "
             f"move it away, or name another file with model.{role}.weights=."

@@ -36,7 +36,7 @@ class Student:
 class Teacher:
     """The network to learn from: ``model.teacher``."""
 
-    name: str  # for `create_model`; for different networks all names, as `names_of_members` parses them
+    name: str  # for `create_model`; for different networks all names, as `member_names` parses them
     # A file, several for an ensemble, or `"pretrained"`; or where to search for a file: `"auto"`, `"fit"` or
     # `"published"`
     weights: str | tuple[str, ...] | None
@@ -47,7 +47,7 @@ class Teacher:
     sha256: str | None = None  # of the file; None if not known yet, and without a file
     start: str | None = None  # initial weights if it has to be trained, like a student's `weights`
     mean_of: str = "logits"  # what an ensemble averages, see `Ensemble`
-    class_map: Mapping[str, str | int] | None = None  # its classes for those of the data, see `places_of`
+    class_map: Mapping[str, str | int] | None = None  # its classes for those of the data, see `class_positions`
     # Side of its input images; `"auto"`: as in its training; None: as the data
     image_size: int | str | None = "auto"
     # Whether its logits are cached in a table; `"auto"`: if that pays off; `"fill"`: all are computed before the

@@ -24,7 +24,7 @@ def choose_threads(module: DistillationModule, data: ImageDataModule, trainer: T
     """
     if trainer.strategy.root_device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         return
-    seen = data.image_shape if module.teacher is None else module.teacher.seen(data.image_shape)
+    seen = data.image_shape if module.teacher is None else module.teacher.input_shape(data.image_shape)
     teacher = 0 if module.teacher is None else count_macs(module.teacher.model, seen)
     work = data.batch_size / trainer.world_size * (teacher + 3 * count_macs(module.student, data.image_shape))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

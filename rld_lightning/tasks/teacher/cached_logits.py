@@ -67,7 +67,7 @@ def cache_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, 
     if table is None:
         return
     table.rows_to_read = partial(data.views_of, slice(0, data.train_size))
-    module.teacher.remember(table)
+    module.teacher.use_table(table)
     if ahead:
         vars(trainer)["callbacks"].append(FillAhead())
 
@@ -179,7 +179,7 @@ def why_not_cacheable(teacher: FrozenTeacher, trainer: Trainer, data: ImageDataM
 def _share_of_step(module: DistillationModule, data: ImageDataModule) -> float:
     """Returns the teacher's share of a step's work, in (0, 1)."""
     assert module.teacher is not None
-    teacher = count_macs(module.teacher.model, module.teacher.seen(data.image_shape))
+    teacher = count_macs(module.teacher.model, module.teacher.input_shape(data.image_shape))
     student = count_macs(module.student, data.image_shape)
     return teacher / (teacher + 3 * student)  # a backward pass takes as long as two forward passes
 

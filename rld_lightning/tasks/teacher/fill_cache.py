@@ -64,7 +64,7 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
         return
     # The file: a resident table is checked for completeness when training moves it to the device.
     table = table.file if isinstance(table, ResidentTable) else table
-    teacher.remember(table)
+    teacher.use_table(table)
     started, computed = time.monotonic(), 0
     writing: deque[Future[Tensor]] = deque()
     # Leaving the block waits for pending writes, whatever the reason.

@@ -12,7 +12,7 @@ from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.distributed import devices_per_node
 from rld_lightning.errors import first_line, some
-from rld_lightning.models.classes import number_of_classes, places_of, select_classes
+from rld_lightning.models.classes import class_positions, number_of_classes, select_classes
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.normalisation import (
@@ -22,7 +22,7 @@ from rld_lightning.models.normalisation import (
     published_normalisation,
     stored_normalisation,
 )
-from rld_lightning.models.registry import names_of_members
+from rld_lightning.models.registry import member_names
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.torchscript_and_onnx import (
@@ -60,7 +60,7 @@ def build_teacher(
         ValueError: the weights are of another network or other classes, or differ from the checkpoint's.
     """
     files = teacher.weights if isinstance(teacher.weights, tuple) else (str(teacher.weights),)
-    names = names_of_members(teacher.name, len(files))
+    names = member_names(teacher.name, len(files))
     loaded = [
         load_network(replace(teacher, name=name), file, data, usual) for name, file in zip(names, files, strict=True)
     ]
@@ -180,7 +180,7 @@ def _of_foreign(
     classes, known = list(data.class_names), network.facts.class_names
     if teacher.class_map is None and said.shape[-1] == len(classes) and known in (None, classes):
         return network
-    return Columns(network, places_of(classes, known, said.shape[-1], teacher.class_map))
+    return Columns(network, class_positions(classes, known, said.shape[-1], teacher.class_map))
 
 
 def _pretrained(teacher: Teacher, data: ImageDataModule) -> nn.Module:
@@ -205,7 +205,7 @@ def _pretrained(teacher: Teacher, data: ImageDataModule) -> nn.Module:
 def _selected(
     network: nn.Module, teacher: Teacher, known: list[str] | None, count: int, classes: list[str]
 ) -> nn.Module:
-    places = places_of(classes, known, count, teacher.class_map)
+    places = class_positions(classes, known, count, teacher.class_map)
     pairs = [f"{name} is {known[place] if known else place}" for name, place in zip(classes, places, strict=True)]
     how = "as model.teacher.class_map says" if teacher.class_map is not None else "by name"
     print_line(

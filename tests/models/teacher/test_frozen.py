@@ -324,4 +324,4 @@ def test_the_shape_of_the_model_s_input_is_known(size):
     got = []
     teacher.model.register_forward_pre_hook(lambda _, inputs: got.append(inputs[0].shape[1:]))
     teacher(torch.zeros(1, 3, 8, 8))
-    assert got == [torch.Size(teacher.seen((3, 8, 8)))]
+    assert got == [torch.Size(teacher.input_shape((3, 8, 8)))]

@@ -53,7 +53,7 @@ def test_a_complete_table_only_looks_up_rows(tmp_path):
             raise AssertionError("the teacher was run")
 
     teacher = FrozenTeacher(Never())
-    teacher.remember(table)
+    teacher.use_table(table)
     view = torch.tensor([7, 30, 7])
     with Operations() as operations:
         logits, _ = teacher(torch.zeros(3, 3, 8, 8), view=view, label=view % 5)

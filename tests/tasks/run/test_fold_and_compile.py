@@ -10,7 +10,7 @@ from torch import nn
 
 from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, create_model
 from rld_lightning.losses.features import ATLoss
-from rld_lightning.models.compiled import CompiledForward, why_not_compiled
+from rld_lightning.models.compiled import CompiledForward, compile_error
 from rld_lightning.tasks.run import fold_and_compile as speed
 from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_train
 
@@ -46,7 +46,7 @@ def test_images_to_come_are_those_of_the_whole_run(trainer, images):
     ("trainer", "compiled"), [(trainer_of(240), True), (trainer_of(10), False), (trainer_of(240, "cuda"), False)]
 )
 def test_auto_compiles_the_student_in_long_runs_on_a_cpu(trainer, compiled, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "why_not_compiled", lambda device: "")
+    monkeypatch.setattr(speed, "compile_error", lambda device: "")
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
     module = module_of()
     compile_steps(module, make_plan(tmp_path, compile="auto"), DATA, trainer)
@@ -56,7 +56,7 @@ def test_auto_compiles_the_student_in_long_runs_on_a_cpu(trainer, compiled, tmp_
 
 
 def test_without_a_compiler_auto_goes_on_with_one_line_and_true_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "why_not_compiled", lambda device: "no C++ compiler")
+    monkeypatch.setattr(speed, "compile_error", lambda device: "no C++ compiler")
     module = module_of()
     compile_steps(module, make_plan(tmp_path, compile="auto"), DATA, trainer_of())
     assert module.compiled is None
@@ -163,4 +163,4 @@ def test_two_views_of_a_step_have_their_gradients(monkeypatch):
 def test_programs_that_another_user_may_have_put_in_the_cache_are_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("os.getuid", lambda: -1)
-    assert f"{tmp_path}, belongs to another user" in why_not_compiled(torch.device("cpu"))
+    assert f"{tmp_path}, belongs to another user" in compile_error(torch.device("cpu"))

@@ -341,7 +341,7 @@ def test_a_teacher_computes_what_it_does_not_know_and_nothing_else(tmp_path, com
     teacher = FrozenTeacher(create_model("resnet8", 10))
     images, view, label = torch.randn(8, 3, 32, 32), torch.arange(8), torch.arange(8) % 10
     live, _ = teacher(images)
-    teacher.remember(LogitsTable(tmp_path / "table", 16, 10, "float32"))
+    teacher.use_table(LogitsTable(tmp_path / "table", 16, 10, "float32"))
     teacher(images[:3], view=view[:3], label=label[:3])
     logits, features = teacher(images, view=view, label=label)
     assert computed == [8, 3, 5]

@@ -28,7 +28,7 @@ class SmallDigits(DigitsDataModule):
 def teacher_with(path, data, dtype="float32"):
     torch.manual_seed(0)
     teacher = FrozenTeacher(create_model("resnet8", 10))
-    teacher.remember(LogitsTable(path, data.train_views, 10, dtype))
+    teacher.use_table(LogitsTable(path, data.train_views, 10, dtype))
     return teacher
 
 
@@ -72,7 +72,7 @@ def test_it_goes_on_where_it_was_interrupted_and_leaves_out_what_another_has_don
         fill_table(teacher_with(tmp_path / "table", data), data, trainer())
     resumed = True
     teacher = teacher_with(tmp_path / "table", data)
-    teacher.remember(ResidentTable(teacher.table, torch.device("cpu")))  # as on a GPU
+    teacher.use_table(ResidentTable(teacher.table, torch.device("cpu")))  # as on a GPU
     fill_table(teacher, data, trainer(rank=1, world=3))
     assert type(teacher.table) is LogitsTable, "which is looked at anew where training begins"
     assert sum(computed) == data.train_size * 9, "each once"
