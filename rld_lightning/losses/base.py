@@ -91,7 +91,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         method: name of the method, for tables.
         papers: sources: arXiv numbers, or the venue of papers that are not on arXiv.
-        function: the method as a function of tensors, if it is one; its keyword-only parameters are hyper-parameters.
+        function: the method's function of tensors, if it has one; its keyword-only parameters are hyper-parameters.
         own_recipe: the recipe of the authors' code on CIFAR-100, if it differs from the usual one.
         needs_teacher: whether the loss uses a teacher.
         takes_mixtures: whether it can be computed twice for one forward pass, once for each label of mixed images
@@ -135,8 +135,8 @@ class DistillationLoss(nn.Module):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if hasattr(cls, "function"):
-            named = [p for p in inspect.signature(cls.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-            cls._hyper_parameters = tuple(p.name for p in named if p.name != "reduction")
+            keywords = [p for p in inspect.signature(cls.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            cls._hyper_parameters = tuple(p.name for p in keywords if p.name != "reduction")
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -172,9 +172,9 @@ class DistillationLoss(nn.Module):
         """Returns the method's scalar terms by name, weighted, without warm-up."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(step).")
 
-    def call_function(self, *inputs: Any, **given: Any) -> dict[str, Tensor]:
-        """Calls the class's :attr:`function` with this module's hyper-parameters, those that are given aside."""
-        options = {name: getattr(self, name) for name in self._hyper_parameters} | given
+    def call_function(self, *inputs: Any, **overrides: Any) -> dict[str, Tensor]:
+        """Calls the class's :attr:`function` with this module's hyper-parameters, except for the overrides."""
+        options = {name: getattr(self, name) for name in self._hyper_parameters} | overrides
         return type(self).function(*inputs, **options)
 
     def statistics(self, step: StepContext) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ class FeatureLoss(DistillationLoss):
     """Base of the methods that compare features of student and teacher.
 
     A subclass returns the taps in :meth:`paths`, builds its learnable connectors from the features' shapes in
-    :meth:`build`, applies them in :meth:`align` and computes its terms in :meth:`feature_terms`; only the first and the
-    last are required. Call :meth:`connect` before training in your own loop::
+    :meth:`build`, applies them in :meth:`align` and computes its terms in :meth:`feature_terms`. Only :meth:`paths` and
+    either :meth:`feature_terms` or :attr:`function` are required. Call :meth:`connect` before training in your own
+    loop::
 
         loss = ATLoss()
         loss.connect(student, teacher, (3, 32, 32), train_label)
@@ -80,7 +81,7 @@ class FeatureLoss(DistillationLoss):
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor], step: StepContext) -> dict[str, Tensor]:
         """Returns the terms of the aligned features, which are float32 or float64 and in the order of the taps.
 
-        By default those of :attr:`function`: of both lists of features or, for a :attr:`single` one, of both features.
+        By default, the terms of :attr:`function` for both lists of features, or, if :attr:`single`, for both features.
         """
         if not hasattr(self, "function"):
             raise NotImplementedError(f"{type(self).__name__} must define feature_terms(student, teacher, step).")
