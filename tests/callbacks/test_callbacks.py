@@ -1,4 +1,4 @@
-"""What is watched while training, against a recount."""
+"""Callbacks that monitor training, compared with independent recounts."""
 
 import pandas as pd
 import pytest
@@ -19,7 +19,7 @@ def run(tmp_path, *callbacks, epochs=2, teacher=None, eval_batch_size=256, **opt
     return trainer, module
 
 
-def test_teacher_monitor_recounts(tmp_path):
+def test_teacher_monitor_matches_a_recount(tmp_path):
     trainer, module = run(tmp_path, TeacherMonitor())
     right = agree = seen = alone = 0
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_teacher_monitor_recounts(tmp_path):
     assert 0 < trainer.callback_metrics["train/top1_teacher_wrong"] < 100
 
 
-def test_a_teacher_that_is_never_wrong_has_no_accuracy_where_it_is(tmp_path):
+def test_accuracy_where_the_teacher_is_wrong_is_absent_if_it_never_is(tmp_path):
     class Oracle(FrozenTeacher):
         def forward(self, images, paths=(), **_):
             return torch.nn.functional.one_hot(self.answers.pop(0), 10).float(), {}
@@ -53,7 +53,7 @@ def test_a_teacher_that_is_never_wrong_has_no_accuracy_where_it_is(tmp_path):
     assert not [name for name in trainer.callback_metrics if name.endswith("top1_teacher_wrong")]
 
 
-def test_class_accuracy_recounts_student_and_teacher(tmp_path):
+def test_class_accuracy_matches_a_recount_for_student_and_teacher(tmp_path):
     trainer, module = run(tmp_path, TeacherMonitor(), ClassAccuracy(tmp_path))
     batches = list(trainer.datamodule.val_dataloader())
     label = torch.cat([batch.label for batch in batches])
@@ -67,12 +67,12 @@ def test_class_accuracy_recounts_student_and_teacher(tmp_path):
         right = logits.argmax(1) == label
         expected = [100 * right[label == c].float().mean().item() for c in range(10)]
         assert table[column].tolist() == pytest.approx(expected, rel=1e-4)
-    # The classes' mean, weighted by their images, is the accuracy.
+    # The image-weighted mean over the classes is the accuracy.
     mean = (table["accuracy"] * table["images"]).sum() / table["images"].sum()
     assert mean == pytest.approx(trainer.callback_metrics["val/top1"].item(), rel=1e-4)
 
 
-def test_class_tables_of_short_epochs_are_written_where_the_run_ends_or_stops(tmp_path, monkeypatch):
+def test_class_tables_of_short_epochs_are_written_when_the_run_ends_or_stops(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr("rld_lightning.callbacks.class_accuracy.write_csv", lambda path, _: written.append(path.name))
     both = ["classes.csv", "confusion.csv"]
@@ -94,7 +94,7 @@ def test_class_tables_of_short_epochs_are_written_where_the_run_ends_or_stops(tm
     assert written == 3 * both
 
 
-def test_class_accuracy_without_a_teachers_predictions_and_without_images_of_a_class(tmp_path):
+def test_class_accuracy_without_teacher_predictions_and_without_images_of_a_class(tmp_path):
     run(tmp_path, ClassAccuracy(tmp_path), epochs=1, limit_val_batches=1, eval_batch_size=4)
     table = pd.read_csv(tmp_path / "classes.csv")
     assert list(table) == ["class", "images", "accuracy"]
@@ -103,7 +103,7 @@ def test_class_accuracy_without_a_teachers_predictions_and_without_images_of_a_c
 
 
 class Norms(Callback):
-    """Computes the same from the parameters, in double precision."""
+    """Computes the norms from the parameters, in double precision."""
 
     def __init__(self):
         self.norms = []
@@ -114,7 +114,7 @@ class Norms(Callback):
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.01}, {"accumulate_grad_batches": 4}])
-def test_gradient_norm_is_the_epochs_mean_before_clipping(tmp_path, options):
+def test_gradient_norm_is_the_epoch_mean_before_clipping(tmp_path, options):
     norms = Norms()
     trainer, _ = run(tmp_path, norms, GradientNorm(), epochs=1, **options)
     assert len(norms.norms) == trainer.global_step == (3 if "accumulate_grad_batches" in options else 12)
@@ -122,7 +122,7 @@ def test_gradient_norm_is_the_epochs_mean_before_clipping(tmp_path, options):
     assert trainer.callback_metrics["train/grad_norm"] > 0.01
 
 
-def test_gradient_norm_leaves_out_steps_that_a_scaler_skips():
+def test_gradient_norm_excludes_steps_that_the_scaler_skips():
     class Module:
         def log(self, name, value):
             self.logged = {name: value}
@@ -137,7 +137,7 @@ def test_gradient_norm_leaves_out_steps_that_a_scaler_skips():
     assert module.logged == {"train/grad_norm": 3.0}
 
 
-def test_the_teacher_sees_validation_images_once(tmp_path):
+def test_teacher_runs_once_on_validation_images(tmp_path):
     class Counting(FrozenTeacher):
         images = 0
 
@@ -151,7 +151,7 @@ def test_the_teacher_sees_validation_images_once(tmp_path):
 
 
 class Clock(Callback):
-    """A clock of its own: a training step takes a tenth of a second, validation and the first step a minute."""
+    """A fake clock: a training step takes 0.1 s, validation and the first step a minute."""
 
     def __init__(self):
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, the damaged one is seen, and the one before it is taken."""
+"""Checkpoints are atomic, damage is detected, and the previous one is used instead."""
 
 import errno
 import multiprocessing
@@ -44,11 +44,11 @@ def step_of(path):
     return CheckpointFiles().load_checkpoint(path)["global_step"]
 
 
-def test_previous_has_the_name_that_runs_know(tmp_path):
+def test_previous_checkpoint_has_the_expected_name(tmp_path):
     assert previous_of(tmp_path / LAST) == tmp_path / PREVIOUS
 
 
-def test_a_damaged_checkpoint_is_seen_whichever_bit_it_is(last):
+def test_any_flipped_bit_is_detected(last):
     content = last.read_bytes()
     assert step_of(last) == 2
     for bit in random.Random(1).sample(range(8 * len(content)), 100):
@@ -58,13 +58,13 @@ def test_a_damaged_checkpoint_is_seen_whichever_bit_it_is(last):
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 900), os.unlink])
-def test_a_checkpoint_that_is_empty_cut_or_gone_leaves_the_one_before(last, damage):
+def test_previous_checkpoint_is_used_if_the_latest_is_empty_truncated_or_missing(last, damage):
     damage(last)
     assert checkpoint_exists(last)
     assert step_of(last) == 1
 
 
-def test_two_damaged_ones_are_refused(last):
+def test_two_damaged_checkpoints_are_refused(last):
     flip(last)
     flip(previous_of(last))
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*none before it; take a copy"):
@@ -77,13 +77,13 @@ def test_two_damaged_ones_are_refused(last):
         read_checkpoint(last)
 
 
-def test_a_damaged_one_does_not_take_the_place_of_the_good_one_before_it(last):
+def test_damaged_checkpoint_does_not_replace_the_good_previous_one(last):
     flip(last)
     CheckpointFiles().save_checkpoint(checkpoint(3), last)
     assert (step_of(last), step_of(previous_of(last))) == (3, 1)
 
 
-def test_weights_alone_are_not_kept(tmp_path):
+def test_weights_only_checkpoints_are_not_kept(tmp_path):
     files = CheckpointFiles()
     for step in (1, 2):
         files.save_checkpoint({"global_step": step, "state_dict": {}}, tmp_path / "best.ckpt")
@@ -91,7 +91,7 @@ def test_weights_alone_are_not_kept(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_what_cannot_be_written_is_said_in_one_sentence(last, monkeypatch, code):
+def test_failed_write_is_one_sentence(last, monkeypatch, code):
     def fail(_):
         raise OSError(code, os.strerror(code))
 
@@ -110,8 +110,8 @@ def _save_for_ever(path):
         files.save_checkpoint(checkpoint(step, more=torch.zeros(200_000)), path)
 
 
-def test_a_process_that_is_killed_while_it_saves_leaves_a_checkpoint(tmp_path, monkeypatch):
-    """Whatever disk the folder for temporary files is on, as it is not used."""
+def test_process_killed_while_saving_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """On any file system, as the temporary directory is not used."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     path, chance = tmp_path / LAST, random.Random(0)
@@ -138,7 +138,7 @@ def fit(folder, epochs, resume=None):
     return module.state_dict()
 
 
-def test_a_run_goes_on_from_the_one_before_to_the_same_weights(tmp_path):
+def test_run_resumed_from_the_previous_checkpoint_reaches_the_same_weights(tmp_path):
     expected = fit(tmp_path, 3)
     assert step_of(previous_of(tmp_path / LAST)) == 4
     flip(tmp_path / LAST)
@@ -146,6 +146,6 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(tmp_path):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_every_run_has_them(tmp_path):
+def test_every_run_uses_checkpoint_files(tmp_path):
     trainer = build_trainer(compose("trainer=cpu", f"paths.run={tmp_path}"))
     assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles)

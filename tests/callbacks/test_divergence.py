@@ -1,4 +1,4 @@
-"""Runs that diverge: seen at the step, told apart, never saved, and let go on with another learning rate."""
+"""Diverging runs are stopped at the step, diagnosed, not saved, and can resume with another learning rate."""
 
 import math
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from rld_lightning.data.base import Batch
 
 
 class At(Callback):
-    """Does something to the module before one batch, or to the batch itself."""
+    """Modifies the module before one batch, or the batch itself."""
 
     def __init__(self, step, change):
         self.step, self.change = step, change
@@ -42,7 +42,7 @@ def spoil_weights(module, batch):
 
 
 class Scaled(CELoss):
-    """Cross-entropy, once a million times as large."""
+    """Cross-entropy, for one step a million times larger."""
 
     def terms(self, step):
         self.calls = getattr(self, "calls", 0) + 1
@@ -50,7 +50,7 @@ class Scaled(CELoss):
 
 
 class LastGradient(nn.Module):
-    """Passes values on, and a gradient that is none in the last step of an epoch of 12."""
+    """Identity, with a non-finite gradient in the last step of an epoch of 12."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def finite(path):
         (images_of_nan, r"batch 7: the loss is nan, and the normalised images are not finite"),
     ],
 )
-def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, change, words):
+def test_non_finite_values_stop_the_run_before_they_are_saved(tmp_path, change, words):
     with pytest.raises(Diverged, match=words):
         fit(tmp_path, At(6, change), every_step(tmp_path))
     assert finite(tmp_path / "last.ckpt")
@@ -106,7 +106,7 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, change, wo
     assert named["label"].shape == named["label_before"].shape == (128,)
 
 
-def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
+def test_full_disk_does_not_hide_the_diagnosis(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -115,7 +115,7 @@ def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
         fit(tmp_path, At(6, spoil_weights), every_step(tmp_path))
 
 
-def test_the_teacher_of_mixtures_is_held_to_the_class_of_most_of_each_image(tmp_path):
+def test_teacher_of_mixed_images_is_compared_with_the_majority_class(tmp_path):
     watch, label = Divergence(tmp_path), torch.arange(10)
     outputs = {"terms": {"kd": torch.tensor(math.nan)}, "student_logits": torch.eye(10), "label": label}
     batch = Batch(torch.zeros(10, 3, 8, 8), label.roll(1), label)
@@ -131,7 +131,7 @@ def _batches():
     return data.train_dataloader()
 
 
-def test_it_is_read_every_few_steps_where_nothing_is_saved(tmp_path):
+def test_values_are_read_every_few_steps_if_nothing_is_saved(tmp_path):
     steps = []
     count = At(-1, None)
     count.on_train_batch_start = lambda trainer, *_: steps.append(trainer.global_step)
@@ -140,14 +140,14 @@ def test_it_is_read_every_few_steps_where_nothing_is_saved(tmp_path):
     assert steps[-1] == 9
 
 
-def test_weights_are_looked_at_once_a_step(tmp_path, monkeypatch):
+def test_weights_are_checked_once_per_step(tmp_path, monkeypatch):
     looks = []
     monkeypatch.setattr("rld_lightning.callbacks.divergence._state_is_finite", lambda *_: looks.append(1) or True)
     fit(tmp_path, saving(tmp_path, save_on_train_epoch_end=True), max_epochs=3)
     assert len(looks) == 3, "before the validation, and not again at the epoch's end and for the checkpoint"
 
 
-def test_the_last_gradient_of_an_epoch_is_neither_saved_nor_the_best(tmp_path):
+def test_last_gradient_of_an_epoch_is_neither_saved_nor_best(tmp_path):
     student = nn.Sequential(linear(), LastGradient())
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val/top1", mode="max", save_weights_only=True)
     with pytest.raises(Diverged, match=r"epoch 1, batch 12: the weights are not finite after it"):
@@ -155,7 +155,7 @@ def test_the_last_gradient_of_an_epoch_is_neither_saved_nor_the_best(tmp_path):
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_a_teacher_is_told_from_a_learning_rate(tmp_path):
+def test_broken_teacher_is_distinguished_from_the_learning_rate(tmp_path):
     broken = linear(1)
     broken[1].bias.data[3] = math.nan
     with pytest.raises(Diverged, match=r"the loss is nan .*the teacher's logits are not finite.* Choose another model"):
@@ -183,19 +183,19 @@ def test_causes(values, words, begin_anew):
     assert (remedy is not None) == begin_anew
 
 
-def test_half_of_two_classes_is_chance_and_most_of_them_is_not():
+def test_half_correct_is_chance_for_two_classes_and_most_correct_is_not():
     for right, chance in ((32, True), (36, True), (48, False)):
         cause, _ = diagnose(seen(right=right), rate=0.1, classes=2, images=64)
         assert ("chance" in cause) == chance
 
 
-def test_a_loss_that_jumps_is_said_once_an_epoch_and_training_goes_on(tmp_path, capsys):
+def test_spike_is_printed_once_per_epoch_and_training_continues(tmp_path, capsys):
     fit(tmp_path, loss=Scaled(), max_epochs=2)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert "epoch 1, batch 8: 1e+06, up from 2." in line
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_an_ordinary_run_has_no_such_line(tmp_path, capsys, rate):
+def test_ordinary_run_prints_no_spike(tmp_path, capsys, rate):
     fit(tmp_path, rate=rate, max_epochs=2)
     assert capsys.readouterr().out == ""

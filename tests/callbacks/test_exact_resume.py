@@ -1,4 +1,4 @@
-"""A run that stops at any step and goes on is the run that never stopped: weights and metrics, bit for bit."""
+"""A run stopped at any step and resumed equals the uninterrupted run: weights and metrics, bit for bit."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ def network(seed, dropout=0.0):
 
 
 class Diary(Callback):
-    """Writes down every batch, and stops after so many."""
+    """Records every batch, and stops after a given number."""
 
     def __init__(self, stop):
         self.batches, self.stop = [], stop
@@ -66,7 +66,7 @@ def fit(folder, *callbacks, schedule="none", resume=None, data=None, **options):
 
 
 def state(trainer, module):
-    """All that decides what comes next."""
+    """Returns all state that determines the next step."""
     optimizer = trainer.optimizers[0].state_dict() if trainer.optimizers else {}
     schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     return copy.deepcopy((module.state_dict(), optimizer, schedules, module.best_top1, trainer.global_step))
@@ -96,12 +96,12 @@ def metrics_file(trainer):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Gives the uninterrupted run with a schedule."""
+    """Returns the uninterrupted run with a schedule."""
     return cache(lambda schedule: fit(tmp_path_factory.mktemp(schedule), schedule=schedule))
 
 
 def mostly_slow(fast, *values):
-    """All combinations, of which only a few are for every day."""
+    """All combinations, most of them marked slow."""
     combinations = itertools.product(*values)
     return [pytest.param(*each, marks=() if each in fast else pytest.mark.slow) for each in combinations]
 
@@ -110,7 +110,7 @@ FAST = [("onecycle", 8)]
 
 
 @pytest.mark.parametrize(("schedule", "stop"), mostly_slow(FAST, SCHEDULES, range(1, 18)))
-def test_a_run_that_is_told_to_stop_after_a_step_goes_on_with_the_next(tmp_path, whole, schedule, stop):
+def test_run_stopped_after_a_step_resumes_with_the_next(tmp_path, whole, schedule, stop):
     first = fit(tmp_path, schedule=schedule, stop_after=stop)
     assert len(first[2].batches) == stop
     check(whole(schedule), first, fit(tmp_path, schedule=schedule, resume=tmp_path / "last.ckpt"))
@@ -122,7 +122,7 @@ FAST = [("step", (2, 9, 12))]
 @pytest.mark.parametrize(
     ("schedule", "stops"), mostly_slow(FAST, ["none", "step"], [(4,), (6,), (7, 9, 12), (2, 3, 17), (2, 9, 12)])
 )
-def test_a_run_to_so_many_steps_goes_on_to_more(tmp_path, whole, schedule, stops):
+def test_run_limited_by_steps_can_be_extended(tmp_path, whole, schedule, stops):
     parts, resume = [], None
     for stop in (*stops, -1):
         parts.append(fit(tmp_path, schedule=schedule, max_steps=stop, resume=resume))
@@ -132,7 +132,7 @@ def test_a_run_to_so_many_steps_goes_on_to_more(tmp_path, whole, schedule, stops
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1, 15))
-def test_a_run_to_so_many_steps_is_one_that_went_there_at_once(tmp_path, first):
+def test_extended_run_equals_one_with_that_limit_from_the_start(tmp_path, first):
     at_once = fit(tmp_path / "at once", schedule="step", max_steps=15)
     start = fit(tmp_path / "first", schedule="step", max_steps=first)
     rest = fit(tmp_path, schedule="step", max_steps=15, resume=tmp_path / "first" / "last.ckpt")
@@ -146,7 +146,7 @@ FAST = [(6, EVERY), (9, HALVES)]
 @pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(("step", "options"), mostly_slow(FAST, range(1, 19), [EVERY, HALVES, SECOND]))
-def test_any_checkpoint_of_any_callback_is_one_to_go_on_from(tmp_path, step, options):
+def test_checkpoint_of_any_callback_can_be_resumed(tmp_path, step, options):
     every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = fit(tmp_path / "whole", every, schedule="onecycle", **options)
     rest = fit(tmp_path / "rest", schedule="onecycle", resume=tmp_path / f"step={step}.ckpt", **options)
@@ -156,13 +156,13 @@ def test_any_checkpoint_of_any_callback_is_one_to_go_on_from(tmp_path, step, opt
     assert metrics_file(rest[0]) == metrics_file(trainer)
 
 
-def test_an_epoch_that_ends_early_is_gone_on_with_from_a_checkpoint_of_its_end(tmp_path, whole):
+def test_epoch_cut_short_is_resumed_from_a_checkpoint_of_its_end(tmp_path, whole):
     end = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
     first = fit(tmp_path / "first", end, schedule="step", max_steps=8)
     check(whole("step"), first, fit(tmp_path / "rest", schedule="step", resume=tmp_path / "end.ckpt"))
 
 
-def test_a_stop_waits_for_the_step_of_accumulated_gradients(tmp_path):
+def test_stop_waits_for_the_accumulated_optimizer_step(tmp_path):
     options = {"accumulate_grad_batches": 4, "schedule": "onecycle"}
     at_once = fit(tmp_path / "at once", **options)
     first = fit(tmp_path, stop_after=8, **options)  # of 6 batches an epoch, which the optimizer steps after 4 and 6
@@ -171,7 +171,7 @@ def test_a_stop_waits_for_the_step_of_accumulated_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("average", [{"decay": 0.9}, pytest.param({}, marks=pytest.mark.slow)])
-def test_an_average_of_weights_goes_on_and_is_what_a_run_ends_with(tmp_path, average):
+def test_averaged_weights_are_resumed_and_are_the_final_weights(tmp_path, average):
     at_once = fit(tmp_path / "at once", WeightAverage(**average), schedule="onecycle")
     resume = tmp_path / "last.ckpt"
     first = fit(tmp_path, WeightAverage(**average), schedule="onecycle", stop_after=14)
@@ -185,7 +185,7 @@ def test_an_average_of_weights_goes_on_and_is_what_a_run_ends_with(tmp_path, ave
 
 
 @pytest.mark.slow
-def test_a_run_that_has_stopped_early_is_at_its_end(tmp_path):
+def test_early_stopped_run_is_not_continued(tmp_path):
     stop = {"monitor": "val/top1", "mode": "max", "min_delta": 100.0, "patience": 1}
     first = fit(tmp_path, EarlyStopping(**stop))
     assert len(first[2].batches) == 2 * BATCHES

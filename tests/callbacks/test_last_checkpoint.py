@@ -1,4 +1,4 @@
-"""When last.ckpt is written."""
+"""When ``last.ckpt`` is written."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rld_lightning.data import DigitsDataModule
 
 
 class Clock(Callback):
-    """A clock of its own: each step of training takes so many seconds."""
+    """A fake clock: each training step takes a given number of seconds."""
 
     def __init__(self, monkeypatch, seconds):
         self.now, self.seconds = 0.0, seconds
@@ -21,7 +21,7 @@ class Clock(Callback):
 
 
 class Saved(LastCheckpoint):
-    """Remembers after which steps it has saved, and how often all processes were asked."""
+    """Records after which steps it saved, and how often the ranks had to agree."""
 
     def _save_checkpoint(self, trainer, filepath):
         self.steps_saved = [*getattr(self, "steps_saved", []), trainer.global_step]
@@ -61,6 +61,6 @@ def test_saves_after_epochs_and_within_long_ones(tmp_path, monkeypatch, seconds,
 
 
 @pytest.mark.parametrize("options", [{"minutes": 0}, {"minutes": -1.0}, {"steps": 0}, {"minutes": float("nan")}])
-def test_what_is_no_time_between_two_is_refused(tmp_path, options):
+def test_intervals_that_are_not_positive_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match="must be positive; null for the end of epochs"):
         LastCheckpoint(tmp_path, **options)

@@ -7,7 +7,7 @@ from rld_lightning.runs.metrics_csv import read_rows
 
 
 @pytest.mark.parametrize(("seconds", "waits"), [(10.0, True), (0.0, False)])
-def test_a_validation_waits_for_the_end_of_its_epoch_only_where_that_comes_soon(tmp_path, monkeypatch, seconds, waits):
+def test_row_after_validation_is_delayed_only_if_the_epoch_ends_soon(tmp_path, monkeypatch, seconds, waits):
     monkeypatch.setattr(metrics_file, "_SECONDS", seconds)
     logger = MetricsFile(tmp_path)
 

@@ -1,4 +1,4 @@
-"""What a run that goes on believes of the files that a checkpoint names."""
+"""Which files named in a checkpoint a resumed run accepts."""
 
 import shutil
 from pathlib import Path
@@ -15,13 +15,13 @@ from rld_lightning.data import DigitsDataModule
 
 
 def best(folder, **options):
-    """The callback of ``best.ckpt``."""
+    """Returns the callback of ``best.ckpt``."""
     options = {"filename": "best", "enable_version_counter": False, "save_weights_only": True} | options
     return ModelCheckpoint(folder, monitor="val/top1", mode="max", **options)
 
 
 def fit(folder, epochs, resume=None, watched=None):
-    """Trains in a folder and returns the callback of its best epochs."""
+    """Trains in a directory and returns the callback of its best epochs."""
     watched = watched or best(folder)
     last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     trainer = quiet_trainer(OwnCheckpoints(), watched, last, max_epochs=epochs, limit_train_batches=2)
@@ -30,7 +30,7 @@ def fit(folder, epochs, resume=None, watched=None):
 
 
 def rewrite(path, change):
-    """Changes the states of the two callbacks in a checkpoint."""
+    """Modifies the states of the two callbacks in a checkpoint."""
     checkpoint = torch.load(path, weights_only=True)
     for state in checkpoint["callbacks"].values():
         change(state)
@@ -43,14 +43,14 @@ def scores(callback):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A run of one epoch, and its best callback."""
+    """Returns a run of one epoch, and its best callback."""
     folder = tmp_path_factory.mktemp("first")
     return folder, fit(folder, 1)
 
 
 @pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("score", [101.0, 0.0])
-def test_the_best_epoch_moves_with_its_score(first, tmp_path, copied, score):
+def test_best_epoch_is_copied_with_its_score(first, tmp_path, copied, score):
     folder = shutil.copytree(first[0], tmp_path / "before")
     rewrite(folder / "last.ckpt", lambda state: state.update(best_k_models={"/gone/best.ckpt": torch.tensor(score)}))
     if not copied:
@@ -68,7 +68,7 @@ def test_the_best_epoch_moves_with_its_score(first, tmp_path, copied, score):
 @pytest.mark.parametrize(
     "form", ["local://{victim}", "file://{victim}", "{victim}", "{run}/../victim", "{run}/../victim/best.ckpt"]
 )
-def test_nothing_outside_the_folder_is_deleted_or_copied(first, tmp_path, form, moved):
+def test_nothing_outside_the_directory_is_deleted_or_copied(first, tmp_path, form, moved):
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "best.ckpt").write_text("secret")
@@ -89,13 +89,13 @@ def test_nothing_outside_the_folder_is_deleted_or_copied(first, tmp_path, form, 
     assert torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
 
 
-def test_paths_and_scores_that_are_none_count_for_nothing():
+def test_invalid_paths_and_scores_are_ignored():
     for state in ({}, {"best_k_models": [3]}, {"best_k_models": {3: 1}, "last_model_path": 4, "best_model_path": []}):
         assert _restricted_state(best("folder"), state, Path("elsewhere"))["best_k_models"] == {}
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "student.safetensors", "last.ckpt", "best.ckpt.bak"])
-def test_files_of_the_folder_that_the_callback_does_not_write_are_not_its_own(first, tmp_path, name):
+def test_files_that_the_callback_does_not_write_are_not_accepted(first, tmp_path, name):
     run = shutil.copytree(first[0], tmp_path / "run")
     (run / "best.ckpt").unlink()
     if name != "last.ckpt":
@@ -107,7 +107,7 @@ def test_files_of_the_folder_that_the_callback_does_not_write_are_not_its_own(fi
     assert (run / name).exists()
 
 
-def test_a_link_is_not_followed(first, tmp_path):
+def test_links_are_not_followed(first, tmp_path):
     before = shutil.copytree(first[0], tmp_path / "before")
     (tmp_path / "secret").write_text("secret")
     (before / "best.ckpt").unlink()
@@ -117,7 +117,7 @@ def test_a_link_is_not_followed(first, tmp_path):
     assert after.best_model_path == ""
 
 
-def test_the_best_of_several_stay_with_their_scores(tmp_path):
+def test_best_of_several_keep_their_scores(tmp_path):
     options = {"filename": "{epoch}", "save_top_k": 2}
     before = fit(tmp_path, 3, watched=best(tmp_path, **options))
     known = scores(before)
@@ -131,6 +131,6 @@ def test_the_best_of_several_stay_with_their_scores(tmp_path):
     assert len(list(tmp_path.glob("epoch=*.ckpt"))) == 2
 
 
-def test_every_run_has_it():
+def test_every_run_has_the_callback():
     targets = [callback["_target_"] for callback in compose().callbacks.values()]
     assert "rld_lightning.callbacks.OwnCheckpoints" in targets

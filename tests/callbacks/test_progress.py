@@ -1,4 +1,4 @@
-"""The bar in the terminal."""
+"""The progress bar in the terminal."""
 
 import math
 import time
@@ -33,17 +33,17 @@ def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1):
         (trainer(batches=math.inf), None),
     ],
 )
-def test_a_run_has_as_many_batches_as_its_epochs_or_steps(run, batches):
+def test_number_of_batches_follows_from_epochs_or_steps(run, batches):
     assert _batches_in_all(run) == batches
 
 
-def test_what_is_left_is_told_by_the_pace_of_this_part_of_the_run():
+def test_time_left_uses_the_pace_since_the_start_of_this_process():
     bar = RunProgress()
     bar._began, bar._batches = (time.monotonic() - 20, 10), 20  # 2 s a batch, after a run that went on from 10
     assert bar.seconds_left(trainer()) == pytest.approx(40, rel=0.01)
     assert bar.seconds_left(trainer(max_epochs=-1)) is None
     bar._batches = 10
-    assert bar.seconds_left(trainer()) is None  # of the first batch nobody knows
+    assert bar.seconds_left(trainer()) is None  # unknown at the first batch
 
 
 class Model(BoringModel):
@@ -57,7 +57,7 @@ class Model(BoringModel):
         self.log_dict({"val/top1": 54.3219, "val/top5": 90.0}, prog_bar=True)
 
 
-def test_one_line_of_80_columns_counts_epochs_from_1(tmp_path):
+def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path):
     seen = []
 
     class Looks(RunProgress):

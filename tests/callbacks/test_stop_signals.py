@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop, or to save."""
+"""Signals to stop or to save."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ BATCHES = 12  # an epoch
 
 
 class Sends(Callback):
-    """Sends signals to this process before a batch of training, or of the validation of the first epoch."""
+    """Sends signals to this process before a training batch, or a validation batch of the first epoch."""
 
     def __init__(self, *signals, train=None, validation=None):
         self.signals, self.train, self.validation = signals, train, validation
@@ -47,7 +47,7 @@ def fit(folder, *callbacks, resume=None, **options):
 
 @pytest.fixture(autouse=True)
 def _heard():
-    """Whoever runs the tests may ignore signals, as a shell does for what it runs in the background."""
+    """Restores default handlers: a shell makes background processes ignore some signals."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,7 +58,7 @@ def _heard():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing has stopped."""
+    """Returns the uninterrupted run."""
     module, trainer = fit(tmp_path_factory.mktemp("whole"))
     return module.state_dict(), trainer.callback_metrics
 
@@ -68,7 +68,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "step"), [({"train": 4}, 5), ({"train": BATCHES - 1}, BATCHES), ({"validation": 1}, BATCHES)]
 )
-def test_a_stop_saves_at_the_end_of_the_step_and_the_run_goes_on_from_there(tmp_path, whole, number, place, step):
+def test_stop_saves_at_the_end_of_the_step_and_the_run_resumes_there(tmp_path, whole, number, place, step):
     before = {each: signal.getsignal(each) for each in (number, signal.SIGUSR1)}
     with pytest.raises(Stopped) as stop:
         fit(tmp_path, Sends(number, **place))
@@ -81,7 +81,7 @@ def test_a_stop_saves_at_the_end_of_the_step_and_the_run_goes_on_from_there(tmp_
     assert trainer.callback_metrics == metrics
 
 
-def test_a_stop_waits_for_the_step_of_the_optimizer(tmp_path):
+def test_stop_waits_for_the_optimizer_step(tmp_path):
     with pytest.raises(Stopped):
         fit(tmp_path, Sends(signal.SIGTERM, train=4), accumulate_grad_batches=4)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -89,7 +89,7 @@ def test_a_stop_waits_for_the_step_of_the_optimizer(tmp_path):
     assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 8
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path, whole, capsys):
+def test_sigusr1_saves_and_training_continues(tmp_path, whole, capsys):
     class Look(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             if trainer.global_step == 5:
@@ -102,7 +102,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path, whole, capsys):
     assert capsys.readouterr().out.split() == ["saved", "as", "it", "is", "in", "epoch", "1"]
 
 
-def test_a_job_of_slurm_is_queued_again_on_sigusr1(tmp_path, monkeypatch, capsys):
+def test_slurm_job_is_requeued_on_sigusr1(tmp_path, monkeypatch, capsys):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -117,7 +117,7 @@ def test_a_job_of_slurm_is_queued_again_on_sigusr1(tmp_path, monkeypatch, capsys
     assert "job 71_2 is queued again" in capsys.readouterr().out
 
 
-def test_a_second_signal_does_not_wait(tmp_path):
+def test_second_signal_does_not_wait(tmp_path):
     sends = Sends(signal.SIGINT, signal.SIGINT, train=4)
     with pytest.raises(Stopped) as stop:
         fit(tmp_path, sends)
@@ -125,7 +125,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
     assert not (tmp_path / "last.ckpt").exists()
 
 
-def test_before_the_first_step_a_signal_ends_at_once(tmp_path):
+def test_signal_before_the_first_step_ends_at_once(tmp_path):
     class Early(Callback):
         def on_fit_start(self, trainer, module):
             _kill(signal.SIGUSR1, signal.SIGHUP)  # there is nothing to save yet
@@ -135,7 +135,7 @@ def test_before_the_first_step_a_signal_ends_at_once(tmp_path):
     assert stop.value.code == 129
 
 
-def test_what_was_ignored_stays_so(tmp_path):
+def test_ignored_signals_stay_ignored(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         _, trainer = fit(tmp_path, Sends(signal.SIGHUP, train=4))
@@ -144,7 +144,7 @@ def test_what_was_ignored_stays_so(tmp_path):
     assert trainer.steps == 2 * BATCHES
 
 
-def test_a_worker_that_dies_of_the_same_signal_is_no_failure(tmp_path):
+def test_worker_killed_by_the_same_signal_is_not_an_error(tmp_path):
     class Fails(Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             if trainer.global_step == 4:
@@ -161,14 +161,14 @@ def _kill(*numbers):
         os.kill(os.getpid(), number)
 
 
-def test_outside_of_training_signals_end_a_process():
+def test_signals_outside_training_end_the_process():
     for number in (signal.SIGTERM, signal.SIGHUP):
         with stop_on_signals(), pytest.raises(Stopped) as stop:
             _kill(signal.SIGUSR1, number)
         assert stop.value.code == 128 + number
 
 
-def test_a_process_leaves_with_what_it_has_written(capfd):
+def test_exit_now_flushes_the_output(capfd):
     if (child := os.fork()) == 0:
         print("written", end="")
         exit_now(143)
@@ -177,5 +177,5 @@ def test_a_process_leaves_with_what_it_has_written(capfd):
 
 
 @pytest.mark.parametrize(("codes", "number"), [([143, 143], 15), ([138, 130], 10), ([143, 1], None), ([], None)])
-def test_statuses_of_processes_that_were_stopped(codes, number):
+def test_exit_statuses_of_stopped_processes(codes, number):
     assert stopped_by(codes) == number

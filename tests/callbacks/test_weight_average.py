@@ -1,4 +1,4 @@
-"""Averaged weights: their values, who sees them, and how they are resumed."""
+"""Averaged weights: their values, where they are used, and how they are resumed."""
 
 from copy import deepcopy
 
@@ -22,7 +22,7 @@ def network():
 
 
 class Watcher(Callback):
-    """Keeps the weights after each step and those that are validated."""
+    """Records the weights after each step and those that are validated."""
 
     def __init__(self):
         self.trained, self.validated, self.teachers = [], [], []
@@ -54,7 +54,7 @@ def floats(weights):
     return {name: value for name, value in weights.items() if value.is_floating_point()}
 
 
-def test_a_moving_average_has_the_value_of_its_formula_and_is_what_is_seen(tmp_path):
+def test_moving_average_matches_its_formula_and_is_used(tmp_path):
     module, watcher = fit(tmp_path, WeightAverage(decay=0.7))
     expected = floats(watcher.trained[0])
     history = [expected]
@@ -62,7 +62,7 @@ def test_a_moving_average_has_the_value_of_its_formula_and_is_what_is_seen(tmp_p
         decay = min(0.7, (2 + n) / (11 + n))
         expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
         history.append(expected)
-    assert decay < 0.7 < (1 + EPOCHS * STEPS) / 10  # neither of the two all along
+    assert decay < 0.7 < (1 + EPOCHS * STEPS) / 10  # neither of the two throughout
     close(floats(module.student.state_dict()), expected)  # what is exported
     for epoch, validated in enumerate(watcher.validated):
         close(floats(validated), history[(epoch + 1) * STEPS - 1])
@@ -78,7 +78,7 @@ def test_a_moving_average_has_the_value_of_its_formula_and_is_what_is_seen(tmp_p
     assert module.student[1].num_batches_tracked == EPOCHS * STEPS
 
 
-def test_a_mean_of_epochs_begins_where_it_should_and_is_not_there_before(tmp_path):
+def test_mean_over_epochs_starts_where_it_should_and_does_not_exist_before(tmp_path):
     module, watcher = fit(tmp_path, WeightAverage(start=0.5))
     ends = watcher.trained[STEPS - 1 :: STEPS]
     for epoch in (0, 1):
@@ -88,13 +88,13 @@ def test_a_mean_of_epochs_begins_where_it_should_and_is_not_there_before(tmp_pat
     close(floats(module.student.state_dict()), mean)
 
 
-def test_a_run_that_ends_before_the_average_begins_leaves_its_weights(tmp_path):
+def test_run_that_ends_before_averaging_keeps_its_weights(tmp_path):
     module, watcher = fit(tmp_path, WeightAverage(start=0.9), epochs=1)
     close(dict(module.student.state_dict()), watcher.trained[-1])
 
 
 class Saver(Callback):
-    """Saves before the validation of the second epoch, and within it, as a run does that is told to stop."""
+    """Saves before and within the validation of the second epoch, as a stopped run does."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -108,7 +108,7 @@ class Saver(Callback):
             trainer.save_checkpoint(self.folder / "within.ckpt")
 
 
-def test_a_checkpoint_within_a_validation_takes_neither_for_the_other(tmp_path):
+def test_checkpoint_within_a_validation_does_not_confuse_average_and_weights(tmp_path):
     fit(tmp_path, WeightAverage(decay=0.7), epochs=2, others=[Saver(tmp_path)])
     before, within = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "within"))
     for key in ("state_dict", "current_model_state"):
@@ -117,7 +117,7 @@ def test_a_checkpoint_within_a_validation_takes_neither_for_the_other(tmp_path):
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("decay", [0.9, None])
-def test_a_resumed_average_is_the_same(tmp_path, decay):
+def test_resumed_average_is_equal(tmp_path, decay):
     whole, _ = fit(tmp_path / "whole", WeightAverage(decay))
     fit(tmp_path / "half", WeightAverage(decay), epochs=2)
     goes_on = {"ckpt_path": tmp_path / "half" / "last.ckpt", "weights_only": True}
@@ -126,7 +126,7 @@ def test_a_resumed_average_is_the_same(tmp_path, decay):
         assert torch.equal(value, resumed.student.state_dict()[name]), name
 
 
-def test_the_teacher_is_not_copied(tmp_path):
+def test_teacher_is_not_copied(tmp_path):
     average = WeightAverage(decay=0.9)
     module, _ = fit(tmp_path, average, epochs=1)
     assert module.teacher is not None
@@ -138,6 +138,6 @@ def test_the_teacher_is_not_copied(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "word"), [({"decay": 1.0}, "decay=1.0"), ({"start": 1.0}, "start=1.0")])
-def test_values_out_of_range(options, word):
+def test_values_out_of_range_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         WeightAverage(**options)

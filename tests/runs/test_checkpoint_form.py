@@ -1,4 +1,4 @@
-"""Checkpoints that were altered are refused in one sentence before anything is trained on them."""
+"""Altered checkpoints are refused in one sentence before training."""
 
 import copy
 from functools import partial
@@ -31,7 +31,7 @@ GONE = object()
 
 
 class StopAfter(Callback):
-    """Tells a run to stop after so many batches."""
+    """Stops a run after a number of batches."""
 
     def __init__(self, batches):
         self.left = batches
@@ -42,7 +42,7 @@ class StopAfter(Callback):
 
 
 def fit(folder, resume=None, batches=-1, lr=0.1):
-    """Trains with accumulated gradients, a schedule and an average: 6 batches an epoch, 3 steps."""
+    """Trains with accumulated gradients, a schedule and an average: 6 batches per epoch, 3 steps."""
     scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[4])
     module = job(linear(), lr=lr, momentum=0.9, scheduler=scheduler, scheduler_interval="step")
     watchers = [TeacherMonitor(), GradientNorm(), Throughput(), EarlyStopping("val/ce", patience=9)]
@@ -56,14 +56,14 @@ def fit(folder, resume=None, batches=-1, lr=0.1):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a run that was stopped after 10 batches: one epoch, and 4 batches of the next."""
+    """Returns the checkpoint of a run stopped after 10 batches: one epoch, and 4 batches of the next."""
     folder = tmp_path_factory.mktemp("run")
     fit(folder, batches=10)
     return torch.load(folder / "last.ckpt", weights_only=True)
 
 
 def put(checkpoint, path, value):
-    """A checkpoint with another entry, or without it."""
+    """Returns a checkpoint with an entry replaced or removed."""
     altered = at = copy.deepcopy(checkpoint)
     for key in path[:-1]:
         at = at[key]
@@ -74,7 +74,7 @@ def put(checkpoint, path, value):
     return altered
 
 
-def test_one_that_nobody_has_altered_goes_on(checkpoint, tmp_path):
+def test_unaltered_checkpoint_is_resumed(checkpoint, tmp_path):
     write_checkpoint(checkpoint, tmp_path / "last.ckpt", keep=False)
     assert fit(tmp_path, tmp_path / "last.ckpt").global_step == 9
 
@@ -120,7 +120,7 @@ def test_one_that_nobody_has_altered_goes_on(checkpoint, tmp_path):
     ],
     ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else None,
 )  # fmt: skip
-def test_an_altered_one_is_refused(checkpoint, tmp_path, path, value, words):
+def test_altered_checkpoint_is_refused(checkpoint, tmp_path, path, value, words):
     write_checkpoint(put(checkpoint, path, value), tmp_path / "last.ckpt", keep=False)
     with pytest.raises(UserError, match=words) as refused:
         fit(tmp_path, tmp_path / "last.ckpt")
@@ -128,7 +128,7 @@ def test_an_altered_one_is_refused(checkpoint, tmp_path, path, value, words):
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_where_the_rate_began_is_as_the_settings_say(checkpoint, tmp_path):
+def test_initial_rate_must_match_the_settings(checkpoint, tmp_path):
     altered = put(checkpoint, ("optimizer_states", 0, "param_groups", 0, "initial_lr"), 0.2)
     write_checkpoint(put(altered, ("lr_schedulers", 0, "base_lrs"), [0.2]), tmp_path / "last.ckpt", keep=False)
     with pytest.raises(UserError, match=r"began with the learning rates \[0\.2\], and have to begin with \[0\.1\]"):
@@ -138,7 +138,7 @@ def test_where_the_rate_began_is_as_the_settings_say(checkpoint, tmp_path):
     assert group["initial_lr"] == pytest.approx(0.2), "another one that the run says is taken"
 
 
-def test_the_one_before_it_is_the_way_out(checkpoint, tmp_path):
+def test_previous_checkpoint_is_offered_as_the_way_out(checkpoint, tmp_path):
     write_checkpoint(checkpoint, tmp_path / "last.ckpt", keep=False)
     write_checkpoint(put(checkpoint, ("global_step",), 4), tmp_path / "last.ckpt", keep=True)
     with pytest.raises(UserError, match=rf"resume from {tmp_path}/last\.previous\.ckpt, the one before it, or start"):
@@ -146,7 +146,7 @@ def test_the_one_before_it_is_the_way_out(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "Adadelta", "Rprop"])
-def test_what_an_optimizer_remembers_is_known_without_numbers(optimizer):
+def test_optimizer_state_is_known_without_values(optimizer):
     from rld_lightning.runs.checkpoint_form import _after_a_step
 
     student = linear()

@@ -1,4 +1,4 @@
-"""Files of a run folder."""
+"""Files of a run directory."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from rld_lightning.runs.files import read_text, text_of, write_csv
 
 
 @pytest.mark.parametrize("name", ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-2+3", "\t=1"])
-def test_no_name_of_a_class_is_a_formula(tmp_path, name):
+def test_class_names_are_not_formulas(tmp_path, name):
     write_csv(tmp_path / "classes.csv", {"class": [name, "cat", "-1.5"], "images": [1, 2, 3]})
     with (tmp_path / "classes.csv").open(newline="") as file:
         rows = list(csv.reader(file))[1:]
@@ -17,7 +17,7 @@ def test_no_name_of_a_class_is_a_formula(tmp_path, name):
     assert [text_of(cell) for cell, _ in rows] == [name, "cat", "-1.5"]
 
 
-def test_of_a_text_no_more_is_read_than_a_run_writes(tmp_path):
+def test_text_is_read_up_to_the_size_that_runs_write(tmp_path):
     (tmp_path / "long").write_bytes(b"\xff" * 2_000_000)
     os.mkfifo(tmp_path / "pipe")
     assert read_text(tmp_path / "long") == "\ufffd" * 1_000_000

@@ -39,7 +39,7 @@ def make(folder, *, seed=0, alpha=1.0, finished=True, choice="rld_ls", lr=0.1):
         SUMMARY.write(folder)
 
 
-def test_finds_finished_and_unfinished_runs_each_once(tmp_path):
+def test_finds_finished_and_unfinished_runs_once(tmp_path):
     make(tmp_path / "a" / "1")
     make(tmp_path / "a" / "1" / "teacher")
     make(tmp_path / "a" / "2", finished=False)
@@ -49,14 +49,14 @@ def test_finds_finished_and_unfinished_runs_each_once(tmp_path):
     assert find_all([tmp_path]).unfinished == [tmp_path / "a" / "2"]
 
 
-def test_knows_what_a_run_is(tmp_path):
+def test_properties_of_a_run(tmp_path):
     make(tmp_path / "run", seed=3)
     run = read_run(tmp_path / "run")
     assert (run.pair, run.method) == ("resnet20_to_resnet8", "rld_ls")
     assert run.overrides == ["loss=rld_ls", "seed=3"]
 
 
-def test_networks_that_a_command_spells_otherwise_are_the_same(tmp_path):
+def test_network_names_are_normalised(tmp_path):
     old, new = (
         read_run(write_run(tmp_path / teacher, teacher=teacher, student=student))
         for teacher, student in (("wrn_40_2", "MobileNetV2"), ("wrn40_2", "mobilenetv2"))
@@ -66,7 +66,7 @@ def test_networks_that_a_command_spells_otherwise_are_the_same(tmp_path):
     assert (new.summary.teacher, new.summary.model) == ("wrn40_2", "mobilenetv2")
 
 
-def test_repetitions_have_the_same_settings_and_others_not(tmp_path):
+def test_repetitions_have_equal_settings_and_other_runs_do_not(tmp_path):
     make(tmp_path / "a", seed=0)
     make(tmp_path / "b", seed=1)
     make(tmp_path / "c", seed=0, alpha=2.0)
@@ -75,13 +75,13 @@ def test_repetitions_have_the_same_settings_and_others_not(tmp_path):
     assert {key for key in first if first[key] != other[key]} == {"loss.alpha"}
 
 
-def test_whole_numbers_are_the_same_with_and_without_a_point(tmp_path):
+def test_integers_are_equal_with_and_without_a_decimal_point(tmp_path):
     make(tmp_path / "a", alpha=2.0)
     make(tmp_path / "b", alpha=2)
     assert read_run(tmp_path / "a").settings == read_run(tmp_path / "b").settings
 
 
-def test_files_are_the_same_however_they_are_written(tmp_path, monkeypatch):
+def test_file_paths_are_equal_however_they_are_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, weights in (("a", "teachers/t.pth"), ("b", f"{tmp_path}/teachers/t.pth"), ("c", "auto")):
         write_run(Path(name), weights=weights)
@@ -92,7 +92,7 @@ def test_files_are_the_same_however_they_are_written(tmp_path, monkeypatch):
     assert read_run(Path("a")).overrides == ["paths.data=/mnt/data", "model.teacher.weights=teachers/t.pth"]
 
 
-def test_wandbs_own_files_are_no_run(tmp_path):
+def test_wandb_directories_are_not_runs(tmp_path):
     make(tmp_path / "run")
     (tmp_path / "run" / "wandb" / "run-1" / "files").mkdir(parents=True)
     (tmp_path / "run" / "wandb" / "run-1" / "files" / "config.yaml").write_text("loss: {}")
@@ -100,13 +100,13 @@ def test_wandbs_own_files_are_no_run(tmp_path):
     assert ([run.folder.name for run in runs], unfinished) == (["run"], [])
 
 
-def test_without_hydras_records_the_loss_gives_the_name(tmp_path):
+def test_loss_gives_the_method_without_hydra_records(tmp_path):
     make(tmp_path / "run")
     (tmp_path / "run" / ".hydra" / "hydra.yaml").unlink()
     assert read_run(tmp_path / "run").method == "rld"
 
 
-def test_parts_are_told_from_the_whole():
+def test_partial_runs_are_distinguished_from_complete_ones():
     whole = replace(SUMMARY, images=10_000, split_images=10_000, steps=782, scheduled_steps=782)
     assert whole.complete
     assert whole.validated_on == "the test split"
@@ -121,14 +121,14 @@ def test_parts_are_told_from_the_whole():
     assert replace(whole, steps=800).complete
 
 
-def test_what_a_later_version_adds_to_a_summary_is_left_out(tmp_path):
+def test_unknown_fields_of_a_summary_are_ignored(tmp_path):
     make(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(json.dumps(asdict(SUMMARY) | {"new": 1}))
     assert read_run(tmp_path / "run").summary == SUMMARY
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]"])
-def test_a_broken_summary_is_named(tmp_path, text):
+def test_broken_summary_is_named(tmp_path, text):
     make(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=r"run/summary\.json is not the summary of a run"):
@@ -143,14 +143,14 @@ def test_a_broken_summary_is_named(tmp_path, text):
         *({"top1": 1e308}, {"top1_best": -1.0}, {"agreement": float("inf")}),
     ],
 )
-def test_a_value_of_another_kind_is_no_summary(tmp_path, value):
+def test_value_of_another_type_is_refused(tmp_path, value):
     make(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(json.dumps(asdict(SUMMARY) | value))
     with pytest.raises(ValueError, match=r"is not the summary of a run"):
         read_run(tmp_path / "run")
 
 
-def test_folders_that_are_none(tmp_path):
+def test_missing_directories_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         find_runs([tmp_path / "nowhere"])
     with pytest.raises(FileNotFoundError, match=r"has no summary\.json"):

@@ -1,4 +1,4 @@
-"""A job writes into its own folder and nowhere else."""
+"""A job writes only into its own directory."""
 
 import os
 
@@ -24,7 +24,7 @@ def run(tmp_path):
     "name", ["metrics.csv", ".lock", ".hydra", "last.ckpt", "fit.log", "teacher/summary.json", "wandb", "gone"]
 )
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_link_that_leads_out_is_refused(run, name, relative):
+def test_link_that_leads_out_is_refused(run, name, relative):
     target = "../" * (1 + name.count("/")) + "victim" if relative else run.parent / "victim"
     (run / name).symlink_to(target if name != "gone" else "/not/there")
     for look in (check_folder, lambda folder: locked(folder).__enter__()):
@@ -33,7 +33,7 @@ def test_a_link_that_leads_out_is_refused(run, name, relative):
     assert (run.parent / "victim").read_text() == "secret"
 
 
-def test_a_folder_may_be_a_link_and_hold_some_of_its_own(run, tmp_path):
+def test_directory_may_be_a_link_and_contain_inner_links(run, tmp_path):
     (run / "latest").symlink_to("teacher")
     (run / "wandb" / "run-1").mkdir(parents=True)
     (run / "wandb" / "latest-run").symlink_to("run-1")
@@ -45,13 +45,13 @@ def test_a_folder_may_be_a_link_and_hold_some_of_its_own(run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_is_no_folder(run):
+def test_file_is_refused_as_a_directory(run):
     for folder in (run.parent / "victim", run.parent / "victim" / "deeper"):
         with pytest.raises(ValueError, match="victim is not a folder; choose another one with"):
             check_folder(folder)
 
 
-def test_what_cannot_be_written_to_is_said(run, monkeypatch):
+def test_unwritable_directory_is_reported(run, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for folder in (run, run / "deeper"):
         with pytest.raises(ValueError, match=r"run cannot be written to: make it writable, or choose another"):
@@ -59,7 +59,7 @@ def test_what_cannot_be_written_to_is_said(run, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["run", "multirun"])
-def test_a_job_looks_at_the_folder_that_its_own_choices_name(tmp_path, monkeypatch, capsys, kind):
+def test_job_checks_the_directory_that_its_choices_name(tmp_path, monkeypatch, capsys, kind):
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("fit", ["data=digits", f"paths.runs={tmp_path}/runs"], return_hydra_config=True)

@@ -1,4 +1,4 @@
-"""What decides that two runs are alike."""
+"""Which settings make two runs different."""
 
 import pytest
 from helpers.configs import compose
@@ -42,13 +42,13 @@ def plain():
         "+callbacks.top.{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: 3}",
     ],
 )
-def test_what_has_no_effect_on_the_result_makes_no_other_method(plain, overrides):
+def test_settings_without_effect_are_ignored(plain, overrides):
     key, brace, rest = overrides.partition(".{")
     lines = [f"{key}={{{rest}"] if brace else overrides.split()
     assert composed(*lines) == plain
 
 
-def test_a_file_of_weights_is_the_same_by_the_folder_of_its_run(tmp_path):
+def test_weights_are_equal_by_file_and_by_run_directory(tmp_path):
     (tmp_path / "student.safetensors").write_bytes(b"")
     by_file = composed(f"model.teacher.weights={tmp_path / 'student.safetensors'}")
     assert composed(f"model.teacher.weights={tmp_path}") == by_file
@@ -61,7 +61,7 @@ def test_a_file_of_weights_is_the_same_by_the_folder_of_its_run(tmp_path):
     assert canonical("model.teacher.weights", "x" * 5000).endswith("x" * 5000)  # no name that a file could have
 
 
-def test_networks_are_the_same_in_another_spelling(plain):
+def test_network_names_are_normalised(plain):
     assert composed("model.teacher.name=wrn_40_2", "model.student.name=WRN-16-2") == plain
 
 
@@ -115,24 +115,24 @@ def test_networks_are_the_same_in_another_spelling(plain):
         ("+unheard_of=3", "unheard_of", "3"),
     ],
 )
-def test_what_has_an_effect_or_might_have_one_keeps_runs_apart(plain, override, key, value):
+def test_settings_with_a_possible_effect_keep_runs_apart(plain, override, key, value):
     other = composed(override)
     assert other[key] == value
     assert {key for key in plain | other if plain.get(key) != other.get(key)} == {key}
 
 
-def test_as_many_epochs_as_the_recipe_has_are_said_by_the_recipe_alone(plain):
+def test_max_epochs_equal_to_the_recipe_is_no_difference(plain):
     said, other = composed("recipe.epochs=7", "trainer.max_epochs=7"), composed("recipe.epochs=7")
     assert said == other
     assert {key for key in plain if plain[key] != said[key]} == {"recipe.epochs"}
 
 
-def test_two_averages_of_weights_are_not_the_same():
+def test_different_weight_averages_differ():
     first, second = (composed(f"+callbacks.ema={EMA.replace('0.99', decay)}") for decay in ("0.99", "0.999"))
     assert first != second
 
 
-def test_trials_of_a_sweep_are_pruned_alike_wherever_its_books_are():
+def test_pruned_trials_are_equal_wherever_the_study_is_stored():
     first, second = (
         {
             "_target_": "rld_lightning.callbacks.OptunaPruner",
@@ -148,7 +148,7 @@ def test_trials_of_a_sweep_are_pruned_alike_wherever_its_books_are():
     assert settings({"callbacks": {"pruner": first}}) != settings({"callbacks": {}})
 
 
-def test_older_runs_that_do_not_say_are_like_those_that_say_the_default(plain):
+def test_missing_settings_of_older_runs_mean_the_default(plain):
     older = OmegaConf.to_container(compose(*DEFAULT))
     for key in ("callbacks", "print_config"):
         del older[key]
@@ -158,17 +158,17 @@ def test_older_runs_that_do_not_say_are_like_those_that_say_the_default(plain):
     assert settings(older) == plain
 
 
-def test_a_run_does_not_go_on_with_other_callbacks():
+def test_run_is_not_resumed_with_other_callbacks():
     plain, average = (OmegaConf.to_container(compose(*DEFAULT, *more)) for more in ((), (f"+callbacks.ema={EMA}",)))
     assert differences(plain, average) == {"callbacks": ("None", "EMAWeightAveraging(decay=0.99)")}
 
 
 @pytest.mark.parametrize("config", [{"callbacks": None}, {"callbacks": {"a": None, "b": "text"}}, {"trainer": None}])
-def test_what_is_no_configuration_of_a_run_is_no_traceback(config):
+def test_invalid_configuration_is_no_traceback(config):
     settings(config)
 
 
-def test_overrides_are_known_by_their_keys(plain):
+def test_overrides_are_classified_by_key(plain):
     watchers = compose("logger=csv").callbacks
     assert not any(affects_training(f"callbacks.{name}") for name in watchers)
     assert plain["callbacks"] == "None"

@@ -1,4 +1,4 @@
-"""The file of a run's metrics: one row an epoch, whole, and nobody else's formulas."""
+"""A run's ``metrics.csv``: one row per epoch, written atomically, without foreign formulas."""
 
 import pandas as pd
 import pytest
@@ -12,7 +12,7 @@ def log(logger, epoch, step, **values):
     logger.save()
 
 
-def test_one_row_an_epoch_whatever_was_logged_when(tmp_path):
+def test_one_row_per_epoch_whatever_was_logged_when(tmp_path):
     logger = MetricsFile(tmp_path)
     for epoch in range(3):
         log(logger, epoch, 10 * epoch + 5, loss=9.0)  # of a single step
@@ -30,7 +30,7 @@ def test_one_row_an_epoch_whatever_was_logged_when(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_a_run_that_goes_on_has_each_row_once(tmp_path):
+def test_resumed_run_has_each_row_once(tmp_path):
     write_rows(tmp_path, [{"epoch": epoch, "step": epoch, "val/top1": 1.0} for epoch in range(4)])
     logger = MetricsFile(tmp_path)
     logger.restore(read_rows(tmp_path)[:2])  # the checkpoint is older than the file
@@ -39,13 +39,13 @@ def test_a_run_that_goes_on_has_each_row_once(tmp_path):
     assert pd.read_csv(tmp_path / "metrics.csv")["val/top1"].tolist() == [1.0, 1.0, 2.0]
 
 
-def test_of_a_strangers_file_only_numbers_are_taken(tmp_path):
+def test_only_numbers_are_read_from_a_foreign_file(tmp_path):
     (tmp_path / "metrics.csv").write_text('epoch,val/top1\n0,50\n1,many\n"=1+1",60\n2,70\n1e300,80\n')
     assert read_metrics(tmp_path)["val/top1"].dropna().to_dict() == {1: 50.0, 3: 70.0}
 
 
 @pytest.mark.parametrize("content", ["", "epoch,step\n", "\n"])
-def test_a_file_without_rows_is_read(tmp_path, content):
+def test_file_without_rows_is_read(tmp_path, content):
     (tmp_path / "metrics.csv").write_text(content)
     assert read_rows(tmp_path) == []
     assert read_metrics(tmp_path).empty
@@ -62,5 +62,5 @@ def test_a_file_without_rows_is_read(tmp_path, content):
         ([{"epoch": float("nan")}, {"epoch": "x"}], []),
     ],
 )
-def test_of_a_strangers_checkpoint_only_numbers_by_plain_names_are_taken(values, expected):
+def test_only_numbers_with_plain_names_are_read_from_a_foreign_checkpoint(values, expected):
     assert known_rows(values) == expected

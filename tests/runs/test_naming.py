@@ -1,4 +1,4 @@
-"""What runs are called after what they train."""
+"""Names of runs."""
 
 import pytest
 
@@ -16,5 +16,5 @@ from rld_lightning.runs.naming import dataset_name
         ("imagenet", {"root": "/data/ilsvrc", "name": None}, "imagenet"),
     ],
 )
-def test_a_data_set_is_called_after_its_option_or_its_folder(choice, data, name):
+def test_data_set_is_named_after_its_option_or_folder(choice, data, name):
     assert dataset_name(choice, data) == name

@@ -1,4 +1,4 @@
-"""With what a run was made."""
+"""The recorded provenance of a run."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rld_lightning.runs import provenance
 
 
-def test_the_command_commit_and_versions_are_there_without_secrets(tmp_path, monkeypatch):
+def test_command_commit_and_versions_are_recorded_without_secrets(tmp_path, monkeypatch):
     monkeypatch.delenv("RLD_LIGHTNING_COMMAND", raising=False)
     monkeypatch.setattr(sys, "argv", ["scripts/fit.py", "data.root=/my photos", "+store.secret=abcdef"])
     provenance.write_provenance(tmp_path, OmegaConf.create({"seed": 0}))
@@ -24,7 +24,7 @@ def test_the_command_commit_and_versions_are_there_without_secrets(tmp_path, mon
     assert provenance.command() == found["command"]
 
 
-def test_a_commit_is_that_of_a_checkout_and_says_whether_files_have_changed(tmp_path):
+def test_commit_is_that_of_the_checkout_and_marks_changed_files(tmp_path):
     assert provenance._commit(tmp_path) is None
     git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
     (tmp_path / "a.py").write_text("1")

@@ -1,4 +1,4 @@
-"""From a run's folder, which may be anybody's, this package's own data and losses are built and nothing is run."""
+"""A run directory, possibly foreign, yields only this package's data and losses, and no code is run."""
 
 import sys
 from dataclasses import replace
@@ -67,7 +67,7 @@ def run_with(folder, **parts):
 
 
 @pytest.mark.parametrize("place", range(len(EVERYWHERE)))
-def test_nothing_that_a_folder_names_is_run(tmp_path, place):
+def test_nothing_named_in_a_directory_is_run(tmp_path, place):
     marker, before, run = tmp_path / "marker", set(sys.modules), run_with(tmp_path / "run")
     for payload in PAYLOADS:
         if not payload and place not in (0, 6):  # an empty mapping is a value, of which a class may say what it likes
@@ -88,13 +88,13 @@ def test_values_are_plain(tmp_path, value):
         build_loss(run_with(tmp_path / "run", loss=config))
 
 
-def test_the_sentence_names_folder_and_target(tmp_path):
+def test_message_names_directory_and_target(tmp_path):
     run = run_with(tmp_path / "run", loss={"_target_": "os.system", "command": "true"})
     with pytest.raises(ValueError, match=r"run is not read: its settings name 'os.system', .*nothing of it was run"):
         build_loss(run)
 
 
-def test_own_classes_are_built_nested_ones_included(tmp_path):
+def test_own_classes_are_built_including_nested_ones(tmp_path):
     data = {"_target_": "rld_lightning.data.DigitsDataModule", "image_size": 8, "_convert_": "all"}
     loss = {
         "_target_": "rld_lightning.losses.CombinedLoss",
@@ -112,7 +112,7 @@ def test_own_classes_are_built_nested_ones_included(tmp_path):
     assert build_loss(run, loss["rld"]).alpha == 3.0
 
 
-def test_a_data_set_that_was_added_as_a_file_is_built(tmp_path, monkeypatch):
+def test_data_set_added_as_a_module_is_built(tmp_path, monkeypatch):
     folder = tmp_path / "added"
     folder.mkdir()
     (folder / "noise.py").write_text(
@@ -129,7 +129,7 @@ def test_a_data_set_that_was_added_as_a_file_is_built(tmp_path, monkeypatch):
     monkeypatch.delattr(rld_lightning.data, "noise")
 
 
-def test_data_are_fetched_and_written_where_the_user_says_alone(tmp_path):
+def test_data_are_downloaded_and_written_only_where_the_user_says(tmp_path):
     elsewhere = str(tmp_path / "elsewhere")
     places = {"root": elsewhere, "url": "http://127.0.0.1:9/x", "download": True, "cache": elsewhere}
     places |= {"bad_images_file": elsewhere, "storage_options": {"fo": "x"}}

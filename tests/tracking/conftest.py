@@ -1,4 +1,4 @@
-"""A short run with a W&B run of its own, which tests of this room look at."""
+"""A short run with its own W&B run, shared by the tests of tracking."""
 
 import sys
 
@@ -21,7 +21,7 @@ STORE = [
 
 @pytest.fixture(scope="session")
 def train():
-    """Trains in a folder, through the task itself, and gives what that has printed."""
+    """Trains in a directory, by the task itself, and returns the output."""
 
     def run(folder, *overrides):
         import wandb
@@ -40,7 +40,7 @@ def train():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, train):
-    """An offline run with a teacher of its own, offline because the server takes the connection and never answers."""
+    """An offline run with its own teacher, offline because the server accepts connections and never answers."""
     folder = tmp_path_factory.mktemp("wandb") / "run"
     with pytest.MonkeyPatch.context() as patch, serving("late") as stub:
         patch.delenv("WANDB_MODE", raising=False)

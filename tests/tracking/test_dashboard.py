@@ -1,4 +1,4 @@
-"""The W&B dashboard: it names what runs log, is the same every time, and is updated, not doubled."""
+"""The W&B dashboard uses names that runs log, is deterministic, and is updated, not duplicated."""
 
 import json
 import re
@@ -31,7 +31,7 @@ PAIR = "wrn16_1_to_wrn16_1"
 
 @pytest.fixture(scope="module")
 def run(finished):
-    """What a run of RLD leaves in W&B: keys of history and summary, configuration, group and job type."""
+    """Returns what a run of RLD logs to W&B: keys of history and summary, configuration, group and job type."""
     _, _, records = finished
     return {
         "history": {key for record in records for key in values(record.history.item)},
@@ -43,7 +43,7 @@ def run(finished):
 
 
 def panels(content):
-    """All panels of the JSON: those of the views, then those of the report."""
+    """Returns all panels of the JSON: those of the views, then those of the report."""
     for view in content["views"]:
         for section in view["spec"]["section"]["panelBankConfig"]["sections"]:
             yield from section["panels"]
@@ -66,7 +66,7 @@ def content(tmp_path):
 
 
 def config_paths(content):
-    """The configuration keys that panels, columns and filters name, as W&B keeps them."""
+    """Returns the configuration keys of panels, columns and filters, as W&B stores them."""
     text = json.dumps(list(panels(content)))
     yield from re.findall(r'"config:([^"]+)"', text)
     for run_set in run_sets(content):
@@ -75,7 +75,7 @@ def config_paths(content):
 
 
 @pytest.mark.slow
-def test_every_metric_of_a_panel_is_one_that_a_run_logs(content, run):
+def test_every_metric_of_a_panel_is_logged_by_a_run(content, run):
     logits = torch.randn(4, 10)
     others = {f"train/{term}" for loss in (KDLoss(), DKDLoss()) for term in loss(logits, logits, torch.arange(4))}
     lines = [panel["config"] for panel in panels(content) if panel["viewType"] == "Run History Line Plot"]
@@ -93,7 +93,7 @@ def test_every_metric_of_a_panel_is_one_that_a_run_logs(content, run):
     )
 
 
-def test_every_configuration_key_is_one_that_a_run_has(content, run):
+def test_every_configuration_key_exists_in_a_run(content, run):
     found = set(config_paths(content))
     for path in found:
         first, value, *rest = path.split(".")
@@ -104,7 +104,7 @@ def test_every_configuration_key_is_one_that_a_run_has(content, run):
     assert {"loss.value.alpha", "data.value.val_fraction", "loss.value._target_"} <= found
 
 
-def test_filters_and_groups_are_what_a_run_calls_itself(content, run):
+def test_filters_and_groups_match_the_settings_of_a_run(content, run):
     filters = [{f["key"]["name"]: (f["op"], f["value"]) for f in s["filters"]["filters"]} for s in run_sets(content)]
     assert {(f["model.value.label"], f["dataset.value"]) for f in filters} == {(("=", PAIR), ("=", "digits"))}
     assert (run["config"]["model"]["label"], run["config"]["dataset"]) == (PAIR, "digits")
@@ -121,7 +121,7 @@ def test_filters_and_groups_are_what_a_run_calls_itself(content, run):
     assert run["run"].job_type == "rld"
 
 
-def test_the_json_is_valid_stable_and_without_collisions(content, tmp_path):
+def test_json_is_valid_stable_and_without_collisions(content, tmp_path):
     write_json(build_dashboard("me", pairs=[PAIR], data="digits"), tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == content
     for view in content["views"]:
@@ -145,7 +145,7 @@ def test_the_json_is_valid_stable_and_without_collisions(content, tmp_path):
         assert max(x for x, _ in cells) < 24
 
 
-def test_pairs_get_views_and_run_sets_of_their_own_and_all_pairs_are_kept_apart(tmp_path):
+def test_pairs_get_separate_views_and_run_sets(tmp_path):
     three = build_dashboard("me", "p", ["a_to_b", "c_to_d", "e_to_f"])
     assert [view.name.split(": ")[1] for view in three.views] == ["a_to_b"] * 2 + ["c_to_d"] * 2 + ["e_to_f"] * 2
     assert len({view._internal_name for view in three.views}) == 6
@@ -161,7 +161,7 @@ def test_pairs_get_views_and_run_sets_of_their_own_and_all_pairs_are_kept_apart(
     assert len(build_dashboard("me", pairs=[f"long_name_{i}_to_another" for i in range(9)]).report.title) <= 128
 
 
-def test_a_pair_is_given_as_an_option_or_as_what_runs_call_it(tmp_path):
+def test_pair_is_given_as_an_option_or_as_a_label(tmp_path):
     save_dashboard("me", "p", ["wrn40_2_to_wrn16_2", PAIR], dry_run=tmp_path / "board.json")
     content = json.loads((tmp_path / "board.json").read_text())
     filters = [f for s in run_sets(content) for f in s["filters"]["filters"]]
@@ -170,13 +170,13 @@ def test_a_pair_is_given_as_an_option_or_as_what_runs_call_it(tmp_path):
         label_of("pair")
 
 
-def test_tuning_shows_settings_against_the_result():
+def test_tuning_plots_settings_against_the_result():
     coordinates = tuning_part().panels[0]
     assert [column.display_name for column in coordinates.columns][:3] == ["alpha", "beta", "temperature"]
 
 
 class Shelf(Handler):
-    """Keeps views and reports as W&B's server does."""
+    """Stores views and reports as W&B's server does."""
 
     def data(self, body):
         query, variables = json.loads(body)["query"], json.loads(body).get("variables") or {}
@@ -203,7 +203,7 @@ class Shelf(Handler):
         return super().data(body)
 
 
-def test_a_second_save_updates_what_the_first_has_made(tmp_path, monkeypatch, capsys):
+def test_second_save_updates_the_first(tmp_path, monkeypatch, capsys):
     wandb.teardown()  # other tests' connection
     with serving("well") as server:
         server.RequestHandlerClass, server.kept = Shelf, {}
@@ -222,7 +222,7 @@ def test_a_second_save_updates_what_the_first_has_made(tmp_path, monkeypatch, ca
     assert grid["metadata"]["runSets"][0]["project"] == {"name": "rld-lightning", "entityName": "me", "id": "42"}
 
 
-def test_no_key_and_no_server_are_one_sentence_each(tmp_path, monkeypatch):
+def test_missing_key_or_server_is_one_sentence(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -237,7 +237,7 @@ def test_no_key_and_no_server_are_one_sentence_each(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_script_writes_the_json_without_key_or_network(tmp_path):
+def test_script_writes_the_json_without_key_or_network(tmp_path):
     file = tmp_path / "new" / "dashboard.json"
     environment = {
         "HOME": str(tmp_path),

@@ -1,4 +1,4 @@
-"""Which images are shown, and what is drawn of them."""
+"""Which example images are selected, and how they are drawn."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from rld_lightning.tracking.pictures import draw
 
 
 class Stage:
-    """As much of a trainer and its module as the choice of examples sees: logits are the images."""
+    """The parts of a trainer and its module that the selection uses: logits are the images."""
 
     def __init__(self, teacher_right, student_right, size=4):
         self.label = torch.arange(len(teacher_right)) % 3
@@ -49,13 +49,13 @@ def test_half_are_the_first_that_the_teacher_gets_wrong():
     assert stage.student.training  # as it was
 
 
-def test_where_there_are_too_few_of_a_kind_the_other_kind_fills_up():
+def test_other_kind_fills_up_if_there_are_too_few():
     assert Stage([True] * 6 + [False], [True] * 7).choose(4) == [6, 0, 1, 2]
     assert Stage([False] * 7, [True] * 7).choose(4) == [0, 1, 2, 3]
     assert Stage([True] * 3, [True] * 3).choose(4) == [0, 1, 2]
 
 
-def test_without_a_teacher_the_students_errors_are_shown():
+def test_without_a_teacher_the_errors_of_the_student_are_shown():
     stage = Stage([True] * 6, [True, True, False, True, False, True])
     stage.teacher = None
     assert stage.choose(4) == [2, 4, 0, 1]
@@ -65,7 +65,7 @@ def examples(teacher):
     return Examples(torch.zeros(1, 3, 8, 8), torch.tensor([1]), torch.zeros(1, 3), torch.tensor([teacher]))
 
 
-def test_distributions_are_those_of_teacher_student_and_what_the_loss_passes_on():
+def test_distributions_of_teacher_student_and_refined_teacher():
     views = distributions(examples([2.0, 1.0, 0.0]), RLDLoss())
     assert list(views) == ["teacher", "refined", "student"]
     assert views["teacher"][0].tolist() == pytest.approx(torch.tensor([2.0, 1.0, 0.0]).softmax(0).tolist())
@@ -74,7 +74,7 @@ def test_distributions_are_those_of_teacher_student_and_what_the_loss_passes_on(
     assert list(distributions(examples([2.0, 1.0, 0.0]), KDLoss())) == ["teacher", "student"]
 
 
-def test_nothing_passed_on_is_a_distribution_of_zeros_and_can_be_drawn():
+def test_dropped_sample_has_a_zero_distribution_and_can_be_drawn():
     views = distributions(examples([2.0, 1.0, 1.0]), RLDLoss())
     assert views["refined"][0].tolist() == [0.0, 0.0, 0.0]
     picture = draw({name: view[0] for name, view in views.items()}, 1, ["a", "b" * 40, "c"])
@@ -82,7 +82,7 @@ def test_nothing_passed_on_is_a_distribution_of_zeros_and_can_be_drawn():
     assert picture.width > picture.height > 50
 
 
-def test_without_matplotlib_a_run_goes_without_the_table_and_says_why(monkeypatch, tmp_path, capsys):
+def test_without_matplotlib_the_table_is_skipped_with_a_reason(monkeypatch, tmp_path, capsys):
     stage = Stage([True] * 3, [True] * 3)
     stage.teacher, stage.is_global_zero = None, True
     stage.loggers = [WandbLogger(save_dir=tmp_path, mode="disabled")]
@@ -96,7 +96,7 @@ def test_without_matplotlib_a_run_goes_without_the_table_and_says_why(monkeypatc
 
 
 @pytest.mark.slow
-def test_importing_the_room_imports_neither_wandb_nor_pandas_nor_the_pictures():
+def test_importing_the_package_imports_neither_wandb_nor_pandas_nor_pictures():
     rooms = "{'wandb', 'pandas', 'rld_lightning.reporting', 'rld_lightning.tracking.pictures'}"
     code = f"import sys, rld_lightning.tracking; print({rooms} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

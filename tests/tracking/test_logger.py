@@ -1,4 +1,4 @@
-"""W&B runs: what is in their files, and that no server and no crash of wandb's stops training."""
+"""W&B runs: the contents of their files; neither a server nor a crash of wandb stops training."""
 
 import json
 import os
@@ -29,7 +29,7 @@ GROUP = "digits-wrn16_1_to_wrn16_1-recipe"  # which Hydra knows better
 SECRETS = ("AKIAHIDDEN", "hunter2hunter2", "urlpass77")
 
 
-def test_a_server_that_hangs_makes_the_run_an_offline_one_and_says_how_to_upload_it(finished):
+def test_hanging_server_makes_the_run_offline_and_prints_how_to_upload_it(finished):
     folder, printed, _ = finished
     told = [line.split("wandb  ", 1)[1] for line in printed.splitlines() if line.startswith("   wandb")]
     assert [line.split("127.0.0.1")[0] for line in told[::2]] == ["offline, because http://"] * 2  # teacher and student
@@ -40,7 +40,7 @@ def test_a_server_that_hangs_makes_the_run_an_offline_one_and_says_how_to_upload
     assert (folder / "summary.json").exists()
 
 
-def test_the_history_is_metrics_csv(finished):
+def test_history_equals_metrics_csv(finished):
     folder, _, records = finished
     logged = {}
     for record in records:
@@ -61,7 +61,7 @@ def test_the_history_is_metrics_csv(finished):
     assert names >= {"train/top1_teacher_wrong", "val/top1_teacher_wrong", "val/top1_best", "train/images_per_s"}
 
 
-def test_the_configuration_is_the_runs_nested_and_resolved(finished):
+def test_configuration_is_nested_and_resolved(finished):
     _, _, records = finished
     (run,) = (record.run for record in records if record.HasField("run"))
     config = values(run.config.update)
@@ -76,7 +76,7 @@ def test_the_configuration_is_the_runs_nested_and_resolved(finished):
     assert list(run.tags) == ["digits", "wrn16_1_to_wrn16_1", "rld", "recipe"]
 
 
-def test_the_learning_rate_is_logged_every_epoch(finished):
+def test_learning_rate_is_logged_every_epoch(finished):
     folder, _, records = finished
     logged = [row["lr"] for row in (values(r.history.item) for r in records if r.HasField("history")) if "lr" in row]
     assert len(logged) == 2
@@ -84,7 +84,7 @@ def test_the_learning_rate_is_logged_every_epoch(finished):
     assert logged[1] < logged[0]  # the end of one cycle
 
 
-def test_other_loggers_get_the_whole_configuration_too(tmp_path):
+def test_other_loggers_get_the_whole_configuration(tmp_path):
     board = TensorBoardLogger(tmp_path, name="", version="tensorboard")
     trainer, module = SimpleNamespace(loggers=[board]), SimpleNamespace(hparams={"student": "a"})
     with tracked(trainer, module, OmegaConf.create({"loss": {"beta": 8.0, "parts": [1, None]}, "seed": None})):
@@ -96,7 +96,7 @@ def test_other_loggers_get_the_whole_configuration_too(tmp_path):
     assert found["loss/beta"].number_value == 8.0
 
 
-def test_no_file_of_a_run_and_none_of_wandbs_holds_a_secret(finished):
+def test_no_file_of_a_run_or_of_wandb_contains_a_secret(finished):
     folder, printed, records = finished
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"config.yaml", "last.ckpt", "debug.log"} <= {path.name for path in files}
@@ -113,7 +113,7 @@ def test_no_file_of_a_run_and_none_of_wandbs_holds_a_secret(finished):
     assert config["store"]["storage_options"] == {"key": "REDACTED", "secret": "REDACTED"}
 
 
-def test_metrics_have_the_trainers_step_and_accuracy_is_summarised_by_its_best_and_last(finished):
+def test_metrics_have_the_trainer_step_and_accuracy_is_summarised_by_best_and_last(finished):
     folder, _, records = finished
     metrics = {r.metric.name or r.metric.glob_name: r.metric for r in records if r.HasField("metric")}
     assert metrics["*"].step_metric == metrics["val/top1"].step_metric == STEP
@@ -149,7 +149,7 @@ def test_tables(finished):
     assert {"refined top classes", "student prediction", "teacher p(label)"} <= set(examples)
 
 
-def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finished):
+def test_student_is_an_artifact_and_the_teacher_an_input(finished):
     folder, _, records = finished
     artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact")}
     student, teacher = artifacts[f"{GROUP}-rld"], artifacts["digits-wrn16_1-recipe-ce"]
@@ -163,13 +163,13 @@ def test_the_student_is_an_artifact_and_the_teachers_an_input_of_the_run(finishe
     paths = [Path(entry.local_path) for a in artifacts.values() for entry in a.manifest.contents if not entry.ref]
     assert len(paths) > 10
     assert all(path.is_file() and path.is_relative_to(folder) for path in paths)  # a copy of the folder has them all
-    # The same content is the same version: the one that the teacher's own run has left.
+    # Equal content is the same version: the one that the teacher's own run logged.
     own = {r.artifact.name: r.artifact for r in read_run(folder / "teacher") if r.HasField("artifact")}
     assert own["digits-wrn16_1-recipe-ce"].digest == teacher.digest
     assert teacher.manifest.contents[0].ref.startswith("file://")
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished, train, monkeypatch, tmp_path):
+def test_resumed_run_continues_the_same_wandb_run(finished, train, monkeypatch, tmp_path):
     folder, _, records = finished
     monkeypatch.setenv("WANDB_MODE", "offline")
     weights = f"model.teacher.weights={folder / 'teacher'}"  # of a few batches, so not stored
@@ -212,7 +212,7 @@ def test_best_and_last_student_are_versions_of_one_artifact(finished, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """Makes loggers of a run folder in ``tmp_path``."""
+    """Creates loggers for a run directory in ``tmp_path``."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -220,7 +220,7 @@ def offline(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_path):
+def test_run_and_project_of_a_sweep_agent_take_precedence(offline, monkeypatch, tmp_path):
     import wandb
 
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
@@ -240,7 +240,7 @@ def test_under_a_sweep_agent_its_run_and_project_win(offline, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("content", ['{"id": "../../x"}', '{"id": "*"}', '{"id": ["a"]}', "[" * 100_000, "3", None])
-def test_what_a_strangers_folder_says_is_no_run_to_go_on_with(offline, tmp_path, content):
+def test_invalid_ids_in_a_foreign_directory_are_ignored(offline, tmp_path, content):
     file = tmp_path / "wandb_run.json"
     if content is None:
         os.mkfifo(file)
@@ -254,7 +254,7 @@ def test_what_a_strangers_folder_says_is_no_run_to_go_on_with(offline, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["8x2k1b3q", "rld-v0.2_seed 1"])
-def test_ids_that_users_have_given_are_gone_on_with(offline, tmp_path, name):
+def test_ids_given_by_users_are_continued(offline, tmp_path, name):
     (tmp_path / "wandb_run.json").write_text(f'{{"id": "{name}"}}')
     logger = offline()
     logger.continue_run(tmp_path)
@@ -262,7 +262,7 @@ def test_ids_that_users_have_given_are_gone_on_with(offline, tmp_path, name):
 
 
 @pytest.mark.parametrize(("share", "artifact"), [(0.0, "a_to_b-rld"), (0.1, "a_to_b-rld-tuning")])
-def test_a_student_of_a_part_of_the_images_is_an_artifact_of_its_own(offline, tmp_path, share, artifact):
+def test_student_with_held_out_images_is_a_separate_artifact(offline, tmp_path, share, artifact):
     logger = offline(artifact="a_to_b-rld")
     module = SimpleNamespace(teacher=None, hparams={})
     trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
@@ -272,7 +272,7 @@ def test_a_student_of_a_part_of_the_images_is_an_artifact_of_its_own(offline, tm
     assert wandb_facts(tmp_path) == {"wandb_artifact": artifact}
 
 
-def test_a_crash_of_wandb_ends_its_logging_and_nothing_else(offline, monkeypatch):
+def test_crash_of_wandb_ends_only_its_logging(offline, monkeypatch):
     logger = offline()
     logger.log_metrics({"x": 1.0}, 1)
 
@@ -292,12 +292,12 @@ def test_a_crash_of_wandb_ends_its_logging_and_nothing_else(offline, monkeypatch
 
 
 @pytest.mark.slow
-def test_nothing_of_wandb_is_imported_without_it():
+def test_wandb_is_not_imported_unless_used():
     code = "import sys, rld_lightning.tasks.fit, rld_lightning.callbacks; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_folder_without_a_run_says_nothing(tmp_path):
+def test_directory_without_a_wandb_run_gives_no_facts(tmp_path):
     assert wandb_facts(tmp_path) == {}
 
 
@@ -321,7 +321,7 @@ logger.finish(True)
         ({"UpsertBucket": "error"}, "upload with: wandb sync"),
     ],
 )
-def test_a_server_that_fails_later_ends_in_time_with_all_that_was_logged(tmp_path, after, told):
+def test_server_that_fails_later_ends_in_time_and_everything_can_be_uploaded(tmp_path, after, told):
     with serving("well", after) as stub:
         environment = {**os.environ, "WANDB_BASE_URL": stub.address, "WANDB_API_KEY": "x" * 40, "no_proxy": "127.0.0.1"}
         del environment["WANDB_MODE"]
@@ -339,7 +339,7 @@ def test_a_server_that_fails_later_ends_in_time_with_all_that_was_logged(tmp_pat
     "options",
     [{"project": "my/project"}, {"project": "x" * 200}, {"id": "a/b"}, {"mode": "sometimes"}, {"entity": 3}],
 )
-def test_what_wandb_refuses_is_one_line_and_training_goes_on(offline, options):
+def test_refusal_by_wandb_is_one_line_and_training_continues(offline, options):
     logger = offline(**options)
     with console.capture() as printed:
         assert hasattr(logger, "experiment")  # as Lightning asks
@@ -361,6 +361,6 @@ def test_what_wandb_refuses_is_one_line_and_training_goes_on(offline, options):
         (None, []),
     ],
 )
-def test_names_and_tags_are_as_wandb_takes_them(tags, kept):
+def test_names_and_tags_are_within_the_limits_of_wandb(tags, kept):
     limited = within_limits({"tags": tags, "name": "n" * 200, "group": "g", "job_type": "j" * 200})
     assert limited == {"tags": kept, "name": "n" * 128, "group": "g", "job_type": "j" * 64}

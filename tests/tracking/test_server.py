@@ -1,4 +1,4 @@
-"""Is there a server, a key, and an answer: against servers on this machine that behave badly."""
+"""Determining server, key and answer, with misbehaving servers on this machine."""
 
 from urllib.parse import urlsplit
 
@@ -26,7 +26,7 @@ def test_offline_without_a_key(monkeypatch, tmp_path):
     assert wandb_mode() == "disabled"
 
 
-def test_the_key_and_the_server_that_wandb_login_has_left(monkeypatch, tmp_path):
+def test_key_and_server_of_wandb_login_are_used(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password key\n")
     assert urlsplit(server()).hostname in HOSTED
     assert wandb_mode() == "offline"
@@ -37,7 +37,7 @@ def test_the_key_and_the_server_that_wandb_login_has_left(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("name", HOSTED)
-def test_a_key_for_the_hosted_service_under_either_name(tmp_path, name):
+def test_key_of_the_hosted_service_is_found_under_either_name(tmp_path, name):
     (tmp_path / "netrc").write_text(f"machine {name} login user password key\n")
     assert wandb_mode() == "online"
 
@@ -53,13 +53,13 @@ def test_a_key_for_the_hosted_service_under_either_name(tmp_path, name):
         ("stranger", "does not answer as W&B does (TypeError)"),
     ],
 )
-def test_trouble_is_told_in_time(monkeypatch, behaviour, told):
+def test_server_problems_are_reported_in_time(monkeypatch, behaviour, told):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     with serving(behaviour) as stub:
         monkeypatch.setenv("WANDB_BASE_URL", stub.address)
         assert server_problem(0.5 if told and "0.5" in told else 20) == told
 
 
-def test_nobody_listens(monkeypatch):
+def test_unreachable_server_is_reported(monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert server_problem(20).startswith("cannot be reached (")

@@ -1,4 +1,4 @@
-"""The W&B sweeps in conf/wandb_sweeps: what W&B's own agent makes of them is a command that composes."""
+"""W&B sweeps in conf/wandb_sweeps: the commands of W&B's own agent compose."""
 
 from itertools import product
 
@@ -15,7 +15,7 @@ FILES = sorted((CONF / "wandb_sweeps").glob("*.yaml"))
 
 
 def corners(sweep):
-    """All settings of a grid; of ranges both ends and the values that a search may well draw."""
+    """Returns all settings of a grid; for ranges both ends and typical values."""
     values = {
         name: space.get("values") or [space["min"], 0.30298531721275555, space["max"]]
         for name, space in sweep["parameters"].items()
@@ -25,7 +25,7 @@ def corners(sweep):
 
 @pytest.fixture
 def command_of(monkeypatch, tmp_path):
-    """The command that wandb's agent runs for a trial, by the agent's own code, with nothing started."""
+    """Returns the command that wandb's agent runs for a trial, by the agent's own code, without starting anything."""
     started = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc123")
@@ -49,7 +49,7 @@ class DummyProcess:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_agents_command_trains_rld_on_a_held_out_part(file, command_of, monkeypatch):
+def test_command_of_the_agent_trains_rld_on_a_held_out_part(file, command_of, monkeypatch):
     sweep = load_sweep_config(str(file))
     settings = corners(sweep)[-1]
     command, environment = command_of(sweep, settings)
@@ -69,7 +69,7 @@ def test_the_agents_command_trains_rld_on_a_held_out_part(file, command_of, monk
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_setting_is_one_that_hydra_reads_as_it_is(file):
+def test_every_setting_is_parsed_by_hydra_unchanged(file):
     sweep = yaml.safe_load(file.read_text())
     parser = hydra.core.override_parser.overrides_parser.OverridesParser.create()
     for settings in corners(sweep):
@@ -77,7 +77,7 @@ def test_every_setting_is_one_that_hydra_reads_as_it_is(file):
             assert override.value() == settings[override.key_or_group]
 
 
-def test_they_search_where_the_sweeps_without_wandb_do():
+def test_search_spaces_equal_those_of_the_sweeps_without_wandb():
     grid, bayes = (
         yaml.safe_load((CONF / "wandb_sweeps" / f"rld_{name}.yaml").read_text()) for name in ("grid", "bayes")
     )
@@ -92,7 +92,7 @@ def test_they_search_where_the_sweeps_without_wandb_do():
     assert bayes["run_cap"] == local["optuna"]["hydra"]["sweeper"]["n_trials"]
 
 
-def test_what_they_tune_is_logged_once_an_epoch_and_trials_are_stopped_after_warm_up():
+def test_metric_is_logged_once_per_epoch_and_trials_are_stopped_after_warm_up():
     for file in FILES:
         sweep = yaml.safe_load(file.read_text())
         assert sweep["metric"] == {"name": "val/top1_best", "goal": "maximize"}
