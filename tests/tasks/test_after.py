@@ -1,4 +1,4 @@
-"""What follows a run: the student alone, and all networks side by side."""
+"""Steps after a run: the student alone, and all networks side by side."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def small(run, root, *overrides):
     )
 
 
-def test_the_experiment_is_complete():
+def test_experiment_is_complete():
     cfg = compose("experiment=folder", "data.root=/photos")
     assert (cfg.model.teacher.weights, cfg.model.teacher.start) == ("fit", "pretrained")
     assert (cfg.recipe.batch_size, cfg.data.batch_size, cfg.data.val_fraction) == ("auto", "auto", 0.1)
@@ -74,7 +74,7 @@ def test_from_a_folder_to_three_networks_side_by_side(tmp_path, capsys):
         ),
     ],
 )
-def test_a_teacher_that_has_not_helped_is_said(scores, said):
+def test_teacher_without_gain_is_reported(scores, said):
     found = no_gain_note([SimpleNamespace(role=role, top1=top1) for role, top1 in scores.items()])
     assert re.search(said, found) if said else not found
 
@@ -83,7 +83,7 @@ def test_a_teacher_that_has_not_helped_is_said(scores, said):
     ("name", "weights", "shown"),
     [("resnet20", "a", "resnet20"), ("resnet20", ("a", "b"), "resnet20+resnet20"), ("vgg8+vgg11", ("a", "b"), None)],
 )
-def test_several_teachers_are_not_called_one(tmp_path, monkeypatch, name, weights, shown):
+def test_ensemble_members_are_listed_separately(tmp_path, monkeypatch, name, weights, shown):
     teacher = SimpleNamespace(name=name, weights=weights)
     module = SimpleNamespace(teacher=nn.Linear(2, 2))
     module.teacher.shard = False
@@ -98,11 +98,11 @@ def test_several_teachers_are_not_called_one(tmp_path, monkeypatch, name, weight
 
 
 @pytest.mark.parametrize(("name", "told"), [("resnet8@32", ""), ("my.nets:small@32", " name=my.nets:small@32")])
-def test_commands_name_a_network_from_elsewhere(name, told):
+def test_commands_name_external_networks(name, told):
     assert _foreign_override("name", name) == told
 
 
-def test_a_teacher_that_starts_from_somewhere_is_the_runs_own():
+def test_teacher_with_initial_weights_is_not_reusable():
     class Data:
         val_fraction, subset = 0.0, 1.0
 

@@ -25,7 +25,7 @@ FIT = [*PAIR, "model.teacher.weights=fit"]
 
 @pytest.fixture
 def teachers(monkeypatch):
-    """The configurations of the teachers that comparisons train, instead of doing it."""
+    """Records the configurations of the teachers that comparisons train, instead of training them."""
     seen = []
 
     def fit(cfg, resume_hint):
@@ -40,7 +40,7 @@ def teachers(monkeypatch):
 
 @pytest.fixture
 def translated():
-    """What the script makes of an option."""
+    """Returns the overrides into which the script translates an option."""
     return runpy.run_path(str(SCRIPT))["fit_override"]
 
 
@@ -48,7 +48,7 @@ def compare(folder, *options):
     return begin_sweep("sweep=compare", *options, f"hydra.sweep.dir={folder}")
 
 
-def test_the_teacher_first_then_a_student_for_each_seed_and_loss(teachers, tmp_path):
+def test_teacher_first_then_a_student_per_seed_and_loss(teachers, tmp_path):
     config, _ = compare(tmp_path, *FIT, "loss=choice(ce,rld)", "seed=choice(7,1)")
     (teacher,) = teachers
     own = compose("model=single", "model.student.name=resnet20", "loss=ce", "seed=7", "recipe=quick", "method=ce")
@@ -67,7 +67,7 @@ def test_more_seeds_keep_the_teacher(teachers, tmp_path):
     assert f"model.teacher.weights={tmp_path / 'teacher' / 'student.safetensors'}" in config.hydra.overrides.task
 
 
-def test_the_store_has_no_part_in_it(teachers, tmp_path):
+def test_store_is_not_used(teachers, tmp_path):
     stored = tmp_path / "store" / "cifar100" / "resnet20.safetensors"
     stored.parent.mkdir(parents=True)
     stored.touch()
@@ -76,7 +76,7 @@ def test_the_store_has_no_part_in_it(teachers, tmp_path):
     assert stored.stat().st_size == 0
 
 
-def test_a_teacher_that_is_there_is_used_as_it_is(teachers, tmp_path):
+def test_existing_teacher_is_used_unchanged(teachers, tmp_path):
     (tmp_path / "teacher.pth").touch()
     options = (*PAIR, f"model.teacher.weights={tmp_path / 'teacher.pth'}", "data.val_fraction=0.1", "loss=choice(kd)")
     config, _ = compare(tmp_path, *options)
@@ -84,7 +84,7 @@ def test_a_teacher_that_is_there_is_used_as_it_is(teachers, tmp_path):
     assert not teachers
 
 
-def test_runs_lie_by_pair_loss_and_seed(monkeypatch, tmp_path):
+def test_run_directories_are_ordered_by_pair_loss_and_seed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config, _ = begin_sweep("sweep=compare", *PAIR)
     assert config.hydra.sweep.dir == "runs/compare/resnet20_to_resnet8"
@@ -100,9 +100,7 @@ def test_runs_lie_by_pair_loss_and_seed(monkeypatch, tmp_path):
         ("experiment=rld_crd", "combined", ("cifar100", "wrn40_2", 240)),
     ],
 )
-def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(
-    teachers, tmp_path, experiment, loss, trained
-):
+def test_teacher_has_only_data_and_recipe_of_an_experiment(teachers, tmp_path, experiment, loss, trained):
     compare(tmp_path, experiment, "model.teacher.weights=fit", f"loss=choice({loss})")
     cfg = OmegaConf.create(OmegaConf.to_container(teachers[0], resolve=True))
     assert (instantiate(cfg.data).name, cfg.model.student.name, cfg.recipe.epochs) == trained
@@ -110,7 +108,7 @@ def test_the_teacher_has_data_and_recipe_of_an_experiment_and_nothing_else(
     instantiate(cfg.loss)
 
 
-def test_without_its_teacher_a_comparison_ends(monkeypatch, tmp_path, capsys):
+def test_comparison_ends_if_its_teacher_fails(monkeypatch, tmp_path, capsys):
     def fails(*_args, **_options):
         raise UserError("out of memory.")
 
@@ -120,7 +118,7 @@ def test_without_its_teacher_a_comparison_ends(monkeypatch, tmp_path, capsys):
     assert f"the teacher resnet20 could not be trained in {tmp_path / 'teacher'}: out of" in capsys.readouterr().out
 
 
-def test_a_report_at_the_end(monkeypatch, tmp_path, capsys):
+def test_report_at_the_end(monkeypatch, tmp_path, capsys):
     written = []
 
     def write_report(*arguments, **options):
@@ -140,7 +138,7 @@ def test_a_report_at_the_end(monkeypatch, tmp_path, capsys):
     assert f"{tmp_path / 'report' / 'report.html'}  the results" in capsys.readouterr().out
 
 
-def test_a_loss_that_there_is_not_is_told_before_the_teacher_is_trained(teachers, tmp_path, capsys):
+def test_unknown_loss_is_reported_before_the_teacher_is_trained(teachers, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare(tmp_path, *FIT, "loss=choice(kd,rdl)")
     assert "loss=rdl is no option. Did you mean 'rld" in capsys.readouterr().out
@@ -169,7 +167,7 @@ def test_mistakes_end_in_one_sentence_before_anything_starts(translated, option,
         translated(option)
 
 
-def test_the_script_says_in_other_words_what_is_swept(translated):
+def test_script_names_its_own_options_for_swept_values(translated):
     assert translated("losses=ce, rld_ls") == "loss=choice(ce,rld_ls)"
     assert translated("seeds=0,12") == "seed=choice(0,12)"
     assert translated("folder=my runs/a=b") == "hydra.sweep.dir='my runs/a=b'"
@@ -177,7 +175,7 @@ def test_the_script_says_in_other_words_what_is_swept(translated):
         assert translated(option) == option
 
 
-def test_the_script_ends_on_a_mistake(monkeypatch, capsys):
+def test_script_ends_on_a_mistake(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "seeds=0", "--config-dir", "conf", "losses=ce,ce"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -62,7 +62,7 @@ def test_teacher_and_student_side_by_side(run, monkeypatch, capsys, in_a_folder)
 
 
 @pytest.mark.parametrize("size", ["auto", 16, None])
-def test_a_teacher_is_measured_on_images_as_it_saw_them(run, size):
+def test_teacher_is_measured_with_its_input_size_in_the_run(run, size):
     facts = digits_facts("resnet20") | {"image_shape": [3, 16, 16], "class_names": [*"0123456789", "none"]}
     save_weights(create_model("resnet20", 11), run.parent / "teacher.safetensors", facts | {"num_classes": 11})
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -78,7 +78,7 @@ def test_a_teacher_is_measured_on_images_as_it_saw_them(run, size):
     assert measured.macs == count_macs(create_model("resnet20", 10), shape)
 
 
-def test_files_that_are_gone_are_named(run):
+def test_missing_files_are_named(run):
     (run.parent / "teacher.safetensors").unlink()
     with pytest.raises(UserError, match=r"the teacher's weights are not at .*teacher\.safetensors; run from where"):
         ask(run)

@@ -1,4 +1,4 @@
-"""What is measured, and what is refused or told before."""
+"""What is evaluated, and what is refused or reported before."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from rld_lightning.tasks.evaluate import EvaluationModule, evaluate
 
 @pytest.fixture
 def measure(tmp_path):
-    """Evaluates a small network, whose file says what is given, on the digits."""
+    """Evaluates a small network on the digits, with given facts in its file."""
 
     def run(*overrides, name="resnet8", facts=None, classes=10):
         torch.manual_seed(0)
@@ -33,7 +33,7 @@ def measure(tmp_path):
     return run
 
 
-def test_validation_is_on_what_the_run_of_the_file_has_held_out(measure, capsys):
+def test_validation_uses_the_images_that_the_run_held_out(measure, capsys):
     data = DigitsDataModule(seed=3, val_fraction=0.1)
     data.setup()
     model, found = measure("split=val", facts=data.split_facts)
@@ -48,7 +48,7 @@ def test_validation_is_on_what_the_run_of_the_file_has_held_out(measure, capsys)
             measure("split=val", override, facts=data.split_facts)
 
 
-def test_a_run_an_export_and_a_checkpoint_are_measured_as_the_file_of_weights(measure, tmp_path):
+def test_run_export_and_checkpoint_are_evaluated_like_the_weights_file(measure, tmp_path):
     model, whole = measure(facts=digits_facts("resnet8"))
     run, export = tmp_path / "a run", tmp_path / "export"
     run.mkdir()
@@ -64,7 +64,7 @@ def test_a_run_an_export_and_a_checkpoint_are_measured_as_the_file_of_weights(me
         measure(f"weights='{tmp_path}'")
 
 
-def test_an_onnx_file_is_measured(measure, tmp_path):
+def test_onnx_file_is_evaluated(measure, tmp_path):
     pytest.importorskip("onnxruntime")
     content, weights = small_onnx({"name": "timm/any"})
     (tmp_path / "model.onnx").write_bytes(content)
@@ -76,12 +76,12 @@ def test_an_onnx_file_is_measured(measure, tmp_path):
         measure(f"weights={tmp_path / 'model.onnx'}")
 
 
-def test_a_run_that_held_none_out_has_no_validation_images(measure):
+def test_run_that_held_out_no_images_has_no_validation_images(measure):
     with pytest.raises(UserError, match="no validation images of its own; its run held none out; use split=test"):
         measure("split=val", facts={"data_seed": 0, "val_fraction": 0.0})
 
 
-def test_a_file_that_does_not_say_what_was_held_out_is_measured_with_a_word_of_caution(measure, capsys):
+def test_file_without_the_held_out_fraction_is_evaluated_with_a_warning(measure, capsys):
     _, found = measure("split=val", "data.val_fraction=0.1")
     assert found.images == 144
     assert "does not say what was held out when it was trained" in capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_a_file_that_does_not_say_what_was_held_out_is_measured_with_a_word_of_c
 
 
 def by_hand(model, look=None):
-    """Logits and labels of the test split, of images that are normalised as the model wants."""
+    """Returns logits and labels of the test split, with the model's normalisation."""
     data = DigitsDataModule()
     data.setup()
     if look is not None:
@@ -117,7 +117,7 @@ def test_classes_are_matched_by_name(measure, capsys):
 
 
 @pytest.mark.parametrize("known", [["7", "8", "9", "owl", "cat"], [*NAMES, "owl", "cat"]], ids=["others", "more"])
-def test_of_other_classes_the_shared_ones_are_measured_and_the_rest_is_said(measure, capsys, known):
+def test_shared_classes_are_evaluated_and_the_others_reported(measure, capsys, known):
     model, found = measure(facts={"class_names": known, "num_classes": len(known)}, classes=len(known))
     logits, label = by_hand(model)
     kept = label >= 7 if len(known) == 5 else label >= 0
@@ -131,7 +131,7 @@ def test_of_other_classes_the_shared_ones_are_measured_and_the_rest_is_said(meas
     assert f"{found.shared_classes} shared classes only" in output
 
 
-def test_classes_of_other_names_may_be_the_same_ones(measure, capsys):
+def test_classes_with_other_names_may_be_mapped(measure, capsys):
     names = [f"n{digit}" for digit in range(10)]
     assert measure(facts={"class_names": names})[1].images == 360
     assert "knows other class names than digits, such as 'n0'" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_classes_of_other_names_may_be_the_same_ones(measure, capsys):
         measure(facts={"class_names": [*names, "owl"], "num_classes": 11}, classes=11)
 
 
-def test_a_model_sees_images_as_it_was_trained_to(measure, capsys):
+def test_model_gets_images_as_in_its_training(measure, capsys):
     look = ((0.5, 0.4, 0.3), (0.25, 0.5, 1.0))
     model, found = measure(facts={"image_shape": [3, 8, 8], "mean": list(look[0]), "std": list(look[1])})
     logits, label = by_hand(model, look)
@@ -153,7 +153,7 @@ def test_a_model_sees_images_as_it_was_trained_to(measure, capsys):
     assert "was trained with image_shape [3, 32, 32], and is measured with [3, 8, 8]; data.image_size=32 " in said
 
 
-def test_what_a_library_wants_is_said_where_the_file_says_nothing(measure, capsys):
+def test_preprocessing_of_a_library_is_reported_if_the_file_has_none(measure, capsys):
     measure(name="torchvision/shufflenet_v2_x0_5", facts={"mean": [0.3054] * 3, "std": [0.376] * 3})
     assert "caution" not in capsys.readouterr().out
     measure(name="torchvision/shufflenet_v2_x0_5")
@@ -161,7 +161,7 @@ def test_what_a_library_wants_is_said_where_the_file_says_nothing(measure, capsy
     assert "is published for mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]; it is measured with" in output
 
 
-def test_a_network_that_cannot_take_the_images_is_refused(measure):
+def test_network_that_does_not_accept_the_images_is_refused(measure):
     with pytest.raises(UserError, match=r"torchvision/squeezenet1_1 cannot take images of 3x8x8.*data\.image_size="):
         measure(name="torchvision/squeezenet1_1")
 
@@ -178,7 +178,7 @@ def test_a_network_that_cannot_take_the_images_is_refused(measure):
     ],
     ids=["target", "sympify", "list", "interpolation"],
 )
-def test_what_a_file_says_is_never_instantiated(measure, tmp_path, monkeypatch, form, key, value):
+def test_facts_of_a_file_are_never_instantiated(measure, tmp_path, monkeypatch, form, key, value):
     monkeypatch.chdir(tmp_path)
     facts = {"name": "resnet8", "dataset": "digits", key: json.dumps(value)}
     state_dict = create_model("resnet8", 10).state_dict()
@@ -192,7 +192,7 @@ def test_what_a_file_says_is_never_instantiated(measure, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(("classes", "draw"), [(10, torch.rand), (10, torch.randn), (4, torch.rand)])
-def test_scores_are_those_of_the_definitions(classes, draw):
+def test_scores_match_their_definitions(classes, draw):
     generator = torch.Generator().manual_seed(0)
     logits = draw(300, classes, generator=generator)  # of which none lies outside of [0, 1], with rand
     label = torch.where(torch.rand(300, generator=generator) < 0.5, logits.argmax(1), 1)  # some classes have no image
@@ -219,7 +219,7 @@ def test_scores_are_those_of_the_definitions(classes, draw):
     assert scores == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_confidence_of_1_belongs_to_the_last_bin():
+def test_confidence_of_1_belongs_to_the_last_bin():
     logits = torch.zeros(100, 4)
     logits[:50, 0], logits[50:, 0] = 100, math.log(3 * 0.95 / 0.05)  # a confidence of 1 in float32, and of 0.95
     label = torch.zeros(100, dtype=torch.long)
@@ -230,7 +230,7 @@ def test_a_confidence_of_1_belongs_to_the_last_bin():
     assert module.scores("val")["ece"] == pytest.approx(100 * abs(0.9 - 0.975), rel=1e-4)
 
 
-def test_a_network_without_numbers_has_no_score(measure, tmp_path, monkeypatch):
+def test_network_with_nan_logits_has_no_score(measure, tmp_path, monkeypatch):
     forward = EvaluationModule.test_step
 
     def spoiled(module, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""scripts/export.py: files that others read, each opened by who reads it."""
+"""scripts/export.py: exported files, each opened by the library that reads it."""
 
 import json
 from dataclasses import asdict
@@ -47,7 +47,7 @@ def test_weights_with_their_card(tmp_path, capsys):
     assert "of an earlier export" in said
 
 
-def test_names_bring_no_markup_into_a_card(tmp_path):
+def test_names_add_no_markup_to_a_card(tmp_path):
     digits_run(tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     summary |= {"dataset": "<img src=x>|[a](b)\n# c", "teacher_sha256": "`\n\n<img src=x>"}
@@ -62,7 +62,7 @@ def test_names_bring_no_markup_into_a_card(tmp_path):
     assert "\n# c" not in card
 
 
-def test_the_card_has_the_table_of_the_networks(tmp_path):
+def test_card_has_the_table_of_the_networks(tmp_path):
     digits_run(tmp_path / "run")
     names, roles = ("a|b<img src=x>\n# c", "resnet8", "resnet8"), ("teacher", "student alone", "distilled student")
     networks = [
@@ -108,7 +108,7 @@ def test_the_card_has_the_table_of_the_networks(tmp_path):
         (lambda one: one | {"images": 1.5}, "whose images"),
     ],
 )
-def test_networks_of_a_stranger_are_plain_values_in_range(tmp_path, text, about):
+def test_networks_of_a_foreign_run_are_plain_values_in_range(tmp_path, text, about):
     if callable(text):
         text = json.dumps([text(asdict(Network("teacher", "x", "test", 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, 1.0, "a CPU")))])
     (tmp_path / "networks.json").write_text(text)
@@ -116,7 +116,7 @@ def test_networks_of_a_stranger_are_plain_values_in_range(tmp_path, text, about)
         read_networks(tmp_path)
 
 
-def test_a_library_of_networks_reads_its_own(tmp_path):
+def test_libraries_read_their_own_networks(tmp_path):
     timm = pytest.importorskip("timm", minversion="1.0.31")  # earlier ones read pickles alone from a folder
     network = digits_run(tmp_path / "run", "timm/mobilenetv3_small_050", size=32)
     export_run(tmp_path / "run", ["safetensors"], out=tmp_path / "hub", val_images=0)
@@ -144,7 +144,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_other_data_than_the_students_are_refused(tmp_path):
+def test_data_other_than_those_of_the_student_are_refused(tmp_path):
     digits_run(tmp_path / "run")
     from rld_lightning.models.weights.save import save_weights
 
@@ -155,7 +155,7 @@ def test_other_data_than_the_students_are_refused(tmp_path):
         export_run(tmp_path / "run", ["safetensors"])
 
 
-def test_files_that_resize_are_compared_on_the_pictures_as_they_lie_there(tmp_path):
+def test_files_that_resize_are_compared_on_original_images(tmp_path):
     for number, size in enumerate([(50, 37), (50, 37), (20, 90)]):
         write_jpegs(tmp_path / "parts" / str(number), {"train": 1, "val": 2}, size=size, ending=".jpg")
         for file in (tmp_path / "parts" / str(number)).rglob("*.jpg"):
@@ -173,7 +173,7 @@ def test_files_that_resize_are_compared_on_the_pictures_as_they_lie_there(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "any_size"), [(False, True), (True, False), (True, True)])
-def test_all_formats_do_what_the_student_does(tmp_path, pixels, any_size):
+def test_all_formats_match_the_student(tmp_path, pixels, any_size):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     network = digits_run(tmp_path / "run")
@@ -196,7 +196,7 @@ def test_all_formats_do_what_the_student_does(tmp_path, pixels, any_size):
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.1])
-def test_the_best_epoch_is_exported_beside_the_last_with_what_its_accuracy_is_worth(tmp_path, capsys, held_out):
+def test_best_epoch_is_exported_beside_the_last_with_its_accuracy(tmp_path, capsys, held_out):
     run = tmp_path / "run"
     last = digits_run(run, held_out=held_out)
     torch.manual_seed(1)
@@ -226,7 +226,7 @@ def test_the_best_epoch_is_exported_beside_the_last_with_what_its_accuracy_is_wo
     assert ("chosen on the test split itself" in capsys.readouterr().out) == (held_out == 0)
 
 
-def test_what_is_no_best_epoch_is_refused_with_the_way_out(tmp_path):
+def test_invalid_best_epoch_is_refused_with_the_way_out(tmp_path):
     digits_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"has no best\.ckpt: .*checkpoint=last"):
         export(options(f"run={tmp_path / 'run'}", "formats=[safetensors]", "checkpoint=best"))

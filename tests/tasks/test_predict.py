@@ -1,4 +1,4 @@
-"""scripts/predict.py: the images that are meant, the preprocessing of validation, answers in three forms."""
+"""scripts/predict.py: which images are read, the preprocessing of validation, answers in three formats."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ options = partial(compose, name="predict", resolve=False)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A run, and the test images of digits as files."""
+    """Returns a run, and the test images of digits as files."""
     folder = tmp_path_factory.mktemp("predict")
     network = digits_run(folder / "run")
     paths, batch = write_digits(folder / "digits")
@@ -39,7 +39,7 @@ def ask(place, tmp_path, *overrides):
     return broken, (tmp_path / "out").read_text()
 
 
-def test_it_is_as_often_right_as_eval_says(place, tmp_path, capsys):
+def test_accuracy_equals_that_of_evaluation(place, tmp_path, capsys):
     folder, network, paths, batch = place
     broken, text = ask(place, tmp_path, "format=csv", "top=3")
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -55,7 +55,7 @@ def test_it_is_as_often_right_as_eval_says(place, tmp_path, capsys):
     assert 100 * right / len(rows) == pytest.approx(found.top1, abs=1e-4)
 
 
-def test_an_interruption_leaves_what_has_been_answered(place, tmp_path, monkeypatch, capsys):
+def test_interruption_keeps_finished_answers(place, tmp_path, monkeypatch, capsys):
     one_after_another = answer
 
     def interrupted(*args, **options):
@@ -74,7 +74,7 @@ def test_an_interruption_leaves_what_has_been_answered(place, tmp_path, monkeypa
     assert "answered  100 of 360 images: " in capsys.readouterr().out
 
 
-def test_where_answers_cannot_be_written_is_told_before_anything_is_read(place, tmp_path, monkeypatch):
+def test_unwritable_output_is_reported_before_images_are_read(place, tmp_path, monkeypatch):
     monkeypatch.setattr("rld_lightning.tasks.predict.load_classifier", None)
     (tmp_path / "file").write_text("")
     for out, told in ((tmp_path, "is a directory; name a file in it"), (tmp_path / "file" / "out", "out=")):
@@ -107,7 +107,7 @@ def test_broken_images_are_named_and_the_others_answered(place, tmp_path, capsys
         ask(place, tmp_path, f"images={tmp_path / 'broken.jpg'}")
 
 
-def test_links_that_lead_round_are_not_followed_for_ever(tmp_path):
+def test_cyclic_links_are_not_followed_for_ever(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").touch()
@@ -136,7 +136,7 @@ def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pixels", [False, True])
-def test_onnx_files_answer_as_their_numbers_say(place, tmp_path, pixels):
+def test_onnx_answers_match_its_logits(place, tmp_path, pixels):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     facts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in digits_facts("linear").items()}
@@ -150,7 +150,7 @@ def test_onnx_files_answer_as_their_numbers_say(place, tmp_path, pixels):
     assert found == logits.argmax(1).tolist()
 
 
-def test_what_a_foreign_file_lacks_is_asked_for(place, tmp_path):
+def test_missing_facts_of_a_foreign_file_are_requested(place, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     (tmp_path / "m.onnx").write_bytes(small_onnx({})[0])
@@ -166,7 +166,7 @@ def test_what_a_foreign_file_lacks_is_asked_for(place, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_said(place, tmp_path, monkeypatch, device):
+def test_missing_device_is_reported(place, tmp_path, monkeypatch, device):
     for backend in ("torch.cuda", "torch.backends.mps"):
         monkeypatch.setattr(f"{backend}.is_available", lambda: False)
     with pytest.raises(UserError, match=f"device={device} is not there; choose device=cpu"):
@@ -174,7 +174,7 @@ def test_a_device_that_is_not_there_is_said(place, tmp_path, monkeypatch, device
 
 
 @pytest.mark.slow
-def test_standard_output_is_for_the_answers_alone(place, tmp_path):
+def test_standard_output_contains_only_answers(place, tmp_path):
     folder, _, paths, _ = place
     command = [sys.executable, str(REPOSITORY / "scripts" / "predict.py"), f"weights={folder / 'run'}", "images=-"]
     command += ["format=jsonl", "out=-", "top=1"]

@@ -25,7 +25,7 @@ def export(folder, name):
 
 @pytest.fixture
 def first(monkeypatch):
-    """What is trained before the trials, instead of doing it: configurations."""
+    """Records the configurations of what is trained before the trials, instead of training it."""
     seen = []
 
     def fit(cfg, resume_hint):
@@ -38,7 +38,7 @@ def first(monkeypatch):
     return seen
 
 
-def test_the_teacher_and_the_student_alone_come_first(first, tmp_path):
+def test_teacher_and_student_alone_are_trained_first(first, tmp_path):
     options = ("experiment=quickstart", "sweep=quickstart", "loss=dkd", f"paths.teachers={tmp_path / 'teachers'}")
     config, _ = begin_sweep(*options, "seed=3", f"hydra.sweep.dir={tmp_path / 'quickstart'}")
     teacher, alone = first
@@ -55,7 +55,7 @@ def test_the_teacher_and_the_student_alone_come_first(first, tmp_path):
     assert [Path(cfg.paths.run).name for cfg in first[2:]] == ["alone"]  # the teacher is in the store
 
 
-def test_networks_are_printed_side_by_side_with_what_to_try_next(tmp_path, capsys, monkeypatch):
+def test_networks_are_printed_side_by_side_with_next_steps(tmp_path, capsys, monkeypatch):
     speeds = iter([1000.0, 2000.0])  # one of each network, however often it was trained
     monkeypatch.setattr(trials, "images_per_second", lambda *_: next(speeds))
     trials._cost.cache_clear()
@@ -72,7 +72,7 @@ def test_networks_are_printed_side_by_side_with_what_to_try_next(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("top1", "other", "images"), [(99.72, 99.17, 360), (54.3, 56.2, 10_000), (54.3, 56.6, 10_000)])
-def test_a_difference_that_may_be_chance_is_called_so(top1, other, images):
+def test_difference_within_the_sampling_error_is_reported(top1, other, images):
     alone, distilled = (SimpleNamespace(top1=value, images=images) for value in (top1, other))
     caution = trials._may_be_chance(alone, [alone, distilled])
     p, q = top1 / 100, other / 100
@@ -83,7 +83,7 @@ def test_a_difference_that_may_be_chance_is_called_so(top1, other, images):
 
 
 @pytest.mark.slow
-def test_the_quickstart_from_nothing(tmp_path):
+def test_quickstart_from_scratch(tmp_path):
     places = (f"paths.runs={tmp_path / 'runs'}", f"paths.teachers={tmp_path / 'teachers'}")
     command = [sys.executable, SCRIPT, "recipe.epochs=1", "loss=dkd", *places, "trainer=cpu"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

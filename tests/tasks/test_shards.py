@@ -1,4 +1,4 @@
-"""scripts/shards.py: from a folder to shards, and to an index of shards that are there."""
+"""scripts/shards.py: packs a folder into shards, and indexes existing shards."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_what_is_packed_can_be_trained_on(photos, tmp_path, capsys):
+def test_packed_data_can_be_trained_on(photos, tmp_path, capsys):
     out = tmp_path / "shards"
     make_shards(pack_options(f"data.root={photos}", f"out={out}", "data.image_size=16"))
     printed = capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_what_is_packed_can_be_trained_on(photos, tmp_path, capsys):
         make_shards(pack_options(f"data.root={photos}", f"out={out}"))
 
 
-def test_an_index_of_shards_that_are_there(photos, tmp_path):
+def test_existing_shards_are_indexed(photos, tmp_path):
     make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'shards'}"))
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     patterns = [f'index.{split}="{tmp_path}/shards/{split}-{{000000..000000}}.tar"' for split in ("train", "test")]

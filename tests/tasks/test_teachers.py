@@ -1,4 +1,4 @@
-"""The store of teachers as a user sees it: listed, filled, and measured against what is published."""
+"""The store of teachers as a user sees it: listed, filled, and compared with published accuracies."""
 
 import json
 import runpy
@@ -23,7 +23,7 @@ SMALL = ("trainer=cpu", "data.eval_batch_size=512")
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A store with two networks for the digits, and a damaged file."""
+    """Returns a store with two networks for the digits, and a damaged file."""
     monkeypatch.chdir(tmp_path)
     kept = TeacherStore(tmp_path / "teachers")
     for name, top1 in (("resnet8", 50.0), ("wrn16_1", None)):
@@ -37,14 +37,14 @@ def store(tmp_path, monkeypatch):
     return kept
 
 
-def test_published_accuracies_are_found_however_a_name_is_spelled():
+def test_published_accuracies_are_found_for_every_spelling_of_a_name():
     assert published_top1("cifar100", "wrn_40_2") == published_top1("cifar100", "wrn40_2") == 75.61
     assert published_top1("cifar100", "wrn28_4") == 78.6
     assert published_top1("cifar100", "resnet8") is None
     assert published_top1("digits", "wrn40_2") is None
 
 
-def test_the_list_has_accuracy_checksum_source_and_what_is_missing(store, capsys):
+def test_list_has_accuracy_checksum_source_and_missing_teachers(store, capsys):
     found = {teacher.name: teacher for teacher in teachers.stored_teachers(store)}
     assert [found[name].refusal for name in ("resnet8", "wrn16_1", "resnet14")] == [
         "",
@@ -59,7 +59,7 @@ def test_the_list_has_accuracy_checksum_source_and_what_is_missing(store, capsys
     assert sum("fetch gets it" in line for line in lines.values()) == len(PUBLISHED)
 
 
-def test_what_a_file_says_about_itself_is_not_markup(store, capsys):
+def test_text_from_a_file_is_not_markup(store, capsys):
     store.save(create_model("resnet8", 10), "digits", "resnet20", {"url": "[red]x[/red]\x1b[2J"})
     teachers.print_teachers(store)
     output = capsys.readouterr().out
@@ -73,7 +73,7 @@ def measured(store, name):
     return evaluate(cfg, classes_shown=0).top1
 
 
-def test_teachers_are_measured_and_one_that_is_off_is_told(store, capsys):
+def test_teachers_are_measured_and_a_deviation_is_reported(store, capsys):
     top1 = measured(store, "resnet8")
     with pytest.raises(UserError) as refusal:
         teachers.verify_teachers(store, [], SMALL)
@@ -88,8 +88,8 @@ def test_teachers_are_measured_and_one_that_is_off_is_told(store, capsys):
 
 
 @pytest.mark.parametrize("off", [0.05, 5.0])
-def test_verify_compares_published_teachers_with_what_is_published(store, monkeypatch, capsys, off):
-    """And not with what a file says about itself; the exit code tells."""
+def test_verify_compares_with_published_accuracies(store, monkeypatch, capsys, off):
+    """Not with the accuracy recorded in a file; the exit code reports the result."""
     torch.manual_seed(0)
     facts = {"num_classes": 10, "source": "published", "top1": 99.0}
     weights = store.save(create_model("resnet8", 10), "digits", "resnet8", facts)
@@ -113,7 +113,7 @@ def test_verify_compares_published_teachers_with_what_is_published(store, monkey
 
 
 @pytest.mark.slow
-def test_a_teacher_that_is_as_it_was_is_no_mistake(store, capsys):
+def test_unchanged_teacher_is_accepted(store, capsys):
     top1 = measured(store, "resnet8")
     torch.manual_seed(0)
     store.save(create_model("resnet8", 10), "digits", "resnet8", {"num_classes": 10, "top1": top1 + 0.05})
@@ -129,12 +129,12 @@ def test_a_teacher_that_is_as_it_was_is_no_mistake(store, capsys):
         (["resnet8"], ("data.rot=1",), "data.rot is not known"),
     ],
 )
-def test_what_cannot_be_measured_is_said(store, names, overrides, words):
+def test_teachers_that_cannot_be_measured_are_reported(store, names, overrides, words):
     with pytest.raises(UserError, match=words):
         teachers.verify_teachers(store, names, overrides)
 
 
-def test_a_store_of_folders_of_images_needs_to_be_told_where_they_are(store):
+def test_store_for_folders_of_images_needs_their_path(store):
     store.save(create_model("resnet8", 10), "photos", "resnet8", {"num_classes": 10})
     with pytest.raises(
         UserError, match="photos is not the name of a data set; say where it is, such as data=imagefolder"
@@ -153,15 +153,15 @@ def test_a_store_of_folders_of_images_needs_to_be_told_where_they_are(store):
         (("model=resnet8", "loss=ce"), "resnet8.safetensors is there; move it away to train resnet8 again"),
     ],
 )
-def test_what_would_be_no_teacher_is_not_trained(store, overrides, words):
+def test_teacher_that_others_cannot_use_is_not_trained(store, overrides, words):
     cfg = compose("data=digits", f"paths.teachers={store.root}", f"paths.run={store.root / 'run'}", *overrides)
     with pytest.raises(UserError, match=words):
         teachers.fit_teacher(cfg)
 
 
 @pytest.mark.slow
-def test_a_teacher_is_trained_kept_and_as_it_was(tmp_path, monkeypatch):
-    """As a user does: by the script."""
+def test_teacher_is_trained_stored_and_verified(tmp_path, monkeypatch):
+    """By the script, as a user does."""
 
     def call(*words):
         command = [sys.executable, SCRIPT, *words]

@@ -1,4 +1,4 @@
-"""scripts/demo.py: what the page is told of a picture, and what its server refuses."""
+"""scripts/demo.py: the answers to a picture, and the requests that its server refuses."""
 
 import base64
 import http.client
@@ -40,7 +40,7 @@ def set_teacher(folder, **values):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A run on digits with a teacher that lists its classes in another order, both networks, and the page."""
+    """Returns a run on digits with a teacher whose classes are in another order, both networks, and the page."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     student = digits_run(folder)
     torch.manual_seed(1)
@@ -59,10 +59,10 @@ def picture(kind="PNG", size=(13, 9), **options):
     return file.getvalue()
 
 
-# What is said of a picture
+# Answers to a picture
 
 
-def test_the_refined_teacher_is_what_rld_passes_on(place):
+def test_refined_teacher_is_that_of_rld(place):
     _, student, teacher, page = place
     content = picture()
     found = page.ask(content, 3)
@@ -90,7 +90,7 @@ def test_the_refined_teacher_is_what_rld_passes_on(place):
     )  # fmt: skip
 
 
-def test_rows_are_the_best_of_both_by_the_student_and_another_label_is_another_mask(place):
+def test_rows_are_the_best_of_both_and_another_label_changes_the_mask(place):
     page = place[3]
     content = picture()
     first, best, worst = page.ask(content), *(page.ask(content, label) for label in (0, 9))
@@ -114,7 +114,7 @@ def test_pictures_of_any_shape_are_read(place, kind):
     assert place[3].ask(picture(kind, (90, 2)))["seen"].startswith("data:image/png;base64,")
 
 
-def test_other_files_are_refused_before_they_are_decoded(place, monkeypatch):
+def test_other_files_are_refused_before_decoding(place, monkeypatch):
     page = place[3]
     vast = bytearray(picture())
     vast[16:24] = (8000).to_bytes(4) * 2  # the header's width and height
@@ -130,14 +130,14 @@ def test_other_files_are_refused_before_they_are_decoded(place, monkeypatch):
             page.ask(content)
 
 
-def test_few_pictures_are_remembered(place):
+def test_few_pictures_are_cached(place):
     page = place[3]
     for side in range(8, 20):
         page.ask(picture(size=(side, 8)))
     assert len(page._remembered) == 8
 
 
-def test_a_run_whose_teacher_cannot_be_shown_is_refused_in_a_sentence(place, tmp_path):
+def test_run_without_a_suitable_teacher_is_refused_in_a_sentence(place, tmp_path):
     folder, _, _, page = place
     file = str(folder.parent / "teacher.safetensors")
     digits_run(tmp_path)
@@ -171,7 +171,7 @@ def server(place):
 
 
 def request(server, method="POST", path="/ask", body=None, **headers):
-    """Status, headers and body; a header of None is left away."""
+    """Returns status, headers and body; a header of None is omitted."""
     port = server.server_address[1]
     own = {"Host": f"127.0.0.1:{port}", "Origin": f"http://127.0.0.1:{port}", "Content-Type": "image/png"}
     own["Content-Length"] = str(len(body or b""))
@@ -188,7 +188,7 @@ def request(server, method="POST", path="/ask", body=None, **headers):
     return answer.status, answer.headers, content
 
 
-def test_the_page_comes_whole_and_with_its_rules(server):
+def test_page_is_complete_with_its_security_headers(server):
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
         status, headers, content = request(server, "GET", path)
         assert (status, headers.get_content_type()) == (200, kind)
@@ -205,7 +205,7 @@ def test_the_page_comes_whole_and_with_its_rules(server):
     assert server.server_address[0] == "127.0.0.1"
 
 
-def test_a_picture_is_answered(server, place):
+def test_picture_is_answered(server, place):
     status, headers, content = request(server, path="/ask?label=4", body=picture())
     assert (status, headers.get_content_type(), headers["X-Content-Type-Options"]) == (
         200,
@@ -218,7 +218,7 @@ def test_a_picture_is_answered(server, place):
 
 
 @pytest.mark.parametrize("path", ["/../conf/fit.yaml", "/page.html", "//etc/passwd", "/%2e%2e/x", "/ask", "/page.css/"])
-def test_no_other_path_is_there(server, path):
+def test_other_paths_do_not_exist(server, path):
     assert request(server, "GET", path)[0] == 404
 
 
@@ -242,7 +242,7 @@ HOSTS = ["evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "lo
         (501, {"method": "PUT"}),
     ],
 )
-def test_what_is_refused(server, expected, changed):
+def test_invalid_requests_are_refused(server, expected, changed):
     body = b"" if {"Content_Length", "Transfer_Encoding"} & set(changed) else picture()
     status, headers, content = request(server, **({"body": body} | changed))
     assert status == expected
@@ -250,7 +250,7 @@ def test_what_is_refused(server, expected, changed):
     assert b"Traceback" not in content
 
 
-def test_a_fault_of_a_network_is_said_on_the_terminal_and_the_page_goes_on(capsys):
+def test_error_of_a_network_is_printed_and_the_server_continues(capsys):
     def fail(content, label):
         raise RuntimeError("out of \x1b[31mpaint")
 
@@ -261,7 +261,7 @@ def test_a_fault_of_a_network_is_said_on_the_terminal_and_the_page_goes_on(capsy
     assert "RuntimeError: out of" in capsys.readouterr().out
 
 
-def test_connections_are_few_and_a_port_is_taken_once(capsys):
+def test_connections_are_limited_and_a_port_is_used_once(capsys):
     with running(DemoServer({}, lambda *_: {}, 0)) as server:
         silent = [socket.create_connection(server.server_address) for _ in range(40)]
         with pytest.raises((ConnectionError, http.client.BadStatusLine)):
@@ -276,7 +276,7 @@ TAB = "\ue004"
 
 
 @pytest.mark.parametrize("said", ["GET / HTTP/1.1\r\n", "POST /ask HTTP/1.1\r\n{}Content-Length: 99999\r\n\r\n"])
-def test_nobody_is_heard_for_ever(monkeypatch, said):
+def test_slow_requests_are_ended(monkeypatch, said):
     monkeypatch.setattr(demo_server, "_MOST_SECONDS", 0.2)
     with running(DemoServer({}, lambda content, label: {}, 0)) as server:
         host = f"127.0.0.1:{server.server_address[1]}"
@@ -292,7 +292,7 @@ def test_nobody_is_heard_for_ever(monkeypatch, said):
 
 
 @pytest.mark.slow
-def test_the_page_in_a_real_browser(server, place, tmp_path):
+def test_page_works_in_a_real_browser(server, place, tmp_path):
     page = place[3]
     (tmp_path / "picture.png").write_bytes(picture())
     (tmp_path / "note.png").write_text("no picture")
@@ -348,7 +348,7 @@ def test_the_page_in_a_real_browser(server, place, tmp_path):
 
 
 @pytest.mark.slow
-def test_names_of_classes_are_text_in_a_real_browser(place, tmp_path):
+def test_class_names_are_text_in_a_real_browser(place, tmp_path):
     page = place[3]
     named = page.facts() | {"classes": ["<img src=x onerror=document.title='bad'>", *"bcdefghij"]}
 
@@ -376,7 +376,7 @@ return fetch(arguments[0], options).then(answer => answer.status, () => 'failed'
 
 
 @pytest.mark.slow
-def test_other_pages_cannot_ask_in_a_real_browser(tmp_path):
+def test_other_pages_cannot_send_requests_in_a_real_browser(tmp_path):
     asked = []
     content = base64.b64encode(picture()).decode()
     (tmp_path / "index.html").write_text("<title>other</title>")

@@ -1,4 +1,4 @@
-"""A batch that suits the device and the number of images."""
+"""The batch size chosen for the device and the number of images."""
 
 from types import SimpleNamespace
 
@@ -15,24 +15,24 @@ from rld_lightning.tasks.run.batch_size import make_data, suitable_batch
     ("images", "processes", "found"),
     [(20, 1, 8), (336, 1, 16), (511, 1, 16), (512, 1, 32), (50_000, 1, 32), (500, 3, 24)],
 )
-def test_an_epoch_has_sixteen_steps_where_it_can(images, processes, found):
+def test_epoch_has_sixteen_steps_if_possible(images, processes, found):
     assert suitable_batch(images, torch.device("cpu"), processes) == found
 
 
 @pytest.mark.parametrize(("memory", "most"), [(8e9, 64), (24e9, 128)])
-def test_a_gpu_has_room_for_more(monkeypatch, memory, most):
+def test_gpu_allows_larger_batches(monkeypatch, memory, most):
     properties = SimpleNamespace(total_memory=memory)
     monkeypatch.setattr(batch_size.torch.cuda, "get_device_properties", lambda device: properties)
     assert suitable_batch(50_000, torch.device("cuda"), 2) == 2 * most
 
 
-def test_data_are_made_before_their_batch_is_known():
+def test_data_are_created_before_their_batch_size_is_known():
     node = {"_target_": "rld_lightning.data.DigitsDataModule", "batch_size": "auto"}
     assert make_data(OmegaConf.create(node)).batch_size == 1
     assert make_data(OmegaConf.create(node | {"batch_size": 7})).batch_size == 7
 
 
-def test_a_run_that_goes_on_has_the_batch_that_was_chosen():
+def test_resumed_run_keeps_its_batch_size():
     before = {"recipe": {"batch_size": 16}, "data": {"batch_size": 16}}
     now = {"recipe": {"batch_size": "auto"}, "data": {"batch_size": "auto"}}
     assert not changes(settings(before), OmegaConf.create(now))

@@ -9,7 +9,7 @@ from rld_lightning.tasks.run.plan import Student
 HALVES = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def test_the_data_are_normalised_as_the_weights_of_the_student_want_it(data, file, capsys):
+def test_data_get_the_normalisation_of_the_initial_weights(data, file, capsys):
     usual = Normalisation(data.mean, data.std)
     assert (
         adopt_normalisation(Student("resnet8", None, True), data, {"mean": None})

@@ -1,4 +1,4 @@
-"""Networks, files and data that do not belong together."""
+"""Networks, files and data that do not fit together."""
 
 import json
 from dataclasses import replace
@@ -39,12 +39,12 @@ def weights(**facts):
         ("torchvision/alexnet", False, r"alexnet cannot take images of 3x8x8 \(.*; choose torchvision/alexnet@224, .*"),
     ],
 )
-def test_images_that_a_network_cannot_take(name, other_sizes, sentence):
+def test_images_that_a_network_does_not_accept(name, other_sizes, sentence):
     with pytest.raises(ValueError, match=sentence):
         checks.check_network(name, data(), other_sizes=other_sizes)
 
 
-def test_transformers_have_an_image_size_of_their_own():
+def test_transformers_have_a_fixed_image_size():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot take images of 3x8x8 \(Input height"):
         checks.check_network("timm/vit_tiny_patch16_224", data())
@@ -58,12 +58,12 @@ class Tuple(nn.Module):
 @pytest.mark.parametrize(
     ("network", "found"), [(Tuple(), "a tuple"), (nn.Flatten(), r"\(2, 192\)"), (nn.Identity(), r"\(2, 3, 8, 8\)")]
 )
-def test_what_is_not_logits(network, found):
+def test_outputs_that_are_not_logits_are_refused(network, found):
     with pytest.raises(ValueError, match=rf"net makes {found} of two images of 3x8x8, not logits \(2, 3\)"):
         checks.check_network("net", data(), network)
 
 
-def test_a_network_is_left_as_it_was():
+def test_network_is_not_modified():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 3))
     state, random = {key: value.clone() for key, value in network.state_dict().items()}, torch.get_rng_state()
     checks.check_network("net", data(), network)
@@ -72,7 +72,7 @@ def test_a_network_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_what_a_file_of_others_says_is_not_taken_for_ours():
+def test_facts_of_foreign_files_are_not_trusted():
     theirs = Weights({}, {"dataset": "toy", "class_names": "['a']", "val_fraction": "None"}, Path("w"))
     put_in_order(nn.Identity(), "resnet8", theirs, data(), "student")
     checks.check_split(theirs, data(), "val")
@@ -82,7 +82,7 @@ def test_what_a_file_of_others_says_is_not_taken_for_ours():
     ("facts", "seed", "val_fraction"),
     [({"data_seed": 3, "val_fraction": 0.2}, 3, 0.2), ({}, 0, 0.0), ({"val_fraction": 0.2}, 0, 0.2)],
 )
-def test_what_is_held_out_follows_the_file_where_it_is_left_open(facts, seed, val_fraction):
+def test_held_out_split_follows_the_file_if_left_open(facts, seed, val_fraction):
     settings = OmegaConf.create({"seed": None, "val_fraction": None})
     found = checks.split_to_measure(settings, weights(**facts))
     assert found == {"seed": seed, "val_fraction": val_fraction}
@@ -105,7 +105,7 @@ def test_what_is_held_out_follows_the_file_where_it_is_left_open(facts, seed, va
         ("test", {"test_fraction": 0.3}, {"name": "another"}, None),
     ],
 )
-def test_images_that_a_model_was_trained_on(split, facts, options, refused):
+def test_training_images_of_a_model_are_refused(split, facts, options, refused):
     if refused is None:
         checks.check_split(weights(**facts), data(**options), split)
         return
@@ -114,13 +114,13 @@ def test_images_that_a_model_was_trained_on(split, facts, options, refused):
 
 
 @pytest.mark.parametrize("weights", ["/my/teacher.pth", ("/a.pth", "/b.pth"), "published"])
-def test_what_a_teacher_would_begin_with_does_not_matter_where_it_is_there(tmp_path, weights):
+def test_start_of_an_existing_teacher_does_not_matter(tmp_path, weights):
     plan = make_plan(tmp_path)
     checks.check_names(plan.student, replace(plan.teacher, weights=weights, start="pretrained"))
 
 
 @pytest.mark.parametrize("weights", ["fit", "auto"])
-def test_a_teacher_that_is_trained_first_begins_with_what_there_is(tmp_path, weights):
+def test_teacher_to_be_trained_needs_existing_initial_weights(tmp_path, weights):
     plan = make_plan(tmp_path)
     with pytest.raises(ValueError, match=r"model\.teacher\.start=pretrained is for torchvision/.*give a file, or null"):
         checks.check_names(plan.student, replace(plan.teacher, weights=weights, start="pretrained"))

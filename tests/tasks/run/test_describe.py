@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The description of a run."""
 
 import pytest
 from torch import nn
@@ -15,11 +15,11 @@ from rld_lightning.tasks.run.describe import describe_parts, describe_size
         (create_model("resnet8", 10), "0.08 M parameters, 0.8 M MACs"),
     ],
 )
-def test_small_networks_have_a_size_too(network, said):
+def test_small_networks_have_a_nonzero_size(network, said):
     assert describe_size(network, (3, 8, 8)) == said
 
 
-def test_a_divided_step_is_named_where_the_loss_is_then_another():
+def test_divided_step_is_reported_if_it_changes_the_loss():
     sums = CombinedLoss(rld=RLDLoss(), rkd=loss_class("rkd")()), CombinedLoss(rld=RLDLoss(), kd=KDLoss())
     assert "here sees 16 images at a time: a step of 4 such batches" in describe_parts(sums[0], 4, 16)
     assert not describe_parts(sums[1], 4, 16)

@@ -1,4 +1,4 @@
-"""What a run will write is known before it is trained."""
+"""The size of a run's files is known before training."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def build(folder, make_optimizer, *more):
         (lambda p: SGD(p, lr=0.1, momentum=0.9), (WeightAverage(decay=0.9),)),
     ],
 )
-def test_the_estimate_is_what_is_written(tmp_path, make_optimizer, more):
+def test_estimate_equals_what_is_written(tmp_path, make_optimizer, more):
     trainer, module = build(tmp_path, make_optimizer, *more)
     estimate = bytes_needed(tmp_path, trainer, module)
     trainer.fit(module, DigitsDataModule(batch_size=8))
@@ -55,7 +55,7 @@ def test_the_estimate_is_what_is_written(tmp_path, make_optimizer, more):
     assert again == pytest.approx(max(sizes) + room._OTHERS, rel=0.1), "what is there is replaced"
 
 
-def test_a_run_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_run_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     trainer, module = build(tmp_path, SGD)
     module.make_optimizer = lambda p: SGD(p, lr=0.1)
     check_disk_space(tmp_path, trainer, module)
@@ -64,7 +64,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path, monkeypatch):
         check_disk_space(tmp_path / "new", trainer, module)
 
 
-def test_a_full_disk_is_no_traceback():
+def test_full_disk_is_no_traceback():
     words = r"metrics\.csv cannot be written \(No space left on device\): make room"
     with pytest.raises(UserError, match=words), disk_errors():
         raise OSError(28, os.strerror(28), "/x/metrics.csv")

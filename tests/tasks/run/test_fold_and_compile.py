@@ -1,4 +1,4 @@
-"""What is folded and compiled, and when: a function of the job alone, and the same numbers up to rounding."""
+"""Folding and compiling depend on the job only, and change results by rounding only."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def module_of(loss=None, teacher=True, **options):
         (trainer_of(-1), float("inf")),
     ],
 )
-def test_images_to_come_are_those_of_the_whole_run(trainer, images):
+def test_images_are_counted_over_the_whole_run(trainer, images):
     assert images_to_train(DATA, trainer) == images
 
 
@@ -55,7 +55,7 @@ def test_auto_compiles_the_student_in_long_runs_on_a_cpu(trainer, compiled, tmp_
     assert ("the student in training steps" in capsys.readouterr().out) == compiled
 
 
-def test_without_a_compiler_auto_goes_on_with_one_line_and_true_is_refused(tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_auto_continues_with_one_line_and_true_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "compile_error", lambda device: "no C++ compiler")
     module = module_of()
     compile_steps(module, make_plan(tmp_path, compile="auto"), DATA, trainer_of())
@@ -65,7 +65,7 @@ def test_without_a_compiler_auto_goes_on_with_one_line_and_true_is_refused(tmp_p
         compile_steps(module, make_plan(tmp_path, compile=True), DATA, trainer_of())
 
 
-def test_no_network_that_is_looked_into_is_compiled_or_folded(tmp_path, capsys):
+def test_networks_with_tapped_features_are_neither_compiled_nor_folded(tmp_path, capsys):
     module = module_of(ATLoss(student_taps=["layer1"], teacher_taps=["layer1"]))
     fold_teacher(module.teacher, module.loss, DATA)
     compile_steps(module, make_plan(tmp_path, compile=True), DATA, trainer_of())
@@ -74,7 +74,7 @@ def test_no_network_that_is_looked_into_is_compiled_or_folded(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_a_teacher_that_nobody_looks_into_is_folded(capsys):
+def test_teacher_without_taps_is_folded(capsys):
     module = module_of()
     model, images = module.teacher.model, torch.randn(2, 3, 32, 32)
     expected, _ = module.teacher(images)
@@ -97,7 +97,7 @@ class TwoWays(nn.Module):
         return x if isinstance(x, torch.Tensor) else -x
 
 
-def test_a_teacher_that_would_say_something_else_stays_as_it_is(capsys):
+def test_teacher_whose_output_would_change_is_not_folded(capsys):
     teacher = FrozenTeacher(TwoWays())
     fold_teacher(teacher, CELoss(), DATA)
     assert not teacher.fused
@@ -129,7 +129,7 @@ def test_batches_of_another_size_compile_nothing(backend):
     assert list(student.state_dict()) == list(create_model("resnet8").state_dict())
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, capsys):
+def test_compile_error_falls_back_to_eager(monkeypatch, capsys):
     torch.compiler.reset()
     original = torch.compile
 
@@ -160,7 +160,7 @@ def test_two_views_of_a_step_have_their_gradients(monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_programs_that_another_user_may_have_put_in_the_cache_are_not_run(tmp_path, monkeypatch):
+def test_cached_programs_of_other_users_are_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("os.getuid", lambda: -1)
     assert f"{tmp_path}, belongs to another user" in compile_error(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Weights are loaded in the order of the data's classes."""
+"""Loaded weights are in the order of the data's classes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from rld_lightning.tasks.run.matched_classes import put_in_order
 NAMES = [str(digit) for digit in range(10)]
 
 
-def test_a_student_starts_with_its_classes_in_the_order_of_the_data(data, file, capsys):
+def test_student_starts_with_classes_in_the_order_of_the_data(data, file, capsys):
     network, weights = create_fitting("resnet8", 10, find_weights(file(class_names=NAMES[::-1])))
     put_in_order(network, "resnet8", weights, data, "student")
     other, weights = create_fitting("resnet8", 10, find_weights(file()))

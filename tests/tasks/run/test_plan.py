@@ -1,4 +1,4 @@
-"""What is found out for a run goes into a plan, and nothing into its configuration."""
+"""Values determined for a run go into its plan, never into its configuration."""
 
 import hashlib
 from dataclasses import FrozenInstanceError, replace
@@ -24,7 +24,7 @@ SHORT = ("recipe.epochs=1", "trainer=cpu", "data.subset=0.1", "print_config=fals
 
 
 @pytest.mark.parametrize("task", [fit, pytest.param(run_trial, marks=pytest.mark.slow)])
-def test_a_run_leaves_its_configuration_as_it_was(tmp_path, task):
+def test_run_does_not_modify_its_configuration(tmp_path, task):
     paths = (f"paths.run={tmp_path / 'run'}", f"paths.teachers={tmp_path / 'teachers'}")
     cfg = compose(*PAIR, *SHORT, *paths, "loss=kd", "model.teacher.weights=fit", "logger=csv", resolve=False)
     before = OmegaConf.to_container(cfg)
@@ -48,13 +48,13 @@ def test_a_run_leaves_its_configuration_as_it_was(tmp_path, task):
         assert OmegaConf.to_container(cfg) == before
 
 
-def test_a_plan_cannot_be_changed(tmp_path):
+def test_plan_is_immutable(tmp_path):
     plan = make_plan(tmp_path)
     with pytest.raises(FrozenInstanceError):
         plan.run = Path("/elsewhere")
 
 
-def test_what_was_found_is_in_the_configuration_that_a_run_leaves(tmp_path):
+def test_written_configuration_contains_determined_values(tmp_path):
     cfg = compose(*PAIR, f"paths.run={tmp_path}", resolve=False)
     plan = make_plan(tmp_path)
     left = completed_config(cfg, replace(plan, teacher=replace(plan.teacher, weights="/my/teacher.pth", sha256="ab")))
@@ -64,7 +64,7 @@ def test_what_was_found_is_in_the_configuration_that_a_run_leaves(tmp_path):
     assert left["model"]["teacher"]["sha256"] == "ab"
 
 
-def test_a_changed_configuration_is_another_one():
+def test_changed_configuration_is_a_copy():
     cfg = compose("recipe=quick", "recipe.epochs=30", resolve=False)
     other = with_values(cfg, {"recipe.epochs": 7, "logger.mine.name": "x"})
     assert (cfg.recipe.epochs, cfg.trainer.max_epochs, "mine" in cfg.logger) == (30, 30, False)
@@ -73,7 +73,7 @@ def test_a_changed_configuration_is_another_one():
         other.seed = 1
 
 
-def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_with_it(tmp_path):
+def test_learning_rate_scales_with_the_batch_if_requested_and_the_schedule_follows(tmp_path):
     plan = make_plan(tmp_path, batch_size=256)
     assert plan.learning_rate == 0.1
     plan = replace(plan, scale_lr_from=64)
@@ -87,7 +87,7 @@ def test_learning_rate_scales_with_the_batch_when_asked_and_takes_the_schedule_w
         _ = replace(plan, scale_lr_from=0).learning_rate
 
 
-def test_only_a_batch_that_was_to_be_chosen_is_written_down(tmp_path):
+def test_batch_size_is_recorded_only_if_it_was_chosen(tmp_path):
     given = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "data.batch_size=4")
     left = completed_config(given, replace(make_plan(tmp_path), teacher=None, batch_size=4))
     assert (left.data.batch_size, left.recipe.batch_size) == (4, given.recipe.batch_size) == (4, 64)

@@ -1,4 +1,4 @@
-"""Starting processes, watching over them, and saying what became of them."""
+"""Starting processes, monitoring them, and reporting how they ended."""
 
 import re
 import signal
@@ -52,18 +52,18 @@ def srun(monkeypatch, nodes=2, local=4):
         (["trainer=ddp_cpu", "trainer.strategy=ddp_spawn"], 1),  # which starts its own
     ],
 )
-def test_one_process_for_each_device(overrides, count):
+def test_one_process_per_device(overrides, count):
     assert processes_to_start(compose(*overrides, resolve=False).trainer) == count
 
 
-def test_counting_devices_prints_nothing_of_what_the_run_will_say(caplog):
+def test_counting_devices_prints_none_of_the_lines_of_the_run(caplog):
     limits = ("trainer.fast_dev_run=true", "trainer.limit_train_batches=1", "trainer.overfit_batches=1")
     for limit in limits:
         assert processes_to_start(compose("trainer.accelerator=cpu", limit, resolve=False).trainer) == 1
     assert not [line for line in caplog.messages if "batch" in line]
 
 
-def test_torchrun_and_srun_say_how_many_devices_and_nodes(monkeypatch):
+def test_torchrun_and_srun_determine_devices_and_nodes(monkeypatch):
     torchrun(monkeypatch, nodes=2, local=3)
     trainer = compose("trainer=ddp_cpu").trainer
     assert (trainer.devices, trainer.num_nodes) == (3, 2)
@@ -84,7 +84,7 @@ def test_torchrun_and_srun_say_how_many_devices_and_nodes(monkeypatch):
         (["trainer=cpu", "trainer.num_nodes=1"], "wants 1 on 1 node.* choose trainer=ddp"),
     ],
 )
-def test_another_number_of_processes_than_torchrun_has_started_is_refused(monkeypatch, overrides, sentence):
+def test_number_of_processes_must_match_torchrun(monkeypatch, overrides, sentence):
     torchrun(monkeypatch)
     with pytest.raises(ValueError, match=sentence):
         processes_to_start(compose(*overrides, resolve=False).trainer)
@@ -95,7 +95,7 @@ def test_several_nodes_need_torchrun_or_srun():
         processes_to_start(compose("trainer=ddp_cpu", "trainer.num_nodes=2", resolve=False).trainer)
 
 
-def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatch):
+def test_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatch):
     srun(monkeypatch)
     monkeypatch.setattr(launching, "is_trial", lambda: True)
     trainer = compose("trainer=ddp_cpu", resolve=False).trainer
@@ -106,7 +106,7 @@ def test_a_sweep_in_every_process_is_refused_but_not_a_job_of_a_sweep(monkeypatc
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkeypatch):
+def test_processes_of_torchrun_agree_on_a_name_and_slurm_jobs_have_one(monkeypatch):
     script = "from rld_lightning.distributed import unique_name; print(unique_name(), unique_name())"
     start = subprocess.Popen
     with monkeypatch.context() as patch:
@@ -119,7 +119,7 @@ def test_processes_of_torchrun_agree_on_a_name_and_jobs_of_slurm_have_one(monkey
     assert unique_name() == "slurm-71.0"
 
 
-def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
+def test_first_failure_ends_the_wait_and_kills_the_others(tmp_path):
     script = (
         "import os, subprocess, sys, time\n"
         "if os.environ['RANK'] == '1': time.sleep(0.3); sys.exit(3)\n"
@@ -141,12 +141,12 @@ def test_the_first_failure_ends_the_wait_and_nothing_is_left(tmp_path):
         pytest.fail("the data loader's process is still there")
 
 
-def test_all_well_is_the_end_of_the_wait():
+def test_wait_ends_when_all_have_succeeded():
     with launching._running((sys.executable, "-c", "pass"), 2) as processes:
         assert launching._wait(processes) == {}
 
 
-def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch, tmp_path):
+def test_interrupted_processes_have_time_to_save(monkeypatch, tmp_path):
     monkeypatch.setattr(launching, "GRACE", 1.0)
     script = (
         "import os, signal, sys, time\n"
@@ -192,7 +192,7 @@ def test_interrupted_processes_have_some_time_to_leave_their_results(monkeypatch
         ({0: 7}, {}, "rank 0 of 2 ended with exit status 7", ""),
     ],
 )
-def test_one_sentence_says_what_happened(capsys, codes, failures, sentence, traceback):
+def test_one_sentence_describes_the_failure(capsys, codes, failures, sentence, traceback):
     message = launching._explain(codes, failures, 2, None)
     assert re.search(sentence, message)
     assert capsys.readouterr().err == traceback
@@ -201,7 +201,7 @@ def test_one_sentence_says_what_happened(capsys, codes, failures, sentence, trac
         assert "Continue with the same command and resume=a" in launching._explain(codes, failures, 2, "resume=a")
 
 
-def test_a_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monkeypatch, tmp_path):
+def test_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monkeypatch, tmp_path):
     assert launching._resume_hint(tmp_path) is None
     (tmp_path / "last.previous.ckpt").touch()  # the latest is gone: it goes on from the one before
     assert launching._resume_hint(tmp_path) == f"resume={tmp_path / 'last.ckpt'}"
@@ -209,7 +209,7 @@ def test_a_run_is_resumed_from_its_last_checkpoint_and_a_trial_by_its_sweep(monk
     assert launching._resume_hint(tmp_path) is None  # the sweep says how it goes on
 
 
-def test_what_a_trial_prints_and_why_it_failed_goes_into_its_log(monkeypatch, capfd, tmp_path):
+def test_output_of_a_trial_and_its_error_go_to_its_log(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(launching, "is_trial", lambda: True)
     log, code = tmp_path / "trial.log", "import sys; print('out'); print('err', file=sys.stderr)"
     for _ in range(2):  # one that goes on adds to it
@@ -222,14 +222,14 @@ def test_what_a_trial_prints_and_why_it_failed_goes_into_its_log(monkeypatch, ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_single_process_is_not_a_rank():
+def test_single_process_is_not_called_a_rank():
     message = launching._explain({0: -9}, {}, 1, "hydra.sweep.dir=runs/sweeps/a")
     assert message == "the process of this run was killed by SIGKILL. Continue with the same command and " + (
         "hydra.sweep.dir=runs/sweeps/a."
     )
 
 
-def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydras():
+def test_ranks_get_the_configuration_with_interpolations_except_those_of_hydra():
     OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
     cfg = OmegaConf.create(
         {"paths": {"run": "${hydra:runtime.output_dir}"}, "lr": 1, "recipe": {"lr": "${lr}", "x": "???"}, "n": None}
@@ -239,7 +239,7 @@ def test_ranks_get_the_configuration_with_its_interpolations_but_nothing_of_hydr
     }  # fmt: skip
 
 
-def test_a_rank_can_read_what_the_configuration_calls_and_does_not_import_lightning_before_its_task():
+def test_rank_resolves_the_configuration_and_imports_lightning_only_with_its_task():
     script = (
         "import sys; from omegaconf import OmegaConf; import rld_lightning.tasks.run.processes\n"
         "print(OmegaConf.create({'devices': '${devices_per_node:3}'}).devices, 'lightning' in sys.modules)"
@@ -249,7 +249,7 @@ def test_a_rank_can_read_what_the_configuration_calls_and_does_not_import_lightn
 
 
 @pytest.mark.parametrize("step", [None, 3])
-def test_a_job_of_slurm_that_is_started_again_finds_its_folder(monkeypatch, step):
+def test_requeued_slurm_job_finds_its_directory(monkeypatch, step):
     srun(monkeypatch, nodes=1, local=1)
     monkeypatch.delenv("SLURM_STEP_ID")
     monkeypatch.setattr(sys, "argv", ["fit.py", "seed=1"])
@@ -268,7 +268,7 @@ def test_a_job_of_slurm_that_is_started_again_finds_its_folder(monkeypatch, step
     assert not requeued()
 
 
-def test_a_run_of_a_job_that_is_started_again_goes_on(monkeypatch, tmp_path):
+def test_run_of_a_requeued_job_is_resumed(monkeypatch, tmp_path):
     srun(monkeypatch)
     (tmp_path / "last.ckpt").touch()
     assert fit._requeued_checkpoint(tmp_path) is None
@@ -277,7 +277,7 @@ def test_a_run_of_a_job_that_is_started_again_goes_on(monkeypatch, tmp_path):
     assert fit._requeued_checkpoint(tmp_path / "other") is None
 
 
-def test_only_our_own_ranks_are_started_here(monkeypatch):
+def test_only_ranks_started_by_a_run_are_recognised(monkeypatch):
     assert not started_by_run()
     torchrun(monkeypatch)
     assert not started_by_run()
@@ -303,7 +303,7 @@ def configuration(**values):
         ({"extra": 1, "a": 1, "b": 1, "c": 1}, r"a=1 where process 0 has None, b=.*, c=.* \.\.\."),
     ],
 )
-def test_ranks_compare_what_they_train_and_not_where_their_data_lies(monkeypatch, other, message):
+def test_ranks_compare_settings_but_not_data_paths(monkeypatch, other, message):
     mine, second = SameConfiguration(configuration()), SameConfiguration(configuration(**other))
     answer = {mine.digest: second.digest}
     monkeypatch.setattr(
@@ -319,7 +319,7 @@ def test_ranks_compare_what_they_train_and_not_where_their_data_lies(monkeypatch
     mine.setup(SimpleNamespace(world_size=1), None, "fit")
 
 
-def test_the_slurm_launcher_is_submitits_with_our_settings():
+def test_slurm_launcher_is_submitit_with_our_settings():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -330,14 +330,14 @@ def test_the_slurm_launcher_is_submitits_with_our_settings():
     assert launcher.setup == ["export SLURM_KILL_BAD_EXIT=1"]
 
 
-def test_a_signal_while_a_process_is_looked_at_leaves_nothing_waiting():
+def test_signal_during_a_poll_does_not_block_the_wait():
     with launching._running((sys.executable, "-c", "import time; time.sleep(100)"), 1) as (process,):
         process._waitpid_lock.acquire()  # as a handler leaves it that raises within Popen.poll
         assert launching.poll(process) is None
     assert process.returncode == -signal.SIGKILL
 
 
-def test_processes_get_secrets_that_no_file_of_the_run_has(monkeypatch, tmp_path):
+def test_processes_get_secrets_that_no_file_of_the_run_contains(monkeypatch, tmp_path):
     seen = []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a run may go on from, and what a trainer must do."""
+"""What a run may resume from, and what a trainer must support."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ CHECKPOINT = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Leaves a run that was interrupted; calls ``check_resume`` with changes to its configuration."""
+    """Writes an interrupted run; calls ``check_resume`` with changes to its configuration."""
 
     def check(changes=(), checkpoint=None, file="last.ckpt"):
         OmegaConf.save(OmegaConf.create(CONFIG), tmp_path / "config.yaml", resolve=True)
@@ -41,12 +41,12 @@ def run(tmp_path):
     return check
 
 
-def test_the_same_settings_and_other_places_and_lengths(run):
+def test_equal_settings_with_other_paths_and_lengths_are_accepted(run):
     run()
     run(["recipe.epochs=5", "paths.runs=/elsewhere", "trainer.devices=2"])
 
 
-def test_what_is_advised_to_a_run_that_has_diverged(run):
+def test_remedies_for_a_diverged_run_are_accepted(run):
     run(["recipe.optimizer.lr=0.01", "trainer.gradient_clip_val=1"])
 
 
@@ -68,7 +68,7 @@ def test_what_is_advised_to_a_run_that_has_diverged(run):
         ({"file": "student.safetensors"}, "is not a checkpoint to resume from; take a run's last.ckpt"),
     ],
 )
-def test_what_a_run_cannot_go_on_from(run, options, words):
+def test_invalid_checkpoints_are_refused(run, options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
 
@@ -78,7 +78,7 @@ NAMES = ["resnet8", "resnet8@24", "my.nets:small@24", "timm/resnet18@224", "tran
 
 @pytest.mark.parametrize("behind", ["", "@resnet14", "@resnet14@32", "@timm/resnet18"])
 @pytest.mark.parametrize("student", NAMES)
-def test_a_student_goes_on_whatever_its_name_has_behind_it(run, student, behind):
+def test_student_is_recognised_by_the_beginning_of_its_name(run, student, behind):
     own = [f"model.student.name={student}"]
     run(own, {"hyper_parameters": {"student": student + behind}} | told_of(student))
 
@@ -92,7 +92,7 @@ def test_another_size_is_another_student(run, before, now):
 
 
 def told_of(student):
-    """What a checkpoint says of its run, that trained a student."""
+    """Returns the facts that a checkpoint records about its student."""
     return {
         key: value
         for key, value in with_settings(model__student__name=canonical_name(student)).items()
@@ -101,7 +101,7 @@ def told_of(student):
 
 
 def with_settings(**changes):
-    """A checkpoint with the settings of its run."""
+    """Returns a checkpoint with the settings of its run."""
     before = RunRecord(
         settings(OmegaConf.to_container(OmegaConf.create(CONFIG), resolve=True)), changes.pop("sha256", None)
     )
@@ -112,7 +112,7 @@ def with_settings(**changes):
 
 @pytest.fixture
 def moved(tmp_path):
-    """Calls ``check_resume`` for a checkpoint that lies where no run is."""
+    """Calls ``check_resume`` for a checkpoint outside any run directory."""
 
     def check(checkpoint, changes=()):
         torch.save(checkpoint, tmp_path / "last.ckpt")
@@ -122,19 +122,19 @@ def moved(tmp_path):
     return check
 
 
-def test_a_checkpoint_that_was_moved_away_still_knows_its_settings(moved):
+def test_moved_checkpoint_contains_its_settings(moved):
     assert moved(with_settings(sha256="ab")).teacher_sha256 == "ab"
     moved(with_settings(), ["recipe.epochs=5", "paths.runs=/elsewhere"])
     with pytest.raises(ValueError, match=r"last\.ckpt is of a run with seed=0, and this one has seed=5"):
         moved(with_settings(), ["seed=5"])
 
 
-def test_the_settings_in_the_checkpoint_count_and_not_those_beside_it(run, tmp_path):
+def test_settings_in_the_checkpoint_count_not_those_beside_it(run, tmp_path):
     with pytest.raises(ValueError, match="seed=7, and this one has seed=0"):
         run(checkpoint=with_settings(seed="7"))
 
 
-def test_a_teacher_of_known_checksum_may_lie_elsewhere(moved):
+def test_teacher_with_a_known_checksum_may_be_moved(moved):
     changes = ["model.teacher.name=resnet14", "model.teacher.weights=/b/teacher.pth"]
     before = {"model__teacher__name": "resnet14", "model__teacher__weights": "/a/teacher.pth"}
     moved(with_settings(**before, sha256="ab"), changes)
@@ -149,27 +149,27 @@ def test_a_teacher_of_known_checksum_may_lie_elsewhere(moved):
      {"settings": {}, "teacher_sha256": ["x"]}],
     ids=str,
 )  # fmt: skip
-def test_settings_that_are_no_plain_text_are_refused(moved, said):
+def test_settings_that_are_not_plain_text_are_refused(moved, said):
     with pytest.raises(ValueError, match="does not describe its run in plain text"):
         moved(CHECKPOINT | {"rld_lightning": said})
 
 
-def test_a_strange_value_is_shown_harmlessly(moved):
+def test_strange_values_are_escaped_in_messages(moved):
     with pytest.raises(ValueError, match=r"seed='\\x1b\[2J0+', and this one has seed=0") as caught:
         moved(with_settings(seed="\x1b[2J" + "0" * 5000))
     assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("values", [None, [], "resnet8", {}])
-def test_a_checkpoint_may_say_nothing_about_itself(run, values):
+def test_checkpoint_without_a_record_is_accepted(run, values):
     run(checkpoint={"hyper_parameters": values})
 
 
-def test_simkds_student_is_known_by_its_own_part(run):
+def test_student_of_simkd_is_recognised_by_its_own_part(run):
     run(checkpoint={"hyper_parameters": {"student": "resnet8@resnet20"}})
 
 
-def test_a_network_that_is_not_built_without_memory_is_not_refused_for_it(tmp_path):
+def test_network_that_cannot_be_built_without_memory_is_accepted(tmp_path):
     def begin(name):
         student = Student(name, None, channels_last=True)
         check_start(make_plan(tmp_path, student=student, teacher=None), OmegaConf.create({"resume": None}))
@@ -181,7 +181,7 @@ def test_a_network_that_is_not_built_without_memory_is_not_refused_for_it(tmp_pa
 
 @pytest.mark.parametrize("named", ["last.ckpt", ""])
 @pytest.mark.parametrize("left", ["config.yaml", ".hydra/config.yaml", "metrics.csv", "teacher/config.yaml"])
-def test_a_run_without_a_checkpoint_begins_anew(tmp_path, capsys, named, left):
+def test_run_without_a_checkpoint_starts_over(tmp_path, capsys, named, left):
     (tmp_path / left).parent.mkdir(exist_ok=True)
     (tmp_path / left).touch()
     given = str(tmp_path / named)
@@ -193,7 +193,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, capsys, named, left):
     assert ("but its teacher resumes with" in capsys.readouterr().out) is ("teacher" in left)
 
 
-def test_what_a_run_goes_on_from(tmp_path):
+def test_checkpoint_to_resume_from(tmp_path):
     assert find_checkpoint(None) is None
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "last.ckpt")  # where no run is
     assert find_checkpoint("/nowhere") == "/nowhere"
@@ -207,7 +207,7 @@ def test_what_a_run_goes_on_from(tmp_path):
         check_folder(tmp_path, None, None)
 
 
-def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(tmp_path):
+def test_finished_run_without_a_checkpoint_is_not_restarted(tmp_path):
     for name in ("config.yaml", "summary.json"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"has ended and left no last\.ckpt"):
@@ -218,7 +218,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(tmp_path):
     "schedules", [[{"total_steps": 9}], [{"last_epoch": 1}, {"_schedulers": [{"T_max": 3}, {"total_steps": 9}]}]]
 )
 @pytest.mark.parametrize("change", ["recipe.epochs=5", "trainer.max_steps=9"])
-def test_a_schedule_that_ends_with_the_run_is_why_it_cannot_be_longer(run, schedules, change):
+def test_schedule_with_a_fixed_length_is_why_a_run_cannot_be_longer(run, schedules, change):
     with pytest.raises(ValueError, match=r"its schedule depends on the length of the run.*recipe=cifar240"):
         run([change], {"lr_schedulers": schedules})
     with pytest.raises(ValueError, match=r"the recipe's trainer\.max_epochs, .* Leave trainer\.max_epochs out;"):

@@ -19,13 +19,13 @@ from rld_lightning.tasks.run.threads import choose_threads, threads_for
         (0, 2, 1, 1),
     ],
 )
-def test_threads_are_as_many_as_have_work_and_a_core(work, cores, processes, threads):
+def test_threads_are_limited_by_work_and_cores(work, cores, processes, threads):
     assert threads_for(work, cores, processes) == threads
 
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """The numbers of threads that were set."""
+    """Records the numbers of threads that were set."""
     numbers = []
     monkeypatch.setattr("torch.set_num_threads", numbers.append)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
@@ -36,7 +36,7 @@ def trainer_on(device, world_size=1):
     return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), world_size=world_size)
 
 
-def test_the_work_is_that_of_both_networks_for_this_process(chosen, monkeypatch, capsys):
+def test_work_counts_both_networks_for_this_process(chosen, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     student = create_model("resnet20", 10)
     data = DigitsDataModule(batch_size=1024)
@@ -50,7 +50,7 @@ def test_the_work_is_that_of_both_networks_for_this_process(chosen, monkeypatch,
     assert "8 of 16 cores, for 7.8 G multiply-accumulates a step" in capsys.readouterr().out
 
 
-def test_what_the_user_has_set_stays_and_gpus_need_none(chosen, monkeypatch, capsys):
+def test_user_setting_is_kept_and_gpus_need_none(chosen, monkeypatch, capsys):
     module = DistillationModule(create_model("resnet20", 10), CELoss(), torch.optim.SGD, num_classes=10)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     choose_threads(module, DigitsDataModule(), trainer_on("cpu"))
@@ -60,7 +60,7 @@ def test_what_the_user_has_set_stays_and_gpus_need_none(chosen, monkeypatch, cap
     assert not capsys.readouterr().out
 
 
-def test_an_empty_variable_sets_nothing(chosen, monkeypatch):
+def test_empty_variable_sets_nothing(chosen, monkeypatch):
     module = DistillationModule(create_model("resnet20", 10), CELoss(), torch.optim.SGD, num_classes=10)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     choose_threads(module, DigitsDataModule(), trainer_on("cpu"))

@@ -1,4 +1,4 @@
-"""Sweeps: tuned on held-out images, continued where they were, and summed up in one line."""
+"""Sweeps: tuned on held-out images, resumed, and summarised."""
 
 import pickle
 import shlex
@@ -31,7 +31,7 @@ from rld_lightning.tasks.trial import run_trial
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a sweep with a command line, and gives its configuration back."""
+    """Starts a sweep with a command line, and returns its configuration."""
     return lambda *command: begin_sweep(*command, f"hydra.sweep.dir={tmp_path / 'sweep'}")[0]
 
 
@@ -48,7 +48,7 @@ def start(tmp_path):
         (["loss=rld,dkd", "data.val_fraction=0"], None),  # a comparison, as the literature has it
     ],
 )
-def test_what_tunes_is_validated_on_held_out_images(start, command, share):
+def test_tuning_is_validated_on_held_out_images(start, command, share):
     added = set(start(*command).hydra.overrides.task) - set(command)
     assert added == ({f"{HELD_OUT}={share}"} if share else set())
 
@@ -61,7 +61,7 @@ def test_tuning_on_the_test_split_is_refused(start, capsys):
     )
 
 
-def test_optuna_is_not_given_seeds_to_choose_from(start, capsys):
+def test_optuna_does_not_choose_seeds(start, capsys):
     pytest.importorskip("optuna")
     with pytest.raises(SystemExit, match="2"):
         start("sweep=rld_optuna", "seed=0,1,2")
@@ -78,7 +78,7 @@ def test_optuna_is_not_given_seeds_to_choose_from(start, capsys):
         (["loss.alpha=interval(1,2)"], "loss.alpha=interval(1,2) has no list of values"),
     ],
 )
-def test_a_sweep_that_cannot_be_ends_in_one_sentence_before_anything_is_trained(start, capsys, command, sentence):
+def test_impossible_sweep_ends_in_one_sentence_before_training(start, capsys, command, sentence):
     pytest.importorskip("optuna")
     with pytest.raises(SystemExit, match="2"):
         start(*command)
@@ -87,7 +87,7 @@ def test_a_sweep_that_cannot_be_ends_in_one_sentence_before_anything_is_trained(
     assert sentence in " ".join(output.split())
 
 
-def test_whatever_goes_wrong_at_the_start_ends_the_sweep(start, tmp_path, monkeypatch, capsys):
+def test_any_error_at_the_start_ends_the_sweep(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "refuse_another_sweep", lambda *_args, **_options: 1 / 0)
     with pytest.raises(SystemExit, match="2"):  # of anything else Hydra would make a warning
         start("loss.alpha=1,2")
@@ -99,7 +99,7 @@ PAIR = ["model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8
 
 @pytest.fixture
 def teachers(monkeypatch):
-    """The configurations of the teachers that sweeps train, instead of doing it."""
+    """Records the configurations of the teachers that sweeps train, instead of training them."""
     asked = []
 
     def fit(cfg, resume_hint):
@@ -113,7 +113,7 @@ def teachers(monkeypatch):
     return asked
 
 
-def test_the_teacher_of_all_trials_is_trained_first(start, teachers, tmp_path):
+def test_teacher_of_all_trials_is_trained_first(start, teachers, tmp_path):
     pair = [*PAIR, f"paths.teachers={tmp_path / 'store'}", "seed=3"]
     folder = tmp_path / "sweep" / "teacher"
     for _ in range(2):  # when it goes on, the same
@@ -133,7 +133,7 @@ def test_the_teacher_of_all_trials_is_trained_first(start, teachers, tmp_path):
 
 
 @pytest.mark.parametrize("varied", ["model.student.name=resnet8,resnet20", "recipe.optimizer.lr=0.05,0.1"])
-def test_students_of_several_kinds_have_one_teacher(start, teachers, tmp_path, varied):
+def test_students_of_several_kinds_share_a_teacher(start, teachers, tmp_path, varied):
     start(*PAIR, varied, "loss=kd,rld", "seed=0,1", f"paths.teachers={tmp_path}")
     assert [cfg.model.student.name for cfg in teachers] == ["resnet14"]
 
@@ -148,12 +148,12 @@ def test_students_of_several_kinds_have_one_teacher(start, teachers, tmp_path, v
         "experiment=reversed,quickstart",
     ],
 )
-def test_trials_that_need_teachers_of_their_own_are_given_none(start, teachers, tmp_path, varied):
+def test_trials_that_need_their_own_teachers_get_none(start, teachers, tmp_path, varied):
     start(*PAIR, varied, f"paths.teachers={tmp_path}")
     assert not teachers
 
 
-def test_the_teacher_is_trained_as_the_trials_are_and_watched_by_no_pruner(start, teachers, tmp_path):
+def test_teacher_is_trained_like_the_trials_without_a_pruner(start, teachers, tmp_path):
     pytest.importorskip("optuna")
     pruner = ["sweep=rld_optuna", "callbacks.pruner.pruner.n_warmup_steps=5"]
     start(*pruner, "experiment=quickstart", "logger=wandb", f"paths.teachers={tmp_path}")
@@ -164,7 +164,7 @@ def test_the_teacher_is_trained_as_the_trials_are_and_watched_by_no_pruner(start
     assert "pruner" not in cfg.callbacks
 
 
-def test_a_stored_teacher_is_found_by_the_name_of_its_data(start, teachers, tmp_path):
+def test_stored_teacher_is_found_by_the_name_of_its_data(start, teachers, tmp_path):
     stored = tmp_path / "photos" / "resnet14.safetensors"
     stored.parent.mkdir()
     stored.touch()
@@ -172,12 +172,12 @@ def test_a_stored_teacher_is_found_by_the_name_of_its_data(start, teachers, tmp_
     assert not teachers
 
 
-def test_trials_are_named_after_what_is_swept(start):
+def test_trials_are_named_after_swept_values(start):
     (rule,) = (o for o in start("loss.alpha=1,2", "recipe=quick").hydra.overrides.hydra if "exclude_keys" in o)
     assert rule.endswith('.exclude_keys=["recipe","data.val_fraction"]')
 
 
-def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
+def test_directory_refuses_trials_of_another_sweep(start, capsys):
     start("loss.alpha=1,2", "recipe=quick")
     start("loss.alpha=1,2,4", "recipe=quick", "launcher=joblib", "print_config=false")  # more values of the same
     with pytest.raises(SystemExit, match="2"):
@@ -185,7 +185,7 @@ def test_a_folder_takes_no_trials_of_another_sweep(start, capsys):
     assert "they differ in recipe=cifar240, recipe=quick." in capsys.readouterr().out
 
 
-def test_a_teachers_file_is_the_same_however_its_path_is_written(start, monkeypatch, tmp_path):
+def test_path_of_a_teacher_file_is_normalised(start, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teachers").mkdir()
     (tmp_path / "teachers" / "t.pth").touch()
@@ -193,7 +193,7 @@ def test_a_teachers_file_is_the_same_however_its_path_is_written(start, monkeypa
     start("loss.alpha=1,2", f"model.teacher.weights={Path('teachers/t.pth').absolute()}")
 
 
-def test_a_folder_is_one_running_sweeps_until_that_ends(start, tmp_path, capsys, monkeypatch):
+def test_directory_is_locked_by_a_running_sweep(start, tmp_path, capsys, monkeypatch):
     optuna = pytest.importorskip("optuna")
     first = Sweep(held_out=0.1)
     first._lock = run_folder.lock_folder(tmp_path / "sweep", ".sweep.lock", "swept")
@@ -224,7 +224,7 @@ def trials(folder, values):
 VALUES = [(1, 0, 50.0), (1, 1, 54.0), (2, 0, 51.0), (2, 1, 52.0), (4, 0, 10.0)]
 
 
-def test_trials_of_a_sweep_within_and_what_was_trained_first_do_not_count(tmp_path):
+def test_trials_of_nested_sweeps_and_networks_trained_first_do_not_count(tmp_path):
     trials(tmp_path, VALUES)
     trials(tmp_path / "inner", VALUES)  # a sweep of its own
     (tmp_path / "inner" / "sweep.yaml").touch()
@@ -238,13 +238,13 @@ def test_trials_of_a_sweep_within_and_what_was_trained_first_do_not_count(tmp_pa
 
 
 def best_command(config, swept):
-    """The command that trains with the single setting of a sweep."""
+    """Returns the command that trains with the single setting of a sweep."""
     settings = sweep_settings(_trials(Path(config.hydra.sweep.dir)), swept)
     ((overrides, run),) = zip(settings["overrides"], settings["run"], strict=True)
     return retrain_command(config, overrides, run, overrides_of(config)[1])
 
 
-def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests_once(start, tmp_path, capsys):
+def test_last_line_has_best_setting_score_and_final_command(start, tmp_path, capsys):
     secret = "+store.secret=hunter2hunter2"
     config = start("loss.alpha=1,2,4", "seed=0,1", "recipe=quick", "launcher=joblib", "loss=rld_ls", secret)
     trials(tmp_path / "sweep", VALUES)
@@ -264,7 +264,7 @@ def test_the_last_line_has_the_best_setting_its_score_and_the_command_that_tests
     assert compose(*overrides).data.val_fraction == 0
 
 
-def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
+def test_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
     config = start("sweep=rld_grid", "model=vgg13_to_vgg8")
     trials(tmp_path / "sweep", VALUES[:1])
     assert "model=vgg13_to_vgg8 loss=rld loss.alpha=1 " in best_command(config, ["loss.alpha"])
@@ -281,7 +281,7 @@ def test_the_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
         (["+loss@loss.mine=rld", "loss=combined"], "loss.mine.alpha=2", "+loss@loss.mine=rld loss=combined "),
     ],
 )
-def test_the_command_of_a_combination_composes_to_what_was_tried(start, tmp_path, command, value, printed):
+def test_command_for_a_combined_loss_composes_to_the_trial(start, tmp_path, command, value, printed):
     key, tried = value.split("=")
     expanded = expand_combined_loss([*command, f"{key}=1,{tried}"])
     config = start(*expanded)
@@ -295,14 +295,14 @@ def test_the_command_of_a_combination_composes_to_what_was_tried(start, tmp_path
     assert compose(*shlex.split(line)[2:]).loss == compose(*trial_overrides).loss
 
 
-def test_a_loss_that_was_swept_is_named_once(start, tmp_path):
+def test_swept_loss_is_named_once(start, tmp_path):
     config = start("loss=rld,dkd", "recipe=quick")
     run = write_run(tmp_path / "sweep" / "loss=dkd", "dkd", held_out=0.1)
     OmegaConf.save(OmegaConf.create(["loss=dkd", "recipe=quick"]), run / ".hydra" / "overrides.yaml")
     assert " recipe=quick loss=dkd data.val_fraction=0 " in best_command(config, ["loss"])
 
 
-def test_the_pruner_reports_each_epoch_and_stops_a_trial_that_falls_behind(tmp_path):
+def test_pruner_reports_each_epoch_and_stops_a_bad_trial(tmp_path):
     optuna = pytest.importorskip("optuna")
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     study = optuna.create_study(study_name="fit", storage=storage, direction="maximize")
@@ -354,13 +354,13 @@ def finish(cfg, top1=60.0):
     return folder
 
 
-def test_a_finished_trial_is_not_repeated(cfg, monkeypatch):
+def test_finished_trial_is_not_repeated(cfg, monkeypatch):
     finish(cfg)
     monkeypatch.setattr(fitting, "run_in_processes", lambda *_: pytest.fail("it was started again"))
     assert run_trial(cfg).top1 == 60.0
 
 
-def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch):
+def test_interrupted_trial_is_resumed_and_a_failed_one_reports_why(cfg, monkeypatch):
     folder = finish(cfg)
     (folder / "summary.json").unlink()
     (folder / "last.ckpt").touch()
@@ -381,7 +381,7 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_says_why(cfg, monkeypatch
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_process_of_a_slurm_job_goes_on_and_returns_what_it_has(cfg, monkeypatch, rank):
+def test_every_process_of_a_slurm_job_resumes_and_returns_the_summary(cfg, monkeypatch, rank):
     monkeypatch.setattr(fitting, "external_launcher", lambda: Launcher("srun", 2, 1))
     monkeypatch.setattr(run_folder, "external_launcher", lambda: Launcher("srun", 2, 1))
     monkeypatch.setattr(fitting, "processes_to_start", lambda _trainer: 1)
@@ -400,7 +400,7 @@ def test_every_process_of_a_slurm_job_goes_on_and_returns_what_it_has(cfg, monke
     assert resumed == [None, str(folder / "last.ckpt")]
 
 
-def test_a_teachers_file_may_be_written_in_another_way(tmp_path, monkeypatch):
+def test_path_of_a_teacher_file_may_be_written_differently(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair = ["data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "loss=kd"]
     written = [
@@ -413,13 +413,13 @@ def test_a_teachers_file_may_be_written_in_another_way(tmp_path, monkeypatch):
         run_trial(written[3])
 
 
-def test_two_processes_do_not_train_in_one_folder(cfg):
+def test_two_processes_do_not_train_in_one_directory(cfg):
     with locked(Path(cfg.paths.run)), pytest.raises(UserError, match="is being trained in by another process"):
         run_trial(cfg)
     assert not (Path(cfg.paths.run) / "error.txt").exists()
 
 
-def test_a_folder_with_other_settings_is_left_alone(cfg):
+def test_directory_with_other_settings_is_left_unchanged(cfg):
     folder = finish(cfg)
     cfg.recipe.optimizer.lr = 0.7
     with pytest.raises(UserError, match=r"holds a run with recipe\.optimizer\.lr=0\.05, and this one has .*lr=0\.7"):
@@ -436,7 +436,7 @@ def test_a_folder_with_other_settings_is_left_alone(cfg):
         (["loss.alpha=1,2", "data=imagefolder", "data.root=/nowhere/photos"], "/nowhere/photos is not a folder"),
     ],
 )
-def test_what_every_trial_would_end_with_is_said_before_one_starts(start, tmp_path, capsys, command, sentence):
+def test_error_of_every_trial_is_raised_before_the_first(start, tmp_path, capsys, command, sentence):
     with pytest.raises(SystemExit):
         start(*command)
     assert sentence in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs."""
+"""The live display of a running sweep."""
 
 import pickle
 from pathlib import Path
@@ -33,7 +33,7 @@ def ends(number, time, **result):
     return {"state": "ends", "number": number, "time": time, "trial": f"x={number}", **result}
 
 
-def test_done_running_failed_the_best_so_far_and_what_is_left(watch, capsys):
+def test_numbers_of_trials_best_so_far_and_time_left(watch, capsys):
     watch.process({"total": 8})
     for event in (begins(0, 0), begins(1, 0), ends(0, 100, top1=50.0), begins(2, 100), ends(1, 200, error="oom")):
         watch.process(event)
@@ -50,7 +50,7 @@ def test_done_running_failed_the_best_so_far_and_what_is_left(watch, capsys):
     ]
 
 
-def test_what_was_finished_before_takes_no_time(watch, capsys):
+def test_trials_finished_earlier_take_no_time(watch, capsys):
     for event in ({"total": 2}, begins(0, 0, known=True), ends(0, 1, top1=50.0)):
         watch.process(event)
     assert watch.line(now=1) == "1/2 done, 0 running, best 50.00 %: x=0"
@@ -62,7 +62,7 @@ def test_durations_are_short(seconds, text):
     assert duration(seconds) == text
 
 
-def test_the_live_line_is_one_line_of_a_narrow_terminal_and_goes_away(tmp_path, monkeypatch):
+def test_live_line_fits_a_narrow_terminal_and_is_removed(tmp_path, monkeypatch):
     console = Console(width=40, force_terminal=True, record=True, highlight=False)
     monkeypatch.setattr(watching, "console", console)
     watch = LiveProgress(tmp_path)
@@ -75,7 +75,7 @@ def test_the_live_line_is_one_line_of_a_narrow_terminal_and_goes_away(tmp_path, 
     assert line[-1].text.endswith("…")
 
 
-def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
+def test_incomplete_line_is_read_later(tmp_path):
     events = Events(tmp_path)
     log_event(tmp_path, total=3)
     with (tmp_path / EVENTS).open("a") as file:
@@ -87,7 +87,7 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     assert list(Events(tmp_path).new()) == []  # another sweep in the folder begins anew
 
 
-def test_events_that_cannot_be_read_do_not_end_the_watch(watch, tmp_path, capsys):
+def test_unreadable_events_do_not_stop_the_display(watch, tmp_path, capsys):
     for text in (
         "not JSON",
         '"a text"',
@@ -103,7 +103,7 @@ def test_events_that_cannot_be_read_do_not_end_the_watch(watch, tmp_path, capsys
     assert " ".join(capsys.readouterr().out.split()).endswith("x=0 50.00 % 0 s")
 
 
-def test_a_trial_tells_how_it_ends_wherever_it_runs(tmp_path, monkeypatch):
+def test_trial_logs_its_end_in_any_process(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "is_trial", lambda: True)
     config, callback = begin_sweep("loss.alpha=1,2", "recipe=quick", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     callback.callback._watch.stop()

@@ -1,4 +1,4 @@
-"""What a sweep's folder says about the sweep in it is plain text."""
+"""Settings of a sweep recorded in a directory are read as plain text."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from rld_lightning.runs.files import SWEEP
 from rld_lightning.tasks.sweep.swept_values import refuse_another_sweep
 
 
-def test_of_what_a_folder_says_about_its_sweep_nothing_is_resolved_or_unfolded(tmp_path, monkeypatch):
+def test_recorded_settings_of_a_sweep_are_not_resolved_or_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("OF_MINE", "a secret")
     (tmp_path / SWEEP).write_text("- loss.alpha\n- notes=${oc.env:OF_MINE}\n")
     with pytest.raises(UserError, match=r"they differ in notes=\$\{oc.env:OF_MINE\}, seed=1"):

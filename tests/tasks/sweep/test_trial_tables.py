@@ -1,4 +1,4 @@
-"""What is said of a sweep's trials when they are over."""
+"""The tables of a finished sweep."""
 
 import pandas as pd
 import pytest
@@ -16,7 +16,7 @@ from rld_lightning.tasks.sweep.trial_tables import best_setting, headings
         ([(62.0, 3, False), (61.0, 3, False)], True, 0),
     ],
 )
-def test_the_best_setting_was_trained_to_the_end_with_all_seeds(rows, repeated, best):
+def test_best_setting_was_trained_to_the_end_with_all_seeds(rows, repeated, best):
     assert best_setting(pd.DataFrame(rows, columns=["mean", "n", "complete"]), repeated=repeated) == best
 
 
@@ -28,5 +28,5 @@ def test_the_best_setting_was_trained_to_the_end_with_all_seeds(rows, repeated, 
         (["seed", "data.seed"], ["seed", "data.seed"]),  # both would be seed
     ],
 )
-def test_columns_are_called_shortly_where_that_tells_them_apart(keys, shown):
+def test_columns_have_short_names_if_these_are_distinct(keys, shown):
     assert headings(keys) == shown

@@ -1,4 +1,4 @@
-"""A run that looks its teacher's logits up is the run that computes them, up to their rounding."""
+"""A run with cached teacher logits equals one that computes them, up to their rounding."""
 
 import shutil
 from copy import deepcopy
@@ -50,14 +50,14 @@ def configuration(folder, teachers, *overrides):
 
 
 def run(folder, teachers, *overrides):
-    """Trains on some digits; the teacher's forward passes are counted."""
+    """Trains on some digits, and counts the teacher's forward passes."""
     fit(configuration(folder, teachers, *overrides))
     return load_file(folder / "student.safetensors")
 
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Sizes of the batches that teachers compute."""
+    """Records the batch sizes that teachers compute."""
     sizes, original = [], FrozenTeacher._compute
 
     def compute(self, images, paths):
@@ -69,7 +69,7 @@ def computed(monkeypatch):
     return sizes
 
 
-def test_the_second_run_computes_no_logits_and_ends_with_the_same_weights(tmp_path, teachers, computed, capsys):
+def test_second_run_computes_no_logits_and_reaches_the_same_weights(tmp_path, teachers, computed, capsys):
     options = ("model.teacher.cache_dtype=float32", "model.teacher.cache=true")
     live = run(tmp_path / "live", teachers, "model.teacher.cache=false")
     met = len(computed)
@@ -91,7 +91,7 @@ def test_the_second_run_computes_no_logits_and_ends_with_the_same_weights(tmp_pa
 
 
 @pytest.mark.slow
-def test_other_hyper_parameters_meet_the_same_views_and_another_seed_others(tmp_path, teachers, computed):
+def test_other_hyper_parameters_use_the_same_views_and_another_seed_others(tmp_path, teachers, computed):
     run(tmp_path / "first", teachers, "model.teacher.cache=true")
     del computed[:]
     run(tmp_path / "second", teachers, "model.teacher.cache=true", "loss.beta=2")
@@ -102,7 +102,7 @@ def test_other_hyper_parameters_meet_the_same_views_and_another_seed_others(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", ["command", "fill"])
-def test_a_run_after_all_is_filled_asks_the_teacher_nothing(tmp_path, teachers, computed, ahead, capsys):
+def test_run_with_a_full_table_never_runs_the_teacher(tmp_path, teachers, computed, ahead, capsys):
     options = ("trainer.precision=bf16-mixed", "data.subset=0.1")
     store = shutil.copytree(teachers, tmp_path / "store", ignore=shutil.ignore_patterns("logits"))
     filling = configuration(tmp_path / "first", store, "model.teacher.cache=fill", *options)
@@ -114,7 +114,7 @@ def test_a_run_after_all_is_filled_asks_the_teacher_nothing(tmp_path, teachers, 
     assert "about 100 % of this run's known" in capsys.readouterr().out
 
 
-def test_what_cannot_be_kept_is_refused_in_a_sentence(tmp_path, teachers):
+def test_cache_that_does_not_fit_is_refused_in_a_sentence(tmp_path, teachers):
     alone = configuration(tmp_path, teachers)
     alone.model.teacher = None
     with pytest.raises(UserError, match=r"the model has no teacher whose logits could be kept; choose a pair"):
@@ -128,7 +128,7 @@ def test_what_cannot_be_kept_is_refused_in_a_sentence(tmp_path, teachers):
 
 
 @pytest.mark.slow
-def test_in_float16_a_run_differs_by_the_rounding(tmp_path, teachers):
+def test_float16_cache_changes_a_run_by_its_rounding(tmp_path, teachers):
     live = run(tmp_path / "live", teachers, "model.teacher.cache=false", "trainer.max_steps=3")
     cached = run(tmp_path / "cached", teachers, "model.teacher.cache=true", "trainer.max_steps=3")
     moved = run(tmp_path / "moved", teachers, "model.teacher.cache=false", "trainer.max_steps=3", "loss.beta=8.01")
@@ -138,8 +138,8 @@ def test_in_float16_a_run_differs_by_the_rounding(tmp_path, teachers):
 
 
 @pytest.mark.slow
-def test_a_whole_run_is_that_of_a_teacher_whose_logits_are_rounded(tmp_path, teachers, computed, monkeypatch):
-    """So whatever it differs by from one without a table, the rounding explains."""
+def test_whole_run_equals_one_with_a_rounded_teacher(tmp_path, teachers, computed, monkeypatch):
+    """So the rounding explains every difference to a run without a table."""
     options = ("recipe.epochs=3", "data.val_fraction=0.2")
     cold = run(tmp_path / "cold", teachers, "model.teacher.cache=true", *options)
     del computed[:]
@@ -158,7 +158,7 @@ def test_a_whole_run_is_that_of_a_teacher_whose_logits_are_rounded(tmp_path, tea
 
 
 @pytest.mark.slow
-def test_processes_of_a_run_fill_the_table_that_one_would(tmp_path, teachers):
+def test_processes_of_a_run_fill_the_same_table(tmp_path, teachers):
     tables = []
     for name, options in {"one": (), "two": ("trainer=ddp_cpu", "trainer.devices=2")}.items():
         shutil.copytree(teachers, tmp_path / name, ignore=shutil.ignore_patterns("logits"))
@@ -200,14 +200,14 @@ TRAINER = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_dev
         ),
     ],
 )
-def test_where_logits_cannot_be_looked_up_it_says_why(tmp_path, module, trainer, reason, capsys):
+def test_reason_is_printed_if_logits_cannot_be_cached(tmp_path, module, trainer, reason, capsys):
     module, data = module(), ready(DigitsDataModule(), 0, 1)
     cache_logits(module, planned(tmp_path, tmp_path), data, trainer)
     assert module.teacher.table is None
     assert f"off: {reason}" in capsys.readouterr().out
 
 
-def test_data_without_end_switch_it_off(tmp_path, capsys):
+def test_unlimited_views_switch_the_cache_off(tmp_path, capsys):
     class Endless(DigitsDataModule):
         train_views = None
 
@@ -217,7 +217,7 @@ def test_data_without_end_switch_it_off(tmp_path, capsys):
     assert "these data have unlimited augmented views" in capsys.readouterr().out
 
 
-def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys, monkeypatch):
+def test_auto_switches_the_cache_off_without_room_or_benefit(tmp_path, capsys, monkeypatch):
     data = ready(DigitsDataModule(), 0, 1)
     module = module_with(KDLoss())
     cache_logits(module, planned(tmp_path, tmp_path, "auto"), data, TRAINER)
@@ -242,7 +242,7 @@ def test_auto_switches_it_off_where_there_is_no_room_or_no_use(tmp_path, capsys,
     assert not capsys.readouterr().out
 
 
-def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatch):
+def test_on_a_gpu_the_table_must_be_complete(tmp_path, capsys, monkeypatch):
     callbacks, keys = [], []
     monkeypatch.setattr(cached_logits, "table_key", lambda *args: keys.append(args) or table_key(*args))
     data = ready(DigitsDataModule(val_fraction=0.1), 0, 1)
@@ -280,7 +280,7 @@ def test_on_a_gpu_a_table_is_complete_or_left_aside(tmp_path, capsys, monkeypatc
     assert not ResidentTable(known, torch.device("cpu")).complete
 
 
-def test_each_teacher_view_and_precision_has_a_table_of_its_own(tmp_path):
+def test_teachers_views_and_precisions_have_separate_tables(tmp_path):
     def path(teacher_weight=0.0, data=None, precision="32-true", **options):
         torch.manual_seed(0)
         network = create_model("resnet8", 10)
@@ -302,7 +302,7 @@ def test_each_teacher_view_and_precision_has_a_table_of_its_own(tmp_path):
     assert len({usual, *others}) == 6
 
 
-def test_where_nothing_can_be_written_auto_goes_on_without(tmp_path, capsys):
+def test_unwritable_store_lets_auto_continue_without_a_cache(tmp_path, capsys):
     (tmp_path / "digits").touch()
     data, module = ready(DigitsDataModule(), 0, 1), module_with(KDLoss())
     cache_validation_logits(module.teacher, planned(tmp_path, tmp_path, "auto"), data)
@@ -313,7 +313,7 @@ def test_where_nothing_can_be_written_auto_goes_on_without(tmp_path, capsys):
         cache_logits(module, planned(tmp_path, tmp_path), data, TRAINER)
 
 
-def test_validation_images_are_shown_to_a_teacher_once_by_all_runs(tmp_path, computed):
+def test_validation_images_are_evaluated_once_for_all_runs(tmp_path, computed):
     torch.manual_seed(0)
     network = create_model("resnet8", 10)
 
@@ -337,7 +337,7 @@ def test_validation_images_are_shown_to_a_teacher_once_by_all_runs(tmp_path, com
     assert asked(ready(DigitsDataModule())) == 360
 
 
-def test_a_teacher_computes_what_it_does_not_know_and_nothing_else(tmp_path, computed):
+def test_teacher_computes_only_missing_rows(tmp_path, computed):
     teacher = FrozenTeacher(create_model("resnet8", 10))
     images, view, label = torch.randn(8, 3, 32, 32), torch.arange(8), torch.arange(8) % 10
     live, _ = teacher(images)
@@ -354,7 +354,7 @@ def test_a_teacher_computes_what_it_does_not_know_and_nothing_else(tmp_path, com
     assert computed == [8, 3, 5, 8, 8]
 
 
-def test_a_table_is_of_all_members_with_their_looks(tmp_path):
+def test_table_covers_all_members_with_their_preprocessing(tmp_path):
     data = ready(DigitsDataModule(batch_size=100))
     plan = make_plan(tmp_path)
     plan = replace(plan, teacher=replace(plan.teacher, name="resnet8+resnet14", cache=True))

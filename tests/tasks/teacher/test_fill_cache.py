@@ -1,4 +1,4 @@
-"""A table that is filled ahead is the one that training fills."""
+"""A table filled ahead equals the one that training fills."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from rld_lightning.tasks.teacher.fill_cache import _missing, fill_table
 
 
 class SmallDigits(DigitsDataModule):
-    """Few views, so that all of them are soon there."""
+    """Has few views, so that all are soon computed."""
 
     def __init__(self, **options):
         super().__init__(**{"padding": 1, "subset": 0.05} | options)
@@ -40,7 +40,7 @@ def trainer(precision=None, rank=0, world=1):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [(None, "float32"), ("bf16", "float16")])
-def test_what_is_filled_ahead_is_what_a_step_computes(tmp_path, precision, dtype, capsys):
+def test_filled_logits_equal_those_of_a_step(tmp_path, precision, dtype, capsys):
     precision = precision and MixedPrecision("bf16-mixed", "cpu")
     data = ready(SmallDigits(val_fraction=0.2))
     teacher = teacher_with(tmp_path / "table", data, dtype)
@@ -57,7 +57,7 @@ def test_what_is_filled_ahead_is_what_a_step_computes(tmp_path, precision, dtype
     assert_close(looked_up, live, **close)
 
 
-def test_it_goes_on_where_it_was_interrupted_and_leaves_out_what_another_has_done(tmp_path, monkeypatch, capsys):
+def test_filling_resumes_after_an_interruption_and_skips_known_rows(tmp_path, monkeypatch, capsys):
     computed, original = [], FrozenTeacher._compute
 
     def compute(self, images, paths):
@@ -82,7 +82,7 @@ def test_it_goes_on_where_it_was_interrupted_and_leaves_out_what_another_has_don
     assert sum(computed) == data.train_size * 9
 
 
-def test_two_that_fill_at_once_make_one_table(tmp_path):
+def test_two_processes_filling_at_once_make_one_table(tmp_path):
     data = [ready(SmallDigits()) for _ in range(2)]
     teachers = [teacher_with(tmp_path / "table", own) for own in data]
     with ThreadPoolExecutor(2) as pool:
@@ -94,7 +94,7 @@ def test_two_that_fill_at_once_make_one_table(tmp_path):
     assert_close(logits, teachers[0](batch.images)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_two_seldom_compute_the_same(tmp_path, monkeypatch):
+def test_two_processes_rarely_compute_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("rld_lightning.tasks.teacher.fill_cache._IMAGES", 1)
     data, asked = ready(SmallDigits()), 0
     table = LogitsTable(tmp_path / "table", data.train_views, 10)
@@ -106,7 +106,7 @@ def test_two_seldom_compute_the_same(tmp_path, monkeypatch):
     assert asked < 1.3 * data.train_size * 9
 
 
-def test_a_full_disk_ends_it(tmp_path, monkeypatch, capsys):
+def test_full_disk_ends_the_filling(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Teachers that do not fit the data are refused in one sentence, and those that know more are taken in part."""
+"""Teachers that do not fit the data are refused in one sentence; classes beyond the data's are ignored."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ def data_of(*names, size=32):
 
 @pytest.fixture
 def built(monkeypatch):
-    """Networks without a download, and what they were asked to be."""
+    """Builds networks without a download, and records their arguments."""
     calls = []
 
     def without_a_download(name, num_classes, pretrained=False):
@@ -55,14 +55,14 @@ def teacher_of(tmp_path, **values):
     return replace(make_plan(tmp_path).teacher, name="torchvision/resnet18", weights="pretrained", **values)
 
 
-def test_a_pretrained_teacher_keeps_to_its_own_number_of_classes(tmp_path, built):
+def test_pretrained_teacher_keeps_its_own_number_of_classes(tmp_path, built):
     names = [str(number) for number in range(10)]
     with pytest.raises(ValueError, match=r"torchvision/resnet18 knows 1,000 classes and the data has 10.*class_map="):
         load_network(teacher_of(tmp_path), "pretrained", data_of(*names), LOOK)
     assert built == [("torchvision/resnet18", 10, True)]
 
 
-def test_of_a_pretrained_teacher_the_classes_of_the_data_are_taken(tmp_path, built, capsys):
+def test_classes_of_the_data_are_selected_from_a_pretrained_teacher(tmp_path, built, capsys):
     found = load_network(teacher_of(tmp_path), "pretrained", data_of("tabby", "golden retriever"), LOOK)
     assert built == [("torchvision/resnet18", 1000, True)]
     names = published_classes("torchvision/resnet18")
@@ -78,7 +78,7 @@ def test_of_a_pretrained_teacher_the_classes_of_the_data_are_taken(tmp_path, bui
     assert (found.network[1].places, found.renormalise.size) == ([names.index("tabby"), 207], None)
 
 
-def test_a_file_that_knows_more_is_taken_in_part_and_several_teach_together(tmp_path, capsys):
+def test_file_with_more_classes_is_restricted_and_ensembles_average(tmp_path, capsys):
     files = []
     for seed, names in enumerate((["owl", "dog", "cat"], ["cat", "dog"])):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def test_a_file_that_knows_more_is_taken_in_part_and_several_teach_together(tmp_
     assert facts.top1 is None
     with pytest.raises(ValueError, match=r"no class for 'dog' \('fox'\).*class_map=\{dog:"):
         load_network(replace(teacher, class_map={"dog": "fox"}), paths[0], data, LOOK)
-    # A file without names says how many by its shapes.
+    # The shapes of a file without names give the number of classes.
     save_weights(files[0][0], tmp_path / "plain.safetensors")
     plain = load_network(
         replace(teacher, class_map={"cat": 2, "dog": 1}), str(tmp_path / "plain.safetensors"), data, LOOK
@@ -111,7 +111,7 @@ def test_a_file_that_knows_more_is_taken_in_part_and_several_teach_together(tmp_
         torch.testing.assert_close(plain.network.eval()(images), files[0][0](images)[:, [2, 1]])
 
 
-def test_unlike_networks_teach_together(tmp_path, capsys):
+def test_different_networks_form_an_ensemble(tmp_path, capsys):
     names, looks = ("resnet8", "mobilenetv2"), ([0.5] * 3, [0.25] * 3)
     networks, paths = [], []
     for name, std in zip(names, looks, strict=True):
@@ -152,7 +152,7 @@ def build(tmp_path, path, data, **values):
 
 
 @pytest.mark.parametrize("said_by", ["file", "hand"])
-def test_a_teacher_is_fed_as_it_was_trained(tmp_path, data, file, capsys, said_by):
+def test_teacher_gets_images_as_in_its_training(tmp_path, data, file, capsys, said_by):
     images = next(iter(data.val_dataloader())).images
     plain, _ = build(tmp_path, file(), data)(images)
     assert "sees images" not in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_classes_of_a_teacher_are_matched_by_name(tmp_path, data, file, capsys):
         build(tmp_path, file(class_names=["owl", *NAMES[1:]]), data)
 
 
-def test_images_have_the_size_that_a_teacher_was_trained_with(tmp_path, data, file, capsys):
+def test_images_have_the_size_of_the_training_of_the_teacher(tmp_path, data, file, capsys):
     assert build(tmp_path, file(image_shape=[3, 8, 8]), data).renormalise is None
     for own, size in (("auto", 32), (16, 16)):
         assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=own).renormalise.size == (size, size)

@@ -1,4 +1,4 @@
-"""How good a teacher is, is measured before anything is learnt from it, and what is doubtful is said."""
+"""A teacher's accuracy is measured before training, and doubtful results are reported."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ NAMES = [str(digit) for digit in range(10)]
 
 
 class Oracle(torch.nn.Module):
-    """Is right about the first so many percent of the images that it has seen the labels of."""
+    """Is correct for a given percentage of the images whose labels it has seen."""
 
     def __init__(self, data, percent):
         super().__init__()
@@ -54,7 +54,7 @@ OTHERWISE = "it may have been trained with another normalisation"
         (15, None, None, f"near that of guessing (10.00 %); {OTHERWISE}"),
     ],
 )
-def test_a_teacher_is_measured_first(data, capsys, percent, recorded, dataset, doubt):
+def test_teacher_is_measured_first(data, capsys, percent, recorded, dataset, doubt):
     measure(data, percent, top1=recorded, dataset=dataset)
     output = capsys.readouterr().out
     assert f"top-1 {percent:.2f} % on 360 of 360 validation images" in output
@@ -63,7 +63,7 @@ def test_a_teacher_is_measured_first(data, capsys, percent, recorded, dataset, d
         assert f"the teacher's top-1 is {doubt}" in output
 
 
-def test_a_teacher_may_know_the_images_that_are_held_out_of_its_students(capsys):
+def test_warning_if_the_teacher_may_have_seen_the_held_out_images(capsys):
     data = DigitsDataModule(val_fraction=0.2, seed=1)
     data.setup()
     for facts in ({}, {"dataset": "digits"}, {"dataset": "digits", "val_fraction": 0.2, "data_seed": 0}):
@@ -73,14 +73,14 @@ def test_a_teacher_may_know_the_images_that_are_held_out_of_its_students(capsys)
     assert "trained on" not in capsys.readouterr().out
 
 
-def test_what_is_known_of_a_teacher_is_no_cause_of_its_failure(data, capsys):
+def test_excluded_causes_are_not_suggested(data, capsys):
     measure(data, 15, mean=data.mean, std=data.std, image_shape=data.image_shape, class_names=NAMES)
     assert "it may not have been trained to the end" in capsys.readouterr().out
     measure(data, 15, mean=data.mean, std=data.std, image_shape=data.image_shape)
     assert "it may have been trained with another order of the classes" in capsys.readouterr().out
 
 
-def test_a_part_of_the_images_is_enough_and_no_random_number_is_drawn(data, capsys, monkeypatch):
+def test_sample_is_enough_and_no_random_number_is_drawn(data, capsys, monkeypatch):
     monkeypatch.setattr(teacher_score, "SECONDS", 0.0)
     state = torch.get_rng_state()
     measure(data, 90)
@@ -90,7 +90,7 @@ def test_a_part_of_the_images_is_enough_and_no_random_number_is_drawn(data, caps
     assert len(first.unique()) == 10  # although folders are in the order of their classes
 
 
-def test_a_teacher_whose_logits_are_no_numbers_is_refused(data):
+def test_teacher_with_nan_logits_is_refused(data):
     teacher = FrozenTeacher(create_model("resnet8", 10))
     teacher.model.fc.weight.data.fill_(torch.nan)
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), global_rank=0, world_size=1)

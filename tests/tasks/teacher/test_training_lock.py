@@ -1,4 +1,4 @@
-"""Of several runs that lack the same teacher one trains it."""
+"""One of several runs that lack the same teacher trains it."""
 
 import contextlib
 import multiprocessing
@@ -36,7 +36,7 @@ def damage(path):
     path.write_bytes(content)
 
 
-def test_one_of_several_runs_trains_and_the_others_take_it(store, model, tmp_path):
+def test_one_of_several_runs_trains_and_the_others_use_the_result(store, model, tmp_path):
     trained = []
 
     def run(number):
@@ -53,7 +53,7 @@ def test_one_of_several_runs_trains_and_the_others_take_it(store, model, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["holder", "lock"])
-def test_nothing_is_written_through_a_link_in_a_folder_of_several_users(store, tmp_path, kind):
+def test_nothing_is_written_through_a_link_in_a_shared_store(store, tmp_path, kind):
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
     place = store.path(*NAME)
@@ -64,7 +64,7 @@ def test_nothing_is_written_through_a_link_in_a_folder_of_several_users(store, t
     assert mine.read_text() == "mine"
 
 
-def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, capsys):
+def test_waiting_run_says_so_and_trains_if_the_other_is_killed(store, tmp_path, capsys):
     def hold(held):
         with training_turn(store, *NAME, tmp_path / "other"):
             held.set()
@@ -83,7 +83,7 @@ def test_who_waits_says_so_and_trains_when_the_other_is_killed(store, tmp_path, 
     assert "by another run: waiting for it" in said
 
 
-def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, monkeypatch):
+def test_other_processes_of_a_run_follow_the_first(store, model, tmp_path, monkeypatch):
     def first(found):
         with training_turn(store, *NAME, tmp_path / "run") as lacks:
             found.append(lacks)
@@ -110,7 +110,7 @@ def test_the_other_processes_of_a_run_do_as_the_first(store, model, tmp_path, mo
         assert not lacks
 
 
-def test_what_a_killed_run_has_left_is_not_taken_for_the_first_process(store, model, tmp_path, monkeypatch):
+def test_holder_file_of_a_killed_run_is_ignored(store, model, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # the same as before, and so is the folder
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(rank_zero_only, "rank", 1)
@@ -124,7 +124,7 @@ def test_what_a_killed_run_has_left_is_not_taken_for_the_first_process(store, mo
     assert not holder.exists()
 
 
-def test_a_store_that_cannot_be_written_to_is_named_before_training(tmp_path):
+def test_unwritable_store_is_reported_before_training(tmp_path):
     (tmp_path / "teachers").touch()
     with (
         pytest.raises(
@@ -135,7 +135,7 @@ def test_a_store_that_cannot_be_written_to_is_named_before_training(tmp_path):
         pass
 
 
-def test_a_damaged_teacher_is_trained_again_and_never_used(store, model):
+def test_damaged_teacher_is_retrained_and_never_used(store, model):
     path = store.save(model, *NAME, {})
     assert store.has(*NAME)
     damage(path)

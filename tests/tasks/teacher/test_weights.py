@@ -1,4 +1,4 @@
-"""Where a run's teacher is, and what a folder that it goes on from may say about that."""
+"""Where a run's teacher is, and what a resumed run's checkpoint records about it."""
 
 import gc
 import hashlib
@@ -25,7 +25,7 @@ USUAL = Normalisation((0.5,) * 3, (0.5,) * 3)
 
 @pytest.fixture
 def known(tmp_path):
-    """A teacher in a file, what the run that had it has said about it, and the data."""
+    """Returns a teacher in a file, the record of a run that used it, and the data."""
     path = tmp_path / "teacher.safetensors"
     save_weights(create_model("resnet8", 10), path)
     teacher = replace(make_plan(tmp_path).teacher, name="resnet8", weights=str(path))
@@ -35,7 +35,7 @@ def known(tmp_path):
     return teacher, RunRecord(said, sha256), data
 
 
-def test_a_teacher_that_was_replaced_is_not_taken_for_the_one_that_a_run_had(known):
+def test_replaced_teacher_is_not_used_for_a_resumed_run(known):
     teacher, before, data = known
     assert build_teacher(teacher, data, USUAL, before)[2] == before.teacher_sha256
     build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
@@ -47,7 +47,7 @@ def test_a_teacher_that_was_replaced_is_not_taken_for_the_one_that_a_run_had(kno
         build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
 
 
-def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
+def test_checkpoint_records_the_teacher_of_its_run(known, tmp_path):
     teacher, before, _ = known
     wanted, store = replace(teacher, weights="fit"), make_plan(tmp_path).store
     assert find_teacher(wanted, "digits", store, before) == teacher.weights
@@ -57,14 +57,14 @@ def test_a_checkpoint_says_which_teacher_its_run_had(known, tmp_path):
 
 
 @pytest.mark.parametrize("said", [{"weights": "gone.safetensors"}, {"weights": "."}, {"name": "resnet32"}, {}], ids=str)
-def test_anything_but_a_file_of_the_wanted_teacher_says_nothing(known, tmp_path, said):
+def test_records_other_than_a_file_of_the_wanted_teacher_are_ignored(known, tmp_path, said):
     teacher, before, _ = known
     settings = {f"model.teacher.{key}": value for key, value in said.items()}
     told = RunRecord(before.settings | settings if said else {}, None)
     assert find_teacher(replace(teacher, weights="fit"), "digits", make_plan(tmp_path).store, told) is None
 
 
-def test_a_teacher_is_trained_on_what_it_will_see(tmp_path, monkeypatch):
+def test_teacher_is_trained_on_the_input_of_the_student(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr("rld_lightning.tasks.teacher.weights.run_once", lambda cfg, fit, name: found.append(cfg.data))
     own = ("model.teacher.mean=[0.5,0.5,0.4]", "model.teacher.std=[0.5,0.5,0.3]")
@@ -81,8 +81,8 @@ def test_a_teacher_is_trained_on_what_it_will_see(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_is_trained_first_is_gone_when_its_student_is_made(tmp_path, monkeypatch, capsys):
-    """And both train on mixtures of images, which is said."""
+def test_teacher_trained_first_is_freed_before_its_student_is_built(tmp_path, monkeypatch, capsys):
+    """Both train on mixed images, which is reported."""
     students, left = [], []
 
     def build(*args):
