@@ -246,9 +246,9 @@ def hub_config(student: Student) -> dict[str, object]:
 def _timm_layers(student: Student) -> dict[str, object]:
     """The names of a timm network's first and last layer, and its input constraints, from timm's own config."""
     config = getattr(student.network, "pretrained_cfg", None)
-    found = (
+    layers = (
         {key: config.get(key) for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")}
         if config
         else {}
     )
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if value}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in layers.items() if value}

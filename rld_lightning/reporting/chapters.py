@@ -233,11 +233,11 @@ def _gain_columns(section: Section, name: str, method: str) -> dict[str, Any]:
     base = section.baseline(name, method)
     if base is None:
         return {}
-    found = section.difference(name, base)
+    difference = section.difference(name, base)
     return {
-        f"last_over_{method}": found.mean, f"last_over_{method}_n": found.n,
+        f"last_over_{method}": difference.mean, f"last_over_{method}_n": difference.n,
         f"{method}_base": base if len(section.baselines(name, method)) > 1 else "",
-        f"{method}_seeds": f"n = {found.n}" if found.n < section.rows.at[name, "n"] else "",
+        f"{method}_seeds": f"n = {difference.n}" if difference.n < section.rows.at[name, "n"] else "",
     }  # fmt: skip
 
 

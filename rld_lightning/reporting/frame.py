@@ -134,22 +134,25 @@ def effective_settings(runs: Sequence[Run]) -> list[tuple[dict[str, str], dict[s
     Returns:
         for each run the settings that count, and those ignored because not all of its peers have them.
     """
-    own = [without_keys(run.settings, _NO_EFFECT if run.summary.teacher else _TEACHER_SETTINGS) for run in runs]
+    all_settings = [
+        without_keys(run.settings, _NO_EFFECT if run.summary.teacher else _TEACHER_SETTINGS) for run in runs
+    ]
     peers = [
-        {key: _peer_group(key, run, settings) for key in settings} for run, settings in zip(runs, own, strict=True)
+        {key: _peer_group(key, run, settings) for key in settings}
+        for run, settings in zip(runs, all_settings, strict=True)
     ]
     size = Counter(group for groups in peers for group in set(groups.values()))
     having = Counter((key, group) for groups in peers for key, group in groups.items())
-    found = []
-    for run, settings, groups in zip(runs, own, peers, strict=True):
+    results = []
+    for run, settings, groups in zip(runs, all_settings, peers, strict=True):
         overridden = tuple(f"{key}." for key in _overridden_keys(run))
         counted = {
             key: value
             for key, value in settings.items()
             if f"{key}.".startswith(overridden) or having[key, groups[key]] == size[groups[key]]
         }
-        found.append((counted, {key: value for key, value in settings.items() if key not in counted}))
-    return found
+        results.append((counted, {key: value for key, value in settings.items() if key not in counted}))
+    return results
 
 
 def _overridden_keys(run: Run) -> list[str]:
@@ -161,13 +164,13 @@ def _overridden_keys(run: Run) -> list[str]:
 def _possible_sources(key: str, run: Run) -> tuple[tuple[str, str], ...]:
     """The chosen options that may have set a key: those of its part of the config, and an experiment."""
     part = key.split(".")[0]
-    found = []
+    sources = []
     for group, option in run.choices.items():
         name, _, package = group.partition("@")
         anywhere = package == "_global_" or (not package and name not in _GROUPS and not name.startswith("hydra/"))
         if option is not None and (anywhere or (package or name).split(".")[0] == part):
-            found.append((group, str(option)))
-    return tuple(sorted(found))
+            sources.append((group, str(option)))
+    return tuple(sorted(sources))
 
 
 def _peer_group(key: str, run: Run, settings: Mapping[str, str]) -> Hashable:

@@ -30,9 +30,9 @@ def draw_latency(points: Sequence[Point], batch_size: int, title: str, path: Pat
     spare = [GREEN, PINK]
     for role in dict.fromkeys(point.role for point in points):
         colour = _COLOURS.get(role) or spare.pop()
-        own = sorted((point for point in points if point.role == role), key=lambda point: point.milliseconds)
-        axes.plot([p.milliseconds for p in own], [p.top1 for p in own], color=colour, linewidth=0.8, alpha=0.5)
-        for point in own:
+        group = sorted((point for point in points if point.role == role), key=lambda point: point.milliseconds)
+        axes.plot([p.milliseconds for p in group], [p.top1 for p in group], color=colour, linewidth=0.8, alpha=0.5)
+        for point in group:
             axes.plot(point.milliseconds, point.top1, marker=_MARKERS[point.backend], color=colour, linestyle="")
         axes.plot([], [], color=colour, label=role, linewidth=4)
     for backend in dict.fromkeys(point.backend for point in points):

@@ -33,5 +33,5 @@ def wandb_link(folder: Path) -> str | None:
 
 def paper_links(source: str) -> list[tuple[str, str]]:
     """The arXiv papers in a source's text, as ``("arXiv 2403.01427", "https://arxiv.org/abs/2403.01427")``."""
-    found = re.findall(r"arXiv[:\s]\s*(\d{4}\.\d{4,5})", source)
-    return [(f"arXiv {number}", f"https://arxiv.org/abs/{number}") for number in dict.fromkeys(found)]
+    numbers = re.findall(r"arXiv[:\s]\s*(\d{4}\.\d{4,5})", source)
+    return [(f"arXiv {number}", f"https://arxiv.org/abs/{number}") for number in dict.fromkeys(numbers)]

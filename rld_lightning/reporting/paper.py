@@ -158,7 +158,7 @@ def departures(run: Run) -> list[str]:
     """
     summary, settings, dataset = run.summary, run.settings, run.summary.dataset
     precision, teacher_type = settings["trainer.precision"], settings.get("model.teacher.dtype", "None")
-    found = {
+    checks = {
         f"{summary.epochs} epochs, not {EPOCHS.get(dataset)}": summary.epochs != EPOCHS.get(dataset),
         "another recipe" if "recipe" in run.choices else "recipe not known": (
             run.choices.get("recipe") not in (RECIPES.get(dataset), run.method)  # LDRLD has its own recipe
@@ -169,7 +169,7 @@ def departures(run: Run) -> list[str]:
         "not trained to the end": not summary.trained_whole,
         "not measured on all of the test split": summary.split != "test" or not summary.evaluated_whole,
     }
-    words = [words for words, differs in found.items() if differs]
+    words = [words for words, differs in checks.items() if differs]
     if summary.teacher is not None:
         words += _distillation_departures(run)
     return [*words, *_other_settings(run)]
@@ -180,13 +180,13 @@ def _distillation_departures(run: Run) -> list[str]:
     dataset, networks = run.summary.dataset, run.config["model"]
     names = networks["teacher"]["name"], networks["student"]["name"]
     by_pair = run.method in _TUNED_PER_PAIR and run.method not in (networks.get("tuned") or {})
-    found = {
+    checks = {
         "another teacher": not is_published_teacher(published_for_pair(dataset, *names), run.summary.teacher_top1),
         "hyper-parameters not published": run.method in _UNPUBLISHED_HYPERPARAMETERS.get(dataset, ()),
         "hyper-parameters of another pair": by_pair or (run.method == "ttm" and names != ("vgg13", "vgg8")),
         "settings of most pairs": run.choices.get("model") in _ANY_PAIR,
     }
-    return [words for words, differs in found.items() if differs]
+    return [words for words, differs in checks.items() if differs]
 
 
 def _other_settings(run: Run) -> list[str]:

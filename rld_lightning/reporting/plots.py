@@ -45,11 +45,11 @@ def row_colours(rows: pd.DataFrame) -> dict[str, str]:
     Args:
         rows: named rows with ``method`` and ``top1_last_mean``.
     """
-    own = rows["method"].isin(METHODS)
-    others = rows[~own].sort_values(MEAN, ascending=False, kind="stable")
+    is_reference = rows["method"].isin(METHODS)
+    others = rows[~is_reference].sort_values(MEAN, ascending=False, kind="stable")
     colours: dict[str, str] = {}
     free = iter(OTHER_METHODS)
-    for label, method in [*rows[own]["method"].items(), *others["method"].items()][:MAX_COLOURED]:
+    for label, method in [*rows[is_reference]["method"].items(), *others["method"].items()][:MAX_COLOURED]:
         colour = METHODS.get(method)
         colours[label] = next(free) if colour is None or colour in colours.values() else colour
     return colours

@@ -85,20 +85,20 @@ def write_report(
         raise ValueError(_no_finished_runs(places, everything))
     sweeps, to_compare = split_sweeps(frame)
     in_part = to_compare[~to_compare["complete"]].sort_values(["dataset", "pair", "method", "seed"], kind="stable")
-    found, left_out = sections(to_compare)
+    pair_sections, left_out = sections(to_compare)
     check_folder(out, "--out", (PAGE, MARKDOWN, FIGURES, LATEX, *(f"{table}.csv" for table in TABLES)))
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     sources = Sources()
-    pairs = _anchors(f"pair {s.title} {s.dataset}{'' if s.on_test else ' held out'}" for s in found)
-    chapters = [make_chapter(section, anchor, sources) for section, anchor in zip(found, pairs, strict=True)]
+    pairs = _anchors(f"pair {s.title} {s.dataset}{'' if s.on_test else ' held out'}" for s in pair_sections)
+    chapters = [make_chapter(section, anchor, sources) for section, anchor in zip(pair_sections, pairs, strict=True)]
     names = _anchors(f"sweep {sweep.title}" for sweep in sweeps)
     sweep_chapters = [make_sweep_chapter(*pair, everything.unfinished) for pair in zip(sweeps, names, strict=True)]
     by_data: dict[str, list[Section]] = {}
-    for section in [section for section in found if section.on_test] or found:
+    for section in [section for section in pair_sections if section.on_test] or pair_sections:
         by_data.setdefault(section.dataset, []).append(section)
     costs = zip(by_data.values(), _anchors(f"cost {dataset}" for dataset in by_data), strict=True)
-    scatters = [figure for own, name in costs if (figure := cost_figure(own, name, cost_of)) is not None]
+    scatters = [figure for group, name in costs if (figure := cost_figure(group, name, cost_of)) is not None]
     context = {
         "title": title,
         "made": f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -207,10 +207,10 @@ def _as_text(value: object) -> str:
 def _command(run: Run) -> str:
     if run.overrides:
         # Without the overrides that would start the sweep again.
-        own = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
-        if len(own) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in own):
-            own.append(f"loss={run.choices.get('loss', run.method)}")  # the sweep may have chosen it
-        return f"{script_command('fit')} {as_command(own)}"
+        overrides = [line for line in run.overrides if not line.startswith(("sweep=", "launcher="))]
+        if len(overrides) < len(run.overrides) and not any(re.match(r"\+?loss[=@]", line) for line in overrides):
+            overrides.append(f"loss={run.choices.get('loss', run.method)}")  # the sweep may have chosen it
+        return f"{script_command('fit')} {as_command(overrides)}"
     above = run.folder.parent
     if (above / SWEEP).exists():
         return f"the teacher of all runs in {above}, trained before them"

@@ -150,9 +150,9 @@ def heat_maps(sweep: Sweep) -> list[HeatMap]:
     x_key, y_key, panel_key = (*axes, "", "")[:3]
     maps = []
     for panel in _ordered(trials[panel_key]) if panel_key else [None]:
-        own = trials[trials[panel_key] == panel] if panel_key else trials
-        down = own[y_key] if y_key else pd.Series("", own.index)
-        cells = own.pivot_table(values="mean", index=down, columns=x_key, aggfunc="max")
+        panel_trials = trials[trials[panel_key] == panel] if panel_key else trials
+        down = panel_trials[y_key] if y_key else pd.Series("", panel_trials.index)
+        cells = panel_trials.pivot_table(values="mean", index=down, columns=x_key, aggfunc="max")
         cells = cells.reindex(index=_ordered(trials[y_key]) if y_key else [""], columns=_ordered(trials[x_key]))
         title = f"{short_key(panel_key)} = {short_value(panel)}" if panel_key else ""
         maps.append(HeatMap(title, axes, cells))
@@ -185,10 +185,10 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
             if len(complete) < 4:
                 return {}, f"{len(complete)} trials of the study are complete, too few to compute importances."
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            found = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
+            shares = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
         except Exception as error:  # another version's study, or trials without information
             return {}, f"Optuna cannot compute importances from {study}: {error}"
-    return {key: float(value) for key, value in found.items()}, f"fANOVA over {len(complete)} complete trials"
+    return {key: float(value) for key, value in shares.items()}, f"fANOVA over {len(complete)} complete trials"
 
 
 def _sweep_folder(run: Run) -> Path | None:

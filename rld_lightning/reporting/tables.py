@@ -59,10 +59,10 @@ class Section:
 
     def baseline(self, name: str, method: str, metric: str = LAST) -> str | None:
         """The one of :meth:`baselines` with the most seeds in common; among several, the most accurate."""
-        found, seeds = self.baselines(name, method), set(self.rows.at[name, "seeds"])
+        rows, seeds = self.baselines(name, method), set(self.rows.at[name, "seeds"])
         return max(
-            found.index,
-            key=lambda other: (len(seeds & set(found.at[other, "seeds"])), found.at[other, f"{metric}_mean"]),
+            rows.index,
+            key=lambda other: (len(seeds & set(rows.at[other, "seeds"])), rows.at[other, f"{metric}_mean"]),
             default=None,
         )
 
@@ -127,8 +127,8 @@ def compare(section: Section, metric: str = LAST) -> pd.DataFrame:
             wanted = other["method"] in ("ce", "kd") or (one["method"] == "rld" and one["n"] >= MIN_PAIRS)
             recipe = "recipe_alone" if "ce" in (one["method"], other["method"]) else "recipe"
             if wanted and one[recipe] == other[recipe]:
-                found = section.difference(first, second, metric)
-                lines.append((first, second, found.n, found.mean, found.low, found.high, found.p, found.reason))
+                gain = section.difference(first, second, metric)
+                lines.append((first, second, gain.n, gain.mean, gain.low, gain.high, gain.p, gain.reason))
     columns = ["first", "second", "n", "difference", "ci95_low", "ci95_high", "p", "reason"]
     table = pd.DataFrame(lines, columns=columns)
     table["p_holm"] = holm(table["p"])
@@ -160,15 +160,15 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
     counted, left_out = _latest_per_seed(frame)
     where = ["dataset", "split", "on_test"]
     pairs = counted.dropna(subset="pair_teacher")[[*where, "pair_teacher", "student"]].drop_duplicates()
-    found = [_section(counted, *pair) for pair in pairs.to_numpy().tolist()]
-    shown = {line for section in found for part in (section.runs, section.teacher_runs) for line in part.index}
+    all_sections = [_section(counted, *pair) for pair in pairs.to_numpy().tolist()]
+    shown = {line for section in all_sections for part in (section.runs, section.teacher_runs) for line in part.index}
     alone = counted[~counted.index.isin(shown)][[*where, "student"]].drop_duplicates()
-    found += [
+    all_sections += [
         _section(counted, dataset, split, on_test, None, student)
         for dataset, split, on_test, student in alone.to_numpy().tolist()
     ]
-    found.sort(key=lambda s: (not s.on_test, s.dataset, s.split, s.teacher is None, s.teacher or "", s.student))
-    return found, left_out
+    all_sections.sort(key=lambda s: (not s.on_test, s.dataset, s.split, s.teacher is None, s.teacher or "", s.student))
+    return all_sections, left_out
 
 
 def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
@@ -180,22 +180,22 @@ def choose_pair(runs: pd.DataFrame, pair: str | None) -> Section:
     Raises:
         ValueError: there is none, or more than one.
     """
-    found: dict[str, list[Section]] = {}
+    by_pair: dict[str, list[Section]] = {}
     for section in sections(runs)[0]:
         if section.teacher and section.rows["distilled"].any():
-            found.setdefault(f"{section.teacher}_to_{section.student}", []).append(section)
-    names = ", ".join(found)
-    if not found:
+            by_pair.setdefault(f"{section.teacher}_to_{section.student}", []).append(section)
+    names = ", ".join(by_pair)
+    if not by_pair:
         in_part = sum(~runs["complete"]) if len(runs) else 0
         aside = f" ({in_part} that were trained or evaluated in part do not count)" if in_part else ""
         raise ValueError(
             f"there is no finished run with a teacher in these folders{aside}; train one first, such as loss=rld."
         )
-    if pair is None and len(found) > 1:
+    if pair is None and len(by_pair) > 1:
         raise ValueError(f"there are runs of several pairs; choose one with --pair: {names}.")
-    if pair is not None and pair not in found:
+    if pair is not None and pair not in by_pair:
         raise ValueError(f"there is no finished run of --pair {pair}; there are runs of {names}.")
-    candidates = found[pair or names]
+    candidates = by_pair[pair or names]
     data = {section.dataset for section in candidates}
     if len(data) > 1:
         raise ValueError(f"{names} was trained on {' and '.join(sorted(data))}; give the folders of one of them.")
@@ -223,17 +223,17 @@ def _section(
     frame: pd.DataFrame, dataset: str, split: str, on_test: bool, teacher: str | None, student: str
 ) -> Section:
     here = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
-    own = here[(here["student"] == student) & (here["teacher"].isna() | (here["teacher"] == teacher))]
+    student_runs = here[(here["student"] == student) & (here["teacher"].isna() | (here["teacher"] == teacher))]
     # Of possible training runs of the teacher: the weights' folder, or teacher/ in the student's run.
     teacher_folders: set[Path] = set()
-    for run in own[own["teacher"].notna()]["run"]:
+    for run in student_runs[student_runs["teacher"].notna()]["run"]:
         teacher_folders |= {
             Path(run.settings["model.teacher.weights"]).resolve().parent,
             run.folder.resolve() / TEACHER,
         }
     trained = here["run"].map(lambda run: bool(teacher_folders & {run.folder.resolve(), Path(run.summary.run)}))
     teachers = here[(here["student"] == teacher) & here["teacher"].isna() & trained]
-    return Section(dataset, split, on_test, teacher, student, _with_row_names(own), _with_row_names(teachers))
+    return Section(dataset, split, on_test, teacher, student, _with_row_names(student_runs), _with_row_names(teachers))
 
 
 def _with_row_names(runs: pd.DataFrame) -> pd.DataFrame:
@@ -243,14 +243,14 @@ def _with_row_names(runs: pd.DataFrame) -> pd.DataFrame:
     """
     runs = runs.sort_values("seed", kind="stable")
     groups = [runs.loc[lines] for lines in runs.groupby(_ROW_KEYS, sort=False, dropna=False).groups.values()]
-    groups.sort(key=lambda own: (-own[LAST].mean(), Path(own["folder"].iloc[0])))
-    settings = [own["settings"].iloc[0] for own in groups]
-    methods = [own["method"].iloc[0] for own in groups]
-    epochs = [tuple(sorted(set(own["epochs"]))) for own in groups]
+    groups.sort(key=lambda group: (-group[LAST].mean(), Path(group["folder"].iloc[0])))
+    settings = [group["settings"].iloc[0] for group in groups]
+    methods = [group["method"].iloc[0] for group in groups]
+    epochs = [tuple(sorted(set(group["epochs"]))) for group in groups]
     shared = distinguishing([recipe(values, with_teacher=False) for values in settings], known=epochs)
     named: list[pd.DataFrame] = []
     taken: dict[str, int] = {}
-    for own, values, method in zip(groups, settings, methods, strict=True):
+    for group, values, method in zip(groups, settings, methods, strict=True):
         same = [other for other, its in zip(settings, methods, strict=True) if its == method]
         label = describe(values, [*distinguishing(same), *shared])
         name = f"{method} ({label})" if label else method
@@ -258,5 +258,5 @@ def _with_row_names(runs: pd.DataFrame) -> pd.DataFrame:
         if taken[name] > 1:  # shortened values may be equal
             label = f"{label} #{taken[name]}".strip()
             name = f"{method} ({label})"
-        named.append(own.assign(name=name, label=label))
+        named.append(group.assign(name=name, label=label))
     return pd.concat(named) if named else runs.assign(name="", label="")

@@ -70,12 +70,12 @@ def read_networks(run: Path) -> list[Network]:
     path = run / NETWORKS
     if not path.exists():
         return []
-    found = read_json(path)
+    records = read_json(path)
     known = {field.name for field in fields(Network)}
-    if not isinstance(found, list) or len(found) > len(ROLES) or not all(isinstance(one, dict) for one in found):
+    if not isinstance(records, list) or len(records) > len(ROLES) or not all(isinstance(one, dict) for one in records):
         raise ValueError(f"{path} is not a list of at most {len(ROLES)} networks. Move it away.")
     networks = []
-    for one in found:
+    for one in records:
         values = dict.fromkeys(known) | {key: value for key, value in one.items() if key in known}
         if wrong := [key for key, value in values.items() if not _is_valid(key, value)]:
             raise ValueError(f"{path} has a network whose {sorted(wrong)[0]} is not as a run writes it. Move it away.")

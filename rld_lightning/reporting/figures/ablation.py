@@ -63,12 +63,12 @@ def ablation(section: Section | None) -> pd.DataFrame:
         terms = "+".join(["CE", *(["SCD"] if scd else []), *([f"MCD({mask})"] if mask else [])])
         number = published.get(f"RLD ablation: {'CE only' if terms == 'CE' else terms}")
         paper = {"paper": number.value, "source": number.source} if number else {}
-        found = [name for name, own in parts.items() if own == (scd, mask)]
-        found.sort(key=lambda name: not _as_published(ours.at[name, "runs"][0]))
-        if not found or not _as_published(ours.at[found[0], "runs"][0]):
+        names = [name for name, own in parts.items() if own == (scd, mask)]
+        names.sort(key=lambda name: not _as_published(ours.at[name, "runs"][0]))
+        if not names or not _as_published(ours.at[names[0], "runs"][0]):
             lines.append({"name": option, "scd": scd, "mask": mask} | paper)
             paper = {}
-        for name in found:
+        for name in names:
             gain = section.gain(name, "ce") if section else None
             ahead = {"over_ce": gain.mean, "over_ce_n": gain.n} if gain else {}
             lines.append({"name": name, "scd": scd, "mask": mask, **ours.loc[name, _OURS], **ahead, **paper})
@@ -88,12 +88,12 @@ def _as_published(run: Run) -> bool:
     loss, usual = rld_of(run), default_rld(run)
     if loss is None:
         return True
-    weights = [(own, its) for own, its in ((loss.alpha, usual.alpha), (loss.beta, usual.beta)) if own > 0]
+    weights = [(own, default) for own, default in ((loss.alpha, usual.alpha), (loss.beta, usual.beta)) if own > 0]
     rest = [
         (one.temperature, one.confidence_temperature or one.temperature, one.logit_standardization, one.ce_weight)
         for one in (loss, usual)
     ]
-    return bool(weights) and all(own == its for own, its in weights) and rest[0] == rest[1]
+    return bool(weights) and all(own == default for own, default in weights) and rest[0] == rest[1]
 
 
 def ablation_cells(table: pd.DataFrame) -> list[list[str]]:

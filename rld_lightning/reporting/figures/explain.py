@@ -75,25 +75,25 @@ def _sample_of(
     run: Run, index: int | None, reader: LogitSource
 ) -> tuple[Refinement, list[str], RLDLoss, Tensor, str, str]:
     """Returns a sample of a run, the class names, the loss, the image, a title and a description of its origin."""
-    own, logits, summary = rld_of(run), reader.read(run), run.summary
-    loss = own or default_rld(run)
+    run_loss, logits, summary = rld_of(run), reader.read(run), run.summary
+    loss = run_loss or default_rld(run)
     if index is None:
         place, why = choose_sample(logits)
     else:
-        found = (logits.index == index).nonzero()
-        if not len(found):
+        matches = (logits.index == index).nonzero()
+        if not len(matches):
             raise ValueError(f"there is no validation image --index {index}; choose 0 to {int(logits.index.max())}.")
-        place, why = int(found[0]), "chosen by its index"
+        place, why = int(matches[0]), "chosen by its index"
     number = int(logits.index[place])
     sample = refine(logits.student[place], logits.teacher[place], int(logits.label[place]), loss)
     true = logits.class_names[sample.label].replace("_", " ")
     what = f"validation image {number} of {summary.dataset}: \u201c{true}\u201d"
-    title = f"RLD on {what}" if own else f"What RLD would pass on of {what}"
+    title = f"RLD on {what}" if run_loss else f"What RLD would pass on of {what}"
     origin = (
         f"{summary.model} distilled from {summary.teacher} with loss={run.method}, {summary.epochs} epochs, "
         f"seed {summary.seed}, validated on {summary.validated_on}; {why}. {run.folder}"
     )
-    if own is None:
+    if run_loss is None:
         origin = f"These networks were trained without RLD: shown is what loss=rld would pass on. {origin}"
     return sample, logits.class_names, loss, reader.image(run, number), title, origin
 

@@ -63,8 +63,8 @@ def gains(
         rows = section.rows
         for name, row in rows[rows["distilled"] & (rows["method"] == method)].iterrows():
             all_gains = {reference: section.gain(name, reference, BEST if best else LAST) for reference in references}
-            found = {reference: gain for reference, gain in all_gains.items() if gain and gain.n}
-            if found and (unknown := [run for run in row["runs"] if TEACHER_TOP1 not in run.metrics]):
+            comparisons = {reference: gain for reference, gain in all_gains.items() if gain and gain.n}
+            if comparisons and (unknown := [run for run in row["runs"] if TEACHER_TOP1 not in run.metrics]):
                 left_out.append(
                     f"{section.title}, {name}: {unknown[0].folder / METRICS} has no {TEACHER_TOP1}; train it "
                     "with callbacks.teacher on."
@@ -72,7 +72,7 @@ def gains(
                 continue
             pair = f"{section.title}, {section.dataset}" + ("" if section.on_test else f", {section.split}")
             pair += f" ({row['label']})" if row["label"] else ""
-            for reference, gain in found.items():
+            for reference, gain in comparisons.items():
                 teacher_top1 = mean(float(run.metrics[TEACHER_TOP1].mean()) for run in row["runs"])
                 lines.append((pair, reference, teacher_top1, gain.mean, gain.low, gain.high, gain.n))
     if not lines and left_out:

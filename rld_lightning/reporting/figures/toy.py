@@ -79,8 +79,11 @@ def draw_toy() -> Figure:
         if value == 0:
             correlation.bar(index, 0.78, 1, color=PALE, zorder=0)
             correlation.text(index, 0.39, "masked", rotation=90, ha="center", va="center", color=DARK_GREY)
-    own, left = (_ratio(values, TIGER, LEOPARD) for values in (teacher, targets["mcd"]))
-    _annotate(correlation, f"tiger : leopard = {left:.1f}, the teacher's {own:.1f}\nnothing about lion and forest")
+    teacher_ratio, mcd_ratio = (_ratio(values, TIGER, LEOPARD) for values in (teacher, targets["mcd"]))
+    _annotate(
+        correlation,
+        f"tiger : leopard = {mcd_ratio:.1f}, the teacher's {teacher_ratio:.1f}\nnothing about lion and forest",
+    )
     figure.supxlabel(
         "Dotted: before the correction. RC corrects the student's own prediction, beside KD. Green: the true class.",
         fontsize=8,
