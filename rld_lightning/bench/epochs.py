@@ -72,7 +72,7 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
         epochs: at least 3, since the teacher evaluates the validation images between the first two.
     """
     with tempfile.TemporaryDirectory() as folder:
-        weights, found = Path(folder) / "teacher.safetensors", Path(folder) / "times.json"
+        weights, times_file = Path(folder) / "teacher.safetensors", Path(folder) / "times.json"
         torch.manual_seed(0)
         save_weights(create_model(teacher, 100), weights, {"name": teacher, "num_classes": 100})
         run_fit([
@@ -80,9 +80,9 @@ def bench_epoch(root: str, teacher: str, student: str, batch: int, epochs: int) 
             f"model.teacher.name={teacher}", f"model.student.name={student}", f"model.teacher.weights={weights}",
             "loss=rld", f"recipe.epochs={epochs}", f"trainer.limit_train_batches={_STEPS}",
             f"hydra.run.dir={folder}/run", f"paths.teachers={folder}",
-            f"+callbacks.times={{_target_: rld_lightning.bench.epochs.EpochTimes, path: {found}}}",
+            f"+callbacks.times={{_target_: rld_lightning.bench.epochs.EpochTimes, path: {times_file}}}",
         ])  # fmt: skip
-        times = json.loads(found.read_text())
+        times = json.loads(times_file.read_text())
     steps = -(-50_000 // batch) * statistics.median(times["steps"])
     rows: list[tuple[str, float, float | None]] = [("steps", steps, None)]
     first, *later = zip(times["between"], times["forward"], strict=False)

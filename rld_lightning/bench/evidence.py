@@ -24,19 +24,19 @@ _LONGEST_LOG = 200_000  # characters
 def facts(state: Path) -> None:
     """Writes and prints the machine's name, versions, and speed of matrix products and copies."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {"torch": torch.__version__, "machine": machine(device)}
+    measured: dict[str, Any] = {"torch": torch.__version__, "machine": machine(device)}
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        found["capability"] = torch.cuda.get_device_capability()
+        measured |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        measured["capability"] = torch.cuda.get_device_capability()
     size = 8192 if device.type == "cuda" else 1024
     for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
         a, b = torch.randn(2, size, size, device=device, dtype=dtype)
         seconds = _seconds(lambda a=a, b=b: a @ b, device)
-        found[f"{name} matrix TFLOP/s"] = 2 * size**3 / seconds / 1e12
+        measured[f"{name} matrix TFLOP/s"] = 2 * size**3 / seconds / 1e12
     values = torch.empty(2**26, device=device)
-    found["copy GB/s"] = 2 * values.nbytes / _seconds(values.clone, device) / 1e9
-    write_json(state / "facts.json", found)
-    print(json.dumps(found, indent=1))
+    measured["copy GB/s"] = 2 * values.nbytes / _seconds(values.clone, device) / 1e9
+    write_json(state / "facts.json", measured)
+    print(json.dumps(measured, indent=1))
 
 
 def _seconds(work: Any, device: torch.device) -> float:

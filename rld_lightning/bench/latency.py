@@ -175,15 +175,15 @@ def reset_peak(device: torch.device) -> None:
 
 def memory(device: torch.device) -> int | None:
     """Returns the bytes in use by this process, of its GPU or main memory; None if the system does not report it."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_process("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int | None:
     """Returns the peak of :func:`memory`; None if the system does not report it."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
 
 
-def _of_process(key: str) -> int | None:
+def _status_bytes(key: str) -> int | None:
     status = Path("/proc/self/status")
-    found = re.search(rf"^{key}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    return 1024 * int(found[1]) if found else None
+    match = re.search(rf"^{key}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * int(match[1]) if match else None

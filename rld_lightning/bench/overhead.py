@@ -77,13 +77,13 @@ class _Bare(LightningModule):
 def bench_overhead(device: torch.device, rounds: int) -> None:
     """Trains in a plain loop, in Lightning and with ``fit.py`` in turn, and prints the times of a step."""
     contenders = {"plain loop": _loop, "Lightning, no callbacks": _lightning, "fit.py loss=ce": _fit}
-    found: dict[str, list[tuple[float, float]]] = {}
+    times_by_contender: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         for name, run in contenders.items():
             clock = run(device)
-            found.setdefault(name, []).append((_median_step(clock.cpu), _median_step(clock.wall)))
+            times_by_contender.setdefault(name, []).append((_median_step(clock.cpu), _median_step(clock.wall)))
     rows: list[tuple[str, float, str, float]] = []
-    for name, times in found.items():
+    for name, times in times_by_contender.items():
         cpu = [1e3 * seconds for seconds, _ in times]
         wall = statistics.median(1e3 * seconds for _, seconds in times)
         rows.append((name, statistics.median(cpu), f"{min(cpu):.2f} to {max(cpu):.2f}", wall))

@@ -19,7 +19,7 @@ _FIT = [sys.executable, str(SCRIPT), "data=digits", "model=resnet8", "loss=ce", 
 
 def bench_startup(rounds: int) -> None:
     """Runs each in turn and prints wall and CPU seconds, beside those of importing torch and Lightning."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    times_by_name: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
@@ -32,9 +32,9 @@ def bench_startup(rounds: int) -> None:
                 "each further trial": ((four[0] - two[0]) / 2, (four[1] - two[1]) / 2),
             }
         for name, taken in of_round.items():
-            found.setdefault(name, []).append(taken)
+            times_by_name.setdefault(name, []).append(taken)
     rows: list[tuple[str, float, str, float, float]] = []
-    for name, times in found.items():
+    for name, times in times_by_name.items():
         walls = [wall for wall, _ in times]
         median, cpu = statistics.median(walls), statistics.median(cpu for _, cpu in times)
         spread = f"{min(walls):.1f} to {max(walls):.1f}"

@@ -100,16 +100,16 @@ def _files_below(folder: Path) -> Iterator[str]:
     set: macOS writes a ``._photo.jpg`` beside each into its archives, and notebooks keep copies in
     ``.ipynb_checkpoints``.
     """
-    found, known = list[tuple[str, list[str]]](), set[tuple[int, int]]()
+    folders, visited = list[tuple[str, list[str]]](), set[tuple[int, int]]()
     for path, inner, files in os.walk(folder, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         status = Path(path).stat()
-        if (place := (status.st_dev, status.st_ino)) in known:
+        if (folder_id := (status.st_dev, status.st_ino)) in visited:
             inner.clear()
             continue
-        known.add(place)
-        found.append((path, files))
-    for path, files in sorted(found):
+        visited.add(folder_id)
+        folders.append((path, files))
+    for path, files in sorted(folders):
         yield from (f"{path}/{name}" for name in sorted(files) if not name.startswith("."))
 
 

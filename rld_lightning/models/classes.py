@@ -58,12 +58,12 @@ def _moved(network: nn.Module, name: str, order: Sequence[int], count: int) -> d
 
 def number_of_classes(name: str, state_dict: Mapping[str, Tensor]) -> int | None:
     """Infers the number of classes of weights from the network's shapes; None if they belong to another network."""
-    found = {
+    counts = {
         state_dict[key].shape[dim]
         for key, dim in _class_dims(name, 2)
         if key in state_dict and state_dict[key].ndim > dim
     }
-    return found.pop() if len(found) == 1 else None
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _class_dims(name: str, count: int) -> list[tuple[str, int]]:
@@ -90,20 +90,20 @@ def class_positions(
         ValueError: a class has no position, two have the same one, or the map contains unknown classes.
     """
     class_map = class_map or {}
-    if strangers := sorted(set(class_map) - set(classes)):
+    if unknown := sorted(set(class_map) - set(classes)):
         raise ValueError(
-            f"model.teacher.class_map names {some(strangers)}, which the data does not have."
-            f"{did_you_mean(strangers[0], classes)} It is {{<class of the data>: <class of the teacher>}}."
+            f"model.teacher.class_map names {some(unknown)}, which the data does not have."
+            f"{did_you_mean(unknown[0], classes)} It is {{<class of the data>: <class of the teacher>}}."
         )
     place: dict[str | int, int] = {number: number for number in range(count)}
     place |= {name: number for number, name in enumerate(known or ())}
     wanted = {name: class_map.get(name, name) for name in classes}
-    if lost := {name: target for name, target in wanted.items() if target not in place}:
-        missing = some(f"{name!r} ({target!r})" for name, target in lost.items())
+    if unmatched := {name: target for name, target in wanted.items() if target not in place}:
+        missing = some(f"{name!r} ({target!r})" for name, target in unmatched.items())
         names = f"such as {some(map(repr, known))}" if known else "which has no names for them"
         raise ValueError(
             f"the teacher has no class for {missing}; say which of its {count:,}, {names}, it is with "
-            f"model.teacher.class_map={{{next(iter(lost))}:<its name, or its number from 0 on>}}."
+            f"model.teacher.class_map={{{next(iter(unmatched))}:<its name, or its number from 0 on>}}."
         )
     places = [place[target] for target in wanted.values()]
     if len(set(places)) < len(places):

@@ -41,16 +41,16 @@ def transformers_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...],
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        found: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(identifier)[0]
+        processor: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(identifier)[0]
     except OSError:  # no image processor is published
         return None
-    size = found.get("crop_size") if found.get("do_center_crop") else found.get("size")
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if not sides or not isinstance(sides[0], int):
         return None
-    if not found.get("do_normalize", True):
+    if not processor.get("do_normalize", True):
         return (0.0,) * 3, (1.0,) * 3, sides[0]
-    mean, std = found.get("image_mean"), found.get("image_std")
+    mean, std = processor.get("image_mean"), processor.get("image_std")
     return (tuple(mean), tuple(std), sides[0]) if mean and std else None
 
 

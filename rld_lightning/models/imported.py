@@ -54,18 +54,18 @@ def build_imported(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found: Any = import_module(module)
+        builder: Any = import_module(module)
     except ImportError as error:
         raise ValueError(
             f"{name} cannot be imported ({first_line(error)}); run this in the folder that {module.split('.')[0]} is "
             "in, or put that on PYTHONPATH."
         ) from error
     for part in path.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{name} is not there: {module} has no {path}.{did_you_mean(path, dir(found))}")
-        found = getattr(found, part)
+        if not hasattr(builder, part):
+            raise ValueError(f"{name} is not there: {module} has no {path}.{did_you_mean(path, dir(builder))}")
+        builder = getattr(builder, part)
     try:
-        network = found(num_classes=num_classes, **kwargs)
+        network = builder(num_classes=num_classes, **kwargs)
     except TypeError as error:
         raise ValueError(f"{name} does not build a network from num_classes={num_classes}: {error}.") from error
     if not isinstance(network, nn.Module):

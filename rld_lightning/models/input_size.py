@@ -23,10 +23,10 @@ def split_size(name: str) -> tuple[str, int | None]:
     Raises:
         ValueError: the size is out of range.
     """
-    found = _SIZED.fullmatch(name)
-    if found is None:
+    match = _SIZED.fullmatch(name)
+    if match is None:
         return name, None
-    plain, digits = found.groups()
+    plain, digits = match.groups()
     if len(digits) > 4 or not 0 < int(digits) <= LARGEST_SIDE:
         raise ValueError(
             f"{name} asks for images of {digits} pixels a side; give 1 to {LARGEST_SIDE}, such as {plain}@224."

@@ -70,8 +70,8 @@ def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], in
     library, _, plain = name.partition("/")
     if library == "torchvision":
         weights = _published_weights(plain)
-        found = weights.transforms()
-        return tuple(found.mean), tuple(found.std), found.crop_size[0]
+        transform = weights.transforms()
+        return tuple(transform.mean), tuple(transform.std), transform.crop_size[0]
     if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
         return tuple(config.mean), tuple(config.std), config.input_size[-1]
     if library == "transformers":

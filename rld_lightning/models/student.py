@@ -66,10 +66,10 @@ class Student(nn.Module):
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         images = torch.stack([self.transform(picture) for picture in pictures]).to(device)
         best = self(images.contiguous(memory_format=torch.channels_last)).float().softmax(1)
-        found = best.topk(min(top, len(self.classes)), 1)
+        most_likely = best.topk(min(top, len(self.classes)), 1)
         return [
             [Prediction(self.classes[index], value) for value, index in zip(values, indices, strict=True)]
-            for values, indices in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+            for values, indices in zip(most_likely.values.tolist(), most_likely.indices.tolist(), strict=True)
         ]
 
 

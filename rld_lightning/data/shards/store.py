@@ -88,13 +88,13 @@ class ShardStore:
                 f"it {what}: {REPAIR}"
             )
 
-    def _ask(self, shard: int, question: Callable[[AbstractFileSystem, str], Any]) -> Any:
+    def _ask(self, shard: int, request: Callable[[AbstractFileSystem, str], Any]) -> Any:
         """Sends a request about a shard to the storage, and repeats it if the connection may have failed."""
         address = self.addresses[shard]
         for attempt in range(1, ATTEMPTS + 1):
             store, path = open_store(address, self.options)
             try:
-                return question(store, path)
+                return request(store, path)
             except FileNotFoundError as error:
                 raise ShardError(f"{address}, which the index lists, is missing: {REPAIR}") from error
             except MemoryError:
@@ -219,11 +219,11 @@ class CachedShards(ShardStore):
             return target
         self.folder.mkdir(parents=True, exist_ok=True)
         part, failed = (target.with_name(f"{target.name}.{ending}") for ending in ("part", "failed"))
-        asked = time.time()
+        started = time.time()
         with FileLock(f"{target}.lock", timeout=timeout):
             if target.exists():  # another process has downloaded it
                 return target
-            if _last_use(failed) > asked:  # or dozens of workers would ask a slow server for minutes, in turn
+            if _last_use(failed) > started:  # or dozens of workers would ask a slow server for minutes, in turn
                 raise ShardError(failed.read_text(errors="replace"))
             while not self._reserve(part, self.sizes[shard]):
                 time.sleep(WAIT_SECONDS)

@@ -122,8 +122,8 @@ def index_shards(
         ValueError: a shard is damaged or its samples are not as described above.
     """
     listings: dict[str, list[Listing]] = {split: [] for split in patterns}
-    found = [(split, address) for split, pattern in patterns.items() for address in _addresses(pattern, options)]
-    for split, address in _tracked(found, "indexing", len(found)):
+    addresses = [(split, address) for split, pattern in patterns.items() for address in _addresses(pattern, options)]
+    for split, address in _tracked(addresses, "indexing", len(addresses)):
         listings[split].append(_listed(_open(address, options), _as_seen_from(target, address), address))
     largest = max(int(listing.samples.label.max()) for listed in listings.values() for listing in listed)
     names = class_names or [str(number) for number in range(largest + 1)]
@@ -243,18 +243,18 @@ def _upload(path: Path, address: str, options: dict[str, Any] | None) -> None:
 
 
 def _addresses(pattern: str, options: dict[str, Any] | None) -> list[str]:
-    found = []
+    addresses = []
     for address in _webdataset("shardlists").expand_urls(pattern):
         if "*" not in address:
-            found.append(address)
+            addresses.append(address)
         elif (path := local_path(address)) is not None:
-            found += sorted(map(str, path.parent.glob(path.name)))
+            addresses += sorted(map(str, path.parent.glob(path.name)))
         else:
             store, inner = open_store(address, options)
-            found += sorted(store.unstrip_protocol(match) for match in store.glob(inner))
-    if not found:
+            addresses += sorted(store.unstrip_protocol(match) for match in store.glob(inner))
+    if not addresses:
         raise FileNotFoundError(f"there are no shards at {pattern}.")
-    return found
+    return addresses
 
 
 def _open(address: str, options: dict[str, Any] | None) -> BinaryIO:

@@ -60,10 +60,10 @@ class LogitsTable:
         size = table_bytes(rows, classes, dtype)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "r+b", buffering=0, opener=_open)  # noqa: SIM115 -- Path.open takes no opener
-        found = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size not in (0, size):
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size not in (0, size):
             self._file.close()
-            raise ValueError(f"{path} has {found.st_size:,} bytes, not the {size:,} of this table; move it away.")
+            raise ValueError(f"{path} has {status.st_size:,} bytes, not the {size:,} of this table; move it away.")
         os.truncate(self._file.fileno(), size)  # extends it with zeros
         flat = torch.from_file(str(path), shared=True, size=size // 2, dtype=torch.int16)
         self.table = flat.view(rows, words + 1)
@@ -84,8 +84,8 @@ class LogitsTable:
         Returns:
             the logits, float32 ``(B, C)``, and which of them are known, bool ``(B,)``; both on the device of ``rows``.
         """
-        found = self._rows(rows)
-        return self._logits(found).to(rows.device), self._are_valid(found).to(rows.device)
+        content = self._rows(rows)
+        return self._logits(content).to(rows.device), self._are_valid(content).to(rows.device)
 
     def read_known(self, rows: Tensor) -> Tensor:
         """Returns the logits, float32 ``(B, C)``, of known views, int64 ``(B,)``, without verifying checksums."""
@@ -135,11 +135,11 @@ class LogitsTable:
     def _rows(self, rows: Tensor) -> Tensor:
         return self.table.index_select(0, rows.to(self.table.device))  # on a CPU three times as fast as table[rows]
 
-    def _logits(self, found: Tensor) -> Tensor:
-        return found[:, :-1].contiguous().view(self.dtype).float()
+    def _logits(self, content: Tensor) -> Tensor:
+        return content[:, :-1].contiguous().view(self.dtype).float()
 
-    def _are_valid(self, found: Tensor) -> Tensor:
-        return found[:, -1] == self._checksum(found[:, :-1])
+    def _are_valid(self, content: Tensor) -> Tensor:
+        return content[:, -1] == self._checksum(content[:, :-1])
 
     def _checksum(self, words: Tensor) -> Tensor:
         # The offset makes a row of zeros invalid.

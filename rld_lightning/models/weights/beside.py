@@ -56,19 +56,19 @@ def _metadata_of_hub(path: Path) -> dict[str, str]:
         if path.stat().st_size > _MOST_CONFIG:
             raise ValueError(f"more than {_MOST_CONFIG:,} bytes")
         config = json.loads(path.read_bytes())
-        own = config.get("pretrained_cfg") or {}
-        said = {**own, **{key: value for key, value in config.items() if value is not None}}
-        crop, shape = said.get("crop_pct"), said.get("input_size")
-        found = {
-            "num_classes": said.get("num_classes"),
-            "class_names": said.get("label_names"),
+        pretrained = config.get("pretrained_cfg") or {}
+        merged = {**pretrained, **{key: value for key, value in config.items() if value is not None}}
+        crop, shape = merged.get("crop_pct"), merged.get("input_size")
+        values = {
+            "num_classes": merged.get("num_classes"),
+            "class_names": merged.get("label_names"),
             "image_shape": shape,
-            "mean": said.get("mean"),
-            "std": said.get("std"),
+            "mean": merged.get("mean"),
+            "std": merged.get("std"),
             "resize": int(shape[-1] / crop) if crop and shape else None,
         }
-        names = {"name": f"timm/{said['architecture']}", "interpolation": said.get("interpolation")}
+        names = {"name": f"timm/{merged['architecture']}", "interpolation": merged.get("interpolation")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is not the configuration of an image classifier ({error!r})") from error
-    texts = {key: json.dumps(value) for key, value in found.items() if value is not None}
+    texts = {key: json.dumps(value) for key, value in values.items() if value is not None}
     return texts | {key: value for key, value in names.items() if isinstance(value, str)}

@@ -34,8 +34,8 @@ def load_safely(content: bytes, map_location: Any = "cpu") -> Any:
         raise ClaimError("it claims to unpack to more than it holds; torch.save compresses nothing")
     if wrong := _pickle_fault(content):
         raise ClaimError(wrong)
-    found = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
-    for tensor in _tensors(found):
+    loaded = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
+    for tensor in _tensors(loaded):
         if (
             tensor.layout != torch.strided
             or tensor.is_meta
@@ -45,7 +45,7 @@ def load_safely(content: bytes, map_location: Any = "cpu") -> Any:
                 f"a tensor of {tuple(tensor.shape)} in it has not all of these values; tensors have to be dense and "
                 "contiguous"
             )
-    return found
+    return loaded
 
 
 def as_text(value: object) -> str:

@@ -48,9 +48,9 @@ def sealed_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) 
     """
     marks = {_DIGEST_KEY: _ZERO.decode(), _SEALED_KEY: "true"}
     content = _in_order(safetensors.torch.save(tensors), {**metadata, **marks})
-    found = _DIGEST.search(content, 0, _header_end(content))
-    assert found is not None  # the key's quotes are never escaped
-    at = found.start(1)
+    match = _DIGEST.search(content, 0, _header_end(content))
+    assert match is not None  # the key's quotes are never escaped
+    at = match.start(1)
     content[at : at + _DIGITS] = _digest(content, at)
     return content
 
@@ -71,10 +71,10 @@ def is_damaged(content: bytes | bytearray | memoryview) -> bool:
         at = len(content) - _DIGITS
         return tail[-_DIGITS:] != _digest(content, at)
     header = bytes(content[: _header_end(content)])
-    found = _DIGEST.search(header)
-    if found is None:
+    match = _DIGEST.search(header)
+    if match is None:
         return _SEALED in header
-    return found[1] != _digest(content, found.start(1))
+    return match[1] != _digest(content, match.start(1))
 
 
 def without_seal(metadata: Mapping[str, str]) -> dict[str, str]:

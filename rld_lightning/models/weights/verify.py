@@ -112,23 +112,23 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
         WeightsError: they differ; the message explains how.
     """
     model = unwrap(model)
-    found = _shapes(weights.state_dict)
+    actual = _shapes(weights.state_dict)
     # torch fills in BatchNorm's counters if they are absent, as in files from before torch 0.4.1.
-    expected = {key: s for key, s in _shapes(model.state_dict()).items() if key in found or not _is_counter(key)}
-    if expected == found:
+    expected = {key: s for key, s in _shapes(model.state_dict()).items() if key in actual or not _is_counter(key)}
+    if expected == actual:
         return
     target = f"the model {name or type(model).__name__}"
-    if (widths := _classifier_widths(expected, found)) is not None:
+    if (widths := _classifier_widths(expected, actual)) is not None:
         raise WeightsError(
             f"{weights.source} does not fit {target}: the file has {widths[1]} classes, the model {widths[0]}; "
             f"use weights trained on the same classes, or build the model with num_classes={widths[1]}"
         )
-    shape_differs = [key for key in expected.keys() & found.keys() if expected[key] != found[key]]
+    shape_differs = [key for key in expected.keys() & actual.keys() if expected[key] != actual[key]]
     differences = {
-        "missing from the file": [f"{key} {list(expected[key])}" for key in expected if key not in found],
-        "not in the model": [f"{key} {list(found[key])}" for key in found if key not in expected],
+        "missing from the file": [f"{key} {list(expected[key])}" for key in expected if key not in actual],
+        "not in the model": [f"{key} {list(actual[key])}" for key in actual if key not in expected],
         "of another shape": [
-            f"{key} (file {list(found[key])}, model {list(expected[key])})" for key in expected if key in shape_differs
+            f"{key} (file {list(actual[key])}, model {list(expected[key])})" for key in expected if key in shape_differs
         ],
     }
     details = "; ".join(f"{len(items)} {what}: {some(items)}" for what, items in differences.items() if items)
@@ -146,11 +146,11 @@ def identify(state_dict: Mapping[str, Tensor]) -> list[str]:
 
     Candidates are the registered models and torchvision's ResNets.
     """
-    found = {key: shape for key, shape in _shapes(state_dict).items() if not _is_counter(key)}
+    actual = {key: shape for key, shape in _shapes(state_dict).items() if not _is_counter(key)}
     return [
         name
         for name, expected in _signatures().items()
-        if expected.keys() == found.keys() and all(_fits(expected[key], found[key]) for key in expected)
+        if expected.keys() == actual.keys() and all(_fits(expected[key], actual[key]) for key in expected)
     ]
 
 
@@ -169,8 +169,8 @@ def _signatures() -> dict[str, dict[str, tuple[int | None, ...]]]:
     return signatures
 
 
-def _fits(expected: Sequence[int | None], found: Sequence[int]) -> bool:
-    return len(expected) == len(found) and all(a in (None, b) for a, b in zip(expected, found, strict=True))
+def _fits(expected: Sequence[int | None], actual: Sequence[int]) -> bool:
+    return len(expected) == len(actual) and all(a in (None, b) for a, b in zip(expected, actual, strict=True))
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -182,15 +182,15 @@ def _is_counter(key: str) -> bool:
 
 
 def _classifier_widths(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, int] | None:
-    """Returns the (expected, found) numbers of outputs if the two differ only in one layer's outputs."""
-    if expected.keys() != found.keys():
+    """Returns the (expected, actual) numbers of outputs if the two differ only in one layer's outputs."""
+    if expected.keys() != actual.keys():
         return None
-    differing = [key for key in expected if expected[key] != found[key]]
-    widths = {(expected[key][:1], found[key][:1]) for key in differing}
+    differing = [key for key in expected if expected[key] != actual[key]]
+    widths = {(expected[key][:1], actual[key][:1]) for key in differing}
     same_layer = len({key.rpartition(".")[0] for key in differing}) == 1
-    same_inputs = all(expected[key][1:] == found[key][1:] for key in differing)
+    same_inputs = all(expected[key][1:] == actual[key][1:] for key in differing)
     if not (same_layer and same_inputs and len(widths) == 1):
         return None
     ((model_width, file_width),) = widths
