@@ -1,4 +1,4 @@
-"""The processes of a run: which launcher launcher them, how many there are, and what they agree on."""
+"""The processes of a run: which launcher started them, how many there are, and what they agree on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def is_rank_zero() -> bool:
 
 
 class Launcher(NamedTuple):
-    """The launcher of a run's processes (``torchrun`` or ``srun``), and how many it launcher."""
+    """The launcher of a run's processes (``torchrun`` or ``srun``), and how many it started."""
 
     name: str
     processes: int
@@ -75,10 +75,10 @@ def started_by_run() -> bool:
 
 
 def wait_for_rank_zero() -> str:
-    """Leaves an error that every rank of ``torchrun`` or ``srun`` may find to rank 0, after which they are ended.
+    """Gives rank 0 time to report an error that every rank may find; ``torchrun`` or ``srun`` then ends the others.
 
     Returns:
-        a prefix for the message of a rank that is still there, and alone with its error: its number and host.
+        a prefix for the message of a rank that still runs, and alone has the error: its number and host.
     """
     launcher = external_launcher()
     if launcher is None or is_rank_zero():
@@ -90,7 +90,8 @@ def wait_for_rank_zero() -> str:
 def wait_for_all_ranks() -> None:
     """Waits until all ranks of ``torchrun`` are here; a signal ends the wait.
 
-    PyTorch's own wait hears no signal: if a rank has failed, ``torchrun`` kills the others only half a minute later.
+    PyTorch's own wait ignores signals: if a rank has failed, ``torchrun`` would kill the others only half a minute
+    later.
     """
     launcher = external_launcher()
     if launcher is None or launcher.name != "torchrun" or launcher.processes == 1 or started_by_run():

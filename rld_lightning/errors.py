@@ -66,7 +66,7 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escapes control characters (``\\x1b`` becomes text): file and class names may come from strangers."""
+    """Escapes control characters (``\\x1b`` becomes text): file and class names may be untrusted."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

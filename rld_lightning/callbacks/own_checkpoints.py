@@ -16,7 +16,7 @@ from rld_lightning.watching import callbacks_of
 class OwnCheckpoints(Callback):
     """Restricts each ``ModelCheckpoint`` of a resumed run to files of its own directory.
 
-    Lightning trusts the paths in a checkpoint and deletes these files once a better epoch comes, so that a stranger's
+    Lightning trusts the paths in a checkpoint and deletes these files once a better epoch comes, so that an untrusted
     ``last.ckpt`` could name any path. Here, only the scores and file names in a checkpoint count: a file is accepted if
     the callback itself would give it this name and it is in the callback's directory, or next to the checkpoint from
     which the run resumes. From there the scored files are copied, so that the best epoch stays the best in a run that

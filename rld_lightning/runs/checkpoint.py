@@ -99,7 +99,7 @@ def add_record(checkpoint: dict[str, Any], before: RunRecord) -> None:
 
 
 def read_record(checkpoint: Mapping[str, Any], path: Path) -> RunRecord:
-    """Reads what a checkpoint records about its run. It may be a stranger's.
+    """Reads what a checkpoint, which may be untrusted, records about its run.
 
     Raises:
         ValueError: the record is missing or is not plain text.

@@ -308,7 +308,7 @@ def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple
 
 
 def _shown(value: Any) -> str:
-    """Formats a value, possibly from a stranger's file, for a message."""
+    """Formats a value, possibly from an untrusted file, for a message."""
     if value is _MISSING:
         return "missing"
     if isinstance(value, Tensor):

@@ -84,7 +84,7 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
 
 
 def plain_cell(value: object) -> object:
-    """Escapes cells that a spreadsheet would take for formulas or new lines: class names may be a stranger's."""
+    """Escapes cells that a spreadsheet would take for formulas or new lines: class names may be untrusted."""
     if not isinstance(value, str):
         return value
     text = value.replace("\r", " ")
@@ -118,7 +118,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file of a run directory, which may be a stranger's: limited in size, and no pipe."""
+    """Reads a text file of a run directory, which may be untrusted: limited in size, and no pipe."""
     if path.exists() and not path.is_file():
         return ""
     with path.open(errors="replace") as file:
@@ -158,7 +158,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_config(run: Path) -> Any:
-    """Reads the configuration in a run directory, which may be a stranger's, as plain values; nothing is instantiated.
+    """Reads the configuration in a run directory, which may be untrusted, as plain values; nothing is instantiated.
 
     Raises:
         ValueError: it cannot be read; the caller checks that it is a complete configuration.

@@ -58,7 +58,7 @@ def check_within(folder: Path, above: Path, option: str) -> None:
 
     Args:
         folder: such as ``<run>/export``, which need not exist yet.
-        above: the directory that was named, which may be a stranger's.
+        above: the directory that was named, which may be untrusted.
         option: the option that names another one.
 
     Raises:
@@ -71,7 +71,7 @@ def check_within(folder: Path, above: Path, option: str) -> None:
 def check_folder(folder: Path, option: str = "hydra.run.dir=", written: Collection[str] | None = None) -> None:
     """Checks that a job can write into a directory, and that no link leads its writes elsewhere.
 
-    The directory may be a stranger's: files are written through links, so a link in it could lead to any file.
+    The directory may be untrusted: files are written through links, so a link in it could lead to any file.
 
     Args:
         folder: the directory, which need not exist yet, and may itself be a link.

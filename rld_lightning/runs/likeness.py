@@ -249,7 +249,7 @@ def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ
 
 
 def _shown(value: str) -> str:
-    """Formats a value, possibly from a stranger's file, for a message."""
+    """Formats a value, possibly from an untrusted file, for a message."""
     return value if len(value) <= _MOST_SHOWN and value.isprintable() else repr(value[:_MOST_SHOWN])
 
 

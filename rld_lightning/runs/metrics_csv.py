@@ -25,7 +25,7 @@ def read_metrics(run: Path) -> "pd.DataFrame":
     """Returns the metrics logged at the end of epochs: one row per epoch (counted from 1), one column per metric.
 
     Args:
-        run: a run directory with a ``metrics.csv``, which may be a stranger's: values that are not numbers are dropped.
+        run: a run directory with a ``metrics.csv``, which may be untrusted: values that are not numbers are dropped.
 
     Raises:
         ValueError: the file is not a table, or larger than any run's.
@@ -57,7 +57,7 @@ def read_rows(run: Path) -> list[Row]:
 
 
 def known_rows(values: Any) -> list[Row]:
-    """Keeps the valid parts of rows from a file or a checkpoint, possibly a stranger's: numbers with plain names."""
+    """Keeps the valid parts of rows from a file or a checkpoint, possibly untrusted: numbers with plain names."""
     if not isinstance(values, list):
         return []
     rows = [_numbers(value) for value in values if isinstance(value, dict)]

@@ -1,6 +1,6 @@
 """Rebuilds a run's data and losses from its settings.
 
-The run directory may be a stranger's, so its settings are treated as data: only classes of this package are built, from
+The run directory may be untrusted, so its settings are treated as data: only classes of this package are built, from
 a list, and the settings cannot make anything be downloaded from elsewhere or written to.
 """
 

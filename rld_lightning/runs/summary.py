@@ -111,7 +111,7 @@ def _is_percent(value: float | None) -> bool:
 
 
 def _is_value(kind: Any, value: object) -> bool:
-    """Whether a value has a field's type; the file may be a stranger's, and readers rely on the types."""
+    """Whether a value has a field's type; the file may be untrusted, and readers rely on the types."""
     kinds = get_args(kind) or (kind,)
     if isinstance(value, int) and not isinstance(value, bool):
         return bool({int, float} & {*kinds}) and 0 <= value < _LARGEST

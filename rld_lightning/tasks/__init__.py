@@ -1,1 +1,1 @@
-"""What the scripts do, as functions that can be imported: each takes the configuration that Hydra composed."""
+"""The scripts' jobs as functions; each takes the configuration composed by Hydra."""

@@ -29,7 +29,7 @@ from rld_lightning.tasks.run.trainer import device_of
 from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher, input_size, teacher_of
 
 COST = "cost.json"
-# Limits for a run directory that may be a stranger's: its networks are built and run.
+# Limits for a run directory that may be untrusted: its networks are built and run.
 _MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
 
 

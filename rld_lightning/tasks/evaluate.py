@@ -48,11 +48,11 @@ MOST_CLASSES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scored; written as ``evaluation.json``. Accuracies and calibration error in percent, NLL in nats.
+    """Scores of a model; written as ``evaluation.json``. Accuracies and calibration error in percent, NLL in nats.
 
-    ``ece`` is the expected calibration error over 15 bins of confidence (Guo et al., arXiv 1706.04599). Where model and
-    data share a part of their classes only, ``shared_classes`` says how many, and the images are those of these
-    classes; all classes of the model compete. It is None where the classes are the same.
+    ``ece`` is the expected calibration error over 15 bins of confidence (Guo et al., arXiv 1706.04599). If model and
+    data have only a part of their classes in common, ``shared_classes`` is their number, and the images are those of
+    these classes; all classes of the model compete. It is None if the classes are the same.
     """
 
     weights: str
@@ -73,8 +73,7 @@ class EvaluationModule(LightningModule):
     Args:
         model: maps images ``(B, 3, H, W)`` to logits ``(B, C)``.
         num_classes: C.
-        class_of: for each class of the data, its place among the logits, or -1 for images to be left out; by default
-            the same.
+        class_of: for each class of the data, its index among the logits, or -1 to skip its images; by default the same.
         renormalise: converts images to the normalisation that the model was trained with; None if they have it.
     """
 

@@ -91,7 +91,7 @@ class WandbLogger(LightningWandbLogger):
     def continue_run(self, folder: Path) -> None:
         """Continues the W&B run of a run directory, if it has one; call this before anything is logged.
 
-        The directory may be a stranger's: an invalid id is ignored, because it is used in file names.
+        The directory may be untrusted: an invalid id is ignored, because it is used in file names.
         """
         self._resumed_folder = folder
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -6,7 +6,7 @@ scripts from other sites, telemetry that has to be switched off, and handlers th
 the standard library lacks is done here:
 
 - it listens on 127.0.0.1 only;
-- ``Host`` must be this machine, as a stranger's page could resolve its own name to this address (DNS rebinding), and
+- ``Host`` must be this machine, as a foreign page could resolve its own name to this address (DNS rebinding), and
   ``Origin`` of a request must be the page itself, so that no other page can send one;
 - a picture's length is checked before it is read, its type before it is decoded, and no path is ever opened: the
   files are read once, before the first request;

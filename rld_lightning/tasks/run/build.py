@@ -27,7 +27,7 @@ from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
-from rld_lightning.tasks.run.matched_classes import put_in_order
+from rld_lightning.tasks.run.matched_classes import reorder_to_data
 from rld_lightning.tasks.run.plan import Plan, Student, completed_config, with_values
 from rld_lightning.tasks.run.trainer import make_trainer
 from rld_lightning.watching import skip_idle_hooks
@@ -56,7 +56,7 @@ def build_module(
     pretrained = {"pretrained": True} if weights == "pretrained" else {}
     student = create_model(name, data.num_classes, **pretrained)
     if weights not in (None, "pretrained"):
-        put_in_order(student, name, load_weights(student, weights, name=name), data, "student")
+        reorder_to_data(student, name, load_weights(student, weights, name=name), data, "student")
     if teacher is not None:
         plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
         if student is not plain and plan.teacher is not None:

@@ -1,4 +1,4 @@
-"""Which classes of the data are which of a model's: by name where its file names them, by position where not."""
+"""Matches the classes of the data to a model's: by name if its file names them, otherwise by position."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,18 +17,18 @@ from rld_lightning.models.weights.verify import create_fitting
 
 
 class MatchedClasses(NamedTuple):
-    """How the classes of the data and of a model belong together."""
+    """The correspondence between the classes of the data and of a model."""
 
     names: list[str]  # the model's classes, in the order of its logits
-    class_of: list[int]  # for each class of the data, its place among them; -1 for one that the model does not know
-    shared: int | None  # how many both know; None where these are all of both
+    class_of: list[int]  # for each class of the data, its index among them; -1 if the model does not have it
+    shared: int | None  # number of common classes; None if all are common
 
 
 def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
-    """Matches the classes of the data to those of a model, and says what does not match.
+    """Matches the classes of the data to those of a model, and prints what does not match.
 
     Raises:
-        ValueError: the file names its classes, and none of them, or another number, is in the data.
+        ValueError: the file names its classes, and the data have none of them and another number of classes.
     """
     classes, known = list(data.class_names), facts.class_names
     by_position = MatchedClasses(classes, list(range(len(classes))), None)
@@ -59,32 +59,32 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
 
 
 def read_student(file: Path, name: str, data: ImageDataModule) -> nn.Module:
-    """Reads a student for the images and classes of the data, with the normalisation that it was trained with.
+    """Loads a student for the images and classes of the data, with the normalisation of its training.
 
     Args:
-        name: of the network, where the file does not say it.
+        name: the network's name, if the file does not contain it.
 
     Raises:
         WeightsError: the file cannot be used, or is another network's.
-        ValueError: it knows other classes.
+        ValueError: it has other classes.
     """
     weights = find_weights(file)
     facts = facts_of(weights)
     name = facts.name or name
     network, weights = create_fitting(name, data.num_classes, weights)
-    put_in_order(network, name, weights, data, "student")
+    reorder_to_data(network, name, weights, data, "student")
     renormalise = make_renormalise(Normalisation(tuple(data.mean), tuple(data.std)), stored_normalisation(facts))
     return network if renormalise is None else nn.Sequential(renormalise, network)
 
 
-def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDataModule, role: str) -> None:
-    """Puts the classes of a network in the order of the data, by name where its file names its own; tells of it.
+def reorder_to_data(network: nn.Module, name: str, weights: Weights, data: ImageDataModule, role: str) -> None:
+    """Reorders the classes of a network as in the data, by name if its file names them; prints this.
 
     Args:
-        role: what it is to be, ``"teacher"`` or ``"student"``.
+        role: ``"teacher"`` or ``"student"``.
 
     Raises:
-        ValueError: it knows other classes.
+        ValueError: it has other classes.
     """
     if weights.account:
         print_line(role, f"weights {weights.account}")
@@ -101,6 +101,6 @@ def put_in_order(network: nn.Module, name: str, weights: Weights, data: ImageDat
 
 
 def first_other(known: list[str], classes: list[str]) -> str:
-    """The first class that two lists do not have in the same place, in brackets; empty without one."""
+    """Returns the first class that differs between two lists, in brackets; empty if there is none."""
     pairs = enumerate(zip(known, classes, strict=False))
     return next((f" (class {i} is {a!r} there and {b!r} here)" for i, (a, b) in pairs if a != b), "")

@@ -39,7 +39,7 @@ from rld_lightning.models.weights.verify import create_fitting
 from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.describe import describe_size
-from rld_lightning.tasks.run.matched_classes import put_in_order
+from rld_lightning.tasks.run.matched_classes import reorder_to_data
 from rld_lightning.tasks.run.plan import Teacher
 from rld_lightning.tasks.teacher.recorded import teacher_size
 
@@ -157,7 +157,7 @@ def _of_file(teacher: Teacher, path: str, data: ImageDataModule) -> tuple[nn.Mod
     more = known is not None and len(known) > len(classes) and set(classes) <= set(known)
     if count is None or (teacher.class_map is None and not more):
         network, weights = create_fitting(teacher.name, data.num_classes, weights)
-        put_in_order(network, teacher.name, weights, data, "teacher")
+        reorder_to_data(network, teacher.name, weights, data, "teacher")
         return network, weights
     network, weights = create_fitting(teacher.name, count, weights)
     if weights.account:

@@ -17,7 +17,7 @@ from rld_lightning.tasks.run.plan import Teacher
 def teacher_of(
     run: Run, file: str | None = None, option: str | None = "teacher=", *, classes_count: bool = True
 ) -> Teacher:
-    """Returns the teacher of a finished run from its configuration, which may be a stranger's.
+    """Returns the teacher of a finished run from its configuration, which may be untrusted.
 
     Args:
         file: its weights, if not where they were during training.

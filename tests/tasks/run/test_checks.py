@@ -13,7 +13,7 @@ from torch import nn
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.tasks.run import checks
-from rld_lightning.tasks.run.matched_classes import put_in_order
+from rld_lightning.tasks.run.matched_classes import reorder_to_data
 
 
 class Toy(ImageDataModule):
@@ -74,7 +74,7 @@ def test_network_is_not_modified():
 
 def test_facts_of_foreign_files_are_not_trusted():
     theirs = Weights({}, {"dataset": "toy", "class_names": "['a']", "val_fraction": "None"}, Path("w"))
-    put_in_order(nn.Identity(), "resnet8", theirs, data(), "student")
+    reorder_to_data(nn.Identity(), "resnet8", theirs, data(), "student")
     checks.check_split(theirs, data(), "val")
 
 
