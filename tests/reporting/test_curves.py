@@ -27,7 +27,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_one_row_an_epoch_counted_from_one(run):
+def test_metrics_have_one_row_per_epoch_from_one(run):
     metrics = read_metrics(run)
     assert metrics.index.tolist() == [1, 2]
     assert metrics["val/top1"].tolist() == [40.0, 50.0]
@@ -35,7 +35,7 @@ def test_one_row_an_epoch_counted_from_one(run):
     assert "loss" not in metrics
 
 
-def test_the_picture_shows_each_term_and_the_schedule(run, monkeypatch):
+def test_the_figure_has_each_term_and_the_schedule(run, monkeypatch):
     drawn = {}
 
     def keep(figure, path, **_options):
@@ -87,7 +87,7 @@ IN_PART = """epoch,step,train/loss,train/ce,val/top1
 """
 
 
-def test_an_epoch_in_part_is_drawn_where_it_ended(tmp_path, monkeypatch):
+def test_a_partial_epoch_is_drawn_at_its_fraction(tmp_path, monkeypatch):
     write_run(tmp_path, epochs=240, summary={"steps": 60, "scheduled_steps": 782 * 240, "epochs": 1})
     (tmp_path / "metrics.csv").write_text(IN_PART)
     places, ticks = drawn_on(monkeypatch, tmp_path)
@@ -96,20 +96,20 @@ def test_an_epoch_in_part_is_drawn_where_it_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("summary", [{}, {"steps": 782 * 2, "scheduled_steps": 782 * 2}])
-def test_whole_epochs_are_ticked_and_counted_from_one(tmp_path, monkeypatch, summary):
+def test_ticks_are_at_whole_epochs_from_one(tmp_path, monkeypatch, summary):
     write_run(tmp_path, epochs=2, summary=summary)
     lines = ["epoch,step,val/top1", "0,781,40.0", "1,1563,50.0"]
     (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
     assert drawn_on(monkeypatch, tmp_path) == ([1, 2], [1, 2])
 
 
-def test_one_epoch_is_no_reason_for_fractions(tmp_path, monkeypatch):
+def test_a_single_epoch_has_whole_ticks(tmp_path, monkeypatch):
     write_run(tmp_path, epochs=2)
     (tmp_path / "metrics.csv").write_text("epoch,step,val/top1\n1,1563,40.0\n")
     assert drawn_on(monkeypatch, tmp_path) == ([2], [1, 2])
 
 
-def test_metrics_without_rows_of_an_epoch(tmp_path):
+def test_metrics_without_epochs_are_empty(tmp_path):
     pd.DataFrame({"epoch": [], "step": [], "val/top1": []}).to_csv(tmp_path / "metrics.csv", index=False)
     assert read_metrics(tmp_path).empty
 
@@ -117,7 +117,7 @@ def test_metrics_without_rows_of_an_epoch(tmp_path):
 @pytest.mark.parametrize(
     ("interval", "steps", "style"), [("epoch", [0, 9, 19], "steps-pre"), ("step", [9, 19], "default")]
 )
-def test_the_rate_of_an_epochs_last_step_is_drawn_over_that_epoch(tmp_path, monkeypatch, interval, steps, style):
+def test_the_learning_rate_is_drawn_over_its_epoch(tmp_path, monkeypatch, interval, steps, style):
     write_run(tmp_path, epochs=2, settings={"recipe.scheduler_interval": interval})
     (tmp_path / "metrics.csv").write_text("epoch,step,val/top1,lr\n0,9,40,0.05\n1,19,50,0.005\n")
     found = []
@@ -129,7 +129,7 @@ def test_the_rate_of_an_epochs_last_step_is_drawn_over_that_epoch(tmp_path, monk
 
 
 @pytest.mark.parametrize(("teacher_top1", "drawn"), [(99.81, False), (99.79, True)])
-def test_shares_of_a_few_images_are_not_drawn(tmp_path, monkeypatch, teacher_top1, drawn):
+def test_percentages_of_few_images_are_not_drawn(tmp_path, monkeypatch, teacher_top1, drawn):
     run, labels = write_run(tmp_path / "run", "kd", teacher_top1=teacher_top1), set()
     (run / "metrics.csv").write_text(METRICS)
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from rld_lightning.reporting.sweeps import sweep_settings
 from rld_lightning.runs.finished import find_runs
 
 
-def test_one_line_a_run(tmp_path):
+def test_the_frame_has_one_line_per_run(tmp_path):
     write_run(tmp_path / "a", "ce", seed=1, top1=50.0)
     write_run(tmp_path / "b", "rld", top1=60.0, settings={"loss.alpha": 2.0})
     frame = runs_frame(find_runs([tmp_path]))
@@ -23,7 +23,7 @@ def test_one_line_a_run(tmp_path):
     assert frame["overrides"].str.endswith("loss.alpha=2.0").tolist() == [False, True]
 
 
-def test_seeds_are_pooled_and_the_best_is_first(tmp_path):
+def test_seeds_are_averaged_and_sorted_best_first(tmp_path):
     for alpha, top1 in ((1.0, 50.0), (2.0, 60.0)):
         for seed in (0, 1):
             write_run(tmp_path / f"{alpha}-{seed}", seed=seed, top1=top1 + seed, settings={"loss.alpha": alpha})
@@ -34,7 +34,7 @@ def test_seeds_are_pooled_and_the_best_is_first(tmp_path):
     assert table["n"].tolist() == [2, 2]
 
 
-def test_settings_of_a_sweep_are_as_written(tmp_path):
+def test_settings_of_a_sweep_keep_their_text(tmp_path):
     write_sweep(tmp_path, alphas=(1, 2), betas=(8,), temperatures=(4,), seeds=(0, 1))
     write_run(tmp_path / "teacher", "ce", top1=99.0)
     write_run(tmp_path / "diverged", top1=math.nan, settings={"loss.alpha": 2, "loss.beta": 8})
@@ -50,7 +50,7 @@ def test_settings_of_a_sweep_are_as_written(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3", "@SUM(A1)", "\t=1"])
-def test_no_text_is_a_formula(tmp_path, text):
+def test_csv_texts_are_not_formulas(tmp_path, text):
     table = pd.DataFrame({"text": [text, "-", "-1.5", "a\r=1"], "number": [-1.0, -2.0, 3.0, float("nan")]})
     read = pd.read_csv(write_csv(table, tmp_path / "t.csv"), dtype={"text": str})
     assert read["text"].tolist() == [f"'{text}", "-", "-1.5", "a =1"]

@@ -47,13 +47,13 @@ def cell(folder, method, *, teacher="wrn40_2", student="wrn16_2", epochs=240, te
         ("imagenet", "torchvision/resnet50", "mobilenetv1", TEACHER, 76.16, False),
     ],
 )
-def test_our_names_find_the_published_number(dataset, teacher, student, method, value, second_hand):
+def test_published_numbers_are_found_by_our_names(dataset, teacher, student, method, value, second_hand):
     first = top1(dataset, teacher, student, method)[0]
     assert (first.value, first.second_hand) == (value, second_hand)
     assert first.source
 
 
-def test_numbers_of_longer_training_are_shown_beside_none_of_ours():
+def test_numbers_of_longer_training_are_not_shown_for_our_runs():
     pair = ("cifar100", "resnet32x4", "resnet8x4")
     assert top1(*pair, "kd_ls")[0].value == 76.62
     assert top1(*pair, "mlkd") == []  # 480 epochs and more
@@ -74,7 +74,7 @@ def test_numbers_of_longer_training_are_shown_beside_none_of_ours():
         ("rld_scd", {}),  # the factory's loss does not set beta to 0
     ],
 )
-def test_a_loss_that_is_not_the_published_one_has_no_published_number(tmp_path, method, settings):
+def test_a_changed_loss_has_no_published_number(tmp_path, method, settings):
     assert cell(tmp_path, method, settings=settings) is None
 
 
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_the_published_one_has_no_published_number(tmp_path, 
     ("method", "settings", "value"),
     [("rld", {"loss.mask": "ge"}, 76.02), ("kd_ls", {"loss.logit_standardization": True}, 76.11)],
 )
-def test_the_options_own_settings_keep_the_number(tmp_path, method, settings, value):
+def test_explicit_default_settings_keep_the_number(tmp_path, method, settings, value):
     assert cell(tmp_path, method, settings=settings)[0] == value
 
 
@@ -108,11 +108,11 @@ def test_the_options_own_settings_keep_the_number(tmp_path, method, settings, va
         ("nkd", {}, False),  # settings for ImageNet
     ],
 )
-def test_only_runs_with_the_published_recipe_compare(tmp_path, method, options, comparable):
+def test_only_runs_with_the_published_recipe_are_comparable(tmp_path, method, options, comparable):
     assert cell(tmp_path, method, **options)[1] is comparable
 
 
-def test_another_recipe_or_one_that_is_not_known_does_not_compare(tmp_path):
+def test_another_or_unknown_recipe_is_not_comparable(tmp_path):
     choices = tmp_path / ".hydra" / "hydra.yaml"
     write_run(tmp_path, "kd", teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.61)
     assert departures(read_run(tmp_path)) == []
@@ -146,12 +146,12 @@ EMA = {"ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "de
         ({"settings": {"experiment": "mine"}}, ["other experiment"]),
     ],
 )
-def test_departures_are_named(tmp_path, options, words):
+def test_departures_are_described(tmp_path, options, words):
     options = {"teacher": "wrn40_2", "student": "wrn16_2", "epochs": 240, "teacher_top1": 75.61} | options
     assert departures(read_run(write_run(tmp_path, "kd", **options))) == words
 
 
-def test_bf16_that_no_override_says_is_marked_beside_the_number(tmp_path):
+def test_bf16_without_an_override_is_marked(tmp_path):
     folder = write_run(tmp_path, "kd", teacher="wrn40_2", student="wrn16_2", epochs=240, teacher_top1=75.61)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("precision: 32-true", "precision: bf16-mixed"))
@@ -161,7 +161,7 @@ def test_bf16_that_no_override_says_is_marked_beside_the_number(tmp_path):
     assert '‡</sup><span class="role">bf16-mixed, not float32</span>' in files.html.read_text()
 
 
-def test_other_recipes_are_no_disagreement():
+def test_numbers_with_other_recipes_do_not_disagree():
     numbers = top1("imagenet", "torchvision/resnet34", "torchvision/resnet18", "kd")
     assert {70.83, 71.37} <= {number.value for number in numbers if number.other_recipe}  # CTKD's, torchdistill's
     assert not numbers[0].other_recipe
@@ -169,7 +169,7 @@ def test_other_recipes_are_no_disagreement():
     assert (first.value, first.source_key) == (74.43, "DIST-readme")  # not the number in TTM's paper
 
 
-def test_nothing_where_nothing_is_published():
+def test_unpublished_pairs_have_no_numbers():
     assert published_for_pair("cifar100", "resnet20", "resnet8") == []
     assert published_for_pair("digits", "wrn40_2", "wrn16_2") == []
     assert published_for_pair("imagenet", "timm/resnet34", "torchvision/resnet18") == []  # other weights

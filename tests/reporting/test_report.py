@@ -122,7 +122,7 @@ def test_the_results_table(report):
     assert rows["wrn40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][1] == "75.60"
 
 
-def test_gains_and_tests_are_those_of_the_runs(report):
+def test_gains_and_tests_equal_those_of_the_runs(report):
     runs = pd.read_csv(report.html.parent / "runs.csv")
     runs = runs[(runs["epochs"] == 240) & (runs["pair"] == "wrn40_2_to_wrn16_2")]
     top1 = runs.pivot_table(index="seed", columns="method", values="top1_last")
@@ -136,11 +136,11 @@ def test_gains_and_tests_are_those_of_the_runs(report):
     assert row["p_holm"] >= row["p"]
 
 
-def test_confusions_are_of_the_seeds_that_have_noted_them(report):
+def test_confusions_pool_the_seeds_that_recorded_them(report):
     assert "2 seeds together" in report.html.read_text()  # of three, one is damaged
 
 
-def test_a_sweep_stays_out_of_the_results(report):
+def test_a_sweep_is_not_in_the_results(report):
     results = pd.read_csv(report.html.parent / "results.csv")
     assert set(results["split"]) == {"the test split"}
     assert len(pd.read_csv(report.html.parent / "sweeps.csv")) == 4
@@ -149,19 +149,19 @@ def test_a_sweep_stays_out_of_the_results(report):
     assert "58.00" in text
 
 
-def test_failed_and_unfinished_runs_are_named(report):
+def test_failed_and_unfinished_runs_are_listed(report):
     page = report.html.read_text()
     assert "training diverged in &lt;epoch&gt; 3" in page
     assert "running or interrupted" in page
     assert "1 failed or unfinished" in page
 
 
-def test_what_is_not_known_of_a_machine_is_not_said(report):
+def test_unknown_environment_values_are_omitted(report):
     page = report.html.read_text()
     assert "platform Linux-x86_64 · threads 1 · gpus none</p>" in page
 
 
-def test_the_page_needs_nothing_else(report):
+def test_the_page_is_self_contained(report):
     page = report.html.read_text()
     assert "<title>Title &amp; more</title>" in page
     assert not re.search(r"(src|href)=\"(?!#)", page.split("<main>")[0])
@@ -172,11 +172,11 @@ def test_the_page_needs_nothing_else(report):
     assert 'content="width=device-width' in page
 
 
-def test_the_exact_commands_are_there(report):
+def test_the_page_has_the_exact_commands(report):
     assert "python scripts/fit.py model=wrn40_2_to_wrn16_2 loss=rld seed=1 recipe.epochs=240" in report.html.read_text()
 
 
-def test_markdown_says_the_same_and_shows_the_figures(report):
+def test_markdown_has_the_same_contents_and_the_figures(report):
     text = report.markdown.read_text()
     assert "76.02<sup>" in text
     pictures = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
@@ -193,7 +193,7 @@ def test_markdown_says_the_same_and_shows_the_figures(report):
         assert set(bare[1]) <= set("|-:")
 
 
-def test_one_run_and_nothing_else(tmp_path, drawn):
+def test_a_report_of_a_single_run(tmp_path, drawn):
     write_run(tmp_path / "run")
     (tmp_path / "run" / "metrics.csv").unlink()
     (tmp_path / "run" / "environment.json").unlink()
@@ -202,7 +202,7 @@ def test_one_run_and_nothing_else(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_more_rows_than_colours(tmp_path, drawn):
+def test_rows_beyond_the_colours_are_counted(tmp_path, drawn):
     for alpha in range(12):
         write_run(tmp_path / str(alpha), "at", top1=50 + alpha, settings={"loss.weight": alpha})
     page = write_report([tmp_path], tmp_path / "out").html
@@ -210,13 +210,13 @@ def test_more_rows_than_colours(tmp_path, drawn):
     assert len({row[0] for row in parse(page).rows if row[0].startswith("at (weight=")}) == 12
 
 
-def test_accuracy_over_cost_says_which_images_it_is_of(tmp_path):
+def test_the_cost_figure_names_its_split(tmp_path):
     write_run(tmp_path / "run", held_out=0.1)
     page = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     assert "Mean last-epoch top-1 over seeds, on 5,000 held-out training images (stratified)." in page
 
 
-def test_networks_that_are_gone_and_html_in_names(tmp_path):
+def test_unknown_networks_and_html_in_names(tmp_path):
     write_run(tmp_path / "a", student="<gone>", teacher="no_such_network")
     page = write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html
     assert "&lt;gone&gt;" in page.read_text()
@@ -224,7 +224,7 @@ def test_networks_that_are_gone_and_html_in_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
+def test_latency_is_measured_on_request(tmp_path, monkeypatch):
     measured = []
 
     def speed(network, image_shape, *, batch_size, seconds):
@@ -240,21 +240,21 @@ def test_latency_is_measured_where_it_is_wanted(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_files_that_are_no_safetensors_stop_nothing(tmp_path):
+def test_invalid_weights_files_do_not_fail_the_report(tmp_path):
     folder = write_run(tmp_path / "run", weights=str(tmp_path / "ckpt_epoch_240.pth"))
     for file in (tmp_path / "ckpt_epoch_240.pth", folder / "student.safetensors"):
         file.write_text("version https://git-lfs.github.com/spec/v1")
     assert write_report([tmp_path], tmp_path / "out", cost_of=measure_cost).html.exists()
 
 
-def test_the_command_of_a_trial_begins_no_sweep(tmp_path):
+def test_the_command_of_a_trial_starts_no_sweep(tmp_path):
     folder = write_run(tmp_path / "trial", "dkd")
     (folder / ".hydra" / "overrides.yaml").write_text("[sweep=mine, launcher=joblib, seed=1]")
     page = write_report([tmp_path], tmp_path / "report").html.read_text()
     assert "python scripts/fit.py seed=1 loss=dkd" in page
 
 
-def test_the_teacher_of_a_sweep_has_no_command_of_its_own(tmp_path):
+def test_the_teacher_of_a_sweep_has_no_separate_command(tmp_path):
     write_comparison(tmp_path / "pair", {"kd": 60.0}, 1)
     (tmp_path / "pair" / "teacher" / ".hydra" / "overrides.yaml").unlink()
     (tmp_path / "pair" / "sweep.yaml").write_text("[]")
@@ -273,7 +273,7 @@ def test_a_grafted_student_has_its_own_cost(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path, drawn):
+def test_files_of_an_earlier_report_are_removed(tmp_path, drawn):
     write_comparison(tmp_path / "runs" / "a", {"kd": 59.0, "rld": 61.0})
     write_sweep(tmp_path / "runs" / "sweeps" / "s", alphas=(1, 2), betas=(4, 8), temperatures=(4,))
     out = tmp_path / "out"
@@ -290,7 +290,7 @@ def test_a_later_and_smaller_report_leaves_nothing_of_the_earlier_one(tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
+def test_the_finding_compares_equal_recipes_and_seeds(tmp_path):
     means = {"ce": 57.0, "kd": 59.0, "dkd": 59.1, "rld": 61.0}
     write_comparison(tmp_path / "a", means, seeds=4, spread=0.05)
     write_run(tmp_path / "lucky", "kd", seed=7, top1=75.0, settings={"loss.temperature": 9.0})
@@ -320,7 +320,7 @@ def test_the_headline_is_about_equal_recipes_and_seeds(tmp_path):
         ),
     ],
 )
-def test_the_headline_says_in_words_what_the_tests_found(tmp_path, gains, words):
+def test_the_finding_describes_the_tests(tmp_path, gains, words):
     for seed in range(3):
         write_run(tmp_path / f"rld{seed}", "rld", seed=seed, top1=60.0)
         for method, gain in gains.items():
@@ -330,7 +330,7 @@ def test_the_headline_says_in_words_what_the_tests_found(tmp_path, gains, words)
     assert words in headline
 
 
-def test_rows_are_in_the_order_of_their_results_and_headings_say_what_they_head(tmp_path):
+def test_rows_are_sorted_by_accuracy_and_headers_have_a_scope(tmp_path):
     for method, top1 in (("ce", 57.0), ("kd", 55.0), ("rld", 61.0), ("dkd", 59.0)):
         write_run(tmp_path / method, method, top1=top1)
     page = write_report([tmp_path], tmp_path / "out").html
@@ -340,7 +340,7 @@ def test_rows_are_in_the_order_of_their_results_and_headings_say_what_they_head(
     assert '<th scope="col">Method</th>' in page.read_text()
 
 
-def test_differences_that_cannot_be_tested_are_counted_and_not_listed(tmp_path):
+def test_untestable_differences_are_only_counted(tmp_path):
     for method, top1 in (("ce", 50.0), ("kd", 52.0), ("rld", 53.0)):
         for seed in range(3):
             write_run(tmp_path / f"{method}{seed}", method, seed=seed, top1=top1 + 0.5 * seed)
@@ -356,7 +356,7 @@ IN_PART = [
 
 
 @pytest.mark.parametrize(("summary", "trained", "evaluated"), IN_PART)
-def test_runs_in_part_stand_apart(tmp_path, summary, trained, evaluated):
+def test_partial_runs_are_listed_separately(tmp_path, summary, trained, evaluated):
     pair = {"teacher": "wrn40_2", "student": "wrn16_2"}
     write_run(tmp_path / "whole", seed=0, top1=60.0, **pair)
     write_run(tmp_path / "part", seed=1, top1=12.34, summary=summary, **pair)
@@ -371,14 +371,14 @@ def test_runs_in_part_stand_apart(tmp_path, summary, trained, evaluated):
     assert pd.read_csv(tmp_path / "out" / "runs.csv")["complete"].tolist() == [False, True]
 
 
-def test_runs_in_part_alone_are_a_report(tmp_path):
+def test_partial_runs_suffice_for_a_report(tmp_path):
     write_run(tmp_path, summary=IN_PART[0][0])
     text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     assert "1 finished run (1 of them in part) in" in text
     assert "60 of 782 steps" in text
 
 
-def test_trials_in_part_are_a_sweep_apart(tmp_path):
+def test_partial_trials_form_a_separate_sweep(tmp_path):
     write_sweep(tmp_path / "sweeps" / "s", alphas=(1, 2), betas=(8,), temperatures=(4,))
     for alpha in (1, 2):
         write_run(
@@ -443,7 +443,7 @@ SPOILT = [
 ]
 
 
-def test_bad_folders_are_named_and_the_report_goes_on(tmp_path):
+def test_bad_folders_are_named_and_skipped(tmp_path):
     write_run(tmp_path / "good", top1=61.23)
     for number, (name, spoil) in enumerate(SPOILT):
         spoil(write_run(tmp_path / f"bad{number}") / name)
@@ -470,7 +470,7 @@ def write_many_classes(path):
     [pipe, lambda path: path.write_bytes(b"\x00\xff"), write_huge_numbers, write_many_classes,
      lambda path: path.write_text("class,predicted,images\n")],
 )  # fmt: skip
-def test_bad_files_that_no_number_is_read_from_end_nothing(tmp_path, spoil):
+def test_bad_optional_files_do_not_fail_the_report(tmp_path, spoil):
     for name in ("metrics.csv", "student.safetensors", "confusion.csv", "wandb_run.json"):
         spoil(write_run(tmp_path / name) / name)
     spoil(write_run(tmp_path / "failed", finished=False) / "error.txt")
@@ -492,7 +492,7 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path, link):
     assert (mine / "keep.png").read_text() == "mine"
 
 
-def test_links_beside_a_report_are_no_matter(tmp_path):
+def test_unrelated_links_are_allowed(tmp_path):
     write_run(tmp_path / "runs" / "run")
     (tmp_path / "data").mkdir()
     (tmp_path / "runs" / "data").symlink_to(tmp_path / "data")
@@ -500,7 +500,7 @@ def test_links_beside_a_report_are_no_matter(tmp_path):
     assert (tmp_path / "runs" / "data").is_symlink()
 
 
-def test_a_link_in_place_of_the_reports_folder_is_not_followed(tmp_path, monkeypatch, capsys):
+def test_a_link_as_report_folder_is_not_followed(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs" / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "runs" / "report").symlink_to(tmp_path / "mine")
@@ -511,7 +511,7 @@ def test_a_link_in_place_of_the_reports_folder_is_not_followed(tmp_path, monkeyp
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_no_links_or_pictures_of_others_in_markdown(tmp_path):
+def test_markdown_has_no_links_or_pictures_from_runs(tmp_path):
     outside = "[click](javascript:alert(1)) ![x](https://evil.example/x.png)"
     write_run(tmp_path / "failed", error=outside)
     write_run(tmp_path / "named", outside.replace("/", ""), student=outside, dataset=outside)
@@ -522,7 +522,7 @@ def test_no_links_or_pictures_of_others_in_markdown(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a/../$\\frac{$ 1|b`c", "=<script>alert(1)</script>", "a\u202eb"])
-def test_names_of_all_kinds(tmp_path, drawn, name):
+def test_unusual_names(tmp_path, drawn, name):
     options = {"student": name, "teacher": name, "dataset": name}
     folder = write_run(tmp_path / "0", name, **options)
     write_run(tmp_path / "1", "kd", **options)
@@ -546,7 +546,7 @@ def test_names_of_all_kinds(tmp_path, drawn, name):
         (lambda folder: (write_run(folder / "a") / "summary.json").write_text("{"), "is not the summary of a run"),
     ],
 )
-def test_nothing_to_report_is_one_sentence(tmp_path, prepare, words):
+def test_a_report_without_runs_raises_one_sentence(tmp_path, prepare, words):
     prepare(tmp_path)
     with pytest.raises(ValueError, match=words):
         write_report([tmp_path], tmp_path / "out")
@@ -561,14 +561,14 @@ def test_the_script_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
     assert "nowhere is not a folder" in "".join(capsys.readouterr())
 
 
-def test_the_script_writes_into_the_first_folder_by_itself(tmp_path, drawn, monkeypatch):
+def test_the_script_writes_into_the_first_folder_by_default(tmp_path, drawn, monkeypatch):
     write_run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--no-latency", "--title", "Mine"])
     runpy.run_path(str(REPOSITORY / "scripts" / "report.py"), run_name="__main__")
     assert "<h1>Mine</h1>" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_links_lead_to_folders_papers_and_wandb_and_run_nothing(report):
+def test_links_point_to_folders_papers_and_wandb_and_run_no_scripts(report):
     page = report.html.read_text()
     links = re.findall(r'href="([^"#][^"]*)"', page)
     assert {link for link in links if "wandb" in link} == {"https://wandb.ai/me/p/runs/a"}
@@ -580,7 +580,7 @@ def test_links_lead_to_folders_papers_and_wandb_and_run_nothing(report):
     assert "javascript:" not in page
 
 
-def test_tooltips_tell_seeds_and_sources(report):
+def test_tooltips_have_seeds_and_sources(report):
     page = report.html.read_text()
     runs = pd.read_csv(report.html.parent / "runs.csv").query("method == 'kd'").sort_values("seed")
     assert (
@@ -590,14 +590,14 @@ def test_tooltips_tell_seeds_and_sources(report):
     assert 'title="Sun et al., Logit Standardization' in page
 
 
-def test_the_confusion_matrix_pools_the_seeds_that_have_one(report):
+def test_the_confusion_matrix_is_shown_and_escaped(report):
     page = report.html.read_text()
     assert "Confusions of the student" in page
     assert "Most frequent: cat taken for &lt;b&gt;dog 20.0 %" in page
     assert "<b>" not in page
 
 
-def test_many_classes_are_their_most_frequent_confusions(tmp_path):
+def test_many_classes_show_their_most_frequent_confusions(tmp_path):
     folder = write_run(tmp_path / "run")
     names = ["'=", *(f"c{number:02}" for number in range(1, 30))]  # escaped in the file: it would be a formula
     write_confusion(
@@ -626,6 +626,6 @@ def test_tables_for_latex(report):
     )
 
 
-def test_an_unknown_format_of_figures_is_told(tmp_path):
+def test_an_unknown_figure_format_raises(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be written as jpg; choose from pdf, svg"):
         write_report([tmp_path], tmp_path / "out", pictures=["jpg"])

@@ -23,7 +23,7 @@ def grid(tmp_path):
     return folder
 
 
-def test_trials_are_pooled_over_seeds_and_ordered(grid):
+def test_trials_are_averaged_over_seeds_and_sorted(grid):
     (sweep,), others = split_sweeps(runs_frame(find_runs([grid])))
     assert others.empty  # held out: not in the results tables
     assert sweep.held_out
@@ -38,7 +38,7 @@ def test_trials_are_pooled_over_seeds_and_ordered(grid):
     assert trials["mean"].is_monotonic_decreasing
 
 
-def test_one_heat_map_a_temperature(grid):
+def test_one_heat_map_per_temperature(grid):
     (sweep,), _ = split_sweeps(runs_frame(find_runs([grid])))
     cold, warm = heat_maps(sweep)
     assert (cold.title, warm.title) == ("temperature = 2", "temperature = 4")
@@ -56,7 +56,7 @@ def test_one_heat_map_a_temperature(grid):
     assert texts == [">54.35<", ">58.05<"]
 
 
-def test_a_trial_that_is_missing_leaves_a_hole(grid):
+def test_a_missing_trial_is_an_empty_cell(grid):
     for seed in (0, 1):
         (grid / f"loss.alpha=2,loss.beta=8,loss.temperature=4,seed={seed}" / "summary.json").unlink()
     (sweep,), _ = split_sweeps(runs_frame(find_runs([grid])))
@@ -66,7 +66,7 @@ def test_a_trial_that_is_missing_leaves_a_hole(grid):
     assert heat_map_figure(heat_maps(sweep), sweep, "name").panels[1].svg()
 
 
-def test_a_trial_whose_accuracy_is_not_a_number_counts_nowhere(grid):
+def test_a_trial_with_nan_accuracy_is_ignored(grid):
     write_run(
         grid / "diverged", seed=2, top1=float("nan"), best=58.0, held_out=0.1, epochs=10,
         settings={"loss.alpha": 2, "loss.beta": 8, "loss.temperature": 4},
@@ -80,7 +80,7 @@ def test_a_trial_whose_accuracy_is_not_a_number_counts_nowhere(grid):
 
 
 @pytest.mark.parametrize("settings", [["recipe.optimizer.lr"], ["recipe.optimizer.lr", "loss.weight"]])
-def test_any_one_or_two_keys(tmp_path, settings):
+def test_heat_maps_of_one_or_two_keys(tmp_path, settings):
     for i, value in enumerate((0.01, 0.1)):
         for j in (0, 1) if len(settings) > 1 else (0,):
             values = dict(zip(settings, (value, 0.5 + j), strict=False))
@@ -93,7 +93,7 @@ def test_any_one_or_two_keys(tmp_path, settings):
         np.testing.assert_allclose(np.sort(one.cells.to_numpy().ravel()), [50, 51, 60, 61])
 
 
-def test_long_values_are_told_apart_by_their_beginning(tmp_path):
+def test_long_values_with_equal_ends_stay_separate(tmp_path):
     for name, top1 in (("a", 50.0), ("b", 60.0)):
         settings = {"model.teacher.weights": f"/{name}/best/teacher/student.safetensors"}
         write_run(tmp_path / "sweeps" / "s" / name, "kd", top1=top1, held_out=0.1, settings=settings)
@@ -101,14 +101,14 @@ def test_long_values_are_told_apart_by_their_beginning(tmp_path):
     assert list(sweep.trials["mean"]) == [60, 50]
 
 
-def test_epochs_that_follow_one_another_are_one_key(tmp_path):
+def test_keys_that_vary_together_are_one_key(tmp_path):
     for epochs in (2, 4):
         write_run(tmp_path / "sweeps" / "s" / str(epochs), held_out=0.1, epochs=epochs)
     (sweep,), _ = split_sweeps(runs_frame(find_runs([tmp_path])))
     assert sweep.keys == ["recipe.epochs"]
 
 
-def test_random_values_are_no_grid(tmp_path):
+def test_random_values_form_no_grid(tmp_path):
     for i in range(9):
         values = {"loss.alpha": 1 + 0.1 * i, "loss.beta": 2 + 0.3 * (i * 4 % 9)}
         write_run(tmp_path / "sweeps" / "s" / str(i), top1=50 + i, held_out=0.1, settings=values)
@@ -116,7 +116,7 @@ def test_random_values_are_no_grid(tmp_path):
     assert heat_maps(sweep) == []
 
 
-def test_a_sweep_on_the_test_split_is_compared_as_well(tmp_path):
+def test_a_sweep_on_the_test_split_is_in_results_too(tmp_path):
     (tmp_path / "multirun.yaml").write_text("{}")
     for alpha in (1.0, 2.0):
         write_run(tmp_path / str(alpha), settings={"loss.alpha": alpha})
@@ -126,7 +126,7 @@ def test_a_sweep_on_the_test_split_is_compared_as_well(tmp_path):
     assert others["folder"].tolist() == runs["folder"].tolist()
 
 
-def test_seeds_alone_are_no_sweep(tmp_path):
+def test_seeds_only_are_no_sweep(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "sweeps" / "s" / str(seed), seed=seed)
     assert split_sweeps(runs_frame(find_runs([tmp_path])))[0] == []
@@ -153,7 +153,7 @@ def test_importances_of_a_study(tmp_path):
     assert (tmp_path / "study.db").read_bytes() == before
 
 
-def test_a_study_with_a_view_that_has_no_end_is_not_asked(tmp_path):
+def test_a_study_with_an_endless_view_is_not_queried(tmp_path):
     pytest.importorskip("optuna")
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
     with closing(sqlite3.connect(tmp_path / "study.db")) as database:
@@ -161,7 +161,7 @@ def test_a_study_with_a_view_that_has_no_end_is_not_asked(tmp_path):
     assert importances(tmp_path / "study.db")[1].endswith("it has 'studies', but Optuna creates only tables")
 
 
-def test_studies_that_say_nothing(tmp_path, monkeypatch):
+def test_unreadable_studies_and_missing_optuna_are_explained(tmp_path, monkeypatch):
     (tmp_path / "study.db").write_text("not a database")
     shares, why = importances(tmp_path / "study.db")
     assert shares == {}

@@ -25,7 +25,7 @@ def compared(section):
     return {(method[line.first], method[line.second]): line for line in compare(section).itertuples()}
 
 
-def test_mean_and_sample_deviation_over_seeds(tmp_path):
+def test_a_row_has_mean_and_sample_deviation_over_seeds(tmp_path):
     for seed, top1 in enumerate((60.0, 61.0, 63.0)):
         write_run(tmp_path / str(seed), "rld", seed=seed, top1=top1, best=top1 + 1)
     (section,), left_out = read(tmp_path)
@@ -47,7 +47,7 @@ def test_one_run_has_no_deviation(tmp_path):
     assert compare(section).empty
 
 
-def test_settings_tell_rows_apart_by_what_differs(tmp_path):
+def test_rows_are_labelled_by_differing_settings(tmp_path):
     for alpha in (1.0, 2.0):
         for seed in (0, 1):
             write_run(tmp_path / f"{alpha}-{seed}", seed=seed, settings={"loss.alpha": alpha})
@@ -61,7 +61,7 @@ def test_settings_tell_rows_apart_by_what_differs(tmp_path):
     }
 
 
-def test_epochs_and_recipes_are_told(tmp_path):
+def test_labels_have_differing_epochs_and_recipes(tmp_path):
     write_run(tmp_path / "a", epochs=30)
     write_run(tmp_path / "b", epochs=240)
     write_run(tmp_path / "c", "kd", settings={"recipe.optimizer.lr": 0.1})
@@ -71,7 +71,7 @@ def test_epochs_and_recipes_are_told(tmp_path):
     assert all(section.gain(row, "kd") is None for row in section.rows.index)
 
 
-def test_gains_are_over_the_baselines_with_the_same_recipe(tmp_path):
+def test_gains_are_over_baselines_with_the_same_recipe(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"ce{seed}", "ce", seed=seed, top1=58.0 + seed)
         write_run(tmp_path / f"kd{seed}", "kd", seed=seed, top1=59.0 + seed)
@@ -84,7 +84,7 @@ def test_gains_are_over_the_baselines_with_the_same_recipe(tmp_path):
     assert section.gain(section.rows.index[0], "ce") is None
 
 
-def test_the_baseline_is_the_plain_one_with_the_most_seeds_in_common(tmp_path):
+def test_the_baseline_is_the_plain_row_with_the_most_common_seeds(tmp_path):
     for seed in (0, 1, 2):
         write_run(tmp_path / f"kd{seed}", "kd", seed=seed, top1=59.0 + seed, best=62.0)
         write_run(tmp_path / f"rld{seed}", seed=seed, top1=61.0 + seed)
@@ -97,7 +97,7 @@ def test_the_baseline_is_the_plain_one_with_the_most_seeds_in_common(tmp_path):
     assert (section.gain("rld", "kd").n, section.gain("rld", "kd").mean) == (3, pytest.approx(2.0))
 
 
-def test_the_strongest_baseline_is_that_of_the_metric(tmp_path):
+def test_the_strongest_baseline_depends_on_the_metric(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"a{seed}", "kd", seed=seed, top1=60.0, best=61.0, settings={"loss.weight": 0.1})
         write_run(tmp_path / f"b{seed}", "kd", seed=seed, top1=59.0, best=63.0, settings={"loss.weight": 0.5})
@@ -107,7 +107,7 @@ def test_the_strongest_baseline_is_that_of_the_metric(tmp_path):
     assert section.gain("rld", "kd", BEST).mean == pytest.approx(1.0)
 
 
-def test_cells_tell_which_baseline_and_how_many_seeds(tmp_path):
+def test_cells_name_the_baseline_and_the_number_of_seeds(tmp_path):
     for seed in (0, 1):
         for weight in (0.1, 0.5):
             write_run(tmp_path / f"{weight}{seed}", "kd", seed=seed, settings={"loss.weight": weight}, top1=50 + weight)
@@ -132,7 +132,7 @@ def test_each_teacher_has_its_own_accuracy(tmp_path):
     assert lines["last_std"].isna().all()
 
 
-def test_a_run_of_the_teachers_network_is_not_the_teacher_by_that(tmp_path):
+def test_a_run_of_the_teachers_network_with_other_weights_is_not_the_teacher(tmp_path):
     # One pair's student is the same network as the other's teacher, whose weights are from elsewhere.
     write_run(tmp_path / "first", "ce", teacher="resnet56", student="resnet20", top1=69.0)
     write_run(tmp_path / "first-rld", teacher="resnet56", student="resnet20", top1=71.0)
@@ -143,14 +143,14 @@ def test_a_run_of_the_teachers_network_is_not_the_teacher_by_that(tmp_path):
     assert all(section.teacher_runs.empty for section in found)
 
 
-def test_a_teacher_that_its_run_has_trained_and_stored(tmp_path):
+def test_a_teacher_trained_and_stored_by_its_students_run_is_found(tmp_path):
     write_run(tmp_path / "run", weights="/somewhere/teachers/cifar100/resnet20.safetensors")
     write_run(tmp_path / "run" / "teacher", "ce", teacher=None, student="resnet20", top1=66.0)
     (section,), _ = read(tmp_path)
     assert section.teacher_runs["top1_last"].tolist() == [66.0]
 
 
-def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
+def test_the_student_alone_may_be_from_a_pair_or_a_single_model(tmp_path):
     write_run(tmp_path / "pair", "ce", seed=0)
     write_run(tmp_path / "single", "ce", seed=1, teacher=None)
     write_run(tmp_path / "teacher", "ce", teacher=None, student="resnet20", top1=68.5)
@@ -160,7 +160,7 @@ def test_the_student_alone_comes_from_pairs_and_single_models_alike(tmp_path):
     assert section.teacher_runs[["student", "top1_last"]].to_numpy().tolist() == [["resnet20", 68.5]]
 
 
-def test_single_models_without_a_pair_have_sections_of_their_own(tmp_path):
+def test_single_models_without_a_pair_have_separate_sections(tmp_path):
     write_run(tmp_path / "a", "ce", teacher=None, student="wrn16_2")
     write_run(tmp_path / "b", dataset="digits")
     found, _ = read(tmp_path)
@@ -170,7 +170,7 @@ def test_single_models_without_a_pair_have_sections_of_their_own(tmp_path):
     ]
 
 
-def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
+def test_held_out_accuracies_are_separate_from_the_test_splits(tmp_path):
     write_run(tmp_path / "test", seed=0, top1=60.0)
     write_run(tmp_path / "held0", seed=0, top1=70.0, held_out=0.1)
     write_run(tmp_path / "held1", seed=1, top1=71.0, held_out=0.1)
@@ -183,7 +183,7 @@ def test_held_out_numbers_never_meet_those_of_the_test_split(tmp_path):
     assert [caveat in make_chapter(section, "pair", Sources()).notes for section in found] == [False, True]
 
 
-def test_of_repetitions_the_one_that_finished_last_counts(tmp_path):
+def test_of_repeated_runs_the_last_finished_counts(tmp_path):
     for name, top1, time in (("a-new", 61.0, 2000), ("z-old", 60.0, 1000)):
         os.utime(write_run(tmp_path / name, seed=0, top1=top1) / "summary.json", (time, time))
     (section,), left_out = read(tmp_path)
@@ -191,13 +191,13 @@ def test_of_repetitions_the_one_that_finished_last_counts(tmp_path):
     assert [Path(folder).name for folder, _ in left_out] == ["z-old"]
 
 
-def test_rld_with_few_seeds_is_compared_with_ce_and_kd_alone(tmp_path):
+def test_rld_with_few_seeds_is_compared_with_ce_and_kd_only(tmp_path):
     write_comparison(tmp_path, {"kd": 59.0, "rld": 61.0, "at": 58.0}, seeds=2)
     (section,), _ = read(tmp_path)
     assert set(compared(section)) == {("rld", "kd"), ("at", "kd")}
 
 
-def test_what_does_not_count_is_named(tmp_path):
+def test_ignored_runs_are_listed_with_a_reason(tmp_path):
     write_run(tmp_path / "a", seed=0, top1=60.0)
     write_run(tmp_path / "b", seed=0, top1=61.0)
     write_run(tmp_path / "c", seed=1, top1=math.nan)
@@ -209,14 +209,14 @@ def test_what_does_not_count_is_named(tmp_path):
     }
 
 
-def test_runs_that_differ_in_the_seed_of_their_data_alone_are_told_to_be_no_repetitions(tmp_path):
+def test_runs_that_differ_only_in_data_seed_get_a_hint(tmp_path):
     for seed in range(2):
         write_run(tmp_path / str(seed), settings={"data.seed": seed}, summary={"data_seed": seed})
     _, ((_, reason),) = read(tmp_path)
     assert reason.endswith("though data.seed differs: only seed= distinguishes repetitions")
 
 
-def test_a_setting_that_only_newer_runs_know_tells_nothing_apart(tmp_path):
+def test_a_setting_that_only_newer_runs_have_does_not_split_a_row(tmp_path):
     write_run(tmp_path / "old", seed=0)
     new = write_run(tmp_path / "new", seed=1)
     text = (new / "config.yaml").read_text().replace("trainer:\n", "trainer:\n  new_option: 3\n")
@@ -236,7 +236,7 @@ def rows(folder):
     return sorted(section.rows.index)
 
 
-def test_what_was_asked_for_as_a_mapping_tells_apart(tmp_path):
+def test_an_override_with_a_mapping_splits_a_row(tmp_path):
     write_run(tmp_path / "a")
     folder = write_run(tmp_path / "b", settings={"loss.x.y": 1})
     (folder / ".hydra" / "overrides.yaml").write_text("['loss=rld', 'recipe.epochs=30', '+loss.x={y: 1}']")
@@ -254,7 +254,7 @@ def test_what_was_asked_for_as_a_mapping_tells_apart(tmp_path):
         ("callbacks@_global_", "data.x"),
     ],
 )
-def test_what_an_option_of_ones_own_brings_along_tells_apart(tmp_path, chosen, key):
+def test_settings_of_a_custom_option_split_a_row(tmp_path, chosen, key):
     for name, option, settings in (("a", None, {}), ("b", "mine", {key: 1})):
         folder = write_run(tmp_path / name, settings=settings)
         (folder / ".hydra" / "overrides.yaml").write_text("[]")
@@ -264,7 +264,7 @@ def test_what_an_option_of_ones_own_brings_along_tells_apart(tmp_path, chosen, k
     assert rows(tmp_path) == ["rld", "rld (x=1)"]
 
 
-def test_a_run_that_replaces_one_with_other_keys_says_so(tmp_path):
+def test_replacing_a_run_with_other_keys_is_noted(tmp_path):
     os.utime(write_run(tmp_path / "old") / "summary.json", (1000, 1000))
     config = write_run(tmp_path / "new") / "config.yaml"
     config.write_text(config.read_text().replace("trainer:\n", "trainer:\n  new_option: 3\n"))
@@ -273,7 +273,7 @@ def test_a_run_that_replaces_one_with_other_keys_says_so(tmp_path):
     assert reason.endswith("though not both have trainer.new_option=3")
 
 
-def test_callbacks_are_named_where_there_are_some(tmp_path):
+def test_callbacks_that_affect_training_are_named(tmp_path):
     write_run(tmp_path / "plain")
     ema = {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.99}
     write_run(tmp_path / "ema", callbacks={"ema": ema})
@@ -281,7 +281,7 @@ def test_callbacks_are_named_where_there_are_some(tmp_path):
     assert rows(tmp_path) == ["rld", "rld (callbacks=EMAWeightAveraging(decay=0.99))"]
 
 
-def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
+def test_settings_of_a_class_count_among_runs_with_other_classes(tmp_path):
     def write(name, seed, milestones):
         scheduler = {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": milestones}
         settings = {f"recipe.scheduler.{key}": value for key, value in scheduler.items()}
@@ -295,7 +295,7 @@ def test_settings_of_a_class_count_beside_runs_with_another_class(tmp_path):
     assert sorted(zip(section.rows["method"], section.rows["n"], strict=True)) == [("kd", 1), ("kd", 1), ("rld", 1)]
 
 
-def test_comparisons_are_corrected_for_their_number(tmp_path):
+def test_p_values_are_corrected_for_the_number_of_comparisons(tmp_path):
     write_comparison(tmp_path, {"ce": 57.0, "kd": 59.0, "dkd": 60.0, "rld": 61.0}, seeds=4)
     (section,), _ = read(tmp_path)
     found = compared(section)
@@ -307,7 +307,7 @@ def test_comparisons_are_corrected_for_their_number(tmp_path):
     assert found["rld", "ce"].verdict == "ahead"
 
 
-def test_of_many_methods_only_those_that_matter_are_compared(tmp_path):
+def test_other_methods_are_not_compared_with_each_other(tmp_path):
     write_comparison(tmp_path, {"ce": 57.0, "kd": 59.0, "rld": 61.0, "at": 58.0, "crd": 58.5}, seeds=3)
     (section,), _ = read(tmp_path)
     pairs = set(map(frozenset, compared(section)))
@@ -315,7 +315,7 @@ def test_of_many_methods_only_those_that_matter_are_compared(tmp_path):
     assert frozenset(("at", "crd")) not in pairs
 
 
-def test_labels_say_as_little_as_will_do():
+def test_labels_are_minimal():
     settings = [
         {"loss.alpha": "1", "recipe.epochs": "30", "trainer.max_epochs": "30"},
         {"loss.alpha": "1", "recipe.epochs": "60", "trainer.max_epochs": "60"},
@@ -336,5 +336,5 @@ def test_labels_say_as_little_as_will_do():
     ("value", "text"),
     [(2.0, "2"), (1 / 3, "0.3333"), ("4.0", "4"), (16384, "16384"), ("1e-05", "1e-05"), ("True", "True"), ("-", "-")],
 )
-def test_numbers_in_short(value, text):
+def test_numbers_are_shortened(value, text):
     assert short_value(value) == text

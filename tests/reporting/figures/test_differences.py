@@ -23,7 +23,7 @@ from rld_lightning.reporting.tables import sections
 from rld_lightning.tasks.logit_reader import LogitReader
 
 
-def test_differences_are_those_of_the_published_loop():
+def test_differences_equal_the_published_loop():
     student, teacher, label = torch.randn(40, 5), torch.randn(40, 5), torch.arange(40) % 5
     expected = np.zeros((2, 5, 5))
     for logits, matrix in zip((student, teacher), expected, strict=True):
@@ -37,21 +37,21 @@ def test_differences_are_those_of_the_published_loop():
     assert DifferenceMap("rld", 1, cells, list("abcde")).mean == pytest.approx(expected[off.numpy()].mean(), rel=1e-5)
 
 
-def test_standardized_differences_know_no_scale():
+def test_standardized_differences_ignore_scale_and_offset():
     student, teacher, label = torch.randn(40, 5), torch.randn(40, 5), torch.arange(40) % 5
     one = logit_differences(student, teacher, label, standardized=True)
     other = logit_differences(3 * student + 1, teacher, label, standardized=True)
     torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-def test_a_class_without_samples_counts_for_nothing():
+def test_a_class_without_samples_is_ignored():
     cells = logit_differences(torch.ones(3, 3), torch.zeros(3, 3), torch.tensor([0, 0, 2]))
     assert cells[1].isnan().all()
     assert DifferenceMap("rld", 1, cells, list("abc")).mean == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_panels_share_a_scale_and_two_have_their_difference(count):
+def test_panels_share_a_scale_and_two_maps_have_a_difference(count):
     maps = [
         DifferenceMap(f"m{i}", 1, (i + 1) * torch.rand(4, 4).fill_diagonal_(torch.nan), list("abcd"))
         for i in range(count)
@@ -67,7 +67,7 @@ def test_panels_share_a_scale_and_two_have_their_difference(count):
         assert images[2].get_clim()[0] == -images[2].get_clim()[1]
 
 
-def test_reads_networks_once_and_averages_over_seeds(make_run, save_networks, tmp_path, capsys):
+def test_networks_run_once_and_maps_are_averaged_over_seeds(make_run, save_networks, tmp_path, capsys):
     for method, seed in (("dkd", 0), ("rld", 0), ("rld", 1)):
         save_networks(make_run(method, seed=seed), seed)
     runs = read_frame([tmp_path / "runs"])[0]
@@ -83,7 +83,7 @@ def test_reads_networks_once_and_averages_over_seeds(make_run, save_networks, tm
         write_differences(tmp_path, runs, methods=["kd"], reader=reader)
 
 
-def test_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
+def test_the_page_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
     run, reader = make_run("rld"), LogitReader()
     save_networks(run)
     logits = reader.read(run)
@@ -99,7 +99,7 @@ def test_explains_an_image_of_a_run(make_run, save_networks, tmp_path):
         write_explanation(tmp_path, run=run.folder, index=9999, reader=reader)
 
 
-def test_says_that_a_run_was_distilled_with_something_else(make_run, save_networks, tmp_path):
+def test_the_page_mentions_another_loss_of_the_run(make_run, save_networks, tmp_path):
     run = make_run("kd")
     save_networks(run)
     page = write_explanation(tmp_path, run=run.folder, index=7, reader=LogitReader())[-1].read_text()
@@ -107,7 +107,7 @@ def test_says_that_a_run_was_distilled_with_something_else(make_run, save_networ
     assert "These networks were trained without RLD: shown is what loss=rld would pass on." in page
 
 
-def test_the_usual_rld_of_a_run_is_what_its_pair_tunes(make_run):
+def test_the_default_rld_has_the_pairs_tuned_values(make_run):
     run = make_run("kd")
     assert rld_of(run) is None
     assert (default_rld(run).beta, default_rld(run).temperature) == (8, 4)
@@ -116,7 +116,7 @@ def test_the_usual_rld_of_a_run_is_what_its_pair_tunes(make_run):
     assert rld_of(make_run("rld", loss={"alpha": 3.0})).alpha == 3
 
 
-def test_the_sample_to_explain_is_one_where_the_methods_differ():
+def test_the_chosen_sample_distinguishes_the_methods():
     def logits(student, teacher):
         to_logits = lambda classes: torch.eye(3)[torch.tensor(classes)] * 5  # noqa: E731
         return RunLogits(to_logits(student), to_logits(teacher), torch.zeros(4).long(), torch.arange(4), list("abc"))
@@ -135,7 +135,7 @@ def test_a_published_checkpoint_can_be_the_teacher(make_run, save_networks, tmp_
     torch.testing.assert_close(moved.teacher, LogitReader().read(run).teacher)
 
 
-def test_a_teacher_sees_images_and_classes_as_in_training(make_run, save_networks, tmp_path):
+def test_a_teacher_gets_images_and_classes_as_in_training(make_run, save_networks, tmp_path):
     run, file = make_run("rld"), tmp_path / "resnet14.safetensors"
     save_networks(run)
     network = create_model("resnet14", 10)

@@ -28,7 +28,7 @@ def sample(label, classes=6, **options):
 
 @pytest.mark.parametrize("label", range(6))
 @pytest.mark.parametrize("options", [{}, {"confidence_temperature": 1.0}, {"mask": "g", "alpha": 3.0, "beta": 2.0}])
-def test_the_distributions_drawn_give_the_losses(label, options):
+def test_the_distributions_reproduce_the_losses(label, options):
     own, student, teacher = sample(label, **options)
     loss = RLDLoss(**options)
     cold, warm = loss.confidence_temperature or loss.temperature, loss.temperature
@@ -46,7 +46,7 @@ def test_the_distributions_drawn_give_the_losses(label, options):
     assert own.terms["ce"] == pytest.approx(-float(student.log_softmax(-1)[label]))
 
 
-def test_knows_ranks_and_masks():
+def test_ranks_and_masks():
     own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, RLDLoss())
     assert (own.rank, own.favourite, own.teacher_is_right) == (2, 0, False)
     assert own.masked.tolist() == [True, False, True, False]
@@ -54,7 +54,7 @@ def test_knows_ranks_and_masks():
     assert own.teacher_correlation[own.masked].tolist() == [0, 0]
 
 
-def test_a_true_class_that_is_last_leaves_nothing():
+def test_a_true_class_in_last_place_masks_all_classes():
     own = refine(torch.randn(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 3, RLDLoss())
     assert own.masked.all()
     assert not own.teacher_correlation.any()
@@ -62,7 +62,7 @@ def test_a_true_class_that_is_last_leaves_nothing():
     assert "nothing left to compare" in explain_in_words(own, list("abcd"), RLDLoss())[2]
 
 
-def test_toy_targets_are_those_of_the_losses():
+def test_toy_targets_equal_the_losses_targets():
     targets = toy.toy_targets()
     student, teacher, label = (torch.tensor([values]) for values in (toy.STUDENT, toy.TEACHER, toy.LION))
     probs = {name: torch.tensor(values) for name, values in targets.items()}
@@ -79,7 +79,7 @@ def test_toy_targets_are_those_of_the_losses():
     assert all(values.sum() == pytest.approx(1) for values in probs.values())
 
 
-def test_rld_equals_dkd_on_a_sample_that_the_teacher_gets_right():
+def test_rld_equals_dkd_if_the_teacher_is_right():
     _, student, teacher = sample(0)
     label = torch.tensor([int(teacher.argmax())])
     right = refine(student, teacher, int(label), RLDLoss(beta=1.0))
@@ -92,7 +92,7 @@ def heights(axes):
     return [[bar.get_height() for bar in container] for container in axes.containers]
 
 
-def test_toy_bars_are_the_targets():
+def test_toy_bars_equal_the_targets():
     figure, targets = toy.draw_toy(), toy.toy_targets()
     panels = dict(zip(("teacher", "swap", "revision", "rc", "scd", "mcd"), figure.axes, strict=True))
     for name in ("teacher", "swap", "revision", "rc"):
@@ -107,7 +107,7 @@ def widths(axes):
 
 
 @pytest.mark.parametrize("classes", [6, 100])
-def test_bars_of_a_sample_are_its_values(classes):
+def test_bars_equal_the_samples_values(classes):
     own, student, teacher = sample(3, classes)
     figure = draw_refinement(own, [f"class_{i}" for i in range(classes)], RLDLoss(), "title")
     logits, probs, confidence, correlation = figure.axes
@@ -127,7 +127,7 @@ def test_bars_of_a_sample_are_its_values(classes):
                                                f"{1 - own.student_probs[rows].sum():.2f}"])  # fmt: skip
 
 
-def test_a_confidence_of_another_temperature_is_said_to_be_of_it():
+def test_a_separate_confidence_temperature_is_stated():
     _, student, teacher = sample(3)
     loss = RLDLoss(confidence_temperature=1.0)
     own = refine(student, teacher, 3, loss)
@@ -138,7 +138,7 @@ def test_a_confidence_of_another_temperature_is_said_to_be_of_it():
     assert labels == ["probability at temperature 4", "probability", "probability at temperature 4"]
 
 
-def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):
+def test_the_page_is_self_contained_and_escapes_names(tmp_path):
     own, *_ = sample(3)
     names = ["<b>", "a&b", "c", 'd"', "e", "f"]
     image = torch.rand(4, 4, 3)
@@ -151,7 +151,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path):
     assert f"{own.terms['mcd']:.4f}" in page
 
 
-def test_the_page_chooses_the_colours_of_the_picture(tmp_path):
+def test_the_figures_colours_follow_the_page(tmp_path):
     own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, RLDLoss())
     svg = page_svg(lambda: draw_refinement(own, list("abcd"), RLDLoss()))
     page = write_page(tmp_path / "page.html", own, list("abcd"), RLDLoss(), svg, title="t", origin="o").read_text()
@@ -183,12 +183,12 @@ COPY = "the student is to copy the teacher's proportions among"
         (WRONG, 2, {"beta": 0.0}, "is switched off (beta = 0)"),
     ],
 )
-def test_says_what_mcd_masks(teacher, label, options, sentence):
+def test_the_page_describes_mcds_mask(teacher, label, options, sentence):
     assert words(teacher, label, **options)[2].startswith("MCD ")
     assert sentence in words(teacher, label, **options)[2]
 
 
-def test_says_what_is_switched_off():
+def test_the_page_mentions_disabled_parts():
     _, scd, mcd = words([3.0, 1.0, 2.0, 0.0], 2, alpha=0.0)
     assert scd.startswith("SCD is switched off (alpha = 0)")
     assert mcd.startswith("MCD masks")
@@ -197,7 +197,7 @@ def test_says_what_is_switched_off():
     assert titles[2:] == ["SCD: switched off", "RLD, MCD: what is left"]
 
 
-def test_numbers_say_what_multiplies_them():
+def test_numbers_state_their_factors():
     loss = RLDLoss(alpha=2.0, beta=3.0, temperature=4.0, confidence_temperature=1.5)
     own = refine(torch.zeros(4), torch.tensor([3.0, 1.0, 2.0, 0.0]), 2, loss)
     numbers = numbers_of(own, loss)
@@ -205,7 +205,7 @@ def test_numbers_say_what_multiplies_them():
     assert numbers["MCD, nats \u00d7 T\u00b2 (16) \u00d7 beta (3)"] == f"{own.terms['mcd']:.4f}"
 
 
-def test_without_runs_a_page_explains_the_toy_example(tmp_path):
+def test_without_runs_the_page_explains_the_toy_example(tmp_path):
     assert [path.name for path in write_explanation(tmp_path, reader=LogitReader())] == [
         "explain.png",
         "explain.pdf",

@@ -22,7 +22,7 @@ from rld_lightning.reporting.tables import sections
 REPOSITORY = Path(__file__).parents[3]
 
 
-def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
+def test_gains_are_paired_differences_over_seeds(make_run, tmp_path):
     for seed, rld, ce in ((0, 60.0, 55.0), (1, 63.0, 56.0), (2, 70.0, None)):
         make_run("rld", seed=seed, top1=rld, teacher_train=(90.0, 92.0))
         if ce:
@@ -44,7 +44,7 @@ def test_gains_are_differences_seed_by_seed(make_run, tmp_path):
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["1", "2"]
 
 
-def test_held_out_images_and_the_test_split_are_told_apart(make_run, tmp_path):
+def test_held_out_images_and_the_test_split_are_separate(make_run, tmp_path):
     for split in ("test", "val"):
         for method in ("rld", "ce"):
             folder = make_run(method, split=split, images=144, split_images=144, val_fraction=0.1).folder
@@ -53,7 +53,7 @@ def test_held_out_images_and_the_test_split_are_told_apart(make_run, tmp_path):
     assert [pair.split(", ", 2)[2:] for pair in table["pair"]] == [[], ["144 held-out training images (stratified)"]]
 
 
-def test_the_bars_are_confidence_intervals(make_run, tmp_path):
+def test_bars_are_confidence_intervals(make_run, tmp_path):
     for seed, ahead in enumerate((1.0, 2.0, 6.0)):
         make_run("rld", seed=seed, top1=50.0 + ahead)
         make_run("ce", seed=seed, top1=50.0)
@@ -66,7 +66,7 @@ def test_the_bars_are_confidence_intervals(make_run, tmp_path):
     assert "95 % confidence interval" in figure.get_supxlabel()
 
 
-def test_a_pair_whose_teacher_was_not_watched_is_left_out(make_run, tmp_path, capsys):
+def test_a_pair_without_teacher_accuracy_is_left_out(make_run, tmp_path, capsys):
     make_run("ce", top1=50.0)
     make_run("rld", top1=53.0)
     unwatched = make_run("rld", teacher="resnet20")
@@ -81,7 +81,7 @@ def test_a_pair_whose_teacher_was_not_watched_is_left_out(make_run, tmp_path, ca
         gains(read_frame([tmp_path / "runs"])[0].query("pair == 'resnet20_to_resnet8' or method == 'ce'"))
 
 
-def test_points_of_one_teacher_stand_beside_each_other(make_run, tmp_path):
+def test_points_of_one_teacher_are_side_by_side(make_run, tmp_path):
     for alpha in (1.0, 2.0, 3.0):
         make_run("rld", top1=50 + alpha, loss={"alpha": alpha})
     make_run("ce", top1=50.0)
@@ -96,7 +96,7 @@ def test_points_of_one_teacher_stand_beside_each_other(make_run, tmp_path):
     assert "set beside each other" in figure.get_supxlabel()
 
 
-def test_nothing_to_compare_is_said(make_run, tmp_path):
+def test_gains_without_a_comparison_raise(make_run, tmp_path):
     make_run("rld")
     with pytest.raises(ValueError, match="no pair has finished runs of loss=rld and of ce or kd or dkd"):
         gains(read_frame([tmp_path / "runs"])[0])
@@ -130,7 +130,7 @@ def test_small_values_keep_their_digits(make_run, tmp_path):
     assert set(table["mean"]) == {50.1235}
 
 
-def test_values_of_a_sampler_leave_ticks_and_legend_room(make_run, tmp_path, recwarn):
+def test_ticks_and_legend_fit_with_sampled_values(make_run, tmp_path, recwarn):
     for number in range(6):
         values = {"alpha": 0.7238517082858716 + number / 97, "beta": 8.98114977751205 - number / 7}
         make_run("rld", loss=values | {"temperature": 4 + number}, top1=50 + number)
@@ -145,7 +145,7 @@ def test_values_of_a_sampler_leave_ticks_and_legend_room(make_run, tmp_path, rec
         assert all(left.x1 < right.x0 for left, right in pairwise(shown))
 
 
-def test_many_settings_are_grey_but_the_best(make_run, tmp_path):
+def test_of_many_settings_all_but_the_best_are_grey(make_run, tmp_path):
     sweep(make_run, (1.0, 2.0), range(1, 6), (0,))
     figure = draw_sensitivity(find_sweep(read_frame([tmp_path / "runs"])[0]))
     alpha, beta = figure.axes
@@ -158,7 +158,7 @@ def test_many_settings_are_grey_but_the_best(make_run, tmp_path):
     assert len(beta.get_legend().get_texts()) == 2
 
 
-def test_what_was_not_swept_is_said(make_run, tmp_path):
+def test_sensitivity_without_a_unique_sweep_raises(make_run, tmp_path):
     make_run("rld", seed=0, loss={"alpha": 1.0})
     make_run("rld", seed=1, loss={"alpha": 1.0})
     with pytest.raises(ValueError, match="no hyper-parameter has several values"):
@@ -172,7 +172,7 @@ def test_what_was_not_swept_is_said(make_run, tmp_path):
     assert set(find_sweep(runs, pair="resnet20_to_resnet8").runs["pair"]) == {"resnet20_to_resnet8"}
 
 
-def test_ablation_has_our_runs_and_the_papers_numbers_apart(make_run, tmp_path):
+def test_the_ablation_separates_our_runs_from_the_papers_numbers(make_run, tmp_path):
     for seed in (0, 1):
         make_run("ce", seed=seed, top1=50.0 + seed)
         make_run("rld_mcd", seed=seed, top1=53.0 + 3 * seed, loss={"alpha": 0.0})
@@ -194,7 +194,7 @@ def test_ablation_has_our_runs_and_the_papers_numbers_apart(make_run, tmp_path):
     assert [line for line in range(1, 7) if drawn[line, 7].get_text().get_fontweight() == "bold"] == [6]
 
 
-def test_ablation_reads_the_parts_from_the_settings(make_run, tmp_path):
+def test_the_ablation_reads_parts_from_settings(make_run, tmp_path):
     for top1, loss in ((60.0, {"alpha": 1.0}), (61.0, {"alpha": 4.0}), (62.0, {"beta": 1.0}), (63.0, {"mask": "g"}),
                        (64.0, {"alpha": 0.0, "mask": "g"}), (65.0, {"beta": 0.0, "temperature": 2.0})):  # fmt: skip
         make_run("rld", top1=top1, loss={"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "mask": "ge"} | loss)
@@ -232,7 +232,7 @@ def figures(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_script_leaves_files_and_says_what_is_missing(make_run, tmp_path, figures):
+def test_the_script_writes_files_and_reports_missing_figures(make_run, tmp_path, figures):
     make_run("rld", top1=60.0)
     make_run("ce", top1=50.0)
     code, told = figures("all", tmp_path / "runs", "--out", tmp_path / "out")
@@ -256,14 +256,14 @@ def test_the_script_leaves_files_and_says_what_is_missing(make_run, tmp_path, fi
         (["scatter"], "invalid choice"),
     ],
 )
-def test_a_mistake_ends_in_one_sentence(figures, tmp_path, arguments, sentence):
+def test_mistakes_end_in_one_sentence(figures, tmp_path, arguments, sentence):
     code, told = figures(*arguments, "--out", tmp_path)
     assert code == 2
     assert sentence in told
     assert not list(tmp_path.iterdir())
 
 
-def test_a_figure_is_one_file_that_registers_it(figures, tmp_path, monkeypatch):
+def test_a_registered_figure_is_a_command(figures, tmp_path, monkeypatch):
     names = [figure.name for figure in list_figures()]
     assert names == ["ablation", "differences", "explain", "gain", "sensitivity", "toy"]
     with pytest.raises(ValueError, match="'gain' is already registered, by rld_lightning"):
@@ -279,7 +279,7 @@ def test_a_figure_is_one_file_that_registers_it(figures, tmp_path, monkeypatch):
     assert figures("scatter", "--size", "3", "--out", tmp_path) == (0, f"{tmp_path}/scatter-3.png")
 
 
-def test_a_bad_folder_is_named_and_the_figure_goes_on(make_run, tmp_path, figures):
+def test_a_bad_folder_is_named_and_skipped(make_run, tmp_path, figures):
     make_run("rld", top1=60.0)
     make_run("ce", top1=50.0)
     (make_run("kd").folder / "config.yaml").write_text("")
@@ -300,7 +300,7 @@ def test_a_bad_folder_is_named_and_the_figure_goes_on(make_run, tmp_path, figure
 
 
 @pytest.mark.parametrize("figure", ["ablation", "differences", "explain", "all"])
-def test_no_code_of_a_folder_is_run(make_run, save_networks, tmp_path, figures, figure):
+def test_no_code_named_in_a_run_directory_is_run(make_run, save_networks, tmp_path, figures, figure):
     marker = tmp_path / "marker"
     for method in ("dkd", "rld"):
         run = make_run(method)
