@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 10_000  # cells of a table that W&B draws
 ARTIFACT = "wandb_artifact"  # key in a weights file for the name of its artifact
+_OF_LAST_EPOCH = ("top5", "ce", "agreement")  # of a summary, not kept of the best epoch
 
 
 def log_classes(run: "Run", folder: Path) -> None:
@@ -85,7 +86,8 @@ def log_models(run: "Run", folder: Path, teacher: DictConfig | None) -> None:
         path = folder / WANDB / "best" / STUDENT
         facts = last.metadata | {"top1": str(summary["top1_best"])}
         save_weights(best.state_dict, path, facts)
-        _log_student(run, path, summary | {"top1": summary["top1_best"]}, ["best"])
+        known = {name: value for name, value in summary.items() if name not in _OF_LAST_EPOCH}
+        _log_student(run, path, known | {"top1": summary["top1_best"]}, ["best"])
     _log_student(run, folder / STUDENT, summary, aliases)
 
 

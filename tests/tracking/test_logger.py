@@ -208,6 +208,7 @@ def test_best_and_last_student_are_versions_of_one_artifact(finished, tmp_path):
     assert paths[1] == str(folder / "student.safetensors")
     told = json.loads((folder / "summary.json").read_text())
     assert (best.metadata["top1"], latest.metadata["top1"]) == (told["top1_best"], told["top1"])
+    assert latest.metadata.keys() - best.metadata.keys() == {"top5", "ce", "agreement"}  # known of the last epoch only
 
 
 @pytest.fixture
