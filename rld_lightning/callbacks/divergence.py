@@ -238,7 +238,7 @@ def diagnose(values: _Values | None, *, rate: float, classes: int, images: int) 
         found = f"reach {values.images:.3g}" if np.isfinite(values.images) else "are not finite"
         return (
             f"{loss}, and the normalised images {found}, where 3 is usual: the mean and std of the data do not fit",
-            "Put these right, or see what is wrong with the images of the batch",
+            "Correct these, or check the images of the batch",
         )
     if not np.isfinite(values.teacher):
         return (
@@ -249,7 +249,7 @@ def diagnose(values: _Values | None, *, rate: float, classes: int, images: int) 
     if values.right >= 0 and values.right / images <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:
         return (
             f"{loss}, and the teacher gets {values.right:.0f} of the batch's {images} images right, which is chance",
-            "See whether model.teacher.weights are of these classes, in this order and with this normalisation",
+            "Check whether model.teacher.weights are of these classes, in this order and with this normalisation",
         )
     return f"{loss} at a learning rate of {rate:.3g}", None
 

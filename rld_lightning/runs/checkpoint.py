@@ -57,12 +57,12 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, An
     weights = "to begin a new run with its weights, give it as model.student.weights"
     if not path.is_file():
         raise ValueError(
-            f"{path} is gone, and {previous_of(path)} before it is damaged; begin again in another folder."
+            f"{path} is gone, and {previous_of(path)} before it is damaged; start a new run in another folder."
         )
     if is_damaged(read_once(path)):
         raise ValueError(
             f"{path} is damaged: its bytes are not those that were written, by its checksum, and there is none before "
-            f"it; take a copy of it, or begin again in another folder."
+            f"it; take a copy of it, or start a new run in another folder."
         )
     raise ValueError(f"{path} is not a checkpoint to resume from; take a run's last.ckpt, or {weights}.")
 

@@ -244,7 +244,7 @@ def refuse_changes(held: str, changed: Mapping[str, tuple[str, str]], may_differ
         if key not in may_differ:
             raise ValueError(
                 f"{held} a run with {key}={_shown(before)}, and this one has {key}={now}: continue it with the command "
-                "that began it, or begin another run in another folder."
+                "that started it, or start another run in another folder."
             )
 
 

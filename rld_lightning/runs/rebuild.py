@@ -92,8 +92,8 @@ def _build(settings: Mapping[str, Any], allowed: Mapping[str, type], folder: Pat
     cls = allowed.get(target) if isinstance(target, str) else None
     if cls is None:
         raise ValueError(
-            f"{folder} is not read: its settings name {target!r}, which is none of this package's data sets or losses; "
-            "nothing of it was run."
+            f"{folder} is not read: its settings name {target!r}, which is not one of this package's data sets or "
+            "losses; nothing was run."
         )
     plain = {key: value for key, value in settings.items() if key not in ("_target_", "_convert_")}
     try:

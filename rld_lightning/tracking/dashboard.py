@@ -281,6 +281,6 @@ def save_dashboard(
         raise
     except Exception as error:  # of the transport, which differs between versions of wandb
         message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(f"W&B's server {server()} was of no use ({message}); {hint}") from error
+        raise UserError(f"W&B's server {server()} could not be used ({message}); {hint}") from error
     for address in addresses:
         print_line("saved", address)

@@ -135,7 +135,7 @@ class WandbLogger(LightningWandbLogger):
     def _report_failure(self, error: Exception, extra: str | None = None) -> None:
         """Prints what is no longer logged: everything, unless an ``extra`` is named."""
         self.broken = extra is None
-        consequence = "logs no more, metrics.csv goes on" if self.broken else f"goes without {extra}"
+        consequence = "logging stopped, metrics.csv continues" if self.broken else f"continues without {extra}"
         print_line("wandb", f"{consequence}: {_in_short(error)}")
 
     @property

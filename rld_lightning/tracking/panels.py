@@ -79,7 +79,7 @@ def comparison_parts() -> list[Part]:
         Part(
             "Teacher errors",
             "RLD's claim is that it gains where the teacher is wrong. What the teacher gets wrong, how much of it the "
-            "student gets right all the same, what the mask leaves out, and which term does the work.",
+            "student still gets right, what the mask leaves out, and which term does the work.",
             [
                 curve("Samples the teacher gets wrong (%)", "stats/teacher_wrong"),
                 curve("Training top-1 where the teacher is wrong (%)", "train/top1_teacher_wrong"),

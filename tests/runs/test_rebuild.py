@@ -90,7 +90,7 @@ def test_values_are_plain(tmp_path, value):
 
 def test_message_names_directory_and_target(tmp_path):
     run = run_with(tmp_path / "run", loss={"_target_": "os.system", "command": "true"})
-    with pytest.raises(ValueError, match=r"run is not read: its settings name 'os.system', .*nothing of it was run"):
+    with pytest.raises(ValueError, match=r"run is not read: its settings name 'os.system', .*nothing was run"):
         build_loss(run)
 
 
@@ -123,7 +123,7 @@ def test_data_set_added_as_a_module_is_built(tmp_path, monkeypatch):
     built = build_data(run_with(tmp_path / "run", data=data))
     assert type(built).__name__ == "NoiseDataModule"
     for name in ("DigitsDataModule", "Missing", "__name__"):  # what it has imported is not its own
-        with pytest.raises(ValueError, match="none of this package's data sets"):
+        with pytest.raises(ValueError, match="not one of this package's data sets"):
             build_data(run_with(tmp_path / "run", data=data | {"_target_": f"rld_lightning.data.noise.{name}"}))
     monkeypatch.delitem(sys.modules, "rld_lightning.data.noise")
     monkeypatch.delattr(rld_lightning.data, "noise")

@@ -90,7 +90,7 @@ def test_without_matplotlib_the_table_is_skipped_with_a_reason(monkeypatch, tmp_
     monkeypatch.delitem(sys.modules, "rld_lightning.tracking.pictures")
     WandbExamples().on_train_end(stage, stage)
     message = " ".join(capsys.readouterr().out.split())
-    assert "goes without its table of examples: ImportError: pictures need matplotlib" in message
+    assert "continues without its table of examples: ImportError: pictures need matplotlib" in message
     assert "pip install 'rld-lightning[report]'" in message
     assert not stage.loggers[0].broken
 

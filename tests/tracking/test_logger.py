@@ -288,7 +288,7 @@ def test_crash_of_wandb_ends_only_its_logging(offline, monkeypatch):
         logger.finish(True)
     lines = printed.get().splitlines()
     assert len(lines) == 2
-    assert "logs no more, metrics.csv goes on: ConnectionResetError: Connection lost" in lines[0]
+    assert "logging stopped, metrics.csv continues: ConnectionResetError: Connection lost" in lines[0]
     assert "upload with: wandb sync" in lines[1]
 
 
@@ -350,7 +350,7 @@ def test_refusal_by_wandb_is_one_line_and_training_continues(offline, options):
         logger.experiment.watch(None)
         logger.finish(True)
     (line,) = printed.get().splitlines()
-    assert "logs no more, metrics.csv goes on: " in line
+    assert "logging stopped, metrics.csv continues: " in line
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
     unknown, absent = [name for name in classes if name not in place], sorted(set(known) - set(classes))
     parts = (
         (f"images of {len(unknown)} that it does not know are left out ({some(unknown)})", unknown),
-        (f"{len(absent)} that it knows are not in the data, and compete all the same ({some(absent)})", absent),
+        (f"{len(absent)} that it knows are not in the data, and still compete ({some(absent)})", absent),
     )
     said = "; ".join(text for text, names in parts if names)
     print_line("caution", f"measured on the {len(shared)} classes that model and {data.name} share by name; {said}")

@@ -98,8 +98,8 @@ def _check_sha256(teacher: Teacher, found: str, before: RunRecord | None) -> Non
     if before is not None and before.teacher_sha256 is not None and before.teacher_sha256 != found:
         raise ValueError(
             f"{teacher.weights} is not the teacher that the run had: its SHA-256 is {found[:12]}... and not "
-            f"{before.teacher_sha256[:12]}...; bring that one back, name its file with model.teacher.weights=, or "
-            "begin another run."
+            f"{before.teacher_sha256[:12]}...; restore that file, name its file with model.teacher.weights=, or "
+            "start another run."
         )
 
 

@@ -41,7 +41,7 @@ def test_replaced_teacher_is_not_used_for_a_resumed_run(known):
     build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
     build_teacher(teacher, data, USUAL, RunRecord({}, None))
     save_weights(create_model("resnet8", 10), teacher.weights)
-    with pytest.raises(ValueError, match=r"is not the teacher that the run had: its SHA-256 is .* bring that one back"):
+    with pytest.raises(ValueError, match=r"is not the teacher that the run had: its SHA-256 is .* restore that file"):
         build_teacher(teacher, data, USUAL, before)
     with pytest.raises(ValueError, match=f"has the SHA-256 .*, not {before.teacher_sha256}: give the file"):
         build_teacher(replace(teacher, sha256=before.teacher_sha256), data, USUAL)
