@@ -195,15 +195,15 @@ class ImageDataModule(LightningDataModule):
 
     def views_of(self, images: slice) -> Tensor:
         """Returns the numbers of all views of a slice of the training images, int64, in ascending order."""
-        raise NotImplementedError(f"{type(self).__name__} has views without number")
+        raise NotImplementedError(f"{type(self).__name__} does not number its views")
 
     def look_at(self, view: Tensor) -> Batch:
         """Returns the views with these numbers ``(B,)`` as a batch like those of training."""
-        raise NotImplementedError(f"{type(self).__name__} has views without number")
+        raise NotImplementedError(f"{type(self).__name__} does not number its views")
 
     def views_facts(self) -> dict[str, str | int | float | list[float]]:
         """Plain values that determine the content of the views; only if ``train_views`` is a number."""
-        raise NotImplementedError(f"{type(self).__name__} has views without number")
+        raise NotImplementedError(f"{type(self).__name__} does not number its views")
 
     @property
     def train_size(self) -> int:
@@ -234,7 +234,8 @@ class ImageDataModule(LightningDataModule):
         names = self.class_names
         if not all(map(str.isdecimal, names)) or names == sorted(names, key=int):
             return ""
-        return f"; caution: classes in text order ({some(names)}), a network from elsewhere may have them by number"
+        caution = f"caution: classes in text order ({some(names)})"
+        return f"; {caution}, a network trained elsewhere may have them in numeric order"
 
     def normalize_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Changes the normalisation of images, to that of the student's pretrained weights.

@@ -213,7 +213,7 @@ def _open(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(BytesIO(data))
     if image.format not in FORMATS:
-        raise BadImageError(f"images of the format {image.format} are not read")
+        raise BadImageError(f"the format {image.format} is not supported")
     return image
 
 
@@ -265,7 +265,7 @@ def _png_header(data: bytes) -> Header | None:
     while data[at + 4 : at + 8] not in (b"", b"eXIf"):  # eXIf may be before or after the pixels
         at += 12 + int.from_bytes(data[at : at + 4])
         if (chunks := chunks + 1) > _MOST_PNG_CHUNKS:  # each costs Pillow more than a memory page of pixels
-            raise BadImageError(f"it is cut into more than {_MOST_PNG_CHUNKS:,} chunks")
+            raise BadImageError(f"it has more than {_MOST_PNG_CHUNKS:,} chunks")
     exif = data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4])]
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     return _turned_header("PNG", height, width, _exif_orientation(exif))
@@ -295,6 +295,6 @@ def _turned_header(name: str, height: int, width: int, orientation: object) -> H
 
 def _check_size(height: int, width: int) -> None:
     if height * width > MOST_PIXELS:
-        raise BadImageError(f"its {width:,} x {height:,} pixels are more than the {MOST_PIXELS:,} that are decoded")
+        raise BadImageError(f"its {width:,} x {height:,} pixels are more than the limit of {MOST_PIXELS:,}")
     if max(height, width) > _LONGEST_SIDE:
         raise BadImageError(f"its {width:,} x {height:,} pixels are longer than {_LONGEST_SIDE:,}")

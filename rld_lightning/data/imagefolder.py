@@ -81,7 +81,7 @@ class ImageFolderDataModule(StreamingDataModule):
         labels = torch.cat([images.labels for images in (train, *others)])
         written = read_split(file, self.root, ImageList(train.class_names, paths, labels))
         if self.val_fraction > 0 and "val" not in written.splits:
-            raise ValueError(f"{file} holds no images out for validation; set data.val_fraction=0.")
+            raise ValueError(f"{file} has no validation images; set data.val_fraction=0.")
         counts = ((written.missing, "of them are missing"), (written.new, "new ones are ignored"))
         self._since = "".join(f", {count:,} {what}" for count, what in counts if count)
         return dict(written.splits)

@@ -48,7 +48,7 @@ def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
     """
     way_out = "move it away, or have the folder shared out anew with data.split_file=null"
     if not path.is_file() or path.stat().st_size > _LARGEST:
-        raise ValueError(f"{path} is not a file that says which image is in which split; {way_out}.")
+        raise ValueError(f"{path} is not a split file; {way_out}.")
     place = {_within(root, images.path(i)): i for i in range(len(images.labels))}
     try:
         rows = list(csv.reader(StringIO(path.read_bytes().decode("utf-8", "surrogateescape"))))

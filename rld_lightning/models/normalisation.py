@@ -44,7 +44,7 @@ def parse_normalisation(mean: Sequence[float] | None, std: Sequence[float] | Non
     if mean is None or std is None or not all(three) or min(std) <= 0:
         raise ValueError(
             f"model.teacher.mean={mean} and model.teacher.std={std} must be three numbers each, those of std above 0, "
-            "such as model.teacher.mean=[0.5,0.5,0.5] model.teacher.std=[0.5,0.5,0.5]; or null both."
+            "such as model.teacher.mean=[0.5,0.5,0.5] model.teacher.std=[0.5,0.5,0.5]; or set both to null."
         )
     return Normalisation(tuple(mean), tuple(std))
 

@@ -107,8 +107,8 @@ class PixelsToProbabilities(nn.Module):
         if resize and max(preprocessing.size) > preprocessing.resize:
             height, width = preprocessing.size
             raise ValueError(
-                f"images of {height}x{width} cannot be cut from any that is resized to {preprocessing.resize}; give "
-                "any_size=false, and images of that size."
+                f"images of {height}x{width} cannot be cropped from images resized to {preprocessing.resize}; use "
+                "any_size=false, with images of that size."
             )
         self.network = network
         self.preprocessing = preprocessing

@@ -116,5 +116,5 @@ def _width(weights: Weights) -> int:
         value for key, value in weights.state_dict.items() if value.ndim in (1, 2) and key.endswith(("bias", "weight"))
     ]
     if not last or last[-1].shape[0] < 2:
-        raise WeightsError(f"{weights.source} does not say how many classes it knows; give class_names")
+        raise WeightsError(f"{weights.source} does not state the number of classes; give class_names")
     return last[-1].shape[0]

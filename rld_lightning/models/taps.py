@@ -69,7 +69,7 @@ class FeatureTaps:
         for path in self._paths:
             if path not in self._captured:
                 raise RuntimeError(
-                    f"tap {path!r} saw nothing: its module did not run inside the `with` block, or the model was "
+                    f"tap {path!r} captured nothing: its module did not run inside the `with` block, or the model was "
                     "compiled before the taps were opened (compile inside the block, or tap the uncompiled model)."
                 )
             tensor = self._captured[path]

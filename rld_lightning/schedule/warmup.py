@@ -84,9 +84,9 @@ class WarmupMultiStep(LRScheduler):
     ) -> None:
         self.milestones = list(milestones)
         if self.milestones != sorted(self.milestones):
-            raise ValueError(f"milestones={self.milestones} of the schedule must rise.")
+            raise ValueError(f"milestones={self.milestones} of the schedule must be in ascending order.")
         if warmup < 1:
-            raise ValueError(f"warmup={warmup} of the schedule must be a number of epochs, 1 for no rise.")
+            raise ValueError(f"warmup={warmup} of the schedule must be a number of epochs, 1 for no warm-up.")
         self.gamma = gamma
         self.warmup = warmup
         super().__init__(optimizer, last_epoch)

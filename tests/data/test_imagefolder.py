@@ -447,7 +447,9 @@ def test_classes_may_have_the_names_of_splits(tmp_path):
 def test_numbers_in_text_order_give_a_caution(tmp_path):
     write_classes(tmp_path / "text", counts=(5,) * 10, names=[str(number) for number in range(1, 11)])
     write_classes(tmp_path / "number", counts=(5,) * 10, names=[f"{number:02d}" for number in range(1, 11)])
-    caution = "; caution: classes in text order (1, 10, 2, ...), a network from elsewhere may have them by number"
+    caution = (
+        "; caution: classes in text order (1, 10, 2, ...), a network trained elsewhere may have them in numeric order"
+    )
     assert folder_data(tmp_path / "text").describe().endswith(caution)
     assert "caution" not in folder_data(tmp_path / "number").describe()
 

@@ -46,7 +46,7 @@ def test_the_preprocessing_inside_a_network_gives_the_same_images(size, resize):
         assert (inside._crop(pixels.float()) - transform.crop(pixels)).abs().max() <= 1
     cropped = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=generator)
     assert torch.equal(inside._crop(transform.pad_for_resize(cropped).float()), cropped.float())
-    with pytest.raises(ValueError, match="images of 9x16 cannot be cut from any that is resized to 12"):
+    with pytest.raises(ValueError, match="images of 9x16 cannot be cropped from images resized to 12"):
         PixelsToProbabilities(torch.nn.Flatten(), Preprocessing((9, 16), 12, **LOOK), resize=True)
 
 

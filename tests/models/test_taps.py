@@ -101,13 +101,13 @@ def test_the_last_call_counts():
 
 def test_features_before_and_after_the_forward(model, images):
     with FeatureTaps(model, ["layer1"]) as taps:
-        with pytest.raises(RuntimeError, match="tap 'layer1' saw nothing"):
+        with pytest.raises(RuntimeError, match="tap 'layer1' captured nothing"):
             _ = taps.features
         model(images)
         first = taps.features["layer1"]
         model(images + 1)
         assert not torch.equal(taps.features["layer1"], first)
-    with taps, pytest.raises(RuntimeError, match="saw nothing"):
+    with taps, pytest.raises(RuntimeError, match="captured nothing"):
         _ = taps.features
 
 

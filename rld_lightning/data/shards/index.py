@@ -78,7 +78,7 @@ class ShardIndex:
             content = read_bytes(path, _MOST_JSON, options)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{path} is not there: set root to a folder or an address of shards with their index, which "
+                f"{path} does not exist: set root to a folder or an address of shards with their index, which "
                 f"{script_command('shards')} makes from a folder of images or from shards."
             ) from error
         try:
@@ -107,13 +107,15 @@ class ShardIndex:
     def _check(self) -> None:
         """Raises ``ValueError`` for invalid values; the file is not trusted."""
         if not isinstance(self.name, str) or "/" in self.name or self.name in ("", ".", ".."):
-            raise ValueError(f"{self.name!r} is no name of a data set")
+            raise ValueError(f"{self.name!r} is not a valid name of a data set")
         if not isinstance(self.class_names, list) or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("its class names are not text")
         if unknown := sorted(set(self.look) - set(LOOK)):
             raise ValueError(f"its look has {unknown[0]!r}, not one of {', '.join(LOOK)}")
         if wrong := [key for key, value in self.look.items() if value is not None and not _is_look(key, value)]:
-            raise ValueError(f"its {wrong[0]} is no {'number of pixels' if wrong[0] in LOOK[:2] else 'three numbers'}")
+            raise ValueError(
+                f"its {wrong[0]} is not {'a number of pixels' if wrong[0] in LOOK[:2] else 'three numbers'}"
+            )
         for split, shards in self.shards.items():
             samples = self.samples[split]
             length = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
@@ -146,7 +148,7 @@ def _check_place(root: str, shards: dict[str, list[Shard]]) -> None:
         return
     for shard in (shard for listed in shards.values() for shard in listed):
         if local_path(join(root, shard.path)) is not None:
-            raise ValueError(f"it comes from elsewhere and names {shard.path}, a file of this machine")
+            raise ValueError(f"it is remote and names {shard.path}, a local file")
 
 
 class ShardList(NamedTuple):

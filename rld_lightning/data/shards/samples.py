@@ -59,7 +59,7 @@ def unpack_samples(content: bytes, counts: Mapping[str, int]) -> dict[str, Sampl
                 for split, own in names.items()
             }
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"its samples are no arrays: {error}") from error
+        raise ValueError(f"its samples are not arrays: {error}") from error
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
@@ -67,13 +67,13 @@ def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
     with archive.open(name) as file:
         shape, fortran, dtype = _read_header(file)
         if len(shape) != 1 or fortran or dtype.hasobject or not dtype.itemsize:
-            raise ValueError(f"{name} is no row of values")
+            raise ValueError(f"{name} is not a one-dimensional array")
         if shape[0] != count:
             raise ValueError(f"its {name.split('.')[0]} shards hold {count:,} images and {shape[0]:,} are listed")
         wanted = count * dtype.itemsize
         values = bytearray(file.read(wanted))
     if len(values) != wanted:
-        raise ValueError(f"{name} breaks off after {len(values):,} of {wanted:,} bytes")
+        raise ValueError(f"{name} is truncated after {len(values):,} of {wanted:,} bytes")
     return np.frombuffer(values, dtype) if count else np.empty(0, dtype)
 
 

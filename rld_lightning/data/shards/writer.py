@@ -163,7 +163,9 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
                     sample |= {"offset": member.offset_data, "size": member.size, "member": member.name.encode()}
                 elif suffix.lower() == "cls":
                     if member.size > MOST_CLASS_BYTES:
-                        raise ValueError(f"{address}/{member.name} has {member.size:,} bytes, no number of a class")
+                        raise ValueError(
+                            f"{address}/{member.name} has {member.size:,} bytes, too many for a class number"
+                        )
                     content = tar.extractfile(member)
                     assert content is not None  # of a regular file
                     sample["label"] = _class_of(content.read(), f"{address}/{member.name}")
@@ -194,7 +196,7 @@ def _class_of(content: bytes, member: str) -> int:
         raise ValueError
     except ValueError as error:
         raise ValueError(
-            f"{member} holds {content[:30].decode(errors='replace')!r} instead of the number of a class."
+            f"{member} holds {content[:30].decode(errors='replace')!r} instead of a class number."
         ) from error
 
 

@@ -59,7 +59,7 @@ def published_archive(url: str, folder: Path) -> Iterator["Archive"]:
         known = _read_record(record)
         if known.get(url, sha256) != sha256:
             raise DownloadError(
-                f"{url} is another archive than the one of the first download: its SHA-256 is {sha256[:12]}..., and "
+                f"{url} is not the archive of the first download: its SHA-256 is {sha256[:12]}..., and "
                 f"{record} has {known[url][:12]}...; if it was replaced for a good reason, remove that file"
             )
         yield Archive(path, url, sha256)

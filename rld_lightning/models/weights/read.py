@@ -126,8 +126,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     content = read_once(path)
     if is_damaged(content):
         raise WeightsError(
-            f"{path} is damaged: its bytes are not those that were written, by its checksum; take a copy of it, or "
-            "make it again"
+            f"{path} is damaged: its checksum does not match its content; use a copy of it, or create it again"
         )
     # A safetensors file is the length of its header in eight bytes, then the header, which is JSON.
     if path.suffix == ".safetensors" or content[8:9] == b"{":

@@ -50,12 +50,12 @@ def test_packed_samples_are_unpacked_unchanged():
         ({"offset": npy(np.zeros(10**6, np.int64))}, COUNTS, "hold 5 images and 1,000,000 are listed"),
         ({"offset": npy(np.zeros(10**6, np.int64))}, {"train": 10**12, "test": 0}, "1,000,000 are listed"),
         ({"size": npy(np.zeros(5, np.int64), b"(10**12,)")}, COUNTS, "rld|malformed|header|shape"),
-        ({"size": npy(np.zeros(5, np.int64))[:-8]}, COUNTS, "breaks off after 32 of 40 bytes"),
-        ({"size": npy(np.zeros((5, 10**6), np.int8))}, COUNTS, "is no row of values"),
-        ({"label": npy(np.array([{}] * 5, object))}, COUNTS, "is no row of values"),
+        ({"size": npy(np.zeros(5, np.int64))[:-8]}, COUNTS, "is truncated after 32 of 40 bytes"),
+        ({"size": npy(np.zeros((5, 10**6), np.int8))}, COUNTS, "is not a one-dimensional array"),
+        ({"label": npy(np.array([{}] * 5, object))}, COUNTS, "is not a one-dimensional array"),
         ({"label": b"\x93NUMPY\x02\x00"}, COUNTS, "another version"),
         ({"label": b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535}, COUNTS, "larger than|malformed|header"),
-        ({"member": None}, COUNTS, "its samples are no arrays"),
+        ({"member": None}, COUNTS, "its samples are not arrays"),
     ],
 )
 def test_invalid_arrays_are_refused_before_unpacking(changes, counts, words):
@@ -77,5 +77,5 @@ def test_oversized_arrays_are_not_unpacked(monkeypatch):
 
 @pytest.mark.parametrize("damaged", [b"", b"PK", content()[:-30], content().replace(b"train.size", b"train.sise")])
 def test_damaged_archives_are_refused(damaged):
-    with pytest.raises(ValueError, match="its samples are no arrays"):
+    with pytest.raises(ValueError, match="its samples are not arrays"):
         unpack_samples(damaged, COUNTS)

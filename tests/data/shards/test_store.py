@@ -249,7 +249,7 @@ def test_a_remote_index_cannot_name_local_files(shards, tmp_path, place):
     place = place.format(shards=shards)
     change(shards, lambda index: [shard.update(path=place) for split in index["shards"].values() for shard in split])
     with serve(shards) as (address, asked):
-        with pytest.raises(ValueError, match=rf"it comes from elsewhere and names {place}, a file of this machine"):
+        with pytest.raises(ValueError, match=rf"it is remote and names {place}, a local file"):
             shards_data(address, cache=tmp_path / "cache")
         assert asked == ["index.json"]
     assert not (tmp_path / "cache").exists()
@@ -259,12 +259,15 @@ def test_a_remote_index_cannot_name_local_files(shards, tmp_path, place):
     ("edit", "message"),
     [
         (lambda index: index["samples"].update(file="/etc/passwd"), "its samples are in '/etc/passwd' instead of"),
-        (lambda index: index.update(name="../../x"), "'../../x' is no name of a data set"),
+        (lambda index: index.update(name="../../x"), "'../../x' is not a valid name of a data set"),
         (lambda index: index.update(class_names=["a", "b", 3]), "its class names are not text"),
         (lambda index: index.update(class_names="abc"), "its class names are not text"),
-        (lambda index: index["look"].update(image_size=10**6, resize=10**6), "its image_size is no number of pixels"),
-        (lambda index: index["look"].update(image_size="9"), "its image_size is no number of pixels"),
-        (lambda index: index["look"].update(std=[0.2, 0.2, -1]), "its std is no three numbers"),
+        (
+            lambda index: index["look"].update(image_size=10**6, resize=10**6),
+            "its image_size is not a number of pixels",
+        ),
+        (lambda index: index["look"].update(image_size="9"), "its image_size is not a number of pixels"),
+        (lambda index: index["look"].update(std=[0.2, 0.2, -1]), "its std is not three numbers"),
         (lambda index: index.update(class_names=["a", "b"]), "images of classes that it does not name"),
         (lambda index: index["look"].update(_target_="os.system"), "its look has '_target_', not one of image_size"),
         (lambda index: index["shards"]["train"][0].update(images=10**9), "hold .* images and 45 are listed"),
@@ -392,7 +395,7 @@ def test_a_disk_without_space_for_the_next_shard_is_named(shards, tmp_path, monk
 
 def test_a_missing_or_invalid_index_is_named(shards, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=f"{tmp_path}/index.json is not there: set root to .* scripts/shards.py"
+        FileNotFoundError, match=f"{tmp_path}/index.json does not exist: set root to .* scripts/shards.py"
     ):
         shards_data(tmp_path)
     index = shards / "index.json"

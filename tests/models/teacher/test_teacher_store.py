@@ -332,7 +332,7 @@ def test_another_archive_than_the_first_is_refused(store, server):
     path = store.path("cifar100", "resnet8")
     path.unlink()
     other = server.content = archive(resnet8=pickled(checkpoint("resnet8", seed=5)))
-    with pytest.raises(DownloadError, match=r"is another archive than the one of the first download: .*remove that"):
+    with pytest.raises(DownloadError, match=r"is not the archive of the first download: .*remove that"):
         store.download_published(server.url)
     assert not path.exists()
     (store.root / "cifar100" / ".published.json").unlink()

@@ -52,7 +52,7 @@ def test_every_flipped_bit_is_detected(tmp_path, write):
             unseen.append(bit)
     assert not unseen
     path.write_bytes(flipped(content, bits // 2))
-    with pytest.raises(WeightsError, match=f"{path} is damaged: .*take a copy of it, or make it again"):
+    with pytest.raises(WeightsError, match=f"{path} is damaged: .*use a copy of it, or create it again"):
         read_weights(path)
 
 
