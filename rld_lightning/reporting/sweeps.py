@@ -5,18 +5,21 @@ import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from rld_lightning.errors import first_line, printable
 from rld_lightning.reporting.frame import LAST, pool_seeds, runs_frame
 from rld_lightning.reporting.labels import differing, short_key, short_value
 from rld_lightning.runs.files import CONFIG, STUDY, SWEEPER
 from rld_lightning.runs.finished import Run
 
 _LARGEST = 1 << 30  # bytes of a study's file
+_LONGEST = 200  # characters of a name or a reason in it
 # Preferred axes of heat maps: columns, rows, and one map per value.
 _PREFERRED_AXES = ("loss.alpha", "loss.beta", "loss.temperature")
 MAX_GRID = 20  # values of a key; with more, trials are drawn as points, not cells
@@ -163,7 +166,8 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
     """Optuna's importances: the share of the trials' variance that each parameter explains.
 
     Returns:
-        shares by parameter, largest first, with sum 1; and a sentence on the method, or why there are none.
+        shares by parameter, largest first and at most ``MAX_GRID`` of a sum of 1; and a sentence on the method, or why
+            there are none.
     """
     from rld_lightning.hydra.sweeps.optuna_study import check_storage
 
@@ -185,10 +189,14 @@ def importances(study: Path) -> tuple[dict[str, float], str]:
             if len(complete) < 4:
                 return {}, f"{len(complete)} trials of the study are complete, too few to compute importances."
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            shares = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
+            found = optuna.importance.get_param_importances(loaded, evaluator=evaluator)
+            if not all(map(isfinite, found.values())):  # of results that are too large to square
+                raise ValueError("they are not finite")
         except Exception as error:  # another version's study, or trials without information
-            return {}, f"Optuna cannot compute importances from {study}: {error}"
-    return {key: float(value) for key, value in shares.items()}, f"fANOVA over {len(complete)} complete trials"
+            reason = printable(first_line(error))[:_LONGEST]
+            return {}, f"Optuna cannot compute importances from {study}: {reason}"
+    shares = {printable(key)[:_LONGEST]: float(value) for key, value in islice(found.items(), MAX_GRID)}
+    return shares, f"fANOVA over {len(complete)} complete trials"
 
 
 def _sweep_folder(run: Run) -> Path | None:

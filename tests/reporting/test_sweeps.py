@@ -1,6 +1,7 @@
 """Sweeps: their trials in order, the cells of their heat maps, and Optuna's importances."""
 
 import builtins
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +12,7 @@ from helpers.run_factory import write_run, write_sweep
 
 from rld_lightning.reporting.frame import runs_frame
 from rld_lightning.reporting.plots import heat_map_figure
-from rld_lightning.reporting.sweeps import heat_maps, importances, split_sweeps
+from rld_lightning.reporting.sweeps import MAX_GRID, heat_maps, importances, split_sweeps
 from rld_lightning.reporting.tables import sections
 from rld_lightning.runs.finished import find_runs
 
@@ -151,6 +152,22 @@ def test_importances_of_a_study(tmp_path):
     assert sum(shares.values()) == pytest.approx(1)
     assert "10 complete trials" in how
     assert (tmp_path / "study.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(("scale", "words"), [(1.0, "over 6 complete"), (1e200, r"study\.db: they are not finite")])
+def test_importances_of_strange_names_and_numbers(tmp_path, scale, words):
+    optuna = pytest.importorskip("optuna")
+    names = [f"{number}{'x' * 300}" if number else "\x1b[2J$" for number in range(MAX_GRID + 5)]
+    space = dict.fromkeys(names, optuna.distributions.FloatDistribution(0, 1))
+    sampler, add = optuna.samplers.RandomSampler(seed=0), optuna.trial.create_trial
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", sampler=sampler)
+    for number in range(6):
+        params = {name: (number * place) % 7 / 7 for place, name in enumerate(names, 1)}
+        study.add_trial(add(value=scale * (number > 1), params=params, distributions=space))
+    shares, how = importances(tmp_path / "study.db")
+    assert re.search(words, how)
+    assert len(shares) == (MAX_GRID if scale == 1 else 0)
+    assert all(len(key) <= 200 and "\x1b" not in key for key in shares)
 
 
 def test_a_study_with_an_endless_view_is_not_queried(tmp_path):
