@@ -1,6 +1,7 @@
 """Checks before training or evaluation for errors that would occur later; each is one sentence."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,13 @@ def check_names(student: Student, teacher: Teacher | None) -> None:
         files = len(network.weights) if isinstance(network.weights, tuple) else 1
         for name in member_names(network.name, files):
             if name not in FOREIGN:
-                blueprint(name)
+                _check_builds(name)
+
+
+@cache
+def _check_builds(name: str) -> None:
+    """Builds a network without its weights, once per process: most trials of a sweep name the same ones."""
+    blueprint(name)
 
 
 def check_loss(loss: DistillationLoss, plan: Plan) -> None:
