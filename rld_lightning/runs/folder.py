@@ -42,7 +42,7 @@ def lock_folder(folder: Path, name: str, what: str) -> FileLock:
     if external_launcher() is not None:
         return lock
     with user_errors():
-        check_folder(folder)
+        check_folder(folder, "hydra.run.dir=" if what == "trained" else "hydra.sweep.dir= (folder= of compare.py)")
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)

@@ -31,7 +31,14 @@ from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.after import Finished, run_follow_ups
 from rld_lightning.tasks.run.batch_size import AUTO, make_data, suitable_batch
-from rld_lightning.tasks.run.build import add_run_callbacks, adopt_normalisation, build_module, build_trainer, set_up
+from rld_lightning.tasks.run.build import (
+    add_run_callbacks,
+    adopt_normalisation,
+    build_module,
+    build_student,
+    build_trainer,
+    set_up,
+)
 from rld_lightning.tasks.run.checks import (
     check_loss,
     check_mixtures,
@@ -149,7 +156,7 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             print_config(cfg)
         seed_everything(plan.seed, workers=True, verbose=False)
         loss: DistillationLoss = instantiate(cfg.loss)
-        check_loss(loss, plan)
+        check_loss(loss, plan.teacher, plan.label)
         check_recipe(instantiate(cfg.recipe.optimizer), instantiate(cfg.recipe.get("scheduler")))
         data = make_data(cfg.data)
         reuse_cached_data(data, cfg.data)
@@ -221,9 +228,8 @@ def _train_teacher(
 ) -> None:
     """Trains the missing teacher in ``<run>/teacher``, and stores it for other runs if they can use it."""
     folder = plan.run / TEACHER
-    with user_errors():  # before the teacher is trained, untrained networks show that the loss can work with them
-        pretrained = {"pretrained": True} if plan.student.weights == "pretrained" else {}  # downloaded or refused now
-        student = create_model(plan.student.name, data.num_classes, **pretrained)
+    with user_errors():  # before the teacher is trained, networks show that the loss can work with them
+        student = build_student(plan.student, data)  # its weights are downloaded, or refused, now
         other = create_model(teacher.name, data.num_classes)
         connect(deepcopy(loss), student, other, data.image_shape, data.train_label)
     if not (folder / SUMMARY).exists():

@@ -196,6 +196,7 @@ def test_a_finished_run_is_not_overwritten(finished, monkeypatch, capsys):
             ("trainer.limit_train_batches=0.01", "loss=ce"),
             "0.01 is none of the 23 train batches",
         ),
+        (("trainer.val_check_interval=100", "loss=ce"), "val_check_interval=100 is more than the 23 train batches of"),
         (("trainer.overfit_batches=0.1", "loss=ce"), "overfit_batches=0.1 is none of the 2 val batches"),
         (("trainer=ddp_cpu", "trainer.devices=3"), "cannot be shared by 3 processes: choose a positive multiple of 3"),
         (("data=imagefolder",), "data.root has no value"),
@@ -206,6 +207,15 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, capsys, overrides
     places = f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}"
     assert sentence in mistake(monkeypatch, capsys, *overrides, *places)
     assert not (tmp_path / "run").exists()  # nothing was done, so no folder is left
+
+
+def test_a_student_s_weights_are_refused_before_a_teacher_is_trained(tmp_path, monkeypatch, capsys):
+    torch.save({"model": create_model("resnet8", 7).state_dict()}, tmp_path / "seven.pth")
+    options = ("model.teacher.weights=fit", f"paths.teachers={tmp_path / 't'}", f"hydra.run.dir={tmp_path / 'run'}")
+    output = mistake(monkeypatch, capsys, *options, f"model.student.weights={tmp_path / 'seven.pth'}")
+    assert "the file has 7 classes, the model 10" in output
+    assert "training it first" not in output
+    assert not (tmp_path / "run").exists()
 
 
 def in_process(tmp_path, *overrides):

@@ -138,10 +138,18 @@ def test_report_at_the_end(monkeypatch, tmp_path, capsys):
     assert f"{tmp_path / 'report' / 'report.html'}  the results" in capsys.readouterr().out
 
 
-def test_unknown_loss_is_reported_before_the_teacher_is_trained(teachers, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ((*FIT, "loss=choice(kd,rdl)"), "loss=rdl is no option. Did you mean 'rld"),
+        ((*FIT, "loss=choice(ce,crd)", "data.mixup=0.3"), "CRDLoss cannot learn from mixtures of images"),
+        (("data=digits", "model=resnet8", "loss=choice(ce,kd)"), "the loss needs a teacher and model=resnet8 has none"),
+    ],
+)
+def test_unusable_loss_is_reported_before_anything_is_trained(teachers, tmp_path, capsys, command, sentence):
     with pytest.raises(SystemExit, match="2"):
-        compare(tmp_path, *FIT, "loss=choice(kd,rdl)")
-    assert "loss=rdl is no option. Did you mean 'rld" in capsys.readouterr().out
+        compare(tmp_path, *command)
+    assert sentence in capsys.readouterr().out
     assert not teachers
 
 

@@ -23,6 +23,8 @@ from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, VALUE_F
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
 
+_NOT_FOUND = r"Could not (?:find|load) '([^']+)/([^'/]+)'"  # Hydra of an option, alone or in a list
+
 
 @dataclass(frozen=True)
 class Command:
@@ -169,9 +171,9 @@ def _culprits(error: Exception, lines: Sequence[str]) -> list[str]:
     if found := re.search(r"full_key: (\S+)", text):
         full = found[1]
         tests.append(lambda line, key, value: f"{key}.".startswith(f"{full}."))
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        option = (found[1], found[2])
-        tests.append(lambda line, key, value: (key.split("@")[0], value) == option)
+    if found := re.search(_NOT_FOUND, text):
+        of, option = found[1], found[2]
+        tests.append(lambda line, key, value: key.split("@")[0] == of and option in re.split(r"[\[\], ]+", value))
     if found := re.search(r"Multiple values for ([\w/@]+)", text):
         group = found[1]
         tests.append(lambda line, key, value: group == key)
@@ -201,10 +203,10 @@ def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], comma
 
 def missing_option(error: Exception, where: str = "") -> str:
     """What to say where Hydra does not find an option; nothing where the error is another."""
-    option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    option = re.search(_NOT_FOUND, str(error))
     if option is None:
         return ""
-    choices = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)
+    choices = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE) or list_options(option[1])
     return f"{option[1]}={option[2]}{where} is no option{_choose(option[2], choices)}"
 
 

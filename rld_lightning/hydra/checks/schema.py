@@ -37,6 +37,10 @@ _LIMIT = Kind(
     "a number of batches, or a share of them such as 0.1",
     lambda value: (is_whole(value) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1),
 )
+_TIME = Kind(
+    "a time in days:hours:minutes:seconds such as 00:12:00:00",
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", value.strip())),
+)
 _SIDE, _RESIZE = whole(1, LARGEST_SIDE), whole(1, LARGEST_RESIZE)
 _THREE = list_of(FINITE, "three numbers", 3)
 _DEVICES = Kind(
@@ -161,9 +165,9 @@ VALUES: Mapping[str, Kind] = {
     "trainer.min_epochs": COUNT | NULL,
     "trainer.max_steps": COUNT | Kind("-1 for no limit", lambda value: is_whole(value) and value == -1),
     "trainer.min_steps": COUNT | NULL,
-    "trainer.max_time": TEXT.such_as("00:12:00:00, which is 12 hours") | KEYS | NULL,
+    "trainer.max_time": _TIME | KEYS | NULL,
     "trainer.check_val_every_n_epoch": COUNT | NULL,
-    "trainer.val_check_interval": _LIMIT | NULL | TEXT,
+    "trainer.val_check_interval": _LIMIT | _TIME | NULL,
     "trainer.accelerator": words("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     "trainer.devices": _DEVICES,
     "trainer.num_nodes": COUNT,

@@ -99,6 +99,8 @@ def _launch(launcher: Launcher, batch: Sequence[Sequence[str]], first: int, conf
         folder = as_argument("hydra.sweep.dir", config.hydra.sweep.dir)
         print_line("stopped", f"continue with the same command and {folder}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+    except UserError:  # of the launcher's options, say
+        raise
     except Exception as error:  # each launcher raises its own types
         raise UserError(
             "the trials cannot be run, or a process that ran some has died "

@@ -41,6 +41,21 @@ def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
     data.strong_view = strong_view
 
 
+def build_student(planned: Student, data: ImageDataModule) -> nn.Module:
+    """Builds the student with the weights that it starts from.
+
+    Raises:
+        WeightsError: the file of its weights cannot be used, or is another network's.
+        ValueError: its weights know other classes.
+    """
+    name, weights = planned.name, planned.weights
+    pretrained = {"pretrained": True} if weights == "pretrained" else {}
+    student = create_model(name, data.num_classes, **pretrained)
+    if weights not in (None, "pretrained"):
+        reorder_to_data(student, name, load_weights(student, weights, name=name), data, "student")
+    return student
+
+
 def build_module(
     plan: Plan,
     data: ImageDataModule,
@@ -52,11 +67,7 @@ def build_module(
     """Builds the student and its training module; without a teacher if the loss needs none."""
     # Earlier steps may have used random numbers; the student depends only on the seed, with or without a teacher.
     seed_everything(plan.seed, workers=True, verbose=False)
-    name, weights = plan.student.name, plan.student.weights
-    pretrained = {"pretrained": True} if weights == "pretrained" else {}
-    student = create_model(name, data.num_classes, **pretrained)
-    if weights not in (None, "pretrained"):
-        reorder_to_data(student, name, load_weights(student, weights, name=name), data, "student")
+    name, student = plan.student.name, build_student(plan.student, data)
     if teacher is not None:
         plain, student = student, connect(loss, student, teacher.model, data.image_shape, data.train_label)
         if student is not plain and plan.teacher is not None:

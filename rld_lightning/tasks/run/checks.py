@@ -86,15 +86,15 @@ def _check_builds(name: str) -> None:
     blueprint(name)
 
 
-def check_loss(loss: DistillationLoss, plan: Plan) -> None:
+def check_loss(loss: DistillationLoss, teacher: Teacher | None, label: str) -> None:
     """Checks that a loss has the teacher that it needs.
 
     Raises:
         ValueError: it needs one, and there is none.
     """
-    if loss.needs_teacher and plan.teacher is None:
+    if loss.needs_teacher and teacher is None:
         raise ValueError(
-            f"the loss needs a teacher and model={plan.label} has none; choose a pair "
+            f"the loss needs a teacher and model={label} has none; choose a pair "
             "(model=wrn40_2_to_wrn16_2, or model=pair with model.teacher.name and model.student.name), or loss=ce."
         )
 
@@ -146,13 +146,24 @@ def check_trainer(trainer: Trainer, settings: DictConfig, data: ImageDataModule)
     for split, sampler in (("train", data.train_sampler()), ("val", data.eval_sampler(data.val_size))):
         option = "overfit_batches" if settings.get("overfit_batches") else f"limit_{split}_batches"
         limit, number = getattr(trainer, f"limit_{split}_batches"), len(sampler)
-        if limit * (number if isinstance(limit, float) else 1) < 1:
+        if _limited(number, limit) < 1:
             raise ValueError(
                 f"trainer.{option}={limit} is none of the {number} {split} batches; take a number of them, such as "
                 f"trainer.{option}=1, or a share of {ceil(1000 / number) / 1000:g} or more."
             )
+    batches, every = _limited(len(data.train_sampler()), trainer.limit_train_batches), trainer.val_check_interval
+    if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch is not None:
+        raise ValueError(
+            f"trainer.val_check_interval={every} is more than the {batches} train batches of an epoch; take fewer, a "
+            "share of them such as 0.5, or trainer.check_val_every_n_epoch=null to count on over epochs."
+        )
     if settings.get("sync_batchnorm") and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU.")
+
+
+def _limited(batches: int, limit: float) -> int:
+    """Returns how many batches an epoch has with a limit of the trainer: a number, or a share if it is a float."""
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
 
 
 def check_network(

@@ -1,5 +1,6 @@
 """Parses what a command sweeps and what it fixes, and checks each value."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rld_lightning.data.in_memory import InMemoryDataModule
@@ -17,9 +19,8 @@ from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
 from rld_lightning.runs.likeness import affects_training, canonical
-from rld_lightning.runs.naming import loss_name
 from rld_lightning.tasks.run.batch_size import make_data
-from rld_lightning.tasks.run.checks import check_names
+from rld_lightning.tasks.run.checks import check_loss, check_mixtures, check_names
 from rld_lightning.tasks.run.plan import plan_student, plan_teacher, with_values
 from rld_lightning.tasks.run.resume import find_checkpoint
 from rld_lightning.tasks.sweep.trial_tables import key_of, line_of
@@ -81,7 +82,10 @@ def check_swept(config: DictConfig, *, listed: bool) -> None:
         try:
             cfg = loader.load_sweep_config(config, lines)
         except HydraException as error:
-            raise UserError(missing_option(error) or f"{first_line(error)} (--help lists the options)") from error
+            key = re.search(r"Could not override '([^']+)'", str(error))
+            choice = " ".join(({**first, **trial})[group][0] for group in values if "." not in group)
+            unknown = f"{key[1]} is not known{f' with {choice}' * bool(choice)}" if key else first_line(error)
+            raise UserError(missing_option(error) or f"{unknown} (--help lists the options)") from error
         check(cfg)
         _check_trial(cfg)
         if not trial:
@@ -98,17 +102,19 @@ def _check_trial(cfg: DictConfig) -> None:
         UserError: a network is unknown, or a named file or folder does not exist.
     """
     with user_errors():
-        teacher = None if loss_name(cfg.loss) == "CE" else plan_teacher(cfg.model.teacher)
-        check_names(plan_student(cfg.model.student), teacher)
+        loss, teacher = instantiate(cfg.loss), plan_teacher(cfg.model.teacher)
+        check_loss(loss, teacher, cfg.model.label)
+        check_names(plan_student(cfg.model.student), teacher if loss.needs_teacher else None)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
             raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
         settings = with_values(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
+        data = make_data(settings)
+        check_mixtures(loss, data)
         root = settings.get("root")
-        if root is not None and "://" not in str(root) and not Path(root).is_dir():
-            data = make_data(settings)
-            if not isinstance(data, InMemoryDataModule):  # others report missing data; these may be downloaded
-                data.prepare_data()
-                data.setup("fit")
+        missing = root is not None and "://" not in str(root) and not Path(root).is_dir()
+        if missing and not isinstance(data, InMemoryDataModule):  # others report missing data; these may be downloaded
+            data.prepare_data()
+            data.setup("fit")
 
 
 def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[str, str], *, values_too: bool) -> None:

@@ -183,6 +183,7 @@ VALUES = {
     "+trainer.accumulate_grad_batches=0": r"trainer\.accumulate_grad_batches=0 .* whole number >= 1",
     "+trainer.overfit_batches=lots": r"trainer\.overfit_batches=lots .* a number of batches",
     "+trainer.max_time=3": r"trainer\.max_time=3 .* such as 00:12:00:00",
+    "+trainer.max_time=12h": r"trainer\.max_time=12h .* days:hours:minutes:seconds such as",
     "+trainer.gradient_clip_algorithm=max": r"trainer\.gradient_clip_algorithm=max .* norm or value",
     "+trainer.fast_dev_run=maybe": r"trainer\.fast_dev_run=maybe .* true or false",
     # callbacks and loggers
@@ -303,6 +304,7 @@ COMMANDS = {
     "model=wrn40_3": r"model=wrn40_3 is no option\. Did you mean 'wrn40_2'",
     "data=cifar10": r"data=cifar10 is no option\. Did you mean 'cifar100'",
     "loss=rdl": r"loss=rdl is no option\. Did you mean .*'rld'",
+    "callbacks=[default,emma]": r"callbacks=emma is no option\. Did you mean 'ema'\?",
     "recipe=fast": r"recipe=fast is no option; choose one of adamw_cosine, cifar240,",
     "experiment=quikstart": r"experiment=quikstart is no option\. Did you mean 'quickstart'",
     "sweep=rld_gird": r"sweep=rld_gird is no option\. Did you mean 'rld_grid'",

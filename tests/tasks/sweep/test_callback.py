@@ -74,7 +74,8 @@ def test_optuna_does_not_choose_seeds(start, capsys):
         (["sweep=rld_optuna", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 must be a whole number from 1 on"),
         (["sweep=rld_optuna", "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0 must be"),
         (["sweep=rld_optuna", "hydra.sweeper.direction=up"], "must be maximize or minimize"),
-        (["sweep=rld_optuna", "loss.gama=interval(1,2)"], "Could not override 'loss.gama'"),
+        (["sweep=rld_optuna", "loss.gama=interval(1,2)"], "loss.gama is not known (--help lists"),
+        (["loss=ce,rld", "loss.alpha=2"], "loss.alpha is not known with loss=ce (--help lists"),
         (["loss.alpha=interval(1,2)"], "loss.alpha=interval(1,2) has no list of values"),
     ],
 )
@@ -278,7 +279,11 @@ def test_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
         (["loss.weights.at=0.5", "loss=[rld,at]"], "loss.rld.alpha=2", "loss.weights.at=0.5 'loss=[rld,at]' "),
         (["loss=[rld,at]"], "loss.weights.at=2", "'loss=[rld,at]' loss.weights.at=2 "),
         (["experiment=rld_crd"], "loss.rld.alpha=2", "experiment=rld_crd loss=combined loss.rld.alpha=2 "),
-        (["+loss@loss.mine=rld", "loss=combined"], "loss.mine.alpha=2", "+loss@loss.mine=rld loss=combined "),
+        (
+            ["+loss@loss.mine=rld", "+loss@loss.at=at", "loss=combined"],
+            "loss.mine.alpha=2",
+            "+loss@loss.mine=rld +loss@",
+        ),
     ],
 )
 def test_command_for_a_combined_loss_composes_to_the_trial(start, tmp_path, command, value, printed):
