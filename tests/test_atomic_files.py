@@ -17,7 +17,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_writes_in_place_of_another_and_keeps_that(tmp_path):
+def test_a_write_replaces_a_file_and_keeps_the_previous_one(tmp_path):
     path, previous = tmp_path / "new" / "last.ckpt", tmp_path / "new" / "last.previous.ckpt"
     for content in (b"one", b"two", b"three"):
         write_whole(path, content, previous=previous)
@@ -25,7 +25,7 @@ def test_writes_in_place_of_another_and_keeps_that(tmp_path):
     assert names(path.parent) == [path.name, previous.name]
 
 
-def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
+def test_temporary_files_are_in_the_same_folder(tmp_path, monkeypatch):
     """A rename across file systems would not be atomic."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
@@ -33,7 +33,7 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"one"
 
 
-def test_keeps_the_previous_one_where_there_are_no_links(tmp_path, monkeypatch):
+def test_the_previous_file_is_kept_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
     for content in (b"one", b"two"):
         write_whole(tmp_path / "a", content, previous=tmp_path / "b")
@@ -41,7 +41,7 @@ def test_keeps_the_previous_one_where_there_are_no_links(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "_verify"])
-def test_what_was_there_stays_when_the_disk_is_full_or_fails(tmp_path, monkeypatch, step):
+def test_a_full_or_failing_disk_keeps_the_old_file(tmp_path, monkeypatch, step):
     (path := tmp_path / "a").write_bytes(b"one")
 
     def fail(*_):
@@ -55,7 +55,7 @@ def test_what_was_there_stays_when_the_disk_is_full_or_fails(tmp_path, monkeypat
     assert names(tmp_path) == ["a"]
 
 
-def test_a_disk_that_returns_something_else_is_seen(tmp_path, monkeypatch):
+def test_a_disk_that_returns_other_contents_is_detected(tmp_path, monkeypatch):
     (path := tmp_path / "a").write_bytes(b"one")
     sync = os.fsync
 
@@ -69,7 +69,7 @@ def test_a_disk_that_returns_something_else_is_seen(tmp_path, monkeypatch):
     assert path.read_bytes() == b"one"
 
 
-def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
     dead, alive, other = (tmp_path / f".{name}.tmp" for name in ("a[1].x", "a[1].y", "b.x"))
     for path in (dead, alive, other):
         path.write_bytes(b"half")
@@ -102,7 +102,7 @@ def test_of_two_writers_one_wins(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_a_kill_between_two_names_leaves_nothing_behind(tmp_path):
+def test_a_kill_between_two_renames_leaves_no_files(tmp_path):
     """The previous file already has its temporary second name, but not its final one."""
     write_whole(tmp_path / "a", b"one", previous=tmp_path / "b")
     (tmp_path / ".b.0123.tmp").hardlink_to(tmp_path / "a")

@@ -78,14 +78,14 @@ def assert_same(one, other, job, twin):
     ],
     ids=["rld clipped", "ce", "dkd bfloat16", "rld and kd"],
 )
-def test_a_captured_run_is_the_same_run(tmp_path, loss, options):
+def test_a_captured_run_equals_an_uncaptured_one(tmp_path, loss, options):
     job, twin = module(loss(), capture=False), module(loss())
     plain, captured = fit(job, tmp_path, **options), fit(twin, tmp_path, **options)
     assert_same(plain, captured, job, twin)
 
 
 @pytest.mark.slow
-def test_a_compiled_student_goes_into_the_graph(tmp_path):
+def test_a_compiled_student_is_captured(tmp_path):
     jobs = [module(capture=capture) for capture in (False, True)]
     for job in jobs:
         job.compiled = CompiledForward(job.student, 128)
@@ -94,7 +94,7 @@ def test_a_compiled_student_goes_into_the_graph(tmp_path):
     assert_same(plain, captured, *jobs)
 
 
-def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatch, tmp_path):
+def test_the_step_is_captured_again_if_its_epoch_or_shapes_change(monkeypatch, tmp_path):
     recorded = []
     monkeypatch.setattr(CapturedStep, "_record", spy(CapturedStep._record, recorded))
     fit(module(RLDLoss(warmup_epochs=2)), tmp_path, max_epochs=5)
@@ -102,7 +102,7 @@ def test_the_step_is_done_again_where_its_epoch_or_its_tensors_change(monkeypatc
     assert [(epoch, len(images)) for _, epoch, (images, *_) in recorded] == [(1, 128), (2, 128), (2, 29)]
 
 
-def test_what_callbacks_see_of_a_step_is_captured_with_it(monkeypatch, tmp_path):
+def test_callbacks_measurements_are_captured_with_the_step(monkeypatch, tmp_path):
     measured = []
     monkeypatch.setattr(TeacherMonitor, "measure_step", spy(TeacherMonitor.measure_step, measured))
     job = module(RLDLoss(warmup_epochs=1))
@@ -127,7 +127,7 @@ def spy(method, calls):
     return called
 
 
-def test_a_captured_run_goes_on_from_any_step(tmp_path):
+def test_a_captured_run_resumes_from_any_step(tmp_path):
     class Save(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == 18:
@@ -142,7 +142,7 @@ def test_a_captured_run_goes_on_from_any_step(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
 
 
-def test_what_does_not_go_into_a_graph_is_said_and_done_as_it_is(tmp_path, capsys):
+def test_uncapturable_runs_print_the_reason_and_run_uncaptured(tmp_path, capsys):
     job, twin = module(capture=False), module()
     options = {"accumulate_grad_batches": 2, "max_epochs": 1}
     assert_same(fit(job, tmp_path, **options), fit(twin, tmp_path, **options), job, twin)
@@ -154,7 +154,7 @@ def test_what_does_not_go_into_a_graph_is_said_and_done_as_it_is(tmp_path, capsy
         assert "uses more than the logits" in why_no_graph(loss)
 
 
-def test_an_optimizer_is_fused_on_a_gpu_unless_something_is_against_it():
+def test_an_optimizer_is_fused_on_a_gpu_if_possible():
     def on(device="cuda", clip=None, scaler=None):
         plugin = SimpleNamespace(scaler=scaler)
         return SimpleNamespace(precision_plugin=plugin, gradient_clip_val=clip), torch.device(device)
@@ -184,7 +184,7 @@ class Synchronizations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
+def test_no_step_synchronises_with_the_device(tmp_path, capture, monkeypatch):
     synchronizations = Synchronizations()
 
     class RecordStep(Callback):
@@ -209,7 +209,7 @@ def test_no_step_reads_from_the_device(tmp_path, capture, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_on_a_gpu_the_graph_computes_what_the_step_does(tmp_path, precision):
+def test_on_a_gpu_captured_steps_equal_uncaptured_ones(tmp_path, precision):
     options = {"accelerator": "gpu", "devices": 1, "precision": precision, "max_epochs": 3, "gradient_clip_val": 1.0}
     torch.backends.cudnn.deterministic = True
     try:
@@ -234,7 +234,7 @@ def resnet8():
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_a_replay_is_the_function():
+def test_on_a_gpu_a_replay_equals_the_function():
     device = torch.device("cuda")
     layer = nn.Linear(8, 4, device=device)
     calls = []
@@ -263,7 +263,7 @@ def test_on_a_gpu_a_replay_is_the_function():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("wait", [lambda loss: loss.item(), lambda loss: torch.cuda.synchronize()])
-def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is(wait):
+def test_on_a_gpu_an_uncapturable_function_runs_uncaptured(wait):
     layer = nn.Linear(8, 4, device="cuda")
 
     def function(factor, x):
@@ -284,7 +284,7 @@ def test_on_a_gpu_what_cannot_be_recorded_is_done_as_it_is(wait):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_line_that_waits_for_the_gpu_is_named_and_other_warnings_come_through(monkeypatch):
+def test_synchronising_lines_are_named_and_other_warnings_are_shown(monkeypatch):
     modes = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)

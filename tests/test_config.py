@@ -59,7 +59,7 @@ def loss_of(model, loss, recipe="cifar240"):
 @pytest.mark.parametrize(
     "choices", [{"model": "vgg13_to_mobilenetv2", "loss": "dkd_ls"}, {"model": "resnet34_to_resnet18"}]
 )
-def test_what_is_put_together_here_is_what_hydra_composes(choices):
+def test_combined_configs_equal_hydras(choices):
     cfg, expected = combined(**choices), compose(*(f"{group}={name}" for group, name in choices.items()))
     for group in ["loss"] if "loss" in choices else ["model", "recipe"]:
         assert cfg[group] == expected[group]
@@ -69,7 +69,7 @@ def teachers_and_students(names):
     return {(pair(name).model.teacher.name, pair(name).model.student.name) for name in names}
 
 
-def test_the_fourteen_pairs_of_the_benchmark_are_there_and_two_of_older_tables():
+def test_the_fourteen_pairs_of_the_benchmark_and_two_of_older_tables_exist():
     assert teachers_and_students(set(PAIRS) - set(IMAGENET_PAIRS)) == {
         ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"), ("wrn40_2", "wrn40_1"), ("wrn40_2", "wrn16_2"),
         ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("resnet110", "resnet20"),
@@ -79,7 +79,7 @@ def test_the_fourteen_pairs_of_the_benchmark_are_there_and_two_of_older_tables()
     }  # fmt: skip
 
 
-def test_the_two_pairs_of_imagenet_are_there_with_torchvisions_teachers():
+def test_the_two_pairs_of_imagenet_have_torchvisions_teachers():
     assert teachers_and_students(IMAGENET_PAIRS) == {
         ("torchvision/resnet34", "torchvision/resnet18"), ("torchvision/resnet50", "mobilenetv1"),
     }  # fmt: skip
@@ -137,19 +137,19 @@ def test_flags_may_stand_anywhere(given, read):
     assert flags_first(given.split()) == read.split()
 
 
-def test_several_configurations_are_not_printed_as_one():
+def test_cfg_with_multirun_is_refused():
     with pytest.raises(ValueError, match=r"--cfg shows one configuration, and -m means several"):
         flags_first(["-m", "seed=0,1", "--cfg", "job"])
 
 
-def test_a_folder_that_is_named_is_the_one_that_hydra_makes():
+def test_paths_run_sets_hydras_run_directory():
     assert set_run_folder(["seed=1", "paths.run=x/paths.run=y"]) == ["seed=1", "hydra.run.dir=x/paths.run=y"]
     for left in (["-m", "paths.run=x"], ["paths.run=x", "hydra.run.dir=y"], ["paths.runs=x"]):
         assert set_run_folder(left) == left
 
 
 @pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], []])
-def test_a_list_of_losses_stands_behind_the_flags(flags):
+def test_a_list_of_losses_expands_after_the_flags(flags):
     expanded = expand_combined_loss([*flags, "seed=1", "loss=[kd,at]"])
     assert expanded[: len(flags)] == flags
     names = ["+loss@loss.kd=kd", "+loss@loss.at=at", "+loss.weights.kd=1.0", "+loss.weights.at=1.0"]
@@ -159,7 +159,7 @@ def test_a_list_of_losses_stands_behind_the_flags(flags):
 @pytest.mark.parametrize(
     "loss", ["loss=[]", "loss=[rld]", "loss=[rld,]", "loss=[rld,rld]", "loss=kd,[kd,swap]", 'loss=["kd","swap"]']
 )
-def test_what_hydra_would_take_for_another_loss_is_refused(loss):
+def test_invalid_lists_of_losses_are_refused(loss):
     with pytest.raises(ValueError, match=r"is not a combination of losses: write loss=\[rld,at\]"):
         expand_combined_loss(["-m", loss])
 
@@ -206,7 +206,7 @@ def test_every_published_model_has_a_configuration():
     assert {choices_of("model")[single]["student"]["name"] for single in SINGLES} == set(list_models())
 
 
-def test_what_a_pair_needs_stands_in_one_place_and_yields_to_the_command_line():
+def test_the_command_line_overrides_a_pairs_settings():
     mobile = compose("model=wrn40_2_to_mobilenetv2", "loss=dkd")
     assert (mobile.recipe.optimizer.lr, mobile.loss.beta) == (0.01, 6.0)
     assert compose("model=wrn40_2_to_mobilenetv2", "loss=dkd", "loss.beta=3", "recipe.optimizer.lr=0.1").loss.beta == 3
@@ -276,7 +276,7 @@ def test_a_pair_can_set_every_value_of_any_loss(compose_own):
     assert compose_own("model=my_pair", "loss=[mine,at]").loss.mine.sharpness == 3
 
 
-def test_a_preset_has_what_a_pair_sets_for_the_loss_that_it_starts_from(compose_own):
+def test_a_preset_inherits_a_pairs_settings_for_its_base_loss(compose_own):
     values = compose_own("model=my_pair", "loss=rld").loss
     assert (values.alpha, values.beta, values.confidence_temperature, values.mask) == (3.0, 8.0, 2.0, "g")
     values = compose_own("model=my_pair", "loss=rld_ls").loss
@@ -285,14 +285,14 @@ def test_a_preset_has_what_a_pair_sets_for_the_loss_that_it_starts_from(compose_
     assert compose_own("model=my_pair", "loss=rld_g", "+model.tuned.rld_g.beta=7").loss.beta == 7
 
 
-def test_an_experiment_wins_over_a_pair_and_the_command_line_over_both(compose_own):
+def test_an_experiment_overrides_a_pair_and_the_command_line_both(compose_own):
     own = compose_own("experiment=mine", "loss=mine").loss
     assert (own.sharpness, own.sign, own.layers) == (1, "plus", ["b"])
     own = compose_own("experiment=mine", "loss=mine", "loss.sharpness=2", "loss.layers=[c]", "loss.ce_weight=1.0").loss
     assert (own.sharpness, own.sign, own.layers, own.ce_weight) == (2, "plus", ["c"], 1.0)
 
 
-def test_a_file_takes_the_place_of_a_generated_option(monkeypatch, tmp_path):
+def test_a_file_replaces_a_generated_option(monkeypatch, tmp_path):
     register_options()  # before the store is patched
     monkeypatch.setattr(options, "CONF", tmp_path)
     (tmp_path / "model").mkdir()
@@ -314,7 +314,7 @@ def test_a_file_takes_the_place_of_a_generated_option(monkeypatch, tmp_path):
         ("mine: { beta: 1.0 }", "starts from of=None"),
     ],
 )
-def test_a_preset_of_no_loss_is_refused(monkeypatch, tmp_path, preset, words):
+def test_a_preset_of_an_unknown_loss_is_refused(monkeypatch, tmp_path, preset, words):
     monkeypatch.setattr(options, "CONF", tmp_path)
     (tmp_path / "loss_presets.yaml").write_text(preset)
     with pytest.raises(ValueError, match=words):
@@ -422,7 +422,7 @@ def test_losses_have_the_published_settings_on_imagenet(loss):
         assert settings.get("warmup_epochs", 1) == 1
 
 
-def test_imagenets_settings_yield_to_the_command_line_and_reach_combinations():
+def test_imagenets_settings_can_be_overridden_and_apply_in_combinations():
     model = "model=resnet34_to_resnet18"
     cfg = compose(model, "loss=rld", "loss.beta=3", "loss.temperature=2")
     assert (cfg.loss.beta, cfg.loss.temperature) == (3, 2)
@@ -447,7 +447,7 @@ def test_any_pair_on_imagenet_has_settings_of_imagenet(loss):
     assert {key: settings[key] for key in ANY_IMAGENET_PAIR[loss]} == ANY_IMAGENET_PAIR[loss]
 
 
-def test_the_student_is_looked_at_before_its_relu_on_imagenet_only():
+def test_student_preactivations_are_used_on_imagenet_only():
     assert not any(loss_of(model, "reviewkd").student_preactivations for model in set(PAIRS) - set(IMAGENET_PAIRS))
 
 
@@ -471,12 +471,12 @@ def test_cifar240_is_the_literatures_recipe():
     ("model", "epochs", "lr"),
     [("wrn40_2_to_wrn16_2", 480, 0.025), ("vgg13_to_mobilenetv2", 480, 0.01), ("resnet32x4_to_shufflev2", 960, 0.01)],
 )
-def test_mlkd_has_a_recipe_of_its_own(model, epochs, lr):
+def test_mlkd_has_its_own_recipe(model, epochs, lr):
     recipe = compose(f"model={model}", "loss=mlkd", "recipe=mlkd").recipe
     assert (recipe.epochs, recipe.optimizer.lr, recipe.scheduler.milestones) == (epochs, lr, [150, 180, 210])
 
 
-def test_ldrld_and_simkd_have_recipes_of_their_own():
+def test_ldrld_and_simkd_have_their_own_recipes():
     ldrld = compose("loss=ldrld", "recipe=ldrld").recipe
     assert (ldrld.epochs, ldrld.scheduler.warmup, ldrld.scheduler.milestones) == (240, 20, [150, 180, 210])
     simkd = compose("model=resnet34_to_resnet18", "recipe=imagenet120").recipe
@@ -535,7 +535,7 @@ def test_every_way_to_debug(debug, flag, value):
     assert (type(trainer.profiler).__name__ == "SimpleProfiler") == (debug == "profile")
 
 
-def test_null_is_lightnings_default_of_every_flag_and_no_plus_is_needed():
+def test_null_is_lightnings_default_of_every_trainer_flag():
     flags = compose("trainer=cpu").trainer
     ours, theirs = make_trainer(flags, logger=False), Trainer(accelerator="cpu", logger=False)
     known = inspect.signature(Trainer).parameters
@@ -559,7 +559,7 @@ def test_every_callback(name):
     assert all(map(instantiate, compose(f"callbacks={name}").callbacks.values()))
 
 
-def test_callbacks_add_up_and_early_stopping_looks_at_images_that_it_holds_out():
+def test_callbacks_combine_and_early_stopping_uses_held_out_images():
     cfg = compose("callbacks=[default,ema,early_stopping]")
     assert {"checkpoint_last", "average", "early_stopping"} <= set(cfg.callbacks)
     assert cfg.data.val_fraction == 0.1
@@ -567,7 +567,7 @@ def test_callbacks_add_up_and_early_stopping_looks_at_images_that_it_holds_out()
     assert compose("callbacks=[default,swa]").callbacks.average.decay is None
 
 
-def test_csv_is_always_logged_and_several_loggers_go_together():
+def test_csv_is_always_logged_and_loggers_combine():
     for names in ("csv", "tensorboard", "mlflow", "[mlflow,tensorboard]"):
         assert set(compose(f"logger={names}").logger) == {"csv", *names.strip("[]").split(",")}
     GlobalHydra.instance().clear()
@@ -585,12 +585,12 @@ def test_experiments():
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug", "sweep", "launcher"])
-def test_a_typo_in_what_may_be_left_out_is_refused(group):
+def test_a_typo_in_an_optional_group_is_refused(group):
     with pytest.raises(MissingConfigException, match=f"Could not find '{group}/quikstart'"):
         compose(f"{group}=quikstart")
 
 
-def test_what_needs_no_recipe_has_a_batch_size_of_its_own():
+def test_scripts_without_a_recipe_have_their_own_batch_size():
     for name in ("eval", "shards"):
         cfg = compose("data=digits", name=name, resolve=False)
         assert "recipe" not in cfg
@@ -610,7 +610,7 @@ def fit_help(*arguments):
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_a_typo_ends_in_a_sentence_and_without_hydras():
+def test_a_typo_ends_in_our_message_without_hydras():
     result = fit_help("loss.alhpa=2", "data.batchsize=3", "--cfg", "job")
     assert result.returncode == 2
     assert result.stdout.startswith("error: loss.alhpa is not known. Did you mean loss.alpha?")
@@ -650,7 +650,7 @@ def test_every_sweep(name):
         assert type(instantiate(pruner["pruner"])).__name__ == "MedianPruner"
 
 
-def test_a_study_is_kept_where_its_sweep_goes_on():
+def test_a_study_is_stored_in_the_sweeps_folder():
     cfg = compose_with_hydra("hydra/sweeper=optuna", "hydra.sweep.dir=/sweep")
     assert cfg.hydra.sweeper.storage == "sqlite:////sweep/study.db"
 

@@ -24,7 +24,7 @@ from rld_lightning.distributed import Stopped
 from rld_lightning.errors import UserError
 
 
-def test_what_is_printed_is_added_to_the_file(tmp_path, capsys):
+def test_output_is_appended_to_the_file(tmp_path, capsys):
     log, inner = tmp_path / "fit.log", tmp_path / "teacher.log"
     log.write_text("an earlier attempt\n")
     long = "a/" * 100
@@ -46,7 +46,7 @@ def test_what_is_printed_is_added_to_the_file(tmp_path, capsys):
     assert inner.read_text() == " teacher  is trained\n"
 
 
-def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
+def test_lines_are_wrapped_between_words_in_a_terminal(tmp_path, monkeypatch):
     screen = StringIO()
     monkeypatch.setattr(
         "rld_lightning.console.console", Console(file=screen, force_terminal=True, width=40, no_color=True)
@@ -81,7 +81,7 @@ def test_a_terminal_gets_lines_folded_between_words(tmp_path, monkeypatch):
         (RuntimeError("out of memory"), "RuntimeError: out of memory\n"),
     ],
 )
-def test_what_ends_it_is_in_the_file(tmp_path, error, written):
+def test_the_final_error_is_in_the_file(tmp_path, error, written):
     with pytest.raises(type(error)), copy_output_to(tmp_path / "fit.log"):
         raise error
     text = (tmp_path / "fit.log").read_text()
@@ -96,7 +96,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "fit.log").exists()
 
 
-def test_what_lightning_tells_is_told_once():
+def test_lightnings_messages_are_printed_once():
     """Lightning's handler prints it; Hydra's root handler would print and write it again."""
     quiet_lightning()
     own, root = StringIO(), StringIO()
@@ -112,7 +112,7 @@ def test_what_lightning_tells_is_told_once():
     assert not root.getvalue()
 
 
-def test_a_terminal_obeys_no_name(tmp_path, capsys):
+def test_control_characters_in_names_are_escaped(tmp_path, capsys):
     """Names of classes, files and runs are untrusted: control characters could clear the screen or send input."""
     name = "\x1b]0;title\x07\x9bcat\u202etac\udcff"
     with copy_output_to(tmp_path / "fit.log"):

@@ -120,7 +120,7 @@ def test_a_loss_on_features_in_a_loop_of_your_own():
     assert all(p.grad is not None for p in [*student.parameters(), *scope["criterion"].parameters()])
 
 
-def test_the_losses_that_see_a_batch_as_a_whole_are_named():
+def test_losses_of_whole_batches_are_listed():
     (named,) = re.findall(r"^- (`dist`.*?)\. Several processes", PAGES["docs/losses.md"], re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", named)) == {name for name in list_losses() if loss_class(name).of_whole_batch}
 
@@ -277,7 +277,7 @@ def test_every_flag_and_word_of_the_other_scripts_is_known(script):
         assert all(f'"{word}"' in text for word in arguments if word.startswith("--"))
 
 
-def test_every_other_command_is_one_that_is_known():
+def test_every_other_command_is_known():
     for command in COMMANDS:
         match command:
             case ("python", script, *_) if (ROOT / script).is_file():
@@ -305,13 +305,13 @@ def test_every_other_command_is_one_that_is_known():
                 pytest.fail(f"nothing here knows {shlex.join(command)}")
 
 
-def test_make_targets_that_are_named_exist():
+def test_documented_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([a-z-]+)", MANUAL):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_what_the_readme_tells_to_type_runs(tmp_path):
+def test_the_readmes_commands_run(tmp_path):
     """Runs the first fit and the eval, on digits, with an untrained teacher."""
     teacher = tmp_path / "teacher.pth"
     torch.save(create_model("wrn40_2", 10).state_dict(), teacher)
@@ -333,13 +333,13 @@ def test_what_the_readme_tells_to_type_runs(tmp_path):
 # Tables
 
 
-def test_the_tables_of_losses_are_those_of_the_code():
+def test_the_tables_of_losses_are_current():
     tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))
     page = PAGES["docs/losses.md"]
     assert page == tables["filled"](page), "run make docs-tables"
 
 
-def test_options_that_are_named_exist():
+def test_documented_options_exist():
     table = PAGES["docs/training.md"].split("| group | options |")[1].split("\n\n")[0]
     for group in ("data", "recipe", "trainer", "logger"):
         (row,) = [line for line in table.splitlines() if line.startswith(f"| `{group}`")]
@@ -347,27 +347,27 @@ def test_options_that_are_named_exist():
         assert set(re.findall(r"`(\w+)`", row)) - {group, "val_fraction"} == options
 
 
-def test_files_of_a_run_that_are_named_are_left_by_runs():
+def test_documented_files_of_a_run_exist():
     table = PAGES["docs/training.md"].split("| file | what it holds |")[1].split("\n\n")[0]
     named = set(re.findall(r"`([\w.]+)`", table))
     assert named <= {value for value in vars(files).values() if isinstance(value, str)}
     assert len(named) > 8
 
 
-def test_extras_that_are_named_exist():
+def test_documented_extras_exist():
     table = PAGES["docs/training.md"].split("| extra | for |")[1].split("\n\n")[0]
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if line else "")}
     assert named == set(PROJECT["project"]["optional-dependencies"])
     assert set(re.findall(r"rld-lightning\[(\w+)\]", MANUAL)) <= named
 
 
-def test_the_order_of_the_rooms_is_the_one_that_is_checked():
+def test_the_documented_order_of_layers_is_the_checked_one():
     (layers,) = [c["layers"] for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
     (chain,) = re.findall(r"`__main__` >[^.]*", PAGES["CONTRIBUTING.md"])
     assert [re.findall(r"\w+", room) for room in chain.split(">")] == [re.findall(r"\w+", room) for room in layers]
 
 
-def test_figures_that_are_named_exist():
+def test_documented_figures_exist():
     table = PAGES["docs/reports.md"].split("| figure | what it shows |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {figure.name for figure in figures.list_figures()}
 
@@ -398,7 +398,7 @@ def seeds():
     return runs[runs["pair"] == "resnet20_to_resnet8"].pivot(index="seed", columns="method", values="top1_last")
 
 
-def test_means_and_deviations_are_those_of_the_raw_data(seeds):
+def test_means_and_deviations_equal_the_raw_data(seeds):
     page = "docs/results/cifar100_resnet20_to_resnet8/README.md"
     for method, *cells in table(page, "| | seeds 0 to 2 | seeds 3 to 7 | all eight |"):
         for cell, own in zip(cells, (seeds.loc[:2], seeds.loc[3:], seeds), strict=True):
@@ -409,7 +409,7 @@ def test_means_and_deviations_are_those_of_the_raw_data(seeds):
         check_numbers(cell, seeds[method].mean(), seeds[method].std())
 
 
-def test_tests_and_what_is_said_of_them_are_those_of_the_raw_data(seeds):
+def test_statistical_tests_equal_the_raw_data(seeds):
     page = "docs/results/cifar100_resnet20_to_resnet8/README.md"
     printed = table(page, "| comparison | difference | 95 % interval | p, Holm |")
     found = []
@@ -430,7 +430,7 @@ def test_tests_and_what_is_said_of_them_are_those_of_the_raw_data(seeds):
     assert all((seeds["rld"] > seeds[other]).all() for other in ("kd", "ce"))
 
 
-def test_runs_that_were_resumed_are_told():
+def test_resumed_runs_are_mentioned():
     folder = ROOT / "docs/results/cifar100_resnet20_to_resnet8/seeds_3_to_7"
     runs = pd.read_csv(folder / "runs.csv").set_index("pair")["overrides"].str.contains("resume=")
     assert (runs["resnet20_to_resnet8"].sum(), bool(runs["resnet20"])) == (6, True)
@@ -438,7 +438,7 @@ def test_runs_that_were_resumed_are_told():
     assert "Six runs and the teacher's were interrupted and resumed." in text
 
 
-def test_the_best_of_the_sweep_is_that_of_the_raw_data():
+def test_the_best_setting_of_the_sweep_equals_the_raw_data():
     page = "docs/results/cifar100_rld_sweep/README.md"
     trials = pd.read_csv(ROOT / "docs/results/cifar100_rld_sweep/sweeps.csv")
     accuracy = trials.set_index(["loss.alpha", "loss.beta", "loss.temperature"])["mean"]
@@ -468,7 +468,7 @@ def anchors(text):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)):
         if link.startswith("https://"):
             continue

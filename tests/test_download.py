@@ -57,7 +57,7 @@ def trickle(handler):
         "DATA:,x",
     ],
 )
-def test_other_addresses_than_those_of_servers_and_files_are_refused(tmp_path, url):
+def test_addresses_with_other_schemes_are_refused(tmp_path, url):
     scheme = url.partition(":")[0].lower()
     with pytest.raises(ValueError, match=f"^addresses that begin with {scheme}: are refused, only http, https, file"):
         download(url, tmp_path / "x")
@@ -74,7 +74,7 @@ def test_other_addresses_than_those_of_servers_and_files_are_refused(tmp_path, u
         ("data:,x", "not allowed"),
     ],
 )
-def test_a_redirection_to_another_kind_of_address_is_no_way_around(tmp_path, location, words):
+def test_redirections_to_other_schemes_are_refused(tmp_path, location, words):
     def lead_there(handler):
         handler.send_response(302)
         handler.send_header("Location", location)
@@ -85,7 +85,7 @@ def test_a_redirection_to_another_kind_of_address_is_no_way_around(tmp_path, loc
     assert not list(tmp_path.iterdir())
 
 
-def test_an_encrypted_address_leads_to_no_other():
+def test_redirections_from_https_to_http_are_refused():
     request = Request("https://a.example/x")
     lead = partial(module._Redirections().redirect_request, request, None, 302, "Found", {})
     assert lead("https://b.example/x").full_url == "https://b.example/x"
@@ -93,7 +93,7 @@ def test_an_encrypted_address_leads_to_no_other():
         lead("http://b.example/x")
 
 
-def test_files_and_servers_are_downloaded_from(tmp_path):
+def test_files_and_servers_can_be_downloaded(tmp_path):
     content = b"content" * 100_000
     (tmp_path / "here").write_bytes(content)
 
@@ -107,7 +107,7 @@ def test_files_and_servers_are_downloaded_from(tmp_path):
             assert (tmp_path / f"{number}").read_bytes() == content
 
 
-def test_a_server_that_sends_a_byte_now_and_then_is_ended(tmp_path, monkeypatch):
+def test_a_slow_transfer_is_aborted(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SLOW_SECONDS", 0.3)
     with server(trickle) as url:
         start = time.monotonic()
@@ -118,7 +118,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_ended(tmp_path, monkeypatch)
     assert 0 < (tmp_path / "x.part").stat().st_size < 100  # the next call resumes it
 
 
-def test_the_floor_is_on_the_speed_of_each_window(monkeypatch):
+def test_the_minimum_speed_applies_to_each_window(monkeypatch):
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     floor = SpeedFloor()
@@ -134,7 +134,7 @@ def test_the_floor_is_on_the_speed_of_each_window(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [10**15, None])
-def test_what_the_disk_has_no_room_for_is_not_written(tmp_path, monkeypatch, length):
+def test_downloads_that_exceed_the_disk_are_not_written(tmp_path, monkeypatch, length):
     def send(handler):
         send_headers(handler, length)
         while True:
@@ -151,7 +151,7 @@ def test_what_the_disk_has_no_room_for_is_not_written(tmp_path, monkeypatch, len
 
 
 @pytest.mark.parametrize("head", [{"Content-Length": "10", "Transfer-Encoding": "chunked"}, {"Content-Length": "-5"}])
-def test_what_goes_on_after_its_length_is_not_written(tmp_path, monkeypatch, head):
+def test_data_beyond_the_stated_length_is_not_written(tmp_path, monkeypatch, head):
     def send(handler):
         handler.send_response(200)
         for name, value in head.items():
@@ -185,7 +185,7 @@ TRICKLES = {
 
 
 @pytest.mark.parametrize(("at_once", "trickle"), TRICKLES.values(), ids=TRICKLES)
-def test_a_server_that_sends_what_is_no_content_byte_by_byte_is_ended(tmp_path, monkeypatch, at_once, trickle):
+def test_slow_headers_are_aborted(tmp_path, monkeypatch, at_once, trickle):
     def send(handler):
         handler.wfile.write(at_once)
         handler.wfile.flush()

@@ -64,7 +64,7 @@ def test_pixels_are_rows_too():
     assert (terms["scd"] + terms["mcd"]).item() == pytest.approx((by_pixel.sum() / 15).item(), rel=1e-5)
 
 
-def test_timms_task_gives_the_losses_terms_and_moves_the_student_alone():
+def test_timms_task_returns_the_losses_terms_and_trains_only_the_student():
     timm = pytest.importorskip("timm", minversion=TIMM)
     example = load("timm_task.py")
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_timms_task_gives_the_losses_terms_and_moves_the_student_alone():
 
 
 @pytest.mark.slow
-def test_hugging_faces_trainer_sees_the_losses_terms():
+def test_hugging_faces_trainer_uses_the_losses_terms():
     example = load("hf_trainer.py")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_hugging_faces_trainer_sees_the_losses_terms():
     assert loss.item() == pytest.approx(sum(RLDLoss(beta=2.0)(*rows, tokens[:, 1:].reshape(-1)).values()).item())
 
 
-def test_a_frozen_teacher_in_a_module_of_ones_own_is_not_trained():
+def test_a_frozen_teacher_in_a_custom_module_is_not_trained():
     module = load("own_lightning_module.py")["MyModule"](create_model("resnet8", 10), create_model("wrn16_1", 10))
     assert isinstance(module.train().teacher, FrozenTeacher)
     assert not module.teacher.training

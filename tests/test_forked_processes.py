@@ -96,7 +96,7 @@ def is_gone(pid):
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are started anew")
 
 
-def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(place, monkeypatch):
+def test_a_forked_process_behaves_like_a_started_one(place, monkeypatch):
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         plain, facts = start(place, "say", X="1"), []
@@ -124,7 +124,7 @@ def test_a_forked_process_is_one_of_its_own_and_like_one_that_python_starts(plac
     assert sorted((place / "log").read_text().split()) == ["err"] * 3 + ["out"] * 3
 
 
-def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
+def test_exit_codes_are_returned_and_errors_are_printed(place):
     forked.start_server(["warm_job"])
     assert finish(start(place, "fail")) == 1
     assert "RuntimeError: wrong" in (place / "log").read_text()
@@ -135,7 +135,7 @@ def test_failures_exits_and_kills_are_told_and_an_error_is_printed(place):
     assert finish(process) == -signal.SIGKILL
 
 
-def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
+def test_a_process_and_its_children_end_when_the_connection_closes(place):
     forked.start_server(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
@@ -144,7 +144,7 @@ def test_what_nobody_waits_for_any_more_ends_with_what_it_has_started(place):
     assert is_gone(worker)
 
 
-def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_more(place):
+def test_a_killed_servers_processes_end_and_it_is_restarted_once(place):
     forked.start_server(["warm_job"])
     process = start(place, "wait")
     pid, worker = read(place / "out").split()
@@ -168,7 +168,7 @@ def test_a_server_that_was_killed_takes_its_processes_along_and_is_started_once_
         ("1 / 0", Forked),
     ],
 )
-def test_a_server_with_threads_forks_nothing_and_one_that_lacks_a_module_does(place, code, kind):
+def test_a_server_with_threads_does_not_fork(place, code, kind):
     (place / "odd.py").write_text(code)
     forked.start_server(["odd", "warm_job"])
     process = start(place, "exit", "4")
@@ -176,7 +176,7 @@ def test_a_server_with_threads_forks_nothing_and_one_that_lacks_a_module_does(pl
     assert finish(process) == 4
 
 
-def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
+def test_forked_processes_can_fork_and_keep_prepared_data(place):
     forked.start_server(["warm_job"])
     forked.run_in_server("warm_job:keep", "data")
     forked.run_in_server("warm_job:nothing_of_this_name")
@@ -185,7 +185,7 @@ def test_a_forked_process_forks_more_and_what_was_prepared_is_there(place):
     assert json.loads((place / "out").read_text())["kept"] == ["data"]
 
 
-def test_a_server_ends_with_who_has_started_it(place):
+def test_a_server_ends_with_its_parent(place):
     script = (
         "import os, signal, sys, time; from rld_lightning import forked_processes as forked\n"
         "forked.start_server(['warm_job'])\n"
@@ -203,7 +203,7 @@ def test_a_server_ends_with_who_has_started_it(place):
 
 
 @pytest.mark.slow
-def test_what_trials_import_starts_no_thread_and_no_gpu_and_they_have_all_their_threads(place, monkeypatch):
+def test_trial_imports_start_no_threads_and_trials_have_all_theirs(place, monkeypatch):
     from rld_lightning.hydra.later import _TRIAL_MODULES
 
     (place / "look.py").write_text(

@@ -21,7 +21,7 @@ def imported_by(*codes: str) -> list[set[str]]:
     return [set(line.split()[1:]) for line in output.splitlines() if line.startswith("PACKAGES")]
 
 
-def test_losses_networks_and_a_trained_student_need_torch_and_what_images_need():
+def test_losses_networks_and_a_student_import_only_torch_and_image_packages():
     """In one process, since each takes seconds to start: imports of the first piece also count for the second."""
     losses = "import rld_lightning.losses.features; from rld_lightning import RLDLoss, rld_loss"
     networks = "from rld_lightning import create_model, FrozenTeacher; create_model('wrn16_1')"
@@ -41,7 +41,7 @@ RUN = (
 )
 
 
-def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeypatch, tmp_path):
+def test_help_completion_and_mistakes_import_only_hydra(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COMP_LINE", "python scripts/fit.py loss.al")
     registered_names._cached.__wrapped__()  # fills the cache, as an earlier command
@@ -53,14 +53,14 @@ def test_help_completion_and_mistakes_of_a_command_line_need_hydra_alone(monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["model.student.weights=/nowhere.pth", "loss.temperature=0"])
-def test_what_is_not_there_is_told_before_lightning_is_imported(mistake, tmp_path):
+def test_mistakes_in_values_are_reported_before_lightning_is_imported(mistake, tmp_path):
     (packages,) = imported_by(RUN.format(arguments=[mistake, f"paths.runs={tmp_path}"]))
     assert "torch" in packages
     assert not packages & HEAVY
     assert not list(tmp_path.iterdir())
 
 
-def test_the_list_of_commands_needs_nothing():
+def test_the_list_of_commands_imports_no_packages():
     code = "import sys; from rld_lightning.__main__ import main; sys.argv = ['rld-lightning']; main()"
     (packages,) = imported_by(code)
     assert not packages & (HEAVY | {"torch", "hydra", "omegaconf", "rich"})
@@ -82,6 +82,6 @@ def test_ctrl_c_while_a_script_imports_ends_in_one_sentence():
 
 
 @pytest.mark.slow
-def test_reports_and_their_costs_need_no_lightning():
+def test_reports_do_not_import_lightning():
     (packages,) = imported_by("import rld_lightning.reporting.report, rld_lightning.tasks.cost")
     assert packages & HEAVY <= {"pandas", "matplotlib", "scipy"}

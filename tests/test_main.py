@@ -43,7 +43,7 @@ def test_an_unknown_command_ends_in_a_sentence(called, capsys):
     assert capsys.readouterr().out.startswith("error: fti is not a command. Did you mean 'fit'? Choose one of bench, ")
 
 
-def test_a_script_runs_as_by_python_and_sees_modules_of_the_current_folder_last(called, tmp_path, monkeypatch, capsys):
+def test_a_script_runs_as_with_python_and_imports_from_the_current_folder_last(called, tmp_path, monkeypatch, capsys):
     script = tmp_path / "scripts" / "mine.py"
     script.parent.mkdir()
     script.write_text("if __name__ == '__main__':\n    import sys\n    print(__file__, sys.argv, __spec__)\n")
@@ -70,14 +70,14 @@ def test_help_names_the_command_that_was_called(called, tmp_path, monkeypatch, c
     assert "python /my-place/scripts/mine.py" in capsys.readouterr().out
 
 
-def test_completion_offers_commands_and_leaves_scripts_that_are_not_hydras_to_the_shell(called, monkeypatch, capsys):
+def test_completion_offers_commands_and_skips_scripts_without_hydra(called, monkeypatch, capsys):
     for line, words in {"rld-lightning re": " ".join(command.commands()), "rld-lightning report ru": ""}.items():
         monkeypatch.setenv("COMP_LINE", line)
         called("-sc", "query=bash")
         assert capsys.readouterr().out.strip() == words
 
 
-def test_what_comes_with_the_package_is_inside_it_or_beside_it(monkeypatch, tmp_path):
+def test_shipped_files_are_found_in_a_wheel_and_a_checkout(monkeypatch, tmp_path):
     assert shipped("conf") == REPOSITORY / "conf"
     monkeypatch.setattr("rld_lightning.shipped._PACKAGE", tmp_path / "package")
     (tmp_path / "package" / "conf").mkdir(parents=True)
@@ -86,7 +86,7 @@ def test_what_comes_with_the_package_is_inside_it_or_beside_it(monkeypatch, tmp_
     assert invocation("scripts/fit.py") == ["python", "scripts/fit.py"]
 
 
-def test_what_to_run_next_is_said_as_it_can_be_run_here(monkeypatch, tmp_path):
+def test_script_commands_can_be_run_from_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["/somewhere/pytest"])
     assert script_command("predict") == "python scripts/predict.py"
@@ -100,7 +100,7 @@ def test_what_to_run_next_is_said_as_it_can_be_run_here(monkeypatch, tmp_path):
     assert script_command("predict") == "rld-lightning predict"
 
 
-def test_no_line_says_by_itself_how_a_script_is_called():
+def test_texts_use_script_command():
     """A wheel has no folder ``scripts``: texts use :func:`rld_lightning.shipped.script_command`."""
     package = REPOSITORY / "rld_lightning"
     for path in {*package.rglob("*.py")} - {package / "__main__.py", package / "shipped.py"}:

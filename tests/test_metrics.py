@@ -23,7 +23,7 @@ def test_means_are_weighted_by_samples():
     assert counted.compute(alone) == {"a": torch.tensor(2.0), "b": torch.tensor(2.5)}
 
 
-def test_each_epoch_starts_anew_and_an_empty_one_is_empty():
+def test_reset_clears_the_means():
     counted = means(({"a": 1.0}, 2))
     assert counted.compute(alone) == counted.compute(alone) == {"a": torch.tensor(1.0)}
     counted.reset()
@@ -32,7 +32,7 @@ def test_each_epoch_starts_anew_and_an_empty_one_is_empty():
     assert counted.compute(alone) == {"a": torch.tensor(7.0)}
 
 
-def test_ranks_are_joined_by_one_reduction_of_sums():
+def test_ranks_are_combined_by_one_reduction():
     ranks = [means(({"a": 1.0}, 3)), means(({"a": 9.0}, 1))]
     calls = []
 
@@ -44,21 +44,21 @@ def test_ranks_are_joined_by_one_reduction_of_sums():
     assert len(calls) == 1
 
 
-def test_nothing_that_is_counted_keeps_a_graph():
+def test_means_are_detached():
     value = torch.ones((), requires_grad=True) * 2
     counted = EpochMeans()
     counted.update({"a": value}, 1)
     assert not counted.compute(alone)["a"].requires_grad
 
 
-def test_knows_how_many_samples_are_behind_the_means_of_all_ranks():
+def test_the_samples_of_all_ranks_are_counted():
     counted = means(({"a": 1.0}, 3), ({"a": 5.0}, 1), ({"a": float("nan")}, 0))
     counted.compute(lambda tensor, reduce_op: 2 * tensor)  # two ranks with the same
     assert counted.samples == 8
 
 
 @pytest.mark.parametrize(("then", "now"), [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2)])
-def test_goes_on_from_a_state_of_as_many_processes_or_others(monkeypatch, then, now):
+def test_resuming_with_the_same_or_another_number_of_processes(monkeypatch, then, now):
     everyone = [means(({"a": 1.0, "b": float(rank)}, 2 + rank)) for rank in range(then)]
     states = [counted.state_dict()[0] for counted in everyone]
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)

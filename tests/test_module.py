@@ -92,7 +92,7 @@ def test_a_loss_that_needs_no_teacher_does_not_run_it(tmp_path):
     trainer(tmp_path, max_epochs=1).fit(job, digits())
 
 
-def test_a_loss_that_needs_a_teacher_says_so():
+def test_a_loss_without_its_teacher_raises():
     with pytest.raises(ValueError, match=r"RLDLoss needs a teacher.*loss=ce"):
         DistillationModule(network(), RLDLoss(), SGD, num_classes=10)
 
@@ -171,7 +171,7 @@ def test_logged_accuracies_and_statistics_are_exact_and_in_percent(tmp_path):
     assert watch.trained == 1437
 
 
-def test_shares_are_for_losses_of_several_terms():
+def test_only_losses_of_several_terms_have_shares():
     one, two = {"train/loss": torch.tensor(2.0), "train/a": torch.tensor(2.0)}, {"train/b/c": torch.tensor(-1.0)}
     assert term_shares({"val/ce": torch.tensor(1.0)}) == term_shares(one | {"stats/s": torch.tensor(1.0)}) == {}
     assert term_shares(one | two) == {"stats/a_share": 100.0, "stats/b/c_share": -50.0}
@@ -190,7 +190,7 @@ def test_warm_up_counts_epochs_from_one(tmp_path):
     assert seen == [1, 2]
 
 
-def test_one_cycle_is_told_the_number_of_steps(tmp_path):
+def test_one_cycle_gets_the_number_of_steps(tmp_path):
     schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
     job = module(scheduler_interval="step")
     job.make_scheduler = schedule
@@ -203,7 +203,7 @@ def test_one_cycle_is_told_the_number_of_steps(tmp_path):
     ("options", "monitor", "looked_at"),
     [({}, None, "val/ce"), ({"mode": "max"}, None, "val/top1"), ({}, "train/loss", "train/loss")],
 )
-def test_a_plateau_is_looked_for_in_what_is_validated(options, monitor, looked_at):
+def test_reduce_on_plateau_monitors_validation_by_default(options, monitor, looked_at):
     job = module(scheduler_interval="step", scheduler_monitor=monitor)
     job.make_scheduler = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, **options)
     job._trainer = SimpleNamespace(check_val_every_n_epoch=3)
@@ -234,7 +234,7 @@ def test_training_repeats_bit_for_bit(tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def checkpoint():
         return ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
 
@@ -297,7 +297,7 @@ def test_learnable_parts_of_a_loss_are_optimised_saved_and_resumed(make_loss, tm
             assert torch.equal(value, resumed.state_dict()[key]), key
 
 
-def test_buffers_that_a_loss_keeps_equal_itself_are_not_ddps():
+def test_ddp_ignores_buffers_that_a_loss_synchronises():
     job = connected_module(learning_loss())
     ignored = set(job._ddp_params_and_buffers_to_ignore)
     assert ignored
@@ -338,7 +338,7 @@ def test_fewer_than_six_classes_have_no_top5():
     assert job.top_k == (1,)
 
 
-def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
+def test_a_mixture_has_the_weighted_losses_of_both_labels(tmp_path):
     """Cross-entropy uses the mixed label, KD counts once, and RLD is the mean over the labels."""
     data = digits(mixup=1.0)
     data.setup()
@@ -370,7 +370,7 @@ def test_a_mixture_has_the_loss_of_both_labels_in_their_proportion(tmp_path):
     assert CombinedLoss(kd=KDLoss(), rld=RLDLoss()).takes_mixtures
 
 
-def test_anybodys_loader_trains_as_a_data_module_does(tmp_path):
+def test_other_loaders_train_like_a_data_module(tmp_path):
     data = DigitsDataModule(batch_size=256, augment=False, shuffle=False)
     data.setup()
     splits = [DataLoader(TensorDataset(*merged(data)), batch_size=256) for merged in (trained_on, for_tests)]
@@ -405,7 +405,7 @@ class Gradients(Callback):
         self.seen.append(torch.cat([p.grad.flatten().clone() for p in module.student.parameters()]))
 
 
-def test_accumulated_gradients_are_those_of_one_batch_also_in_the_last_smaller_step(tmp_path):
+def test_accumulated_gradients_equal_one_batchs_also_in_a_smaller_last_step(tmp_path):
     def gradients(batch_size, every):
         torch.manual_seed(0)
         linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
@@ -423,7 +423,7 @@ def test_accumulated_gradients_are_those_of_one_batch_also_in_the_last_smaller_s
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(0, 1.0), (3, 1.0), (4, 4 * 16 / 29), (5, 4 * 13 / 29)])
-def test_share_of_step(batch, expected):
+def test_the_accumulation_factor(batch, expected):
     steps = [slice(0, size) for size in (16, 16, 16, 16, 16, 13)]
     loader = SimpleNamespace(sampler=SimpleNamespace(steps=steps))
     trainer = SimpleNamespace(accumulate_grad_batches=4, num_training_batches=6, train_dataloader=loader)

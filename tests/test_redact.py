@@ -34,13 +34,13 @@ def test_values_are_secrets_by_their_names(key):
         {"augment": "cutout:16,flip", "optimizer": "torch.optim.SGD", "design": "small", "insig": 1},
     ],
 )
-def test_what_is_no_secret_stays(values):
+def test_other_values_are_unchanged(values):
     assert redact(values) == values
     for key, value in values.items():
         assert redact_text(f"{key}={value}") == f"{key}={value}"
 
 
-def test_a_stores_key_is_one_and_a_reference_with_a_value_of_its_own():
+def test_storage_keys_and_references_with_defaults_are_secrets():
     options = {"key": "AKIA", "username": "me", "endpoint_url": "http://h:9000", "anon": False}
     assert redact({"storage_options": options})["storage_options"] == options | {"key": HIDDEN, "username": HIDDEN}
     assert redact_text("data.storage_options={key:AK,endpoint_url:'http://h:9000'}").startswith(
@@ -59,13 +59,13 @@ def test_a_stores_key_is_one_and_a_reference_with_a_value_of_its_own():
         ("https://h/x?sv=2022&sig=aB%2Fc&se=1", "https://h/x?sv=2022&sig=REDACTED&se=1"),
     ],
 )
-def test_addresses_lose_what_opens_them(address, without):
+def test_credentials_in_addresses_are_hidden(address, without):
     assert redact({"data": {"root": address}}) == {"data": {"root": without}}
     assert redact_text(f"data.root={address}") == f"data.root={without}"
     assert redact_text(f"{address} does not answer") == f"{without} does not answer"
 
 
-def test_a_secret_that_was_seen_is_found_wherever_it_turns_up():
+def test_a_known_secret_is_hidden_everywhere():
     seen = redact({"store": {"secret": "hunter2!x"}, "command": ["fit.py --with hunter2!x"], "of": "hunter2!x/y"})
     assert seen == {"store": {"secret": HIDDEN}, "command": [f"fit.py --with {HIDDEN}"], "of": f"{HIDDEN}/y"}
     assert redact_command(["fit.py", "a=[hunter2!x]", "seed=1"]) == ["fit.py", f"a=[{HIDDEN}]", "seed=1"]
@@ -73,7 +73,7 @@ def test_a_secret_that_was_seen_is_found_wherever_it_turns_up():
     assert redact_text("val/top1") == "val/top1"
 
 
-def test_a_secret_of_the_environment_is_found_in_values_of_any_name(monkeypatch):
+def test_a_secret_of_the_environment_is_hidden_in_any_value(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "k3y-of-mine")
     monkeypatch.setenv("PWD", "/home/me/work")
     remember_environment()

@@ -71,7 +71,7 @@ def test_each_method_has_a_page_with_its_options(made):
     assert "::: rld_lightning.losses.rld.rld_loss\n" in pages["methods/rld.md"]
 
 
-def test_links_out_of_docs_lead_to_pages_of_the_site(hooks, made):
+def test_links_out_of_docs_become_links_of_the_site(hooks, made):
     text = "[a](../examples/plain_pytorch.py) [b](../SECURITY.md#x) [c](../conf) ![d](e.png) [f](https://g.h)"
     there = "[a](../source/examples/plain_pytorch.py.md) [b](../security.md#x) `c` ![d](e.png) [f](https://g.h)"
     assert hooks.relinked(text, "docs/results.md", "methods/results.md") == there.replace("e.png", "../e.png")
@@ -97,7 +97,7 @@ def test_formulas_of_docstrings_become_tex(formulas, text, tex):
     assert formulas.tex(text) == tex
 
 
-def test_lines_are_aligned_at_the_sign_that_defines(formulas):
+def test_lines_are_aligned_at_the_defining_sign(formulas):
     shown = formulas.display("P_k = a / b,  b = 2    (a remark)\n-log c - sum over k = 1 ... K of d_k")
     rows = re.search('alttext="(.*?)"', shown)[1].split(r" \\ ")
     assert [row.split("&amp;")[0].strip() for row in rows] == [r"\begin{align*}P_{k}", "", ""]
@@ -130,7 +130,7 @@ def test_each_formula_of_a_loss_is_well_formed(formulas):
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_a_warning(tmp_path):
+def test_the_site_builds_without_warnings(tmp_path):
     config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
     config.plugins.on_startup(command="build", dirty=False)
     build(config)

@@ -105,7 +105,7 @@ def assert_the_references(steps, expected):
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
-def test_float64_trajectory_begins_as_the_references(method, tmp_path):
+def test_the_first_float64_steps_equal_the_references(method, tmp_path):
     """Three steps: momentum first affects the result of the third."""
     facts, _, steps = train(method, torch.float64, tmp_path, steps=3)
     assert_the_references(steps, facts["steps_float64"][:3])
@@ -114,7 +114,7 @@ def test_float64_trajectory_begins_as_the_references(method, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("method", ["rld", "kd"])
-def test_float64_trajectory_is_the_references(method, compiled, tmp_path):
+def test_the_float64_trajectory_equals_the_references(method, compiled, tmp_path):
     facts, module, steps = train(method, torch.float64, tmp_path, compiled=compiled)
 
     assert len(facts["steps_float64"]) == 20
@@ -136,7 +136,7 @@ def test_float64_trajectory_is_the_references(method, compiled, tmp_path):
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
-def test_float32_trajectory_within_the_references_own_sensitivity(method, tmp_path):
+def test_the_float32_trajectory_is_within_the_references_sensitivity(method, tmp_path):
     # RLD at full weight from the first step is chaotic: rounding errors grow to percents, so more steps test nothing.
     facts, _, steps = train(method, torch.float32, tmp_path, steps=4 if method == "rld" else 20)
 
@@ -147,7 +147,7 @@ def test_float32_trajectory_within_the_references_own_sensitivity(method, tmp_pa
         assert max(deviations) < 2e-3
 
 
-def test_images_are_scaled_as_the_reference_scales_them():
+def test_images_are_scaled_as_in_the_reference():
     facts = golden("rld")["data"]
     images, labels = images_and_labels("train", facts)
 

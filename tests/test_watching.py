@@ -20,7 +20,7 @@ class Counts(Callback):
         self.batches += 1
 
 
-def test_only_hooks_that_do_something_are_called_in_a_step():
+def test_only_implemented_hooks_are_called_in_a_step():
     counts, given, idle = Counts(), Counts(), Callback()
     given.on_before_zero_grad = lambda *_: setattr(given, "zeroed", True)
     trainer = SimpleNamespace(callbacks=[counts, given, idle])
@@ -33,7 +33,7 @@ def test_only_hooks_that_do_something_are_called_in_a_step():
     assert callbacks_of(trainer, Counts) == [counts, given]
 
 
-def test_lightning_passes_over_them(tmp_path):
+def test_lightning_skips_idle_hooks(tmp_path):
     counts = Counts()
     options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 3}
     trainer = Trainer(accelerator="cpu", callbacks=[counts, Callback()], default_root_dir=tmp_path, **options)
@@ -43,7 +43,7 @@ def test_lightning_passes_over_them(tmp_path):
     assert counts.batches == 3
 
 
-def test_a_batch_that_is_there_is_not_looked_through():
+def test_a_batch_on_the_device_is_not_moved():
     data = DigitsDataModule(batch_size=32)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))

@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
     return folder, printed.getvalue()
 
 
-def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
+def test_the_output_has_the_config_a_line_per_part_and_the_results(finished):
     _, output = finished
     for expected in (
         "config  data=digits model=pair loss=rld recipe=quick ",
@@ -71,7 +71,7 @@ def test_prints_configuration_a_line_for_each_part_and_the_results(finished):
     assert "Traceback" not in output
 
 
-def test_leaves_a_folder_that_explains_itself(finished):
+def test_the_run_directory_is_complete(finished):
     folder, _ = finished
     files = {path.name for path in (folder / "run").iterdir()}
     expected = (
@@ -82,7 +82,7 @@ def test_leaves_a_folder_that_explains_itself(finished):
     assert str(folder / "teachers" / "digits" / "resnet14.safetensors") in (folder / "run" / "config.yaml").read_text()
 
 
-def test_summary_metrics_and_export_tell_the_same(finished):
+def test_summary_metrics_and_weights_agree(finished):
     folder, _ = finished
     summary = json.loads((folder / "run" / "summary.json").read_text())
     metrics = pd.read_csv(folder / "run" / "metrics.csv")
@@ -97,7 +97,7 @@ def test_summary_metrics_and_export_tell_the_same(finished):
     assert float(facts["top1"]) == pytest.approx(summary["top1"])
 
 
-def test_checkpoint_holds_the_student_alone_and_loads_safely(finished):
+def test_a_checkpoint_contains_only_the_student_and_loads_safely(finished):
     folder, _ = finished
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"student"}
@@ -279,7 +279,7 @@ def test_switched_off_callbacks_stay_off(tmp_path, capsys):
     assert "it/s" not in capsys.readouterr().out
 
 
-def test_a_resumed_run_tells_the_whole_story(tmp_path):
+def test_a_resumed_run_has_the_metrics_of_all_epochs(tmp_path):
     in_process(tmp_path / "first", "recipe.epochs=1", "recipe.scheduler=null")
     last = f"resume={tmp_path / 'first' / 'last.ckpt'}"
     summary = in_process(tmp_path / "second", "recipe.epochs=2", "recipe.scheduler=null", last)
@@ -294,7 +294,7 @@ def test_a_resumed_run_tells_the_whole_story(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_has_not_seen_all_images_is_kept_for_its_run(tmp_path):
+def test_a_teacher_trained_on_some_images_stays_in_its_run(tmp_path):
     pair = (*PAIR[1:], "loss=kd", "model.teacher.weights=fit", f"paths.teachers={tmp_path / 'teachers'}")
     options = (*pair, "recipe.scheduler=null", "data.val_fraction=0.5")
     in_process(tmp_path / "1", *options, "recipe.epochs=1")
@@ -320,7 +320,7 @@ SLOW_CUTS = [
 @pytest.mark.parametrize(
     "cut", ["trainer.max_steps=1", "data.subset=0.1", *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW_CUTS)]
 )
-def test_only_a_teacher_trained_to_its_end_on_everything_is_stored_for_others(tmp_path, cut, capsys):
+def test_only_a_completely_trained_teacher_is_stored(tmp_path, cut, capsys):
     networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=kd")
     stored = f"paths.teachers={tmp_path / 'teachers'}"
     options = (*networks, "model.teacher.weights=fit", stored, "recipe.epochs=2", "data.eval_batch_size=64")
@@ -332,7 +332,7 @@ def test_only_a_teacher_trained_to_its_end_on_everything_is_stored_for_others(tm
     assert "top-1, training images" in capsys.readouterr().out or cut != "trainer.max_steps=1"
 
 
-def test_a_fast_dev_run_does_everything_once_and_leaves_no_result(tmp_path):
+def test_a_fast_dev_run_writes_no_results(tmp_path):
     networks = ("model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8", "loss=kd")
     options = (*networks, "model.teacher.weights=fit", f"paths.teachers={tmp_path / 'teachers'}")
     summary = in_process(tmp_path / "run", *options, "data.batch_size=2000", "debug=fast")
@@ -343,7 +343,7 @@ def test_a_fast_dev_run_does_everything_once_and_leaves_no_result(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
+def test_a_run_on_a_folder_of_images_resumes_in_another_folder(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
     for image in (f"{split}/{name}/{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):
         (tmp_path / "images" / image).parent.mkdir(parents=True, exist_ok=True)
@@ -356,7 +356,7 @@ def test_a_run_on_a_folder_of_images_goes_on_in_another_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
+def test_each_fit_has_its_own_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     # The second ends within its epoch, so that it validates, and logs, after training.
@@ -366,7 +366,7 @@ def test_each_fit_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
+def test_an_interrupted_run_prints_how_to_resume_and_resumes(finished):
     folder, _ = finished
     teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'resnet14.safetensors'}"
     paths = (f"paths.runs={folder / 'runs'}", "trainer=cpu", f"hydra.run.dir={folder / 'stopped'}")
@@ -392,7 +392,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(finished):
 
 
 @pytest.mark.slow
-def test_two_processes_train_evaluate_every_image_once_and_leave_one_folder(finished):
+def test_two_processes_evaluate_every_image_once_and_write_one_folder(finished):
     folder, _ = finished
     teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'resnet14.safetensors'}"
     target = folder / "ddp"

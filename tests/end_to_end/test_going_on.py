@@ -85,14 +85,14 @@ EVERY_STEP = "callbacks.checkpoint_last.steps=1"
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("step", [pytest.param(s, marks=() if s == 8 else pytest.mark.slow) for s in range(2, 11)])
-def test_a_run_that_is_killed_after_a_step_goes_on_with_it(folder, whole, step):
+def test_a_run_killed_after_a_step_resumes_exactly(folder, whole, step):
     killed(folder, step, EVERY_STEP)
     run(folder, EVERY_STEP, f"resume={folder}")
     check(folder, whole)
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_same_up_to_rounding_and_goes_on_exactly(folder, whole, capsys):
+def test_a_compiled_run_is_equal_up_to_rounding_and_resumes_exactly(folder, whole, capsys):
     compiled = folder.with_name(f"{folder.name}_compiled")
     run(compiled, "model.compile=true")
     assert "compile  the student and teacher in training steps" in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_a_compiled_run_is_the_same_up_to_rounding_and_goes_on_exactly(folder, w
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(folder, whole, capsys):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, whole, capsys):
     killed(folder, 3)
     run(folder, f"resume={folder}/last.ckpt")
     assert "no checkpoint" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(folder, wh
         ("rld_lightning.callbacks.MetricsFile.finalize", 1),
     ],
 )
-def test_a_run_that_is_killed_at_its_end_loses_nothing(folder, whole, monkeypatch, capsys, place, count):
+def test_a_run_killed_at_its_end_resumes_exactly(folder, whole, monkeypatch, capsys, place, count):
     calls = []
 
     def kill(*_, **__):
@@ -143,7 +143,7 @@ def test_a_run_that_is_killed_at_its_end_loses_nothing(folder, whole, monkeypatc
     check(folder, whole)
 
 
-def test_a_finished_run_that_goes_on_elsewhere_leaves_all_that_it_has(folder, whole):
+def test_a_finished_run_resumed_elsewhere_writes_all_files(folder, whole):
     run(folder, f"resume={whole}")
     check(folder, whole)
     assert {path.name for path in folder.iterdir()} >= {"last.ckpt", "best.ckpt", "metrics.csv", "curves.png"}
@@ -153,7 +153,7 @@ def test_a_finished_run_that_goes_on_elsewhere_leaves_all_that_it_has(folder, wh
 
 
 @pytest.mark.slow
-def test_a_teacher_that_was_killed_in_its_first_epoch_is_trained_again(tmp_path):
+def test_a_teacher_killed_in_its_first_epoch_is_trained_again(tmp_path):
     first = "model.teacher.weights=fit"
     run(tmp_path / "whole", first)
     assert not list(
@@ -166,7 +166,7 @@ def test_a_teacher_that_was_killed_in_its_first_epoch_is_trained_again(tmp_path)
 
 
 @pytest.mark.slow
-def test_more_epochs_of_a_schedule_of_steps(whole, folder):
+def test_more_epochs_with_a_step_schedule(whole, folder):
     steps = ("recipe=cifar240", "trainer.limit_train_batches=5", "trainer.limit_val_batches=1")
     other = folder.with_name(f"{folder.name}-whole")
     run(other, *steps, "recipe.epochs=3")
@@ -177,7 +177,7 @@ def test_more_epochs_of_a_schedule_of_steps(whole, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stops", [(7,), (2, 5, 9)])
-def test_two_processes_go_on_within_an_epoch(whole, folder, stops):
+def test_two_processes_resume_within_an_epoch(whole, folder, stops):
     steps = ("recipe=cifar240", "trainer.limit_train_batches=5", "trainer.limit_val_batches=1", "trainer=ddp_cpu")
     other = folder.with_name(f"{folder.name}-whole")
     run(other, *steps, "recipe.epochs=2")
@@ -191,7 +191,7 @@ def test_two_processes_go_on_within_an_epoch(whole, folder, stops):
 
 
 @pytest.mark.slow
-def test_more_time(whole, folder, capsys):
+def test_resuming_with_more_time(whole, folder, capsys):
     time = "trainer.max_time=00:00:00:{}".format
     options = ("recipe.epochs=40", EVERY_STEP)
     other = folder.with_name(f"{folder.name}-whole")

@@ -40,7 +40,7 @@ def first(tmp_path_factory):
     return folder, *fit(folder, "first", "model.teacher.weights=fit")
 
 
-def test_a_run_trains_its_teacher_and_says_how_it_goes(first):
+def test_a_run_trains_its_teacher_and_is_captured(first):
     folder, summary, out = first
     assert "capture  each step runs as one CUDA graph" in out
     assert "cannot be captured" not in out
@@ -48,7 +48,7 @@ def test_a_run_trains_its_teacher_and_says_how_it_goes(first):
     assert len(pd.read_csv(folder / "first" / "metrics.csv")) == 3
 
 
-def test_what_is_left_is_evaluated_as_it_was(first):
+def test_the_student_file_has_the_runs_accuracy(first):
     folder, summary, _ = first
     weights = f"weights={folder / 'first' / 'student.safetensors'}"
     run(folder, "eval.py", "data=digits", weights, f"hydra.run.dir={folder / 'eval'}", "trainer=gpu")
@@ -73,14 +73,14 @@ def test_what_is_left_is_evaluated_as_it_was(first):
     ],
     ids=" ".join,
 )
-def test_each_way_of_a_step_learns(first, options):
+def test_every_kind_of_step_learns(first, options):
     folder, *_ = first
     summary, out = fit(folder, " ".join(options).replace("=", "-").replace("/", "-"), *options)
     assert summary["top1"] > 20
     assert "cannot be captured" not in out
 
 
-def test_a_run_goes_on_where_it_stopped(first):
+def test_a_run_resumes_where_it_stopped(first):
     folder, *_ = first
     whole, _ = fit(folder, "whole", "recipe.scheduler=null")
     fit(folder, "part", "recipe.scheduler=null", "trainer.max_steps=30")
@@ -97,7 +97,7 @@ def test_a_sweep_trains_its_trials(first):
     assert len(list((folder / "sweep").glob("*/summary.json"))) == 2
 
 
-def test_the_other_commands_work_on_what_it_left(first):
+def test_other_commands_work_on_the_run(first):
     folder, *_ = first
     run(folder, "cost.py", f"run={folder / 'first'}", "seconds=0.1", "backends=[eager,compiled]")
     run(folder, "export.py", f"run={folder / 'first'}")

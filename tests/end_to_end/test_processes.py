@@ -78,7 +78,7 @@ def largest_difference(first, second):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_train_as_one_with_the_same_global_batch(jobs, world):
+def test_processes_train_like_one_with_the_same_global_batch(jobs, world):
     (alone,), ranks = jobs[1], jobs[world]
     moved = largest_difference(alone["weights"], alone["before"])
     for rank in ranks:
@@ -103,7 +103,7 @@ def test_every_one_of_10000_images_is_evaluated_once(jobs, world):
         assert rank["top1"] == jobs[world][0]["top1"]
 
 
-def test_only_what_trains_is_wrapped_and_never_the_teacher(jobs):
+def test_ddp_wraps_trainable_modules_without_the_teacher(jobs):
     for rank in jobs[2]:
         assert rank["wrapped"] == 6
         assert rank["only_what_trains"]
@@ -134,7 +134,7 @@ def machines():
 
 
 @pytest.mark.parametrize("place", ["loopback", "namespaces"])
-def test_two_nodes_under_torchrun_leave_one_folder_and_the_result_of_one_command(tmp_path, place, request):
+def test_two_nodes_under_torchrun_write_one_folder_with_the_same_result(tmp_path, place, request):
     nodes = [([], "127.0.0.1", "lo")] * 2 if place == "loopback" else request.getfixturevalue("machines")
     fit("recipe.epochs=2", f"hydra.run.dir={tmp_path / 'here'}", folder=tmp_path)
     agents = []
@@ -195,7 +195,7 @@ def test_a_sweep_gives_all_ranks_of_a_trial_the_same_values_and_survives_a_faile
         assert float(best.best_params["recipe.optimizer.lr"]) == 0.03
 
 
-def test_ranks_with_different_configurations_end_before_the_first_step(tmp_path):
+def test_ranks_with_different_configs_end_before_the_first_step(tmp_path):
     result = fit("+note=${oc.env:RANK}", f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, check=False)
     assert result.returncode == 2
     assert "process 1 has note=1 where process 0 has 0. Start all of them with the same command." in result.stdout
@@ -270,7 +270,7 @@ ENDED = "and the others were ended with it: nothing is left running."
         ("SIGKILL", f"rank 1 of 2 was killed by SIGKILL, {ENDED} {CONTINUE}", 0),
     ],
 )
-def test_one_sentence_says_what_ended_a_rank_and_its_workers_end_too(tmp_path, event, message, tracebacks):
+def test_a_failed_rank_is_reported_in_one_sentence_and_workers_end(tmp_path, event, message, tracebacks):
     (tmp_path / "last.ckpt").touch()
     watched = Watched(tmp_path, event)
     ranks = watched.wait_until_all_run()
@@ -283,7 +283,7 @@ def test_one_sentence_says_what_ended_a_rank_and_its_workers_end_too(tmp_path, e
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_interrupted_ranks_leave_their_results(tmp_path, stop, code):
+def test_interrupted_ranks_write_their_results(tmp_path, stop, code):
     (tmp_path / "last.ckpt").touch()
     watched = Watched(tmp_path)
     ranks = watched.wait_until_all_run()
@@ -295,7 +295,7 @@ def test_interrupted_ranks_leave_their_results(tmp_path, stop, code):
 
 
 @pytest.mark.parametrize("when", ["while ranks start", "while ranks work"])
-def test_ranks_and_their_workers_end_soon_after_the_process_that_watches_was_killed(tmp_path, when):
+def test_ranks_and_workers_end_after_their_parent_is_killed(tmp_path, when):
     watched = Watched(tmp_path)
     if when == "while ranks work":
         processes = [process for rank in watched.wait_until_all_run() for process in rank]
@@ -310,7 +310,7 @@ def test_ranks_and_their_workers_end_soon_after_the_process_that_watches_was_kil
 
 
 @pytest.mark.parametrize("ranks", ["01", "1"])
-def test_torchrun_ends_soon_and_a_mistake_is_said_once(tmp_path, ranks):
+def test_torchrun_ends_soon_and_a_mistake_is_printed_once(tmp_path, ranks):
     """Ranks without the mistake are reading data or waiting for the others, and a signal ends them."""
     wrong = f'case {ranks} in *$RANK*) set -- "$@" data=imagefolder data.root=/nowhere;; esac'
     script = f'{wrong}; exec {sys.executable} {FIT} "$@" hydra.run.dir={tmp_path}/run'

@@ -27,7 +27,7 @@ def fit(folder, shard):
 
 
 @pytest.mark.slow
-def test_the_student_is_that_of_the_whole_teacher(tmp_path):
+def test_a_sharded_teacher_gives_the_same_student(tmp_path):
     torch.save(create_model("wrn16_1", 10).state_dict(), tmp_path / "teacher.pth")
     whole_run, whole, _ = fit(tmp_path, "false")
     shared_run, shared, said = fit(tmp_path, "true")

@@ -25,7 +25,7 @@ def run(*arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_trials_side_by_side_are_equal_to_single_runs(tmp_path):
+def test_parallel_trials_equal_single_runs(tmp_path):
     values = ("0.01", "0.05")
     swept = f"recipe.optimizer.lr={','.join(values)}"
     run("-m", *JOB, swept, "launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}")

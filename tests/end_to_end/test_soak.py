@@ -18,6 +18,6 @@ def soak(tmp_path_factory):
         ("flips", (2,)), ("full_disk", (2,)), ("long", (8,)),
     ],
 )  # fmt: skip
-def test_what_is_promised_holds(soak, promise, arguments):
+def test_the_guarantees_hold(soak, promise, arguments):
     found = getattr(soak, promise)(*arguments)
     assert not found.broken

@@ -38,7 +38,7 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-def test_two_processes_see_the_batches_of_one(shards, tmp_path):
+def test_two_processes_get_the_batches_of_one(shards, tmp_path):
     seen = {}
     with serve(shards) as (address, requested):
         for world, trainer in ((1, ["trainer=cpu"]), (2, ["trainer=ddp_cpu", "trainer.devices=2"])):
@@ -60,7 +60,7 @@ def test_two_processes_see_the_batches_of_one(shards, tmp_path):
     assert len(tars) == 2 * len(set(tars))  # once for each run
 
 
-def test_a_shard_that_is_lost_during_a_run_ends_it_with_one_sentence(shards, tmp_path):
+def test_a_shard_truncated_during_a_run_ends_it_with_one_sentence(shards, tmp_path):
     with serve(shards) as (address, _):
         lost = shards / "train-000004.tar"
         lost.write_bytes(lost.read_bytes()[:3000])

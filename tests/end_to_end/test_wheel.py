@@ -78,7 +78,7 @@ def run(environment, folder, *words, **variables):
     return result.stdout
 
 
-def test_the_package_is_the_wheels(environment, project):
+def test_the_package_is_imported_from_the_wheel(environment, project):
     code = "import rld_lightning; from rld_lightning.hydra.options import CONF; print(rld_lightning.__file__, CONF)"
     places = run(environment, project, "python", "-c", code).split()
     assert all(Path(place).is_relative_to(environment) for place in places)
@@ -86,7 +86,7 @@ def test_the_package_is_the_wheels(environment, project):
     assert run(environment, project, "rld-lightning", "--version").strip() == f"rld-lightning {__version__}"
 
 
-def test_every_command_helps(environment, project):
+def test_every_command_has_help(environment, project):
     listed = run(environment, project, "rld-lightning")
     for name in commands():
         assert f"\n  {name} " in listed
@@ -109,7 +109,7 @@ def test_the_tab_key_completes(environment, project, line, words):
     assert run(environment, project, "rld-lightning", "-sc", "install=bash").rstrip().endswith(" rld-lightning")
 
 
-def test_a_project_of_ones_own_needs_no_checkout(environment, project):
+def test_a_custom_project_needs_no_checkout(environment, project):
     """Trains a custom pair with a custom loss in two processes, then evaluates and reports the run."""
     own = ("--config-dir", "conf", "data=digits", "model=mine", "loss=own", "recipe=quick", "recipe.epochs=1")
     run(environment, project, "rld-lightning", "fit", *own, "trainer=ddp_cpu", "trainer.max_steps=4")
