@@ -136,7 +136,7 @@ def test_the_float64_trajectory_equals_the_references(method, compiled, tmp_path
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["rld", "kd"])
-def test_the_float32_trajectory_is_within_the_references_sensitivity(method, tmp_path):
+def test_float32_trajectory_within_the_references_own_sensitivity(method, tmp_path):
     # RLD at full weight from the first step is chaotic: rounding errors grow to percents, so more steps test nothing.
     facts, _, steps = train(method, torch.float32, tmp_path, steps=4 if method == "rld" else 20)
 
