@@ -226,13 +226,13 @@ class Stopped(SystemExit):
     """Raised when a signal stops the run; the exit status is 128 + its number, as in shells.
 
     Attributes:
-        said: whether the user has already been told, with the command to resume.
+        reported: whether the user has already been told, with the command to resume.
     """
 
-    def __init__(self, number: int, *, said: bool = False) -> None:
+    def __init__(self, number: int, *, reported: bool = False) -> None:
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
-        self.said = said
+        self.reported = reported
 
 
 def stopped_by(codes: Iterable[int]) -> int | None:

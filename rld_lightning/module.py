@@ -103,7 +103,7 @@ class DistillationModule(LightningModule):
         self.captured: CapturedStep | None = None
         self.has_gradient = False  # whether the training step has already run the backward pass
         self.watchers: list[Watcher] = []  # callbacks whose measurements are captured with the step
-        self.seen: dict[Any, Tensor] = {}  # the watchers' measurements of the latest captured step
+        self.measurements: dict[Any, Tensor] = {}  # the watchers' measurements of the latest captured step
         self.initial_rates: list[float | None] = []
         self.best_top1 = float("-inf")
         self.validated: Tensor | None = None  # fingerprint of the last validated weights
@@ -141,7 +141,7 @@ class DistillationModule(LightningModule):
         batch = as_batch(batch)
         for optimizer in self.trainer.optimizers[:1]:
             self.rate = optimizer.param_groups[0]["lr"]  # read here: at the epoch's end it is already the next epoch's
-        self.has_gradient, self.seen = self.captured is not None and batch.other is None, {}
+        self.has_gradient, self.measurements = self.captured is not None and batch.other is None, {}
         values = self._captured_values(batch) if self.has_gradient else self._step_values(batch, self.current_epoch + 1)
         total = values["train/loss"]
         self.means["train"].add(_averaged_names(values), values["counted"])
@@ -198,7 +198,9 @@ class DistillationModule(LightningModule):
                 teacher_logits, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
         epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # the loss depends on the epoch up to there only
         values = self.captured(epoch, batch.images, batch.label, batch.index, view, teacher_logits)
-        self.seen = {w: values[f"seen/{n}"] for n, w in enumerate(self.watchers) if f"seen/{n}" in values}
+        self.measurements = {
+            w: values[f"measured/{n}"] for n, w in enumerate(self.watchers) if f"measured/{n}" in values
+        }
         return values
 
     def _step_with_gradient(
@@ -216,10 +218,11 @@ class DistillationModule(LightningModule):
             values["train/loss"].backward()
             outputs = self._callback_outputs(values)
             with torch.no_grad():
-                seen = {
-                    f"seen/{n}": watcher.measure_step(self, outputs, batch) for n, watcher in enumerate(self.watchers)
+                measured = {
+                    f"measured/{n}": watcher.measure_step(self, outputs, batch)
+                    for n, watcher in enumerate(self.watchers)
                 }
-        return values | {name: value for name, value in seen.items() if value is not None}
+        return values | {name: value for name, value in measured.items() if value is not None}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Runs the backward pass, unless the captured step has done it."""
@@ -345,7 +348,7 @@ class DistillationModule(LightningModule):
         """Frees the captured step's memory."""
         if self.captured is not None and self.captured.failed:
             print_line("capture", f"off: the step cannot be captured: {self.captured.failed}")
-        self.captured, self.watchers, self.seen = None, [], {}
+        self.captured, self.watchers, self.measurements = None, [], {}
 
     def _make_captured_step(self) -> CapturedStep | None:
         """Returns the step to capture; None if steps run uncaptured."""

@@ -34,7 +34,7 @@ class Watcher(Protocol):
 
 def measured_in_graph(watcher: Watcher, pl_module: Any) -> "Tensor | None":
     """Returns a watcher's measurement of the latest step; None if that was not captured."""
-    return getattr(pl_module, "seen", {}).get(watcher)
+    return getattr(pl_module, "measurements", {}).get(watcher)
 
 
 def shown_by_lightning(trainer: "Trainer") -> bool:

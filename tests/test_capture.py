@@ -108,7 +108,7 @@ def test_callbacks_measurements_are_captured_with_the_step(monkeypatch, tmp_path
     job = module(RLDLoss(warmup_epochs=1))
     fit(job, tmp_path, max_epochs=2, callbacks=[Divergence(tmp_path)])
     assert job.watchers == []
-    assert job.seen == {}
+    assert job.measurements == {}
     # Called within the captured function, and not again by the hooks of the 24 steps.
     uncaptured = module(RLDLoss(warmup_epochs=1), capture=False)
     calls = len(measured)

@@ -28,8 +28,8 @@ class GradientNorm(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds a step's norm."""
-        seen = measured_in_graph(self, pl_module)
-        step = _norm(p for group in optimizer.param_groups for p in group["params"]) if seen is None else seen
+        measured = measured_in_graph(self, pl_module)
+        step = _norm(p for group in optimizer.param_groups for p in group["params"]) if measured is None else measured
         if step is not None:
             self.totals = step.clone() if self.totals is None else self.totals.to(step.device) + step
 

@@ -38,8 +38,8 @@ class TeacherMonitor(Callback):
         self, trainer: Trainer, pl_module: DistillationModule, outputs: dict[str, Tensor], batch: Any, batch_idx: int
     ) -> None:
         """Counts a training batch."""
-        seen = measured_in_graph(self, pl_module)
-        counted = self.measure_step(pl_module, outputs, batch) if seen is None else seen
+        measured = measured_in_graph(self, pl_module)
+        counted = self.measure_step(pl_module, outputs, batch) if measured is None else measured
         if counted is not None:
             self.means["train"].add(_SAMPLES, counted)
 

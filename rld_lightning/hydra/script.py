@@ -76,7 +76,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if stopped.signal == signal.SIGINT:  # keeps the log of a job that a cluster ended
             remove_unused_folder()
-        if not stopped.said:
+        if not stopped.reported:
             print_line("stopped", f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else stopped.signal.name}")
         exit_now(128 + stopped.signal)
     except SystemExit as stop:

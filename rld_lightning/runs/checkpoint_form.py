@@ -74,10 +74,10 @@ def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", mod
         for callback in vars(trainer)["callbacks"]:
             if callback.state_key in states or not only_monitors(type(callback)):  # one that only monitors may be new
                 _match(states.get(callback.state_key, {}), callback.state_dict(), f"callbacks.{callback.state_key}")
-        said = checkpoint.get("hyper_parameters")
+        hparams = checkpoint.get("hyper_parameters")
         for name, value in module.hparams.items():  # the student's name was checked earlier, with all its spellings
-            if name != "student" and isinstance(said, Mapping) and said.get(name, value) != value:
-                raise _Unlike(f"hyper_parameters.{name} is {_shown(said[name])}, and has to be {_shown(value)}")
+            if name != "student" and isinstance(hparams, Mapping) and hparams.get(name, value) != value:
+                raise _Unlike(f"hyper_parameters.{name} is {_shown(hparams[name])}, and has to be {_shown(value)}")
 
 
 def refuse_other_averages(checkpoint: Mapping[str, Any], trainer: "Trainer", own: Mapping[str, Any]) -> None:

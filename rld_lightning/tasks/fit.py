@@ -257,7 +257,7 @@ def _train(
         if resume_hint and checkpoint_exists(last):
             print_line("stopped", f"continue with the same command and {as_argument('resume', last)}")
             if isinstance(error, Stopped):
-                error.said = True
+                error.reported = True
         if "metric" in str(error) and "not available" in str(error):  # a loss's own metrics are known only now
             raise UserError(f"a callback or the schedule monitors a metric that is not logged: {error}") from error
         raise

@@ -106,8 +106,8 @@ class LogitReader:
             logits, label, index = [], [], []
             with torch.inference_mode():
                 for batch in data.val_dataloader():
-                    said = network(batch.images.to(self.device))
-                    logits.append((said[0] if isinstance(said, tuple) else said).float().cpu())
+                    output = network(batch.images.to(self.device))
+                    logits.append((output[0] if isinstance(output, tuple) else output).float().cpu())
                     label.append(batch.label.cpu())
                     index.append(batch.index.cpu())
             self._logits[key] = torch.cat(logits), torch.cat(label), torch.cat(index)

@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     """The most likely classes of an image, in order; or why it cannot be read."""
 
     image: str
-    found: list[Prediction]
+    predictions: list[Prediction]
     error: str = ""
 
 
@@ -80,34 +80,34 @@ def predict(cfg: DictConfig) -> int:
     print_line("model", f"{classifier.name}, {len(classifier.classes)} classes, {cfg.weights}")
     print_line("images", f"{len(paths):,}: {classifier.transform.describe()}")
     answers = answer(classifier, paths, top=cfg.top, batch_size=cfg.batch_size, num_workers=cfg.num_workers)
-    write = {"csv": _csv, "jsonl": _json_lines, "table": _csv}[cfg.format]
-    known: list[Answer] = []
+    encode = {"csv": _csv, "jsonl": _json_lines, "table": _csv}[cfg.format]
+    finished: list[Answer] = []
 
-    def leave(path: Path) -> None:
+    def write(path: Path) -> None:
         with user_errors():
-            write_whole(path, b"".join(write(known, min(cfg.top, len(classifier.classes)))))
+            write_whole(path, b"".join(encode(finished, min(cfg.top, len(classifier.classes)))))
 
     try:
         if path is None and cfg.format != "table":
-            for lines in write(_kept(answers, known), min(cfg.top, len(classifier.classes))):
+            for lines in encode(_recorded(answers, finished), min(cfg.top, len(classifier.classes))):
                 sys.stdout.buffer.write(lines)
                 sys.stdout.flush()
         else:
-            known.extend(answers)  # contains those before an interruption
+            finished.extend(answers)  # contains those before an interruption
     except (KeyboardInterrupt, Stopped):
-        if path is not None and known:  # not replacing a complete file of an earlier command
-            leave(part := path.with_name(f"{path.stem}.partial{path.suffix}"))
-            print_line("answered", f"{len(known):,} of {len(paths):,} images: {part}")
+        if path is not None and finished:  # not replacing a complete file of an earlier command
+            write(part := path.with_name(f"{path.stem}.partial{path.suffix}"))
+            print_line("answered", f"{len(finished):,} of {len(paths):,} images: {part}")
         raise
     if cfg.format == "table":
-        _print(known, classifier)
-    broken = [found for found in known if found.error]
-    for found in broken[:MOST_ROWS_SHOWN]:
-        print_line("broken", f"{found.image}: {found.error}")
+        _print(finished, classifier)
+    broken = [result for result in finished if result.error]
+    for result in broken[:MOST_ROWS_SHOWN]:
+        print_line("broken", f"{result.image}: {result.error}")
     if broken:
-        print_line("broken", f"{len(broken):,} of {len(known):,} images could not be read")
+        print_line("broken", f"{len(broken):,} of {len(finished):,} images could not be read")
     if path is not None:
-        leave(path)
+        write(path)
         print_files(path.parent, {path.name: "each image"})
     return len(broken)
 
@@ -265,8 +265,8 @@ def answer(
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         bar, done = progress.add_task("images", total=len(paths)), 0
         for batch, step in zip(loader, loader.sampler.steps, strict=True):
-            found = classifier.probabilities(batch.images) if len(batch.index) else torch.empty(0, 1)
-            best = found.topk(min(top, found.shape[1]), 1)
+            probabilities = classifier.probabilities(batch.images) if len(batch.index) else torch.empty(0, 1)
+            best = probabilities.topk(min(top, probabilities.shape[1]), 1)
             rows = dict(zip(batch.index.tolist(), zip(*(part.tolist() for part in best), strict=True), strict=True))
             for position in range(done, done + step.stop - step.start):
                 path = paths[position]
@@ -279,10 +279,10 @@ def answer(
             progress.update(bar, completed=done)
 
 
-def _kept(answers: Iterable[Answer], known: list[Answer]) -> Iterator[Answer]:
-    for found in answers:
-        known.append(found)
-        yield found
+def _recorded(answers: Iterable[Answer], finished: list[Answer]) -> Iterator[Answer]:
+    for result in answers:
+        finished.append(result)
+        yield result
 
 
 def _csv(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
@@ -290,9 +290,9 @@ def _csv(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
     ranks = range(1, top + 1)
     columns = ["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")), "error"]
     yield _line(columns)
-    for found in answers:
-        cells = [cell for name, p in found.found for cell in (name, f"{p:.6f}")]
-        yield _line([found.image, *(cells or [""] * 2 * top), found.error])
+    for result in answers:
+        cells = [cell for name, p in result.predictions for cell in (name, f"{p:.6f}")]
+        yield _line([result.image, *(cells or [""] * 2 * top), result.error])
 
 
 def _line(cells: Sequence[str]) -> bytes:
@@ -303,13 +303,13 @@ def _line(cells: Sequence[str]) -> bytes:
 
 
 def _json_lines(answers: Iterable[Answer], top: int) -> Iterator[bytes]:
-    for found in answers:
-        if found.error:
-            row: dict[str, object] = {"image": found.image, "error": found.error}
+    for result in answers:
+        if result.error:
+            row: dict[str, object] = {"image": result.image, "error": result.error}
         else:
             row = {
-                "image": found.image,
-                "classes": [{"class": name, "probability": round(p, 6)} for name, p in found.found],
+                "image": result.image,
+                "classes": [{"class": name, "probability": round(p, 6)} for name, p in result.predictions],
             }
         yield (json.dumps(row) + "\n").encode()
 
@@ -322,12 +322,13 @@ def _common_folder(paths: Sequence[str]) -> str:
 
 
 def _print(answers: Sequence[Answer], classifier: Classifier) -> None:
-    read = [found for found in answers if not found.error]
+    read = [result for result in answers if not result.error]
     shown = read[:MOST_ROWS_SHOWN]
-    width = max((len(found.found) for found in shown), default=0)
-    folder = _common_folder([found.image for found in shown])
+    width = max((len(result.predictions) for result in shown), default=0)
+    folder = _common_folder([result.image for result in shown])
     rows = [
-        (found.image.removeprefix(folder), *(f"{name} {100 * p:.1f} %" for name, p in found.found)) for found in shown
+        (result.image.removeprefix(folder), *(f"{name} {100 * p:.1f} %" for name, p in result.predictions))
+        for result in shown
     ]
     title = f"{classifier.name} on {len(read):,} images" + (
         f", the first {len(shown)}" if len(read) > len(shown) else ""

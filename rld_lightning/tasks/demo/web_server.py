@@ -93,7 +93,7 @@ class DemoServer(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answers, and releases the connection's slot."""
-        hearing = threading.Timer(_MOST_SECONDS, _hear_no_more, [request])
+        hearing = threading.Timer(_MOST_SECONDS, _close_connection, [request])
         hearing.daemon = True
         try:
             hearing.start()
@@ -106,7 +106,7 @@ class DemoServer(ThreadingHTTPServer):
         """Prints nothing about broken connections."""
 
 
-def _hear_no_more(request: socket.socket) -> None:
+def _close_connection(request: socket.socket) -> None:
     with suppress(OSError):  # it has ended
         request.shutdown(socket.SHUT_RD)
 

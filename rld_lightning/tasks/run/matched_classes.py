@@ -53,8 +53,10 @@ def match_classes(facts: WeightsFacts, data: ImageDataModule) -> MatchedClasses:
         (f"images of {len(unknown)} that it does not know are left out ({some(unknown)})", unknown),
         (f"{len(absent)} that it knows are not in the data, and still compete ({some(absent)})", absent),
     )
-    said = "; ".join(text for text, names in parts if names)
-    print_line("caution", f"measured on the {len(shared)} classes that model and {data.name} share by name; {said}")
+    mismatches = "; ".join(text for text, names in parts if names)
+    print_line(
+        "caution", f"measured on the {len(shared)} classes that model and {data.name} share by name; {mismatches}"
+    )
     return MatchedClasses(known, class_of, len(shared))
 
 

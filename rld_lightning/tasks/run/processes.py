@@ -149,7 +149,7 @@ def run_in_processes(
                 if hint or not is_trial():  # for a trial the sweep prints it
                     how = f"continue with the same command and {hint}" if hint else "nothing was saved yet"
                     print_line("stopped", how)
-                raise Stopped(stop, said=True)
+                raise Stopped(stop, reported=True)
             if codes:
                 time.sleep(5 * POLL)  # the rank that failed first may end last
         if codes:

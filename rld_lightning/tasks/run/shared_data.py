@@ -10,7 +10,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.tasks.run.batch_size import make_data
 
-_kept: dict[str, InMemoryDataModule] = {}
+_loaded: dict[str, InMemoryDataModule] = {}
 
 
 def share_data(settings: DictConfig) -> None:
@@ -19,10 +19,10 @@ def share_data(settings: DictConfig) -> None:
     Args:
         settings: ``data``; trials with other settings read their data themselves.
     """
-    forked_processes.run_in_server(f"{__name__}:keep", _as_text(settings))
+    forked_processes.run_in_server(f"{__name__}:load", _as_text(settings))
 
 
-def keep(settings: str) -> None:
+def load(settings: str) -> None:
     """Reads data and keeps them for processes forked from this one.
 
     Args:
@@ -31,14 +31,14 @@ def keep(settings: str) -> None:
     data = make_data(OmegaConf.create(json.loads(settings)))
     if isinstance(data, InMemoryDataModule):
         data.setup()
-        _kept[settings] = data
+        _loaded[settings] = data
 
 
 def reuse_cached_data(data: ImageDataModule, settings: DictConfig) -> None:
     """Reuses data that were read before this process was forked."""
-    kept = _kept.get(_as_text(settings)) if _kept else None
-    if kept is not None and isinstance(data, InMemoryDataModule):
-        data.take_over(kept)
+    loaded = _loaded.get(_as_text(settings)) if _loaded else None
+    if loaded is not None and isinstance(data, InMemoryDataModule):
+        data.take_over(loaded)
 
 
 def _as_text(settings: DictConfig) -> str:

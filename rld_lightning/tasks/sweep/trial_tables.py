@@ -188,12 +188,12 @@ def print_networks(folder: Path) -> None:
 def _may_be_chance(alone: Summary, distilled: Sequence[Summary]) -> str:
     """Returns a warning if all differences to the student alone are within the sampling error; else empty."""
     most = max(abs(summary.top1 - alone.top1) for summary in distilled)
-    told = max(
+    threshold = max(
         math.hypot(sampling_error(alone.top1, alone.images), sampling_error(s.top1, s.images)) for s in distilled
     )
-    if most > told:
+    if most > threshold:
         return ""
-    return f"{alone.images:,} images tell students apart by {told:.1f} points or more; several seeds tell more"
+    return f"{alone.images:,} images tell students apart by {threshold:.1f} points or more; several seeds tell more"
 
 
 def _measured(name: str, top1: float | None, run: Run) -> Sequence[object]:

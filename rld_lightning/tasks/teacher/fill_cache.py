@@ -24,7 +24,7 @@ _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
 _AHEAD = 2  # batches computed while one is written
 _IMAGES = 8  # images whose views are checked together for missing rows
-_SAY_SECONDS = 60.0
+_PRINT_SECONDS = 60.0
 
 
 class FillAhead(Callback):
@@ -113,7 +113,7 @@ def _batches(parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
 def _progress(images: int) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar, or without a terminal a line per minute; yields a function that adds finished images."""
     done, started = 0, time.monotonic()
-    said = started
+    last_printed = started
     columns = (TextColumn("filling the cache"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, disable=not (console.is_terminal and is_rank_zero()), transient=True
@@ -121,12 +121,12 @@ def _progress(images: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task("", total=images)
 
         def advance(more: int) -> None:
-            nonlocal done, said
+            nonlocal done, last_printed
             done += more
             bar.advance(task, more)
             now = time.monotonic()
-            if not console.is_terminal and now - said > _SAY_SECONDS:
-                said = now
+            if not console.is_terminal and now - last_printed > _PRINT_SECONDS:
+                last_printed = now
                 left = duration((now - started) * (images - done) / done)
                 print_line("cache", f"{100 * done / images:.0f} % of the images looked at, {left} left")
 

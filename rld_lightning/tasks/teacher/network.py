@@ -171,16 +171,16 @@ def _of_foreign(
     """Wraps a program to return the logits of the data's classes."""
     try:
         with torch.no_grad():
-            said = network(torch.zeros(2, 3, *size))
+            output = network(torch.zeros(2, 3, *size))
     except Exception as error:  # each runtime has its own exceptions
         raise ValueError(
             f"the {teacher.name} teacher cannot take images of {size[0]}x{size[1]} ({first_line(error)}); give another "
             "side with model.teacher.image_size=."
         ) from error
     classes, known = list(data.class_names), network.facts.class_names
-    if teacher.class_map is None and said.shape[-1] == len(classes) and known in (None, classes):
+    if teacher.class_map is None and output.shape[-1] == len(classes) and known in (None, classes):
         return network
-    return Columns(network, class_positions(classes, known, said.shape[-1], teacher.class_map))
+    return Columns(network, class_positions(classes, known, output.shape[-1], teacher.class_map))
 
 
 def _pretrained(teacher: Teacher, data: ImageDataModule) -> nn.Module:
