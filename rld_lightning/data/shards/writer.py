@@ -4,12 +4,15 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import fsspec
 import numpy as np
 import torch
+from fsspec import AbstractFileSystem
 from rich.console import Console
 from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -25,6 +28,7 @@ from rld_lightning.limits import MOST_CLASSES
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in a random order that does not depend on the seed of a run.
 ORDER_SEED = 0
+PACKING = ".packing"  # beside shards that are being written, or of a call that was interrupted
 MOST_CLASS_BYTES = 100
 
 
@@ -48,7 +52,7 @@ def pack(
     """Writes images into shards ``<split>-<number>.tar`` with an index; image files are copied unchanged.
 
     Args:
-        target: the folder or URL to write to; must have no index yet.
+        target: the folder or URL to write to; must have no shards yet.
         class_names: the C names, in the order of the labels.
         look: the images' size and normalisation for the index.
         shard_mb: approximate size of a shard, in MB.
@@ -58,7 +62,7 @@ def pack(
 
     Raises:
         ImportError: webdataset is not installed.
-        ValueError: there is an index already, or an image file cannot be read.
+        ValueError: there are shards already, or an image file cannot be read.
     """
     shard_writer = _webdataset("writer").ShardWriter
     if shard_mb <= 0:
@@ -66,12 +70,9 @@ def pack(
     folder = local_path(target)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        exists = (folder / INDEX_FILE).exists()
-    else:
-        store, path = open_store(target, options)
-        exists = store.exists(join(path, INDEX_FILE))
-    if exists:
-        raise ValueError(f"{target} holds shards already; choose another place, nothing is overwritten.")
+    store, place = open_store(target, options) if folder is None else (fsspec.filesystem("file"), str(folder))
+    _clear(store, place, splits, target)
+    store.pipe_file(join(place, PACKING), b"")
     listings: dict[str, list[Listing]] = {split: [] for split in splits}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary) if folder is None else folder
@@ -92,7 +93,24 @@ def pack(
                     writer.write(sample)
     index = _index(name, class_names, listings, look)
     index.write(target, options)
+    store.rm_file(join(place, PACKING))
     return index
+
+
+def _clear(store: AbstractFileSystem, place: str, splits: Iterable[str], target: str) -> None:
+    """Removes the shards of an interrupted call.
+
+    Raises:
+        ValueError: there are others, which would be overwritten.
+    """
+    found: dict[str, str] = {}
+    with suppress(FileNotFoundError), store_errors(target):
+        found = {path.rpartition("/")[2]: path for path in store.ls(place, detail=False)}
+    shards = [path for name, path in found.items() if re.fullmatch(rf"({'|'.join(splits)})-\d{{6,}}\.tar", name)]
+    if INDEX_FILE in found or (shards and PACKING not in found):
+        raise ValueError(f"{target} holds shards already; choose another place, nothing is overwritten.")
+    for path in shards:
+        store.rm_file(path)
 
 
 def index_shards(

@@ -11,6 +11,7 @@ import pytest
 from helpers.data import epoch_of, merge, same
 from helpers.shards import folder_data, pack_folder, serve, shards_data, write_images
 
+from rld_lightning.data.shards.index import ShardIndex
 from rld_lightning.data.shards.writer import index_shards, list_shard
 
 webdataset = pytest.importorskip("webdataset")
@@ -44,6 +45,36 @@ def test_packing_twice_gives_the_same_bytes_and_never_overwrites(folder, tmp_pat
         pack_folder(folder, tmp_path / "a")
     with pytest.raises(ValueError, match=r"shard_mb=0 must be positive"):
         pack_folder(folder, tmp_path / "c", shard_mb=0)
+
+
+@pytest.mark.parametrize("place", ["{}", "memory://bucket"])
+def test_packing_goes_on_after_an_interruption_and_leaves_the_shards_of_others(folder, tmp_path, place, monkeypatch):
+    target = place.format(tmp_path / "pe[t]s")
+    store, path = fsspec.url_to_fs(target)
+    names = [f"train-{number:06d}.tar" for number in (0, 90)]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    try:
+        for name in names:
+            store.makedirs(path, exist_ok=True)
+            store.pipe_file(f"{path}/{name}", b"others'")
+        with pytest.raises(ValueError, match="holds shards already"):
+            pack_folder(folder, target)
+        for name in names:
+            assert store.cat_file(f"{path}/{name}") == b"others'"
+            store.rm_file(f"{path}/{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardIndex, "write", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pack_folder(folder, target, shard_mb=0.001)  # many shards
+        pack_folder(folder, target)
+        pack_folder(folder, tmp_path / "alone")
+        found = {file.rpartition("/")[2]: store.cat_file(file) for file in store.ls(path, detail=False)}
+        assert found == {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
+    finally:
+        store.rm(path, recursive=True)
 
 
 def test_packing_into_object_storage(folder, tmp_path):
