@@ -69,29 +69,31 @@ if __name__ == "__main__":
     from rld_lightning.bench.overhead import bench_overhead
     from rld_lightning.bench.startup import bench_startup
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
+    from rld_lightning.hydra.script import exit_on_user_error
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if options.what == "data":
-        bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
-    elif options.what == "fit":
-        if options.data == "imagefolder":
-            write_image_folder(Path(options.root))
-        job = Job(options.data, options.root, options.teacher, options.student, options.batch, options.workers)
-        if options.prepare:
-            prepare_fit(job, options.prepare, options.switches, options.folder)
+    with exit_on_user_error():
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if options.what == "data":
+            bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)
+        elif options.what == "fit":
+            if options.data == "imagefolder":
+                write_image_folder(Path(options.root))
+            job = Job(options.data, options.root, options.teacher, options.student, options.batch, options.workers)
+            if options.prepare:
+                prepare_fit(job, options.prepare, options.switches, options.folder)
+            else:
+                bench_fit(job, options.rounds, options.seconds, options.switches, options.folder, options.report)
+        elif options.what == "startup":
+            bench_startup(options.rounds)
+        elif options.what == "overhead":
+            bench_overhead(device, options.rounds)
+        elif options.what == "epoch":
+            bench_epoch(options.root, options.teacher, options.student, options.batch, options.epochs)
+        elif options.what == "loss":
+            bench_loss(options.batch, options.classes, device, options.rounds)
         else:
-            bench_fit(job, options.rounds, options.seconds, options.switches, options.folder, options.report)
-    elif options.what == "startup":
-        bench_startup(options.rounds)
-    elif options.what == "overhead":
-        bench_overhead(device, options.rounds)
-    elif options.what == "epoch":
-        bench_epoch(options.root, options.teacher, options.student, options.batch, options.epochs)
-    elif options.what == "loss":
-        bench_loss(options.batch, options.classes, device, options.rounds)
-    else:
-        pair = (options.teacher, options.student, options.batch, (3, options.size, options.size))
-        if options.what == "step":
-            bench_step(*pair, device, options.rounds)
-        else:
-            bench_losses(configured_losses(options.names), *pair, device, options.rounds)
+            pair = (options.teacher, options.student, options.batch, (3, options.size, options.size))
+            if options.what == "step":
+                bench_step(*pair, device, options.rounds)
+            else:
+                bench_losses(configured_losses(options.names), *pair, device, options.rounds)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rld_lightning.bench.latency import memory, peak_memory, reset_peak
 from rld_lightning.capture import CapturedStep
 from rld_lightning.console import console, print_table
+from rld_lightning.errors import did_you_mean
 from rld_lightning.hydra.compose import compose, expand_combined_loss
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.resolvers import fast_precision
@@ -281,6 +282,8 @@ def bench_losses(
 def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
     """Creates losses by name (all for an empty list); ``kd`` is first."""
     every = [name for name in list_options("loss") if name != "combined"]
+    if unknown := [name for name in names if not name.startswith("[") and name not in every]:
+        raise ValueError(f"{unknown[0]} is no loss.{did_you_mean(unknown[0], every)} fit.py --help lists all.")
     return {
         name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
         for name in dict.fromkeys(["kd", *(names or every)])

@@ -114,6 +114,21 @@ def class_positions(
     return places
 
 
+def read_class_names(file: str, option: str) -> list[str]:
+    """Reads class names from a text file, one per line.
+
+    Args:
+        option: names the file, for the error message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file at {path}, which {option} names.")
+    return [line for line in path.read_text().splitlines() if line]
+
+
 def read_class_map(path: Path) -> dict[str, str | int]:
     """Reads a class map: lines ``class of the data,class of the teacher``, by name or number.
 

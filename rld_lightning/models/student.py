@@ -105,6 +105,11 @@ def load_student(
     name = str(name or facts.name)
     classes = list(class_names or facts.class_names or ())
     number = len(classes) or facts.num_classes or _width(weights)
+    if class_names and facts.num_classes not in (None, number):
+        raise WeightsError(
+            f"{weights.source} tells {facts.num_classes} classes apart, and there are {number} names for them; give "
+            "class_names for all, in the order of its logits"
+        )
     network, _ = create_fitting(name, number, weights)
     transform = preprocessing_of(facts, name, weights.source, **preprocessing)
     return Student(network, classes or [str(index) for index in range(number)], transform, name, facts)

@@ -28,6 +28,7 @@ from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.streaming import StreamedImages, StreamingLoader
 from rld_lightning.distributed import Stopped
 from rld_lightning.errors import UserError, user_errors
+from rld_lightning.models.classes import read_class_names
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
@@ -220,7 +221,7 @@ def _names(given: object) -> list[str]:
     """Returns class names from a list, or from a text file with one name per line."""
     if not isinstance(given, str):
         return [str(name) for name in given]  # type: ignore[attr-defined]
-    return [line for line in Path(given).expanduser().read_text().splitlines() if line]
+    return read_class_names(given, "class_names=")
 
 
 class _Broken(BadImageReport):

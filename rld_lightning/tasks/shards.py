@@ -11,6 +11,8 @@ from rld_lightning.data.shards.index import ShardIndex
 from rld_lightning.data.shards.writer import index_shards, pack
 from rld_lightning.data.streaming_module import StreamingDataModule
 from rld_lightning.errors import user_errors
+from rld_lightning.models.classes import read_class_names
+from rld_lightning.runs.folder import check_folder
 
 
 def make_shards(cfg: DictConfig) -> ShardIndex:
@@ -22,9 +24,13 @@ def make_shards(cfg: DictConfig) -> ShardIndex:
     with user_errors():
         options: Any = OmegaConf.to_container(cfg.storage_options, resolve=True)
         target = str(cfg.out)
+        if "://" not in target:
+            check_folder(Path(target), "out=", written=())
         if cfg.index.train is not None or cfg.index.test is not None:
             index = _index(cfg, target, options)
         else:
+            if given := [f"index.{key}={value}" for key, value in cfg.index.items() if value is not None]:
+                raise ValueError(f"{given[0]} is for existing shards: name them with index.train and index.test, too.")
             index = _pack(cfg, target, options)
     for split, shards in index.shards.items():
         size = sum(shard.bytes for shard in shards) / 1e9
@@ -65,7 +71,6 @@ def _index(cfg: DictConfig, target: str, options: dict[str, Any]) -> ShardIndex:
     patterns = {split: pattern for split, pattern in cfg.index.items() if split in ("train", "val", "test") and pattern}
     if missing := {"train", "test"} - set(patterns):
         raise ValueError(f"index.{missing.pop()} has no value; say where the shards of both train and test are.")
-    names = None
-    if cfg.index.class_names is not None:
-        names = Path(cfg.index.class_names).read_text().splitlines()
+    file = cfg.index.class_names
+    names = None if file is None else read_class_names(file, "index.class_names")
     return index_shards(patterns, target, name=cfg.index.name or Path(target).name, class_names=names, options=options)

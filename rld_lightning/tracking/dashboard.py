@@ -40,10 +40,11 @@ except ImportError as error:
     raise ImportError("dashboards need wandb-workspaces: pip install 'rld-lightning[dashboard]'.") from error
 
 from rld_lightning.console import print_line
-from rld_lightning.errors import UserError
+from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.compose import compose
 from rld_lightning.hydra.options import list_options
 from rld_lightning.runs import files
+from rld_lightning.runs.folder import check_folder
 from rld_lightning.tracking.server import has_key, server, server_problem
 
 PROJECT = "rld-lightning"  # as in conf/logger/wandb.yaml
@@ -265,6 +266,10 @@ def save_dashboard(
     """
     pairs = [label_of(pair) for pair in pairs]
     if dry_run is not None:
+        with user_errors():
+            check_folder(dry_run.parent, "--dry-run")
+            if dry_run.is_dir():
+                raise ValueError(f"--dry-run {dry_run} is a directory; name a file in it.")
         write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs, data), dry_run)
         print_line("written", str(dry_run))
         return

@@ -32,6 +32,11 @@ def test_bench_of_losses_is_relative_to_kd(capsys):
     assert float(rows[0][2]) == 1
 
 
+def test_unknown_loss_to_measure_is_refused():
+    with pytest.raises(ValueError, match=r"rdl is no loss\. Did you mean .*'rld'"):
+        bench.configured_losses(["rdl"])
+
+
 @pytest.mark.parametrize("compiled", ["nothing", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_captured_step_trains_like_a_plain_loop(compiled):
     torch.manual_seed(0)

@@ -150,6 +150,13 @@ def test_onnx_answers_match_its_logits(place, tmp_path, pixels):
     assert found == logits.argmax(1).tolist()
 
 
+def test_class_names_are_one_for_each_logit(place, tmp_path):
+    with pytest.raises(UserError, match="tells 10 classes apart, and there are 2 names for them"):
+        ask(place, tmp_path, "class_names=[a,b]")
+    with pytest.raises(UserError, match=r"there is no file at /gone\.txt, which class_names= names"):
+        ask(place, tmp_path, "class_names=/gone.txt")
+
+
 def test_missing_facts_of_a_foreign_file_are_requested(place, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from rld_lightning.errors import UserError
+from rld_lightning.hydra.checks.values import check_values
 from rld_lightning.tasks.shards import make_shards
 
 pytest.importorskip("webdataset")
@@ -49,11 +50,21 @@ def test_existing_shards_are_indexed(photos, tmp_path):
     assert (data.name, data.class_names, data.image_shape) == ("index", ["cat", "dog"], (3, 224, 224))
     with pytest.raises(UserError, match=r"index.test has no value; say where the shards of both"):
         make_shards(pack_options(patterns[0], f"out={tmp_path / 'more'}"))
+    check_values(pack_options(*patterns, f"out={tmp_path / 'more'}"))  # the data are not asked for
+    with pytest.raises(UserError, match=r"data\.root has no value; add"):
+        check_values(pack_options(f"out={tmp_path / 'more'}"))
+    with pytest.raises(UserError, match=r"no file at /gone, which index\.class_names names"):
+        make_shards(pack_options(*patterns, "index.class_names=/gone", f"out={tmp_path / 'more'}"))
 
 
 def test_mistakes_are_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="digits fits the device and is not packed"):
         make_shards(pack_options("data=digits", f"out={tmp_path}"))
+    with pytest.raises(UserError, match=r"index\.name=mine is for existing shards: name them with index\.train"):
+        make_shards(pack_options(f"data.root={photos}", "index.name=mine", f"out={tmp_path / 'named'}"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file is not a folder; choose another one with out="):
+        make_shards(pack_options(f"data.root={photos}", f"out={tmp_path / 'file'}"))
     with pytest.raises(UserError, match=r"out has no value; add out=... to the command"):
         make_shards(pack_options(f"data.root={photos}"))
     (photos / "train" / "n01" / "0.jpg").unlink()

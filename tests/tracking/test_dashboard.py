@@ -145,6 +145,14 @@ def test_json_is_valid_stable_and_without_collisions(content, tmp_path):
         assert max(x for x, _ in cells) < 24
 
 
+def test_file_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is a directory; name a file in it"):
+        save_dashboard("me", "p", [], dry_run=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a folder; choose another one with --dry-run"):
+        save_dashboard("me", "p", [], dry_run=tmp_path / "file" / "x.json")
+
+
 def test_pairs_get_separate_views_and_run_sets(tmp_path):
     three = build_dashboard("me", "p", ["a_to_b", "c_to_d", "e_to_f"])
     assert [view.name.split(": ")[1] for view in three.views] == ["a_to_b"] * 2 + ["c_to_d"] * 2 + ["e_to_f"] * 2

@@ -55,13 +55,18 @@ def _wrong_values(cfg: DictConfig, values: Mapping[str, Any]) -> tuple[list[str]
             if "HydraConfig was not set" not in str(error):
                 empty.append(f"{key} has no value: {first_line(error)}.")
             continue
-        if value == _MISSING:
+        if value == _MISSING and not (key.startswith("data.") and _indexes(values)):
             empty.append(f"{key} has no value; add {key}=... to the command.")
-        elif not (value == ABSENT or kind.allows(value) or (value is None and _may_be_open(key, values))):
+        elif not (value in (ABSENT, _MISSING) or kind.allows(value) or (value is None and _may_be_open(key, values))):
             if not isinstance(raw, str) or not _refers(raw) or value not in told:  # of another key, which has been told
                 wrong.append(f"{key}={shown(value)} is not allowed; it must be {kind.must_be}.")
             told.append(value)
     return wrong, empty
+
+
+def _indexes(values: Mapping[str, Any]) -> bool:
+    """Whether existing shards are indexed, for which no data are read."""
+    return any(find(values, f"index.{split}") not in (None, ABSENT) for split in ("train", "test"))
 
 
 def _may_be_open(key: str, values: Mapping[str, Any]) -> bool:
