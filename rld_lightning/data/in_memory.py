@@ -23,7 +23,7 @@ from rld_lightning.data.randaugment import RandAugment, RandAugmentDraw, draw_ra
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.stratified import stratified_split, stratified_subset
 
-_TOGETHER = 1024  # images to prepare at once on a GPU
+_IMAGES_AT_ONCE = 1024  # images to prepare at once on a GPU
 
 
 class Split(NamedTuple):
@@ -99,7 +99,7 @@ class InMemoryLoader(EpochLoader):
 
     def _step_groups(self, steps: Sequence[slice]) -> Iterator[Sequence[slice]]:
         """Groups steps whose images are prepared at once: on a GPU, launching kernels is slower than running them."""
-        each = 1 if self.split.images.device.type == "cpu" else max(1, _TOGETHER // self.batch_size)
+        each = 1 if self.split.images.device.type == "cpu" else max(1, _IMAGES_AT_ONCE // self.batch_size)
         return (steps[first : first + each] for first in range(0, len(steps), each))
 
     @property

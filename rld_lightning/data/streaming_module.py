@@ -48,8 +48,8 @@ class StreamingDataModule(ImageDataModule):
         options: see :class:`~rld_lightning.data.base.ImageDataModule`.
 
     Attributes:
-        spared: the requested ``val_fraction`` if it was ignored: if there is a validation split beside the test split,
-            validation runs on it, nothing is held out, and ``val_fraction`` is set to 0.
+        ignored_val_fraction: the requested ``val_fraction`` if the data have separate validation and test splits;
+            nothing is then held out, and ``val_fraction`` is set to 0. Otherwise 0.
     """
 
     # Class of the data set in the workers, and the word for the source of the images in messages.
@@ -84,7 +84,7 @@ class StreamingDataModule(ImageDataModule):
         self.decode = decode
         self.bad_images = bad_images
         self.bad_image_report = BadImageReport(None if bad_images_file is None else Path(bad_images_file))
-        self.spared = 0.0
+        self.ignored_val_fraction = 0.0
         self._loaders: WeakSet[StreamingLoader] = WeakSet()
 
     def _set_look(
@@ -126,7 +126,10 @@ class StreamingDataModule(ImageDataModule):
         """Returns the splits after holding out validation images, before ``subset``."""
         splits = dict(self.find_splits())
         if "val" in splits and self.val_fraction > 0:
-            self.spared, self.val_fraction = self.val_fraction, 0.0  # so that messages and files state the actual value
+            self.ignored_val_fraction, self.val_fraction = (
+                self.val_fraction,
+                0.0,
+            )  # so that messages and files state the actual value
         elif self.val_fraction > 0:
             train = splits["train"]
             kept, held_out = stratified_split(
@@ -216,8 +219,9 @@ class StreamingDataModule(ImageDataModule):
 
     def describe(self) -> str:
         """One line for the console; mentions an ignored ``val_fraction``."""
-        spared = f", so that data.val_fraction={self.spared:g} holds no training images out" if self.spared else ""
-        return f"{super().describe()}{spared}"
+        fraction = self.ignored_val_fraction
+        ignored = f", so data.val_fraction={fraction:g} is ignored" if fraction else ""
+        return f"{super().describe()}{ignored}"
 
     @property
     def validated_on(self) -> str:

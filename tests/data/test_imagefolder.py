@@ -248,7 +248,7 @@ def test_validation_runs_on_the_folder_s_own_validation_split(root, tmp_path):
     data = folder_data(tmp_path / "pets", val_fraction=0.2, split_file=tmp_path / "split.csv")
     assert (data.train_size, data.val_size, data.test_size) == (21, 10, 5)  # no change by val_fraction
     assert data.describe().endswith(
-        "the 10 images of the folder's own validation split, so that data.val_fraction=0.2 holds no training images out"
+        "the 10 images of the folder's own validation split, so data.val_fraction=0.2 is ignored"
     )
     assert data.split_facts["val_fraction"] == 0  # written to the files of a run
     assert not (tmp_path / "split.csv").exists()  # nothing was split at random

@@ -55,7 +55,7 @@ class ShardStore:
             ShardError: one is missing or has another length than in the index.
         """
         for shard in {0, len(self.addresses) - 1}:
-            size = self._ask(shard, lambda store, path: store.info(path).get("size"))
+            size = self._request(shard, lambda store, path: store.info(path).get("size"))
             if size is not None:  # not every HTTP server sends it
                 self._check_size(shard, size)
 
@@ -68,7 +68,7 @@ class ShardStore:
         Raises:
             ShardError: the shard is missing, cannot be reached or has another length than expected.
         """
-        content = self._ask(shard, lambda store, path: get_range(store, path, offset, size))
+        content = self._request(shard, lambda store, path: get_range(store, path, offset, size))
         if len(content) > size:
             raise ShardError(
                 f"the server of {self.addresses[shard]} sends whole files only: give data.cache_gb room for shards."
@@ -88,13 +88,13 @@ class ShardStore:
                 f"it {what}: {REPAIR}"
             )
 
-    def _ask(self, shard: int, request: Callable[[AbstractFileSystem, str], Any]) -> Any:
+    def _request(self, shard: int, action: Callable[[AbstractFileSystem, str], Any]) -> Any:
         """Sends a request about a shard to the storage, and repeats it if the connection may have failed."""
         address = self.addresses[shard]
         for attempt in range(1, ATTEMPTS + 1):
             store, path = open_store(address, self.options)
             try:
-                return request(store, path)
+                return action(store, path)
             except FileNotFoundError as error:
                 raise ShardError(f"{address}, which the index lists, is missing: {REPAIR}") from error
             except MemoryError:
@@ -189,12 +189,12 @@ class CachedShards(ShardStore):
         """Starts to download a shard in the background, unless it is cached."""
         if not self.target(shard).exists():
             # Errors occur again when the shard is read, and are reported then.
-            threading.Thread(target=self._try_to_get, args=(shard,), daemon=True).start()
+            threading.Thread(target=self._prefetch, args=(shard,), daemon=True).start()
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
         """Reads from the cached file."""
         while True:
-            path = self._get(shard)
+            path = self._download(shard)
             try:
                 with path.open("rb", buffering=0) as file:
                     os.utime(file.fileno())  # marks it as recently used
@@ -209,11 +209,11 @@ class CachedShards(ShardStore):
         digest = blake2b(f"{self.addresses[shard]} {size}".encode(), digest_size=6).hexdigest()
         return self.folder / f"{self.addresses[shard].rpartition('/')[2]}.{digest}.{size}{CACHED}"
 
-    def _try_to_get(self, shard: int) -> None:
+    def _prefetch(self, shard: int) -> None:
         with suppress(Exception):
-            self._get(shard, timeout=0)  # times out if another process is downloading it
+            self._download(shard, timeout=0)  # times out if another process is downloading it
 
-    def _get(self, shard: int, timeout: float = -1) -> Path:
+    def _download(self, shard: int, timeout: float = -1) -> Path:
         target = self.target(shard)
         if target.exists():
             return target
@@ -223,13 +223,13 @@ class CachedShards(ShardStore):
         with FileLock(f"{target}.lock", timeout=timeout):
             if target.exists():  # another process has downloaded it
                 return target
-            if _last_use(failed) > started:  # or dozens of workers would ask a slow server for minutes, in turn
+            if _last_use(failed) > started:  # else dozens of workers would each retry a slow server
                 raise ShardError(failed.read_text(errors="replace"))
             while not self._reserve(part, self.sizes[shard]):
                 time.sleep(WAIT_SECONDS)
             try:
                 self._check_space(self.sizes[shard])
-                self._ask(shard, lambda store, path: get_file(store, path, part, self.sizes[shard]))
+                self._request(shard, lambda store, path: get_file(store, path, part, self.sizes[shard]))
                 self._check_size(shard, part.stat().st_size)
                 with FileLock(self.folder / LOCK):  # so that counting sees exactly one of the two names
                     part.replace(target)
