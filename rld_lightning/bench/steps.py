@@ -283,7 +283,7 @@ def configured_losses(names: Sequence[str]) -> dict[str, DistillationLoss]:
     """Creates losses by name (all for an empty list); ``kd`` is first."""
     every = [name for name in list_options("loss") if name != "combined"]
     if unknown := [name for name in names if not name.startswith("[") and name not in every]:
-        raise ValueError(f"{unknown[0]} is no loss.{did_you_mean(unknown[0], every)} fit.py --help lists all.")
+        raise ValueError(f"{unknown[0]} is not a loss.{did_you_mean(unknown[0], every)} fit.py --help lists all.")
     return {
         name: instantiate(compose(expand_combined_loss([f"loss={name}"])).loss)
         for name in dict.fromkeys(["kd", *(names or every)])

@@ -107,7 +107,7 @@ def load_student(
     number = len(classes) or facts.num_classes or _width(weights)
     if class_names and facts.num_classes not in (None, number):
         raise WeightsError(
-            f"{weights.source} tells {facts.num_classes} classes apart, and there are {number} names for them; give "
+            f"{weights.source} has {facts.num_classes} classes, and there are {number} class names; give "
             "class_names for all, in the order of its logits"
         )
     network, _ = create_fitting(name, number, weights)

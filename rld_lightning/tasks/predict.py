@@ -204,7 +204,7 @@ def _of_onnx(network: OnnxNetwork, name: str | None, names: list[str] | None, op
     classes = names or facts.class_names or [str(index) for index in range(network.num_classes or 0)]
     if network.num_classes is not None and len(classes) != network.num_classes:
         raise ValueError(
-            f"{network.source} tells {network.num_classes} classes apart, and there are {len(classes)} names for them; "
+            f"{network.source} has {network.num_classes} classes, and there are {len(classes)} class names; "
             "give class_names=."
         )
 

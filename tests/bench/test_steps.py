@@ -33,7 +33,7 @@ def test_bench_of_losses_is_relative_to_kd(capsys):
 
 
 def test_unknown_loss_to_measure_is_refused():
-    with pytest.raises(ValueError, match=r"rdl is no loss\. Did you mean .*'rld'"):
+    with pytest.raises(ValueError, match=r"rdl is not a loss\. Did you mean .*'rld'"):
         bench.configured_losses(["rdl"])
 
 

@@ -151,7 +151,7 @@ def test_onnx_answers_match_its_logits(place, tmp_path, pixels):
 
 
 def test_class_names_are_one_for_each_logit(place, tmp_path):
-    with pytest.raises(UserError, match="tells 10 classes apart, and there are 2 names for them"):
+    with pytest.raises(UserError, match="has 10 classes, and there are 2 class names"):
         ask(place, tmp_path, "class_names=[a,b]")
     with pytest.raises(UserError, match=r"there is no file at /gone\.txt, which class_names= names"):
         ask(place, tmp_path, "class_names=/gone.txt")
@@ -165,7 +165,7 @@ def test_missing_facts_of_a_foreign_file_are_requested(place, tmp_path):
     with pytest.raises(UserError, match=r"does not say how images are sized or normalised; give mean=, std="):
         ask(place, tmp_path, weights)
     look = ("mean=[0.5,0.5,0.5]", "std=[0.5,0.5,0.5]", "resize=8")
-    with pytest.raises(UserError, match="tells 10 classes apart, and there are 2 names"):
+    with pytest.raises(UserError, match="has 10 classes, and there are 2 class names"):
         ask(place, tmp_path, weights, *look, "class_names=[a,b]")
     (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
     _, text = ask(place, tmp_path, weights, *look, f"class_names={tmp_path / 'names.txt'}", "top=1")

@@ -28,7 +28,7 @@ from rld_lightning.limits import MOST_CLASSES
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in a random order that does not depend on the seed of a run.
 ORDER_SEED = 0
-PACKING = ".packing"  # beside shards that are being written, or of a call that was interrupted
+PACKING = ".packing"  # marker file beside shards that are incomplete: being written, or left by an interrupted call
 MOST_CLASS_BYTES = 100
 
 
@@ -101,7 +101,7 @@ def _clear(store: AbstractFileSystem, place: str, splits: Iterable[str], target:
     """Removes the shards of an interrupted call.
 
     Raises:
-        ValueError: there are others, which would be overwritten.
+        ValueError: there are complete shards, which would be overwritten.
     """
     found: dict[str, str] = {}
     with suppress(FileNotFoundError), store_errors(target):

@@ -48,7 +48,7 @@ def test_packing_twice_gives_the_same_bytes_and_never_overwrites(folder, tmp_pat
 
 
 @pytest.mark.parametrize("place", ["{}", "memory://bucket"])
-def test_packing_goes_on_after_an_interruption_and_leaves_the_shards_of_others(folder, tmp_path, place, monkeypatch):
+def test_packing_restarts_after_an_interruption_and_keeps_complete_shards(folder, tmp_path, place, monkeypatch):
     target = place.format(tmp_path / "pe[t]s")
     store, path = fsspec.url_to_fs(target)
     names = [f"train-{number:06d}.tar" for number in (0, 90)]
