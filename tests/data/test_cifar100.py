@@ -198,6 +198,9 @@ def test_missing_files_without_download(tmp_path):
         data.prepare_data()
     with pytest.raises(FileNotFoundError, match=r"train is missing: call prepare_data\(\)"):
         data.setup()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is not a folder: set root to one"):
+        CIFAR100DataModule(tmp_path / "file").prepare_data()
 
 
 def test_two_processes_download_once(server, tmp_path):

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.configs import compose
 from helpers.run_factory import write_run
 from helpers.sweeps import begin_sweep
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from rld_lightning import create_model
 from rld_lightning.errors import UserError
 from rld_lightning.reporting import report
 from rld_lightning.runs.likeness import differences
@@ -143,10 +145,13 @@ def test_report_at_the_end(monkeypatch, tmp_path, capsys):
     [
         ((*FIT, "loss=choice(kd,rdl)"), "loss=rdl is no option. Did you mean 'rld"),
         ((*FIT, "loss=choice(ce,crd)", "data.mixup=0.3"), "CRDLoss cannot learn from mixtures of images"),
+        ((*FIT, "loss=choice(ce,kd)", "model.student.weights=HERE/seven.pth"), "the file has 7 classes, the model 100"),
         (("data=digits", "model=resnet8", "loss=choice(ce,kd)"), "the loss needs a teacher and model=resnet8 has none"),
     ],
 )
-def test_unusable_loss_is_reported_before_anything_is_trained(teachers, tmp_path, capsys, command, sentence):
+def test_what_a_trial_cannot_use_is_reported_before_anything_is_trained(teachers, tmp_path, capsys, command, sentence):
+    torch.save({"model": create_model("resnet8", 7).state_dict()}, tmp_path / "seven.pth")
+    command = [option.replace("HERE", str(tmp_path)) for option in command]
     with pytest.raises(SystemExit, match="2"):
         compare(tmp_path, *command)
     assert sentence in capsys.readouterr().out

@@ -15,6 +15,8 @@ from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
+from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.verify import check_fits
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
@@ -104,12 +106,15 @@ def _check_trial(cfg: DictConfig) -> None:
     with user_errors():
         loss, teacher = instantiate(cfg.loss), plan_teacher(cfg.model.teacher)
         check_loss(loss, teacher, cfg.model.label)
-        check_names(plan_student(cfg.model.student), teacher if loss.needs_teacher else None)
+        student = plan_student(cfg.model.student)
+        check_names(student, teacher if loss.needs_teacher else None)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
             raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
         settings = with_values(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
         data = make_data(settings)
         check_mixtures(loss, data)
+        if student.weights not in (None, "pretrained") and isinstance(data, InMemoryDataModule):  # classes are known
+            check_fits(student.name, data.num_classes, find_weights(student.weights))
         root = settings.get("root")
         missing = root is not None and "://" not in str(root) and not Path(root).is_dir()
         if missing and not isinstance(data, InMemoryDataModule):  # others report missing data; these may be downloaded
