@@ -3,6 +3,8 @@
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,14 +102,15 @@ class ImageNetDataModule(ImageFolderDataModule):
         if part.is_symlink():  # in a copied folder; its target must not be changed
             part.unlink()
         shutil.rmtree(part, ignore_errors=True)
-        try:
-            if split == "train":
+        if split == "train":
+            with self._whole(split):
                 parse_train_archive(self.root, folder=part.name)
-            else:
+        else:
+            with self._whole("devkit"):
                 self._unpack_devkit()
-                parse_val_archive(self.root, wnids=self._read_meta()[1], folder=part.name)
-        except RuntimeError as error:  # a wrong MD5
-            raise ValueError(f"{error} (to make {self.root / split}/)") from error
+            wnids = self._read_meta()[1]
+            with self._whole(split):
+                parse_val_archive(self.root, wnids=wnids, folder=part.name)
         part.replace(self.root / split)
 
     def _unpack_devkit(self) -> None:
@@ -133,6 +136,16 @@ class ImageNetDataModule(ImageFolderDataModule):
             raise ValueError(
                 f"unpacking {archive} takes {needed / 1e9:.0f} GB, and {self.root} has {free / 1e9:.0f} GB free."
             )
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[None]:
+        """Names the archive whose MD5 is wrong; torchvision would name a temporary folder."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self._archive(name)} is damaged, its MD5 is not the published one: delete it. {self._how_to_get()}"
+            ) from error
 
     def _archive(self, name: str) -> Path:
         return self.root / ARCHIVE_META[name][0]

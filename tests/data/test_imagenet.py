@@ -193,11 +193,12 @@ def test_a_missing_folder_is_named(tmp_path):
         data_at(tmp_path / "nowhere")
 
 
-def test_a_damaged_archive_is_refused(root):
-    (root / TRAIN).write_bytes((root / TRAIN).read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{TRAIN} is not present in the root directory or is corrupted"):
+@pytest.mark.parametrize("name", [TRAIN, VAL, DEVKIT])
+def test_a_damaged_archive_is_refused(root, name):
+    (root / name).write_bytes((root / name).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{root / name} is damaged, its MD5 is not the published one: delete it"):
         data_at(root)
-    assert not (root / "train").exists()
+    assert not (root / ("train" if name == TRAIN else "val")).exists()
 
 
 def test_a_damaged_meta_file_is_refused(root):
