@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -204,7 +205,9 @@ class WandbLogger(LightningWandbLogger):
             print_line("wandb", f"did not finish cleanly: {_in_short(error)}")
             tear_down()
         if run.offline or not complete:
-            print_line("wandb", f"upload with: wandb sync {folder}", pasted=True)
+            # A run that was resumed has a folder for each start; W&B uploads them in their order.
+            earlier = [own for own in sorted(folder.parent.glob(f"offline-run-*-{run.id}")) if own.name < folder.name]
+            print_line("wandb", f"upload with: wandb sync {shlex.join(map(str, [*earlier, folder]))}", pasted=True)
 
     def _start(self) -> "Run":
         import wandb

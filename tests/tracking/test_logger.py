@@ -173,10 +173,18 @@ def test_resumed_run_continues_the_same_wandb_run(finished, train, monkeypatch, 
     folder, _, records = finished
     monkeypatch.setenv("WANDB_MODE", "offline")
     weights = f"model.teacher.weights={folder / 'teacher'}"  # of a few batches, so not stored
+    killed = (
+        tmp_path
+        / "run"
+        / "wandb"
+        / f"offline-run-20200101_000000-{next(r.run.run_id for r in records if r.HasField('run'))}"
+    )
+    killed.mkdir(parents=True)
     printed = train(tmp_path / "run", weights, "recipe.epochs=2", f"resume={folder / 'last.ckpt'}")
     before, after = (next(r.run for r in file if r.HasField("run")) for file in (records, read_run(tmp_path / "run")))
     assert after.run_id == before.run_id == json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
-    assert printed.count("wandb  ") == 1  # the way to upload it
+    assert printed.count("wandb  ") == 1  # the way to upload it, with what an earlier start has left
+    assert f"upload with: wandb sync {killed} {killed.parent}/offline-run-" in printed
     used = [
         {r.artifact.digest for r in file if r.artifact.use_after_commit}
         for file in (records, read_run(tmp_path / "run"))
