@@ -96,18 +96,22 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "fit.log").exists()
 
 
-def test_lightnings_messages_are_printed_once():
-    """Lightning's handler prints it; Hydra's root handler would print and write it again."""
+@pytest.mark.parametrize("imported_first", [False, True])
+def test_lightnings_messages_are_printed_once(monkeypatch, imported_first):
+    """Lightning's handler prints it; Hydra's root handler would print and write it again.
+
+    If Lightning is imported before any handler is configured, ``lightning.pytorch`` has a handler and does not propagate.
+    """
     quiet_lightning()
     own, root = StringIO(), StringIO()
-    handlers = {"lightning": logging.StreamHandler(own), "": logging.StreamHandler(root)}
-    for name, handler in handlers.items():
-        logging.getLogger(name).addHandler(handler)
-    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    told.warning("Restoring states from the checkpoint path at last.ckpt")  # a line of the run says it
-    told.warning("something new")
-    for name, handler in handlers.items():
-        logging.getLogger(name).removeHandler(handler)
+    with monkeypatch.context() as patch:
+        for name, stream in (("", root), ("lightning", own), ("lightning.pytorch", own if imported_first else None)):
+            handlers = [] if stream is None else [logging.StreamHandler(stream)]
+            patch.setattr(logging.getLogger(name), "handlers", handlers)
+        patch.setattr(logging.getLogger("lightning.pytorch"), "propagate", not imported_first)
+        messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        messages.warning("Restoring states from the checkpoint path at last.ckpt")  # a line of the run says it
+        messages.warning("something new")
     assert own.getvalue() == "something new\n"
     assert not root.getvalue()
 
