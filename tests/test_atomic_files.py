@@ -27,8 +27,8 @@ def test_a_write_replaces_a_file_and_keeps_the_previous_one(tmp_path):
 
 def test_temporary_files_are_in_the_same_folder(tmp_path, monkeypatch):
     """A rename across file systems would not be atomic."""
-    monkeypatch.setenv("TMPDIR", "/nowhere")
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    monkeypatch.setenv("TMPDIR", "/dev/null/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
     write_whole(tmp_path / "a", b"one")
     assert (tmp_path / "a").read_bytes() == b"one"
 

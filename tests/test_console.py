@@ -100,7 +100,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 def test_lightnings_messages_are_printed_once(monkeypatch, imported_first):
     """Lightning's handler prints it; Hydra's root handler would print and write it again.
 
-    If Lightning is imported before any handler is configured, ``lightning.pytorch`` has a handler and does not propagate.
+    Imported before any handler is configured, Lightning gives ``lightning.pytorch`` its own, and it does not propagate.
     """
     quiet_lightning()
     own, root = StringIO(), StringIO()

@@ -70,7 +70,7 @@ def test_two_damaged_checkpoints_are_refused(last):
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*none before it; take a copy"):
         read_checkpoint(last)
     last.unlink()
-    with pytest.raises(ValueError, match=r"last\.ckpt is gone, and .*previous\.ckpt before it is damaged; begin again"):
+    with pytest.raises(ValueError, match=r"last\.ckpt is gone, and .*previous\.ckpt before it is damaged; start a new"):
         read_checkpoint(last)
     previous_of(last).unlink()
     with pytest.raises(FileNotFoundError, match="there is no checkpoint to resume from"):
@@ -112,8 +112,8 @@ def _save_for_ever(path):
 
 def test_process_killed_while_saving_leaves_a_checkpoint(tmp_path, monkeypatch):
     """On any file system, as the temporary directory is not used."""
-    monkeypatch.setenv("TMPDIR", "/nowhere")
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    monkeypatch.setenv("TMPDIR", "/dev/null/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
     path, chance = tmp_path / LAST, random.Random(0)
     CheckpointFiles().save_checkpoint(checkpoint(-1), path)
     for _ in range(6):

@@ -177,14 +177,20 @@ def test_a_finished_run_is_not_overwritten(finished, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (("model.teacher.weights=/nowhere.pth",), "there is no teacher's weights file at /nowhere.pth"),
+        (
+            ("model.teacher.weights=/dev/null/nowhere.pth",),
+            "there is no teacher's weights file at /dev/null/nowhere.pth",
+        ),
         (("model.teacher.weights=auto", "model.teacher.name=wrn28_2"), "model.teacher.weights=fit"),
         (("model.label=resnet8", "model.teacher=null"), "the loss needs a teacher and model=resnet8 has none"),
         (("loss.temperature=0",), "temperature=0 is not allowed"),
         (("model.student.name=resnet81",), "resnet8"),
         (("data.batch_size=0",), "batch_size=0"),
         (("model.student.name=null",), "model.student.name has no value"),
-        (("resume=/nowhere/last.ckpt",), "there is no checkpoint to resume from at /nowhere/last.ckpt"),
+        (
+            ("resume=/dev/null/nowhere/last.ckpt",),
+            "there is no checkpoint to resume from at /dev/null/nowhere/last.ckpt",
+        ),
         (("model.teacher.weights='/tmp/[old]/t.pth'",), "/tmp/[old]/t.pth"),
         (("model.teacher.weights=pretrained",), "pretrained is for torchvision/, timm/ and transformers/ names"),
         (("model.student.weights=pretrained",), "is for torchvision/, timm/ and transformers/ names, not for resnet8"),

@@ -312,7 +312,7 @@ def test_ranks_and_workers_end_after_their_parent_is_killed(tmp_path, when):
 @pytest.mark.parametrize("ranks", ["01", "1"])
 def test_torchrun_ends_soon_and_a_mistake_is_printed_once(tmp_path, ranks):
     """Ranks without the mistake are reading data or waiting for the others, and a signal ends them."""
-    wrong = f'case {ranks} in *$RANK*) set -- "$@" data=imagefolder data.root=/nowhere;; esac'
+    wrong = f'case {ranks} in *$RANK*) set -- "$@" data=imagefolder data.root=/dev/null/nowhere;; esac'
     script = f'{wrong}; exec {sys.executable} {FIT} "$@" hydra.run.dir={tmp_path}/run'
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     began = time.monotonic()
@@ -322,7 +322,7 @@ def test_torchrun_ends_soon_and_a_mistake_is_printed_once(tmp_path, ranks):
     )  # fmt: skip
     who = r"rank 1 of 2, on \S+: " * (ranks == "1")
     (said,) = re.findall("^error: .*", ended.stdout, re.MULTILINE)
-    assert re.match(rf"error: {who}/nowhere is not a folder", said)
+    assert re.match(rf"error: {who}/dev/null/nowhere is not a folder", said)
     assert ended.returncode != 0
     assert "SIGKILL" not in ended.stderr, f"after {time.monotonic() - began:.0f} s"
     assert (tmp_path / "run").exists() is (ranks == "1")

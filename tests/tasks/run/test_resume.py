@@ -196,7 +196,7 @@ def test_run_without_a_checkpoint_starts_over(tmp_path, capsys, named, left):
 def test_checkpoint_to_resume_from(tmp_path):
     assert find_checkpoint(None) is None
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "last.ckpt")  # where no run is
-    assert find_checkpoint("/nowhere") == "/nowhere"
+    assert find_checkpoint("/dev/null/nowhere") == "/dev/null/nowhere"
     (tmp_path / "config.yaml").touch()
     assert find_checkpoint(str(tmp_path / "best.ckpt")) == str(tmp_path / "best.ckpt")
     for there in ("last.previous.ckpt", "last.ckpt"):

@@ -436,9 +436,18 @@ def test_directory_with_other_settings_is_left_unchanged(cfg):
     ("command", "sentence"),
     [
         (["model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8,resnet9x"], "resnet9x"),
-        (["model=resnet8", "loss=ce", "seed=0,1", "resume=/nowhere/run"], "resume=/nowhere/run is not there"),
-        (["loss.alpha=1,2", "model.teacher.weights=/nowhere/teacher.pth"], "weights file at /nowhere/teacher.pth"),
-        (["loss.alpha=1,2", "data=imagefolder", "data.root=/nowhere/photos"], "/nowhere/photos is not a folder"),
+        (
+            ["model=resnet8", "loss=ce", "seed=0,1", "resume=/dev/null/nowhere/run"],
+            "resume=/dev/null/nowhere/run is not there",
+        ),
+        (
+            ["loss.alpha=1,2", "model.teacher.weights=/dev/null/nowhere/teacher.pth"],
+            "weights file at /dev/null/nowhere/teacher.pth",
+        ),
+        (
+            ["loss.alpha=1,2", "data=imagefolder", "data.root=/dev/null/nowhere/photos"],
+            "/dev/null/nowhere/photos is not a folder",
+        ),
     ],
 )
 def test_error_of_every_trial_is_raised_before_the_first(start, tmp_path, capsys, command, sentence):
