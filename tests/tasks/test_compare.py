@@ -143,7 +143,7 @@ def test_report_at_the_end(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ((*FIT, "loss=choice(kd,rdl)"), "loss=rdl is no option. Did you mean 'rld"),
+        ((*FIT, "loss=choice(kd,rdl)"), "loss=rdl is not an option. Did you mean 'rld"),
         ((*FIT, "loss=choice(ce,crd)", "data.mixup=0.3"), "CRDLoss cannot learn from mixtures of images"),
         ((*FIT, "loss=choice(ce,kd)", "model.student.weights=HERE/seven.pth"), "the file has 7 classes, the model 100"),
         (("data=digits", "model=resnet8", "loss=choice(ce,kd)"), "the loss needs a teacher and model=resnet8 has none"),

@@ -1,1 +1,1 @@
-"""What is wrong with a command line or a configuration, told in sentences before anything is imported for it."""
+"""Checks of command lines and configurations, which report mistakes before slow imports."""

@@ -1,4 +1,4 @@
-"""Callbacks that cannot do what they are for in a run of this package; told before anything is imported."""
+"""Checks for callbacks that cannot work in a run of this package, before anything slow is imported."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,17 +11,17 @@ from omegaconf import DictConfig
 from rld_lightning.errors import UserError, did_you_mean
 from rld_lightning.hydra.options import CONF
 
-# What is logged whatever the loss and whoever watches; other names of train/ and stats/ are the loss's own.
+# Logged for every loss and all callbacks; other names below train/ and stats/ depend on the loss.
 LOGGED = ("val/top1", "val/ce", "val/top5", "val/top1_best", "train/loss", "train/top1", "train/top5")
 _OTHERS = r"(train|stats)/.+|val/(teacher_top1|agreement|top1_teacher_wrong)|images/s|loss"
 _FINDERS = {"LearningRateFinder": "recipe.optimizer.lr", "BatchSizeFinder": "recipe.batch_size"}
 
 
 def check_watchers(cfg: DictConfig) -> None:
-    """Looks whether callbacks watch what is logged, and do not look for attributes that the module does not have.
+    """Checks that callbacks monitor metrics that are logged, and that none changes attributes that the module lacks.
 
     Raises:
-        UserError: a sentence for each that does.
+        UserError: one sentence per mistake.
     """
     callbacks: Mapping[str, Any] = cfg.get("callbacks") or {}
     nodes = {name: node for name, node in callbacks.items() if isinstance(node, Mapping)}

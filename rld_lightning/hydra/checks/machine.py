@@ -1,4 +1,4 @@
-"""What a configuration asks of this machine and is not there: GPUs, a cluster, a mode of W&B."""
+"""Checks that this machine has what a configuration requires: GPUs, SLURM, valid W&B variables."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ _WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 
 
 def check_machine(cfg: DictConfig) -> None:
-    """Looks whether this machine has what a configuration, whose values have been checked, takes for granted.
+    """Checks that this machine has what a configuration requires.
 
     Args:
-        cfg: of any script; with Hydra's part where a sweep begins.
+        cfg: the checked configuration of any script; includes Hydra's node at the start of a sweep.
 
     Raises:
-        UserError: a sentence for each thing that is not there.
+        UserError: one sentence per missing requirement.
     """
     faults = [*_gpus(cfg.get("trainer") or {}), *_wandb(cfg), *_cluster(cfg)]
     if faults:
@@ -31,7 +31,7 @@ def _gpus(trainer: Any) -> Iterator[str]:
     wanted = trainer.get("accelerator")
     if wanted not in ("gpu", "cuda", "mps"):
         return
-    import torch  # which the run needs as well
+    import torch  # slow, but the run needs it as well
 
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[wanted]:
@@ -52,7 +52,7 @@ def _wandb(cfg: DictConfig) -> Iterator[str]:
     if mode and mode not in _WANDB_MODES:
         meant = did_you_mean(mode, _WANDB_MODES)
         yield f"WANDB_MODE={mode} is not a mode of W&B; choose online, offline or disabled.{meant}"
-    for name, kind in (("WANDB_PROJECT", WANDB_PROJECT), ("WANDB_ENTITY", WANDB_ENTITY)):  # they win over options
+    for name, kind in (("WANDB_PROJECT", WANDB_PROJECT), ("WANDB_ENTITY", WANDB_ENTITY)):  # they override the options
         if (value := os.environ.get(name)) and not kind.allows(value):
             yield f"{name}={value} in the environment is not allowed; it must be {kind.must_be}."
 

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in sentences: what Hydra refuses, and values that it lets pass."""
+"""Checks of command lines: explains Hydra's errors and finds wrong values that Hydra accepts."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,21 +23,21 @@ from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, VALUE_F
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
 
-_NOT_FOUND = r"Could not (?:find|load) '([^']+)/([^'/]+)'"  # Hydra of an option, alone or in a list
+_NOT_FOUND = r"Could not (?:find|load) '([^']+)/([^'/]+)'"  # Hydra's message for an option, alone or in a list
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line as Hydra takes it apart."""
+    """A parsed command line."""
 
-    config_name: str  # the file in `conf/`
+    config_name: str  # file in `conf/`
     overrides: tuple[str, ...]  # `key=value`, as written
-    folders: tuple[str, ...]  # more folders of configurations
-    sweeps: bool  # whether `-m` says that values are swept
+    folders: tuple[str, ...]  # further configuration folders
+    sweeps: bool  # whether it has `-m`
 
     @classmethod
     def of(cls, arguments: Sequence[str], config_name: str) -> "Command":
-        """Takes apart what stands behind a script's name."""
+        """Parses a script's arguments."""
         overrides, flags, folders = [], set(), []
         rest = iter(arguments)
         for argument in rest:
@@ -53,13 +53,13 @@ class Command:
         return cls(config_name, tuple(overrides), tuple(folders), bool(flags & SWEEP))
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """The configuration that other overrides give, with the same files."""
+        """Composes the configuration from other overrides and the same files."""
         folders = ",".join(f"file://{folder}" for folder in self.folders)
         return compose([*overrides, *([f"hydra.searchpath=[{folders}]"] if folders else ())], self.config_name)
 
 
 def check(cfg: DictConfig) -> None:
-    """Looks whether a composed configuration is one that a script can work with, before it imports what that takes.
+    """Checks a composed configuration before the script's slow imports.
 
     Raises:
         UserError: a sentence for each mistake.
@@ -67,7 +67,7 @@ def check(cfg: DictConfig) -> None:
     check_values(cfg)
     check_watchers(cfg)
     check_machine(cfg)
-    # PyTorch takes seconds; other mistakes come first.
+    # Importing PyTorch takes seconds; other mistakes are reported first.
     from rld_lightning.hydra.checks.networks_and_files import check_named
     from rld_lightning.hydra.checks.targets import check_recipe_and_loss
 
@@ -77,7 +77,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def with_value(cfg: DictConfig, line: str) -> DictConfig:
-    """A configuration with another value of one of its keys, as ``key=value`` says; groups have to be composed."""
+    """Returns a copy of a configuration with one override, ``key=value``; not for config groups."""
     override = OverridesParser.create().parse_override(line)
     other = deepcopy(cfg)
     OmegaConf.set_struct(other, False)
@@ -87,10 +87,10 @@ def with_value(cfg: DictConfig, line: str) -> DictConfig:
 
 
 def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
-    """The configuration that a command line gives, if it is one that a script can work with.
+    """Composes and checks the configuration of a command line.
 
     Args:
-        arguments: what stands behind the script's name. Of values that are swept the first one counts.
+        arguments: the script's arguments. Of swept values, only the first is checked.
 
     Raises:
         UserError: a sentence for each mistake.
@@ -110,7 +110,7 @@ def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
     while True:
         try:
             cfg = command.compose(lines)
-            (check_values if faults else check)(cfg)  # what is wrong already need not wait for PyTorch
+            (check_values if faults else check)(cfg)  # reported without waiting for PyTorch
             break
         except UserError as error:
             faults.append(str(error))
@@ -130,7 +130,7 @@ def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
 
 
 def _first(override: Override, command: Command) -> str:
-    """An override as one that sweeps nothing."""
+    """Returns an override with the first of its values, if it has several."""
     line = override.input_line or ""
     if not override.is_sweep_override():
         return line
@@ -148,9 +148,9 @@ def _first(override: Override, command: Command) -> str:
 def _unreadable(line: str) -> str:
     key, equals, value = line.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/:]+", key):
-        return f"{line} is no key=value; --help shows how options are written."
+        return f"{line} is not of the form key=value; --help shows how options are written."
     return (
-        f"{line} cannot be read: close its brackets and quotes; a text with such signs in it has to be in quotes: "
+        f"{line} cannot be read: close its brackets and quotes; quote a text that contains such characters: "
         f"{as_argument(key, value)}"
     )
 
@@ -158,11 +158,11 @@ def _unreadable(line: str) -> str:
 def _bad_yaml(error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a configuration file"
-    return f"{place} is no YAML: {error.problem or error.context}; mend it there."
+    return f"{place} is not valid YAML: {error.problem or error.context}; correct it there."
 
 
 def _culprits(error: Exception, lines: Sequence[str]) -> list[str]:
-    """The overrides that an error is about."""
+    """Returns the overrides that an error is about."""
     text = f"{error} {error.__cause__ or ''}"
     tests: list[Callable[[str, str, str], bool]] = []
     if found := re.search(r"(?:override|already at|delete|delete from config\.|argument) '([^']+)'", text):
@@ -184,16 +184,16 @@ def _culprits(error: Exception, lines: Sequence[str]) -> list[str]:
 
 
 def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], command: Command) -> Iterator[str]:
-    """Sentences for what Hydra, or the configuration, says of some overrides."""
+    """Explains an error of Hydra or OmegaConf about the ``bad`` overrides."""
     text, cause = str(error), str(error.__cause__ or "")
     if sentence := missing_option(error, "" if bad else " (named in a file, not on the command line)"):
         yield sentence
     elif "Config group override must be" in text:
         yield from (_no_option(line) for line in bad)
     elif "already at" in text or "Multiple values for" in text:
-        yield from (f"{line} adds what is there already; write {line.lstrip('+')}." for line in bad)
+        yield from (f"{line} adds a key that exists already; write {line.lstrip('+')}." for line in bad)
     elif "Could not delete" in text:
-        yield from (f"{line} takes away what is not there; leave it out." for line in bad)
+        yield from (f"{line} removes a key that does not exist; omit it." for line in bad)
     elif "is not a valid" in cause or "expected one of" in cause:
         yield from (f"{line} is not allowed: {cause.splitlines()[0]}." for line in bad)
     elif "Could not override" in text:
@@ -202,12 +202,12 @@ def _explained(error: Exception, bad: Sequence[str], lines: Sequence[str], comma
 
 
 def missing_option(error: Exception, where: str = "") -> str:
-    """What to say where Hydra does not find an option; nothing where the error is another."""
+    """Explains that Hydra does not find a group's option; empty for other errors."""
     option = re.search(_NOT_FOUND, str(error))
     if option is None:
         return ""
     choices = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE) or list_options(option[1])
-    return f"{option[1]}={option[2]}{where} is no option{_choose(option[2], choices)}"
+    return f"{option[1]}={option[2]}{where} is not an option{_choose(option[2], choices)}"
 
 
 def _choose(name: str, choices: Sequence[str]) -> str:
@@ -217,16 +217,16 @@ def _choose(name: str, choices: Sequence[str]) -> str:
 
 
 def _no_option(line: str) -> str:
-    """Of ``group=null`` and the like."""
+    """Explains that values such as null are not options of a group."""
     group = line.partition("=")[0].lstrip("+")
     off = f", or switch single ones off with {group}.<name>=null" if group in ("callbacks", "logger") else ""
     choices = list_options(group)
     few = ", ".join(choices) if len(choices) <= 12 else "those that --help lists"
-    return f"{line} is no option; choose one of {few}{off}."
+    return f"{line} is not an option; choose one of {few}{off}."
 
 
 def _known(lines: Sequence[str], command: Command) -> list[str]:
-    """All keys of a configuration; of that without overrides where there is none with."""
+    """Returns all keys of a configuration, without its overrides if it cannot be composed with them."""
     for overrides in (lines, ()):
         with suppress(HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
             return list(_keys(OmegaConf.to_container(command.compose(overrides))))

@@ -1,4 +1,4 @@
-"""Networks and files of weights that a configuration names and that are not there; Lightning is not asked."""
+"""Checks that the networks and weights files of a configuration exist, without importing Lightning."""
 
 from omegaconf import DictConfig, ListConfig
 
@@ -11,16 +11,16 @@ from rld_lightning.runs.naming import loss_name
 
 
 def check_named(cfg: DictConfig) -> None:
-    """Looks whether what a configuration names is there; nothing is fetched, and no file is opened.
+    """Checks that the named networks and files exist; downloads nothing and opens no file.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ImportError: the library of a network is not installed.
-        ValueError: a network is not known.
+        ValueError: a network's name is unknown.
     """
     model = cfg.get("model") or {}
     student, teacher = model.get("student") or {}, model.get("teacher") or {}
-    program = str(cfg.get("weights")).endswith(".onnx")  # which may be called anything
+    program = str(cfg.get("weights")).endswith(".onnx")  # whose name need not be a network's
     files = teacher.get("weights")
     count = len(files) if isinstance(files, ListConfig) else 1
     of_teacher = member_names(teacher["name"], count) if teacher.get("name") is not None else ()

@@ -1,8 +1,8 @@
-"""Which values each key of ``conf/`` may have.
+"""The allowed values of each key in ``conf/``.
 
-It is a table of plain functions, which costs nothing at the start of a program: mistakes are told before PyTorch
-Lightning is imported, and those of one command all at once (:mod:`rld_lightning.hydra.checks.values`). What classes
-take that a configuration names is for :mod:`rld_lightning.hydra.checks.targets`.
+A table of plain functions, which costs nothing at startup: all mistakes of a command are reported at once, before
+PyTorch Lightning is imported (:mod:`rld_lightning.hydra.checks.values`). The arguments of ``_target_`` classes are
+checked by :mod:`rld_lightning.hydra.checks.targets`.
 """
 
 import re
@@ -51,7 +51,7 @@ _DEVICES = Kind(
         or (isinstance(value, list) and bool(value) and all(is_whole(device) and device >= 0 for device in value))
     ),
 )
-# What W&B refuses once a run has begun.
+# W&B refuses other names only after the run has started.
 WANDB_PROJECT = Kind(
     r"the name of a project, at most 128 characters and none of / \ # ? % : in it (the user or team is entity)",
     lambda value: TEXT.allows(value) and len(value) <= 128 and not set(value) & set("/\\#?%:"),
@@ -63,7 +63,7 @@ _TAG = Kind("a tag", lambda value: value is None or isinstance(value, str | int 
 
 _BATCH = COUNT | Kind("auto, for one that suits the device and the number of images", lambda value: value == "auto")
 
-# By full key; a key that a configuration does not have is not asked for.
+# By full key; keys that a configuration lacks are not checked.
 VALUES: Mapping[str, Kind] = {
     "seed": _SEED,
     "method": TEXT,
@@ -200,13 +200,13 @@ VALUES: Mapping[str, Kind] = {
     "trainer.limit_predict_batches": _LIMIT | NULL,
     "trainer.default_root_dir": TEXT | NULL,
     "trainer.profiler": TEXT | KEYS | NULL,
-    # who watches
+    # callbacks and loggers
     "callbacks": Kind(
         "a group such as callbacks=default, of which single ones are switched off with callbacks.<name>=null",
         KEYS.allows,
     ),
     "logger": KEYS,
-    "logger.csv": KEYS.such_as("logger=csv, which is always there: reports, curves and going on read its metrics.csv"),
+    "logger.csv": KEYS.such_as("logger=csv, which is required: reports, curves and resume read its metrics.csv"),
     "logger.wandb.mode": words("online", "offline", "disabled", "shared") | NULL,
     "logger.wandb.project": WANDB_PROJECT,
     "logger.wandb.entity": WANDB_ENTITY | NULL,
@@ -217,13 +217,13 @@ VALUES: Mapping[str, Kind] = {
     "logger.wandb.answer_timeout": POSITIVE,
     "logger.wandb.init_timeout": POSITIVE,
     "logger.wandb.finish_timeout": POSITIVE,
-    # places
+    # paths
     "paths": KEYS,
     "paths.data": TEXT,
     "paths.runs": TEXT,
     "paths.teachers": TEXT,
     "paths.run": TEXT,
-    # scripts that train nothing
+    # scripts that do not train
     "run": TEXT.such_as("run=runs/..., the folder of a finished run"),
     "formats": list_of(words("safetensors", "onnx", "onnx_int8", "torch_export"), "formats in brackets").such_as(
         "[safetensors,onnx,onnx_int8,torch_export]"

@@ -1,4 +1,4 @@
-"""What the classes that a configuration names take by their signatures: unknown options, values of another type."""
+"""Checks the options of ``_target_`` classes against their signatures: unknown names, values of a wrong type."""
 
 import inspect
 import pydoc
@@ -28,40 +28,40 @@ _SCALARS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_recipe_and_loss(cfg: DictConfig) -> None:
-    """Looks whether optimizer, schedule and loss take what they are given; needs neither Lightning nor data.
+    """Checks the options of optimizer, scheduler and loss; imports neither Lightning nor the data.
 
     Raises:
         UserError: a sentence for each mistake.
     """
     recipe = cfg.get("recipe") or {}
     settings = {f"recipe.{name}": recipe.get(name) for name in ("optimizer", "scheduler")} | {"loss": cfg.get("loss")}
-    _refuse(settings)
+    _check_options(settings)
 
 
 def check_parts(cfg: DictConfig, *, found_later: Collection[str] = ()) -> None:
-    """Looks whether trainer, data, callbacks and loggers take what they are given; imports them.
+    """Checks the options of trainer, data, callbacks and loggers; imports them.
 
     Args:
-        found_later: options of the data that may be null, because a file of weights says them.
+        found_later: data options that may be null, because a weights file defines them.
 
     Raises:
         UserError: a sentence for each mistake.
     """
     groups = {group: cfg.get(group) or {} for group in ("callbacks", "logger")}
     parts = {f"{group}.{name}": part for group, node in groups.items() for name, part in node.items()}
-    # Null leaves an option to Lightning.
+    # Null is Lightning's default.
     trainer = {name: value for name, value in _plain(cfg.trainer).items() if value is not None}
     data = {name: value for name, value in _plain(cfg.data).items() if value is not None or name not in found_later}
-    if data.get("batch_size") == "auto":  # found later, too
+    if data.get("batch_size") == "auto":  # determined later as well
         del data["batch_size"]
-    _refuse({"trainer": trainer, "data": data} | parts)
+    _check_options({"trainer": trainer, "data": data} | parts)
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
 
 
-def _refuse(settings: Mapping[str, Any]) -> None:
+def _check_options(settings: Mapping[str, Any]) -> None:
     faults = [fault for key, node in settings.items() if isinstance(node, Mapping) for fault in _faults(key, node)]
     if faults:
         raise UserError("\n".join(faults))
@@ -74,36 +74,36 @@ def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
         return
     found = _locate(target)
     if found is None:
-        yield f"{key}._target_={target} is not there{_near_class(target)}"
+        yield f"{key}._target_={target} does not exist{_near_class(target)}"
         return
     options = {name: value for name, value in values.items() if not name.startswith("_")}
     declared = _parameters(found)
-    # Of a partial one the first is given later: the parameters, or the optimizer.
+    # The first argument of a partial (parameters or optimizer) is passed later.
     named = list(declared or options)[1 if values.get("_partial_") and declared else 0 :]
     if unknown := [name for name in options if name not in named]:
         meant = dict.fromkeys(
             did_you_mean(name, [other for other in named if other not in options]) for name in unknown
         )
-        them, away = "it" if len(unknown) == 1 else "them", as_command(f"~{key}.{name}" for name in unknown)
-        yield f"{target} takes no {' and no '.join(unknown)}: leave {them} away ({away}).{''.join(meant)}"
+        them, removal = "it" if len(unknown) == 1 else "them", as_command(f"~{key}.{name}" for name in unknown)
+        yield f"{target} takes no {' and no '.join(unknown)}: remove {them} ({removal}).{''.join(meant)}"
     hints = _hints(found)
     for name, value in options.items():
         if name in hints and not _fits(hints[name], value):
             yield f"{key}.{name}={shown(value)} is not allowed; {_rule(hints[name])}."
         if name not in unknown and isinstance(value, Mapping) and "_target_" in value:
             yield from _faults(f"{key}.{name}", value)
-    if key == "loss" and _is_nothing(values, found):
+    if key == "loss" and _is_switched_off(values, found):
         yield "all weights of the loss are 0, so that there is nothing to minimise; set one, such as loss.ce_weight=1."
 
 
 def _locate(target: str) -> Any:
-    return pydoc.locate(target) if target else None  # which takes an empty name for all of Python's own
+    return pydoc.locate(target) if target else None  # locates builtins for an empty name
 
 
 def _near_class(target: str) -> str:
     module, _, name = target.rpartition(".")
     try:
-        names = dir(import_module(module))  # with those that are imported on first use
+        names = dir(import_module(module))  # includes lazily imported names
     except ImportError as error:
         return f": {error}."
     except ValueError:  # an empty name
@@ -112,7 +112,7 @@ def _near_class(target: str) -> str:
 
 
 def _parameters(found: Any) -> list[str] | None:
-    """The names of what a class or function takes; None where it takes others as well that nobody declares."""
+    """Returns the parameter names of a class or function; None if it also accepts undeclared ones."""
     try:
         own = list(inspect.signature(found).parameters.values())
     except (TypeError, ValueError):
@@ -121,7 +121,7 @@ def _parameters(found: Any) -> list[str] | None:
     bases = iter(found.__mro__[1:] if inspect.isclass(found) else ())
     while rest := [parameter for parameter in own if parameter.kind is parameter.VAR_KEYWORD]:
         base = next((base for base in bases if "__init__" in vars(base) and base is not object), None)
-        # What **options: Any are is said by the base classes, and behind them by whom a class hands them to.
+        # **options: Any are declared by the base classes, or by the function that `hands_options_to` names.
         function: Any = vars(base)["__init__"] if base is not None else _locate(getattr(found, "hands_options_to", ""))
         if function is None or rest[0].annotation not in (Any, inspect.Parameter.empty):
             return None
@@ -133,18 +133,18 @@ def _parameters(found: Any) -> list[str] | None:
 
 
 def _hints(found: Any) -> dict[str, Any]:
-    """Annotations of the constructor and of those that it passes options on to, texts evaluated where that works."""
+    """Returns the annotations of the constructor and its base classes', with strings evaluated if possible."""
     hints: dict[str, Any] = {}
     for function in (
         [vars(base).get("__init__") for base in reversed(found.__mro__)] if inspect.isclass(found) else [found]
     ):
-        with suppress(Exception):  # whatever evaluating the annotations of others raises
+        with suppress(Exception):  # evaluating third-party annotations may raise anything
             hints |= get_type_hints(function, include_extras=True)
     return hints
 
 
 def _fits(annotation: Any, value: Any) -> bool:
-    """Whether a value of a configuration can be meant by an annotation; in doubt, it can."""
+    """Whether a configuration value fits an annotation; true if that cannot be told."""
     if annotation in _SCALARS:
         return _SCALARS[annotation][1](value)
     origin, args = get_origin(annotation), get_args(annotation)
@@ -166,7 +166,7 @@ def _fits(annotation: Any, value: Any) -> bool:
     if container in (dict, Mapping):
         return is_mapping and (len(args) != 2 or all(_fits(args[1], entry) for entry in value.values()))
     if isinstance(annotation, type) and not issubclass(annotation, Enum | Path) and annotation is not object:
-        return is_mapping or isinstance(value, annotation)  # a plain value is no tensor
+        return is_mapping or isinstance(value, annotation)  # a plain value is not a tensor
     return True
 
 
@@ -178,7 +178,7 @@ def _allows(range_: Range, value: Any) -> bool:
 
 
 def _rule(annotation: Any) -> str:
-    """What a value must be, in words."""
+    """Describes in words the values that an annotation allows."""
     origin, args = get_origin(annotation), get_args(annotation)
     for arg in (annotation, *args):
         for fact in get_args(arg)[1:] if get_origin(arg) is Annotated else ():
@@ -194,15 +194,15 @@ def _rule(annotation: Any) -> str:
     return f"it must be {' or '.join([*names, *lists]) or inspect.formatannotation(annotation)}"
 
 
-def _is_nothing(values: Mapping[str, Any], loss: Any) -> bool:
-    """Whether all terms of a loss are switched off."""
+def _is_switched_off(values: Mapping[str, Any], loss: Any) -> bool:
+    """Whether the weights of all terms of a loss are 0."""
     if values.get("ce_weight", 1.0) != 0:
         return False
     parts = {name: part for name, part in values.items() if isinstance(part, Mapping) and "_target_" in part}
-    if parts:  # a combination, whose cross-entropy is its own
+    if parts:  # a combination, with its own cross-entropy
         weights = values.get("weights") or {}
         return all(
-            weights.get(name) == 0 or _is_nothing({**part, "ce_weight": 0}, pydoc.locate(part["_target_"]))
+            weights.get(name) == 0 or _is_switched_off({**part, "ce_weight": 0}, pydoc.locate(part["_target_"]))
             for name, part in parts.items()
         )
     hints = inspect.signature(loss).parameters

@@ -1,4 +1,4 @@
-"""Keys that nothing reads, and those that may have been meant."""
+"""Finds unknown keys and suggests similar known ones."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +12,14 @@ from rld_lightning.hydra.checks.schema import VALUES
 from rld_lightning.hydra.options import CONF
 
 ABSENT = "<absent>"
-# Groups whose keys the package reads by name; what classes take is for their signatures.
+# Groups whose keys the package reads by name; arguments of classes are checked by their signatures.
 _NAMED = ("", "recipe", "model", "model.student", "model.teacher", "paths")
 _GROUPS = {key[:end] for key in VALUES for end in (*(dot.start() for dot in re.finditer(r"\.", key)), None)}
 _GROUPS |= {"hydra", "loss"}
 
 
 def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that nothing reads and that are like those which are read, of ``+recipe.epoch=3`` or a file of one's own."""
+    """Yields a sentence per unknown key that resembles a known one (``+recipe.epoch=3``, or in a user's own file)."""
     added = []
     for group in _NAMED:
         node = find(values, group) if group else values
@@ -27,7 +27,7 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
         added += [key for key in (f"{group}.{name}".lstrip(".") for name in names) if key not in _GROUPS]
     references = _references(values) if added else set()
     shipped = _shipped_keys() if added else ()
-    # Of the other scripts' own few, none, and of loggers those that are chosen.
+    # Without keys of other scripts and of loggers that are not chosen.
     known = [key for key in VALUES if find(values, key.rpartition(".")[0] if "." in key else key) is not ABSENT]
     for key in added:
         if key not in shipped and not any(
@@ -40,7 +40,7 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
 
 @cache
 def _shipped_keys() -> frozenset[str]:
-    """The full keys in the package's own files, but for those of experiments."""
+    """Returns the full keys in the package's own files, except experiments."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return frozenset(
         key
@@ -58,14 +58,14 @@ def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
-    """A sentence that says that a key is not known, and the keys that may have been meant."""
+    """Returns a sentence about an unknown key, and the keys that may have been meant."""
     if options := _options_with(key):
-        return f"{key} is not known, for want of {' or '.join(options[:3])}; add one to the command.", options
+        return f"{key} is not known without {' or '.join(options[:3])}; add one to the command.", options
     known = list(known)
     group, _, name = key.rpartition(".")
     names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
     meant = [names[near] for near in get_close_matches(name, names, n=2, cutoff=0.7)] if group else []
-    # What is nearly the name of a key in another group was hardly meant by who has named a group.
+    # A user who names an existing group hardly means a key that is merely similar in another.
     meant = meant or _near_leaves(name, known, 1.0 if names and group else 0.8)
     meant = meant or ([] if names and group else get_close_matches(key, known, n=2, cutoff=0.8))
     if meant:
@@ -73,13 +73,13 @@ def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     if group and names:
         return f"{key} is not known; {group} has {', '.join(sorted(names))}.", []
     own = [other for other in known if "." not in other]
-    if not group and 0 < len(known) <= 2 * len(own):  # a script's own few, and no configuration of groups
+    if not group and 0 < len(known) <= 2 * len(own):  # a script with few keys and no config groups
         return f"{key} is not known; there are {', '.join(own)}.", []
     return f"{key} is not known; `--cfg all` prints all keys.", []
 
 
 def _options_with(key: str) -> list[str]:
-    """Options, as they are chosen, whose file has a full key: ``logger=wandb`` of ``logger.wandb.project``."""
+    """Returns the group options that define a key: ``logger=wandb`` for ``logger.wandb.project``."""
     group = key.partition(".")[0]
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found = []
@@ -92,16 +92,16 @@ def _options_with(key: str) -> list[str]:
 
 
 def _near_leaves(name: str, known: Iterable[str], cutoff: float) -> list[str]:
-    """Full keys that end in a name, or nearly; what is tuned for a loss is not meant."""
+    """Returns full keys whose last part resembles ``name``, except those of ``model.tuned``."""
     leaves: dict[str, str] = {}
-    for key in known:  # the first of a name is what most mean by it
+    for key in known:  # the first is the most common meaning of a name
         if not key.startswith("model.tuned."):
             leaves.setdefault(key.rpartition(".")[2], key)
     return [leaves[near] for near in get_close_matches(name, leaves, n=2, cutoff=cutoff)]
 
 
 def _references(values: Any) -> set[str]:
-    """The keys that interpolations anywhere in a configuration name, without leading dots."""
+    """Returns the keys that a configuration's interpolations refer to, without leading dots."""
     if isinstance(values, Mapping):
         return {name for value in values.values() for name in _references(value)}
     if isinstance(values, list):
@@ -110,7 +110,7 @@ def _references(values: Any) -> set[str]:
 
 
 def find(values: Any, key: str) -> Any:
-    """A value by full key, as it is written; :data:`ABSENT` where there is no such key."""
+    """Returns the unresolved value of a full key; :data:`ABSENT` if there is none."""
     for name in key.split("."):
         if not isinstance(values, Mapping) or name not in values:
             return ABSENT

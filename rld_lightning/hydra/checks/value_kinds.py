@@ -1,4 +1,4 @@
-"""What a value of the configuration may be: a test, and the words for it."""
+"""Kinds of configuration values: a predicate and its description in words."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,44 +8,44 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be."""
+    """The values that an option allows."""
 
-    must_be: str  # in words, to follow "it must be"
+    must_be: str  # the description, which follows "it must be"
     allows: Callable[[Any], bool]  # whether a value is of this kind
 
     def __or__(self, other: "Kind") -> "Kind":
-        """Either of two kinds."""
+        """Returns the union of two kinds."""
         return Kind(f"{self.must_be}, or {other.must_be}", lambda value: self.allows(value) or other.allows(value))
 
     def such_as(self, example: str) -> "Kind":
-        """The same kind, with an example that helps whoever missed it."""
+        """Returns the same kind with an example in its description."""
         return Kind(f"{self.must_be}, such as {example}", self.allows)
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number; true and false are none."""
+    """Whether a value is an integer, but not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether a value is a finite number, but not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def whole(low: int, high: int | None = None) -> Kind:
-    """Whole numbers from ``low`` on, or up to ``high``."""
+    """Integers >= ``low``, or from ``low`` to ``high``."""
     words = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
     return Kind(words, lambda value: is_whole(value) and low <= value and (high is None or value <= high))
 
 
 def number(words: str, allows: Callable[[float], bool]) -> Kind:
-    """Finite numbers in a range."""
+    """Finite numbers that a predicate allows."""
     return Kind(f"a number {words}", lambda value: is_number(value) and allows(value))
 
 
 def words(*choices: Any) -> Kind:
-    """One of some words, or numbers."""
-    # True is 1 to Python, and not to a user.
+    """One of several strings, numbers or bools."""
+    # True == 1 in Python, but not for users.
     known = {(type(choice), choice) for choice in choices}
     *others, last = (shown(choice) for choice in choices)
     text = f"{', '.join(others)} or {last}" if others else last
@@ -53,7 +53,7 @@ def words(*choices: Any) -> Kind:
 
 
 def list_of(kind: Kind, plural: str, count: int | None = None) -> Kind:
-    """Lists of values of a kind, ``count`` of them or any number."""
+    """Lists of values of one kind, of length ``count`` if given."""
 
     def allows(value: Any) -> bool:
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
@@ -75,7 +75,7 @@ COUNT = whole(1)
 
 
 def shown(value: Any) -> str:
-    """A value as a command line has it: ``null``, ``true``, ``[1,2]``; texts that look like another value in quotes."""
+    """Formats a value as on the command line (``null``, ``[1,2]``); quotes strings of another type's form."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -84,10 +84,10 @@ def shown(value: Any) -> str:
         return "{" + ",".join(f"{key}:{shown(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(shown, value))}]"
-    return f"'{value}'" if isinstance(value, str) and _looks_like_another(value) else str(value)
+    return f"'{value}'" if isinstance(value, str) and _needs_quotes(value) else str(value)
 
 
-def _looks_like_another(text: str) -> bool:
+def _needs_quotes(text: str) -> bool:
     if not text.strip() or text in ("null", "true", "false"):
         return True
     try:

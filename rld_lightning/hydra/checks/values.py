@@ -1,4 +1,4 @@
-"""The check of a composed configuration by the table of :mod:`rld_lightning.hydra.checks.schema`."""
+"""Checks a composed configuration against the table in :mod:`rld_lightning.hydra.checks.schema`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -11,7 +11,7 @@ from rld_lightning.hydra.checks.schema import VALUES
 from rld_lightning.hydra.checks.unknown_keys import ABSENT, find, unknown_keys
 from rld_lightning.hydra.checks.value_kinds import shown
 
-# What a run cannot do without, whatever ~key takes away.
+# Keys that must not be removed with ~key.
 _OF_FIT = (
     *("seed", "method", "resume", "print_config", "model.label", "model.compile", "model.capture", "model.teacher"),
     *("model.student.name", "model.student.weights", "model.student.channels_last", "data.batch_size"),
@@ -19,22 +19,22 @@ _OF_FIT = (
     *("recipe.scheduler_interval", "callbacks", "logger", "logger.csv"),
 )
 _OF_ALL = ("paths.run",)
-_OF_DATA = ("data",)  # of those that look at images by themselves
-_OF_NETWORKS = ("trainer",)  # and run a network on them
-# Options that scripts which train nothing leave to the file that they look at.
-_LEFT_OPEN = ("seed", "data.seed", "data.val_fraction")
-_OURS = "${fast_precision:"  # always right, and asks PyTorch
+_OF_DATA = ("data",)  # for scripts that read images
+_OF_NETWORKS = ("trainer",)  # for scripts that also run a network
+# In scripts that do not train, null stands for the value in the evaluated file.
+_FROM_FILE = ("seed", "data.seed", "data.val_fraction")
+_FAST_PRECISION = "${fast_precision:"  # always valid, but resolving it imports PyTorch
 _MISSING = "???"
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Looks whether the values of a composed configuration can be what they are meant to be.
+    """Checks the values of a composed configuration.
 
     Args:
-        cfg: of any script; interpolations that only a running Hydra can answer are left out without one.
+        cfg: the configuration of any script; interpolations that need a running Hydra are skipped without one.
 
     Raises:
-        UserError: a sentence for each mistake.
+        UserError: one sentence per mistake.
     """
     values = cast(dict[str, Any], OmegaConf.to_container(cfg))
     wrong, empty = _wrong_values(cfg, values)
@@ -43,11 +43,11 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def _wrong_values(cfg: DictConfig, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Sentences for values that are not allowed; and for those that there are not, which others may have caused."""
-    wrong, empty, told = [], [], []
+    """Returns sentences about values that are not allowed, and about missing ones, which the former may have caused."""
+    wrong, empty, reported = [], [], []
     for key, kind in VALUES.items():
         raw = find(values, key)
-        if isinstance(raw, str) and raw.startswith(_OURS):
+        if isinstance(raw, str) and raw.startswith(_FAST_PRECISION):
             continue
         try:
             value = _resolved(cfg, key) if _refers(raw) else raw
@@ -57,23 +57,23 @@ def _wrong_values(cfg: DictConfig, values: Mapping[str, Any]) -> tuple[list[str]
             continue
         if value == _MISSING and not (key.startswith("data.") and _indexes(values)):
             empty.append(f"{key} has no value; add {key}=... to the command.")
-        elif not (value in (ABSENT, _MISSING) or kind.allows(value) or (value is None and _may_be_open(key, values))):
-            if not isinstance(raw, str) or not _refers(raw) or value not in told:  # of another key, which has been told
+        elif not (value in (ABSENT, _MISSING) or kind.allows(value) or (value is None and _may_be_null(key, values))):
+            if not isinstance(raw, str) or not _refers(raw) or value not in reported:  # else the cause is reported
                 wrong.append(f"{key}={shown(value)} is not allowed; it must be {kind.must_be}.")
-            told.append(value)
+            reported.append(value)
     return wrong, empty
 
 
 def _indexes(values: Mapping[str, Any]) -> bool:
-    """Whether existing shards are indexed, for which no data are read."""
+    """Whether the script indexes existing shards, which reads no data."""
     return any(find(values, f"index.{split}") not in (None, ABSENT) for split in ("train", "test"))
 
 
-def _may_be_open(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether null means that somebody else decides: Lightning, or the file that a script measures."""
+def _may_be_null(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether null leaves the value to Lightning or to the evaluated file."""
     if key.startswith("trainer."):
         return key not in ("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices")
-    return key in (_LEFT_OPEN if "recipe" not in values else ()) or (key == "out" and "index" not in values)
+    return key in (_FROM_FILE if "recipe" not in values else ()) or (key == "out" and "index" not in values)
 
 
 def _missing(values: Mapping[str, Any]) -> Iterator[str]:
@@ -85,11 +85,11 @@ def _missing(values: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(above, Mapping) and name not in above:
             kind = VALUES.get(key)
             must_be = f"; it must be {kind.must_be}" if kind else ""
-            yield f"{key} is missing, and cannot be done without: leave ~{key} away{must_be}."
+            yield f"{key} is required; omit ~{key}{must_be}."
 
 
 def _refers(raw: Any) -> bool:
-    """Whether there is an interpolation in a value."""
+    """Whether a value contains an interpolation."""
     if isinstance(raw, list):
         return any(map(_refers, raw))
     return isinstance(raw, str) and "${" in raw

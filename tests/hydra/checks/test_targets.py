@@ -38,14 +38,14 @@ def test_what_they_take_is_taken(part, changes):
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("logger.wandb", {"grupp": 1}, "WandbLogger takes no grupp: leave it away ('~logger.wandb.grupp')."),
-        ("callbacks.stop", {"patiense": 3}, "EarlyStopping takes no patiense: leave it away"),
+        ("logger.wandb", {"grupp": 1}, "WandbLogger takes no grupp: remove it ('~logger.wandb.grupp')."),
+        ("callbacks.stop", {"patiense": 3}, "EarlyStopping takes no patiense: remove it"),
         ("callbacks.stop", {"patiense": 3}, "Did you mean 'patience'?"),
         ("callbacks.stop", {"patience": "x"}, "callbacks.stop.patience=x is not allowed; it must be a whole number"),
         ("callbacks.stop", {"_target_": None}, "callbacks.stop._target_ is missing: name the class"),
         ("data", {"_target_": "rld_lightning.data.DigitDataModule"}, "Did you mean 'DigitsDataModule'"),
-        ("data", {"_target_": "rld_lightning.dta.Digits"}, "is not there: No module named 'rld_lightning.dta'"),
-        ("data", {"_target_": ""}, "is not there; give the import path of a class."),
+        ("data", {"_target_": "rld_lightning.dta.Digits"}, "does not exist: No module named 'rld_lightning.dta'"),
+        ("data", {"_target_": ""}, "does not exist; give the import path of a class."),
         ("trainer", {"gpus": 1}, "lightning.pytorch.Trainer takes no gpus"),
     ],
 )
