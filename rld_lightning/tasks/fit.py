@@ -190,9 +190,8 @@ def _run(cfg: DictConfig, plan: Plan, *, resume_hint: bool) -> Summary:
             plan = replace(plan, teacher=replace(plan.teacher, sha256=sha256))
             cache_validation_logits(teacher, plan, data)
             measure_teacher(teacher, facts, data, trainer)
-        recipe = with_values(
-            cfg, {"recipe.optimizer.lr": plan.learning_rate}
-        ).recipe  # the schedule may refer to the rate
+        # Before the schedule is created, which may refer to the rate.
+        recipe = with_values(cfg, {"recipe.optimizer.lr": plan.learning_rate}).recipe
         module = build_module(
             plan, data, loss, teacher, instantiate(recipe.optimizer), instantiate(recipe.get("scheduler"))
         )
