@@ -15,7 +15,7 @@ _WEIGHT = "weight"  # its key in a state, beside the names
 class EpochMeans:
     """Weighted means of named scalars.
 
-    Not ``self.log(..., sync_dist=True)``: the progress bar, on rank 0 only, would trigger that reduction by itself and
+    Not ``self.log(..., sync_dist=True)``: the progress bar, on rank 0 only, would trigger that reduction alone and
     leave the ranks waiting in different collectives. Nor ``torchmetrics.MeanMetric``: its check for NaN at every update
     synchronises with the accelerator. An update here only launches kernels.
     """

@@ -132,7 +132,7 @@ class DistillationModule(LightningModule):
         """Runs both forward passes and the loss; if the step is captured, also the backward pass.
 
         Args:
-            batch: a ``Batch``, or what any loader yields (:func:`~rld_lightning.data.base.as_batch`); likewise below.
+            batch: a ``Batch``, or what any loader yields (:func:`~rld_lightning.data.base.as_batch`); also below.
 
         Returns:
             ``loss`` and, detached, for callbacks: its ``terms`` by name, ``student_logits``, ``label`` and, if there is

@@ -2,7 +2,7 @@
 
 A value is a secret by its name (``secret``, ``api_key``, ``Authorization``, the ``key`` of a store's options, ...) or
 as the password of an address. In structures, values are redacted by their name; in texts, such as overrides, by their
-name and wherever a secret that was seen in a structure occurs.
+name, and at every occurrence of a secret that was seen in a structure.
 """
 
 import os

@@ -31,7 +31,7 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
         images: uint8 ``(N, H, W, 3)``.
         labels: int64 ``(N,)``.
         mean: mean of each channel, for values in [0, 1].
-        std: standard deviation of each channel, likewise.
+        std: standard deviation of each channel, for values in [0, 1].
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -21,7 +21,7 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         dirpath: the directory to write to.
         minutes: maximum time since the last checkpoint; None for no limit.
-        steps: maximum number of optimizer steps since then, likewise.
+        steps: maximum number of optimizer steps since then; None for no limit.
 
     Raises:
         ValueError: ``minutes`` or ``steps`` is not positive.

@@ -40,7 +40,7 @@ class MetricsFile(Logger):
 
     @property
     def version(self) -> str:
-        """Empty, likewise."""
+        """Empty, like the name."""
         return ""
 
     @property

@@ -97,7 +97,7 @@ class ImageDataModule(LightningDataModule):
         class_names: the C names, in the order of the labels.
         image_shape: ``(3, H, W)`` of a batch's images.
         mean: mean of each channel for the normalisation, for values in [0, 1].
-        std: standard deviation of each channel, likewise.
+        std: standard deviation of each channel, for values in [0, 1].
         split_options: the options that determine the held-out images, by their keys in weights files.
     """
 

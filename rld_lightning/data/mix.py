@@ -19,7 +19,7 @@ class MixDraw(NamedTuple):
     """The random draws for mixing a batch."""
 
     share: float  # share of the image itself, in [0, 1]
-    # CutMix's box from the other image: first row, row after the last, and the columns likewise; None for Mixup
+    # CutMix's box from the other image: first row, row after the last, and the same for columns; None for Mixup
     box: tuple[int, int, int, int] | None
 
 

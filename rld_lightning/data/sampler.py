@@ -91,7 +91,7 @@ class EpochSampler(SequentialSampler):
 
         The last, smaller batch is divided equally too, because distributed training averages the gradients of the
         processes with equal weight. If it is not divisible, it is filled with samples from the start of the epoch;
-        likewise if a process would get a single image, for which batch norm has no variance, unless all batches are so.
+        also if a process would get a single image, for which batch norm has no variance, unless all batches are so.
         """
         share = share_of_batch(batch_size, world_size)
         full, rest = divmod(size, batch_size)

@@ -18,7 +18,7 @@ def stratified_split(
         fraction: share of the samples to hold out, in (0, 1).
         seed: seed of the split.
         name: the caller's name of the fraction, for error messages.
-        class_names: the names of the classes, likewise.
+        class_names: the names of the classes, for error messages.
 
     Returns:
         the sorted positions of the kept and of the held-out samples, int64.

@@ -75,7 +75,7 @@ def graft(student: nn.Module, teacher: nn.Module) -> GraftedStudent:
         teacher: not changed.
 
     Raises:
-        ValueError: see :class:`GraftedStudent`; likewise for the teacher's classifier.
+        ValueError: see :class:`GraftedStudent`; also for the teacher's classifier.
     """
     like = next(student.parameters())
     classifier = deepcopy(classifier_of(teacher)).train()

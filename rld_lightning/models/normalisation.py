@@ -19,7 +19,7 @@ class Normalisation(NamedTuple):
     """The mean and standard deviation of the images' normalisation."""
 
     mean: tuple[float, ...]  # mean of each channel, for values in [0, 1]
-    std: tuple[float, ...]  # standard deviation of each channel, likewise
+    std: tuple[float, ...]  # standard deviation of each channel, for values in [0, 1]
 
     def __str__(self) -> str:
         return f"mean {list(self.mean)} and std {list(self.std)}"

@@ -34,7 +34,7 @@ class Preprocessing:
     size: tuple[int, int]  # height and width of the network's input
     resize: int  # length of the shorter side after resizing, before the centre crop
     mean: tuple[float, ...]  # mean of each channel, for values in [0, 1]
-    std: tuple[float, ...]  # standard deviation of each channel, likewise
+    std: tuple[float, ...]  # standard deviation of each channel, for values in [0, 1]
     interpolation: str = "bilinear"  # `"bilinear"` or `"bicubic"`, with antialiasing
 
     def __call__(self, picture: "Picture") -> Tensor:

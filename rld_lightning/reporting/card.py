@@ -31,7 +31,7 @@ class Exported:
     sha256: str  # of the file, as hexadecimal digits
     images: int  # number of compared images; if 0, the fields below are None
     top1: float | None = None  # its accuracy on them, in percent
-    torch_top1: float | None = None  # the student's, likewise
+    torch_top1: float | None = None  # the student's, in percent
     agreement: float | None = None  # percentage of images with the same predicted class
     max_difference: float | None = None  # largest difference of a logit, or of a probability if the file returns these
 

@@ -189,7 +189,7 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
     Returns:
         one line per row, with :data:`RESULTS`: accuracy in percent and gains in percentage points. ``n`` is 0 for a
         teacher's accuracy as measured by its students' runs. Also: ``ce_base`` (the baseline row, if there are
-        several), ``ce_seeds`` (the number of seeds in common, if not all are), likewise for kd; the footnote ``marks``
+        several), ``ce_seeds`` (the number of seeds in common, if not all are), the same for kd; the footnote ``marks``
         of the published number, the values of ``others``, ``short_seeds``, and the ``recipe``, equal for lines that can
         be compared.
     """

@@ -28,7 +28,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
     Args:
         first: accuracy by seed, in percent; a mapping or a series.
-        second: likewise, of the method to compare with.
+        second: the same for the method to compare with.
 
     Returns:
         the mean difference and the test; no test with fewer than three seeds in common or equal differences.

@@ -29,7 +29,7 @@ class Section:
     student: str  # the student's network
     # Lines of `runs_frame`, with the `name` and `label` of their row, those of the best row first
     runs: pd.DataFrame
-    teacher_runs: pd.DataFrame  # likewise, the runs that trained the teacher's weights
+    teacher_runs: pd.DataFrame  # the same for the runs that trained the teacher's weights
 
     @property
     def title(self) -> str:
@@ -85,7 +85,7 @@ def rows_of(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``method``, ``label`` (how it differs from other rows of its method), ``n``, ``seeds`` and ``epochs``;
-        ``top1_last_mean``, ``top1_last_std`` (n - 1; missing for a single seed) and likewise ``top1_best_...`` in
+        ``top1_last_mean``, ``top1_last_std`` (n - 1; missing for a single seed) and ``top1_best_...`` in
         percent; ``settings``; two texts, equal for rows that can be compared: ``recipe`` (settings without the loss's)
         and ``recipe_alone`` (nor the teacher's); ``network`` and the list ``runs``.
     """

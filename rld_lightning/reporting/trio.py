@@ -30,7 +30,7 @@ class Network:
     ece: float
     # Number of parameters, of a teacher before its batch norms were folded; None for a program that has no count
     parameters: int | None
-    macs: int | None  # multiply-accumulates for an image; None likewise
+    macs: int | None  # multiply-accumulates for an image; None for such a program
     bytes: int  # of its weights file, or of its parameters if it has no such file
     milliseconds: float  # for an image
     device: str  # of the timing

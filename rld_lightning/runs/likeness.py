@@ -52,7 +52,7 @@ _NO_EFFECT = (
     *(f"trainer.{key}" for key in ("deterministic", "benchmark", "inference_mode")),
     *("model.compile", "model.teacher.fuse"),
     "model.capture",  # how the same step is launched
-    # rounding of the teacher's logits, or the batch in which they are computed: likewise
+    # rounding of the teacher's logits, or the batch in which they are computed: as small a change
     *("model.teacher.cache", "model.teacher.cache_dtype"),
 )
 # Callbacks that only monitor, by package; all others count, with all their options.
@@ -262,7 +262,7 @@ def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, 
     now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as in written files
     if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # any file may have been chosen
         now.pop("model.teacher.weights")
-    for key in [key for key in ("data.batch_size", "recipe.batch_size") if now.get(key) == "auto"]:  # likewise
+    for key in [key for key in ("data.batch_size", "recipe.batch_size") if now.get(key) == "auto"]:  # any size
         now.pop(key)
     then = {key: canonical(key, value) for key, value in before.items()}  # possibly written by another version
     return {key: (value, now[key]) for key, value in then.items() if key in now and now[key] != value}

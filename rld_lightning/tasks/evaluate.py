@@ -134,7 +134,7 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
     """Runs the job of ``conf/eval.yaml``: evaluates, prints, and writes ``evaluation.json`` and ``per_class.csv``.
 
     Args:
-        classes_shown: number of classes to print, least accurate first, if this process evaluates by itself.
+        classes_shown: number of classes to print, least accurate first, if this process evaluates alone.
 
     Raises:
         UserError: the weights cannot be read or do not fit the model or the data.

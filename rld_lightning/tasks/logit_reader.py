@@ -27,7 +27,7 @@ class LogitReader:
 
     Args:
         data_root: where the data are, if not where they were during training.
-        teacher: the teacher's weights, likewise.
+        teacher: the teacher's weights, if not where they were during training.
     """
 
     def __init__(self, data_root: Path | None = None, teacher: Path | None = None) -> None:

@@ -45,7 +45,7 @@ class ShardsDataModule(StreamingDataModule):
         resize: length of an evaluation image's shorter side; by default the value when packed, unless ``image_size`` is
             given.
         mean: mean of each channel; by default the value when packed.
-        std: standard deviation of each channel, likewise.
+        std: standard deviation of each channel; by default the value when packed.
         name: name of the data set; by default the name when packed.
         options: see :class:`~rld_lightning.data.streaming_module.StreamingDataModule`.
     """

@@ -138,7 +138,7 @@ class FrozenTeacher(nn.Module):
             images: ``(B, C, H, W)``, floating-point; converted to the teacher's dtype and layout.
             paths: submodules to tap, see ``forward_with_taps``.
             view: indices of the views, int64 ``(B,)``, to look up cached logits.
-            label: the classes, int64 ``(B,)``, likewise.
+            label: the classes, int64 ``(B,)``, to look up cached logits.
 
         Returns:
             the logits ``(B, K)`` in float32 (float64 if computed in that), and the tapped features by path in the

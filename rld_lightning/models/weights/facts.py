@@ -36,7 +36,7 @@ class WeightsFacts:
     class_names: list[str] | None = None  # the classes, in the order of the logits
     image_shape: tuple[int, int, int] | None = None  # (channels, height, width) of the images
     mean: tuple[float, float, float] | None = None  # mean of each channel of the images, for values in [0, 1]
-    std: tuple[float, float, float] | None = None  # standard deviation of each channel, likewise
+    std: tuple[float, float, float] | None = None  # standard deviation of each channel, for the same values
     resize: int | None = None  # length of an image's shorter side in pixels, before the centre crop
     interpolation: str | None = None  # of the resizing, `"bilinear"` or `"bicubic"`
     data_seed: int | None = None  # seed of the held-out split, in [0, 2**32)

@@ -80,6 +80,6 @@ def _wrong(file: IO[bytes]) -> str:
                 continue
             changed = stack[-1]
             if changed.held or changed is _PLAIN:  # its counted size is already in others'
-                return "it goes on filling what is part of something else already"
+                return "it keeps filling an object that is part of another already"
             changed.size, changed.depth = changed.size + size, max(changed.depth, 1 + depth)
     return ""

@@ -27,12 +27,12 @@ class Refinement:
     teacher_logits: Tensor  # `(C,)`
     student_logits: Tensor  # `(C,)`
     teacher_probs: Tensor  # `(C,)` softmax at RLD's temperature, which plain distillation compares
-    student_probs: Tensor  # likewise, the student's
+    student_probs: Tensor  # the same for the student
     masked: Tensor  # `(C,)` bool, the classes masked by MCD
     teacher_confidence: float  # the teacher's probability of its favourite, in SCD
     student_confidence: float  # the student's probability of the true class; SCD pulls it to `teacher_confidence`
     teacher_correlation: Tensor  # `(C,)` MCD's distribution over the unmasked classes; 0 for the others
-    student_correlation: Tensor  # likewise, the student's
+    student_correlation: Tensor  # the same for the student
     # `ce`, the weighted `scd` and `mcd`, and `kd` with weight 1 for comparison, of this sample; in nats, with the
     # factor T^2 of the losses
     terms: dict[str, float]

@@ -43,7 +43,7 @@ def find_sweep(runs: pd.DataFrame, method: str | None = None, pair: str | None =
 
     Args:
         method: an option of the loss group; None if only one was swept.
-        pair: such as ``resnet20_to_resnet8``; likewise.
+        pair: such as ``resnet20_to_resnet8``; None if only one was swept.
 
     Raises:
         ValueError: nothing was swept, or several methods or pairs were and none was chosen.

@@ -5,7 +5,7 @@ directory. They get the environment that ``torchrun`` sets, so that runs work th
 are forked from one that has imported everything (:mod:`rld_lightning.forked_processes`). Why not an existing launcher:
 
 - Lightning's makes the process that the user started rank 0 and starts the others with the original command line: in
-  a sweep every rank would run its own sweep, and nobody reports the error if rank 0 dies.
+  a sweep every rank would run its own sweep, and no process reports the error if rank 0 dies.
 - torch's (``torch.distributed.elastic``) ends the others by SIGTERM, to which Lightning reacts with a broadcast to
   processes that have ended, and waits 30 s before it kills them; it leaves the data loaders of a killed rank running;
   and it orders failures by whole seconds, and so may name a rank that lost its connection instead of the killed one.
@@ -69,7 +69,7 @@ _LIMITS = ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit
 
 
 def processes_to_start(trainer: DictConfig) -> int:
-    """Returns how many processes this run must start; 1 if this process trains by itself.
+    """Returns how many processes this run must start; 1 if this process trains alone.
 
     Raises:
         ValueError: ``torchrun`` or ``srun`` has started another number of processes than the trainer requires, or
@@ -88,19 +88,19 @@ def processes_to_start(trainer: DictConfig) -> int:
     if (launcher := external_launcher()) is not None:
         if wanted != launcher.processes:
             raise ValueError(
-                f"{launcher.name} has started {launcher.processes} process(es) and the trainer wants "
-                f"{probe.num_devices} on {probe.num_nodes} node(s); leave trainer.devices and trainer.num_nodes away "
-                "and choose trainer=ddp, or trainer=ddp_cpu without GPUs, which take both from there."
+                f"{launcher.name} has started {launcher.processes} process(es), but the trainer needs "
+                f"{probe.num_devices} on {probe.num_nodes} node(s); omit trainer.devices and trainer.num_nodes "
+                "and choose trainer=ddp, or trainer=ddp_cpu without GPUs, which take both from the launcher."
             )
         if is_trial() and launcher.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
             raise ValueError(
-                f"--multirun under {launcher.name} would sweep once in each process, each with other values; start it "
+                f"--multirun under {launcher.name} would sweep once in each process, each with other values; run it "
                 "without: every trial starts its own processes. On several nodes use launcher=submitit_slurm."
             )
         return 1
     if probe.num_nodes > 1:
         raise ValueError(
-            f"trainer.num_nodes={probe.num_nodes} has to be started on every node, by torchrun or srun: see "
+            f"trainer.num_nodes={probe.num_nodes} needs a start on every node, by torchrun or srun: see "
             f"{shipped('scripts') / 'slurm' / 'fit.sbatch'}, or torchrun --nnodes --nproc-per-node "
             "-m rld_lightning fit ... trainer=ddp."
         )

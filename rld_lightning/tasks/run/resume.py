@@ -112,7 +112,7 @@ def check_resume(path: Path, student: str, cfg: DictConfig) -> RunRecord:
     may_differ = [*_LENGTH, *AGAINST_DIVERGENCE, "trainer.max_time", "trainer.precision"]  # precision: of the machine
     before = read_record(checkpoint, path)
     changed = changes(before.settings, cfg)
-    if before.teacher_sha256 is not None:  # wherever the file is now
+    if before.teacher_sha256 is not None:  # the file may have been moved
         may_differ.append("model.teacher.weights")
     _refuse_other_length(path, changed, checkpoint["lr_schedulers"])
     refuse_changes(f"{path} is of", changed, may_differ)

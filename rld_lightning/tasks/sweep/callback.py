@@ -182,8 +182,8 @@ class Sweep(Callback):
             return
         tuned = [key for key in swept if "." in key]
         if tuned and (HELD_OUT in fixed or not self.held_out):
-            leave = f"leave it away (a sweep holds out {self.held_out:g} of the training images), or give another share"
-            way_out = leave if self.held_out else f"add {HELD_OUT}=0.1"
+            omit = f"omit it (a sweep holds out {self.held_out:g} of the training images), or give another share"
+            way_out = omit if self.held_out else f"add {HELD_OUT}=0.1"
             raise UserError(f"{HELD_OUT}=0 would tune {', '.join(tuned)} on the test split; {way_out}.")
         if HELD_OUT not in fixed:
             _add(config, fixed, HELD_OUT, self.held_out)
@@ -194,7 +194,7 @@ class Sweep(Callback):
         if self._lacks_teacher(config, swept, folder):
             name = config.model.teacher.name
             if (launcher := external_launcher()) is not None and launcher.processes > 1:
-                raise UserError(f"the teacher {name} starts its own processes; start this without {launcher.name}.")
+                raise UserError(f"the teacher {name} starts its own processes; run this without {launcher.name}.")
             shared = (folder / TEACHER).absolute()
             data = _data(config, shared)
             start = config.model.teacher.get("start")

@@ -71,7 +71,7 @@ def check_swept(config: DictConfig, *, listed: bool) -> None:
     overrides = {override.get_key_element(): override for override in _parsed(config)}  # keyed as in Hydra's sweeper
     if listed and (intervals := [o.input_line for o in overrides.values() if o.is_interval_sweep()]):
         raise UserError(
-            f"{intervals[0]} has no list of values, which a grid goes through: write them with commas between, or let "
+            f"{intervals[0]} has no list of values, as a grid needs: separate values by commas, or let "
             "Optuna choose (hydra/sweeper=optuna)."
         )
     values = {key: values_of(override) for key, override in overrides.items() if override.is_sweep_override()}
@@ -109,7 +109,7 @@ def _check_trial(cfg: DictConfig) -> None:
         student = plan_student(cfg.model.student)
         check_names(student, teacher if loss.needs_teacher else None)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
-            raise FileNotFoundError(f"resume={checkpoint} is not there; give the folder of a run, or leave it away.")
+            raise FileNotFoundError(f"resume={checkpoint} does not exist; give the folder of a run, or omit resume.")
         settings = with_values(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
         data = make_data(settings)
         check_mixtures(loss, data)

@@ -29,7 +29,7 @@ def training_turn(
     however that ends.
 
     Args:
-        for_others: whether the teacher is to be stored; otherwise nobody waits.
+        for_others: whether the teacher is to be stored; otherwise no run waits.
 
     Yields:
         whether the teacher still has to be trained.
@@ -51,7 +51,7 @@ def training_turn(
         _wait(lock, f"{name} is being trained for {place} by another run: waiting for it")
         lacks = not store.has(dataset, name)
         if lacks:
-            write_whole(holder, own.encode())  # replaces a link that somebody else may have placed there
+            write_whole(holder, own.encode())  # replaces a link that another user may have placed there
     except OSError as error:
         lock.release()
         raise UserError(

@@ -80,8 +80,8 @@ def test_torchrun_and_srun_determine_devices_and_nodes(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["trainer=ddp_cpu", "trainer.devices=2"], "torchrun has started 2 process.* wants 2 on 2 node"),
-        (["trainer=cpu", "trainer.num_nodes=1"], "wants 1 on 1 node.* choose trainer=ddp"),
+        (["trainer=ddp_cpu", "trainer.devices=2"], "torchrun has started 2 process.* needs 2 on 2 node"),
+        (["trainer=cpu", "trainer.num_nodes=1"], "needs 1 on 1 node.* choose trainer=ddp"),
     ],
 )
 def test_number_of_processes_must_match_torchrun(monkeypatch, overrides, sentence):
@@ -91,7 +91,7 @@ def test_number_of_processes_must_match_torchrun(monkeypatch, overrides, sentenc
 
 
 def test_several_nodes_need_torchrun_or_srun():
-    with pytest.raises(ValueError, match=r"num_nodes=2 has to be started on every node.*fit\.sbatch"):
+    with pytest.raises(ValueError, match=r"num_nodes=2 needs a start on every node.*fit\.sbatch"):
         processes_to_start(compose("trainer=ddp_cpu", "trainer.num_nodes=2", resolve=False).trainer)
 
 

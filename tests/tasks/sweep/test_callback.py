@@ -56,9 +56,7 @@ def test_tuning_is_validated_on_held_out_images(start, command, share):
 def test_tuning_on_the_test_split_is_refused(start, capsys):
     with pytest.raises(SystemExit, match="2"):
         start("loss.alpha=1,2", "data.val_fraction=0")
-    assert (
-        "error: data.val_fraction=0 would tune loss.alpha on the test split; leave it away" in capsys.readouterr().out
-    )
+    assert "error: data.val_fraction=0 would tune loss.alpha on the test split; omit it" in capsys.readouterr().out
 
 
 def test_optuna_does_not_choose_seeds(start, capsys):
@@ -438,7 +436,7 @@ def test_directory_with_other_settings_is_left_unchanged(cfg):
         (["model=pair", "model.teacher.name=resnet8", "model.student.name=resnet8,resnet9x"], "resnet9x"),
         (
             ["model=resnet8", "loss=ce", "seed=0,1", "resume=/dev/null/nowhere/run"],
-            "resume=/dev/null/nowhere/run is not there",
+            "resume=/dev/null/nowhere/run does not exist",
         ),
         (
             ["loss.alpha=1,2", "model.teacher.weights=/dev/null/nowhere/teacher.pth"],
