@@ -1,4 +1,4 @@
-"""Stores a run's settings in its checkpoints, wherever they are moved."""
+"""Stores a run's settings in its checkpoints, which may be moved."""
 
 from typing import Any
 

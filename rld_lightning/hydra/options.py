@@ -48,7 +48,7 @@ _SMALL_LR = ("mobilenetv2", "shufflev1", "shufflev2")  # trained with a learning
 
 
 class _NotCopied(dict[str, Any]):
-    """A dict that ``deepcopy`` returns as it is. Nodes are copied when they are read, so none is modified."""
+    """A dict that ``deepcopy`` does not copy. Nodes are copied when they are read, so none is modified."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_NotCopied":
         return self

@@ -28,7 +28,7 @@ def check_watchers(cfg: DictConfig) -> None:
     faults = [fault for name, node in nodes.items() for fault in _faults(f"callbacks.{name}", node)]
     if "recipe" in cfg and nodes and not callbacks.keys() & _default():
         faults.append(
-            "callbacks has none of callbacks=default, which measure, save and show a run; choose it as well, as in "
+            "callbacks has none of callbacks=default, which measure, save and show a run; add it, as in "
             "callbacks=[default,ema], and switch single ones off with callbacks.<name>=null."
         )
     if faults:
@@ -44,8 +44,8 @@ def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
     kind = str(node.get("_target_", "")).rpartition(".")[2]
     if option := _FINDERS.get(kind):
         yield (
-            f"{key}: {kind} changes an attribute of the module while it tries values, and here {option} is part of the "
-            f"configuration, on which schedules and run folders rely; try some values instead, -m {option}=..."
+            f"{key}: {kind} changes an attribute of the module while it tries values, but {option} is part of the "
+            f"configuration, on which schedules and run folders rely; sweep over some values instead: -m {option}=..."
         )
     monitor = node.get("monitor")
     if isinstance(monitor, str) and monitor not in LOGGED and not re.fullmatch(_OTHERS, monitor):

@@ -37,12 +37,10 @@ def _gpus(trainer: Any) -> Iterator[str]:
     if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[wanted]:
         yield (
             f"trainer.accelerator={wanted} needs a GPU, and PyTorch {torch.__version__} finds none here; choose "
-            "trainer=cpu, or trainer=auto for whatever is there."
+            "trainer=cpu, or trainer=auto for any available device."
         )
     elif cuda and isinstance(devices := trainer.get("devices"), int) and devices > torch.cuda.device_count():
-        yield (
-            f"trainer.devices={devices} are more GPUs than this machine has, {torch.cuda.device_count()}; choose fewer."
-        )
+        yield (f"trainer.devices={devices} exceeds the number of GPUs here, {torch.cuda.device_count()}; choose fewer.")
 
 
 def _wandb(cfg: DictConfig) -> Iterator[str]:
@@ -61,6 +59,6 @@ def _cluster(cfg: DictConfig) -> Iterator[str]:
     launcher = str(((cfg.get("hydra") or {}).get("launcher") or {}).get("_target_", ""))
     if launcher.endswith("SlurmLauncher") and shutil.which("srun") is None:
         yield (
-            "launcher=submitit_slurm hands trials to SLURM, and there is no srun on this machine; start the sweep on "
-            "the cluster, or take launcher=joblib, or none."
+            "launcher=submitit_slurm submits trials to SLURM, but this machine has no srun; start the sweep on "
+            "the cluster, or choose launcher=joblib, or none."
         )

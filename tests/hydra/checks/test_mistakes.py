@@ -198,7 +198,7 @@ VALUES = {
     ),
     "callbacks.checkpoint_best.monitor=val/acc": r"checkpoint_best\.monitor=val/acc is not logged",
     "+callbacks.lr={_target_:lightning.pytorch.callbacks.LearningRateFinder}": (
-        r"LearningRateFinder changes an attribute .* try some values instead, -m recipe\.optimizer\.lr="
+        r"LearningRateFinder changes an attribute .* sweep over some values instead: -m recipe\.optimizer\.lr="
     ),
     "+callbacks.bs={_target_:lightning.pytorch.callbacks.BatchSizeFinder}": r"BatchSizeFinder .* -m recipe\.batch_s",
     # paths, seed, resume
