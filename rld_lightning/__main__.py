@@ -14,7 +14,7 @@ from types import ModuleType
 
 from rld_lightning import __version__
 from rld_lightning.errors import did_you_mean
-from rld_lightning.shipped import shipped
+from rld_lightning.package_files import package_folder
 
 PROGRAM = "rld-lightning"
 _HELP = {"-h", "--help"}
@@ -59,7 +59,7 @@ def main() -> None:
 
 def commands() -> dict[str, Path]:
     """Returns the scripts by name: all files of their folder."""
-    return {path.stem: path for path in sorted(shipped("scripts").glob("*.py"))}
+    return {path.stem: path for path in sorted(package_folder("scripts").glob("*.py"))}
 
 
 def run_script(path: Path, called: str, arguments: Sequence[str]) -> None:

@@ -21,14 +21,14 @@ from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.graph import last_warmup, why_no_graph
 from rld_lightning.metrics import EpochMeans, counts, term_shares, top_k_percent
 from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.models.fingerprint import fingerprint
 from rld_lightning.models.hold_outside import hold_outside
-from rld_lightning.models.mark import mark
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.optimizer_step import accumulation_factor, fused
 from rld_lightning.runs.checkpoint_form import refuse_other_contents
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
-from rld_lightning.watching import Watcher, callbacks_of, shown_by_lightning
+from rld_lightning.trainer_callbacks import Watcher, callbacks_of, shown_by_lightning
 
 
 class DistillationModule(LightningModule):
@@ -261,11 +261,11 @@ class DistillationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Resets the means and fingerprints the weights to validate, which a callback may have swapped in."""
         self.means["val"].reset()
-        self.validating = mark(self.student)
+        self.validating = fingerprint(self.student)
 
     def is_validated(self) -> bool:
         """Whether the last validation used the student's current weights; the same on all ranks."""
-        same = self.validated is not None and torch.equal(self.validated, mark(self.student))
+        same = self.validated is not None and torch.equal(self.validated, fingerprint(self.student))
         return bool(self.trainer.strategy.broadcast(same))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

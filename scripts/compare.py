@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from rld_lightning.hydra.quoting import for_hydra
 from rld_lightning.hydra.script import exit_on_user_error, run_task
-from rld_lightning.shipped import script_command
+from rld_lightning.package_files import script_command
 
 SWEPT = {"losses": "loss", "seeds": "seed"}
 # Options that differ between the runs of a comparison.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rld_lightning.console import console, print_line
 from rld_lightning.hydra.script import exit_on_user_error
+from rld_lightning.package_files import script_command
 from rld_lightning.reporting.figures import RegisteredFigure, list_figures, write_all
 from rld_lightning.reporting.frame import read_frame
 from rld_lightning.runs.folder import check_folder, check_within
-from rld_lightning.shipped import script_command
 from rld_lightning.tasks.logit_reader import LogitReader
 
 FIGURES = "figures"  # default folder of the files, in the folder of the runs

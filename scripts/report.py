@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from rld_lightning.hydra.script import exit_on_user_error
-from rld_lightning.shipped import script_command
+from rld_lightning.package_files import script_command
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog=script_command("report"), description=__doc__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rld_lightning.hydra.script import exit_on_user_error, run_task
-from rld_lightning.shipped import script_command
+from rld_lightning.package_files import script_command
 
 ORIGINAL_ARGV = list(sys.argv)
 

@@ -204,7 +204,7 @@ def test_a_server_ends_with_its_parent(place):
 
 @pytest.mark.slow
 def test_trial_imports_start_no_threads_and_trials_have_all_theirs(place, monkeypatch):
-    from rld_lightning.hydra.later import _TRIAL_MODULES
+    from rld_lightning.hydra.sweep_only import _TRIAL_MODULES
 
     (place / "look.py").write_text(
         "import os, sys\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rld_lightning import __main__ as command
-from rld_lightning.shipped import invocation, script_command, shipped
+from rld_lightning.package_files import invocation, package_folder, script_command
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def test_a_script_runs_as_with_python_and_imports_from_the_current_folder_last(c
     script = tmp_path / "scripts" / "mine.py"
     script.parent.mkdir()
     script.write_text("if __name__ == '__main__':\n    import sys\n    print(__file__, sys.argv, __spec__)\n")
-    monkeypatch.setattr(command, "shipped", tmp_path.joinpath)
+    monkeypatch.setattr(command, "package_folder", tmp_path.joinpath)
     monkeypatch.chdir(tmp_path)
     called("mine", "--flag")
     assert capsys.readouterr().out.strip() == f"{script} {[str(script), '--flag']} None"
@@ -61,7 +61,7 @@ def test_help_names_the_command_that_was_called(called, tmp_path, monkeypatch, c
     script.write_text(
         'print("usage: python /my-place/scripts/mine.py; `python\\nscripts/mine.py`, what mine.py takes, a/b.py")'
     )
-    monkeypatch.setattr(command, "shipped", tmp_path.joinpath)
+    monkeypatch.setattr(command, "package_folder", tmp_path.joinpath)
     monkeypatch.chdir(tmp_path)
     called("mine", "-h")
     ours = "rld-lightning mine"
@@ -78,10 +78,10 @@ def test_completion_offers_commands_and_skips_scripts_without_hydra(called, monk
 
 
 def test_shipped_files_are_found_in_a_wheel_and_a_checkout(monkeypatch, tmp_path):
-    assert shipped("conf") == REPOSITORY / "conf"
-    monkeypatch.setattr("rld_lightning.shipped._PACKAGE", tmp_path / "package")
+    assert package_folder("conf") == REPOSITORY / "conf"
+    monkeypatch.setattr("rld_lightning.package_files._PACKAGE", tmp_path / "package")
     (tmp_path / "package" / "conf").mkdir(parents=True)
-    assert shipped("conf") == tmp_path / "package" / "conf"
+    assert package_folder("conf") == tmp_path / "package" / "conf"
     assert invocation(str(tmp_path / "package/scripts/fit.py")) == ["rld-lightning", "fit"]
     assert invocation("scripts/fit.py") == ["python", "scripts/fit.py"]
 
@@ -95,15 +95,15 @@ def test_script_commands_can_be_run_from_here(monkeypatch, tmp_path):
     assert script_command("predict") == "python 'my checkout/scripts/predict.py'"
     wheel = tmp_path / "package"
     (wheel / "scripts").mkdir(parents=True)
-    monkeypatch.setattr("rld_lightning.shipped._PACKAGE", wheel)
+    monkeypatch.setattr("rld_lightning.package_files._PACKAGE", wheel)
     monkeypatch.setattr(sys, "argv", [str(wheel / "scripts" / "fit.py")])
     assert script_command("predict") == "rld-lightning predict"
 
 
 def test_texts_use_script_command():
-    """A wheel has no folder ``scripts``: texts use :func:`rld_lightning.shipped.script_command`."""
+    """A wheel has no folder ``scripts``: texts use :func:`rld_lightning.package_files.script_command`."""
     package = REPOSITORY / "rld_lightning"
-    for path in {*package.rglob("*.py")} - {package / "__main__.py", package / "shipped.py"}:
+    for path in {*package.rglob("*.py")} - {package / "__main__.py", package / "package_files.py"}:
         if "scripts/" not in path.read_text():
             continue
         nodes = list(ast.walk(ast.parse(path.read_bytes())))

@@ -26,9 +26,9 @@ from rld_lightning.console import console, print_table
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.save import save_weights
-from rld_lightning.shipped import shipped
+from rld_lightning.package_files import package_folder
 
-SCRIPT = shipped("scripts") / "fit.py"
+SCRIPT = package_folder("scripts") / "fit.py"
 DATA = ("cifar100", "digits", "imagefolder")
 PLAIN = "plain trainer"
 

@@ -23,7 +23,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.imported import check_trusted, is_external, trust
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.onnx_file import OnnxNetwork
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.verify import create_fitting
 
 _WARM_UP = 3

@@ -21,7 +21,7 @@ from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import DIVERGED, LAST
-from rld_lightning.watching import measured_in_graph
+from rld_lightning.trainer_callbacks import measured_in_graph
 
 _LARGE_IMAGES = 100.0  # normalised images reach about 3
 _MEMORY = 0.98  # of the mean loss to which a spike is compared: about 50 steps
@@ -74,7 +74,7 @@ class Divergence(Callback):
             self._read(trainer, pl_module)
 
     def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
-        """Returns a step's row, see :class:`~rld_lightning.watching.Watcher`."""
+        """Returns a step's row, see :class:`~rld_lightning.trainer_callbacks.Watcher`."""
         terms: list[Tensor] = list(outputs["terms"].values())
         loss = torch.stack(terms).sum().float()
         teacher = outputs.get("teacher_logits")

@@ -10,7 +10,7 @@ from rld_lightning.callbacks.metrics_file import MetricsFile
 from rld_lightning.callbacks.own_settings import OwnSettings
 from rld_lightning.runs.checkpoint_form import count_states, refuse_other_progress
 from rld_lightning.runs.metrics_csv import Row, known_rows
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 
 class Position(NamedTuple):

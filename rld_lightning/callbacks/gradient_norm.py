@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rld_lightning.watching import measured_in_graph
+from rld_lightning.trainer_callbacks import measured_in_graph
 
 
 class GradientNorm(Callback):
@@ -34,7 +34,7 @@ class GradientNorm(Callback):
             self.totals = step.clone() if self.totals is None else self.totals.to(step.device) + step
 
     def measure_step(self, pl_module: LightningModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
-        """Returns a step's norm and count, see :class:`~rld_lightning.watching.Watcher`."""
+        """Returns a step's norm and count, see :class:`~rld_lightning.trainer_callbacks.Watcher`."""
         return _norm(pl_module.parameters())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

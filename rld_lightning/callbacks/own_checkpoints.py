@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from rld_lightning.atomic_files import write_whole
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 
 class OwnCheckpoints(Callback):

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.redact import redact
 from rld_lightning.runs.checkpoint import RunRecord, add_record
-from rld_lightning.runs.likeness import settings
+from rld_lightning.runs.settings import settings
 
 
 class OwnSettings(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.errors import UserError
-from rld_lightning.runs.likeness import flat
+from rld_lightning.runs.settings import flat
 
 # Keys that may differ between machines, or concern rank 0 only.
 _LOCAL = ("logger", "print_config")

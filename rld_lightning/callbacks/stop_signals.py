@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from rld_lightning.callbacks.last_checkpoint import LastCheckpoint
 from rld_lightning.console import print_line
 from rld_lightning.distributed import STOPS, Stopped, is_rank_zero, rank_zero_only, slurm_job, started_by_run
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 _SAVE = 1  # value that processes exchange: to save; to stop: _STOP plus the signal's number
 _STOP = 100

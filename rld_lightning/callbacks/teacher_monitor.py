@@ -10,7 +10,7 @@ from torch import Tensor
 from rld_lightning.data.base import as_batch
 from rld_lightning.metrics import EpochMeans, counts
 from rld_lightning.module import DistillationModule
-from rld_lightning.watching import measured_in_graph
+from rld_lightning.trainer_callbacks import measured_in_graph
 
 _SAMPLES = ("teacher_top1", "agreement", "teacher_wrong", "right_alone")  # averaged
 
@@ -44,7 +44,7 @@ class TeacherMonitor(Callback):
             self.means["train"].add(_SAMPLES, counted)
 
     def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
-        """Returns a training batch's counts, see :class:`~rld_lightning.watching.Watcher`."""
+        """Returns a training batch's counts, see :class:`~rld_lightning.trainer_callbacks.Watcher`."""
         if "teacher_logits" not in outputs:
             return None
         return _count(outputs["teacher_logits"].argmax(1), outputs)

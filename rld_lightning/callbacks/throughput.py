@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rld_lightning.data.base import as_batch
 from rld_lightning.models.complexity import clock
-from rld_lightning.watching import shown_by_lightning
+from rld_lightning.trainer_callbacks import shown_by_lightning
 
 
 class Throughput(Callback):

@@ -10,8 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from rld_lightning.hydra.cleared import note_missing_folders
 from rld_lightning.hydra.script import exit_on_user_error
+from rld_lightning.hydra.unused_folder import note_missing_folders
 from rld_lightning.runs.folder import check_folder
 
 

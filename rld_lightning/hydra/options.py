@@ -13,9 +13,9 @@ from hydra.core.plugins import Plugins
 
 from rld_lightning.errors import did_you_mean
 from rld_lightning.hydra.registered_names import known
-from rld_lightning.shipped import shipped
+from rld_lightning.package_files import package_folder
 
-CONF = shipped("conf")
+CONF = package_folder("conf")
 
 _PLUGINS = "hydra_plugins.rld_lightning_sweepers"
 _SWEEPERS: dict[str, dict[str, Any]] = {

@@ -19,11 +19,11 @@ from rld_lightning.console import print_error, print_line, quiet_lightning
 from rld_lightning.distributed import Stopped, exit_now, stop_on_signals, wait_for_rank_zero
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
-from rld_lightning.hydra.cleared import remove_unused_folder
 from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first, prepend_overrides, set_run_folder
 from rld_lightning.hydra.options import CONF, register_options
 from rld_lightning.hydra.paths import with_absolute_paths
 from rld_lightning.hydra.quoting import with_quotes
+from rld_lightning.hydra.unused_folder import remove_unused_folder
 from rld_lightning.redact import remember
 from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_yaml
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.given import check_tensor, label_hint
+from rld_lightning.losses.argument_checks import check_tensor, label_hint
 from rld_lightning.losses.ranges import Weight, check_ranges, must_be, ranges_of
 from rld_lightning.losses.rows import check_labels
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.given import check_tensor, label_hint
+from rld_lightning.losses.argument_checks import check_tensor, label_hint
 from rld_lightning.losses.numerics import bounded, standardize
 from rld_lightning.losses.ranges import check_ranges, ranges_of
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rld_lightning.models.imported import trust
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights, WeightsError
 from rld_lightning.models.weights.verify import create_fitting

@@ -12,7 +12,7 @@ from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.student import Student
 from rld_lightning.models.weights.read import HUB_WEIGHTS
-from rld_lightning.reporting.trio import read_networks, table_of
+from rld_lightning.reporting.networks import read_networks, table_of
 from rld_lightning.runs.finished import Run
 
 CHOSEN_ON_TEST = (

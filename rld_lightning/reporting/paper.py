@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 
 from rld_lightning.runs.finished import Run
-from rld_lightning.runs.likeness import affects_training
+from rld_lightning.runs.settings import affects_training
 
 TEACHER = "Teacher"
 

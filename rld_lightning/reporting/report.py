@@ -14,6 +14,7 @@ from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import duration
 from rld_lightning.errors import printable
 from rld_lightning.hydra.quoting import as_command
+from rld_lightning.package_files import script_command
 from rld_lightning.reporting.chapters import RESULTS, Chapter, Sources, cost_figure, make_chapter, make_sweep_chapter
 from rld_lightning.reporting.frame import BEST, RUN_COLUMNS, read_frame, write_csv
 from rld_lightning.reporting.known_cost import CostOf, known_cost
@@ -27,7 +28,6 @@ from rld_lightning.reporting.tables import Section, compare, sections
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, ERROR, SWEEP, read_text
 from rld_lightning.runs.finished import Found, Run
 from rld_lightning.runs.folder import check_folder
-from rld_lightning.shipped import script_command
 
 MAX_TRIALS = 100  # rows of a sweep's table on the page; the CSV has all
 ROWS_TO_FILTER = 6  # tables with more rows have a filter field

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from rld_lightning.errors import UserError, printable
 from rld_lightning.runs.checkpoint import previous_of, read_record
-from rld_lightning.runs.likeness import only_monitors
+from rld_lightning.runs.settings import only_monitors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -20,8 +20,8 @@ from rld_lightning.runs.files import (
     read_json,
     read_yaml,
 )
-from rld_lightning.runs.likeness import SEEDS, settings
 from rld_lightning.runs.naming import loss_name
+from rld_lightning.runs.settings import SEEDS, settings
 from rld_lightning.runs.summary import Summary, read_summary
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.distributed import rank_zero_only
+from rld_lightning.package_files import invocation
 from rld_lightning.redact import redact_command
 from rld_lightning.runs.files import CONFIG, ENVIRONMENT, write_json, write_yaml
-from rld_lightning.shipped import invocation
 
 _COMMAND = "RLD_LIGHTNING_COMMAND"  # environment variable for the processes of a run
 _PACKAGES = ("rld-lightning", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "timm", "numpy")

@@ -23,11 +23,11 @@ from rld_lightning.models.input_size import split_size
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.read import split_part
 from rld_lightning.module import DistillationModule
-from rld_lightning.reporting.trio import Network, table_of, write_networks
+from rld_lightning.package_files import script_command
+from rld_lightning.reporting.networks import Network, table_of, write_networks
 from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.runs.summary import Summary
-from rld_lightning.shipped import script_command
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
 from rld_lightning.tasks.run.matched_classes import read_student
 from rld_lightning.tasks.run.plan import Plan, standalone_config, with_values

@@ -32,7 +32,7 @@ from rld_lightning.models.normalisation import (
     stored_normalisation,
 )
 from rld_lightning.models.teacher.torchscript_and_onnx import OnnxTeacher
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import create_fitting

@@ -24,7 +24,7 @@ from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import OnnxNetwork, example_input, export_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
 from rld_lightning.models.student import EXPORT, Student, load_student
-from rld_lightning.models.weights.beside import HUB_CONFIG
+from rld_lightning.models.weights.companion_files import HUB_CONFIG
 from rld_lightning.models.weights.read import HUB_WEIGHTS, RUN_WEIGHTS
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.card import CHOSEN_ON_TEST, Exported, hub_config, model_card

@@ -70,7 +70,7 @@ from rld_lightning.tasks.teacher.score import measure_teacher
 from rld_lightning.tasks.teacher.training_lock import training_turn
 from rld_lightning.tasks.teacher.weights import find_teacher, is_reusable, store_teacher, train_teacher
 from rld_lightning.tracking import tracked
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 TASK = "rld_lightning.tasks.fit:fit"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.models.normalisation import Normalisation
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.reporting.logits import RunLogits
 from rld_lightning.runs.files import STUDENT

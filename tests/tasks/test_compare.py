@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rld_lightning import create_model
 from rld_lightning.errors import UserError
 from rld_lightning.reporting import report
-from rld_lightning.runs.likeness import differences
+from rld_lightning.runs.settings import differences
 from rld_lightning.tasks.cost import measure_cost
 from rld_lightning.tasks.sweep import callback as sweep
 

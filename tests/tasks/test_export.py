@@ -18,7 +18,7 @@ from rld_lightning.models import create_model
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing
 from rld_lightning.models.student import load_student
-from rld_lightning.reporting.trio import Network, read_networks, write_networks
+from rld_lightning.reporting.networks import Network, read_networks, write_networks
 from rld_lightning.tasks.export import _pictures, _sample, export, export_run
 
 options = partial(compose, name="export", resolve=False)

@@ -19,7 +19,7 @@ from wandb_workspaces.workspaces import internal as view_models
 
 from rld_lightning.errors import UserError
 from rld_lightning.losses import DKDLoss, KDLoss
-from rld_lightning.runs.likeness import flat
+from rld_lightning.runs.settings import flat
 from rld_lightning.tracking.dashboard import build_dashboard, label_of, save_dashboard, write_json
 from rld_lightning.tracking.panels import comparison_parts, tuning_part
 

@@ -20,7 +20,7 @@ from rld_lightning.data.shards.remote import join, local_path, read_bytes, write
 from rld_lightning.data.shards.samples import MOST_BYTES, Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
 from rld_lightning.limits import LARGEST_RESIZE
-from rld_lightning.shipped import script_command
+from rld_lightning.package_files import script_command
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"

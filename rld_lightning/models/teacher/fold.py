@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rld_lightning.models.teacher.whole_linear import WholeLinear
+from rld_lightning.models.teacher.full_precision_linear import FullPrecisionLinear
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
@@ -54,10 +54,10 @@ def fold_if_same(model: nn.Module, image_shape: Sequence[int]) -> tuple[nn.Modul
 
 
 class _Tracer(fx.Tracer):
-    """Does not trace into a :class:`WholeLinear`, since autocast cannot be traced."""
+    """Does not trace into a :class:`FullPrecisionLinear`, since autocast cannot be traced."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, WholeLinear) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, FullPrecisionLinear) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _count_norms(model: nn.Module) -> int:

@@ -12,9 +12,9 @@ from rld_lightning.models.normalisation import Renormalise
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.fold import fold_if_same, fuse_conv_bn
+from rld_lightning.models.teacher.full_precision_linear import FullPrecisionLinear, last_linear
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import resident
-from rld_lightning.models.teacher.whole_linear import WholeLinear, last_linear
 
 DTYPES = {
     "float32": torch.float32,
@@ -84,7 +84,7 @@ class FrozenTeacher(nn.Module):
             self.model = self.model.to(dtype=self.dtype)
         else:
             for last in filter(None, lasts):  # a changed class instead of a wrapper, so that the keys do not change
-                last.__class__ = WholeLinear
+                last.__class__ = FullPrecisionLinear
         self.exact_logits = self.dtype is None and None not in lasts
         self.renormalise = renormalise
         self.table: LogitsTable | None = None

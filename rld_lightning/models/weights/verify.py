@@ -13,7 +13,7 @@ from rld_lightning.models.factory import create_model, list_models
 from rld_lightning.models.imported import is_external
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.taps import unwrap
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.read import Weights, WeightsError
 from rld_lightning.models.weights.unpack import fitting
 

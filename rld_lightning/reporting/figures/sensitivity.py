@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rld_lightning.package_files import script_command
 from rld_lightning.reporting.figures import register_figure
 from rld_lightning.reporting.frame import write_csv
 from rld_lightning.reporting.labels import describe, short_key
 from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, PLAIN_NUMBERS, RED, save_figure, styled
 from rld_lightning.reporting.sweeps import Sweep
 from rld_lightning.reporting.tables import sections
-from rld_lightning.shipped import script_command
 
 MOST_LINES = 4  # with more, all but the best are grey
 MOST_TICKS = 10

@@ -22,7 +22,7 @@ from rld_lightning.models.factory import create_model
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.normalisation import Normalisation, published_normalisation, stored_normalisation
 from rld_lightning.models.teacher.frozen import FrozenTeacher
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.module import DistillationModule
@@ -30,7 +30,7 @@ from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.matched_classes import reorder_to_data
 from rld_lightning.tasks.run.plan import Plan, Student, completed_config, with_values
 from rld_lightning.tasks.run.trainer import make_trainer
-from rld_lightning.watching import skip_idle_hooks
+from rld_lightning.trainer_callbacks import skip_idle_hooks
 
 
 def set_up(data: ImageDataModule, *, strong_view: bool) -> None:

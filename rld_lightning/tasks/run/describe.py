@@ -10,7 +10,7 @@ from rld_lightning.hydra.resolvers import choice
 from rld_lightning.losses.base import DistillationLoss
 from rld_lightning.models.complexity import count_macs, count_parameters, is_mostly_depthwise
 from rld_lightning.module import DistillationModule
-from rld_lightning.runs.likeness import changes
+from rld_lightning.runs.settings import changes
 from rld_lightning.tasks.run.plan import Plan
 
 

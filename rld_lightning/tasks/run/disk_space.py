@@ -13,7 +13,7 @@ from rld_lightning.distributed import rank_zero_only
 from rld_lightning.module import DistillationModule
 from rld_lightning.runs.checkpoint import previous_of
 from rld_lightning.runs.files import STUDENT
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 # Bytes for metrics, curves and the like, and for the contents of checkpoints other than tensors.
 _OTHERS = 2_000_000

@@ -10,7 +10,7 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.errors import some
 from rld_lightning.models.classes import class_order, reorder_classes
 from rld_lightning.models.normalisation import Normalisation, make_renormalise, stored_normalisation
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import create_fitting

@@ -48,9 +48,9 @@ from rld_lightning.errors import UserError
 from rld_lightning.forked_processes import Process, kill, poll, send_signal, wait_for_end
 from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.hydra.script import is_trial
+from rld_lightning.package_files import package_folder
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import LAST
-from rld_lightning.shipped import shipped
 from rld_lightning.tasks.run.trainer import make_trainer
 
 POLL = 0.1  # seconds between checks of the processes while they train
@@ -101,7 +101,7 @@ def processes_to_start(trainer: DictConfig) -> int:
     if probe.num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={probe.num_nodes} needs a start on every node, by torchrun or srun: see "
-            f"{shipped('scripts') / 'slurm' / 'fit.sbatch'}, or torchrun --nnodes --nproc-per-node "
+            f"{package_folder('scripts') / 'slurm' / 'fit.sbatch'}, or torchrun --nnodes --nproc-per-node "
             "-m rld_lightning fit ... trainer=ddp."
         )
     return probe.num_devices if isinstance(probe.strategy.launcher, _SubprocessScriptLauncher) else 1

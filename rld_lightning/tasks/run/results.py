@@ -24,7 +24,7 @@ from rld_lightning.runs.metrics_csv import read_rows
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.run.plan import Plan
 from rld_lightning.tracking import wandb_facts
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 
 def summarise(plan: Plan, trainer: Trainer, module: DistillationModule, data: ImageDataModule) -> Summary:

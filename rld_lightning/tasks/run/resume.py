@@ -23,10 +23,10 @@ from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import RunRecord, checkpoint_exists, read_checkpoint, read_record
 from rld_lightning.runs.checkpoint_form import RATES
 from rld_lightning.runs.files import CONFIG, ERROR, HYDRA, LAST, LOCK, METRICS, SUMMARY, TEACHER
-from rld_lightning.runs.likeness import changes, refuse_changes, refuse_other_settings
+from rld_lightning.runs.settings import changes, refuse_changes, refuse_other_settings
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.run.plan import with_values
-from rld_lightning.watching import callbacks_of
+from rld_lightning.trainer_callbacks import callbacks_of
 
 # Settings that a run may change when it resumes after divergence.
 AGAINST_DIVERGENCE = (

@@ -15,12 +15,12 @@ from rld_lightning.data.in_memory import InMemoryDataModule
 from rld_lightning.errors import UserError, first_line, user_errors
 from rld_lightning.hydra.checks.mistakes import check, missing_option, with_value
 from rld_lightning.hydra.sweeps.sweepers import own_params
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.verify import check_fits
 from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
-from rld_lightning.runs.likeness import affects_training, canonical
+from rld_lightning.runs.settings import affects_training, canonical
 from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.checks import check_loss, check_mixtures, check_names
 from rld_lightning.tasks.run.plan import plan_student, plan_teacher, with_values

@@ -20,12 +20,12 @@ from rld_lightning.models.complexity import count_macs, count_parameters, images
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.weights.facts import read_facts
 from rld_lightning.models.weights.read import read_metadata
+from rld_lightning.package_files import invocation, script_command
 from rld_lightning.redact import redact_text
 from rld_lightning.reporting.labels import mean_and_std, short_key, short_value
 from rld_lightning.runs.files import ALONE, CURVES, ERROR, STUDENT, SUMMARY, SWEEP, TEACHER, read_text
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.runs.summary import Summary
-from rld_lightning.shipped import invocation, script_command
 from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher
 
 if TYPE_CHECKING:

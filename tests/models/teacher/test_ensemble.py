@@ -10,7 +10,7 @@ from rld_lightning.models.normalisation import Normalisation, Renormalise
 from rld_lightning.models.stages import stages_of
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.frozen import FrozenTeacher
-from rld_lightning.models.teacher.whole_linear import WholeLinear
+from rld_lightning.models.teacher.full_precision_linear import FullPrecisionLinear
 
 
 class Says(nn.Module):
@@ -51,7 +51,7 @@ def test_each_member_gets_its_own_normalisation_and_size(dtype):
         expected = (members[0](IMAGES) + members[1](seen)) / 2
     teacher = FrozenTeacher(Ensemble(members, renormalises=renormalises), dtype=dtype)
     assert teacher.exact_logits == (dtype is None)
-    assert all((type(member.fc) is WholeLinear) == (dtype is None) for member in members)
+    assert all((type(member.fc) is FullPrecisionLinear) == (dtype is None) for member in members)
     found, _ = teacher(IMAGES)
     assert found.dtype is torch.float32
     rounding = 1e-4 if dtype is None else 0.1

@@ -14,7 +14,7 @@ from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.normalisation import Normalisation, Renormalise
 from rld_lightning.models.teacher.fold import fuse_conv_bn
 from rld_lightning.models.teacher.frozen import FrozenTeacher
-from rld_lightning.models.teacher.whole_linear import last_linear
+from rld_lightning.models.teacher.full_precision_linear import last_linear
 
 
 def trained(name="resnet8", classes=10):

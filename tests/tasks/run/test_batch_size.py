@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rld_lightning.runs.likeness import changes, settings
+from rld_lightning.runs.settings import changes, settings
 from rld_lightning.tasks.run import batch_size
 from rld_lightning.tasks.run.batch_size import make_data, suitable_batch
 

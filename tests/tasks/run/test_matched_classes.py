@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rld_lightning.models.factory import create_model
-from rld_lightning.models.weights.beside import find_weights
+from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.verify import create_fitting
 from rld_lightning.tasks.run.matched_classes import reorder_to_data
 

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
-from rld_lightning.runs.likeness import differences, settings
+from rld_lightning.runs.settings import differences, settings
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit

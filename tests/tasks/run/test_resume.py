@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.checkpoint import RunRecord, add_record
-from rld_lightning.runs.likeness import settings
+from rld_lightning.runs.settings import settings
 from rld_lightning.tasks.run.checks import check_start
 from rld_lightning.tasks.run.plan import Student
 from rld_lightning.tasks.run.resume import check_folder, check_resume, find_checkpoint

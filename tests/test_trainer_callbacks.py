@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 
 from rld_lightning import CELoss, DistillationModule, create_model
 from rld_lightning.data import DigitsDataModule
-from rld_lightning.watching import callbacks_of, skip_idle_hooks
+from rld_lightning.trainer_callbacks import callbacks_of, skip_idle_hooks
 
 
 class Counts(Callback):

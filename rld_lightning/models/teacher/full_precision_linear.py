@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
-class WholeLinear(nn.Linear):
+class FullPrecisionLinear(nn.Linear):
     """A linear layer that ignores autocast: computes in the dtype of its weights, or of its input if that is wider."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ class WholeLinear(nn.Linear):
 def last_linear(model: nn.Module) -> nn.Linear | None:
     """Returns the last plain linear layer; reverts its class if the model has been a teacher before."""
     layers: list[nn.Linear] = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    plain = [layer for layer in layers if type(layer) in (nn.Linear, WholeLinear)]
+    plain = [layer for layer in layers if type(layer) in (nn.Linear, FullPrecisionLinear)]
     if not plain:
         return None
     plain[-1].__class__ = nn.Linear

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def mark(network: nn.Module) -> Tensor:
+def fingerprint(network: nn.Module) -> Tensor:
     """Sums the bits of each tensor of a network's state_dict as integers; returns one number per tensor, on the CPU.
 
     Unlike floating-point sums, these are equal on every device; a trainer moves the network to the CPU when it ends.

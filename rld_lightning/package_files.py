@@ -7,7 +7,7 @@ from shlex import quote
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def shipped(name: str) -> Path:
+def package_folder(name: str) -> Path:
     """Returns a folder that ships with the package: inside it in an installed wheel, beside it in a checkout."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
@@ -33,7 +33,7 @@ def script_command(name: str) -> str:
         ``rld-lightning predict`` in an installed wheel; ``python scripts/predict.py`` in a checkout, with the folder as
         the user wrote it if a script is running.
     """
-    scripts = shipped("scripts")
+    scripts = package_folder("scripts")
     running = Path(sys.argv[0])
     folder = running.parent if running.resolve().parent == scripts else Path("scripts")
     return " ".join(["rld-lightning", name] if scripts.parent == _PACKAGE else ["python", quote(f"{folder / name}.py")])

@@ -29,7 +29,7 @@ _TRIAL_MODULES = (
 _LOCAL_LAUNCHERS = ("BasicLauncher", "SideBySideLauncher")  # launchers that start trials on this machine
 
 
-class Later(Callback):
+class SweepOnly(Callback):
     """Checks the config, and creates the callback of sweeps, whose imports take seconds, only for a sweep.
 
     Args:

@@ -4,7 +4,7 @@ import pytest
 from helpers.configs import compose
 from omegaconf import OmegaConf
 
-from rld_lightning.runs.likeness import affects_training, canonical, changes, differences, settings
+from rld_lightning.runs.settings import affects_training, canonical, changes, differences, settings
 
 DEFAULT = ("recipe=quick", "trainer.precision=32-true")
 EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.99}"

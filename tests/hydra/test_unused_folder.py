@@ -3,7 +3,7 @@
 import pytest
 from filelock import FileLock
 
-from rld_lightning.hydra.cleared import note_missing_folders, remove_unused_folder
+from rld_lightning.hydra.unused_folder import note_missing_folders, remove_unused_folder
 
 
 def prepare(folder):
