@@ -30,7 +30,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
             "--teacher",
             type=Path,
             metavar="PATH",
-            help="the teacher's weights, if they have moved: a folder of a run or an export, or a file",
+            help="the teacher's weights, if they have moved: the directory of a run or an export, or a file",
         )
         command.add_argument("--data", type=Path, metavar="FOLDER", help="the data, if it has moved")
     figure.add_options(command)

@@ -55,7 +55,7 @@ def expand_combined_loss(arguments: list[str]) -> list[str]:
 
 
 def set_run_folder(arguments: Sequence[str]) -> list[str]:
-    """Makes ``paths.run=`` Hydra's run folder, so that it creates no other one. A sweep has a folder for each run."""
+    """Makes ``paths.run=`` Hydra's run directory, so that it creates no other. A sweep has one for each run."""
     if SWEEP & {*arguments} or any(argument.startswith("hydra.run.dir=") for argument in arguments):
         return list(arguments)
     return [re.sub("^paths.run=", "hydra.run.dir=", argument) for argument in arguments]

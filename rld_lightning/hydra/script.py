@@ -180,7 +180,7 @@ def _explain(text: str, config_name: str) -> None:
         r"^(?:FileExists|FileNotFound|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", text, re.MULTILINE
     ):
         _discard_held()
-        raise UserError(f"the run's folder cannot be made, {match[1]}; choose another (hydra.run.dir, paths.runs).")
+        raise UserError(f"the run directory cannot be made, {match[1]}; choose another (hydra.run.dir, paths.runs).")
 
 
 def _discard_held() -> None:

@@ -41,7 +41,7 @@ def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
                 raise ValueError("something in its files is of another kind")
             runs.append(run)
         except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
-            found.broken.append((run.folder, f"is not the folder of a run: {error!r}"))
+            found.broken.append((run.folder, f"is not a run directory: {error!r}"))
     return runs_frame(runs), found._replace(runs=runs)
 
 

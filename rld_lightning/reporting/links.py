@@ -1,4 +1,4 @@
-"""Links of a report: to a run's folder, its W&B page, and the papers of published numbers."""
+"""Links of a report: to a run directory, its W&B page, and the papers of published numbers."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from rld_lightning.runs.files import WANDB_RUN, read_json
 
 
 def folder_link(folder: Path, page: Path) -> str:
-    """A link to a run's folder, relative to the page, so that both can be moved together."""
+    """A link to a run directory, relative to the page, so that both can be moved together."""
     try:
         return quote(Path(os.path.relpath(folder.resolve(), page.resolve())).as_posix() + "/")
     except ValueError:  # another drive

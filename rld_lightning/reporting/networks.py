@@ -57,7 +57,7 @@ def table_of(networks: Sequence[Network]) -> tuple[tuple[str, ...], list[tuple[s
 
 
 def write_networks(run: Path, networks: Sequence[Network]) -> None:
-    """Writes ``networks.json`` in the run's folder."""
+    """Writes ``networks.json`` in the run directory."""
     write_json(run / NETWORKS, [asdict(network) for network in networks])
 
 

@@ -62,7 +62,7 @@ def write_report(
     latex: bool = False,
     pictures: Sequence[str] = (),
 ) -> ReportFiles:
-    """Reads run folders and writes ``report.html`` (self-contained), ``report.md`` with ``figures/``, and CSV files.
+    """Reads run directories; writes ``report.html`` (self-contained), ``report.md`` with ``figures/`` and CSV files.
 
     Args:
         folders: searched for finished runs at any depth; runs that cannot be read are listed and skipped.

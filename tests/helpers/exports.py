@@ -1,4 +1,4 @@
-"""Run folders with a student, and small ONNX files, without training or exporting."""
+"""Run directories with a student, and small ONNX files, without training or exporting."""
 
 import numpy as np
 import torch

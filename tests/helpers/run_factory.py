@@ -43,7 +43,7 @@ def write_run(
     finished: bool = True,
     error: str | None = None,
 ) -> Path:
-    """Writes the folder of a run.
+    """Writes a run directory.
 
     Args:
         folder: created if missing.

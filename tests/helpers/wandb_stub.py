@@ -83,7 +83,7 @@ def serving(behaviour: str, after: dict[str, str] | None = None) -> Iterator[Ser
 
 
 def read_run(folder) -> list[Record]:
-    """The records of the only W&B run in a run folder."""
+    """The records of the only W&B run in a run directory."""
     (path,) = folder.glob("wandb/*run-*/run-*.wandb")
     return read_file(path)
 

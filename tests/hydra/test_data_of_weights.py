@@ -42,7 +42,7 @@ def test_other_files_are_left_to_the_script(tmp_path):
 
 @pytest.fixture
 def folder_run(tmp_path):
-    """Creates the folder of a run on a folder of images, with changed or added settings."""
+    """Creates a run directory on a folder of images, with changed or added settings."""
 
     def write(target="ImageFolderDataModule", **settings):
         (tmp_path / "photos of=mine").mkdir(exist_ok=True)

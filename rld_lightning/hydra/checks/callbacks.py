@@ -45,7 +45,7 @@ def _faults(key: str, node: Mapping[str, Any]) -> Iterator[str]:
     if option := _FINDERS.get(kind):
         yield (
             f"{key}: {kind} changes an attribute of the module while it tries values, but {option} is part of the "
-            f"configuration, on which schedules and run folders rely; sweep over some values instead: -m {option}=..."
+            f"configuration, on which schedules and run directories rely; sweep over values instead: -m {option}=..."
         )
     monitor = node.get("monitor")
     if isinstance(monitor, str) and monitor not in LOGGED and not re.fullmatch(_OTHERS, monitor):

@@ -28,7 +28,7 @@ from rld_lightning.hydra.checks.value_kinds import (
 )
 from rld_lightning.limits import LARGEST_RESIZE, LARGEST_SIDE, SEEDS
 
-_WEIGHTS = "the folder of a run or of an export, student.safetensors, or a checkpoint"
+_WEIGHTS = "the directory of a run or of an export, student.safetensors, or a checkpoint"
 _SEED = whole(0, SEEDS - 1)
 _CLASS = Kind(
     "the import path of a class", lambda value: isinstance(value, str) and bool(re.fullmatch(r"\w+(\.\w+)+", value))

@@ -97,7 +97,7 @@ def rld_of(run: Run) -> RLDLoss | None:
     """The RLD loss of a run, alone or as a part of its loss; None if it has none.
 
     Raises:
-        ValueError: the class named RLD in the run's folder is not this package's.
+        ValueError: the class named RLD in the run directory is not this package's.
     """
     settings = run.config["loss"]
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):

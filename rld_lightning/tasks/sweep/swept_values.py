@@ -109,7 +109,7 @@ def _check_trial(cfg: DictConfig) -> None:
         student = plan_student(cfg.model.student)
         check_names(student, teacher if loss.needs_teacher else None)
         if (checkpoint := find_checkpoint(cfg.resume)) is not None and not checkpoint_exists(Path(checkpoint)):
-            raise FileNotFoundError(f"resume={checkpoint} does not exist; give the folder of a run, or omit resume.")
+            raise FileNotFoundError(f"resume={checkpoint} does not exist; give a run directory, or omit resume.")
         settings = with_values(cfg, {"paths.run": cfg.paths.runs}).data  # trials get their directories later
         data = make_data(settings)
         check_mixtures(loss, data)

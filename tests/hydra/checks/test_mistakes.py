@@ -198,7 +198,7 @@ VALUES = {
     ),
     "callbacks.checkpoint_best.monitor=val/acc": r"checkpoint_best\.monitor=val/acc is not logged",
     "+callbacks.lr={_target_:lightning.pytorch.callbacks.LearningRateFinder}": (
-        r"LearningRateFinder changes an attribute .* sweep over some values instead: -m recipe\.optimizer\.lr="
+        r"LearningRateFinder changes an attribute .* sweep over values instead: -m recipe\.optimizer\.lr="
     ),
     "+callbacks.bs={_target_:lightning.pytorch.callbacks.BatchSizeFinder}": r"BatchSizeFinder .* -m recipe\.batch_s",
     # paths, seed, resume
@@ -263,7 +263,7 @@ OTHER_GROUPS = {
     ("logger=wandb", "logger.wandb.init_timeout=0"): r"logger\.wandb\.init_timeout=0 .* a number > 0",
     ("eval", "split=train"): r"split=train .* test or val",
     ("eval", "split=test"): r"weights has no value; add weights=\.\.\. to the command",
-    ("eval", "weights=3"): r"weights=3 .* such as the folder of a run or of an export, student\.safetensors",
+    ("eval", "weights=3"): r"weights=3 .* such as the directory of a run or of an export, student\.safetensors",
     ("eval", "weights=x name=20"): r"name=20 .* a text, or null",
     ("eval", "weights=x data.val_fraction=2"): r"data\.val_fraction=2 .* >= 0 and < 1",
 }  # fmt: skip
