@@ -5,6 +5,7 @@ import time
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rld_lightning.models.taps import evaluation_mode, unwrap
 
@@ -25,8 +26,8 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
 
     Convolutions, matrix products and attention count, as in published tables; normalisation, activations and pooling do
     not. Runs one forward pass of zeros on the model's device and dtype, without changing training modes, statistics,
-    gradients or the random state; and without PyTorch's fast path for :class:`torch.nn.MultiheadAttention`, whose one
-    operation is not counted.
+    gradients or the random state. Attention runs as matrix products: PyTorch does not count the fast path of
+    :class:`torch.nn.MultiheadAttention` nor, in torch 2.11, its fused attention on a CPU.
 
     Args:
         model: any network that takes one batch of images.
@@ -44,7 +45,7 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluation_mode(model), torch.no_grad(), counter:
+        with evaluation_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
