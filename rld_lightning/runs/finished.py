@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> "pd.DataFrame":
-        """:func:`read_metrics` of the run directory."""
+        """The table of :func:`~rld_lightning.runs.metrics_csv.read_metrics`."""
         from rld_lightning.runs.metrics_csv import read_metrics  # importing pandas takes a second
 
         return read_metrics(self.folder)

@@ -51,7 +51,7 @@ def find_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def _metadata_of_hub(path: Path) -> dict[str, str]:
-    """Converts timm's ``config.json`` to the keys of :class:`WeightsFacts`, which checks the values later."""
+    """Converts timm's ``config.json`` to the keys of ``WeightsFacts``, which checks the values later."""
     try:
         if path.stat().st_size > _MOST_CONFIG:
             raise ValueError(f"more than {_MOST_CONFIG:,} bytes")
