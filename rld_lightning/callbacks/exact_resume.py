@@ -51,12 +51,13 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self.start_step: int | None = None
-        self._earlier, self._since = 0.0, time.monotonic()
+        self._earlier = 0.0
+        self._since: float | None = None  # when training started
 
     @property
     def seconds(self) -> float:
         """Training time in seconds, including the time before a resume."""
-        return self._earlier + time.monotonic() - self._since
+        return self._earlier + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the training time."""

@@ -24,6 +24,7 @@ from rld_lightning.callbacks import (
 )
 from rld_lightning.callbacks.exact_resume import has_stopped_early
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.trainer_callbacks import callbacks_of
 
 BATCHES = 6  # an epoch
 SCHEDULES = {
@@ -182,6 +183,8 @@ def test_averaged_weights_are_resumed_and_are_the_final_weights(tmp_path, averag
     last, copy = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path, tmp_path / "again"))
     assert equal(copy["current_model_state"], last["current_model_state"])
     assert not equal(last["state_dict"], last["current_model_state"])
+    (clock,) = callbacks_of(again[0], ExactResume)
+    assert clock.seconds == clock.seconds > 0  # that of the first runs: nothing was trained
 
 
 @pytest.mark.slow
