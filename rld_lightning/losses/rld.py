@@ -47,7 +47,7 @@ def rld_loss(
         MCD = T^2 KL( softmax over k not in M of t / T || softmax over k not in M of s / T ),  M = {k : t_k >= t_y}
 
     If fewer than two classes of a sample are outside M, its MCD and the gradient are exactly 0; the sample still counts
-    in the average. If Tc = T and the teacher is right on every sample, this is DKD.
+    in the average. If Tc = T, M is M_ge and the teacher ranks the true class alone first in every sample, this is DKD.
 
     Args:
         alpha: weight of SCD.
