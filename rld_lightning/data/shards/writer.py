@@ -72,7 +72,8 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
     store, place = open_store(target, options) if folder is None else (fsspec.filesystem("file"), str(folder))
     _clear(store, place, splits, target)
-    store.pipe_file(join(place, PACKING), b"")
+    with store_errors(target):
+        store.pipe_file(join(place, PACKING), b"")
     listings: dict[str, list[Listing]] = {split: [] for split in splits}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary) if folder is None else folder
@@ -93,7 +94,8 @@ def pack(
                     writer.write(sample)
     index = _index(name, class_names, listings, look)
     index.write(target, options)
-    store.rm_file(join(place, PACKING))
+    with suppress(OSError), store_errors(target):  # some may write to a store, and not delete
+        store.rm_file(join(place, PACKING))
     return index
 
 
@@ -109,8 +111,9 @@ def _clear(store: AbstractFileSystem, place: str, splits: Iterable[str], target:
     shards = [path for name, path in found.items() if re.fullmatch(rf"({'|'.join(splits)})-\d{{6,}}\.tar", name)]
     if INDEX_FILE in found or (shards and PACKING not in found):
         raise ValueError(f"{target} holds shards already; choose another place, nothing is overwritten.")
-    for path in shards:
-        store.rm_file(path)
+    with store_errors(target):
+        for path in shards:
+            store.rm_file(path)
 
 
 def index_shards(
