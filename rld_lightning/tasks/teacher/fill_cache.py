@@ -40,7 +40,9 @@ class FillAhead(Callback):
         """Fills the table; callbacks that check the checkpoint run before."""
         of_step = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        fill_table(pl_module.teacher, vars(trainer)["datamodule"], trainer)
+        # A teacher that is compiled for training steps would be compiled again for these batches.
+        with torch.compiler.set_stance("force_eager"):
+            fill_table(pl_module.teacher, vars(trainer)["datamodule"], trainer)
         torch.set_num_threads(of_step)
         pl_module.teacher.place(trainer.strategy.root_device)
 

@@ -15,7 +15,7 @@ from rld_lightning import FrozenTeacher, create_model
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import ResidentTable
-from rld_lightning.tasks.teacher.fill_cache import _missing, fill_table
+from rld_lightning.tasks.teacher.fill_cache import FillAhead, _missing, fill_table
 
 
 class SmallDigits(DigitsDataModule):
@@ -55,6 +55,19 @@ def test_filled_logits_equal_those_of_a_step(tmp_path, precision, dtype, capsys)
     # bfloat16 rounds at every layer, and sums of other batches round to the other side now and then.
     close = {"rtol": 1e-5, "atol": 1e-5} if precision is None else {"rtol": 0.02, "atol": 0.05}
     assert_close(looked_up, live, **close)
+
+
+def test_filling_does_not_compile_a_compiled_teacher(tmp_path):
+    def backend(graph, inputs):
+        raise AssertionError("compiled")
+
+    data = ready(SmallDigits(val_fraction=0.2))
+    teacher = teacher_with(tmp_path / "table", data)
+    teacher.model.compile(backend=backend)
+    run = trainer()
+    run.datamodule = data
+    FillAhead().on_fit_start(run, SimpleNamespace(teacher=teacher))
+    assert teacher.table.known(data.views_of(slice(0, data.train_size))).all()
 
 
 def test_filling_resumes_after_an_interruption_and_skips_known_rows(tmp_path, monkeypatch, capsys):
