@@ -20,7 +20,7 @@ from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext, cross_entropy
 from rld_lightning.losses.graph import last_warmup, why_no_graph
 from rld_lightning.metrics import EpochMeans, counts, term_shares, top_k_percent
-from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.models.compiled import CompiledCall
 from rld_lightning.models.fingerprint import fingerprint
 from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.taps import forward_with_taps
@@ -89,7 +89,8 @@ class DistillationModule(LightningModule):
         # Loggers get these with the rest of the run's configuration.
         self.save_hyperparameters({"num_classes": num_classes, **(info or {})}, logger=False)
         self.student = student
-        self.compiled: CompiledForward | None = None  # replaces the student in training steps
+        self.compiled: CompiledCall | None = None  # replaces the student in training steps
+        self.compiled_scores: CompiledCall | None = None  # replaces `scores_of_logits` after the loss's warm-up
         self.loss = loss
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [f"loss.{name}" for name in loss.own_buffers]
@@ -172,20 +173,38 @@ class DistillationModule(LightningModule):
         second_view = batch.strong if self.loss.needs_strong_view else None
         strong = (None, None) if second_view is None else self._outputs(second_view)
         step = StepContext(student, teacher, batch.label, batch.index, epoch, *strong)
-        terms = self.loss(step)
-        if batch.other is not None:
-            other = replace(step, label=batch.other.label)
-            terms = mixed_terms(terms, self.loss(other), batch.other.share)
-            # Accuracy, statistics and callbacks use the class that covers most of each image.
-            step = step if batch.other.share >= 0.5 else other
+        if self.compiled_scores is not None and batch.other is None and epoch >= last_warmup(self.loss):
+            values = self.compiled_scores(student.logits, None if teacher is None else teacher.logits, batch.label)
+        else:
+            terms = self.loss(step)
+            if batch.other is not None:
+                other = replace(step, label=batch.other.label)
+                terms = mixed_terms(terms, self.loss(other), batch.other.share)
+                # Accuracy, statistics and callbacks use the class that covers most of each image.
+                step = step if batch.other.share >= 0.5 else other
+            values = self._scores(step, terms)
+        values = values | {"student_logits": student.logits, "label": step.label}
+        return values if teacher is None else values | {"teacher_logits": teacher.logits}
+
+    def _scores(self, step: StepContext, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the total loss, its terms, the loss's statistics and the accuracies by name, and their ``counts``."""
         with torch.no_grad():
             statistics = {f"stats/{name}": value for name, value in self.loss.statistics(step).items()}
-            accuracy = self._accuracy("train", student.logits, step.label)
+            accuracy = self._accuracy("train", step.student.logits, step.label)
         total = torch.stack(list(terms.values())).sum()
         values = {f"train/{name}": value for name, value in {"loss": total, **terms}.items()} | statistics | accuracy
-        values["counted"] = counts([values[name] for name in _averaged_names(values)], len(step.label))
-        values |= {"student_logits": student.logits, "label": step.label}
-        return values if teacher is None else values | {"teacher_logits": teacher.logits}
+        return values | {"counted": counts([values[name] for name in _averaged_names(values)], len(step.label))}
+
+    def scores_of_logits(self, student: Tensor, teacher: Tensor | None, label: Tensor) -> dict[str, Tensor]:
+        """Computes the scores of a batch after the loss's warm-up, for compiling; only for a loss of logits and labels.
+
+        Args:
+            student: logits ``(B, C)``.
+            teacher: the teacher's, if the loss needs them.
+            label: ``(B,)``.
+        """
+        step = StepContext(ModelOutput(student), None if teacher is None else ModelOutput(teacher), label)
+        return self._scores(step, self.loss(step))
 
     def _captured_values(self, batch: Batch) -> dict[str, Tensor]:
         """Runs the captured step: :meth:`_step_values` and the backward pass."""

@@ -18,7 +18,7 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
 from rld_lightning.losses.graph import why_no_graph
-from rld_lightning.models.compiled import CompiledForward
+from rld_lightning.models.compiled import CompiledCall
 from rld_lightning.optimizer_step import fused
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
@@ -85,13 +85,24 @@ def test_a_captured_run_equals_an_uncaptured_one(tmp_path, loss, options):
 
 
 @pytest.mark.slow
-def test_a_compiled_student_is_captured(tmp_path):
-    jobs = [module(capture=capture) for capture in (False, True)]
+def test_a_compiled_step_is_captured(tmp_path):
+    jobs = [module(RLDLoss(warmup_epochs=2), capture=capture) for capture in (False, True)]
     for job in jobs:
-        job.compiled = CompiledForward(job.student, 128)
-    plain, captured = (fit(job, tmp_path, max_epochs=2) for job in jobs)
-    assert all(job.compiled.compiled is not None for job in jobs)
+        job.compiled = CompiledCall(job.student, 128, "student")
+        job.compiled_scores = CompiledCall(job.scores_of_logits, 128, "loss")
+    plain, captured = (fit(job, tmp_path, max_epochs=3) for job in jobs)
+    assert all(job.compiled.compiled is not None and job.compiled_scores.compiled is not None for job in jobs)
     assert_same(plain, captured, *jobs)
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_differs_by_rounding(tmp_path):
+    job, twin = (module(RLDLoss(warmup_epochs=2)) for _ in range(2))
+    twin.compiled_scores = CompiledCall(twin.scores_of_logits, 128, "loss")
+    (_, plain), (_, compiled) = (fit(each, tmp_path, max_epochs=3) for each in (job, twin))
+    assert plain[:12] == compiled[:12]  # the first epoch's steps
+    assert plain != compiled
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-3, atol=1e-2)
 
 
 def test_the_step_is_captured_again_if_its_epoch_or_shapes_change(monkeypatch, tmp_path):

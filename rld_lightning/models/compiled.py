@@ -1,52 +1,54 @@
-"""The student's forward pass in training, compiled for one batch size."""
+"""Functions of a training step, compiled for one batch size."""
 
 import copy
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rld_lightning.console import print_line
 from rld_lightning.errors import first_line
 
 
-class CompiledForward:
-    """Calls the compiled network for batches of one size, and the uncompiled network for all others.
+class CompiledCall:
+    """Calls the compiled function for batches of one size, and the uncompiled function for all others.
 
-    So the last, smaller batch of an epoch triggers no recompilation and no dynamic shapes, and validation, export,
-    weight averages and checkpoints still use the plain network. It is compiled at the first call. If that fails, a
-    line is printed and the uncompiled network is used from then on.
+    So the last, smaller batch of an epoch triggers no recompilation and no dynamic shapes, and a network's validation,
+    export, weight averages and checkpoints still use the plain network. It is compiled at the first call. If that
+    fails, a line is printed and the uncompiled function is used from then on.
 
     Args:
-        network: maps ``(B, C, H, W)`` images to logits.
+        function: a network, or any function whose first argument is a tensor with B rows.
         size: B of the batches to compile for.
+        name: the function's name in a printed line.
     """
 
-    def __init__(self, network: nn.Module, size: int) -> None:
-        self.network, self.size = network, size
-        self.compiled: Any = torch.compile(network, dynamic=False)
+    def __init__(self, function: Callable[..., Any], size: int, name: str) -> None:
+        self.function, self.size, self.name = function, size, name
+        self.compiled: Any = torch.compile(function, dynamic=False)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Returns the logits ``(B, K)``."""
-        if self.compiled is None or len(images) != self.size:
-            return self.network(images)
+    def __call__(self, rows: Tensor, *others: Tensor | None) -> Any:
+        """Returns the function's result."""
+        if self.compiled is None or len(rows) != self.size:
+            return self.function(rows, *others)
         try:
-            return self.compiled(images)
+            return self.compiled(rows, *others)
         except Exception as error:
             from torch._dynamo.exc import TorchDynamoException  # a slow import, done already by compiling
 
             if not isinstance(error, TorchDynamoException):
                 raise
             self.compiled = None  # compiling failed, so nothing has run yet
-            print_line("compile", f"off: {type(self.network).__name__} cannot be compiled: {first_line(error)}")
-            return self.network(images)
+            print_line("compile", f"off: {self.name} cannot be compiled: {first_line(error)}")
+            return self.function(rows, *others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Wraps the copy of the network, not this one."""
-        return type(self)(copy.deepcopy(self.network, memo), self.size)
+        """Wraps the copy of the function, not this one."""
+        return type(self)(copy.deepcopy(self.function, memo), self.size, self.name)
 
 
 def compile_error(device: torch.device) -> str:

@@ -63,6 +63,7 @@ def test_the_student_file_has_the_runs_accuracy(first):
         ["model.teacher.cache=fill"],
         ["model.teacher.cache=false", "model.capture=false"],
         ["model.teacher.cache=false", "model.compile=true"],
+        ["model.teacher.cache=fill", "model.compile=true", "loss=dkd"],
         ["trainer.precision=32-true", "trainer.gradient_clip_val=1.0"],
         ["trainer.precision=16-mixed"],
         ["trainer.accumulate_grad_batches=2", "loss=dkd"],

@@ -7,15 +7,19 @@ from lightning.pytorch import Trainer
 from rld_lightning.console import print_line
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.losses.base import DistillationLoss
-from rld_lightning.models.compiled import CompiledForward, compile_error
+from rld_lightning.losses.graph import why_no_graph
+from rld_lightning.models.compiled import CompiledCall, compile_error
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.plan import Plan
 
-# Multiply-accumulates of the student's steps from which compiling, about a minute, pays off: a compiled step takes 0.7
-# (resnet8) to 0.87 (wrn16_2) of the time, and a core does 5e10 to 1.5e11 per second.
-_WORTH = 1e14
+# Multiply-accumulates of the student's steps from which compiling, about a minute, pays off on a CPU: a compiled step
+# takes 0.7 (resnet8) to 0.87 (wrn16_2) of the time, and a core does 5e10 to 1.5e11 per second.
+_MACS_ON_CPU = 1e14
+# Steps from which it does on a GPU: on an H200 it takes 20 s and saves 0.26 ms of a step of wrn16_2, a short one.
+_STEPS_ON_GPU = 150_000
+_LOGITS_ON_CPU = 2**15  # of a batch, up to which compiled losses are faster on a CPU
 
 
 def fold_teacher(teacher: FrozenTeacher, loss: DistillationLoss, data: ImageDataModule) -> None:
@@ -27,20 +31,19 @@ def fold_teacher(teacher: FrozenTeacher, loss: DistillationLoss, data: ImageData
 
 
 def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
-    """Compiles training steps if requested, and prints a line.
+    """Compiles the student, the teacher and the loss in training steps if requested, and prints a line.
 
-    With ``auto``, compiles the student's steps on a CPU if the run is long enough.
+    With ``auto``, compiles the student and the loss, if the run is long enough.
 
     Raises:
         ValueError: it is requested, and this machine cannot compile.
     """
-    device, auto = trainer.strategy.root_device, plan.compile == "auto"
+    if not plan.compile:
+        return
+    device, auto, loss = trainer.strategy.root_device, plan.compile == "auto", module.loss
     # hooks, of taps or of a sharded teacher, would make a compiled network run eagerly
-    of_student = plan.compile and not module.loss.student_taps
-    of_teacher = plan.compile is True and module.teacher is not None and not module.loss.teacher_taps
-    if auto and of_student:
-        work = 3 * count_macs(module.student, data.image_shape) * images_to_train(data, trainer) / trainer.world_size
-        of_student = device.type == "cpu" and work >= _WORTH
+    of_student = not loss.student_taps and (not auto or _is_long(module, data, trainer))
+    of_teacher = module.teacher is not None and not (auto or loss.teacher_taps or module.teacher.shard)
     if not (of_student or of_teacher):
         return
     if reason := compile_error(device):
@@ -48,12 +51,28 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
             raise ValueError(f"model.compile=true: nothing can be compiled here ({reason}); set model.compile=false.")
         print_line("compile", f"off: nothing can be compiled here ({reason})")
         return
+    size, parts = data.batch_size // trainer.world_size, []
     if of_student:
-        module.compiled = CompiledForward(module.student, data.batch_size // trainer.world_size)
-    if of_teacher and module.teacher is not None and not module.teacher.shard:
+        parts.append("student")
+        module.compiled = CompiledCall(module.student, size, type(module.student).__name__)
+    if of_teacher and module.teacher is not None:
+        parts.append("teacher")
         module.teacher.model.compile()
-    what = " and ".join(["student"] * bool(of_student) + ["teacher"] * bool(of_teacher))
-    print_line("compile", f"the {what} in training steps, which takes about a minute at the first one")
+    # A loss that can be captured is a function of logits and labels.
+    small = device.type != "cpu" or size * data.num_classes <= _LOGITS_ON_CPU
+    if of_student and small and not why_no_graph(loss):
+        parts.append("loss")
+        module.compiled_scores = CompiledCall(module.scores_of_logits, size, type(loss).__name__)
+    print_line("compile", f"{', '.join(parts)} in training steps, which takes up to a minute in the first ones")
+
+
+def _is_long(module: DistillationModule, data: ImageDataModule, trainer: Trainer) -> bool:
+    """Returns whether compiling the student's steps takes less time than it saves."""
+    device, images = trainer.strategy.root_device, images_to_train(data, trainer)
+    if device.type == "cuda":
+        return images / data.batch_size >= _STEPS_ON_GPU
+    macs = 3 * count_macs(module.student, data.image_shape) * images / trainer.world_size
+    return device.type == "cpu" and macs >= _MACS_ON_CPU
 
 
 def images_to_train(data: ImageDataModule, trainer: Trainer) -> float:

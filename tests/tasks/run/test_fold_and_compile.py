@@ -8,13 +8,15 @@ import torch
 from helpers.plans import make_plan
 from torch import nn
 
-from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, create_model
+from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLDLoss, create_model
+from rld_lightning.data import Batch
+from rld_lightning.losses import CTKDLoss, WTTMLoss
 from rld_lightning.losses.features import ATLoss
-from rld_lightning.models.compiled import CompiledForward, compile_error
+from rld_lightning.models.compiled import CompiledCall, compile_error
 from rld_lightning.tasks.run import fold_and_compile as speed
 from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_train
 
-DATA = SimpleNamespace(image_shape=(3, 32, 32), train_size=50_000, batch_size=64)
+DATA = SimpleNamespace(image_shape=(3, 32, 32), train_size=50_000, batch_size=64, num_classes=9)
 
 
 def trainer_of(epochs=240, device="cpu", **options):
@@ -43,16 +45,45 @@ def test_images_are_counted_over_the_whole_run(trainer, images):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "compiled"), [(trainer_of(240), True), (trainer_of(10), False), (trainer_of(240, "cuda"), False)]
+    ("trainer", "compiled"),
+    [
+        (trainer_of(240), True),
+        (trainer_of(10), False),
+        (trainer_of(240, "cuda"), True),
+        (trainer_of(100, "cuda"), False),
+        (trainer_of(240, "mps"), False),
+    ],
 )
-def test_auto_compiles_the_student_in_long_runs_on_a_cpu(trainer, compiled, tmp_path, monkeypatch, capsys):
+def test_auto_compiles_student_and_loss_in_long_runs(trainer, compiled, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "compile_error", lambda device: "")
-    monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     module = module_of()
     compile_steps(module, make_plan(tmp_path, compile="auto"), DATA, trainer)
     assert (module.compiled is not None) == compiled
+    assert (module.compiled_scores is not None) == compiled
     assert module.teacher.model._compiled_call_impl is None
-    assert ("the student in training steps" in capsys.readouterr().out) == compiled
+    assert ("student, loss in training steps" in capsys.readouterr().out) == compiled
+
+
+@pytest.mark.parametrize(
+    ("loss", "device", "classes", "compiled"),
+    [
+        (KDLoss(), "cpu", 100, True),
+        (KDLoss(), "cpu", 21_841, False),
+        (KDLoss(), "cuda", 21_841, True),
+        (WTTMLoss(), "cuda", 100, True),
+        (CTKDLoss(), "cuda", 100, False),
+    ],
+    ids=["kd", "many classes", "many classes on a GPU", "wttm", "ctkd"],
+)
+def test_only_losses_of_few_logits_and_no_parameters_are_compiled(
+    loss, device, classes, compiled, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(speed, "compile_error", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    module, data = module_of(loss), SimpleNamespace(**vars(DATA) | {"num_classes": classes})
+    compile_steps(module, make_plan(tmp_path, compile=True), data, trainer_of(1, device))
+    assert (module.compiled_scores is not None) == compiled
 
 
 def test_without_a_compiler_auto_continues_with_one_line_and_true_is_refused(tmp_path, monkeypatch, capsys):
@@ -121,12 +152,35 @@ def backend(monkeypatch):
 
 def test_batches_of_another_size_compile_nothing(backend):
     student = create_model("resnet8").train()
-    forward, images = CompiledForward(student, 4), torch.randn(4, 3, 32, 32)
+    forward, images = CompiledCall(student, 4, "Student"), torch.randn(4, 3, 32, 32)
     for size in (4, 3, 4, 2):
         assert forward(images[:size]).shape == (size, 100)
     assert len(backend) == 1
     assert student._compiled_call_impl is None
     assert list(student.state_dict()) == list(create_model("resnet8").state_dict())
+
+
+@pytest.mark.parametrize("loss", [RLDLoss(warmup_epochs=2), CELoss()], ids=["rld", "ce"])
+def test_scores_are_compiled_for_whole_batches_after_the_warmup(loss, backend):
+    module, generator = module_of(loss, teacher=loss.needs_teacher), torch.Generator().manual_seed(0)
+    module.compiled_scores = CompiledCall(module.scores_of_logits, 4, "RLDLoss")
+    compiled = []
+    for epoch, size in [(1, 4), (2, 4), (2, 3), (3, 4)]:
+        images = torch.randn(size, 3, 32, 32, generator=generator)
+        batch = Batch(images, torch.arange(size), torch.arange(size))
+        values, again = module._step_values(batch, epoch), uncompiled(module)._step_values(batch, epoch)
+        assert values.keys() == again.keys()
+        for name, value in again.items():
+            torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        compiled.append(len(backend))
+    first = 1 if loss.needs_teacher else 0  # cross-entropy has no warm-up
+    assert [bool(count) for count in compiled] == [not first, True, True, True]
+
+
+def uncompiled(module):
+    twin = deepcopy(module)
+    twin.compiled_scores = None
+    return twin
 
 
 def test_compile_error_falls_back_to_eager(monkeypatch, capsys):
@@ -138,10 +192,10 @@ def test_compile_error_falls_back_to_eager(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend=fail, **options))
     student = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    forward, images = CompiledForward(student, 4), torch.randn(4, 3, 2, 2)
+    forward, images = CompiledCall(student, 4, "Student"), torch.randn(4, 3, 2, 2)
     for _ in range(2):
         torch.testing.assert_close(forward(images), student(images))
-    assert capsys.readouterr().out.count("Sequential cannot be compiled") == 1
+    assert capsys.readouterr().out.count("Student cannot be compiled") == 1
 
 
 @pytest.mark.slow
@@ -151,7 +205,7 @@ def test_two_views_of_a_step_have_their_gradients(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend="aot_eager", **options))
     student = create_model("resnet8").double().train()
     twin, views = deepcopy(student), torch.randn(2, 4, 3, 32, 32).double()
-    for forward, network in ((CompiledForward(student, 4), student), (twin, twin)):
+    for forward, network in ((CompiledCall(student, 4, "Student"), student), (twin, twin)):
         (forward(views[0]).square().mean() + forward(views[1]).abs().mean()).backward()
         assert network.conv1.weight.grad is not None
     for ours, theirs in zip(student.parameters(), twin.parameters(), strict=True):
