@@ -68,15 +68,15 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     table = table.file if isinstance(table, ResidentTable) else table
     teacher.use_table(table)
     started, computed = time.monotonic(), 0
-    writing: deque[Future[Tensor]] = deque()
+    writing: deque[Future[None]] = deque()
     # Leaving the block waits for pending writes, whatever the reason.
     with _progress(data.train_size) as advance, ThreadPoolExecutor(1) as writer:
         for view in _batches(_missing(table, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
-            batch = data.look_at(view.to(device))
-            assert batch.view is not None  # the data's views are counted
+            batch = data.look_at(_queue_copy(view, device))
             with precision.forward_context():
                 logits, _ = teacher(precision.convert_input(batch.images))
-            writing.append(writer.submit(table.write, batch.view, logits, batch.label))
+            logits, label = (_queue_copy(values, torch.device("cpu")) for values in (logits, batch.label))
+            writing.append(writer.submit(_write, table, view, logits, label, _end_of_queue(device)))
             computed += len(view)
             if len(writing) > _AHEAD:
                 writing.popleft().result()
@@ -87,6 +87,24 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     if computed:
         seconds = time.monotonic() - started
         print_line("cache", f"{computed:,} views computed in {duration(seconds)}, {computed / seconds:,.0f} a second")
+
+
+def _queue_copy(values: Tensor, device: torch.device) -> Tensor:
+    """Copies to or from a GPU without waiting for the work before it, so that the GPU always has the next batch."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device, non_blocking=values.is_cuda)  # into pinned memory
+
+
+def _end_of_queue(device: torch.device) -> torch.cuda.Event | None:
+    """Marks the end of the work queued on a GPU so far."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def _write(table: LogitsTable, view: Tensor, logits: Tensor, label: Tensor, copied: torch.cuda.Event | None) -> None:
+    if copied is not None:
+        copied.synchronize()  # waits for this batch only, and not for those queued since
+    table.write(view, logits, label)
 
 
 def _missing(table: LogitsTable, data: ImageDataModule, advance: Callable[[int], None]) -> Iterator[Tensor]:
