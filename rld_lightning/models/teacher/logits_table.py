@@ -75,6 +75,11 @@ class LogitsTable:
         """Whether rows are still stored: False after a failed write."""
         return not self._file.closed
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file is only holes; False if the system does not tell."""
+        return self.is_writable and getattr(os.fstat(self._file.fileno()), "st_blocks", 1) == 0
+
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Looks up the logits of views.
 

@@ -22,7 +22,9 @@ class ResidentTable(LogitsTable):
     def __init__(self, file: LogitsTable, device: torch.device) -> None:
         self.__dict__.update(vars(file))
         self.file = file
-        self.table, self.weights = file.table.to(device, copy=True), file.weights.to(device)
+        # Reading the holes of an empty file takes seconds.
+        self.table = torch.zeros_like(file.table, device=device) if file.is_empty else file.table.to(device, copy=True)
+        self.weights = file.weights.to(device)
         rows = torch.arange(len(self.table)) if self.rows_to_read is None else self.rows_to_read()
         self.complete = all(bool(self.known(part).all()) for part in rows.to(device).split(_ROWS))
 

@@ -42,6 +42,19 @@ def test_it_reads_and_writes_the_file(tmp_path, dtype):
         assert torch.equal(logits, said)
 
 
+def test_the_holes_of_an_empty_file_are_not_read(tmp_path):
+    file = LogitsTable(tmp_path / "t", 40, 5)
+    assert file.is_empty
+    table = ResidentTable(file, torch.device("cpu"))
+    assert torch.equal(table.table, file.table)
+    assert not table.complete
+    view = torch.tensor([7, 30])
+    said = table.write(view, torch.randn(2, 5), view % 5)
+    assert not file.is_empty
+    assert torch.equal(table.read_known(view), said)
+    assert torch.equal(ResidentTable(file, torch.device("cpu")).read_known(view), said)
+
+
 def test_a_complete_table_only_looks_up_rows(tmp_path):
     every = torch.arange(40)
     file = filled(tmp_path / "t", every)
