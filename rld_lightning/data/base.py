@@ -284,13 +284,17 @@ class ImageDataModule(LightningDataModule):
         return sampler
 
     @property
+    def largest_eval_batch(self) -> int:
+        """Largest evaluation batch over all processes: ``eval_batch_size`` or its default."""
+        return self.eval_batch_size or self._usual_eval_batch
+
+    @property
     def _usual_eval_batch(self) -> int:
         return 256
 
     def eval_sampler(self, size: int) -> EpochSampler:
         """Creates the sampler of this process's share of an evaluation split of ``size`` images."""
-        batch_size = self.eval_batch_size or self._usual_eval_batch
-        return EpochSampler.for_evaluation(size, batch_size, rank=self.rank, world_size=self.world_size)
+        return EpochSampler.for_evaluation(size, self.largest_eval_batch, rank=self.rank, world_size=self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the training loader."""
