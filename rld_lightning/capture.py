@@ -127,11 +127,16 @@ class CapturedStep:
             return
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, such as loaders', may use the device at the same time.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # The outer context restores the stream, also after a failed capture. Other threads, such as loaders', may
+            # use the device at the same time.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 recording.outputs = self._run(constant, recording.inputs)
         except RuntimeError as error:  # for example because the network synchronises with the device
-            self.failed = first_line(error)
+            # The end of a failed capture raises another error, which does not tell the cause.
+            self.failed = first_line(error.__context__ or error)
             discard_failed_capture(self._stream.device)
             return
         recording.gradients = tuple(parameter.grad for parameter in self.parameters)

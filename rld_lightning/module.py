@@ -216,7 +216,10 @@ class DistillationModule(LightningModule):
             else:  # looking up which views are cached synchronises with the device
                 teacher_logits, _ = self.teacher(batch.images, view=batch.view, label=batch.label)
         epoch = min(self.current_epoch + 1, last_warmup(self.loss))  # the loss depends on the epoch up to there only
+        failed = self.captured.failed
         values = self.captured(epoch, batch.images, batch.label, batch.index, view, teacher_logits)
+        if self.captured.failed != failed:
+            print_line("capture", f"off: the step cannot be captured: {self.captured.failed}")
         self.measurements = {
             w: values[f"measured/{n}"] for n, w in enumerate(self.watchers) if f"measured/{n}" in values
         }
@@ -365,8 +368,6 @@ class DistillationModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Frees the captured step's memory."""
-        if self.captured is not None and self.captured.failed:
-            print_line("capture", f"off: the step cannot be captured: {self.captured.failed}")
         self.captured, self.watchers, self.measurements = None, [], {}
 
     def _make_captured_step(self) -> CapturedStep | None:

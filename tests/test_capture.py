@@ -1,6 +1,7 @@
 """Captured steps give the same weights, logs and checkpoints as uncaptured ones."""
 
 import warnings
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rld_lightning import CELoss, DistillationModule, DKDLoss, FrozenTeacher, KDLoss, RLDLoss, create_model
 from rld_lightning.callbacks import Divergence, ExactResume, GradientNorm, StepSeed, TeacherMonitor, Throughput
-from rld_lightning.capture import CapturedStep, detect_synchronizations, why_not_captured
+from rld_lightning.capture import CapturedStep, _Recording, detect_synchronizations, why_not_captured
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
@@ -173,6 +174,45 @@ def test_an_optimizer_is_fused_on_a_gpu_if_possible():
     assert fused(SGD, *on()) == fused(torch.optim.AdamW, *on(clip=0)) == {"fused": True}
     assert fused(SGD, *on("cpu")) == fused(SGD, *on(clip=1.0)) == fused(SGD, *on(scaler=object())) == {}
     assert fused(partial(SGD, foreach=True), *on()) == fused(torch.optim.Rprop, *on()) == {}
+
+
+def test_a_step_that_cannot_be_captured_is_reported_once_and_at_once(tmp_path, monkeypatch, capsys):
+    def record(self, recording, constant, inputs):
+        self.failed = "loss.py:7 waits for the GPU"
+
+    class Silence(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step in (3, 4):
+                printed.append(capsys.readouterr().out)
+
+    printed = []
+    monkeypatch.setattr(CapturedStep, "_record", record)
+    fit(module(RLDLoss(warmup_epochs=1)), tmp_path, max_epochs=2, callbacks=[Silence()])
+    printed.append(capsys.readouterr().out)
+    assert ["cannot be captured: loss.py:7 waits for the GPU" in lines for lines in printed] == [False, True, False]
+
+
+def test_the_cause_of_a_failed_capture_is_kept(monkeypatch):
+    @contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def function(constant, x):
+        if constant:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return {}
+
+    for name, fake in {"graph": graph, "CUDAGraph": object, "stream": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr("rld_lightning.capture.discard_failed_capture", lambda device: None)
+    step = CapturedStep(function, [], [])
+    step._stream = SimpleNamespace(device=None)
+    step._record(_Recording(), True, (torch.zeros(1),))
+    assert step.failed == "operation not permitted when stream is capturing"
 
 
 class Synchronizations(TorchDispatchMode):
