@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from rld_lightning.distributed import rank_zero_only
-from rld_lightning.runs.metrics_csv import Row, write_rows
+from rld_lightning.runs.metrics_csv import Row, RowWriter
 
 _SECONDS = 10.0
 
@@ -29,6 +29,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.folder = Path(save_dir)
         self.rows: list[Row] = []
+        self._writer = RowWriter(self.folder)
         self._ended = False
         self._part = False  # whether the latest epoch's row is incomplete
         self._written = float("-inf")  # time of the last write
@@ -51,8 +52,8 @@ class MetricsFile(Logger):
     @rank_zero_only
     def restore(self, rows: Iterable[Row]) -> None:
         """Restores the rows of a checkpoint; later rows are dropped."""
-        self.rows = [dict(row) for row in rows]
-        write_rows(self.folder, self.rows)
+        self.rows, self._writer = [dict(row) for row in rows], RowWriter(self.folder)
+        self._writer.write(self.rows)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -77,7 +78,7 @@ class MetricsFile(Logger):
         """Writes the file; between a validation and its epoch's end only if the last write was a while ago."""
         if self.rows and not (self._part and time.monotonic() - self._written < _SECONDS):
             self._written = time.monotonic()
-            write_rows(self.folder, self.rows)
+            self._writer.write(self.rows)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

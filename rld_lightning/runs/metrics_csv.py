@@ -3,11 +3,13 @@
 import csv
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rld_lightning.runs.files import METRICS, write_csv
+from rld_lightning.atomic_files import write_whole
+from rld_lightning.runs.files import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,11 +66,34 @@ def known_rows(values: Any) -> list[Row]:
     return [row for row in rows if "epoch" in row]
 
 
-def write_rows(run: Path, rows: Iterable[Row]) -> None:
-    """Writes ``metrics.csv`` atomically; a killed process leaves the old one."""
-    rows = list(rows)
-    names = dict.fromkeys((*_COUNTED, *(name for row in rows for name in row)))
-    write_csv(run / METRICS, {name: [row.get(name, "") for row in rows] for name in names})
+class RowWriter:
+    """Writes a run's ``metrics.csv`` each time that a row is added; a killed process leaves the old file.
+
+    A row that was not the last is formatted once: a run of many epochs would spend more and more time on it.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / METRICS
+        self._names: tuple[str, ...] = _COUNTED  # the columns
+        self._lines: list[str] = []  # all rows but the last, formatted
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Writes the rows: those of the previous call, of which only the last may have changed, and later ones."""
+        later = rows[len(self._lines) :]
+        names = tuple(dict.fromkeys((*self._names, *(name for row in later for name in row))))
+        if names != self._names:
+            self._names, self._lines, later = names, [], rows
+        lines = [*self._lines, *(_line([row.get(name, "") for name in names]) for row in later)]
+        self._lines = lines[:-1]
+        write_whole(self._file, "".join([_line(names), *lines]).encode())
+
+
+def _line(cells: Sequence[object]) -> str:
+    csv.writer(text := StringIO(), lineterminator="\n").writerow(cells)
+    return text.getvalue()
 
 
 def _numbers(values: Mapping[Any, Any]) -> Row:

@@ -1,10 +1,13 @@
 """A run's ``metrics.csv``: one row per epoch, written atomically, without foreign formulas."""
 
+from collections import Counter
+
 import pandas as pd
 import pytest
 
 from rld_lightning.callbacks import MetricsFile
-from rld_lightning.runs.metrics_csv import known_rows, read_metrics, read_rows, write_rows
+from rld_lightning.runs import metrics_csv
+from rld_lightning.runs.metrics_csv import RowWriter, known_rows, read_metrics, read_rows
 
 
 def log(logger, epoch, step, **values):
@@ -31,12 +34,36 @@ def test_one_row_per_epoch_whatever_was_logged_when(tmp_path):
 
 
 def test_resumed_run_has_each_row_once(tmp_path):
-    write_rows(tmp_path, [{"epoch": epoch, "step": epoch, "val/top1": 1.0} for epoch in range(4)])
+    RowWriter(tmp_path).write([{"epoch": epoch, "step": epoch, "val/top1": 1.0} for epoch in range(4)])
     logger = MetricsFile(tmp_path)
     logger.restore(read_rows(tmp_path)[:2])  # the checkpoint is older than the file
     assert pd.read_csv(tmp_path / "metrics.csv")["epoch"].tolist() == [0, 1]
     log(logger, 2, 2, val_top1=2.0)
     assert pd.read_csv(tmp_path / "metrics.csv")["val/top1"].tolist() == [1.0, 1.0, 2.0]
+
+
+def test_file_written_row_by_row_is_the_one_written_at_once(tmp_path):
+    rows, writer = [], RowWriter(tmp_path)
+    for epoch in range(6):
+        rows.append({"epoch": epoch, "step": epoch, "val/top1": epoch / 3})
+        if epoch % 2:  # some columns begin later, and have gaps
+            writer.write(rows)
+            rows[-1] |= {"train/loss": float("nan"), "a, b": 1e-9} if epoch > 2 else {"val/top1": -1.0}
+        writer.write(rows)
+        RowWriter(tmp_path / "at once").write(rows)
+        assert (tmp_path / "metrics.csv").read_text() == (tmp_path / "at once" / "metrics.csv").read_text()
+    assert list(pd.read_csv(tmp_path / "metrics.csv")) == ["epoch", "step", "val/top1", "train/loss", "a, b"]
+    assert pd.read_csv(tmp_path / "metrics.csv")["val/top1"].tolist() == [0, -1, 2 / 3, 1, 4 / 3, 5 / 3]
+
+
+def test_finished_rows_are_not_formatted_again(tmp_path, monkeypatch):
+    formatted, line = Counter(), metrics_csv._line
+    monkeypatch.setattr(metrics_csv, "_line", lambda cells: formatted.update(cells[:1]) or line(cells))
+    writer, rows = RowWriter(tmp_path), []
+    for epoch in range(50):
+        rows.append({"epoch": epoch, "step": epoch})
+        writer.write(rows)
+    assert formatted == {"epoch": 50} | dict.fromkeys(range(49), 2) | {49: 1}, "as the last row, and once more"
 
 
 def test_only_numbers_are_read_from_a_foreign_file(tmp_path):
