@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from rld_lightning.callbacks.exact_resume import position
 from rld_lightning.runs.files import LAST
@@ -71,6 +72,10 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves now, on all ranks; must be between two optimizer steps."""
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._restart(trainer)
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Returns nothing: neither the file's name nor whether it is saved depends on a value; Lightning copies all."""
+        return {}
 
     def _restart(self, trainer: Trainer) -> None:
         self._saved = (time.monotonic(), trainer.global_step)
