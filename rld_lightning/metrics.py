@@ -46,21 +46,22 @@ class EpochMeans:
         self._totals = None
 
     def compute(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Returns the means since the last reset, the same on all ranks; empty if nothing was added.
+        """Returns the means since the last reset, the same on all ranks, on the CPU; empty if nothing was added.
 
         Args:
             reduce: sums a tensor over the ranks, such as ``trainer.strategy.reduce(tensor, reduce_op="sum")``.
         """
         if self._totals is None:
             return {}
-        *sums, weight = reduce(self._totals.clone(), reduce_op="sum").unbind()  # a clone: it may reduce in place
+        # A clone: it may reduce in place. To the CPU at once: from here on each value is logged, compared and written.
+        *sums, weight = reduce(self._totals.clone(), reduce_op="sum").cpu().unbind()
         self.samples = round(weight.item())
         return {name: (total / weight).float() for name, total in zip(self._names, sums, strict=True)}
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """Returns the sums since the last reset, by rank; a collective."""
         names = (*self._names, _WEIGHT)
-        return gathered({} if self._totals is None else dict(zip(names, self._totals.unbind(), strict=True)))
+        return gathered({} if self._totals is None else dict(zip(names, self._totals.cpu().unbind(), strict=True)))
 
     def load_state_dict(self, states: list[dict[str, Tensor]]) -> None:
         """Restores the sums, also with another number of ranks.

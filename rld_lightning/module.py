@@ -287,7 +287,7 @@ class DistillationModule(LightningModule):
 
     def is_validated(self) -> bool:
         """Whether the last validation used the student's current weights; the same on all ranks."""
-        same = self.validated is not None and torch.equal(self.validated, fingerprint(self.student))
+        same = self.validated is not None and torch.equal(self.validated.cpu(), fingerprint(self.student).cpu())
         return bool(self.trainer.strategy.broadcast(same))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

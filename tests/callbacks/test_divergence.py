@@ -13,7 +13,7 @@ from torch import nn
 
 from rld_lightning import CELoss, FrozenTeacher, KDLoss
 from rld_lightning.callbacks import Diverged, Divergence
-from rld_lightning.callbacks.divergence import _Values, diagnose
+from rld_lightning.callbacks.divergence import _state_is_finite, _Values, diagnose
 from rld_lightning.data import DigitsDataModule
 from rld_lightning.data.base import Batch
 
@@ -145,6 +145,14 @@ def test_weights_are_checked_once_per_step(tmp_path, monkeypatch):
     monkeypatch.setattr("rld_lightning.callbacks.divergence._state_is_finite", lambda *_: looks.append(1) or True)
     fit(tmp_path, saving(tmp_path, save_on_train_epoch_end=True), max_epochs=3)
     assert len(looks) == 3, "before the validation, and not again at the epoch's end and for the checkpoint"
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, True), (1e30, True), (math.inf, False), (math.nan, False)])
+def test_weights_of_any_size_are_finite(value, expected):
+    """The norm of 1e30 is not finite in float32."""
+    student = linear()
+    student[1].weight.data[5, 7] = value
+    assert _state_is_finite(SimpleNamespace(optimizers=[]), student) is expected
 
 
 def test_last_gradient_of_an_epoch_is_neither_saved_nor_best(tmp_path):
