@@ -83,18 +83,23 @@ class ImageNetDataModule(ImageFolderDataModule):
             return
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder: set root to ImageNet's. {self._how_to_get()}")
+        self._missing()  # before there is a lock file in a folder that is not ImageNet's
         with FileLock(self.root / "imagenet.lock"):
-            missing = [split for split in SPLITS if not (self.root / split).is_dir()]
-            archives = [*missing, *(["devkit"] if "val" in missing and not (self.root / META_FILE).exists() else [])]
-            # Check all of them before the first hour of unpacking.
-            if absent := [self._archive(name).name for name in archives if not self._archive(name).exists()]:
-                raise FileNotFoundError(
-                    f"{self.root} has no {'/ and no '.join(missing)}/, nor {' and '.join(absent)} to unpack. "
-                    f"{self._how_to_get()}"
-                )
-            for split in missing:
+            for split in self._missing():
                 self._check_space(split)
                 self._unpack(split)
+
+    def _missing(self) -> list[str]:
+        """Returns the splits to unpack, after checking that all their archives exist."""
+        missing = [split for split in SPLITS if not (self.root / split).is_dir()]
+        archives = [*missing, *(["devkit"] if "val" in missing and not (self.root / META_FILE).exists() else [])]
+        # Check all of them before the first hour of unpacking.
+        if absent := [self._archive(name).name for name in archives if not self._archive(name).exists()]:
+            raise FileNotFoundError(
+                f"{self.root} has no {'/ and no '.join(missing)}/, nor {' and '.join(absent)} to unpack. "
+                f"{self._how_to_get()}"
+            )
+        return missing
 
     def _unpack(self, split: str) -> None:
         # A hidden folder, which is not listed as a class, until the split is complete.

@@ -185,6 +185,7 @@ def test_missing_archives_are_named_before_anything_is_unpacked(root, missing, m
         (root / archive).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         data_at(root)
+    assert files_in(root) == sorted({TRAIN, VAL, DEVKIT} - set(missing))  # no lock file either
     assert not any(path.is_dir() for path in root.iterdir())
 
 
