@@ -19,7 +19,14 @@ from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.shards.index import INDEX_FILE, Shard, ShardIndex, ShardList
 from rld_lightning.data.shards.order import SHARDS_AHEAD, ShardedImages, ShardShuffle
 from rld_lightning.data.shards.remote import join, local_path
-from rld_lightning.data.shards.store import CachedShards, LocalShards, ShardError, ShardStore, cached_bytes
+from rld_lightning.data.shards.store import (
+    CachedShards,
+    LocalShards,
+    ShardError,
+    ShardStore,
+    cached_bytes,
+    remove_old_failures,
+)
 from rld_lightning.data.streaming_module import StreamingDataModule
 
 
@@ -167,6 +174,7 @@ class ShardsDataModule(StreamingDataModule):
                 f"take {needed:.3g} GB. Raise cache_gb, mix fewer shards, or pack smaller ones."
             )
         self.cache.mkdir(parents=True, exist_ok=True)
+        remove_old_failures(self.cache)
         free = (shutil.disk_usage(self.cache).free + cached_bytes(self.cache)) / 1e9
         if (wanted := min(self.cache_gb, sum(sizes) / 1e9)) > free:
             raise ShardError(

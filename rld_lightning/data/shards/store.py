@@ -26,6 +26,8 @@ RETRY_SECONDS = 2.0
 WAIT_SECONDS = 0.1
 MOST_OPEN = 64
 CACHED = ".shard"  # suffix of cached files, so that nothing else is ever deleted
+FAILED = ".failed"  # suffix of files that say why a download has just failed
+FAILED_SECONDS = 3600.0  # until they are removed; nobody waits for a download that long
 LOCK = "cache.lock"
 REPAIR = "copy it again, or make the index again if it was replaced on purpose."
 
@@ -218,7 +220,7 @@ class CachedShards(ShardStore):
         if target.exists():
             return target
         self.folder.mkdir(parents=True, exist_ok=True)
-        part, failed = (target.with_name(f"{target.name}.{ending}") for ending in ("part", "failed"))
+        part, failed = (target.with_name(f"{target.name}{ending}") for ending in (".part", FAILED))
         started = time.time()
         with FileLock(f"{target}.lock", timeout=timeout):
             if target.exists():  # another process has downloaded it
@@ -284,6 +286,13 @@ class CachedShards(ShardStore):
 def cached_bytes(folder: Path) -> int:
     """Returns the size of all shards in a cache, in bytes."""
     return sum(map(_size, folder.glob(f"*{CACHED}")))
+
+
+def remove_old_failures(folder: Path) -> None:
+    """Removes from a cache what earlier runs have noted about failed downloads."""
+    for path in folder.glob(f"*{CACHED}{FAILED}"):
+        if time.time() - _last_use(path) > FAILED_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
