@@ -1,13 +1,14 @@
 """The index of a data set in shards: the location of each image, so that epochs can be planned before reading.
 
 ``index.json`` describes the data set and lists its shards; ``index.npz`` has, for each image of a split, the position
-of its bytes in its shard, its class and the name of its tar member. Both are beside the shards, or in another folder
-with the shards' URLs.
+of its bytes in its shard, their checksum, its class and the name of its tar member. Both are beside the shards, or in
+another folder with the shards' URLs.
 """
 
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ class ShardIndex:
             length = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
             if (samples.size > decode.MOST_BYTES).any():
                 raise ValueError(f"it has {split} images that are larger than any")
-            if any(values.dtype != np.int64 for values in samples[:3]):
+            if any(values.dtype != np.int64 for values in samples[:3]) or samples.crc32.dtype != np.uint32:
                 raise ValueError(f"the places and classes of its {split} images are not whole numbers")
             if (samples.offset < 0).any() or (samples.size < 0).any() or (samples.size > length - samples.offset).any():
                 raise ValueError(f"it has {split} images outside their shards")
@@ -180,6 +181,11 @@ class ShardList(NamedTuple):
         """Reads the bytes of an image's file, uint8 ``(N,)``.
 
         Raises:
+            BadImageError: the bytes are not those that were indexed.
             ShardError: its shard cannot be read.
         """
-        return self.store.read(int(self.shard[index]), int(self.samples.offset[index]), int(self.samples.size[index]))
+        samples = self.samples
+        content = self.store.read(int(self.shard[index]), int(samples.offset[index]), int(samples.size[index]))
+        if samples.crc32[index] not in (0, zlib.crc32(content.numpy().data)):
+            raise decode.BadImageError("its shard, or the copy in the cache, has been damaged since it was indexed")
+        return content

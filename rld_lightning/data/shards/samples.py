@@ -17,13 +17,15 @@ class Samples(NamedTuple):
     """The images of a split, in the order of its shards: NumPy arrays, which worker processes share.
 
     ``offset`` and ``size`` (int64) locate an image's bytes in its shard, ``label`` (int64) is its class and ``member``
-    (bytes) its name there; each is ``(N,)``.
+    (bytes) its name there; ``crc32`` (uint32) is the CRC-32 of its bytes, or 0 if the index is of a version that had
+    none. Each is ``(N,)``.
     """
 
     offset: np.ndarray
     size: np.ndarray
     label: np.ndarray
     member: np.ndarray
+    crc32: np.ndarray
 
     @classmethod
     def join(cls, parts: list["Samples"]) -> "Samples":
@@ -50,12 +52,17 @@ def unpack_samples(content: bytes, counts: Mapping[str, int]) -> dict[str, Sampl
     """
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
-            names = {split: [f"{split}.{name}.npy" for name in Samples._fields] for split in counts}
+            # Indexes of earlier versions have no checksums.
+            fields = [name for name in Samples._fields if name != "crc32" or "train.crc32.npy" in archive.namelist()]
+            names = {split: [f"{split}.{name}.npy" for name in fields] for split in counts}
             claimed = sum(archive.getinfo(name).file_size for own in names.values() for name in own)
             if claimed > MOST_BYTES:
                 raise ValueError(f"its samples claim {claimed:,} bytes, more than the {MOST_BYTES:,} that are read")
             return {
-                split: Samples(*(_read_array(archive, name, counts[split]) for name in own))
+                split: Samples(
+                    *(_read_array(archive, name, counts[split]) for name in own),
+                    *[np.zeros(counts[split], np.uint32)] * (len(Samples._fields) - len(own)),
+                )
                 for split, own in names.items()
             }
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:

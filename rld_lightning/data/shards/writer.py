@@ -3,8 +3,9 @@
 import re
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from rich.console import Console
 from rich.progress import track
@@ -22,7 +24,7 @@ from rld_lightning.data.shards.index import INDEX_FILE, Shard, ShardIndex
 from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
-from rld_lightning.download import tar_members
+from rld_lightning.download import BLOCK_BYTES, tar_members
 from rld_lightning.limits import MOST_CLASSES
 
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
@@ -62,7 +64,7 @@ def pack(
 
     Raises:
         ImportError: webdataset is not installed.
-        ValueError: there are shards already, or an image file cannot be read.
+        ValueError: there are shards already, another process is packing there, or an image file cannot be read.
     """
     shard_writer = _webdataset("writer").ShardWriter
     if shard_mb <= 0:
@@ -71,11 +73,11 @@ def pack(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     store, place = open_store(target, options) if folder is None else (fsspec.filesystem("file"), str(folder))
-    _clear(store, place, splits, target)
-    with store_errors(target):
-        store.pipe_file(join(place, PACKING), b"")
     listings: dict[str, list[Listing]] = {split: [] for split in splits}
-    with tempfile.TemporaryDirectory() as temporary:
+    with _alone_in(folder), tempfile.TemporaryDirectory() as temporary:
+        _clear(store, place, splits, target)
+        with store_errors(target):
+            store.pipe_file(join(place, PACKING), b"")
         here = Path(temporary) if folder is None else folder
         for split, images in splits.items():
 
@@ -92,11 +94,37 @@ def pack(
             ) as writer:
                 for sample in _encoded(split, images):
                     writer.write(sample)
-    index = _index(name, class_names, listings, look)
-    index.write(target, options)
-    with suppress(OSError), store_errors(target):  # some may write to a store, and not delete
-        store.rm_file(join(place, PACKING))
+        index = _index(name, class_names, listings, look)
+        index.write(target, options)
+        with suppress(OSError), store_errors(target):  # some may write to a store, and not delete
+            store.rm_file(join(place, PACKING))
     return index
+
+
+@contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """Locks a folder; does nothing for a store, which has no locks that end with their process.
+
+    Raises:
+        ValueError: another process packs into it, and would take this one's shards for those of an interrupted call.
+    """
+    if folder is None:
+        yield
+        return
+    lock = FileLock(folder / f"{PACKING}.lock")
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is packing shards into {folder}: wait for it, end it, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps it until it is released
+            (folder / f"{PACKING}.lock").unlink()
+        lock.release()
 
 
 def _clear(store: AbstractFileSystem, place: str, splits: Iterable[str], target: str) -> None:
@@ -182,6 +210,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
                     if "member" in sample:
                         raise ValueError(f"{address}/{key} has more than one image, or is there twice")
                     sample |= {"offset": member.offset_data, "size": member.size, "member": member.name.encode()}
+                    sample["crc32"] = _checksum(tar, member)
                 elif suffix.lower() == "cls":
                     if member.size > MOST_CLASS_BYTES:
                         raise ValueError(
@@ -207,7 +236,16 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
         if sample["label"] < 0:
             raise ValueError(f"{address}/{key} has the class {sample['label']}: classes are numbers from 0 on.")
     columns = {name: np.array([sample[name] for sample in samples.values()]) for name in Samples._fields}
-    return Samples(**columns)
+    return Samples(**columns | {"crc32": columns["crc32"].astype(np.uint32)})
+
+
+def _checksum(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    content = tar.extractfile(member)
+    assert content is not None  # of a regular file
+    crc32 = 0
+    while block := content.read(BLOCK_BYTES):
+        crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 def _class_of(content: bytes, member: str) -> int:

@@ -15,7 +15,8 @@ COUNTS = {"train": 5, "test": 0}
 
 def listed(count):
     whole = np.arange(count, dtype=np.int64)
-    return Samples(whole, whole + 1, whole % 2, np.array([f"{i}.JPEG" for i in range(count)], dtype="S"))
+    member = np.array([f"{i}.JPEG" for i in range(count)], dtype="S")
+    return Samples(whole, whole + 1, whole % 2, member, whole.astype(np.uint32) + 7)
 
 
 def content(**changes):
@@ -42,6 +43,13 @@ def test_packed_samples_are_unpacked_unchanged():
         for values, expected in zip(found[split], listed(count), strict=True):
             assert np.array_equal(values, expected)
             assert values.flags.writeable
+
+
+def test_an_index_without_checksums_is_read_with_zeros():
+    found = unpack_samples(content(crc32=None), {"train": 5})["train"]
+    assert found.crc32.dtype == np.uint32
+    assert found.crc32.tolist() == [0] * 5
+    assert np.array_equal(found.member, listed(5).member)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Missing, truncated and remote shards, and the cache of remote ones."""
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -73,6 +75,41 @@ def test_damaged_shards_are_named_before_a_run(shards):
     third.unlink()
     with pytest.raises(ShardError, match=r"train-000003.tar, which the index lists, is missing"):
         shards_data(shards)
+
+
+def with_another_pixel(root):
+    """Changes a bit of the first training image's pixels in its shard."""
+    samples = shards_data(root).splits["train"].samples
+    path, at = root / "train-000000.tar", int(samples.offset[0] + samples.size[0] - 3)
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def without_checksums(root):
+    """Rewrites an index as earlier versions wrote it."""
+    with np.load(root / "index.npz") as arrays:
+        kept = {name: values for name, values in arrays.items() if not name.endswith(".crc32")}
+    assert len(kept) == 8
+    np.savez_compressed(root / "index.npz", **kept)
+    digest = hashlib.sha256((root / "index.npz").read_bytes()).hexdigest()
+    change(root, lambda index: index["samples"].update(sha256=digest))
+
+
+@pytest.mark.parametrize("place", ["folder", "cache"])
+def test_an_image_whose_bytes_have_changed_is_not_trained_on(shards, tmp_path, place, caplog):
+    with_another_pixel(shards)
+    reason = "its shard, or the copy in the cache, has been damaged since it was indexed"
+    with serve(shards) as (address, _):
+        root = {"folder": shards, "cache": address}[place]
+        images = merge(epoch_of(shards_data(root, cache=tmp_path).train_dataloader()))
+        assert len(images.index) == 45
+        assert 0 not in images.index
+        assert f"({reason}): another image of its class takes its place" in caplog.text
+        with pytest.raises(ValueError, match=rf"train-000000.tar/.* cannot be read as an image \({reason}\)"):
+            epoch_of(shards_data(root, cache=tmp_path, bad_images="error").train_dataloader())
+        without_checksums(shards)  # it decodes
+        assert 0 in merge(epoch_of(shards_data(root, cache=tmp_path, bad_images="error").train_dataloader())).index
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -164,6 +201,20 @@ def test_missing_or_truncated_shards_of_a_server_are_named(shards, tmp_path, num
         (shards / "train-000000.tar").unlink()
         with pytest.raises(ShardError, match=r"train-000000.tar, which the index lists, is missing"):
             shards_data(address, cache=tmp_path)
+
+
+def test_the_reason_of_a_failed_download_is_forgotten_by_later_runs(shards, tmp_path):
+    with serve(shards) as (address, _):
+        (shards / "test-000001.tar").rename(tmp_path / "moved")
+        data = shards_data(address, cache=tmp_path / "cache")
+        with pytest.raises(ShardError, match=r"test-000001.tar, which the index lists, is missing"):
+            list(data.test_dataloader())
+        (failed,) = (tmp_path / "cache").glob("*.failed")
+        shards_data(address, cache=tmp_path / "cache")  # others may be waiting for the same shard
+        assert failed.exists()
+        os.utime(failed, (0, 0))
+        shards_data(address, cache=tmp_path / "cache")
+        assert not failed.exists()
 
 
 def test_an_unreachable_storage_is_named(shards, tmp_path):

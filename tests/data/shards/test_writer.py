@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import tarfile
+import zlib
 
 import fsspec
 import pytest
@@ -75,6 +76,21 @@ def test_packing_restarts_after_an_interruption_and_keeps_complete_shards(folder
         assert found == {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
     finally:
         store.rm(path, recursive=True)
+
+
+def test_a_second_packing_into_the_same_folder_is_refused_while_the_first_goes_on(folder, tmp_path, monkeypatch):
+    write = ShardIndex.write
+
+    def meanwhile(index, target, options):
+        with pytest.raises(ValueError, match=rf"another process is packing shards into {tmp_path}/pets: wait for it"):
+            pack_folder(folder, target)
+        write(index, target, options)
+
+    pack_folder(folder, tmp_path / "alone")
+    monkeypatch.setattr(ShardIndex, "write", meanwhile)
+    pack_folder(folder, tmp_path / "pets")
+    for path in (tmp_path / "pets").iterdir():
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
 
 
 def test_packing_into_object_storage(folder, tmp_path):
@@ -158,6 +174,7 @@ def test_samples_are_found_among_other_files():
     offset, size = int(samples.offset[0]), int(samples.size[0])
     assert content[offset : offset + size] == b"image of a"
     assert samples.size.tolist() == [10, 0]
+    assert samples.crc32.tolist() == [zlib.crc32(b"image of a"), 0]
 
 
 @pytest.mark.parametrize(
