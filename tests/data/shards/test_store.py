@@ -406,6 +406,8 @@ def test_processes_waiting_for_a_shard_get_the_error_of_its_download(tmp_path, m
         while not asked or locks.count(f"{store.target(0)}.lock") < 5:
             time.sleep(0.01)
         store.fetch(0)  # does not wait
+        while locks.count(f"{store.target(0)}.lock") < 6:
+            time.sleep(0.01)
         wait.set()
         for error in (one.exception() for one in waiting):
             assert isinstance(error, ShardError)
