@@ -52,7 +52,7 @@ def write_whole(path: Path, content: bytes | bytearray | memoryview, *, previous
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None:
-            error.filename = error.filename or str(path)  # errors from writes do not name the file
+            error.filename = str(path)  # errors from writes name no file, others the temporary one
         raise
     finally:
         temporary.unlink(missing_ok=True)

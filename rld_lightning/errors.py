@@ -53,6 +53,8 @@ def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in _OF_DISKS:
         file = error.filename or "a file"
         return f"{file} cannot be written ({error.strerror}): make room, or choose a folder on another disk."
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename} cannot be read or written ({error.strerror}): check the path and the access to it."
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; add {error.full_key}=... to the command."
     if isinstance(error, OmegaConfBaseException):  # further lines describe OmegaConf's types

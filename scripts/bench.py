@@ -70,8 +70,11 @@ if __name__ == "__main__":
     from rld_lightning.bench.startup import bench_startup
     from rld_lightning.bench.steps import bench_loss, bench_losses, bench_step, configured_losses
     from rld_lightning.hydra.script import exit_on_user_error
+    from rld_lightning.runs.folder import check_folder
 
     with exit_on_user_error():
+        if getattr(options, "report", None) is not None:
+            check_folder(options.report.parent, "--report", written=(options.report.name,))
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if options.what == "data":
             bench_data(options.images, options.width, options.height, options.quality, options.size, options.rounds)

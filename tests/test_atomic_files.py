@@ -44,12 +44,13 @@ def test_the_previous_file_is_kept_without_hard_links(tmp_path, monkeypatch):
 def test_a_full_or_failing_disk_keeps_the_old_file(tmp_path, monkeypatch, step):
     (path := tmp_path / "a").write_bytes(b"one")
 
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", *args[:1])
 
     monkeypatch.setattr(atomic_files if step == "_verify" else os, step, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         write_whole(path, b"two")
+    assert caught.value.filename == str(path)  # not the temporary file
     monkeypatch.undo()
     assert path.read_bytes() == b"one"
     assert names(tmp_path) == ["a"]

@@ -80,13 +80,13 @@ def write_report(
     if unknown := sorted(set(pictures) - set(PICTURES)):
         raise ValueError(f"figures cannot be written as {', '.join(unknown)}; choose from {', '.join(PICTURES)}.")
     places, out = [Path(folder) for folder in folders], Path(out)
+    check_folder(out, "--out", (PAGE, MARKDOWN, FIGURES, LATEX, *(f"{table}.csv" for table in TABLES)))
     frame, everything = read_frame(places)
     if frame.empty:
         raise ValueError(_no_finished_runs(places, everything))
     sweeps, to_compare = split_sweeps(frame)
     in_part = to_compare[~to_compare["complete"]].sort_values(["dataset", "pair", "method", "seed"], kind="stable")
     pair_sections, left_out = sections(to_compare)
-    check_folder(out, "--out", (PAGE, MARKDOWN, FIGURES, LATEX, *(f"{table}.csv" for table in TABLES)))
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     sources = Sources()

@@ -30,7 +30,7 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.card import CHOSEN_ON_TEST, Exported, hub_config, model_card
 from rld_lightning.runs.files import BEST, EXPORTED, write_json
 from rld_lightning.runs.finished import Run, read_run
-from rld_lightning.runs.folder import check_within
+from rld_lightning.runs.folder import check_folder, check_within
 from rld_lightning.runs.rebuild import build_data
 from rld_lightning.tasks.run.matched_classes import first_other
 from rld_lightning.tasks.run.plan import freeze
@@ -124,6 +124,7 @@ def export_run(
     folder = out or run / (EXPORT if checkpoint == "last" else f"{EXPORT}_{checkpoint}")
     if out is None:
         check_within(folder, run, "out=")
+    check_folder(folder, "out=", written=())
     of = "" if checkpoint == "last" else f", the best epoch on {finished.summary.validated_on}"
     print_line("model", f"{student.name}, {len(student.classes)} classes, of {run}{of}")
     if checkpoint == "best" and finished.summary.split == "test":
@@ -131,6 +132,7 @@ def export_run(
     needs_data = val_images != 0 or "onnx_int8" in formats
     data = _data(finished, student, root) if needs_data else None
     sample = _sample(data, val_images) if data is not None and val_images != 0 else None
+    folder.mkdir(parents=True, exist_ok=True)  # an error here is earlier than that of the first file
     writer = _Writer(student, folder, pixels=pixels, any_size=any_size)
     expected = None if sample is None else _run(student.network, sample.images.split(_BATCH))
     compared = []

@@ -71,13 +71,15 @@ def predict(cfg: DictConfig) -> int:
             written.
     """
     freeze(cfg)
-    path = None if cfg.out == STDOUT else _file_of(cfg)
     with user_errors():
+        path = None if cfg.out == STDOUT else _file_of(cfg)
         if path is not None:
             check_folder(path.parent, "out=", written=())
         sources = [cfg.images] if isinstance(cfg.images, str) else list(cfg.images)
         paths = find_images(sources)
         classifier = load_classifier(cfg)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # an error here is earlier than the answers'
     print_line("model", f"{classifier.name}, {len(classifier.classes)} classes, {cfg.weights}")
     print_line("images", f"{len(paths):,}: {classifier.transform.describe()}")
     answers = answer(classifier, paths, top=cfg.top, batch_size=cfg.batch_size, num_workers=cfg.num_workers)

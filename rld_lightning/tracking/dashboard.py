@@ -267,7 +267,7 @@ def save_dashboard(
     pairs = [label_of(pair) for pair in pairs]
     if dry_run is not None:
         with user_errors():
-            check_folder(dry_run.parent, "--dry-run")
+            check_folder(dry_run.parent, "--dry-run", written=(dry_run.name,))
             if dry_run.is_dir():
                 raise ValueError(f"--dry-run {dry_run} is a directory; name a file in it.")
         write_json(build_dashboard(entity or os.environ.get("WANDB_ENTITY", ""), project, pairs, data), dry_run)

@@ -137,6 +137,14 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("rld_lightning.tasks.export.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "rld-lightning\[onnx\]", or leave them out of formats='):
         export(options(f"run={tmp_path / 'run'}"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("rld_lightning.tasks.export._Writer", None)  # nothing is written, nor is anything measured
+    for place, told in (
+        ("file/out", "is not a folder; choose another one with out="),
+        ("x" * 300, "cannot be read or"),
+    ):
+        with pytest.raises(UserError, match=told):
+            export(options(f"run={tmp_path / 'run'}", "formats=[safetensors]", f"out={tmp_path / place}"))
     (tmp_path / "out").mkdir()
     (tmp_path / "run" / "export").symlink_to(tmp_path / "out")
     with pytest.raises(ValueError, match=r"is a link out of .*: give out= yourself"):

@@ -75,6 +75,12 @@ def test_interruption_keeps_finished_answers(place, tmp_path, monkeypatch, capsy
 
 
 def test_unwritable_output_is_reported_before_images_are_read(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("rld_lightning.tasks.predict.answer", None)
+    too_long = tmp_path / ("x" * 300)
+    with pytest.raises(
+        UserError, match=rf"^{too_long}/out cannot be read or written \(.*\): check the path and the access"
+    ):
+        ask(place, tmp_path, f"out={too_long / 'out'}")
     monkeypatch.setattr("rld_lightning.tasks.predict.load_classifier", None)
     (tmp_path / "file").write_text("")
     for out, told in ((tmp_path, "is a directory; name a file in it"), (tmp_path / "file" / "out", "out=")):

@@ -72,3 +72,11 @@ def test_full_disk_is_no_traceback():
         raise OSError(28, os.strerror(28), "/x/metrics.csv")
     with pytest.raises(FileNotFoundError), disk_errors():
         Path("/not/there").read_text()
+
+
+def test_path_that_cannot_be_used_is_no_errno():
+    words = r"^/not/there cannot be read or written \(No such file or directory\): check the path and the access"
+    with pytest.raises(UserError, match=words), user_errors():
+        Path("/not/there").read_text()
+    with pytest.raises(UserError, match=r"^/x is missing: make it.$"), user_errors():
+        raise FileNotFoundError("/x is missing: make it.")
