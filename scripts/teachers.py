@@ -13,6 +13,7 @@ from rld_lightning.hydra.script import exit_on_user_error, run_task
 from rld_lightning.package_files import script_command
 
 ORIGINAL_ARGV = list(sys.argv)
+STORE = Path("teachers")  # need not exist yet
 
 
 def main(cfg: DictConfig) -> float:
@@ -56,7 +57,7 @@ if __name__ == "__main__":
         "words", nargs="*", metavar="NAME | KEY=VALUE", help="networks (default: all), and options of eval.py"
     )
     for command in (listing, fetch, verify):
-        command.add_argument("--root", type=Path, default=Path("teachers"), help="folder of the store")
+        command.add_argument("--root", type=Path, default=STORE, help="folder of the store")
     commands.add_parser("fit", help="train one with cross-entropy and store it: model=wrn40_2, and options of fit.py")
     commands.add_parser(
         "cache", help="precompute its logits for all views of the training images, for fit.py with the same options"
@@ -68,6 +69,8 @@ if __name__ == "__main__":
         from rld_lightning.models.teacher.teacher_store import PUBLISHED_URL, TeacherStore
         from rld_lightning.tasks import teachers
 
+        if options.what != "fetch" and options.root != STORE and not options.root.expanduser().is_dir():
+            raise ValueError(f"--root {options.root} is not a folder; name that of a store, {STORE}/ by default.")
         store = TeacherStore(options.root)
         if options.what == "list":
             teachers.print_teachers(store)

@@ -112,6 +112,15 @@ def test_verify_compares_with_published_accuracies(store, monkeypatch, capsys, o
     assert (cells[4] == "as it should be") == (off < teachers.TOLERANCE) == (wrong not in output)
 
 
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_a_store_that_is_missing_is_not_an_empty_one(store, monkeypatch, capsys, command):
+    gone = store.root.with_name("gone")
+    monkeypatch.setattr(sys, "argv", ["teachers.py", command, "--root", str(gone)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert f"error: --root {gone} is not a folder; name that of a store" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_unchanged_teacher_is_accepted(store, capsys):
     top1 = measured(store, "resnet8")
