@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from math import isnan
+from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -93,8 +93,8 @@ def read_summary(run: Path) -> Summary:
         found = Summary(**{name: value for name, value in values.items() if name in _KINDS})
         if wrong := [name for name, kind in _KINDS.items() if not _is_value(kind, getattr(found, name))]:
             raise TypeError(f"{wrong[0]} is of another kind")
-        if wrong := [name for name in _PERCENT if not _is_percent(getattr(found, name))]:
-            raise ValueError(f"{wrong[0]} is not in percent")
+        if wrong := [name for name in _MOST if not _is_in_range(getattr(found, name), _MOST[name])]:
+            raise ValueError(f"{wrong[0]} is not from 0 to {_MOST[wrong[0]]:g}")
         return found
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
@@ -102,12 +102,18 @@ def read_summary(run: Path) -> Summary:
 
 _KINDS: dict[str, Any] = get_type_hints(Summary) | {"split": Literal["test", "val"]}
 _LARGEST = 1 << 62
-_PERCENT = ("top1", "top1_best", "top5", "teacher_top1", "agreement")
+# Largest values; the smallest is 0.
+_MOST = {
+    **dict.fromkeys(("top1", "top1_best", "top5", "teacher_top1", "agreement"), 100.0),
+    **dict.fromkeys(("images_per_s", "seconds", "peak_memory_gb"), 1e18),
+    "val_fraction": 1.0,
+    "ce": inf,
+}
 
 
-def _is_percent(value: float | None) -> bool:
-    """Whether it is a valid accuracy or missing; a student with non-finite logits has NaN."""
-    return value is None or isnan(value) or 0 <= value <= 100
+def _is_in_range(value: float | None, most: float) -> bool:
+    """Whether it is missing or a valid measurement; a student with non-finite logits has NaN."""
+    return value is None or isnan(value) or 0 <= value <= most
 
 
 def _is_value(kind: Any, value: object) -> bool:

@@ -22,7 +22,8 @@ SUMMARY = Summary(
 def make(folder, *, seed=0, alpha=1.0, finished=True, choice="rld_ls", lr=0.1):
     (folder / ".hydra").mkdir(parents=True)
     config = {
-        "model": {"label": "resnet20_to_resnet8", "tuned": None},
+        "model": {"label": "resnet20_to_resnet8", "tuned": None}
+        | {role: {"name": name, "weights": None} for role, name in (("teacher", "resnet20"), ("student", "resnet8"))},
         "loss": {"_target_": "rld_lightning.losses.RLDLoss", "alpha": alpha},
         "recipe": {"optimizer": {"lr": lr}},
         "data": {"seed": seed, "root": str(folder), "batch_size": 64},
@@ -141,6 +142,8 @@ def test_broken_summary_is_named(tmp_path, text):
         *({"images": "<b>9</b>"}, {"epochs": 1.5}, {"seed": True}, {"steps": 10**30}, {"split": "all"}, {"top1": None}),
         *({"teacher_top1": [1]}, {"model": 3}, {"fast_dev_run": 0}, {"images": -3}),
         *({"top1": 1e308}, {"top1_best": -1.0}, {"agreement": float("inf")}),
+        *({"seconds": -1.0}, {"images_per_s": float("inf")}, {"peak_memory_gb": -2}, {"val_fraction": 7.0}),
+        {"ce": -1.0},
     ],
 )
 def test_value_of_another_type_is_refused(tmp_path, value):
