@@ -8,7 +8,7 @@ import pandas as pd
 
 from rld_lightning.atomic_files import write_whole
 from rld_lightning.errors import printable
-from rld_lightning.runs.files import ENVIRONMENT, SUMMARY, plain_cell
+from rld_lightning.runs.files import SUMMARY, plain_cell
 from rld_lightning.runs.finished import Found, Run, find_all
 
 LAST, BEST = "top1_last", "top1_best"
@@ -28,35 +28,11 @@ _TEACHER_SETTINGS = ("model.teacher", "recipe.warmup_epochs", *_NO_EFFECT)
 def read_frame(folders: Sequence[Path]) -> tuple[pd.DataFrame, Found]:
     """:func:`runs_frame` of the finished runs in and below some folders, and the unfinished and broken ones.
 
-    Folders are untrusted: a run with missing values, or values of a wrong type, is listed as broken.
-
     Raises:
         FileNotFoundError: a folder does not exist.
     """
     found = find_all(folders)
-    runs = []
-    for run in found.runs:
-        try:
-            if not _is_usable(run):
-                raise ValueError("something in its files is of another kind")
-            runs.append(run)
-        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
-            found.broken.append((run.folder, f"is not a run directory: {error!r}"))
-    return runs_frame(runs), found._replace(runs=runs)
-
-
-def _is_usable(run: Run) -> bool:
-    """Whether a run has all that reports need, of the right type. (The summary was checked when it was read.)"""
-    summary, networks = run.summary, run.config["model"]
-    texts = [summary.model, summary.dataset, summary.validated_on, summary.run, run.pair, run.method]
-    texts += [networks["student"]["name"], *run.settings, *run.overrides, *run.choices]
-    if summary.teacher or networks.get("teacher"):
-        texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
-    mappings = [run.choices, run.config["data"], run.config["loss"]]
-    mappings += [run.environment] if (run.folder / ENVIRONMENT).exists() else []
-    return all(isinstance(text, str) and "\0" not in text for text in texts) and all(
-        isinstance(mapping, dict) for mapping in mappings
-    )
+    return runs_frame(found.runs), found
 
 
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:

@@ -91,11 +91,11 @@ class Found(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a finished run.
+    """Reads a finished run, whose directory may be untrusted.
 
     Raises:
         FileNotFoundError: the run is not finished, or this is no run directory.
-        ValueError: one of its files is invalid.
+        ValueError: one of its files is invalid, or lacks a value that readers rely on.
     """
     for name in (SUMMARY, CONFIG):
         if not (folder / name).exists():
@@ -105,7 +105,28 @@ def read_run(folder: Path) -> Run:
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run. Move it away.")
     _respell(config)
-    return Run(folder, read_summary(folder), config)
+    run = Run(folder, read_summary(folder), config)
+    try:
+        usable = _is_usable(run)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder} is not a run directory: {error!r}. Move it away.") from error
+    if not usable:
+        raise ValueError(f"{folder} is not a run directory: something in its files is of another kind. Move it away.")
+    return run
+
+
+def _is_usable(run: Run) -> bool:
+    """Whether a run has all that readers rely on, of the right type. (The summary was checked when it was read.)"""
+    summary, networks = run.summary, run.config["model"]
+    texts = [summary.model, summary.dataset, summary.validated_on, summary.run, run.pair, run.method]
+    texts += [networks["student"]["name"], *run.settings, *run.overrides, *run.choices]
+    if summary.teacher or networks.get("teacher"):
+        texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
+    mappings = [run.choices, run.config["data"], run.config["loss"]]
+    mappings += [run.environment] if (run.folder / ENVIRONMENT).exists() else []
+    return all(isinstance(text, str) and "\0" not in text for text in texts) and all(
+        isinstance(mapping, dict) for mapping in mappings
+    )
 
 
 def _respell(config: dict[str, Any]) -> None:

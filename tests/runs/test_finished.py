@@ -153,6 +153,26 @@ def test_value_of_another_type_is_refused(tmp_path, value):
         read_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.yaml", {"loss": None}),
+        ("config.yaml", {"data": ["digits"]}),
+        ("config.yaml", {"model": {"label": "x", "student": "resnet8"}}),
+        (".hydra/overrides.yaml", 5),
+        (".hydra/hydra.yaml", {"hydra": 1}),
+        ("environment.json", ["torch"]),
+    ],
+)
+def test_files_of_another_form_are_refused(tmp_path, file, change):
+    make(tmp_path / "run")
+    path = tmp_path / "run" / file
+    before = OmegaConf.to_container(OmegaConf.load(path)) if file == "config.yaml" else {}
+    path.write_text(json.dumps(before | change if isinstance(change, dict) else change))  # JSON is YAML
+    with pytest.raises(ValueError, match=r"run is not a run directory: .*\. Move it away\."):
+        read_run(tmp_path / "run")
+
+
 def test_missing_directories_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         find_runs([tmp_path / "nowhere"])
