@@ -38,6 +38,7 @@ class Network:
 
 _TEXTS = ("role", "name", "split", "device")
 _OPTIONAL = ("top5", "parameters", "macs")
+_PERCENT = ("top1", "top5", "ece")
 _IN_TABLE: dict[str, Callable[[Network], str]] = {
     "network": lambda network: network.name,
     "top-1 %": lambda network: f"{network.top1:.2f}",
@@ -91,7 +92,8 @@ def _is_valid(key: str, value: object) -> bool:
     if key in _TEXTS:
         return isinstance(value, str) and 0 < len(value) <= _LONGEST
     whole = key in ("images", "parameters", "macs", "bytes")
-    return type(value) in ((int,) if whole else (int, float)) and isfinite(value) and 0 <= value < _LARGEST  # type: ignore[arg-type, operator]
+    most = 100 if key in _PERCENT else _LARGEST
+    return type(value) in ((int,) if whole else (int, float)) and isfinite(value) and 0 <= value <= most  # type: ignore[arg-type, operator]
 
 
 def _millions(count: int | None, form: str) -> str:

@@ -31,6 +31,7 @@ from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher, input_s
 COST = "cost.json"
 # Limits for a run directory that may be untrusted: its networks are built and run.
 _MOST_CLASSES, _LARGEST_SIDE = 100_000, 1024
+_LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _exported_top1(run: Run) -> tuple[float | None, int | None]:
         top1, images = files["onnx_int8"]["top1"], files["onnx_int8"]["images"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, None
-    right = isinstance(top1, int | float) and 0 <= top1 <= 100 and isinstance(images, int)
+    right = type(top1) in (int, float) and 0 <= top1 <= 100 and type(images) is int and 0 < images < _LARGEST
     return (float(top1), images) if right else (None, None)
 
 

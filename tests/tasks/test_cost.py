@@ -13,7 +13,7 @@ from rld_lightning.errors import UserError
 from rld_lightning.models import count_macs, count_parameters, create_model
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.finished import read_run
-from rld_lightning.tasks.cost import cost, measure_cost, networks
+from rld_lightning.tasks.cost import _exported_top1, cost, measure_cost, networks
 
 options = partial(compose, name="cost", resolve=False)
 
@@ -76,6 +76,17 @@ def test_teacher_is_measured_with_its_input_size_in_the_run(run, size):
     assert (student.image_shape, student.num_classes) == ((3, 8, 8), 10)
     measured = measure_cost("resnet20", [finished], latency=False)
     assert measured.macs == count_macs(create_model("resnet20", 10), shape)
+
+
+@pytest.mark.parametrize(
+    ("top1", "images", "read"),
+    [(50, 360, (50.0, 360)), *((*pair, (None, None)) for pair in ((1e9, 360), (True, 360), (50.0, -3), (50.0, 0)))],
+)
+def test_accuracy_of_an_export_is_read_only_in_range(run, top1, images, read):
+    (run / "export").mkdir()
+    files = [{"format": "onnx_int8", "top1": top1, "images": images}]
+    (run / "export" / "export.json").write_text(json.dumps({"files": files}))
+    assert _exported_top1(read_run(run)) == read
 
 
 def test_missing_files_are_named(run):
