@@ -180,8 +180,11 @@ def _file(weights: Path) -> Path:
 
 def _callbacks(config: Mapping[str, Any]) -> str:
     """Describes the callbacks that affect the training, ordered by name."""
-    found = ", ".join(sorted(filter(None, map(_callback, (config.get("callbacks") or {}).values()))))
-    run = (config.get("paths") or {}).get("run")
+    callbacks, paths = config.get("callbacks"), config.get("paths")
+    found = ", ".join(
+        sorted(filter(None, map(_callback, callbacks.values() if isinstance(callbacks, Mapping) else [callbacks])))
+    )
+    run = paths.get("run") if isinstance(paths, Mapping) else None
     # The run's own directory has no effect on the training.
     return found.replace(str(run), "<run>") if found and run else found or "None"
 

@@ -163,7 +163,13 @@ def test_run_is_not_resumed_with_other_callbacks():
     assert differences(plain, average) == {"callbacks": ("None", "EMAWeightAveraging(decay=0.99)")}
 
 
-@pytest.mark.parametrize("config", [{"callbacks": None}, {"callbacks": {"a": None, "b": "text"}}, {"trainer": None}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"callbacks": None}, {"callbacks": {"a": None, "b": "text"}}, {"callbacks": "text"}, {"trainer": None}),
+        {"callbacks": {"a": {"_target_": "mine.A"}}, "paths": "text"},
+    ],
+)
 def test_invalid_configuration_is_no_traceback(config):
     settings(config)
 
