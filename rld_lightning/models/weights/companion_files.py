@@ -68,7 +68,7 @@ def _metadata_of_hub(path: Path) -> dict[str, str]:
             "resize": int(shape[-1] / crop) if crop and shape else None,
         }
         names = {"name": f"timm/{merged['architecture']}", "interpolation": merged.get("interpolation")}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path} is not the configuration of an image classifier ({error!r})") from error
     texts = {key: json.dumps(value) for key, value in values.items() if value is not None}
     return texts | {key: value for key, value in names.items() if isinstance(value, str)}
