@@ -279,7 +279,10 @@ def _add(config: DictConfig, fixed: dict[str, str], key: str, value: str | float
 def _seed(config: DictConfig, swept: Mapping[str, str], folder: Path) -> int:
     """Returns the seed of networks trained for all trials: that of an interrupted run, else the first trial's."""
     if (folder / CONFIG).exists():
-        return read_config(folder)["seed"]
+        saved = read_config(folder)
+        if isinstance(saved, dict) and type(saved.get("seed")) is int:
+            return saved["seed"]
+        raise ValueError(f"{folder / CONFIG} is not the configuration of a run: its seed is no number; move it away.")
     if "seed" not in swept:
         return config.seed
     first = values_of(*parse([swept["seed"]]))[0]

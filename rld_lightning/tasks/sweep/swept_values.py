@@ -134,7 +134,10 @@ def refuse_another_sweep(folder: Path, swept: Mapping[str, str], fixed: Mapping[
     current = _canonical(map(redact_text, current))
     if record.exists():
         with user_errors():
-            saved = _canonical(map(str, read_yaml(record) or ()))  # plain text, nothing is resolved
+            lines = read_yaml(record) or []  # plain text, nothing is resolved
+            if not isinstance(lines, list):
+                raise ValueError(f"{record} is not a list of overrides. Move it away.")
+            saved = _canonical(map(str, lines))
         if differing := sorted(saved ^ current):
             values = (
                 "" if values_too else ", in which only the values of what is swept may change (a single one: choice(4))"

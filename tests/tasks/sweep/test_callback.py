@@ -131,6 +131,15 @@ def test_teacher_of_all_trials_is_trained_first(start, teachers, tmp_path):
     assert len(teachers) == 2  # it is there
 
 
+@pytest.mark.parametrize("seed", ["${oc.env:HOME}", "[7]", "true"])
+def test_seed_of_an_interrupted_teacher_is_a_number_and_not_resolved(start, teachers, tmp_path, capsys, seed):
+    (tmp_path / "sweep" / "teacher").mkdir(parents=True)
+    (tmp_path / "sweep" / "teacher" / "config.yaml").write_text(f"seed: {seed}\nmodel: {{}}\n")
+    with pytest.raises(SystemExit, match="2"):
+        start(*PAIR, "loss=kd,rld", "seed=1,2")
+    assert "its seed is no number" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("varied", ["model.student.name=resnet8,resnet20", "recipe.optimizer.lr=0.05,0.1"])
 def test_students_of_several_kinds_share_a_teacher(start, teachers, tmp_path, varied):
     start(*PAIR, varied, "loss=kd,rld", "seed=0,1", f"paths.teachers={tmp_path}")

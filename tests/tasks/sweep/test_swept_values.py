@@ -16,3 +16,6 @@ def test_recorded_settings_of_a_sweep_are_not_resolved_or_expanded(tmp_path, mon
     (tmp_path / SWEEP).write_text(bomb)
     with pytest.raises(UserError, match="has YAML aliases"):
         refuse_another_sweep(tmp_path, {}, {}, values_too=False)
+    (tmp_path / SWEEP).write_text("5")
+    with pytest.raises(UserError, match="is not a list of overrides"):
+        refuse_another_sweep(tmp_path, {}, {}, values_too=False)
