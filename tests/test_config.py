@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from rld_lightning.hydra import options
 from rld_lightning.hydra.compose import expand_combined_loss, flags_first, set_run_folder
-from rld_lightning.hydra.options import register_options
+from rld_lightning.hydra.options import list_options, register_options
 from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_loss, registry
 from rld_lightning.models import list_models
 from rld_lightning.models.teacher.teacher_store import PUBLISHED_URL
@@ -174,6 +174,26 @@ def test_configured_values_are_the_defaults_of_the_class(name):
             defaults |= {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items()}
     values = {key: value for key, value in cfg.items() if key not in ("_target_", "warmup_epochs")}
     assert values == {key: defaults[key] for key in values}
+
+
+NOT_CONFIGURED = {
+    "shuffle",  # for tests
+    "strong_view",  # set by the loss
+    "self", "options",
+}  # fmt: skip
+OF_OTHERS = {"imagenet": {"name", "split_file", "test_fraction"}}  # ImageNet has its own name and test split
+
+
+@pytest.mark.parametrize("name", list_options("data"))
+def test_options_of_a_data_set_need_no_plus_and_have_the_defaults_of_its_class(name):
+    cfg = dict(unresolved(f"data={name}")["data"])
+    defaults = {}
+    for cls in reversed(hydra.utils.get_class(cfg.pop("_target_")).__mro__):
+        if "__init__" in vars(cls) and cls.__module__.startswith("rld_lightning"):
+            defaults |= {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items()}
+    assert set(defaults) - NOT_CONFIGURED - OF_OTHERS.get(name, set()) == set(cfg) - {"_convert_"}
+    for key in ("flip", "padding", "download", "url", "name"):
+        assert key not in cfg or cfg[key] == defaults[key]
 
 
 def test_a_run_folder_is_named_after_the_losses():

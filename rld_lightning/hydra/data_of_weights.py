@@ -46,6 +46,8 @@ def _data_of_run(run: Path, *, has_root: bool) -> tuple[str, ...]:
     except (OSError, ValueError, KeyError, TypeError):  # not a run directory
         return ()
     settings = {key: data[key] for key in _KEYS if data.get(key) is not None}
+    if option in ("imagefolder", "shards") and data.get("name") is not None:  # others have their own
+        settings["name"] = data["name"]
     if "split_file" in data and (written := split_of(run)) is not None:
         settings["split_file"] = str(written)
     if settings.get("decode") == "cuda":  # there may be no GPU here

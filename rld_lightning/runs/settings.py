@@ -24,7 +24,7 @@ SEEDS = ("seed", "data.seed")  # runs that differ only in these are repetitions
 _NO_EFFECT = (
     # locations
     *("paths", "resume", "data.root", "data.cache", "data.bad_images_file", "trainer.default_root_dir"),
-    "data.split_file",
+    *("data.split_file", "data.name", "data.url", "data.download"),
     "model.teacher.sha256",  # compared separately, as the checksum of the file that is read
     # descriptions, and where they are shown
     *(

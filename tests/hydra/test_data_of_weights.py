@@ -65,7 +65,7 @@ def composed(run, *arguments):
 
 
 def test_the_folder_and_image_size_of_a_run(folder_run, tmp_path):
-    run = folder_run()
+    run = folder_run(name="flowers")
     (run / "split.csv").write_text("split,image\n")
     (run / "export").mkdir()
     for name in ("model.onnx", "model.safetensors", "export.json"):
@@ -76,7 +76,7 @@ def test_the_folder_and_image_size_of_a_run(folder_run, tmp_path):
         assert data._target_ == "rld_lightning.data.ImageFolderDataModule"
         assert data.root == str(tmp_path / "photos of=mine")
         assert (data.image_size, data.test_fraction, data.resize) == (24, 0.3, None)
-        assert list(data.mean) == [0.5, 0.25, 0.001]
+        assert (data.name, list(data.mean)) == ("flowers", [0.5, 0.25, 0.001])
         assert data.split_file == str(run / "split.csv")
         assert data.bad_images_file.startswith("/run/")  # paths to write are not read from a run
         assert (data.decode, data.seed, data.val_fraction) == ("auto", None, None)

@@ -131,6 +131,13 @@ VALUES: Mapping[str, Kind] = {
     "model.teacher.shard": FLAG,
     # data
     "data.root": TEXT.such_as("data.root=/photos"),
+    "data.name": Kind(
+        "a name without slashes, such as data.name=flowers",
+        lambda value: isinstance(value, str) and bool(value.strip(" .")) and not {"/", "\\"} & set(value),
+    )
+    | NULL,
+    "data.url": TEXT.such_as("data.url=file:///downloads/cifar-100-python.tar.gz") | NULL,
+    "data.download": FLAG,
     "data.batch_size": _BATCH,
     "data.eval_batch_size": COUNT | NULL,
     "data.val_fraction": Kind(
