@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-# Keys whose values are files, folders or URLs, including Hydra's for the folders of runs and sweeps.
+# Keys whose values are files, folders or URLs, including Hydra's for the directories of runs and sweeps.
 PATHS = frozenset(
     (
         *("paths.data", "paths.runs", "paths.teachers", "paths.run"),

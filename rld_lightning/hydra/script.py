@@ -175,7 +175,7 @@ def _explain(text: str, config_name: str) -> None:
     except UserError:
         _discard_held()
         raise
-    # Hydra creates the folders of runs and sweeps.
+    # Hydra creates the directories of runs and sweeps.
     if match := re.search(
         r"^(?:FileExists|FileNotFound|NotADirectory|Permission|OS)Error: \[Errno \d+\] (.*)$", text, re.MULTILINE
     ):

@@ -151,7 +151,7 @@ def sections(frame: pd.DataFrame) -> tuple[list[Section], list[tuple[str, str]]]
     teacher they trained.
 
     Returns:
-        one section per pair and split, the test split first; and the folders of runs that do not count, with the
+        one section per pair and split, the test split first; and the directories of runs that do not count, with the
         reason.
     """
     if frame.empty or not frame["complete"].any():

@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
     """
     for name in (SUMMARY, CONFIG):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {name}.")
+            raise FileNotFoundError(f"{folder} is not the directory of a finished run: it has no {name}.")
         check_file(folder / name)
     config = read_yaml(folder / CONFIG)
     if not isinstance(config, dict):

@@ -171,7 +171,7 @@ def export_run(
 def _finished(run: Path, checkpoint: str) -> Run:
     if run.suffix == ".ckpt":
         which = " checkpoint=best" if run.name == BEST else ""
-        raise ValueError(f"run={run} is a checkpoint; give the folder of its run: run={run.parent}{which}.")
+        raise ValueError(f"run={run} is a checkpoint; give the directory of its run: run={run.parent}{which}.")
     if checkpoint not in ("last", "best"):
         raise ValueError(f"checkpoint={checkpoint} is not known; choose last or best.")
     finished = read_run(run)

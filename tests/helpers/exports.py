@@ -13,7 +13,7 @@ from rld_lightning.models.weights.save import save_weights
 
 
 def digits_run(folder, name="resnet8", *, size=8, seed=0, held_out=0.0):
-    """Writes the folder of a finished run on digits with an untrained student; returns the student."""
+    """Writes the directory of a finished run on digits with an untrained student; returns the student."""
     write_run(folder, student=name, dataset="digits", held_out=held_out)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["data"] = {"_target_": "rld_lightning.data.DigitsDataModule", "image_size": size, "batch_size": 64}

@@ -132,7 +132,7 @@ def test_libraries_read_their_own_networks(tmp_path):
 
 def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch):
     digits_run(tmp_path / "run")
-    with pytest.raises(UserError, match="is not the folder of a finished run"):
+    with pytest.raises(UserError, match="is not the directory of a finished run"):
         export(options(f"run={tmp_path}"))
     with pytest.raises(ValueError, match="tflite is not known; choose of safetensors, onnx, onnx_int8, torch_export"):
         export_run(tmp_path / "run", ["tflite"])

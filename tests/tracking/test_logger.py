@@ -189,7 +189,7 @@ def test_resumed_run_continues_the_same_wandb_run(finished, train, monkeypatch, 
         {r.artifact.digest for r in file if r.artifact.use_after_commit}
         for file in (records, read_run(tmp_path / "run"))
     ]
-    assert used[0] == used[1] != set()  # the teacher, by its file or by the folder of its run
+    assert used[0] == used[1] != set()  # the teacher, by its file or by the directory of its run
     steps = [
         [r.history.step.num for r in file if r.HasField("history")] for file in (records, read_run(tmp_path / "run"))
     ]

@@ -231,7 +231,7 @@ VALUES: Mapping[str, Kind] = {
     "paths.teachers": TEXT,
     "paths.run": TEXT,
     # scripts that do not train
-    "run": TEXT.such_as("run=runs/..., the folder of a finished run"),
+    "run": TEXT.such_as("run=runs/..., the directory of a finished run"),
     "formats": list_of(words("safetensors", "onnx", "onnx_int8", "torch_export"), "formats in brackets").such_as(
         "[safetensors,onnx,onnx_int8,torch_export]"
     ),

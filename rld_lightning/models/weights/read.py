@@ -99,7 +99,7 @@ def existing_part(path: str | os.PathLike[str]) -> tuple[Path, str]:
         raise FileNotFoundError(f"there is no weights file at {file}")
     if file.is_dir():
         raise FileNotFoundError(
-            f"{file} holds neither {RUN_WEIGHTS}, as the folder of a finished run does, nor {HUB_WEIGHTS}, as an "
+            f"{file} holds neither {RUN_WEIGHTS}, as the directory of a finished run does, nor {HUB_WEIGHTS}, as an "
             "export does; of a run that is not finished, name its best.ckpt or last.ckpt"
         )
     return file, part

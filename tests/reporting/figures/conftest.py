@@ -31,7 +31,7 @@ def _coarse_pictures(monkeypatch):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes the folder of a finished run: ``make_run("rld", seed=1, top1=60.0, loss={"alpha": 2.0})``."""
+    """Writes the directory of a finished run: ``make_run("rld", seed=1, top1=60.0, loss={"alpha": 2.0})``."""
 
     def make(
         method, *, seed=0, top1=50.0, teacher="resnet14", teacher_train=(90.0, 92.0), epochs=3, loss=(), **summary

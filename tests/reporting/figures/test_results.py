@@ -252,7 +252,7 @@ def test_the_script_writes_files_and_reports_missing_figures(make_run, tmp_path,
     [
         (["gain", "nowhere"], "nowhere is not a folder"),
         (["explain", "--index", "1"], "add --run FOLDER"),
-        (["explain", "--run", "nowhere"], "nowhere is not the folder of a finished run"),
+        (["explain", "--run", "nowhere"], "nowhere is not the directory of a finished run"),
         (["scatter"], "invalid choice"),
     ],
 )
