@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, for a machine that has one for some minutes and no network, in calls of limited time: the
-# CUDA tests and steps; then, on CIFAR-100, whole jobs, a teacher (WRN-40-2), one of its students (WRN-16-2, rld) alone,
-# and the others (kd, ce, more seeds) in parallel. A call continues where the last one stopped; if parts of the data are
-# missing, it runs the stages that need no data. After each stage, $OUT contains the results so far.
+# CUDA tests, the loss and a job on JPEG files; then, on CIFAR-100, a teacher (WRN-40-2), one of its students (WRN-16-2,
+# rld, all epochs) alone and the same job against a plain trainer; single steps; and other students (kd, ce, more seeds)
+# in parallel. A call continues where the last one stopped; if parts of the data are missing, it runs the stages that
+# need no data. After each stage, $OUT contains the results so far.
 #
 #   scripts/gpu_check.sh pack FOLDER   here, with a network: FOLDER/wheels for the machine, FOLDER/parts of the data
 #   scripts/gpu_check.sh               on the GPU machine
@@ -11,16 +12,15 @@
 # DATA    CIFAR-100's folder (data)          PARTS  or a folder with parts of it, which may come in several calls
 # OUT     at most 8 files (runs/gpu_check)   STATE  state that the next call continues from (/tmp/gpu_check)
 # WHEELS  packages to install from           FROM   OUT of another machine, to use its teacher
-# LIMIT   seconds of this call (570)         BUDGET seconds for all trainings (600): determines EPOCHS, up to 240
-# EPOCHS  of each training, TEACHER_EPOCHS of the teacher's; without EPOCHS, two short trainings measure the speed first
-# SKIP    stages to skip ("tests bench-imagenet")         DRY    1: only print the commands
-# SEEDS   seeds of the students (0 1 2 3 4); ' ': no training
+# LIMIT   seconds of this call (570)         SKIP   stages to skip ("tests bench-imagenet")
+# EPOCHS  of the students (240)              TEACHER_EPOCHS  of the teacher (24)
+# SEEDS   of the students (0 1 2 3 4); ' ': no training      DRY   1: only print the commands
 set -uo pipefail
 cd "$(dirname "$0")/.."
 START=$(date +%s)
-DATA=${DATA:-data} OUT=${OUT:-runs/gpu_check} STATE=${STATE:-/tmp/gpu_check} LIMIT=${LIMIT:-570} BUDGET=${BUDGET:-600}
-SCALE=${SCALE:-1} SEEDS=${SEEDS:-0 1 2 3 4} DRY=${DRY:-} PARTS=${PARTS:-} WHEELS=${WHEELS:-} FROM=${FROM:-} EPOCHS=${EPOCHS:-}
-TEACHER_EPOCHS=${TEACHER_EPOCHS:-} SKIP=${SKIP:-}
+DATA=${DATA:-data} OUT=${OUT:-runs/gpu_check} STATE=${STATE:-/tmp/gpu_check} LIMIT=${LIMIT:-570} SKIP=${SKIP:-}
+SCALE=${SCALE:-1} SEEDS=${SEEDS:-0 1 2 3 4} DRY=${DRY:-} PARTS=${PARTS:-} WHEELS=${WHEELS:-} FROM=${FROM:-}
+EPOCHS=${EPOCHS:-240} TEACHER_EPOCHS=${TEACHER_EPOCHS:-24}
 TEACHER=wrn40_2 STUDENT=wrn16_2 SPARE=20 # seconds for stopping and gathering
 PYTHON=${PYTHON:-python3}
 RUNS=$STATE/runs
@@ -53,10 +53,10 @@ gather() {
     [ "$DRY" ] || "$PYTHON" -m rld_lightning.bench.evidence gather "$STATE" "$OUT" >>"$STATE/log.txt" 2>&1
 }
 
-# stage NAME SECONDS COMMAND...: runs a command once, also if it fails, unless the call's time ends it. Trainings (run-*)
-# continue in the next calls. Returns 0: done; 1: to be continued; 2: failed.
+# stage NAME SECONDS COMMAND...: runs a command once, also if it fails. If the call's time ends it, the next call runs it
+# again; trainings (run-*) continue. Returns 0: done; 1: to be continued; 2: failed.
 stage() {
-    local name=$1 limit=$2 began rc
+    local name=$1 limit=$2 wanted=$2 began rc
     shift 2
     [[ " $SKIP " == *" $name "* ]] && return 0
     if [ "$DRY" ]; then echo "$*"; return 0; fi
@@ -71,7 +71,7 @@ stage() {
     echo "$name $rc $(($(date +%s) - began))" >>"$STATE/stages.txt"
     case $rc in
         0) echo 0 >"$STATE/done/$name" ;;
-        124 | 137 | 143) [[ $name == run-* ]] && return 1; echo 2 >"$STATE/done/$name" ;;
+        124 | 137 | 143) [[ $name == run-* ]] || ((limit < wanted)) && return 1; echo 2 >"$STATE/done/$name" ;;
         *) tail -5 "$STATE/logs/$name.txt" | tee -a "$STATE/log.txt"; echo 2 >"$STATE/done/$name" ;;
     esac
     return "$(cat "$STATE/done/$name")"
@@ -98,14 +98,13 @@ if [ "$FROM" ] && [ -e "$FROM/teacher.safetensors" ]; then
 fi
 
 scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n *= s; print int(n < least ? least : n) }'; }
-SHORT=() TOGETHER=${TOGETHER:-3} MEASURE=$([ "$EPOCHS" ] || echo 1)
+SHORT=() TOGETHER=${TOGETHER:-3}
 if [ "$SCALE" != 1 ]; then # two epochs, with fewer batches to scale the number of steps
     EPOCHS=2 TEACHER_EPOCHS=2
     SHORT=("trainer.limit_train_batches=$(scaled $((240 * 782 / 2)) 2)" "trainer.limit_val_batches=$(scaled 200 1)")
 fi
-ROUNDS=$(scaled 9 1) PACE=$(scaled 782 4) SECONDS_EACH=$(scaled 3 1)
+ROUNDS=$(scaled 9 1) SECONDS_EACH=$(scaled 3 1)
 WORKERS=$(($(nproc) > 12 ? 12 : $(nproc)))
-PACED=("trainer.max_steps=$PACE" trainer.limit_val_batches=1)
 
 BENCH=("$PYTHON" scripts/bench.py --rounds "$ROUNDS")
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -m cuda)
@@ -115,32 +114,28 @@ MISSING=
 stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
 stage tests 150 "${PYTEST[@]}" $(grep -rl --include="test_*.py" mark.cuda tests | grep -v end_to_end)
 gather
-stage bench-step 120 "${BENCH[@]}" step
-stage bench-overhead 60 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" overhead
-stage bench-loss 60 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
+stage bench-loss 90 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
+# JPEG files as in ImageNet, which the benchmark writes first. Losses have no warm-up on ImageNet.
+stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
+    --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
+    --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
+    --with="data.num_workers=$WORKERS model.compile=false recipe.warmup_epochs=1"
 gather
-[ "$MISSING" ] && { say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
+job() { # all logits cached; without augmentation, so that filling the cache is fast
+    local known="data.augment=false model.teacher.cache=fill recipe.warmup_epochs=1"
+    [ "$SCALE" = 1 ] || known+=" data.subset=0.01"
+    stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" \
+        --folder "$STATE/bench" --with="$known" --report "$STATE/bench-fit.json"
+    gather
+}
+steps() {
+    stage bench-step 240 "${BENCH[@]}" step
+    stage bench-overhead 60 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" overhead
+    gather
+}
+[ "$MISSING" ] && { steps; say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
 
-# Four times the batch size: the teacher's recipe is not compared, and a GPU has enough memory.
-FAST=("model=$TEACHER" loss=ce data.batch_size=256 recipe.optimizer.lr=0.15)
-if [ "$MEASURE" ]; then
-    SHORT_BEFORE=("${SHORT[@]}") SHORT=("${PACED[@]}")
-    run pace-teacher 90 "${FAST[@]}"
-    run pace-student 90 model=wrn40_2_to_wrn16_2 loss=rld "model.teacher.weights=$RUNS/pace-teacher/student.safetensors"
-    SHORT=("${SHORT_BEFORE[@]}")
-fi
-
-# All logits cached: without augmentation, so that filling the cache is fast.
-KNOWN="data.augment=false model.teacher.cache=fill recipe.warmup_epochs=1"
-[ "$SCALE" = 1 ] || KNOWN+=" data.subset=0.01"
-stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" --folder "$STATE/bench" \
-    --with=model.teacher.cache=false --with="$KNOWN" --report "$STATE/bench-fit.json"
-gather
-
-[ "${SEEDS// /}" ] || { say "no seeds, no trainings"; exit 0; }
-[ "$EPOCHS" ] || EPOCHS=$(cat "$STATE/epochs" 2>/dev/null || "$PYTHON" -m rld_lightning.bench.evidence epochs "$STATE" "$BUDGET")
-echo "$EPOCHS" >"$STATE/epochs"
-say "trainings of $EPOCHS epochs"
+[ "${SEEDS// /}" ] || { job; steps; say "no seeds, no trainings"; exit 0; }
 recipe() { # EPOCHS: the literature's schedule, scaled to EPOCHS
     echo "recipe.epochs=$1" "recipe.warmup_epochs=$((($1 + 11) / 12))" \
         "recipe.scheduler.milestones=[$(($1 * 5 / 8)),$(($1 * 3 / 4)),$(($1 * 7 / 8))]"
@@ -153,18 +148,16 @@ student() { # LOSS SEED
     run "$1-$2" 3600 "${pair[@]}" "seed=$2" $(recipe "$EPOCHS")
 }
 
+# Four times the batch size: the teacher's recipe is not compared, and a GPU has enough memory.
 # shellcheck disable=SC2046
-run teacher 3600 "${FAST[@]}" $(recipe "${TEACHER_EPOCHS:-$EPOCHS}") || { say "teacher: not finished"; exit 0; }
+run teacher 3600 "model=$TEACHER" loss=ce data.batch_size=256 recipe.optimizer.lr=0.15 $(recipe "$TEACHER_EPOCHS") ||
+    { say "teacher: not finished"; exit 0; }
 gather
 FIRST=${SEEDS%% *}
 student rld "$FIRST" # alone, to measure the time of a single training
 gather
-# JPEG files as in ImageNet, which the benchmark writes first.
-stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
-    --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
-    --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
-    --with="data.num_workers=$WORKERS model.compile=false"
-gather
+job
+steps
 for seed in $SEEDS; do
     pids=()
     for loss in rld kd ce; do # in parallel: a batch of 64 uses only a small part of a GPU

@@ -1,4 +1,4 @@
-"""Helpers of ``scripts/gpu_check.sh``: facts of the machine, the number of epochs, and the collected results."""
+"""Helpers of ``scripts/gpu_check.sh``: facts of the machine, and the collected results."""
 
 import json
 import sys
@@ -16,7 +16,6 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
 from rld_lightning.runs.metrics_csv import read_rows
 
-IMAGES = 50_000  # per epoch
 _WEIGHTS = ("teacher", "rld-0", "kd-0", "ce-0", "rld-1")  # runs whose weights are collected; 8 files at most in all
 _LONGEST_LOG = 200_000  # characters
 
@@ -49,21 +48,6 @@ def _seconds(work: Any, device: torch.device) -> float:
     return best
 
 
-def epochs(state: Path, budget: float, side_by_side: float = 2.0) -> int:
-    """Returns how many epochs (a multiple of 8, at most 240) a teacher and a first round of students fit in the budget.
-
-    Args:
-        state: the folder with the short runs ``pace-teacher`` and ``pace-student``.
-        budget: total seconds.
-        side_by_side: slow-down factor of students that share the device.
-    """
-    speeds = [_summary(state / "runs" / name).get("images_per_s") for name in ("pace-teacher", "pace-student")]
-    if not all(speeds):
-        return 64
-    teacher, student = (IMAGES / float(speed) for speed in speeds if speed)
-    return max(8, min(240, int(budget / (teacher + side_by_side * student)) // 8 * 8))
-
-
 def gather(state: Path, out: Path) -> None:
     """Collects the results so far into at most 8 files: ``log.txt``, ``results.json``, ``metrics.csv`` and weights."""
     runs = {path.name: path for path in sorted((state / "runs").iterdir()) if path.is_dir()}
@@ -75,7 +59,6 @@ def gather(state: Path, out: Path) -> None:
         "facts": _json(state / "facts.json"),
         "stages": [{"name": name, "status": int(rc), "seconds": int(took)} for name, rc, took in stages],
         "bench": {path.stem: _json(path) for path in sorted(state.glob("bench-*.json"))},
-        "epochs": _text(state / "epochs").strip(),
         "runs": {name: _summary(path) or {"unfinished": (path / LAST).exists()} for name, path in runs.items()},
     }
     write_json(out / "results.json", results)
@@ -111,7 +94,5 @@ if __name__ == "__main__":
     what, where, *rest = sys.argv[1:]
     if what == "facts":
         facts(Path(where))
-    elif what == "epochs":
-        print(epochs(Path(where), float(rest[0])))
     else:
         gather(Path(where), Path(rest[0]))

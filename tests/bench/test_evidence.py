@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rld_lightning.bench.evidence import epochs, gather
+from rld_lightning.bench.evidence import gather
 from rld_lightning.models import create_model
 from rld_lightning.models.weights.save import save_weights
 from tests.helpers.configs import compose
@@ -20,38 +20,46 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 
 
+def dry(tmp_path, **variables):
+    """The commands of a check that only prints them."""
+    variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out")} | variables
+    printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
+    return [words for words in map(shlex.split, printed.splitlines()) if "python3" in words[0]]
+
+
+def trainings(commands):
+    return [words[2:] for words in commands if words[1] == "scripts/fit.py"]
+
+
 def test_every_training_of_the_check_composes(tmp_path):
-    (tmp_path / "epochs").write_text("24\n")  # as computed from the short trainings
-    variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "TEACHER_EPOCHS": "16"}
-    printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
-    commands = [shlex.split(line) for line in printed.splitlines() if "scripts/fit.py" in line]
-    assert len(commands) == 6
-    found = [compose(*(o for o in words[2:] if not o.startswith("hydra.")), resolve=False) for words in commands[1:]]
-    assert [cfg.model.label for cfg in found[:2]] == ["wrn40_2_to_wrn16_2", "wrn40_2"]
-    assert [cfg.trainer.max_steps for cfg in found] == [782, -1, -1, -1, -1]
+    commands = trainings(dry(tmp_path, EPOCHS="24", TEACHER_EPOCHS="16"))
+    assert len(commands) == 4
+    found = [compose(*(o for o in words if not o.startswith("hydra.")), resolve=False) for words in commands]
+    assert found[0].model.label == "wrn40_2"
     # rld alone, then two students at once, in any order.
-    assert found[2].loss._target_.endswith("RLDLoss")
-    assert sorted(cfg.model.label for cfg in found[3:]) == ["wrn16_2", "wrn40_2_to_wrn16_2"]
-    assert [cfg.recipe.epochs for cfg in found[1:]] == [16, 24, 24, 24]
-    assert [cfg.recipe.scheduler.milestones for cfg in found[1:3]] == [[10, 12, 14], [15, 18, 21]]
+    assert found[1].loss._target_.endswith("RLDLoss")
+    assert sorted(cfg.model.label for cfg in found[2:]) == ["wrn16_2", "wrn40_2_to_wrn16_2"]
+    assert [cfg.recipe.epochs for cfg in found] == [16, 24, 24, 24]
+    assert [cfg.recipe.scheduler.milestones for cfg in found[:2]] == [[10, 12, 14], [15, 18, 21]]
 
 
-def test_a_check_can_skip_stages_and_measures_no_speed_for_given_epochs(tmp_path):
-    variables = os.environ | {"DRY": "1", "STATE": str(tmp_path), "OUT": str(tmp_path / "out"), "EPOCHS": "240"}
-    variables["SKIP"] = "facts tests bench-step bench-overhead bench-loss bench-imagenet run-kd-0"
-    printed = subprocess.run(["bash", SCRIPT], check=True, capture_output=True, text=True, env=variables).stdout
-    commands = [words for words in map(shlex.split, printed.splitlines()) if "python3" in words[0]]
-    assert [words[1] for words in commands[:-1]] == ["scripts/bench.py", *["scripts/fit.py"] * 3]
+def test_the_first_student_is_trained_as_in_the_literature_before_single_steps_are_timed(tmp_path):
+    commands = dry(tmp_path)
+    assert {"recipe.epochs=240", "recipe.warmup_epochs=20", "recipe.scheduler.milestones=[150,180,210]"} <= {
+        *trainings(commands)[1]
+    }
+    scripts = [" ".join(words) for words in commands]
+    first, fit, step = (
+        next(n for n, words in enumerate(scripts) if part in words) for part in ("loss=rld", "bench-fit.json", " step")
+    )
+    assert first < fit < step
+
+
+def test_a_check_can_skip_stages(tmp_path):
+    skipped = "facts tests bench-step bench-overhead bench-loss bench-imagenet run-kd-0"
+    commands = dry(tmp_path, SKIP=skipped)
+    assert [words[1] for words in commands[:-1]] == [*["scripts/fit.py"] * 2, "scripts/bench.py", "scripts/fit.py"]
     assert "tests/end_to_end/test_gpu.py" in commands[-1]
-
-
-def test_trainings_fit_their_time(tmp_path):
-    assert epochs(tmp_path, 600) == 64  # no speed was measured
-    for name, speed in (("pace-teacher", 25_000), ("pace-student", 50_000)):
-        write_run(tmp_path / "runs" / name, summary={"images_per_s": speed})
-    assert epochs(tmp_path, 100) == 24  # 2 s for the teacher, and 2 s for students at half their speed
-    assert epochs(tmp_path, 10_000) == 240
-    assert epochs(tmp_path, 1) == 8
 
 
 def test_results_are_collected_in_few_small_files(tmp_path):
