@@ -53,6 +53,13 @@ gather() {
     [ "$DRY" ] || "$PYTHON" -m rld_lightning.bench.evidence gather "$STATE" "$OUT" >>"$STATE/log.txt" 2>&1
 }
 
+gather_meanwhile() { # gathers beside the next stage, which begins with seconds of imports; only if a stage has run since
+    [ "$RAN" ] || return 0
+    wait $GATHERING
+    gather &
+    GATHERING=$! RAN=
+}
+
 # stage NAME SECONDS COMMAND...: runs a command once, also if it fails. If the call's time ends it, the next call runs it
 # again; trainings (run-*) continue. Returns 0: done; 1: to be continued; 2: failed.
 stage() {
@@ -63,7 +70,7 @@ stage() {
     [ -e "$STATE/done/$name" ] && return "$(cat "$STATE/done/$name")"
     ((limit > $(left))) && limit=$(left)
     ((limit < 10)) && { say "$name: no time left"; return 1; }
-    began=$(date +%s)
+    began=$(date +%s) RAN=1
     # A run that receives SIGTERM writes a checkpoint.
     timeout --kill-after=15 "$limit" "$@" >>"$STATE/logs/$name.txt" 2>&1
     rc=$?
@@ -88,7 +95,8 @@ run() {
 
 if [ "${1:-}" = pack ]; then pack "$2"; exit; fi
 mkdir -p "$STATE/done" "$STATE/logs" "$RUNS" "$OUT"
-trap gather EXIT
+RAN='' GATHERING=''
+trap 'wait; gather' EXIT
 if [ "$WHEELS" ] && [ ! -e "$STATE/site" ]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$STATE/site" "$WHEELS"/*.whl || exit 1
 fi
@@ -113,25 +121,25 @@ MISSING=
 
 stage facts 60 "$PYTHON" -m rld_lightning.bench.evidence facts "$STATE"
 stage tests 150 "${PYTEST[@]}" $(grep -rl --include="test_*.py" mark.cuda tests | grep -v end_to_end)
-gather
+gather_meanwhile
 stage bench-loss 90 "${BENCH[@]}" loss --batch "$(scaled 1024 8)"
 # JPEG files as in ImageNet, which the benchmark writes first. Losses have no warm-up on ImageNet.
 stage bench-imagenet 150 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --data imagefolder --root "$STATE/jpegs" \
     --teacher torchvision/resnet34 --student torchvision/resnet18 --batch "$(scaled 256 2)" --workers "$WORKERS" \
     --seconds "$SECONDS_EACH" --folder "$STATE/bench" --report "$STATE/bench-imagenet.json" \
     --with="data.num_workers=$WORKERS model.compile=false recipe.warmup_epochs=1"
-gather
+gather_meanwhile
 job() { # all logits cached; without augmentation, so that filling the cache is fast
     local known="data.augment=false model.teacher.cache=fill recipe.warmup_epochs=1"
     [ "$SCALE" = 1 ] || known+=" data.subset=0.01"
     stage bench-fit 180 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" fit --root "$DATA" --seconds "$SECONDS_EACH" \
         --folder "$STATE/bench" --with="$known" --report "$STATE/bench-fit.json"
-    gather
+    gather_meanwhile
 }
 steps() {
     stage bench-step 240 "${BENCH[@]}" step
     stage bench-overhead 60 "$PYTHON" scripts/bench.py --rounds "$(scaled 3 1)" overhead
-    gather
+    gather_meanwhile
 }
 [ "$MISSING" ] && { steps; say "data: parts are missing, bring them in the next call"; cat "$STATE/parts.txt"; exit 0; }
 
@@ -152,10 +160,10 @@ student() { # LOSS SEED
 # shellcheck disable=SC2046
 run teacher 3600 "model=$TEACHER" loss=ce data.batch_size=256 recipe.optimizer.lr=0.15 $(recipe "$TEACHER_EPOCHS") ||
     { say "teacher: not finished"; exit 0; }
-gather
+gather_meanwhile
 FIRST=${SEEDS%% *}
 student rld "$FIRST" # alone, to measure the time of a single training
-gather
+gather_meanwhile
 job
 steps
 for seed in $SEEDS; do
@@ -168,7 +176,7 @@ for seed in $SEEDS; do
     done
     wait
     [ "$DRY" ] && break
-    gather
+    RAN=1 gather_meanwhile # they have run in subshells
     (($(left) < 10)) && { say "students: continue in the next call"; exit 0; }
 done
 stage tests-end-to-end 600 "${PYTEST[@]}" tests/end_to_end/test_gpu.py
