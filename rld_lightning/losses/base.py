@@ -255,7 +255,18 @@ class LogitLoss(DistillationLoss):
             logit_standardization: bool = False
 
     The function maps ``(student_logits, teacher_logits, label, *, <hyper-parameters>)`` to named, weighted terms.
+
+    Raises:
+        TypeError: the class has no function.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not hasattr(self, "function") and type(self).terms is LogitLoss.terms:
+            raise TypeError(
+                f"{type(self).__name__} has no function: add function = staticmethod(my_loss), a function of logits "
+                "and labels, or derive it from DistillationLoss and define terms."
+            )
 
     def terms(self, step: StepContext) -> dict[str, Tensor]:
         """Returns the terms of the function."""

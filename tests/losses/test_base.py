@@ -7,6 +7,7 @@ from rld_lightning.losses import (
     CELoss,
     CombinedLoss,
     DistillationLoss,
+    LogitLoss,
     ModelOutput,
     RevisionLoss,
     RLDLoss,
@@ -44,6 +45,19 @@ def test_a_user_defined_method():
 def test_a_method_without_terms():
     with pytest.raises(NotImplementedError, match="DistillationLoss must define terms"):
         DistillationLoss()(*batch())
+
+
+def test_a_method_without_function_is_refused_when_it_is_made():
+    class Forgotten(LogitLoss):
+        temperature: float = 4.0
+
+    class Later(Forgotten):
+        def terms(self, step):
+            return {"zero": step.student.logits.sum() * 0}
+
+    with pytest.raises(TypeError, match=r"^Forgotten has no function: add function = staticmethod\(my_loss\)"):
+        Forgotten()
+    assert Later(ce_weight=0)(*batch())["zero"] == 0
 
 
 def test_terms_see_the_whole_context():
