@@ -165,6 +165,16 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def is_over(trainer: Trainer) -> bool:
+    """Whether a resumed run has nothing left to train, at the start of fitting, before its position is restored."""
+    checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+    if trainer.should_stop or not checkpoint:
+        return trainer.should_stop
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    ends = ((trainer.max_steps, checkpoint["global_step"]), (trainer.max_epochs, epochs))
+    return any(end is not None and 0 <= end <= done for end, done in ends)
+
+
 def print_nothing_left(trainer: Trainer) -> None:
     """Prints why a resumed run took no step, if it took none."""
     began = next((callback.start_step for callback in callbacks_of(trainer, ExactResume)), None)

@@ -19,6 +19,7 @@ from rld_lightning.distributed import is_rank_zero
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import ResidentTable
+from rld_lightning.tasks.run.resume import is_over
 
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
@@ -37,7 +38,9 @@ class FillAhead(Callback):
         self._threads = torch.get_num_threads()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Fills the table; callbacks that check the checkpoint run before."""
+        """Fills the table unless nothing is left to train; callbacks that check the checkpoint run before."""
+        if is_over(trainer):
+            return
         of_step = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         # A teacher that is compiled for training steps would be compiled again for these batches.

@@ -86,7 +86,11 @@ def test_second_run_computes_no_logits_and_reaches_the_same_weights(tmp_path, te
     with pytest.raises(UserError, match=r"and had .* when they were written"):
         run(tmp_path / "third", teachers, *options[:1], "model.teacher.cache=fill", f"resume={tmp_path}/altered.ckpt")
     assert not computed, "before anything is computed ahead"
+    resume = f"resume={tmp_path}/second/last.ckpt"
+    assert_close(run(tmp_path / "again", teachers, *options[:1], "model.teacher.cache=fill", resume), second)
+    assert not computed, "nor if nothing is left to train"
     output = capsys.readouterr().out
+    assert "nothing is left to train: all 1 epochs are trained" in output
     assert "the teacher's logits of 12,933 views are looked up, in float32, 0.5 MB when full, about 0 % of" in output
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.data import epoch_of, ready
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch.testing import assert_close
 
@@ -64,7 +65,7 @@ def test_filling_does_not_compile_a_compiled_teacher(tmp_path):
     data = ready(SmallDigits(val_fraction=0.2))
     teacher = teacher_with(tmp_path / "table", data)
     teacher.model.compile(backend=backend)
-    run = trainer()
+    run = Trainer(accelerator="cpu", logger=False)
     run.datamodule = data
     FillAhead().on_fit_start(run, SimpleNamespace(teacher=teacher))
     assert teacher.table.known(data.views_of(slice(0, data.train_size))).all()
