@@ -108,7 +108,11 @@ def test_folders_in_timm_s_format_are_read(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": wrong}))
         with pytest.raises(WeightsError, match=reason):
             load_student(tmp_path)
-    for text in ("[1]", json.dumps(config | {"pretrained_cfg": look | {"crop_pct": 1e-320}})):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(WeightsError, match="is not the configuration of an image classifier"):
+    for content in (
+        b"[1]",
+        b"\xff" * 5000,
+        json.dumps(config | {"pretrained_cfg": look | {"crop_pct": 1e-320}}).encode(),
+    ):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(WeightsError, match=r"is not the configuration of an image classifier \(.{10,200}\)$"):
             load_student(tmp_path)

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rld_lightning.errors import some
+from rld_lightning.errors import first_line, some
 from rld_lightning.models.weights.claims import ClaimError, as_text, load_safely
 from rld_lightning.models.weights.seal import is_damaged, without_seal
 from rld_lightning.models.weights.unpack import Part, find_parts, usual_keys, wanted_parts
@@ -35,6 +35,7 @@ HUB_WEIGHTS = "model.safetensors"  # in the folder of an export, as on the Huggi
 _NUMPY_SCALAR = np.float64(0.0).__reduce__()[0]
 _NUMPY_SCALAR_PATHS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _NUMPY_KINDS = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+_MOST_SHOWN = 150  # characters of a library's message
 _POSIX = ("PosixPath", "PurePosixPath")
 _WINDOWS = ("WindowsPath", "PureWindowsPath")
 
@@ -174,14 +175,19 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return without_seal(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
+        raise WeightsError(f"{path} is not a complete safetensors file ({_in_short(error)})") from error
+
+
+def _in_short(error: BaseException) -> str:
+    """A library's message, which may quote the file at any length."""
+    return first_line(error)[:_MOST_SHOWN]
 
 
 def _read_safetensors(content: bytes, path: Path) -> Weights:
     try:
         state_dict = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
+        raise WeightsError(f"{path} is not a complete safetensors file ({_in_short(error)})") from error
     if not state_dict:
         raise WeightsError(f"{path} holds no tensors")
     # The library has read the header, so it is valid.
