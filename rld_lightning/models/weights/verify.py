@@ -112,10 +112,13 @@ def verify_weights(model: nn.Module, weights: Weights, *, name: str | None = Non
         WeightsError: they differ; the message explains how.
     """
     model = unwrap(model)
+    own = model.state_dict()
     actual = _shapes(weights.state_dict)
     # torch fills in BatchNorm's counters if they are absent, as in files from before torch 0.4.1.
-    expected = {key: s for key, s in _shapes(model.state_dict()).items() if key in actual or not _is_counter(key)}
+    expected = {key: s for key, s in _shapes(own).items() if key in actual or not _is_counter(key)}
     if expected == actual:
+        if lost := [key for key, value in weights.state_dict.items() if value.is_complex() > own[key].is_complex()]:
+            raise WeightsError(f"{weights.source} has complex numbers in {some(lost)}, and the model has real ones")
         return
     target = f"the model {name or type(model).__name__}"
     if (widths := _classifier_widths(expected, actual)) is not None:

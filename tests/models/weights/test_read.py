@@ -288,6 +288,7 @@ BROKEN = {
     "nothing.pth": lambda p: torch.save({}, p),
     "list.pth": lambda p: torch.save([torch.ones(1)], p),
     "none.safetensors": lambda p: safetensors.torch.save_file({}, p),
+    "long.safetensors": lambda p: p.write_bytes((20_000).to_bytes(8, "little") + b'{"a": "%s"}' % (b"x" * 19_991)),
 }
 
 
@@ -330,6 +331,12 @@ def test_load_fills_the_model_and_converts(model, tmp_path):
     assert weights.metadata == {"top1": "70.5"}
     assert target[0].weight.dtype is torch.float64
     assert_same({key: value.to(model.state_dict()[key].dtype) for key, value in target.state_dict().items()}, model)
+
+
+def test_complex_numbers_are_not_cut_to_real_ones(model):
+    weights = Weights({key: value.to(torch.complex64) for key, value in model.state_dict().items()}, {}, Path("a"))
+    with pytest.raises(WeightsError, match=r"has complex numbers in 0\.weight, 0\.bias"):
+        load_weights(tiny(), weights)
 
 
 def test_load_fills_the_model_inside_a_wrapper(model):
