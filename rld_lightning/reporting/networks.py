@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from math import isfinite
 from pathlib import Path
 
 from rld_lightning.runs.files import NETWORKS, read_json, write_json
@@ -93,7 +92,7 @@ def _is_valid(key: str, value: object) -> bool:
         return isinstance(value, str) and 0 < len(value) <= _LONGEST
     whole = key in ("images", "parameters", "macs", "bytes")
     most = 100 if key in _PERCENT else _LARGEST
-    return type(value) in ((int,) if whole else (int, float)) and isfinite(value) and 0 <= value <= most  # type: ignore[arg-type, operator]
+    return type(value) in ((int,) if whole else (int, float)) and 0 <= value <= most  # type: ignore[operator]
 
 
 def _millions(count: int | None, form: str) -> str:

@@ -108,6 +108,7 @@ def test_card_has_the_table_of_the_networks(tmp_path):
         (lambda one: one | {"images": 1.5}, "whose images"),
         (lambda one: one | {"top1": 1e9}, "whose top1"),
         (lambda one: one | {"ece": 100.5}, "whose ece"),
+        (lambda one: one | {"milliseconds": 10**400}, "whose milliseconds"),
     ],
 )
 def test_networks_of_a_foreign_run_are_plain_values_in_range(tmp_path, text, about):
