@@ -22,40 +22,59 @@ _MOST_EPOCHS = 1 << 32
 _COUNTED = ("epoch", "step")  # integers
 _NAME = re.compile(r"[A-Za-z][\w./ @+-]{0,199}")  # of possibly foreign names; no spreadsheet formulas
 
+_PERCENT = re.compile(r"/(\w*top[15](_\w+)?|agreement)$")
+
 
 def read_metrics(run: Path) -> "pd.DataFrame":
     """Returns the metrics logged at the end of epochs: one row per epoch (counted from 1), one column per metric.
 
     Args:
-        run: a run directory with a ``metrics.csv``, which may be untrusted: values that are not numbers are dropped.
+        run: a run directory with a ``metrics.csv``, which may be untrusted: values that are not numbers are dropped,
+            and accuracies that are not percentages.
 
     Raises:
-        ValueError: the file is not a table, or larger than any run's.
+        ValueError: the file is not a table of epochs, or larger than any run's.
     """
     import pandas as pd  # not needed for training
 
-    if (run / METRICS).stat().st_size > _LARGEST:
-        raise ValueError(f"{run / METRICS} has more than {_LARGEST:,} bytes, which no run's has.")
+    _check_size(run / METRICS)
     try:
         rows = pd.read_csv(run / METRICS)
     except pd.errors.EmptyDataError:
         rows = pd.DataFrame(columns=["epoch"])
     columns = [name for name in rows if name.startswith(("train/", "val/", "stats/"))]
+    if "epoch" not in rows:
+        raise ValueError(f"{run / METRICS} has no column epoch.")
     try:
         numbers = rows[["epoch", *columns]].apply(pd.to_numeric, errors="coerce")
     except OverflowError as error:  # of integers, not of fractions
         raise ValueError(f"{run / METRICS} has numbers of more digits than any run's.") from error
+    for name in filter(_PERCENT.search, columns):
+        numbers[name] = numbers[name].where(numbers[name].between(0, 100))
     epochs = numbers[numbers["epoch"].between(0, _MOST_EPOCHS)].groupby("epoch")[columns].last()
     epochs.index += 1
     return epochs.dropna(axis=1, how="all")
 
 
 def read_rows(run: Path) -> list[Row]:
-    """Returns the rows of a run's ``metrics.csv``; none if there is no such file."""
+    """Returns the rows of a run's ``metrics.csv``; none if there is no such file.
+
+    Raises:
+        ValueError: the file is not a table, or larger than any run's.
+    """
     if not (run / METRICS).is_file():
         return []
+    _check_size(run / METRICS)
     with (run / METRICS).open(newline="") as file:
-        return known_rows(list(csv.DictReader(file)))
+        try:
+            return known_rows(list(csv.DictReader(file)))
+        except csv.Error as error:  # such as an overlong cell
+            raise ValueError(f"{run / METRICS} is not a table ({error}).") from error
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"{path} has more than {_LARGEST:,} bytes, which no run's has.")
 
 
 def known_rows(values: Any) -> list[Row]:

@@ -69,6 +69,22 @@ def test_finished_rows_are_not_formatted_again(tmp_path, monkeypatch):
 def test_only_numbers_are_read_from_a_foreign_file(tmp_path):
     (tmp_path / "metrics.csv").write_text('epoch,val/top1\n0,50\n1,many\n"=1+1",60\n2,70\n1e300,80\n')
     assert read_metrics(tmp_path)["val/top1"].dropna().to_dict() == {1: 50.0, 3: 70.0}
+    (tmp_path / "metrics.csv").write_text("epoch,val/top1,val/agreement,val/ce\n0,50,-1,1e9\n1,1e9,20,2\n")
+    table = read_metrics(tmp_path)
+    assert {name: table[name].dropna().to_dict() for name in table} == {
+        "val/top1": {1: 50.0},
+        "val/agreement": {2: 20.0},
+        "val/ce": {1: 1e9, 2: 2.0},
+    }
+
+
+def test_tables_that_no_run_writes_are_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val/top1\n0,50\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv has no column epoch"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.csv").write_text(f"epoch,step\n0,{'1' * 200_000}\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv is not a table \(field larger"):
+        read_rows(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "epoch,step\n", "\n"])
