@@ -122,7 +122,7 @@ def _is_usable(run: Run) -> bool:
     texts += [networks["student"]["name"], *run.settings, *run.overrides, *run.choices]
     if summary.teacher or networks.get("teacher"):
         texts += [networks["teacher"]["name"], str(networks["teacher"]["weights"])]
-    mappings = [run.choices, run.config["data"], run.config["loss"]]
+    mappings = [run.choices, run.config["data"], run.config["loss"], networks.get("tuned") or {}]
     mappings += [run.environment] if (run.folder / ENVIRONMENT).exists() else []
     return all(isinstance(text, str) and "\0" not in text for text in texts) and all(
         isinstance(mapping, dict) for mapping in mappings

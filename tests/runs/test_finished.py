@@ -159,6 +159,10 @@ def test_value_of_another_type_is_refused(tmp_path, value):
         ("config.yaml", {"loss": None}),
         ("config.yaml", {"data": ["digits"]}),
         ("config.yaml", {"model": {"label": "x", "student": "resnet8"}}),
+        (
+            "config.yaml",
+            {"model": {"label": "x", "student": {"name": "a"}, "teacher": {"name": "b", "weights": "c"}, "tuned": 5}},
+        ),
         (".hydra/overrides.yaml", 5),
         (".hydra/hydra.yaml", {"hydra": 1}),
         ("environment.json", ["torch"]),

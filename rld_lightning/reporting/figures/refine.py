@@ -12,6 +12,7 @@ from rld_lightning.losses.base import cross_entropy
 from rld_lightning.losses.kd import kd_loss
 from rld_lightning.losses.numerics import margin, masked_log_softmax, standardize
 from rld_lightning.losses.rld import RLDLoss, masked_classes, rld_loss
+from rld_lightning.reporting.labels import short_value
 from rld_lightning.runs.finished import Run
 from rld_lightning.runs.naming import class_name
 from rld_lightning.runs.rebuild import build_loss
@@ -107,8 +108,14 @@ def rld_of(run: Run) -> RLDLoss | None:
 
 
 def default_rld(run: Run) -> RLDLoss:
-    """``loss=rld`` for a run's pair: the defaults, with the values tuned in the pair's option of the model group."""
+    """``loss=rld`` for a run's pair: the defaults, with the values tuned in the pair's option of the model group.
+
+    Raises:
+        ValueError: these values are invalid.
+    """
     tuned = (run.config["model"].get("tuned") or {}).get("rld") or {}
+    if not isinstance(tuned, Mapping):
+        raise ValueError(f"{run.folder} says model.tuned.rld={short_value(tuned)}, which are no options of a loss.")
     return _rld(run, {**tuned, "_target_": "rld_lightning.losses.RLDLoss"})
 
 

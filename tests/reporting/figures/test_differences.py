@@ -113,6 +113,9 @@ def test_the_default_rld_has_the_pairs_tuned_values(make_run):
     assert (default_rld(run).beta, default_rld(run).temperature) == (8, 4)
     run.config["model"]["tuned"] = {"lr": 0.1, "rld": {"beta": 0.5, "temperature": 1.0}}
     assert (default_rld(run).beta, default_rld(run).temperature) == (0.5, 1)
+    run.config["model"]["tuned"] = {"rld": "${oc.env:HOME}"}
+    with pytest.raises(ValueError, match=r"model\.tuned\.rld=\$\{oc\.env:HOME\}, which are no options"):
+        default_rld(run)
     assert rld_of(make_run("rld", loss={"alpha": 3.0})).alpha == 3
 
 
