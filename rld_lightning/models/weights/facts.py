@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from unicodedata import category
 
 from rld_lightning.limits import LARGEST_RESIZE, LARGEST_SIDE, MOST_CLASSES, SEEDS
@@ -103,7 +103,15 @@ def _refusal(key: str, text: str, kind: str, source: str | Path) -> WeightsError
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and "Cc" not in map(category, value)
+    return _is_encodable(value) and 0 < len(value) <= _LONGEST_TEXT and "Cc" not in map(category, value)
+
+
+def _is_encodable(value: Any) -> TypeGuard[str]:
+    """Whether it is text that can be written: JSON can contain halves of characters, and a folder any bytes."""
+    try:
+        return isinstance(value, str) and bool(value.encode(errors="surrogateescape") or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
@@ -133,10 +141,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "source": (_is_text, _TEXT),
     "url": (_is_text, _TEXT),
     "num_classes": (_is_whole(2, MOST_CLASSES), "a whole number >= 2"),
-    "class_names": (
-        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-        "a list of names",
-    ),
+    "class_names": (lambda value: isinstance(value, list) and all(map(_is_encodable, value)), "a list of names"),
     "image_shape": (_is_three(_is_whole(1, LARGEST_SIDE + 1)), _SHAPE),
     "mean": (_is_three(_is_number), _CHANNELS),
     "std": (_is_three(lambda value: _is_number(value) and value > 0), _SPREADS),

@@ -14,7 +14,7 @@ GOOD = {
     "dataset": "cifar100",
     "source": "fit",
     "num_classes": 100,
-    "class_names": ["apple", "a\nb", ""],
+    "class_names": ["apple", "a\nb", "", "caf\udce9"],  # the last from a folder whose name is not UTF-8
     "image_shape": [3, 32, 32],
     "mean": [0.5, 0, 0.5],
     "std": [0.25, 1, 0.25],
@@ -70,6 +70,12 @@ def test_a_file_may_have_no_metadata():
 def test_the_name_in_checkpoints_is_called_student():
     assert read_facts({"student": "resnet8@resnet20"}, "w").name == "resnet8@resnet20"
     assert read_facts({"student": "resnet8", "name": "resnet20"}, "w").name == "resnet20"
+
+
+@pytest.mark.parametrize(("key", "text"), [("class_names", json.dumps(["a", "\ud800"])), ("name", "\ud800")])
+def test_halves_of_characters_which_no_file_can_hold_are_refused(key, text):
+    with pytest.raises(WeightsError, match=f"says {key}="):
+        read_facts({key: text}, "w")
 
 
 @pytest.mark.parametrize("write", [in_safetensors, in_checkpoint])
