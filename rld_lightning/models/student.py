@@ -73,6 +73,19 @@ class Student(nn.Module):
         ]
 
 
+def check_numbers(logits: Tensor, of: str) -> None:
+    """Refuses logits ``(..., C)`` without a prediction.
+
+    Args:
+        of: whose they are, for the message.
+
+    Raises:
+        ValueError: some are NaN or infinite, so that their probabilities are not numbers.
+    """
+    if logits.float().softmax(-1).isnan().any():
+        raise ValueError(f"{of} has logits that are not numbers: check how its weights were trained or converted.")
+
+
 def load_student(
     path: str | os.PathLike[str],
     *,

@@ -19,11 +19,11 @@ from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.decode import decode_image
 from rld_lightning.data.in_memory import InMemoryDataModule, Split
 from rld_lightning.data.streaming_module import StreamingDataModule
-from rld_lightning.errors import first_line, user_errors
+from rld_lightning.errors import first_line, printable, user_errors
 from rld_lightning.models.imported import trust
 from rld_lightning.models.onnx_file import OnnxNetwork, example_input, export_copy, quantise_onnx, to_onnx
 from rld_lightning.models.preprocessing import PixelsToProbabilities
-from rld_lightning.models.student import EXPORT, Student, load_student
+from rld_lightning.models.student import EXPORT, Student, check_numbers, load_student
 from rld_lightning.models.weights.companion_files import HUB_CONFIG
 from rld_lightning.models.weights.read import HUB_WEIGHTS, RUN_WEIGHTS
 from rld_lightning.models.weights.save import save_weights
@@ -114,7 +114,8 @@ def export_run(
     Raises:
         FileNotFoundError: the run is not finished, has no such checkpoint, or its data are missing.
         ImportError: a package is missing; the message says how to install it.
-        ValueError: a format is unknown or does not support the network, or the run's files are invalid.
+        ValueError: a format is unknown or does not support the network, the run's files are invalid, or the student's
+            logits are not numbers.
     """
     _check(formats, val_images)
     finished = _finished(run, checkpoint)
@@ -132,9 +133,11 @@ def export_run(
     needs_data = val_images != 0 or "onnx_int8" in formats
     data = _data(finished, student, root) if needs_data else None
     sample = _sample(data, val_images) if data is not None and val_images != 0 else None
+    expected = None if sample is None else _run(student.network, sample.images.split(_BATCH))
+    if expected is not None:
+        check_numbers(expected, f"the student of {run}")
     folder.mkdir(parents=True, exist_ok=True)  # an error here is earlier than that of the first file
     writer = _Writer(student, folder, pixels=pixels, any_size=any_size)
-    expected = None if sample is None else _run(student.network, sample.images.split(_BATCH))
     compared = []
     for made, run_file in writer.write(formats, lambda: _calibration(data, train_images)):
         if sample is None or expected is None:
@@ -155,7 +158,7 @@ def export_run(
         files=tuple(compared),
     )
     card = model_card(student, finished, compared, checkpoint=checkpoint, pixels=pixels, any_size=any_size)
-    write_whole(folder / CARD, card.encode())
+    write_whole(folder / CARD, printable(card).encode())
     write_json(folder / EXPORTED, asdict(result))
     _report(result)
     written = {file.file for file in compared}

@@ -251,6 +251,7 @@ def answer(
 
     Raises:
         UnreadableImagesError: none of them can be read.
+        UserError: the network's output for an image is not a number.
     """
     transform, report = classifier.transform, _Broken()
     images = ImageList(
@@ -269,6 +270,11 @@ def answer(
         bar, done = progress.add_task("images", total=len(paths)), 0
         for batch, step in zip(loader, loader.sampler.steps, strict=True):
             probabilities = classifier.probabilities(batch.images) if len(batch.index) else torch.empty(0, 1)
+            if (wrong := probabilities.isnan().any(1)).any():
+                raise UserError(
+                    f"{classifier.name} has no numbers for {paths[int(batch.index[wrong.cpu()][0])]}: check how its "
+                    "weights were trained or converted."
+                )
             best = probabilities.topk(min(top, probabilities.shape[1]), 1)
             rows = dict(zip(batch.index.tolist(), zip(*(part.tolist() for part in best), strict=True), strict=True))
             for position in range(done, done + step.stop - step.start):

@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers.configs import compose
 from helpers.data import ready, write_jpegs
-from helpers.exports import digits_run
+from helpers.exports import digits_facts, digits_run
 from safetensors.torch import load_file
 
 from rld_lightning.data import ImageFolderDataModule
@@ -18,6 +18,7 @@ from rld_lightning.models import create_model
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing
 from rld_lightning.models.student import load_student
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.reporting.networks import Network, read_networks, write_networks
 from rld_lightning.tasks.export import _pictures, _sample, export, export_run
 
@@ -137,6 +138,13 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch):
         export(options(f"run={tmp_path}"))
     with pytest.raises(ValueError, match="tflite is not known; choose of safetensors, onnx, onnx_int8, torch_export"):
         export_run(tmp_path / "run", ["tflite"])
+    broken = create_model("resnet8", 10)
+    torch.nn.init.constant_(broken.fc.bias, torch.nan)
+    file = (tmp_path / "run" / "student.safetensors").rename(tmp_path / "own.safetensors")
+    save_weights(broken, tmp_path / "run" / "student.safetensors", digits_facts("resnet8"))
+    with pytest.raises(ValueError, match="has logits that are not numbers: check how its weights"):
+        export_run(tmp_path / "run", ["safetensors"], val_images=4)
+    file.replace(tmp_path / "run" / "student.safetensors")
     monkeypatch.setattr("rld_lightning.tasks.export.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "rld-lightning\[onnx\]", or leave them out of formats='):
         export(options(f"run={tmp_path / 'run'}"))

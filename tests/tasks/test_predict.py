@@ -16,6 +16,8 @@ from PIL import Image
 
 from rld_lightning.data.image_list import list_images
 from rld_lightning.errors import UserError
+from rld_lightning.models import create_model
+from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.predict import answer, find_images, predict
 
@@ -161,6 +163,14 @@ def test_class_names_are_one_for_each_logit(place, tmp_path):
         ask(place, tmp_path, "class_names=[a,b]")
     with pytest.raises(UserError, match=r"there is no file at /gone\.txt, which class_names= names"):
         ask(place, tmp_path, "class_names=/gone.txt")
+
+
+def test_network_whose_output_is_no_number_is_refused(place, tmp_path):
+    network = create_model("resnet8", 10)
+    torch.nn.init.constant_(network.fc.bias, torch.nan)
+    save_weights(network, tmp_path / "nan.safetensors", digits_facts("resnet8"))
+    with pytest.raises(UserError, match=r"resnet8 has no numbers for .*/digits/.*: check how its weights were trained"):
+        ask(place, tmp_path, f"weights={tmp_path / 'nan.safetensors'}")
 
 
 def test_missing_facts_of_a_foreign_file_are_requested(place, tmp_path):

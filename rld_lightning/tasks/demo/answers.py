@@ -24,7 +24,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.models.imported import trust
 from rld_lightning.models.normalisation import Normalisation
-from rld_lightning.models.student import load_student
+from rld_lightning.models.student import check_numbers, load_student
 from rld_lightning.models.weights.read import RUN_WEIGHTS
 from rld_lightning.reporting.figures.explain_page import explain_in_words
 from rld_lightning.reporting.figures.refine import Refinement, default_rld, refine, rld_of
@@ -74,7 +74,8 @@ class Demo:
 
     Raises:
         FileNotFoundError: a file has moved.
-        ValueError: the run has no teacher, or not one with a single weights file; or the device does not exist.
+        ValueError: the run has no teacher, or not one with a single weights file; the device does not exist; or a
+            network's logits are not numbers.
     """
 
     def __init__(self, run: Run, teacher: str | None = None, device: str = "cpu", name: str | None = None) -> None:
@@ -161,6 +162,7 @@ class Demo:
                 start = time.perf_counter()
                 logits[role] = network(images)[0].float().cpu()  # synchronises with the device
                 taken.append(1000 * (time.perf_counter() - start))
+            check_numbers(logits[role], f"the {role} {self.names[role]}")
             milliseconds[role] = float(np.median(taken))
         return logits, milliseconds
 

@@ -141,7 +141,14 @@ def test_run_without_a_suitable_teacher_is_refused_in_a_sentence(place, tmp_path
     folder, _, _, page = place
     file = str(folder.parent / "teacher.safetensors")
     digits_run(tmp_path)
+    broken = create_model("resnet14", 10)
+    torch.nn.init.constant_(broken.fc.bias, torch.nan)
+    save_weights(broken, tmp_path / "nan.safetensors", digits_facts("resnet14"))
     for values, reason in (
+        (
+            {"name": "resnet14", "weights": str(tmp_path / "nan.safetensors")},
+            "teacher resnet14 has logits that are",
+        ),
         ({"weights": "gone.pt"}, "not at gone.pt"),
         ({"weights": [file, file]}, "made of several"),
         ({"name": "torchscript", "weights": file}, "a program"),
