@@ -52,6 +52,8 @@ def margin_kl(teacher: Tensor, student: Tensor, label: Tensor) -> Tensor:
 
 def margin(logits: Tensor, index: Tensor) -> Tensor:
     """Computes :func:`numerics.margin <rld_lightning.losses.numerics.margin>` for logits without gradient: ``(N,)``."""
+    if not _use_own_gradient():
+        return numerics.margin(logits, index)
     index = index.unsqueeze(-1)
     _, total, largest_other = _exponentials(logits.scatter(-1, index, -_mask_offset(logits)))
     return (logits.gather(-1, index) - largest_other - total.log()).squeeze(-1)
@@ -71,6 +73,13 @@ def float_mask(comparison: Callable[..., Tensor], logits: Tensor, other: Tensor)
     if not _use_own_gradient():
         return comparison(logits, other).to(logits.dtype)
     return comparison(logits, other, out=torch.empty_like(logits))
+
+
+def float_class_mask(logits: Tensor, index: Tensor) -> Tensor:
+    """Returns :func:`numerics.class_mask <rld_lightning.losses.numerics.class_mask>` as 0 and 1 of the logits' type."""
+    if not _use_own_gradient():
+        return numerics.class_mask(logits, index).to(logits.dtype)
+    return torch.zeros_like(logits).scatter_(-1, index.unsqueeze(-1), 1.0)
 
 
 class _SoftmaxKL(torch.autograd.Function):

@@ -2,11 +2,10 @@
 
 from dataclasses import KW_ONLY
 
-import torch
 from torch import Tensor
 
 from rld_lightning.losses.base import Epochs, LogitLoss
-from rld_lightning.losses.divergences import margin, margin_kl, softmax_kl
+from rld_lightning.losses.divergences import float_class_mask, margin, margin_kl, softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.losses.rows import Reduction, RowTerms, row_loss
@@ -51,9 +50,8 @@ def dkd_loss(
 
 def decoupled_kl(teacher: Tensor, student: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Returns TCKD and NCKD ``(N,)`` of each row, without ``T^2``, from logits ``(N, C)`` divided by T."""
-    true_class = torch.zeros_like(teacher).scatter_(-1, label.unsqueeze(-1), 1.0)
     tckd = margin_kl(margin(teacher, label), student, label)  # from the log-odds of p, and the logits of q
-    return tckd, softmax_kl(teacher, student, drop=true_class)
+    return tckd, softmax_kl(teacher, student, drop=float_class_mask(teacher, label))
 
 
 @register_loss("dkd")

@@ -77,9 +77,17 @@ def margin(logits: Tensor, index: Tensor) -> Tensor:
         logits: ``(N, C)``, already divided by the temperature.
         index: ``(N,)``, the class of each row.
     """
-    index = index.unsqueeze(-1)
-    rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
-    return logits.gather(-1, index).squeeze(-1) - rest
+    selected = class_mask(logits, index)
+    return torch.where(selected, logits, 0.0).sum(-1) - logits.masked_fill(selected, -torch.inf).logsumexp(-1)
+
+
+def class_mask(logits: Tensor, index: Tensor) -> Tensor:
+    """Returns ``(N, C)`` bool: True at the class ``(N,)`` of each row.
+
+    For ``torch.compile``: it fuses a mask with its use, but not ``gather`` and ``scatter``, whose gradients are each a
+    tensor of all logits.
+    """
+    return torch.arange(logits.shape[-1], device=logits.device) == index.unsqueeze(-1)
 
 
 def binary_kl(teacher_margin: Tensor, student_margin: Tensor) -> Tensor:
