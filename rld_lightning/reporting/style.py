@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -99,8 +100,15 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 def write_figure(figure: Figure, path: Path, *, dpi: float) -> None:
     """Writes a figure atomically, in the format of the file's suffix, and without a date."""
     kind = path.suffix[1:]
-    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=dpi, metadata=_NO_DATE.get(kind))
-    write_whole(path, buffer.getvalue())
+    write_whole(path, _saved(figure, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind)))
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    """A figure as a file's content, without a warning for each character of a name that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # it would print the character as it is
+        figure.savefig(buffer := io.BytesIO(), **options)
+    return buffer.getvalue()
 
 
 def page_colour(colour: str) -> str:
@@ -116,9 +124,8 @@ def page_svg(draw: Callable[[], Figure]) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = _saved(figure, format="svg", transparent=True, metadata=_NO_DATE["svg"]).decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
     for colour, name in _PAGE_COLOURS.items():
         text = text.replace(colour.lower(), name)

@@ -6,6 +6,7 @@ from helpers.run_factory import write_run
 from matplotlib.figure import Figure
 
 from rld_lightning.reporting.curves import plot_curves
+from rld_lightning.reporting.style import page_svg, write_figure
 from rld_lightning.runs.metrics_csv import read_metrics
 from rld_lightning.runs.summary import read_summary
 
@@ -33,6 +34,13 @@ def test_metrics_have_one_row_per_epoch_from_one(run):
     assert metrics["val/top1"].tolist() == [40.0, 50.0]
     assert metrics["train/kd"].tolist() == [1.0, 0.5]
     assert "loss" not in metrics
+
+
+def test_characters_that_the_font_lacks_give_no_warning(tmp_path, recwarn):
+    (figure := Figure()).suptitle("\N{CJK UNIFIED IDEOGRAPH-732B}\r\x1b[31m")  # it would be printed as it is
+    write_figure(figure, tmp_path / "a.png", dpi=20)
+    assert page_svg(lambda: figure).startswith("<svg")
+    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
 
 
 def test_the_figure_has_each_term_and_the_schedule(run, monkeypatch):
