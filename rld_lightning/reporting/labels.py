@@ -80,5 +80,6 @@ def mean_and_std(mean: float, std: float | None) -> str:
 
 
 def in_markdown(value: object) -> str:
-    """A value for Markdown, with HTML tags and links disabled: names in runs are untrusted."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value)).replace("](", "] (")
+    """A value for Markdown on one line, with HTML tags and links disabled: names in runs are untrusted."""
+    line = re.sub(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+", " ", str(value))  # a heading could follow
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line).replace("](", "] (")

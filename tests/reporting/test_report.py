@@ -511,14 +511,16 @@ def test_a_link_as_report_folder_is_not_followed(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_markdown_has_no_links_or_pictures_from_runs(tmp_path):
-    outside = "[click](javascript:alert(1)) ![x](https://evil.example/x.png)"
+def test_markdown_has_no_links_pictures_or_headings_from_runs(tmp_path):
+    outside = "[click](javascript:alert(1)) ![x](https://evil.example/x.png)\n\n# theirs\r## theirs\u2028> theirs"
     write_run(tmp_path / "failed", error=outside)
     write_run(tmp_path / "named", outside.replace("/", ""), student=outside, dataset=outside)
     text = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     targets = re.findall(r"\]\(([^)]*)", text)
     assert targets
     assert all(target.startswith("figures/") for target in targets)
+    assert not re.search(r"^[#> ]*theirs", text, re.MULTILINE)
+    assert len(text.splitlines()) == len(text.split("\n")) - 1
 
 
 @pytest.mark.parametrize("name", ["a/../$\\frac{$ 1|b`c", "=<script>alert(1)</script>", "a\u202eb"])
