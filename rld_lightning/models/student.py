@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rld_lightning.errors import first_line
 from rld_lightning.models.imported import trust
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.weights.companion_files import find_weights
@@ -107,7 +108,7 @@ def load_student(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        WeightsError: the file cannot be used, or lacks metadata.
+        WeightsError: the file cannot be used, lacks metadata, or states a size of images that the network cannot take.
         ValueError: the file names an external network that you have neither named nor trusted.
     """
     weights = find_weights(path)
@@ -125,7 +126,18 @@ def load_student(
         )
     network, _ = create_fitting(name, number, weights)
     transform = preprocessing_of(facts, name, weights.source, **preprocessing)
+    _check_size(network, transform.size, f"{weights.source}: {name}")
     return Student(network, classes or [str(index) for index in range(number)], transform, name, facts)
+
+
+def _check_size(network: nn.Module, size: tuple[int, int], what: str) -> None:
+    """Refuses a size of images that a network does not take, which its file may state."""
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, *size))
+    except Exception as error:  # each library has its own exceptions
+        shown = "x".join(map(str, size))
+        raise WeightsError(f"{what} cannot take images of {shown} ({first_line(error)}); give image_size") from error
 
 
 def _width(weights: Weights) -> int:

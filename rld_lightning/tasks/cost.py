@@ -221,7 +221,8 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
         latency: whether to measure its time, about half a second, with random weights on the CPU.
 
     Returns:
-        the cost; None if the network cannot be built, for example because it was removed from this package.
+        the cost; None if the network cannot be built, for example because it was removed from this package, or does
+            not take images of this size.
     """
     known = known_cost(name, runs)
     if known is not None and not latency:
@@ -231,10 +232,10 @@ def measure_cost(name: str, runs: Sequence[Run], *, latency: bool = True) -> Cos
     image_shape = seen if max(seen) <= _LARGEST_SIDE else image_shape
     try:
         network = create_model(name, num_classes)
-    except (ValueError, ImportError):
+        cost = known or Cost(count_parameters(network), count_macs(network, image_shape))
+        speed = images_per_second(network, image_shape, batch_size=1, seconds=0.5) if latency else None
+    except (ValueError, ImportError, RuntimeError, AssertionError):  # the last two of images of another size
         return known
-    cost = known or Cost(count_parameters(network), count_macs(network, image_shape))
-    speed = images_per_second(network, image_shape, batch_size=1, seconds=0.5) if latency else None
     machine = f"{_processor(torch.get_num_threads())}, torch {torch.__version__}, float32"
     return replace(cost, milliseconds=1000 / speed, machine=machine) if speed else cost
 

@@ -116,3 +116,11 @@ def test_folders_in_timm_s_format_are_read(tmp_path):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(WeightsError, match=r"is not the configuration of an image classifier \(.{10,200}\)$"):
             load_student(tmp_path)
+
+
+def test_size_of_images_that_the_network_cannot_take_is_refused(tmp_path):
+    facts = {"name": "vgg8", "num_classes": 3, "image_shape": [3, 4, 4], "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_weights(create_model("vgg8", 3), tmp_path / "a.safetensors", facts)
+    with pytest.raises(WeightsError, match=r"a\.safetensors: vgg8 cannot take images of 4x4 \(.*\); give image_size"):
+        load_student(tmp_path / "a.safetensors")
+    assert load_student(tmp_path / "a.safetensors", image_size=32).transform.size == (32, 32)

@@ -89,6 +89,11 @@ def test_accuracy_of_an_export_is_read_only_in_range(run, top1, images, read):
     assert _exported_top1(read_run(run)) == read
 
 
+def test_network_that_does_not_take_the_images_is_not_measured(run, monkeypatch):
+    monkeypatch.setattr("rld_lightning.tasks.cost._images", lambda runs: (10, (3, 4, 4)))
+    assert measure_cost("vgg8", [read_run(run)]) is None
+
+
 def test_missing_files_are_named(run):
     (run.parent / "teacher.safetensors").unlink()
     with pytest.raises(UserError, match=r"the teacher's weights are not at .*teacher\.safetensors; run from where"):
