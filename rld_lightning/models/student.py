@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture
 
 EXPORT = "export"  # folder of an export in a run directory
+_LARGEST_TRIED = 1024  # pixels of a side: larger images would need gigabytes before there is a picture
 
 
 class Prediction(NamedTuple):
@@ -132,6 +133,8 @@ def load_student(
 
 def _check_size(network: nn.Module, size: tuple[int, int], what: str) -> None:
     """Refuses a size of images that a network does not take, which its file may state."""
+    if max(size) > _LARGEST_TRIED:
+        return
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, 3, *size))
