@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,8 @@ from rld_lightning.optimizer_step import accumulation_factor, fused
 from rld_lightning.runs.checkpoint_form import refuse_other_contents
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
 from rld_lightning.trainer_callbacks import Watcher, callbacks_of, shown_by_lightning
+
+_SET_IN_EACH_STEP = ("_current_fx_name", "rate", "has_gradient", "measurements")  # the first by Lightning, at each hook
 
 
 class DistillationModule(LightningModule):
@@ -113,8 +116,8 @@ class DistillationModule(LightningModule):
         self.top_k = (1, 5) if num_classes > 5 else (1,)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; for the one that Lightning sets around each hook, without ``nn.Module``'s slow search."""
-        if name == "_current_fx_name":
+        """Sets an attribute; for those set in each step, without ``nn.Module``'s slow search."""
+        if name in _SET_IN_EACH_STEP:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -380,7 +383,7 @@ class DistillationModule(LightningModule):
             return None
         parameters = [p for p in self.parameters() if p.requires_grad]
         watched = [*self.parameters(), *self.buffers()]
-        if self.teacher is not None:
+        if self.teacher is not None and not (self.teacher.table is not None and self.teacher.table.complete):
             watched += [*self.teacher.parameters(), *self.teacher.buffers()]
         if cuda:
             print_line("capture", "each step runs as one CUDA graph; model.capture=false turns this off")
@@ -404,6 +407,10 @@ class DistillationModule(LightningModule):
         self.best_top1 = checkpoint["best_top1"]
         self.rate = checkpoint["epoch_so_far"]["rate"]
         self.means["train"].load_state_dict(checkpoint["epoch_so_far"]["means"])
+
+
+# Lightning asks for it in each step, and Python finds it slowly.
+DistillationModule.training_step.__signature__ = signature(DistillationModule.training_step)  # type: ignore[attr-defined]
 
 
 def _averaged_names(values: Mapping[str, Tensor]) -> list[str]:

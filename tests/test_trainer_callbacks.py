@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from rld_lightning import CELoss, DistillationModule, create_model
 from rld_lightning.data import DigitsDataModule
-from rld_lightning.trainer_callbacks import callbacks_of, log_in_place, skip_idle_hooks
+from rld_lightning.trainer_callbacks import callbacks_of, log_in_place, skip_idle_hooks, skip_idle_profiler
 
 
 class Counts(Callback):
@@ -42,6 +42,15 @@ def test_lightning_skips_idle_hooks(tmp_path):
     job = DistillationModule(create_model("resnet8", 10), CELoss(), torch.optim.SGD, num_classes=10)
     trainer.fit(job, DigitsDataModule(batch_size=32))
     assert counts.batches == 3
+
+
+def test_only_a_profiler_that_measures_nothing_is_replaced(tmp_path):
+    idle, measured = (quiet_trainer(max_steps=1, profiler=profiler) for profiler in (None, "simple"))
+    for trainer in (idle, measured):
+        skip_idle_profiler(trainer)
+        trainer.fit(job(), DigitsDataModule())
+    assert idle.profiler.profile("a") is idle.profiler.profile("b")
+    assert "run_training_batch" in measured.profiler.summary()
 
 
 def test_values_logged_in_place_are_those_that_lightning_logs(tmp_path):

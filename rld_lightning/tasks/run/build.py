@@ -30,7 +30,7 @@ from rld_lightning.tasks.run.fold_and_compile import fold_teacher
 from rld_lightning.tasks.run.matched_classes import reorder_to_data
 from rld_lightning.tasks.run.plan import Plan, Student, completed_config, with_values
 from rld_lightning.tasks.run.trainer import make_trainer
-from rld_lightning.trainer_callbacks import log_in_place, skip_idle_hooks
+from rld_lightning.trainer_callbacks import log_in_place, skip_idle_hooks, skip_idle_profiler
 
 
 def set_up(data: ImageDataModule, *, strong_view: bool) -> None:
@@ -126,6 +126,7 @@ def add_run_callbacks(trainer: Trainer, cfg: DictConfig, plan: Plan) -> None:
     callbacks: list[Callback] = vars(trainer)["callbacks"]  # not declared by Lightning
     callbacks += [SameConfiguration(shared), OwnSettings(completed_config(cfg, plan)), StopSignals()]
     skip_idle_hooks(trainer)
+    skip_idle_profiler(trainer)
     log_in_place(trainer)
 
 
