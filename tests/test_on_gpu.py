@@ -14,10 +14,14 @@ from rld_lightning.data.base import Batch
 from rld_lightning.data.in_memory import InMemoryLoader, Split
 from rld_lightning.data.mix import Mix
 from rld_lightning.data.sampler import EpochSampler
+from rld_lightning.metrics import EpochMeans
+from rld_lightning.models.fingerprint import fingerprint
 from rld_lightning.models.normalisation import Normalisation, Renormalise
 from rld_lightning.models.teacher.ensemble import Ensemble
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import ResidentTable
+from rld_lightning.models.weights.claims import tensors_in
+from rld_lightning.runs.checkpoint import snapshot
 
 CLASSES, BATCH = 10, 4
 OTHER = Renormalise(Normalisation((0.5,) * 3, (0.2,) * 3), Normalisation((0.4,) * 3, (0.3,) * 3), (40, 40))
@@ -112,3 +116,14 @@ def test_steps_and_what_callbacks_measure(tmp_path):
         totals = [means._totals for means in (*module.means.values(), monitor.means["val"])]
     assert places([*values.values(), *measured, *validated.values(), *totals]) == {"cuda:0"}
     assert places([accuracy.counts, accuracy.confusion]) == {"cuda:0"}
+
+
+def test_what_an_epochs_end_reads():
+    student, means = networks()[0], EpochMeans()
+    with pretended_gpu():
+        move_to_pretended_gpu(student)
+        assert places([fingerprint(student)]) == {"cuda:0"}
+        means.update({"loss": torch.zeros((), device="cuda")}, BATCH)
+        saved = {"state_dict": student.state_dict(), "sums": means.state_dict(), "metrics": [{"epoch": 0}]}
+        assert places(tensors_in(saved)) == {"cuda:0", "cpu"}
+        assert places(tensors_in(saved["sums"])) == places(tensors_in(snapshot(saved))) == {"cpu"}

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from rld_lightning.callbacks.checkpoint_files import files_of
 from rld_lightning.console import print_line
 from rld_lightning.data.base import Batch, as_batch
 from rld_lightning.distributed import gathered
@@ -169,6 +170,9 @@ class Divergence(Callback):
         images = len(self.recent[-1].label)
         cause, remedy = diagnose(values, rate=rate, classes=classes, images=images)
         message = f"training diverged in {self._place_of(step)}: {cause}. "
+        if (files := files_of(trainer)) is not None:
+            with suppress(UserError):  # a full disk must not hide the diagnosis
+                files.wait()
         last = self.folder / LAST
         if remedy is not None:
             message += f"{remedy}, and start over. "

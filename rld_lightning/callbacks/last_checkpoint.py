@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from rld_lightning.callbacks.checkpoint_files import files_of, write_in_background
 from rld_lightning.callbacks.exact_resume import position
 from rld_lightning.runs.files import LAST
 
@@ -15,7 +16,9 @@ from rld_lightning.runs.files import LAST
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt``: after each epoch, within a long epoch every few minutes or steps, and when a run stops.
 
-    Whatever ends a run costs no more than that interval. Within shorter epochs nothing is written.
+    Whatever ends a run costs no more than that interval. Within shorter epochs nothing is written. After an epoch, the
+    file is written in the background, if a :class:`~rld_lightning.callbacks.CheckpointFiles` writes it; a failure stops
+    the run within a step, and the end of the run waits for the file.
 
     A stop while gradients are being accumulated, which no checkpoint contains, waits for the optimizer step.
 
@@ -47,7 +50,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves if it is time, or if the run stops."""
+        """Saves if it is time, or if the run stops; raises an error of the last file."""
+        if (files := files_of(trainer)) is not None:
+            files.check()
         stop = self._stop or trainer.should_stop
         accumulating = trainer.fit_loop._should_accumulate()
         self._stop, trainer.should_stop = stop and accumulating, stop and not accumulating
@@ -59,8 +64,14 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves a checkpoint."""
-        super().on_train_epoch_end(trainer, pl_module)
+        with write_in_background(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
         self._restart(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits for the last file."""
+        if (files := files_of(trainer)) is not None:
+            files.wait()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves for a run that was resumed in another directory with nothing left to train."""

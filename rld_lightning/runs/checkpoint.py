@@ -1,6 +1,7 @@
 """The checkpoint from which a run resumes, and the previous one, which is used if the first is damaged."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rld_lightning.atomic_files import write_whole
-from rld_lightning.models.weights.claims import load_safely
+from rld_lightning.models.weights.claims import load_safely, tensors_in
 from rld_lightning.models.weights.read import read_once
 from rld_lightning.models.weights.seal import is_damaged, seal_checkpoint
 
@@ -23,6 +24,14 @@ def previous_of(path: Path) -> Path:
 def checkpoint_exists(path: Path) -> bool:
     """Whether a checkpoint exists, or a previous one."""
     return path.is_file() or previous_of(path).is_file()
+
+
+def snapshot(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a checkpoint on the CPU, which does not change while training goes on."""
+    copied = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in tensors_in(checkpoint)}
+    # The rows of past epochs do not change, and there may be thousands of values.
+    rows = checkpoint.get("metrics")
+    return deepcopy(dict(checkpoint), {**copied, id(rows): rows})
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, keep: bool) -> None:

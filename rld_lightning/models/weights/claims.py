@@ -35,7 +35,7 @@ def load_safely(content: bytes, map_location: Any = "cpu") -> Any:
     if wrong := _pickle_fault(content):
         raise ClaimError(wrong)
     loaded = torch.load(BytesIO(content), map_location=map_location, weights_only=True)
-    for tensor in _tensors(loaded):
+    for tensor in tensors_in(loaded):
         if (
             tensor.layout != torch.strided
             or tensor.is_meta
@@ -78,7 +78,7 @@ def _is_inflated(content: bytes) -> bool:
         return sum(entry.file_size for entry in archive.infolist()) > len(content)
 
 
-def _tensors(content: object) -> Iterator[Tensor]:
+def tensors_in(content: object) -> Iterator[Tensor]:
     """Yields all tensors in nested mappings and lists, which may contain each other."""
     seen, waiting = set[int](), [content]
     while waiting:
