@@ -71,7 +71,7 @@ class Divergence(Callback):
         # A copy: a CUDA graph's next replay overwrites its outputs.
         self.rows.append(self.measure_step(pl_module, outputs, batch) if measured is None else measured.clone())
         self.step += 1
-        if self.step % self.every == 0:
+        if (batch_idx + 1) % self.every == 0:  # as `Throughput` counts, so that a GPU is waited for once
             self._read(trainer, pl_module)
 
     def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:

@@ -140,6 +140,19 @@ def test_values_are_read_every_few_steps_if_nothing_is_saved(tmp_path):
     assert steps[-1] == 9
 
 
+def test_values_are_read_at_the_same_steps_of_each_epoch(tmp_path, monkeypatch):
+    steps, read = [], Divergence._read
+
+    def spy(self, trainer, module, *, state=False):
+        if not state:
+            steps.append(trainer.global_step)
+        read(self, trainer, module, state=state)
+
+    monkeypatch.setattr(Divergence, "_read", spy)
+    fit(tmp_path, max_epochs=2)
+    assert steps == [5, 10, 12 + 5, 12 + 10], "those after which the throughput is read"
+
+
 def test_weights_are_checked_once_per_step(tmp_path, monkeypatch):
     looks = []
     monkeypatch.setattr("rld_lightning.callbacks.divergence._state_is_finite", lambda *_: looks.append(1) or True)
