@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rld_lightning.distributed import gathered, own_part
@@ -81,19 +82,27 @@ class EpochMeans:
 
 
 def counts(values: Iterable[Tensor], weight: int) -> Tensor:
-    """Multiplies scalars, means over ``weight`` samples, by the weight and appends it; returns float64 ``(N + 1,)``."""
-    counted = torch.stack([value.detach() for value in values])
+    """Multiplies scalars, means over ``weight`` samples, by the weight and appends it; returns float64 ``(N + 1,)``.
+
+    The scalars may already be stacked.
+    """
+    counted = values if isinstance(values, Tensor) else torch.stack([value.detach() for value in values])
     if counted.device.type != "mps":  # which has no float64
         counted = counted.double()
     # Means over no samples are NaN, and so is zero times NaN.
     counted = counted * weight if weight else torch.zeros_like(counted)
-    return torch.cat([counted, counted.new_full((1,), weight)])
+    return F.pad(counted, (0, 1), value=weight)
 
 
 def top_k_percent(logits: Tensor, label: Tensor, k: int) -> Tensor:
     """Returns the percentage of rows ``(N, C)`` whose label is among the k largest."""
     correct = logits.argmax(1) == label if k == 1 else (logits.topk(k).indices == label[:, None]).any(1)
-    return 100 * (correct.float() if correct.device.type == "mps" else correct.double()).mean()  # MPS has no float64
+    return percent(correct)
+
+
+def percent(true: Tensor) -> Tensor:
+    """Returns the percentage of True along the last dimension, in float64 except on MPS, which has none."""
+    return 100 * true.mean(-1, dtype=torch.float32 if true.device.type == "mps" else torch.float64)
 
 
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class Divergence(Callback):
         self.checked_step = 0  # the step after which the weights were checked: only steps change them
         self.recent: deque[_Recent] = deque(maxlen=every + 1)
         self.spike_epoch = -1  # the epoch whose spike was printed
-        self.rows: list[Tensor] = []  # one per step since the last reading: its loss, then as in `_Values`
+        self.rows: list[Tensor] = []  # one per step since the last reading: see `measure_step`
         self.usual: tuple[float, float] | None = None  # mean of the latest losses, and the first
 
     def on_train_batch_end(
@@ -75,16 +75,19 @@ class Divergence(Callback):
             self._read(trainer, pl_module)
 
     def measure_step(self, pl_module: DistillationModule, outputs: Mapping[str, Any], batch: Batch) -> Tensor:
-        """Returns a step's row, see :class:`~rld_lightning.trainer_callbacks.Watcher`."""
+        """Returns a step's row, see :class:`~rld_lightning.trainer_callbacks.Watcher`.
+
+        It has the loss, the number of images that the teacher classifies correctly (-1 without one), the least and the
+        largest value of the images and of both networks' logits (NaN if there is one), and the terms.
+        """
         terms: list[Tensor] = list(outputs["terms"].values())
-        loss = torch.stack(terms).sum().float()
+        loss = torch.stack(terms).sum()
         teacher = outputs.get("teacher_logits")
-        measured = [loss, _largest(batch.images), _largest(outputs["student_logits"])]
-        measured += [
-            loss.new_zeros(()) if teacher is None else _largest(teacher),
-            _teacher_correct(teacher, outputs["label"], loss),
-        ]
-        return torch.stack([*measured, *(term.float() for term in terms)])
+        right = loss.new_full((), -1.0) if teacher is None else (teacher.argmax(1) == outputs["label"]).sum()
+        extremes: list[Tensor] = []
+        for values in (batch.images, outputs["student_logits"], teacher):
+            extremes += [loss.new_zeros(())] * 2 if values is None or not values.numel() else values.detach().aminmax()
+        return torch.stack([value.float() for value in (loss, right, *extremes, *terms)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Checks the weights, the best of which are saved after the validation."""
@@ -107,7 +110,7 @@ class Divergence(Callback):
             largest spike the ratio to the usual loss, the step's number, its loss and the usual loss.
         """
         rows: list[list[float]] = torch.stack(self.rows).tolist() if self.rows else []
-        bad, spike = [-1.0] * (6 + len(self.recent[-1].terms)), [0.0] * 4
+        bad, spike = [-1.0] * (9 + len(self.recent[-1].terms)), [0.0] * 4
         for step, row in enumerate(rows, self.step - len(rows)):
             loss = row[0]
             if bad[0] < 0 and not math.isfinite(loss):
@@ -143,8 +146,9 @@ class Divergence(Callback):
             ranks = torch.stack(gathered_rows).tolist()
         latest = self.recent[-1]
         if worst := min((rank[: len(bad)] for rank in ranks if rank[0] >= 0), default=None):
-            step, loss, images, student, teacher, right, *terms = worst
-            values = _Values(loss, images, student, teacher, right, dict(zip(latest.terms, terms, strict=True)))
+            step, loss, right = worst[:3]
+            images, student, teacher = np.abs(worst[3:9]).reshape(3, 2).max(1).tolist()
+            values = _Values(loss, images, student, teacher, right, dict(zip(latest.terms, worst[9:], strict=True)))
             self._end(trainer, int(step), values)
         if not all(rank[-1] for rank in ranks):
             self._end(trainer, latest.step, None)
@@ -256,15 +260,6 @@ def diagnose(values: _Values | None, *, rate: float, classes: int, images: int) 
             "Check whether model.teacher.weights are of these classes, in this order and with this normalisation",
         )
     return f"{loss} at a learning rate of {rate:.3g}", None
-
-
-def _largest(values: Tensor) -> Tensor:
-    """Returns the largest absolute value, or NaN if there is one."""
-    return values.detach().abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
-
-
-def _teacher_correct(teacher: Tensor | None, label: Tensor, like: Tensor) -> Tensor:
-    return like.new_full((), -1.0) if teacher is None else (teacher.argmax(1) == label).sum().to(like.dtype)
 
 
 def _state_is_finite(trainer: Trainer, module: DistillationModule) -> bool:

@@ -60,5 +60,4 @@ def _norm(parameters: Iterable[Tensor]) -> Tensor | None:
     if not gradients:
         return None
     norm = torch.nn.utils.get_total_norm(gradients).float()
-    finite = norm.isfinite()
-    return torch.stack([torch.where(finite, norm, 0.0), finite.float()])
+    return torch.stack([norm.nan_to_num(0.0, 0.0), (norm < torch.inf).float()])

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rld_lightning.data.base import as_batch
-from rld_lightning.metrics import EpochMeans, counts
+from rld_lightning.metrics import EpochMeans, counts, percent
 from rld_lightning.module import DistillationModule
 from rld_lightning.trainer_callbacks import measured_in_graph
 
@@ -105,4 +105,4 @@ def _count(teacher: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
     student, label = outputs["student_logits"].argmax(1), outputs["label"]
     wrong = teacher != label
     samples = torch.stack([~wrong, teacher == student, wrong, wrong & (student == label)])
-    return counts((100 * samples.float().mean(1)).unbind(), len(teacher))
+    return counts(percent(samples), len(teacher))

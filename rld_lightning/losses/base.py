@@ -219,9 +219,9 @@ class DistillationLoss(nn.Module):
             method_terms = self.terms(step)
             terms = {}
             if self.ce_weight:
-                terms["ce"] = self.ce_weight * self.cross_entropy(step.student.logits, step.label)
+                terms["ce"] = _scaled(self.ce_weight, self.cross_entropy(step.student.logits, step.label))
             factor = self.warmup(step.epoch)
-            terms |= {name: factor * term if factor != 1.0 else term for name, term in method_terms.items()}
+            terms |= {name: _scaled(factor, term) for name, term in method_terms.items()}
         return terms
 
     def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
@@ -286,12 +286,19 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100, label
             f"{label_hint(label, shape, logits.shape)}."
         )
     dtype, label = torch.promote_types(logits.dtype, torch.float32), label.long()
-    if label.device.type == "cpu":  # on other devices, ``F.cross_entropy`` checks them itself
-        check_labels(torch.where(label != ignore_index, label, 0), logits.shape[1], ignore_index)
-    total = F.cross_entropy(
-        logits.to(dtype), label, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-    )
-    return total / (label != ignore_index).sum().clamp(min=1)
+    valid = label != ignore_index
+    try:
+        total = F.cross_entropy(
+            logits.to(dtype), label, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        )
+    except IndexError:  # on a CPU; on other devices, it is an assertion
+        check_labels(label * valid, logits.shape[1], ignore_index)
+        raise
+    return total / valid.sum().clamp(min=1)
+
+
+def _scaled(factor: float, term: Tensor) -> Tensor:
+    return term if factor == 1.0 else factor * term  # a small network's step counts in operations
 
 
 def _step_context(student: Tensor, teacher: Tensor | None, label: Tensor | None) -> StepContext:

@@ -85,14 +85,13 @@ def float_class_mask(logits: Tensor, index: Tensor) -> Tensor:
 class _SoftmaxKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, drop: Tensor | None) -> Tensor:
-        teacher_scores, teacher_total, probs = _scores(teacher, drop)
-        student_scores, student_total, student_probs = _scores(student, drop)
-        log_ratio = teacher_scores.sub_(student_scores).add_((student_total / teacher_total).log_())
-        divergence = log_ratio.mul_(probs).sum(-1, keepdim=True).div_(teacher_total)
+        teacher_scores, teacher_total, p = _scores(teacher, drop)
+        student_scores, student_total, q = _scores(student, drop)
+        p.div_(teacher_total)
         if ctx.needs_input_grad[0]:
-            student_probs.mul_(1 / student_total).sub_(probs.mul_(1 / teacher_total))
-            ctx.save_for_backward(student, teacher, drop, student_probs)
-        return divergence.clamp_(min=0).squeeze(-1)
+            ctx.save_for_backward(student, teacher, drop, q.div_(student_total).sub_(p))
+        log_ratio = teacher_scores.sub_(student_scores).add_((student_total / teacher_total).log_())
+        return log_ratio.mul_(p).sum(-1).clamp_(min=0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -108,12 +107,12 @@ class _MarginKL(torch.autograd.Function):
         index = label.unsqueeze(-1)
         others, total, largest_other = _exponentials(student.scatter(-1, index, -_mask_offset(student)))
         log_odds = torch.stack([teacher, (student.gather(-1, index) - largest_other).sub_(total.log()).squeeze(-1)])
-        log_true, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)  # (2, N): the teacher's, the student's
-        (p, q), rest = log_true.exp(), log_rest[0].exp()
+        log_p, log_q = F.logsigmoid(torch.stack([log_odds, -log_odds], 1))  # (2, N): of the label and of the rest
+        p, q = log_p.exp(), log_q[0].exp()
         if ctx.needs_input_grad[0]:
-            excess = (q - p).unsqueeze(-1)
+            excess = (q - p[0]).unsqueeze(-1)
             ctx.save_for_backward(student, teacher, label, others.mul_(-excess / total).scatter_(-1, index, excess))
-        return (p * (log_true[0] - log_true[1])).add_(rest * (log_rest[0] - log_rest[1])).clamp_(min=0)
+        return p.mul_(log_p - log_q).sum(0).clamp_(min=0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:

@@ -17,7 +17,7 @@ from rld_lightning.losses.base import Epochs, LogitLoss, StepContext
 from rld_lightning.losses.divergences import float_mask, largest_margin, margin_kl, softmax_kl
 from rld_lightning.losses.ranges import Positive, Weight, choose
 from rld_lightning.losses.registry import register_loss
-from rld_lightning.losses.rows import Reduction, RowTerms, logit_rows, row_loss
+from rld_lightning.losses.rows import Reduction, RowTerms, flat_rows, row_loss
 
 Mask = Annotated[Literal["ge", "g"], choose("'ge' (the paper's) or 'g' (its ablation)", "ge", "g")]
 ABOVE = {"ge": torch.ge, "g": torch.gt}
@@ -109,11 +109,12 @@ class RLDLoss(LogitLoss):
         ``teacher_wrong``: samples whose largest teacher logit is not the true class's. ``masked_classes``: classes that
         MCD excludes, mean over samples.
         """
-        rows = logit_rows(step.student.logits.detach(), step.teacher_logits, step.label, ignore_index=self.ignore_index)
+        rows = flat_rows(step.student.logits, step.teacher_logits, step.label, self.ignore_index)
         assert rows.label is not None
-        wrong = rows.reduce((rows.teacher.argmax(-1) != rows.label).to(torch.float32))
-        masked = rows.reduce(masked_classes(rows.teacher, rows.label, self.mask).to(torch.float32).mean(-1))
-        return {"teacher_wrong": 100 * wrong, "masked_classes": 100 * masked}
+        wrong = rows.teacher.argmax(-1) != rows.label
+        masked = masked_classes(rows.teacher, rows.label, self.mask).mean(-1, dtype=torch.float32)
+        wrong, masked = (100 * rows.reduce(torch.stack([wrong, masked]))).unbind()
+        return {"teacher_wrong": wrong, "masked_classes": masked}
 
     def refined(self, teacher: Tensor, label: Tensor) -> Tensor:
         """Returns the logits that MCD distils: the teacher's, with the masked classes at -inf."""

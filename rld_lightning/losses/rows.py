@@ -47,19 +47,21 @@ class LogitRows(NamedTuple):
         return student, teacher, valid
 
     def reduce(self, per_row: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Reduces ``(N,)`` losses like ``torch.nn.functional.cross_entropy``, without the ignored rows.
+        """Reduces ``(*, N)`` losses along the rows like ``torch.nn.functional.cross_entropy``, without ignored rows.
 
         ``"mean"`` divides by the number of rows that are not ignored (0 if there are none); ``"none"`` returns
-        ``(B, *)`` with zeros for ignored samples.
+        ``(*, B, *)`` with zeros for ignored samples.
         """
-        if self.valid is not None:
-            per_row = torch.where(self.valid, per_row, 0.0)
+        valid = _none_if_all(self.valid)
+        if valid is not None:
+            per_row = torch.where(valid, per_row, 0.0)
         if reduction == "none":
-            return per_row.reshape(self.shape)
-        total = per_row.sum()
+            return per_row.unflatten(-1, self.shape)
         if reduction == "sum":
-            return total
-        return total / (self.valid.sum().clamp(min=1) if self.valid is not None else max(per_row.numel(), 1))
+            return per_row.sum(-1)
+        if valid is None and per_row.numel():
+            return per_row.mean(-1)
+        return per_row.sum(-1) / (1 if valid is None else valid.sum().clamp(min=1))
 
 
 def logit_rows(
@@ -97,7 +99,7 @@ def prepare_logits(
     """Makes logits of :func:`check_rows` (all rows or a block) finite and of one type; optionally z-scores them."""
     if valid is not None:
         # Ignored samples must not affect the gradient: NaN times 0 is NaN.
-        student = student.masked_fill(~valid.unsqueeze(-1), 0.0)
+        student = torch.where(valid.unsqueeze(-1), student, 0.0)
     student, teacher = bounded(student), bounded(teacher.to(student.dtype))
     return (standardize(student), standardize(teacher)) if logit_standardization else (student, teacher)
 
@@ -132,27 +134,39 @@ def check_rows(
     num_classes = student_logits.shape[1]
     if num_classes < 2:
         raise ValueError(f"logits need at least 2 classes in dimension 1, got shape {tuple(student_logits.shape)}.")
-    shape = torch.Size((student_logits.shape[0], *student_logits.shape[2:]))
-
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     if temperature > 100 and student_logits.device.type != "mps":
         dtype = torch.float64
-    student, teacher = _flatten_to_rows(student_logits).to(dtype), _flatten_to_rows(teacher_logits.detach())
+    if label is not None:
+        check_tensor("label", label)
+        shape = _sample_shape(student_logits)
+        if label.shape != shape or label.is_floating_point() or label.dtype == torch.bool:
+            raise ValueError(
+                f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
+                f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}"
+                f"{label_hint(label, shape, student_logits.shape)}."
+            )
+    rows = flat_rows(student_logits, teacher_logits, label, ignore_index)
+    if rows.label is not None:
+        check_labels(rows.label, num_classes, ignore_index)
+    return rows._replace(student=rows.student.to(dtype))
+
+
+def flat_rows(student_logits: Tensor, teacher_logits: Tensor, label: Tensor | None, ignore_index: int) -> LogitRows:
+    """Flattens what :func:`check_rows` has checked to rows; logits keep their types and ignored rows their values."""
+    student, teacher = _flatten_to_rows(student_logits), _flatten_to_rows(teacher_logits.detach())
+    shape = _sample_shape(student_logits)
     if label is None:
         return LogitRows(student, teacher, None, None, shape)
-    check_tensor("label", label)
-    if label.shape != shape or label.is_floating_point() or label.dtype == torch.bool:
-        raise ValueError(
-            f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
-            f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}"
-            f"{label_hint(label, shape, student_logits.shape)}."
-        )
     label = label.reshape(-1).long()
     valid = label != ignore_index
-    label = torch.where(valid, label, 0)
-    check_labels(label, num_classes, ignore_index)
-    return LogitRows(student, teacher, label, valid, shape)
+    return LogitRows(student, teacher, label * valid, valid, shape)
+
+
+def _sample_shape(logits: Tensor) -> torch.Size:
+    """``(B, C, *)`` -> ``(B, *)``."""
+    return torch.Size((logits.shape[0], *logits.shape[2:]))
 
 
 def _flatten_to_rows(logits: Tensor) -> Tensor:
@@ -168,13 +182,12 @@ def check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
     """
     if torch.compiler.is_compiling() or not label.numel():
         return
-    lowest, highest = label.aminmax()
+    in_range = label == label.clamp(0, num_classes - 1)
     if label.device.type != "cpu":
         # Reading the value would synchronise with the device in every step.
-        in_range = (lowest >= 0) & (highest < num_classes)
-        torch._assert_async(in_range, f"label outside [0, {num_classes}) and not ignore_index={ignore_index}")
-    elif lowest < 0 or highest >= num_classes:
-        wrong = label[(label < 0) | (label >= num_classes)][0].item()
+        torch._assert_async(in_range.all(), f"label outside [0, {num_classes}) and not ignore_index={ignore_index}")
+    elif not in_range.all():
+        wrong = label[~in_range][0].item()
         raise ValueError(
             f"label {wrong} is outside [0, {num_classes}) and is not ignore_index={ignore_index}; "
             "check the number of classes of the model and of the data."

@@ -36,6 +36,8 @@ def test_invalid_arguments_raise():
         CELoss()(student, None, label.double())
     with pytest.raises(ValueError, match=r"label 10 is outside \[0, 10\)"):
         CELoss()(student, None, torch.full((8,), 10))
+    with pytest.raises(ValueError, match=r"label -3 is outside \[0, 10\)"):
+        CELoss(label_smoothing=0.1)(student[..., None], None, torch.full((8, 1), -3))
 
 
 def test_prints_its_hyperparameters():

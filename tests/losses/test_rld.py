@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers.loss_tester import LossTester, batch, kl, one_against_rest
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rld_lightning.losses import ModelOutput, RLDLoss, StepContext, dkd_loss, rld_loss
 
@@ -222,3 +223,27 @@ def test_refined_logits_mask_the_classes_at_or_above_the_true_one():
     # It is the distribution that MCD distils: MCD of a student with this distribution is 0.
     terms = rld_loss(expected.nan_to_num(neginf=-50.0), teacher, label)
     assert_close(terms["mcd"], torch.tensor(0.0))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are executed, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_few_operations():
+    """A small network's step is bound by their number; a change that adds some knowingly raises the bound."""
+    student, teacher = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0))
+    step = StepContext(ModelOutput(student.requires_grad_()), ModelOutput(teacher), torch.arange(8))
+    loss = RLDLoss()
+    with Operations() as operations:
+        loss(step)
+        with torch.no_grad():
+            loss.statistics(step)
+    assert operations.count <= 120
