@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,10 @@ def _pack(paths: list[Path]) -> ShardList:
         for path in paths:
             tar.add(path, path.name)
     with tarfile.open(shard) as tar:
-        members = [(member.offset_data, member.size, 0, member.name.encode()) for member in tar]
+        members = [
+            (member.offset_data, member.size, 0, member.name.encode(), zlib.crc32(path.read_bytes()))
+            for member, path in zip(tar, paths, strict=True)
+        ]
     samples = Samples(*map(np.array, zip(*members, strict=True)))
     store = LocalShards([str(shard)], [shard.stat().st_size])
     return ShardList(["image"], samples, np.zeros(len(paths), np.int32), store)
