@@ -129,7 +129,7 @@ def print_line(name: str, text: str, *, pasted: bool = False) -> None:
 
     In a terminal the line is wrapped between words, unless it is ``pasted`` into a command line.
     """
-    text = printable(redact_text(text))
+    text = printable(redact_text(text)).replace("\n", "\\n")  # a name with a line break would print a second line
     head, wrapped = f"[bold]{name:>8}[/]  ", text if pasted else _wrapped(text, max(len(name), 8) + 2, " " * 10)
     _print(head + escape(text), shown=head + escape(wrapped), soft_wrap=True)
 

@@ -131,6 +131,11 @@ def test_control_characters_in_names_are_escaped(tmp_path, capsys):
         assert not re.search("[\x1b\x07\x9b\u202e]", text)
 
 
+def test_a_name_with_line_breaks_prints_one_line(capsys):
+    print_line("data", "a\n    done  in full")
+    assert capsys.readouterr().out == "    data  a\\n    done  in full\n"
+
+
 def test_a_file_of_bad_images_has_a_line_for_each(tmp_path, caplog):
     BadImageReport(tmp_path / "bad.txt").add([BadImage("a\n/b\x1b[2J.jpg", "is\x1b[2J no\nimage")], "so what")
     assert (tmp_path / "bad.txt").read_text() == "a\\n/b\\x1b[2J.jpg\tis\\x1b[2J no image\n"
