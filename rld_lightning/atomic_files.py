@@ -1,16 +1,13 @@
 """Atomic file writes that survive a killed process and a power failure."""
 
+import fcntl
 import glob
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-if sys.platform != "win32":
-    import fcntl
 
 _BLOCK = 1 << 20
 # A temporary file is locked within microseconds of its creation.
@@ -41,13 +38,11 @@ def write_whole(path: Path, content: bytes | bytearray | memoryview, *, previous
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # to verify what is on the disk, where possible
+            if hasattr(os, "posix_fadvise"):  # to verify what is on the disk; not on macOS
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             _verify(temporary, content)
             if previous is not None and path.exists():
                 _link_previous(path, previous)
-            if sys.platform == "win32":  # cannot rename an open file
-                file.close()
             os.replace(temporary, path)  # noqa: PTH105 -- atomic on every platform
         _sync_folder(path.parent)
     except OSError as error:
@@ -73,9 +68,6 @@ def _temporary(path: Path) -> Path:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Locks a file while it is being written; the lock ends with this process, however it ends."""
-    if sys.platform == "win32":
-        yield
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
@@ -86,8 +78,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    if sys.platform == "win32":
-        return False
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -54,8 +54,6 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     8: (True, (-2,)),
 }
 
-_torchvision_decode = getattr(torchvision.io, "decode_image", None)
-
 
 class BadImageError(ValueError):
     """Raised for an image that cannot be read; the message is the reason."""
@@ -183,10 +181,8 @@ def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor | 
 
 
 def _decode_with_torchvision(content: Tensor) -> Tensor | None:
-    if _torchvision_decode is None:
-        return None
     try:
-        image = _torchvision_decode(content, mode="RGB")
+        image = torchvision.io.decode_image(content, mode="RGB")
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:

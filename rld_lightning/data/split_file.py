@@ -31,7 +31,7 @@ def write_split(path: Path, root: Path, splits: Mapping[str, Images]) -> None:
     writer = csv.writer(text := StringIO(), lineterminator="\n")
     writer.writerow(("split", "image"))
     for name, images in splits.items():
-        writer.writerows((name, _within(root, images.path(i))) for i in range(len(images.labels)))
+        writer.writerows((name, os.path.relpath(images.path(i), root)) for i in range(len(images.labels)))
     write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
@@ -49,7 +49,7 @@ def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
     way_out = "move it away, or have the folder shared out anew with data.split_file=null"
     if not path.is_file() or path.stat().st_size > _LARGEST:
         raise ValueError(f"{path} is not a split file; {way_out}.")
-    place = {_within(root, images.path(i)): i for i in range(len(images.labels))}
+    place = {os.path.relpath(images.path(i), root): i for i in range(len(images.labels))}
     try:
         rows = list(csv.reader(StringIO(path.read_bytes().decode("utf-8", "surrogateescape"))))
     except csv.Error:  # such as an overlong cell
@@ -67,7 +67,3 @@ def read_split(path: Path, root: Path, images: ImageList) -> WrittenSplit:
     known = sum(map(len, found.values()))
     splits = {name: images.take(torch.tensor(positions)) for name, positions in found.items()}
     return WrittenSplit(splits, missing=len(split_of) - known, new=len(place) - known)
-
-
-def _within(root: Path, path: str) -> str:
-    return Path(os.path.relpath(path, root)).as_posix()

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -70,4 +69,4 @@ def _cache_of_another() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = cache_dir()
-    return folder if sys.platform != "win32" and Path(folder).stat().st_uid != os.getuid() else ""
+    return folder if Path(folder).stat().st_uid != os.getuid() else ""

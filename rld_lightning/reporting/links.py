@@ -10,10 +10,7 @@ from rld_lightning.runs.files import WANDB_RUN, read_json
 
 def folder_link(folder: Path, page: Path) -> str:
     """A link to a run directory, relative to the page, so that both can be moved together."""
-    try:
-        return quote(Path(os.path.relpath(folder.resolve(), page.resolve())).as_posix() + "/")
-    except ValueError:  # another drive
-        return folder.resolve().as_uri()
+    return quote(os.path.relpath(folder.resolve(), page.resolve()) + "/")
 
 
 def wandb_link(folder: Path) -> str | None:

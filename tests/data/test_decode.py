@@ -68,13 +68,6 @@ def test_every_decoder_gives_the_pixels_of_pillow(tmp_path, mode, suffix, option
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
-def test_pillow_reads_everything_if_torchvision_has_no_decoders(tmp_path, monkeypatch):
-    noise(53, 41).save(tmp_path / "image.jpg")
-    expected = read_image(str(tmp_path / "image.jpg"))
-    monkeypatch.setattr(decode, "_torchvision_decode", None)
-    assert torch.equal(read_image(str(tmp_path / "image.jpg")), expected)
-
-
 def spoil(content, how):
     return {
         "empty": b"",
@@ -157,7 +150,7 @@ def upright(path):
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
-def test_the_exif_orientation_is_applied_as_in_image_viewers(tmp_path, suffix, orientation, monkeypatch):
+def test_the_exif_orientation_is_applied_as_in_image_viewers(tmp_path, suffix, orientation):
     path = tmp_path / f"image.{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -171,8 +164,6 @@ def test_the_exif_orientation_is_applied_as_in_image_viewers(tmp_path, suffix, o
     for decoder in ("auto", "pil"):
         image = decode_image(content, decoder)
         assert np.array_equal(image, expected)
-    monkeypatch.setattr(decode, "_torchvision_decode", None)
-    assert np.array_equal(decode_image(content), expected)
 
 
 def test_an_orientation_after_the_pixels_of_a_png_is_applied(tmp_path):

@@ -77,8 +77,8 @@ class LogitsTable:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the file is only holes; False if the system does not tell."""
-        return self.is_writable and getattr(os.fstat(self._file.fileno()), "st_blocks", 1) == 0
+        """Whether the file is only holes."""
+        return self.is_writable and os.fstat(self._file.fileno()).st_blocks == 0
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Looks up the logits of views.
@@ -120,9 +120,6 @@ class LogitsTable:
     def _store(self, rows: Tensor, content: Tensor) -> None:
         if not (self.is_writable and len(rows)):
             return
-        if not hasattr(os, "pwrite"):  # on Windows
-            self.table[rows] = content
-            return
         rows, order = rows.sort()
         content = content[order]
         starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist()]  # consecutive rows are written at once
@@ -153,8 +150,7 @@ class LogitsTable:
 
 def _open(path: str, _: int) -> int:
     """Opens or creates a file; in a folder that others may write to, refuses their symbolic links and pipes."""
-    safely = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    return os.open(path, os.O_RDWR | os.O_CREAT | safely, 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def round_beside_label(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Computes, writes and prints the results of a run."""
 
+import resource
 import sys
 from collections.abc import Mapping
 from math import ceil
@@ -99,14 +100,10 @@ def _keep_best(run: Path, trainer: Trainer, module: DistillationModule, top1: fl
         logger.save()
 
 
-def _peak_memory(device: torch.device) -> float | None:
+def _peak_memory(device: torch.device) -> float:
     """Returns this process's peak memory in GB: of its GPU, or else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return None
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -30,7 +30,6 @@ from rld_lightning.tasks.teacher.fill_cache import FillAhead
 _SHARE = 0.05  # minimum share of a step that the teacher takes: lookups are not free
 _SAMPLE = 2000  # rows that are checked
 _VALIDATION = "validation-"  # name prefix of tables of validation images, which are small
-_BLOCK = 512  # bytes of a block in `st_blocks`
 
 
 def cache_logits(module: DistillationModule, plan: Plan, data: ImageDataModule, trainer: Trainer) -> None:
@@ -199,10 +198,7 @@ def _free(path: Path) -> int:
 
 def _bytes_on_disk(path: Path) -> int:
     """Returns a file's size on disk, without holes."""
-    if not path.is_file():
-        return 0
-    found = path.stat()
-    return int(getattr(found, "st_blocks", found.st_size / _BLOCK) * _BLOCK)
+    return 512 * path.stat().st_blocks if path.is_file() else 0
 
 
 def _gigabytes(size: int) -> str:
