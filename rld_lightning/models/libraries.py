@@ -3,16 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from rld_lightning.errors import first_line
-from rld_lightning.models import huggingface
-from rld_lightning.models.huggingface import transformers_classes, transformers_input
+from rld_lightning.models.imported import check_trusted, with_logits
 from rld_lightning.models.input_size import split_size
 
 # Packages whose errors are network failures.
@@ -36,7 +35,7 @@ def timm_names() -> list[str]:
     Raises:
         ImportError: timm is not installed.
     """
-    return _import_timm().list_models()
+    return _import("timm").list_models()
 
 
 def torchvision_model(name: str, num_classes: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -72,11 +71,11 @@ def published_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], in
         weights = _published_weights(plain)
         transform = weights.transforms()
         return tuple(transform.mean), tuple(transform.std), transform.crop_size[0]
-    if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
+    if library == "timm" and (config := _import("timm").get_pretrained_cfg(plain)) is not None:
         return tuple(config.mean), tuple(config.std), config.input_size[-1]
     if library == "transformers":
         with _fetching(name, _hub_cache()):
-            return transformers_input(name)
+            return _transformers_input(name)
     return None
 
 
@@ -89,11 +88,12 @@ def published_classes(name: str) -> list[str] | None:
     library, _, plain = name.partition("/")
     if library == "torchvision":
         return list(_published_weights(plain).meta["categories"])
-    if library == "timm" and (config := _import_timm().get_pretrained_cfg(plain)) is not None:
+    if library == "timm" and (config := _import("timm").get_pretrained_cfg(plain)) is not None:
         return list(_published_weights("resnet18").meta["categories"]) if config.num_classes == 1000 else None
     if library == "transformers":
         with _fetching(name, _hub_cache()):
-            return transformers_classes(name)
+            names = _transformers_config(name).id2label
+        return [str(names[number]) for number in sorted(names)]
     return None
 
 
@@ -104,12 +104,11 @@ def _published_weights(name: str) -> Any:
     return published.__members__.get("IMAGENET1K_V1", published.DEFAULT)
 
 
-def _import_timm() -> ModuleType:
+def _import(library: str) -> Any:
     try:
-        import timm
+        return import_module(library)
     except ImportError as error:
-        raise ImportError('timm/ models need timm: pip install "rld-lightning[timm]"') from error
-    return timm
+        raise ImportError(f'{library}/ models need {library}: pip install "rld-lightning[{library}]"') from error
 
 
 def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
@@ -118,7 +117,7 @@ def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: ``pretrained`` is set and timm has no pretrained weights for the network.
     """
-    timm = _import_timm()
+    timm = _import("timm")
     if kwargs.get("pretrained") and not timm.is_model_pretrained(name):  # timm would silently use random ones
         raise ValueError(f"timm has no pretrained weights of {name}; timm.list_pretrained() lists the models that do.")
     with _fetching(f"timm/{name}", _hub_cache()):
@@ -126,9 +125,61 @@ def timm_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def transformers_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """Same as :func:`huggingface.transformers_model`, with download failures reported in one sentence."""
+    """Creates an image classifier of transformers; remote code shipped with the weights is not run.
+
+    Args:
+        name: ``transformers/google/vit-base-patch16-224``, or ``transformers//my/folder``.
+        num_classes: C; if the pretrained weights have another number, the classifier is fresh.
+        pretrained: whether to load the pretrained weights; otherwise weights are random.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ConnectionError: there is no such model, or it cannot be downloaded.
+    """
+    identifier = _hub_identifier(name)
     with _fetching(name, _hub_cache()):
-        return _without_inplace(huggingface.transformers_model(name, num_classes, pretrained))
+        from transformers import AutoModelForImageClassification
+
+        if pretrained:
+            model = AutoModelForImageClassification.from_pretrained(
+                identifier, num_labels=num_classes, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+        else:
+            config = _transformers_config(name)
+            config.num_labels = num_classes
+            model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        return with_logits(_without_inplace(model))
+
+
+def _transformers_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
+    identifier = _hub_identifier(name)
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        processor: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(identifier)[0]
+    except OSError:  # no image processor is published
+        return None
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    sides = list(size.values()) if isinstance(size, dict) else [size]
+    if not sides or not isinstance(sides[0], int):
+        return None
+    if not processor.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3, sides[0]
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    return (tuple(mean), tuple(std), sides[0]) if mean and std else None
+
+
+def _transformers_config(name: str) -> Any:
+    identifier = _hub_identifier(name)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(identifier, trust_remote_code=False)  # the default asks at the terminal
+
+
+def _hub_identifier(name: str) -> str:
+    check_trusted(name)
+    _import("transformers")
+    return name.removeprefix("transformers/")
 
 
 def _hub_cache() -> Path:
