@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rld_lightning.losses.argument_checks import check_tensor, label_hint
 from rld_lightning.losses.ranges import Weight, check_ranges, must_be, ranges_of
-from rld_lightning.losses.rows import check_labels
+from rld_lightning.losses.rows import check_label_form, check_labels, check_tensor
 
 Smoothing = Annotated[float, must_be("in [0, 1) (0 switches it off)", lambda share: 0 <= share < 1)]
 Epochs = Annotated[int, must_be(">= 1 (1 is no warm-up)", lambda epochs: epochs >= 1)]
@@ -278,13 +277,7 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100, label
 
     It is 0 if every label is ignored.
     """
-    shape = torch.Size((*logits.shape[:1], *logits.shape[2:]))
-    if label.is_floating_point() or label.dtype == torch.bool or label.shape != shape:
-        raise ValueError(
-            f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
-            f"{tuple(logits.shape)}, got {label.dtype} {tuple(label.shape)}"
-            f"{label_hint(label, shape, logits.shape)}."
-        )
+    check_label_form(label, logits)
     dtype, label = torch.promote_types(logits.dtype, torch.float32), label.long()
     valid = label != ignore_index
     try:

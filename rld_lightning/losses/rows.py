@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from rld_lightning.losses.argument_checks import check_tensor, label_hint
 from rld_lightning.losses.numerics import bounded, standardize
 from rld_lightning.losses.ranges import check_ranges, ranges_of
 
@@ -140,13 +139,7 @@ def check_rows(
         dtype = torch.float64
     if label is not None:
         check_tensor("label", label)
-        shape = _sample_shape(student_logits)
-        if label.shape != shape or label.is_floating_point() or label.dtype == torch.bool:
-            raise ValueError(
-                f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape "
-                f"{tuple(student_logits.shape)}, got {label.dtype} {tuple(label.shape)}"
-                f"{label_hint(label, shape, student_logits.shape)}."
-            )
+        check_label_form(label, student_logits)
     rows = flat_rows(student_logits, teacher_logits, label, ignore_index)
     if rows.label is not None:
         check_labels(rows.label, num_classes, ignore_index)
@@ -172,6 +165,38 @@ def _sample_shape(logits: Tensor) -> torch.Size:
 def _flatten_to_rows(logits: Tensor) -> Tensor:
     """``(B, C, *)`` -> ``(N, C)``; no copy for ``(B, C)``."""
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises ``ValueError`` if an argument is not a tensor."""
+    if isinstance(value, Tensor):
+        return
+    hint = (
+        "torch.as_tensor(label)"
+        if name == "label"
+        else "the logits of a model's output, as in output.logits or output[0]"
+    )
+    raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}; pass {hint}.")
+
+
+def check_label_form(label: Tensor, logits: Tensor) -> None:
+    """Raises ``ValueError`` unless labels are integers of shape ``(B, *)`` for logits ``(B, C, *)``."""
+    shape = _sample_shape(logits)
+    if label.shape == shape and not label.is_floating_point() and label.dtype != torch.bool:
+        return
+    hint = ""
+    if label.shape == shape:
+        hint = "; use label.long()" if label.is_floating_point() else ""
+    elif label.shape == logits.shape:
+        hint = "; for soft or one-hot labels use label.argmax(1)"
+    elif label.shape == logits.shape[:-1]:
+        hint = "; classes are dimension 1 of logits: for (B, L, C) use logits.transpose(1, 2)"
+    elif label.shape == (*shape, 1):
+        hint = "; use label.squeeze(-1)"
+    raise ValueError(
+        f"label must hold class indices (integers) of shape {tuple(shape)} for logits of shape {tuple(logits.shape)}, "
+        f"got {label.dtype} {tuple(label.shape)}{hint}."
+    )
 
 
 def check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
