@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
 from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first, prepend_overrides, set_run_folder
 from rld_lightning.hydra.options import CONF, register_options
-from rld_lightning.hydra.paths import with_absolute_paths
-from rld_lightning.hydra.quoting import with_quotes
+from rld_lightning.hydra.quoting import PATHS, with_quotes
 from rld_lightning.hydra.unused_folder import remove_unused_folder
 from rld_lightning.redact import remember
 from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_yaml
+
+_NO_PATHS = ("auto", "fit", "published", "pretrained")  # values of ``weights`` that are not paths
 
 
 def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
@@ -92,6 +94,20 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
         raise
     finally:
         release_stderr()
+
+
+def with_absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Returns a copy of a config, with its relative paths resolved in a folder."""
+    other = deepcopy(cfg)
+    for key in PATHS:
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(other, group) if group else other
+        if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_interpolation(node, name):
+            continue
+        value = node[name]
+        if isinstance(value, str) and value not in _NO_PATHS and "://" not in value and not value.startswith("~"):
+            OmegaConf.update(other, key, str(folder / value))
+    return other
 
 
 def _only_prints(arguments: Sequence[str]) -> bool:

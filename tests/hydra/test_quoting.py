@@ -6,8 +6,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rld_lightning.hydra.paths import with_absolute_paths
 from rld_lightning.hydra.quoting import as_argument, as_command, with_quotes
+from rld_lightning.hydra.script import with_absolute_paths
 
 PATHS = (
     *("runs/kd/last.ckpt", "sweep/data.subset=1.0,seed=2/last.ckpt", "meine Fotos (1)", "Köter/Ä", "a[1]{2}", "it's/a"),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rld_lightning.errors import UserError, did_you_mean, first_line, user_errors
 from rld_lightning.hydra.checks.callbacks import check_watchers
 from rld_lightning.hydra.checks.machine import check_machine
-from rld_lightning.hydra.checks.unknown_keys import unknown_key
+from rld_lightning.hydra.checks.unknown_keys import full_keys, unknown_key
 from rld_lightning.hydra.checks.values import check_values
 from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, VALUE_FLAGS, compose
 from rld_lightning.hydra.options import list_options
@@ -229,12 +228,5 @@ def _known(lines: Sequence[str], command: Command) -> list[str]:
     """Returns all keys of a configuration, without its overrides if it cannot be composed with them."""
     for overrides in (lines, ()):
         with suppress(HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
-            return list(_keys(OmegaConf.to_container(command.compose(overrides))))
+            return list(full_keys(OmegaConf.to_container(command.compose(overrides))))
     return []
-
-
-def _keys(values: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{key}.")

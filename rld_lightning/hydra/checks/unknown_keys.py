@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -41,20 +42,22 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
 @cache
 def _shipped_keys() -> frozenset[str]:
     """Returns the full keys in the package's own files, except experiments."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return frozenset(
-        key
-        for group in ("", "model", "recipe", "paths")
-        for file in (CONF / group).glob("*.yaml")
-        for key in _keys(yaml.load(file.read_text(), loader) or {}, f"{group}." if group else "")
-    )
+    groups = ("", "model", "recipe", "paths")
+    return frozenset(key for group in groups for file in (CONF / group).glob("*.yaml") for key in _keys_in(file, group))
 
 
-def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _keys_in(file: Path, group: str) -> Iterator[str]:
+    text = file.read_text()
+    values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+    return full_keys(values, f"{group}." if group and not text.startswith("# @package _global_") else "")
+
+
+def full_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the full keys of nested mappings."""
     for name, value in values.items():
         yield f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{name}.")
+            yield from full_keys(value, f"{prefix}{name}.")
 
 
 def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
@@ -81,14 +84,8 @@ def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
 def _options_with(key: str) -> list[str]:
     """Returns the group options that define a key: ``logger=wandb`` for ``logger.wandb.project``."""
     group = key.partition(".")[0]
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = []
-    for file in (CONF / group).glob("*.yaml") if re.fullmatch(r"\w+", group) else ():
-        text = file.read_text()
-        prefix = "" if text.startswith("# @package _global_") else f"{group}."
-        if key in _keys(yaml.load(text, loader) or {}, prefix):
-            found.append(f"{group}={file.stem}")
-    return sorted(found, key=len)
+    files = (CONF / group).glob("*.yaml") if re.fullmatch(r"\w+", group) else ()
+    return sorted((f"{group}={file.stem}" for file in files if key in _keys_in(file, group)), key=len)
 
 
 def _near_leaves(name: str, known: Iterable[str], cutoff: float) -> list[str]:
