@@ -32,16 +32,15 @@ class ClassAccuracy(Callback):
     def __init__(self, dirpath: str | Path) -> None:
         self.path = Path(dirpath) / CLASSES
         self.counts: Tensor | None = None
-        self.confusion: Tensor | None = None
-        self._finished: tuple[Tensor, Tensor] | None = None  # results not written yet
+        self._has_teacher = False
+        self._finished: Tensor | None = None  # counts not written yet
         self._written = float("-inf")  # time of the last write
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Resets the counts."""
         classes = pl_module.hparams["num_classes"]
-        # (4, C): images, correct by the student, evaluated by the teacher, correct by the teacher.
-        self.counts = torch.zeros(4, classes, dtype=torch.long, device=trainer.strategy.root_device)
-        self.confusion = self.counts.new_zeros(classes * classes)
+        # (C, C + 1): the student's confusion matrix, and how many images of the class the teacher has right.
+        self.counts = torch.zeros(classes, classes + 1, dtype=torch.long, device=trainer.strategy.root_device)
 
     def on_validation_batch_end(
         self,
@@ -55,23 +54,20 @@ class ClassAccuracy(Callback):
         """Counts a batch."""
         label, teacher = outputs["label"], outputs.get("teacher_prediction")
         predicted = outputs["student_logits"].argmax(1)
-        right = [torch.ones_like(label), (predicted == label).long()]
-        if teacher is not None:
-            right += [torch.ones_like(label), (teacher == label).long()]
         assert self.counts is not None  # created when the validation started
-        assert self.confusion is not None
         # Not bincount, which synchronises with the device.
-        rows = torch.stack(right)
-        self.counts[: len(rows)].scatter_add_(1, label.expand_as(rows), rows)
-        self.confusion.scatter_add_(0, label * self.counts.shape[1] + predicted, rows[0])
+        flat, row = self.counts.view(-1), label * self.counts.shape[1]
+        flat.scatter_add_(0, row + predicted, torch.ones_like(label))
+        if teacher is not None:
+            self._has_teacher = True
+            flat.scatter_add_(0, row + len(self.counts), (teacher == label).long())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Sums over the ranks, and writes on rank 0 if it is time."""
         counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
-        confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        self._finished = counts, confusion
+        self._finished = counts
         if trainer.state.fn != TrainerFn.FITTING or time.monotonic() - self._written > _SECONDS:
             self._write(trainer)
 
@@ -86,16 +82,16 @@ class ClassAccuracy(Callback):
     def _write(self, trainer: Trainer) -> None:
         if self._finished is None:
             return
-        (counts, confusion), self._finished = self._finished, None
+        counts, self._finished = self._finished.cpu(), None
         self._written = time.monotonic()
-        images, right, seen, teacher_right = counts.cpu().double()
+        confusion, teacher_right = counts[:, :-1], counts[:, -1]
+        images = confusion.sum(1)
         data = trainer.datamodule  # type: ignore[attr-defined]
         names = getattr(data, "class_names", None) or range(len(images))
-        table = {"class": names, "images": images.long().tolist(), "accuracy": _percent(right, images)}
-        if seen.any():
-            table["teacher_accuracy"] = _percent(teacher_right, seen)
+        table = {"class": names, "images": images.tolist(), "accuracy": _percent(confusion.diagonal(), images)}
+        if self._has_teacher:
+            table["teacher_accuracy"] = _percent(teacher_right, images)
         write_csv(self.path, table)
-        confusion = confusion.cpu().view(len(images), -1)
         labels, predicted = (index.tolist() for index in confusion.nonzero(as_tuple=True))
         found = {"class": [names[k] for k in labels], "predicted": [names[k] for k in predicted]}
         write_csv(self.path.with_name(CONFUSION), found | {"images": confusion[confusion > 0].tolist()})
