@@ -1,12 +1,18 @@
-"""Learning rate schedules with warm-up."""
+"""Learning rate schedules beyond PyTorch's, and changing the learning rate of a resumed run."""
 
+import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+# Keys of learning rates in the parameter groups of PyTorch's optimisers, and attributes of its schedules.
+_OF_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
+_OF_SCHEDULES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
 
 
 class WarmupCosine(LRScheduler):
@@ -95,3 +101,58 @@ class WarmupMultiStep(LRScheduler):
         """Returns the rate of each parameter group."""
         rise = min((self.last_epoch + 1) / self.warmup, 1.0)
         return [rate * rise * self.gamma ** bisect_right(self.milestones, self.last_epoch) for rate in self.base_lrs]
+
+
+def make_schedule(make: Callable[..., LRScheduler], optimizer: Optimizer, steps: Callable[[], int]) -> LRScheduler:
+    """Creates a schedule for an optimizer; passes the run's number of steps if ``total_steps`` is required and unset.
+
+    Args:
+        steps: returns the number of steps of the whole run; called only if needed, because it sets up the data.
+    """
+    parameters = inspect.signature(make).parameters
+    wants_steps = "total_steps" in parameters and parameters["total_steps"].default is None
+    return make(optimizer, **({"total_steps": steps()} if wants_steps else {}))
+
+
+def first_rates(optimizer: Optimizer) -> list[float | None]:
+    """Returns the initial learning rate of each parameter group; None if the group does not store it."""
+    return [group.get("initial_lr") for group in optimizer.param_groups]
+
+
+def remember_first_rates(optimizer: Optimizer) -> list[float | None]:
+    """Stores the initial learning rates in a fresh optimizer, so that checkpoints contain them, and returns them.
+
+    Most schedules store them themselves; ``ReduceLROnPlateau`` does not.
+    """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", float(group["lr"]))
+    return first_rates(optimizer)
+
+
+def rescale(optimizer: Optimizer, schedulers: Iterable[Any], rates: Sequence[float | None]) -> None:
+    """Scales all learning rates of a restored optimizer as if its schedule had started with other initial rates.
+
+    Does nothing if they are equal.
+
+    Args:
+        rates: the new initial rates, as returned by :func:`remember_first_rates` before the state was restored.
+    """
+    before = first_rates(optimizer)
+    factors = [float(new) / float(old) if new and old else 1.0 for new, old in zip(rates, before, strict=True)]
+    if all(factor == 1 for factor in factors):
+        return
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        for name in _OF_GROUPS:
+            if name in group:
+                group[name] = group[name] * factor
+    for scheduler in schedulers:
+        _rescale_schedule(vars(scheduler), factors)
+
+
+def _rescale_schedule(state: Mapping[str, Any], factors: Sequence[float]) -> None:
+    for name in _OF_SCHEDULES:
+        rates = state.get(name)
+        if isinstance(rates, list):  # in place: a composed schedule shares it with its parts
+            rates[:] = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+    for inner in state.get("_schedulers", ()):
+        _rescale_schedule(vars(inner), factors)
