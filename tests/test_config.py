@@ -24,7 +24,7 @@ from rld_lightning.losses import DistillationLoss, LogitLoss, kd_loss, register_
 from rld_lightning.models import list_models
 from rld_lightning.models.teacher.teacher_store import PUBLISHED_URL
 from rld_lightning.runs.naming import loss_choice, loss_name
-from rld_lightning.tasks.run.trainer import make_trainer
+from rld_lightning.tasks.run.make import make_trainer
 
 
 @cache

@@ -25,7 +25,7 @@ def test_losses_networks_and_a_student_import_only_torch_and_image_packages():
     """In one process, since each takes seconds to start: imports of the first piece also count for the second."""
     losses = "import rld_lightning.losses.features; from rld_lightning import RLDLoss, rld_loss"
     networks = "from rld_lightning import create_model, FrozenTeacher; create_model('wrn16_1')"
-    student = "import rld_lightning; rld_lightning.load_student; import rld_lightning.data.centre_crop"
+    student = "import rld_lightning; rld_lightning.load_student; import rld_lightning.data.crops"
     torch_alone, with_images = imported_by(f"{losses}; {networks}", student)
     assert not torch_alone & (HEAVY | {"hydra", "omegaconf", "rich", "pytorch_lightning"})
     assert with_images & (HEAVY | {"hydra", "omegaconf", "pytorch_lightning", "onnx"}) <= {"torchvision"}

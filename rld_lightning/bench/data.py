@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from rld_lightning.bench.steps import time_in_turn
 from rld_lightning.console import console, print_table
 from rld_lightning.data.augment import Normalize
+from rld_lightning.data.crops import RandomCropFlip
 from rld_lightning.data.image_list import ImageList
-from rld_lightning.data.random_crop import RandomCropFlip
 from rld_lightning.data.shards.index import ShardList
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.shards.store import LocalShards

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImage, BadImageReport
 from rld_lightning.data.base import Batch
+from rld_lightning.data.crops import REDUCING_GAP, RandomCropFlip
 from rld_lightning.data.decode import (
     REDUCTIONS,
     BadImageError,
@@ -24,7 +25,6 @@ from rld_lightning.data.decode import (
 )
 from rld_lightning.data.loader import EpochLoader
 from rld_lightning.data.randaugment import randaugment_image
-from rld_lightning.data.random_crop import REDUCING_GAP, RandomCropFlip
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.errors import UserError
 

@@ -13,9 +13,8 @@ from torchvision.transforms import v2
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BAD_IMAGES, BadImageReport
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.data.centre_crop import CentreCrop
+from rld_lightning.data.crops import CentreCrop, RandomCropFlip
 from rld_lightning.data.decode import DECODERS
-from rld_lightning.data.random_crop import RandomCropFlip
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.stratified import stratified_split, stratified_subset
 from rld_lightning.data.streaming import Images, StreamedImages, StreamingLoader

@@ -47,7 +47,7 @@ class Preprocessing:
 
     def crop(self, pixels: Tensor) -> Tensor:
         """Resizes and crops uint8 pixels ``(..., 3, H, W)``."""
-        from rld_lightning.data.centre_crop import CentreCrop  # here, as it imports torchvision
+        from rld_lightning.data.crops import CentreCrop  # here, as it imports torchvision
 
         return CentreCrop(self.resize, self.size, self.interpolation)(pixels)
 

@@ -29,10 +29,10 @@ from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT,
 from rld_lightning.runs.provenance import processor_name
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.evaluate import MOST_CLASSES_SHOWN, ClassResult, EvaluationModule, class_results, test_with
+from rld_lightning.tasks.run.make import make_trainer
 from rld_lightning.tasks.run.matched_classes import read_student
 from rld_lightning.tasks.run.plan import Plan, standalone_config, with_values
 from rld_lightning.tasks.run.resume import run_once
-from rld_lightning.tasks.run.trainer import make_trainer
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 

@@ -11,12 +11,11 @@ from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.losses.kd import KDLoss
 from rld_lightning.models.imported import trust
 from rld_lightning.models.teacher.teacher_store import TeacherStore
-from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.build import adopt_normalisation, set_up
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
+from rld_lightning.tasks.run.make import make_data, make_trainer
 from rld_lightning.tasks.run.plan import freeze, plan_student, plan_teacher
-from rld_lightning.tasks.run.trainer import make_trainer
 from rld_lightning.tasks.teacher.cached_logits import open_table, table_path, why_not_cacheable
 from rld_lightning.tasks.teacher.fill_cache import fill_table
 from rld_lightning.tasks.teacher.network import build_teacher

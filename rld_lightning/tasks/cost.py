@@ -24,8 +24,8 @@ from rld_lightning.reporting.known_cost import Cost, known_cost
 from rld_lightning.runs.files import EXPORTED, STUDENT, check_file, write_json
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.runs.provenance import processor_name
+from rld_lightning.tasks.run.make import device_of
 from rld_lightning.tasks.run.plan import freeze
-from rld_lightning.tasks.run.trainer import device_of
 from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher, input_size, teacher_of
 
 COST = "cost.json"

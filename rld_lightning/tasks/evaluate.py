@@ -38,10 +38,10 @@ from rld_lightning.models.weights.read import Weights
 from rld_lightning.models.weights.verify import create_fitting
 from rld_lightning.runs.files import EVALUATION, PER_CLASS, SPLIT, run_of, split_of, write_csv, write_json
 from rld_lightning.tasks.run.checks import check_network, check_split, split_to_measure
+from rld_lightning.tasks.run.make import make_trainer
 from rld_lightning.tasks.run.matched_classes import match_classes
 from rld_lightning.tasks.run.plan import freeze
 from rld_lightning.tasks.run.processes import processes_to_start, run_in_processes
-from rld_lightning.tasks.run.trainer import make_trainer
 
 MOST_CLASSES_SHOWN = 20
 

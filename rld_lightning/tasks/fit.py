@@ -30,7 +30,6 @@ from rld_lightning.runs.naming import class_name, loss_name
 from rld_lightning.runs.provenance import command, write_provenance
 from rld_lightning.runs.summary import Summary, read_summary
 from rld_lightning.tasks.after import Finished, run_follow_ups
-from rld_lightning.tasks.run.batch_size import AUTO, make_data, suitable_batch
 from rld_lightning.tasks.run.build import (
     add_run_callbacks,
     adopt_normalisation,
@@ -50,6 +49,7 @@ from rld_lightning.tasks.run.checks import (
 from rld_lightning.tasks.run.describe import describe_run
 from rld_lightning.tasks.run.disk_space import check_disk_space
 from rld_lightning.tasks.run.fold_and_compile import compile_steps
+from rld_lightning.tasks.run.make import AUTO, make_data, suitable_batch
 from rld_lightning.tasks.run.plan import (
     Plan,
     Teacher,

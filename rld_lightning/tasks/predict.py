@@ -22,7 +22,7 @@ from rld_lightning.atomic_files import write_whole
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImage, BadImageReport
-from rld_lightning.data.centre_crop import CentreCrop
+from rld_lightning.data.crops import CentreCrop
 from rld_lightning.data.image_list import ImageList
 from rld_lightning.data.sampler import EpochSampler
 from rld_lightning.data.streaming import StreamedImages, StreamingLoader
@@ -34,8 +34,8 @@ from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
 from rld_lightning.runs.files import plain_cell
 from rld_lightning.runs.folder import check_folder
+from rld_lightning.tasks.run.make import device_of
 from rld_lightning.tasks.run.plan import freeze
-from rld_lightning.tasks.run.trainer import device_of
 
 STDIN = STDOUT = "-"
 MOST_ROWS_SHOWN = 40

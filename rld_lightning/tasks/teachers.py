@@ -21,7 +21,7 @@ from rld_lightning.models.weights.seal import is_damaged
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.run.batch_size import make_data
+from rld_lightning.tasks.run.make import make_data
 from rld_lightning.tasks.teacher.training_lock import training_turn
 from rld_lightning.tasks.teacher.weights import is_reusable, store_teacher
 

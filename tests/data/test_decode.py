@@ -14,6 +14,7 @@ from rld_lightning.bench.data import pipelines, write_jpegs
 from rld_lightning.data import ImageFolderDataModule, decode
 from rld_lightning.data.augment import Normalize
 from rld_lightning.data.bad_images import BadImageReport
+from rld_lightning.data.crops import RandomCropFlip
 from rld_lightning.data.decode import (
     MOST_BYTES,
     MOST_PIXELS,
@@ -24,7 +25,6 @@ from rld_lightning.data.decode import (
     read_header,
     read_image,
 )
-from rld_lightning.data.random_crop import RandomCropFlip
 from rld_lightning.data.streaming import StreamedImages, StreamingLoader
 
 CPU = torch.device("cpu")

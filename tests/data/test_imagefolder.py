@@ -10,7 +10,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from rld_lightning.data import Batch, ImageFolderDataModule
-from rld_lightning.data.centre_crop import MOST_ASPECT
+from rld_lightning.data.crops import MOST_ASPECT
 from rld_lightning.data.decode import read_image
 from rld_lightning.data.randaugment import randaugment_image
 from rld_lightning.data.streaming import KeySampler

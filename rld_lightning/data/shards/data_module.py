@@ -108,12 +108,6 @@ class ShardsDataModule(StreamingDataModule):
     def name(self, name: str) -> None:
         self._name = name
 
-    def _adopt_look(self) -> None:
-        packed = self.index.look
-        if "image_size" in self._chosen:
-            packed = {key: value for key, value in packed.items() if key != "resize"}
-        self._set_look(**(packed | self._chosen))
-
     def normalize_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Changes the normalisation of images, whatever they were packed with."""
         self._chosen |= {"mean": mean, "std": std}
@@ -136,7 +130,10 @@ class ShardsDataModule(StreamingDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lists the images, and checks the shards and the cache."""
-        self._adopt_look()
+        look = self.index.look | self._chosen
+        if "image_size" in self._chosen and "resize" not in self._chosen:
+            look.pop("resize", None)
+        self._set_look(**look)
         super().setup(stage)
         for images in self.splits.values():
             images.store.check()

@@ -4,7 +4,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,9 @@ def unpack_samples(content: bytes, counts: Mapping[str, int]) -> dict[str, Sampl
 def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
     """Reads an array of ``count`` values; the shape in the file does not determine how much is read."""
     with archive.open(name) as file:
-        shape, fortran, dtype = _read_header(file)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its arrays are of another version of NumPy's format")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_MOST_HEADER)
         if len(shape) != 1 or fortran or dtype.hasobject or not dtype.itemsize:
             raise ValueError(f"{name} is not a one-dimensional array")
         if shape[0] != count:
@@ -82,10 +84,3 @@ def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> np.ndarray:
     if len(values) != wanted:
         raise ValueError(f"{name} is truncated after {len(values):,} of {wanted:,} bytes")
     return np.frombuffer(values, dtype) if count else np.empty(0, dtype)
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("its arrays are of another version of NumPy's format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_MOST_HEADER)
-    return shape, fortran, dtype

@@ -30,8 +30,8 @@ from rld_lightning.reporting.figures.explain_page import explain_in_words
 from rld_lightning.reporting.figures.refine import Refinement, default_rld, refine, rld_of
 from rld_lightning.runs.finished import Run, read_run
 from rld_lightning.tasks.demo.web_server import serve
+from rld_lightning.tasks.run.make import device_of
 from rld_lightning.tasks.run.plan import freeze
-from rld_lightning.tasks.run.trainer import device_of
 from rld_lightning.tasks.teacher.network import build_teacher
 from rld_lightning.tasks.teacher.recorded import teacher_of
 

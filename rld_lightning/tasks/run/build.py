@@ -27,9 +27,9 @@ from rld_lightning.models.weights.facts import facts_of
 from rld_lightning.models.weights.verify import load_weights
 from rld_lightning.module import DistillationModule
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
+from rld_lightning.tasks.run.make import make_trainer
 from rld_lightning.tasks.run.matched_classes import reorder_to_data
 from rld_lightning.tasks.run.plan import Plan, Student, completed_config, with_values
-from rld_lightning.tasks.run.trainer import make_trainer
 from rld_lightning.trainer_callbacks import log_in_place, skip_idle_hooks, skip_idle_profiler
 
 

@@ -14,7 +14,7 @@ from rld_lightning.models.normalisation import Normalisation, parse_normalisatio
 from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.runs.files import SPLIT
-from rld_lightning.tasks.run.batch_size import AUTO
+from rld_lightning.tasks.run.make import AUTO
 
 
 @dataclass(frozen=True)

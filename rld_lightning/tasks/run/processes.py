@@ -51,7 +51,7 @@ from rld_lightning.hydra.script import is_trial
 from rld_lightning.package_files import package_folder
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import LAST
-from rld_lightning.tasks.run.trainer import make_trainer
+from rld_lightning.tasks.run.make import make_trainer
 
 POLL = 0.1  # seconds between checks of the processes while they train
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rld_lightning import forked_processes
 from rld_lightning.data.base import ImageDataModule
 from rld_lightning.data.in_memory import InMemoryDataModule
-from rld_lightning.tasks.run.batch_size import make_data
+from rld_lightning.tasks.run.make import make_data
 
 _loaded: dict[str, InMemoryDataModule] = {}
 

@@ -32,7 +32,7 @@ from rld_lightning.runs.folder import lock_folder
 from rld_lightning.runs.naming import loss_name
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.fit import fit_in_processes
-from rld_lightning.tasks.run.batch_size import make_data
+from rld_lightning.tasks.run.make import make_data
 from rld_lightning.tasks.run.plan import standalone_config, with_values
 from rld_lightning.tasks.run.resume import run_once
 from rld_lightning.tasks.run.shared_data import share_data

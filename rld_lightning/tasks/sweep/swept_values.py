@@ -21,8 +21,8 @@ from rld_lightning.redact import redact_text
 from rld_lightning.runs.checkpoint import checkpoint_exists
 from rld_lightning.runs.files import SWEEP, read_yaml, write_yaml
 from rld_lightning.runs.settings import affects_training, canonical
-from rld_lightning.tasks.run.batch_size import make_data
 from rld_lightning.tasks.run.checks import check_loss, check_mixtures, check_names
+from rld_lightning.tasks.run.make import make_data
 from rld_lightning.tasks.run.plan import plan_student, plan_teacher, with_values
 from rld_lightning.tasks.run.resume import find_checkpoint
 from rld_lightning.tasks.sweep.trial_tables import key_of, line_of

@@ -1,12 +1,14 @@
-"""Creates data before their batch size is known, and chooses a batch size for device and data."""
+"""Creates data, trainer and device from the configuration, and chooses a batch size for device and data."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and plans are read without it
+    from lightning.pytorch import Trainer
+
     from rld_lightning.data.base import ImageDataModule
 
 AUTO = "auto"
@@ -38,3 +40,24 @@ def suitable_batch(images: int, device: torch.device, processes: int = 1) -> int
         most = _MOST_SMALL_GPU
     share = max(images // (_STEPS * processes), 1)
     return processes * min(max(1 << (share.bit_length() - 1), _LEAST), most)
+
+
+def make_trainer(settings: DictConfig, **others: Any) -> "Trainer":
+    """Creates a trainer; null options get Lightning's defaults."""
+    values: Any = OmegaConf.to_container(settings, resolve=True)
+    stated = {key: value for key, value in (values | others).items() if value is not None}
+    trainer: Trainer = instantiate(stated)
+    return trainer
+
+
+def device_of(option: str) -> torch.device:
+    """Returns the device of ``device=``; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ValueError: the device does not exist.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = ("cuda" if there["cuda"] else "cpu") if option == "auto" else option
+    if not there.get(name, True):
+        raise ValueError(f"device={option} is not there; choose device=cpu.")
+    return torch.device(name)

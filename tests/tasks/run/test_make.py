@@ -1,4 +1,4 @@
-"""The batch size chosen for the device and the number of images."""
+"""Data made from the configuration, with the batch size chosen for the device and the number of images."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rld_lightning.runs.settings import changes, settings
-from rld_lightning.tasks.run import batch_size
-from rld_lightning.tasks.run.batch_size import make_data, suitable_batch
+from rld_lightning.tasks.run.make import make_data, suitable_batch
 
 
 @pytest.mark.parametrize(
@@ -22,7 +21,7 @@ def test_epoch_has_sixteen_steps_if_possible(images, processes, found):
 @pytest.mark.parametrize(("memory", "most"), [(8e9, 64), (24e9, 128)])
 def test_gpu_allows_larger_batches(monkeypatch, memory, most):
     properties = SimpleNamespace(total_memory=memory)
-    monkeypatch.setattr(batch_size.torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert suitable_batch(50_000, torch.device("cuda"), 2) == 2 * most
 
 

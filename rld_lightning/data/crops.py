@@ -1,4 +1,4 @@
-"""The random crop of training images, and the reduced size at which it allows decoding."""
+"""The crops of images from files: a random one in training, the centre in evaluation, prediction and exports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +12,9 @@ from rld_lightning.data.decode import REDUCTIONS
 # If a crop has at least twice the size that it is resized to, decoding at reduced size does not change the result
 # (within half of 255 steps on average). Pillow's `thumbnail` has the same margin.
 REDUCING_GAP = 2
+# A longer aspect ratio is cropped to this one before resizing, which would otherwise take unbounded memory: an image of
+# 2 x 6,000 would be resized to 256 x 768,000 pixels.
+MOST_ASPECT = 32
 
 
 class RandomCropFlip(v2.RandomResizedCrop):
@@ -46,3 +49,27 @@ class RandomCropFlip(v2.RandomResizedCrop):
         target_height, target_width = (REDUCING_GAP * side for side in self.size)
         spare = min(crop["height"] // target_height, crop["width"] // target_width)
         return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
+
+
+class CentreCrop(v2.Transform):
+    """``v2.Resize`` of the shorter side, then ``v2.CenterCrop``, in bounded memory for any aspect ratio.
+
+    Args:
+        resize: length of the shorter side after resizing.
+        size: height and width of the result.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+    """
+
+    def __init__(self, resize: int, size: Sequence[int], interpolation: str = "bilinear") -> None:
+        super().__init__()
+        self.resize = resize
+        self.size = list(size)
+        self.interpolation = v2.InterpolationMode(interpolation)
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resizes and crops."""
+        longest = MOST_ASPECT * min(inpt.shape[-2:])
+        if max(inpt.shape[-2:]) > longest:
+            inpt = v2.functional.center_crop(inpt, [min(side, longest) for side in inpt.shape[-2:]])
+        resized = v2.functional.resize(inpt, [self.resize], interpolation=self.interpolation, antialias=True)
+        return v2.functional.center_crop(resized, self.size)
