@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.data import epoch_of, merge, part, ready, same
+from helpers.data import epoch_of, merge, ready, same
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -189,45 +189,6 @@ def test_workers_stop_at_once_when_the_loader_is_collected(root):
     del loader
     gc.collect()
     assert not any(worker.is_alive() for worker in workers)
-
-
-def test_an_iterator_created_before_set_epoch_draws_that_epoch(root):
-    loader = folder_data(root).train_dataloader()
-    iterator = iter(loader)
-    loader.sampler.set_epoch(3)
-    assert same(list(iterator), train_epoch(root, 3))
-
-
-def test_the_loader_resumes_within_an_epoch(root):
-    loader = folder_data(root, strong_view=True).train_dataloader()
-    loader.load_state_dict({"epoch": 2, "batch": 3})
-    loader.sampler.set_epoch(2)
-    assert same(list(loader), train_epoch(root, 2, strong_view=True)[3:])
-    loader.sampler.set_epoch(3)
-    assert same(list(loader), train_epoch(root, 3, strong_view=True))
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(root, world_size):
-    alone = train_epoch(root, 1, strong_view=True)
-    ranks = [train_epoch(root, 1, rank=rank, world_size=world_size, strong_view=True) for rank in range(world_size)]
-    together = [merge(step) for step in zip(*ranks, strict=True)]
-    assert same(together[:-1], alone[:-1])
-    assert same([part(together[-1], 3)], alone[-1:])
-
-    tests = [list(folder_data(root, rank=rank, world_size=world_size).test_dataloader()) for rank in range(world_size)]
-    assert sorted(torch.cat([batch.index for rank in tests for batch in rank]).tolist()) == list(range(10))
-    assert len({len(rank) for rank in tests}) == 1
-
-
-def test_loading_does_not_change_the_global_random_state(root):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    data = folder_data(root, strong_view=True)
-    for loader in (data.train_dataloader(), data.val_dataloader()):
-        list(loader)
-    list(folder_data(root, num_workers=1).val_dataloader())
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_folder_with_three_splits(root, tmp_path):

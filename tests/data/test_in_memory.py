@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.data import epoch_of, merge, part, ready, same
+from helpers.data import epoch_of, merge, ready, same
 from torchvision import transforms
 
 from rld_lightning.data import Batch, InMemoryDataModule
@@ -189,66 +189,6 @@ def test_evaluation_is_the_same_each_time():
     resumed = toy().test_dataloader()
     resumed.load_state_dict(loader.state_dict())
     assert same(list(resumed), list(loader))
-
-
-def test_an_iterator_created_before_set_epoch_draws_that_epoch():
-    loader = toy().train_dataloader()
-    iterator = iter(loader)
-    loader.sampler.set_epoch(3)
-    assert same(list(iterator), train_epoch(3))
-
-
-@views
-def test_the_loader_resumes_within_an_epoch(strong_view):
-    def train_loader():
-        return toy(strong_view=strong_view).train_dataloader()
-
-    whole = [epoch_of(train_loader(), epoch) for epoch in range(4)]
-    loader = train_loader()
-    loader.sampler.set_epoch(2)
-    iterator = iter(loader)
-    for _ in range(4):
-        next(iterator)
-    state = loader.state_dict()
-
-    resumed = train_loader()
-    resumed.load_state_dict(state)
-    assert same(epoch_of(resumed, 2), whole[2][4:])
-    assert same(epoch_of(resumed, 3), whole[3])
-
-    at_the_end = train_loader()
-    at_the_end.load_state_dict({"epoch": 2, "batch": len(at_the_end)})
-    assert same(epoch_of(at_the_end, 3), whole[3])
-
-
-@views
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size, strong_view):
-    alone = train_epoch(1, strong_view=strong_view)
-    ranks = [train_epoch(1, rank=rank, world_size=world_size, strong_view=strong_view) for rank in range(world_size)]
-    together = [merge(step) for step in zip(*ranks, strict=True)]
-    assert same(together[:-1], alone[:-1])
-    size = len(alone[-1].label)
-    assert same([part(together[-1], size)], alone[-1:])
-    filling = part(together[-1], size, None)
-    assert same([filling], [part(alone[0], len(filling.label))])
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_test_split_is_divided_exactly_between_ranks(world_size):
-    ranks = [list(toy(rank=rank, world_size=world_size).test_dataloader()) for rank in range(world_size)]
-    index = torch.cat([batch.index for rank in ranks for batch in rank])
-    assert sorted(index.tolist()) == list(range(41))
-    assert len({len(rank) for rank in ranks}) == 1
-
-
-def test_loading_does_not_change_the_global_random_state():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    data = toy(val_fraction=0.3, strong_view=True)
-    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
-        list(loader)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_validation_split_is_stratified_disjoint_and_seeded():

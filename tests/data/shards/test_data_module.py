@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.data import epoch_of, merge, part, same
+from helpers.data import epoch_of, merge, same
 from helpers.shards import LOOK, folder_data, pack_folder, serve, shards_data, write_images
 from PIL import Image
 
@@ -102,37 +102,6 @@ def test_batches_do_not_depend_on_workers_or_place(shards, place, tmp_path):
         if place == "file":
             assert same(epoch_of(loader, 1), expected[1])
         assert same(list(data.test_dataloader()), tests)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("options", [{}, {"mixed_shards": None}, {"streams": 4}], ids=["", "all mixed", "4 streams"])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(shards, world_size, options):
-    alone = train_epoch(shards, 1, **options)
-    ranks = [train_epoch(shards, 1, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
-    together = [merge(step) for step in zip(*ranks, strict=True)]
-    assert same(together[:-1], alone[:-1])
-    assert same([part(together[-1], 3)], alone[-1:])
-
-    tests = [list(shards_data(shards, rank, world_size).test_dataloader()) for rank in range(world_size)]
-    assert sorted(torch.cat([batch.index for rank in tests for batch in rank]).tolist()) == list(range(18))
-    assert len({len(rank) for rank in tests}) == 1
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_resumes_within_an_epoch(shards, num_workers):
-    loader = shards_data(shards, num_workers=num_workers).train_dataloader()
-    loader.load_state_dict({"epoch": 2, "batch": 5})
-    assert same(epoch_of(loader, 2), train_epoch(shards, 2)[5:])
-    assert same(epoch_of(loader, 3), train_epoch(shards, 3))
-
-
-def test_loading_does_not_change_the_global_random_state(shards):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    data = shards_data(shards)
-    list(data.train_dataloader())
-    list(data.val_dataloader())
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_held_out_images_and_subsets_are_stratified(shards):
