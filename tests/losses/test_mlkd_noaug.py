@@ -101,23 +101,3 @@ def test_hand_worked_correlations():
     # P'P = PP' = identity, Q'Q = QQ' = all 1/2: four squares of 1/2, over 2, at five temperatures; all are unsure.
     assert terms["class_correlation"].item() == pytest.approx(2.5)
     assert terms["batch_correlation"].item() == pytest.approx(2.5)
-
-
-def test_ignored_samples_have_no_effect():
-    student, teacher, label = batch()
-    ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
-    label[ignored] = 255
-    student[1], student[3], teacher[7] = torch.nan, 1e30, torch.nan
-    actual = LossTester.value_and_gradient(mlkd_noaug_loss, student, teacher, label, ignore_index=255)
-    expected = LossTester.value_and_gradient(mlkd_noaug_loss, student[~ignored], teacher[~ignored], label[~ignored])
-    LossTester.assert_same((actual[0], actual[1][~ignored]), expected)
-    assert (actual[1][ignored] == 0).all()
-    terms, gradient = LossTester.value_and_gradient(mlkd_noaug_loss, *batch()[:2], label.fill_(-100))
-    assert all(term == 0 for term in terms.values())
-    assert (gradient == 0).all()
-
-
-def test_maps_are_batches_of_pixels():
-    student, teacher = torch.randn(2, 3, 7, 2, 4, dtype=torch.float64)
-    flat = (logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher))
-    assert_close(mlkd_noaug_loss(student, teacher), mlkd_noaug_loss(*flat))

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers.loss_tester import LossTester, batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
-from rld_lightning.losses import ModelOutput, StepContext
+from rld_lightning.losses import ModelOutput, StepContext, dist_loss, mlkd_noaug_loss, revision_loss
 from rld_lightning.losses.features import (
     at_loss,
     catkd_loss,
@@ -117,6 +119,46 @@ def test_logits_of_any_size(name, scale):
     total = sum(loss(context).values())
     assert total.isfinite()
     assert torch.autograd.grad(total, student)[0].isfinite().all()
+
+
+# RC corrects the student's probabilities by their logits' values.
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - KNOW_OFFSETS - {"rc"}))
+def test_a_constant_added_to_a_sample_changes_nothing(name):
+    student, teacher, label = batch()
+    shift = torch.arange(8.0).unsqueeze(-1)
+    loss = loss_class(name)(ce_weight=0)
+    terms = []
+    for own, theirs in ((student, teacher), (student + shift, teacher - 3 * shift)):
+        own, theirs = ModelOutput(own), ModelOutput(theirs)
+        terms.append(loss(StepContext(own, theirs, label, student_strong=own, teacher_strong=theirs)))
+    assert_close(*terms)
+
+
+OF_WHOLE_BATCH = pytest.mark.parametrize("loss", [dist_loss, mlkd_noaug_loss, revision_loss])
+
+
+@OF_WHOLE_BATCH
+def test_ignored_samples_have_no_effect_on_losses_of_whole_batches(loss):
+    student, teacher, label = batch()
+    label[0] = teacher[0].argmax()
+    ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
+    label[ignored] = 255
+    student[1], student[3], teacher[7] = torch.nan, 1e30, torch.nan
+    actual = LossTester.value_and_gradient(loss, student, teacher, label, ignore_index=255)
+    expected = LossTester.value_and_gradient(loss, student[~ignored], teacher[~ignored], label[~ignored])
+    LossTester.assert_same((actual[0], actual[1][~ignored]), expected)
+    assert (actual[1][ignored] == 0).all()
+    terms, gradient = LossTester.value_and_gradient(loss, *batch()[:2], label.fill_(-100))
+    assert all(term == 0 for term in terms.values())
+    assert (gradient == 0).all()
+
+
+@OF_WHOLE_BATCH
+def test_maps_are_batches_of_pixels_for_losses_of_whole_batches(loss):
+    student, teacher = torch.randn(2, 3, 7, 2, 4, dtype=torch.float64)
+    label = torch.where(torch.rand(3, 2, 4) < 0.5, teacher.argmax(1), torch.randint(7, (3, 2, 4)))
+    flat = (logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher))
+    assert_close(loss(student, teacher, label), loss(*flat, label.flatten()))
 
 
 HOT = [name for name in LOSSES if "temperature" in loss_class(name).__dataclass_fields__]

@@ -112,24 +112,3 @@ def test_equals_cross_entropy_if_teacher_and_student_are_right_and_equal():
     assert_close(terms["right_ce"], torch.nn.functional.cross_entropy(teacher, label))
     assert terms["right_mse"] == 0
     assert terms["wrong_mse"] == 0
-
-
-def test_ignored_samples_have_no_effect():
-    student, teacher, label = batch()
-    label[0] = teacher[0].argmax()
-    ignored = torch.tensor([0, 1, 0, 1, 0, 0, 0, 1]).bool()
-    label[ignored] = 255
-    actual = LossTester.value_and_gradient(revision_loss, student, teacher, label, ignore_index=255)
-    expected = LossTester.value_and_gradient(revision_loss, student[~ignored], teacher[~ignored], label[~ignored])
-    LossTester.assert_same((actual[0], actual[1][~ignored]), expected)
-    assert (actual[1][ignored] == 0).all()
-    terms, gradient = LossTester.value_and_gradient(revision_loss, student, teacher, label.fill_(-100))
-    assert all(term == 0 for term in terms.values())
-    assert (gradient == 0).all()
-
-
-def test_maps_are_batches_of_pixels():
-    student, teacher = torch.randn(2, 3, 7, 2, 4, dtype=torch.float64)
-    label = torch.where(torch.rand(3, 2, 4) < 0.5, teacher.argmax(1), torch.randint(7, (3, 2, 4)))
-    flat = (logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher))
-    assert_close(revision_loss(student, teacher, label), revision_loss(*flat, label.flatten()))
