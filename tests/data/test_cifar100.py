@@ -3,12 +3,11 @@ import io
 import pickle
 import tarfile
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from helpers.servers import running
+from helpers.servers import FileServer, running
 from torchvision.datasets import CIFAR100
 
 from rld_lightning.data import CIFAR100DataModule, cifar100
@@ -48,36 +47,9 @@ def archive(files, monkeypatch):
     return buffer.getvalue()
 
 
-class Server(ThreadingHTTPServer):
-    """Serves ``content`` under any path, supports ranges, and closes the connection after ``limit`` bytes."""
-
-    def __init__(self, content):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.limit, self.ranges = content, len(content), []
-        self.url = f"http://127.0.0.1:{self.server_port}/mirror.tar.gz"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        wanted = self.headers["Range"]
-        self.server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-        rest = self.server.content[start:]
-        if not rest:
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        self.wfile.write(rest[: self.server.limit])
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server(archive):
-    with running(Server(archive)) as server:
+    with running(FileServer(archive)) as server:
         yield server
 
 
@@ -149,24 +121,17 @@ def test_damaged_archive_placed_by_hand_is_refused(tmp_path, archive):
         CIFAR100DataModule(tmp_path).prepare_data()
 
 
-def test_truncated_download_is_reported_and_continued(server, tmp_path, archive):
+def test_truncated_download_is_reported_and_continued(server, tmp_path):
     data = CIFAR100DataModule(tmp_path, url=server.url)
-    server.limit = 1000
+    server.cut = 1000
     with pytest.raises(FileNotFoundError, match=rf"{server.url} to .*tar.gz failed: .* 1000 of .* place it at"):
         data.prepare_data()
     assert not (tmp_path / "cifar-100-python").exists()
 
-    server.limit = len(archive)
+    server.cut = None
     data.prepare_data()
     data.setup()
-    assert server.ranges == [None, "bytes=1000-"]
-
-
-@pytest.mark.parametrize("complete", [True, False], ids=["complete", "too long"])
-def test_a_partial_file_that_is_already_complete(server, tmp_path, archive, complete):
-    (tmp_path / "cifar-100-python.tar.gz.part").write_bytes(archive if complete else archive + b"x")
-    CIFAR100DataModule(tmp_path, url=server.url).prepare_data()
-    assert (tmp_path / "cifar-100-python.tar.gz").read_bytes() == archive
+    assert server.requests == [None, "bytes=1000-"]
 
 
 @pytest.mark.usefixtures("forbid_unpickling")
@@ -210,7 +175,7 @@ def test_two_processes_download_once(server, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert server.ranges == [None]
+    assert server.requests == [None]
 
 
 def test_constants():

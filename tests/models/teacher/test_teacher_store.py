@@ -8,13 +8,12 @@ import re
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.servers import running
+from helpers.servers import FileServer, running
 
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.teacher import published_archive, teacher_store
@@ -75,42 +74,9 @@ def member_bytes(content, name):
         return tar.extractfile(member_name(name)).read()
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `content` at every URL; `ranges` and `cut` make it less reliable."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.ranges, self.cut, self.status = archive(), True, None, 200
-        self.requests = []
-        self.url = f"http://127.0.0.1:{self.server_port}/cifar_teachers.tar"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, wanted = self.server, self.headers["Range"]
-        server.requests.append(wanted)
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
-        if server.status != 200:
-            self.send_error(server.status)
-            return
-        if start and start >= len(server.content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(server.content)}")
-            self.end_headers()
-            return
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body if server.cut is None else body[: server.cut])
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    with running(Server()) as server:
+    with running(FileServer(archive())) as server:
         yield server
 
 
