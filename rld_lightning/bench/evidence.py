@@ -2,15 +2,13 @@
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rld_lightning.bench.steps import machine
-from rld_lightning.models.complexity import clock
+from rld_lightning.bench.steps import machine, matrix_products, shortest
 from rld_lightning.models.weights.read import read_weights
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.files import LAST, METRICS, STUDENT, SUMMARY, write_csv, write_json
@@ -27,25 +25,11 @@ def facts(state: Path) -> None:
     if device.type == "cuda":
         measured |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         measured["capability"] = torch.cuda.get_device_capability()
-    size = 8192 if device.type == "cuda" else 1024
-    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-        seconds = _seconds(lambda a=a, b=b: a @ b, device)
-        measured[f"{name} matrix TFLOP/s"] = 2 * size**3 / seconds / 1e12
+    measured |= {f"{name} matrix TFLOP/s": speed / 1e12 for name, speed in matrix_products(device).items()}
     values = torch.empty(2**26, device=device)
-    measured["copy GB/s"] = 2 * values.nbytes / _seconds(values.clone, device) / 1e9
+    measured["copy GB/s"] = 2 * values.nbytes / shortest(values.clone, device) / 1e9
     write_json(state / "facts.json", measured)
     print(json.dumps(measured, indent=1))
-
-
-def _seconds(work: Any, device: torch.device) -> float:
-    """Returns the shortest of five times, each until the device has finished."""
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        best = min(best, clock(device) - start)
-    return best
 
 
 def gather(state: Path, out: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rld_lightning.bench.steps import machine
+from rld_lightning.bench.steps import machine, matrix_products
 from rld_lightning.console import console, print_table
 from rld_lightning.models.complexity import count_macs
 from rld_lightning.models.factory import create_model
@@ -246,14 +246,5 @@ def limit(job: Job) -> Mapping[str, float]:
     """Returns the images/s if convolutions were as fast as large square matrix products, and nothing else took time."""
     teacher, student = (count_macs(create_model(name, job.classes), job.shape) for name in (job.teacher, job.student))
     operations = 2 * (teacher + 3 * student)  # backward computes gradients of inputs and weights
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    limits = {}
-    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        size, best = 2048, float("inf")
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        stop = time.perf_counter() + 1  # long enough for one undisturbed product
-        while (start := time.perf_counter()) < stop:
-            float((a @ b)[0, 0])  # waits for the device
-            best = min(best, time.perf_counter() - start)
-        limits[name] = 2 * size**3 / best / operations
-    return limits
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: speed / operations for name, speed in matrix_products(device).items()}

@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -343,6 +344,24 @@ def _peak_of(work: Step, device: torch.device) -> float:
     work()
     peak = peak_memory(device)
     return float("nan") if before is None or peak is None else (peak - before) / 2**20
+
+
+def matrix_products(device: torch.device) -> dict[str, float]:
+    """Returns the operations per second of a large square matrix product in each precision."""
+    size, speeds = 8192 if device.type == "cuda" else 2048, {}
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        speeds[name] = 2 * size**3 / shortest(partial(torch.mm, a, b), device)
+    return speeds
+
+
+def shortest(step: Step, device: torch.device) -> float:
+    """Returns the least seconds of a step that is repeated for a second: long enough for one without disturbance."""
+    least, stop = float("inf"), clock(device) + 1
+    while (start := clock(device)) < stop:
+        step()
+        least = min(least, clock(device) - start)
+    return least
 
 
 def machine(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,14 +263,9 @@ def diagnose(values: _Values | None, *, rate: float, classes: int, images: int) 
 
 
 def _state_is_finite(trainer: Trainer, module: DistillationModule) -> bool:
-    found = [*module.state_dict().values(), *_optimizer_tensors(trainer)]
-    tensors = [value for value in found if value.is_floating_point()]
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    found = [value for state in (module.state_dict(), *states) for value in state.values()]
+    tensors = [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
     # A finite norm implies finite values and takes a third of the time; large ones may overflow it.
     norm = torch.nn.utils.get_total_norm(tensors)
     return bool(norm.isfinite()) or all(bool(value.isfinite().all()) for value in tensors)
-
-
-def _optimizer_tensors(trainer: Trainer) -> Iterable[Tensor]:
-    for optimizer in trainer.optimizers:
-        for state in optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))

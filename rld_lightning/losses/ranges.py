@@ -24,22 +24,25 @@ class Range:
     """A range for ``Annotated[float, Range(...)]``; created by :func:`must_be` and :func:`choose`.
 
     Attributes:
-        allows: whether a value is in the range; a ``TypeError`` counts as no.
+        test: whether a value is in the range; a ``TypeError`` counts as no.
         fault: what is wrong with a value outside the range.
         rule: the allowed values.
     """
 
-    allows: Callable[[Any], bool]
+    test: Callable[[Any], bool]
     fault: str
     rule: str
 
+    def allows(self, value: Any) -> bool:
+        """Whether a value is in the range."""
+        try:
+            return self.test(value)
+        except TypeError:
+            return False
+
     def check(self, name: str, value: Any) -> None:
         """Raises ``ValueError`` if the value is outside the range."""
-        try:
-            allowed = self.allows(value)
-        except TypeError:
-            allowed = False
-        if not allowed:
+        if not self.allows(value):
             raise ValueError(f"{name}={value!r} {self.fault}; {self.rule}.")
 
     def __repr__(self) -> str:
@@ -107,7 +110,7 @@ def _range_of(annotation: Any) -> Range | None:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         inner = [range_ for range_ in map(_range_of, args) if range_ is not None]
-        return replace(inner[0], allows=lambda value: value is None or inner[0].allows(value)) if inner else None
+        return replace(inner[0], test=lambda value: value is None or inner[0].allows(value)) if inner else None
     if origin is Annotated:
         return next((metadata for metadata in args[1:] if isinstance(metadata, Range)), None)
     if origin is Literal:

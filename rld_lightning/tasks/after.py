@@ -5,7 +5,6 @@ They train the student alone, compare the networks, and export the student.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,8 +32,6 @@ from rld_lightning.tasks.run.make import make_trainer
 from rld_lightning.tasks.run.matched_classes import read_student
 from rld_lightning.tasks.run.plan import Plan, standalone_config, with_values
 from rld_lightning.tasks.run.resume import run_once
-
-_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -166,11 +163,12 @@ def no_gain_note(networks: Sequence[Network]) -> str:
 @rank_zero_only
 def export_student(finished: Finished) -> None:
     """Exports the student with a model card, and to ONNX if that is installed, and prints how to predict with it."""
-    from rld_lightning.tasks.export import export_run  # takes a second to import
+    from rld_lightning.tasks.export import export_run, missing_for_onnx  # takes a second to import
 
     run = finished.plan.run
-    formats = ["safetensors", *(["onnx"] if all(map(find_spec, _ONNX)) else [])]
-    if len(formats) < 2:
+    formats = ["safetensors", "onnx"]
+    if missing_for_onnx():
+        formats.remove("onnx")
         print_line("export", 'without ONNX, which needs pip install "rld-lightning[onnx]"')
     with user_errors():
         export_run(run, formats)

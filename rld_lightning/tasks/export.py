@@ -186,6 +186,11 @@ def _finished(run: Path, checkpoint: str) -> Run:
     return finished
 
 
+def missing_for_onnx() -> list[str]:
+    """Returns the packages that ONNX files need and that are not installed."""
+    return [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+
+
 def _check(formats: Sequence[str], val_images: int | None) -> None:
     if not formats or (unknown := [name for name in formats if name not in FORMATS]):
         raise ValueError(
@@ -194,12 +199,10 @@ def _check(formats: Sequence[str], val_images: int | None) -> None:
         )
     if val_images is not None and val_images < 0:
         raise ValueError(f"val_images={val_images} must be a number of images, 0 for none, or null for all.")
-    if any(name.startswith("onnx") for name in formats):
-        lacking = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
-        if lacking:
-            raise ImportError(
-                f'ONNX files need {lacking[0]}: pip install "rld-lightning[onnx]", or leave them out of formats='
-            )
+    if any(name.startswith("onnx") for name in formats) and (lacking := missing_for_onnx()):
+        raise ImportError(
+            f'ONNX files need {lacking[0]}: pip install "rld-lightning[onnx]", or leave them out of formats='
+        )
 
 
 def _data(run: Run, student: Student, root: Path | None) -> ImageDataModule:

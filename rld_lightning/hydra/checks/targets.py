@@ -152,7 +152,7 @@ def _fits(annotation: Any, value: Any) -> bool:
         return any(_fits(arg, value) for arg in args)
     if origin is Annotated:
         ranges = [fact for fact in args[1:] if isinstance(fact, Range)]
-        return _fits(args[0], value) and all(_allows(range_, value) for range_ in ranges)
+        return _fits(args[0], value) and all(range_.allows(value) for range_ in ranges)
     if origin is Literal:
         return value in args
     is_mapping = isinstance(value, Mapping)
@@ -168,13 +168,6 @@ def _fits(annotation: Any, value: Any) -> bool:
     if isinstance(annotation, type) and not issubclass(annotation, Enum | Path) and annotation is not object:
         return is_mapping or isinstance(value, annotation)  # a plain value is not a tensor
     return True
-
-
-def _allows(range_: Range, value: Any) -> bool:
-    try:
-        return range_.allows(value)
-    except TypeError:
-        return False
 
 
 def _rule(annotation: Any) -> str:
@@ -206,9 +199,6 @@ def _is_switched_off(values: Mapping[str, Any], loss: Any) -> bool:
             for name, part in parts.items()
         )
     hints = inspect.signature(loss).parameters
-    own = [name for name, parameter in hints.items() if _is_weight(parameter.annotation) and name != "ce_weight"]
+    weights = [name for name, parameter in hints.items() if WEIGHT in get_args(parameter.annotation)]
+    own = [name for name in weights if name != "ce_weight"]
     return all(values.get(name, hints[name].default) == 0 for name in own) if own else loss.__name__ == "CELoss"
-
-
-def _is_weight(annotation: Any) -> bool:
-    return WEIGHT in get_args(annotation)
