@@ -23,6 +23,7 @@ from rld_lightning.redact import redact, redact_text
 console = Console(highlight=False)
 _log_files: list[TextIO] = []  # log files that also receive what is printed, see `copy_output_to`
 _WIDE = 1000  # columns for text that Rich would crop at the console's width and that users copy
+_LONGEST = 5000  # characters of an error that are printed
 
 # Messages that repeat a run's own lines, or describe what is by design: checkpoints, metrics and configuration share
 # the run directory, and values logged at the end of an epoch are already the same on all ranks.
@@ -142,9 +143,14 @@ def start_new_line() -> None:
 
 def print_error(text: str) -> None:
     """Prints a user error, on any rank."""
-    text = printable(redact_text(text))
+    text = _shortened(printable(redact_text(text)))
     head = "[bold red]error:[/] "
     _print(head + escape(text), shown=head + escape(_wrapped(text, len("error: "))), soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    """Leaves out the middle of a text that fills screens, with a value from a file; the way out is at its end."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1000]} ... {text[-1000:]}"
 
 
 def _wrapped(text: str, used: int, indent: str = "") -> str:

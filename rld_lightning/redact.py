@@ -28,10 +28,11 @@ _VALUE = (
     r"""(?P<sign>["']?\s*[=:]\s*)"""
     r"""(?P<value>"[^"]*"|'[^']*'|\$\{[^}]*\}|(?:bearer|basic)\s+[^\s,&;"'}\]]+|[^\s,&;"'}\]{\[]+)"""
 )
-_ASSIGNED = re.compile(rf"(?P<name>[\w.@-]*(?:{_WORDS})){_VALUE}", re.IGNORECASE)
-_ASSIGNED_IN_STORE = re.compile(rf"(?P<name>\b(?:storage_options[\w.]*\.)?(?:key|user(?:name)?)){_VALUE}")
+# No pattern repeats before a literal, since searching it in a long word from a file would take hours.
+_ASSIGNED = re.compile(rf"(?P<name>{_WORDS}){_VALUE}", re.IGNORECASE)
+_ASSIGNED_IN_STORE = re.compile(rf"(?P<name>\bkey|\buser(?:name)?){_VALUE}")
 _OVERRIDE = re.compile(r"[+~]*([\w.@/-]+)=(.+)\Z", re.DOTALL)
-_USER = re.compile(r"(\w[\w+.-]*://)(?:[^\s/]*:[^\s/]*|(?<=http://)[^\s/:@]+|(?<=https://)[^\s/:@]+)@")
+_USER = re.compile(r"([\w+.-]://)(?:[^\s/:]*:[^\s/]*|(?<=http://)[^\s/:@]+|(?<=https://)[^\s/:@]+)@")
 _known: set[str] = set()
 
 

@@ -140,3 +140,12 @@ def test_a_file_of_bad_images_has_a_line_for_each(tmp_path, caplog):
     BadImageReport(tmp_path / "bad.txt").add([BadImage("a\n/b\x1b[2J.jpg", "is\x1b[2J no\nimage")], "so what")
     assert (tmp_path / "bad.txt").read_text() == "a\\n/b\\x1b[2J.jpg\tis\\x1b[2J no image\n"
     assert "\x1b" not in caplog.text
+
+
+def test_an_error_with_a_huge_value_keeps_its_beginning_and_its_way_out(capsys):
+    print_error(f"f.json says {'x' * 100_000}: make it again.")
+    found = capsys.readouterr()
+    text = found.out + found.err
+    assert text.startswith("error: f.json says x")
+    assert text.endswith("x: make it again.\n")
+    assert len(text) < 5100

@@ -1,5 +1,7 @@
 """The redaction of secrets in configs, overrides and messages."""
 
+import time
+
 import pytest
 
 from rld_lightning.redact import HIDDEN, redact, redact_command, redact_text, remember_environment
@@ -63,6 +65,15 @@ def test_credentials_in_addresses_are_hidden(address, without):
     assert redact({"data": {"root": address}}) == {"data": {"root": without}}
     assert redact_text(f"data.root={address}") == f"data.root={without}"
     assert redact_text(f"{address} does not answer") == f"{without} does not answer"
+
+
+@pytest.mark.parametrize("text", ["x", "a.", "a@b.", "storage_options.", "a://:", "token "])
+def test_long_texts_of_files_are_searched_in_moderate_time(text):
+    text *= 200_000 // len(text)
+    started = time.process_time()
+    assert redact_text(text) == text
+    assert redact_text(f"{text} token=abc {text}") == f"{text} token={HIDDEN} {text}"
+    assert time.process_time() - started < 2
 
 
 def test_a_known_secret_is_hidden_everywhere():
