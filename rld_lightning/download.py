@@ -12,7 +12,7 @@ from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
@@ -206,13 +206,38 @@ def _check_space(path: Path, needed: int) -> None:
         raise OSError(f"the disk of {path.parent} has {free / 1e9:.3g} GB free and {needed / 1e9:.3g} GB are needed")
 
 
+def open_tar(file: BinaryIO) -> tarfile.TarFile:
+    """Opens an uncompressed tar file.
+
+    Raises:
+        tarfile.ReadError: its first header cannot be read.
+    """
+    with _tar_errors():
+        return tarfile.open(fileobj=file, mode="r:")
+
+
+@contextmanager
+def _tar_errors() -> Iterator[None]:
+    """Turns what ``tarfile`` raises for damaged numbers in headers into its error for damaged files."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise tarfile.ReadError(f"a header that cannot be read, {error}") from error
+
+
 def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar file.
 
     Raises:
-        tarfile.ReadError: a member has a negative size, after which Python would yield it for ever.
+        tarfile.ReadError: a header cannot be read, or has a negative size, after which Python would yield the member
+            for ever.
     """
-    for member in tar:
+    members = iter(tar)
+    while True:
+        with _tar_errors():
+            member = next(members, None)
+        if member is None:
+            return
         if member.size < 0:
             raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes")
         yield member

@@ -130,7 +130,7 @@ class ShardsDataModule(StreamingDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lists the images, and checks the shards and the cache."""
-        look = self.index.look | self._chosen
+        look = {key: value for key, value in self.index.look.items() if value is not None} | self._chosen
         if "image_size" in self._chosen and "resize" not in self._chosen:
             look.pop("resize", None)
         self._set_look(**look)

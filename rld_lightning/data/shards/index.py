@@ -7,7 +7,7 @@ another folder with the shards' URLs.
 
 import hashlib
 import json
-import math
+import os
 import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,14 +20,18 @@ from rld_lightning.data import decode
 from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
 from rld_lightning.data.shards.samples import MOST_BYTES, Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
-from rld_lightning.limits import LARGEST_RESIZE
+from rld_lightning.limits import LARGEST_RESIZE, is_encodable, is_line, is_number, is_spread, is_three, is_whole
 from rld_lightning.package_files import script_command
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.npz"
 FORMAT = "rld-lightning shards 1"
 LOOK = ("image_size", "resize", "mean", "std")
+_LOOKS = dict(
+    zip(LOOK, [*[is_whole(1, LARGEST_RESIZE + 1)] * 2, is_three(is_number), is_three(is_spread)], strict=True)
+)
 _MOST_JSON = 1 << 26  # bytes; a shard takes some sixty
+_LONGEST_PATH = 1 << 12  # bytes
 
 
 class Shard(NamedTuple):
@@ -89,11 +93,10 @@ class ShardIndex:
             shards = {split: [Shard(**shard) for shard in listed] for split, listed in described["shards"].items()}
             if (file := described["samples"]["file"]) != SAMPLES_FILE:  # never any other local file
                 raise ValueError(f"its samples are in {file!r} instead of {SAMPLES_FILE}")
-            _check_place(root, shards)
+            _check_shards(root, shards)
             samples = read_bytes(join(root, SAMPLES_FILE), MOST_BYTES, options)
             if hashlib.sha256(samples).hexdigest() != described["samples"]["sha256"]:
                 raise ValueError(f"{SAMPLES_FILE} beside it belongs to another index")
-            _check_numbers(shards)
             found = unpack_samples(
                 samples, {split: sum(shard.images for shard in own) for split, own in shards.items()}
             )
@@ -102,54 +105,49 @@ class ShardIndex:
             index = cls(described["name"], described["class_names"], shards, found, described["look"])
             index._check()
             return index
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not an index of shards ({error}): {again}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else "it is of another form"
+            why = str(error) if isinstance(error, ValueError) else why
+            raise ValueError(f"{path} is not an index of shards ({why}): {again}.") from error
 
     def _check(self) -> None:
         """Raises ``ValueError`` for invalid values; the file is not trusted."""
-        if not isinstance(self.name, str) or "/" in self.name or self.name in ("", ".", ".."):
+        if not is_line(self.name) or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"{self.name!r} is not a valid name of a data set")
-        if not isinstance(self.class_names, list) or not all(isinstance(name, str) for name in self.class_names):
+        if not isinstance(self.class_names, list) or not all(map(is_encodable, self.class_names)):
             raise ValueError("its class names are not text")
         if unknown := sorted(set(self.look) - set(LOOK)):
             raise ValueError(f"its look has {unknown[0]!r}, not one of {', '.join(LOOK)}")
-        if wrong := [key for key, value in self.look.items() if value is not None and not _is_look(key, value)]:
+        if wrong := [key for key, value in self.look.items() if value is not None and not _LOOKS[key](value)]:
             raise ValueError(
                 f"its {wrong[0]} is not {'a number of pixels' if wrong[0] in LOOK[:2] else 'three numbers'}"
             )
         for split, shards in self.shards.items():
             samples = self.samples[split]
+            if not len(samples.label):
+                raise ValueError(f"its {split} split has no images")
             length = np.repeat([shard.bytes for shard in shards], [shard.images for shard in shards])
             if (samples.size > decode.MOST_BYTES).any():
                 raise ValueError(f"it has {split} images that are larger than any")
-            if any(values.dtype != np.int64 for values in samples[:3]) or samples.crc32.dtype != np.uint32:
-                raise ValueError(f"the places and classes of its {split} images are not whole numbers")
             if (samples.offset < 0).any() or (samples.size < 0).any() or (samples.size > length - samples.offset).any():
                 raise ValueError(f"it has {split} images outside their shards")
             if not ((samples.label >= 0) & (samples.label < len(self.class_names))).all():
                 raise ValueError(f"it has {split} images of classes that it does not name")
 
 
-def _is_look(key: str, value: object) -> bool:
-    if key in LOOK[:2]:
-        return type(value) is int and 0 < value <= LARGEST_RESIZE
-    least = 0.0 if key == "std" else -math.inf
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and v > least for v in value)
-
-
-def _check_numbers(shards: dict[str, list[Shard]]) -> None:
+def _check_shards(root: str, shards: dict[str, list[Shard]]) -> None:
+    """Refuses shards without a path and sizes, and local shards in an index from a URL."""
     for shard in (shard for listed in shards.values() for shard in listed):
-        if not all(isinstance(value, int) and value >= 0 for value in (shard.bytes, shard.images)):
+        if not _is_path(shard.path):
+            raise ValueError("the paths of its shards are not texts")
+        if not all(map(is_whole(0, 1 << 63), shard[1:])):
             raise ValueError(f"{shard.path} has {shard.bytes!r} bytes and {shard.images!r} images")
-
-
-def _check_place(root: str, shards: dict[str, list[Shard]]) -> None:
-    """Refuses local shards in an index from a URL."""
-    if local_path(root) is not None:
-        return
-    for shard in (shard for listed in shards.values() for shard in listed):
-        if local_path(join(root, shard.path)) is not None:
+        if local_path(root) is None and local_path(join(root, shard.path)) is not None:
             raise ValueError(f"it is remote and names {shard.path}, a local file")
+
+
+def _is_path(value: Any) -> bool:
+    return is_encodable(value) and "\0" not in value and 0 < len(os.fsencode(value)) <= _LONGEST_PATH
 
 
 class ShardList(NamedTuple):
@@ -175,7 +173,7 @@ class ShardList(NamedTuple):
 
     def path(self, index: int) -> str:
         """Returns the URL of an image's shard and its member name."""
-        return f"{self.store.addresses[self.shard[index]]}/{self.samples.member[index].decode()}"
+        return f"{self.store.addresses[self.shard[index]]}/{os.fsdecode(self.samples.member[index])}"
 
     def read(self, index: int) -> Tensor:
         """Reads the bytes of an image's file, uint8 ``(N,)``.

@@ -1,12 +1,13 @@
 """Reads from shards: in place, through a cache of bounded size, or image by image from object storage."""
 
 import os
+import re
 import shutil
 import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from io import FileIO
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
+from rld_lightning.atomic_files import write_whole
 from rld_lightning.data.shards.remote import get_file, get_range, local_path, open_store, reason
 from rld_lightning.errors import UserError
 
@@ -29,6 +31,7 @@ CACHED = ".shard"  # suffix of cached files, so that nothing else is ever delete
 FAILED = ".failed"  # suffix of files that say why a download has just failed
 FAILED_SECONDS = 3600.0  # until they are removed; nobody waits for a download that long
 LOCK = "cache.lock"
+_LONGEST_NAME = 100  # characters of an address's end in a cached file's name, which systems limit
 REPAIR = "copy it again, or make the index again if it was replaced on purpose."
 
 
@@ -189,27 +192,36 @@ class CachedShards(ShardStore):
 
     def fetch(self, shard: int) -> None:
         """Starts to download a shard in the background, unless it is cached."""
-        if not self.target(shard).exists():
+        if not _is_plain(self.target(shard)):
             # Errors occur again when the shard is read, and are reported then.
             threading.Thread(target=self._prefetch, args=(shard,), daemon=True).start()
 
     def read(self, shard: int, offset: int, size: int) -> Tensor:
         """Reads from the cached file."""
-        while True:
-            path = self._download(shard)
-            try:
-                with path.open("rb", buffering=0) as file:
-                    os.utime(file.fileno())  # marks it as recently used
-                    content = os.pread(file.fileno(), size, offset)
-            except FileNotFoundError:  # just evicted
-                continue
-            return self._to_tensor(shard, content, size)
+        try:
+            while True:
+                path = self._download(shard)
+                try:
+                    with path.open("rb", buffering=0) as file:
+                        os.utime(file.fileno())  # marks it as recently used
+                        content = os.pread(file.fileno(), size, offset)
+                except FileNotFoundError:  # just evicted
+                    continue
+                return self._to_tensor(shard, content, size)
+        except ShardError:
+            raise
+        except OSError as error:
+            raise ShardError(
+                f"{error.filename or self.folder} cannot be read or written ({error.strerror or error}): check it, or "
+                "choose another folder with data.cache."
+            ) from error
 
     def target(self, shard: int) -> Path:
         """Returns the path of a shard in the cache, which is unique to its URL and size."""
         size = self.sizes[shard]
         digest = blake2b(f"{self.addresses[shard]} {size}".encode(), digest_size=6).hexdigest()
-        return self.folder / f"{self.addresses[shard].rpartition('/')[2]}.{digest}.{size}{CACHED}"
+        name = re.sub(r"[^\w.-]", "_", self.addresses[shard].rpartition("/")[2], flags=re.ASCII)[:_LONGEST_NAME]
+        return self.folder / f"{name}.{digest}.{size}{CACHED}"
 
     def _prefetch(self, shard: int) -> None:
         with suppress(Exception):
@@ -217,15 +229,16 @@ class CachedShards(ShardStore):
 
     def _download(self, shard: int, timeout: float = -1) -> Path:
         target = self.target(shard)
-        if target.exists():
+        if _is_plain(target):
             return target
         self.folder.mkdir(parents=True, exist_ok=True)
         part, failed = (target.with_name(f"{target.name}{ending}") for ending in (".part", FAILED))
         started = time.time()
         with FileLock(f"{target}.lock", timeout=timeout):
-            if target.exists():  # another process has downloaded it
+            if _is_plain(target):  # another process has downloaded it
                 return target
-            if _last_use(failed) > started:  # else dozens of workers would each retry a slow server
+            # Else dozens of workers would each retry a slow server.
+            if _is_plain(failed) and started < _last_use(failed) <= time.time():
                 raise ShardError(failed.read_text(errors="replace"))
             while not self._reserve(part, self.sizes[shard]):
                 time.sleep(WAIT_SECONDS)
@@ -238,7 +251,7 @@ class CachedShards(ShardStore):
                 failed.unlink(missing_ok=True)
             except ShardError as error:
                 with suppress(OSError):  # a full disk
-                    failed.write_text(str(error), errors="replace")
+                    write_whole(failed, str(error).encode(errors="replace"))
                 raise
             finally:
                 part.unlink(missing_ok=True)
@@ -255,9 +268,9 @@ class CachedShards(ShardStore):
         """Evicts shards to make room for a shard and reserves it; False while other downloads take the room."""
         with FileLock(self.folder / LOCK):
             # An existing part of this shard was left by a killed process, and will be overwritten.
-            others = [path for path in self.folder.glob(f"*{CACHED}.part") if path != part]
+            others = [path for path in _files(self.folder, f"{CACHED}.part") if path != part]
             coming = sum(_size(path) for path in others if self._is_alive(path))
-            kept = list(self.folder.glob(f"*{CACHED}"))
+            kept = list(_files(self.folder, CACHED))
             taken = coming + sum(map(_size, kept))
             for path in sorted(kept, key=_last_use):
                 if taken + size <= self.limit:
@@ -270,6 +283,7 @@ class CachedShards(ShardStore):
                         f"{part.stem} is larger than the cache, {self.limit:,} bytes: raise data.cache_gb."
                     )
                 return False
+            part.unlink(missing_ok=True)  # in a copied folder it may be a symbolic link
             part.touch()
             return True
 
@@ -285,22 +299,34 @@ class CachedShards(ShardStore):
 
 def cached_bytes(folder: Path) -> int:
     """Returns the size of all shards in a cache, in bytes."""
-    return sum(map(_size, folder.glob(f"*{CACHED}")))
+    return sum(map(_size, _files(folder, CACHED)))
 
 
 def remove_old_failures(folder: Path) -> None:
     """Removes from a cache what earlier runs have noted about failed downloads."""
-    for path in folder.glob(f"*{CACHED}{FAILED}"):
+    for path in _files(folder, f"{CACHED}{FAILED}"):
         if time.time() - _last_use(path) > FAILED_SECONDS:
             path.unlink(missing_ok=True)
+
+
+def _files(folder: Path, ending: str) -> Iterator[Path]:
+    """Yields the files of a cache with this ending; there may be others, of anyone."""
+    for path in folder.glob(f"*{ending}"):
+        if re.search(rf"\.[0-9a-f]{{12}}\.[0-9]{{1,18}}{re.escape(ending)}$", path.name) and not path.is_dir():
+            yield path
 
 
 def _size(path: Path) -> int:
     return int(path.name.removesuffix(".part").removesuffix(CACHED).rpartition(".")[2])
 
 
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file, and not a pipe, or a symbolic link from a copied folder; those are replaced."""
+    return path.is_file() and not path.is_symlink()
+
+
 def _last_use(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        return path.lstat().st_mtime
     except FileNotFoundError:
         return 0.0

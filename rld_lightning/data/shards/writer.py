@@ -1,5 +1,6 @@
 """Packs images into shards in the WebDataset format, and indexes shards."""
 
+import os
 import re
 import tarfile
 import tempfile
@@ -21,10 +22,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rld_lightning.data.decode import BadImageError
 from rld_lightning.data.shards.index import INDEX_FILE, Shard, ShardIndex
-from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors
+from rld_lightning.data.shards.remote import join, local_path, open_store, store_errors, write_bytes
 from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
-from rld_lightning.download import BLOCK_BYTES, tar_members
+from rld_lightning.download import BLOCK_BYTES, open_tar, tar_members
 from rld_lightning.limits import MOST_CLASSES
 
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
@@ -76,8 +77,7 @@ def pack(
     listings: dict[str, list[Listing]] = {split: [] for split in splits}
     with _alone_in(folder), tempfile.TemporaryDirectory() as temporary:
         _clear(store, place, splits, target)
-        with store_errors(target):
-            store.pipe_file(join(place, PACKING), b"")
+        write_bytes(join(target, PACKING), b"", options)
         here = Path(temporary) if folder is None else folder
         for split, images in splits.items():
 
@@ -198,7 +198,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
     split_name = _webdataset("tariterators").base_plus_ext
     samples: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_tar(file) as tar:
             for member in tar_members(tar):
                 key, suffix = split_name(member.name)
                 if not member.isreg() or key is None or member.name.startswith("__"):
@@ -209,7 +209,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
                 if f".{suffix.lower()}" in IMG_EXTENSIONS:
                     if "member" in sample:
                         raise ValueError(f"{address}/{key} has more than one image, or is there twice")
-                    sample |= {"offset": member.offset_data, "size": member.size, "member": member.name.encode()}
+                    sample |= {"offset": member.offset_data, "size": member.size, "member": os.fsencode(member.name)}
                     sample["crc32"] = _checksum(tar, member)
                 elif suffix.lower() == "cls":
                     if member.size > MOST_CLASS_BYTES:
@@ -223,7 +223,7 @@ def list_shard(file: BinaryIO, address: str) -> Samples:
             # tarfile stops at a truncated or damaged header just as at the empty block that ends a tar file.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
-    except (tarfile.TarError, OverflowError) as error:
+    except tarfile.TarError as error:
         raise ValueError(
             f"{address} is not a whole tar file ({error}): copy it again; compressed shards have to be unpacked."
         ) from error
@@ -321,6 +321,8 @@ def _addresses(pattern: str, options: dict[str, Any] | None) -> list[str]:
 def _open(address: str, options: dict[str, Any] | None) -> BinaryIO:
     with store_errors(address):
         if (path := local_path(address)) is not None:
+            if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+                raise OSError("it is not a regular file")
             return path.open("rb")
         store, inner = open_store(address, options)
         return store.open(inner, "rb")

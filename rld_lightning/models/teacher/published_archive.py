@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rld_lightning.atomic_files import write_whole
-from rld_lightning.download import download, tar_members
+from rld_lightning.download import download, open_tar, tar_members
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.teacher.published import PUBLISHED, PUBLISHED_CLASSES, PUBLISHED_SHA256
 from rld_lightning.models.weights.read import WeightsError, read_torch_weights
@@ -113,7 +113,7 @@ class Archive:
     def _read_members(self, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Reads members by name; nothing is extracted, so other members' paths do no harm."""
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            with self.path.open("rb") as file, open_tar(file) as tar:
                 members = {str(PurePosixPath(member.name)): member for member in tar_members(tar) if member.isreg()}
                 if missing := [path for path in paths if path not in members]:
                     raise DownloadError(f"{self.url} lacks {', '.join(missing)}")

@@ -6,17 +6,26 @@ The file's author is not trusted: nothing is instantiated, resolved as an interp
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from math import isfinite
 from pathlib import Path
-from typing import Any, TypeGuard
-from unicodedata import category
+from typing import Any
 
-from rld_lightning.limits import LARGEST_RESIZE, LARGEST_SIDE, MOST_CLASSES, SEEDS
+from rld_lightning.limits import (
+    LARGEST_NUMBER,
+    LARGEST_RESIZE,
+    LARGEST_SIDE,
+    LONGEST_TEXT,
+    MOST_CLASSES,
+    SEEDS,
+    is_encodable,
+    is_line,
+    is_number,
+    is_spread,
+    is_three,
+    is_whole,
+)
 from rld_lightning.models.weights.read import Weights, WeightsError
 
 _MOST_SHOWN = 60  # characters of a refused value
-_LONGEST_TEXT = 300
-_LARGEST = 1 << 32
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 # Keys that decide which images a network is evaluated on, and for how many classes it is built. All others are only
@@ -102,54 +111,30 @@ def _refusal(key: str, text: str, kind: str, source: str | Path) -> WeightsError
     )
 
 
-def _is_text(value: object) -> bool:
-    return _is_encodable(value) and 0 < len(value) <= _LONGEST_TEXT and "Cc" not in map(category, value)
-
-
-def _is_encodable(value: Any) -> TypeGuard[str]:
-    """Whether it is text that can be written: JSON can contain halves of characters, and a folder any bytes."""
-    try:
-        return isinstance(value, str) and bool(value.encode(errors="surrogateescape") or True)
-    except UnicodeEncodeError:
-        return False
-
-
-def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value < high
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _LARGEST and isfinite(value)
-
-
 def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
+    return is_number(value) and 0 <= value < 1
 
 
-def _is_three(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) == 3 and all(map(accepts, value))
-
-
-_TEXT = f"a line of at most {_LONGEST_TEXT} characters"
+_TEXT = f"a line of at most {LONGEST_TEXT} characters"
 _SHAPE = f"a list of three whole numbers from 1 to {LARGEST_SIDE}"
 _CHANNELS = "a list of three numbers"
 _SPREADS = "a list of three numbers above 0"
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (_is_text, _TEXT),
-    "dataset": (_is_text, _TEXT),
-    "source": (_is_text, _TEXT),
-    "url": (_is_text, _TEXT),
-    "num_classes": (_is_whole(2, MOST_CLASSES), "a whole number >= 2"),
-    "class_names": (lambda value: isinstance(value, list) and all(map(_is_encodable, value)), "a list of names"),
-    "image_shape": (_is_three(_is_whole(1, LARGEST_SIDE + 1)), _SHAPE),
-    "mean": (_is_three(_is_number), _CHANNELS),
-    "std": (_is_three(lambda value: _is_number(value) and value > 0), _SPREADS),
-    "resize": (_is_whole(1, LARGEST_RESIZE + 1), f"a whole number from 1 to {LARGEST_RESIZE}"),
+    "name": (is_line, _TEXT),
+    "dataset": (is_line, _TEXT),
+    "source": (is_line, _TEXT),
+    "url": (is_line, _TEXT),
+    "num_classes": (is_whole(2, MOST_CLASSES), "a whole number >= 2"),
+    "class_names": (lambda value: isinstance(value, list) and all(map(is_encodable, value)), "a list of names"),
+    "image_shape": (is_three(is_whole(1, LARGEST_SIDE + 1)), _SHAPE),
+    "mean": (is_three(is_number), _CHANNELS),
+    "std": (is_three(is_spread), _SPREADS),
+    "resize": (is_whole(1, LARGEST_RESIZE + 1), f"a whole number from 1 to {LARGEST_RESIZE}"),
     "interpolation": (lambda value: value in INTERPOLATIONS, " or ".join(INTERPOLATIONS)),
-    "data_seed": (_is_whole(0, SEEDS), "a whole number in [0, 2**32)"),
+    "data_seed": (is_whole(0, SEEDS), "a whole number in [0, 2**32)"),
     "val_fraction": (_is_share, "a number in [0, 1)"),
     "test_fraction": (_is_share, "a number in [0, 1)"),
-    "top1": (lambda value: _is_number(value) and 0 <= value <= 100, "a number in [0, 100]"),
-    "epochs": (_is_whole(0, _LARGEST), "a whole number from 0 on"),
+    "top1": (lambda value: is_number(value) and 0 <= value <= 100, "a number in [0, 100]"),
+    "epochs": (is_whole(0, LARGEST_NUMBER), "a whole number from 0 on"),
 }

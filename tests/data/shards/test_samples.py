@@ -64,6 +64,10 @@ def test_an_index_without_checksums_is_read_with_zeros():
         ({"label": b"\x93NUMPY\x02\x00"}, COUNTS, "another version"),
         ({"label": b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535}, COUNTS, "larger than|malformed|header"),
         ({"member": None}, COUNTS, "its samples are not arrays"),
+        ({"member": npy(np.zeros(5))}, COUNTS, "train.member.npy is of float64, not the type of the member of images"),
+        ({"member": npy(np.array(["a"] * 5))}, COUNTS, "train.member.npy is of <U1"),
+        ({"offset": npy(np.zeros(5, ">i8"))}, COUNTS, "train.offset.npy is of >i8"),
+        ({"label": b"\x93NUMPY\x01\x00\xd0\x07" + b"[" * 2000}, COUNTS, "its samples are not arrays"),
     ],
 )
 def test_invalid_arrays_are_refused_before_unpacking(changes, counts, words):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -188,6 +189,38 @@ def test_partial_files_of_killed_processes_are_removed_from_the_cache(shards, tm
             CachedShards(addresses, [size] * 3, tmp_path / "small", size - 1).read(0, 0, 1)
 
 
+@pytest.mark.parametrize("ending", ["", ".part", ".failed"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "file"])
+def test_files_of_others_in_a_cache_are_neither_followed_nor_believed(shards, tmp_path, ending, kind):
+    size = (shards / "train-000000.tar").stat().st_size
+    (tmp_path / "precious").write_bytes(bytes(size))
+    (tmp_path / "cache").mkdir()
+    with serve(shards) as (address, _):
+        store = CachedShards([f"{address}/train-000000.tar?signed={'x' * 300}"], [size], tmp_path / "cache", 2 * size)
+        path = store.target(0).with_name(f"{store.target(0).name}{ending}")
+        (tmp_path / "cache" / f"mine.shard{ending}").write_bytes(b"no shard")
+        if kind == "link":
+            path.symlink_to(tmp_path / "precious")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif ending:
+            path.write_text("nonsense")
+            os.utime(path, (2**32, 2**32))
+        assert store.read(0, 0, 512).tolist() == list((shards / "train-000000.tar").read_bytes()[:512])
+        assert cached_bytes(tmp_path / "cache") == size
+    assert (tmp_path / "precious").read_bytes() == bytes(size)
+    assert (tmp_path / "cache" / f"mine.shard{ending}").read_bytes() == b"no shard"
+
+
+def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path):
+    size = (shards / "train-000000.tar").stat().st_size
+    with serve(shards) as (address, _):
+        store = CachedShards([f"{address}/train-000000.tar"], [size], tmp_path, size)
+        store.target(0).mkdir()
+        with pytest.raises(ShardError, match=rf"{tmp_path}/.* cannot be read or written .*, or choose another folder"):
+            store.read(0, 0, 1)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_missing_or_truncated_shards_of_a_server_are_named(shards, tmp_path, num_workers):
     with serve(shards) as (address, _):
@@ -325,6 +358,18 @@ def test_a_remote_index_cannot_name_local_files(shards, tmp_path, place):
         (lambda index: index["shards"]["train"][0].update(images=-1), "has .* bytes and -1 images"),
         (lambda index: index["shards"]["train"][0].update(bytes="many"), "has 'many' bytes"),
         (lambda index: index["shards"]["train"][0].update(bytes=100), "it has train images outside their shards"),
+        (lambda index: index["shards"]["train"][0].update(path={}), "the paths of its shards are not texts"),
+        (lambda index: index["shards"]["train"][0].update(path="a\0b"), "the paths of its shards are not texts"),
+        (lambda index: index["shards"]["train"][0].update(path="x" * 5000), "the paths of its shards are not texts"),
+        (lambda index: index["shards"]["train"].insert(0, 5), "it is of another form"),
+        (lambda index: index.update(shards="x"), "it is of another form"),
+        (lambda index: index.update(look=[]), "it is of another form"),
+        (lambda index: index.pop("samples"), "it has no 'samples'"),
+        (lambda index: index.update(name="x" * 400), "is not a valid name of a data set"),
+        (lambda index: index.update(class_names=["a", "b", "\ud800"]), "its class names are not text"),
+        (lambda index: index["look"].update(std=[0.2, 0.2, 1e-300]), "its std is not three numbers"),
+        (lambda index: index["look"].update(mean=[0, 0, math.inf]), "its mean is not three numbers"),
+        (lambda index: index["look"].update(mean=[0, 0, 10**400]), "its mean is not three numbers"),
     ],
 )
 def test_an_invalid_index_is_refused(shards, edit, message):

@@ -239,6 +239,28 @@ def test_a_member_of_negative_size_is_not_read_forever():
         listed(with_size(content, "README", -512))
 
 
+def test_a_damaged_map_of_a_sparse_member_is_part_of_a_damaged_tar():
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    info.size = 600
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"pixels" * 100))
+    with pytest.raises(ValueError, match=r"x.tar is not a whole tar file \(a header that cannot be read, "):
+        listed(buffer.getvalue())
+
+
+def test_names_of_members_may_be_any_bytes():
+    name = "\udcff\udcfe"  # not UTF-8
+    samples = listed(tar_of(**{f"{name}.jpg": b"x", f"{name}.cls": b"1"}))
+    assert samples.member.tolist() == [b"\xff\xfe.jpg"]
+
+
+def test_a_shard_to_index_that_is_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(OSError, match=r"a.tar cannot be reached \(it is not a regular file\)"):
+        index_shards({"train": f"{tmp_path}/a.tar"}, str(tmp_path), name="found")
+
+
 def test_a_file_that_cannot_be_packed_is_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "images")
     path = next((tmp_path / "images" / "train" / "b").iterdir())
