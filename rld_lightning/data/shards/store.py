@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
-from rld_lightning.atomic_files import write_whole
 from rld_lightning.data.shards.remote import get_file, get_range, local_path, open_store, reason
 from rld_lightning.errors import UserError
 
@@ -251,7 +250,8 @@ class CachedShards(ShardStore):
                 failed.unlink(missing_ok=True)
             except ShardError as error:
                 with suppress(OSError):  # a full disk
-                    write_whole(failed, str(error).encode(errors="replace"))
+                    failed.unlink(missing_ok=True)  # as above
+                    failed.write_text(str(error), errors="replace")
                 raise
             finally:
                 part.unlink(missing_ok=True)

@@ -141,7 +141,8 @@ class LogitsTable:
         return content[:, :-1].contiguous().view(self.dtype).float()
 
     def _are_valid(self, content: Tensor) -> Tensor:
-        return content[:, -1] == self._checksum(content[:, :-1])
+        finite = self._logits(content).isfinite().all(1)  # others are not stored
+        return finite & (content[:, -1] == self._checksum(content[:, :-1]))
 
     def _checksum(self, words: Tensor) -> Tensor:
         # The offset makes a row of zeros invalid.

@@ -488,6 +488,9 @@ def test_a_disk_without_space_for_the_next_shard_is_named(shards, tmp_path, monk
         monkeypatch.setattr(shard_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5000))
         with pytest.raises(ShardError, match=r"cache has 5,000 bytes left, and the next shard takes .*: make room or"):
             list(data.test_dataloader())
+    for thread in threading.enumerate():
+        if "_prefetch" in thread.name:
+            thread.join(10)
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
