@@ -16,12 +16,14 @@ from rld_lightning import CELoss, DistillationModule, DKDLoss, FrozenTeacher, KD
 from rld_lightning.callbacks import Divergence, ExactResume, GradientNorm, StepSeed, TeacherMonitor, Throughput
 from rld_lightning.capture import CapturedStep, _Recording, detect_synchronizations, why_not_captured
 from rld_lightning.data import DigitsDataModule
+from rld_lightning.data.base import Batch
 from rld_lightning.losses import CombinedLoss
 from rld_lightning.losses.features import FitNetLoss
 from rld_lightning.losses.graph import why_no_graph
 from rld_lightning.models.compiled import CompiledCall
 from rld_lightning.optimizer_step import fused
 
+CPU = torch.device("cpu")
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
 STEP_LR = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
 
@@ -89,8 +91,8 @@ def test_a_captured_run_equals_an_uncaptured_one(tmp_path, loss, options):
 def test_a_compiled_step_is_captured(tmp_path):
     jobs = [module(RLDLoss(warmup_epochs=2), capture=capture) for capture in (False, True)]
     for job in jobs:
-        job.compiled = CompiledCall(job.student, 128, "student")
-        job.compiled_scores = CompiledCall(job.scores_of_logits, 128, "loss")
+        job.compiled = CompiledCall(job.student, 128, "student", CPU)
+        job.compiled_scores = CompiledCall(job.scores_of_logits, 128, "loss", CPU, of_logits=True)
     plain, captured = (fit(job, tmp_path, max_epochs=3) for job in jobs)
     assert all(job.compiled.compiled is not None and job.compiled_scores.compiled is not None for job in jobs)
     assert_same(plain, captured, *jobs)
@@ -99,7 +101,7 @@ def test_a_compiled_step_is_captured(tmp_path):
 @pytest.mark.slow
 def test_a_compiled_loss_differs_by_rounding(tmp_path):
     job, twin = (module(RLDLoss(warmup_epochs=2)) for _ in range(2))
-    twin.compiled_scores = CompiledCall(twin.scores_of_logits, 128, "loss")
+    twin.compiled_scores = CompiledCall(twin.scores_of_logits, 128, "loss", CPU, of_logits=True)
     (_, plain), (_, compiled) = (fit(each, tmp_path, max_epochs=3) for each in (job, twin))
     assert plain[:12] == compiled[:12]  # the first epoch's steps
     assert plain != compiled
@@ -282,6 +284,36 @@ def test_on_a_gpu_captured_steps_equal_uncaptured_ones(tmp_path, precision):
 def resnet8():
     torch.manual_seed(2)
     return create_model("resnet8", 10).state_dict()
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 0.2)])
+def test_a_compiled_step_has_the_gradients_of_the_uncompiled_one(device, dtype, tolerance):
+    torch.compiler.reset()
+    device, generator = torch.device(device), torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 8, 8, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    label = torch.randint(10, (64,), generator=generator).to(device)
+    results = []
+    for compiled in (False, True):
+        job = module(RLDLoss(warmup_epochs=1))
+        job.student = create_model("resnet8", 10).to(device, memory_format=torch.channels_last)
+        job.student.load_state_dict(resnet8())
+        job.teacher.place(device, 1)
+        if compiled:
+            job.compiled = CompiledCall(job.student, 64, "student", device)
+            job.compiled_scores = CompiledCall(job.scores_of_logits, 64, "loss", device, of_logits=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            values = job._step_values(Batch(images, label, label), epoch=1)
+        values["train/loss"].backward()
+        parts = {name: p.grad for name, p in job.student.named_parameters()} | dict(job.student.named_buffers())
+        results.append({name: value.detach() for name, value in (values | parts).items()})
+    assert job.compiled.compiled is not None
+    assert job.compiled_scores.compiled is not None
+    for name, expected in results[0].items():
+        error = (results[1][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
+        assert error < tolerance, name
 
 
 @pytest.mark.cuda

@@ -16,6 +16,7 @@ from rld_lightning.data.augment import Normalize
 from rld_lightning.data.base import Batch
 from rld_lightning.models.compiled import CompiledCall
 
+CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent / "golden" / "trajectory"
 PRECISION = {torch.float32: "32-true", torch.float64: "64-true"}
 
@@ -74,8 +75,8 @@ def train(method, dtype, tmp_path, steps=20, compiled=False):
     assert frozen.fold((3, 32, 32)) == 21  # as in a run
     module = DistillationModule(student, make_loss(method, facts["hyper"]), optimizer, teacher=frozen, num_classes=100)
     if compiled:
-        module.compiled = CompiledCall(student, 64, "student")
-        module.compiled_scores = CompiledCall(module.scores_of_logits, 64, "loss")
+        module.compiled = CompiledCall(student, 64, "student", CPU)
+        module.compiled_scores = CompiledCall(module.scores_of_logits, 64, "loss", CPU, of_logits=True)
     recorder = Recorder()
     trainer = Trainer(
         max_epochs=1,

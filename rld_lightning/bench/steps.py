@@ -24,6 +24,7 @@ from rld_lightning.hydra.resolvers import fast_precision
 from rld_lightning.losses.base import DistillationLoss, ModelOutput, StepContext
 from rld_lightning.losses.connect import connect
 from rld_lightning.losses.rld import RLDLoss, rld_loss
+from rld_lightning.models.compiled import compile_for
 from rld_lightning.models.complexity import clock
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.taps import forward_with_taps
@@ -68,7 +69,7 @@ def bench_loss(batch: int, classes: int, device: torch.device, rounds: int) -> N
     student, teacher, label = _logits(batch, classes, device)
     contenders = {"plain formula": plain_rld, "rld_loss": _log_space_rld}
     if device.type == "cuda":  # on a CPU, compiled kernels are slower than ours
-        contenders["rld_loss, compiled"] = torch.compile(_log_space_rld)
+        contenders["rld_loss, compiled"] = compile_for(device, _log_space_rld, of_logits=True)
 
     def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         student.grad = None
@@ -202,16 +203,17 @@ def graph_step(
         label: int64 ``(B,)``.
         compiled: what is compiled; ``"all"`` is the loss and both networks.
     """
-    cuda = images.device.type == "cuda"
+    device, loss = images.device, RLDLoss()
+    cuda = device.type == "cuda"
     student = student.to(memory_format=torch.channels_last)
     # PyTorch's compiler fuses the loss's hundred small kernels into a few.
-    criterion = torch.compile(RLDLoss(), dynamic=False) if compiled == "all" else RLDLoss()
+    criterion = compile_for(device, loss, of_logits=True) if compiled == "all" else loss
     teacher = FrozenTeacher(network, channels_last=True)
     teacher.fold(images.shape[1:])
     forward: Callable[[Tensor], Tensor] = student
     if compiled != "nothing":
         teacher.model.compile(dynamic=False)
-        forward = torch.compile(student, dynamic=False)
+        forward = compile_for(device, student)
     optimizer = torch.optim.SGD(student.parameters(), **_SGD, fused=cuda)
 
     def work(_: Hashable, images: Tensor, rows: Tensor) -> dict[str, Tensor]:

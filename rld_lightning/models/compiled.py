@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch._functorch.config as partitioning
 from torch import Tensor
 
 from rld_lightning.console import print_line
@@ -24,11 +25,15 @@ class CompiledCall:
         function: a network, or any function whose first argument is a tensor with B rows.
         size: B of the batches to compile for.
         name: the function's name in a printed line.
+        device: see :func:`compile_for`.
+        of_logits: likewise.
     """
 
-    def __init__(self, function: Callable[..., Any], size: int, name: str) -> None:
-        self.function, self.size, self.name = function, size, name
-        self.compiled: Any = torch.compile(function, dynamic=False)
+    def __init__(
+        self, function: Callable[..., Any], size: int, name: str, device: torch.device, *, of_logits: bool = False
+    ) -> None:
+        self.function, self.size, self.name, self.device, self.of_logits = function, size, name, device, of_logits
+        self.compiled: Any = compile_for(device, function, of_logits=of_logits)
 
     def __call__(self, rows: Tensor, *others: Tensor | None) -> Any:
         """Returns the function's result."""
@@ -47,7 +52,24 @@ class CompiledCall:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Wraps the copy of the function, not this one."""
-        return type(self)(copy.deepcopy(self.function, memo), self.size, self.name)
+        function = copy.deepcopy(self.function, memo)
+        return type(self)(function, self.size, self.name, self.device, of_logits=self.of_logits)
+
+
+def compile_for(device: torch.device, function: Callable[..., Any], *, of_logits: bool = False) -> Callable[..., Any]:
+    """Returns the function, compiled for one shape of its arguments at its first call.
+
+    Args:
+        device: the arguments' device. On a GPU, kernels that do not depend on each other are merged: a third of those
+            that are compiled for a training step, most of them conversions of weights and gradients.
+        function: a network or a function.
+        of_logits: whether it is a loss. On a GPU, its backward pass then computes the softmaxes again, in the one
+            kernel that it has anyway, instead of storing several tensors of all logits.
+    """
+    if device.type != "cuda":
+        return torch.compile(function, dynamic=False)
+    compiled = torch.compile(function, dynamic=False, options={"combo_kernels": True})
+    return partitioning.patch(aggressive_recomputation=True)(compiled) if of_logits else compiled
 
 
 def compile_error(device: torch.device) -> str:

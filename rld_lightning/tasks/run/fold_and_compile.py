@@ -54,7 +54,7 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
     size, parts = data.batch_size // trainer.world_size, []
     if of_student:
         parts.append("student")
-        module.compiled = CompiledCall(module.student, size, type(module.student).__name__)
+        module.compiled = CompiledCall(module.student, size, type(module.student).__name__, device)
     if of_teacher and module.teacher is not None:
         parts.append("teacher")
         module.teacher.model.compile()
@@ -62,7 +62,8 @@ def compile_steps(module: DistillationModule, plan: Plan, data: ImageDataModule,
     small = device.type != "cpu" or size * data.num_classes <= _LOGITS_ON_CPU
     if of_student and small and not why_no_graph(loss):
         parts.append("loss")
-        module.compiled_scores = CompiledCall(module.scores_of_logits, size, type(loss).__name__)
+        scores, name = module.scores_of_logits, type(loss).__name__
+        module.compiled_scores = CompiledCall(scores, size, name, device, of_logits=True)
     print_line("compile", f"{', '.join(parts)} in training steps, which takes up to a minute in the first ones")
 
 

@@ -12,10 +12,11 @@ from rld_lightning import CELoss, DistillationModule, FrozenTeacher, KDLoss, RLD
 from rld_lightning.data import Batch
 from rld_lightning.losses import CTKDLoss, WTTMLoss
 from rld_lightning.losses.features import ATLoss
-from rld_lightning.models.compiled import CompiledCall, compile_error
+from rld_lightning.models.compiled import CompiledCall, compile_error, compile_for
 from rld_lightning.tasks.run import fold_and_compile as speed
 from rld_lightning.tasks.run.fold_and_compile import compile_steps, fold_teacher, images_to_train
 
+CPU = torch.device("cpu")
 DATA = SimpleNamespace(image_shape=(3, 32, 32), train_size=50_000, batch_size=64, num_classes=9)
 
 
@@ -152,7 +153,7 @@ def backend(monkeypatch):
 
 def test_batches_of_another_size_compile_nothing(backend):
     student = create_model("resnet8").train()
-    forward, images = CompiledCall(student, 4, "Student"), torch.randn(4, 3, 32, 32)
+    forward, images = CompiledCall(student, 4, "Student", CPU), torch.randn(4, 3, 32, 32)
     for size in (4, 3, 4, 2):
         assert forward(images[:size]).shape == (size, 100)
     assert len(backend) == 1
@@ -163,7 +164,7 @@ def test_batches_of_another_size_compile_nothing(backend):
 @pytest.mark.parametrize("loss", [RLDLoss(warmup_epochs=2), CELoss()], ids=["rld", "ce"])
 def test_scores_are_compiled_for_whole_batches_after_the_warmup(loss, backend):
     module, generator = module_of(loss, teacher=loss.needs_teacher), torch.Generator().manual_seed(0)
-    module.compiled_scores = CompiledCall(module.scores_of_logits, 4, "RLDLoss")
+    module.compiled_scores = CompiledCall(module.scores_of_logits, 4, "RLDLoss", CPU, of_logits=True)
     compiled = []
     for epoch, size in [(1, 4), (2, 4), (2, 3), (3, 4)]:
         images = torch.randn(size, 3, 32, 32, generator=generator)
@@ -192,10 +193,29 @@ def test_compile_error_falls_back_to_eager(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend=fail, **options))
     student = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    forward, images = CompiledCall(student, 4, "Student"), torch.randn(4, 3, 2, 2)
+    forward, images = CompiledCall(student, 4, "Student", CPU), torch.randn(4, 3, 2, 2)
     for _ in range(2):
         torch.testing.assert_close(forward(images), student(images))
     assert capsys.readouterr().out.count("Student cannot be compiled") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "of_logits", "merged", "recomputed"),
+    [("cpu", True, False, False), ("cuda", False, True, False), ("cuda", True, True, True)],
+)
+def test_on_a_gpu_kernels_are_merged_and_a_loss_is_recomputed(monkeypatch, device, of_logits, merged, recomputed):
+    options = {}
+
+    def compile_(function, **chosen):
+        options.update(chosen)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    partitioning = torch._functorch.config
+    function = compile_for(torch.device(device), lambda: partitioning.aggressive_recomputation, of_logits=of_logits)
+    assert [function(), function()] == [recomputed] * 2
+    assert not partitioning.aggressive_recomputation
+    assert options == {"dynamic": False} | ({"options": {"combo_kernels": True}} if merged else {})
 
 
 @pytest.mark.slow
@@ -205,7 +225,7 @@ def test_two_views_of_a_step_have_their_gradients(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend="aot_eager", **options))
     student = create_model("resnet8").double().train()
     twin, views = deepcopy(student), torch.randn(2, 4, 3, 32, 32).double()
-    for forward, network in ((CompiledCall(student, 4, "Student"), student), (twin, twin)):
+    for forward, network in ((CompiledCall(student, 4, "Student", CPU), student), (twin, twin)):
         (forward(views[0]).square().mean() + forward(views[1]).abs().mean()).backward()
         assert network.conv1.weight.grad is not None
     for ours, theirs in zip(student.parameters(), twin.parameters(), strict=True):
@@ -217,4 +237,4 @@ def test_two_views_of_a_step_have_their_gradients(monkeypatch):
 def test_cached_programs_of_other_users_are_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("os.getuid", lambda: -1)
-    assert f"{tmp_path}, belongs to another user" in compile_error(torch.device("cpu"))
+    assert f"{tmp_path}, belongs to another user" in compile_error(CPU)
