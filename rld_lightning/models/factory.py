@@ -125,7 +125,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def _unknown(name: str, choices: list[str]) -> str:
     return (
-        f"unknown model {name!r}.{did_you_mean(name, choices)} list_models() lists all; "
+        f"unknown model {name!r}.{did_you_mean(name, choices)} rld_lightning.list_models() lists all; "
         "list_models('torchvision/*') and list_models('timm/*') list those of the libraries."
     )
 

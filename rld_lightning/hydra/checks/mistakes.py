@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,7 +23,7 @@ from rld_lightning.hydra.compose import CONFIG_NAME, SEARCH_PATH, SWEEP, VALUE_F
 from rld_lightning.hydra.options import list_options
 from rld_lightning.hydra.quoting import as_argument
 
-_NOT_FOUND = r"Could not (?:find|load) '([^']+)/([^'/]+)'"  # Hydra's message for an option, alone or in a list
+_NOT_FOUND = r"Could not (?:find|load) '([^']+)/([^'/]*)'"  # Hydra's message for an option, alone or in a list
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ def checked(arguments: Sequence[str], config_name: str = "fit") -> DictConfig:
         UserError: a sentence for each mistake.
     """
     command = Command.of(arguments, config_name)
-    faults: list[str] = []
+    faults = [f"--config-dir={folder} is not a folder." for folder in command.folders if not Path(folder).is_dir()]
+    if words := [line for line in command.overrides if not re.match(r"[^=]+=|~", line)]:
+        faults.append(_no_assignment(" ".join(words)))
     lines = []
-    for line in command.overrides:
+    for line in (line for line in command.overrides if line not in words):
         try:
-            if line.startswith("="):
-                raise UserError(_unreadable(line))
             lines.append(_first(OverridesParser.create().parse_override(line), command))
         except HydraException:
             faults.append(_unreadable(line))
@@ -144,10 +145,17 @@ def _first(override: Override, command: Command) -> str:
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
+def _no_assignment(words: str) -> str:
+    return (
+        f"{words} is not of the form key=value, without spaces; a value with spaces is quoted, as in "
+        "'data.root=/my photos'. --help shows how options are written."
+    )
+
+
 def _unreadable(line: str) -> str:
-    key, equals, value = line.partition("=")
-    if not equals or not re.fullmatch(r"[+~]*[\w.@/:]+", key):
-        return f"{line} is not of the form key=value; --help shows how options are written."
+    key, _, value = line.partition("=")
+    if not re.fullmatch(r"[+~]*[\w.@/:]+", key):
+        return _no_assignment(line)
     return (
         f"{line} cannot be read: close its brackets and quotes; quote a text that contains such characters: "
         f"{as_argument(key, value)}"
