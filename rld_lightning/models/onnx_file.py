@@ -85,7 +85,7 @@ def to_onnx(network: nn.Module, image_shape: tuple[int, int, int], facts: Mappin
                 network,
                 (example,),
                 dynamo=True,
-                dynamic_shapes=free,
+                dynamic_shapes=[{axis: ("batch", "height", "width")[axis] for axis in dims} for dims in free],
                 input_names=[PIXELS if pixels else "images"],
                 output_names=["probabilities" if pixels else "logits"],
                 verbose=False,

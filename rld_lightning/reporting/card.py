@@ -55,6 +55,7 @@ def model_card(
     summary, in_timm = run.summary, student.name.startswith("timm/")
     is_last = checkpoint == "last"
     top1 = summary.top1 if is_last else summary.top1_best
+    data_id = re.sub(r"[^\w.-]+", "-", summary.dataset, flags=re.ASCII).strip("-") or "images"  # as the Hub's names
     header = {
         "library_name": "timm" if in_timm else "rld-lightning",
         "pipeline_tag": "image-classification",
@@ -66,7 +67,7 @@ def model_card(
                 "results": [
                     {
                         "task": {"type": "image-classification"},
-                        "dataset": {"name": summary.dataset, "type": summary.dataset, "split": summary.split},
+                        "dataset": {"name": summary.dataset, "type": data_id, "split": summary.split},
                         "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(top1, 2)}],
                     }
                 ],
@@ -81,7 +82,7 @@ def model_card(
         "[rld-lightning](https://arxiv.org/abs/2408.07703).",
         "## Results",
         _table(("", "student", "teacher"), _results(student, run, top1, is_last=is_last)),
-        f"Accuracy is that of the {checkpoint} epoch on {_text(summary.validated_on)} (n = {summary.images})."
+        f"Accuracy is that of the {checkpoint} epoch on {_text(summary.validation_images)}."
         + ("" if is_last else f" {_selection_note(run)}"),
         *(_comparison(run) if is_last else ()),  # the comparison is of the last epoch
         "## Training",
@@ -164,7 +165,7 @@ def _usage(student: Student, exported: Sequence[Exported], *, pixels: bool, any_
             blocks.append('import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True).eval()')
     if onnx := files.get("onnx", files.get("onnx_int8")):
         height, width = student.transform.size
-        shape = "(B, H, W, 3), of any size," if any_size else f"(B, {height}, {width}, 3)"
+        shape = "(B, H, W, 3), upright and of any size," if any_size else f"(B, {height}, {width}, 3), upright,"
         takes = (
             f'{{"pixels": pixels}})  # uint8 {shape} to probabilities'
             if pixels

@@ -68,7 +68,7 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         ("Learning rate", "", {name: name for name in rates}, "too few steps to be logged"),
     ]
     figure = Figure(figsize=(15, 7.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}; val: {summary.validation_images}\n" if summary else f"{title}\n")
     for axes, (heading, unit, labels, nothing) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         by_step = heading == "Learning rate"
         table = rates if by_step else metrics

@@ -183,14 +183,23 @@ def _label_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] |
                 break
         else:
             groups.append([network])
-    for place, networks in enumerate(groups):
+    place_of = (axes.transScale + axes.transLimits).transform  # of a point, in fractions of the panel
+    taken = [(*place_of((point.x, point.top1)), 0.02) for point in points.itertuples()]  # and half the width
+    for networks in groups:
         own = by_network.loc[networks]
-        above = numbers is not None or place % 2 == 0  # neighbours alternate, so that names do not overlap
         text = ", ".join(sorted((numbers[network] for network in networks), key=int)) if numbers else networks[0]
+        x, width = own["x"].iloc[0], 0.0125 * len(text)
+        sides = []
+        for y, side in ((own["high"].max(), 1), (own["low"].min(), -1)):  # above the network's points, or below
+            across, up = place_of((x, y))
+            up += 0.07 * side
+            overlaps = sum(abs(across - a) < width + w and abs(up - u) < 0.06 for a, u, w in taken)
+            sides.append((overlaps, -side, y, (across, up, width)))
+        _, side, y, place = min(sides)
+        taken.append(place)
         axes.annotate(
-            text, (own["x"].iloc[0], own["high"].max() if above else own["low"].min()),
-            xytext=(0, 8 if above else -8), textcoords="offset points", fontsize=8.5,
-            ha="center", va="bottom" if above else "top",
+            text, (x, y), xytext=(0, -8 * side), textcoords="offset points", fontsize=8.5,
+            ha="center", va="bottom" if side < 0 else "top",
         )  # fmt: skip
 
 

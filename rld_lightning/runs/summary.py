@@ -60,6 +60,12 @@ class Summary:
         return f"the {self.images:,} images of the data set's own validation split"
 
     @property
+    def validation_images(self) -> str:
+        """The validation data in words, with the number of images."""
+        number = f"{self.images:,} images"
+        return f"{self.validated_on} ({number})" if self.validated_on == "the test split" else self.validated_on
+
+    @property
     def evaluated_whole(self) -> bool:
         """Whether all images of the split were evaluated."""
         return self.images >= self.split_images

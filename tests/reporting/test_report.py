@@ -14,10 +14,13 @@ import pandas as pd
 import pytest
 import yaml
 from helpers.run_factory import write_comparison, write_run, write_sweep
+from matplotlib.figure import Figure
 
 from rld_lightning.reporting.confusion import confusion_figure
 from rld_lightning.reporting.frame import runs_frame
+from rld_lightning.reporting.known_cost import Cost
 from rld_lightning.reporting.latex import escape
+from rld_lightning.reporting.plots import cost_scatter
 from rld_lightning.reporting.report import write_report
 from rld_lightning.reporting.style import FigureOfPanels, Panel
 from rld_lightning.reporting.tables import sections
@@ -214,6 +217,20 @@ def test_the_cost_figure_names_its_split(tmp_path):
     write_run(tmp_path / "run", held_out=0.1)
     page = write_report([tmp_path], tmp_path / "out").markdown.read_text()
     assert "Mean last-epoch top-1 over seeds, on 5,000 held-out training images (stratified)." in page
+
+
+def test_names_of_networks_in_the_cost_figure_do_not_overlap(tmp_path):
+    write_run(tmp_path / "a", student="resnet8", teacher="resnet20", top1=60.0, teacher_top1=91.7)
+    write_run(tmp_path / "b", student="wrn16_1", teacher="wrn16_2", top1=99.7, teacher_top1=99.7)
+    costs = {"resnet8": 78, "wrn16_1": 175, "resnet20": 272, "wrn16_2": 692}
+    costs = {name: Cost(1000 * parameters, 9000 * parameters) for name, parameters in costs.items()}
+    figure = Figure(figsize=(3.5, 2.9), layout="constrained")
+    pairs, _ = sections(runs_frame(find_runs([tmp_path])))
+    cost_scatter(pairs, costs, "cost").panels[0].draw(figure.subplots())
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert [text.get_text() for text in figure.axes[0].texts] == list(costs)
+    assert [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)] == []
 
 
 def test_unknown_networks_and_html_in_names(tmp_path):

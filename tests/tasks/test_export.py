@@ -57,7 +57,9 @@ def test_names_add_no_markup_to_a_card(tmp_path):
     environment["commit"] = "`<img src=x> | [a](b)"  # as if it were code of ours
     (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
     export_run(tmp_path / "run", ["safetensors"], val_images=0)
-    card = (tmp_path / "run" / "export" / "README.md").read_text().split("---\n", 2)[2]
+    header, card = (tmp_path / "run" / "export" / "README.md").read_text().split("---\n", 2)[1:]
+    data = yaml.safe_load(header)["model-index"][0]["results"][0]["dataset"]
+    assert (data["name"], data["type"]) == (summary["dataset"], "img-src-x-a-b-c")  # an id of the Hub
     assert "<img" not in card.replace("\\<", "")
     assert "[a](" not in card
     assert "\n# c" not in card
@@ -193,8 +195,9 @@ def test_files_that_resize_are_compared_on_original_images(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "any_size"), [(False, True), (True, False), (True, True)])
 def test_all_formats_match_the_student(tmp_path, pixels, any_size):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
     network = digits_run(tmp_path / "run")
     formats = ["safetensors", "onnx", "onnx_int8", "torch_export"]
     found = export_run(tmp_path / "run", formats, val_images=None, train_images=100, pixels=pixels, any_size=any_size)
@@ -211,6 +214,9 @@ def test_all_formats_match_the_student(tmp_path, pixels, any_size):
     torch.testing.assert_close(OnnxNetwork(folder / "model.onnx")(taken), wanted, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(taken), wanted, rtol=1e-3, atol=1e-4)
     assert OnnxNetwork(folder / "model.int8.onnx").facts.class_names == list("0123456789")
+    (given,) = onnxruntime.InferenceSession(folder / "model.onnx").get_inputs()
+    size = ["height", "width"] if any_size else [8, 8]
+    assert given.shape == (["batch", *size, 3] if pixels else ["batch", 3, 8, 8])
     assert "## Files" in (folder / "README.md").read_text()
 
 
@@ -238,7 +244,8 @@ def test_best_epoch_is_exported_beside_the_last_with_its_accuracy(tmp_path, caps
         assert yaml.safe_load(header)["model-index"][0]["results"][0]["metrics"][0]["value"] == top1
         assert f"| top-1 % | {top1:.2f} | 68.00 |" in card
         assert ("agreement with the teacher" in card) == (folder == "export")  # known of the last epoch alone
-        assert (f"that of the {'best' if folder == 'export_best' else 'last'} epoch on ") in card
+        images = "5,000 held-out training images (stratified)" if held_out else "the test split (10,000 images)"
+        assert f"that of the {'best' if folder == 'export_best' else 'last'} epoch on {images}." in card
     assert load_student(run / "export_best").facts.top1 == 60.1
     assert ("chosen on the test split itself" in card) == (held_out == 0)
     assert ("The epoch was chosen by it" in card) == (held_out > 0)
