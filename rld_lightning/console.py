@@ -46,9 +46,10 @@ def reset_console() -> None:
 
 @cache
 def quiet_lightning() -> None:
-    """Silences, once per process, what Lightning prints at every start and that is not specific to this run."""
+    """Silences, once per process, what libraries print at a start and that is not specific to this run."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells at its first use that it has listed the fonts
     logging.getLogger("lightning").propagate = False  # it has its own handler; Hydra's root logger would repeat it
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(

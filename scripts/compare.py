@@ -1,8 +1,11 @@
-r"""Compare losses on a pair, including a report. The same command continues an interrupted or extended comparison.
+r"""Compare losses on a pair, including a report. The same command continues an
+interrupted or extended comparison.
 
-python scripts/compare.py model=wrn40_2_to_wrn16_2 losses=ce,kd,dkd,rld seeds=0,1,2
-python scripts/compare.py model=pair model.teacher.name=resnet20 model.student.name=resnet8 model.teacher.weights=fit \
-    losses=ce,rld seeds=0,1,2 recipe=quick recipe.epochs=30 launcher=joblib
+  python scripts/compare.py model=wrn40_2_to_wrn16_2 losses=ce,kd,dkd,rld \
+      seeds=0,1,2
+  python scripts/compare.py model=pair model.teacher.name=resnet20 \
+      model.student.name=resnet8 model.teacher.weights=fit losses=ce,rld \
+      seeds=0,1,2 recipe=quick recipe.epochs=30 launcher=joblib
 
 A shorthand for scripts/fit.py with sweep=compare (conf/sweep/compare.yaml).
 """

@@ -12,10 +12,9 @@ if __name__ == "__main__":
         description=__doc__,
         epilog="Running it again overwrites what it saved before, including edits made in the browser: it finds a view "
         "by its internal name, the report by its title. Copies under other names are left alone.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--entity", help="user or team; by default the key's")
-    parser.add_argument("--project", default="rld-lightning")
+    parser.add_argument("--project", default="rld-lightning", help="its name; by default %(default)s")
     parser.add_argument(
         "--pair",
         nargs="+",
