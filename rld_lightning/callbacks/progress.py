@@ -1,4 +1,7 @@
-"""Progress bar on one line of 80 columns: epochs counted from 1, and the time left of the whole run."""
+"""Progress bar on one line of 80 columns: epochs counted from 1, and the time left of the whole run.
+
+Without a terminal, a line a minute.
+"""
 
 import math
 import time
@@ -11,10 +14,11 @@ from rich.progress import ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from rld_lightning.console import duration
+from rld_lightning.console import console, duration, print_line
 
 # Metrics that the bar shows: name as logged, and label.
 _SHOWN = {"loss": "loss", "val/top1": "top-1 %"}
+_PRINT_SECONDS = 60  # between the lines of a run without a terminal
 
 
 class RunProgress(RichProgressBar):
@@ -31,11 +35,13 @@ class RunProgress(RichProgressBar):
         self._began = (0.0, 0)  # time, and batches of the run before it
         self._batches = 0
         self._drawn = 0.0  # time of the last draw
+        self._printed = 0.0  # time of the last line without a terminal
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stores the position at the start, as the run may be resumed."""
         self._batches = _batches_before(trainer)
         self._began = time.monotonic(), self._batches
+        self._printed = self._began[0]
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -46,6 +52,17 @@ class RunProgress(RichProgressBar):
         if self.is_enabled and (trainer.is_last_batch or now - self._drawn >= 1 / self.refresh_rate):
             self._drawn = now
             super().on_train_batch_end(trainer, pl_module, *args)
+            if not console.is_terminal and now - self._printed >= _PRINT_SECONDS:
+                self._printed = now
+                self._print(trainer, pl_module)
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = self._get_train_description(trainer.current_epoch).split()[1]
+        batches = f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready}/{trainer.num_training_batches}"
+        values = [f"{name}: {value}" for name, value in self.get_metrics(trainer, pl_module).items()]
+        seconds = self.seconds_left(trainer)
+        left = [] if seconds is None else [f"{duration(seconds)} left"]
+        print_line("epoch", ", ".join([epoch, f"batch {batches}", *values, *left]))
 
     def seconds_left(self, trainer: Trainer) -> float | None:
         """Returns the time left at the mean pace, validation included; None if unknown."""

@@ -1,6 +1,7 @@
 """The progress bar in the terminal."""
 
 import math
+import re
 import time
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from rich import get_console, reconfigure
 
 from rld_lightning.callbacks import RunProgress
 from rld_lightning.callbacks.progress import _batches_in_all
+from rld_lightning.console import reset_console
 
 
 def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1):
@@ -57,8 +59,10 @@ class Model(BoringModel):
         self.log_dict({"val/top1": 54.3219, "val/top5": 90.0}, prog_bar=True)
 
 
-def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path):
+def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path, monkeypatch, capsys):
     seen = []
+    reset_console()  # no terminal
+    monkeypatch.setattr("rld_lightning.callbacks.progress._PRINT_SECONDS", 0)
 
     class Looks(RunProgress):
         def on_train_batch_end(self, *arguments):
@@ -86,3 +90,6 @@ def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path):
     assert "s left" in line
     assert "loss: 2.346 top-1 %: 54.32" in line
     assert "images/s" not in line
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("   epoch  ")]
+    assert [line[:22] for line in lines[2:4]] == ["   epoch  1/200, batch", "   epoch  2/200, batch"]
+    assert re.fullmatch(r"   epoch  2/200, batch 2/3, loss: 2\.346, top-1 %: 54\.32, 0 s left", lines[4])

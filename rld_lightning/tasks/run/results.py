@@ -166,7 +166,7 @@ def write_results(run: Path, summary: Summary, data: ImageDataModule, student: n
         ("peak memory", f"{summary.peak_memory_gb:.2f} GB" if summary.peak_memory_gb else None),
     ]
     print_table(
-        f"{summary.model}{teacher}, {summary.loss}, {summary.dataset} (validated on {summary.validation_images})",
+        f"{summary.model}{teacher}, {summary.loss}, {summary.dataset}; validated on {summary.validation_images}",
         ("", "student"),
         [row for row in rows if row[1]],
     )
