@@ -63,11 +63,10 @@ def test_naive_formula(dtype):
     assert_close(actual.double(), 0.1 * expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
 
 
-def test_gradient():
+def test_the_teacher_gets_no_gradient():
     student, teacher, margin = maps()
     teacher.requires_grad_()
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: ofd_loss([s], [teacher.detach()], [margin])["ofd"], student)
     ofd_loss([student], [teacher], [margin])["ofd"].backward()
     assert teacher.grad is None
 

@@ -64,11 +64,10 @@ def test_naive_formula(dtype):
     assert_close(actual.double(), 3 * expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
 
 
-def test_gradient():
+def test_the_teacher_gets_no_gradient():
     student, teacher = torch.randn(2, 2, 2, 5, 5, dtype=torch.float64)
     teacher.requires_grad_()
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: reviewkd_loss([s], [teacher.detach()])["reviewkd"], student)
     reviewkd_loss([student], [teacher])["reviewkd"].backward()
     assert teacher.grad is None
 
