@@ -2,14 +2,12 @@
 
 import inspect
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import hydra
 import pytest
 from helpers.configs import CONF, IMAGENET_PAIRS, LOSSES, MOBILE, PAIRS, SINGLES, TEMPLATES, compose
+from helpers.scripts import run_script
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
@@ -625,13 +623,8 @@ def test_the_published_teachers_have_one_address():
     assert pair(PAIRS[0]).model.teacher.published_url == PUBLISHED_URL
 
 
-def fit_help(*arguments):
-    script = Path(__file__).parents[1] / "scripts" / "fit.py"
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-
-
 def test_a_typo_ends_in_our_message_without_hydras():
-    result = fit_help("loss.alhpa=2", "data.batchsize=3", "--cfg", "job")
+    result = run_script("fit.py", "loss.alhpa=2", "data.batchsize=3", "--cfg", "job", check=False)
     assert result.returncode == 2
     assert result.stdout.startswith("error: loss.alhpa is not known. Did you mean loss.alpha?")
     assert "data.batchsize is not known. Did you mean data.batch_size" in result.stdout
@@ -640,9 +633,10 @@ def test_a_typo_ends_in_our_message_without_hydras():
 
 @pytest.mark.slow
 def test_help_lists_generated_options_and_the_configuration_shows_plain_numbers():
-    text = fit_help("--help").stdout
+    text = run_script("fit.py", "--help").stdout
     assert set(SINGLES) | set(LOSSES) <= set(re.findall(r"\w+", text))
-    result = fit_help("model=wrn40_2_to_wrn16_2", "loss=dkd", "--cfg", "job", "--resolve", "--package", "loss")
+    shown = ("--cfg", "job", "--resolve", "--package", "loss")
+    result = run_script("fit.py", "model=wrn40_2_to_wrn16_2", "loss=dkd", *shown)
     assert "beta: 6.0\n" in result.stdout
 
 

@@ -9,12 +9,12 @@ import sys
 import time
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.scripts import SCRIPTS, run_script
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
@@ -25,16 +25,12 @@ from rld_lightning.data import DigitsDataModule
 from rld_lightning.reporting.curves import plot_curves
 from rld_lightning.runs.finished import find_runs
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "recipe=quick")
 
 
 def run(script, *arguments, folder):
     paths = (f"paths.runs={folder / 'runs'}", f"paths.teachers={folder / 'teachers'}", "trainer=cpu")
-    command = [sys.executable, SCRIPTS / script, *arguments, *paths]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
+    return run_script(script, *arguments, *paths, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -402,10 +398,8 @@ def test_two_processes_evaluate_every_image_once_and_write_one_folder(finished):
     folder, _ = finished
     teacher = f"model.teacher.weights={folder / 'teachers' / 'digits' / 'resnet14.safetensors'}"
     target = folder / "ddp"
-    script = [sys.executable, SCRIPTS / "fit.py", *PAIR, teacher, "recipe.epochs=2", "trainer=ddp_cpu"]
     options = (f"hydra.run.dir={target}", f"paths.teachers={folder / 'teachers'}", "trainer.precision=32-true")
-    result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_script("fit.py", *PAIR, teacher, "recipe.epochs=2", "trainer=ddp_cpu", *options)
     assert "batch 64 = 2 x 32 on cpu" in result.stdout
     assert result.stdout.count("top-1, last epoch") == 1  # only rank 0 reports
     summary = json.loads((target / "summary.json").read_text())
@@ -417,15 +411,6 @@ def test_two_processes_evaluate_every_image_once_and_write_one_folder(finished):
 
 @pytest.mark.slow
 def test_two_processes_train_the_teacher_first(tmp_path):
-    script = [
-        sys.executable,
-        SCRIPTS / "fit.py",
-        *PAIR,
-        "model.teacher.weights=fit",
-        "recipe.epochs=1",
-        "trainer=ddp_cpu",
-    ]
-    options = (f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}")
-    result = subprocess.run([*script, *options], capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+    options = ("recipe.epochs=1", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'run'}", f"paths.teachers={tmp_path}")
+    run_script("fit.py", *PAIR, "model.teacher.weights=fit", *options)
     assert (tmp_path / "digits" / "resnet14.safetensors").exists()

@@ -1,14 +1,11 @@
 """The scripts on a GPU, as a user runs them, for errors in devices and synchronisation."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.scripts import run_script
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PAIR = (
     "data=digits",
     "model=pair",
@@ -20,17 +17,10 @@ PAIR = (
 pytestmark = pytest.mark.cuda
 
 
-def run(folder, script, *arguments):
-    command = [sys.executable, SCRIPTS / script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 def fit(folder, name, *options):
     """Trains a student in the folder ``name``; returns its summary and output."""
-    out = run(folder, "fit.py", *PAIR, "recipe.epochs=3", f"hydra.run.dir={folder / name}", *options)
-    return json.loads((folder / name / "summary.json").read_text()), out
+    done = run_script("fit.py", *PAIR, "recipe.epochs=3", f"hydra.run.dir={folder / name}", *options, folder=folder)
+    return json.loads((folder / name / "summary.json").read_text()), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def test_a_run_trains_its_teacher_and_is_captured(first):
 def test_the_student_file_has_the_runs_accuracy(first):
     folder, summary, _ = first
     weights = f"weights={folder / 'first' / 'student.safetensors'}"
-    run(folder, "eval.py", "data=digits", weights, f"hydra.run.dir={folder / 'eval'}", "trainer=gpu")
+    run_script("eval.py", "data=digits", weights, f"hydra.run.dir={folder / 'eval'}", "trainer=gpu", folder=folder)
     found = json.loads((folder / "eval" / "evaluation.json").read_text())
     assert found["top1"] == pytest.approx(summary["top1"], abs=0.3)
 
@@ -94,11 +84,11 @@ def test_a_run_resumes_where_it_stopped(first):
 def test_a_sweep_trains_its_trials(first):
     folder, *_ = first
     sweep = ("-m", "loss.alpha=1,2", f"hydra.sweep.dir={folder / 'sweep'}", "hydra.callbacks.sweep.report=true")
-    run(folder, "fit.py", *PAIR, "recipe.epochs=2", "data.val_fraction=0.2", *sweep)
+    run_script("fit.py", *PAIR, "recipe.epochs=2", "data.val_fraction=0.2", *sweep, folder=folder)
     assert len(list((folder / "sweep").glob("*/summary.json"))) == 2
 
 
 def test_other_commands_work_on_the_run(first):
     folder, *_ = first
-    run(folder, "cost.py", f"run={folder / 'first'}", "seconds=0.1", "backends=[eager,compiled]")
-    run(folder, "export.py", f"run={folder / 'first'}")
+    run_script("cost.py", f"run={folder / 'first'}", "seconds=0.1", "backends=[eager,compiled]", folder=folder)
+    run_script("export.py", f"run={folder / 'first'}", folder=folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from helpers.scripts import SCRIPTS, run_script, script_environment
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -20,27 +21,17 @@ from rld_lightning.tasks.run.processes import run_in_processes
 
 pytestmark = pytest.mark.slow  # each process imports Lightning
 
-HERE = Path(__file__).parent
-FIT = HERE.parents[1] / "scripts" / "fit.py"
+FIT = SCRIPTS / "fit.py"
 JOB = (
     "data=digits", "model=wrn16_1", "loss=ce", "recipe=quick", "trainer=ddp_cpu", "trainer.precision=32-true",
     "print_config=false", "callbacks.progress=null",
 )  # fmt: skip
 
 
-def environment(**more):
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
 def fit(*options, folder, check=True):
     flags = [option for option in options if option == "-m"]  # argparse requires them first
-    command = [sys.executable, FIT, *flags, *JOB, *(option for option in options if option not in flags)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=folder, env=environment(), timeout=400
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
+    others = [option for option in options if option not in flags]
+    return run_script("fit.py", *flags, *JOB, *others, folder=folder, check=check)
 
 
 def alive(process):
@@ -64,7 +55,7 @@ def jobs(tmp_path_factory):
     """The records of each rank of 1, 2 and 3 processes."""
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
+        for name, value in script_environment().items():
             patch.setenv(name, value)
         for world in (1, 2, 3):
             folder = tmp_path_factory.mktemp(f"world_{world}")
@@ -146,7 +137,7 @@ def test_two_nodes_under_torchrun_write_one_folder_with_the_same_result(tmp_path
             subprocess.Popen(
                 [*command, "recipe.epochs=2", "paths.runs=nodes"],
                 cwd=tmp_path,
-                env=environment() | {"GLOO_SOCKET_IFNAME": device},
+                env=script_environment() | {"GLOO_SOCKET_IFNAME": device},
             )
         )
     assert [agent.wait(400) for agent in agents] == [0, 0]
@@ -206,7 +197,7 @@ def test_ranks_with_different_configs_end_before_the_first_step(tmp_path):
 def test_no_process_is_left(tmp_path, event):
     run = tmp_path / "run"
     command = [sys.executable, FIT, *JOB, "recipe.epochs=500", f"hydra.run.dir={run}"]
-    env = environment(TMPDIR=str(tmp_path))
+    env = script_environment(TMPDIR=str(tmp_path))
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=env
     )
@@ -240,7 +231,7 @@ class Watched:
     def __init__(self, folder, event="none"):
         self.folder = folder
         command = [sys.executable, "-m", "waiting_job", str(folder), event]
-        env = environment(TMPDIR=str(folder))  # a killed process leaves a folder there
+        env = script_environment(TMPDIR=str(folder))  # a killed process leaves a folder there
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     def wait_until_all_run(self):
@@ -318,7 +309,7 @@ def test_torchrun_ends_soon_and_a_mistake_is_printed_once(tmp_path, ranks):
     began = time.monotonic()
     ended = subprocess.run(
         [*command, "sh", "-c", script, "sh", *JOB],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment(), timeout=300,
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=script_environment(), timeout=300,
     )  # fmt: skip
     who = r"rank 1 of 2, on \S+: " * (ranks == "1")
     (said,) = re.findall("^error: .*", ended.stdout, re.MULTILINE)

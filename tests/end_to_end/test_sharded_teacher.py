@@ -1,17 +1,13 @@
 """A teacher sharded over the processes gives the same student as the whole teacher."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import run_script
 from safetensors.torch import load_file
 
 from rld_lightning.models import create_model
-
-REPOSITORY = Path(__file__).parents[2]
 
 PAIR = ("data=digits", "model=pair", "model.teacher.name=wrn16_1", "model.student.name=resnet8", "loss=[rld,at]")
 
@@ -20,10 +16,8 @@ def fit(folder, shard):
     run = folder / f"shard-{shard}"
     options = (f"model.teacher.weights={folder / 'teacher.pth'}", f"model.teacher.shard={shard}", f"paths.run={run}")
     short = ("recipe=quick", "recipe.epochs=1", "trainer=ddp_cpu", "trainer.precision=32-true", f"hydra.run.dir={run}")
-    command = [sys.executable, REPOSITORY / "scripts" / "fit.py", *PAIR, *options, *short]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return run, json.loads((run / "summary.json").read_text()), result.stdout
+    done = run_script("fit.py", *PAIR, *options, *short, folder=folder)
+    return run, json.loads((run / "summary.json").read_text()), done.stdout
 
 
 @pytest.mark.slow

@@ -1,12 +1,9 @@
 """Parallel, forked trials of a sweep give the same results as single runs."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from helpers.configs import CONF
+from helpers.scripts import run_script
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -18,18 +15,13 @@ JOB = (
 )  # fmt: skip
 
 
-def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/fit.py", *arguments]
-    done = subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_parallel_trials_equal_single_runs(tmp_path):
     values = ("0.01", "0.05")
-    swept = f"recipe.optimizer.lr={','.join(values)}"
-    run("-m", *JOB, swept, "launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    run("-m", *JOB, swept, "hydra.callbacks.sweep.warm=false", f"hydra.sweep.dir={tmp_path / 'plain'}")
+    swept = (*JOB, f"recipe.optimizer.lr={','.join(values)}")
+    beside = ("launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    run_script("fit.py", "-m", *swept, *beside, folder=tmp_path)
+    alone = ("hydra.callbacks.sweep.warm=false", f"hydra.sweep.dir={tmp_path / 'plain'}")
+    run_script("fit.py", "-m", *swept, *alone, folder=tmp_path)
     for value in values:
         trial, plain = (tmp_path / kind / f"recipe.optimizer.lr={value}" for kind in ("sweep", "plain"))
         assert_close(load_file(trial / "student.safetensors"), load_file(plain / "student.safetensors"), rtol=0, atol=0)

@@ -1,34 +1,19 @@
 """Two processes train on the same batches as one, from shards on a server."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
+from helpers.scripts import run_script
 from helpers.shards import pack_folder, serve, write_images
 
 pytest.importorskip("webdataset")
 pytestmark = pytest.mark.slow  # each process imports Lightning
 
-HERE = Path(__file__).parent
-FIT = HERE.parents[1] / "scripts" / "fit.py"
 JOB = (
     "data=shards", "data.num_workers=1", "data.batch_size=6", "data.eval_batch_size=4", "data.streams=2",
     "data.mixed_shards=4", "model=single", "model.student.name=resnet8", "loss=ce", "recipe=quick", "recipe.epochs=2",
     "trainer.precision=32-true", "+callbacks.witness._target_=shard_jobs.Witness",
     "print_config=false", "callbacks.progress=null",
 )  # fmt: skip
-
-
-def fit(*options, folder):
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, FIT, *JOB, *options], capture_output=True, text=True, check=False, cwd=folder, env=environment
-    )
 
 
 @pytest.fixture
@@ -44,8 +29,7 @@ def test_two_processes_get_the_batches_of_one(shards, tmp_path):
         for world, trainer in ((1, ["trainer=cpu"]), (2, ["trainer=ddp_cpu", "trainer.devices=2"])):
             run = tmp_path / f"world_{world}"
             options = (f"data.root={address}", f"data.cache={run}/cache", *trainer, f"hydra.run.dir={run}")
-            result = fit(*options, folder=tmp_path)
-            assert result.returncode == 0, result.stdout + result.stderr
+            run_script("fit.py", *JOB, *options, folder=tmp_path)
             seen[world] = [torch.load(run / f"rank_{rank}.pt") for rank in range(world)]
     for epoch, (alone, *ranks) in enumerate(
         zip(seen[1][0]["trained"], *(rank["trained"] for rank in seen[2]), strict=True)
@@ -65,7 +49,7 @@ def test_a_shard_truncated_during_a_run_ends_it_with_one_sentence(shards, tmp_pa
         lost = shards / "train-000004.tar"
         lost.write_bytes(lost.read_bytes()[:3000])
         options = (f"data.root={address}", f"data.cache={tmp_path}/cache", "trainer=cpu", f"paths.runs={tmp_path}/runs")
-        result = fit(*options, folder=tmp_path)
+        result = run_script("fit.py", *JOB, *options, folder=tmp_path, check=False)
     assert result.returncode == 2
     assert f"error: {address}/{lost.name} has 3,000 bytes instead of" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr

@@ -3,15 +3,14 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.configs import compose
 from helpers.exports import digits_facts, digits_run, small_onnx, write_digits
+from helpers.scripts import run_script
 from PIL import Image
 
 from rld_lightning.data.image_list import list_images
@@ -21,7 +20,6 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.predict import answer, find_images, predict
 
-REPOSITORY = Path(__file__).parents[2]
 options = partial(compose, name="predict", resolve=False)
 
 
@@ -199,10 +197,9 @@ def test_missing_device_is_reported(place, tmp_path, monkeypatch, device):
 @pytest.mark.slow
 def test_standard_output_contains_only_answers(place, tmp_path):
     folder, _, paths, _ = place
-    command = [sys.executable, str(REPOSITORY / "scripts" / "predict.py"), f"weights={folder / 'run'}", "images=-"]
-    command += ["format=jsonl", "out=-", "top=1"]
+    options = (f"weights={folder / 'run'}", "images=-", "format=jsonl", "out=-", "top=1")
     listed = f"{paths[0]}\n{tmp_path / 'missing.jpg'}\n"
-    done = subprocess.run(command, input=listed, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_script("predict.py", *options, folder=tmp_path, check=False, input=listed)
     assert done.returncode == 3, done.stderr
     answered, missing = map(json.loads, done.stdout.splitlines())
     assert (answered["image"], missing["image"]) == (str(paths[0]), str(tmp_path / "missing.jpg"))

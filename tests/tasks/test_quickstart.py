@@ -1,12 +1,11 @@
 """The quickstart: teacher, student alone and distilled student, trained once and printed side by side."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers.run_factory import write_run
+from helpers.scripts import run_script
 from helpers.sweeps import begin_sweep
 
 from rld_lightning.models import create_model
@@ -14,8 +13,6 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.sweep import callback as sweep
 from rld_lightning.tasks.sweep import trial_tables as trials
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "quickstart.py"
 
 
 def export(folder, name):
@@ -85,9 +82,7 @@ def test_difference_within_the_sampling_error_is_reported(top1, other, images):
 @pytest.mark.slow
 def test_quickstart_from_scratch(tmp_path):
     places = (f"paths.runs={tmp_path / 'runs'}", f"paths.teachers={tmp_path / 'teachers'}")
-    command = [sys.executable, SCRIPT, "recipe.epochs=1", "loss=dkd", *places, "trainer=cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_script("quickstart.py", "recipe.epochs=1", "loss=dkd", *places, "trainer=cpu", folder=tmp_path)
     for row in ("│ teacher ", "│ student, cross-entropy ", "│ student, DKD "):
         assert row in result.stdout
     (folder,) = (tmp_path / "runs" / "quickstart").iterdir()

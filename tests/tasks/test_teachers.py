@@ -2,13 +2,12 @@
 
 import json
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.configs import compose
+from helpers.scripts import SCRIPTS, run_script
 
 from rld_lightning.errors import UserError
 from rld_lightning.models import create_model
@@ -17,7 +16,7 @@ from rld_lightning.models.teacher.teacher_store import TeacherStore
 from rld_lightning.tasks import teachers
 from rld_lightning.tasks.evaluate import evaluate
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "teachers.py"
+SCRIPT = SCRIPTS / "teachers.py"
 SMALL = ("trainer=cpu", "data.eval_batch_size=512")
 
 
@@ -173,8 +172,7 @@ def test_teacher_is_trained_stored_and_verified(tmp_path, monkeypatch):
     """By the script, as a user does."""
 
     def call(*words):
-        command = [sys.executable, SCRIPT, *words]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        result = run_script("teachers.py", *words, folder=tmp_path, check=False)
         return result.returncode, result.stdout + result.stderr
 
     monkeypatch.delenv("RLD_LIGHTNING_COMMAND", raising=False)  # of runs in this process

@@ -37,13 +37,10 @@ def inputs():
 def fisher(feature, classifier, logits, temperature):
     """``T^2 E over y ~ p of [ g g' ]``, g the gradient of log p_y at T with respect to the feature: (D, D)."""
     bias = logits - classifier @ feature
-    leaf = feature.clone().requires_grad_()
-    total = 0
-    for y in range(len(logits)):
-        log_prob = ((classifier @ leaf + bias) / temperature).log_softmax(-1)[y]
-        (g,) = torch.autograd.grad(log_prob, leaf)
-        total = total + temperature**2 * log_prob.detach().exp() * g.outer(g)
-    return total
+    gradient = torch.autograd.functional.jacobian(
+        lambda leaf: ((classifier @ leaf + bias) / temperature).log_softmax(-1), feature
+    )
+    return temperature**2 * gradient.T @ ((logits / temperature).softmax(-1)[:, None] * gradient)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
