@@ -61,13 +61,13 @@ def next_step(folder: Path, run_id: str) -> int:
 
     last = -1
     for path in folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"):
-        for content in _records(path.read_bytes()):
+        for content in records(path.read_bytes()):
             with suppress(Exception):  # an incomplete record of a killed process
                 last = max(last, Record.FromString(content).history.step.num)
     return last + 1
 
 
-def _records(data: bytes) -> Iterator[bytes]:
+def records(data: bytes) -> Iterator[bytes]:
     """Yields the records of a wandb file: a LevelDB log after a header of its own."""
     place, parts = _HEADER, b""
     while place + _HEADER <= len(data):

@@ -1,7 +1,6 @@
 """A local stub of W&B's server, and a reader of the files that offline runs write."""
 
 import json
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from wandb.proto.wandb_internal_pb2 import Record
 
 from helpers.servers import running
+from rld_lightning.tracking.start import records
 
 VIEWER = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
 PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
@@ -89,19 +89,8 @@ def read_run(folder) -> list[Record]:
 
 
 def read_file(path) -> list[Record]:
-    """The records of a file in LevelDB's log format, after a header of seven bytes."""
-    data, place, parts, records = path.read_bytes(), 7, b"", []
-    while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:  # the block has no room for a header
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or its last part
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
+    """The records of a file of an offline run."""
+    return [Record.FromString(content) for content in records(path.read_bytes())]
 
 
 def values(items) -> dict:
