@@ -8,7 +8,7 @@ agree with each other, and with the run's batches.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from math import ceil, isclose, isfinite, isnan
+from math import ceil, isclose, isfinite, isinf, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ RATES = ("recipe.optimizer.lr", "recipe.scheduler.max_lr")
 # Options of a parameter group that neither a schedule nor another learning rate changes; and those of some schedules.
 _FIXED = ("weight_decay", "dampening", "nesterov", "eps", "amsgrad", "maximize", "differentiable")
 _CYCLED = ("momentum", "betas")
+_OURS = "rld_lightning."  # modules of callbacks whose states are counts and durations
 _WITH_STATE = "parameters_with_state"
 _MISSING = object()
 _MOST_SHOWN = 60  # characters
+_LARGEST = 1 << 63  # exclusive bound of whole numbers
 
 
 class _Unlike(Exception):
@@ -73,7 +75,13 @@ def refuse_other_contents(checkpoint: Mapping[str, Any], trainer: "Trainer", mod
         states = checkpoint["callbacks"]
         for callback in vars(trainer)["callbacks"]:
             if callback.state_key in states or not only_monitors(type(callback)):  # one that only monitors may be new
-                _match(states.get(callback.state_key, {}), callback.state_dict(), f"callbacks.{callback.state_key}")
+                where, counts = f"callbacks.{callback.state_key}", type(callback).__module__.startswith(_OURS)
+                _match(states.get(callback.state_key, {}), callback.state_dict(), where, positive=counts)
+        if not (isinf(best := checkpoint.get("best_top1", 0.0)) or 0 <= best <= 100):
+            raise _Unlike(f"best_top1 is {_shown(best)}, and has to be a percentage")
+        name = type(getattr(trainer, "datamodule", None)).__qualname__
+        if checkpoint.get(name):  # checked here, since data loaders use it when they are created
+            _match(checkpoint[name], {"epoch": 0, "batch": 0}, name, positive=True)
         hparams = checkpoint.get("hyper_parameters")
         for name, value in module.hparams.items():  # the student's name was checked earlier, with all its spellings
             if name != "student" and isinstance(hparams, Mapping) and hparams.get(name, value) != value:
@@ -157,7 +165,7 @@ def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
             expected, is_like = "true or false" if isinstance(own, bool) else "a text", type(found) is type(own)
         case int() | float():
             expected = "a number, 0 or more" if positive else "a number"
-            is_like = isinstance(found, int | float) and not isinstance(found, bool) and not isnan(found)
+            is_like = _is_number(found) and not isnan(found)
             is_like = is_like and (isfinite(found) or not isfinite(own)) and not (positive and found < 0 <= own)
         case list() | tuple():
             any_length = not own or (isinstance(own[0], Mapping) and not positive)  # one entry per process
@@ -175,6 +183,11 @@ def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
     elif isinstance(own, list | tuple) and own:
         for n, value in enumerate(found):
             _match(value, own[min(n, len(own) - 1)], f"{where}[{n}]", positive=positive)
+
+
+def _is_number(found: Any) -> bool:
+    """Whether it is a number, and no whole number that a float cannot hold."""
+    return isinstance(found, float) or (type(found) is int and abs(found) < _LARGEST)
 
 
 def _check_groups(found: Any, own: Any, fixed: tuple[str, ...], where: str) -> None:
@@ -209,13 +222,24 @@ def _with_state(checkpoint: Mapping[str, Any]) -> list[int]:
 
 
 def _check_rates(checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules: Sequence[Any], *, same: bool) -> None:
-    """Compares initial learning rates: equal in an optimizer and its schedules, and equal to this run's if ``same``."""
+    """Compares learning rates: equal in an optimizer and its schedules, and the initial ones to this run's if ``same``.
+
+    Without a schedule the rates are the initial ones.
+    """
     for n, own in enumerate(groups):
         place = f"optimizer_states[{n}].param_groups"
         before = [group.get("initial_lr") for group in checkpoint["optimizer_states"][n]["param_groups"]]
         usual = [group.get("initial_lr") for group in own["param_groups"]]
         if same and not _close(before, usual):
             raise _Unlike(f"{place} began with the learning rates {before}, and have to begin with {usual}")
+        rates, of_new = (
+            [group["lr"] for group in state["param_groups"]] for state in (checkpoint["optimizer_states"][n], own)
+        )
+        last = [found.get("_last_lr") for found in checkpoint["lr_schedulers"]] or [before]
+        last_of_new = [schedule.get("_last_lr") for schedule in schedules] or [usual]
+        for found, schedule in zip(last, last_of_new, strict=True):
+            if schedule == of_new and not _close(found, rates):
+                raise _Unlike(f"{place} have the learning rates {rates}, and were last set to {found}")
         for found, schedule in zip(_each(checkpoint["lr_schedulers"]), _each(schedules), strict=True):
             if schedule.get("base_lrs") == usual and not _close(found["base_lrs"], before):
                 raise _Unlike(f"base_lrs of lr_schedulers is {found['base_lrs']}, and {place} began with {before}")
@@ -293,12 +317,11 @@ def _counts(checkpoint: Mapping[str, Any], trainer: "Trainer") -> Iterator[tuple
             raise _Unlike(f"metrics[{n}].epoch is {_shown(row['epoch'])}, and the run has begun {epoch + (batch > 0)}")
         rising = row["epoch"]
         for name, value in row.items():
-            if not isinstance(value, int | float):
+            if not _is_number(value):
                 raise _Unlike(f"metrics[{n}].{_shown(name)} is {_shown(value)}, and has to be a number")
     name = type(data).__qualname__
     place = checkpoint.get(name)
     if place:
-        _match(place, {"epoch": 0, "batch": 0}, name, positive=True)
         seen = place["epoch"] * batches + place["batch"]
         yield f"{name}'s number of batches", seen, (epoch * batches + batch,)
     for n, config in enumerate(trainer.lr_scheduler_configs):
