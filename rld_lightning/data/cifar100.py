@@ -79,7 +79,7 @@ class CIFAR100DataModule(InMemoryDataModule):
             if not self._missing():  # another process has unpacked it
                 return
             archive = self.root / ARCHIVE
-            if archive.exists():
+            if archive.is_file():
                 _check_md5(archive, file_md5(archive), ARCHIVE_MD5)
             else:
                 fetch(self.url, archive, ARCHIVE_MD5)
@@ -89,7 +89,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         """Checks the MD5 of a split and reads it: images uint8 ``(N, 32, 32, 3)`` and fine labels int64 ``(N,)``."""
         split = "train" if train else "test"
         path = self.root / FOLDER / split
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: call prepare_data(), or {self._how_to_place()}")
         # Checksum and unpickle the same bytes, as the file may change in between.
         content = path.read_bytes()
@@ -99,7 +99,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         return images.contiguous(), torch.tensor(entry["fine_labels"])
 
     def _missing(self) -> list[str]:
-        return [name for name in FILE_MD5 if not (self.root / FOLDER / name).exists()]
+        return [name for name in FILE_MD5 if not (self.root / FOLDER / name).is_file()]
 
     def _how_to_place(self) -> str:
         return (

@@ -1,6 +1,7 @@
 """ImageNet-1k: 1,281,167 training and 50,000 validation images in 1,000 classes."""
 
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from torchvision.models import ResNet18_Weights
 
 from rld_lightning.data.image_list import ImageList
 from rld_lightning.data.imagefolder import ImageFolderDataModule
+from rld_lightning.limits import is_line
 
 SPLITS = ("train", "val")
+_WNID = re.compile(r"n\d+")
 # SHA-256 of the 1,000 sorted WordNet ids, one per line: the classes of torchvision's and timm's models.
 WNIDS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
@@ -94,7 +97,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         missing = [split for split in SPLITS if not (self.root / split).is_dir()]
         archives = [*missing, *(["devkit"] if "val" in missing and not (self.root / META_FILE).exists() else [])]
         # Check all of them before the first hour of unpacking.
-        if absent := [self._archive(name).name for name in archives if not self._archive(name).exists()]:
+        if absent := [self._archive(name).name for name in archives if not self._archive(name).is_file()]:
             raise FileNotFoundError(
                 f"{self.root} has no {'/ and no '.join(missing)}/, nor {' and '.join(absent)} to unpack. "
                 f"{self._how_to_get()}"
@@ -128,8 +131,12 @@ class ImageNetDataModule(ImageFolderDataModule):
     def _read_meta(self) -> tuple[dict[str, tuple[str, ...]], list[str]]:
         """Reads the names of each WordNet id, and the WordNet id of each validation image."""
         try:
-            return load_meta_file(self.root)
-        except Exception as error:  # unpicklers raise almost anything
+            names, wnids = load_meta_file(self.root)
+            usual = all(isinstance(words, tuple) and is_line(words[0]) for words in names.values())
+            if not usual or not all(map(_WNID.fullmatch, [*names, *wnids])):  # ids become names of folders
+                raise ValueError
+            return names, wnids
+        except Exception as error:  # unpicklers, and values of other types, raise almost anything
             raise ValueError(
                 f"{self.root / META_FILE}, which torchvision makes from {self._archive('devkit').name}, is damaged: "
                 "delete it and run again."

@@ -122,11 +122,12 @@ def read_class_names(file: str, option: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is not text.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file at {path}, which {option} names.")
-    return [line for line in path.read_text().splitlines() if line]
+    return [line for line in _read_text(path).splitlines() if line]
 
 
 def read_class_map(path: Path) -> dict[str, str | int]:
@@ -138,10 +139,20 @@ def read_class_map(path: Path) -> dict[str, str | int]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file at {path}, which model.teacher.class_map names.")
-    rows = [row for row in csv.reader(StringIO(path.read_text())) if row]
+    try:
+        rows = [row for row in csv.reader(StringIO(_read_text(path))) if row]
+    except csv.Error:  # an overlong cell
+        rows = [[]]
     if any(len(row) != 2 or not all(row) for row in rows):
         raise ValueError(f"{path} has other lines than <class of the data>,<class of the teacher>, one a class.")
     return {name: int(target) if target.isdecimal() else target for name, target in rows}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that spreadsheets put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: save it in that encoding.") from error
 
 
 def _shapes(name: str, num_classes: int) -> dict[str, torch.Size]:

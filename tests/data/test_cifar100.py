@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -155,6 +156,16 @@ def test_damaged_file_is_never_unpickled(tmp_path, files, archive):
     data.prepare_data()
     with pytest.raises(ValueError, match=rf"{folder / 'train'} is damaged \(MD5 .* delete it and run again"):
         data.setup()
+
+
+def test_pipes_in_a_copied_folder_are_replaced(tmp_path, files, archive):
+    folder = place(tmp_path, files)
+    (folder / "train").unlink()
+    os.mkfifo(folder / "train")
+    (tmp_path / cifar100.ARCHIVE).write_bytes(archive)
+    data = CIFAR100DataModule(tmp_path)
+    data.prepare_data()
+    assert (folder / "train").read_bytes() == files["train"]
 
 
 def test_missing_files_without_download(tmp_path):

@@ -202,8 +202,21 @@ def test_a_damaged_archive_is_refused(root, name):
     assert not (root / ("train" if name == TRAIN else "val")).exists()
 
 
-def test_a_damaged_meta_file_is_refused(root):
-    (root / "meta.bin").write_bytes(b"")
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        5,
+        ({"n01440764": ()}, VAL_WNIDS),
+        ({"n01440764": (5,)}, VAL_WNIDS),
+        ({"n01440764": ("a\x1b[2J",)}, VAL_WNIDS),
+        ({wnid: (name,) for wnid, name in zip(WNIDS, NAMES, strict=True)}, ["../../elsewhere"] * 7),
+    ],
+)
+def test_a_damaged_meta_file_is_refused(root, content):
+    torch.save(content, root / "meta.bin")
+    if content is None:
+        (root / "meta.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"meta.bin, which torchvision makes from {DEVKIT}, is damaged: delete it"):
         data_at(root)
 

@@ -59,6 +59,14 @@ def test_a_map_may_be_a_file(tmp_path):
         read_class_map(tmp_path / "map.csv")
     with pytest.raises(FileNotFoundError, match="class_map names"):
         read_class_map(tmp_path / "gone.csv")
+    (tmp_path / "map.csv").write_text("cat,7\n", encoding="utf-8-sig")  # as Excel writes it
+    assert read_class_map(tmp_path / "map.csv") == {"cat": 7}
+    (tmp_path / "map.csv").write_text("cat,7\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"map.csv is not text in UTF-8: save it in that encoding"):
+        read_class_map(tmp_path / "map.csv")
+    (tmp_path / "map.csv").write_text(f"cat,{'x' * 200_000}\n")
+    with pytest.raises(ValueError, match=r"map.csv has other lines than"):
+        read_class_map(tmp_path / "map.csv")
 
 
 def test_pretrained_classes_have_names():
