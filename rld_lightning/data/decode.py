@@ -205,9 +205,7 @@ def _decode_with_pillow(content: Tensor, reduction: int) -> Tensor:
 
 
 def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():  # our own limit raises an error instead
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(BytesIO(data))
+    image = Image.open(BytesIO(data))
     if image.format not in FORMATS:
         raise BadImageError(f"the format {image.format} is not supported")
     return image
@@ -216,7 +214,9 @@ def _open(data: bytes) -> Image.Image:
 @contextmanager
 def _pillow_errors(data: bytes) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():  # our own limit of pixels raises an error instead; damaged tags do not matter
+            warnings.simplefilter("ignore")
+            yield
     except (BadImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:

@@ -96,6 +96,16 @@ def test_damaged_files_have_one_kind_of_error(tmp_path, how, suffix):
             read_image(str(path), decoder)
 
 
+def test_damaged_tags_of_a_tiff_are_errors_without_warnings(tmp_path, recwarn):
+    noise(20, 24).save(tmp_path / "image.tif", compression="tiff_lzw")
+    content = (tmp_path / "image.tif").read_bytes()
+    for length in range(8, len(content), 50):
+        (tmp_path / "image.tif").write_bytes(content[:length])
+        with pytest.raises(BadImageError):
+            decode_image(read_file(str(tmp_path / "image.tif")))
+    assert not [warning for warning in recwarn if "PIL" in warning.filename]
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
 def test_a_flipped_bit_gives_an_error_or_another_image_but_no_crash(tmp_path, suffix):
     noise(90, 70).save(tmp_path / f"image.{suffix}")
