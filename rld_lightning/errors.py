@@ -62,6 +62,13 @@ def _message(error: BaseException) -> str:
     return str(error)
 
 
+def malformed(error: Exception) -> str:
+    """Returns what is wrong with a file's values, from the error that reading them raised, without Python's terms."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return first_line(error) if isinstance(error, ValueError) else "its values are of another kind"
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rld_lightning.errors import malformed
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.files import (
     CHOICES,
@@ -109,7 +110,7 @@ def read_run(folder: Path) -> Run:
     try:
         usable = _is_usable(run)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder} is not a run directory: {error!r}. Move it away.") from error
+        raise ValueError(f"{folder} is not a run directory: {malformed(error)}. Move it away.") from error
     if not usable:
         raise ValueError(f"{folder} is not a run directory: something in its files is of another kind. Move it away.")
     return run

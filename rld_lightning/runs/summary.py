@@ -1,11 +1,12 @@
 """Results of a finished run."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from rld_lightning.errors import malformed
 from rld_lightning.models.registry import canonical_name
 from rld_lightning.runs.files import SUMMARY, read_text, write_json
 
@@ -96,14 +97,15 @@ def read_summary(run: Path) -> Summary:
         for role in ("model", "teacher"):  # a command may spell it otherwise
             if isinstance(values[role], str):
                 values[role] = canonical_name(values[role])
-        found = Summary(**{name: value for name, value in values.items() if name in _KINDS})
+        required = {field.name: values[field.name] for field in fields(Summary) if field.default is MISSING}
+        found = Summary(**required | {name: value for name, value in values.items() if name in _KINDS})
         if wrong := [name for name, kind in _KINDS.items() if not _is_value(kind, getattr(found, name))]:
-            raise TypeError(f"{wrong[0]} is of another kind")
+            raise ValueError(f"{wrong[0]} is of another kind")
         if wrong := [name for name in _MOST if not _is_in_range(getattr(found, name), _MOST[name])]:
             raise ValueError(f"{wrong[0]} is not from 0 to {_MOST[wrong[0]]:g}")
         return found
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{run / SUMMARY} is not the summary of a run: {error!r}. Move it away.") from error
+        raise ValueError(f"{run / SUMMARY} is not the summary of a run: {malformed(error)}. Move it away.") from error
 
 
 _KINDS: dict[str, Any] = get_type_hints(Summary) | {"split": Literal["test", "val"]}

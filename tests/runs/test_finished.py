@@ -128,11 +128,19 @@ def test_unknown_fields_of_a_summary_are_ignored(tmp_path):
     assert read_run(tmp_path / "run").summary == SUMMARY
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]"])
-def test_broken_summary_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", r"Expecting value"),
+        ("{}", r"it has no 'model'"),
+        (json.dumps({key: value for key, value in asdict(SUMMARY).items() if key != "steps"}), r"it has no 'steps'"),
+        ("[1]", r"its values are of another kind"),
+    ],
+)
+def test_broken_summary_is_named(tmp_path, text, reason):
     make(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run/summary\.json is not the summary of a run"):
+    with pytest.raises(ValueError, match=rf"run/summary\.json is not the summary of a run: {reason}"):
         read_run(tmp_path / "run")
 
 

@@ -20,6 +20,7 @@ from rld_lightning.data import decode
 from rld_lightning.data.shards.remote import join, local_path, read_bytes, write_bytes
 from rld_lightning.data.shards.samples import MOST_BYTES, Samples, pack_samples, unpack_samples
 from rld_lightning.data.shards.store import ShardStore
+from rld_lightning.errors import malformed
 from rld_lightning.limits import LARGEST_RESIZE, is_encodable, is_line, is_number, is_spread, is_three, is_whole
 from rld_lightning.package_files import script_command
 
@@ -106,9 +107,7 @@ class ShardIndex:
             index._check()
             return index
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            why = f"it has no {error}" if isinstance(error, KeyError) else "it is of another form"
-            why = str(error) if isinstance(error, ValueError) else why
-            raise ValueError(f"{path} is not an index of shards ({why}): {again}.") from error
+            raise ValueError(f"{path} is not an index of shards ({malformed(error)}): {again}.") from error
 
     def _check(self) -> None:
         """Raises ``ValueError`` for invalid values; the file is not trusted."""

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from rld_lightning.errors import malformed
 from rld_lightning.models.weights.read import (
     HUB_WEIGHTS,
     RUN_WEIGHTS,
@@ -69,7 +70,6 @@ def _metadata_of_hub(path: Path) -> dict[str, str]:
         }
         names = {"name": f"timm/{merged['architecture']}", "interpolation": merged.get("interpolation")}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"  # not its `repr`, which may hold the whole file
-        raise WeightsError(f"{path} is not the configuration of an image classifier ({reason})") from error
+        raise WeightsError(f"{path} is not the configuration of an image classifier ({malformed(error)})") from error
     texts = {key: json.dumps(value) for key, value in values.items() if value is not None}
     return texts | {key: value for key, value in names.items() if isinstance(value, str)}
