@@ -7,6 +7,7 @@ import netrc
 import os
 import threading
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from urllib.request import Request, urlopen
 
 # Two names of the hosted service, the older first; a key may be stored under either.
 HOSTED = ("api.wandb.ai", "api.forge.coreweave.com")
+_MOST_BYTES = 1 << 20  # of an answer
 
 
 def wandb_mode() -> str:
@@ -35,11 +37,11 @@ def server() -> str:
     """Returns the server's address, as wandb does: ``WANDB_BASE_URL``, or as set by ``wandb login --host``."""
     if os.environ.get("WANDB_BASE_URL"):
         return os.environ["WANDB_BASE_URL"].rstrip("/")
-    settings = configparser.ConfigParser()
+    settings = configparser.ConfigParser(interpolation=None)  # an address may contain "%"
     folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
     try:
-        settings.read([folder / "settings", Path("wandb") / "settings"])
-    except (OSError, configparser.Error):
+        settings.read(path for path in (folder / "settings", Path("wandb") / "settings") if path.is_file())
+    except (OSError, ValueError, configparser.Error):  # ValueError: another encoding
         return _default()
     return settings.get("default", "base_url", fallback=_default()).rstrip("/")
 
@@ -81,7 +83,7 @@ def _ask(timeout: float) -> str | None:
     query = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
     try:
         with urlopen(Request(f"{address}/graphql", query, headers), timeout=timeout) as answer:
-            viewer = json.load(answer)["data"]["viewer"]
+            viewer = json.loads(answer.read(_MOST_BYTES))["data"]["viewer"]
     except HTTPError as error:
         return "refuses the key" if error.code in (401, 403) else f"answers with an error ({error.code})"
     except TimeoutError:
@@ -90,7 +92,7 @@ def _ask(timeout: float) -> str | None:
         if isinstance(error.reason, TimeoutError):
             raise error.reason from None
         return f"cannot be reached ({error.reason})"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"does not answer as W&B does ({type(error).__name__})"
     return "does not know the key" if key and viewer is None else None
 
@@ -98,10 +100,12 @@ def _ask(timeout: float) -> str | None:
 def _key(address: str) -> str | None:
     if os.environ.get("WANDB_API_KEY"):
         return os.environ["WANDB_API_KEY"]
-    host = urlsplit(address).hostname or ""
+    given = os.environ.get("NETRC")
     try:
-        known = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
+        if not Path(given or "~/.netrc").expanduser().is_file():
+            return None
+        host, known = urlsplit(address).hostname or "", netrc.netrc(given)
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: not an address, or another encoding
         return None
     found = (known.authenticators(name) for name in (HOSTED if host in HOSTED else (host,)))
     return next((entry[2] for entry in found if entry), None)

@@ -60,7 +60,8 @@ def next_step(folder: Path, run_id: str) -> int:
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # created on import
 
     last = -1
-    for path in folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"):
+    files = folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")
+    for path in filter(Path.is_file, files):  # not a pipe or device of a copied folder
         for content in records(path.read_bytes()):
             with suppress(Exception):  # an incomplete record of a killed process
                 last = max(last, Record.FromString(content).history.step.num)
@@ -69,13 +70,15 @@ def next_step(folder: Path, run_id: str) -> int:
 
 def records(data: bytes) -> Iterator[bytes]:
     """Yields the records of a wandb file: a LevelDB log after a header of its own."""
-    place, parts = _HEADER, b""
+    place, parts = _HEADER, bytearray()
     while place + _HEADER <= len(data):
         if (left := _BLOCK - place % _BLOCK) < _HEADER:  # this block has no room for a header
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + _HEADER])
-        parts = (b"" if kind in (1, 2) else parts) + data[place + _HEADER : place + _HEADER + length]
+        if kind in (1, 2):  # a record begins
+            parts.clear()
+        parts += data[place + _HEADER : place + _HEADER + length]
         place += _HEADER + length
         if kind in (1, 4):  # a whole record, or its last part
-            yield parts
+            yield bytes(parts)

@@ -39,6 +39,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(401, {"errors": [{"message": "who are you?"}]})
             case "stranger":
                 self.answer(200, ["an", "other", "service"])
+            case "deep":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"[" * 100_000)
+            case "headers":
+                self.send_response(200)
+                for _ in range(200):
+                    self.send_header("A", "b")
+                self.answer(200, {})
             case "well":
                 self.answer(200, {"data": self.data(body)})
 

@@ -23,7 +23,7 @@ from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tracking import WandbLogger
 from rld_lightning.tracking.logger import STEP, tracked, wandb_facts
 from rld_lightning.tracking.results import log_models
-from rld_lightning.tracking.start import within_limits
+from rld_lightning.tracking.start import next_step, within_limits
 
 GROUP = "digits-wrn16_1_to_wrn16_1-recipe"  # which Hydra knows better
 SECRETS = ("AKIAHIDDEN", "hunter2hunter2", "urlpass77")
@@ -373,3 +373,10 @@ def test_refusal_by_wandb_is_one_line_and_training_continues(offline, options):
 def test_names_and_tags_are_within_the_limits_of_wandb(tags, kept):
     limited = within_limits({"tags": tags, "name": "n" * 200, "group": "g", "job_type": "j" * 200})
     assert limited == {"tags": kept, "name": "n" * 128, "group": "g", "job_type": "j" * 64}
+
+
+def test_pipes_among_the_files_of_a_copied_run_are_not_read(tmp_path):
+    folder = tmp_path / "wandb" / "offline-run-20200101_000000-copied"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "run-copied.wandb")
+    assert next_step(tmp_path, "copied") == 0

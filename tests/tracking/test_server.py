@@ -1,5 +1,6 @@
 """Determining server, key and answer, with misbehaving servers on this machine."""
 
+import os
 from urllib.parse import urlsplit
 
 import pytest
@@ -36,6 +37,25 @@ def test_key_and_server_of_wandb_login_are_used(monkeypatch, tmp_path):
     assert (server(), wandb_mode()) == ("http://127.0.0.1:9", "offline")
 
 
+@pytest.mark.parametrize("content", [b"[default]\nbase_url = http://a%20b\n", b"[default", b"\xff\xfe", None])
+def test_other_files_at_the_places_of_wandb_s_neither_block_nor_fail(tmp_path, content):
+    for name in ("settings", "netrc"):
+        if content is None:
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+    assert wandb_mode() == "offline"
+    assert server() == "http://a%20b" or urlsplit(server()).hostname in HOSTED
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://a b/", "http://h:x", "nowhere"])
+def test_an_address_that_is_none_is_a_problem_in_words(monkeypatch, tmp_path, address):
+    (tmp_path / "netrc").write_text("machine x login user password key\n")
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    assert wandb_mode() == "offline"
+    assert server_problem(20).startswith(("does not answer as W&B does (", "cannot be reached ("))
+
+
 @pytest.mark.parametrize("name", HOSTED)
 def test_key_of_the_hosted_service_is_found_under_either_name(tmp_path, name):
     (tmp_path / "netrc").write_text(f"machine {name} login user password key\n")
@@ -51,6 +71,8 @@ def test_key_of_the_hosted_service_is_found_under_either_name(tmp_path, name):
         ("error", "answers with an error (500)"),
         ("refuse", "refuses the key"),
         ("stranger", "does not answer as W&B does (TypeError)"),
+        ("deep", "does not answer as W&B does (RecursionError)"),
+        ("headers", "does not answer as W&B does (HTTPException)"),
     ],
 )
 def test_server_problems_are_reported_in_time(monkeypatch, behaviour, told):
