@@ -137,7 +137,9 @@ def refuse_other_progress(
             raise _Unlike(f"optimizer_states have {there} entries, and had {known} when they were written")
         before = {} if settings is None else read_record(checkpoint, Path(str(trainer.ckpt_path))).settings
         same = settings is not None and all(settings.get(key) == before.get(key) for key in RATES)
-        _check_rates(checkpoint, groups, schedules, same=same)
+        _check_first_rates(checkpoint, groups, schedules, same=same)
+        if not any(map(_may_set_rates, vars(trainer)["callbacks"])):
+            _check_last_rates(checkpoint, groups, schedules)
 
 
 def _match(found: Any, own: Any, where: str, *, positive: bool = False) -> None:
@@ -221,28 +223,40 @@ def _with_state(checkpoint: Mapping[str, Any]) -> list[int]:
     return [len(state.get("state", ())) for state in checkpoint["optimizer_states"]]  # processes may have parts
 
 
-def _check_rates(checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules: Sequence[Any], *, same: bool) -> None:
-    """Compares learning rates: equal in an optimizer and its schedules, and the initial ones to this run's if ``same``.
-
-    Without a schedule the rates are the initial ones.
-    """
+def _check_first_rates(
+    checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules: Sequence[Any], *, same: bool
+) -> None:
+    """Compares initial learning rates: equal in an optimizer and its schedules, and equal to this run's if ``same``."""
     for n, own in enumerate(groups):
         place = f"optimizer_states[{n}].param_groups"
         before = [group.get("initial_lr") for group in checkpoint["optimizer_states"][n]["param_groups"]]
         usual = [group.get("initial_lr") for group in own["param_groups"]]
         if same and not _close(before, usual):
             raise _Unlike(f"{place} began with the learning rates {before}, and have to begin with {usual}")
-        rates, of_new = (
-            [group["lr"] for group in state["param_groups"]] for state in (checkpoint["optimizer_states"][n], own)
-        )
-        last = [found.get("_last_lr") for found in checkpoint["lr_schedulers"]] or [before]
-        last_of_new = [schedule.get("_last_lr") for schedule in schedules] or [usual]
-        for found, schedule in zip(last, last_of_new, strict=True):
-            if schedule == of_new and not _close(found, rates):
-                raise _Unlike(f"{place} have the learning rates {rates}, and were last set to {found}")
         for found, schedule in zip(_each(checkpoint["lr_schedulers"]), _each(schedules), strict=True):
             if schedule.get("base_lrs") == usual and not _close(found["base_lrs"], before):
                 raise _Unlike(f"base_lrs of lr_schedulers is {found['base_lrs']}, and {place} began with {before}")
+
+
+def _may_set_rates(callback: object) -> bool:
+    """Whether a callback may change learning rates: one of unknown code, or Lightning's that searches for one."""
+    ours = type(callback).__module__.startswith((_OURS, "lightning."))
+    return not ours or type(callback).__name__ == "LearningRateFinder"
+
+
+def _check_last_rates(checkpoint: Mapping[str, Any], groups: Sequence[Any], schedules: Sequence[Any]) -> None:
+    """Checks that each optimizer has the rates that its schedule last set; without a schedule, the initial ones."""
+    for n, own in enumerate(groups):
+        (rates, first), (new, first_of_new) = (
+            [[group.get(name) for group in options["param_groups"]] for name in ("lr", "initial_lr")]
+            for options in (checkpoint["optimizer_states"][n], own)
+        )
+        last = [found.get("_last_lr") for found in checkpoint["lr_schedulers"]] or [first]
+        last_of_new = [schedule.get("_last_lr") for schedule in schedules] or [first_of_new]
+        for found, schedule in zip(last, last_of_new, strict=True):
+            if schedule == new and not _close(found, rates):
+                place = f"optimizer_states[{n}].param_groups"
+                raise _Unlike(f"{place} have the learning rates {rates}, and were last set to {found}")
 
 
 def _each(schedules: Iterable[Any]) -> Iterator[Any]:

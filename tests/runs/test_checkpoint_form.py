@@ -41,13 +41,14 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.should_stop or self.left == 0
 
 
-def fit(folder, resume=None, batches=-1, lr=0.1):
+def fit(folder, resume=None, batches=None, lr=0.1, more=()):
     """Trains with accumulated gradients, a schedule and an average: 6 batches per epoch, 3 steps."""
     scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[4])
     module = job(linear(), lr=lr, momentum=0.9, scheduler=scheduler, scheduler_interval="step")
     watchers = [TeacherMonitor(), GradientNorm(), Throughput(), EarlyStopping("val/ce", patience=9)]
     own = OwnSettings(OmegaConf.create({"model": {"teacher": None}, "recipe": {"optimizer": {"lr": lr}}}))
-    callbacks = [*watchers, WeightAverage(decay=0.9), ExactResume(), own, StopAfter(batches), LastCheckpoint(folder)]
+    more = more if batches is None else [StopAfter(batches)]
+    callbacks = [*watchers, WeightAverage(decay=0.9), ExactResume(), own, *more, LastCheckpoint(folder)]
     options = {"max_epochs": 3, "accumulate_grad_batches": 2, "logger": MetricsFile(folder)}
     trainer = quiet_trainer(*callbacks, default_root_dir=folder, **options)
     trainer.fit(module, DigitsDataModule(batch_size=240), ckpt_path=resume, weights_only=True)
@@ -143,6 +144,14 @@ def test_initial_rate_must_match_the_settings(checkpoint, tmp_path):
     write_checkpoint(checkpoint, tmp_path / "last.ckpt", keep=False)
     (group,) = fit(tmp_path, tmp_path / "last.ckpt", lr=0.2).optimizers[0].param_groups
     assert group["initial_lr"] == pytest.approx(0.2), "another one that the run says is taken"
+
+
+def test_callbacks_of_ones_own_may_have_set_the_rate(checkpoint, tmp_path):
+    altered = put(checkpoint, ("optimizer_states", 0, "param_groups", 0, "lr"), 0.05)
+    write_checkpoint(altered, tmp_path / "last.ckpt", keep=False)
+    with pytest.raises(UserError, match="last set to"):
+        fit(tmp_path, tmp_path / "last.ckpt")
+    assert fit(tmp_path, tmp_path / "last.ckpt", more=[StopAfter(-1)]).global_step == 9
 
 
 def test_previous_checkpoint_is_offered_as_the_way_out(checkpoint, tmp_path):
