@@ -43,10 +43,12 @@ from rld_lightning.console import print_line
 from rld_lightning.errors import UserError, user_errors
 from rld_lightning.hydra.compose import compose
 from rld_lightning.hydra.options import list_options
+from rld_lightning.limits import LONGEST_TEXT, is_line
 from rld_lightning.runs import files
 from rld_lightning.runs.folder import check_folder
 from rld_lightning.tracking.server import has_key, server, server_problem
 
+_LONGEST_TITLE = 128  # characters
 PROJECT = "rld-lightning"  # as in conf/logger/wandb.yaml
 METHOD, GROUP = "JobType", "Group"
 RLD = "rld_lightning.losses.RLDLoss"
@@ -151,7 +153,9 @@ def _chapter(part: Part, run_sets: list[tuple[str, And]], group: bool) -> list[A
 
 def _title(pairs: Sequence[str], data: str | None) -> str:
     title = " of ".join(filter(None, ["RLD and its baselines", ", ".join(pairs)])) + (f" on {data}" if data else "")
-    return title if len(title) <= 128 else f"RLD and its baselines of {pairs[0]} and {len(pairs) - 1} more pairs"
+    if len(title) > _LONGEST_TITLE and len(pairs) > 1:
+        title = f"RLD and its baselines of {pairs[0]} and {len(pairs) - 1} more pairs"
+    return title[:_LONGEST_TITLE]
 
 
 def _rows(panels: list[Any]) -> list[Any]:
@@ -262,8 +266,14 @@ def save_dashboard(
         dry_run: a file to write instead; needs neither a key nor a network.
 
     Raises:
-        UserError: there is no key, or W&B is unreachable or refuses.
+        UserError: there is no key, W&B is unreachable or refuses, or a name is not a line of text.
     """
+    named = {"--entity": [entity], "--project": [project], "--pair": pairs, "--data": [data]}
+    for option, value in ((option, value) for option, values in named.items() for value in values):
+        if value is not None and not is_line(value):
+            raise UserError(
+                f"{option}={value!r} must be a line of 1 to {LONGEST_TEXT} characters, without control ones."
+            )
     pairs = [label_of(pair) for pair in pairs]
     if dry_run is not None:
         with user_errors():

@@ -153,6 +153,22 @@ def test_file_that_cannot_be_written_is_refused(tmp_path):
         save_dashboard("me", "p", [], dry_run=tmp_path / "file" / "x.json")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "", "x" * 301])
+def test_names_that_are_no_lines_are_refused(tmp_path, name):
+    for option, arguments in (
+        ("--project", (None, name, [])),
+        ("--pair", (None, "p", [name])),
+        ("--data", (None, "p", [], name)),
+    ):
+        with pytest.raises(UserError, match=rf"^{option}=.* must be a line of 1 to 300 characters"):
+            save_dashboard(*arguments, dry_run=tmp_path / "d.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_name_shortens_the_title():
+    assert len(build_dashboard("", data="x" * 300).report.title) == 128
+
+
 def test_pairs_get_separate_views_and_run_sets(tmp_path):
     three = build_dashboard("me", "p", ["a_to_b", "c_to_d", "e_to_f"])
     assert [view.name.split(": ")[1] for view in three.views] == ["a_to_b"] * 2 + ["c_to_d"] * 2 + ["e_to_f"] * 2
