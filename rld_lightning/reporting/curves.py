@@ -1,6 +1,7 @@
 """The learning curves of a run as one picture."""
 
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ NOT_LOSS_TERMS = {
     *("train/images_per_s", "train/grad_norm"),
 }
 
+_RATE = "Learning rate"
 _MIN_IMAGES = 20  # images, too few for a meaningful percentage
 
 
@@ -28,6 +30,7 @@ _MIN_IMAGES = 20  # images, too few for a meaningful percentage
 def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     """Draws a run's accuracy, loss terms and their shares, teacher statistics, gradient norm and learning rate.
 
+    There is a panel for each of these that the run has logged: a loss of one term has no shares.
     A partly trained epoch is drawn at its fraction: 60 of 782 steps at 0.08. The accuracy on images that the teacher
     gets wrong is omitted if these are fewer than 20 validation images.
 
@@ -55,23 +58,25 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     if summary is not None and summary.images * (1 - (summary.teacher_top1 or 0) / 100) < _MIN_IMAGES:
         del on_validation["val/top1_teacher_wrong"]
     on_training = {name: f"{name.removeprefix('stats/').replace('_', ' ')}, train" for name in statistics}
-    # Title, unit, labels by logged name, and the text of an empty panel.
+    losses = terms if len(terms) == 1 else {"train/loss": "sum", **terms}
+    # Title, unit, labels by logged name.
     panels = [
-        ("Student accuracy", "%", {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"}, ""),
-        (
-            *("Loss terms (weighted) and validation cross-entropy", "nats"),
-            *({"train/loss": "sum", **terms, "val/ce": "val ce"}, ""),
-        ),
-        ("Share of each term in the loss", "%", shares, "the loss has one term"),
-        ("Teacher and statistics of the loss", "%", on_validation | on_training, "no teacher in this run"),
-        ("Gradient norm, before clipping", "", {"train/grad_norm": "mean over the epoch"}, "not logged in this run"),
-        ("Learning rate", "", {name: name for name in rates}, "too few steps to be logged"),
+        ("Student accuracy", "%", {"train/top1": "train top-1", "val/top1": "val top-1", "val/top5": "val top-5"}),
+        ("Loss terms (weighted) and validation cross-entropy", "nats", {**losses, "val/ce": "val ce"}),
+        ("Share of each term in the loss", "%", shares),
+        ("Teacher and statistics of the loss", "%", on_validation | on_training),
+        ("Gradient norm, before clipping", "", {"train/grad_norm": "mean over the epoch"}),
+        (_RATE, "", {name: name for name in rates}),
     ]
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    tables = {title: rates if title == _RATE else metrics for title, *_ in panels}
+    drawn = [panel for panel in panels if tables[panel[0]].filter(panel[2]).notna().any(axis=None)] or panels[:1]
+    rows = min(2, len(drawn))
+    columns = ceil(len(drawn) / rows)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     figure.suptitle(f"{title}; val: {summary.validation_images}\n" if summary else f"{title}\n")
-    for axes, (heading, unit, labels, nothing) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        by_step = heading == "Learning rate"
-        table = rates if by_step else metrics
+    grid = figure.add_gridspec(rows, columns)
+    for position, (heading, unit, labels) in zip(grid, drawn, strict=False):
+        axes, by_step, table = figure.add_subplot(position), heading == _RATE, tables[heading]
         for name in (name for name in labels if name in table):
             values = table[name].dropna()
             marker = "." if len(values) < 40 else None
@@ -81,7 +86,9 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
         if not by_step:
             tick_whole_epochs(axes, metrics.index)
         if not axes.has_data():
-            axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes)
+        elif len(axes.lines) > 4:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small", frameon=False)
         elif not by_step:
             axes.legend(frameon=True, framealpha=0.8, edgecolor="none")  # may cover a line
         axes.grid(alpha=0.3)

@@ -149,3 +149,19 @@ def test_percentages_of_few_images_are_not_drawn(tmp_path, monkeypatch, teacher_
     plot_curves(run, "title", summary)
     assert round(summary.images * (100 - teacher_top1) / 100) in (19, 21)
     assert ("student right where teacher is wrong, val" in labels) == drawn
+
+
+def test_only_what_was_logged_has_a_panel(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    for lines in (["0,9,1.0,1.0,2.0,40"], []):
+        text = "\n".join(["epoch,step,train/loss,train/ce,val/ce,val/top1", *lines])
+        (tmp_path / "metrics.csv").write_text(text + "\n")
+        plot_curves(tmp_path, "title")
+    drawn, empty = ({axes.get_title(): [line.get_label() for line in axes.lines] for axes in f.axes} for f in figures)
+    assert drawn == {
+        "Student accuracy": ["val top-1"],
+        "Loss terms (weighted) and validation cross-entropy": ["ce", "val ce"],
+    }
+    assert empty == {"Student accuracy": []}
