@@ -74,9 +74,8 @@ def plot_curves(run: Path, title: str, summary: Summary | None = None) -> Path:
     columns = ceil(len(drawn) / rows)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     figure.suptitle(f"{title}; val: {summary.validation_images}\n" if summary else f"{title}\n")
-    grid = figure.add_gridspec(rows, columns)
-    for position, (heading, unit, labels) in zip(grid, drawn, strict=False):
-        axes, by_step, table = figure.add_subplot(position), heading == _RATE, tables[heading]
+    for number, (heading, unit, labels) in enumerate(drawn, 1):
+        axes, by_step, table = figure.add_subplot(rows, columns, number), heading == _RATE, tables[heading]
         for name in (name for name in labels if name in table):
             values = table[name].dropna()
             marker = "." if len(values) < 40 else None
