@@ -268,7 +268,12 @@ def save_dashboard(
     Raises:
         UserError: there is no key, W&B is unreachable or refuses, or a name is not a line of text.
     """
-    named = {"--entity": [entity], "--project": [project], "--pair": pairs, "--data": [data]}
+    named: dict[str, Sequence[str | None]] = {
+        "--entity": [entity],
+        "--project": [project],
+        "--pair": pairs,
+        "--data": [data],
+    }
     for option, value in ((option, value) for option, values in named.items() for value in values):
         if value is not None and not is_line(value):
             raise UserError(
