@@ -163,6 +163,9 @@ class Sweep(Callback):
                 "Optuna would choose the luckiest seed; sweep with one, then repeat the best setting with seed=0,1,2."
             )
         check_swept(config, listed=not optuna)
+        if not any(key.partition(".")[0] == "data" for key in swept):
+            with user_errors():
+                _data(config, folder).prepare_data()  # once: if it cannot be downloaded, no trial begins
         self._lock = lock_folder(folder, ".sweep.lock", "swept")  # until the process ends; trials have their own
         refuse_another_sweep(folder, swept, fixed, values_too=optuna)
         self._train_first(config, swept, fixed, folder)

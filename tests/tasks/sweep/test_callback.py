@@ -455,10 +455,11 @@ def test_directory_with_other_settings_is_left_unchanged(cfg):
             ["loss.alpha=1,2", "data=imagefolder", "data.root=/dev/null/nowhere/photos"],
             "/dev/null/nowhere/photos is not a folder",
         ),
+        (["seed=0,1", "data.root={tmp_path}", "data.url=file:///nowhere.tar.gz"], "Downloading file:///nowhere.tar.gz"),
     ],
 )
 def test_error_of_every_trial_is_raised_before_the_first(start, tmp_path, capsys, command, sentence):
     with pytest.raises(SystemExit):
-        start(*command)
+        start(*(option.format(tmp_path=tmp_path) for option in command))
     assert sentence in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "sweep").exists()
