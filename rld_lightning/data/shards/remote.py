@@ -36,6 +36,21 @@ def join(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}"
 
 
+def check_address(address: str) -> str:
+    """Returns the scheme of a URL.
+
+    Raises:
+        ValueError: it is not one of ``SCHEMES``.
+    """
+    scheme = address.partition("://")[0].lower()
+    if scheme not in SCHEMES or "::" in address:
+        raise ValueError(
+            f"{address} cannot be opened: addresses of shards are paths or begin with file://, http://, https://, "
+            "s3:// or gs://."
+        )
+    return scheme
+
+
 def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[AbstractFileSystem, str]:
     """Returns the file system of a URL, and the path in it.
 
@@ -49,13 +64,7 @@ def open_store(address: str, options: dict[str, Any] | None = None) -> tuple[Abs
         ImportError: the file system's package is not installed.
         ValueError: the URL's scheme is not one of ``SCHEMES``.
     """
-    options = dict(options or {})
-    protocol = address.partition("://")[0].lower()
-    if protocol not in SCHEMES or "::" in address:
-        raise ValueError(
-            f"{address} cannot be opened: addresses of shards are paths or begin with file://, http://, https://, "
-            "s3:// or gs://."
-        )
+    options, protocol = dict(options or {}), check_address(address)
     if protocol in ("http", "https"):
         import aiohttp  # here, as the import takes a tenth of a second
 

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
-from rld_lightning.data.shards.remote import get_file, get_range, local_path, open_store, reason
+from rld_lightning.data.shards.remote import check_address, get_file, get_range, local_path, open_store, reason
 from rld_lightning.errors import UserError
 
 ATTEMPTS = 3
@@ -53,11 +53,15 @@ class ShardStore:
         self.options = options
 
     def check(self) -> None:
-        """Checks before a run whether the shards can be read: here the first and the last one.
+        """Checks before a run whether the shards can be read: here all addresses, and the first and the last shard.
 
         Raises:
+            ImportError: the package of an address's scheme is not installed.
             ShardError: one is missing or has another length than in the index.
+            ValueError: an address cannot be opened.
         """
+        for address in {check_address(address): address for address in self.addresses}.values():
+            open_store(address, self.options)
         for shard in {0, len(self.addresses) - 1}:
             size = self._request(shard, lambda store, path: store.info(path).get("size"))
             if size is not None:  # not every HTTP server sends it
@@ -237,7 +241,7 @@ class CachedShards(ShardStore):
             if _is_plain(target):  # another process has downloaded it
                 return target
             # Else dozens of workers would each retry a slow server.
-            if _is_plain(failed) and started < _last_use(failed) <= time.time():
+            if _is_plain(failed) and started < _last_use(failed) < time.time() + FAILED_SECONDS:
                 raise ShardError(failed.read_text(errors="replace"))
             while not self._reserve(part, self.sizes[shard]):
                 time.sleep(WAIT_SECONDS)

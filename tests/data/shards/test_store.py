@@ -311,7 +311,7 @@ def test_file_systems_that_read_local_files_or_wrap_others_are_refused_in_one_se
     with pytest.raises(ValueError, match=rf"^{re.escape(address)} cannot be opened{sentence}"):
         open_store(address)
     # Likewise for an index written by someone else.
-    change(shards, lambda index: index["shards"]["train"][0].update(path=address))
+    change(shards, lambda index: index["shards"]["train"][len(index["shards"]["train"]) // 2].update(path=address))
     with (
         serve(shards) as (server, _),
         pytest.raises(ValueError, match=f"{re.escape(address)} cannot be opened{sentence}"),
