@@ -55,7 +55,7 @@ gather() {
 
 gather_meanwhile() { # gathers beside the next stage, which begins with seconds of imports; only if a stage has run since
     [ "$RAN" ] || return 0
-    wait $GATHERING
+    wait $GATHERING 2>/dev/null # not a child any more if all were waited for
     gather &
     GATHERING=$! RAN=
 }
