@@ -84,7 +84,7 @@ def test_similar_names_are_suggested_for_an_unknown_one(name, meant):
 
 
 def test_without_a_similar_name_the_message_still_tells_how_to_list():
-    with pytest.raises(ValueError, match=r"unknown model 'qqq'\. list_models\(\) lists all"):
+    with pytest.raises(ValueError, match=r"unknown model 'qqq'\. rld_lightning\.list_models\(\) lists all"):
         create_model("qqq")
 
 
