@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rld_lightning.distributed import gathered, own_part
 from rld_lightning.errors import UserError, some
+from rld_lightning.mps import widest_float
 
 _WEIGHT = "weight"  # its key in a state, beside the names
 
@@ -82,13 +83,14 @@ class EpochMeans:
 
 
 def counts(values: Iterable[Tensor], weight: int) -> Tensor:
-    """Multiplies scalars, means over ``weight`` samples, by the weight and appends it; returns float64 ``(N + 1,)``.
+    """Multiplies scalars, means over ``weight`` samples, by the weight and appends it.
+
+    Returns ``(N + 1,)``, in float64 if the device has it.
 
     The scalars may already be stacked.
     """
     counted = values if isinstance(values, Tensor) else torch.stack([value.detach() for value in values])
-    if counted.device.type != "mps":  # which has no float64
-        counted = counted.double()
+    counted = counted.to(widest_float(counted.device))
     # Means over no samples are NaN, and so is zero times NaN.
     counted = counted * weight if weight else torch.zeros_like(counted)
     return F.pad(counted, (0, 1), value=weight)
@@ -101,8 +103,8 @@ def top_k_percent(logits: Tensor, label: Tensor, k: int) -> Tensor:
 
 
 def percent(true: Tensor) -> Tensor:
-    """Returns the percentage of True along the last dimension, in float64 except on MPS, which has none."""
-    return 100 * true.mean(-1, dtype=torch.float32 if true.device.type == "mps" else torch.float64)
+    """Returns the percentage of True along the last dimension, in float64 if the device has it."""
+    return 100 * true.mean(-1, dtype=widest_float(true.device))
 
 
 def term_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

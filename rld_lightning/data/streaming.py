@@ -290,7 +290,8 @@ class StreamingLoader(EpochLoader):
                 yield self._empty()
                 continue
             self._some_readable = True
-            label, index, *views = (values.to(self.device, non_blocking=True) for values in stacked.tensors)
+            queued = self.device.type == "cuda"  # else a copy may come after its source, which is not pinned, is gone
+            label, index, *views = (values.to(self.device, non_blocking=queued) for values in stacked.tensors)
             images, *strong = (self.normalize(view.permute(0, 2, 3, 1).contiguous()) for view in views)
             yield Batch(images, label, index, strong[0] if strong else None)
 

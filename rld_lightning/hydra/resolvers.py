@@ -50,14 +50,15 @@ def network(name: str | None) -> str | None:
 def fast_precision(accelerator: str = "auto") -> str:
     """Returns ``bf16-mixed`` if the hardware has bfloat16 instructions, else ``32-true``.
 
-    NVIDIA GPUs have them from compute capability 8.0, and CPUs with AVX512-BF16 or AMX.
+    NVIDIA GPUs have them from compute capability 8.0, and CPUs with AVX512-BF16 or AMX. Apple's GPUs train in float32.
     """
     import torch
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         fast = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        fast = accelerator in ("auto", "cpu") and _cpu_has_bfloat16()
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
+        fast = on_cpu and _cpu_has_bfloat16()
     return "bf16-mixed" if fast else "32-true"
 
 

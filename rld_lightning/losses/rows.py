@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rld_lightning.losses.numerics import bounded, standardize
 from rld_lightning.losses.ranges import check_ranges, ranges_of
+from rld_lightning.mps import lacks, widest_float
 
 P = ParamSpec("P")
 
@@ -135,8 +136,8 @@ def check_rows(
         raise ValueError(f"logits need at least 2 classes in dimension 1, got shape {tuple(student_logits.shape)}.")
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    if temperature > 100 and student_logits.device.type != "mps":
-        dtype = torch.float64
+    if temperature > 100:
+        dtype = widest_float(student_logits.device)
     if label is not None:
         check_tensor("label", label)
         check_label_form(label, student_logits)
@@ -203,12 +204,13 @@ def check_labels(label: Tensor, num_classes: int, ignore_index: int) -> None:
     """Checks that labels (ignored ones removed or set to 0) are in ``[0, C)``.
 
     Raises:
-        ValueError: a label is not. (On an accelerator: an assertion on the device, see :func:`logit_rows`.)
+        ValueError: a label is not. (On an accelerator: an assertion on the device if PyTorch has it there, see
+            :func:`logit_rows`.)
     """
     if torch.compiler.is_compiling() or not label.numel():
         return
     in_range = label == label.clamp(0, num_classes - 1)
-    if label.device.type != "cpu":
+    if label.device.type != "cpu" and not lacks("_assert_async.msg", label.device):
         # Reading the value would synchronise with the device in every step.
         torch._assert_async(in_range.all(), f"label outside [0, {num_classes}) and not ignore_index={ignore_index}")
     elif not in_range.all():

@@ -81,4 +81,6 @@ def clock(device: torch.device) -> float:
     """Waits until a device has finished its work, and reads the clock: seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()

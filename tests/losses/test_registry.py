@@ -18,7 +18,7 @@ from rld_lightning.losses import (
 )
 
 FOLDER = Path(__file__).parent
-NOT_OF_ONE_LOSS = ("test_registry.py", "test_on_gpu.py", "test_golden.py", "test_combined.py")
+NOT_OF_ONE_LOSS = ("test_registry.py", "test_on_gpu.py", "test_on_apple_gpu.py", "test_golden.py", "test_combined.py")
 
 MSE = '''
 from rld_lightning.losses.base import DistillationLoss

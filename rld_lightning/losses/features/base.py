@@ -219,7 +219,26 @@ def pool_to_smaller(student: Tensor, teacher: Tensor, largest: int | None = None
     allowed = student.shape[2:] if largest is None else (largest, largest)
     height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], allowed, strict=True))
     pooled = [
-        feature if feature.shape[2:] == (height, width) else nn.functional.adaptive_avg_pool2d(feature, (height, width))
+        feature if feature.shape[2:] == (height, width) else average_pool(feature, (height, width))
         for feature in (student, teacher)
     ]
     return pooled[0], pooled[1]
+
+
+def average_pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pools a map ``(B, channels, H, W)`` to a height and width, as ``adaptive_avg_pool2d`` does.
+
+    On an Apple GPU, that function needs a size that divides the map's; pooling is linear, so here two matrices do it.
+    """
+    (height, width), (rows, columns) = feature.shape[2:], size
+    if feature.device.type != "mps" or not (height % rows or width % columns):
+        return nn.functional.adaptive_avg_pool2d(feature, size)
+    down, across = window_means(height, rows).to(feature), window_means(width, columns).to(feature)
+    return down @ feature @ across.mT
+
+
+def window_means(length: int, windows: int) -> Tensor:
+    """Returns the matrix ``(windows, length)`` that averages each window of ``adaptive_avg_pool1d``."""
+    place, window = torch.arange(length), torch.arange(windows).unsqueeze(1)
+    inside = (place >= window * length // windows) & (place < ((window + 1) * length - 1) // windows + 1)
+    return inside / inside.sum(1, keepdim=True)

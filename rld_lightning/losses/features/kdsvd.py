@@ -12,6 +12,7 @@ from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Count, Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
+from rld_lightning.mps import where_it_runs
 
 # Each teacher vector is matched with one of the student's first ``num_vectors + SPARE_VECTORS`` vectors.
 SPARE_VECTORS = 3
@@ -80,7 +81,8 @@ def _aligned_vectors(student: Tensor, teacher: Tensor, num_vectors: int) -> tupl
     """Returns both networks' right singular vectors times the teacher's singular values, ``(B, W, n)``."""
     # Right singular vectors are the eigenvectors of a small Gram matrix (W, W); one batched call for both networks.
     gram, teacher_gram = (_columns_gram(feature) for feature in (student, teacher))
-    squares, vectors = torch.linalg.eigh(torch.cat([gram.detach(), teacher_gram]))
+    squares, vectors = torch.linalg.eigh(where_it_runs("_linalg_eigh", torch.cat([gram.detach(), teacher_gram])))
+    squares, vectors = squares.to(gram.device), vectors.to(gram.device)
     (squares, teacher_squares), (vectors, teacher_vectors) = squares.chunk(2), vectors.chunk(2)
 
     # Eigenvalues come in ascending order.

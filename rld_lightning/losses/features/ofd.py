@@ -77,8 +77,8 @@ def batch_norm_margin(scale: Tensor, shift: Tensor) -> Tensor:
         ``(channels,)``, at most 0, in the type of ``scale``.
     """
     # With a scale of 0, x is constant: the limit is the shift if it is negative, and 0 otherwise.
-    sigma = scale.detach().double().abs().clamp(min=torch.finfo(torch.float64).tiny)
-    mean = shift.detach().double()
+    sigma = scale.detach().cpu().double().abs().clamp(min=torch.finfo(torch.float64).tiny)
+    mean = shift.detach().cpu().double()
     ratio = mean / sigma
     negative = torch.special.ndtr(-ratio)
     density = (-ratio.square() / 2).exp() / math.sqrt(2 * math.pi)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rld_lightning.losses.base import Epochs
-from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, check_pairs
+from rld_lightning.losses.features.base import BatchNorm2d, FeatureLoss, average_pool, check_pairs
 from rld_lightning.losses.numerics import total
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
@@ -44,7 +44,7 @@ def reviewkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, weigh
             )
         difference = ours - theirs.detach()
         # Pooling is linear, so the difference can be pooled instead of both maps.
-        levels = [difference, *(F.adaptive_avg_pool2d(difference, size) for size in (4, 2, 1) if size < ours.shape[2])]
+        levels = [difference, *(average_pool(difference, (size, size)) for size in (4, 2, 1) if size < ours.shape[2])]
         shares = [0.5**level for level in range(len(levels))]
         means = (share * level.square().mean() for share, level in zip(shares, levels, strict=True))
         stages.append(total(means) / sum(shares))

@@ -8,6 +8,7 @@ from rld_lightning.losses.features.base import FeatureLoss, check_pairs
 from rld_lightning.losses.ranges import Weight, checked
 from rld_lightning.losses.registry import register_loss
 from rld_lightning.models.stages import Stages
+from rld_lightning.mps import where_it_runs
 
 
 @checked
@@ -52,8 +53,8 @@ def rkd_loss(
 
 def _distances(feature: Tensor) -> Tensor:
     """Returns the distances between all samples, ``(B, B)``; for equal samples exactly 0, with gradient 0."""
-    feature = feature.flatten(1)
-    return torch.cdist(feature, feature, compute_mode="donot_use_mm_for_euclid_dist")
+    values = where_it_runs("_cdist_backward", feature.flatten(1))
+    return torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").to(feature.device)
 
 
 def _relative(distance: Tensor, squared: bool) -> Tensor:

@@ -104,6 +104,8 @@ def _peak_memory(device: torch.device) -> float:
     """Returns this process's peak memory in GB: of its GPU, or else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9  # grows only: the allocator keeps what is freed
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
