@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rld_lightning.models.registry import canonical_name
+from rld_lightning.models.teacher.teacher_store import SEARCHED, SOURCES
 from rld_lightning.redact import redact
 from rld_lightning.runs.files import CONFIG, read_config, weights_in
 from rld_lightning.runs.naming import class_name
@@ -119,7 +120,7 @@ _SYNONYMS = {
 _MOST_SHOWN = 300  # characters
 _FILES = ("model.teacher.weights", "model.teacher.start", "model.student.weights")
 _NETWORKS = ("model.teacher.name", "model.student.name")
-_NO_FILES = ("None", "auto", "fit", "pretrained", "published")
+_NO_FILES = ("None", *SOURCES)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -263,7 +264,7 @@ def changes(before: Mapping[str, str], cfg: DictConfig) -> dict[str, tuple[str, 
         before: the result of :func:`settings` for the earlier run.
     """
     now = settings(redact(OmegaConf.to_container(cfg, resolve=True)))  # as in written files
-    if now.get("model.teacher.weights") in ("auto", "fit", "published"):  # any file may have been chosen
+    if now.get("model.teacher.weights") in SEARCHED:  # any file may have been chosen
         now.pop("model.teacher.weights")
     for key in [key for key in ("data.batch_size", "recipe.batch_size") if now.get(key) == "auto"]:  # any size
         now.pop(key)

@@ -10,7 +10,7 @@ from rld_lightning.errors import user_errors
 from rld_lightning.hydra.checks.targets import check_parts
 from rld_lightning.losses.kd import KDLoss
 from rld_lightning.models.imported import trust
-from rld_lightning.models.teacher.teacher_store import TeacherStore
+from rld_lightning.models.teacher.teacher_store import SEARCHED, TeacherStore
 from rld_lightning.tasks.run.build import adopt_normalisation, set_up
 from rld_lightning.tasks.run.checks import check_network
 from rld_lightning.tasks.run.fold_and_compile import fold_teacher
@@ -48,7 +48,7 @@ def cache(cfg: DictConfig) -> Path:
         data = make_data(cfg.data)
         set_up(data, strong_view=False)
         usual = adopt_normalisation(plan_student(cfg.model.student), data, cfg.data)
-        if planned.weights in ("auto", "fit", "published"):  # others determine their own input
+        if planned.weights in SEARCHED:  # others determine their own input
             check_network(planned.name, data, other_sizes="image_size" in cfg.data)
         store = TeacherStore(Path(cfg.paths.teachers))
         weights = find_teacher(planned, data.name, store)

@@ -16,8 +16,9 @@ from rld_lightning.models.weights.read import WeightsError, read_metadata, read_
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.models.weights.seal import is_damaged
 
-# Values of model.teacher.weights that are found, downloaded or trained when a run starts; any other is a path.
-SOURCES = ("auto", "fit", "published", "pretrained")
+# Values of model.teacher.weights for which the store is searched; what it lacks is downloaded or trained.
+SEARCHED = ("auto", "fit", "published")
+SOURCES = (*SEARCHED, "pretrained")  # any other value is a path
 
 _WAYS_OUT = (
     f"{GIVE_A_FILE}, use a published teacher with model.teacher.weights=published "
@@ -132,7 +133,7 @@ def resolve_teacher_weights(
         FileNotFoundError: ``spec`` is a path, and there is no such file.
         ValueError: there is no such teacher, or it cannot be downloaded (``DownloadError``).
     """
-    if spec not in ("auto", "published", "fit"):
+    if spec not in SEARCHED:
         return teacher_file(spec)
     stored = store.find(dataset, name)
     if spec == "fit" and not store.has(dataset, name):

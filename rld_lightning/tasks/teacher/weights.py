@@ -13,7 +13,7 @@ from rld_lightning.distributed import devices_per_node, rank_zero_only
 from rld_lightning.errors import UserError
 from rld_lightning.models.input_size import split_size
 from rld_lightning.models.registry import canonical_name
-from rld_lightning.models.teacher.teacher_store import TeacherStore, resolve_teacher_weights
+from rld_lightning.models.teacher.teacher_store import SEARCHED, TeacherStore, resolve_teacher_weights
 from rld_lightning.models.weights.read import split_part
 from rld_lightning.runs.checkpoint import RunRecord
 from rld_lightning.runs.files import STUDENT
@@ -51,7 +51,7 @@ def find_teacher(
             if not split_part(file)[0].is_file():
                 raise FileNotFoundError(f"there is no teacher's weights file at {file}: an ensemble is one of files.")
         return teacher.weights
-    looked_for = teacher.weights in ("auto", "fit", "published")
+    looked_for = teacher.weights in SEARCHED
     if record is not None and looked_for and (before := _file_of(*record.teacher, teacher.name)) is not None:
         print_line("teacher", f"the one that the run had before: {before}")
         return before
