@@ -44,7 +44,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, keep: bool) -
         OSError: it cannot be written; the old file is unchanged.
     """
     torch.save(checkpoint, saved := BytesIO())
-    write_whole(path, seal_checkpoint(saved), previous=previous_of(path) if keep else None)
+    with seal_checkpoint(saved) as content:
+        write_whole(path, content, previous=previous_of(path) if keep else None)
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> tuple[dict[str, Any], Path]:

@@ -219,6 +219,7 @@ def train(folder, *callbacks, epochs=3, resume=None, **options):
     return trainer.lightning_module.state_dict()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # of a buffer that is still in use
 @pytest.mark.parametrize("end", [None, KeyError("stop"), SystemExit(143)])
 def test_run_goes_on_while_its_checkpoint_is_written_and_waits_for_it_at_its_end(tmp_path, disk, end):
     def stop():
