@@ -62,19 +62,24 @@ def full_keys(values: Any, prefix: str = "") -> Iterator[str]:
 
 def unknown_key(key: str, known: Iterable[str]) -> tuple[str, list[str]]:
     """Returns a sentence about an unknown key, and the keys that may have been meant."""
-    if options := _options_with(key):
-        return f"{key} is not known without {' or '.join(options[:3])}; add one to the command.", options
+    if choices := _options_with(key):
+        return f"{key} is not known without {' or '.join(choices[:3])}; add one to the command.", choices
     known = list(known)
     group, _, name = key.rpartition(".")
     names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
     meant = [names[near] for near in get_close_matches(name, names, n=2, cutoff=0.7)] if group else []
-    # A user who names an existing group hardly means a key that is merely similar in another.
-    meant = meant or _near_leaves(name, known, 1.0 if names and group else 0.8)
-    meant = meant or ([] if names and group else get_close_matches(key, known, n=2, cutoff=0.8))
+    if group and names:
+        # A user who names an existing group hardly means a key that is merely similar in another.
+        within = [other for other in known if other.startswith(f"{group.partition('.')[0]}.")]
+        meant = meant or _near_leaves(name, within, 1.0)
+        if not meant:
+            options = ", ".join(sorted(other for other in names if not other.startswith("_")))
+            meant = _near_leaves(name, known, 1.0)
+            elsewhere = f" Or did you mean {' or '.join(meant)}?" if meant else ""
+            return f"{key} is not known; {group} has {options}.{elsewhere}", meant
+    meant = meant or _near_leaves(name, known, 0.8) or get_close_matches(key, known, n=2, cutoff=0.8)
     if meant:
         return f"{key} is not known. Did you mean {' or '.join(meant)}?", meant
-    if group and names:
-        return f"{key} is not known; {group} has {', '.join(sorted(names))}.", []
     own = [other for other in known if "." not in other]
     if not group and 0 < len(known) <= 2 * len(own):  # a script with few keys and no config groups
         return f"{key} is not known; there are {', '.join(own)}.", []
