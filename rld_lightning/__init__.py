@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rld_lightning.package_files import __version__ as __version__
+
 if TYPE_CHECKING:
     from rld_lightning.losses import (
         CELoss,
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from rld_lightning.models.teacher import FrozenTeacher
     from rld_lightning.models.weights.verify import load_weights
     from rld_lightning.module import DistillationModule
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CELoss",

@@ -14,9 +14,8 @@ from types import ModuleType
 
 from rld_lightning import __version__
 from rld_lightning.errors import did_you_mean
-from rld_lightning.package_files import package_folder
+from rld_lightning.package_files import PROGRAM, package_folder
 
-PROGRAM = "rld-lightning"
 _HELP = {"-h", "--help"}
 _COMPLETION = "-sc"  # as in Hydra's scripts
 _CONFIG_DIR = re.compile(r"(-cd|--config-dir)[ =](\S+) ")
@@ -36,15 +35,15 @@ def main() -> None:
     """
     words = sys.argv[1:]
     scripts = commands()
-    if words and words[0] in scripts:
+    if {"-V", "--version"} & {*words}:
+        print(PROGRAM, __version__)
+    elif words and words[0] in scripts:
         _import_from_working_folder()
         path = scripts[words[0]]
         with _installed_commands_in_help(scripts) if _HELP & {*words} else nullcontext():
             run_script(path, str(path), words[1:])  # by its path, so that further processes can start it
     elif words[:1] == [_COMPLETION]:
         _complete(scripts, words)
-    elif words in (["-V"], ["--version"]):
-        print(PROGRAM, __version__)
     elif not words or words[0] in _HELP:
         print(f"usage: {PROGRAM} COMMAND ...\n")
         for name, path in scripts.items():

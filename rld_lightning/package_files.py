@@ -1,9 +1,11 @@
-"""Locates the package's configuration and scripts, and formats the commands that call the scripts."""
+"""The package's version, the places of its configuration and scripts, and the commands that call the scripts."""
 
 import sys
 from pathlib import Path
 from shlex import quote
 
+__version__ = "0.1.0"
+PROGRAM = "rld-lightning"  # the command of an installed wheel
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -20,7 +22,7 @@ def invocation(script: str) -> list[str]:
         script: ``sys.argv[0]``.
     """
     path = Path(script)
-    return ["rld-lightning", path.stem] if path.parent == _PACKAGE / "scripts" else ["python", script]
+    return [PROGRAM, path.stem] if path.parent == _PACKAGE / "scripts" else ["python", script]
 
 
 def script_command(name: str) -> str:
@@ -36,4 +38,4 @@ def script_command(name: str) -> str:
     scripts = package_folder("scripts")
     running = Path(sys.argv[0])
     folder = running.parent if running.resolve().parent == scripts else Path("scripts")
-    return " ".join(["rld-lightning", name] if scripts.parent == _PACKAGE else ["python", quote(f"{folder / name}.py")])
+    return " ".join([PROGRAM, name] if scripts.parent == _PACKAGE else ["python", quote(f"{folder / name}.py")])

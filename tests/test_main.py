@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rld_lightning import __main__ as command
+from rld_lightning import __version__
 from rld_lightning.package_files import invocation, package_folder, script_command
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,6 +35,12 @@ def test_every_script_is_a_command_with_its_first_words_as_help(called, capsys):
     for script in (REPOSITORY / "scripts").glob("*.py"):
         assert f"\n  {script.stem:12}" in text
     assert "\n  fit         Train a student\n" in text
+
+
+@pytest.mark.parametrize("words", [("--version",), ("-V",), ("fit", "--version"), ("report", "-V")])
+def test_every_command_tells_the_version(called, capsys, words):
+    called(*words)
+    assert capsys.readouterr().out == f"rld-lightning {__version__}\n"
 
 
 def test_an_unknown_command_ends_in_a_sentence(called, capsys):

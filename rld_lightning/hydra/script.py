@@ -24,10 +24,9 @@ from rld_lightning.hydra.compose import SWEEP, expand_combined_loss, flags_first
 from rld_lightning.hydra.options import CONF, register_options
 from rld_lightning.hydra.quoting import PATHS, with_quotes
 from rld_lightning.hydra.unused_folder import remove_unused_folder
+from rld_lightning.package_files import PROGRAM, __version__
 from rld_lightning.redact import remember
 from rld_lightning.runs.files import CHOICES, HYDRA, OVERRIDES, SWEEPER, write_yaml
-
-_NO_PATHS = ("auto", "fit", "published", "pretrained")  # values of ``weights`` that are not paths
 
 
 def run_task(task: Callable[[DictConfig], float | None], config_name: str, *overrides: str) -> None:
@@ -39,6 +38,9 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     On a signal it exits with code 128 + its number, and one sentence.
     """
 
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(PROGRAM, __version__)
+        return
     quiet_lightning()
     if not _only_prints(sys.argv[1:]):
         print_line("start", "composing the configuration, then loading PyTorch and Lightning")
@@ -98,6 +100,8 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
 
 def with_absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
     """Returns a copy of a config, with its relative paths resolved in a folder."""
+    from rld_lightning.models.teacher.teacher_store import SOURCES  # here: imports PyTorch
+
     other = deepcopy(cfg)
     for key in PATHS:
         group, _, name = key.rpartition(".")
@@ -105,7 +109,7 @@ def with_absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
         if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_interpolation(node, name):
             continue
         value = node[name]
-        if isinstance(value, str) and value not in _NO_PATHS and "://" not in value and not value.startswith("~"):
+        if isinstance(value, str) and value not in SOURCES and "://" not in value and not value.startswith("~"):
             OmegaConf.update(other, key, str(folder / value))
     return other
 

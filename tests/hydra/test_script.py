@@ -6,6 +6,7 @@ import time
 import pytest
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from rld_lightning import __version__
 from rld_lightning.errors import UserError
 from rld_lightning.hydra.script import _explain, exit_on_user_error, run_task
 
@@ -18,6 +19,12 @@ def test_an_unknown_flag_prints_a_sentence(monkeypatch, capsys):
     assert stop.value.code == 2
     assert printed.out.startswith("error: --epochs is not known. Options are written key=value")
     assert not printed.err
+
+
+def test_the_version_is_the_packages_and_not_hydras(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fit.py", "seed=1", "--version"])
+    run_task(lambda cfg: pytest.fail("ran"), "fit")
+    assert capsys.readouterr().out == f"rld-lightning {__version__}\n"
 
 
 def test_a_folder_that_cannot_be_created_is_named(monkeypatch):
