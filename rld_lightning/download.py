@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from rld_lightning.progress_bar import BAR, TimeLeft
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0
@@ -174,7 +176,7 @@ def _receive(url: str, path: Path, have: int) -> int | None:
         if total is not None:
             _check_space(path, total - start)
         floor = SpeedFloor()
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (BarColumn(**BAR), DownloadColumn(), TransferSpeedColumn(), TimeLeft())
         bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
         with path.open("ab" if start else "wb") as file, bar:
             task = bar.add_task(f"downloading {url.rpartition('/')[2]}", total=total, completed=start)

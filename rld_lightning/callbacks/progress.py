@@ -12,13 +12,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
 from rich.progress import ProgressColumn, Task, TextColumn
 from rich.table import Column
-from rich.text import Text
 
 from rld_lightning.console import console, duration, print_line
+from rld_lightning.progress_bar import BAR, PRINT_SECONDS, TimeLeft
 
 # Metrics that the bar shows: name as logged, and label.
 _SHOWN = {"loss": "loss", "val/top1": "top-1 %"}
-_PRINT_SECONDS = 60  # between the lines of a run without a terminal
 
 
 class RunProgress(RichProgressBar):
@@ -52,20 +51,39 @@ class RunProgress(RichProgressBar):
         if self.is_enabled and (trainer.is_last_batch or now - self._drawn >= 1 / self.refresh_rate):
             self._drawn = now
             super().on_train_batch_end(trainer, pl_module, *args)
-            if not console.is_terminal and now - self._printed >= _PRINT_SECONDS:
-                self._printed = now
-                self._print(trainer, pl_module)
+            if self._is_time_to_print():
+                epoch = self._get_train_description(trainer.current_epoch).split()[1]
+                batches = f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready}/{trainer.num_training_batches}"
+                values = [f"{name}: {value}" for name, value in self.get_metrics(trainer, pl_module).items()]
+                self._print(trainer, "epoch", epoch, f"batch {batches}", *values)
 
-    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = self._get_train_description(trainer.current_epoch).split()[1]
-        batches = f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready}/{trainer.num_training_batches}"
-        values = [f"{name}: {value}" for name, value in self.get_metrics(trainer, pl_module).items()]
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count the batches of an evaluation."""
+        self._batches = 0
+        self._began = time.monotonic(), 0
+        self._printed = self._began[0]
+        super().on_test_start(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **others: Any) -> None:
+        """Counts a batch."""
+        self._batches += 1
+        super().on_test_batch_end(trainer, *args, **others)
+        if self.is_enabled and self._is_time_to_print():
+            self._print(trainer, "evaluate", f"batch {self._batches}/{sum(trainer.num_test_batches)}")
+
+    def _is_time_to_print(self) -> bool:
+        now = time.monotonic()
+        if console.is_terminal or now - self._printed < PRINT_SECONDS:
+            return False
+        self._printed = now
+        return True
+
+    def _print(self, trainer: Trainer, name: str, *parts: str) -> None:
         seconds = self.seconds_left(trainer)
-        left = [] if seconds is None else [f"{duration(seconds)} left"]
-        print_line("epoch", ", ".join([epoch, f"batch {batches}", *values, *left]))
+        print_line(name, ", ".join([*parts, *([] if seconds is None else [f"{duration(seconds)} left"])]))
 
     def seconds_left(self, trainer: Trainer) -> float | None:
-        """Returns the time left at the mean pace, validation included; None if unknown."""
+        """Returns the time left of the run, or of an evaluation, at the mean pace so far; None if unknown."""
         began, before = self._began
         total = _batches_in_all(trainer)
         if total is None or self._batches <= before:
@@ -75,15 +93,8 @@ class RunProgress(RichProgressBar):
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Returns the columns before the metrics, which Lightning adds."""
-        bar = CustomBarColumn(
-            bar_width=12,
-            complete_style=self.theme.progress_bar,
-            finished_style=self.theme.progress_bar_finished,
-            pulse_style=self.theme.progress_bar_pulse,
-        )
-        line = Column(no_wrap=True)
-        described = TextColumn("{task.description}", table_column=line)
-        return [described, bar, BatchesProcessedColumn(style=""), _TimeLeft(self, trainer)]
+        described = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+        return [described, CustomBarColumn(**BAR), BatchesProcessedColumn(style=""), _TimeLeftOfRun(self, trainer)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Returns the loss and the last accuracy as text."""
@@ -100,25 +111,28 @@ class RunProgress(RichProgressBar):
         if self._metric_component is not None:
             self._metric_component._table_column = Column(no_wrap=True, overflow="ellipsis")
 
+    @property
+    def test_description(self) -> str:
+        """What stands before the bar of an evaluation, of whatever split."""
+        return "Evaluation"
+
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs
         of = f"/{epochs}" if epochs is not None and epochs > 0 else ""
         return f"{f'Epoch {current_epoch + 1}{of}':{len(self.validation_description)}}"
 
 
-class _TimeLeft(ProgressColumn):
-    """Column with the time left of the run, next to the training bar."""
-
-    max_refresh = 0.5  # seconds
+class _TimeLeftOfRun(TimeLeft):
+    """Column with the time left of the run, next to the bar of training or of an evaluation."""
 
     def __init__(self, bar: RunProgress, trainer: Trainer) -> None:
-        super().__init__(Column(no_wrap=True))
+        super().__init__()
         self.bar, self.trainer = bar, trainer
 
-    def render(self, task: Task) -> Text:
-        """Returns the time left; empty until it is known."""
-        seconds = self.bar.seconds_left(self.trainer) if task.id == self.bar.train_progress_bar_id else None
-        return Text("" if seconds is None else f"{duration(seconds)} left", style="dim")
+    def seconds(self, task: Task) -> float | None:
+        """Returns the time left; None until it is known."""
+        own = (self.bar.train_progress_bar_id, self.bar.test_progress_bar_id)
+        return self.bar.seconds_left(self.trainer) if task.id in own else None
 
 
 def _batches_before(trainer: Trainer) -> int:
@@ -129,6 +143,9 @@ def _batches_before(trainer: Trainer) -> int:
 
 def _batches_in_all(trainer: Trainer) -> int | None:
     """Returns None for an unlimited run."""
+    if trainer.testing:
+        batches = sum(trainer.num_test_batches)
+        return None if math.isinf(batches) else int(batches)
     ends = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):
         ends.append(trainer.max_epochs * int(trainer.num_training_batches))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
+from rld_lightning.callbacks import RunProgress
 from rld_lightning.console import print_files, print_line, print_table
 from rld_lightning.data.base import Batch, ImageDataModule
 from rld_lightning.data.imagefolder import ImageFolderDataModule
@@ -168,7 +169,8 @@ def evaluate(cfg: DictConfig, *, classes_shown: int = MOST_CLASSES_SHOWN) -> Eva
         check_network(name, data, model, other_sizes="image_size" in cfg.data, num_classes=len(classes.names))
         print_line("model", f"{name}, weights {weights.source}{f' ({weights.account})' if weights.account else ''}")
         own_renormalise = _own_renormalise(weights, data, cfg.data, name)
-        trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
+        bars = None if cfg.trainer.get("enable_progress_bar") is False else [RunProgress()]
+        trainer = make_trainer(cfg.trainer, logger=False, enable_checkpointing=False, callbacks=bars)
     module = EvaluationModule(model, len(classes.names), classes.class_of, own_renormalise)
     test_with(trainer, module, data, cfg.split)
     per_class = class_results(module.results["per_class"], classes.names)

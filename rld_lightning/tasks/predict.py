@@ -13,8 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -32,6 +30,7 @@ from rld_lightning.models.classes import read_class_names
 from rld_lightning.models.onnx_file import OnnxNetwork
 from rld_lightning.models.preprocessing import Preprocessing, preprocessing_of
 from rld_lightning.models.student import Prediction, load_student
+from rld_lightning.progress_bar import progress_bar
 from rld_lightning.runs.files import plain_cell
 from rld_lightning.runs.folder import check_folder
 from rld_lightning.tasks.run.make import device_of
@@ -242,7 +241,7 @@ class _Broken(BadImageReport):
 def answer(
     classifier: Classifier, paths: Sequence[str], *, top: int = 5, batch_size: int = 64, num_workers: int | None = None
 ) -> Iterator[Answer]:
-    """Yields an answer per image, in order, as batches are finished; shows a progress bar in a terminal.
+    """Yields an answer per image, in order, as batches are finished; shows their progress.
 
     Uses the loader and the transform of validation.
 
@@ -265,9 +264,8 @@ def answer(
         num_workers=(0 if len(paths) < _FEW else min(4, os.cpu_count() or 1)) if num_workers is None else num_workers,
         report=report,
     )
-    screen = Console(stderr=True)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        bar, done = progress.add_task("images", total=len(paths)), 0
+    done = 0
+    with progress_bar("predict", "images classified", len(paths)) as advance:
         for batch, step in zip(loader, loader.sampler.steps, strict=True):
             probabilities = classifier.probabilities(batch.images) if len(batch.index) else torch.empty(0, 1)
             if (wrong := probabilities.isnan().any(1)).any():
@@ -285,7 +283,7 @@ def answer(
                 else:
                     yield Answer(path, [], report.reasons.get(path, "it cannot be read"))
             done += step.stop - step.start
-            progress.update(bar, completed=done)
+            advance(step.stop - step.start)
 
 
 def _recorded(answers: Iterable[Answer], finished: list[Answer]) -> Iterator[Answer]:

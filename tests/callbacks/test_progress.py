@@ -21,6 +21,7 @@ def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1):
         max_steps=max_steps,
         num_training_batches=batches,
         accumulate_grad_batches=accumulate,
+        testing=False,
     )
 
 
@@ -62,7 +63,7 @@ class Model(BoringModel):
 def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path, monkeypatch, capsys):
     seen = []
     reset_console()  # no terminal
-    monkeypatch.setattr("rld_lightning.callbacks.progress._PRINT_SECONDS", 0)
+    monkeypatch.setattr("rld_lightning.callbacks.progress.PRINT_SECONDS", 0)
 
     class Looks(RunProgress):
         def on_train_batch_end(self, *arguments):
@@ -81,6 +82,8 @@ def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path, monkey
             num_sanity_val_steps=0,
         )  # fmt: skip
         run.fit(Model())
+        trained = capsys.readouterr().out.splitlines()
+        run.test(Model(), verbose=False)
     finally:
         reconfigure()
     assert all(len(line) <= 80 for (line,) in seen)
@@ -90,6 +93,10 @@ def test_bar_is_one_line_of_80_columns_and_counts_epochs_from_1(tmp_path, monkey
     assert "s left" in line
     assert "loss: 2.346 top-1 %: 54.32" in line
     assert "images/s" not in line
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("   epoch  ")]
+    lines = [line for line in trained if line.startswith("   epoch  ")]
     assert [line[:22] for line in lines[2:4]] == ["   epoch  1/200, batch", "   epoch  2/200, batch"]
     assert re.fullmatch(r"   epoch  2/200, batch 2/3, loss: 2\.346, top-1 %: 54\.32, 0 s left", lines[4])
+    tested = capsys.readouterr().out
+    assert tested.count("evaluate  batch ") == 64
+    assert re.search(r"^evaluate  batch 64/64, 0 s left$", tested, re.MULTILINE)
+    assert re.search(r"^Evaluation ━+ 64/64 0 s left *$", tested, re.MULTILINE)

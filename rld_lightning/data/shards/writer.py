@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
-from rich.console import Console
-from rich.progress import track
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rld_lightning.data.decode import BadImageError
@@ -27,6 +25,7 @@ from rld_lightning.data.shards.samples import Samples
 from rld_lightning.data.streaming import Images
 from rld_lightning.download import BLOCK_BYTES, open_tar, tar_members
 from rld_lightning.limits import MOST_CLASSES
+from rld_lightning.progress_bar import progress_bar
 
 NEEDS_WEBDATASET = "packing shards needs the package webdataset: pip install 'rld-lightning[shards]'."
 # Training images are packed in a random order that does not depend on the seed of a run.
@@ -89,11 +88,15 @@ def pack(
                     path.unlink()
 
             pattern = f"{here}/{split}".replace("%", "%%") + "-%06d.tar"
-            with shard_writer(
-                pattern, maxcount=1 << 40, maxsize=1e6 * shard_mb, post=finish, verbose=0, mtime=0
-            ) as writer:
+            with (
+                shard_writer(
+                    pattern, maxcount=1 << 40, maxsize=1e6 * shard_mb, post=finish, verbose=0, mtime=0
+                ) as writer,
+                progress_bar("shards", f"{split} images packed", len(images.labels)) as advance,
+            ):
                 for sample in _encoded(split, images):
                     writer.write(sample)
+                    advance(1)
         index = _index(name, class_names, listings, look)
         index.write(target, options)
         with suppress(OSError), store_errors(target):  # some may write to a store, and not delete
@@ -172,8 +175,10 @@ def index_shards(
     """
     listings: dict[str, list[Listing]] = {split: [] for split in patterns}
     addresses = [(split, address) for split, pattern in patterns.items() for address in _addresses(pattern, options)]
-    for split, address in _tracked(addresses, "indexing", len(addresses)):
-        listings[split].append(_listed(_open(address, options), _as_seen_from(target, address), address))
+    with progress_bar("shards", "shards indexed", len(addresses)) as advance:
+        for split, address in addresses:
+            listings[split].append(_listed(_open(address, options), _as_seen_from(target, address), address))
+            advance(1)
     largest = max(int(listing.samples.label.max()) for listed in listings.values() for listing in listed)
     names = class_names or [str(number) for number in range(largest + 1)]
     if largest >= len(names):
@@ -264,7 +269,7 @@ def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
     count = len(images.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(ORDER_SEED))
     order = order if split == "train" else torch.arange(count)
-    for number, index in enumerate(_tracked(order.tolist(), f"packing {split}", count)):
+    for number, index in enumerate(order.tolist()):
         file = Path(images.path(index))
         # A dot would end the key; the number makes equal file names of different classes unique.
         key = f"{number:08d}_{re.sub(r'[^A-Za-z0-9_-]', '_', file.stem)[:60]}"
@@ -273,10 +278,6 @@ def _encoded(split: str, images: Images) -> Iterator[dict[str, Any]]:
         except BadImageError as error:
             raise ValueError(f"{file} cannot be packed ({error}): replace or delete it.") from error
         yield {"__key__": key, file.suffix[1:].lower(): content, "cls": int(images.labels[index])}
-
-
-def _tracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    return track(items, what, total=count, console=Console(stderr=True), transient=True)
 
 
 def _listed(file: BinaryIO, path: str, address: str) -> Listing:

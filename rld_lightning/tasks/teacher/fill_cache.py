@@ -5,27 +5,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rld_lightning.console import console, duration, print_line
+from rld_lightning.console import duration, print_line
 from rld_lightning.data.base import ImageDataModule
-from rld_lightning.distributed import is_rank_zero
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import ResidentTable
+from rld_lightning.progress_bar import progress_bar
 from rld_lightning.tasks.run.resume import is_over
 
 _BATCH = {"cpu": 256}
 _BATCH_ELSEWHERE = 2048
 _AHEAD = 2  # batches computed while one is written
 _IMAGES = 8  # images whose views are checked together for missing rows
-_PRINT_SECONDS = 60.0
 
 
 class FillAhead(Callback):
@@ -73,7 +70,7 @@ def fill_table(teacher: FrozenTeacher, data: ImageDataModule, trainer: Trainer) 
     started, computed = time.monotonic(), 0
     writing: deque[Future[None]] = deque()
     # Leaving the block waits for pending writes, whatever the reason.
-    with _progress(data.train_size) as advance, ThreadPoolExecutor(1) as writer:
+    with progress_bar("cache", "images looked at", data.train_size) as advance, ThreadPoolExecutor(1) as writer:
         for view in _batches(_missing(table, data, advance), _BATCH.get(device.type, _BATCH_ELSEWHERE)):
             batch = data.look_at(_queue_copy(view, device))
             with precision.forward_context():
@@ -130,27 +127,3 @@ def _batches(parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield from whole
     if rest is not None and len(rest):
         yield rest
-
-
-@contextmanager
-def _progress(images: int) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar, or without a terminal a line per minute; yields a function that adds finished images."""
-    done, started = 0, time.monotonic()
-    last_printed = started
-    columns = (TextColumn("filling the cache"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, disable=not (console.is_terminal and is_rank_zero()), transient=True
-    ) as bar:
-        task = bar.add_task("", total=images)
-
-        def advance(more: int) -> None:
-            nonlocal done, last_printed
-            done += more
-            bar.advance(task, more)
-            now = time.monotonic()
-            if not console.is_terminal and now - last_printed > _PRINT_SECONDS:
-                last_printed = now
-                left = duration((now - started) * (images - done) / done)
-                print_line("cache", f"{100 * done / images:.0f} % of the images looked at, {left} left")
-
-        yield advance
