@@ -144,7 +144,8 @@ class DistillationModule(LightningModule):
         """
         batch = as_batch(batch)
         for optimizer in self.trainer.optimizers[:1]:
-            self.rate = optimizer.param_groups[0]["lr"]  # read here: at the epoch's end it is already the next epoch's
+            rate = optimizer.param_groups[0]["lr"]  # read here: at the epoch's end it is already the next epoch's
+            self.rate = rate.clone() if isinstance(rate, Tensor) else rate  # a schedule changes a tensor in place
         self.has_gradient, self.measurements = self.captured is not None and batch.other is None, {}
         values = self._captured_values(batch) if self.has_gradient else self._step_values(batch, self.current_epoch + 1)
         total = values["train/loss"]

@@ -225,6 +225,16 @@ def test_milestones_take_effect_after_their_epoch(tmp_path):
     assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
 
 
+@pytest.mark.parametrize("rate", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])  # schedules change it in place
+def test_logged_rate_is_that_of_the_last_step(tmp_path, rate):
+    job = module()
+    job.make_optimizer = lambda parameters, **_: SGD(parameters, lr=rate)
+    job.make_scheduler, job.scheduler_interval = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5), "step"
+    run = trainer(tmp_path, max_epochs=2, limit_train_batches=3)
+    run.fit(job, digits())
+    assert float(run.callback_metrics["lr"]) == pytest.approx(0.05 * 0.5**5)
+
+
 def test_training_repeats_bit_for_bit(tmp_path):
     states = []
     for _ in range(2):

@@ -67,7 +67,8 @@ class Divergence(Callback):
         batch = as_batch(batch)
         measured = measured_in_graph(self, pl_module)
         place = f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}"
-        self.recent.append(_Recent(self.step, place, batch.index, batch.label, tuple(outputs["terms"])))
+        terms, rate = tuple(outputs["terms"]), pl_module.rate
+        self.recent.append(_Recent(self.step, place, batch.index, batch.label, terms, rate))
         # A copy: a CUDA graph's next replay overwrites its outputs.
         self.rows.append(self.measure_step(pl_module, outputs, batch) if measured is None else measured.clone())
         self.step += 1
@@ -159,21 +160,19 @@ class Divergence(Callback):
         if ratio <= self.spike or self.spike_epoch == trainer.current_epoch:
             return
         self.spike_epoch = trainer.current_epoch
-        place = self._place_of(int(step))
+        place = self._recent(int(step)).place
         print_line("loss", f"{place}: {loss:.3g}, up from {mean:.3g}; it is finite, and training continues")
 
-    def _place_of(self, step: int) -> str:
-        found = next((recent for recent in self.recent if recent.step == step), self.recent[-1])
-        return found.place
+    def _recent(self, step: int) -> "_Recent":
+        return next((recent for recent in self.recent if recent.step == step), self.recent[-1])
 
     def _end(self, trainer: Trainer, step: int, values: "_Values | None") -> None:
         """Writes the batch, and stops the run."""
         self._write_batch(trainer, step)
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        found = self._recent(step)
         classes = trainer.lightning_module.hparams["num_classes"]
-        images = len(self.recent[-1].label)
-        cause, remedy = diagnose(values, rate=rate, classes=classes, images=images)
-        message = f"training diverged in {self._place_of(step)}: {cause}. "
+        cause, remedy = diagnose(values, rate=float(found.rate), classes=classes, images=len(found.label))
+        message = f"training diverged in {found.place}: {cause}. "
         if (files := files_of(trainer)) is not None:
             with suppress(UserError):  # a full disk must not hide the diagnosis
                 files.wait()
@@ -208,13 +207,14 @@ class Divergence(Callback):
 
 @dataclass(frozen=True)
 class _Recent:
-    """A recent step: its number, its name, its images and the names of its loss terms."""
+    """A recent step: its number, its name, its images, the names of its loss terms and its learning rate."""
 
     step: int
     place: str
     index: Tensor
     label: Tensor
     terms: tuple[str, ...]
+    rate: float | Tensor
 
 
 @dataclass(frozen=True)

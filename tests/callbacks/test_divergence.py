@@ -1,6 +1,7 @@
 """Diverging runs are stopped at the step, diagnosed, not saved, and can resume with another learning rate."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,8 +64,8 @@ class LastGradient(nn.Module):
         return values
 
 
-def fit(tmp_path, *callbacks, loss=None, teacher=None, student=None, every=5, rate=0.1, max_epochs=1):
-    module = job(student, loss, lr=rate, momentum=0.9, teacher=teacher)
+def fit(tmp_path, *callbacks, loss=None, teacher=None, student=None, every=5, rate=0.1, max_epochs=1, **options):
+    module = job(student, loss, lr=rate, momentum=0.9, teacher=teacher, **options)
     watch = Divergence(tmp_path, every=every)
     trainer = quiet_trainer(watch, *callbacks, max_epochs=max_epochs, default_root_dir=tmp_path)
     trainer.fit(module, DigitsDataModule(batch_size=128))  # 12 batches
@@ -106,6 +107,12 @@ def test_non_finite_values_stop_the_run_before_they_are_saved(tmp_path, change, 
     assert named["label"].shape == named["label_before"].shape == (128,)
 
 
+def test_learning_rate_is_that_of_the_step_not_of_the_reading(tmp_path):
+    schedule = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    with pytest.raises(Diverged, match=rf"batch 7: the loss is nan at a learning rate of {0.1 / 2**6:.3g}\."):
+        fit(tmp_path, At(6, spoil_weights), scheduler=schedule, scheduler_interval="step")  # read after batch 10
+
+
 def test_full_disk_does_not_hide_the_diagnosis(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -120,7 +127,7 @@ def test_teacher_of_mixed_images_is_compared_with_the_majority_class(tmp_path):
     outputs = {"terms": {"kd": torch.tensor(math.nan)}, "student_logits": torch.eye(10), "label": label}
     batch = Batch(torch.zeros(10, 3, 8, 8), label.roll(1), label)
     watch.on_train_batch_end(
-        SimpleNamespace(current_epoch=0), None, outputs | {"teacher_logits": torch.eye(10)}, batch, 0
+        SimpleNamespace(current_epoch=0), SimpleNamespace(rate=0.1), outputs | {"teacher_logits": torch.eye(10)}, batch, 0
     )
     assert watch.rows[0][1] == 10
 
