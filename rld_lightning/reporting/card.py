@@ -125,7 +125,7 @@ def _comparison(run: Run) -> list[str]:
         _table(*table_of(networks)),
         f"Measured once on the {networks[-1].images:,} images of the {_text(networks[-1].split)} split. ECE is the "
         "expected calibration error in 15 bins, NLL the negative log-likelihood in nats; time is the fastest of one "
-        f"image at a time, in float32 on {_text(networks[-1].device)}.",
+        f"image at a time, in float32 with batch norms folded, on {_text(networks[-1].device)}.",
     ]
 
 

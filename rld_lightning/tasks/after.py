@@ -19,6 +19,7 @@ from rld_lightning.hydra.quoting import as_argument
 from rld_lightning.models.complexity import count_macs, count_parameters, images_per_second
 from rld_lightning.models.imported import is_external
 from rld_lightning.models.input_size import split_size
+from rld_lightning.models.teacher.fold import fold_if_same
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.read import split_part
 from rld_lightning.module import DistillationModule
@@ -111,13 +112,15 @@ def _measure(
     test_with(trainer, module, data, "test")
     classes = class_results(module.results["per_class"], list(data.class_names))
     device = trainer.strategy.root_device
-    speed = images_per_second(network.to(device), data.image_shape, batch_size=1, seconds=0.5)
+    parameters, macs = count_parameters(network), count_macs(network, data.image_shape)
+    timed, shape = _as_timed(network, data.image_shape)
+    speed = images_per_second(timed.to(device), shape, batch_size=1, seconds=0.5)
     teacher = network.teacher if isinstance(network, _Logits) else None
     measured = Network(
         role=role,
         name=name,
-        parameters=(teacher.parameter_count if teacher is not None else count_parameters(network)) or None,
-        macs=count_macs(network, data.image_shape) or None,
+        parameters=(teacher.parameter_count if teacher is not None else parameters) or None,
+        macs=macs or None,
         bytes=size,
         milliseconds=1000 / speed,
         **module.scores("test"),
@@ -126,11 +129,22 @@ def _measure(
     return measured, classes
 
 
+def _as_timed(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Returns a network with its batch norms folded, in channels-last layout, and the shape of its own images.
+
+    A run's teacher is so if its loss allows it: otherwise a student of the same architecture would look slower.
+    """
+    teacher = network.teacher if isinstance(network, _Logits) else None
+    model, shape = (network, image_shape) if teacher is None else (teacher.model, teacher.input_shape(image_shape))
+    return fold_if_same(model.eval(), shape)[0].to(memory_format=torch.channels_last), shape
+
+
 @rank_zero_only
 def _report(run: Path, networks: Sequence[Network], classes: Sequence[Sequence[ClassResult]]) -> None:
     write_networks(run, networks)
     head, rows = table_of(networks)
-    print_table(f"{networks[0].images:,} images of the test split; ms: the fastest of one image at a time", head, rows)
+    timing = "ms: the fastest of one image at a time, batch norms folded"
+    print_table(f"{networks[0].images:,} images of the test split; {timing}", head, rows)
     roles = head[1:]
     by_name = [{result.name: result for result in results} for results in classes]
     hardest = [result.name for result in classes[-1]]  # for the distilled student

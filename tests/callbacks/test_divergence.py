@@ -127,7 +127,11 @@ def test_teacher_of_mixed_images_is_compared_with_the_majority_class(tmp_path):
     outputs = {"terms": {"kd": torch.tensor(math.nan)}, "student_logits": torch.eye(10), "label": label}
     batch = Batch(torch.zeros(10, 3, 8, 8), label.roll(1), label)
     watch.on_train_batch_end(
-        SimpleNamespace(current_epoch=0), SimpleNamespace(rate=0.1), outputs | {"teacher_logits": torch.eye(10)}, batch, 0
+        SimpleNamespace(current_epoch=0),
+        SimpleNamespace(rate=0.1),
+        outputs | {"teacher_logits": torch.eye(10)},
+        batch,
+        0,
     )
     assert watch.rows[0][1] == 10
 

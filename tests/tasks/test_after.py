@@ -1,17 +1,21 @@
 """Steps after a run: the student alone, and all networks side by side."""
 
+import copy
 import csv
 import json
 import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.configs import compose
 from helpers.photos import grow
 from torch import nn
 
+from rld_lightning import FrozenTeacher, create_model
+from rld_lightning.models.normalisation import Renormalise
 from rld_lightning.runs.files import NETWORKS, NETWORKS_CLASSES, SPLIT, SUMMARY
-from rld_lightning.tasks.after import _foreign_override, _networks, no_gain_note
+from rld_lightning.tasks.after import _as_timed, _foreign_override, _Logits, _networks, no_gain_note
 from rld_lightning.tasks.fit import fit
 from rld_lightning.tasks.teacher.weights import is_reusable
 
@@ -95,6 +99,23 @@ def test_ensemble_members_are_listed_separately(tmp_path, monkeypatch, name, wei
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "student.safetensors").write_bytes(b"0" * 100)
     assert next(_networks(finished))[3] == 100 * len(weights)
+
+
+@pytest.mark.parametrize("fused", [False, True])  # with a loss of features, and of logits
+def test_networks_are_timed_on_equal_terms(fused):
+    """A teacher and a student of one architecture and weights run the same operations."""
+    network, images = create_model("resnet8", 10), torch.randn(2, 3, 16, 16)
+    wanted = network.eval()(images)
+    teacher = FrozenTeacher(copy.deepcopy(network), channels_last=True, fuse=fused)
+    shape = (3, 16, 16)
+    for timed, taken in (_as_timed(network.train(), shape), _as_timed(_Logits(teacher), shape)):
+        assert taken == shape
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in timed.modules())
+        convolutions = [part for part in timed.modules() if isinstance(part, nn.Conv2d) and part.weight.shape[2] > 1]
+        assert all(part.weight.is_contiguous(memory_format=torch.channels_last) for part in convolutions)
+        torch.testing.assert_close(timed(images), wanted, rtol=1e-4, atol=1e-4)
+    resized = FrozenTeacher(network, renormalise=Renormalise(*2 * [((0.5,) * 3, (0.2,) * 3)], size=(8, 8)))
+    assert _as_timed(_Logits(resized), shape)[1] == (3, 8, 8), "as the teacher sees them"
 
 
 @pytest.mark.parametrize(("name", "told"), [("resnet8@32", ""), ("my.nets:small@32", " name=my.nets:small@32")])
