@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -170,8 +171,7 @@ class FigureOfPanels:
         columns = min(3, len(self.panels))
         rows = -(-len(self.panels) // columns)
         width = sum(panel.size[0] for panel in self.panels[:columns])
-        across = min(6 if width > 8 else 4, len(self.legend))  # entries of the legend in a row
-        height = rows * max(panel.size[1] for panel in self.panels) + 0.25 * -(-len(self.legend) // max(1, across))
+        height = rows * max(panel.size[1] for panel in self.panels)
         with matplotlib.rc_context(_PANEL_STYLE):
             figure = Figure(figsize=(max(width, 4.4), height), layout="constrained")
             places = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -181,12 +181,29 @@ class FigureOfPanels:
             for place in places[len(self.panels) :]:
                 place.set_axis_off()
             if self.legend:
-                handles = [_handle(*entry) for entry in self.legend]
-                figure.legend(handles=handles, loc="outside lower center", ncols=across)
+                _add_legend(figure, self.legend, 6 if width > 8 else 4)
             paths = [folder / f"{self.name}.{kind}" for kind in kinds]
             for path in paths:
                 write_figure(figure, path, dpi=200)
         return paths
+
+
+def _add_legend(figure: Figure, entries: Sequence[tuple[str, str, str]], most: int) -> None:
+    """Adds a legend below the panels, which makes the figure higher.
+
+    Args:
+        most: entries in a row; fewer if their labels are long. A label longer than a row is wrapped.
+    """
+    width, height = figure.get_size_inches()
+    letters = int((width - 0.7) / 0.07)  # in a row
+    handles = [_handle(textwrap.fill(label, letters), colour, style) for label, colour, style in entries]
+    for across in range(min(most, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=across)
+        extent = legend.get_window_extent()
+        if across == 1 or extent.width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_size_inches(width, height + extent.height / figure.dpi)
 
 
 def _handle(label: str, colour: str, style: str) -> Line2D:

@@ -64,6 +64,23 @@ def parse(path):
     return page
 
 
+@pytest.mark.parametrize(("label", "most"), [("ce", 4), ("rld (subset=0.3, epochs=2)", 2), ("rld " * 40, 1)])
+def test_legend_fits_its_figure(drawn, tmp_path, monkeypatch, label, most):
+    figures = []
+    monkeypatch.setattr("rld_lightning.reporting.style.write_figure", lambda figure, *_, **__: figures.append(figure))
+    panel = Panel("title", "alt", lambda axes: axes.plot([1, 2]))
+    FigureOfPanels("name", "caption", (panel,), tuple((f"{label} {n}", "red", "-") for n in range(7))).write(tmp_path)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    whole, own, axes = figure.bbox, legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert whole.x0 <= own.x0 < own.x1 <= whole.x1
+    assert whole.y0 <= own.y0 < own.y1 < axes.y0
+    assert legend._ncols == most
+    assert axes.height > 0.6 * panel.size[1] * figure.dpi, "it makes the figure higher, not the panel lower"
+    assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [f"{label} {n}" for n in range(7)]
+
+
 def write_confusion(folder, rows):
     lines = [f"{a},{b},{count}" for a, b, count in rows]
     (folder / "confusion.csv").write_text("\n".join(["class,predicted,images", *lines]))
@@ -104,6 +121,14 @@ def report(tmp_path_factory):
     write_run(runs / "sweeps" / "grid" / "bad", error="training diverged in <epoch> 3", held_out=0.1)
     write_run(runs / "interrupted", finished=False)
     return write_report([runs], root / "out", title="Title & more", latex=True, pictures=["svg"])
+
+
+def test_the_spread_of_a_sweep_is_explained_also_without_results(tmp_path):
+    write_sweep(tmp_path / "sweeps" / "s", alphas=(1, 2), betas=(8,), temperatures=(4,), seeds=(0, 1))
+    files = write_report([tmp_path], tmp_path / "out")
+    for page in (files.markdown, files.html):
+        text = page.read_text()
+        assert "±" in text.split("mean ± standard deviation over n seeds")[1]
 
 
 def test_the_results_table(report):
@@ -403,6 +428,7 @@ def test_partial_trials_form_a_separate_sweep(tmp_path):
             settings={"loss.alpha": alpha}, summary={"steps": 60, "scheduled_steps": 782},
         )  # fmt: skip
     files = write_report([tmp_path], tmp_path / "out")
+    assert "\nTop-1 in percent.\n" in files.markdown.read_text()
     trials = pd.read_csv(tmp_path / "out" / "sweeps.csv")
     assert trials["n"].tolist() == [1] * 4
     assert "## Sweep s: rld, resnet20_to_resnet8, cifar100, in part" in files.markdown.read_text()
