@@ -75,13 +75,15 @@ def as_text(settings: Mapping[str, str]) -> str:
 
 
 def pool_seeds(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Averages finished runs over seeds, best first.
+    """Averages finished runs over seeds, best first; of runs with equal keys and seed, the last finished counts.
 
     Returns:
-        one line per setting: the keys; ``mean`` and ``std`` (n - 1; missing for a single run) of the last epoch's
-        top-1, in percent, of ``n`` runs; ``best``, the mean of the best epochs; ``epochs``, the maximum; ``run``, one
+        one line per setting: the keys; ``mean`` and ``std`` (n - 1; missing for a single seed) of the last epoch's
+        top-1, in percent, of ``n`` seeds; ``best``, the mean of the best epochs; ``epochs``, the maximum; ``run``, one
         of them.
     """
+    latest = runs.sort_values("finished", kind="stable").groupby([*keys, "seed"], sort=False, dropna=False).tail(1)
+    runs = runs.loc[runs.index.isin(latest.index)]
     groups = runs.groupby(list(keys), sort=False, dropna=False)
     pooled = groups.agg(
         mean=(LAST, "mean"), std=(LAST, "std"), n=(LAST, "size"), best=(BEST, "mean"),

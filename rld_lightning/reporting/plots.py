@@ -29,7 +29,7 @@ from rld_lightning.reporting.style import (
     ink_on,
     tick_whole_epochs,
 )
-from rld_lightning.reporting.sweeps import HeatMap, Sweep
+from rld_lightning.reporting.sweeps import HeatMap, Sweep, best_setting
 from rld_lightning.reporting.tables import Section
 from rld_lightning.runs.files import METRICS
 from rld_lightning.runs.finished import Run
@@ -204,23 +204,30 @@ def _label_points(axes: Axes, points: pd.DataFrame, numbers: Mapping[str, str] |
 
 
 def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureOfPanels:
-    """Plots a sweep's grid: one panel per value of the third key, one colour scale, the value in each cell."""
-    low, high = (float(end([grid.cells for grid in maps])) for end in (np.nanmin, np.nanmax))
+    """Plots a sweep's grid: one panel per value of the third key, one colour scale, the value in each cell.
 
-    def draw(cells: pd.DataFrame, axes: Axes) -> None:
-        colours = colormaps[SEQUENTIAL]
+    The best cell is one of those with the most seeds; the others show their number.
+    """
+    low, high = (float(end([grid.cells for grid in maps])) for end in (np.nanmin, np.nanmax))
+    most = int(max(grid.seeds.max(axis=None) for grid in maps))
+    best = max(grid.cells[grid.seeds == most].max(axis=None) for grid in maps)
+
+    def draw(grid: HeatMap, axes: Axes) -> None:
+        colours, cells = colormaps[SEQUENTIAL], grid.cells
         axes.set_facecolor("none")
         axes.pcolormesh(np.ma.masked_invalid(cells.to_numpy()), cmap=colours, vmin=low, vmax=max(high, low + 1e-6))
         for (row, column), value in np.ndenumerate(cells.to_numpy()):
             if np.isnan(value):
                 axes.text(column + 0.5, row + 0.5, "-", ha="center", va="center", color=GREY)
                 continue
+            n = int(grid.seeds.iat[row, column])
+            is_best = value == best and n == most
             axes.text(
-                column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center",
+                column + 0.5, row + 0.5, f"{value:.2f}" + f"\nn = {n}" * (n < most), ha="center", va="center",
                 color=ink_on(colours((value - low) / max(high - low, 1e-6))),
-                fontsize=10 if cells.shape[1] < 8 else 8, weight="bold" if value == high else "normal",
+                fontsize=10 if cells.shape[1] < 8 and n == most else 8, weight="bold" if is_best else "normal",
             )  # fmt: skip
-            if value == high:
+            if is_best:
                 axes.add_patch(
                     matplotlib.patches.Rectangle((column, row), 1, 1, fill=False, ec=RED, lw=3, zorder=5, clip_on=False)
                 )
@@ -235,30 +242,38 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureO
         rows, columns = grid.cells.shape
         if grid.cells.isna().all(axis=None):
             continue
-        y, x = grid.cells.stack().idxmax()
+        repeated = grid.cells[grid.seeds == grid.seeds.max(axis=None)]
+        y, x = repeated.stack().idxmax()
         place = f"{short_key(grid.x_key)} {short_value(x)}"
         place += f", {short_key(grid.y_key)} {short_value(y)}" if grid.y_key else ""
-        alt = f"Heat map{' at ' + grid.title if grid.title else ''}: best {grid.cells.max(axis=None):.2f} % at {place}."
+        alt = f"Heat map{' at ' + grid.title if grid.title else ''}: best {repeated.max(axis=None):.2f} % at {place}."
         size = (max(2.6, 1.0 + 0.62 * columns), max(1.5, 0.75 + 0.5 * rows))
-        panels.append(Panel(grid.title, alt, partial(draw, grid.cells), size))
+        panels.append(Panel(grid.title, alt, partial(draw, grid), size))
+    fewer = most > min(grid.seeds.min(axis=None) for grid in maps)
     caption = (
-        f"Last-epoch top-1 (%) on {sweep.split}, mean over seeds; one colour scale for all panels, from {low:.2f} "
-        f"to {high:.2f}. The best cell is outlined; - was not run or failed."
+        f"Last-epoch top-1 (%) on {sweep.split}, {_over_seeds(most)}{' if no other n is given' if fewer else ''}; one "
+        f"colour scale for all panels, from {low:.2f} to {high:.2f}. The best cell{' of these' if fewer else ''} is "
+        "outlined; - was not run or failed."
     )
     if hidden := [key for key in sweep.keys if key not in maps[0].keys]:
         caption += f" Each cell is the best over {', '.join(short_key(key) for key in hidden)}."
     return FigureOfPanels(name, caption, tuple(panels))
 
 
+def _over_seeds(n: int) -> str:
+    return f"mean over n = {n} seeds" if n > 1 else "of one seed"
+
+
 def value_scatter(sweep: Sweep, name: str) -> FigureOfPanels:
     """Plots accuracy over each key, one point per setting, for a sweep whose values form no grid."""
     trials = sweep.trials
+    best = trials.loc[[best_setting(trials)]]
 
     def draw(axes: Axes, key: str) -> None:
         numeric = pd.api.types.is_numeric_dtype(trials[key])
         values = trials[key] if numeric else trials[key].map(short_value)
         axes.plot(values, trials["mean"], "o", color=BLUE, alpha=0.6, mew=0)
-        axes.plot(values.iloc[:1], trials["mean"].iloc[:1], "o", color=RED, markersize=9, mew=0)
+        axes.plot(values[best.index], best["mean"], "o", color=RED, markersize=9, mew=0)
         axes.set(xlabel=short_key(key), ylabel="top-1 (%)")
         if numeric and values.min() > 0 and values.max() / values.min() > 20:
             axes.set(xscale="log", xlabel=f"{short_key(key)}, log scale")
@@ -266,10 +281,13 @@ def value_scatter(sweep: Sweep, name: str) -> FigureOfPanels:
         axes.grid()
 
     def panel(key: str) -> Panel:
-        alt = f"Accuracy over {short_key(key)}; the best setting has {short_value(trials[key].iloc[0])}."
+        alt = f"Accuracy over {short_key(key)}; the best setting has {short_value(best[key].iloc[0])}."
         return Panel(short_key(key), alt, lambda axes: draw(axes, key), (3.5, 2.7))
 
-    caption = f"Last-epoch top-1 (%) on {sweep.split}, one point per setting, mean over seeds; the best one in red."
+    counts = sorted(set(trials["n"]))
+    over = _over_seeds(counts[-1]) if len(counts) == 1 else f"mean over n = {' or '.join(map(str, counts))} seeds"
+    caption = f"Last-epoch top-1 (%) on {sweep.split}, one point per setting, {over}; the best one in red"
+    caption += f", of those with n = {counts[-1]}." if len(counts) > 1 else "."
     return FigureOfPanels(name, caption, tuple(panel(key) for key in sweep.keys))
 
 

@@ -49,6 +49,19 @@ def sweep_settings(trials: Sequence[Run], swept: Collection[str]) -> pd.DataFram
     return pool_seeds(runs_frame(runs).assign(overrides=chosen), ["overrides", "complete"]) if runs else pd.DataFrame()
 
 
+def best_setting(settings: pd.DataFrame) -> int:
+    """The index of the setting with the highest mean, among those trained to the end and with the most seeds.
+
+    A single lucky run is not a mean: the other seeds of its setting may have failed.
+
+    Args:
+        settings: lines of :func:`~rld_lightning.reporting.frame.pool_seeds`; without ``complete``, all count.
+    """
+    if "complete" in settings and settings["complete"].any():
+        settings = settings[settings["complete"]]
+    return int(settings[settings["n"] == settings["n"].max()]["mean"].idxmax())
+
+
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """The finished trials of one sweep with one loss on one pair."""
@@ -108,6 +121,7 @@ class HeatMap:
     keys: list[str]  # of the columns, the rows and the maps, as many as were swept
     # In percent; columns are the first key's values, rows the second's; NaN without a run
     cells: pd.DataFrame
+    seeds: pd.DataFrame  # the number of seeds in each cell
 
     @property
     def x_key(self) -> str:
@@ -141,9 +155,9 @@ def split_sweeps(frame: pd.DataFrame) -> tuple[list[Sweep], pd.DataFrame]:
 def heat_maps(sweep: Sweep) -> list[HeatMap]:
     """One map for each value of the third key, if three are swept; empty if the values form no grid.
 
-    With more than three swept keys, each cell is the best over the others.
+    With more than three swept keys, each cell is the best over the others, of settings with the most seeds.
     """
-    trials = sweep.trials
+    trials = sweep.trials.sort_values(["n", "mean"], ascending=False, kind="stable")
     preferred = [key for key in _PREFERRED_AXES if key in sweep.keys]
     others = sorted(set(sweep.keys) - set(preferred), key=lambda key: (-trials[key].nunique(), sweep.keys.index(key)))
     axes = [*preferred, *others][:3]
@@ -155,10 +169,10 @@ def heat_maps(sweep: Sweep) -> list[HeatMap]:
     for panel in _ordered(trials[panel_key]) if panel_key else [None]:
         panel_trials = trials[trials[panel_key] == panel] if panel_key else trials
         down = panel_trials[y_key] if y_key else pd.Series("", panel_trials.index)
-        cells = panel_trials.pivot_table(values="mean", index=down, columns=x_key, aggfunc="max")
-        cells = cells.reindex(index=_ordered(trials[y_key]) if y_key else [""], columns=_ordered(trials[x_key]))
+        grid = panel_trials.pivot_table(values=["mean", "n"], index=down, columns=x_key, aggfunc="first")
+        places = {"index": _ordered(trials[y_key]) if y_key else [""], "columns": _ordered(trials[x_key])}
         title = f"{short_key(panel_key)} = {short_value(panel)}" if panel_key else ""
-        maps.append(HeatMap(title, axes, cells))
+        maps.append(HeatMap(title, axes, grid["mean"].reindex(**places), grid["n"].reindex(**places)))
     return maps
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.run_factory import write_run, write_sweep
+from matplotlib.figure import Figure
 
+from rld_lightning.reporting.figures.sensitivity import draw_sensitivity
 from rld_lightning.reporting.frame import runs_frame
-from rld_lightning.reporting.plots import heat_map_figure
+from rld_lightning.reporting.plots import heat_map_figure, value_scatter
 from rld_lightning.reporting.sweeps import MAX_GRID, heat_maps, importances, split_sweeps
 from rld_lightning.reporting.tables import sections
 from rld_lightning.runs.finished import find_runs
@@ -65,6 +67,32 @@ def test_a_missing_trial_is_an_empty_cell(grid):
     assert np.isnan(warm.cells.iloc[1, 2])
     assert warm.cells.isna().sum().sum() == 1
     assert heat_map_figure(heat_maps(sweep), sweep, "name").panels[1].svg()
+
+
+def test_a_setting_that_lacks_seeds_is_not_the_best(grid):
+    """One lucky seed of alpha 0.5; the other failed."""
+    lucky, failed = (grid / f"loss.alpha=0.5,loss.beta=4,loss.temperature=4,seed={seed}" for seed in (0, 1))
+    (failed / "summary.json").unlink()
+    text = (lucky / "summary.json").read_text()
+    (lucky / "summary.json").write_text(re.sub(r'"top1": [\d.]+', '"top1": 60.0', text))
+    (sweep,), _ = split_sweeps(runs_frame(find_runs([grid])))
+    assert (sweep.trials["mean"].iloc[0], sweep.trials["n"].iloc[0]) == (60.0, 1)
+    figure = heat_map_figure(heat_maps(sweep), sweep, "name")
+    warm = figure.panels[1]
+    assert warm.alt == "Heat map at temperature = 4: best 58.05 % at alpha 2, beta 8."
+    axes = Figure().subplots()
+    warm.draw(axes)
+    bold = [text.get_text() for text in axes.texts if text.get_weight() == "bold"]
+    assert (bold, [patch.get_xy() for patch in axes.patches]) == (["58.05"], [(2, 1)])
+    assert "60.00\nn = 1" in [text.get_text() for text in axes.texts]
+    assert "mean over n = 2 seeds if no other n is given; one colour scale" in figure.caption
+    assert "from 54.35 to 60.00. The best cell of these is outlined" in figure.caption
+    points = value_scatter(sweep, "name")
+    assert "the best setting has 2." in points.panels[0].alt
+    assert points.caption.endswith("mean over n = 1 or 2 seeds; the best one in red, of those with n = 2.")
+    _, beta, temperature = draw_sensitivity(sweep).axes  # grey lines, but for the best one's
+    assert [text.get_text() for text in beta.get_legend().get_texts()] == ["best: alpha=2, temperature=4"]
+    assert [text.get_text() for text in temperature.get_legend().get_texts()] == ["best: alpha=2, beta=8"]
 
 
 def test_a_trial_with_nan_accuracy_is_ignored(grid):

@@ -14,7 +14,7 @@ from rld_lightning.reporting.figures import register_figure
 from rld_lightning.reporting.frame import write_csv
 from rld_lightning.reporting.labels import describe, short_key
 from rld_lightning.reporting.style import DARK_GREY, GREY, PALETTE, PLAIN_NUMBERS, RED, save_figure, styled
-from rld_lightning.reporting.sweeps import Sweep
+from rld_lightning.reporting.sweeps import Sweep, best_setting
 from rld_lightning.reporting.tables import sections
 
 MOST_LINES = 4  # with more, all but the best are grey
@@ -92,7 +92,8 @@ def draw_sensitivity(sweep: Sweep) -> Figure:
         others = [other for other in sweep.keys if other != key]
         lines = trials.groupby(others, sort=True, dropna=False) if others else [((), trials)]
         named = {describe(dict(zip(others, values, strict=True)), others): line for values, line in lines}
-        _panel(axes, key, others, {name: line.sort_values(key) for name, line in named.items()})
+        best = next(name for name, line in named.items() if best_setting(trials) in line.index)
+        _panel(axes, key, others, {name: line.sort_values(key) for name, line in named.items()}, best)
     panels[0].set_ylabel("top-1 of the last epoch, %")
     counts = ", ".join(str(n) for n in sorted(set(trials["n"])))
     figure.suptitle(", ".join(sweep.runs.iloc[0][["method", "pair", "dataset"]]))
@@ -101,8 +102,7 @@ def draw_sensitivity(sweep: Sweep) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFrame]) -> None:
-    best = max(lines, key=lambda name: lines[name]["mean"].max())
+def _panel(axes: Axes, key: str, others: list[str], lines: dict[str, pd.DataFrame], best: str) -> None:
     many = len(lines) > MOST_LINES
     for place, (name, line) in enumerate(lines.items()):
         plain = many and name != best

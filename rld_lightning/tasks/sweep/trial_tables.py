@@ -6,7 +6,6 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
@@ -27,9 +26,6 @@ from rld_lightning.runs.files import ALONE, CURVES, ERROR, STUDENT, SUMMARY, SWE
 from rld_lightning.runs.finished import Run, find_runs, read_run
 from rld_lightning.runs.summary import Summary
 from rld_lightning.tasks.teacher.recorded import input_shape_as_teacher
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 HELD_OUT = "data.val_fraction"
 MOST_SHOWN = 20  # settings
@@ -70,7 +66,7 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     Raises:
         UserError: no trial has finished.
     """
-    from rld_lightning.reporting.sweeps import sweep_settings  # pandas takes a second to import
+    from rld_lightning.reporting.sweeps import best_setting, sweep_settings  # pandas takes a second to import
 
     folder = Path(config.hydra.sweep.dir)
     settings = sweep_settings(_trials(folder), swept)
@@ -87,14 +83,21 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
         )
         for setting in settings.itertuples(index=False)
     ]
-    place = best_setting(settings, repeated="seed" in swept)
+    place = best_setting(settings)
     best = settings.loc[place]
     validated_on = best["run"].summary.validated_on
-    columns = (*headings(keys), "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs")
-    print_table(f"{len(settings)} settings on {validated_on}, the best first", columns, rows[:MOST_SHOWN])
+    columns = [*headings(keys), "top-1 %, last epoch", "n", "top-1 %, best epoch", "epochs"]
+    measured = [_measured_on(run.summary) for run in settings["run"]]
+    if differ := len({*measured}) > 1:
+        validated_on = "different images, which do not compare"
+        columns.append("measured on")
+        rows = [(*row, images) for row, images in zip(rows, measured, strict=True)]
+    spread = "; mean ± standard deviation over n seeds" if settings["n"].max() > 1 else ""
+    first = "the highest" if differ else "the best"
+    print_table(f"{len(settings)} settings on {validated_on}, {first} first{spread}", columns, rows[:MOST_SHOWN])
     if len(rows) > MOST_SHOWN:
         print_line("", f"and {len(rows) - MOST_SHOWN} more in {folder}")
-    if not keys or not best["run"].config["data"]["val_fraction"]:  # repetitions, or a comparison on the test split
+    if not keys or differ or not best["run"].config["data"]["val_fraction"]:  # repetitions, or a comparison on the test
         return
     score = f"{rows[place][len(keys)]} % on {validated_on}, n = {best['n']}"
     command = retrain_command(config, best["overrides"], best["run"], fixed)
@@ -103,23 +106,14 @@ def print_settings(config: DictConfig, swept: Collection[str], fixed: Mapping[st
     console.print(printable(command), soft_wrap=True, markup=False)
 
 
+def _measured_on(summary: Summary) -> str:
+    return f"{summary.dataset}, {summary.validated_on}"
+
+
 def headings(keys: Sequence[str]) -> list[str]:
     """Shortens swept keys for the terminal, as far as they stay distinct."""
     short = [short_key(key) for key in keys]
     return short if len({*short}) == len(keys) else [*keys]
-
-
-def best_setting(settings: "pd.DataFrame", *, repeated: bool) -> int:
-    """Returns the index of the setting with the highest mean, among those trained to the end.
-
-    Args:
-        repeated: whether settings have several seeds: then only those with the most seeds count, as a single
-            lucky run is not a mean.
-    """
-    whole = settings[settings["complete"]] if settings["complete"].any() else settings
-    if repeated:
-        whole = whole[whole["n"] == whole["n"].max()]
-    return int(whole["mean"].idxmax())
 
 
 def retrain_command(config: DictConfig, best: Sequence[str], trial: Run, fixed: Mapping[str, str]) -> str:

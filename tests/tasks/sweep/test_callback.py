@@ -1,6 +1,7 @@
 """Sweeps: tuned on held-out images, resumed, and summarised."""
 
 import pickle
+import re
 import shlex
 import shutil
 import sys
@@ -270,6 +271,25 @@ def test_last_line_has_best_setting_score_and_final_command(start, tmp_path, cap
     )
     overrides = command.split()[2:]
     assert compose(*overrides).data.val_fraction == 0
+
+
+def test_settings_measured_on_different_images_have_no_best(start, tmp_path, capsys):
+    config = start("data.val_fraction=0.1,0.2", "seed=0,1")
+    for share, images in ((0.1, 5000), (0.2, 10000)):
+        for seed in (0, 1):
+            path = write_run(
+                tmp_path / "sweep" / f"{share},{seed}", seed=seed, top1=60 - 10 * share + seed, held_out=share,
+                summary={"images": images, "split_images": images},
+            )  # fmt: skip
+            OmegaConf.save([f"data.val_fraction={share}", f"seed={seed}"], path / ".hydra" / "overrides.yaml")
+    capsys.readouterr()
+    Sweep(0.1).on_multirun_end(config)
+    printed = capsys.readouterr().out
+    title, table = " ".join(printed.split("┏")[0].split()), " ".join(re.sub("[│┃]", " ", printed).split())
+    assert title.startswith("2 settings on different images, which do not compare, the highest first; mean ± standard ")
+    for words in ("59.50 ± 0.71", "58.50 ± 0.71", "cifar100, 5,000", "cifar100, 10,000"):
+        assert words in table
+    assert not re.search(r"^ *(best|next) ", printed, re.MULTILINE)
 
 
 def test_command_names_the_loss_that_the_sweep_has_chosen(start, tmp_path):
