@@ -164,7 +164,7 @@ def wait_for_end(processes: Sequence[Process], seconds: float) -> None:
 
 def kill(process: Process) -> None:
     """Kills a process with its group, and waits until it has ended."""
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, for a group that has just ended
         os.killpg(process.pid, signal.SIGKILL)  # a rank in a collective reacts to nothing else
     while poll(process) is None:
         time.sleep(_POLL)

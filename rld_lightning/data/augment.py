@@ -83,7 +83,7 @@ def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width:
 class Normalize:
     """Converts uint8 images ``(B, H, W, 3)`` to normalised float32 ``(B, 3, H, W)`` in ``channels_last`` memory format.
 
-    Computes ``(x / 255 - mean) / std`` in this order and precision: on every device bit-identical to torchvision's
+    Computes ``(x / 255 - mean) / std`` in this order and precision: on a CPU and on CUDA bit-identical to torchvision's
     ``ToTensor`` followed by ``Normalize``.
 
     Args:

@@ -45,6 +45,9 @@ def write_provenance(run: Path, cfg: DictConfig) -> None:
 
 def processor_name() -> str:
     """Returns the name of this machine's processor."""
+    if sys.platform == "darwin":  # such as Apple M2 Pro, which is also the name of its GPU
+        ask = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()

@@ -51,7 +51,7 @@ def make_trainer(settings: DictConfig, **others: Any) -> "Trainer":
 
 
 def device_of(option: str) -> torch.device:
-    """Returns the device of ``device=``; ``auto`` is the GPU if there is one.
+    """Returns the device of ``device=``; ``auto`` is the NVIDIA GPU if there is one, else the CPU.
 
     Raises:
         ValueError: the device does not exist.
